@@ -1,0 +1,87 @@
+"""Tokenizers: GPT-2's own, and small ones of the same kind trained on card names.
+
+Both are byte-level BPE (Radford et al. 2019, section 2.2) behind one transformers class. A small vocabulary matters
+for models trained from scratch: GPT-2's 50,257 embeddings would be most of a small model, and nearly all its time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+END_OF_TEXT = "<|endoftext|>"
+SMALLEST_VOCABULARY = 256 + 1  # every byte, and the end of text
+
+
+def _wrap(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
+    """One special token begins, ends and pads a text, as in GPT-2."""
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=END_OF_TEXT,
+        eos_token=END_OF_TEXT,
+        pad_token=END_OF_TEXT,
+        unk_token=None,
+        clean_up_tokenization_spaces=False,
+        model_max_length=1024,
+    )
+
+
+def _byte_level(model: models.BPE) -> Tokenizer:
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """Trains a byte-level BPE like GPT-2's on texts. The same texts give the same tokenizer.
+
+    Args:
+        texts: what to learn merges from.
+        vocab_size: tokens at most, with the 256 bytes and the end of text among them.
+
+    Raises:
+        ValueError: ``vocab_size`` is under 257.
+    """
+    if vocab_size < SMALLEST_VOCABULARY:
+        raise ValueError(
+            f"vocab_size {vocab_size} is too small: a byte-level tokenizer needs {SMALLEST_VOCABULARY} or more"
+        )
+    tokenizer = _byte_level(models.BPE())
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=2,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return _wrap(tokenizer)
+
+
+def gpt2_tokenizer(vocab: str | Path, merges: str | Path) -> PreTrainedTokenizerFast:
+    """GPT-2's own tokenizer from its two files (``encoder.json`` and ``vocab.bpe`` as OpenAI named them)."""
+    tokenizer = _byte_level(models.BPE.from_file(str(vocab), str(merges)))
+    tokenizer.add_special_tokens([END_OF_TEXT])
+    return _wrap(tokenizer)
+
+
+def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer saved in a checkpoint folder, or that of a hub id.
+
+    Raises:
+        ValueError: there is none, or it lacks a begin or end symbol.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(source))
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"no tokenizer at {source} (tokenizer.json is missing or damaged): {reason}") from error
+    if tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:
+        raise ValueError(f"the tokenizer at {source} has no begin or end symbol: names need both")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer

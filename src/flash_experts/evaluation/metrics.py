@@ -1,0 +1,244 @@
+"""What is measured of names, as pure functions on numbers and strings.
+
+Letters in the shapes: N names, R resamples.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from flash_experts.data.cards import Card
+
+FloatArray = npt.NDArray[np.float64]
+NATS_PER_BIT = math.log(2.0)
+_WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")
+_RESAMPLED_AT_ONCE = 2**22  # numbers drawn at a time: 32 MiB
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """A figure of a sample, and the interval in which that of the population lies with 95% confidence."""
+
+    value: float
+    low: float
+    high: float
+
+    @property
+    def excludes_zero(self) -> bool:
+        """Whether the figure differs from zero significantly (at the 5% level, two-sided)."""
+        return self.low > 0.0 or self.high < 0.0
+
+    def __format__(self, spec: str) -> str:
+        spec = spec or ".3f"
+        return f"{self.value:{spec}} [{self.low:{spec}}, {self.high:{spec}}]"
+
+
+def bits_per_character(
+    nats_N: npt.ArrayLike, characters_N: npt.ArrayLike
+) -> float:
+    """Bits that a model needs per character of names: sum of nats / ln 2 / sum of characters.
+
+    It does not depend on the tokenizer, so models with different vocabularies compare. Summed over the one
+    tokenization that a tokenizer gives, it is an upper bound of the true figure.
+
+    Args:
+        nats_N: (N,) negative log-likelihood of each name and its end symbol, in nats.
+        characters_N: (N,) letters of each name, plus one for the end symbol.
+
+    Raises:
+        ValueError: there is no name.
+    """
+    nats, characters = _same_length(nats_N, characters_N)
+    return float(nats.sum() / NATS_PER_BIT / characters.sum())
+
+
+def ratio_of_sums(
+    numerators_N: npt.ArrayLike, denominators_N: npt.ArrayLike, *, resamples: int = 1000, seed: int = 0
+) -> Estimate:
+    """sum(numerators) / sum(denominators), with a 95% percentile bootstrap interval over names.
+
+    Names are taken as independent draws. Those of one family are not quite, so on a split by family the interval is
+    somewhat narrow.
+
+    Args:
+        numerators_N: (N,) what is summed: bits, or 0 and 1.
+        denominators_N: (N,) what it is divided by: characters, or ones.
+        resamples: bootstrap samples (Efron 1979).
+        seed: of the resampling. The same seed and N resample the same names.
+
+    Raises:
+        ValueError: there is no name.
+    """
+    numerators, denominators = _same_length(numerators_N, denominators_N)
+    count = numerators.size
+    rng = np.random.default_rng(seed)
+    ratios = []
+    left = resamples
+    while left:
+        rows = max(1, min(left, _RESAMPLED_AT_ONCE // count))
+        drawn_RN = rng.integers(0, count, size=(rows, count))
+        ratios.append(numerators[drawn_RN].sum(axis=1) / denominators[drawn_RN].sum(axis=1))
+        left -= rows
+    low, high = np.percentile(np.concatenate(ratios), [2.5, 97.5])
+    return Estimate(float(numerators.sum() / denominators.sum()), float(low), float(high))
+
+
+def bits_estimate(nats_N: npt.ArrayLike, characters_N: npt.ArrayLike, *, seed: int = 0) -> Estimate:
+    """`bits_per_character` with its interval."""
+    return ratio_of_sums(np.asarray(nats_N, dtype=np.float64) / NATS_PER_BIT, characters_N, seed=seed)
+
+
+def paired_bits_difference(
+    nats_a_N: npt.ArrayLike, nats_b_N: npt.ArrayLike, characters_N: npt.ArrayLike, *, seed: int = 0
+) -> Estimate:
+    """Bits per character of ``a`` less those of ``b`` on the same names, by a paired bootstrap over names.
+
+    Both models find the same names hard, so their difference is known far better than either figure. The ratio is
+    linear in its numerator: the bootstrap of the difference is that of the names' own differences.
+    """
+    nats_a, nats_b = _same_length(nats_a_N, nats_b_N)
+    return bits_estimate(nats_a - nats_b, characters_N, seed=seed)
+
+
+def share(hits_N: npt.ArrayLike, *, seed: int = 0) -> Estimate:
+    """The share of names of which something is true, with its interval.
+
+    Where none or all are, resampling sees no variation; Wilson's (1927) interval is used, which does not collapse.
+    """
+    hits = np.asarray(hits_N, dtype=np.float64)
+    total = hits.size
+    if total and hits.min() == hits.max():
+        square = 1.959964**2
+        width = square / (total + square)
+        return Estimate(0.0, 0.0, width) if hits[0] == 0.0 else Estimate(1.0, 1.0 - width, 1.0)
+    return ratio_of_sums(hits, np.ones(total), seed=seed)
+
+
+def words(name: str) -> list[str]:
+    """Words of a name in lower case: ``"Lim-Dûl's Vault"`` has ``lim-dûl's`` and ``vault``."""
+    return [word.casefold().replace("’", "'") for word in _WORD.findall(name)]
+
+
+def exact_known_rate(keys: Sequence[str], known: frozenset[str] | set[str]) -> Estimate:
+    """Share of names that are known.
+
+    Args:
+        keys: names in `flash_experts.data.names.normal_form`.
+        known: known names in the same form.
+    """
+    return share([key in known for key in keys])
+
+
+def distinct_share(keys: Sequence[Hashable]) -> float:
+    """Distinct items / items. It falls with the number of items: compare equal numbers.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if not keys:
+        raise ValueError("no names to measure: give at least one")
+    return len(set(keys)) / len(keys)
+
+
+@dataclass(frozen=True, slots=True)
+class WordFigures:
+    """Words of a list of names: how many, how many distinct, and the share that ``seen`` does not hold."""
+
+    total: int
+    distinct: int
+    unseen_share: float
+
+
+def word_figures(names: Iterable[str], seen: frozenset[str] | set[str]) -> WordFigures:
+    """Counts words; ``seen`` holds the words of the training names as `words` gives them."""
+    counts = Counter(word for name in names for word in words(name))
+    total = sum(counts.values())
+    unseen = sum(count for word, count in counts.items() if word not in seen)
+    return WordFigures(total, len(counts), unseen / total if total else 0.0)
+
+
+def jensen_shannon(first: Mapping[Hashable, float], second: Mapping[Hashable, float]) -> float:
+    """Jensen-Shannon divergence of two histograms, in bits: 0 for the same shape, 1 for disjoint ones (Lin 1991).
+
+    Args:
+        first: a count for each value.
+        second: the same. They need not add up to the same sum.
+
+    Raises:
+        ValueError: a histogram is empty.
+    """
+    total_first, total_second = sum(first.values()), sum(second.values())
+    if not total_first or not total_second:
+        raise ValueError("no names to measure: a histogram is empty")
+    divergence = 0.0
+    for value in first.keys() | second.keys():
+        p, q = first.get(value, 0) / total_first, second.get(value, 0) / total_second
+        middle = (p + q) / 2.0
+        divergence += sum(0.5 * x * math.log2(x / middle) for x in (p, q) if x)
+    return divergence
+
+
+def length_divergence(names: Sequence[str], real: Sequence[str]) -> float:
+    """`jensen_shannon` of the numbers of characters."""
+    return jensen_shannon(Counter(map(len, names)), Counter(map(len, real)))
+
+
+def word_count_divergence(names: Sequence[str], real: Sequence[str]) -> float:
+    """`jensen_shannon` of the numbers of words."""
+    return jensen_shannon(*(Counter(len(name.split()) for name in some) for some in (names, real)))
+
+
+def types_of(card: Card) -> tuple[str, ...]:
+    """Groups of a card by type: each of its types (an artifact creature counts in both)."""
+    return card.types
+
+
+def colors_of(card: Card) -> tuple[str, ...]:
+    """The one group of a card by color: its letter, ``multicolor`` or ``colorless``."""
+    if not card.colors:
+        return ("colorless",)
+    return card.colors if len(card.colors) == 1 else ("multicolor",)
+
+
+@dataclass(frozen=True, slots=True)
+class GroupBits:
+    """Bits per character of one group of names."""
+
+    names: int
+    bits: Estimate
+
+
+def bits_by_group(
+    nats_N: npt.ArrayLike,
+    characters_N: npt.ArrayLike,
+    cards: Sequence[Card],
+    groups_of: Callable[[Card], tuple[str, ...]],
+) -> dict[str, GroupBits]:
+    """Bits per character of the names of each group, the largest group first."""
+    nats, characters = _same_length(nats_N, characters_N)
+    assert len(cards) == nats.size
+    members: dict[str, list[int]] = {}
+    for index, card in enumerate(cards):
+        for group in groups_of(card):
+            members.setdefault(group, []).append(index)
+    ordered = sorted(members.items(), key=lambda item: (-len(item[1]), item[0]))
+    return {
+        group: GroupBits(len(indices), bits_estimate(nats[indices], characters[indices]))
+        for group, indices in ordered
+    }
+
+
+def _same_length(first: npt.ArrayLike, second: npt.ArrayLike) -> tuple[FloatArray, FloatArray]:
+    """Both as float64 vectors of one length, not empty."""
+    a, b = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
+    if a.size == 0:
+        raise ValueError("no names to measure: give at least one")
+    assert a.ndim == 1 and a.shape == b.shape
+    return a, b

@@ -1,0 +1,209 @@
+"""The baseline: character n-grams with interpolated modified Kneser-Ney smoothing.
+
+The strongest model of names that needs no network: a language model that does not beat it has learned nothing but
+letter statistics. After Chen and Goodman (1999), "An empirical study of smoothing techniques for language modeling",
+section 3; names that start a gram keep raw counts in the lower orders, as in SRILM and KenLM.
+
+An n-gram is one integer: its symbols are the digits in base V + 2. Counting is sorting, and looking up is a binary
+search, so numpy does all the work. Letters in the shapes: Q queries, V symbols, B names sampled at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+FloatArray = npt.NDArray[np.float64]
+IntArray = npt.NDArray[np.int64]
+
+END = 0  # symbols: the end of a name, an unknown character, the known characters, then the begin symbol
+UNKNOWN = 1
+_UNICODE = 0x110000  # an unknown character is one of all those that are not known, each as likely
+_FALLBACK_DISCOUNTS = (0.5, 1.0, 1.5)  # where counts are too few to estimate them (KenLM's choice)
+_LONGEST_SAMPLE = 64
+
+
+@dataclass(frozen=True, slots=True)
+class _Order:
+    """Grams of one length: smoothed shares of each, and the mass that each context leaves to the shorter gram.
+
+    Attributes:
+        grams: (G,) sorted codes of the grams.
+        shares: (G,) (count - discount) / count of the context.
+        contexts: (C,) sorted codes of the contexts.
+        left_over: (C,) mass left to the lower order, in (0, 1].
+    """
+
+    grams: IntArray
+    shares: FloatArray
+    contexts: IntArray
+    left_over: FloatArray
+
+
+def _discounts(counts: IntArray) -> FloatArray:
+    """The discounts of grams counted once, twice, and more often (Chen and Goodman, equation 26)."""
+    n1, n2, n3, n4 = (int((counts == times).sum()) for times in (1, 2, 3, 4))
+    if not (n1 and n2 and n3 and n4):
+        return np.array(_FALLBACK_DISCOUNTS)
+    y = n1 / (n1 + 2 * n2)
+    estimated = np.array([1 - 2 * y * n2 / n1, 2 - 3 * y * n3 / n2, 3 - 4 * y * n4 / n3])
+    # Zipf's law may fail in a small corpus; a discount outside (0, count) would give a negative share or no mass.
+    inside = (estimated > 0).all() and (estimated < [1, 2, 3]).all()
+    return estimated if inside else np.array(_FALLBACK_DISCOUNTS)
+
+
+def _smooth(grams: IntArray, counts: IntArray, base: int) -> _Order:
+    """Shares and left-over mass of counted grams (sorted, distinct)."""
+    discounts = _discounts(counts)[np.minimum(counts, 3) - 1]
+    contexts, context_of = np.unique(grams // base, return_inverse=True)
+    totals = np.bincount(context_of, weights=counts)
+    left_over = np.bincount(context_of, weights=discounts) / totals
+    return _Order(grams, (counts - discounts) / totals[context_of], contexts, left_over)
+
+
+def _look_up(keys: IntArray, values: FloatArray, wanted: IntArray, missing: float) -> FloatArray:
+    """values[keys == wanted], or ``missing``; keys are sorted."""
+    at = np.minimum(np.searchsorted(keys, wanted), keys.size - 1)
+    return np.where(keys[at] == wanted, values[at], missing)
+
+
+class KneserNey:
+    """An interpolated modified Kneser-Ney model of one order over characters.
+
+    Example:
+        >>> model = KneserNey(["Goblin Guide", "Goblin King"], order=4)
+        >>> bits = model.nats(["Goblin Ring"]).sum() / math.log(2) / len("Goblin Ring.")
+    """
+
+    def __init__(self, names: Sequence[str], order: int = 6) -> None:
+        """Fits the model.
+
+        Args:
+            names: the training names.
+            order: characters of a gram; the last is predicted from those before.
+
+        Raises:
+            ValueError: there is no name, or the order is not in 2..8.
+        """
+        if not names:
+            raise ValueError("no names to fit: give at least one")
+        if not 2 <= order <= 8:
+            raise ValueError(f"order {order} is not in 2..8")
+        self.order = order
+        self.alphabet = sorted(set("".join(names)))
+        self._symbol = {character: index for index, character in enumerate(self.alphabet, start=2)}
+        self.num_symbols = len(self.alphabet) + 2
+        self._begin = self.num_symbols
+        self._base = self.num_symbols + 1
+        if self._base**order > 2**62:
+            raise ValueError(f"{self.num_symbols} characters are too many for order {order}: take a lower order")
+        self._orders = self._fit(*self._queries(names))
+
+    def _queries(self, names: Sequence[str]) -> tuple[IntArray, IntArray]:
+        """Codes of the context before each symbol of names (end included), longest first, and of the symbols.
+
+        Returns:
+            (order, Q) contexts of 0 .. order - 1 symbols (-1 where the name is shorter), and (Q,) symbols.
+        """
+        coded = [[self._begin, *(self._symbol.get(c, UNKNOWN) for c in name), END] for name in names]
+        flat = np.array([symbol for name in coded for symbol in name], dtype=np.int64)
+        position = np.concatenate([np.arange(len(name)) for name in coded])
+        contexts = np.full((self.order, flat.size), -1, dtype=np.int64)
+        contexts[0] = 0
+        for length in range(1, self.order):
+            reached = position >= length
+            before = np.roll(flat, length)[reached]
+            contexts[length, reached] = contexts[length - 1, reached] + before * self._base ** (length - 1)
+        predicted = position > 0
+        return contexts[:, predicted], flat[predicted]
+
+    def _fit(self, contexts: IntArray, symbols: IntArray) -> list[_Order]:
+        """Orders from 1 up. Below the highest, a gram counts once for each distinct symbol that stood before it."""
+        orders: list[_Order] = []
+        longer: IntArray | None = None
+        for length in range(self.order - 1, -1, -1):
+            grams = contexts[length][contexts[length] >= 0] * self._base + symbols[contexts[length] >= 0]
+            distinct, counts = np.unique(grams, return_counts=True)
+            if longer is not None:
+                size = self._base ** (length + 1)
+                followed, kinds = np.unique(longer % size, return_counts=True)
+                # Nothing stands before a begin symbol: grams that start with one keep their raw counts.
+                inside = np.isin(distinct, followed, assume_unique=True)
+                counts = counts.copy()
+                counts[inside] = kinds
+            orders.append(_smooth(distinct, counts.astype(np.int64), self._base))
+            longer = distinct
+        return orders[::-1]
+
+    def _probabilities(self, contexts: IntArray, symbols: IntArray) -> FloatArray:
+        """(Q,) probability of each symbol after its contexts, (order, Q), as `_queries` codes them."""
+        probability = np.full(symbols.shape, 1.0 / self.num_symbols)
+        for context, order in zip(contexts, self._orders, strict=True):
+            grams = np.where(context >= 0, context * self._base + symbols, -1)
+            share = _look_up(order.grams, order.shares, grams, 0.0)
+            left_over = _look_up(order.contexts, order.left_over, context, 1.0)
+            probability = share + left_over * probability
+        return probability
+
+    def symbol_probabilities(self, names: Sequence[str]) -> list[FloatArray]:
+        """Of each name, the probability of every character and of the end symbol: (letters + 1,) each."""
+        contexts, symbols = self._queries(names)
+        probability = self._probabilities(contexts, symbols)
+        probability[symbols == UNKNOWN] /= _UNICODE - len(self.alphabet)
+        return np.split(probability, np.cumsum([len(name) + 1 for name in names])[:-1])
+
+    def nats(self, names: Sequence[str]) -> FloatArray:
+        """(N,) negative log-likelihood of each name with its end symbol, in nats."""
+        return np.array([-np.log(p).sum() for p in self.symbol_probabilities(names)])
+
+    def next_symbol(self, prefixes: Sequence[str]) -> FloatArray:
+        """(B, V) probabilities of what follows each prefix: end, unknown, then ``alphabet``. Rows sum to one."""
+        contexts, _ = self._queries(prefixes)
+        last = np.cumsum([len(prefix) + 1 for prefix in prefixes]) - 1  # where the end symbol was predicted
+        every = np.tile(np.arange(self.num_symbols), len(prefixes))
+        after = np.repeat(contexts[:, last], self.num_symbols, axis=1)
+        return self._probabilities(after, every).reshape(len(prefixes), self.num_symbols)
+
+
+class NGramMixture:
+    """The mean of `KneserNey` models of several orders: a little better than any of them."""
+
+    def __init__(self, names: Sequence[str], orders: Sequence[int] = (5, 6, 7)) -> None:
+        """Fits one model for each order; raises ValueError as they do."""
+        self.models = [KneserNey(names, order) for order in orders]
+
+    @property
+    def num_parameters(self) -> int:
+        """Numbers that the models hold: a share for each gram and a left-over mass for each context."""
+        return sum(
+            order.shares.size + order.left_over.size for model in self.models for order in model._orders
+        )
+
+    def nats(self, names: Sequence[str]) -> FloatArray:
+        """(N,) negative log-likelihood of each name with its end symbol, in nats."""
+        parts = zip(*(model.symbol_probabilities(names) for model in self.models), strict=True)
+        return np.array([-np.log(np.mean(part, axis=0)).sum() for part in parts])
+
+    def sample(self, count: int, seed: int = 0) -> list[str]:
+        """Draws names, letter by letter, cut off at 64 letters. The same seed gives the same names."""
+        rng = np.random.default_rng(seed)
+        alphabet = self.models[0].alphabet
+        names = [""] * count
+        unfinished = list(range(count))
+        for _ in range(_LONGEST_SAMPLE):
+            if not unfinished:
+                break
+            prefixes = [names[index] for index in unfinished]
+            probability_BV = np.mean([model.next_symbol(prefixes) for model in self.models], axis=0)
+            probability_BV[:, UNKNOWN] = 0.0  # no letter stands for it
+            cumulative_BV = probability_BV.cumsum(axis=1)
+            threshold_B = rng.random(len(prefixes)) * cumulative_BV[:, -1]
+            drawn_B = (cumulative_BV <= threshold_B[:, None]).sum(axis=1)
+            for index, symbol in zip(unfinished, drawn_B, strict=True):
+                if symbol != END:
+                    names[index] += alphabet[symbol - 2]
+            unfinished = [index for index, symbol in zip(unfinished, drawn_B, strict=True) if symbol != END]
+        return names

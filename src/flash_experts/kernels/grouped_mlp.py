@@ -1,0 +1,138 @@
+"""Every expert's two-layer MLP over the tokens sent to it, as one differentiable operation for CPUs.
+
+The plain way (`flash_experts.models.moe_layer.Experts`) selects, multiplies and adds back expert by expert, and
+autograd then allocates and adds a full-size weight gradient for each of them. Here the (token, expert) pairs are
+sorted once, each product is written into its place, and each expert's weight gradient is multiplied straight into
+the one buffer that autograd receives. An expert that got no token costs nothing but the zeros of its gradient.
+
+Letters in the shapes: T tokens, K experts per token, S = T * K pairs sorted by expert, E experts, D width,
+F hidden units of an expert.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+Activation = Callable[[torch.Tensor], torch.Tensor]
+
+
+def _groups(counts_E: torch.Tensor) -> Iterator[tuple[int, slice]]:
+    """The expert and its slice of the sorted pairs, for each expert that got a token."""
+    start = 0
+    for expert, count in enumerate(counts_E.tolist()):
+        if count:
+            yield expert, slice(start, start + count)
+            start += count
+
+
+class _GroupedMLP(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_TD: torch.Tensor,
+        experts_TK: torch.Tensor,
+        gates_TK: torch.Tensor,
+        up_EDF: torch.Tensor,
+        up_bias_EF: torch.Tensor,
+        down_EFD: torch.Tensor,
+        down_bias_ED: torch.Tensor,
+        activation: Activation,
+    ) -> torch.Tensor:
+        T, K = experts_TK.shape
+        E, D, F = up_EDF.shape
+        pair_of_S = torch.argsort(experts_TK.reshape(-1), stable=True)
+        token_of_S = pair_of_S // K
+        counts_E = torch.bincount(experts_TK.reshape(-1), minlength=E)
+        hidden_SF = x_TD.new_empty(T * K, F)
+        y_pairs_D = x_TD.new_empty(T * K, D)  # row t * K + k: expert k of token t, before its gate
+        for e, rows in _groups(counts_E):
+            torch.addmm(up_bias_EF[e], x_TD[token_of_S[rows]], up_EDF[e], out=hidden_SF[rows])
+            y_pairs_D[pair_of_S[rows]] = torch.addmm(down_bias_ED[e], activation(hidden_SF[rows]), down_EFD[e])
+        ctx.save_for_backward(
+            x_TD, gates_TK, up_EDF, down_EFD, hidden_SF, y_pairs_D, pair_of_S, token_of_S, counts_E
+        )
+        ctx.activation = activation
+        return _combine(y_pairs_D, gates_TK)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (dout_TD,) = grads
+        x_TD, gates_TK, up_EDF, down_EFD, hidden_SF, y_pairs_D, pair_of_S, token_of_S, counts_E = ctx.saved_tensors
+        T, K = gates_TK.shape
+        want_x, _, want_gates, want_up, want_up_bias, want_down, want_down_bias, _ = ctx.needs_input_grad
+        gate_S = gates_TK.reshape(-1)[pair_of_S]
+        dup_EDF = torch.empty_like(up_EDF) if want_up else None
+        ddown_EFD = torch.empty_like(down_EFD) if want_down else None
+        dup_bias_EF = up_EDF.new_zeros(up_EDF.shape[0], up_EDF.shape[2]) if want_up_bias else None
+        ddown_bias_ED = up_EDF.new_zeros(down_EFD.shape[0], down_EFD.shape[2]) if want_down_bias else None
+        dx_pairs_D = torch.empty_like(y_pairs_D) if want_x else None
+        for e, rows in _groups(counts_E):
+            dy_D = dout_TD[token_of_S[rows]] * gate_S[rows, None]
+            act_F, dhidden_F = _activation_and_gradient(ctx.activation, hidden_SF[rows], dy_D @ down_EFD[e].T)
+            if ddown_EFD is not None:
+                torch.mm(act_F.T, dy_D, out=ddown_EFD[e])
+            if ddown_bias_ED is not None:
+                torch.sum(dy_D, 0, out=ddown_bias_ED[e])
+            if dup_EDF is not None:
+                torch.mm(x_TD[token_of_S[rows]].T, dhidden_F, out=dup_EDF[e])
+            if dup_bias_EF is not None:
+                torch.sum(dhidden_F, 0, out=dup_bias_EF[e])
+            if dx_pairs_D is not None:
+                dx_pairs_D[pair_of_S[rows]] = dhidden_F @ up_EDF[e].T
+        for e in (counts_E == 0).nonzero()[:, 0].tolist():
+            for gradient in (dup_EDF, ddown_EFD):
+                if gradient is not None:
+                    gradient[e].zero_()
+        dx_TD = dx_pairs_D.view(T, K, -1).sum(1) if dx_pairs_D is not None else None
+        dgates_TK = (y_pairs_D.view(T, K, -1) @ dout_TD[:, :, None])[:, :, 0] if want_gates else None
+        return dx_TD, None, dgates_TK, dup_EDF, dup_bias_EF, ddown_EFD, ddown_bias_ED, None
+
+
+def _combine(y_pairs_D: torch.Tensor, gates_TK: torch.Tensor) -> torch.Tensor:
+    """(T * K, D) outputs in the tokens' order and (T, K) gates to the (T, D) weighted sums."""
+    T, K = gates_TK.shape
+    return torch.bmm(gates_TK[:, None, :], y_pairs_D.view(T, K, -1))[:, 0]
+
+
+def _activation_and_gradient(
+    activation: Activation, hidden: torch.Tensor, dact: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The activation again (cheaper to redo than to keep) and the gradient that it passes down."""
+    with torch.enable_grad():
+        leaf = hidden.detach().requires_grad_()
+        act = activation(leaf)
+        (dhidden,) = torch.autograd.grad(act, leaf, dact)
+    return act.detach(), dhidden
+
+
+def grouped_mlp(
+    x_TD: torch.Tensor,
+    experts_TK: torch.Tensor,
+    gates_TK: torch.Tensor,
+    up_EDF: torch.Tensor,
+    up_bias_EF: torch.Tensor,
+    down_EFD: torch.Tensor,
+    down_bias_ED: torch.Tensor,
+    activation: Activation,
+) -> torch.Tensor:
+    """``sum_k gates[t, k] * MLP_{experts[t, k]}(x[t])`` for each token t, differentiable in every float input.
+
+    Args:
+        x_TD: tokens, (T, D), any float dtype.
+        experts_TK: chosen experts, (T, K) integers in [0, E).
+        gates_TK: weights of the choices, (T, K), dtype of ``x_TD``.
+        up_EDF: first matrices, (E, D, F), with their biases (E, F).
+        up_bias_EF: biases of the first matrices.
+        down_EFD: second matrices, (E, F, D), with their biases (E, D).
+        down_bias_ED: biases of the second matrices.
+        activation: elementwise function between them.
+
+    Returns:
+        (T, D), dtype of ``x_TD``.
+    """
+    return _GroupedMLP.apply(  # type: ignore[no-untyped-call]
+        x_TD, experts_TK, gates_TK, up_EDF, up_bias_EF, down_EFD, down_bias_ED, activation
+    )

@@ -1,0 +1,118 @@
+"""Models from folders or the hub: safetensors only, every failure one line that says what to do."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import cast
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedModel
+
+from flash_experts.models.flash_attention import ATTENTION_IMPLEMENTATION
+
+_PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+
+
+def _check_folder(folder: Path) -> None:
+    """Says what is wrong with a folder before transformers tries (its messages name hub options)."""
+    if folder.is_file():
+        raise ValueError(f"{folder} is a file: give the folder that save_pretrained wrote")
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} is no model: config.json is missing (a checkpoint folder has one)")
+    try:
+        json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{folder / 'config.json'} is damaged: {error}") from error
+    if not any(folder.glob("*.safetensors")):
+        pickled = [path.name for pattern in _PICKLED for path in folder.glob(pattern)]
+        if pickled:
+            raise ValueError(
+                f"{folder / pickled[0]} is a pickle, which can run code when loaded: refused. Save the model with "
+                "save_pretrained, which writes safetensors"
+            )
+        raise ValueError(f"{folder} has no weights: model.safetensors is missing")
+
+
+def load_config(source: str | Path) -> GPT2Config:
+    """The configuration of a model folder or hub id.
+
+    Raises:
+        ValueError: there is none that transformers can read.
+    """
+    if Path(source).exists():
+        _check_folder(Path(source))
+    try:
+        return AutoConfig.from_pretrained(str(source))
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(_unreachable(source, error)) from error
+
+
+def load_model(source: str | Path, device: str | torch.device | None = None) -> PreTrainedModel:
+    """A causal language model in float32 and eval mode: ours, or any dense one of transformers.
+
+    Args:
+        source: a folder that `save_pretrained` wrote, or a hub id.
+        device: where to put it; CUDA if there is one, when None.
+
+    Raises:
+        ValueError: missing, damaged, a pickle, no causal LM, or CUDA asked for where there is none.
+    """
+    target = resolve_device(device)
+    config = load_config(source)
+    is_gpt2 = isinstance(config, GPT2Config)
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            str(source),
+            config=config,
+            dtype=torch.float32,
+            use_safetensors=True,
+            attn_implementation=ATTENTION_IMPLEMENTATION if is_gpt2 else None,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ValueError(_unreachable(source, error)) from error
+    absent = sorted(info["missing_keys"])
+    if absent:
+        raise ValueError(f"{source} lacks {len(absent)} weights, {absent[0]} first: the checkpoint is not whole")
+    return cast(PreTrainedModel, model.to(target).eval())
+
+
+def load_dense(source: str | Path) -> GPT2LMHeadModel:
+    """A dense GPT-2 to upcycle, on the CPU. See `load_model`.
+
+    Raises:
+        ValueError: as `load_model`, or the model is not a dense GPT-2.
+    """
+    model = load_model(source, "cpu")
+    if model.config.model_type != "gpt2" or not isinstance(model, GPT2LMHeadModel):
+        raise ValueError(f"{source} is a {model.config.model_type} model: upcycling takes a dense gpt2")
+    return model
+
+
+def resolve_device(device: str | torch.device | None) -> torch.device:
+    """The device asked for, or the best there is.
+
+    Raises:
+        ValueError: CUDA is asked for and there is none, or the name is unknown.
+    """
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"unknown device {device!r}: use cpu, cuda or cuda:N") from error
+    if resolved.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("no CUDA device here: use --device cpu, or install a CUDA build of PyTorch")
+    return resolved
+
+
+def _unreachable(source: str | Path, error: Exception) -> str:
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if Path(source).exists():
+        return f"{source} cannot be loaded, its files are damaged or of another model: {reason}"
+    return (
+        f"no model at {source}: there is no such folder, and it could not be had from the hub. Give a folder, or "
+        f"models/mtg-base, which needs no network ({reason})"
+    )
