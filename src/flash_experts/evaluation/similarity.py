@@ -16,44 +16,42 @@ import numpy.typing as npt
 
 NEAR = 0.2  # edits per letter of the longer name, at or under which two names are near-duplicates
 _BUCKETS = 32  # lower-case a to z each have one of their own
-_LONGEST_PATTERN = 64  # letters in one machine word
+_MACHINE_WORD = 64  # bits
 
 
 def edit_distances(name: str, others: Sequence[str]) -> npt.NDArray[np.int64]:
-    """Levenshtein distance of one name to each of others (insertions, deletions and substitutions cost one).
+    """Levenshtein distance of one name to each of others: insertions, deletions and substitutions cost one.
 
     Args:
-        name: any string; only names of up to 64 letters are exact in one machine word, so a longer one is refused.
+        name: any string. Up to 64 letters it fits in a machine word; beyond, Python's integers are the words.
         others: strings of any length.
 
     Returns:
         (C,) int64.
-
-    Raises:
-        ValueError: the name is longer than 64 letters.
     """
-    if len(name) > _LONGEST_PATTERN:
-        raise ValueError(f"a name of {len(name)} letters is too long to compare: {_LONGEST_PATTERN} at most")
     lengths_C = np.array([len(other) for other in others], dtype=np.int64)
     if not name or not others:
         return lengths_C
     width = int(lengths_C.max())
+    word = np.dtype(np.uint64 if len(name) <= _MACHINE_WORD else object)
+    full, top = (1 << len(name)) - 1, len(name) - 1
     occurs = {letter: sum(1 << i for i, own in enumerate(name) if own == letter) for letter in set(name)}
-    match_CW = np.array([[occurs.get(c, 0) for c in other.ljust(width, "\0")] for other in others], dtype=np.uint64)
-    one, top = np.uint64(1), np.uint64(len(name) - 1)
-    plus = np.full(len(others), ~np.uint64(0))  # which rows grow by one from the row above
-    minus = np.zeros(len(others), dtype=np.uint64)
+    match_CW = np.zeros((len(others), width), dtype=word)
+    for row, other in zip(match_CW, others, strict=True):
+        row[: len(other)] = [occurs.get(letter, 0) for letter in other]
+    plus = np.full(len(others), full, dtype=word)  # bit i: this column's row i + 1 is one more than its row i
+    minus = np.zeros(len(others), dtype=word)
     distance = np.full(len(others), len(name), dtype=np.int64)
     for column in range(width):
         match = match_CW[:, column]
         vertical = match | minus
         horizontal = (((match & plus) + plus) ^ plus) | match
-        grows = minus | ~(horizontal | plus)
-        shrinks = plus & horizontal
-        step = ((grows >> top) & one).astype(np.int64) - ((shrinks >> top) & one).astype(np.int64)
+        grows = (minus | ~(horizontal | plus)) & full
+        shrinks = plus & horizontal & full
+        step = ((grows >> top) & 1).astype(np.int64) - ((shrinks >> top) & 1).astype(np.int64)
         distance += np.where(column < lengths_C, step, 0)
-        grows = (grows << one) | one
-        plus = (shrinks << one) | ~(vertical | grows)
+        grows = ((grows << 1) | 1) & full
+        plus = ((shrinks << 1) | ~(vertical | grows)) & full
         minus = grows & vertical
     return distance
 
@@ -68,11 +66,7 @@ class NearDuplicates:
         self._counts_KA = np.array([_letters(name) for name in self._known], dtype=np.int8).reshape(-1, _BUCKETS)
 
     def nearest(self, name: str) -> tuple[str, float] | None:
-        """The nearest known name, if it is near, and their edit distance / letters of the longer of the two.
-
-        Args:
-            name: a name of up to 64 letters.
-        """
+        """The nearest known name, if it is near, and their edit distance / letters of the longer of the two."""
         # Known names are sorted by length, so those of a length that can be near are one slice.
         shortest, longest = len(name) * (1 - NEAR), len(name) / (1 - NEAR)
         first, last = np.searchsorted(self._lengths_K, [shortest - 1e-9, longest + 1e-9])

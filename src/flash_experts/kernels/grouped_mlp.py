@@ -61,7 +61,7 @@ class _GroupedMLP(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (dout_TD,) = grads
         x_TD, gates_TK, up_EDF, down_EFD, hidden_SF, y_pairs_D, pair_of_S, token_of_S, counts_E = ctx.saved_tensors
-        T, K = gates_TK.shape
+        (T, K), D = gates_TK.shape, x_TD.shape[1]
         want_x, _, want_gates, want_up, want_up_bias, want_down, want_down_bias, _ = ctx.needs_input_grad
         gate_S = gates_TK.reshape(-1)[pair_of_S]
         dup_EDF = torch.empty_like(up_EDF) if want_up else None
@@ -86,15 +86,15 @@ class _GroupedMLP(torch.autograd.Function):
             for gradient in (dup_EDF, ddown_EFD):
                 if gradient is not None:
                     gradient[e].zero_()
-        dx_TD = dx_pairs_D.view(T, K, -1).sum(1) if dx_pairs_D is not None else None
-        dgates_TK = (y_pairs_D.view(T, K, -1) @ dout_TD[:, :, None])[:, :, 0] if want_gates else None
+        dx_TD = dx_pairs_D.view(T, K, D).sum(1) if dx_pairs_D is not None else None
+        dgates_TK = (y_pairs_D.view(T, K, D) @ dout_TD[:, :, None])[:, :, 0] if want_gates else None
         return dx_TD, None, dgates_TK, dup_EDF, dup_bias_EF, ddown_EFD, ddown_bias_ED, None
 
 
 def _combine(y_pairs_D: torch.Tensor, gates_TK: torch.Tensor) -> torch.Tensor:
     """(T * K, D) outputs in the tokens' order and (T, K) gates to the (T, D) weighted sums."""
     T, K = gates_TK.shape
-    return torch.bmm(gates_TK[:, None, :], y_pairs_D.view(T, K, -1))[:, 0]
+    return torch.bmm(gates_TK[:, None, :], y_pairs_D.view(T, K, y_pairs_D.shape[1]))[:, 0]
 
 
 def _activation_and_gradient(

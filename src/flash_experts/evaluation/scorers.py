@@ -1,0 +1,162 @@
+"""The two kinds of models that are evaluated, behind one face: language models and n-grams."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from transformers import GPT2Config, PreTrainedModel, PreTrainedTokenizerBase
+
+from flash_experts.data.packing import EncodedName, encode_names, pack_all
+from flash_experts.data.prompts import Attributes
+from flash_experts.data.tokenizer import load_tokenizer
+from flash_experts.evaluation.metrics import FloatArray
+from flash_experts.evaluation.ngram import NGramMixture
+from flash_experts.generation.generator import NameGenerator
+from flash_experts.models.flash_attention import ATTENTION_IMPLEMENTATION
+from flash_experts.models.loading import load_model
+from flash_experts.models.moe_layer import Experts, MoELayer
+from flash_experts.models.scoring import name_nats
+
+TOKENS_PER_BATCH = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSize:
+    """Parameters: all, and those that work on one token (of E experts only the k that it is sent to)."""
+
+    total: int
+    active: int
+
+
+class Scorer(Protocol):
+    """What evaluation asks of a model."""
+
+    @property
+    def label(self) -> str:
+        """What tables and plots call the model."""
+    @property
+    def takes_attributes(self) -> bool:
+        """Whether prompts of attributes change what the model expects."""
+    @property
+    def size(self) -> ModelSize: ...
+    def nats(self, names: Sequence[str], attributes: Sequence[Attributes]) -> FloatArray:
+        """(N,) negative log-likelihood of each name with its end symbol after its attributes, in nats."""
+    def sample(self, count: int, seed: int) -> list[str]:
+        """Names drawn from the model as it is: temperature 1, nothing cut off, known names not held back."""
+    def show(self, attributes: Attributes, count: int, seed: int) -> list[str]:
+        """Names as a user gets them, for a prompt. Empty where the model takes none."""
+
+
+class LanguageModel:
+    """A causal language model of transformers with its tokenizer."""
+
+    takes_attributes = True
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, label: str) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.label = label
+
+    @classmethod
+    def load(cls, source: str | Path, device: str | torch.device | None = None) -> LanguageModel:
+        """From a folder that training wrote, or a hub id. Raises ValueError as `load_model` and `load_tokenizer`."""
+        return cls(load_model(source, device), load_tokenizer(source), Path(source).name)
+
+    @property
+    def size(self) -> ModelSize:
+        return parameter_counts(self.model)
+
+    def nats(
+        self,
+        names: Sequence[str],
+        attributes: Sequence[Attributes],
+        *,
+        tokens_per_batch: int = TOKENS_PER_BATCH,
+    ) -> FloatArray:
+        """See `Scorer.nats`.
+
+        Args:
+            names: what to score.
+            attributes: the prompt before each.
+            tokens_per_batch: length of a packed row. It changes the speed, never the figures.
+
+        Raises:
+            ValueError: a name is longer than the model's context.
+        """
+        encoded = encode_names(names, attributes, self.tokenizer)
+        self._check_lengths(names, encoded)
+        # Rows of names of like length: on a CPU attention works on a row unpacked to its longest name.
+        order = sorted(range(len(encoded)), key=lambda index: encoded[index].num_inputs)
+        batches = pack_all([encoded[index] for index in order], tokens_per_batch)
+        nats = np.empty(len(encoded))
+        with _scoring(self.model):
+            scored = [name_nats(self.model, batch.to(self.model.device)).cpu() for batch in batches]
+        nats[order] = torch.cat(scored).double().numpy()
+        return nats
+
+    def _check_lengths(self, names: Sequence[str], encoded: Sequence[EncodedName]) -> None:
+        context = self.model.config.max_position_embeddings
+        for name, ids in zip(names, encoded, strict=True):
+            if ids.num_inputs > context:
+                raise ValueError(
+                    f"{name[:40]!r}... has {ids.num_inputs} tokens and the model's context {context}: shorten it"
+                )
+
+
+def parameter_counts(model: torch.nn.Module) -> ModelSize:
+    """Counts parameters, those shared by two modules once."""
+    total = sum(parameter.numel() for parameter in model.parameters())
+    idle = 0
+    for layer in model.modules():
+        if isinstance(layer, MoELayer):
+            experts: Experts = layer.experts
+            held = sum(parameter.numel() for parameter in experts.parameters())
+            idle += held - held * layer.router.top_k // experts.num_experts
+    return ModelSize(total, total - idle)
+
+
+@contextmanager
+def _scoring(model: PreTrainedModel) -> Iterator[None]:
+    """Eval and inference mode, and the attention that keeps the names of a row apart; all put back afterwards."""
+    was_training, attention = model.training, model.config._attn_implementation
+    if isinstance(model.config, GPT2Config):
+        model.set_attn_implementation(ATTENTION_IMPLEMENTATION)
+    model.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        model.train(was_training)
+        if isinstance(model.config, GPT2Config):
+            model.set_attn_implementation(attention)
+
+
+class NGramBaseline:
+    """`NGramMixture` fitted on the training names. It knows no attributes."""
+
+    label = "ngram"
+    takes_attributes = False
+
+    def __init__(self, train_names: Sequence[str]) -> None:
+        self._model = NGramMixture(train_names)
+
+    @property
+    def size(self) -> ModelSize:
+        return ModelSize(self._model.num_parameters, self._model.num_active_parameters)
+
+    def nats(self, names: Sequence[str], attributes: Sequence[Attributes]) -> FloatArray:
+        assert all(attribute == Attributes() for attribute in attributes), "n-grams take no attributes"
+        return self._model.nats(names)
+
+    def sample(self, count: int, seed: int) -> list[str]:
+        return self._model.sample(count, seed)
+
+    def show(self, attributes: Attributes, count: int, seed: int) -> list[str]:
+        return self._model.sample(count, seed) if attributes == Attributes() else []

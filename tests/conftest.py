@@ -1,0 +1,52 @@
+"""What the tests share: tiny models and tokenizers, made anew and never downloaded."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+from flash_experts.data.tokenizer import train_tokenizer
+
+WORDS = (
+    "Goblin Guide Lightning Bolt Llanowar Elves Serra Angel Shivan Dragon Dark Ritual Giant Growth Ancestral Recall "
+    "Healing Salve Black Lotus Wrath of God Sol Ring Counterspell Birds of Paradise Jötun Grunt, the Unwilling"
+).split()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _offline() -> None:
+    """One thread: the tests run side by side."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE of 300 tokens."""
+    texts = [f"Creature Goblin, red, 3: {first} {second}" for first in WORDS for second in WORDS]
+    return train_tokenizer(texts, vocab_size=300)
+
+
+@pytest.fixture
+def dense_config(tokenizer: PreTrainedTokenizerFast) -> GPT2Config:
+    return GPT2Config(
+        n_layer=4,
+        n_embd=32,
+        n_head=4,
+        n_positions=64,
+        vocab_size=len(tokenizer),
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+@pytest.fixture
+def dense(dense_config: GPT2Config) -> GPT2LMHeadModel:
+    """A dense GPT-2 with weights large enough that every part of it matters."""
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(dense_config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model.eval()
