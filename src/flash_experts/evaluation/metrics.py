@@ -10,6 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +20,8 @@ from flash_experts.data.cards import Card
 FloatArray = npt.NDArray[np.float64]
 NATS_PER_BIT = math.log(2.0)
 _WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")
+NEAR = 0.2  # edits per letter: at most this far apart, two names are near-duplicates
+_COMPARED_AT_ONCE = 64  # names against all known ones: 9 MB of distances
 _RESAMPLED_AT_ONCE = 2**22  # numbers drawn at a time: 32 MiB
 
 
@@ -134,6 +137,32 @@ def exact_known_rate(keys: Sequence[str], known: frozenset[str] | set[str]) -> E
         known: known names in the same form.
     """
     return share([key in known for key in keys])
+
+
+def near_duplicates(keys: Sequence[str], known: Sequence[str]) -> npt.NDArray[np.bool_] | None:
+    """Of each name, whether a known one is within `NEAR` edits per letter of the longer (copies are).
+
+    Args:
+        keys: names in `flash_experts.data.names.normal_form`.
+        known: known names in the same form.
+
+    Returns:
+        (N,), or None where rapidfuzz is not installed.
+    """
+    if find_spec("rapidfuzz") is None:
+        return None
+    from rapidfuzz.distance import Levenshtein
+    from rapidfuzz.process import cdist
+
+    near = np.zeros(len(keys), dtype=np.bool_)
+    if not known:
+        return near
+    for start in range(0, len(keys), _COMPARED_AT_ONCE):
+        some = slice(start, start + _COMPARED_AT_ONCE)
+        # Those over the cutoff come out as 1.
+        distances = cdist(keys[some], known, scorer=Levenshtein.normalized_distance, score_cutoff=NEAR)
+        near[some] = distances.min(axis=1) <= NEAR
+    return near
 
 
 def distinct_share(keys: Sequence[Hashable]) -> float:

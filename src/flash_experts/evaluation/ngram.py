@@ -182,6 +182,11 @@ class NGramMixture:
             order.shares.size + order.left_over.size for model in self.models for order in model._orders
         )
 
+    @property
+    def num_active_parameters(self) -> int:
+        """Numbers that one letter's probability is made of: a share and a left-over mass of each order."""
+        return sum(2 * model.order for model in self.models)
+
     def nats(self, names: Sequence[str]) -> FloatArray:
         """(N,) negative log-likelihood of each name with its end symbol, in nats."""
         parts = zip(*(model.symbol_probabilities(names) for model in self.models), strict=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,18 +12,36 @@ import numpy as np
 import torch
 from transformers import GPT2Config, PreTrainedModel, PreTrainedTokenizerBase
 
-from flash_experts.data.packing import EncodedName, encode_names, pack_all
+from flash_experts.data.names import normal_form
+from flash_experts.data.packing import EncodedName, encode_name, encode_names, pack_all
 from flash_experts.data.prompts import Attributes
 from flash_experts.data.tokenizer import load_tokenizer
 from flash_experts.evaluation.metrics import FloatArray
 from flash_experts.evaluation.ngram import NGramMixture
+from flash_experts.generation.decoding import NameDecoder
 from flash_experts.generation.generator import NameGenerator
+from flash_experts.generation.presets import Sampling
 from flash_experts.models.flash_attention import ATTENTION_IMPLEMENTATION
 from flash_experts.models.loading import load_model
 from flash_experts.models.moe_layer import Experts, MoELayer
 from flash_experts.models.scoring import name_nats
 
 TOKENS_PER_BATCH = 4096
+_SAMPLED_AT_ONCE = 256
+_MOST_NEW_TOKENS = 48
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """What names are asked for, in the words of `NameGenerator.generate`."""
+
+    type_line: str | None = None
+    colors: str | None = None
+    mana_value: int | None = None
+
+    def __str__(self) -> str:
+        mana = None if self.mana_value is None else f"mana value {self.mana_value}"
+        return ", ".join(part for part in (self.type_line, self.colors, mana) if part) or "nothing given"
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +67,8 @@ class Scorer(Protocol):
         """(N,) negative log-likelihood of each name with its end symbol after its attributes, in nats."""
     def sample(self, count: int, seed: int) -> list[str]:
         """Names drawn from the model as it is: temperature 1, nothing cut off, known names not held back."""
-    def show(self, attributes: Attributes, count: int, seed: int) -> list[str]:
-        """Names as a user gets them, for a prompt. Empty where the model takes none."""
+    def show(self, prompts: Sequence[Prompt], count: int, seed: int, known: Sequence[str]) -> list[list[str]]:
+        """Names as a user gets them, none of them known, for each prompt; none where the model cannot take it."""
 
 
 class LanguageModel:
@@ -65,9 +82,11 @@ class LanguageModel:
         self.label = label
 
     @classmethod
-    def load(cls, source: str | Path, device: str | torch.device | None = None) -> LanguageModel:
+    def load(
+        cls, source: str | Path, device: str | torch.device | None = None, label: str | None = None
+    ) -> LanguageModel:
         """From a folder that training wrote, or a hub id. Raises ValueError as `load_model` and `load_tokenizer`."""
-        return cls(load_model(source, device), load_tokenizer(source), Path(source).name)
+        return cls(load_model(source, device), load_tokenizer(source), label or Path(source).name)
 
     @property
     def size(self) -> ModelSize:
@@ -100,6 +119,34 @@ class LanguageModel:
             scored = [name_nats(self.model, batch.to(self.model.device)).cpu() for batch in batches]
         nats[order] = torch.cat(scored).double().numpy()
         return nats
+
+    def sample(self, count: int, seed: int) -> list[str]:
+        """See `Scorer.sample`. What has not ended after 48 tokens is cut off there."""
+        prompt = encode_name("", Attributes(), self.tokenizer)
+        prompt_ids = prompt.ids[: prompt.prompt_length]
+        most = min(_MOST_NEW_TOKENS, self.model.config.max_position_embeddings - len(prompt_ids))
+        names: list[str] = []
+        with _scoring(self.model):
+            end_id = self.tokenizer.eos_token_id
+            decoder = NameDecoder(self.model, prompt_ids, end_id, Sampling(), [], most, seed)
+            for start in range(0, count, _SAMPLED_AT_ONCE):
+                drawn = decoder.decode(range(start, min(start + _SAMPLED_AT_ONCE, count)))
+                texts = self.tokenizer.batch_decode([name.ids for name in drawn], skip_special_tokens=True)
+                names.extend(text.strip() for text in texts)
+        return names
+
+    def show(self, prompts: Sequence[Prompt], count: int, seed: int, known: Sequence[str]) -> list[list[str]]:
+        """See `Scorer.show`."""
+        generator = NameGenerator(self.model, self.tokenizer, known)
+        return [
+            [
+                name.text
+                for name in generator.generate(
+                    count, prompt.type_line, prompt.colors, prompt.mana_value, seed=seed
+                )
+            ]
+            for prompt in prompts
+        ]
 
     def _check_lengths(self, names: Sequence[str], encoded: Sequence[EncodedName]) -> None:
         context = self.model.config.max_position_embeddings
@@ -158,5 +205,8 @@ class NGramBaseline:
     def sample(self, count: int, seed: int) -> list[str]:
         return self._model.sample(count, seed)
 
-    def show(self, attributes: Attributes, count: int, seed: int) -> list[str]:
-        return self._model.sample(count, seed) if attributes == Attributes() else []
+    def show(self, prompts: Sequence[Prompt], count: int, seed: int, known: Sequence[str]) -> list[list[str]]:
+        """See `Scorer.show`: answers only the prompt that gives nothing."""
+        keys = {normal_form(name) for name in known}
+        new = [name for name in self._model.sample(2 * count + 20, seed) if normal_form(name) not in keys]
+        return [new[:count] if prompt == Prompt() else [] for prompt in prompts]

