@@ -41,9 +41,10 @@ class Difference:
         conditional: whether attributes were told.
         first: label of a model.
         second: label of another.
-        bits: bits per character of the first less those of the second, with a paired 95% interval: under zero the
-            first is better.
-        significant: whether the interval leaves zero out. With many models, one pair in twenty does by chance.
+        bits: bits per character of the first less those of the second, with a paired 95% interval: under zero
+            the first is better.
+        significant: whether the interval leaves zero out. With many models, one pair in twenty does by
+            chance.
     """
 
     split: str
@@ -67,7 +68,7 @@ class CurvePoint:
 
 @dataclass(frozen=True, slots=True)
 class PromptNames:
-    """Names of every model for one prompt and seed; a model that takes no attributes has none for most prompts."""
+    """Names of every model for one prompt and seed; of n-grams only where the prompt gives nothing."""
 
     prompt: str
     names: dict[str, list[str]]
@@ -141,7 +142,9 @@ def compare(
             if (points := read_curve(Path(model) / "metrics.jsonl"))
         },
         prompts=tuple(
-            PromptNames(str(prompt), {label: names[index] for label, names in zip(labels, shown, strict=True)})
+            PromptNames(
+                str(prompt), {label: names[index] for label, names in zip(labels, shown, strict=True)}
+            )
             for index, prompt in enumerate(PROMPTS)
         ),
     )
@@ -190,8 +193,8 @@ def differences(results: Sequence[EvaluationResult]) -> list[Difference]:
 def read_curve(path: Path) -> list[CurvePoint]:
     """A run's metrics.jsonl as points in the order of steps; none where there is no such file.
 
-    A line cut short (the run was killed while it wrote) is skipped. A step that was repeated after a resume counts
-    as it was the last time.
+    A line cut short (the run was killed while it wrote) is skipped. A step that was repeated after a resume
+    counts as it was the last time.
     """
     if not path.is_file():
         return []

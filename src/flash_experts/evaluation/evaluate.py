@@ -42,7 +42,8 @@ class SplitFigures:
         unconditional: nothing is told of the card.
         conditional: type line, colors and mana value are told. None for a model that takes no attributes.
         shuffled: the same attributes, each told of another card.
-        control: shuffled - conditional, paired: how much the model listens. Zero means that it ignores its prompt.
+        control: shuffled - conditional, paired: how much the model listens. Zero means that it ignores its
+            prompt.
         by_type: the unconditional figure for the cards of each type.
         by_color: the same for each color.
     """
@@ -139,7 +140,9 @@ class HeldOut:
         for split in splits:
             cards = load_split(path, split)
             if not cards:
-                raise ValueError(f"{path / split}.jsonl holds no name: run `flash-experts prepare` with more cards")
+                raise ValueError(
+                    f"{path / split}.jsonl holds no name: run `flash-experts prepare` with more cards"
+                )
             if max_names is not None and max_names < len(cards):
                 cards = random.Random(seed).sample(cards, max_names)
             chosen[split] = cards
@@ -196,10 +199,14 @@ def evaluate(
         ValueError: the data or the model is not there, or a set is empty.
     """
     held_out = HeldOut.load(data_dir, splits, max_names, seed)
-    return evaluate_scorer(load_scorer(model, held_out, tokenizer, device), held_out, samples=samples, seed=seed)
+    return evaluate_scorer(
+        load_scorer(model, held_out, tokenizer, device), held_out, samples=samples, seed=seed
+    )
 
 
-def evaluate_scorer(scorer: Scorer, held_out: HeldOut, *, samples: int = 500, seed: int = 0) -> EvaluationResult:
+def evaluate_scorer(
+    scorer: Scorer, held_out: HeldOut, *, samples: int = 500, seed: int = 0
+) -> EvaluationResult:
     """`evaluate` on data and a model that are loaded already."""
     figures, nats = {}, {}
     start = time.perf_counter()
@@ -212,7 +219,8 @@ def evaluate_scorer(scorer: Scorer, held_out: HeldOut, *, samples: int = 500, se
         start = time.perf_counter()
         drawn = scorer.sample(samples, seed)
         sampled_per_second = samples / (time.perf_counter() - start)
-    # Names of the family split have no near relative in train by construction: the other is what real names are like.
+    # Names of the family split have no near relative in train by construction: the other is what real names
+    # are like.
     real_split = "test_iid" if "test_iid" in held_out.splits else next(iter(held_out.splits))
     real = names_of(held_out.splits[real_split])
     return EvaluationResult(

@@ -43,9 +43,7 @@ class Estimate:
         return f"{self.value:{spec}} [{self.low:{spec}}, {self.high:{spec}}]"
 
 
-def bits_per_character(
-    nats_N: npt.ArrayLike, characters_N: npt.ArrayLike
-) -> float:
+def bits_per_character(nats_N: npt.ArrayLike, characters_N: npt.ArrayLike) -> float:
     """Bits that a model needs per character of names: sum of nats / ln 2 / sum of characters.
 
     It does not depend on the tokenizer, so models with different vocabularies compare. Summed over the one
@@ -67,8 +65,8 @@ def ratio_of_sums(
 ) -> Estimate:
     """sum(numerators) / sum(denominators), with a 95% percentile bootstrap interval over names.
 
-    Names are taken as independent draws. Those of one family are not quite, so on a split by family the interval is
-    somewhat narrow.
+    Names are taken as independent draws. Those of one family are not quite, so on a split by family the
+    interval is somewhat narrow.
 
     Args:
         numerators_N: (N,) what is summed: bits, or 0 and 1.
@@ -103,8 +101,8 @@ def paired_bits_difference(
 ) -> Estimate:
     """Bits per character of ``a`` less those of ``b`` on the same names, by a paired bootstrap over names.
 
-    Both models find the same names hard, so their difference is known far better than either figure. The ratio is
-    linear in its numerator: the bootstrap of the difference is that of the names' own differences.
+    Both models find the same names hard, so their difference is known far better than either figure. The
+    ratio is linear in its numerator: the bootstrap of the difference is that of the names' own differences.
     """
     nats_a, nats_b = _same_length(nats_a_N, nats_b_N)
     return bits_estimate(nats_a - nats_b, characters_N, seed=seed)
@@ -113,7 +111,8 @@ def paired_bits_difference(
 def share(hits_N: npt.ArrayLike, *, seed: int = 0) -> Estimate:
     """The share of names of which something is true, with its interval.
 
-    Where none or all are, resampling sees no variation; Wilson's (1927) interval is used, which does not collapse.
+    Where none or all are, resampling sees no variation; Wilson's (1927) interval is used, which does not
+    collapse.
     """
     hits = np.asarray(hits_N, dtype=np.float64)
     total = hits.size
@@ -193,8 +192,8 @@ def word_figures(names: Iterable[str], seen: frozenset[str] | set[str]) -> WordF
     return WordFigures(total, len(counts), unseen / total if total else 0.0)
 
 
-def jensen_shannon(first: Mapping[Hashable, float], second: Mapping[Hashable, float]) -> float:
-    """Jensen-Shannon divergence of two histograms, in bits: 0 for the same shape, 1 for disjoint ones (Lin 1991).
+def jensen_shannon(first: Mapping[int, float], second: Mapping[int, float]) -> float:
+    """Jensen-Shannon divergence of two histograms (Lin 1991): 0 bits for one shape, 1 bit for disjoint ones.
 
     Args:
         first: a count for each value.
@@ -221,7 +220,8 @@ def length_divergence(names: Sequence[str], real: Sequence[str]) -> float:
 
 def word_count_divergence(names: Sequence[str], real: Sequence[str]) -> float:
     """`jensen_shannon` of the numbers of words."""
-    return jensen_shannon(*(Counter(len(name.split()) for name in some) for some in (names, real)))
+    counts, real_counts = (Counter(len(name.split()) for name in some) for some in (names, real))
+    return jensen_shannon(counts, real_counts)
 
 
 def types_of(card: Card) -> tuple[str, ...]:

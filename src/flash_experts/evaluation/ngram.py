@@ -1,11 +1,12 @@
 """The baseline: character n-grams with interpolated modified Kneser-Ney smoothing.
 
-The strongest model of names that needs no network: a language model that does not beat it has learned nothing but
-letter statistics. After Chen and Goodman (1999), "An empirical study of smoothing techniques for language modeling",
-section 3; names that start a gram keep raw counts in the lower orders, as in SRILM and KenLM.
+The strongest model of names that needs no network: a language model that does not beat it has learned nothing
+but letter statistics. After Chen and Goodman (1999), "An empirical study of smoothing techniques for language
+modeling", section 3; names that start a gram keep raw counts in the lower orders, as in SRILM and KenLM.
 
-An n-gram is one integer: its symbols are the digits in base V + 2. Counting is sorting, and looking up is a binary
-search, so numpy does all the work. Letters in the shapes: Q queries, V symbols, B names sampled at once.
+An n-gram is one integer: its symbols are the digits in base V + 2. Counting is sorting, and looking up is a
+binary search, so numpy does all the work. Letters in the shapes: Q queries, V symbols, B names sampled at
+once.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ _LONGEST_SAMPLE = 64
 
 @dataclass(frozen=True, slots=True)
 class _Order:
-    """Grams of one length: smoothed shares of each, and the mass that each context leaves to the shorter gram.
+    """Grams of one length: the smoothed share of each, and what each context leaves to the shorter gram.
 
     Attributes:
         grams: (G,) sorted codes of the grams.
@@ -50,7 +51,8 @@ def _discounts(counts: IntArray) -> FloatArray:
         return np.array(_FALLBACK_DISCOUNTS)
     y = n1 / (n1 + 2 * n2)
     estimated = np.array([1 - 2 * y * n2 / n1, 2 - 3 * y * n3 / n2, 3 - 4 * y * n4 / n3])
-    # Zipf's law may fail in a small corpus; a discount outside (0, count) would give a negative share or no mass.
+    # Zipf's law may fail in a small corpus; a discount outside (0, count) would give a negative share or no
+    # mass.
     inside = (estimated > 0).all() and (estimated < [1, 2, 3]).all()
     return estimated if inside else np.array(_FALLBACK_DISCOUNTS)
 
@@ -99,7 +101,9 @@ class KneserNey:
         self._begin = self.num_symbols
         self._base = self.num_symbols + 1
         if self._base**order > 2**62:
-            raise ValueError(f"{self.num_symbols} characters are too many for order {order}: take a lower order")
+            raise ValueError(
+                f"{self.num_symbols} characters are too many for order {order}: take a lower order"
+            )
         self._orders = self._fit(*self._queries(names))
 
     def _queries(self, names: Sequence[str]) -> tuple[IntArray, IntArray]:
@@ -121,7 +125,7 @@ class KneserNey:
         return contexts[:, predicted], flat[predicted]
 
     def _fit(self, contexts: IntArray, symbols: IntArray) -> list[_Order]:
-        """Orders from 1 up. Below the highest, a gram counts once for each distinct symbol that stood before it."""
+        """Orders from 1 up. Below the highest a gram counts once for each distinct symbol before it."""
         orders: list[_Order] = []
         longer: IntArray | None = None
         for length in range(self.order - 1, -1, -1):
@@ -160,7 +164,7 @@ class KneserNey:
         return np.array([-np.log(p).sum() for p in self.symbol_probabilities(names)])
 
     def next_symbol(self, prefixes: Sequence[str]) -> FloatArray:
-        """(B, V) probabilities of what follows each prefix: end, unknown, then ``alphabet``. Rows sum to one."""
+        """(B, V) probabilities of what follows prefixes: end, unknown, ``alphabet``. Rows sum to one."""
         contexts, _ = self._queries(prefixes)
         last = np.cumsum([len(prefix) + 1 for prefix in prefixes]) - 1  # where the end symbol was predicted
         every = np.tile(np.arange(self.num_symbols), len(prefixes))

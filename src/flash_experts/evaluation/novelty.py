@@ -33,10 +33,11 @@ class NameFigures:
         names: how many.
         known: share that is a real card (of any set, jokes and franchises and all); for real names None.
         in_train: share that is a training name.
-        near_train: share within 0.2 edits per letter of a training name (copies included); None without rapidfuzz.
-        memorized: hits in train per training name / hits in held-out per held-out name, over distinct names. 1 is
-            what a model that has learned the names' kind and none by heart gives; more is recall. None where too few
-            held-out names were hit to tell: take 10,000 samples or more.
+        near_train: share within 0.2 edits per letter of a training name (copies included); None without
+            rapidfuzz.
+        memorized: hits in train per training name / hits in held-out per held-out name, over distinct names.
+            1 is what a model that has learned the names' kind and none by heart gives; more is recall. None
+            where too few held-out names were hit to tell: take 10,000 samples or more.
         distinct: distinct names / names.
         words: their words, and the share of them that no training name has.
         mean_length: characters.
@@ -79,7 +80,9 @@ class Reference:
         keys = [normal_form(name) for name in self.train]
         object.__setattr__(self, "_known", frozenset(map(normal_form, self.known_names)))
         object.__setattr__(self, "_train_keys", frozenset(keys))
-        object.__setattr__(self, "_train_words", frozenset(word for name in self.train for word in words(name)))
+        object.__setattr__(
+            self, "_train_words", frozenset(word for name in self.train for word in words(name))
+        )
 
     @classmethod
     def load(cls, folder: Path) -> Reference:

@@ -6,6 +6,7 @@ import io
 import os
 import tempfile
 from collections.abc import Callable, Sequence
+from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,91 +16,16 @@ from markupsafe import Markup
 from flash_experts.evaluation.compare import ComparisonResult, CurvePoint
 from flash_experts.evaluation.evaluate import EvaluationResult
 from flash_experts.evaluation.metrics import Estimate
-from flash_experts.evaluation.tables import Table, bits_table, cost_table, difference_table, group_table, names_table
+from flash_experts.evaluation.tables import (
+    bits_table,
+    cost_table,
+    difference_table,
+    group_table,
+    names_table,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-_TEMPLATE = """\
-<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
-<title>{{ title }}</title>
-<style>
-:root { color-scheme: light; }
-body { font: 16px/1.5 system-ui, sans-serif; color: #1b1b1b; background: #fff; max-width: 66rem;
-       margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.2rem; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; }
-caption { text-align: left; font-weight: 600; padding: .4rem 0; }
-th, td { padding: .3rem .7rem; border-bottom: 1px solid #d8d8d8; text-align: right; vertical-align: top; }
-th:first-child, td:first-child, table.names th, table.names td { text-align: left; }
-thead th { border-bottom: 2px solid #666; }
-figure { margin: 1.2rem 0; } figure svg { max-width: 100%; height: auto; }
-figcaption, .note { color: #555; font-size: .9rem; }
-summary { cursor: pointer; }
-ul { margin: 0; padding-left: 1.1rem; }
-</style>
-</head>
-<body>
-{% macro draw(table) %}
-<div class="scroll"><table>
-<caption>{{ table.title }}</caption>
-<thead><tr>{% for cell in table.header %}<th scope="col">{{ cell }}</th>{% endfor %}</tr></thead>
-<tbody>
-{% for row in table.rows %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
-{% endfor %}</tbody>
-</table></div>
-{% endmacro %}
-<h1>{{ title }}</h1>
-<p>Held-out names of {% for key, value in data.items() %}{{ key.replace("_", " ") }} {{ value }}{{ ", " if not loop.last }}{% endfor %};
-seed {{ seed }}.</p>
-
-<h2>Held-out bits per character</h2>
-{{ draw(bits) }}
-{{ plots.bits }}
-<p class="note">The end of a name counts as a character. Intervals are 95%, from a bootstrap over names. A figure is summed over
-the one tokenization that the tokenizer gives, so it is an upper bound. Control is what a model loses when it is told
-the attributes of another card: zero means that it does not listen.</p>
-{% if differences.rows %}{{ draw(differences) }}{% endif %}
-
-{% if plots.curves %}<h2>Training</h2>
-{{ plots.curves }}{% endif %}
-
-<h2>The names</h2>
-{{ draw(names) }}
-<p class="note">Near train: at most 0.2 edits per letter from a training name, as real names are too. Recall ratio: training
-names hit, over held-out names hit, each per name there is; 1 is no recall, a dash too few hits to tell. JS: Jensen-Shannon
-divergence, in bits, from the lengths and numbers of words of real names.</p>
-
-<h2>Side by side</h2>
-<p class="note">The same prompts, the same seed, the balanced preset; known cards are held back.</p>
-<div class="scroll"><table class="names">
-<thead><tr><th scope="col">asked for</th>{% for label in labels %}<th scope="col">{{ label }}</th>{% endfor %}</tr></thead>
-<tbody>
-{% for row in prompts %}<tr><td>{{ row.prompt }}</td>{% for label in labels %}<td>
-{%- if row.names[label] %}<ul>{% for name in row.names[label] %}<li>{{ name }}</li>{% endfor %}</ul>
-{%- else %}-{% endif %}</td>{% endfor %}</tr>
-{% endfor %}</tbody>
-</table></div>
-
-<h2>Size and speed</h2>
-{{ draw(cost) }}
-
-<h2>By type and color</h2>
-{% for table in groups %}<details><summary>{{ table.title }}</summary>
-{{ draw(table) }}
-</details>
-{% endfor %}
-<p class="note">Unofficial Fan Content permitted under the Fan Content Policy. Not approved or endorsed by Wizards. Portions of
-the materials used are property of Wizards of the Coast. &copy; Wizards of the Coast LLC.</p>
-</body>
-</html>
-"""
 
 
 def render_report(result: ComparisonResult, title: str = "Models compared") -> str:
@@ -109,8 +35,9 @@ def render_report(result: ComparisonResult, title: str = "Models compared") -> s
         ModuleNotFoundError: matplotlib is not installed.
     """
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    template = files(__package__).joinpath("report.html.jinja").read_text(encoding="utf-8")
     first = result.models[0]
-    return environment.from_string(_TEMPLATE).render(
+    return environment.from_string(template).render(
         title=title,
         data=first.data,
         seed=first.seed,
@@ -164,7 +91,9 @@ def _svg(figure: Figure, caption: str) -> Markup:
     with rc_context({"svg.hashsalt": caption, "svg.fonttype": "none"}):
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     svg = buffer.getvalue()
-    return Markup("<figure>{}<figcaption>{}</figcaption></figure>").format(Markup(svg[svg.index("<svg") :]), caption)
+    return Markup("<figure>{}<figcaption>{}</figcaption></figure>").format(
+        Markup(svg[svg.index("<svg") :]), caption
+    )
 
 
 def _text(label: str) -> str:
@@ -196,7 +125,10 @@ def _plot_bits(models: Sequence[EvaluationResult]) -> Markup:
                 capsize=3,
                 label=name,
             )
-        axes.set_yticks(range(len(models)), [_text(model.label) for model in models] if column == 0 else [""] * len(models))
+        axes.set_yticks(
+            range(len(models)),
+            [_text(model.label) for model in models] if column == 0 else [""] * len(models),
+        )
         axes.invert_yaxis()
         axes.set_title(_text(split))
         axes.set_xlabel("bits per character")
@@ -215,7 +147,8 @@ def _plot_curves(curves: dict[str, list[CurvePoint]]) -> Markup | None:
         axes = figure.add_subplot(1, 2, column + 1)
         for label, points in curves.items():
             pairs = [
-                (getattr(point, unit), point.validation_bits if validated else point.train_loss) for point in points
+                (getattr(point, unit), point.validation_bits if validated else point.train_loss)
+                for point in points
             ]
             known = [(x, y) for x, y in pairs if x is not None and y is not None]
             axes.plot([x for x, _ in known], [y for _, y in known], label=_text(label))

@@ -58,17 +58,21 @@ class Scorer(Protocol):
     @property
     def label(self) -> str:
         """What tables and plots call the model."""
+
     @property
     def takes_attributes(self) -> bool:
         """Whether prompts of attributes change what the model expects."""
+
     @property
     def size(self) -> ModelSize: ...
     def nats(self, names: Sequence[str], attributes: Sequence[Attributes]) -> FloatArray:
         """(N,) negative log-likelihood of each name with its end symbol after its attributes, in nats."""
+
     def sample(self, count: int, seed: int) -> list[str]:
         """Names drawn from the model as it is: temperature 1, nothing cut off, known names not held back."""
+
     def show(self, prompts: Sequence[Prompt], count: int, seed: int, known: Sequence[str]) -> list[list[str]]:
-        """Names as a user gets them, none of them known, for each prompt; none where the model cannot take it."""
+        """Names as a user gets them, none known, for each prompt; none where the model cannot take it."""
 
 
 class LanguageModel:
@@ -85,7 +89,7 @@ class LanguageModel:
     def load(
         cls, source: str | Path, device: str | torch.device | None = None, label: str | None = None
     ) -> LanguageModel:
-        """From a folder that training wrote, or a hub id. Raises ValueError as `load_model` and `load_tokenizer`."""
+        """From a model folder or a hub id; raises ValueError as `load_model` and `load_tokenizer` do."""
         return cls(load_model(source, device), load_tokenizer(source), label or Path(source).name)
 
     @property
@@ -131,7 +135,9 @@ class LanguageModel:
             decoder = NameDecoder(self.model, prompt_ids, end_id, Sampling(), [], most, seed)
             for start in range(0, count, _SAMPLED_AT_ONCE):
                 drawn = decoder.decode(range(start, min(start + _SAMPLED_AT_ONCE, count)))
-                texts = self.tokenizer.batch_decode([name.ids for name in drawn], skip_special_tokens=True)
+                texts = self.tokenizer.batch_decode(
+                    [list(name.ids) for name in drawn], skip_special_tokens=True
+                )
                 names.extend(text.strip() for text in texts)
         return names
 
@@ -153,7 +159,8 @@ class LanguageModel:
         for name, ids in zip(names, encoded, strict=True):
             if ids.num_inputs > context:
                 raise ValueError(
-                    f"{name[:40]!r}... has {ids.num_inputs} tokens and the model's context {context}: shorten it"
+                    f"{name[:40]!r}... takes {ids.num_inputs} tokens, the model's context has {context}: "
+                    "shorten it"
                 )
 
 
@@ -171,7 +178,7 @@ def parameter_counts(model: torch.nn.Module) -> ModelSize:
 
 @contextmanager
 def _scoring(model: PreTrainedModel) -> Iterator[None]:
-    """Eval and inference mode, and the attention that keeps the names of a row apart; all put back afterwards."""
+    """Eval and inference mode, and attention that keeps the names of a row apart; put back afterwards."""
     was_training, attention = model.training, model.config._attn_implementation
     if isinstance(model.config, GPT2Config):
         model.set_attn_implementation(ATTENTION_IMPLEMENTATION)

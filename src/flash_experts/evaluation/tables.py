@@ -46,8 +46,8 @@ class Table:
         widths = [max(map(len, column)) for column in columns]
         lines = [self.title] if self.title else []
         for row in (self.header, *self.rows):
-            cells = [cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))]
-            lines.append("  ".join(cells).rstrip())
+            cells = [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+            lines.append("  ".join([row[0].ljust(widths[0]), *cells]))
         return "\n".join(lines)
 
 
@@ -82,9 +82,7 @@ def bits_table(results: Sequence[EvaluationResult]) -> Table:
 
 def names_table(results: Sequence[EvaluationResult]) -> Table:
     """Novelty and variety of each model's samples, and of real names."""
-    rows = [
-        _names_row(result.label, result.samples) for result in results if result.samples is not None
-    ]
+    rows = [_names_row(result.label, result.samples) for result in results if result.samples is not None]
     if results:
         rows.append(_names_row("real held-out names", results[0].real))
     header = (
@@ -122,7 +120,9 @@ def cost_table(results: Sequence[EvaluationResult]) -> Table:
         )
         for result in results
     )
-    return Table("Size and speed", ("model", "parameters", "active", "scored names/s", "sampled names/s"), rows)
+    return Table(
+        "Size and speed", ("model", "parameters", "active", "scored names/s", "sampled names/s"), rows
+    )
 
 
 def group_table(result: EvaluationResult, split: str) -> Table:

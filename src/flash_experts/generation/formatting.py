@@ -46,8 +46,6 @@ def format_name(text: str) -> str:
     face = re.sub(r" +(?=[,:;])", "", face)
     face = re.sub(r"(?<=[,;])(?=[^\s\d,;:])", " ", face)
     face = face.lstrip(_LOOSE_START).rstrip(_LOOSE_END)
-    if face.isupper() and len(face) > 4 and " " in face:
-        face = face.lower()
     words = face.split()
     last = len(words) - 1
     formatted: list[str] = []

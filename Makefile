@@ -1,0 +1,42 @@
+# One line of intent each. `make demo` and `make test` install what they need.
+PYTHON ?= python3
+BIN := .venv/bin
+FLASH := $(BIN)/flash-experts
+ONE_THREAD := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+
+.PHONY: demo test lint bench install clean
+
+demo: .venv/.installed  ## real cards, a small MoE fine-tuned on them, compared, and names
+	@PATH="$(CURDIR)/$(BIN):$$PATH" sh scripts/demo.sh
+
+test: .venv/.installed-dev  ## all tests
+	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist worksteal
+
+lint: .venv/.installed-dev  ## style, types, import directions
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: .venv/.installed-dev  ## the figures of the README, ours and the peers' in one run
+	$(BIN)/python benchmarks/train_speed.py
+	$(BIN)/python benchmarks/generate_speed.py
+	$(BIN)/python benchmarks/moe_speed.py
+
+install: .venv/.installed-dev  ## the virtual environment with everything
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/.installed: .venv/bin/python pyproject.toml constraints.txt
+	@echo "Installing into .venv (PyTorch and its friends: one to three minutes) ..."
+	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	@touch $@
+
+.venv/.installed-dev: .venv/bin/python pyproject.toml constraints.txt
+	@echo "Installing into .venv, with the tools for tests (one to three minutes) ..."
+	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@touch $@ .venv/.installed
+
+clean:  ## what commands made; .venv and released models stay
+	rm -rf data/mtg models/quickstart models/demo-* report.html report.json

@@ -1,0 +1,74 @@
+"""The fixed validation of a run."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from flash_experts.data.cards import Card
+from flash_experts.data.packing import PackedBatch, encode_cards, pack_all
+from flash_experts.data.prompts import Attributes
+from flash_experts.models.scoring import name_nats
+
+BITS_PER_CHAR = "validation/bits_per_char"
+
+
+class Validation:
+    """Names packed once, scored with nothing given and with all attributes given.
+
+    Args:
+        cards: the validation split.
+        tokenizer: the model's.
+        max_names: how many to score, drawn by ``seed``; None for all.
+        tokens_per_row: most tokens of a forward.
+        seed: of the draw.
+        process: this process and how many there are: each scores its share of the rows.
+    """
+
+    def __init__(
+        self,
+        cards: Sequence[Card],
+        tokenizer: PreTrainedTokenizerBase,
+        max_names: int | None,
+        tokens_per_row: int,
+        seed: int,
+        process: tuple[int, int] = (0, 1),
+    ):
+        if max_names is not None and max_names < len(cards):
+            cards = random.Random(f"validation/{seed}").sample(list(cards), max_names)
+        self.num_names = len(cards)
+        rank, world = process
+        # Names of equal length side by side: attention lays a row out by its longest name.
+        self._rows: dict[str, list[PackedBatch]] = {}
+        for suffix, attributes_of in (("", lambda card: Attributes()), ("_given_attributes", Attributes.of)):
+            names = sorted(encode_cards(cards, tokenizer, attributes_of), key=lambda name: name.num_inputs)
+            self._rows[suffix] = pack_all(names, tokens_per_row)[rank::world]
+
+    @torch.no_grad()
+    def sums(self, model: nn.Module, device: torch.device) -> torch.Tensor:
+        """This process's (2, 3) float64 sums of nats, tokens and characters: unconditional, given all attributes.
+
+        Add those of all processes and hand them to `metrics`.
+        """
+        totals = torch.zeros(len(self._rows), 3, dtype=torch.float64)
+        for total, rows in zip(totals, self._rows.values(), strict=True):
+            nats = torch.zeros((), device=device)
+            for row in rows:
+                nats += name_nats(model, row.to(device)).sum()
+                total[1] += row.labels.numel()
+                total[2] += row.characters.sum()
+            total[0] = nats.item()
+        return totals
+
+    def metrics(self, totals: torch.Tensor) -> dict[str, float]:
+        """Nats per token and bits per character (the end symbol counts as one), of both kinds."""
+        metrics = {}
+        for suffix, (nats, tokens, characters) in zip(self._rows, totals.tolist(), strict=True):
+            metrics[f"validation/loss{suffix}"] = nats / tokens
+            metrics[f"{BITS_PER_CHAR}{suffix}"] = nats / math.log(2) / characters
+        return metrics

@@ -1,0 +1,56 @@
+"""A small prepared folder and models beside it."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from flash_experts.data.tokenizer import train_tokenizer
+
+from .helpers import FIRST, SECOND, tiny_model, write_data
+
+
+@pytest.fixture(scope="session")
+def names() -> dict[str, list[str]]:
+    """210 names in four splits."""
+    every = [f"{first} {second}" for first in FIRST for second in SECOND]
+    random.Random(0).shuffle(every)
+    return {
+        "train": every[:120],
+        "validation": every[120:150],
+        "test": every[150:180],
+        "test_iid": every[180:],
+    }
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory: pytest.TempPathFactory, names: dict[str, list[str]]) -> Path:
+    return write_data(tmp_path_factory.mktemp("data") / "mtg", names)
+
+
+@pytest.fixture(scope="session")
+def name_tokenizer(names: dict[str, list[str]]) -> PreTrainedTokenizerFast:
+    return train_tokenizer([" " + name for name in names["train"]], vocab_size=300)
+
+
+@pytest.fixture(scope="session")
+def model_dirs(
+    tmp_path_factory: pytest.TempPathFactory, name_tokenizer: PreTrainedTokenizerFast
+) -> list[Path]:
+    """Two models as training leaves them, one with a record of its training."""
+    folders = []
+    for seed, name in enumerate(("one", "two")):
+        folder = tmp_path_factory.mktemp("models") / name
+        tiny_model(name_tokenizer, seed).save_pretrained(folder)
+        name_tokenizer.save_pretrained(folder)
+        folders.append(folder)
+    lines = [
+        {"step": step, "tokens": 10 * step, "seconds": 0.5 * step, "loss": 5.0 - step} for step in (1, 2, 3)
+    ]
+    record = "".join(json.dumps(line) + "\n" for line in lines) + '{"step": 4, "lo'
+    (folders[0] / "metrics.jsonl").write_text(record, encoding="utf-8")
+    return folders

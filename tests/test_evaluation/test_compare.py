@@ -1,0 +1,155 @@
+"""Models side by side, and the report of it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from flash_experts.evaluation import compare, format_comparison, write_report
+from flash_experts.evaluation.compare import ComparisonResult, PromptNames, read_curve, unique_labels
+from flash_experts.evaluation.report import render_report
+from flash_experts.evaluation.tables import Table
+
+
+@pytest.fixture(scope="module")
+def result(model_dirs: list[Path], data_dir: Path) -> ComparisonResult:
+    return compare([*model_dirs, "ngram"], data_dir, samples=10, seed=1)
+
+
+def test_each_pair_is_compared_on_each_set(result: ComparisonResult) -> None:
+    pairs = {(d.first, d.second, d.split, d.conditional) for d in result.differences}
+    assert len(pairs) == len(result.differences) == 2 * (3 + 1)  # three pairs, one of which takes attributes
+    assert ("one", "two", "test", True) in pairs
+    assert ("one", "ngram", "test", True) not in pairs
+    for difference in result.differences:
+        if difference.second == "ngram":  # random weights against letter statistics
+            assert difference.significant and difference.bits.low > 0
+
+
+def test_difference_is_that_of_the_figures(result: ComparisonResult) -> None:
+    figures = {model.label: model.splits["test"].unconditional.value for model in result.models}
+    difference = next(d for d in result.differences if d.split == "test" and not d.conditional)
+    assert difference.bits.value == pytest.approx(figures[difference.first] - figures[difference.second])
+
+
+def test_names_side_by_side(result: ComparisonResult) -> None:
+    nothing_given = result.prompts[0]
+    assert nothing_given.prompt == "nothing given"
+    assert all(nothing_given.names[label] for label in ("one", "two", "ngram"))
+    assert all(not prompt.names["ngram"] for prompt in result.prompts[1:])
+    assert any(prompt.names["one"] != prompt.names["two"] for prompt in result.prompts)
+
+
+def test_curves_skip_a_line_cut_short(result: ComparisonResult) -> None:
+    assert list(result.curves) == ["one"]
+    assert [(point.step, point.seconds, point.train_loss) for point in result.curves["one"]] == [
+        (1, 0.5, 4.0),
+        (2, 1.0, 3.0),
+        (3, 1.5, 2.0),
+    ]
+
+
+def test_a_step_repeated_after_a_resume_counts_once(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    lines = [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.9}, {"step": 2, "loss": 2.5}, [1], {"note": "x"}]
+    path.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    assert [(point.step, point.train_loss) for point in read_curve(path)] == [(1, 3.0), (2, 2.5)]
+    assert read_curve(tmp_path / "absent.jsonl") == []
+
+
+def test_json_is_plain(result: ComparisonResult) -> None:
+    plain = json.loads(json.dumps(result.to_json(), allow_nan=False))
+    assert [model["label"] for model in plain["models"]] == ["one", "two", "ngram"]
+    assert len(plain["differences"]) == len(result.differences)
+
+
+@pytest.mark.parametrize("rich_there", [True, False])
+def test_table_for_the_terminal(
+    result: ComparisonResult, monkeypatch: pytest.MonkeyPatch, rich_there: bool
+) -> None:
+    if not rich_there:
+        monkeypatch.setattr("flash_experts.evaluation.tables.find_spec", lambda name: None)
+    text = format_comparison(result, width=160)
+    for label in ("one", "two", "ngram", "real held-out names"):
+        assert label in text
+    for model in result.models:
+        assert f"{model.splits['test_iid'].unconditional.value:.3f}" in text
+
+
+def test_text_of_a_table_is_not_taken_for_markup() -> None:
+    table = Table("t [bold]", ("a", "b"), (("[red]x[/red]", "1"),))
+    assert "[red]x[/red]" in table.to_text()
+
+
+def test_labels_tell_models_apart() -> None:
+    assert unique_labels(["runs/a", "runs/b", "ngram"]) == ["a", "b", "ngram"]
+    assert unique_labels(["x/best", "y/best", "z"]) == ["x/best", "y/best", "z"]
+    assert unique_labels(["best", "y/best"]) == ["best", "y/best"]
+    with pytest.raises(ValueError, match="given twice"):
+        unique_labels(["a", "a/"])
+
+
+def test_nothing_to_compare(data_dir: Path) -> None:
+    with pytest.raises(ValueError, match="nothing to compare"):
+        compare([], data_dir)
+
+
+class Page(HTMLParser):
+    """Collects the tags, their addresses and the text of a page."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.addresses: list[str] = []
+        self.text = ""
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.addresses += [
+            value or "" for name, value in attrs if name in ("src", "href", "xlink:href", "action")
+        ]
+        assert not any(name.startswith("on") for name, _ in attrs)
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_report_escapes_what_models_say(result: ComparisonResult) -> None:
+    pytest.importorskip("matplotlib")
+    evil = '<script>alert(1)</script> & "$x$" <img src=http://a.b/c>'
+    models = tuple(replace(model, label=f"{evil}{index}") for index, model in enumerate(result.models))
+    labels = [model.label for model in models]
+    hostile = replace(
+        result,
+        models=models,
+        prompts=(PromptNames(evil, {label: [evil] for label in labels}),),
+        curves={labels[0]: result.curves["one"]},
+    )
+    page = Page(render_report(hostile, title=evil))
+    assert "script" not in page.tags and "img" not in page.tags
+    assert page.text.count("<script>alert(1)</script>") > 5
+
+
+def test_report_stands_alone(result: ComparisonResult, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    path = write_report(result, tmp_path / "out" / "report.html")
+    page = Page(path.read_text(encoding="utf-8"))
+    assert all(address.startswith("#") for address in page.addresses)
+    assert page.tags.count("svg") == 2
+    assert "nothing given" in page.text
+    assert [file.name for file in path.parent.iterdir()] == ["report.html"]  # no temporary file stays
+    for name in result.prompts[0].names["two"]:
+        assert name in page.text
+    assert render_report(result) == render_report(result)
+
+
+def test_report_that_cannot_be_written(result: ComparisonResult, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="cannot write the report"):
+        write_report(result, tmp_path / "file" / "report.html")

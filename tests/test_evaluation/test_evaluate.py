@@ -1,0 +1,242 @@
+"""Evaluation of whole models on a small prepared folder."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from flash_experts.data.prompts import Attributes
+from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
+
+from flash_experts.data.packing import encode_names
+from flash_experts.evaluation import evaluate, evaluate_names, format_evaluation, read_names
+from flash_experts.evaluation.evaluate import HeldOut
+from flash_experts.evaluation.novelty import Reference
+from flash_experts.evaluation.scorers import LanguageModel, parameter_counts
+from flash_experts.models.moe import GPT2MoEForCausalLM
+
+from .helpers import tiny_model, write_data
+
+
+@pytest.fixture
+def model(name_tokenizer: PreTrainedTokenizerFast) -> GPT2LMHeadModel:
+    return tiny_model(name_tokenizer, seed=0)
+
+
+@pytest.fixture
+def told(names: dict[str, list[str]]) -> list[Attributes]:
+    return [Attributes(types=("Creature",), colors=("R",))] * len(names["test"])
+
+
+def test_a_uniform_model_needs_log2_of_the_vocabulary_per_token(
+    name_tokenizer: PreTrainedTokenizerFast, data_dir: Path, names: dict[str, list[str]]
+) -> None:
+    model = tiny_model(name_tokenizer, seed=0)
+    with torch.no_grad():
+        model.transformer.wte.weight.zero_()  # tied to the head: every logit is zero
+    result = evaluate(model, data_dir, ("test",), samples=0, tokenizer=name_tokenizer)
+    encoded = encode_names(names["test"], [Attributes()] * len(names["test"]), name_tokenizer)
+    tokens = sum(len(name.ids) - name.prompt_length for name in encoded)
+    characters = sum(len(name) + 1 for name in names["test"])
+    expected = tokens * math.log2(len(name_tokenizer)) / characters
+    figures = result.splits["test"]
+    assert figures.unconditional.value == pytest.approx(expected, rel=1e-6)
+    # It cannot listen to its prompt either.
+    assert figures.control is not None
+    assert figures.control.value == pytest.approx(0.0, abs=1e-6)
+
+
+def test_figures_do_not_depend_on_how_names_are_packed(
+    model: GPT2LMHeadModel,
+    name_tokenizer: PreTrainedTokenizerFast,
+    names: dict[str, list[str]],
+    told: list[Attributes],
+) -> None:
+    scorer = LanguageModel(model, name_tokenizer, "tiny")
+    one_row = scorer.nats(names["test"], told)
+    one_each = scorer.nats(names["test"], told, tokens_per_batch=1)
+    np.testing.assert_allclose(one_each, one_row, rtol=1e-5)
+
+
+def test_scoring_is_teacher_forcing_with_the_model_itself(
+    model: GPT2LMHeadModel, name_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """Against transformers' own loss on the plain text, one name at a time."""
+    scorer = LanguageModel(model, name_tokenizer, "tiny")
+    for name in ("Goblin Guide", "Zx"):
+        encoded = encode_names([name], [Attributes()], name_tokenizer)[0]
+        ids = torch.tensor([encoded.ids])
+        labels = ids.clone()
+        labels[:, : encoded.prompt_length] = -100
+        with torch.no_grad():
+            loss = model(ids, labels=labels).loss
+        nats = loss.item() * (len(encoded.ids) - encoded.prompt_length)
+        assert scorer.nats([name], [Attributes()])[0] == pytest.approx(nats, rel=1e-5)
+
+
+def test_scoring_leaves_the_model_as_it_was(
+    model: GPT2LMHeadModel, name_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    model.train()
+    attention = model.config._attn_implementation
+    LanguageModel(model, name_tokenizer, "tiny").nats(["Goblin"], [Attributes()])
+    assert model.training
+    assert model.config._attn_implementation == attention
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_dropout_plays_no_part(name_tokenizer: PreTrainedTokenizerFast) -> None:
+    model = tiny_model(name_tokenizer, seed=0).train()
+    scorer = LanguageModel(model, name_tokenizer, "tiny")
+    assert scorer.nats(["Goblin"], [Attributes()]) == scorer.nats(["Goblin"], [Attributes()])
+
+
+def test_only_the_experts_that_a_token_is_sent_to_are_active(dense: GPT2LMHeadModel) -> None:
+    moe = GPT2MoEForCausalLM.from_dense(dense, num_experts=8, num_experts_per_tok=2, moe_layer_freq=2)
+    dense_size, size = parameter_counts(dense), parameter_counts(moe)
+    assert dense_size.total == dense_size.active
+    width, hidden, layers = 32, 4 * 32, 2
+    expert = width * hidden + hidden + hidden * width + width
+    router = 8 * width
+    assert size.total == dense_size.total + layers * (7 * expert + router)
+    assert size.active == dense_size.total + layers * (expert + router)
+
+
+def test_a_copy_of_the_training_set_is_caught(data_dir: Path, names: dict[str, list[str]]) -> None:
+    reference = Reference.load(data_dir)
+    copied = reference.figures(names["train"])
+    assert copied.known is not None and copied.known.value == 1.0
+    assert copied.in_train.value == 1.0
+    assert copied.memorized is None  # no held-out name to hold it against
+    both = reference.figures(names["train"] + names["test"][:6])
+    assert both.memorized == pytest.approx(1.0 / (6 / 90))
+    fresh = reference.figures(["Umbral Choir", "Kelp Regent"])
+    assert fresh.known is not None and fresh.known.value == 0.0
+    assert fresh.words.unseen_share == 1.0
+
+
+def test_a_model_as_likely_to_hit_held_out_names_as_training_names_memorizes_nothing(
+    data_dir: Path, names: dict[str, list[str]]
+) -> None:
+    half = [*names["train"][:60], *names["test"][:15], *names["test_iid"][:15], *names["validation"][:15]]
+    assert Reference.load(data_dir).figures(half).memorized == pytest.approx(1.0)
+
+
+def test_spelling_does_not_hide_a_copy(data_dir: Path, names: dict[str, list[str]]) -> None:
+    shouted = Reference.load(data_dir).figures([names["train"][0].upper()])
+    assert shouted.in_train.value == 1.0
+
+
+def test_result_is_whole_and_plain(model_dirs: list[Path], data_dir: Path) -> None:
+    result = evaluate(model_dirs[0], data_dir, samples=20, seed=1)
+    plain = json.loads(json.dumps(result.to_json(), allow_nan=False))
+    assert plain["label"] == "one"
+    assert set(plain["splits"]) == {"test_iid", "test"}
+    assert plain["splits"]["test"]["names"] == 30
+    assert plain["samples"]["names"] == 20
+    assert "nats" not in plain
+    assert plain["real"]["in_train"]["value"] == 0.0
+    assert result.size.total == result.size.active > 0
+    text = format_evaluation(result)
+    for wanted in (
+        "one",
+        "test_iid",
+        "Creature",
+        "multicolor",
+        f"{result.splits['test'].unconditional.value:.3f}",
+    ):
+        assert wanted in text
+
+
+def test_the_same_seed_gives_the_same_result(model_dirs: list[Path], data_dir: Path) -> None:
+    first, again, other = (evaluate(model_dirs[0], data_dir, ("test",), samples=5, seed=s) for s in (1, 1, 2))
+    assert first.examples == again.examples != other.examples
+    assert first.splits == again.splits
+    assert first.splits["test"].unconditional == other.splits["test"].unconditional
+
+
+def test_control_is_what_shuffled_attributes_cost(
+    tmp_path: Path, name_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """A model trained for a moment on names that follow from their attributes listens to them."""
+    names = [("Goblin", "Bolt", "Blade")[index % 3] for index in range(60)]
+    folder = write_data(
+        tmp_path / "mtg", {split: names for split in ("train", "validation", "test", "test_iid")}
+    )
+    model = tiny_model(name_tokenizer, seed=0)
+    held_out = HeldOut.load(folder, ("test",))
+    cards = held_out.splits["test"]
+    encoded = encode_names(names, [Attributes.of(card) for card in cards], name_tokenizer)
+    longest = max(len(name.ids) for name in encoded)
+    pad = name_tokenizer.pad_token_id
+    ids = torch.tensor([[*name.ids, *[pad] * (longest - len(name.ids))] for name in encoded])
+    labels = torch.full_like(ids, -100)
+    for row, name in enumerate(encoded):
+        labels[row, name.prompt_length : len(name.ids)] = ids[row, name.prompt_length : len(name.ids)]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(30):
+        model(ids, labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    figures = evaluate(model, folder, ("test",), samples=0, tokenizer=name_tokenizer).splits["test"]
+    assert figures.control is not None and figures.conditional is not None and figures.shuffled is not None
+    assert figures.control.low > 0.5
+    assert figures.control.value == pytest.approx(figures.shuffled.value - figures.conditional.value)
+
+
+def test_the_baseline_is_a_model_like_others(data_dir: Path) -> None:
+    result = evaluate("ngram", data_dir, samples=50)
+    figures = result.splits["test"]
+    assert 0 < figures.unconditional.value < 2.5
+    assert figures.conditional is None and figures.control is None
+    assert result.samples is not None and result.samples.names == 50
+
+
+def test_max_names_takes_the_same_names_each_time(data_dir: Path) -> None:
+    first, again = (HeldOut.load(data_dir, ("test",), max_names=7, seed=3).splits["test"] for _ in range(2))
+    assert first == again and len(first) == 7
+
+
+def test_names_of_a_file(tmp_path: Path, model_dirs: list[Path]) -> None:
+    path = tmp_path / "names.txt"
+    path.write_text("\ufeffGoblin Guide\r\n\r\n  Jötun Grunt \r\n", encoding="utf-8")
+    names = read_names(path)
+    assert names == ["Goblin Guide", "Jötun Grunt"]
+    result = evaluate_names(names, model_dirs[0])
+    characters = np.array([13, 12])
+    weighted = float(np.array(result.bits_of_each) @ characters / characters.sum())
+    assert result.bits.value == pytest.approx(weighted)
+    assert json.loads(json.dumps(result.to_json()))["names"] == names
+
+
+def test_bad_input_is_one_line_that_says_what_to_do(
+    tmp_path: Path, model_dirs: list[Path], data_dir: Path, names: dict[str, list[str]]
+) -> None:
+    empty = tmp_path / "empty.txt"
+    empty.write_text("\n \n", encoding="utf-8")
+    binary = tmp_path / "binary.txt"
+    binary.write_bytes(b"\xff\xfe\x00")
+    hollow = write_data(tmp_path / "hollow", {**names, "test": []})
+    cases = [
+        (lambda: evaluate(model_dirs[0], tmp_path / "nowhere"), "flash-experts prepare"),
+        (lambda: evaluate(tmp_path / "no-model", data_dir), "no-model"),
+        (lambda: evaluate(model_dirs[0], hollow), "holds no name"),
+        (lambda: read_names(empty), "holds no name"),
+        (lambda: read_names(binary), "UTF-8"),
+        (lambda: read_names(tmp_path / "absent.txt"), "absent.txt"),
+        (lambda: evaluate_names([], model_dirs[0]), "no names"),
+        (lambda: evaluate_names(["x" * 500], model_dirs[0]), "context has 64"),
+    ]
+    for act, wanted in cases:
+        with pytest.raises(ValueError, match=wanted) as caught:
+            act()
+        assert "\n" not in str(caught.value)
+
+
+def test_a_model_without_its_tokenizer_is_refused(model: GPT2LMHeadModel, data_dir: Path) -> None:
+    with pytest.raises(ValueError, match="tokenizer="):
+        evaluate(model, data_dir)

@@ -1,0 +1,160 @@
+"""Each metric on numbers worked by hand."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flash_experts.evaluation import metrics
+
+from .helpers import make_card
+
+
+def test_bits_per_character_weighs_names_by_their_length() -> None:
+    # 4 bits for 2 characters and 2 bits for 8: 0.6 in all, not the mean of 2 and 0.25.
+    nats = [4 * math.log(2), 2 * math.log(2)]
+    assert metrics.bits_per_character(nats, [2, 8]) == pytest.approx(0.6)
+
+
+@pytest.mark.parametrize(
+    "measure",
+    [
+        lambda: metrics.bits_per_character([], []),
+        lambda: metrics.bits_estimate([], []),
+        lambda: metrics.share([]),
+        lambda: metrics.distinct_share([]),
+        lambda: metrics.exact_known_rate([], {"a"}),
+        lambda: metrics.length_divergence([], ["a"]),
+        lambda: metrics.word_count_divergence(["a"], []),
+    ],
+)
+def test_no_names_is_an_error(measure) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(ValueError, match="no names"):
+        measure()
+
+
+def test_bootstrap_interval_is_that_of_the_normal_approximation() -> None:
+    rng = np.random.default_rng(1)
+    values = rng.normal(2.0, 0.5, size=2000)
+    estimate = metrics.ratio_of_sums(values, np.ones(2000), resamples=4000)
+    error = 1.96 * values.std() / math.sqrt(2000)
+    assert estimate.value == pytest.approx(values.mean())
+    assert estimate.high - estimate.value == pytest.approx(error, rel=0.1)
+    assert estimate.value - estimate.low == pytest.approx(error, rel=0.1)
+
+
+def test_bootstrap_interval_covers_the_truth_about_95_times_in_100() -> None:
+    rng = np.random.default_rng(2)
+    covered = 0
+    for _ in range(200):
+        characters = rng.integers(5, 20, size=150)
+        nats = characters * math.log(2) * 2.0 + rng.normal(0, 3, size=150)  # two bits per character
+        estimate = metrics.bits_estimate(nats, characters)
+        covered += estimate.low <= 2.0 <= estimate.high
+    assert 180 <= covered <= 199
+
+
+def test_the_same_seed_gives_the_same_interval() -> None:
+    values = np.arange(50.0)
+    first, again, other = (metrics.ratio_of_sums(values, np.ones(50), seed=seed) for seed in (3, 3, 4))
+    assert first == again
+    assert first != other
+
+
+def test_paired_bootstrap_sees_a_difference_that_two_intervals_hide() -> None:
+    rng = np.random.default_rng(5)
+    hard = rng.normal(30, 10, size=300)  # names differ far more than the models do
+    characters = np.full(300, 15.0)
+    first, second = hard, hard + 0.5 + rng.normal(0, 1, size=300)
+    apart = [metrics.bits_estimate(nats, characters) for nats in (first, second)]
+    assert apart[0].high > apart[1].low  # the intervals overlap
+    difference = metrics.paired_bits_difference(first, second, characters)
+    assert difference.excludes_zero
+    assert difference.value == pytest.approx(apart[0].value - apart[1].value)
+
+
+def test_paired_bootstrap_finds_nothing_between_equals() -> None:
+    rng = np.random.default_rng(6)
+    hard = rng.normal(30, 10, size=300)
+    noise = rng.normal(0, 1, size=300)
+    difference = metrics.paired_bits_difference(hard, hard + noise - noise.mean(), np.full(300, 15.0))
+    assert not difference.excludes_zero
+
+
+def test_share_of_none_and_all_keeps_an_interval() -> None:
+    none, every = metrics.share([False] * 10), metrics.share([True] * 10)
+    assert (none.value, none.low) == (0.0, 0.0)
+    assert none.high == pytest.approx(0.2775, abs=1e-3)  # Wilson: 0 of 10
+    assert (every.value, every.high) == (1.0, 1.0)
+    assert every.low == pytest.approx(1 - none.high)
+
+
+def test_known_and_distinct() -> None:
+    assert metrics.exact_known_rate(["a", "b", "a", "c"], {"a"}).value == 0.5
+    assert metrics.distinct_share(["a", "b", "a", "c"]) == 0.75
+
+
+def test_near_duplicates_are_at_most_a_fifth_of_the_letters_away() -> None:
+    pytest.importorskip("rapidfuzz")
+    known = ["goblinguide", "abcde"]
+    near = metrics.near_duplicates(["goblinguide", "goblinguild", "abcdx", "abcxx", "goblinking"], known)
+    assert near is not None
+    # one edit in eleven, one in five (exactly 0.2), two in five, four in eleven
+    assert near.tolist() == [True, True, True, False, False]
+
+
+def test_near_duplicates_are_not_measured_without_rapidfuzz(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics, "find_spec", lambda name: None)
+    assert metrics.near_duplicates(["a"], ["a"]) is None
+
+
+def test_words_keep_apostrophes_accents_and_hyphens() -> None:
+    assert metrics.words("Lim-Dûl’s Vault, the 2nd") == ["lim-dûl's", "vault", "the", "2nd"]
+
+
+def test_word_figures() -> None:
+    figures = metrics.word_figures(["Goblin King", "Goblin Zorp"], {"goblin", "king"})
+    assert figures == metrics.WordFigures(total=4, distinct=3, unseen_share=0.25)
+
+
+def test_jensen_shannon_on_worked_histograms() -> None:
+    assert metrics.jensen_shannon({1: 2, 2: 2}, {1: 5, 2: 5}) == pytest.approx(0.0)
+    assert metrics.jensen_shannon({1: 3}, {2: 9}) == pytest.approx(1.0)
+    # P = (1, 0), Q = (1/2, 1/2): H(3/4, 1/4) - H(Q) / 2
+    entropy = -(0.75 * math.log2(0.75) + 0.25 * math.log2(0.25))
+    assert metrics.jensen_shannon({1: 1}, {1: 1, 2: 1}) == pytest.approx(entropy - 0.5)
+
+
+@given(*[st.dictionaries(st.integers(0, 9), st.integers(1, 50), min_size=1) for _ in range(2)])
+def test_jensen_shannon_is_symmetric_and_between_0_and_1(
+    first: dict[int, int], second: dict[int, int]
+) -> None:
+    divergence = metrics.jensen_shannon(first, second)
+    assert divergence == pytest.approx(metrics.jensen_shannon(second, first))
+    assert -1e-12 <= divergence <= 1 + 1e-12
+
+
+def test_length_and_word_divergence() -> None:
+    assert metrics.length_divergence(["ab", "cd"], ["xy"]) == 0.0
+    assert metrics.word_count_divergence(["a b"], ["a b c"]) == 1.0
+
+
+def test_bits_by_group_puts_a_card_in_each_of_its_types() -> None:
+    cards = [make_card("a", 0), make_card("b", 1), make_card("c", 2)]  # creature, instant, artifact creature
+    nats = np.array([1.0, 2.0, 4.0]) * math.log(2)
+    groups = metrics.bits_by_group(nats, [1, 1, 2], cards, metrics.types_of)
+    assert {name: (group.names, group.bits.value) for name, group in groups.items()} == {
+        "Creature": (2, pytest.approx(5 / 3)),
+        "Artifact": (1, pytest.approx(2.0)),
+        "Instant": (1, pytest.approx(2.0)),
+    }
+    assert next(iter(groups)) == "Creature"
+    assert set(metrics.bits_by_group(nats, [1, 1, 2], cards, metrics.colors_of)) == {
+        "colorless",
+        "R",
+        "multicolor",
+    }

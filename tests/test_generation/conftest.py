@@ -1,0 +1,75 @@
+"""Models that want to say something definite, for tests of what they are kept from saying."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerFast
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from flash_experts.generation import NameVocabulary
+
+
+class Parrot(PreTrainedModel):
+    """Says given names and nothing else, as long as the tokens so far are the beginning of one.
+
+    Its cache holds the token ids themselves, so that cutting, repeating and selecting rows is put to the test too.
+    """
+
+    config_class = GPT2Config
+
+    def __init__(self, config: GPT2Config, prompt_length: int, scripts: Sequence[Sequence[int]]) -> None:
+        super().__init__(config)
+        self.prompt_length = prompt_length
+        self.next_tokens: dict[tuple[int, ...], set[int]] = {}
+        for script in scripts:
+            for place, token in enumerate(script):
+                self.next_tokens.setdefault(tuple(script[:place]), set()).add(token)
+        generator = torch.Generator().manual_seed(0)
+        noise = torch.randn(config.vocab_size, generator=generator)
+        noise[config.eos_token_id] = 2.0  # off its script it soon ends
+        self.noise = torch.nn.Parameter(noise)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        past_key_values: DynamicCache,
+        attention_mask: torch.Tensor | None = None,
+        use_cache: bool = True,
+        logits_to_keep: int = 1,
+    ) -> CausalLMOutputWithPast:
+        history, _ = past_key_values.update(input_ids[:, None, :, None].double(), input_ids[:, None, :, None].double(), 0)
+        logits = self.noise.repeat(len(input_ids), 1)
+        for row, ids in enumerate(history[:, 0, self.prompt_length :, 0].long().tolist()):
+            for token in self.next_tokens.get(tuple(ids), ()):
+                logits[row, token] += 12.0
+        return CausalLMOutputWithPast(logits=logits[:, None], past_key_values=past_key_values)
+
+
+@pytest.fixture
+def vocabulary(tokenizer: PreTrainedTokenizerFast) -> NameVocabulary:
+    return NameVocabulary(tokenizer)
+
+
+@pytest.fixture
+def parrot(tokenizer: PreTrainedTokenizerFast) -> Callable[..., Parrot]:
+    """Makes a model that says these texts after the prompt ":"."""
+
+    def make(names: Sequence[str]) -> Parrot:
+        config = GPT2Config(vocab_size=len(tokenizer), n_positions=128, n_layer=1, eos_token_id=tokenizer.eos_token_id)
+        scripts = [
+            [*tokenizer(" " + name, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id] for name in names
+        ]
+        return Parrot(config, prompt_length=2, scripts=scripts)
+
+    return make
+
+
+@pytest.fixture
+def model(dense: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast) -> GPT2LMHeadModel:
+    """The random GPT-2, a little more willing to end a name."""
+    with torch.no_grad():
+        dense.transformer.wte.weight.mul_(0.5)
+    return dense

@@ -1,0 +1,119 @@
+"""The decoding loop: same names in any company, the model's own probabilities, the model left as it was."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from flash_experts.generation.decoding import DecodedName, NameDecoder, evaluating
+from flash_experts.generation.presets import Sampling
+from flash_experts.models import GPT2MoEConfig, GPT2MoEForCausalLM
+
+END = 0
+
+
+def _tiny(kind: str, vocab_size: int = 40) -> torch.nn.Module:
+    torch.manual_seed(1)
+    sizes = {"vocab_size": vocab_size, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64}
+    ids = {"bos_token_id": END, "eos_token_id": END, "pad_token_id": END, "initializer_range": 0.5}
+    if kind == "dense":
+        return GPT2LMHeadModel(GPT2Config(**sizes, **ids)).eval()
+    return GPT2MoEForCausalLM(GPT2MoEConfig(**sizes, **ids, num_experts=4, num_experts_per_tok=2)).eval()
+
+
+def _decode(model: torch.nn.Module, indices: range, sampling: Sampling, steps: int = 30) -> list[DecodedName]:
+    with torch.no_grad():
+        return NameDecoder(model, [END, 5, 9], END, sampling, [], steps, seed=3).decode(indices)
+
+
+@pytest.mark.parametrize("kind", ["dense", "moe"])
+def test_log_prob_is_that_of_a_forward_without_cache(kind: str) -> None:
+    model = _tiny(kind)
+    for name in _decode(model, range(25), Sampling(temperature=0.8, top_k=10)):
+        ids = torch.tensor([[END, 5, 9, *name.ids, END]])
+        with torch.no_grad():
+            log_probs = model(ids[:, :-1], use_cache=False).logits.log_softmax(dim=-1)
+        each = log_probs[0, 2:].gather(1, ids[0, 3:, None])[:, 0]
+        expected = each.sum() if name.is_whole else each[:-1].sum()
+        assert name.log_prob == pytest.approx(float(expected), abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["dense", "moe"])
+def test_a_name_is_the_same_in_any_company(kind: str) -> None:
+    model = _tiny(kind)
+    sampling = Sampling(0.9, top_k=20, top_p=0.95, repetition_penalty=1.2)
+    together = _decode(model, range(30), sampling)
+    for size in (1, 4, 13):
+        apart = [name for start in range(0, 30, size) for name in _decode(
+            model, range(start, min(start + size, 30)), sampling)]  # fmt: skip
+        assert [name.ids for name in apart] == [name.ids for name in together]
+        assert [name.log_prob for name in apart] == pytest.approx([name.log_prob for name in together], abs=1e-4)
+
+
+def test_names_follow_the_models_distribution() -> None:
+    """All names of up to three tokens of a vocabulary of five, against their exact probabilities."""
+    model = _tiny("dense", vocab_size=10)
+    num_names, steps = 6_000, 3
+    names = _decode(model, range(num_names), Sampling(), steps)
+    counts: dict[tuple[int, ...], int] = {}
+    for name in names:
+        outcome = (*name.ids, END) if name.is_whole else name.ids
+        counts[outcome] = counts.get(outcome, 0) + 1
+
+    outcomes = [
+        (*body, END) for length in range(steps) for body in product(range(1, 10), repeat=length)
+    ] + list(product(range(1, 10), repeat=steps))  # fmt: skip
+    probability = {outcome: _probability(model, outcome) for outcome in outcomes}
+    assert sum(probability.values()) == pytest.approx(1, abs=1e-4)
+
+    common = [outcome for outcome in outcomes if probability[outcome] * num_names > 8]
+    rest = num_names - sum(counts.get(outcome, 0) for outcome in common)
+    expected_rest = num_names * (1 - sum(probability[outcome] for outcome in common))
+    chi_squared = (rest - expected_rest) ** 2 / expected_rest + sum(
+        (counts.get(outcome, 0) - num_names * probability[outcome]) ** 2 / (num_names * probability[outcome])
+        for outcome in common
+    )
+    freedom = len(common)
+    assert freedom > 20
+    assert chi_squared < freedom + 4 * (2 * freedom) ** 0.5  # four standard deviations
+
+
+def _probability(model: torch.nn.Module, outcome: tuple[int, ...]) -> float:
+    ids = torch.tensor([[END, 5, 9, *outcome]])
+    with torch.no_grad():
+        log_probs = model(ids[:, :-1]).logits.log_softmax(dim=-1)
+    return float(log_probs[0, 2:].gather(1, ids[0, 3:, None]).sum().exp())
+
+
+def test_repetition_penalty_leaves_the_prompt_and_the_end_alone() -> None:
+    """The end symbol is the begin symbol too: a penalty on the prompt's tokens would make names longer."""
+    model = _tiny("dense")
+    strong = _decode(model, range(40), Sampling(repetition_penalty=1e6), steps=12)
+    first_of = {name.index: (*name.ids, END)[0] for name in strong}
+    plain = {name.index: (*name.ids, END)[0] for name in _decode(model, range(40), Sampling(), steps=12)}
+    assert first_of == plain
+    assert len({name.ids for name in strong} - {name.ids for name in _decode(model, range(40), Sampling(), 12)}) > 0
+
+
+def test_finished_rows_leave_the_batch() -> None:
+    model = _tiny("dense")
+    rows: list[int] = []
+    model.register_forward_hook(lambda module, args, output: rows.append(len(args[0])))
+    names = _decode(model, range(50), Sampling())
+    assert rows[0] == 1  # the prompt, once
+    lengths = [len(name.ids) for name in names]
+    assert rows[1:] == [sum(length > step for length in lengths) for step in range(max(lengths))][: len(rows) - 1]
+
+
+def test_evaluating_restores_each_modules_mode() -> None:
+    model = _tiny("dense")
+    model.train()
+    model.transformer.h[0].eval()  # a frozen part
+    before = [module.training for module in model.modules()]
+    with pytest.raises(RuntimeError, match="inside"), evaluating(model):
+        assert not any(module.training for module in model.modules())
+        raise RuntimeError("inside")
+    assert [module.training for module in model.modules()] == before

@@ -1,0 +1,55 @@
+"""Formatting: what is right stays, what is wrong is put right once and for all."""
+
+from __future__ import annotations
+
+import unicodedata
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flash_experts.data.cards import known_names
+from flash_experts.generation import format_name
+
+_NAMES = st.text(st.sampled_from("abAZzé û,:;-'/.!?&\"’— of the123\u0301İßǆﬁ"), max_size=30) | st.text(max_size=20)
+
+
+@settings(max_examples=400, deadline=None)
+@given(_NAMES)
+def test_formatting_twice_changes_nothing_more(text: str) -> None:
+    once = format_name(text)
+    assert format_name(once) == once
+    assert "//" not in once
+    assert once == unicodedata.normalize("NFC", once)
+    assert once == " ".join(once.split())
+
+
+@pytest.mark.parametrize(
+    ("generated", "on_a_card"),
+    [
+        (" wrath  Of the reef ,tide-caller ", "Wrath of the Reef, Tide-caller"),
+        ("lim-Dûl’s Vault", "Lim-Dûl's Vault"),
+        ("Jo\u0308tun grunt", "Jötun Grunt"),
+        ("Fury Of THE north", "Fury of the North"),
+        ("Soldier on", "Soldier On"),
+        ("Starke en-Vec", "Starke en-Vec"),
+        ("Vault 7: the descent", "Vault 7: The Descent"),
+        ("aang, the last", "Aang, the Last"),
+        ("light 'em Up", "Light 'Em Up"),
+        ("Fire // Ice", "Fire"),
+        ("// Ice", "Ice"),
+        ("Goblin -", "Goblin"),
+        ("Kill! kill!", "Kill! Kill!"),
+        ("", ""),
+        (" , - ", ""),
+    ],
+)
+def test_examples(generated: str, on_a_card: str) -> None:
+    assert format_name(generated) == on_a_card
+
+
+def test_real_names_are_left_as_they_are() -> None:
+    names = known_names()
+    changed = [name for name in names if format_name(name) != name]
+    assert len(names) > 30_000
+    assert len(changed) / len(names) < 0.002, changed[:50]

@@ -1,0 +1,113 @@
+"""Sampling: transformers' own processors are the reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+from flash_experts.generation.presets import PRESETS, Sampling, sampling_of
+from flash_experts.generation.sampling import candidates, draw, noise
+
+
+def _by_transformers(scores: torch.Tensor, sampling: Sampling) -> torch.Tensor:
+    warpers = [TemperatureLogitsWarper(sampling.temperature)]
+    if sampling.top_k:
+        warpers.append(TopKLogitsWarper(sampling.top_k))
+    if sampling.top_p < 1:
+        warpers.append(TopPLogitsWarper(sampling.top_p))
+    if sampling.min_p:
+        warpers.append(MinPLogitsWarper(sampling.min_p))
+    for warper in warpers:
+        scores = warper(None, scores)
+    return scores.softmax(dim=-1)
+
+
+def _by_us(scores: torch.Tensor, sampling: Sampling) -> torch.Tensor:
+    probs, ids = candidates(scores, sampling)
+    probs = probs / probs.sum(dim=-1, keepdim=True)
+    return probs if ids is None else torch.zeros_like(scores).scatter(1, ids, probs)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 10_000),
+    vocab_size=st.sampled_from([7, 600, 1500]),
+    spread=st.sampled_from([0.3, 3.0]),  # so flat that 512 tokens do not reach p, and peaked
+    temperature=st.floats(0.3, 2.0),
+    top_k=st.sampled_from([0, 1, 5, 50, 5000]),
+    top_p=st.sampled_from([1.0, 0.99, 0.9, 0.3, 0.01]),
+    min_p=st.sampled_from([0.0, 0.05, 0.5, 1.0]),
+)
+def test_distribution_is_that_of_transformers(
+    seed: int, vocab_size: int, spread: float, temperature: float, top_k: int, top_p: float, min_p: float
+) -> None:
+    scores = spread * torch.randn(3, vocab_size, generator=torch.Generator().manual_seed(seed))
+    scores[0, : vocab_size // 2] = float("-inf")  # what filters leave
+    sampling = Sampling(temperature, top_k, top_p, min_p)
+
+    expected, got = _by_transformers(scores, sampling), _by_us(scores, sampling)
+
+    # A token whose cumulated probability is p to the last bit may fall on either side.
+    differing = (expected - got).abs().amax(dim=-1) > 1e-5
+    kept = (expected > 0).sum(dim=-1), (got > 0).sum(dim=-1)
+    assert all(abs(int(a - b)) <= 1 for a, b in zip(*kept, strict=True))
+    assert int(differing.sum()) <= int((kept[0] != kept[1]).sum())
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(top_k=4), Sampling(0.7, top_p=0.8), PRESETS["creative"]])
+def test_draws_follow_the_distribution(sampling: Sampling) -> None:
+    scores = torch.randn(1, 12, generator=torch.Generator().manual_seed(5))
+    num_draws = 20_000
+    uniform = noise(3, range(num_draws), 1)[:, 0]
+
+    tokens, dead = draw(scores.expand(num_draws, -1), uniform, sampling)
+
+    expected = _by_us(scores, sampling)[0] * num_draws
+    counts = tokens.bincount(minlength=12)
+    assert not dead.any()
+    assert counts[expected == 0].sum() == 0
+    possible = expected > 0
+    chi_squared = ((counts - expected)[possible] ** 2 / expected[possible]).sum()
+    assert chi_squared < 35  # 11 degrees of freedom at most: one in 4,000 by chance, and the seed is fixed
+
+
+def test_rows_without_a_token_are_reported_and_harm_no_other() -> None:
+    scores = torch.randn(3, 9)
+    scores[1] = float("-inf")
+    for sampling in (Sampling(), Sampling(top_k=3), Sampling(top_p=0.5, min_p=0.1)):
+        tokens, dead = draw(scores, torch.tensor([0.0, 0.5, 0.999999]), sampling)
+        assert dead.tolist() == [False, True, False]
+        assert ((tokens >= 0) & (tokens < 9)).all()
+
+
+def test_noise_of_a_name_depends_on_seed_and_index_alone() -> None:
+    together = noise(7, range(10), 5)
+    assert torch.equal(noise(7, range(4, 6), 5), together[4:6])
+    assert torch.equal(noise(7, range(10), 3), together[:, :3])
+    assert not torch.equal(noise(8, range(10), 5), together)
+    assert ((together >= 0) & (together < 1)).all()
+
+
+def test_explicit_settings_override_the_preset_and_none_does_not() -> None:
+    assert sampling_of("balanced", temperature=None, top_k=7) == Sampling(0.95, 7, 0.97)
+    assert sampling_of("creative", top_k=0, top_p=1.0, min_p=0.0, temperature=1.0) == Sampling()
+
+
+def test_unknown_preset_names_the_nearest() -> None:
+    with pytest.raises(ValueError, match=r"'balanced'"):
+        sampling_of("balance")
+    with pytest.raises(ValueError, match=r"conservative, balanced, creative"):
+        sampling_of("zzz")
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [("temperature", 0.0), ("temperature", float("nan")), ("top_k", -1), ("top_p", 0.0), ("top_p", 1.1),
+     ("min_p", -0.1), ("min_p", 1.1), ("repetition_penalty", 0.0)],
+)  # fmt: skip
+def test_settings_out_of_range_are_named(setting: str, value: float) -> None:
+    with pytest.raises(ValueError, match=setting):
+        sampling_of("balanced", **{setting: value})
