@@ -25,7 +25,7 @@ class _Parser(ArgumentParser):
     """One-line errors with the nearest name, and options spelled with dashes."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        text = " ".join(str(message).split())
+        text = " ".join(str(message).split()).replace("Parser key", "option")
         unknown = re.search(r"does not accept (?:option|key) '([^']+)'|unrecognized arguments?: --(\S+)", text)
         wrong = next(filter(None, unknown.groups()), "") if unknown else ""
         choice = re.search(r"invalid choice: '([^']+)' \(choose from (.*)\)", text)
@@ -80,19 +80,31 @@ def upcycle(args: Namespace) -> None:
 
 def train(args: Namespace) -> None:
     """Train or fine-tune on the prepared names, into models/RUN. Started again, it goes on."""
-    from flash_experts.data.prepare import load_split
+    from dataclasses import asdict, replace
+
+    from flash_experts.data.prepare import load_meta, load_split
     from flash_experts.samples import SampleNames
     from flash_experts.training.build import build_model
     from flash_experts.training.trainer import Trainer
 
-    args.training.validate()
+    config = args.training if args.seed is None else replace(args.training, seed=args.seed)
+    config.validate()
     cards = {split: load_split(args.data, split) for split in ("train", "validation")}
-    model, tokenizer = build_model(args.base, args.model, cards["train"], args.training.seed)
+    model, tokenizer = build_model(args.base, args.model, cards["train"], config.seed)
     trainer = Trainer(
-        model, tokenizer, cards["train"], cards["validation"], args.training, callbacks=[SampleNames(cards)]
+        model,
+        tokenizer,
+        cards["train"],
+        cards["validation"],
+        config,
+        callbacks=[SampleNames(cards)],
+        data_info=load_meta(args.data),
     )
     result = trainer.train(resume=args.resume)
-    _print_result(args, result.to_json(), str(result))
+    if args.json:
+        print(json.dumps(asdict(result), default=str, indent=2))
+    if result.interrupted:
+        raise KeyboardInterrupt
 
 
 def evaluate(args: Namespace) -> None:

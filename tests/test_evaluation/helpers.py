@@ -6,13 +6,14 @@ import json
 from pathlib import Path
 
 import torch
-from flash_experts.data.cards import Card
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
+from flash_experts.data.cards import Card
+
 FIRST = (
-    ["Goblin", "Elvish", "Angelic", "Dark", "Shivan", "Serra", "Crystal", "Thorn", "Ember", "Storm", "Grave", "Silver", "Iron", "Vile", "Gilded"]
-)
-SECOND = ["Guide", "Dragon", "Ritual", "Angel", "Bolt", "Herald", "Keeper", "Blade", "Shaman", "Oracle", "Growth", "Warden", "Thief", "Rider"]
+    "Goblin Elvish Angelic Dark Shivan Serra Crystal Thorn Ember Storm Grave Silver Iron Vile Gilded"
+).split()
+SECOND = "Guide Dragon Ritual Angel Bolt Herald Keeper Blade Shaman Oracle Growth Warden Thief Rider".split()
 
 
 def make_card(name: str, index: int = 0) -> Card:

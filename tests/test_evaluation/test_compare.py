@@ -61,6 +61,21 @@ def test_a_step_repeated_after_a_resume_counts_once(tmp_path: Path) -> None:
     assert read_curve(tmp_path / "absent.jsonl") == []
 
 
+def test_validation_is_placed_in_time_between_the_lines_around_it(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    lines = [
+        {"event": "train", "step": 10, "seconds": 5.0, "loss": 3.0},
+        {"event": "validation", "step": 5, "validation/bits_per_char": 3.5},
+        {"event": "validation", "step": 10, "validation/bits_per_char": 2.5},
+        {"event": "validation", "step": 12, "validation/bits_per_char": 2.4},
+    ]
+    path.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    points = [
+        (point.step, point.seconds, point.train_loss, point.validation_bits) for point in read_curve(path)
+    ]
+    assert points == [(5, 2.5, None, 3.5), (10, 5.0, 3.0, 2.5), (12, None, None, 2.4)]
+
+
 def test_json_is_plain(result: ComparisonResult) -> None:
     plain = json.loads(json.dumps(result.to_json(), allow_nan=False))
     assert [model["label"] for model in plain["models"]] == ["one", "two", "ngram"]
@@ -74,7 +89,7 @@ def test_table_for_the_terminal(
     if not rich_there:
         monkeypatch.setattr("flash_experts.evaluation.tables.find_spec", lambda name: None)
     text = format_comparison(result, width=160)
-    for label in ("one", "two", "ngram", "real held-out names"):
+    for label in ("one", "two", "ngram", "real names"):
         assert label in text
     for model in result.models:
         assert f"{model.splits['test_iid'].unconditional.value:.3f}" in text

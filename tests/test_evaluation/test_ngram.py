@@ -29,7 +29,7 @@ def test_order_two_by_hand() -> None:
     """Counts too small for estimated discounts, so the fallback: 0.5 off a count of one, 1 off two."""
     model = KneserNey(["aa", "ab"], order=2)
     # Symbols: end, unknown, a, b. Distinct bigrams: (begin a) x 2, (a a), (a b), (a end), (b end).
-    # Unigrams count the distinct symbols before: a has 2 (begin, a), b has 1 (a), the end has 2 (a, b); 5 in all.
+    # Unigrams count the distinct symbols before: a has begin and a, b has a, the end has a and b; 5 in all.
     left_over = (1.0 + 0.5 + 1.0) / 5
     unigram = {"a": (2 - 1.0) / 5 + left_over / 4, "b": (1 - 0.5) / 5 + left_over / 4}
     # After begin: a twice of two, discount 1.
@@ -75,12 +75,15 @@ def test_an_unknown_letter_costs_as_much_as_naming_it_among_all() -> None:
 
 
 def test_samples_follow_the_model() -> None:
-    model = NGramMixture(["a", "a", "a", "b"] * 50, orders=(2,))
-    names = model.sample(2000, seed=0)
-    expected = math.exp(-model.nats(["a"])[0])
-    assert names.count("a") / 2000 == pytest.approx(expected, abs=0.03)
-    assert names == model.sample(2000, seed=0)
-    assert names != model.sample(2000, seed=1)
+    """Each of the likeliest names is drawn as often as the mixture's own probability of it says."""
+    model = NGramMixture(["ab"] * 40 + ["ba"] * 30 + ["bab"] * 20 + ["c"] * 10, orders=(2, 3, 4))
+    drawn = model.sample(4000, seed=0)
+    for name in ("ab", "ba", "bab", "c", "abab"):
+        expected = math.exp(-model.nats([name])[0])
+        error = math.sqrt(expected * (1 - expected) / 4000)
+        assert drawn.count(name) / 4000 == pytest.approx(expected, abs=4 * error)
+    assert drawn == model.sample(4000, seed=0)
+    assert drawn != model.sample(4000, seed=1)
 
 
 def test_bad_arguments() -> None:

@@ -15,7 +15,8 @@ from flash_experts.generation import NameVocabulary
 class Parrot(PreTrainedModel):
     """Says given names and nothing else, as long as the tokens so far are the beginning of one.
 
-    Its cache holds the token ids themselves, so that cutting, repeating and selecting rows is put to the test too.
+    Its cache holds the token ids themselves, so that cutting, repeating and selecting rows is put to the test
+    too.
     """
 
     config_class = GPT2Config
@@ -40,10 +41,11 @@ class Parrot(PreTrainedModel):
         use_cache: bool = True,
         logits_to_keep: int = 1,
     ) -> CausalLMOutputWithPast:
-        history, _ = past_key_values.update(input_ids[:, None, :, None].double(), input_ids[:, None, :, None].double(), 0)
+        ids = input_ids[:, None, :, None].double()  # (B, 1 head, T, width 1)
+        history, _ = past_key_values.update(ids, ids, 0)
         logits = self.noise.repeat(len(input_ids), 1)
-        for row, ids in enumerate(history[:, 0, self.prompt_length :, 0].long().tolist()):
-            for token in self.next_tokens.get(tuple(ids), ()):
+        for row, said in enumerate(history[:, 0, self.prompt_length :, 0].long().tolist()):
+            for token in self.next_tokens.get(tuple(said), ()):
                 logits[row, token] += 12.0
         return CausalLMOutputWithPast(logits=logits[:, None], past_key_values=past_key_values)
 
@@ -58,10 +60,9 @@ def parrot(tokenizer: PreTrainedTokenizerFast) -> Callable[..., Parrot]:
     """Makes a model that says these texts after the prompt ":"."""
 
     def make(names: Sequence[str]) -> Parrot:
-        config = GPT2Config(vocab_size=len(tokenizer), n_positions=128, n_layer=1, eos_token_id=tokenizer.eos_token_id)
-        scripts = [
-            [*tokenizer(" " + name, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id] for name in names
-        ]
+        end = tokenizer.eos_token_id
+        config = GPT2Config(vocab_size=len(tokenizer), n_positions=128, n_layer=1, eos_token_id=end)
+        scripts = [[*tokenizer(" " + name, add_special_tokens=False)["input_ids"], end] for name in names]
         return Parrot(config, prompt_length=2, scripts=scripts)
 
     return make

@@ -27,7 +27,8 @@ def test_nearest_is_the_one_of_least_edit_distance() -> None:
     found = KnownNames(tuple(known)).nearest(queries)
     for query, (card, similarity) in zip(queries, found, strict=True):
         one = normal_form(query)
-        best = max(1 - _distance(one, normal_form(name)) / max(len(one), len(normal_form(name))) for name in known)
+        forms = [normal_form(name) for name in known]
+        best = max(1 - _distance(one, form) / max(len(one), len(form)) for form in forms)
         assert similarity == pytest.approx(best, abs=1e-6)
         assert card in known
     assert [card for card, _ in found[:3]] == ["Goblin King", "Jötun Grunt", "Lightning Bolt"]

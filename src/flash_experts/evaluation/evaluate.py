@@ -163,13 +163,22 @@ def load_scorer(
     Raises:
         ValueError: there is no such model, or a model came without tokenizer.
     """
-    if isinstance(model, PreTrainedModel):
-        if tokenizer is None:
-            raise ValueError("a model was given without its tokenizer: pass tokenizer=, or the path of both")
-        return LanguageModel(model, tokenizer, label or model.config.model_type)
-    if str(model) == NGRAM:
+    if isinstance(model, (str, Path)) and str(model) == NGRAM:
         return NGramBaseline(held_out.reference.train)
-    return LanguageModel.load(model, device, label)
+    return _language_model(model, tokenizer, device, label)
+
+
+def _language_model(
+    model: str | Path | PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    device: str | torch.device | None,
+    label: str | None = None,
+) -> LanguageModel:
+    if not isinstance(model, PreTrainedModel):
+        return LanguageModel.load(model, device, label)
+    if tokenizer is None:
+        raise ValueError("a model was given without its tokenizer: pass tokenizer=, or the path of both")
+    return LanguageModel(model, tokenizer, label or model.config.model_type)
 
 
 def evaluate(
@@ -294,23 +303,30 @@ def read_names(path: str | Path) -> list[str]:
 def evaluate_names(
     names: Sequence[str],
     model: str | Path | PreTrainedModel,
+    data_dir: str | Path = "data/mtg",
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     device: str | torch.device | None = None,
 ) -> NamesResult:
     """Bits per character of any names, nothing told of their cards.
 
+    Args:
+        names: what to measure.
+        model: a folder, a hub id, "ngram", or a model (then with ``tokenizer``).
+        data_dir: what "ngram" is fitted on; no other model reads it.
+        tokenizer: the model's, where ``model`` is no path.
+        device: where to load a model to; CUDA if there is one, when None.
+
     Raises:
         ValueError: no name is given, or the model is not there.
     """
     if not names:
         raise ValueError("no names to measure: give at least one")
-    if isinstance(model, PreTrainedModel):
-        if tokenizer is None:
-            raise ValueError("a model was given without its tokenizer: pass tokenizer=, or the path of both")
-        scorer = LanguageModel(model, tokenizer, model.config.model_type)
+    scorer: Scorer
+    if isinstance(model, (str, Path)) and str(model) == NGRAM:
+        scorer = load_scorer(NGRAM, HeldOut.load(data_dir, ()))
     else:
-        scorer = LanguageModel.load(model, device)
+        scorer = _language_model(model, tokenizer, device)
     nats = scorer.nats(names, [Attributes()] * len(names))
     characters = np.array([len(name) + 1 for name in names], dtype=np.float64)
     each = nats / np.log(2.0) / characters

@@ -230,7 +230,9 @@ def types_of(card: Card) -> tuple[str, ...]:
 
 
 def colors_of(card: Card) -> tuple[str, ...]:
-    """The one group of a card by color: its letter, ``multicolor`` or ``colorless``."""
+    """The group of a card by color: its letter, ``multicolor`` or ``colorless``; none where it is unknown."""
+    if card.colors is None:
+        return ()
     if not card.colors:
         return ("colorless",)
     return card.colors if len(card.colors) == 1 else ("multicolor",)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from flash_experts.data.cards import Card
@@ -72,17 +73,18 @@ class Reference:
     held_out: tuple[str, ...]
     validation: tuple[str, ...]
     known_names: tuple[str, ...]
-    _known: frozenset[str] = field(init=False, repr=False)
-    _train_keys: frozenset[str] = field(init=False, repr=False)
-    _train_words: frozenset[str] = field(init=False, repr=False)
 
-    def __post_init__(self) -> None:
-        keys = [normal_form(name) for name in self.train]
-        object.__setattr__(self, "_known", frozenset(map(normal_form, self.known_names)))
-        object.__setattr__(self, "_train_keys", frozenset(keys))
-        object.__setattr__(
-            self, "_train_words", frozenset(word for name in self.train for word in words(name))
-        )
+    @cached_property
+    def _known(self) -> frozenset[str]:
+        return frozenset(map(normal_form, self.known_names))
+
+    @cached_property
+    def _train_keys(self) -> frozenset[str]:
+        return frozenset(map(normal_form, self.train))
+
+    @cached_property
+    def _train_words(self) -> frozenset[str]:
+        return frozenset(word for name in self.train for word in words(name))
 
     @classmethod
     def load(cls, folder: Path) -> Reference:

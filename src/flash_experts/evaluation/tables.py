@@ -13,6 +13,7 @@ from flash_experts.evaluation.metrics import Estimate
 from flash_experts.evaluation.novelty import NameFigures
 
 MISSING = "-"
+_FEWEST = 20  # names of a group: the bits of fewer say nothing
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,13 +28,16 @@ class Table:
         """Drawn by rich where it is installed, otherwise aligned with spaces."""
         if find_spec("rich") is None:
             return self._plain()
+        from rich.box import SIMPLE_HEAD
         from rich.console import Console
         from rich.table import Table as RichTable
         from rich.text import Text
 
-        table = RichTable(title=self.title, title_justify="left")
+        table = RichTable(title=Text(self.title), title_justify="left", box=SIMPLE_HEAD)
         for index, name in enumerate(self.header):
-            table.add_column(Text(name), justify="left" if index == 0 else "right", overflow="fold")
+            table.add_column(
+                Text(name), justify="left" if index == 0 else "right", overflow="fold", no_wrap=index == 0
+            )
         for row in self.rows:
             table.add_row(*map(Text, row))
         console = Console(file=io.StringIO(), width=width)
@@ -84,11 +88,17 @@ def names_table(results: Sequence[EvaluationResult]) -> Table:
     """Novelty and variety of each model's samples, and of real names."""
     rows = [_names_row(result.label, result.samples) for result in results if result.samples is not None]
     if results:
-        rows.append(_names_row("real held-out names", results[0].real))
-    header = (
-        "samples of", "names", "real cards", "in train", "near train", "recall ratio", "distinct", "new words",
-        "letters", "length JS", "words JS",
-    )  # fmt: skip
+        rows.append(_names_row("real names", results[0].real))
+    header: tuple[str, ...] = (
+        "samples of",
+        "names",
+        "real cards",
+        "in train",
+        "near train",
+        "recall ratio",
+        "distinct",
+    )
+    header += ("new words", "letters", "length JS", "words JS")
     return Table("Names drawn at temperature 1, nothing held back", header, tuple(rows))
 
 
@@ -126,9 +136,10 @@ def cost_table(results: Sequence[EvaluationResult]) -> Table:
 
 
 def group_table(result: EvaluationResult, split: str) -> Table:
-    """Bits per character of one model by card type and color."""
+    """Bits per character of one model by card type and color, of groups large enough to say something."""
     figures = result.splits[split]
-    groups = {**figures.by_type, **figures.by_color}
+    every = {**figures.by_type, **figures.by_color}
+    groups = {name: group for name, group in every.items() if group.names >= _FEWEST}
     rows = tuple((name, str(group.names), _bits(group.bits)) for name, group in groups.items())
     return Table(f"{result.label} on {split}, by type and color", ("cards", "names", "bits/char"), rows)
 

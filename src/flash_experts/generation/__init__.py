@@ -14,7 +14,13 @@ from flash_experts.generation.generator import GeneratedName, NameGenerator
 from flash_experts.generation.presets import PRESETS, Sampling
 from flash_experts.generation.similarity import KnownNames
 from flash_experts.generation.vocabulary import NameVocabulary
-from flash_experts.generation.word_filters import BannedWords, MaxLength, MaxWords, NoRepeatedWords, WordFilter
+from flash_experts.generation.word_filters import (
+    BannedWords,
+    MaxLength,
+    MaxWords,
+    NoRepeatedWords,
+    WordFilter,
+)
 
 __all__ = [
     "CARD_ALPHABET",

@@ -1,7 +1,7 @@
 """The decoding loop: many names from one prompt, with a KV cache.
 
-Where ``model.generate`` runs every row to the end of the longest, here the prompt is computed once for all, finished
-rows leave the batch, and no row of the vocabulary is ever sorted whole.
+Where ``model.generate`` runs every row to the end of the longest, here the prompt is computed once for all,
+finished rows leave the batch, and no row of the vocabulary is ever sorted whole.
 
 Letters in the shapes: B rows still running, T tokens of a row so far, V tokens of the vocabulary.
 """
@@ -28,7 +28,7 @@ class DecodedName:
     Attributes:
         index: which name of its seed's stream it is.
         ids: tokens after the prompt, without the end symbol.
-        log_prob: the model's own log-probability of them and the end symbol, in nats: temperature 1, nothing left out.
+        log_prob: the model's own log-probability of them and the end symbol, in nats, at temperature 1.
         is_whole: false if the filters left no token, or the end did not come in time.
     """
 
@@ -51,7 +51,7 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
 
 
 class NameDecoder:
-    """Decodes names that follow one prompt. Construct and use it within `evaluating` and ``torch.no_grad``."""
+    """Decodes names that follow one prompt. For use within `evaluating` and ``torch.no_grad``."""
 
     def __init__(
         self,
@@ -87,7 +87,13 @@ class NameDecoder:
         self._cache = DynamicCache(config=model.config)
         # The begin symbol is also the pad symbol: without a mask transformers would warn of padding.
         mask = torch.ones_like(self._prompt_1T)
-        out = model(self._prompt_1T, attention_mask=mask, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
+        out = model(
+            self._prompt_1T,
+            attention_mask=mask,
+            past_key_values=self._cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
         self._first_1V = out.logits[:, -1].float()
 
     def decode(self, indices: range) -> list[DecodedName]:
@@ -103,7 +109,8 @@ class NameDecoder:
         running = torch.arange(num_rows, device=device)  # which of the names each row is
         decoded: dict[int, DecodedName] = {}
         for step in range(self._max_new_tokens):
-            chosen_B, dead_B = draw(self._filter(tokens_BT, logits_BV), noise_BS[running, step], self._sampling)
+            scores_BV = self._filter(tokens_BT, logits_BV)
+            chosen_B, dead_B = draw(scores_BV, noise_BS[running, step], self._sampling)
             chosen_logit_B = logits_BV.gather(1, chosen_B[:, None])[:, 0]
             log_prob_B = log_prob_B + (chosen_logit_B - logits_BV.logsumexp(dim=-1)).double()
             stops_B = (chosen_B == self._end_id) | dead_B

@@ -1,8 +1,8 @@
 """Token filters: which tokens may come next in a name.
 
-Each filter is a transformers ``LogitsProcessor``, so it also serves in plain ``model.generate(logits_processor=[...])``.
-A filter looks at the *text* so far, never at token ids: one text has many tokenizations, and a list of forbidden ids
-is escaped by all but one of them.
+Each filter is a transformers ``LogitsProcessor``, so it also serves in plain
+``model.generate(logits_processor=[...])``. A filter looks at the *text* so far, never at token ids: one text
+has many tokenizations, and a list of forbidden ids is escaped by all but one of them.
 
 To write your own, say in which state a name is and what that state forbids::
 
@@ -25,19 +25,19 @@ from typing import cast
 import torch
 from transformers import LogitsProcessor
 
-from flash_experts.data.names import normal_form
-from flash_experts.generation.formatting import DANGLING_WORDS, SMALL_WORDS, tidy
+from flash_experts.data.names import normal_form, shown_form
+from flash_experts.generation.formatting import DANGLING_WORDS, SMALL_WORDS
 from flash_experts.generation.vocabulary import NameVocabulary
 
-# Letters of real cards and the marks that hold names together. Digits, "&", "." and quotes are on some cards, most of
-# them of other franchises; pass your own alphabet to have them.
+# Letters of real cards and the marks that hold names together. Digits, "&", "." and quotes are on some cards,
+# most of them of other franchises; pass your own alphabet to have them.
 CARD_ALPHABET = frozenset(string.ascii_letters + " ,'-:!?" + "áàâäéèêëíîïñóôöúûüÁÂÄÉÍÎÓÖÚÛÜ")
 # Bytes that do not complete a character yet, as `NameVocabulary` shows them.
 PARTIAL_BYTES = "".join(map(chr, range(0xDC80, 0xDD00)))
 
 
 class NoTokenLeftError(ValueError):
-    """A filter forbids every token: the constraints contradict each other, or the name has run into a dead end."""
+    """A filter forbids every token: constraints contradict each other, or a name ran into a dead end."""
 
 
 class NameFilter(LogitsProcessor):
@@ -48,8 +48,8 @@ class NameFilter(LogitsProcessor):
 
         Args:
             vocabulary: the texts of the tokens.
-            prompt_length: tokens before the name in every row, the begin symbol counts. For ``model.generate`` it
-                is ``input_ids.shape[1]`` of what you pass.
+            prompt_length: tokens before the name in every row, the begin symbol counts. For
+                ``model.generate`` it is ``input_ids.shape[1]`` of what you pass.
         """
         self.vocabulary = vocabulary
         self.prompt_length = prompt_length
@@ -82,8 +82,8 @@ class NameFilter(LogitsProcessor):
         """
         if scores.shape[-1] != self.vocabulary.size:
             raise ValueError(
-                f"scores are {scores.shape[-1]} wide but the vocabulary {self.vocabulary.size}: build it with "
-                "NameVocabulary(tokenizer, model.config.vocab_size)"
+                f"scores are {scores.shape[-1]} wide but the vocabulary {self.vocabulary.size}: build it "
+                "with NameVocabulary(tokenizer, model.config.vocab_size)"
             )
         rules = [self.rule(name) for name in self.vocabulary.names(input_ids, self.prompt_length)]
         places = {rule: place for place, rule in enumerate(dict.fromkeys(rules))}
@@ -96,7 +96,7 @@ class NameFilter(LogitsProcessor):
         return scores.masked_fill(table_RV[place_B], float("-inf"))
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """As `mask`, for ``model.generate``, which must never be handed a row without a token (it would give NaN).
+        """As `mask`, for ``model.generate``, which makes NaN of a row without a token.
 
         Raises:
             NoTokenLeftError: no token is left for some row.
@@ -131,8 +131,9 @@ class NameFilter(LogitsProcessor):
 class KnownNameFilter(NameFilter):
     """Novelty by construction: a name that is a known card cannot end, it has to go on.
 
-    What counts is the normal form of the text, so neither another tokenization, nor case, accents or punctuation
-    let a known name through. Only the end symbol is ever forbidden: names that begin as a known one stay possible.
+    What counts is the normal form of the text, so neither another tokenization, nor case, accents or
+    punctuation let a known name through. Only the end symbol is ever forbidden: names that begin as a known
+    one stay possible.
     """
 
     def __init__(self, vocabulary: NameVocabulary, prompt_length: int, known: Collection[str]) -> None:
@@ -156,7 +157,8 @@ class KnownNameFilter(NameFilter):
 class AllowedCharacters(NameFilter):
     """Only characters of an alphabet, and no special token but the end.
 
-    The state is the bytes of a character that is not complete yet, nearly always none: one mask then serves all rows.
+    The state is the bytes of a character that is not complete yet, nearly always none: one mask then serves
+    all rows.
     """
 
     def __init__(
@@ -164,7 +166,7 @@ class AllowedCharacters(NameFilter):
     ) -> None:
         super().__init__(vocabulary, prompt_length)
         self.alphabet = frozenset(alphabet)
-        # Proper prefixes of what the alphabet's characters are in UTF-8: the only bytes that may be left hanging.
+        # Beginnings of the alphabet's characters in UTF-8: the only bytes that may wait for more.
         encoded = [character.encode() for character in self.alphabet]
         self._hanging = {code[:cut] for code in encoded for cut in range(1, len(code))}
 
@@ -212,26 +214,27 @@ class WellFormed(NameFilter):
 
 
 class StartsWith(NameFilter):
-    """Names that begin with a prefix, also where a token straddles its end ("Drag" may become "Dragon" in one token).
+    """Names that begin with a prefix, also where a token straddles its end (" Dragon" fits "Drag").
 
-    Within the prefix only the tokens that the tokenizer itself would choose are allowed. Otherwise the mask would
-    favor odd cuts: after " D" every name with a D contributes, though the model saw " Dragon" as one token and knows
-    nothing of "ragon" after " D". The price: of the names that go on within the prefix's last word, those that are
-    cut elsewhere inside the prefix are not reached. The last word is tried as given and capitalized.
+    Within the prefix only the tokens that the tokenizer itself would choose are allowed. Otherwise the mask
+    would favor odd cuts: after " D" every name with a D contributes, though the model saw " Dragon" as one
+    token and knows nothing of "ragon" after " D". The price: of the names that go on within the prefix's last
+    word, those that are cut elsewhere inside the prefix are not reached. The last word is tried as given and
+    capitalized.
     """
 
     def __init__(self, vocabulary: NameVocabulary, prompt_length: int, prefix: str) -> None:
         """Works out the ways through the prefix.
 
         Raises:
-            ValueError: the prefix is blank, or the tokenizer cannot spell it.
+            ValueError: the prefix is blank.
         """
         super().__init__(vocabulary, prompt_length)
         if not prefix.strip():
-            raise ValueError("starts_with is blank: leave it out, or give the letters that names shall begin with")
+            raise ValueError("starts_with is blank: leave it out, or give the letters that names begin with")
         # Text at a boundary of the tokenizer within the prefix -> tokens that it would put there.
         self._next: dict[str, set[int]] = {}
-        self._forms = tuple(dict.fromkeys(_prefix_forms(tidy(prefix))))
+        self._forms = tuple(dict.fromkeys(_prefix_forms(prefix)))
         for form in self._forms:
             self._add_way(form)
 
@@ -257,7 +260,7 @@ class StartsWith(NameFilter):
 
 def _prefix_forms(prefix: str) -> list[str]:
     """The texts that a name may begin with: " " and the prefix, its last word as it is and capitalized."""
-    words = prefix.split()
+    words = shown_form(prefix).split()
     words = [
         word if place and word.lower() in SMALL_WORDS else word[0].upper() + word[1:]
         for place, word in enumerate(words[:-1])

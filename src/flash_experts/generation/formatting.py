@@ -6,31 +6,23 @@ The model learned its capitals from real names, so they stay unless they are wro
 from __future__ import annotations
 
 import re
-import unicodedata
+
+from flash_experts.data.names import shown_form
 
 # Written low within a name ("Wrath of the Reef"); high as first or last word and after a colon.
 SMALL_WORDS = frozenset(
-    {"a", "an", "and", "as", "at", "but", "by", "for", "from", "in", "into", "of", "on", "or", "the", "to", "with"}
-)
+    ("a", "an", "and", "as", "at", "but", "by", "for", "from", "in", "into", "of",
+     "on", "or", "the", "to", "with")
+)  # fmt: skip
 # No name ends on one of these. ("Soldier On", "Barge In" and "Squeak By" are cards.)
 DANGLING_WORDS = SMALL_WORDS - {"by", "in", "on"}
-# "in" and "on" are low or high as they mean place or belong to a verb ("Journey On Foot"): the model's choice stays.
+# Low as prepositions, high where they belong to a verb ("Journey On Foot"): the model's choice stays.
 _EITHER = frozenset({"in", "on", "by", "as", "but"})
 # Particles of names and languages that stay low where they are low ("Starke en-Vec", "Fearless l'Cie").
 _PARTICLE = re.compile(r"(?:en|il|bin)-|(?:de|da|del|di|du|van|von|der|den|le|la|el|al|yn|upon|l|d)(?:'|$)")
 
-_LOOK_ALIKES = str.maketrans(
-    {"’": "'", "‘": "'", "ʼ": "'", "`": "'", "´": "'", "“": '"', "”": '"', "‐": "-", "‑": "-", "–": "-", "—": "-",
-     "꞉": ":", "…": "..."}
-)  # fmt: skip
 _LOOSE_START = " ,:;-/.!?&"
 _LOOSE_END = " ,:;-/&"
-
-
-def tidy(text: str) -> str:
-    """One kind of quote, dash and space; composed accents (NFC). A space at the end stays, as one."""
-    text = unicodedata.normalize("NFC", text).translate(_LOOK_ALIKES)
-    return re.sub(r"\s+", " ", text)
 
 
 def format_name(text: str) -> str:
@@ -41,7 +33,7 @@ def format_name(text: str) -> str:
     Args:
         text: a name as generated. Of "one // other" only the first face is kept.
     """
-    text = tidy(text)
+    text = shown_form(text)
     face = next((face for face in re.split(r"/{2,}", text) if face.strip(_LOOSE_START)), "")
     face = re.sub(r" +(?=[,:;])", "", face)
     face = re.sub(r"(?<=[,;])(?=[^\s\d,;:])", " ", face)
@@ -58,7 +50,7 @@ def format_name(text: str) -> str:
 
 
 def _word(word: str, is_last: bool, after_comma: bool) -> str:
-    """A word that does not begin a name. After a comma both are printed: "Aang, the Last ...", "Aang, A Lot ..."."""
+    """A word that does not begin a name. After a comma both are printed: "Aang, the Last", "Aang, A Lot"."""
     low = word.lower()
     if low in SMALL_WORDS and not is_last:
         return word if after_comma or low in _EITHER else low

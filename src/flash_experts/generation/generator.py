@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
-from flash_experts.data.names import normal_form
+from flash_experts.data.names import normal_form, shown_form
 from flash_experts.data.prompts import Attributes
 from flash_experts.generation.decoding import DecodedName, NameDecoder, evaluating
 from flash_experts.generation.filters import (
@@ -23,7 +23,7 @@ from flash_experts.generation.filters import (
     StartsWith,
     WellFormed,
 )
-from flash_experts.generation.formatting import format_name, tidy
+from flash_experts.generation.formatting import format_name
 from flash_experts.generation.presets import Sampling, sampling_of
 from flash_experts.generation.similarity import KnownNames
 from flash_experts.generation.vocabulary import NameVocabulary
@@ -41,8 +41,8 @@ class GeneratedName:
 
     Attributes:
         text: the name as it would stand on a card.
-        log_prob: the model's own log-probability of its tokens and its end, in nats. Nothing that sampling and
-            filters did counts, so names of different settings compare.
+        log_prob: the model's own log-probability of its tokens and its end, in nats. Nothing that sampling
+            and filters did counts, so names of different settings compare.
         nearest_card: the real card with the most similar name; None if the generator knows no names.
         similarity: to that card: 1 - edit distance / the longer length, under 1.
     """
@@ -63,7 +63,7 @@ class _Limits:
     banned_words: tuple[str, ...]
 
     def __post_init__(self) -> None:
-        prefix = tidy(self.starts_with or "").strip()
+        prefix = shown_form(self.starts_with or "")
         if len(prefix) > self.max_length:
             raise ValueError(
                 f"starts_with {prefix!r} has {len(prefix)} characters, more than max_length {self.max_length}"
@@ -73,7 +73,7 @@ class _Limits:
 
     def held_by(self, text: str) -> bool:
         """The last check, on the finished and formatted name."""
-        prefix = tidy(self.starts_with or "").strip().casefold()
+        prefix = shown_form(self.starts_with or "").casefold()
         return (
             len(text) <= self.max_length
             and (self.max_words is None or len(text.split()) <= self.max_words)
@@ -88,8 +88,8 @@ class NameGenerator:
         for name in generator.generate(20, type_line="Legendary Creature — Goblin", colors="R", seed=7):
             print(name.text, name.log_prob, name.nearest_card, name.similarity)
 
-    The model may be one in training: it is put into eval mode while names are made and back afterwards, and no global
-    random generator is touched.
+    The model may be one in training: it is put into eval mode while names are made and back afterwards, and
+    no global random generator is touched.
     """
 
     def __init__(
@@ -109,7 +109,7 @@ class NameGenerator:
             ValueError: model and tokenizer do not fit, or the tokenizer is of another kind.
         """
         if tokenizer.bos_token_id is None:
-            raise ValueError("the tokenizer has no begin symbol: set tokenizer.bos_token to the one of training")
+            raise ValueError("the tokenizer has no begin symbol: set tokenizer.bos_token to that of training")
         if known_names is None:
             from flash_experts.data.cards import known_names as names_of_all_cards
 
@@ -157,8 +157,8 @@ class NameGenerator:
     ) -> list[GeneratedName]:
         """New names for a card.
 
-        The same seed gives the same names, whatever ``batch_size`` (up to rounding), and the first names of a larger
-        ``count`` are those of a smaller one.
+        The same seed gives the same names, whatever ``batch_size`` (up to rounding), and the first names of a
+        larger ``count`` are those of a smaller one.
 
         Args:
             count: how many names.
@@ -177,8 +177,8 @@ class NameGenerator:
             seed: a new one each time if None.
             batch_size: names computed at once.
             banned_words: words that no name shall contain.
-            filters: more filters; each is called with (vocabulary, prompt length) and gives a LogitsProcessor, as
-                the class of your own `NameFilter` does.
+            filters: more filters; each is called with (vocabulary, prompt length) and gives a
+                LogitsProcessor, as the class of your own `NameFilter` does.
 
         Returns:
             ``count`` names, or fewer, with a warning, if no more are found.
@@ -186,12 +186,7 @@ class NameGenerator:
         Raises:
             ValueError: an argument is out of range or unknown, or the constraints leave no name at all.
         """
-        if count < 0:
-            raise ValueError(f"count is {count}: it must be 0 or more")
-        if batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size}: it must be 1 or more")
-        if seed is not None and seed < 0:
-            raise ValueError(f"seed is {seed}: it must be 0 or more")
+        _check_least(count=(count, 0), batch_size=(batch_size, 1), seed=(0 if seed is None else seed, 0))
         sampling = sampling_of(
             preset,
             temperature=temperature,
@@ -219,7 +214,7 @@ class NameGenerator:
     def _filters(self, limits: _Limits, prompt_length: int) -> list[LogitsProcessor]:
         """The filters of every name and those asked for."""
         vocabulary = self.vocabulary
-        alphabet = CARD_ALPHABET | set(tidy(limits.starts_with or ""))
+        alphabet = CARD_ALPHABET | set(shown_form(limits.starts_with or ""))
         filters: list[LogitsProcessor] = [
             AllowedCharacters(vocabulary, prompt_length, alphabet),
             WellFormed(vocabulary, prompt_length),
@@ -247,7 +242,8 @@ class NameGenerator:
     ) -> list[tuple[str, float]]:
         """The first ``count`` good names of the seed's stream, in its order, with their log-probabilities.
 
-        Only the order of the stream decides what is taken and when to give up, never how it was cut into batches.
+        Only the order of the stream decides what is taken and when to give up, never how it was cut into
+        batches.
         """
         accepted: dict[str, tuple[str, float]] = {}
         tried = without_news = whole = 0
@@ -275,17 +271,17 @@ class NameGenerator:
                     if len(accepted) == count or without_news == _PATIENCE:
                         break
         if not whole:
-            raise NoTokenLeftError(f"no name can be made: {_told(limits)} leave nothing to say. Loosen one of them")
+            raise NoTokenLeftError(f"no name can be made: {_told(limits)} leave nothing. Loosen one of them")
         if len(accepted) < count:
             warnings.warn(
-                f"found {len(accepted)} of {count} names: the last {_PATIENCE} tries gave nothing new. Loosen the "
-                "constraints, or take a higher temperature",
+                f"found {len(accepted)} of {count} names: the last {_PATIENCE} tries gave nothing new. "
+                "Loosen the constraints, or take a higher temperature",
                 stacklevel=3,
             )
         return list(accepted.values())
 
     def _steps(self, prompt_length: int, max_length: int) -> int:
-        """Tokens a name can have: four bytes a character at worst, its space and its end; and the model's context."""
+        """Tokens a name can have: at worst four bytes a character, a space, an end; within the context."""
         room = self.model.config.max_position_embeddings - prompt_length
         if room < 2:
             raise ValueError(
@@ -302,6 +298,12 @@ class NameGenerator:
         text = format_name(text)
         key = normal_form(text)
         return text if key and key not in self.known.normal_forms and limits.held_by(text) else ""
+
+
+def _check_least(**arguments: tuple[int, int]) -> None:
+    for name, (value, least) in arguments.items():
+        if value < least:
+            raise ValueError(f"{name} is {value}: it must be {least} or more")
 
 
 def _told(limits: _Limits) -> str:

@@ -16,17 +16,21 @@ _FIRST_CANDIDATES = 512  # top-p alone: a sort of so many tokens usually reaches
 def noise(seed: int, indices: range, steps: int) -> torch.Tensor:
     """(len(indices), steps) float64 uniform in [0, 1): row i depends on ``seed`` and ``indices[i]`` alone.
 
-    So a name does not depend on which others share its batch, nor on the device. No global generator is touched.
+    So a name does not depend on which others share its batch, nor on the device. No global generator is
+    touched.
     """
     rows = [np.random.default_rng((seed, index)).random(steps) for index in indices]
     return torch.from_numpy(np.stack(rows))
 
 
-def draw(scores_BV: torch.Tensor, noise_B: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor, torch.Tensor]:
+def draw(
+    scores_BV: torch.Tensor, noise_B: torch.Tensor, sampling: Sampling
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Draws one token a row from the distribution that temperature, top-k, top-p and min-p leave.
 
-    By inversion: of the cumulated probabilities in the order of token ids, the first over the row's random number.
-    That order does not change when rounding swaps two nearly equal logits, so a name survives another batch size.
+    By inversion: of the cumulated probabilities in the order of token ids, the first over the row's random
+    number. That order does not change when rounding swaps two nearly equal logits, so a name survives another
+    batch size.
 
     Args:
         scores_BV: float32 logits, minus infinity where a token is forbidden.
@@ -49,12 +53,12 @@ def candidates(scores_BV: torch.Tensor, sampling: Sampling) -> tuple[torch.Tenso
     """What is left to draw from.
 
     Returns:
-        (B, K) float32 probabilities up to a factor a row, 0 for tokens that are out (all of a row if none is left),
-        and (B, K) their token ids in ascending order, or None where K is V.
+        (B, K) float32 probabilities up to a factor a row, 0 for tokens that are out (all of a row if none is
+        left), and (B, K) their token ids in ascending order, or None where K is V.
     """
     vocab_size = scores_BV.shape[-1]
-    kept = min(sampling.top_k or vocab_size, vocab_size)
-    if kept == vocab_size and sampling.top_p < 1 and vocab_size > _FIRST_CANDIDATES:
+    kept = top_k = min(sampling.top_k or vocab_size, vocab_size)
+    if top_k == vocab_size and sampling.top_p < 1 and vocab_size > _FIRST_CANDIDATES:
         kept = _FIRST_CANDIDATES
     if kept == vocab_size:
         probs_BV = _softmax(scores_BV / sampling.temperature)
@@ -65,7 +69,7 @@ def candidates(scores_BV: torch.Tensor, sampling: Sampling) -> tuple[torch.Tenso
     scaled_BK = top_BK.gather(1, order_BK) / sampling.temperature
     best_B1 = _finite(scaled_BK.amax(-1, keepdim=True))
     probs_BK = (scaled_BK - best_B1).exp()
-    if sampling.top_k:
+    if top_k < vocab_size:  # top-p is a share of what top-k left
         return _cut(probs_BK, probs_BK.sum(-1, keepdim=True), sampling), ids_BK
     total_B1 = (scores_BV / sampling.temperature - best_B1).exp().sum(-1, keepdim=True)
     if (probs_BK.sum(-1, keepdim=True) < sampling.top_p * total_B1).any():

@@ -37,8 +37,8 @@ class KnownNames:
     def nearest(self, names: Sequence[str]) -> list[tuple[str | None, float]]:
         """The nearest known name of each, and how similar it is.
 
-        Similarity is 1 - edit distance / the longer length, of the normal forms (Levenshtein): 1 means that the name
-        *is* that card. Of equally near names the first is given.
+        Similarity is 1 - edit distance / the longer length, of the normal forms (Levenshtein): 1 means that
+        the name *is* that card. Of equally near names the first is given.
 
         Returns:
             One (name, similarity between 0 and 1) each; (None, 0.0) if nothing is known.

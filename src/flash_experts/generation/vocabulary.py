@@ -1,8 +1,8 @@
 """What each token of a vocabulary says: the strings that filters check.
 
-A byte-level BPE token is a run of bytes, which need not be whole characters: a rare "û" is two tokens of one byte
-each. Texts here are decoded with ``surrogateescape``, so a byte that does not complete a character is kept as one
-surrogate (U+DC80 to U+DCFF) and nothing is lost when the next token brings the rest.
+A byte-level BPE token is a run of bytes, which need not be whole characters: a rare "û" is two tokens of one
+byte each. Texts here are decoded with ``surrogateescape``, so a byte that does not complete a character is
+kept as one surrogate (U+DC80 to U+DCFF) and nothing is lost when the next token brings the rest.
 
 Letters in the shapes: V tokens of the vocabulary (of the model's logits), B rows, T tokens of a row.
 """
@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 
 def _byte_of_character() -> dict[str, int]:
-    """Inverse of GPT-2's table that shows every byte as one visible character (Radford et al. 2019, ``encoder.py``)."""
+    """Inverse of GPT-2's table that shows every byte as one visible character (its ``encoder.py``)."""
     visible = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     hidden = [byte for byte in range(256) if byte not in set(visible)]
     return {chr(byte): byte for byte in visible} | {chr(256 + rank): byte for rank, byte in enumerate(hidden)}
@@ -26,7 +26,7 @@ class NameVocabulary:
     """The texts of a byte-level BPE tokenizer's tokens.
 
     Attributes:
-        size: V, the width of the model's logits. Ids that the tokenizer lacks (a padded embedding) have no text.
+        size: V, the width of the model's logits. Ids that the tokenizer lacks (padding) have no text.
         end_id: the token that ends a name.
         texts: V strings; "" for special tokens and for ids without a token.
     """
@@ -43,11 +43,11 @@ class NameVocabulary:
         """
         self.size = len(tokenizer) if size is None else size
         if tokenizer.eos_token_id is None:
-            raise ValueError("the tokenizer has no end symbol: set tokenizer.eos_token to the one of training")
+            raise ValueError("the tokenizer has no end symbol: set tokenizer.eos_token to that of training")
         if len(tokenizer) > self.size:
             raise ValueError(
-                f"the tokenizer has {len(tokenizer)} tokens but the model only {self.size}: they do not belong "
-                "together, load both from one folder"
+                f"the tokenizer has {len(tokenizer)} tokens but the model only {self.size}: they do not "
+                "belong together, load both from one folder"
             )
         self.end_id: int = tokenizer.eos_token_id
         self._tokenizer = tokenizer
@@ -72,7 +72,7 @@ class NameVocabulary:
         return [self.decode(row) for row in input_ids_BT[:, prompt_length:].tolist()]
 
     def where(self, says: Callable[[str], bool]) -> torch.Tensor:
-        """(V,) bool on the CPU: tokens whose text satisfies ``says``. Tokens without text, the end's too: False."""
+        """(V,) bool on the CPU: tokens whose text satisfies ``says``; never those without text (the end)."""
         return torch.tensor([text != "" and says(text) for text in self.texts])
 
 
@@ -91,7 +91,7 @@ def _pieces(tokenizer: PreTrainedTokenizerBase, size: int) -> tuple[bytes, ...]:
             pieces[index] = bytes(byte_of[character] for character in token)
         except KeyError:
             raise ValueError(
-                f"token {index} ({token!r}) is not byte-level: name generation takes byte-level BPE tokenizers, as "
-                "GPT-2's and those of train_tokenizer"
+                f"token {index} ({token!r}) is not byte-level: name generation takes byte-level BPE "
+                "tokenizers, as GPT-2's and those of train_tokenizer"
             ) from None
     return tuple(pieces)

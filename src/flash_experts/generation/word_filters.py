@@ -15,14 +15,14 @@ from flash_experts.generation.vocabulary import NameVocabulary
 
 _WORD = re.compile(r"[^\W_]+")
 _SHORTEST_COUNTED_WORD = 4  # "of the ... of the" and the "s" after apostrophes may come twice
-_SHORTEST_NEW_WORD = 3  # letters that must fit, or no new word is begun
+_SHORTEST_NEW_WORD = 2  # letters that must fit, or no new word is begun
 
 
 class MaxWords(NameFilter):
     """At most so many words, counted by spaces ("Lava-Axe" is one).
 
-    At the limit only tokens that go on with the last word are left, and the end. A small word ("of") may not be the
-    last one allowed, since a name must not end on it.
+    At the limit only tokens that go on with the last word are left, and the end. A small word ("of") may not
+    be the last one allowed, since a name must not end on it.
     """
 
     def __init__(self, vocabulary: NameVocabulary, prompt_length: int, limit: int) -> None:
@@ -46,7 +46,7 @@ class MaxWords(NameFilter):
 
         def too_many(text: str) -> bool:
             begun = len(text.split()) - (not at_word_start and not text[0].isspace())
-            if left == 1 and begun == 1 and text.strip().lower() in SMALL_WORDS:
+            if left == 1 and begun == 1 and text.strip() in SMALL_WORDS:  # low: " An" may become "Angel"
                 return True
             return begun > left or (left == begun and text[-1].isspace())
 
@@ -56,7 +56,7 @@ class MaxWords(NameFilter):
 class MaxLength(NameFilter):
     """At most so many characters; at the limit only the end is left.
 
-    No new word is begun where fewer than three letters of it would fit.
+    No new word is begun where fewer than two letters of it would fit.
     """
 
     def __init__(self, vocabulary: NameVocabulary, prompt_length: int, limit: int) -> None:
@@ -87,10 +87,10 @@ class MaxLength(NameFilter):
 
 
 class WordFilter(NameFilter):
-    """Base of filters that refuse a finished word: while the last word is refused, it cannot end, only go on."""
+    """Base of filters that refuse words: while the last word is refused, it cannot end, only go on."""
 
     def refuses(self, words: list[str]) -> bool:
-        """Whether the last of ``words`` (lower case, in order, the last perhaps unfinished) must not stand."""
+        """Whether the last of ``words`` (lower case, the last perhaps unfinished) must not stand."""
         raise NotImplementedError
 
     def rule(self, name: str) -> Hashable | None:
@@ -110,7 +110,7 @@ class NoRepeatedWords(WordFilter):
 
 
 class BannedWords(WordFilter):
-    """Words that must not be in a name, whatever their case, accents or tokens; longer words around them may be."""
+    """Words that must not be in a name, whatever their case or accents; longer words around them may be."""
 
     def __init__(self, vocabulary: NameVocabulary, prompt_length: int, words: Iterable[str]) -> None:
         """Stores the words.

@@ -1,15 +1,16 @@
-"""Which names an optimizer step sees: a pure function of (seed, epoch, step), so resuming needs no loader state.
+"""Which names an optimizer step sees: a pure function of (seed, epoch, step), so resuming needs no loader
+state.
 
-In each epoch the names are shuffled and the attributes of their prompts are dropped anew, both from (seed, epoch).
-The shuffled names are cut into ``steps_per_epoch`` batches of nearly equal numbers of tokens: no name is left out,
-none comes twice, and there is no small last batch.
+In each epoch the names are shuffled and the attributes of their prompts are dropped anew, both from (seed,
+epoch). The shuffled names are cut into ``steps_per_epoch`` batches of nearly equal numbers of tokens: no name
+is left out, none comes twice, and there is no small last batch.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -40,7 +41,7 @@ def split_evenly(lengths: Sequence[int], parts: int) -> list[range]:
     for part, cut in enumerate(cuts.tolist(), start=1):
         bounds.append(min(max(cut, bounds[-1] + 1), len(lengths) - (parts - part)))
     bounds.append(len(lengths))
-    return [range(start, end) for start, end in zip(bounds, bounds[1:], strict=False)]
+    return [range(start, end) for start, end in pairwise(bounds)]
 
 
 class NameBatches:
@@ -68,7 +69,9 @@ class NameBatches:
         curriculum: str = "none",
     ):
         if not cards:
-            raise ValueError("there are no training names: run `flash-experts prepare` or check the data folder")
+            raise ValueError(
+                "there are no training names: run `flash-experts prepare` or check the data folder"
+            )
         self.cards = cards
         self.tokenizer = tokenizer
         self.attribute_dropout = attribute_dropout
@@ -77,7 +80,7 @@ class NameBatches:
         self._names = [card.name for card in cards]
         self._attributes = [Attributes.of(card) for card in cards]
         first = self._encode(0)
-        tokens = sum(name.num_inputs for name in first)
+        tokens = sum(_lengths(first))
         self.steps_per_epoch = min(len(cards), max(1, round(tokens / tokens_per_batch)))
         self._epoch, self._batches = 0, self._cut(first)
 
@@ -91,6 +94,20 @@ class NameBatches:
         if epoch != self._epoch:
             self._epoch, self._batches = epoch, self._cut(self._encode(epoch))
         return self._batches[batch]
+
+    def rows_of_step(self, step: int, num_rows: int) -> list[list[EncodedName]]:
+        """The names of a step in rows of nearly equal numbers of tokens.
+
+        Raises:
+            ValueError: there are fewer names than rows.
+        """
+        names = self.names_of_step(step)
+        if len(names) < num_rows:
+            raise ValueError(
+                f"a step has {len(names)} names, too few for {num_rows} rows "
+                "(gradient_accumulation_steps times processes): raise tokens_per_batch"
+            )
+        return [names[run.start : run.stop] for run in split_evenly(_lengths(names), num_rows)]
 
     def order(self, epoch: int) -> list[int]:
         """Indices of the cards in the order in which an epoch visits them."""
@@ -109,5 +126,9 @@ class NameBatches:
         return [encoded[index] for index in self.order(epoch)]
 
     def _cut(self, names: list[EncodedName]) -> list[list[EncodedName]]:
-        runs = split_evenly([name.num_inputs for name in names], self.steps_per_epoch)
+        runs = split_evenly(_lengths(names), self.steps_per_epoch)
         return [names[run.start : run.stop] for run in runs]
+
+
+def _lengths(names: Sequence[EncodedName]) -> list[int]:
+    return [name.num_inputs for name in names]

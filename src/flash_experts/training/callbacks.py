@@ -10,7 +10,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 class Callback:
     """Hooks of a run, all doing nothing. A subclass overrides those it wants.
 
-    They run on the main process alone. None of them can disturb the training: dropout is seeded anew at each step.
+    They run on the main process alone. None of them can disturb the training: dropout is seeded anew at each
+    step.
     """
 
     def on_start(self, run_name: str, run_info: Mapping[str, object]) -> None:
@@ -25,7 +26,8 @@ class Callback:
     def on_sample(
         self, step: int, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
     ) -> Sequence[str]:
-        """Every ``sample_every`` steps, the model in eval mode: may make names, which the trainer prints and keeps."""
+        """Every ``sample_every`` steps, the model in eval mode: may make names, which the trainer prints and
+        keeps."""
         return ()
 
     def on_end(self, summary: Mapping[str, object]) -> None:

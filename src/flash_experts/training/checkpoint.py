@@ -1,8 +1,9 @@
 """Checkpoints that survive a kill at any moment.
 
-A checkpoint is written to a temporary folder beside its place, every file is flushed to the disk, a manifest with
-the SHA-256 of each is added, and the folder is renamed: it is there whole, or it is not there. On the way back every
-file is checked. Only safetensors and JSON are written or read; a pickle can run code when loaded, and is refused.
+A checkpoint is written to a temporary folder beside its place, every file is flushed to the disk, a manifest
+with the SHA-256 of each is added, and the folder is renamed: it is there whole, or it is not there. On the
+way back every file is checked. Only safetensors and JSON are written or read; a pickle can run code when
+loaded, and is refused.
 
 Random states are not stored: the trainer seeds dropout anew at each step from (seed, step, process).
 """
@@ -23,6 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 MANIFEST = "MANIFEST.json"
 STATE = "trainer_state.json"
@@ -47,7 +49,6 @@ class TrainerState:
         bad_evaluations: validations since then.
         interval_loss: sum of the losses since the last line of metrics.
         interval_steps: how many they were.
-        interval_tokens: their tokens.
     """
 
     step: int = 0
@@ -58,7 +59,6 @@ class TrainerState:
     bad_evaluations: int = 0
     interval_loss: float = 0.0
     interval_steps: int = 0
-    interval_tokens: int = 0
 
 
 def checkpoint_path(run_dir: Path, step: int) -> Path:
@@ -95,8 +95,7 @@ def save_checkpoint(
     """
 
     def write(folder: Path) -> None:
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        _save_model(folder, model, tokenizer)
         save_file(optimizer_tensors(model, optimizer), folder / OPTIMIZER)
         text = json.dumps({"state": asdict(state), **about}, indent=2)
         (folder / STATE).write_text(text + "\n", encoding="utf-8")
@@ -114,8 +113,7 @@ def export_model(run_dir: Path, model: PreTrainedModel, tokenizer: PreTrainedTok
     """
 
     def write(folder: Path) -> None:
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        _save_model(folder, model, tokenizer)
 
     staged = run_dir / ".export"
     with_manifest(staged, write)
@@ -132,7 +130,9 @@ def with_manifest(target: Path, write: Callable[[Path], None]) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         write(temporary)
-        manifest = {path.name: {"sha256": _sha256(path), "bytes": path.stat().st_size} for path in _files(temporary)}
+        manifest = {
+            path.name: {"sha256": _sha256(path), "bytes": path.stat().st_size} for path in _files(temporary)
+        }
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
         for path in _files(temporary):
             _flush(path)
@@ -144,8 +144,8 @@ def with_manifest(target: Path, write: Callable[[Path], None]) -> None:
     except (OSError, SafetensorError) as error:  # safetensors reports a full disk as its own error
         shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointError(
-            f"could not write {target}: {error}. Free some disk space (or give another output_dir); checkpoints "
-            "written before are still good"
+            f"could not write {target}: {error}. Free some disk space, or give another output_dir; "
+            "checkpoints written before are still good"
         ) from error
 
 
@@ -238,7 +238,8 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
 def load_optimizer_tensors(
     model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]
 ) -> None:
-    """The inverse of `optimizer_tensors`. Rates and the like are not restored: the configuration says them."""
+    """The inverse of `optimizer_tensors`. Rates and the like are not restored: the configuration says
+    them."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     order = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
     index_of = {name: index for index, name in enumerate(order)}
@@ -257,6 +258,25 @@ def prune_checkpoints(run_dir: Path, keep: int) -> None:
     doomed = [checkpoint_path(run_dir, step) for step in checkpoint_steps(run_dir)[:-keep]]
     for path in [*doomed, *folder.glob(".tmp-*")]:
         shutil.rmtree(path, ignore_errors=True)
+
+
+def drop_later(run_dir: Path, step: int) -> None:
+    """Removes checkpoints after ``step``: a run that goes on from there writes them again."""
+    for later in checkpoint_steps(run_dir):
+        if later > step:
+            shutil.rmtree(checkpoint_path(run_dir, later), ignore_errors=True)
+
+
+def _save_model(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """`save_pretrained` of both, without its progress bars amid ours."""
+    had_bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    finally:
+        if had_bars:
+            logging.enable_progress_bar()
 
 
 def _files(folder: Path) -> Iterator[Path]:

@@ -27,7 +27,12 @@ class ProgressDisplay:
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
-        columns = [TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[line]}")]
+        columns = [
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TextColumn("{task.fields[line]}"),
+        ]
         self._bar = Progress(*columns, console=Console(stderr=True))
         self._task = self._bar.add_task(run_name, total=1.0, line="")
         self._bar.start()

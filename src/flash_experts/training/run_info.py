@@ -6,15 +6,17 @@ import hashlib
 import json
 import platform
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from flash_experts.data.cards import Card
+from flash_experts.models.moe_config import GPT2MoEConfig
 
 _PACKAGES = ("flash-experts", "torch", "transformers", "accelerate", "tokenizers", "safetensors", "numpy")
 
@@ -28,6 +30,19 @@ def fingerprint(cards: Sequence[Card]) -> str:
     for card in cards:
         digest.update(json.dumps(card.to_json(), sort_keys=True).encode())
     return digest.hexdigest()
+
+
+def describe_data(
+    train: Sequence[Card], validation: Sequence[Card], meta: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """Counts and hashes of the splits, and what meta.json says of them."""
+    described: dict[str, Any] = {
+        "train_names": len(train),
+        "train_sha256": fingerprint(train),
+        "validation_names": len(validation),
+        "validation_sha256": fingerprint(validation),
+    }
+    return described if meta is None else described | {"meta": dict(meta)}
 
 
 def versions() -> dict[str, str]:
@@ -56,19 +71,26 @@ def git_commit() -> str | None:
         return None
 
 
-def parameter_counts(model: nn.Module) -> dict[str, int]:
-    """Weights in all, and those that a token is multiplied with (its k experts, and no embedding table but the head)."""
-    total = active = 0
-    experts_per_token, num_experts = 1, 1
-    if hasattr(model, "config") and getattr(model.config, "num_experts", None):
-        experts_per_token, num_experts = model.config.num_experts_per_tok, model.config.num_experts
+def parameter_counts(model: PreTrainedModel) -> dict[str, int]:
+    """Weights of a model: ``total``; ``body``, those of its blocks that a token is multiplied with (its k
+    experts alone); ``head``, those of the output layer. Embedding tables are looked up, not multiplied."""
+    looked_up = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    head = model.get_output_embeddings().weight
+    share = 1.0
+    if isinstance(model.config, GPT2MoEConfig):
+        share = model.config.num_experts_per_tok / model.config.num_experts
+    body = 0.0
     for name, parameter in model.named_parameters():
-        total += parameter.numel()
-        if ".experts." in name:
-            active += parameter.numel() * experts_per_token // num_experts
-        else:
-            active += parameter.numel()
-    return {"parameters": total, "active_parameters": active}
+        if id(parameter) not in looked_up and parameter is not head:
+            body += parameter.numel() * (share if ".experts." in name else 1.0)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    return {"total": total, "body": round(body), "head": head.numel()}
+
+
+def training_flops(counts: dict[str, int], tokens: int, labels: int) -> float:
+    """Arithmetic of a forward and backward: 6 for each weight and token; the head sees labelled positions
+    alone. Attention's own products are left out: names are short."""
+    return 6.0 * (counts["body"] * tokens + counts["head"] * labels)
 
 
 def peak_flops(device: torch.device) -> float | None:

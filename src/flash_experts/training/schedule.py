@@ -41,7 +41,8 @@ class Schedule:
         )
 
     def progress(self, step: int, seconds: float) -> float:
-        """How much of the run is done after ``step`` steps and ``seconds``: 0 to 1, by whichever ends first."""
+        """How much of the run is done after ``step`` steps and ``seconds``: 0 to 1, by whichever ends
+        first."""
         by_steps = 0.0 if self.planned_steps is None else step / self.planned_steps
         by_clock = 0.0 if self.planned_seconds is None else seconds / self.planned_seconds
         return min(1.0, max(by_steps, by_clock))

@@ -30,7 +30,8 @@ class MetricsFile:
             file.write(json.dumps({"event": event, **values}, ensure_ascii=False) + "\n")
 
     def truncate(self, step: int) -> None:
-        """Drops what was written after ``step`` (a resumed run writes it again), and a line cut off by a kill."""
+        """Drops what was written after ``step`` (a resumed run writes it again), and a line cut off by a
+        kill."""
         if not self.path.exists():
             return
         kept = []
@@ -56,7 +57,10 @@ def make_tracker(name: str, run_dir: Path, warn: Callable[[str], None]) -> Callb
     if name == "none":
         return None
     if importlib.util.find_spec(name) is None:
-        warn(f"{name} is not installed: going on without it, {METRICS_FILE} has everything (pip install {name})")
+        warn(
+            f"{name} is not installed: going on without it, {METRICS_FILE} has everything (to have it: pip "
+            f"install {name})"
+        )
         return None
     return WandbTracker(run_dir) if name == "wandb" else TensorBoardTracker(run_dir)
 

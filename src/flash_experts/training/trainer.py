@@ -1,9 +1,9 @@
 """The training loop.
 
 One optimizer step: take the names of the step (a pure function of seed and step), cut them into rows for the
-processes and for accumulation, add up the gradients, clip, move the weights. Everything else here happens between
-steps: the log, validation, samples, checkpoints, stopping. The same code runs on a CPU, a GPU, and many GPUs under
-``torchrun`` or ``accelerate launch``.
+processes and for accumulation, add up the gradients, clip, move the weights. Everything else here happens
+between steps: the log, validation, samples, checkpoints, stopping. The same code runs on a CPU, a GPU, and
+many GPUs under ``torchrun`` or ``accelerate launch``.
 """
 
 from __future__ import annotations
@@ -21,27 +21,23 @@ from accelerate import Accelerator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flash_experts.data.cards import Card
-from flash_experts.data.names import normal_form
 from flash_experts.data.packing import PackedBatch, pack
 from flash_experts.models.loading import resolve_device
 from flash_experts.models.router_metrics import router_metrics, update_router_biases
-from flash_experts.training import checkpoint as checkpoints
 from flash_experts.training import run_info
-from flash_experts.training.batches import NameBatches, split_evenly
+from flash_experts.training.batches import NameBatches
 from flash_experts.training.callbacks import Callback
+from flash_experts.training.checkpoint import TrainerState
+from flash_experts.training.checkpointer import Checkpointer
+from flash_experts.training.errors import NonFiniteLossError, OutOfMemoryError
 from flash_experts.training.optimizer import make_optimizer
-from flash_experts.training.progress import ProgressDisplay
+from flash_experts.training.precision import check_dtype, use_bfloat16
+from flash_experts.training.reporting import Reporter, SpeedMeter
 from flash_experts.training.schedule import Schedule
 from flash_experts.training.signals import StopSignals
-from flash_experts.training.tracking import METRICS_FILE, MetricsFile, make_tracker
+from flash_experts.training.tracking import make_tracker
 from flash_experts.training.training_config import TrainingConfig
 from flash_experts.training.validation import BITS_PER_CHAR, Validation
-
-RESUMABLE_FIELDS = ("seed", "tokens_per_batch", "attribute_dropout", "curriculum")
-
-
-class TrainingError(RuntimeError):
-    """A run that cannot go on. The message says what to change."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,8 +69,8 @@ class Trainer:
     """Fine-tunes a causal language model on card names.
 
     Args:
-        model: any causal LM that takes packed rows (`flash_experts.models.loading.load_model` gives one). It is
-            trained in place, and must be in float32 (bfloat16 is a matter of ``config.precision``).
+        model: any causal LM that takes packed rows (`flash_experts.models.loading.load_model` gives one). It
+            is trained in place, and must be in float32 (bfloat16 is a matter of ``config.precision``).
         tokenizer: the model's.
         train_cards: the training split.
         validation_cards: the validation split; empty for none.
@@ -102,19 +98,24 @@ class Trainer:
         self.accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="no")
         self.device = self.accelerator.device
         self.is_main = self.accelerator.is_main_process
-        self.autocast_dtype = _autocast_dtype(config.precision, self.device)
-        self.progress = ProgressDisplay(self.is_main)
-        self.model = model.to(self.device)  # type: ignore[arg-type]  # the model itself: saved, sampled from
-        if config.compile:
-            self.model.compile(dynamic=True)
+        self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
+        self.autocast = use_bfloat16(config.precision, self.device)
+        self.model = check_dtype(model).to(self.device)  # type: ignore[arg-type]
+        self.model.loss_type = "ForCausalLM"
         self.optimizer = make_optimizer(self.model, config)
-        self.wrapped, self.prepared_optimizer = self.accelerator.prepare(self.model, self.optimizer)
-        world = self.accelerator.num_processes
-        self.rows_per_step = config.gradient_accumulation_steps * world
+        # Training calls `wrapped`; validation, sampling and saving use the plain model inside it.
+        module = torch.compile(self.model, dynamic=True) if config.compile else self.model
+        self.wrapped, self.wrapped_optimizer = self.accelerator.prepare(module, self.optimizer)
         self.batches = NameBatches(
-            train_cards, tokenizer, config.tokens_per_batch, config.attribute_dropout, config.seed, config.curriculum
+            train_cards,
+            tokenizer,
+            config.tokens_per_batch,
+            config.attribute_dropout,
+            config.seed,
+            config.curriculum,
         )
         self.schedule = Schedule.of(config, self.batches.steps_per_epoch)
+        self.rows_per_step = config.gradient_accumulation_steps * self.world
         self.validation = None
         if validation_cards:
             self.validation = Validation(
@@ -123,102 +124,111 @@ class Trainer:
                 config.validation_names,
                 math.ceil(config.tokens_per_batch / self.rows_per_step),
                 config.seed,
-                (self.accelerator.process_index, world),
+                (self.rank, self.world),
             )
-        self.metrics_file = MetricsFile(self.run_dir / METRICS_FILE)
-        self.counts = run_info.parameter_counts(self.model)
+        self.report = Reporter(self.run_dir, callbacks, train_cards, validation_cards, self.is_main)
+        counts = run_info.parameter_counts(self.model)
+        peak = run_info.peak_flops(self.device)
+        self.speed = SpeedMeter(counts, None if peak is None else peak * self.world)
         self.info: dict[str, Any] = {
             "config": config.to_dict(),
-            "data": {
-                "train_names": len(train_cards),
-                "train_sha256": run_info.fingerprint(train_cards),
-                "validation_names": len(validation_cards),
-                "validation_sha256": run_info.fingerprint(validation_cards),
-                **({"meta": dict(data_info)} if data_info else {}),
-            },
-            "model": {"type": self.model.config.model_type, **self.counts},
+            "data": run_info.describe_data(train_cards, validation_cards, data_info),
+            "model": {"type": self.model.config.model_type, "parameters": counts},
             "device": str(self.device),
-            "processes": world,
+            "processes": self.world,
             "git_commit": run_info.git_commit(),
             "versions": run_info.versions(),
         }
-        self.callbacks = list(callbacks)
-        self._known = {
-            "in train": {normal_form(card.name) for card in train_cards},
-            "in validation": {normal_form(card.name) for card in validation_cards},
-        }
-        self.state = checkpoints.TrainerState()
-        self._saved_step: int | None = None
+        self.checkpointer = Checkpointer(
+            self.run_dir,
+            self.model,
+            tokenizer,
+            self.optimizer,
+            config.keep_checkpoints,
+            self.info,
+            self.report.say,
+            self.is_main,
+        )
+        self.state = TrainerState()
+        self._router_losses: dict[str, torch.Tensor] = {}
 
     def train(self, resume: str | Path | None = None) -> TrainingResult:
         """Trains to the end of the run, or until Ctrl+C or SIGTERM.
 
         Args:
-            resume: ``auto`` goes on from the newest checkpoint that verifies (or starts where there is none); a
-                checkpoint's folder goes on from that one; None starts anew and wants a run folder without checkpoints.
+            resume: ``auto`` goes on from the newest checkpoint that verifies (or starts where there is none);
+                a checkpoint's folder goes on from that one; None starts anew and wants a run folder without
+                checkpoints.
 
         Raises:
             CheckpointError: nothing to resume, or not whole, or it cannot be written.
             TrainingError: the loss is not finite, or memory ran out.
             ValueError: there are checkpoints already and ``resume`` is None.
         """
-        self._restore(resume)
-        if self.state.step and (reason := self._reason_to_end()):
-            self.progress.say(f"{self.run_dir} is finished ({reason}, step {self.state.step:,}): nothing to do")
-            return self._result(reason)
-        self._start()
-        with StopSignals() as signals:
-            try:
+        self.state = self.checkpointer.restore(resume)
+        if self.state.step and (ended := self._reason_to_end()):
+            self.report.say(f"{self.run_dir} is finished ({ended}, step {self.state.step:,}): nothing to do")
+            return self._result(ended)
+        self.accelerator.wait_for_everyone()  # all have read before anything is dropped
+        self.checkpointer.drop_later(self.state.step)
+        if self.is_main:
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+            run_info.write_run_info(self.run_dir / "run.json", self.info)
+        tracker = make_tracker(self.config.tracker, self.run_dir, self.report.say)
+        self.report.start(self.state.step if self.state.step else -1, self.info, tracker)
+        reason = "error"
+        try:
+            with StopSignals() as signals:
                 reason = self._loop(signals)
-            finally:
-                self.progress.stop()
-        result = self._result(reason)
-        self._tell("on_end", {"reason": reason, "step": result.step, "best_bits_per_char": result.best_bits_per_char})
-        return result
+        finally:
+            self.report.end({"reason": reason, "step": self.state.step})
+        return self._result(reason)
 
     def _loop(self, signals: StopSignals) -> str:
         """Steps until the run ends; returns why."""
         config, state = self.config, self.state
         started = time.monotonic() - state.seconds
-        first_bad = torch.full((), -1, device=self.device)
+        self._interval_loss = torch.full((), state.interval_loss, device=self.device)
+        self._first_bad = torch.full((), -1, device=self.device)
         if state.step == 0:
             self._evaluate()
-        reason = None
+        self.speed.begin()
+        reason: str | None = None
         while reason is None:
             rate = config.learning_rate * self.schedule.factor(state.step, state.seconds)
             loss, grad_norm = self._step(rate)
-            is_bad = ~(torch.isfinite(loss) & torch.isfinite(grad_norm))
-            first_bad = torch.where((first_bad < 0) & is_bad, state.step, first_bad)
-            self._interval_loss += loss
             state.step += 1
-            # A look at a GPU's tensors waits for it, so only at steps that do so anyway. A CPU has nothing to wait for.
+            self._interval_loss += loss
+            state.interval_steps += 1
+            is_bad = ~(torch.isfinite(loss) & torch.isfinite(grad_norm))
+            self._first_bad = torch.where((self._first_bad < 0) & is_bad, state.step, self._first_bad)
             log_due = state.step % config.log_every == 0
-            if self.device.type == "cpu" or log_due or _due(state.step, config.eval_every, config.checkpoint_every):
-                self._check_finite(int(first_bad))
-            state.seconds, stop = self._agree(time.monotonic() - started, signals.received is not None, log_due)
+            if self.device.type == "cpu":  # a look at a GPU's tensor would wait for the GPU
+                self._check_finite()
+            seconds = time.monotonic() - started
+            state.seconds, stop = self._agree(seconds, signals.received is not None, log_due)
             reason = self._reason_to_end()
             if log_due or reason:
-                self._check_finite(int(first_bad))
-                self._log(rate, grad_norm, loss)
+                self._log(rate, grad_norm)
             if _due(state.step, config.eval_every) or reason:
                 self._evaluate()
                 reason = reason or self._reason_to_end()
-            if _due(state.step, config.sample_every):
+            if _due(state.step, config.sample_every) or (reason and config.sample_every):
                 self._sample()
             if stop and reason is None:
                 reason = signals.received or "SIGTERM"
             if _due(state.step, config.checkpoint_every) or reason:
-                self._check_finite(int(first_bad))
                 self._save()
-        return self._finish(reason)
+        self._finish(reason)
+        return reason
 
     def _step(self, rate: float) -> tuple[torch.Tensor, torch.Tensor]:
         """One optimizer step. Returns this process's part of the loss, and the norm of the whole gradient."""
         rows, num_labels = self._rows_of_step()
-        # Dropout becomes a function of (seed, step, process): resuming needs no random state, and neither validation
-        # nor sampling can move it.
-        rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        torch.manual_seed(random.Random(f"dropout/{self.config.seed}/{self.state.step}/{rank}").getrandbits(63))
+        # Dropout becomes a function of (seed, step, process): resuming needs no random state, and neither
+        # validation nor sampling can move it.
+        key = f"dropout/{self.config.seed}/{self.state.step}/{self.rank}"
+        torch.manual_seed(random.Random(key).getrandbits(63))
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.wrapped.train()
@@ -232,41 +242,153 @@ class Trainer:
                         loss = self._backward(row, num_labels)
                 total += loss
         except torch.OutOfMemoryError as error:
-            raise TrainingError(
-                f"out of memory at step {self.state.step + 1}: double gradient_accumulation_steps (now "
-                f"{self.config.gradient_accumulation_steps}), which gives the same result in half the memory"
-            ) from error
+            accumulation = self.config.gradient_accumulation_steps
+            raise OutOfMemoryError(self.state.step + 1, accumulation) from error
         limit = math.inf if self.config.clip_norm is None else self.config.clip_norm
         grad_norm = cast(torch.Tensor, self.accelerator.clip_grad_norm_(self.wrapped.parameters(), limit))
-        self.prepared_optimizer.step()
-        self.prepared_optimizer.zero_grad(set_to_none=True)
+        self.wrapped_optimizer.step()
+        self.wrapped_optimizer.zero_grad(set_to_none=True)
         update_router_biases(self.model)
         return total, grad_norm
 
     def _backward(self, row: PackedBatch, num_labels: int) -> torch.Tensor:
         """Adds a row's gradient; returns its part of the step's loss."""
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast_dtype is not None):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
             output = self.wrapped(**row.to(self.device).inputs_with_loss(num_labels))
-        # The loss is divided by the labels of all processes, and DDP takes the mean of their gradients: undo that.
-        self.accelerator.backward(output.loss * self.accelerator.num_processes)
-        aux_loss = output.get("aux_loss")
-        if aux_loss is not None:
-            self._aux_loss = aux_loss.detach()
+        # The loss is divided by the labels of all processes; DDP takes the mean of gradients: undo that.
+        self.accelerator.backward(output.loss * self.world)
+        self._router_losses = {
+            name: output[name].detach() for name in ("aux_loss", "z_loss") if output.get(name) is not None
+        }
         return cast(torch.Tensor, output.loss.detach())
 
     def _rows_of_step(self) -> tuple[list[PackedBatch], int]:
         """This process's rows of the next step, and how many labels the rows of all processes have."""
-        names = self.batches.names_of_step(self.state.step)
-        if len(names) < self.rows_per_step:
-            raise ValueError(
-                f"a step has {len(names)} names, too few for {self.rows_per_step} rows (gradient_accumulation_steps "
-                f"times processes): raise tokens_per_batch, now {self.config.tokens_per_batch}"
-            )
-        runs = split_evenly([name.num_inputs for name in names], self.rows_per_step)
-        mine = runs[self.accelerator.process_index :: self.accelerator.num_processes]
+        rows = self.batches.rows_of_step(self.state.step, self.rows_per_step)
+        names = [name for row in rows for name in row]
         tokens = sum(name.num_inputs for name in names)
-        self.state.tokens += tokens
-        self.state.interval_tokens += tokens
-        self.state.interval_steps += 1
         num_labels = sum(len(name.ids) - name.prompt_length for name in names)
-        return [pack(names[run.start : run.stop]) for run in mine], num_labels
+        self.state.tokens += tokens
+        self.speed.add(tokens, num_labels)
+        return [pack(row) for row in rows[self.rank :: self.world]], num_labels
+
+    def _check_finite(self) -> None:
+        """Stops the run at the first step whose loss or gradient was not a number."""
+        step = int(self._first_bad)
+        if step >= 0:
+            raise self._not_finite(step)
+
+    def _not_finite(self, step: int) -> NonFiniteLossError:
+        clipped = self.config.clip_norm is not None
+        return NonFiniteLossError(step, self.checkpointer.last_good, clipped, self.autocast)
+
+    def _log(self, rate: float, grad_norm: torch.Tensor) -> None:
+        """Writes the mean loss since the last log, the rate, the speed, and what the routers did."""
+        self._check_finite()
+        state = self.state
+        loss = cast(torch.Tensor, self.accelerator.reduce(self._interval_loss, "sum"))
+        share = self.schedule.progress(state.step, state.seconds)
+        metrics: dict[str, float] = {
+            "step": state.step,
+            "epoch": round(state.step / self.batches.steps_per_epoch, 4),
+            "tokens": state.tokens,
+            "loss": loss.item() / state.interval_steps,
+            "lr": rate,
+            "grad_norm": grad_norm.item(),
+            "seconds": round(state.seconds, 3),
+            **{name: value.item() for name, value in self._router_losses.items()},
+            **router_metrics(self.model),
+            **self.speed.metrics(),
+        }
+        if share > 0:
+            metrics["eta_seconds"] = round(state.seconds * (1 - share) / share, 1)
+        self._interval_loss.zero_()
+        state.interval_steps = 0
+        self.report.log(metrics, share)
+
+    def _evaluate(self) -> None:
+        """Validates; a new best is written to the run's folder at once."""
+        if self.validation is None:
+            return
+        state = self.state
+        with self.speed.pause():
+            self._check_finite()
+            self.model.eval()
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
+                sums = self.validation.sums(self.model, self.device)
+            sums = cast(torch.Tensor, self.accelerator.reduce(sums.to(self.device), "sum"))
+            metrics = {"step": state.step, "tokens": state.tokens, **self.validation.metrics(sums)}
+            bits = metrics[BITS_PER_CHAR]
+            if not math.isfinite(bits):
+                raise self._not_finite(state.step)
+            best = state.best_bits_per_char is None or bits < state.best_bits_per_char
+            if best:
+                state.best_bits_per_char, state.best_step, state.bad_evaluations = bits, state.step, 0
+                self.checkpointer.export()
+            else:
+                state.bad_evaluations += 1
+            self.report.evaluated(metrics, best)
+
+    def _sample(self) -> None:
+        with self.speed.pause():
+            self._check_finite()
+            if self.is_main:
+                self.model.eval()
+                self.report.sample(self.state.step, self.model, self.tokenizer)
+
+    def _save(self) -> None:
+        """Writes a checkpoint of this step."""
+        self._check_finite()
+        with self.speed.pause():
+            interval_loss = cast(torch.Tensor, self.accelerator.reduce(self._interval_loss, "sum"))
+            # Restored by every process, and summed over them at the next log.
+            self.state.interval_loss = interval_loss.item() / self.world
+            self.checkpointer.save(self.state)
+            self.accelerator.wait_for_everyone()
+
+    def _finish(self, reason: str) -> None:
+        """The last words of a run."""
+        state = self.state
+        if reason.startswith("SIG"):
+            self.report.say(
+                f"{reason}: stopped after step {state.step:,}, saved in "
+                f"{self.checkpointer.last_good}. Go on with --resume auto"
+            )
+            return
+        if self.validation is None:
+            self.checkpointer.export()
+        best = ""
+        if state.best_bits_per_char is not None:
+            best = f", best at step {state.best_step:,}: {state.best_bits_per_char:.3f} bits per character"
+        self.report.say(f"finished ({reason}) after step {state.step:,}{best}: the model is {self.run_dir}")
+
+    def _agree(self, seconds: float, stop: bool, due: bool) -> tuple[float, bool]:
+        """Time and the wish to stop as all processes know them: exchanged at log steps, held in between."""
+        if self.world == 1:
+            return seconds, stop
+        if not due:
+            return self.state.seconds, False
+        mine = torch.tensor([[seconds, float(stop)]], device=self.device)
+        most = cast(torch.Tensor, self.accelerator.gather(mine)).amax(0)
+        return most[0].item(), bool(most[1])
+
+    def _reason_to_end(self) -> str | None:
+        """Why the run is over, by its state and configuration alone; None if it is not."""
+        state, patience = self.state, self.config.early_stopping_patience
+        if self.schedule.planned_steps is not None and state.step >= self.schedule.planned_steps:
+            return "steps"
+        if self.schedule.planned_seconds is not None and state.seconds >= self.schedule.planned_seconds:
+            return "time"
+        if patience is not None and state.bad_evaluations >= patience:
+            return "early stopping"
+        return None
+
+    def _result(self, reason: str) -> TrainingResult:
+        state = self.state
+        return TrainingResult(
+            reason, state.step, state.best_bits_per_char, state.best_step, self.run_dir, state.seconds
+        )
+
+
+def _due(step: int, every: int | None) -> bool:
+    return every is not None and step % every == 0

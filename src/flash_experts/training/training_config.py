@@ -10,7 +10,8 @@ from typing import Any, Literal
 
 @dataclass
 class TrainingConfig:
-    """Settings of one run. At least one of ``max_steps``, ``max_epochs``, ``max_minutes`` ends it; the first wins.
+    """Settings of one run. At least one of ``max_steps``, ``max_epochs``, ``max_minutes`` ends it; the first
+    wins.
 
     Args:
         output_dir: folder of all runs.
@@ -18,12 +19,12 @@ class TrainingConfig:
         seed: of the order of names, of what is dropped from prompts, and of dropout.
         max_steps: optimizer steps; null for no limit.
         max_epochs: passes over the training names (fractions are fine); null for no limit.
-        max_minutes: wall-clock budget, evaluations included; null for none. The schedule then follows the clock, so
-            two such runs are not equal to the bit.
-        tokens_per_batch: tokens of one optimizer step, about, over all processes and accumulated parts. Names are
-            packed without padding.
-        gradient_accumulation_steps: parts that a step's tokens are computed in, one after the other. More parts take
-            less memory and give the same result.
+        max_minutes: wall-clock budget, evaluations included; null for none. The schedule then follows the
+            clock, so two such runs are not equal to the bit.
+        tokens_per_batch: tokens of one optimizer step, about, over all processes and accumulated parts. Names
+            are packed without padding.
+        gradient_accumulation_steps: parts that a step's tokens are computed in, one after the other. More
+            parts take less memory and give the same result.
         learning_rate: the highest of the schedule.
         weight_decay: AdamW's, on matrices alone (biases and norms are left out).
         betas: AdamW's.
@@ -38,13 +39,14 @@ class TrainingConfig:
         keep_checkpoints: newest checkpoints that are kept.
         early_stopping_patience: validations in a row without a new best that end the run; null for never.
         sample_every: steps between sample names (needs a callback that makes them); null for never.
-        attribute_dropout: chance that a part of a name's prompt (type, colors, mana value) is left out, drawn anew in
-            each epoch, so that any subset may be given at generation.
+        attribute_dropout: chance that a part of a name's prompt (type, colors, mana value) is left out, drawn
+            anew in each epoch, so that any subset may be given at generation.
         curriculum: order of names in the first epoch: none (shuffled), or length (short names first).
         precision: bfloat16, float32, or auto (bfloat16 on GPUs that have it).
         device: auto, cpu, cuda or cuda:N.
         compile: compile the model (torch.compile); pays off on GPUs and long runs.
-        tracker: none, wandb (offline unless WANDB_API_KEY is set) or tensorboard. metrics.jsonl is always written.
+        tracker: none, wandb (offline unless WANDB_API_KEY is set) or tensorboard. metrics.jsonl is always
+            written.
     """
 
     output_dir: str = "models"

@@ -51,7 +51,8 @@ class Validation:
 
     @torch.no_grad()
     def sums(self, model: nn.Module, device: torch.device) -> torch.Tensor:
-        """This process's (2, 3) float64 sums of nats, tokens and characters: unconditional, given all attributes.
+        """This process's (2, 3) float64 sums of nats, tokens and characters: unconditional, given all
+        attributes.
 
         Add those of all processes and hand them to `metrics`.
         """

@@ -1,0 +1,95 @@
+"""Turns a finished run into a released model: bfloat16 weights, tokenizer, model card, metrics.
+
+    python scripts/release_model.py models/RUN models/NAME --command "flash-experts train --config ..."
+
+The card's figures are those that `flash-experts evaluate` measures of the released (rounded) weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+
+import torch
+
+from flash_experts.data.tokenizer import load_tokenizer
+from flash_experts.evaluation import evaluate
+from flash_experts.models.loading import load_model
+
+CARD = """---
+license: mit
+pipeline_tag: text-generation
+tags: [gpt2, magic-the-gathering, names]
+---
+
+# {name}
+
+A {kind} of {parameters:.1f} million parameters ({active:.1f} million active per token) with a byte-level BPE of
+{vocabulary:,} tokens, trained by this repository on the names of {train:,} Magic: The Gathering cards (its training
+split; bfloat16 weights).
+
+Made by
+
+    {command}
+
+then `python scripts/release_model.py`. The training took {minutes:.0f} minutes on {device} ({steps:,} steps, seed
+{seed}); `run.json` and `metrics.jsonl` are its record.
+
+| held-out names | bits per character, nothing given | given type, colors, mana value | shuffled attributes |
+| --- | --- | --- | --- |
+{rows}
+
+The end of a name counts as a character. Brackets: 95% bootstrap intervals over names. Summed over the one
+tokenization that the tokenizer gives: an upper bound of the true figure.
+
+The text learned is `<|endoftext|>` + prompt + space + name + `<|endoftext|>`; a prompt is `Legendary Creature Goblin, red, 3:`
+or any part of it, down to `:` alone. The names are Wizards of the Coast's; see data/README.md.
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("run", type=Path, help="folder of a finished run")
+    parser.add_argument("out", type=Path, help="folder to write")
+    parser.add_argument("--command", required=True, help="the command that made the run, for the card")
+    parser.add_argument("--data", default="data/mtg", help="folder that prepare wrote")
+    args = parser.parse_args()
+    model = load_model(args.run, "cpu")
+    args.out.mkdir(parents=True, exist_ok=True)
+    model.to(torch.bfloat16).save_pretrained(args.out)
+    load_tokenizer(args.run).save_pretrained(args.out)
+    for record in ("run.json", "metrics.jsonl"):
+        shutil.copyfile(args.run / record, args.out / record)
+    run = json.loads((args.run / "run.json").read_text(encoding="utf-8"))
+    last = json.loads((args.run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
+    result = evaluate(args.out, args.data, samples=0)
+    rows = "\n".join(
+        f"| {name} ({split.names:,}) | {split.unconditional:.3f} | {split.conditional:.3f} | {split.shuffled:.3f} |"
+        for name, split in result.splits.items()
+    )
+    train_seconds = [
+        json.loads(line)["seconds"]
+        for line in (args.run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        if '"seconds"' in line
+    ]
+    card = CARD.format(
+        name=args.out.name,
+        kind="GPT-2 with experts" if model.config.model_type == "gpt2_moe" else "dense GPT-2",
+        parameters=result.size.total / 1e6,
+        active=result.size.active / 1e6,
+        vocabulary=model.config.vocab_size,
+        train=run["data"]["train_names"],
+        command=args.command,
+        minutes=train_seconds[-1] / 60,
+        device=run["device"],
+        steps=last["step"],
+        seed=run["config"]["seed"],
+        rows=rows,
+    )
+    (args.out / "README.md").write_text(card, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,159 @@
+"""A card as this project knows it: its name and the attributes that a name can be asked for by."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flash_experts.data.names import faces_of, shown_form
+
+if TYPE_CHECKING:
+    from flash_experts.data.sources import CardSource
+
+COLORS = "WUBRG"  # white, blue, black, red, green: the order in which Magic writes them
+SUPERTYPES = ("Basic", "Legendary", "World", "Snow")
+# The order in which a type line has them: "Kindred Instant", "Artifact Land", "Enchantment Artifact Creature".
+TYPES = ("Kindred", "Enchantment", "Artifact", "Land", "Planeswalker", "Battle", "Creature", "Instant", "Sorcery")
+_OLD_TYPES = {"Tribal": "Kindred"}  # renamed by Wizards of the Coast in 2023
+_DASH = re.compile(r"\s*(?:—|–|--)\s*|\s+-\s+")
+_SUBTYPES_OF_TWO_WORDS = ("Time Lord",)
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """One name and what is known of the card (of the face, where a card has two).
+
+    Attributes:
+        name: as it is shown.
+        type_line: e.g. ``"Legendary Creature — Goblin Warrior"``; ``""`` if unknown.
+        supertypes: e.g. ``("Legendary",)``.
+        types: e.g. ``("Creature",)``; ``()`` if unknown.
+        subtypes: e.g. ``("Goblin", "Warrior")``.
+        colors: letters in the order WUBRG; ``()`` is colorless, None unknown.
+        mana_value: what its mana cost adds up to, X counting 0; None without a mana cost, or if unknown.
+        source_id: where it comes from: ``"embedded:123"`` (row), ``"mine.csv:7"`` (line), or the source's own id.
+    """
+
+    name: str
+    type_line: str
+    supertypes: tuple[str, ...]
+    types: tuple[str, ...]
+    subtypes: tuple[str, ...]
+    colors: tuple[str, ...] | None
+    mana_value: int | None
+    source_id: str
+
+    def to_json(self) -> dict[str, Any]:
+        """The object of a prepared line."""
+        return {
+            "name": self.name,
+            "type_line": self.type_line,
+            "types": list(self.types),
+            "subtypes": list(self.subtypes),
+            "supertypes": list(self.supertypes),
+            "colors": None if self.colors is None else list(self.colors),
+            "mana_value": self.mana_value,
+            "source_id": self.source_id,
+        }
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any], where: str) -> Card:
+        """The card of a prepared line.
+
+        Args:
+            fields: what `to_json` gave.
+            where: ``file:line``, for the error.
+
+        Raises:
+            ValueError: a field is missing or has a wrong type.
+        """
+        if not isinstance(fields, dict):
+            raise ValueError(f"{where}: a card must be a JSON object, not {type(fields).__name__}")
+        missing = [name for name in cls.__slots__ if name not in fields]
+        if missing:
+            raise ValueError(f"{where}: no {missing[0]!r} (run `flash-experts prepare` again)")
+        colors, mana_value = fields["colors"], fields["mana_value"]
+        if not all(isinstance(fields[name], str) for name in ("name", "type_line", "source_id")):
+            raise ValueError(f"{where}: name, type_line and source_id must be text")
+        if not fields["name"].strip():
+            raise ValueError(f"{where}: the name is empty")
+        if mana_value is not None and type(mana_value) is not int:
+            raise ValueError(f"{where}: mana_value must be a whole number or null, not {mana_value!r}")
+        if colors is not None and (not isinstance(colors, list) or not set(map(str, colors)) <= set(COLORS)):
+            raise ValueError(f"{where}: colors must be a list of letters of {COLORS}, not {colors!r}")
+        return cls(
+            name=fields["name"],
+            type_line=fields["type_line"],
+            supertypes=_texts(fields["supertypes"], "supertypes", where),
+            types=_texts(fields["types"], "types", where),
+            subtypes=_texts(fields["subtypes"], "subtypes", where),
+            colors=None if colors is None else in_color_order(colors),
+            mana_value=mana_value,
+            source_id=fields["source_id"],
+        )
+
+
+def _texts(value: Any, field: str, where: str) -> tuple[str, ...]:
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise ValueError(f"{where}: {field} must be a list of texts, not {value!r}")
+    return tuple(value)
+
+
+def in_color_order(letters: list[str] | tuple[str, ...] | set[str] | str) -> tuple[str, ...]:
+    """Distinct color letters in the order WUBRG; other letters are left out."""
+    return tuple(color for color in COLORS if color in letters)
+
+
+def split_type_line(type_line: str) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
+    """Supertypes, types and subtypes of one face's type line. Nothing is checked against the known types.
+
+    ``"Legendary Creature — Goblin Warrior"`` gives ``("Legendary",), ("Creature",), ("Goblin", "Warrior")``.
+    """
+    line, *rest = _DASH.split(type_line, maxsplit=1)
+    words = [_OLD_TYPES.get(word, word) for word in line.split()]
+    supertypes = tuple(word for word in words if word in SUPERTYPES)
+    return supertypes, tuple(word for word in words if word not in SUPERTYPES), _subtypes("".join(rest))
+
+
+def join_type_line(supertypes: tuple[str, ...], types: tuple[str, ...], subtypes: tuple[str, ...]) -> str:
+    """The type line as cards print it; the inverse of `split_type_line`."""
+    line = " ".join((*supertypes, *types))
+    return f"{line} — {' '.join(subtypes)}" if subtypes else line
+
+
+def _subtypes(text: str) -> tuple[str, ...]:
+    for pair in _SUBTYPES_OF_TWO_WORDS:
+        text = text.replace(pair, pair.replace(" ", "\0"))
+    return tuple(word.replace("\0", " ") for word in text.split())
+
+
+def load_source(source: str | Path) -> CardSource:
+    """Raw cards: ``"embedded"``, or a csv, json, jsonl or txt file of one's own.
+
+    Raises:
+        ValueError: there is no such source (the nearest is named), or a file is malformed (file and line).
+    """
+    from flash_experts.data.sources import read_source
+
+    return read_source(source)
+
+
+@cache
+def _embedded_names() -> tuple[str, ...]:
+    from flash_experts.data.sources import read_embedded
+
+    return names_on(row.name for row in read_embedded().rows)
+
+
+def names_on(row_names: Any) -> tuple[str, ...]:
+    """Every distinct face name among names of cards, in order, rebalanced ones ("A-") by their plain name."""
+    faces = (shown_form(face) for name in row_names for face in faces_of(name.removeprefix("A-")))
+    return tuple(dict.fromkeys(face.removeprefix("A-") for face in faces if face))
+
+
+def known_names() -> list[str]:
+    """Every name that is already a card in the embedded table, jokes and franchises and all."""
+    return list(_embedded_names())

@@ -1,0 +1,70 @@
+"""What a name is: how it is shown, when two names are the same, and the words it is made of. Strings alone."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+
+FACE_SEPARATOR = " // "
+
+# Characters that look like another one, to the one that is meant. Real letters with accents are not among them.
+_LOOK_ALIKES = str.maketrans(
+    dict.fromkeys("\u2018\u2019\u02bc\u2032\u00b4\u0060\uff07", "'")
+    | dict.fromkeys("\u201c\u201d\u2033\uff02", '"')
+    | dict.fromkeys("\u2010\u2011\u2012\u2013\u2014\u2015\u2212\uff0d", "-")
+    | dict.fromkeys("\ua789\u02d0\uff1a\ufe55", ":")  # modifier letter colon, length mark, full-width, small
+    | {"\u2026": "...", "\uff0c": ",", "\u00ae": "", "\u2122": ""}
+)
+_INVISIBLE = frozenset(("Cc", "Cf", "Cs", "Co", "Cn"))  # control, format (zero width), and no character at all
+# Letters that NFKD leaves whole although readers take them for plain ones.
+_WHOLE_LETTERS = str.maketrans(
+    {"æ": "ae", "œ": "oe", "ø": "o", "đ": "d", "ð": "d", "ł": "l", "þ": "th", "ı": "i", "ħ": "h"}
+)
+_POSSESSIVE = re.compile(r"'s$|'$")
+
+
+def shown_form(name: str) -> str:
+    """A name as it is shown and learned: NFC, one kind of apostrophe, quote, dash and space, no stray spaces.
+
+    ``"Ratonhnhaké꞉ton"`` (modifier letter colon) becomes ``"Ratonhnhaké:ton"``; accents stay. Idempotent.
+    """
+    if name.isascii() and name.isprintable() and "  " not in name and "`" not in name:
+        return name.strip()
+    spaced = "".join(" " if character.isspace() else character for character in name)
+    seen = "".join(character for character in spaced if unicodedata.category(character) not in _INVISIBLE)
+    # Composed first, so that a sign with a mark on it becomes one letter before signs are looked up; and again
+    # afterwards, because a sign that goes away can bring a letter and a mark together.
+    composed = unicodedata.normalize("NFC", seen)
+    while (folded := unicodedata.normalize("NFC", composed.translate(_LOOK_ALIKES))) != composed:
+        composed = folded
+    return " ".join(composed.split())
+
+
+def normal_form(name: str) -> str:
+    """The key for "is this already a card": letters and digits alone, lower case, without accents.
+
+    ``"Lim-Dûl's Vault"``, ``"lim dul's vault"`` and ``"LimDûls Vault"`` are one: ``"limdulsvault"``. Idempotent.
+    A name of marks alone gives ``""``, which stands for no card.
+    """
+    if name.isascii():
+        return "".join(filter(str.isalnum, name.casefold()))
+    # Compatibility caseless matching, The Unicode Standard, definition D146: folding can undo a composition and
+    # decomposing can bring capitals back, hence twice.
+    text = unicodedata.normalize("NFD", name).casefold()
+    text = unicodedata.normalize("NFKD", text).casefold()
+    text = unicodedata.normalize("NFKD", text).translate(_WHOLE_LETTERS)
+    return "".join(filter(str.isalnum, text))
+
+
+def faces_of(name: str) -> list[str]:
+    """The names on a card: ``"Fire // Ice"`` has two. (``"SP//dr"`` is one.)"""
+    return [face.strip() for face in name.split(FACE_SEPARATOR) if face.strip()] or [name.strip()]
+
+
+def family_words(name: str) -> frozenset[str]:
+    """Words of a name by which it has relatives, in normal form and without possessive endings.
+
+    ``"Lim-Dûl's Vault"`` has ``limdul`` and ``vault``.
+    """
+    words = (normal_form(_POSSESSIVE.sub("", word.strip(",.!?:\"()"))) for word in shown_form(name).split())
+    return frozenset(word for word in words if word)

@@ -1,0 +1,164 @@
+"""From a source to the files that training reads: clean, split, write; and reading them back."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from flash_experts.data.cards import Card, known_names, load_source, names_on
+from flash_experts.data.cleaning import CLEANING_VERSION, clean
+from flash_experts.data.splits import SPLITS, split_by_family
+
+META = "meta.json"
+KNOWN_NAMES = "known_names.txt"
+_HINT = "run `flash-experts prepare`"
+
+
+def prepare(
+    source: str | Path = "embedded", out: str | Path = Path("data/mtg"), include: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Writes train, validation, test and test_iid .jsonl, known_names.txt and meta.json.
+
+    The same source gives the same bytes. Files are written to a temporary folder and moved when all are there;
+    ``meta.json`` goes first and comes last, so a folder that has one is whole.
+
+    Args:
+        source: ``"embedded"``, or a csv, json, jsonl or txt file (`flash_experts.data.sources.read_file`).
+        out: folder; other files in it stay.
+        include: flagged names to keep: ``"jokes"``, ``"franchises"``.
+
+    Returns:
+        What meta.json says, and ``"up_to_date"``: whether the files were there already, byte for byte.
+
+    Raises:
+        ValueError: the source is unknown or malformed, or has too few names.
+        OSError: the folder cannot be written.
+    """
+    out = Path(out)
+    cards = load_source(source)
+    cleaned = clean(cards.rows, include)
+    if not cleaned.cards:
+        raise ValueError(f"{source}: no name is left after cleaning ({_reasons(cleaned.dropped)})")
+    split = split_by_family(cleaned.cards)
+    known = dict.fromkeys((*known_names(), *names_on(row.name for row in cards.rows)))
+    files = {f"{name}.jsonl": _lines(card.to_json() for card in split.parts[name]) for name in SPLITS}
+    files[KNOWN_NAMES] = "".join(f"{name}\n" for name in known).encode("utf-8")
+    meta = {
+        "source": cards.name,
+        "version": cards.version,
+        "source_sha256": cards.sha256,
+        "cleaning_version": CLEANING_VERSION,
+        "include": sorted(set(include)),
+        "rows": len(cards.rows),
+        "faces": cleaned.faces,
+        "dropped": cleaned.dropped,
+        "names": len(cleaned.cards),
+        "counts": {name: len(split.parts[name]) for name in SPLITS},
+        "known_names": len(known),
+        "families": {
+            "count": split.families,
+            "largest": split.largest_family,
+            "too_large_to_hold_out": split.oversized,
+        },
+        "sha256": {name: hashlib.sha256(data).hexdigest() for name, data in files.items()},
+    }
+    files[META] = (json.dumps(meta, indent=2, ensure_ascii=False) + "\n").encode("utf-8")
+    up_to_date = all(_holds(out / name, data) for name, data in files.items())
+    if not up_to_date:
+        _write_all(out, files)
+    return meta | {"up_to_date": up_to_date}
+
+
+def _reasons(dropped: dict[str, int]) -> str:
+    return ", ".join(f"{count} {reason}" for reason, count in dropped.items()) or "there was none"
+
+
+def _lines(records: Iterable[dict[str, Any]]) -> bytes:
+    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode("utf-8")
+
+
+def _holds(path: Path, data: bytes) -> bool:
+    return path.is_file() and path.stat().st_size == len(data) and path.read_bytes() == data
+
+
+def _write_all(out: Path, files: dict[str, bytes]) -> None:
+    """All files or, if writing fails, none: they change places only when every byte is on the disk."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file: give --out a folder")
+    out.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=".prepare-", dir=out))
+    try:
+        for name, data in files.items():
+            with open(temporary / name, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+        (out / META).unlink(missing_ok=True)
+        for name in files:  # META is the last
+            os.replace(temporary / name, out / name)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def load_split(folder: str | Path, split: str) -> list[Card]:
+    """The cards of a prepared split.
+
+    Args:
+        folder: what `prepare` wrote.
+        split: ``"train"``, ``"validation"``, ``"test"`` or ``"test_iid"``.
+
+    Raises:
+        ValueError: there is no such split or file, it is empty, or a line is malformed (``file:line``).
+    """
+    if split not in SPLITS:
+        raise ValueError(f"no split {split!r}: there are {', '.join(SPLITS)}")
+    path = Path(folder) / f"{split}.jsonl"
+    _check_there(path)
+    cards = []
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                cards.append(_card(line, f"{path}:{number}"))
+    if not cards:
+        raise ValueError(f"{path} is empty: {_HINT} again")
+    return cards
+
+
+def _card(line: bytes, where: str) -> Card:
+    try:
+        fields = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{where}: not UTF-8 text: {_HINT} again") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: not JSON ({error.msg}): {_HINT} again") from error
+    return Card.from_json(fields, where)
+
+
+def load_meta(folder: str | Path) -> dict[str, Any]:
+    """What `prepare` wrote to meta.json.
+
+    Raises:
+        ValueError: it is missing or malformed.
+    """
+    path = Path(folder) / META
+    _check_there(path)
+    try:
+        meta = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON: {_HINT} again") from error
+    if not isinstance(meta, dict) or "counts" not in meta:
+        raise ValueError(f"{path}: not what prepare wrote: {_HINT} again")
+    return meta
+
+
+def _check_there(path: Path) -> None:
+    if not path.parent.is_dir():
+        raise ValueError(f"no prepared names in {path.parent}: {_HINT} --out {path.parent}")
+    if not path.is_file():
+        raise ValueError(f"no {path.name} in {path.parent}: {_HINT} --out {path.parent}")

@@ -1,0 +1,200 @@
+"""What a name is asked for by, and its text: the prompt that stands before a name in training and generation."""
+
+from __future__ import annotations
+
+import difflib
+import random
+import re
+from dataclasses import dataclass, replace
+from functools import cache
+
+from flash_experts.data.cards import COLORS, SUPERTYPES, TYPES, Card, in_color_order, split_type_line
+from flash_experts.data.names import normal_form
+
+COLOR_WORDS = {"W": "white", "U": "blue", "B": "black", "R": "red", "G": "green"}
+COLORLESS = "colorless"
+_LETTER_OF = {word: letter for letter, word in COLOR_WORDS.items()}
+_DASH = re.compile(r"—|–|--|(?:^|\s)-(?=\s|$)")
+
+
+@dataclass(frozen=True, slots=True)
+class Attributes:
+    """Attributes of a card, any of them left open.
+
+    Attributes:
+        supertypes: None if not given; ``()`` says that it has none, and reads the same in the prompt.
+        types: as ``supertypes``.
+        subtypes: as ``supertypes``.
+        colors: letters in the order WUBRG; None if not given; ``()`` says colorless.
+        mana_value: None if not given.
+    """
+
+    supertypes: tuple[str, ...] | None = None
+    types: tuple[str, ...] | None = None
+    subtypes: tuple[str, ...] | None = None
+    colors: tuple[str, ...] | None = None
+    mana_value: int | None = None
+
+    @classmethod
+    def of(cls, card: Card) -> Attributes:
+        """All that is known of a card."""
+        if not card.type_line:
+            return cls(colors=card.colors, mana_value=card.mana_value)
+        return cls(card.supertypes, card.types, card.subtypes, card.colors, card.mana_value)
+
+    @classmethod
+    def parse(cls, type_line: str | None, colors: str | None, mana_value: int | None) -> Attributes:
+        """Attributes as a person writes them; None (or an empty text) leaves one open.
+
+        Args:
+            type_line: ``"Legendary Creature — Goblin"``, with "-" or "--" for the dash, or just ``"goblin creature"``.
+            colors: ``"R"``, ``"WU"``, ``"red"``, ``"white blue"``, ``"colorless"``, ``"C"``.
+            mana_value: 0 or more.
+
+        Raises:
+            ValueError: a type or color is unknown (the nearest is offered), or the mana value is negative.
+        """
+        if mana_value is not None and (isinstance(mana_value, bool) or mana_value < 0):
+            raise ValueError(f"the mana value must be 0 or more, not {mana_value}")
+        supertypes, types, subtypes = parse_type_line(type_line)
+        return cls(supertypes, types, subtypes, parse_colors(colors), mana_value)
+
+    def drop(self, rng: random.Random, probability: float) -> Attributes:
+        """Leaves attributes open at random, so that a model learns to serve any subset of them.
+
+        Each is left open with the probability, and all together with half of it besides. The same number of
+        draws is taken from ``rng`` whatever is given.
+
+        Args:
+            rng: where chance comes from.
+            probability: 0 keeps all, 1 drops all.
+        """
+        *single, everything = (rng.random() for _ in range(6))
+        if everything < probability / 2:
+            return NONE
+        keep = [draw >= probability for draw in single]
+        return Attributes(
+            supertypes=self.supertypes if keep[0] else None,
+            types=self.types if keep[1] else None,
+            subtypes=self.subtypes if keep[2] else None,
+            colors=self.colors if keep[3] else None,
+            mana_value=self.mana_value if keep[4] else None,
+        )
+
+    def prompt(self) -> str:
+        """Plain English with few tokens: ``"Legendary Creature Goblin Warrior, red, 3:"``, or ``":"`` for nothing.
+
+        The text that is learned is begin + prompt + " " + name + end.
+        """
+        parts = [" ".join((*(self.supertypes or ()), *(self.types or ()), *(self.subtypes or ())))]
+        if self.colors is not None:
+            parts.append(" ".join(COLOR_WORDS[color] for color in self.colors) or COLORLESS)
+        if self.mana_value is not None:
+            parts.append(str(self.mana_value))
+        return ", ".join(part for part in parts if part) + ":"
+
+    def without(self, *names: str) -> Attributes:
+        """The same with some attributes left open."""
+        return replace(self, **dict.fromkeys(names))
+
+
+NONE = Attributes()
+
+Parts = tuple[tuple[str, ...] | None, tuple[str, ...] | None, tuple[str, ...] | None]
+
+
+def parse_type_line(text: str | None) -> Parts:
+    """Supertypes, types and subtypes of a type line that a person wrote; three times None for nothing.
+
+    Case does not matter. Supertypes and types come out in the order of real cards; subtypes stay as they were
+    after a dash, and without one come in the order of real cards too (``"warrior goblin"`` is a Goblin Warrior).
+
+    Raises:
+        ValueError: a word is no known type; the nearest is offered.
+    """
+    if text is None or not text.strip():
+        return None, None, None
+    vocabulary = _type_vocabulary()
+    words = _DASH.sub(" ", text).split()
+    found = []
+    while words:
+        length = 2 if normal_form("".join(words[:2])) in vocabulary.pairs else 1
+        found.append(_known_type(" ".join(words[:length]), vocabulary))
+        del words[:length]
+    subtypes = [name for name in found if name not in SUPERTYPES and name not in TYPES]
+    if not _DASH.search(text):
+        subtypes.sort(key=lambda name: vocabulary.place[name])
+    return (
+        tuple(name for name in SUPERTYPES if name in found),
+        tuple(name for name in TYPES if name in found),
+        tuple(dict.fromkeys(subtypes)),
+    )
+
+
+def parse_colors(text: str | None) -> tuple[str, ...] | None:
+    """Color letters in the order WUBRG of what a person wrote; ``()`` for colorless, None for nothing.
+
+    Raises:
+        ValueError: a word is no color; the nearest is offered.
+    """
+    words = [word for word in re.split(r"[\s,/{}&+]+|\band\b", (text or "").casefold()) if word]
+    if not words:
+        return None
+    letters: set[str] = set()
+    colorless = False
+    for word in words:
+        if word in _LETTER_OF:
+            letters.add(_LETTER_OF[word])
+        elif word in ("c", COLORLESS, "colourless"):
+            colorless = True
+        elif set(word.upper()) <= set(COLORS):
+            letters.update(word.upper())
+        else:
+            near = difflib.get_close_matches(word, [*_LETTER_OF, COLORLESS], n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]!r}?" if near else f"take {', '.join(_LETTER_OF)}, {COLORLESS}, or WUBRG"
+            raise ValueError(f"unknown color {word!r}: {hint}")
+    if colorless and letters:
+        raise ValueError(f"a card cannot be colorless and {COLOR_WORDS[in_color_order(letters)[0]]}: choose one")
+    return in_color_order(letters)
+
+
+@dataclass(frozen=True, slots=True)
+class _Vocabulary:
+    """Known words of type lines.
+
+    Attributes:
+        names: normal form -> as cards write it.
+        pairs: normal forms of subtypes of two words.
+        place: mean place of each subtype among a card's subtypes, 0 (first) to 1 (last): Goblin before Warrior.
+    """
+
+    names: dict[str, str]
+    pairs: frozenset[str]
+    place: dict[str, float]
+
+
+@cache
+def _type_vocabulary() -> _Vocabulary:
+    """Of all playable type lines in the embedded table."""
+    from flash_experts.data.sources import read_embedded
+
+    places: dict[str, list[float]] = {}
+    for row in read_embedded().rows:
+        for line in (row.type_line or "").split(" // "):
+            _, types, subtypes = split_type_line(line)
+            if types and set(types) <= set(TYPES):
+                for place, name in enumerate(subtypes):
+                    places.setdefault(name, []).append(place / max(1, len(subtypes) - 1))
+    names = {normal_form(name): name for name in sorted(places)}
+    names |= {normal_form(name): name for name in (*SUPERTYPES, *TYPES)} | {"tribal": "Kindred"}
+    pairs = frozenset(normal_form(name) for name in places if " " in name)
+    return _Vocabulary(names, pairs, {name: sum(seen) / len(seen) for name, seen in places.items()})
+
+
+def _known_type(word: str, vocabulary: _Vocabulary) -> str:
+    known = vocabulary.names.get(normal_form(word))
+    if known is None:
+        near = difflib.get_close_matches(normal_form(word), vocabulary.names, n=1)
+        hint = f"did you mean {vocabulary.names[near[0]]!r}?" if near else 'a type line is like "Creature — Goblin"'
+        raise ValueError(f"unknown type {word!r}: {hint}")
+    return known

@@ -1,0 +1,143 @@
+"""What a run reports: speed over the last interval, metrics.jsonl, the display, and the callbacks."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from flash_experts.data.cards import Card
+from flash_experts.data.names import normal_form
+from flash_experts.training.callbacks import Callback
+from flash_experts.training.progress import ProgressDisplay
+from flash_experts.training.run_info import training_flops
+from flash_experts.training.tracking import METRICS_FILE, MetricsFile
+
+
+class SpeedMeter:
+    """Tokens a second of training alone: pauses (validation, samples, checkpoints) are left out.
+
+    Args:
+        counts: the model's, of `parameter_counts`.
+        peak_flops: FLOP/s of all devices together; None where unknown.
+    """
+
+    def __init__(self, counts: dict[str, int], peak_flops: float | None):
+        self._counts, self._peak = counts, peak_flops
+        self.begin()
+
+    def begin(self) -> None:
+        """Begins an interval."""
+        self._tokens = self._labels = 0
+        self._paused = 0.0
+        self._start = time.perf_counter()
+
+    def add(self, tokens: int, labels: int) -> None:
+        """Counts a step."""
+        self._tokens += tokens
+        self._labels += labels
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Time in here is not training."""
+        start = time.perf_counter()
+        yield
+        self._paused += time.perf_counter() - start
+
+    def metrics(self) -> dict[str, float]:
+        """``tokens_per_second``, and ``mfu`` (share of the peak arithmetic) where the peak is known;
+        resets."""
+        seconds = max(1e-9, time.perf_counter() - self._start - self._paused)
+        metrics = {"tokens_per_second": round(self._tokens / seconds, 1)}
+        if self._peak is not None:
+            metrics["mfu"] = training_flops(self._counts, self._tokens, self._labels) / seconds / self._peak
+        self.begin()
+        return metrics
+
+
+class Reporter:
+    """Sends the events of a run to metrics.jsonl, the display and the callbacks. Silent off the main process.
+
+    Args:
+        run_dir: where metrics.jsonl lies.
+        callbacks: listeners.
+        train_cards: to tell sample names that are in the training split.
+        validation_cards: to tell those in the validation split.
+        is_main: whether this is the main process.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        callbacks: Sequence[Callback],
+        train_cards: Sequence[Card],
+        validation_cards: Sequence[Card],
+        is_main: bool,
+    ):
+        self.run_dir, self.is_main = run_dir, is_main
+        self.display = ProgressDisplay(is_main)
+        self._callbacks = list(callbacks) if is_main else []
+        self._file = MetricsFile(run_dir / METRICS_FILE)
+        self._known = {
+            "in train": {normal_form(card.name) for card in train_cards},
+            "in validation": {normal_form(card.name) for card in validation_cards},
+        }
+
+    def start(self, step: int, run_info: Mapping[str, object], tracker: Callback | None) -> None:
+        """Forgets what was recorded after ``step`` and opens the display and the callbacks."""
+        if self.is_main:
+            self._file.truncate(step)
+            if tracker is not None:
+                self._callbacks.append(tracker)
+        for callback in self._callbacks:
+            callback.on_start(self.run_dir.name, run_info)
+        self.display.start(self.run_dir.name)
+
+    def say(self, text: str) -> None:
+        """A line for the person who watches."""
+        self.display.say(text)
+
+    def log(self, metrics: Mapping[str, float], share: float) -> None:
+        """A line of training metrics; ``share`` (0 to 1) of the run is done."""
+        if self.is_main:
+            self._file.append("train", metrics)
+        for callback in self._callbacks:
+            callback.on_log(int(metrics["step"]), metrics)
+        self.display.update(share, metrics)
+
+    def evaluated(self, metrics: Mapping[str, float], best: bool) -> None:
+        """The figures of a validation."""
+        if self.is_main:
+            self._file.append("validation", metrics)
+        for callback in self._callbacks:
+            callback.on_eval(int(metrics["step"]), metrics)
+        unconditional = metrics["validation/bits_per_char"]
+        conditional = metrics["validation/bits_per_char_given_attributes"]
+        self.say(
+            f"validation at step {metrics['step']:,}: {unconditional:.3f} bits per character, "
+            f"{conditional:.3f} with all attributes given{' (best)' if best else ''}"
+        )
+
+    def sample(self, step: int, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Asks the callbacks for names, and tells the new ones from those that the data has."""
+        names = [name for callback in self._callbacks for name in callback.on_sample(step, model, tokenizer)]
+        if not names:
+            return
+        groups: dict[str, list[str]] = {"new": []}
+        for name in names:
+            key = normal_form(name)
+            group = next((group for group, keys in self._known.items() if key in keys), "new")
+            groups.setdefault(group, []).append(name)
+        self._file.append("samples", {"step": step, "names": groups})
+        for group, members in groups.items():
+            if members:
+                self.say(f"samples at step {step:,}, {group}: {', '.join(members)}")
+
+    def end(self, summary: Mapping[str, object]) -> None:
+        """Closes the display and the callbacks."""
+        self.display.stop()
+        for callback in self._callbacks:
+            callback.on_end(summary)
