@@ -10,10 +10,9 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from flash_experts.data.cards import Card
 
-FIRST = (
-    "Goblin Elvish Angelic Dark Shivan Serra Crystal Thorn Ember Storm Grave Silver Iron Vile Gilded"
-).split()
-SECOND = "Guide Dragon Ritual Angel Bolt Herald Keeper Blade Shaman Oracle Growth Warden Thief Rider".split()
+_FIRST = "Goblin Elvish Angelic Dark Shivan Serra Crystal Thorn Ember Storm Grave Silver Iron Vile Gilded"
+_SECOND = "Guide Dragon Ritual Angel Bolt Herald Keeper Blade Shaman Oracle Growth Warden Thief Rider"
+FIRST, SECOND = _FIRST.split(), _SECOND.split()
 
 
 def make_card(name: str, index: int = 0) -> Card:

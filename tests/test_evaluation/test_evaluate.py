@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from flash_experts.data.prompts import Attributes
 from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from flash_experts.data.packing import encode_names
+from flash_experts.data.prompts import Attributes
 from flash_experts.evaluation import evaluate, evaluate_names, format_evaluation, read_names
 from flash_experts.evaluation.evaluate import HeldOut
 from flash_experts.evaluation.novelty import Reference
@@ -218,11 +218,14 @@ def test_bad_input_is_one_line_that_says_what_to_do(
     empty.write_text("\n \n", encoding="utf-8")
     binary = tmp_path / "binary.txt"
     binary.write_bytes(b"\xff\xfe\x00")
+    torn = write_data(tmp_path / "torn", names)
+    (torn / "known_names.txt").unlink()
     hollow = write_data(tmp_path / "hollow", {**names, "test": []})
     cases = [
         (lambda: evaluate(model_dirs[0], tmp_path / "nowhere"), "flash-experts prepare"),
         (lambda: evaluate(tmp_path / "no-model", data_dir), "no-model"),
-        (lambda: evaluate(model_dirs[0], hollow), "holds no name"),
+        (lambda: evaluate(model_dirs[0], hollow), "test.jsonl is empty"),
+        (lambda: evaluate(model_dirs[0], torn), "known_names.txt is missing"),
         (lambda: read_names(empty), "holds no name"),
         (lambda: read_names(binary), "UTF-8"),
         (lambda: read_names(tmp_path / "absent.txt"), "absent.txt"),

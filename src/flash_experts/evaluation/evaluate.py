@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flash_experts.data.cards import Card
-from flash_experts.data.prepare import load_meta, load_split
+from flash_experts.data.prepare import META, load_meta, load_split
 from flash_experts.data.prompts import Attributes
 from flash_experts.evaluation.metrics import (
     Estimate,
@@ -134,20 +134,18 @@ class HeldOut:
             ValueError: it is not there, or a set has no name.
         """
         path = Path(folder)
-        if not (path / "meta.json").is_file():
+        if not (path / META).is_file():
             raise ValueError(f"no prepared data in {path}: run `flash-experts prepare --out {path}` first")
         chosen = {}
         for split in splits:
             cards = load_split(path, split)
-            if not cards:
-                raise ValueError(
-                    f"{path / split}.jsonl holds no name: run `flash-experts prepare` with more cards"
-                )
             if max_names is not None and max_names < len(cards):
                 cards = random.Random(seed).sample(cards, max_names)
             chosen[split] = cards
         meta = load_meta(path)
-        data = {key: meta[key] for key in ("source", "version", "cleaning_version") if key in meta}
+        data: dict[str, Any] = {
+            key: meta[key] for key in ("source", "version", "cleaning_version") if key in meta
+        }
         return cls(chosen, Reference.load(path), data)
 
 

@@ -2,11 +2,10 @@
 
 The strongest model of names that needs no network: a language model that does not beat it has learned nothing
 but letter statistics. After Chen and Goodman (1999), "An empirical study of smoothing techniques for language
-modeling", section 3; names that start a gram keep raw counts in the lower orders, as in SRILM and KenLM.
+modeling", section 3; grams at the start of a name keep raw counts in the lower orders, as in SRILM and KenLM.
 
-An n-gram is one integer: its symbols are the digits in base V + 2. Counting is sorting, and looking up is a
-binary search, so numpy does all the work. Letters in the shapes: Q queries, V symbols, B names sampled at
-once.
+An n-gram is one integer, its symbols the digits. Counting is sorting and looking up is a binary search, so
+numpy does all the work. Letters in the shapes: Q queries, V symbols, B prefixes.
 """
 
 from __future__ import annotations
@@ -51,8 +50,8 @@ def _discounts(counts: IntArray) -> FloatArray:
         return np.array(_FALLBACK_DISCOUNTS)
     y = n1 / (n1 + 2 * n2)
     estimated = np.array([1 - 2 * y * n2 / n1, 2 - 3 * y * n3 / n2, 3 - 4 * y * n4 / n3])
-    # Zipf's law may fail in a small corpus; a discount outside (0, count) would give a negative share or no
-    # mass.
+    # A small corpus may break the law behind these; outside (0, count) a share is negative or nothing is left
+    # over.
     inside = (estimated > 0).all() and (estimated < [1, 2, 3]).all()
     return estimated if inside else np.array(_FALLBACK_DISCOUNTS)
 
@@ -68,6 +67,8 @@ def _smooth(grams: IntArray, counts: IntArray, base: int) -> _Order:
 
 def _look_up(keys: IntArray, values: FloatArray, wanted: IntArray, missing: float) -> FloatArray:
     """values[keys == wanted], or ``missing``; keys are sorted."""
+    if not keys.size:  # every name is shorter than a gram of this order
+        return np.full(wanted.shape, missing)
     at = np.minimum(np.searchsorted(keys, wanted), keys.size - 1)
     return np.where(keys[at] == wanted, values[at], missing)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from flash_experts.data.cards import Card
 from flash_experts.data.names import normal_form
-from flash_experts.data.prepare import load_split
+from flash_experts.data.prepare import KNOWN_NAMES, load_split
 from flash_experts.evaluation.metrics import (
     Estimate,
     WordFigures,
@@ -88,11 +88,15 @@ class Reference:
 
     @classmethod
     def load(cls, folder: Path) -> Reference:
-        """From a prepared folder."""
+        """From a prepared folder. Raises ValueError where a file of it is missing."""
         names: dict[str, tuple[str, ...]] = {}
         for split in ("train", "validation", "test", "test_iid"):
             names[split] = tuple(card.name for card in load_split(folder, split))
-        lines = (folder / "known_names.txt").read_text(encoding="utf-8").splitlines()
+        if not (folder / KNOWN_NAMES).is_file():
+            raise ValueError(
+                f"{folder / KNOWN_NAMES} is missing: run `flash-experts prepare --out {folder}` again"
+            )
+        lines = (folder / KNOWN_NAMES).read_text(encoding="utf-8").splitlines()
         return cls(
             train=names["train"],
             held_out=names["validation"] + names["test"] + names["test_iid"],

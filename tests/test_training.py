@@ -1,0 +1,407 @@
+"""The loop: what it learns, what it writes down, when it stops."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerFast
+
+from flash_experts.data.cards import Card
+from flash_experts.models import GPT2MoEConfig, GPT2MoEForCausalLM
+from flash_experts.models.flash_attention import ATTENTION_IMPLEMENTATION
+from flash_experts.training import Callback, NonFiniteLossError, Trainer, TrainingConfig
+from flash_experts.training.optimizer import make_optimizer
+from flash_experts.training.schedule import Schedule
+from flash_experts.training.tracking import read_metrics
+
+FIRST = "Goblin Elf Dragon Angel Storm Fire Blood Night".split()
+SECOND = "Guide Lord Singer Wall Strike Bolt Ritual Growth".split()
+CARDS = [
+    Card(
+        name=f"{first} {second}",
+        type_line="Creature — Goblin",
+        supertypes=(),
+        types=("Creature",),
+        subtypes=("Goblin",),
+        colors=("R",),
+        mana_value=len(first),
+        source_id=f"{first}{second}",
+    )
+    for first in FIRST
+    for second in SECOND
+]
+random.Random(0).shuffle(CARDS)
+TRAIN, VALIDATION = CARDS[:48], CARDS[48:]
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> TrainingConfig:
+    """Eight steps an epoch, two epochs."""
+    return TrainingConfig(
+        output_dir=str(tmp_path),
+        run_name="run",
+        seed=1,
+        max_epochs=2,
+        tokens_per_batch=75,
+        learning_rate=1e-2,
+        log_every=1,
+        eval_every=4,
+        checkpoint_every=4,
+        device="cpu",
+    )
+
+
+def make_model(dense_config: GPT2Config, dropout: float = 0.1, seed: int = 0) -> GPT2LMHeadModel:
+    torch.manual_seed(seed)
+    dense_config.attn_pdrop = dense_config.embd_pdrop = dense_config.resid_pdrop = dropout
+    dense_config._attn_implementation = ATTENTION_IMPLEMENTATION
+    return GPT2LMHeadModel(dense_config)
+
+
+def run(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, config: TrainingConfig, **kwargs: Any
+) -> list[dict[str, Any]]:
+    """Trains, and gives the lines of the log."""
+    Trainer(model, tokenizer, TRAIN, VALIDATION, config, **kwargs).train()
+    return read_metrics(config.run_dir / "metrics.jsonl", "train")
+
+
+def test_it_learns_and_leaves_a_loadable_model(
+    dense_config: GPT2Config, tokenizer: PreTrainedTokenizerFast, config: TrainingConfig
+) -> None:
+    model = make_model(dense_config)
+    result = Trainer(model, tokenizer, TRAIN, VALIDATION, replace(config, max_epochs=6)).train()
+    validations = read_metrics(config.run_dir / "metrics.jsonl", "validation")
+    bits = [line["validation/bits_per_char"] for line in validations]
+    assert [line["step"] for line in validations] == sorted({*range(0, result.step + 1, 4), result.step})
+    assert result.best_bits_per_char == min(bits) < 0.6 * bits[0]
+    assert result.reason == "steps"
+    reloaded = GPT2LMHeadModel.from_pretrained(config.run_dir)
+    ids = torch.arange(10)[None]
+    if result.best_step == result.step:
+        torch.testing.assert_close(reloaded.eval()(ids).logits, model.eval()(ids).logits)
+    info = json.loads((config.run_dir / "run.json").read_text())
+    assert info["data"]["train_names"] == 48 and info["versions"]["torch"] == torch.__version__.split("+")[0]
+
+
+@pytest.mark.parametrize("experts", [False, True])
+def test_accumulation_equals_one_large_batch(
+    dense_config: GPT2Config, tokenizer: PreTrainedTokenizerFast, config: TrainingConfig, experts: bool
+) -> None:
+    """Rows of unequal numbers of labels: a mean of means would differ."""
+    runs = []
+    for parts in (1, 3):
+        model: PreTrainedModel = make_model(dense_config, dropout=0.0)
+        if experts:
+            # The balancing losses are of one forward; the cross-entropy alone is to be equal.
+            model = GPT2MoEForCausalLM.from_dense(
+                model, num_experts=4, router_aux_loss_coef=0.0, router_z_loss_coef=0.0  # type: ignore[arg-type]
+            )
+            torch.manual_seed(5)
+            for name, parameter in model.named_parameters():
+                if "router" in name:
+                    torch.nn.init.normal_(parameter)
+        # Plain steps of the rate times the gradient would show more, but AdamW's sign of noise shows less: so few.
+        settings = replace(config, gradient_accumulation_steps=parts, run_name=f"run{parts}", max_steps=3)
+        losses = [line["loss"] for line in run(model, tokenizer, settings)]
+        runs.append((losses, model.state_dict()))
+    assert runs[0][0] == pytest.approx(runs[1][0], rel=1e-5)
+    for name, weight in runs[0][1].items():
+        torch.testing.assert_close(weight, runs[1][1][name], atol=2e-4, rtol=0, msg=name)
+
+
+def test_gradient_of_accumulated_rows_is_that_of_one_row(
+    dense_config: GPT2Config, tokenizer: PreTrainedTokenizerFast, config: TrainingConfig
+) -> None:
+    gradients = []
+    for parts in (1, 4):
+        model = make_model(dense_config, dropout=0.0).train()
+        settings = replace(config, gradient_accumulation_steps=parts, run_name=f"run{parts}")
+        trainer = Trainer(model, tokenizer, TRAIN, [], settings)
+        rows, num_labels = trainer._rows_of_step()
+        assert len(rows) == parts
+        for row in rows:
+            trainer._backward(row, num_labels)
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    for one, several in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, several, atol=1e-6, rtol=1e-4)
+
+
+def test_losses_repeat_and_neither_validation_nor_sampling_disturbs_them(
+    dense_config: GPT2Config, tokenizer: PreTrainedTokenizerFast, config: TrainingConfig
+) -> None:
+    class Dice(Callback):
+        def on_sample(
+            self, step: int, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
+        ) -> Sequence[str]:
+            torch.rand(17)
+            return [TRAIN[0].name.upper(), VALIDATION[0].name, "Wholly New"]
+
+    quiet = run(make_model(dense_config), tokenizer, replace(config, eval_every=None, max_steps=9))
+    settings = replace(config, run_name="other", eval_every=2, sample_every=3, max_steps=9)
+    busy = run(make_model(dense_config), tokenizer, settings, callbacks=[Dice()])
+    assert [line["loss"] for line in quiet] == [line["loss"] for line in busy]
+    samples = read_metrics(settings.run_dir / "metrics.jsonl", "samples")
+    assert [line["step"] for line in samples] == [3, 6, 9]
+    assert samples[0]["names"] == {
+        "new": ["Wholly New"],
+        "in train": [TRAIN[0].name.upper()],
+        "in validation": [VALIDATION[0].name],
+    }
+
+
+def test_router_statistics_are_logged_and_biases_move(
+    dense_config: GPT2Config, tokenizer: PreTrainedTokenizerFast, config: TrainingConfig
+) -> None:
+    fields = dense_config.to_dict()
+    fields.pop("model_type")
+    moe = GPT2MoEForCausalLM(GPT2MoEConfig(**fields, num_experts=4, router_bias_update_rate=0.01))
+    lines = run(moe, tokenizer, replace(config, max_steps=5))
+    assert {"aux_loss", "z_loss", "router/1/load_cv", "router/3/top1"} <= lines[-1].keys()
+    biases = [buffer for name, buffer in moe.named_buffers() if "selection_bias" in name]
+    assert biases and all(buffer.abs().max() > 0 for buffer in biases)
+
+
+def test_early_stopping_keeps_the_best_weights(
+    dense_config: GPT2Config, tokenizer: PreTrainedTokenizerFast, config: TrainingConfig
+) -> None:
+    # A rate so high that it only gets worse after the start.
+    settings = replace(config, learning_rate=3.0, eval_every=1, early_stopping_patience=3, clip_norm=None)
+    model = make_model(dense_config)
+    before = model.transformer.wte.weight.detach().clone()
+    result = Trainer(model, tokenizer, TRAIN, VALIDATION, settings).train()
+    assert (result.reason, result.best_step, result.step) == ("early stopping", 0, 3)
+    kept = GPT2LMHeadModel.from_pretrained(config.run_dir).transformer.wte.weight
+    assert torch.equal(kept, before) and not torch.equal(model.transformer.wte.weight, before)
+
+
+def test_nan_stops_at_its_step_and_names_the_last_good_checkpoint(
+    dense_config: GPT2Config, tokenizer: PreTrainedTokenizerFast, config: TrainingConfig
+) -> None:
+    class Poison(Callback):
+        def on_log(self, step: int, metrics: Mapping[str, float]) -> None:
+            if step == 6:
+                with torch.no_grad():
+                    model.transformer.wte.weight[:, 0] = math.nan
+
+    model = make_model(dense_config)
+    trainer = Trainer(model, tokenizer, TRAIN, VALIDATION, config, [Poison()])
+    with pytest.raises(NonFiniteLossError, match=r"step 7.*step-000004.*halve learning_rate") as caught:
+        trainer.train()
+    assert caught.value.step == 7
+    assert [path.name for path in (config.run_dir / "checkpoints").iterdir()] == ["step-000004"]
+
+
+def test_an_unusable_model_is_refused_before_anything_is_written(
+    dense_config: GPT2Config, tokenizer: PreTrainedTokenizerFast, config: TrainingConfig
+) -> None:
+    with pytest.raises(ValueError, match="float32"):
+        Trainer(make_model(dense_config).bfloat16(), tokenizer, TRAIN, VALIDATION, config)
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="CUDA"):
+            Trainer(make_model(dense_config), tokenizer, TRAIN, [], replace(config, device="cuda"))
+    assert not config.run_dir.exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "step", "expected"),
+    [
+        ("cosine", 0, 0.1),  # first of ten steps of warm-up
+        ("cosine", 9, 1.0),
+        ("cosine", 10, 1.0),
+        ("cosine", 55, 0.55),  # half of the fall from 1 to 0.1
+        ("cosine", 100, 0.1),
+        ("linear", 55, 0.55),
+        ("linear", 77, 0.1 + 0.9 * (1 - 67 / 90)),
+        ("constant", 4, 0.5),
+        ("constant", 77, 1.0),
+    ],
+)
+def test_schedule_on_worked_numbers(kind: str, step: int, expected: float) -> None:
+    for warmup in (10, 0.1):
+        schedule = Schedule(kind, warmup, 0.1, planned_steps=100, planned_seconds=None)
+        assert schedule.factor(step, seconds=1e9) == pytest.approx(expected)
+
+
+def test_schedule_follows_the_clock_where_it_ends_first() -> None:
+    schedule = Schedule("linear", 0.1, 0.0, planned_steps=1000, planned_seconds=600)
+    assert schedule.progress(100, 60) == 0.1 and schedule.progress(100, 300) == 0.5
+    assert schedule.factor(5, 30) == pytest.approx(0.5)  # half of the warm-up
+    assert schedule.factor(100, 330) == pytest.approx(0.5)
+    assert schedule.factor(100, 700) == 0.0
+
+
+def test_time_budget_ends_the_run(
+    dense_config: GPT2Config, tokenizer: PreTrainedTokenizerFast, config: TrainingConfig
+) -> None:
+    settings = replace(config, max_epochs=None, max_minutes=0.02, checkpoint_every=None, eval_every=None)
+    started = time.monotonic()
+    result = Trainer(make_model(dense_config), tokenizer, TRAIN, [], settings).train()
+    assert result.reason == "time" and 1.2 <= result.seconds <= time.monotonic() - started
+    rates = [line["lr"] for line in read_metrics(config.run_dir / "metrics.jsonl", "train")]
+    assert rates[-1] < 0.2 * max(rates)
+    assert GPT2LMHeadModel.from_pretrained(config.run_dir)
+
+
+def test_all_configuration_problems_come_at_once() -> None:
+    wrong = TrainingConfig(
+        max_epochs=None, learning_rate=-1, betas=(0.9, 1.0), schedule="cosin", run_name="a/b"  # type: ignore[arg-type]
+    )
+    with pytest.raises(ValueError, match="wrong") as caught:
+        wrong.validate()
+    for part in ("max_steps, max_epochs or max_minutes", "learning_rate is -1", "betas[1]", "cosin", "a/b"):
+        assert part in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_decay_is_on_matrices_alone(dense_config: GPT2Config) -> None:
+    model = GPT2MoEForCausalLM.from_dense(make_model(dense_config), num_experts=2)
+    optimizer = make_optimizer(model, TrainingConfig(weight_decay=0.5))
+    decay_of = {
+        parameter: group["weight_decay"] for group in optimizer.param_groups for parameter in group["params"]
+    }
+    for name, parameter in model.named_parameters():
+        is_matrix = not name.endswith("bias") and "ln_" not in name
+        assert decay_of[parameter] == (0.5 if is_matrix else 0.0), name
+
+
+def test_a_tracker_that_is_not_installed_is_one_warning(
+    dense_config: GPT2Config,
+    tokenizer: PreTrainedTokenizerFast,
+    config: TrainingConfig,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    found = __import__("importlib.util").util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "wandb" else found(name))
+    lines = run(make_model(dense_config), tokenizer, replace(config, tracker="wandb", max_steps=2))
+    assert len(lines) == 2
+    assert capsys.readouterr().err.count("wandb is not installed") == 1
+
+
+def test_wandb_gets_every_line_offline_and_asks_nothing(
+    dense_config: GPT2Config,
+    tokenizer: PreTrainedTokenizerFast,
+    config: TrainingConfig,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    wandb = pytest.importorskip("wandb")
+    started: dict[str, Any] = {}
+    logged: list[int] = []
+
+    class FakeRun:
+        summary: dict[str, object] = {}  # noqa: RUF012
+
+        def log(self, values: dict[str, float], step: int) -> None:
+            logged.append(step)
+
+        def finish(self) -> None:
+            started["finished"] = True
+
+    def fake_init(**kwargs: Any) -> FakeRun:
+        started.update(kwargs)
+        return FakeRun()
+
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(wandb, "init", fake_init)
+    run(make_model(dense_config), tokenizer, replace(config, tracker="wandb", max_steps=2, eval_every=None))
+    assert started["mode"] == "offline" and started["finished"] and FakeRun.summary["step"] == 2
+    assert logged == [0, 1, 2, 2]
+
+
+TWO_PROCESSES = """
+import sys
+import torch
+from dataclasses import replace
+from test_training import TRAIN, VALIDATION, make_model
+from flash_experts.data.tokenizer import load_tokenizer
+from flash_experts.training import Trainer, TrainingConfig
+from transformers import GPT2Config
+folder, run_name, parts = sys.argv[1:]
+torch.set_num_threads(1)
+model = make_model(GPT2Config.from_pretrained(folder + "/start"), dropout=0.0)
+config = TrainingConfig(
+    output_dir=folder, run_name=run_name, max_steps=4, tokens_per_batch=75, log_every=1, eval_every=2,
+    gradient_accumulation_steps=int(parts), device="cpu", learning_rate=1e-3,
+)
+Trainer(model, load_tokenizer(folder + "/start"), TRAIN, VALIDATION, config).train()
+"""
+
+
+def test_two_processes_learn_what_one_learns(
+    dense_config: GPT2Config, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    dense_config.save_pretrained(tmp_path / "start")
+    tokenizer.save_pretrained(tmp_path / "start")
+    script = tmp_path / "two.py"
+    script.write_text(TWO_PROCESSES)
+    here = str(Path(__file__).parent)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([here, *sys.path]), "OMP_NUM_THREADS": "1"}
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    for launcher, name, parts in (([], "one", "2"), (torchrun, "two", "2")):
+        command = [sys.executable, *launcher, str(script), str(tmp_path), name, parts]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr[-2000:]
+    one, two = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
+    assert [line["event"] for line in one] == [line["event"] for line in two]
+    for mine, theirs in zip(one, two, strict=True):
+        for key in mine.keys() & {"loss", "validation/bits_per_char", "grad_norm"}:
+            assert mine[key] == pytest.approx(theirs[key], rel=1e-4), (key, mine["step"])
+
+
+ENDLESS = """
+import sys
+import torch
+from test_training import TRAIN, VALIDATION, make_model
+from flash_experts.data.tokenizer import load_tokenizer
+from flash_experts.training import Trainer, TrainingConfig
+from transformers import GPT2Config
+folder = sys.argv[1]
+torch.set_num_threads(1)
+config = TrainingConfig(
+    output_dir=folder, run_name="run", max_steps=10**6, max_epochs=None, tokens_per_batch=75, log_every=1,
+    eval_every=None, checkpoint_every=None, device="cpu",
+)
+model = make_model(GPT2Config.from_pretrained(folder + "/start"))
+result = Trainer(model, load_tokenizer(folder + "/start"), TRAIN, VALIDATION, config).train()
+print(result.reason, result.step)
+"""
+
+
+def test_sigterm_saves_and_says_how_to_go_on(
+    dense_config: GPT2Config, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    dense_config.save_pretrained(tmp_path / "start")
+    tokenizer.save_pretrained(tmp_path / "start")
+    script = tmp_path / "endless.py"
+    script.write_text(ENDLESS)
+    here = str(Path(__file__).parent)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([here, *sys.path]), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(script), str(tmp_path)]
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if "step 3 " in line:
+                process.send_signal(signal.SIGTERM)
+                break
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    reason, step = out.split()
+    assert reason == "SIGTERM" and f"stopped after step {step}" in err and "--resume auto" in err
+    assert (tmp_path / "run" / "checkpoints" / f"step-{int(step):06d}" / "MANIFEST.json").is_file()
