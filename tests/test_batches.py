@@ -99,7 +99,7 @@ def test_batches_have_about_the_tokens_asked_for(tokenizer: PreTrainedTokenizerF
 def test_rows_cut_the_same_names_for_any_number_of_them(tokenizer: PreTrainedTokenizerFast) -> None:
     batches = NameBatches(make_cards(60), tokenizer, 200, 0.3, seed=0)
     for rows in (1, 2, 5):
-        assert sum(batches.rows_of_step(1, rows), []) == batches.names_of_step(1)
+        assert [name for row in batches.rows_of_step(1, rows) for name in row] == batches.names_of_step(1)
     with pytest.raises(ValueError, match="raise tokens_per_batch"):
         batches.rows_of_step(0, 1000)
 

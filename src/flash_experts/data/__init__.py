@@ -1,7 +1,7 @@
-"""Card names: where they come from, how they are cleaned and split, and how a card's attributes become a prompt.
+"""Card names: their sources, how they are cleaned and split, and how attributes become a prompt.
 
 The way of a name::
 
-    source  ->  clean  ->  split by family  ->  data/mtg/*.jsonl  ->  Attributes.prompt() + " " + name  ->  packed rows
-    (cards)   (cleaning)      (splits)            (prepare)              (prompts)                        (packing)
+    source (cards, sources) -> clean (cleaning) -> split by family (splits) -> data/mtg/*.jsonl (prepare)
+    data/mtg/*.jsonl -> Attributes.prompt() + " " + name (prompts) -> rows without padding (packing)
 """

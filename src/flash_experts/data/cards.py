@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import difflib
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flash_experts.data.names import faces_of, shown_form
+from flash_experts.data.names import faces_of, is_rebalanced, shown_form
 
 if TYPE_CHECKING:
     from flash_experts.data.sources import CardSource
 
-COLORS = "WUBRG"  # white, blue, black, red, green: the order in which Magic writes them
+COLORS = "WUBRG"  # the order in which Magic writes them
+COLOR_WORDS = {"W": "white", "U": "blue", "B": "black", "R": "red", "G": "green"}
+COLORLESS = "colorless"
 SUPERTYPES = ("Basic", "Legendary", "World", "Snow")
-# The order in which a type line has them: "Kindred Instant", "Artifact Land", "Enchantment Artifact Creature".
-TYPES = ("Kindred", "Enchantment", "Artifact", "Land", "Planeswalker", "Battle", "Creature", "Instant", "Sorcery")
+# In the order in which a type line has them: "Kindred Instant", "Artifact Land", "Enchantment Artifact
+# Creature".
+TYPES = (
+    *("Kindred", "Enchantment", "Artifact", "Land", "Planeswalker"),
+    *("Battle", "Creature", "Instant", "Sorcery"),
+)
 _OLD_TYPES = {"Tribal": "Kindred"}  # renamed by Wizards of the Coast in 2023
 _DASH = re.compile(r"\s*(?:—|–|--)\s*|\s+-\s+")
 _SUBTYPES_OF_TWO_WORDS = ("Time Lord",)
@@ -34,7 +42,7 @@ class Card:
         subtypes: e.g. ``("Goblin", "Warrior")``.
         colors: letters in the order WUBRG; ``()`` is colorless, None unknown.
         mana_value: what its mana cost adds up to, X counting 0; None without a mana cost, or if unknown.
-        source_id: where it comes from: ``"embedded:123"`` (row), ``"mine.csv:7"`` (line), or the source's own id.
+        source_id: where it comes from: ``"embedded:123"`` (row), ``"mine.csv:7"`` (line), or the source's id.
     """
 
     name: str
@@ -107,6 +115,38 @@ def in_color_order(letters: list[str] | tuple[str, ...] | set[str] | str) -> tup
     return tuple(color for color in COLORS if color in letters)
 
 
+def parse_colors(text: str | None) -> tuple[str, ...] | None:
+    """Color letters in the order WUBRG of what a person wrote; ``()`` for colorless, None for nothing.
+
+    ``"R"``, ``"WU"``, ``"red"``, ``"white and blue"``, ``"{W}{U}"``, ``"colorless"`` and ``"C"`` are
+    understood.
+
+    Raises:
+        ValueError: a word is no color; the nearest is offered.
+    """
+    letter_of = {word: letter for letter, word in COLOR_WORDS.items()}
+    words = [word for word in re.split(r"[\s,/{}&+]+|\band\b", (text or "").casefold()) if word]
+    if not words:
+        return None
+    letters: set[str] = set()
+    colorless = False
+    for word in words:
+        if word in letter_of:
+            letters.add(letter_of[word])
+        elif word in ("c", COLORLESS, "colourless"):
+            colorless = True
+        elif set(word.upper()) <= set(COLORS):
+            letters.update(word.upper())
+        else:
+            near = difflib.get_close_matches(word, [*letter_of, COLORLESS], n=1, cutoff=0.5)
+            others = f"take {', '.join(letter_of)}, {COLORLESS}, or letters of {COLORS}"
+            raise ValueError(f"unknown color {word!r}: " + (f"did you mean {near[0]!r}?" if near else others))
+    found = in_color_order(letters)
+    if colorless and found:
+        raise ValueError(f"a card cannot be colorless and {COLOR_WORDS[found[0]]}: choose one")
+    return found
+
+
 def split_type_line(type_line: str) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
     """Supertypes, types and subtypes of one face's type line. Nothing is checked against the known types.
 
@@ -148,10 +188,13 @@ def _embedded_names() -> tuple[str, ...]:
     return names_on(row.name for row in read_embedded().rows)
 
 
-def names_on(row_names: Any) -> tuple[str, ...]:
-    """Every distinct face name among names of cards, in order, rebalanced ones ("A-") by their plain name."""
-    faces = (shown_form(face) for name in row_names for face in faces_of(name.removeprefix("A-")))
-    return tuple(dict.fromkeys(face.removeprefix("A-") for face in faces if face))
+def names_on(row_names: Iterable[str]) -> tuple[str, ...]:
+    """Every distinct face name among names of cards, in order.
+
+    Rebalanced doubles ("A-" before a name that is there too) are not names of their own.
+    """
+    faces = dict.fromkeys(shown_form(face) for name in row_names for face in faces_of(name))
+    return tuple(face for face in faces if face and not is_rebalanced(face, faces))
 
 
 def known_names() -> list[str]:

@@ -10,8 +10,8 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 
-from flash_experts.data.cards import COLORS, TYPES, Card, in_color_order, join_type_line, split_type_line
-from flash_experts.data.names import FACE_SEPARATOR, faces_of, normal_form, shown_form
+from flash_experts.data.cards import TYPES, Card, in_color_order, join_type_line, split_type_line
+from flash_experts.data.names import FACE_SEPARATOR, faces_of, is_rebalanced, normal_form, shown_form
 from flash_experts.data.sources import UNKNOWN, RawCard
 
 CLEANING_VERSION = 1
@@ -67,9 +67,9 @@ class Cleaned:
 def clean(rows: Iterable[RawCard], include: Collection[str] = ()) -> Cleaned:
     """Names worth learning from raw cards.
 
-    Each face is a name of its own. Cards that no deck holds, rebalanced doubles ("A-"), names with blanks, flagged
-    names and names that were there already are dropped and counted. Of two faces with one name the one that is
-    better known stays, at the place of the first. Cleaning what came out once more changes nothing.
+    Each face is a name of its own. Cards that no deck holds, rebalanced doubles ("A-"), names with blanks,
+    flagged names and names that were there already are dropped and counted. Of two faces with one name the
+    one that more is known of stays, at the place of the first. Cleaning what came out changes nothing.
 
     Args:
         rows: raw cards of any source.
@@ -82,12 +82,15 @@ def clean(rows: Iterable[RawCard], include: Collection[str] = ()) -> Cleaned:
     if unknown:
         raise ValueError(f"cannot include {unknown[0]!r}: take {' or '.join(FLAGS)}")
     dropped: Counter[str] = Counter()
+    rows = tuple(rows)
+    face_names = {shown_form(face) for row in rows for face in faces_of(row.name)}
     kept: dict[str, Card] = {}
     faces = 0
     for row in rows:
         for card in _faces(row):
             faces += 1
-            reason = _reason(row, card, include)
+            rebalanced = is_rebalanced(card.name, face_names)
+            reason = "rebalanced" if rebalanced else _reason(row, card, include)
             key = normal_form(card.name)
             if reason is None and key in kept:
                 reason = "repeated"
@@ -138,8 +141,6 @@ def _facts(card: Card) -> int:
 
 def _reason(row: RawCard, card: Card, include: Collection[str]) -> str | None:
     """Why a face is left out; None if it stays."""
-    if row.name.startswith("A-"):
-        return "rebalanced"
     if _BLANK.search(card.name):
         return "blank"
     if not normal_form(card.name):
@@ -159,14 +160,14 @@ def _reason(row: RawCard, card: Card, include: Collection[str]) -> str | None:
 
 def colors_of_cost(cost: str) -> tuple[str, ...]:
     """Colors of a mana cost; a hybrid symbol counts both: ``"{1}{W/U}"`` gives ``("W", "U")``."""
-    return in_color_order({letter for symbol in _SYMBOL.findall(cost) for letter in symbol if letter in COLORS})
+    return in_color_order("".join(_SYMBOL.findall(cost)))
 
 
 def mana_value(cost: str) -> int:
     """What a mana cost adds up to: ``"{X}{2}{R/G}"`` gives 3.
 
-    X, Y and Z count 0, a hybrid symbol its larger half (``"{2/R}"`` is 2), a half symbol (``"{HW}"``, on jokes) one
-    half, and the sum is rounded down.
+    X, Y and Z count 0, a hybrid symbol its larger half (``"{2/R}"`` is 2), a half symbol (``"{HW}"``, on
+    jokes) one half, and the sum is rounded down.
     """
     return int(sum(map(_symbol_value, _SYMBOL.findall(cost))))
 

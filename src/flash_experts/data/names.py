@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections.abc import Container
 
 FACE_SEPARATOR = " // "
 
-# Characters that look like another one, to the one that is meant. Real letters with accents are not among them.
+# Characters that look like another one, to the one that is meant. Real letters with accents are not among
+# them.
 _LOOK_ALIKES = str.maketrans(
     dict.fromkeys("\u2018\u2019\u02bc\u2032\u00b4\u0060\uff07", "'")
     | dict.fromkeys("\u201c\u201d\u2033\uff02", '"')
@@ -15,7 +17,7 @@ _LOOK_ALIKES = str.maketrans(
     | dict.fromkeys("\ua789\u02d0\uff1a\ufe55", ":")  # modifier letter colon, length mark, full-width, small
     | {"\u2026": "...", "\uff0c": ",", "\u00ae": "", "\u2122": ""}
 )
-_INVISIBLE = frozenset(("Cc", "Cf", "Cs", "Co", "Cn"))  # control, format (zero width), and no character at all
+_INVISIBLE = frozenset(("Cc", "Cf", "Cs", "Co", "Cn"))  # control, format (zero width), no character at all
 # Letters that NFKD leaves whole although readers take them for plain ones.
 _WHOLE_LETTERS = str.maketrans(
     {"æ": "ae", "œ": "oe", "ø": "o", "đ": "d", "ð": "d", "ł": "l", "þ": "th", "ı": "i", "ħ": "h"}
@@ -32,7 +34,8 @@ def shown_form(name: str) -> str:
         return name.strip()
     spaced = "".join(" " if character.isspace() else character for character in name)
     seen = "".join(character for character in spaced if unicodedata.category(character) not in _INVISIBLE)
-    # Composed first, so that a sign with a mark on it becomes one letter before signs are looked up; and again
+    # Composed first, so that a sign with a mark on it becomes one letter before signs are looked up; and
+    # again
     # afterwards, because a sign that goes away can bring a letter and a mark together.
     composed = unicodedata.normalize("NFC", seen)
     while (folded := unicodedata.normalize("NFC", composed.translate(_LOOK_ALIKES))) != composed:
@@ -43,12 +46,13 @@ def shown_form(name: str) -> str:
 def normal_form(name: str) -> str:
     """The key for "is this already a card": letters and digits alone, lower case, without accents.
 
-    ``"Lim-Dûl's Vault"``, ``"lim dul's vault"`` and ``"LimDûls Vault"`` are one: ``"limdulsvault"``. Idempotent.
-    A name of marks alone gives ``""``, which stands for no card.
+    ``"Lim-Dûl's Vault"``, ``"lim dul's vault"`` and ``"LimDûls Vault"`` are one: ``"limdulsvault"``.
+    Idempotent. A name of marks alone gives ``""``, which stands for no card.
     """
     if name.isascii():
         return "".join(filter(str.isalnum, name.casefold()))
-    # Compatibility caseless matching, The Unicode Standard, definition D146: folding can undo a composition and
+    # Compatibility caseless matching, The Unicode Standard, definition D146: folding can undo a composition
+    # and
     # decomposing can bring capitals back, hence twice.
     text = unicodedata.normalize("NFD", name).casefold()
     text = unicodedata.normalize("NFKD", text).casefold()
@@ -61,10 +65,16 @@ def faces_of(name: str) -> list[str]:
     return [face.strip() for face in name.split(FACE_SEPARATOR) if face.strip()] or [name.strip()]
 
 
+def is_rebalanced(name: str, names: Container[str]) -> bool:
+    """Whether a name is that of another card, rebalanced for digital play: "A-" before a name that is there."""
+    return name.startswith("A-") and name.removeprefix("A-") in names
+
+
 def family_words(name: str) -> frozenset[str]:
     """Words of a name by which it has relatives, in normal form and without possessive endings.
 
     ``"Lim-Dûl's Vault"`` has ``limdul`` and ``vault``.
     """
-    words = (normal_form(_POSSESSIVE.sub("", word.strip(",.!?:\"()"))) for word in shown_form(name).split())
-    return frozenset(word for word in words if word)
+    words = (word.strip(',.!?:"()') for word in shown_form(name).split())
+    forms = (normal_form(_POSSESSIVE.sub("", word)) for word in words)
+    return frozenset(form for form in forms if form)

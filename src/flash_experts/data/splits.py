@@ -1,17 +1,18 @@
 """Splits by family, so that the test measures invention and not recall.
 
-Names that look like relatives stay on one side: those that share a rare word, a legend's name before the comma, or
-are within a few edits of each other. A split by name alone has relatives on both sides and flatters every model by
-about 0.3 bits per character. Where a family goes is a hash of its first name, so it does not depend on the order of
-the cards, and a card that is added moves no family but its own.
+Names that look like relatives stay on one side: those that share a rare word, a legend's name before the
+comma, or are within a few edits of each other. A split by name alone has relatives on both sides and flatters
+every model by about 0.3 bits per character. Where a family goes is a hash of its first name, so it does not
+depend on the order of the cards, and a card that is added moves no family but its own.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from flash_experts.data.cards import Card
 from flash_experts.data.names import family_words, normal_form, shown_form
@@ -43,7 +44,8 @@ class Split:
 
 
 def split_by_family(cards: Sequence[Card]) -> Split:
-    """80/10/10 of the families to train, validation and test; and 6% of the training side, by name, to test_iid.
+    """80/10/10 of the families to train, validation and test; and 6% of the training side, by name, to
+    test_iid.
 
     Args:
         cards: with distinct names.
@@ -52,8 +54,8 @@ def split_by_family(cards: Sequence[Card]) -> Split:
         ValueError: there are so few names that a split stays empty.
     """
     groups = families([card.name for card in cards])
-    oversized = {place for place, group in enumerate(groups) if len(group) > LARGEST_HELD_OUT * len(cards)}
-    oversized = {place for place in oversized if len(groups[place]) > 1}
+    limit = max(1, LARGEST_HELD_OUT * len(cards))
+    oversized = {place for place, group in enumerate(groups) if len(group) > limit}
     split_of = [""] * len(cards)
     for place, group in enumerate(groups):
         names = sorted((cards[index].name for index in group), key=lambda name: (normal_form(name), name))
@@ -67,7 +69,7 @@ def split_by_family(cards: Sequence[Card]) -> Split:
     empty = [name for name in SPLITS if not parts[name]]
     if empty:
         raise ValueError(
-            f"{len(cards)} names in {len(groups)} families are too few: no name falls to {' and '.join(empty)}; "
+            f"{len(cards)} names in {len(groups)} families are too few, none falls to {' and '.join(empty)}: "
             "give 200 names or more"
         )
     largest = max(map(len, groups))
@@ -124,20 +126,17 @@ def _relations(names: Sequence[str]) -> Iterator[tuple[int, int]]:
             by_legend[normal_form(before)].append(index)
     for related in by_word.values():
         if len(related) in RARE_WORD:
-            yield from _chain(related)
+            yield from pairwise(related)
     for related in by_legend.values():
-        yield from _chain(related)
+        yield from pairwise(related)
     yield from near_pairs([normal_form(name) for name in names])
-
-
-def _chain(items: list[int]) -> Iterable[tuple[int, int]]:
-    return zip(items, items[1:], strict=False)
 
 
 def near_pairs(keys: Sequence[str]) -> Iterator[tuple[int, int]]:
     """Pairs of texts whose edit distance is at most a fifth of the longer one's length.
 
-    Only texts of like length are compared, with the distance cut off: 30,000 names take about 5 s on one core.
+    Only texts of like length are compared, with the distance cut off: 30,000 names take about 5 s on one
+    core.
 
     Args:
         keys: names in `normal_form`.

@@ -129,11 +129,11 @@ def _plot_bits(models: Sequence[EvaluationResult]) -> Markup:
             range(len(models)),
             [_text(model.label) for model in models] if column == 0 else [""] * len(models),
         )
-        axes.invert_yaxis()
+        axes.set_ylim(len(models) - 0.5, -0.5)
         axes.set_title(_text(split))
         axes.set_xlabel("bits per character")
         axes.grid(axis="x", alpha=0.3)
-    figure.axes[0].legend(fontsize="small")
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(kinds))
     return _svg(figure, "Bits per character of held-out names, with 95% intervals. Less is better.")
 
 

@@ -13,7 +13,8 @@ def make_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Adam
 
     The experts' biases are stacked, so they have two dimensions: they are told by their names.
     """
-    decayed, free = [], []
+    decayed: list[nn.Parameter] = []
+    free: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             is_matrix = parameter.ndim >= 2 and not name.endswith("bias")

@@ -100,7 +100,7 @@ class Trainer:
         self.is_main = self.accelerator.is_main_process
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         self.autocast = use_bfloat16(config.precision, self.device)
-        self.model = check_dtype(model).to(self.device)  # type: ignore[arg-type]
+        self.model = check_dtype(model).to(self.device)
         self.model.loss_type = "ForCausalLM"
         self.optimizer = make_optimizer(self.model, config)
         # Training calls `wrapped`; validation, sampling and saving use the plain model inside it.

@@ -1,0 +1,156 @@
+"""Attributes: what a person writes, and the prompt that a model reads."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flash_experts.data.cards import COLORS, SUPERTYPES, TYPES, in_color_order, parse_colors
+from flash_experts.data.cleaning import clean
+from flash_experts.data.prompts import NONE, Attributes, parse_type_line
+from flash_experts.data.sources import RawCard, read_embedded
+
+KRENKO = Attributes(("Legendary",), ("Creature",), ("Goblin", "Warrior"), ("R",), 4)
+
+
+def test_prompts() -> None:
+    assert KRENKO.prompt() == "Legendary Creature Goblin Warrior, red, 4:"
+    assert Attributes(colors=("R",)).prompt() == "red:"
+    assert Attributes(colors=("W", "U"), mana_value=0).prompt() == "white blue, 0:"
+    assert Attributes(types=("Artifact",), colors=()).prompt() == "Artifact, colorless:"
+    assert Attributes(supertypes=("Legendary",)).prompt() == "Legendary:"
+    assert NONE.prompt() == Attributes().prompt() == ":"
+
+
+def test_what_is_not_known_of_a_card_is_not_told() -> None:
+    (land,) = clean([RawCard("Jötun Ford", "Land")]).cards
+    assert Attributes.of(land).prompt() == "Land, colorless:"
+    (bare,) = clean([RawCard("Sunlit Idol")]).cards
+    assert Attributes.of(bare) == NONE
+
+
+@pytest.mark.parametrize(
+    "type_line",
+    [
+        "Legendary Creature — Goblin Warrior",
+        "legendary creature - goblin warrior",
+        "LEGENDARY CREATURE -- GOBLIN WARRIOR",
+        "Creature Legendary – Goblin Warrior",
+        "goblin warrior legendary creature",
+        "warrior goblin creature legendary",
+    ],
+)
+@pytest.mark.parametrize("colors", ["R", "red", "Red", "{R}", " r "])
+def test_a_card_can_be_asked_for_in_many_ways(type_line: str, colors: str) -> None:
+    assert Attributes.parse(type_line, colors, 4) == KRENKO
+
+
+def test_parse_of_nothing_and_of_parts() -> None:
+    assert Attributes.parse(None, None, None) == Attributes.parse("", " ", None) == NONE
+    assert Attributes.parse("Creature — Assembly-Worker", None, None).subtypes == ("Assembly-Worker",)
+    assert Attributes.parse("time lord creature", None, None).subtypes == ("Time Lord",)
+    assert Attributes.parse("tribal instant", None, None).types == ("Kindred", "Instant")
+    assert Attributes.parse("creature artifact", None, None).prompt() == "Artifact Creature:"
+    assert Attributes.parse("elf", None, None).prompt() == "Elf:"
+
+
+@pytest.mark.parametrize(
+    ("text", "colors"),
+    [
+        ("WU", "WU"),
+        ("uw", "WU"),
+        ("white blue", "WU"),
+        ("Blue and White", "WU"),
+        ("green/red", "RG"),
+        ("W, B", "WB"),
+        ("{G}{W}", "WG"),
+        ("WUBRG", "WUBRG"),
+        ("bug", "UBG"),
+        ("colorless", ""),
+        ("C", ""),
+        ("colourless", ""),
+    ],
+)
+def test_colors(text: str, colors: str) -> None:
+    assert parse_colors(text) == tuple(colors)
+
+
+@pytest.mark.parametrize(
+    ("type_line", "colors", "mana_value", "error"),
+    [
+        ("Creature — Gobln", None, None, "unknown type 'Gobln': did you mean 'Goblin'"),
+        ("Creeture", None, None, "unknown type 'Creeture': did you mean 'Creature'"),
+        ("goblins", None, None, "did you mean 'Goblin'"),
+        ("Creature — Qqqqq", None, None, "unknown type 'Qqqqq': a type line is like"),
+        (None, "bleu", None, "unknown color 'bleu': did you mean 'blue'"),
+        (None, "purple", None, "unknown color 'purple'"),
+        (None, "XYZ", None, "unknown color 'xyz': take white, blue, black, red, green, colorless"),
+        (None, "colorless red", None, "cannot be colorless and red"),
+        (None, None, -1, "mana value must be 0 or more, not -1"),
+        (None, None, True, "mana value must be 0 or more, not True"),
+    ],
+)
+def test_what_cannot_be_understood_is_named(
+    type_line: str | None, colors: str | None, mana_value: int | None, error: str
+) -> None:
+    with pytest.raises(ValueError, match=error) as raised:
+        Attributes.parse(type_line, colors, mana_value)
+    assert "\n" not in str(raised.value)
+
+
+def test_every_real_card_can_be_asked_for_by_its_own_type_line() -> None:
+    for card in clean(read_embedded().rows, include=("jokes", "franchises")).cards[::5]:
+        colors = None if card.colors is None else "".join(card.colors) or "C"
+        parsed = Attributes.parse(card.type_line, colors, card.mana_value)
+        known = Attributes.of(card)
+        assert parsed.prompt() == known.prompt()
+        assert parsed.subtypes == known.subtypes and parsed.colors == known.colors
+
+
+@given(st.sets(st.sampled_from(COLORS)))
+def test_color_prompts_are_read_back(letters: set[str]) -> None:
+    attributes = Attributes(colors=in_color_order(letters))
+    assert parse_colors(attributes.prompt().removesuffix(":")) == attributes.colors
+
+
+@given(
+    st.permutations(SUPERTYPES).flatmap(lambda names: st.integers(0, 2).map(lambda count: names[:count])),
+    st.permutations(TYPES).flatmap(lambda names: st.integers(1, 3).map(lambda count: names[:count])),
+    st.lists(st.sampled_from(["Goblin", "Elf", "Time Lord", "Aura", "Assembly-Worker"]), unique=True),
+)
+def test_type_prompts_are_read_back(supertypes: list[str], types: list[str], subtypes: list[str]) -> None:
+    parts = parse_type_line(f"{' '.join([*supertypes, *types])} — {' '.join(subtypes)}".lower())
+    assert parts[0] == tuple(name for name in SUPERTYPES if name in supertypes)
+    assert parts[1] == tuple(name for name in TYPES if name in types)
+    assert parts[2] == tuple(subtypes)
+    again = parse_type_line(Attributes(*parts).prompt().removesuffix(":"))
+    assert again[:2] == parts[:2] and set(again[2] or ()) == set(subtypes)
+
+
+def test_drop_keeps_all_or_none_at_its_ends_and_repeats_with_its_seed() -> None:
+    assert all(KRENKO.drop(random.Random(seed), 0.0) == KRENKO for seed in range(50))
+    assert all(KRENKO.drop(random.Random(seed), 1.0) == NONE for seed in range(50))
+    assert [KRENKO.drop(random.Random(7), 0.5) for _ in range(2)].count(KRENKO.drop(random.Random(7), 0.5)) == 2
+
+
+def test_drop_leaves_each_attribute_out_at_its_rate() -> None:
+    rng = random.Random(0)
+    dropped = [KRENKO.drop(rng, 0.3) for _ in range(4000)]
+    expected = 1 - (1 - 0.15) * (1 - 0.3)  # all together, or each alone
+    for field in ("supertypes", "types", "subtypes", "colors", "mana_value"):
+        share = sum(getattr(attributes, field) is None for attributes in dropped) / len(dropped)
+        assert share == pytest.approx(expected, abs=0.03)
+    nothing = sum(attributes == NONE for attributes in dropped) / len(dropped)
+    assert nothing == pytest.approx(0.15 + 0.85 * 0.3**5, abs=0.02)
+    both = sum(a.types is None and a.colors is None for a in dropped) / len(dropped)
+    assert both == pytest.approx(0.15 + 0.85 * 0.3**2, abs=0.03)
+
+
+def test_drop_takes_the_same_number_of_draws_whatever_is_given() -> None:
+    one, other = random.Random(3), random.Random(3)
+    KRENKO.drop(one, 0.5)
+    NONE.drop(other, 0.1)
+    assert one.random() == other.random()
