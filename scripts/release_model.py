@@ -44,8 +44,8 @@ then `python scripts/release_model.py`. The training took {minutes:.0f} minutes 
 The end of a name counts as a character. Brackets: 95% bootstrap intervals over names. Summed over the one
 tokenization that the tokenizer gives: an upper bound of the true figure.
 
-The text learned is `<|endoftext|>` + prompt + space + name + `<|endoftext|>`; a prompt is `Legendary Creature Goblin, red, 3:`
-or any part of it, down to `:` alone. The names are Wizards of the Coast's; see data/README.md.
+The text learned is `<|endoftext|>` + prompt + space + name + `<|endoftext|>`; a prompt is
+`Legendary Creature Goblin, red, 3:` or any part of it, down to `:` alone. The names are Wizards of the Coast's; see data/README.md.
 """
 
 

@@ -1,4 +1,4 @@
-"""Attention under our name: a packed row equals its names one by one; padding, caches and dropout as in transformers."""
+"""Attention under our name: a packed row equals its names one by one; padding and caches as in transformers."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flash_experts.data.cards import COLORS, SUPERTYPES, TYPES, in_color_order, parse_colors
@@ -102,7 +102,7 @@ def test_what_cannot_be_understood_is_named(
 
 
 def test_every_real_card_can_be_asked_for_by_its_own_type_line() -> None:
-    for card in clean(read_embedded().rows, include=("jokes", "franchises")).cards[::5]:
+    for card in clean(read_embedded().rows, include=["franchises"]).cards[::5]:
         colors = None if card.colors is None else "".join(card.colors) or "C"
         parsed = Attributes.parse(card.type_line, colors, card.mana_value)
         known = Attributes.of(card)
@@ -110,12 +110,14 @@ def test_every_real_card_can_be_asked_for_by_its_own_type_line() -> None:
         assert parsed.subtypes == known.subtypes and parsed.colors == known.colors
 
 
+@settings(deadline=None, max_examples=60)
 @given(st.sets(st.sampled_from(COLORS)))
 def test_color_prompts_are_read_back(letters: set[str]) -> None:
     attributes = Attributes(colors=in_color_order(letters))
     assert parse_colors(attributes.prompt().removesuffix(":")) == attributes.colors
 
 
+@settings(deadline=None, max_examples=60)
 @given(
     st.permutations(SUPERTYPES).flatmap(lambda names: st.integers(0, 2).map(lambda count: names[:count])),
     st.permutations(TYPES).flatmap(lambda names: st.integers(1, 3).map(lambda count: names[:count])),
@@ -133,7 +135,9 @@ def test_type_prompts_are_read_back(supertypes: list[str], types: list[str], sub
 def test_drop_keeps_all_or_none_at_its_ends_and_repeats_with_its_seed() -> None:
     assert all(KRENKO.drop(random.Random(seed), 0.0) == KRENKO for seed in range(50))
     assert all(KRENKO.drop(random.Random(seed), 1.0) == NONE for seed in range(50))
-    assert [KRENKO.drop(random.Random(7), 0.5) for _ in range(2)].count(KRENKO.drop(random.Random(7), 0.5)) == 2
+    assert [KRENKO.drop(random.Random(7), 0.5) for _ in range(2)].count(
+        KRENKO.drop(random.Random(7), 0.5)
+    ) == 2
 
 
 def test_drop_leaves_each_attribute_out_at_its_rate() -> None:

@@ -33,9 +33,9 @@ def test_family_words() -> None:
 
 
 def test_a_rare_word_makes_a_family_and_a_common_one_does_not() -> None:
-    goblins = [f"Goblin {word}" for word in ("Archer", "Miner", "Piper", "Diver", "Scholar")]
+    goblins = [f"Goblin {word}" for word in ("Archer", "Flotsam", "Juggernaut", "Weaver", "Scholar")]
     assert groups_of(*goblins) == [set(goblins)]
-    goblins.append("Goblin Weaver")
+    goblins.append("Goblin Quicksmith")
     assert len(groups_of(*goblins)) == 6
 
 
@@ -45,7 +45,9 @@ def test_possessives_count_as_their_word() -> None:
 
 def test_a_legend_is_one_family_however_often_its_name_is_there() -> None:
     legends = [f"Jace, {words}" for words in ("Wielder of Mysteries", "Vryn's Prodigy", "Arcane Strategist")]
-    legends += [f"Jace, {word}" for word in ("Cunning Castaway", "Ingenious Mind-Mage", "Memory Adept", "Unraveler")]
+    legends += [
+        f"Jace, {word}" for word in ("Cunning Castaway", "Ingenious Mind-Mage", "Memory Adept", "Unraveler")
+    ]
     assert groups_of(*legends) == [set(legends)]
 
 
@@ -58,7 +60,7 @@ def test_relation_is_passed_on() -> None:
     assert len(groups_of("Ashen Moth", "Moth Queen", "Queen Thorn", "Bleak River")) == 2
 
 
-@settings(max_examples=30)
+@settings(deadline=None, max_examples=30)
 @given(st.lists(st.text("abcd", max_size=12), max_size=25, unique=True))
 def test_near_pairs_are_those_of_the_definition(keys: list[str]) -> None:
     expected = {
@@ -72,7 +74,7 @@ def test_near_pairs_are_those_of_the_definition(keys: list[str]) -> None:
 
 def test_no_relatives_on_two_sides(cards: tuple[Card, ...]) -> None:
     split = split_by_family(cards)
-    side = {card.name: name.removesuffix("_iid").replace("test_iid", "train") for name, part in split.parts.items() for card in part}
+    side = {card.name: name for name, part in split.parts.items() for card in part}
     side |= {card.name: "train" for card in split.parts["test_iid"]}
     names = list(side)
     keys = [normal_form(name) for name in names]
@@ -125,7 +127,9 @@ def test_an_added_stranger_moves_nobody(cards: tuple[Card, ...]) -> None:
 
 def test_a_family_too_large_to_hold_out_trains() -> None:
     rows = [RawCard(f"Urza, the {first}{second}") for first in "abcdefghij" for second in "klmnopqrst"]
-    rows += [RawCard(f"{first}{second}{first * 3}") for first in "bcdfghjklmnpqrstvwxz" for second in "aeiouyæøåœ"]
+    rows += [
+        RawCard(f"{first}{second}{first * 3}") for first in "bcdfghjklmnpqrstvwxz" for second in "aeiouyæøåœ"
+    ]
     split = split_by_family(clean(rows).cards)
     assert split.oversized >= 1
     assert split.largest_family >= 100

@@ -391,7 +391,7 @@ def test_two_processes_learn_what_one_learns(start: Path) -> None:
     ranks = [python(TWO_PROCESSES, start, RANK=rank, LOCAL_RANK=rank, **rendezvous) for rank in ("0", "1")]
     run_on_processes(str(start), "one")
     for process in ranks:
-        _, err = process.communicate(timeout=120)
+        _, err = process.communicate(timeout=300)
         assert process.returncode == 0, err[-2000:]
     one, two = (read_metrics(start / name / "metrics.jsonl") for name in ("one", "two"))
     assert [(line["event"], line["step"]) for line in one] == [(line["event"], line["step"]) for line in two]
@@ -428,7 +428,7 @@ def test_sigterm_saves_and_says_how_to_go_on(start: Path) -> None:
             if "step 3 " in line:
                 process.send_signal(signal.SIGTERM)
                 break
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     reason, step = out.split()
     assert reason == "SIGTERM" and f"stopped after step {step}" in err and "--resume auto" in err

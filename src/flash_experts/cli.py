@@ -40,8 +40,8 @@ class _Parser(ArgumentParser):
         print(f"{self.prog.split(' [')[0]}: {text} (see --help)", file=sys.stderr)
         raise SystemExit(2)
 
-    def format_help(self) -> str:
-        return re.sub(r"--[a-z_.]+", lambda match: match[0].replace("_", "-"), super().format_help())
+    def format_help(self, *args: Any, **kwargs: Any) -> str:
+        return re.sub(r"--[a-z_.]+", lambda match: match[0].replace("_", "-"), super().format_help(*args, **kwargs))
 
 
 # ---------------------------------------------------------------------------------------------------------- commands
@@ -135,7 +135,7 @@ def generate(args: Namespace) -> None:
     """Make up names for a card. None of them is a real card's."""
     from flash_experts import NameGenerator
 
-    wanted = ("count", "colors", "mana_value", "preset", "temperature", "top_k", "top_p", "min_p")
+    wanted: tuple[str, ...] = ("count", "colors", "mana_value", "preset", "temperature", "top_k", "top_p", "min_p")
     wanted += ("repetition_penalty", "starts_with", "max_words", "max_length", "seed", "batch_size")
     names = NameGenerator.from_pretrained(args.model, args.device).generate(
         type_line=args.type, banned_words=args.ban, **{name: args[name] for name in wanted}
@@ -270,7 +270,8 @@ COMMANDS: dict[str, tuple[Command, Callable[[], _Parser]]] = {
 
 def _usage() -> str:
     lines = [f"  {name:10}{(run.__doc__ or '').splitlines()[0]}" for name, (run, _) in COMMANDS.items()]
-    return "\n".join(["usage: flash-experts COMMAND [options]", "", *lines, "", "flash-experts COMMAND --help: its options"])
+    usage, hint = "usage: flash-experts COMMAND [options]", "flash-experts COMMAND --help: its options"
+    return "\n".join([usage, "", *lines, "", hint])
 
 
 def _dashes_to_underscores(argument: str) -> str:

@@ -113,7 +113,8 @@ def _faces(row: RawCard) -> Iterator[Card]:
         cost = costs[place].strip() if place < len(costs) else ""
         told = colors[place].strip() if place < len(colors) else UNKNOWN
         supertypes, types, subtypes = split_type_line(type_line)
-        value = mana_value(cost) if cost else (row.mana_value if place == 0 and "Land" not in types else None)
+        # A mana value of 0 is what sources give a land: it has no mana cost.
+        told_value = row.mana_value if place == 0 and (row.mana_value or "Land" not in types) else None
         yield Card(
             name=shown_form(name),
             type_line=join_type_line(supertypes, types, subtypes),
@@ -121,7 +122,7 @@ def _faces(row: RawCard) -> Iterator[Card]:
             types=types,
             subtypes=subtypes,
             colors=_colors(told, cost, types),
-            mana_value=value,
+            mana_value=mana_value(cost) if cost else told_value,
             source_id=row.source_id,
         )
 

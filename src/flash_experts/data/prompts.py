@@ -1,4 +1,4 @@
-"""What a name is asked for by, and its text: the prompt that stands before a name in training and generation."""
+"""What a name is asked for by: attributes, and the prompt that stands before a name in their place."""
 
 from __future__ import annotations
 
@@ -163,7 +163,8 @@ def _type_vocabulary() -> _Vocabulary:
             if types and set(types) <= set(TYPES):
                 for place, name in enumerate(subtypes):
                     places.setdefault(name, []).append(place / max(1, len(subtypes) - 1))
-    names = {normal_form(name): name for name in sorted(places)}
+    # The commoner of two spellings wins: jokes have a "Human?".
+    names = {normal_form(name): name for name in sorted(places, key=lambda name: len(places[name]))}
     names |= {normal_form(name): name for name in (*SUPERTYPES, *TYPES)} | {"tribal": "Kindred"}
     pairs = frozenset(normal_form(name) for name in places if " " in name)
     return _Vocabulary(names, pairs, {name: sum(seen) / len(seen) for name, seen in places.items()})

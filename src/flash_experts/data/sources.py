@@ -244,7 +244,7 @@ def _fields(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def _raw_card(record: Any, where: str) -> RawCard:
-    """A card of a parsed line: a text (its name) or an object. ``where`` is ``file:line``, or ``file[index]``."""
+    """A card of a parsed line: a name or an object. ``where`` is ``file:line``, or ``file[index]``."""
     if isinstance(record, str):
         record = {"name": record}
     if not isinstance(record, dict):

@@ -44,8 +44,7 @@ class Split:
 
 
 def split_by_family(cards: Sequence[Card]) -> Split:
-    """80/10/10 of the families to train, validation and test; and 6% of the training side, by name, to
-    test_iid.
+    """80/10/10 of the families to train, validation and test; 6% of the training side, by name, to test_iid.
 
     Args:
         cards: with distinct names.

@@ -133,6 +133,6 @@ def grouped_mlp(
     Returns:
         (T, D), dtype of ``x_TD``.
     """
-    return _GroupedMLP.apply(  # type: ignore[no-untyped-call]
+    return _GroupedMLP.apply(
         x_TD, experts_TK, gates_TK, up_EDF, up_bias_EF, down_EFD, down_bias_ED, activation
     )

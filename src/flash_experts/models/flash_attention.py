@@ -92,7 +92,7 @@ def _packed_attention(
     place_T = torch.arange(total, device=query.device) + (max_length * name_T - cu_seq_lens[name_T])
 
     def unpack(x_1HTC: torch.Tensor) -> torch.Tensor:
-        _, H, T, C = x_1HTC.shape
+        H, C = x_1HTC.shape[1], x_1HTC.shape[3]
         padded = x_1HTC.new_zeros(num_names * max_length, H, C)
         padded = padded.index_copy(0, place_T, x_1HTC[0].transpose(0, 1))
         return padded.view(num_names, max_length, H, C).transpose(1, 2)

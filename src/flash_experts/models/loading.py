@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
@@ -63,7 +63,7 @@ def load_model(source: str | Path, device: str | torch.device | None = None) -> 
     config = load_config(source)
     is_gpt2 = isinstance(config, GPT2Config)
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             str(source),
             config=config,
             dtype=torch.float32,
@@ -73,9 +73,12 @@ def load_model(source: str | Path, device: str | torch.device | None = None) -> 
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ValueError(_unreachable(source, error)) from error
+    model, info = loaded
     absent = sorted(info["missing_keys"])
     if absent:
         raise ValueError(f"{source} lacks {len(absent)} weights, {absent[0]} first: the checkpoint is not whole")
+    if model.config.model_type == "gpt2":
+        model.loss_type = "ForCausalLM"  # transformers does not find it by the class's name, and warns
     return cast(PreTrainedModel, model.to(target).eval())
 
 

@@ -51,7 +51,7 @@ class GPT2MoEBlock(GPT2Block):
 
     def __init__(self, config: GPT2MoEConfig, layer_idx: int):
         super().__init__(config, layer_idx=layer_idx)
-        self.mlp = MoELayer(config)
+        self.mlp = MoELayer(config)  # type: ignore[assignment]
 
 
 class GPT2MoEPreTrainedModel(GPT2PreTrainedModel):
@@ -166,9 +166,9 @@ class GPT2MoEForCausalLM(GPT2MoEPreTrainedModel, GPT2LMHeadModel):
         if labels is not None:
             loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
         if wants_routing:
-            mask_T = attention_mask.reshape(-1).bool() if _is_padding_mask(attention_mask, hidden) else None
+            mask_T = _padding_mask(attention_mask, hidden)
             aux_loss, z_loss = self._router_losses(outputs.router_logits, outputs.router_choices, mask_T)
-            if loss is not None and trains_router:
+            if loss is not None and labels is not None and trains_router:
                 weighted = self.config.router_aux_loss_coef * aux_loss + self.config.router_z_loss_coef * z_loss
                 loss = loss + weighted * _share_of_items(labels, **kwargs)
         return GPT2MoEOutput(
@@ -233,7 +233,7 @@ class GPT2MoEForCausalLM(GPT2MoEPreTrainedModel, GPT2LMHeadModel):
             moe_layer_freq=moe_layer_freq,
             **config_fields,
         )
-        model = cls(config).to(device=dense.device, dtype=dense.dtype)
+        model: GPT2MoEForCausalLM = nn.Module.to(cls(config), device=dense.device, dtype=dense.dtype)
         missing, unexpected = model.load_state_dict(_upcycled_weights(dense, config), strict=False)
         assert not unexpected and all(".router." in name for name in missing), (missing, unexpected)
         model.generation_config = dense.generation_config
@@ -273,9 +273,11 @@ def _upcycled_weights(dense: GPT2LMHeadModel, config: GPT2MoEConfig) -> dict[str
     return weights
 
 
-def _is_padding_mask(attention_mask: torch.Tensor | None, hidden: torch.Tensor) -> bool:
-    """Whether the mask has one entry for each token of this forward (with a cache it also covers the past)."""
-    return attention_mask is not None and attention_mask.shape == hidden.shape[:2]
+def _padding_mask(attention_mask: torch.Tensor | None, hidden: torch.Tensor) -> torch.Tensor | None:
+    """(T,) true at tokens that are no padding; None if the mask does not tell (with a cache it covers the past too)."""
+    if attention_mask is None or attention_mask.shape != hidden.shape[:2]:
+        return None
+    return attention_mask.reshape(-1).bool()
 
 
 def _share_of_items(
