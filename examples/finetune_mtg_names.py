@@ -39,9 +39,7 @@ def main() -> None:
         learning_rate=5e-4,
         eval_every=100,
     )
-    trainer = Trainer(
-        model, load_tokenizer(BASE), load_split(data, "train"), load_split(data, "validation"), config
-    )
+    trainer = Trainer(model, load_tokenizer(BASE), load_split(data, "train"), load_split(data, "validation"), config)
     result = trainer.train(resume="auto")
     print(f"{result.step} steps, best {result.best_bits_per_char:.3f} bits per character, in {result.run_dir}")
     for name, value in router_metrics(model).items():

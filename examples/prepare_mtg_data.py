@@ -26,9 +26,7 @@ def main() -> None:
     meta = prepare(args.source, args.out)
     print(f"{meta['rows']:,} cards with {meta['faces']:,} names, {meta['names']:,} of them to learn from.")
     print("Left out:", ", ".join(f"{count:,} {reason}" for reason, count in meta["dropped"].items()))
-    print(
-        "Written:", ", ".join(f"{count:,} {split}" for split, count in meta["counts"].items()), "to", args.out
-    )
+    print("Written:", ", ".join(f"{count:,} {split}" for split, count in meta["counts"].items()), "to", args.out)
 
     # What a model reads: a prompt of the attributes, some of them left out at random, then the name.
     rng = random.Random(0)

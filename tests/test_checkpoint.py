@@ -102,9 +102,7 @@ def test_resumed_run_is_the_uninterrupted_run_to_the_bit(
         assert (config.run_dir / name).read_bytes() == (copy.run_dir / name).read_bytes()
 
 
-def test_a_checkpoint_folder_may_be_named_and_later_ones_go(
-    train: Callable[..., Any], config: TrainingConfig
-) -> None:
+def test_a_checkpoint_folder_may_be_named_and_later_ones_go(train: Callable[..., Any], config: TrainingConfig) -> None:
     model, _ = train(config)
     again, _ = train(config, checkpoints.checkpoint_path(config.run_dir, 6), seed=5)
     assert torch.equal(model.transformer.wte.weight, again.transformer.wte.weight)
@@ -164,9 +162,7 @@ def test_a_damaged_checkpoint_is_named_and_skipped(
     checkpoints.verify_checkpoint(newest)
 
 
-def test_no_whole_checkpoint_is_an_error_and_not_a_new_start(
-    train: Callable[..., Any], config: TrainingConfig
-) -> None:
+def test_no_whole_checkpoint_is_an_error_and_not_a_new_start(train: Callable[..., Any], config: TrainingConfig) -> None:
     short = replace(config, max_steps=3)
     train(short)
     flip_a_bit(checkpoints.checkpoint_path(config.run_dir, 3) / "model.safetensors")
@@ -235,9 +231,7 @@ def test_a_kill_while_writing_leaves_no_checkpoint_of_that_step(
     assert result.step == 12 and not list((config.run_dir / "checkpoints").glob(".tmp-*"))
 
 
-def test_only_the_newest_are_kept_and_hold_no_pickle(
-    train: Callable[..., Any], config: TrainingConfig
-) -> None:
+def test_only_the_newest_are_kept_and_hold_no_pickle(train: Callable[..., Any], config: TrainingConfig) -> None:
     train(replace(config, keep_checkpoints=2))
     assert checkpoints.checkpoint_steps(config.run_dir) == [9, 12]
     written = {path.suffix for path in config.run_dir.rglob("*") if path.is_file()}

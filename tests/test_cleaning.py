@@ -87,9 +87,7 @@ def test_mana_costs(cost: str, value: int, colors: str) -> None:
 
 
 def test_a_card_is_read_from_its_row() -> None:
-    card = only(
-        name="Krenko, Mob Boss", type_line="Legendary Creature — Goblin Warrior", mana_cost="{2}{R}{R}"
-    )
+    card = only(name="Krenko, Mob Boss", type_line="Legendary Creature — Goblin Warrior", mana_cost="{2}{R}{R}")
     assert (card.supertypes, card.types, card.subtypes) == (
         ("Legendary",),
         ("Creature",),
@@ -113,9 +111,7 @@ def test_what_is_not_told_of_a_second_face_is_unknown() -> None:
 
 def test_a_face_with_a_row_of_its_own_is_told_by_that_row() -> None:
     rows = [
-        RawCard(
-            "Delver of Secrets // Insectile Aberration", "Creature — Human Wizard", "{U}", layout="transform"
-        ),
+        RawCard("Delver of Secrets // Insectile Aberration", "Creature — Human Wizard", "{U}", layout="transform"),
         RawCard("Insectile Aberration", "Creature — Human Insect", None, "U", layout="transform"),
     ]
     cleaned = clean(rows)
@@ -198,9 +194,7 @@ def test_unknown_flags_are_refused() -> None:
 ROWS = st.builds(
     RawCard,
     name=st.lists(st.text("AbcDé'- ", min_size=1, max_size=8), min_size=1, max_size=2).map(" // ".join),
-    type_line=st.sampled_from(
-        [None, "Creature — Elf", "Land", "Instant // Sorcery", "Plane — X", "Tribal Instant"]
-    ),
+    type_line=st.sampled_from([None, "Creature — Elf", "Land", "Instant // Sorcery", "Plane — X", "Tribal Instant"]),
     mana_cost=st.sampled_from([None, "{1}{G}", "{W/U} // {R}"]),
     flag=st.sampled_from(["", "", "jokes"]),
 )

@@ -20,9 +20,7 @@ DATA = Path(__file__).parent / "test_data"
 # ---------------------------------------------------------------------------------------- files of one's own
 
 
-@pytest.mark.parametrize(
-    "name", ["own.csv", "own.json", "own.jsonl", "own_mtgjson.json", "own_scryfall.jsonl"]
-)
+@pytest.mark.parametrize("name", ["own.csv", "own.json", "own.jsonl", "own_mtgjson.json", "own_scryfall.jsonl"])
 def test_every_kind_of_file_tells_the_same_cards(name: str) -> None:
     cleaned = clean(load_source(DATA / name).rows)
     assert [(card.name, card.type_line, card.colors, card.mana_value) for card in cleaned.cards] == [
@@ -75,9 +73,7 @@ def test_a_list_of_names_is_enough(tmp_path: Path, name: str, text: str) -> None
         ("a.xlsx", b"PK", r"a\.xlsx: cards are read from \.csv"),
     ],
 )
-def test_malformed_files_are_named_with_their_line(
-    tmp_path: Path, name: str, data: bytes, error: str
-) -> None:
+def test_malformed_files_are_named_with_their_line(tmp_path: Path, name: str, data: bytes, error: str) -> None:
     (tmp_path / name).write_bytes(data)
     with pytest.raises(ValueError, match=error) as raised:
         load_source(tmp_path / name)
@@ -110,15 +106,11 @@ def names_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_prepare_writes_what_it_says(names_file: Path, tmp_path: Path) -> None:
     meta = prepare(names_file, tmp_path / "out")
-    splits = {
-        name: load_split(tmp_path / "out", name) for name in ("train", "validation", "test", "test_iid")
-    }
+    splits = {name: load_split(tmp_path / "out", name) for name in ("train", "validation", "test", "test_iid")}
     assert meta["counts"] == {name: len(cards) for name, cards in splits.items()}
     assert sum(meta["counts"].values()) == meta["names"] == 1000
     together = [card for cards in splits.values() for card in cards]
-    assert {card.name for card in together} == {
-        card.name for card in clean(load_source(names_file).rows).cards
-    }
+    assert {card.name for card in together} == {card.name for card in clean(load_source(names_file).rows).cards}
     for name, digest in meta["sha256"].items():
         assert hashlib.sha256((tmp_path / "out" / name).read_bytes()).hexdigest() == digest
     assert {path.name for path in (tmp_path / "out").iterdir()} == {*meta["sha256"], "meta.json"}
@@ -238,9 +230,7 @@ def test_malformed_prepared_lines_are_named(tmp_path: Path, line: bytes, error: 
 
 
 def test_missing_and_empty_prepared_files(tmp_path: Path) -> None:
-    with pytest.raises(
-        ValueError, match=r"no prepared names in .*nowhere: run `flash-experts prepare` --out"
-    ):
+    with pytest.raises(ValueError, match=r"no prepared names in .*nowhere: run `flash-experts prepare` --out"):
         load_split(tmp_path / "nowhere", "train")
     with pytest.raises(ValueError, match=r"no prepared names in .*nowhere: run `flash-experts prepare`"):
         load_meta(tmp_path / "nowhere")

@@ -99,9 +99,7 @@ def test_grouped_mlp_equals_eager_for_any_routing(
     torch.testing.assert_close(ours, eager, rtol=0, atol=1e-12)
     if tokens:
         inputs = [x_TD, gates_TK, *weights]
-        for mine, plain in zip(
-            gradients(experts, ours, inputs), gradients(experts, eager, inputs), strict=True
-        ):
+        for mine, plain in zip(gradients(experts, ours, inputs), gradients(experts, eager, inputs), strict=True):
             torch.testing.assert_close(mine, plain, rtol=0, atol=1e-11)
 
 

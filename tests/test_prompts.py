@@ -135,9 +135,7 @@ def test_type_prompts_are_read_back(supertypes: list[str], types: list[str], sub
 def test_drop_keeps_all_or_none_at_its_ends_and_repeats_with_its_seed() -> None:
     assert all(KRENKO.drop(random.Random(seed), 0.0) == KRENKO for seed in range(50))
     assert all(KRENKO.drop(random.Random(seed), 1.0) == NONE for seed in range(50))
-    assert [KRENKO.drop(random.Random(7), 0.5) for _ in range(2)].count(
-        KRENKO.drop(random.Random(7), 0.5)
-    ) == 2
+    assert [KRENKO.drop(random.Random(7), 0.5) for _ in range(2)].count(KRENKO.drop(random.Random(7), 0.5)) == 2
 
 
 def test_drop_leaves_each_attribute_out_at_its_rate() -> None:

@@ -45,9 +45,7 @@ def test_possessives_count_as_their_word() -> None:
 
 def test_a_legend_is_one_family_however_often_its_name_is_there() -> None:
     legends = [f"Jace, {words}" for words in ("Wielder of Mysteries", "Vryn's Prodigy", "Arcane Strategist")]
-    legends += [
-        f"Jace, {word}" for word in ("Cunning Castaway", "Ingenious Mind-Mage", "Memory Adept", "Unraveler")
-    ]
+    legends += [f"Jace, {word}" for word in ("Cunning Castaway", "Ingenious Mind-Mage", "Memory Adept", "Unraveler")]
     assert groups_of(*legends) == [set(legends)]
 
 
@@ -127,9 +125,7 @@ def test_an_added_stranger_moves_nobody(cards: tuple[Card, ...]) -> None:
 
 def test_a_family_too_large_to_hold_out_trains() -> None:
     rows = [RawCard(f"Urza, the {first}{second}") for first in "abcdefghij" for second in "klmnopqrst"]
-    rows += [
-        RawCard(f"{first}{second}{first * 3}") for first in "bcdfghjklmnpqrstvwxz" for second in "aeiouyæøåœ"
-    ]
+    rows += [RawCard(f"{first}{second}{first * 3}") for first in "bcdfghjklmnpqrstvwxz" for second in "aeiouyæøåœ"]
     split = split_by_family(clean(rows).cards)
     assert split.oversized >= 1
     assert split.largest_family >= 100

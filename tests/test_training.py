@@ -149,9 +149,7 @@ def test_losses_repeat_and_neither_validation_nor_sampling_disturbs_them(
     dense_config: GPT2Config, tokenizer: PreTrainedTokenizerFast, config: TrainingConfig
 ) -> None:
     class Dice(Callback):
-        def on_sample(
-            self, step: int, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
-        ) -> Sequence[str]:
+        def on_sample(self, step: int, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> Sequence[str]:
             torch.rand(17)
             return [TRAIN[0].name.upper(), VALIDATION[0].name, "Wholly New"]
 
@@ -279,9 +277,7 @@ def test_all_configuration_problems_come_at_once() -> None:
 def test_decay_is_on_matrices_alone(dense_config: GPT2Config) -> None:
     model = GPT2MoEForCausalLM.from_dense(make_model(dense_config), num_experts=2)
     optimizer = make_optimizer(model, TrainingConfig(weight_decay=0.5))
-    decay_of = {
-        parameter: group["weight_decay"] for group in optimizer.param_groups for parameter in group["params"]
-    }
+    decay_of = {parameter: group["weight_decay"] for group in optimizer.param_groups for parameter in group["params"]}
     for name, parameter in model.named_parameters():
         is_matrix = not name.endswith("bias") and "ln_" not in name
         assert decay_of[parameter] == (0.5 if is_matrix else 0.0), name

@@ -97,7 +97,7 @@ def train(args: Namespace) -> None:
         cards["train"],
         cards["validation"],
         config,
-        callbacks=[SampleNames(cards)],
+        callbacks=[SampleNames()],
         data_info=load_meta(args.data),
     )
     result = trainer.train(resume=args.resume)

@@ -38,9 +38,7 @@ def name_tokenizer(names: dict[str, list[str]]) -> PreTrainedTokenizerFast:
 
 
 @pytest.fixture(scope="session")
-def model_dirs(
-    tmp_path_factory: pytest.TempPathFactory, name_tokenizer: PreTrainedTokenizerFast
-) -> list[Path]:
+def model_dirs(tmp_path_factory: pytest.TempPathFactory, name_tokenizer: PreTrainedTokenizerFast) -> list[Path]:
     """Two models as training leaves them, one with a record of its training."""
     folders = []
     for seed, name in enumerate(("one", "two")):
@@ -48,9 +46,7 @@ def model_dirs(
         tiny_model(name_tokenizer, seed).save_pretrained(folder)
         name_tokenizer.save_pretrained(folder)
         folders.append(folder)
-    lines = [
-        {"step": step, "tokens": 10 * step, "seconds": 0.5 * step, "loss": 5.0 - step} for step in (1, 2, 3)
-    ]
+    lines = [{"step": step, "tokens": 10 * step, "seconds": 0.5 * step, "loss": 5.0 - step} for step in (1, 2, 3)]
     record = "".join(json.dumps(line) + "\n" for line in lines) + '{"step": 4, "lo'
     (folders[0] / "metrics.jsonl").write_text(record, encoding="utf-8")
     return folders

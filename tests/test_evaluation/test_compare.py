@@ -70,9 +70,7 @@ def test_validation_is_placed_in_time_between_the_lines_around_it(tmp_path: Path
         {"event": "validation", "step": 12, "validation/bits_per_char": 2.4},
     ]
     path.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
-    points = [
-        (point.step, point.seconds, point.train_loss, point.validation_bits) for point in read_curve(path)
-    ]
+    points = [(point.step, point.seconds, point.train_loss, point.validation_bits) for point in read_curve(path)]
     assert points == [(5, 2.5, None, 3.5), (10, 5.0, 3.0, 2.5), (12, None, None, 2.4)]
 
 
@@ -83,9 +81,7 @@ def test_json_is_plain(result: ComparisonResult) -> None:
 
 
 @pytest.mark.parametrize("rich_there", [True, False])
-def test_table_for_the_terminal(
-    result: ComparisonResult, monkeypatch: pytest.MonkeyPatch, rich_there: bool
-) -> None:
+def test_table_for_the_terminal(result: ComparisonResult, monkeypatch: pytest.MonkeyPatch, rich_there: bool) -> None:
     if not rich_there:
         monkeypatch.setattr("flash_experts.evaluation.tables.find_spec", lambda name: None)
     text = format_comparison(result, width=160)
@@ -125,9 +121,7 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
-        self.addresses += [
-            value or "" for name, value in attrs if name in ("src", "href", "xlink:href", "action")
-        ]
+        self.addresses += [value or "" for name, value in attrs if name in ("src", "href", "xlink:href", "action")]
         assert not any(name.startswith("on") for name, _ in attrs)
 
     def handle_data(self, data: str) -> None:

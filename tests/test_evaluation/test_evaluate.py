@@ -78,9 +78,7 @@ def test_scoring_is_teacher_forcing_with_the_model_itself(
         assert scorer.nats([name], [Attributes()])[0] == pytest.approx(nats, rel=1e-5)
 
 
-def test_scoring_leaves_the_model_as_it_was(
-    model: GPT2LMHeadModel, name_tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_scoring_leaves_the_model_as_it_was(model: GPT2LMHeadModel, name_tokenizer: PreTrainedTokenizerFast) -> None:
     model.train()
     attention = model.config._attn_implementation
     LanguageModel(model, name_tokenizer, "tiny").nats(["Goblin"], [Attributes()])
@@ -155,14 +153,10 @@ def test_the_same_seed_gives_the_same_result(model_dirs: list[Path], data_dir: P
     assert first.splits["test"].unconditional == other.splits["test"].unconditional
 
 
-def test_control_is_what_shuffled_attributes_cost(
-    tmp_path: Path, name_tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_control_is_what_shuffled_attributes_cost(tmp_path: Path, name_tokenizer: PreTrainedTokenizerFast) -> None:
     """A model trained for a moment on names that follow from their attributes listens to them."""
     names = [("Goblin", "Bolt", "Blade")[index % 3] for index in range(60)]
-    folder = write_data(
-        tmp_path / "mtg", {split: names for split in ("train", "validation", "test", "test_iid")}
-    )
+    folder = write_data(tmp_path / "mtg", {split: names for split in ("train", "validation", "test", "test_iid")})
     model = tiny_model(name_tokenizer, seed=0)
     held_out = HeldOut.load(folder, ("test",))
     cards = held_out.splits["test"]

@@ -130,9 +130,7 @@ def test_jensen_shannon_on_worked_histograms() -> None:
 
 
 @given(*[st.dictionaries(st.integers(0, 9), st.integers(1, 50), min_size=1) for _ in range(2)])
-def test_jensen_shannon_is_symmetric_and_between_0_and_1(
-    first: dict[int, int], second: dict[int, int]
-) -> None:
+def test_jensen_shannon_is_symmetric_and_between_0_and_1(first: dict[int, int], second: dict[int, int]) -> None:
     divergence = metrics.jensen_shannon(first, second)
     assert divergence == pytest.approx(metrics.jensen_shannon(second, first))
     assert -1e-12 <= divergence <= 1 + 1e-12

@@ -50,9 +50,7 @@ def test_a_name_is_the_same_in_any_company(kind: str) -> None:
         apart = [name for start in range(0, 30, size) for name in _decode(
             model, range(start, min(start + size, 30)), sampling)]  # fmt: skip
         assert [name.ids for name in apart] == [name.ids for name in together]
-        assert [name.log_prob for name in apart] == pytest.approx(
-            [name.log_prob for name in together], abs=1e-4
-        )
+        assert [name.log_prob for name in apart] == pytest.approx([name.log_prob for name in together], abs=1e-4)
 
 
 def test_names_follow_the_models_distribution() -> None:
@@ -97,10 +95,7 @@ def test_repetition_penalty_leaves_the_prompt_and_the_end_alone() -> None:
     first_of = {name.index: (*name.ids, END)[0] for name in strong}
     plain = {name.index: (*name.ids, END)[0] for name in _decode(model, range(40), Sampling(), steps=12)}
     assert first_of == plain
-    assert (
-        len({name.ids for name in strong} - {name.ids for name in _decode(model, range(40), Sampling(), 12)})
-        > 0
-    )
+    assert len({name.ids for name in strong} - {name.ids for name in _decode(model, range(40), Sampling(), 12)}) > 0
 
 
 def test_finished_rows_leave_the_batch() -> None:
@@ -110,10 +105,7 @@ def test_finished_rows_leave_the_batch() -> None:
     names = _decode(model, range(50), Sampling())
     assert rows[0] == 1  # the prompt, once
     lengths = [len(name.ids) for name in names]
-    assert (
-        rows[1:]
-        == [sum(length > step for length in lengths) for step in range(max(lengths))][: len(rows) - 1]
-    )
+    assert rows[1:] == [sum(length > step for length in lengths) for step in range(max(lengths))][: len(rows) - 1]
 
 
 def test_evaluating_restores_each_modules_mode() -> None:

@@ -91,9 +91,7 @@ def test_a_character_cannot_be_left_half_said(vocabulary: NameVocabulary) -> Non
     assert not admits(AllowedCharacters(vocabulary, 0), "", half)
 
 
-@pytest.mark.parametrize(
-    "variant", ["Lim-Dûl's Vault", "lim dul's vault", "LIM-DUL’S  VAULT", "Lim-Du\u0302l's Vault"]
-)
+@pytest.mark.parametrize("variant", ["Lim-Dûl's Vault", "lim dul's vault", "LIM-DUL’S  VAULT", "Lim-Du\u0302l's Vault"])
 def test_known_names_cannot_end_in_any_spelling(vocabulary: NameVocabulary, variant: str) -> None:
     name_filter = KnownNameFilter(vocabulary, 0, {normal_form("Lim-Dûl's Vault")})
     for ids in (vocabulary.encode(" " + variant), byte_ids(vocabulary, " " + variant)):
@@ -102,14 +100,8 @@ def test_known_names_cannot_end_in_any_spelling(vocabulary: NameVocabulary, vari
 
 
 @settings(max_examples=60, deadline=None)
-@given(
-    prefix=st.sampled_from(
-        ["Gob", "Goblin", "goblin ", "Goblin Gu", "Lim-D", "Jö", "Wrath of", "Q", "Black L"]
-    )
-)
-def test_starts_with_allows_exactly_texts_with_the_prefix(
-    tokenizer: PreTrainedTokenizerFast, prefix: str
-) -> None:
+@given(prefix=st.sampled_from(["Gob", "Goblin", "goblin ", "Goblin Gu", "Lim-D", "Jö", "Wrath of", "Q", "Black L"]))
+def test_starts_with_allows_exactly_texts_with_the_prefix(tokenizer: PreTrainedTokenizerFast, prefix: str) -> None:
     vocabulary = NameVocabulary(tokenizer)
     name_filter = StartsWith(vocabulary, 0, prefix)
     shown = prefix[0].upper() + prefix[1:]
@@ -191,9 +183,7 @@ def test_inside_model_generate(model: GPT2LMHeadModel, vocabulary: NameVocabular
         assert name.startswith(" Gob") and len(name) <= 19 and len(name.split()) <= 3 and name.isprintable()
 
 
-def test_generate_never_gets_a_row_without_a_token(
-    model: GPT2LMHeadModel, vocabulary: NameVocabulary
-) -> None:
+def test_generate_never_gets_a_row_without_a_token(model: GPT2LMHeadModel, vocabulary: NameVocabulary) -> None:
     class Nothing(NameFilter):
         def rule(self, name: str) -> str | None:
             return "stop" if len(name) > 3 else None
@@ -224,9 +214,7 @@ def test_scores_are_not_changed_in_place(vocabulary: NameVocabulary) -> None:
         (lambda v: AllowedCharacters(v, 0)(torch.zeros(1, 0, dtype=torch.long), torch.zeros(1, 7)), "7 wide"),
     ],
 )
-def test_bad_arguments(
-    vocabulary: NameVocabulary, make: Callable[[NameVocabulary], object], message: str
-) -> None:
+def test_bad_arguments(vocabulary: NameVocabulary, make: Callable[[NameVocabulary], object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make(vocabulary)
 

@@ -11,9 +11,7 @@ from hypothesis import strategies as st
 from flash_experts.data.cards import known_names
 from flash_experts.generation import format_name
 
-_NAMES = st.text(st.sampled_from("abAZzé û,:;-'/.!?&\"’— of the123\u0301İßǆﬁ"), max_size=30) | st.text(
-    max_size=20
-)
+_NAMES = st.text(st.sampled_from("abAZzé û,:;-'/.!?&\"’— of the123\u0301İßǆﬁ"), max_size=30) | st.text(max_size=20)
 
 
 @settings(max_examples=400, deadline=None)

@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from flash_experts.data.names import normal_form
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
 
+from flash_experts.data.names import normal_form
 from flash_experts.generation import GeneratedName, NameFilter, NameGenerator, format_name
 
 REAL = ["Goblin Guide", "Lightning Bolt", "Jötun Grunt", "Lim-Dûl's Vault", "Serra Angel", "Wrath of God"]
@@ -86,8 +86,7 @@ def test_without_a_seed_names_differ(generator: NameGenerator) -> None:
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    prefix=st.none()
-    | st.sampled_from(["Gob", "goblin", "Serra A", "Jö", "q", "Wrath of", "Vault 7", "Goblin "]),
+    prefix=st.none() | st.sampled_from(["Gob", "goblin", "Serra A", "Jö", "q", "Wrath of", "Vault 7", "Goblin "]),
     max_words=st.none() | st.integers(3, 5),
     max_length=st.none() | st.integers(12, 30),
     seed=st.integers(0, 1000),
@@ -111,9 +110,7 @@ def test_limits_hold(
         assert len(name.text) <= (max_length or 40)
 
 
-def test_one_word_and_banned_words(
-    parrot: Callable[..., torch.nn.Module], tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_one_word_and_banned_words(parrot: Callable[..., torch.nn.Module], tokenizer: PreTrainedTokenizerFast) -> None:
     generator = NameGenerator(parrot(NEW), tokenizer, REAL)
     assert all(" " not in text for text in texts(quietly(generator, 5, max_words=1, seed=0)))
     banned = texts(quietly(generator, 20, banned_words=["goblin", "DARK"], seed=0, temperature=0.7))

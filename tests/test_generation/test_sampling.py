@@ -57,9 +57,7 @@ def test_distribution_is_that_of_transformers(
     assert int(differing.sum()) <= int((kept[0] != kept[1]).sum())
 
 
-@pytest.mark.parametrize(
-    "sampling", [Sampling(), Sampling(top_k=4), Sampling(0.7, top_p=0.8), PRESETS["creative"]]
-)
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(top_k=4), Sampling(0.7, top_p=0.8), PRESETS["creative"]])
 def test_draws_follow_the_distribution(sampling: Sampling) -> None:
     scores = torch.randn(1, 12, generator=torch.Generator().manual_seed(5))
     num_draws = 20_000

@@ -144,9 +144,7 @@ def compare(
             if (points := read_curve(Path(model) / "metrics.jsonl"))
         },
         prompts=tuple(
-            PromptNames(
-                str(prompt), {label: names[index] for label, names in zip(labels, shown, strict=True)}
-            )
+            PromptNames(str(prompt), {label: names[index] for label, names in zip(labels, shown, strict=True)})
             for index, prompt in enumerate(PROMPTS)
         ),
     )
@@ -186,9 +184,7 @@ def differences(results: Sequence[EvaluationResult]) -> list[Difference]:
                 pairs.append((True, nats.conditional, other.conditional))
             for conditional, a, b in pairs:
                 bits = paired_bits_difference(a, b, nats.characters)
-                found.append(
-                    Difference(split, conditional, first.label, second.label, bits, bits.excludes_zero)
-                )
+                found.append(Difference(split, conditional, first.label, second.label, bits, bits.excludes_zero))
     return found
 
 

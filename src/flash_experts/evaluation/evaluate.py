@@ -143,9 +143,7 @@ class HeldOut:
                 cards = random.Random(seed).sample(cards, max_names)
             chosen[split] = cards
         meta = load_meta(path)
-        data: dict[str, Any] = {
-            key: meta[key] for key in ("source", "version", "cleaning_version") if key in meta
-        }
+        data: dict[str, Any] = {key: meta[key] for key in ("source", "version", "cleaning_version") if key in meta}
         return cls(chosen, Reference.load(path), data)
 
 
@@ -206,14 +204,10 @@ def evaluate(
         ValueError: the data or the model is not there, or a set is empty.
     """
     held_out = HeldOut.load(data_dir, splits, max_names, seed)
-    return evaluate_scorer(
-        load_scorer(model, held_out, tokenizer, device), held_out, samples=samples, seed=seed
-    )
+    return evaluate_scorer(load_scorer(model, held_out, tokenizer, device), held_out, samples=samples, seed=seed)
 
 
-def evaluate_scorer(
-    scorer: Scorer, held_out: HeldOut, *, samples: int = 500, seed: int = 0
-) -> EvaluationResult:
+def evaluate_scorer(scorer: Scorer, held_out: HeldOut, *, samples: int = 500, seed: int = 0) -> EvaluationResult:
     """`evaluate` on data and a model that are loaded already."""
     figures, nats = {}, {}
     start = time.perf_counter()

@@ -261,8 +261,7 @@ def bits_by_group(
             members.setdefault(group, []).append(index)
     ordered = sorted(members.items(), key=lambda item: (-len(item[1]), item[0]))
     return {
-        group: GroupBits(len(indices), bits_estimate(nats[indices], characters[indices]))
-        for group, indices in ordered
+        group: GroupBits(len(indices), bits_estimate(nats[indices], characters[indices])) for group, indices in ordered
     }
 
 

@@ -102,9 +102,7 @@ class KneserNey:
         self._begin = self.num_symbols
         self._base = self.num_symbols + 1
         if self._base**order > 2**62:
-            raise ValueError(
-                f"{self.num_symbols} characters are too many for order {order}: take a lower order"
-            )
+            raise ValueError(f"{self.num_symbols} characters are too many for order {order}: take a lower order")
         self._orders = self._fit(*self._queries(names))
 
     def _queries(self, names: Sequence[str]) -> tuple[IntArray, IntArray]:
@@ -183,9 +181,7 @@ class NGramMixture:
     @property
     def num_parameters(self) -> int:
         """Numbers that the models hold: a share for each gram and a left-over mass for each context."""
-        return sum(
-            order.shares.size + order.left_over.size for model in self.models for order in model._orders
-        )
+        return sum(order.shares.size + order.left_over.size for model in self.models for order in model._orders)
 
     @property
     def num_active_parameters(self) -> int:

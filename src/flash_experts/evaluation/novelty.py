@@ -93,9 +93,7 @@ class Reference:
         for split in ("train", "validation", "test", "test_iid"):
             names[split] = tuple(card.name for card in load_split(folder, split))
         if not (folder / KNOWN_NAMES).is_file():
-            raise ValueError(
-                f"{folder / KNOWN_NAMES} is missing: run `flash-experts prepare --out {folder}` again"
-            )
+            raise ValueError(f"{folder / KNOWN_NAMES} is missing: run `flash-experts prepare --out {folder}` again")
         lines = (folder / KNOWN_NAMES).read_text(encoding="utf-8").splitlines()
         return cls(
             train=names["train"],

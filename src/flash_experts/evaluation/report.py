@@ -91,9 +91,7 @@ def _svg(figure: Figure, caption: str) -> Markup:
     with rc_context({"svg.hashsalt": caption, "svg.fonttype": "none"}):
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     svg = buffer.getvalue()
-    return Markup("<figure>{}<figcaption>{}</figcaption></figure>").format(
-        Markup(svg[svg.index("<svg") :]), caption
-    )
+    return Markup("<figure>{}<figcaption>{}</figcaption></figure>").format(Markup(svg[svg.index("<svg") :]), caption)
 
 
 def _text(label: str) -> str:
@@ -147,8 +145,7 @@ def _plot_curves(curves: dict[str, list[CurvePoint]]) -> Markup | None:
         axes = figure.add_subplot(1, 2, column + 1)
         for label, points in curves.items():
             pairs = [
-                (getattr(point, unit), point.validation_bits if validated else point.train_loss)
-                for point in points
+                (getattr(point, unit), point.validation_bits if validated else point.train_loss) for point in points
             ]
             known = [(x, y) for x, y in pairs if x is not None and y is not None]
             axes.plot([x for x, _ in known], [y for _, y in known], label=_text(label))

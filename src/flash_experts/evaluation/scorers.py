@@ -135,9 +135,7 @@ class LanguageModel:
             decoder = NameDecoder(self.model, prompt_ids, end_id, Sampling(), [], most, seed)
             for start in range(0, count, _SAMPLED_AT_ONCE):
                 drawn = decoder.decode(range(start, min(start + _SAMPLED_AT_ONCE, count)))
-                texts = self.tokenizer.batch_decode(
-                    [list(name.ids) for name in drawn], skip_special_tokens=True
-                )
+                texts = self.tokenizer.batch_decode([list(name.ids) for name in drawn], skip_special_tokens=True)
                 names.extend(text.strip() for text in texts)
         return names
 
@@ -147,9 +145,7 @@ class LanguageModel:
         return [
             [
                 name.text
-                for name in generator.generate(
-                    count, prompt.type_line, prompt.colors, prompt.mana_value, seed=seed
-                )
+                for name in generator.generate(count, prompt.type_line, prompt.colors, prompt.mana_value, seed=seed)
             ]
             for prompt in prompts
         ]
@@ -159,8 +155,7 @@ class LanguageModel:
         for name, ids in zip(names, encoded, strict=True):
             if ids.num_inputs > context:
                 raise ValueError(
-                    f"{name[:40]!r}... takes {ids.num_inputs} tokens, the model's context has {context}: "
-                    "shorten it"
+                    f"{name[:40]!r}... takes {ids.num_inputs} tokens, the model's context has {context}: shorten it"
                 )
 
 

@@ -35,9 +35,7 @@ class Table:
 
         table = RichTable(title=Text(self.title), title_justify="left", box=SIMPLE_HEAD)
         for index, name in enumerate(self.header):
-            table.add_column(
-                Text(name), justify="left" if index == 0 else "right", overflow="fold", no_wrap=index == 0
-            )
+            table.add_column(Text(name), justify="left" if index == 0 else "right", overflow="fold", no_wrap=index == 0)
         for row in self.rows:
             table.add_row(*map(Text, row))
         console = Console(file=io.StringIO(), width=width)
@@ -130,9 +128,7 @@ def cost_table(results: Sequence[EvaluationResult]) -> Table:
         )
         for result in results
     )
-    return Table(
-        "Size and speed", ("model", "parameters", "active", "scored names/s", "sampled names/s"), rows
-    )
+    return Table("Size and speed", ("model", "parameters", "active", "scored names/s", "sampled names/s"), rows)
 
 
 def group_table(result: EvaluationResult, split: str) -> Table:

@@ -120,9 +120,7 @@ class NameDecoder:
                 if not len(keep):
                     break
                 cache.batch_select_indices(keep)
-                running, tokens_BT, log_prob_B, chosen_B = (
-                    x[keep] for x in (running, tokens_BT, log_prob_B, chosen_B)
-                )
+                running, tokens_BT, log_prob_B, chosen_B = (x[keep] for x in (running, tokens_BT, log_prob_B, chosen_B))
             tokens_BT = torch.cat([tokens_BT, chosen_B[:, None]], dim=1)
             if step + 1 < self._max_new_tokens:
                 out = self._model(chosen_B[:, None], past_key_values=cache, use_cache=True, logits_to_keep=1)
@@ -153,9 +151,7 @@ class NameDecoder:
         """Adds the rows that stop to ``decoded``."""
         rows = stops_B.nonzero()[:, 0]
         names = tokens_BT[rows, self._prompt_1T.shape[1] :].tolist()
-        columns = zip(
-            running[rows].tolist(), names, log_prob_B[rows].tolist(), failed_B[rows].tolist(), strict=True
-        )
+        columns = zip(running[rows].tolist(), names, log_prob_B[rows].tolist(), failed_B[rows].tolist(), strict=True)
         for place, ids, log_prob, failed in columns:
             index = indices[place]
             decoded[index] = DecodedName(index, tuple(ids), log_prob, not failed)

@@ -251,9 +251,7 @@ class NameGenerator:
             return []
         with evaluating(self.model), torch.no_grad():
             steps = self._steps(len(prompt_ids), limits.max_length)
-            decoder = NameDecoder(
-                self.model, prompt_ids, self.vocabulary.end_id, sampling, processors, steps, seed
-            )
+            decoder = NameDecoder(self.model, prompt_ids, self.vocabulary.end_id, sampling, processors, steps, seed)
             while len(accepted) < count and without_news < _PATIENCE:
                 rate = max(len(accepted), 1) / max(tried, 1)
                 wanted = math.ceil(1.05 * (count - len(accepted)) / rate)

@@ -23,9 +23,7 @@ def noise(seed: int, indices: range, steps: int) -> torch.Tensor:
     return torch.from_numpy(np.stack(rows))
 
 
-def draw(
-    scores_BV: torch.Tensor, noise_B: torch.Tensor, sampling: Sampling
-) -> tuple[torch.Tensor, torch.Tensor]:
+def draw(scores_BV: torch.Tensor, noise_B: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor, torch.Tensor]:
     """Draws one token a row from the distribution that temperature, top-k, top-p and min-p leave.
 
     By inversion: of the cumulated probabilities in the order of token ids, the first over the row's random

@@ -51,9 +51,7 @@ class _GroupedMLP(torch.autograd.Function):
         for e, rows in _groups(counts_E):
             torch.addmm(up_bias_EF[e], x_TD[token_of_S[rows]], up_EDF[e], out=hidden_SF[rows])
             y_pairs_D[pair_of_S[rows]] = torch.addmm(down_bias_ED[e], activation(hidden_SF[rows]), down_EFD[e])
-        ctx.save_for_backward(
-            x_TD, gates_TK, up_EDF, down_EFD, hidden_SF, y_pairs_D, pair_of_S, token_of_S, counts_E
-        )
+        ctx.save_for_backward(x_TD, gates_TK, up_EDF, down_EFD, hidden_SF, y_pairs_D, pair_of_S, token_of_S, counts_E)
         ctx.activation = activation
         return _combine(y_pairs_D, gates_TK)
 
@@ -133,6 +131,4 @@ def grouped_mlp(
     Returns:
         (T, D), dtype of ``x_TD``.
     """
-    return _GroupedMLP.apply(
-        x_TD, experts_TK, gates_TK, up_EDF, up_bias_EF, down_EFD, down_bias_ED, activation
-    )
+    return _GroupedMLP.apply(x_TD, experts_TK, gates_TK, up_EDF, up_bias_EF, down_EFD, down_bias_ED, activation)

@@ -85,9 +85,7 @@ def _packed_attention(
     """
     num_names, total = cu_seq_lens.numel() - 1, query.shape[2]
     lengths_N = cu_seq_lens.diff()
-    name_T = torch.repeat_interleave(
-        torch.arange(num_names, device=query.device), lengths_N, output_size=total
-    )
+    name_T = torch.repeat_interleave(torch.arange(num_names, device=query.device), lengths_N, output_size=total)
     # Where token t of the row lies among N * M places.
     place_T = torch.arange(total, device=query.device) + (max_length * name_T - cu_seq_lens[name_T])
 

@@ -87,9 +87,7 @@ class GPT2MoEPreTrainedModel(GPT2PreTrainedModel):
             init.zeros_(module.down_proj_bias)
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
-        return super().get_correct_attn_implementation(
-            requested_attention or ATTENTION_IMPLEMENTATION, is_init_check
-        )
+        return super().get_correct_attn_implementation(requested_attention or ATTENTION_IMPLEMENTATION, is_init_check)
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
         return super().get_correct_experts_implementation(requested_experts or EXPERTS_IMPLEMENTATION)

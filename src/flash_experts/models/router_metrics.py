@@ -21,11 +21,14 @@ def update_router_biases(model: nn.Module) -> None:
     """Loss-free balancing (Wang et al. 2024, algorithm 1): call once after each optimizer step in training.
 
     ``bias += rate * sign(mean load - load)``, then centred. The bias takes part in the choice of experts alone, never
-    in their gates, so it does not change what the loss pulls at. Models without a rate are left as they are.
+    in their gates, so it does not change what the loss pulls at. Models without a rate are left as they are. The
+    loads of all processes count, so every process moves its copy alike.
     """
     for _, router in _routers(model):
-        if router.bias_update_rate > 0 and router.step_counts_E.sum() > 0:
+        if router.bias_update_rate > 0:
             load_E = router.step_counts_E
+            if torch.distributed.is_available() and torch.distributed.is_initialized():
+                torch.distributed.all_reduce(load_E)
             router.selection_bias_E += router.bias_update_rate * torch.sign(load_E.mean() - load_E)
             router.selection_bias_E -= router.selection_bias_E.mean()
         router.step_counts_E.zero_()

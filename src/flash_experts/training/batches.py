@@ -69,9 +69,7 @@ class NameBatches:
         curriculum: str = "none",
     ):
         if not cards:
-            raise ValueError(
-                "there are no training names: run `flash-experts prepare` or check the data folder"
-            )
+            raise ValueError("there are no training names: run `flash-experts prepare` or check the data folder")
         self.cards = cards
         self.tokenizer = tokenizer
         self.attribute_dropout = attribute_dropout

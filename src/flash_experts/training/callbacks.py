@@ -23,9 +23,7 @@ class Callback:
     def on_eval(self, step: int, metrics: Mapping[str, float]) -> None:
         """After each validation."""
 
-    def on_sample(
-        self, step: int, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
-    ) -> Sequence[str]:
+    def on_sample(self, step: int, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Sequence[str]:
         """Every ``sample_every`` steps, the model in eval mode: may make names, which the trainer prints and
         keeps."""
         return ()

@@ -130,9 +130,7 @@ def with_manifest(target: Path, write: Callable[[Path], None]) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         write(temporary)
-        manifest = {
-            path.name: {"sha256": _sha256(path), "bytes": path.stat().st_size} for path in _files(temporary)
-        }
+        manifest = {path.name: {"sha256": _sha256(path), "bytes": path.stat().st_size} for path in _files(temporary)}
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
         for path in _files(temporary):
             _flush(path)

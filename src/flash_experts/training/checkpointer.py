@@ -56,9 +56,7 @@ class Checkpointer:
         """Writes the checkpoint of this step, if there is none yet, and removes the old ones."""
         path = checkpoints.checkpoint_path(self.run_dir, state.step)
         if self._is_main and self._saved != path:
-            checkpoints.save_checkpoint(
-                self.run_dir, self.model, self.tokenizer, self.optimizer, state, self._about
-            )
+            checkpoints.save_checkpoint(self.run_dir, self.model, self.tokenizer, self.optimizer, state, self._about)
             checkpoints.prune_checkpoints(self.run_dir, self._keep)
             self._saved = path
         return path
@@ -105,8 +103,7 @@ class Checkpointer:
         folder = checkpoints.latest_checkpoint(self.run_dir, self._say)
         if folder is None:
             raise CheckpointError(
-                f"none of the checkpoints in {self.run_dir} is whole: remove its folder checkpoints to start "
-                "anew"
+                f"none of the checkpoints in {self.run_dir} is whole: remove its folder checkpoints to start anew"
             )
         return folder
 
@@ -117,6 +114,4 @@ class Checkpointer:
         if about["data"].get("train_sha256") != self._about["data"]["train_sha256"]:
             changed.append("the training names")
         if changed:
-            self._say(
-                f"not as in the checkpoint: {', '.join(changed)}. Names come in another order from here on"
-            )
+            self._say(f"not as in the checkpoint: {', '.join(changed)}. Names come in another order from here on")

@@ -32,9 +32,7 @@ def fingerprint(cards: Sequence[Card]) -> str:
     return digest.hexdigest()
 
 
-def describe_data(
-    train: Sequence[Card], validation: Sequence[Card], meta: Mapping[str, Any] | None
-) -> dict[str, Any]:
+def describe_data(train: Sequence[Card], validation: Sequence[Card], meta: Mapping[str, Any] | None) -> dict[str, Any]:
     """Counts and hashes of the splits, and what meta.json says of them."""
     described: dict[str, Any] = {
         "train_names": len(train),
