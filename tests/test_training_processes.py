@@ -1,0 +1,121 @@
+"""Training in processes of its own: several at once, and stopped by a signal."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from test_training import make_model, run
+from transformers import GPT2Config, PreTrainedTokenizerFast
+
+from flash_experts.data.tokenizer import load_tokenizer
+from flash_experts.training import TrainingConfig
+from flash_experts.training.tracking import read_metrics
+
+TWO_PROCESSES = """
+import sys
+import torch
+from test_training_processes import run_on_processes
+torch.set_num_threads(1)
+run_on_processes(sys.argv[1], "two")
+"""
+
+
+def run_on_processes(folder: str, run_name: str) -> None:
+    """Four steps without dropout, on as many processes as there are."""
+    tokenizer = load_tokenizer(f"{folder}/start")
+    config = TrainingConfig(
+        output_dir=folder,
+        run_name=run_name,
+        max_steps=4,
+        tokens_per_batch=75,
+        gradient_accumulation_steps=2,
+        learning_rate=1e-3,
+        log_every=1,
+        eval_every=2,
+        device="cpu",
+    )
+    run(make_model(GPT2Config.from_pretrained(f"{folder}/start"), dropout=0.0), tokenizer, config)
+
+
+@pytest.fixture
+def start(dense_config: GPT2Config, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> Path:
+    """A folder for scripts, with the model's configuration and tokenizer in ``start``."""
+    dense_config.save_pretrained(tmp_path / "start")
+    tokenizer.save_pretrained(tmp_path / "start")
+    return tmp_path
+
+
+def python(script: str, folder: Path, **environment: str) -> subprocess.Popen[str]:
+    """Starts a script that may import this module."""
+    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    return subprocess.Popen(
+        [sys.executable, "-c", script, str(folder)],
+        env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"} | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.mark.slow
+def test_two_processes_learn_what_one_learns(start: Path) -> None:
+    """The environment is the one that torchrun sets."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        rendezvous = {
+            "MASTER_ADDR": "localhost",
+            "MASTER_PORT": str(free.getsockname()[1]),
+            "WORLD_SIZE": "2",
+        }
+    ranks = [python(TWO_PROCESSES, start, RANK=rank, LOCAL_RANK=rank, **rendezvous) for rank in ("0", "1")]
+    run_on_processes(str(start), "one")
+    for process in ranks:
+        _, err = process.communicate(timeout=300)
+        assert process.returncode == 0, err[-2000:]
+    one, two = (read_metrics(start / name / "metrics.jsonl") for name in ("one", "two"))
+    assert [(line["event"], line["step"]) for line in one] == [(line["event"], line["step"]) for line in two]
+    for mine, theirs in zip(one, two, strict=True):
+        for key in mine.keys() & {"loss", "validation/bits_per_char", "grad_norm"}:
+            assert mine[key] == pytest.approx(theirs[key], rel=1e-4), (key, mine["step"])
+    assert json.loads((start / "two" / "run.json").read_text())["processes"] == 2
+
+
+ENDLESS = """
+import sys
+import torch
+from test_training import TRAIN, VALIDATION, make_model
+from flash_experts.data.tokenizer import load_tokenizer
+from flash_experts.training import Trainer, TrainingConfig
+from transformers import GPT2Config
+folder = sys.argv[1]
+torch.set_num_threads(1)
+config = TrainingConfig(
+    output_dir=folder, run_name="run", max_steps=10**6, max_epochs=None, tokens_per_batch=75, log_every=1,
+    eval_every=None, checkpoint_every=None, device="cpu",
+)
+model = make_model(GPT2Config.from_pretrained(folder + "/start"))
+result = Trainer(model, load_tokenizer(folder + "/start"), TRAIN, VALIDATION, config).train()
+print(result.reason, result.step)
+"""
+
+
+@pytest.mark.slow
+def test_sigterm_saves_and_says_how_to_go_on(start: Path) -> None:
+    with python(ENDLESS, start) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if "step 3 " in line:
+                process.send_signal(signal.SIGTERM)
+                break
+        out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    reason, step = out.split()
+    assert reason == "SIGTERM" and f"stopped after step {step}" in err and "--resume auto" in err
+    assert (start / "run" / "checkpoints" / f"step-{int(step):06d}" / "MANIFEST.json").is_file()
