@@ -4,8 +4,8 @@
 
 Both train the same texts (a colon and a name, as `flash-experts` learns it without attributes) in the same batches,
 with the same optimizer and the same model: GPT-2 small's shape, random weights (speed does not depend on them), the
-real 50,257-token tokenizer. "Real" tokens are those of the texts; padding does not count. transformers pads each batch to
-its longest name. With --experts, our side is timed once more with an upcycled model.
+real 50,257-token tokenizer. "Real" tokens are those of the texts; padding does not count. transformers pads each batch
+to its longest name. With --experts, our side is timed once more with an upcycled model.
 """
 
 from __future__ import annotations

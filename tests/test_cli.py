@@ -26,9 +26,17 @@ def run(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 
 def ok(*arguments: str | Path, cwd: Path) -> str:
+    """What a command that must succeed prints as its result."""
     done = run(*arguments, cwd=cwd)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def train(*arguments: str, cwd: Path) -> str:
+    """What a training run says of its progress."""
+    done = run("train", *arguments, cwd=cwd)
+    assert done.returncode == 0, done.stderr
+    return done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +46,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     names = [f"{first} {second}" for first in _FIRST for second in _SECOND]
     (folder / "names.txt").write_text("\n".join(names), "utf-8")
     ok("prepare", "--source", "names.txt", cwd=folder)
-    ok("train", "--model.num-experts=0", *TINY, "--training.run-name=base", "--training.max-steps=6", cwd=folder)
+    train("--model.num-experts=0", *TINY, "--training.run-name=base", "--training.max-steps=6", cwd=folder)
     ok("upcycle", "models/base", "--num-experts", "4", "--out", "models/moe", cwd=folder)
     return folder
 
@@ -60,9 +68,8 @@ def test_what_a_run_leaves(workplace: Path) -> None:
     present = {path.name for path in base.iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json", "metrics.jsonl", "run.json"} <= present
     assert not list(base.rglob("*.bin")) and not list(base.rglob("*.pt"))
-    same = ("train", "--model.num-experts=0", *TINY, "--training.run-name=base", "--training.max-steps=6")
-    again = ok(*same, cwd=workplace)
-    assert "nothing to do" in again
+    same = ("--model.num-experts=0", *TINY, "--training.run-name=base", "--training.max-steps=6")
+    assert "nothing to do" in train(*same, cwd=workplace)
 
 
 def test_upcycled_it_scores_as_the_dense_model(workplace: Path) -> None:
@@ -77,7 +84,7 @@ def test_finetune_from_yaml_then_compare_and_generate(workplace: Path) -> None:
     (workplace / "run.yaml").write_text(
         "base: models/moe\nmodel:\n  num_experts: 4\ntraining:\n  run_name: tuned\n  max_steps: 4\n", "utf-8"
     )
-    said = ok("train", "--config", "run.yaml", *TINY[4:], "--training.max-steps", "6", cwd=workplace)
+    said = train("--config", "run.yaml", *TINY[4:], "--training.max-steps", "6", cwd=workplace)
     assert "step 6" in said
     said = ok("compare", "models/base", "models/tuned", "ngram", "--samples", "20", "--out", "r.html", cwd=workplace)
     assert "base" in said and "tuned" in said and "ngram" in said
@@ -100,7 +107,7 @@ def test_finetune_from_yaml_then_compare_and_generate(workplace: Path) -> None:
         ("train --data nowhere", 1, "flash-experts prepare"),
         ("train --base models/base --model.num-experts 2 --model.num-experts-per-tok 3", 1, "num_experts_per_tok"),
         ("train --base models/base --training.learning-rate -1", 1, "learning_rate"),
-        ("train --base nowhere", 1, "no tokenizer at nowhere"),
+        ("train --base nowhere", 1, "no model at nowhere"),
         ("train --training.device cuda:0 --base models/base", 1, "CUDA"),
         ("train --model.num-experts 0 --model.n-embd 30 --model.n-head 4", 1, "multiple of n_head"),
         ("prepare --source embeded", 1, "embedded"),

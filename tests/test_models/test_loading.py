@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import constants
 from transformers import GPT2LMHeadModel
 
 from flash_experts.models.loading import load_dense, load_model, resolve_device
@@ -80,3 +82,16 @@ def test_devices() -> None:
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="no CUDA device"):
             resolve_device("cuda")
+
+
+def test_an_unreachable_hub_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A port on this machine where nobody listens stands for the hub."""
+    with socket.socket() as unused:
+        unused.bind(("localhost", 0))
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://localhost:{unused.getsockname()[1]}")
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        for name in ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
+            monkeypatch.delenv(name, raising=False)
+        with pytest.raises(ValueError, match=r"could not be had from the hub.*models/mtg-base") as error:
+            load_dense("openai-community/gpt2-that-nobody-has")
+    one_line(error)

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
+import socket
 from pathlib import Path
 from typing import Any, cast
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import torch
+from huggingface_hub import constants, try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
@@ -35,6 +40,21 @@ def _check_folder(folder: Path) -> None:
         raise ValueError(f"{folder} has no weights: model.safetensors is missing")
 
 
+def _check_hub(model_id: str) -> None:
+    """Says at once that the hub cannot be reached. Its client would try for two minutes."""
+    try:
+        cached = try_to_load_from_cache(model_id, "config.json")
+    except HFValidationError as error:
+        raise ValueError(_unreachable(model_id, error)) from error
+    if isinstance(cached, str) or constants.is_offline_mode() or getproxies():
+        return
+    host = urlsplit(constants.ENDPOINT)
+    try:
+        socket.create_connection((host.hostname or "", host.port or 443), timeout=10).close()
+    except OSError as error:
+        raise ValueError(_unreachable(model_id, error)) from error
+
+
 def load_config(source: str | Path) -> GPT2Config:
     """The configuration of a model folder or hub id.
 
@@ -43,6 +63,8 @@ def load_config(source: str | Path) -> GPT2Config:
     """
     if Path(source).exists():
         _check_folder(Path(source))
+    else:
+        _check_hub(str(source))
     try:
         return AutoConfig.from_pretrained(str(source))
     except (OSError, ValueError, TypeError) as error:

@@ -36,8 +36,8 @@ def build_model(
         tokenizer: PreTrainedTokenizerBase = train_tokenizer(tokenizer_texts(cards), config.vocab_size)
         model = _new_model(config, tokenizer)
     else:
-        tokenizer = load_tokenizer(base)
         model = load_model(base, "cpu")
+        tokenizer = load_tokenizer(base)
     if config.num_experts and model.config.model_type == "gpt2":
         model = GPT2MoEForCausalLM.from_dense(model, **config.moe_fields)  # type: ignore[arg-type]
     if config.dropout is not None:
