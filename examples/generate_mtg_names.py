@@ -6,6 +6,7 @@ python examples/generate_mtg_names.py [MODEL]
 from __future__ import annotations
 
 import sys
+import textwrap
 
 from generate_names import default_model
 
@@ -23,15 +24,22 @@ CARDS = (
 )
 
 
+COUNT = 20
+
+
 def main() -> None:
     try:
         generator = NameGenerator.from_pretrained(sys.argv[1] if len(sys.argv) > 1 else default_model())
         for card in CARDS:
             # The same seed gives the same names again; another seed gives others.
-            names = generator.generate(5, **card, seed=7)
+            names = generator.generate(COUNT, **card, seed=7)
             print(", ".join(f"{key.replace('_', ' ')} {value}" for key, value in card.items()))
-            for name in names:
-                print(f"    {name.text}")
+            print(
+                textwrap.fill(
+                    "; ".join(name.text for name in names), 110, initial_indent="    ", subsequent_indent="    "
+                )
+            )
+            print()
     except ValueError as error:
         raise SystemExit(f"error: {error}") from None
 

@@ -2,6 +2,7 @@
 # make demo: from card names to new names, each step with what it does and how long it takes on two cores.
 # Finished steps are not done again; `make clean` starts over.
 set -eu
+export TRANSFORMERS_VERBOSITY=error HF_HUB_DISABLE_PROGRESS_BARS=1
 
 step() { printf '\n== %s\n' "$1"; }
 
@@ -18,14 +19,14 @@ fi
 step "3/5  Fine-tune the experts on the names (3 minutes)"
 flash-experts train --config configs/quickstart.yaml --base models/demo-upcycled
 
-step "4/5  Compare dense and experts on names that neither has seen (1 minute)"
+step "4/5  Compare on unseen names: the dense base, and the experts after their three minutes (1 minute)"
 if [ -f report.html ] && [ report.html -nt models/quickstart/model.safetensors ]; then
   echo "report.html is newer than the model already"
 else
   flash-experts compare models/mtg-base models/quickstart --samples 300 --out report.html
 fi
 
-step "5/5  Twenty names for each of several cards; none of them is a real card (30 seconds)"
+step "5/5  Twenty names for each of several kinds of cards; none of them is a real card (30 seconds)"
 python examples/generate_mtg_names.py
 
 cat <<'END'

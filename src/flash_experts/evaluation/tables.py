@@ -145,13 +145,14 @@ def difference_table(result: ComparisonResult) -> Table:
     rows = []
     for difference in result.differences:
         better = difference.first if difference.bits.value < 0 else difference.second
+        shown = f"{difference.bits.value:.3f}" not in ("0.000", "-0.000")  # two loads of one model differ by rounding
         rows.append(
             (
                 f"{difference.first} - {difference.second}",
                 difference.split,
                 "yes" if difference.conditional else "no",
                 f"{difference.bits.value:+.3f} [{difference.bits.low:+.3f}, {difference.bits.high:+.3f}]",
-                f"{better} is better" if difference.significant else "no difference shown",
+                f"{better} is better" if shown and difference.significant else "no difference shown",
             )
         )
     header = ("models", "held-out", "attributes", "bits/char", "at 95%")
