@@ -22,8 +22,6 @@ CARDS = (
     {"type_line": "Artifact — Equipment"},
     {"type_line": "Land"},
 )
-
-
 COUNT = 20
 
 
@@ -34,11 +32,7 @@ def main() -> None:
             # The same seed gives the same names again; another seed gives others.
             names = generator.generate(COUNT, **card, seed=7)
             print(", ".join(f"{key.replace('_', ' ')} {value}" for key, value in card.items()))
-            print(
-                textwrap.fill(
-                    "; ".join(name.text for name in names), 110, initial_indent="    ", subsequent_indent="    "
-                )
-            )
+            print(textwrap.indent(textwrap.fill("; ".join(name.text for name in names), 105), "    "))
             print()
     except ValueError as error:
         raise SystemExit(f"error: {error}") from None
