@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.util import find_spec
 
 from flash_experts.data.names import normal_form
 
@@ -41,14 +42,14 @@ class KnownNames:
         the name *is* that card. Of equally near names the first is given.
 
         Returns:
-            One (name, similarity between 0 and 1) each; (None, 0.0) if nothing is known.
+            One (name, similarity between 0 and 1) each; (None, 0.0) if nothing is known, or rapidfuzz is missing.
         """
+        shown = list(self._name_of.values())
+        if not shown or find_spec("rapidfuzz") is None:
+            return [(None, 0.0)] * len(names)
         from rapidfuzz.distance import Levenshtein
         from rapidfuzz.process import cdist
 
-        shown = list(self._name_of.values())
-        if not shown:
-            return [(None, 0.0)] * len(names)
         known = list(self._name_of)
         found: list[tuple[str | None, float]] = []
         for start in range(0, len(names), _ROWS_AT_ONCE):
