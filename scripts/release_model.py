@@ -2,6 +2,8 @@
 
     python scripts/release_model.py models/RUN models/NAME --command "flash-experts train --config ..."
 
+RUN may be one of a run's checkpoints, such as models/base/checkpoints/step-001200.
+
 The card's figures are those that `flash-experts evaluate` measures of the released (rounded) weights.
 """
 
@@ -17,6 +19,7 @@ import torch
 from flash_experts.data.tokenizer import load_tokenizer
 from flash_experts.evaluation import evaluate
 from flash_experts.models.loading import load_model
+from flash_experts.training.tracking import read_metrics
 
 CARD = """---
 license: mit
@@ -34,7 +37,7 @@ Made by
 
     {command}
 
-then `python scripts/release_model.py`. The training took {minutes:.0f} minutes on {device} ({steps:,} steps, seed
+then `python scripts/release_model.py`. The training took {minutes:.0f} minutes on {device} ({steps} steps, seed
 {seed}); `run.json` and `metrics.jsonl` are its record.
 
 | held-out names | bits per character, nothing given | given type, colors, mana value | shuffled attributes |
@@ -61,20 +64,19 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     model.to(torch.bfloat16).save_pretrained(args.out)
     load_tokenizer(args.run).save_pretrained(args.out)
+    home = args.run.parents[1] if args.run.parent.name == "checkpoints" else args.run
+    is_checkpoint = home != args.run
     for record in ("run.json", "metrics.jsonl"):
-        shutil.copyfile(args.run / record, args.out / record)
-    run = json.loads((args.run / "run.json").read_text(encoding="utf-8"))
-    last = json.loads((args.run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
+        shutil.copyfile(home / record, args.out / record)
+    run = json.loads((home / "run.json").read_text(encoding="utf-8"))
+    metrics = read_metrics(home / "metrics.jsonl", "train")
+    steps = int(args.run.name.partition("-")[2]) if is_checkpoint else metrics[-1]["step"]
+    last = next(line for line in metrics if line["step"] == steps)
     result = evaluate(args.out, args.data, samples=0)
     rows = "\n".join(
         f"| {name} ({split.names:,}) | {split.unconditional:.3f} | {split.conditional:.3f} | {split.shuffled:.3f} |"
         for name, split in result.splits.items()
     )
-    train_seconds = [
-        json.loads(line)["seconds"]
-        for line in (args.run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        if '"seconds"' in line
-    ]
     card = CARD.format(
         name=args.out.name,
         kind="GPT-2 with experts" if model.config.model_type == "gpt2_moe" else "dense GPT-2",
@@ -83,9 +85,9 @@ def main() -> None:
         vocabulary=model.config.vocab_size,
         train=run["data"]["train_names"],
         command=args.command,
-        minutes=train_seconds[-1] / 60,
+        minutes=last["seconds"] / 60,
         device=run["device"],
-        steps=last["step"],
+        steps=f"{steps:,} of {metrics[-1]['step']:,}",
         seed=run["config"]["seed"],
         rows=rows,
     )
