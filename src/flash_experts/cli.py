@@ -183,7 +183,6 @@ def _prepare_parser() -> _Parser:
     parser.add_argument("--source", default="embedded", help="embedded, or a csv, json, jsonl or txt file of cards")
     parser.add_argument("--out", default="data/mtg", help="folder to write")
     parser.add_argument("--include", type=list[str], default=[], help="[jokes,franchises]: keep what is left out")
-    parser.add_argument("--seed", type=int, default=0, help="unused: the split is a function of the names alone")
     return parser
 
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import re
 import string
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Hashable
 from typing import cast
 
@@ -40,7 +41,7 @@ class NoTokenLeftError(ValueError):
     """A filter forbids every token: constraints contradict each other, or a name ran into a dead end."""
 
 
-class NameFilter(LogitsProcessor):
+class NameFilter(LogitsProcessor, ABC):
     """Base of the filters: rows in the same state share one mask over the vocabulary."""
 
     def __init__(self, vocabulary: NameVocabulary, prompt_length: int) -> None:
@@ -55,17 +56,17 @@ class NameFilter(LogitsProcessor):
         self.prompt_length = prompt_length
         self._masks: dict[Hashable, torch.Tensor] = {}
 
+    @abstractmethod
     def rule(self, name: str) -> Hashable | None:
         """The state that decides what may follow ``name`` (its text so far, from its leading space on).
 
         Returns:
             None if anything may follow, else a key for `forbidden`.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def forbidden(self, rule: Hashable) -> torch.Tensor:
         """(V,) bool on the CPU: tokens that must not follow in that state."""
-        raise NotImplementedError
 
     def mask(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """``scores`` with forbidden tokens at minus infinity. A row may be left without any token.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from abc import abstractmethod
 from collections.abc import Hashable, Iterable
 from typing import cast
 
@@ -89,9 +90,9 @@ class MaxLength(NameFilter):
 class WordFilter(NameFilter):
     """Base of filters that refuse words: while the last word is refused, it cannot end, only go on."""
 
+    @abstractmethod
     def refuses(self, words: list[str]) -> bool:
         """Whether the last of ``words`` (lower case, the last perhaps unfinished) must not stand."""
-        raise NotImplementedError
 
     def rule(self, name: str) -> Hashable | None:
         words = _WORD.findall(name.casefold())
