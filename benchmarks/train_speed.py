@@ -45,9 +45,9 @@ def load_names(data: str, tokenizer: PreTrainedTokenizerBase, count: int) -> lis
     return encode_names(names, [Attributes()] * len(names), tokenizer)
 
 
-def gpt2_small() -> GPT2LMHeadModel:
+def gpt2_small(activation: str = "gelu_new") -> GPT2LMHeadModel:
     torch.manual_seed(0)
-    return GPT2LMHeadModel(GPT2Config())
+    return GPT2LMHeadModel(GPT2Config(activation_function=activation))
 
 
 def ours(model: PreTrainedModel, batches: list[list[EncodedName]]) -> float:
@@ -118,7 +118,7 @@ def main() -> None:
     tokens = sum(len(name.ids) for batch in batches[WARMUP_STEPS:] for name in batch)
 
     rates = {"transformers Trainer, padded": tokens / transformers_trainer(gpt2_small(), tokenizer, batches)}
-    rates["ours, dense GPT-2 small"] = tokens / ours(gpt2_small(), batches)
+    rates["ours, dense GPT-2 small"] = tokens / ours(gpt2_small("gelu_pytorch_tanh"), batches)  # as load_model loads it
     if args.experts:
         moe = GPT2MoEForCausalLM.from_dense(gpt2_small(), args.experts, 2, 2)
         rates[f"ours, {args.experts} experts in every second block"] = tokens / ours(moe, batches)

@@ -29,6 +29,9 @@ def test_loads_dense_in_float32_with_our_attention(folder: Path, dense: GPT2LMHe
     model = load_model(folder, "cpu")
     assert model.dtype == torch.float32 and not model.training
     assert model.config._attn_implementation == "fe_attention"
+    ids = torch.arange(12)[None]
+    torch.testing.assert_close(model(ids).logits, dense.float()(ids).logits, rtol=0, atol=1e-5)
+    assert model.config.activation_function == "gelu_pytorch_tanh", "the same function, fused"
 
 
 def test_a_truncated_file_is_refused(folder: Path) -> None:

@@ -17,6 +17,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHea
 
 from flash_experts.models.flash_attention import ATTENTION_IMPLEMENTATION
 
+# transformers spells GPT-2's activation out in seven elementwise operations; PyTorch has the same function as one.
+FUSED_ACTIVATIONS = {"gelu_new": "gelu_pytorch_tanh"}
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
@@ -74,6 +76,8 @@ def load_config(source: str | Path) -> GPT2Config:
 def load_model(source: str | Path, device: str | torch.device | None = None) -> PreTrainedModel:
     """A causal language model in float32 and eval mode: ours, or any dense one of transformers.
 
+    A GPT-2 gets our attention and the fused form of its activation: the same numbers to rounding.
+
     Args:
         source: a folder that `save_pretrained` wrote, or a hub id.
         device: where to put it; CUDA if there is one, when None.
@@ -84,6 +88,9 @@ def load_model(source: str | Path, device: str | torch.device | None = None) -> 
     target = resolve_device(device)
     config = load_config(source)
     is_gpt2 = isinstance(config, GPT2Config)
+    if is_gpt2:
+        activation = config.activation_function
+        config.activation_function = FUSED_ACTIVATIONS.get(activation, activation)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             str(source),

@@ -17,7 +17,7 @@ from transformers.utils import can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder
 
 from flash_experts.models.flash_attention import ATTENTION_IMPLEMENTATION
-from flash_experts.models.loading import load_dense
+from flash_experts.models.loading import FUSED_ACTIVATIONS, load_dense
 from flash_experts.models.moe_config import GPT2MoEConfig
 from flash_experts.models.moe_layer import (
     EXPERTS_IMPLEMENTATION,
@@ -27,9 +27,6 @@ from flash_experts.models.moe_layer import (
     load_balancing_loss,
     router_z_loss,
 )
-
-# transformers spells GPT-2's activation out in seven elementwise operations; PyTorch has it as one.
-_FUSED_ACTIVATIONS = {"gelu_new": "gelu_pytorch_tanh"}
 
 
 @dataclass
@@ -244,7 +241,7 @@ def _moe_config(dense: GPT2Config, **fields: Any) -> GPT2MoEConfig:
     for key in ("model_type", "architectures", "transformers_version"):
         inherited.pop(key, None)
     activation = inherited["activation_function"]
-    inherited["activation_function"] = _FUSED_ACTIVATIONS.get(activation, activation)
+    inherited["activation_function"] = FUSED_ACTIVATIONS.get(activation, activation)
     config = GPT2MoEConfig(**(inherited | fields))
     dense_size = dense.n_inner if dense.n_inner is not None else 4 * dense.n_embd
     if config.expert_size != dense_size:
