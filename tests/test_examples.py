@@ -50,15 +50,14 @@ def test_readme_commands_are_understood(command: str) -> None:
     from flash_experts.cli import COMMANDS, _dashes_to_underscores
 
     _, name, *arguments = shlex.split(command)
-    _, make_parser = COMMANDS[name]
-    make_parser().parse_args([_dashes_to_underscores(argument) for argument in arguments])
+    COMMANDS[name].make_parser().parse_args([_dashes_to_underscores(argument) for argument in arguments])
 
 
 @pytest.mark.parametrize("config", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
 def test_presets_parse_and_are_valid(config: Path) -> None:
     from flash_experts.cli import COMMANDS
 
-    parser = COMMANDS["train"][1]()
+    parser = COMMANDS["train"].make_parser()
     args = parser.instantiate(parser.parse_args(["--config", str(config)]))
     args.training.validate()
 

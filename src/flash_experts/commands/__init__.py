@@ -1,0 +1,1 @@
+"""The commands of ``flash-experts``, a module each: ``run`` does it, ``make_parser`` reads its options."""

@@ -1,0 +1,28 @@
+"""``flash-experts compare``."""
+
+from __future__ import annotations
+
+import json
+
+from jsonargparse import Namespace
+
+from flash_experts.commands.common import CommandParser, add_measuring_options, command_parser, print_result
+
+
+def run(args: Namespace) -> None:
+    """Measure models side by side on the same data, and write a report."""
+    from flash_experts.evaluation import compare as measure
+    from flash_experts.evaluation import format_comparison, write_report
+
+    result = measure(args.models, args.data, samples=args.samples, seed=args.seed, device=args.device)
+    report = write_report(result, args.out)
+    report.with_suffix(".json").write_text(json.dumps(result.to_json(), indent=2, ensure_ascii=False), "utf-8")
+    print_result(args, result.to_json(), f"{format_comparison(result)}\n\nThe report: {report}")
+
+
+def make_parser() -> CommandParser:
+    parser = command_parser("compare", run)
+    parser.add_argument("models", nargs="+", help="model folders, hub ids, or ngram")
+    parser.add_argument("--out", default="report.html", help="report to write, with its figures beside it as .json")
+    add_measuring_options(parser)
+    return parser

@@ -1,0 +1,52 @@
+"""``flash-experts train``."""
+
+from __future__ import annotations
+
+import json
+
+from jsonargparse import Namespace
+
+from flash_experts.commands.common import CommandParser, command_parser
+
+
+def run(args: Namespace) -> None:
+    """Train or fine-tune on the prepared names, into models/RUN. Started again, it goes on."""
+    from dataclasses import asdict, replace
+
+    from flash_experts.data.prepare import load_meta, load_split
+    from flash_experts.samples import SampleNames
+    from flash_experts.training.build import build_model
+    from flash_experts.training.trainer import Trainer
+
+    config = args.training if args.seed is None else replace(args.training, seed=args.seed)
+    config.validate()
+    cards = {split: load_split(args.data, split) for split in ("train", "validation")}
+    model, tokenizer = build_model(args.base, args.model, cards["train"], config.seed)
+    trainer = Trainer(
+        model,
+        tokenizer,
+        cards["train"],
+        cards["validation"],
+        config,
+        callbacks=[SampleNames()],
+        data_info=load_meta(args.data),
+    )
+    result = trainer.train(resume=args.resume)
+    if args.json:
+        print(json.dumps(asdict(result), default=str, indent=2))
+    if result.interrupted:
+        raise KeyboardInterrupt
+
+
+def make_parser() -> CommandParser:
+    from flash_experts.training.model_config import ModelConfig
+    from flash_experts.training.training_config import TrainingConfig
+
+    parser = command_parser("train", run)
+    parser.add_argument("--base", type=str | None, default=None, help="GPT-2 to start from; null: a new model")
+    parser.add_argument("--data", default="data/mtg", help="folder that prepare wrote")
+    parser.add_argument("--resume", type=str | None, default="auto", help="auto, a checkpoint, or null: start anew")
+    parser.add_argument("--seed", type=int | None, default=None, help="short for --training.seed")
+    parser.add_class_arguments(ModelConfig, "model")
+    parser.add_class_arguments(TrainingConfig, "training")
+    return parser
