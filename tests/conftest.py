@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
+
+if not torch.cuda.is_available():  # Triton's own functions are made at its first import: interpreted, or for a GPU
+    os.environ["TRITON_INTERPRET"] = "1"
+
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from flash_experts.data.tokenizer import train_tokenizer

@@ -1,0 +1,142 @@
+"""What the compiler makes of the Triton programs for a Hopper GPU, told without one.
+
+    python scripts/hopper_report.py                      every tile that is tried, head dims 64 and 128
+    python scripts/hopper_report.py --variants packed dropout --head-dims 64 --first
+
+For each program and setting: registers, bytes spilled to local memory, tensor core instructions (HGMMA) and shared
+memory. A setting that spills is slow; a program without HGMMA is on the wrong path. Speed is for a GPU to tell.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from flash_experts.kernels import flash_attention_tuning as tuning
+from flash_experts.kernels import flash_decode_triton
+
+FLAGS = ("CAUSAL", "RAGGED", "PACKED", "LEFT_EDGE", "SOFTCAP", "ALIBI", "DROPOUT", "UPCAST")
+VARIANTS: dict[str, dict[str, bool]] = {
+    "causal": {"CAUSAL": True},
+    "full": {},
+    "window": {"CAUSAL": True, "LEFT_EDGE": True},
+    "packed": {"CAUSAL": True, "PACKED": True, "LEFT_EDGE": True},
+    "ragged": {"CAUSAL": True, "RAGGED": True},
+    "dropout": {"CAUSAL": True, "DROPOUT": True},
+    "packed dropout": {"CAUSAL": True, "PACKED": True, "LEFT_EDGE": True, "DROPOUT": True},
+    "softcap": {"CAUSAL": True, "SOFTCAP": True},
+    "alibi": {"CAUSAL": True, "ALIBI": True},
+}
+TUNED = {"forward": tuning.FORWARD, "keys": tuning.KEYS, "queries": tuning.QUERIES}
+FLOAT32 = {"LSE", "DELTA", "SLOPES", "PARTS", "LSES"}
+INT32 = {"CU_Q", "CU_K", "K_LENGTHS", "DOC"}
+
+
+def pointers(flags: dict[str, Any]) -> set[str]:
+    """Which of the optional tables a variant is given."""
+    tables = {"CU_Q", "CU_K"} if flags.get("RAGGED") or flags.get("PACKED") else set()
+    optional = {"DOC": "PACKED", "SLOPES": "ALIBI", "SEED": "DROPOUT"}
+    return tables | {table for table, flag in optional.items() if flags.get(flag)}
+
+
+def compiled(program: Any, constants: dict[str, Any], dtype: str, warps: int, stages: int) -> Any:
+    """A program compiled for sm_90 as its launch would: aligned pointers and strides, no GPU needed."""
+    signature: dict[str, str] = {}
+    constexprs: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], Any] = {}
+    given = pointers(constants)
+    for place, parameter in enumerate(program.params):
+        name = parameter.name
+        if name in constants or (name in INT32 | {"SEED", "SLOPES"} and name not in given) or name == "GROUP":
+            signature[name] = "constexpr"
+            constexprs[(place,)] = constants.get(name, 1 if name == "GROUP" else None)
+            continue
+        is_pointer = name.isupper() and name not in ("H", "LENGTH_BUCKET")
+        if is_pointer:
+            signature[name] = "*" + (
+                "fp32" if name in FLOAT32 else "i32" if name in INT32 else "i64" if name == "SEED" else dtype
+            )
+        else:
+            signature[name] = "fp32" if name in ("scale", "softcap", "dropout") else "i32"
+        if is_pointer or name.startswith(("stride", "S_")):
+            attributes[(place,)] = [["tt.divisibility", 16]]
+    source = ASTSource(fn=program, signature=signature, constexprs=constexprs, attrs=attributes)
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps, "num_stages": stages})
+
+
+def figures(kernel: Any) -> dict[str, int]:
+    """Read off the machine code with the disassembler that Triton carries."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        usage, code = (
+            subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
+            for option in ("--dump-resource-usage", "-sass")
+        )
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()  # type: ignore[union-attr]
+    return {
+        "registers": int(registers),
+        "spilled_bytes": int(stack),
+        "hgmma": code.count("HGMMA"),
+        "shared_kib": kernel.metadata.shared // 1024,
+    }
+
+
+def attention_rows(variant: str, head_dim: int, dtype: str, first_only: bool) -> list[dict[str, Any]]:
+    flags = {flag: VARIANTS[variant].get(flag, False) for flag in FLAGS}
+    block_c = triton.next_power_of_2(head_dim)
+    rows = []
+    for name, tuner in TUNED.items():
+        left_edge = flags["LEFT_EDGE"] or (name == "keys" and flags["CAUSAL"])
+        constants = {**flags, "LEFT_EDGE": left_edge, "C": head_dim, "BLOCK_C": block_c}
+        configs = tuning.fitting(name, tuner.configs, block_c, 4 if dtype == "fp32" else 2)
+        for config in configs[:1] if first_only else configs:
+            kernel = compiled(tuner.fn, constants | config.kwargs, dtype, config.num_warps, config.num_stages)
+            tile = (*config.kwargs.values(), config.num_warps, config.num_stages)
+            rows.append({"program": name, "variant": variant, "head_dim": head_dim, "tile": tile, **figures(kernel)})
+    return rows
+
+
+def decode_rows(head_dim: int, dtype: str) -> list[dict[str, Any]]:
+    constants = {"C": head_dim, "BLOCK_C": triton.next_power_of_2(head_dim), "BLOCK_R": 16, "BLOCK_N": 64}
+    constants |= {"SOFTCAP": False, "ALIBI": False, "UPCAST": False}
+    kernel = compiled(flash_decode_triton.decode_program, constants, dtype, 4, 3)
+    return [{"program": "decode", "variant": "cache", "head_dim": head_dim, "tile": (16, 64, 4, 3), **figures(kernel)}]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=["causal", "packed"])
+    parser.add_argument("--head-dims", type=int, nargs="+", default=[64, 128])
+    parser.add_argument("--dtype", choices=["bf16", "fp16", "fp32"], default="bf16")
+    parser.add_argument("--first", action="store_true", help="only the first setting of each program")
+    parser.add_argument("--json", action="store_true", help="print JSON lines")
+    args = parser.parse_args()
+    if tuning.INTERPRETED:
+        sys.exit("TRITON_INTERPRET is set: unset it, the interpreter compiles nothing")
+    if not args.json:
+        print(f"Triton {triton.__version__}, sm_90")
+        print(f"{'program':9}{'variant':16}{'head dim':>9}  tile (M, N, warps, stages)")
+    for head_dim in args.head_dims:
+        rows = [row for variant in args.variants for row in attention_rows(variant, head_dim, args.dtype, args.first)]
+        for row in rows + decode_rows(head_dim, args.dtype):
+            if args.json:
+                print(json.dumps(row))
+            else:
+                head = f"{row['program']:9}{row['variant']:16}{row['head_dim']:9}  {row['tile']!s:22}"
+                print(head + "".join(f"  {key} {row[key]}" for key in list(row)[4:]), flush=True)
+
+
+if __name__ == "__main__":
+    main()
