@@ -80,9 +80,15 @@ def test_layer_equals_the_plain_loop(implementation: str, num_experts: int, top_
 
 
 @settings(max_examples=40, deadline=None)
-@given(data=st.data(), tokens=st.integers(0, 17), num_experts=st.integers(1, 6), seed=st.integers(0, 99))
+@given(
+    data=st.data(),
+    tokens=st.integers(0, 17),
+    num_experts=st.integers(1, 6),
+    seed=st.integers(0, 99),
+    batched=st.sampled_from([True, False, None]),
+)
 def test_grouped_mlp_equals_eager_for_any_routing(
-    data: st.DataObject, tokens: int, num_experts: int, seed: int
+    data: st.DataObject, tokens: int, num_experts: int, seed: int, batched: bool | None
 ) -> None:
     """Also no token, one token, all tokens to one expert, the same expert twice."""
     top_k = data.draw(st.integers(1, num_experts))
@@ -95,7 +101,7 @@ def test_grouped_mlp_equals_eager_for_any_routing(
     gates_TK = torch.rand(tokens, top_k, dtype=torch.float64, requires_grad=True)
     eager = type(experts).forward.__wrapped__(experts, x_TD, experts_TK, gates_TK)
     weights = (experts.up_proj, experts.up_proj_bias, experts.down_proj, experts.down_proj_bias)
-    ours = grouped_mlp(x_TD, experts_TK, gates_TK, *weights, experts.act_fn)
+    ours = grouped_mlp(x_TD, experts_TK, gates_TK, *weights, experts.act_fn, batched)
     torch.testing.assert_close(ours, eager, rtol=0, atol=1e-12)
     if tokens:
         inputs = [x_TD, gates_TK, *weights]
@@ -103,7 +109,8 @@ def test_grouped_mlp_equals_eager_for_any_routing(
             torch.testing.assert_close(mine, plain, rtol=0, atol=1e-11)
 
 
-def test_grouped_mlp_passes_gradcheck_and_skips_frozen_weights() -> None:
+@pytest.mark.parametrize("batched", [True, False])
+def test_grouped_mlp_passes_gradcheck_and_skips_frozen_weights(batched: bool) -> None:
     torch.manual_seed(0)
     experts = make_layer(3, 2).experts
     experts_TK = torch.tensor([[0, 2], [2, 0], [0, 2]])
@@ -112,7 +119,7 @@ def test_grouped_mlp_passes_gradcheck_and_skips_frozen_weights() -> None:
     gates_TK = torch.rand(3, 2, dtype=torch.float64, requires_grad=True)
 
     def run(x_TD: torch.Tensor, gates_TK: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
-        return grouped_mlp(x_TD, experts_TK, gates_TK, *weights, experts.act_fn)
+        return grouped_mlp(x_TD, experts_TK, gates_TK, *weights, experts.act_fn, batched)
 
     assert torch.autograd.gradcheck(run, (x_TD, gates_TK, *weights), fast_mode=True)
     weights[0].requires_grad_(False)
