@@ -1,6 +1,7 @@
 """Prepare card names for training: read, clean, split by family, write data/mtg/*.jsonl.
 
     python examples/prepare_mtg_data.py                                  # the embedded table of real cards
+    python examples/prepare_mtg_data.py --source scryfall --out data/new # the newest, over the network, with rarities
     python examples/prepare_mtg_data.py --source my_set.csv --out data/mine
 
 The same in one command: ``flash-experts prepare``.
@@ -18,7 +19,9 @@ from flash_experts.data.prompts import Attributes
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Prepare card names for training.")
-    parser.add_argument("--source", default="embedded", help="embedded, or a csv, json, jsonl or txt file")
+    parser.add_argument(
+        "--source", default="embedded", help="embedded, scryfall, mtgjson, or a csv, json, jsonl or txt file"
+    )
     parser.add_argument("--out", type=Path, default=Path("data/mtg"))
     args = parser.parse_args()
 

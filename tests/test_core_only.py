@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-OPTIONAL = ("jsonargparse", "matplotlib", "peft", "rapidfuzz", "rich", "sklearn", "wandb")
+OPTIONAL = ("ijson", "jsonargparse", "matplotlib", "peft", "platformdirs", "rapidfuzz", "rich", "sklearn", "wandb")
 
 SCRIPT = """
 import importlib.util, sys

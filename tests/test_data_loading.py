@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,18 @@ def test_a_list_of_names_is_enough(tmp_path: Path, name: str, text: str) -> None
         ("a.json", b'{"data": {}}', r"a\.json:1: expected an array"),
         ("a.json", b'["Goblin", 3]', r"a\.json\[1\]: expected a name or a card, not int"),
         ("a.xlsx", b"PK", r"a\.xlsx: cards are read from \.csv"),
+        ("a.txt", b"PK\x03\x04\0\0\x08", r"a\.txt:1: not UTF-8 text"),
+        ("a.csv", "name\nGoblin\n".encode("utf-16"), r"a\.csv:1: not UTF-8 text"),
+        ("a.json", "[\n'Goblin']".encode("utf-16"), r"a\.json:1: not UTF-8 text"),
+        ("a.txt", b"Goblin\n" + b"x" * 400, r"a\.txt:2: 400 characters are no card name: give one name a line"),
+        ("a.csv", b"name\n" + b"x" * 400, r"a\.csv:2: 400 characters are no card name"),
+        ("a.csv", b'name\n"' + b"x\n" * 100_000, r"a\.csv:\d+: field larger than field limit"),
+        ("a.jsonl", b'"Goblin"\n' + b"[" * 100_000, r"a\.jsonl:2: not JSON of a card: maximum recursion depth"),
+        ("a.jsonl", b'{"name": "Goblin", "cmc": ' + b"9" * 5000 + b"}", r"a\.jsonl:1: not JSON of a card: Exceeds"),
+        ("a.jsonl", b'{"name": "Goblin", "cmc": 1' + b"0" * 400 + b"}", r"a\.jsonl:1: mana_value must be a number"),
+        ("a.jsonl", b'{"name": "Gob\\ud800lin"}', r"a\.jsonl:1: half a character"),
+        ("a.csv", b"name,rarity\nGoblin,rar\n", r"a\.csv:2: unknown rarity 'rar': did you mean 'rare'"),
+        ("a.jsonl", b'{"name": "Goblin", "rarity": 3}', r"a\.jsonl:1: rarity must be text, not 3"),
     ],
 )
 def test_malformed_files_are_named_with_their_line(tmp_path: Path, name: str, data: bytes, error: str) -> None:
@@ -80,11 +93,51 @@ def test_malformed_files_are_named_with_their_line(tmp_path: Path, name: str, da
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize("name", ["a.txt", "a.csv", "a.jsonl"])
+def test_a_line_of_100_mb_is_refused_without_being_read(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    with open(path, "wb") as file:
+        file.write(b'"Goblin"\n')
+        file.truncate(100 * 2**20)  # a hole: zeros, or letters, would be refused all the same
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=rf"{name}:2: a line of more than 1,048,576 bytes is no card"):
+        load_source(path)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 8 * 2**20
+
+
+def test_a_json_file_too_large_to_parse_whole_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "all.json"
+    with open(path, "wb") as file:
+        file.truncate(150 * 2**20)
+    with pytest.raises(ValueError, match=r"all\.json: 150 MB: json is read up to 64 MB, jsonl .a card a line. beyond"):
+        load_source(path)
+
+
+def test_more_cards_than_fit_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flash_experts.data.card_files.MAX_CARDS", 2)
+    (tmp_path / "a.txt").write_text("One\nTwo\nThree\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"a\.txt: more than 2 cards"):
+        load_source(tmp_path / "a.txt")
+
+
+def test_rarity_set_and_date_of_a_file_become_columns(tmp_path: Path) -> None:
+    text = "name,rarity,set,released_at\nSunlit Idol,Mythic Rare,abc,2026-02-06\nMoth Queen,special,,\nAsh Fen,,,\n"
+    (tmp_path / "a.csv").write_text(text, encoding="utf-8")
+    idol, queen, fen = clean(load_source(tmp_path / "a.csv").rows).cards
+    assert (idol.rarity, idol.set_code, idol.released) == ("mythic", "ABC", "2026-02-06")
+    assert (queen.rarity, queen.set_code, queen.released) == (fen.rarity, fen.set_code, fen.released) == (None,) * 3
+    assert not {"rarity", "set_code", "released"} & set(queen.to_json())
+    for card in (idol, queen):
+        assert Card.from_json(json.loads(json.dumps(card.to_json())), "here:1") == card
+
+
 def test_unknown_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match="unknown source 'embeded': did you mean 'embedded'"):
         load_source("embeded")
-    with pytest.raises(ValueError, match="unknown source 'xyz': take 'embedded' or a file"):
+    with pytest.raises(ValueError, match="unknown source 'xyz': take 'embedded', 'scryfall', 'mtgjson' or a file"):
         load_source("xyz")
     with pytest.raises(ValueError, match=r"no file mine\.csv"):
         load_source("mine.csv")
@@ -221,6 +274,8 @@ CARD = {
             json.dumps(CARD | {"mana_value": True}).encode(),
             r"train\.jsonl:2: mana_value must be a whole number",
         ),
+        (json.dumps(CARD | {"rarity": "epic"}).encode(), r"train\.jsonl:2: rarity must be one of common, uncommon"),
+        (json.dumps(CARD | {"released": 2026}).encode(), r"train\.jsonl:2: released must be text or null, not 2026"),
     ],
 )
 def test_malformed_prepared_lines_are_named(tmp_path: Path, line: bytes, error: str) -> None:

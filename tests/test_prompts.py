@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -23,6 +24,8 @@ def test_prompts() -> None:
     assert Attributes(types=("Artifact",), colors=()).prompt() == "Artifact, colorless:"
     assert Attributes(supertypes=("Legendary",)).prompt() == "Legendary:"
     assert NONE.prompt() == Attributes().prompt() == ":"
+    assert replace(KRENKO, rarity="mythic").prompt() == "Legendary Creature Goblin Warrior, red, 4, mythic:"
+    assert Attributes(rarity="rare").prompt() == "rare:"
 
 
 def test_what_is_not_known_of_a_card_is_not_told() -> None:
@@ -149,6 +152,36 @@ def test_drop_leaves_each_attribute_out_at_its_rate() -> None:
     assert nothing == pytest.approx(0.15 + 0.85 * 0.3**5, abs=0.02)
     both = sum(a.types is None and a.colors is None for a in dropped) / len(dropped)
     assert both == pytest.approx(0.15 + 0.85 * 0.3**2, abs=0.03)
+
+
+@pytest.mark.parametrize(
+    ("text", "rarity"),
+    [("rare", "rare"), (" Mythic  Rare ", "mythic"), ("M", "mythic"), ("C", "common"), ("", None), (None, None)],
+)
+def test_rarities(text: str | None, rarity: str | None) -> None:
+    assert Attributes.parse(None, None, None, text).rarity == rarity
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [("uncomon", "unknown rarity 'uncomon': did you mean 'uncommon'"), ("epic", "take common, uncommon, rare, mythic")],
+)
+def test_unknown_rarities_are_named(text: str, error: str) -> None:
+    with pytest.raises(ValueError, match=error):
+        Attributes.parse(None, None, None, text)
+
+
+def test_a_rarity_is_dropped_at_its_rate_and_changes_no_other_drop() -> None:
+    rare = replace(KRENKO, rarity="rare")
+    one, other = random.Random(0), random.Random(0)
+    dropped = [(rare.drop(one, 0.3), KRENKO.drop(other, 0.3)) for _ in range(4000)]
+    assert all(replace(with_it, rarity=None) == without for with_it, without in dropped)
+    gone = [with_it.rarity is None for with_it, _ in dropped]
+    expected = 1 - (1 - 0.15) * (1 - 0.3)
+    assert sum(gone) / len(gone) == pytest.approx(expected, abs=0.03)
+    both = sum(with_it.rarity is None and with_it.supertypes is None for with_it, _ in dropped) / len(gone)
+    assert both == pytest.approx(0.15 + 0.85 * 0.3**2, abs=0.03), "each by itself"
+    assert rare.drop(random.Random(0), 0.0) == rare and rare.drop(random.Random(0), 1.0) == NONE
 
 
 def test_drop_takes_the_same_number_of_draws_whatever_is_given() -> None:

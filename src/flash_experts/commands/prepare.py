@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from jsonargparse import Namespace
 
@@ -14,13 +15,35 @@ def run(args: Namespace) -> None:
     from flash_experts.data.prepare import prepare
 
     meta = prepare(args.source, Path(args.out), include=args.include)
+    print_result(args, meta, summary(meta, args.out))
+
+
+def summary(meta: dict[str, Any], out: str) -> str:
+    """What is where, what was left out, and what changed."""
     counts = ", ".join(f"{count:,} {split}" for split, count in meta["counts"].items())
-    print_result(args, meta, f"{args.out}: {counts}")
+    lines = [f"{out}: {counts}", f"source: {meta['source']}, {meta['version']}"]
+    if meta["up_to_date"]:
+        lines.append("nothing to do: the files are there, byte for byte")
+    elif changes := meta["changes"]:
+        since = changes["since"]
+        lines.append(
+            f"changed since {since['source']}, {since['version']}: "
+            f"{_some(changes['added'], 'added', changes['added_names'])}, "
+            f"{_some(changes['removed'], 'removed', changes['removed_names'])}"
+        )
+    return "\n".join(lines)
+
+
+def _some(count: int, verb: str, names: list[str]) -> str:
+    """``12 names added (Arbor Sage, ...)``."""
+    shown = ", ".join(names[:3]) + (", ..." if count > 3 else "")
+    return f"{count:,} names {verb}" + (f" ({shown})" if names else "")
 
 
 def make_parser() -> CommandParser:
     parser = command_parser("prepare", run)
-    parser.add_argument("--source", default="embedded", help="embedded, or a csv, json, jsonl or txt file of cards")
+    sources = "embedded, scryfall, mtgjson, or a csv, json, jsonl or txt file of cards"
+    parser.add_argument("--source", default="embedded", help=sources)
     parser.add_argument("--out", default="data/mtg", help="folder to write")
     parser.add_argument("--include", type=list[str], default=[], help="[jokes,franchises]: keep what is left out")
     return parser

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 COLORS = "WUBRG"  # the order in which Magic writes them
 COLOR_WORDS = {"W": "white", "U": "blue", "B": "black", "R": "red", "G": "green"}
 COLORLESS = "colorless"
+RARITIES = ("common", "uncommon", "rare", "mythic")
+_RARITY_WORDS = {"c": "common", "u": "uncommon", "r": "rare", "m": "mythic", "mythic rare": "mythic"}
 SUPERTYPES = ("Basic", "Legendary", "World", "Snow")
 # In the order in which a type line has them: "Kindred Instant", "Artifact Land", "Enchantment Artifact
 # Creature".
@@ -43,6 +45,9 @@ class Card:
         colors: letters in the order WUBRG; ``()`` is colorless, None unknown.
         mana_value: what its mana cost adds up to, X counting 0; None without a mana cost, or if unknown.
         source_id: where it comes from: ``"embedded:123"`` (row), ``"mine.csv:7"`` (line), or the source's id.
+        rarity: one of `RARITIES`; None if the source does not tell it (the embedded table has none).
+        set_code: of the printing that the source tells of, in capitals, e.g. ``"ZEN"``; None if unknown.
+        released: the date of that printing, ``"2009-10-02"``; None if unknown.
     """
 
     name: str
@@ -53,9 +58,13 @@ class Card:
     colors: tuple[str, ...] | None
     mana_value: int | None
     source_id: str
+    rarity: str | None = None
+    set_code: str | None = None
+    released: str | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """The object of a prepared line."""
+        """The object of a prepared line. What only some sources tell is there where it is told."""
+        told = {name: value for name in _TOLD_BY_SOME if (value := getattr(self, name)) is not None}
         return {
             "name": self.name,
             "type_line": self.type_line,
@@ -65,6 +74,7 @@ class Card:
             "colors": None if self.colors is None else list(self.colors),
             "mana_value": self.mana_value,
             "source_id": self.source_id,
+            **told,
         }
 
     @classmethod
@@ -80,7 +90,7 @@ class Card:
         """
         if not isinstance(fields, dict):
             raise ValueError(f"{where}: a card must be a JSON object, not {type(fields).__name__}")
-        missing = [name for name in cls.__slots__ if name not in fields]
+        missing = [name for name in cls.__slots__ if name not in fields and name not in _TOLD_BY_SOME]
         if missing:
             raise ValueError(f"{where}: no {missing[0]!r} (run `flash-experts prepare` again)")
         colors, mana_value = fields["colors"], fields["mana_value"]
@@ -101,7 +111,19 @@ class Card:
             colors=None if colors is None else in_color_order(colors),
             mana_value=mana_value,
             source_id=fields["source_id"],
+            **{name: _told(fields.get(name), name, where) for name in _TOLD_BY_SOME},
         )
+
+
+_TOLD_BY_SOME = ("rarity", "set_code", "released")
+
+
+def _told(value: Any, field: str, where: str) -> str | None:
+    if value is not None and not isinstance(value, str):
+        raise ValueError(f"{where}: {field} must be text or null, not {value!r}")
+    if field == "rarity" and value not in (None, *RARITIES):
+        raise ValueError(f"{where}: rarity must be one of {', '.join(RARITIES)}, not {value!r}")
+    return value
 
 
 def _texts(value: Any, field: str, where: str) -> tuple[str, ...]:
@@ -147,6 +169,23 @@ def parse_colors(text: str | None) -> tuple[str, ...] | None:
     return found
 
 
+def parse_rarity(text: str | None) -> str | None:
+    """One of `RARITIES` of what a person wrote: ``"Rare"``, ``"mythic rare"``, ``"M"``; None for nothing.
+
+    Raises:
+        ValueError: there is no such rarity; the nearest is offered.
+    """
+    word = " ".join((text or "").casefold().split())
+    if not word:
+        return None
+    rarity = _RARITY_WORDS.get(word, word)
+    if rarity not in RARITIES:
+        near = difflib.get_close_matches(word, RARITIES, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"take {', '.join(RARITIES)}"
+        raise ValueError(f"unknown rarity {word!r}: {hint}")
+    return rarity
+
+
 def split_type_line(type_line: str) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
     """Supertypes, types and subtypes of one face's type line. Nothing is checked against the known types.
 
@@ -171,10 +210,11 @@ def _subtypes(text: str) -> tuple[str, ...]:
 
 
 def load_source(source: str | Path) -> CardSource:
-    """Raw cards: ``"embedded"``, or a csv, json, jsonl or txt file of one's own.
+    """Raw cards: ``"embedded"``, ``"scryfall"``, ``"mtgjson"``, or a csv, json, jsonl or txt file of one's own.
 
     Raises:
-        ValueError: there is no such source (the nearest is named), or a file is malformed (file and line).
+        ValueError: there is no such source (the nearest is named), a file is malformed (file and line), or a live
+            source can be had neither from the network nor from the cache.
     """
     from flash_experts.data.sources import read_source
 

@@ -16,6 +16,8 @@ from flash_experts.data.sources import UNKNOWN, RawCard
 
 CLEANING_VERSION = 1
 FLAGS = ("jokes", "franchises")  # left out unless asked for
+# Objects that sources list beside the cards: their names are no names of cards, and do not count as known.
+NOT_CARDS = frozenset({"token", "double_faced_token", "emblem", "art_series", "front_card"})
 
 _SYMBOL = re.compile(r"\{([^}]*)\}")
 _BLANK = re.compile(r"_{2,}")
@@ -124,6 +126,9 @@ def _faces(row: RawCard) -> Iterator[Card]:
             colors=_colors(told, cost, types),
             mana_value=mana_value(cost) if cost else told_value,
             source_id=row.source_id,
+            rarity=row.rarity,
+            set_code=row.set_code,
+            released=row.released,
         )
 
 
@@ -154,6 +159,8 @@ def _reason(row: RawCard, card: Card, include: Collection[str]) -> str | None:
     for kind in card.subtypes:
         if kind in _SUBTYPES_OUT:
             return _SUBTYPES_OUT[kind]
+    if row.out:
+        return row.out
     if row.flag in FLAGS and row.flag not in include:
         return row.flag
     return None

@@ -5,7 +5,7 @@ are runs of rows. They were found by eye. Inside a set's run stand the set's own
 whose first set code, alphabetically, it happens to be: such reprints (Snapcaster Mage in Final Fantasy) are
 left out of the runs below. Dungeons & Dragons is no franchise here: its sets are part of Magic's own line.
 
-`scripts/build_card_table.py` writes the flags into the table; nothing else reads this module.
+`scripts/build_card_table.py` writes the flags into the table. Live sources need `FRANCHISE_SETS` for what is newer.
 """
 
 from __future__ import annotations
@@ -14,6 +14,16 @@ from typing import NamedTuple
 
 JOKES = "jokes"
 FRANCHISES = "franchises"
+
+
+# Sets whose new cards are all of one franchise, for cards that the table does not have. MTGJSON's atomic cards have no
+# mark of franchises; Scryfall's have one, which newer sets have not always carried. Known as of November 2026.
+FRANCHISE_SETS = frozenset(
+    (
+        *("40K", "ACR", "BOT", "FIC", "FIN", "HOB", "HOC", "LTC", "LTR", "MAR", "MSC", "MSH", "PIP", "PZA", "REX"),
+        *("SDS", "SPE", "SPM", "TLA", "TLE", "TMC", "TMT", "TRC", "TRK", "WHO"),
+    )
+)
 
 
 class Run(NamedTuple):

@@ -7,16 +7,17 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from flash_experts.data.cards import Card, known_names, load_source, names_on
-from flash_experts.data.cleaning import CLEANING_VERSION, clean
+from flash_experts.data.cleaning import CLEANING_VERSION, NOT_CARDS, clean
 from flash_experts.data.splits import SPLITS, split_by_family
 
 META = "meta.json"
 KNOWN_NAMES = "known_names.txt"
+NAMES_TOLD = 50  # of what changed; the counts tell of all
 _HINT = "run `flash-experts prepare`"
 
 
@@ -25,11 +26,13 @@ def prepare(
 ) -> dict[str, Any]:
     """Writes train, validation, test and test_iid .jsonl, known_names.txt and meta.json.
 
-    The same source gives the same bytes. Files are written to a temporary folder and moved when all are
-    there; ``meta.json`` goes first and comes last, so a folder that has one is whole.
+    The same source gives the same bytes, and nothing is written when they are there. Files are written to a temporary
+    folder and moved when all are there; ``meta.json`` goes first and comes last, so a folder that has one is whole.
+    Its ``"changes"`` says what the last run that wrote something changed: names added and removed, and from what.
 
     Args:
-        source: ``"embedded"``, or a csv, json, jsonl or txt file (`flash_experts.data.sources.read_file`).
+        source: ``"embedded"``, ``"scryfall"``, ``"mtgjson"``, or a csv, json, jsonl or txt file
+            (`flash_experts.data.card_files.read_file`).
         out: folder; other files in it stay.
         include: flagged names to keep: ``"jokes"``, ``"franchises"``.
 
@@ -37,7 +40,7 @@ def prepare(
         What meta.json says, and ``"up_to_date"``: whether the files were there already, byte for byte.
 
     Raises:
-        ValueError: the source is unknown or malformed, or has too few names.
+        ValueError: the source is unknown, malformed or out of reach, or has too few names.
         OSError: the folder cannot be written.
     """
     out = Path(out)
@@ -46,10 +49,11 @@ def prepare(
     if not cleaned.cards:
         raise ValueError(f"{source}: no name is left after cleaning ({_reasons(cleaned.dropped)})")
     split = split_by_family(cleaned.cards)
-    known = dict.fromkeys((*known_names(), *names_on(row.name for row in cards.rows)))
+    names = names_on(row.name for row in cards.rows if row.layout not in NOT_CARDS)
+    known = dict.fromkeys((*known_names(), *names))
     files = {f"{name}.jsonl": _lines(card.to_json() for card in split.parts[name]) for name in SPLITS}
     files[KNOWN_NAMES] = "".join(f"{name}\n" for name in known).encode("utf-8")
-    meta = {
+    meta: dict[str, Any] = {
         "source": cards.name,
         "version": cards.version,
         "source_sha256": cards.sha256,
@@ -68,11 +72,33 @@ def prepare(
         },
         "sha256": {name: hashlib.sha256(data).hexdigest() for name, data in files.items()},
     }
+    meta["changes"] = _changes(out, meta, (card.name for card in cleaned.cards))
     files[META] = (json.dumps(meta, indent=2, ensure_ascii=False) + "\n").encode("utf-8")
     up_to_date = all(_holds(out / name, data) for name, data in files.items())
     if not up_to_date:
         _write_all(out, files)
     return meta | {"up_to_date": up_to_date}
+
+
+def _changes(out: Path, meta: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any] | None:
+    """What is new since the files that are there; what they say themselves if nothing is; None without any."""
+    try:
+        before = load_meta(out)
+        if {**before, "changes": None} == {**meta, "changes": None}:
+            return before.get("changes")
+        old = {card.name for split in SPLITS for card in load_split(out, split)}
+    except (ValueError, OSError):
+        return None
+    new = set(names)
+    added, removed = sorted(new - old), sorted(old - new)
+    return {
+        "since": {key: before.get(key) for key in ("source", "version", "cleaning_version", "include")},
+        "names_before": len(old),
+        "added": len(added),
+        "removed": len(removed),
+        "added_names": added[:NAMES_TOLD],
+        "removed_names": removed[:NAMES_TOLD],
+    }
 
 
 def _reasons(dropped: dict[str, int]) -> str:

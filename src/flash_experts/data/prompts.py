@@ -15,6 +15,7 @@ from flash_experts.data.cards import (
     TYPES,
     Card,
     parse_colors,
+    parse_rarity,
     split_type_line,
 )
 from flash_experts.data.names import normal_form
@@ -32,6 +33,8 @@ class Attributes:
         subtypes: as ``supertypes``.
         colors: letters in the order WUBRG; None if not given; ``()`` says colorless.
         mana_value: None if not given.
+        rarity: one of `flash_experts.data.cards.RARITIES`; None if not given. Cards of the embedded table have none,
+            so a model listens to it only if it was trained on a source that tells it.
     """
 
     supertypes: tuple[str, ...] | None = None
@@ -39,16 +42,19 @@ class Attributes:
     subtypes: tuple[str, ...] | None = None
     colors: tuple[str, ...] | None = None
     mana_value: int | None = None
+    rarity: str | None = None
 
     @classmethod
     def of(cls, card: Card) -> Attributes:
         """All that is known of a card."""
         if not card.type_line:
-            return cls(colors=card.colors, mana_value=card.mana_value)
-        return cls(card.supertypes, card.types, card.subtypes, card.colors, card.mana_value)
+            return cls(colors=card.colors, mana_value=card.mana_value, rarity=card.rarity)
+        return cls(card.supertypes, card.types, card.subtypes, card.colors, card.mana_value, card.rarity)
 
     @classmethod
-    def parse(cls, type_line: str | None, colors: str | None, mana_value: int | None) -> Attributes:
+    def parse(
+        cls, type_line: str | None, colors: str | None, mana_value: int | None, rarity: str | None = None
+    ) -> Attributes:
         """Attributes as a person writes them; None (or an empty text) leaves one open.
 
         Args:
@@ -56,14 +62,15 @@ class Attributes:
                 creature"``.
             colors: ``"R"``, ``"WU"``, ``"red"``, ``"white blue"``, ``"colorless"``, ``"C"``.
             mana_value: 0 or more.
+            rarity: ``"rare"``, ``"mythic rare"``, ``"M"``.
 
         Raises:
-            ValueError: a type or color is unknown (the nearest is offered), or the mana value is negative.
+            ValueError: a type, color or rarity is unknown (the nearest is offered), or the mana value is negative.
         """
         if mana_value is not None and (isinstance(mana_value, bool) or mana_value < 0):
             raise ValueError(f"the mana value must be 0 or more, not {mana_value}")
         supertypes, types, subtypes = parse_type_line(type_line)
-        return cls(supertypes, types, subtypes, parse_colors(colors), mana_value)
+        return cls(supertypes, types, subtypes, parse_colors(colors), mana_value, parse_rarity(rarity))
 
     def drop(self, rng: random.Random, probability: float) -> Attributes:
         """Leaves attributes open at random, so that a model learns to serve any subset of them.
@@ -78,18 +85,20 @@ class Attributes:
         *single, everything = (rng.random() for _ in range(6))
         if everything < probability / 2:
             return NONE
-        keep = [draw >= probability for draw in single]
+        # The rarity goes by the lower digits of the first draw, which say nothing of the upper ones: a seventh draw
+        # would change what is dropped of cards without a rarity, and with it every run on the embedded table.
+        keep = [draw >= probability for draw in (*single, single[0] * 2**20 % 1)]
         return Attributes(
             supertypes=self.supertypes if keep[0] else None,
             types=self.types if keep[1] else None,
             subtypes=self.subtypes if keep[2] else None,
             colors=self.colors if keep[3] else None,
             mana_value=self.mana_value if keep[4] else None,
+            rarity=self.rarity if keep[5] else None,
         )
 
     def prompt(self) -> str:
-        """Plain English with few tokens: ``"Legendary Creature Goblin Warrior, red, 3:"``, or ``":"`` for
-        nothing.
+        """Plain English with few tokens: ``"Legendary Creature Goblin Warrior, red, 3, rare:"``; ``":"`` for nothing.
 
         The text that is learned is begin + prompt + " " + name + end.
         """
@@ -98,6 +107,8 @@ class Attributes:
             parts.append(" ".join(COLOR_WORDS[color] for color in self.colors) or COLORLESS)
         if self.mana_value is not None:
             parts.append(str(self.mana_value))
+        if self.rarity is not None:
+            parts.append(self.rarity)
         return ", ".join(part for part in parts if part) + ":"
 
 

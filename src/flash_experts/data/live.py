@@ -1,0 +1,157 @@
+"""The newest cards, from Scryfall or MTGJSON: from the cache while it is a day young, else over the network.
+
+Without a network an older cache serves, and a warning says of when it is. Environment variables:
+
+    FLASH_EXPERTS_CACHE           folder of the cache
+    FLASH_EXPERTS_SCRYFALL_URL    instead of https://api.scryfall.com
+    FLASH_EXPERTS_MTGJSON_URL     instead of https://mtgjson.com/api/v5
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import warnings
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+from flash_experts.data import mtgjson, scryfall
+from flash_experts.data.download import Downloader, DownloadError, Partial
+from flash_experts.data.download_cache import Cache, Held, cache_folder, sha256_of
+from flash_experts.data.sources import EMBEDDED, CardSource, RawCard
+from flash_experts.data.unpack import DamagedError
+
+T = TypeVar("T")
+
+
+class Site(Protocol):
+    """Where cards can be had."""
+
+    name: str
+    title: str
+
+    def refresh(self, downloader: Downloader, cache: Cache, held: Held | None, now: datetime) -> CardSource:
+        """Brings the cache to the newest state, and reads it."""
+
+    def read(self, files: Mapping[str, Path], version: str) -> CardSource:
+        """Reads the files of a state."""
+
+
+def _base(variable: str, usual: str) -> str:
+    return (os.environ.get(variable) or usual).rstrip("/")
+
+
+class Scryfall:
+    """https://scryfall.com"""
+
+    name, title = "scryfall", "Scryfall"
+
+    def refresh(self, downloader: Downloader, cache: Cache, held: Held | None, now: datetime) -> CardSource:
+        file = scryfall.bulk_file(downloader, _base("FLASH_EXPERTS_SCRYFALL_URL", "https://api.scryfall.com"))
+        if held is not None and held.version == file.updated:
+            return self.read(cache.touch(held, now).files, file.updated)
+        part = cache.part(scryfall.BULK_TYPE)
+        try:
+            source = self._fetch(downloader, file, part)
+        except DamagedError:
+            source = self._fetch(downloader, file, part)
+        cache.store({scryfall.BULK_TYPE: part}, {scryfall.BULK_TYPE: source.sha256}, file.updated, now)
+        return source
+
+    def _fetch(self, downloader: Downloader, file: scryfall.BulkFile, part: Path) -> CardSource:
+        """The whole file, read to its end. (Scryfall tells no checksum of it, but gzip holds one.)"""
+        downloader.file(file.url, part, file.size)
+        return _checked(file.url, part, lambda: self.read({scryfall.BULK_TYPE: part}, file.updated))
+
+    def read(self, files: Mapping[str, Path], version: str) -> CardSource:
+        path = files[scryfall.BULK_TYPE]
+        return _source(self.name, version, path, tuple(scryfall.read_cards(path)))
+
+
+class Mtgjson:
+    """https://mtgjson.com"""
+
+    name, title = "mtgjson", "MTGJSON"
+
+    def refresh(self, downloader: Downloader, cache: Cache, held: Held | None, now: datetime) -> CardSource:
+        base = _base("FLASH_EXPERTS_MTGJSON_URL", "https://mtgjson.com/api/v5")
+        urls = {name: f"{base}/{name}" for name in (mtgjson.CARDS, mtgjson.SETS)}
+        digests = {name: mtgjson.checksum(downloader, url) for name, url in urls.items()}
+        if held is not None and held.sha256 == digests:
+            return self.read(cache.touch(held, now).files, held.version)
+        parts = {name: cache.part(name) for name in urls}
+        for name, url in urls.items():
+            try:
+                _fetch(downloader, url, parts[name], digests[name])
+            except DamagedError:  # the site builds its files anew each day: perhaps it just did
+                digests[name] = mtgjson.checksum(downloader, url)
+                _fetch(downloader, url, parts[name], digests[name])
+        source = _checked(urls[mtgjson.CARDS], parts[mtgjson.CARDS], lambda: self.read(parts, ""))
+        cache.store(parts, digests, source.version, now)
+        return source
+
+    def read(self, files: Mapping[str, Path], version: str) -> CardSource:
+        path = files[mtgjson.CARDS]
+        sets = mtgjson.read_sets(files[mtgjson.SETS])
+        return _source(self.name, mtgjson.read_version(path), path, tuple(mtgjson.read_cards(path, sets)))
+
+
+SITES: dict[str, Site] = {site.name: site for site in (Scryfall(), Mtgjson())}
+
+
+def _source(name: str, version: str, path: Path, rows: tuple[RawCard, ...]) -> CardSource:
+    if not rows:
+        raise DamagedError("it holds no cards")
+    return CardSource(name, version, sha256_of(path), rows)
+
+
+def _checked(url: str, part: Path, read: Callable[[], T]) -> T:
+    """What is read of a file that has come; a damaged one is thrown away, and named."""
+    try:
+        return read()
+    except DamagedError as error:
+        Partial(part).discard()
+        raise DamagedError(f"{url}: {error}") from error
+
+
+def _fetch(downloader: Downloader, url: str, part: Path, digest: str) -> None:
+    """A file that has a checksum."""
+    downloader.file(url, part)
+    found = sha256_of(part)
+    if found != digest:
+        Partial(part).discard()
+        raise DamagedError(f"{url}: its SHA-256 is {found[:12]}..., not {digest[:12]}...")
+
+
+def read_live(name: str, downloader: Downloader | None = None, now: datetime | None = None) -> CardSource:
+    """The cards of a live source.
+
+    Args:
+        name: ``"scryfall"`` or ``"mtgjson"``.
+        downloader: one with other patience.
+        now: with a time zone; for tests.
+
+    Raises:
+        ValueError: they can be had neither from the network nor from the cache.
+        OSError: the cache cannot be written.
+    """
+    for package in ("httpx", "ijson"):
+        if importlib.util.find_spec(package) is None:
+            raise ValueError(f"--source {name} needs {package} (pip install {package}): or take --source {EMBEDDED}")
+    site, now = SITES[name], now or datetime.now(UTC)
+    downloader = downloader or Downloader()
+    cache = Cache(cache_folder() / name)
+    with cache.lock(downloader.patience.total_seconds):
+        held = cache.held()
+        if held is not None and held.is_fresh(now):
+            return site.read(held.files, held.version)
+        try:
+            return site.refresh(downloader, cache, held, now)
+        except (DownloadError, DamagedError) as error:
+            if held is None:
+                raise ValueError(f"no cards from {site.title}: {error}; take --source {EMBEDDED}") from error
+            date = held.fetched.astimezone().date().isoformat()
+            warnings.warn(f"{error}; {site.title}'s cards of {date} serve, from the cache", stacklevel=2)
+            return site.read(held.files, held.version)

@@ -1,0 +1,121 @@
+"""MTGJSON's atomic cards, and its list of sets for their dates.
+
+``AtomicCards.json`` has one entry for a card whatever its printings: so it tells the set where a card was first
+printed, and with ``SetList.json`` the date of it, but no rarity, which is a printing's. It has no mark of other
+franchises either; see `flash_experts.data.exclusions.FRANCHISE_SETS`. The file has 160 MB when unpacked, and is parsed
+as a stream: all at once it took half a GB of memory and five times as long.
+Fields: https://mtgjson.com/data-models/card/card-atomic/
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from flash_experts.data.cards import in_color_order
+from flash_experts.data.download import Downloader, DownloadError
+from flash_experts.data.exclusions import FRANCHISE_SETS, FRANCHISES, JOKES
+from flash_experts.data.names import FACE_SEPARATOR, normal_form
+from flash_experts.data.sources import RawCard, embedded_flags
+from flash_experts.data.unpack import DamagedError, unpacked
+
+CARDS, SETS = "AtomicCards.json.gz", "SetList.json.gz"
+_SETS_OUT = ("memorabilia", "minigame", "token")
+
+Set = dict[str, Any]
+
+
+def checksum(downloader: Downloader, url: str) -> str:
+    """What the file at ``url`` should have, from the ``.sha256`` beside it.
+
+    Raises:
+        DownloadError: there is no answer, or it is no checksum.
+    """
+    text = downloader.text(f"{url}.sha256")
+    found = re.match(r"\s*([0-9a-fA-F]{64})\b", text)
+    if found is None:
+        raise DownloadError(f"{url}.sha256: no checksum, but {text.strip()[:40]!r}")
+    return found[1].lower()
+
+
+def read_version(path: Path) -> str:
+    """The version in a downloaded file, e.g. ``"5.3.0+20261101"``.
+
+    Raises:
+        DamagedError: it has none.
+    """
+    import ijson
+
+    with unpacked(path) as file:
+        meta = next(ijson.items(file, "meta"), None)
+    if not isinstance(meta, dict) or not isinstance(meta.get("version"), str):
+        raise DamagedError("it has no version")
+    return str(meta["version"])
+
+
+def read_sets(path: Path) -> dict[str, Set]:
+    """Sets by code, of the downloaded list.
+
+    Raises:
+        DamagedError: it is no such file.
+    """
+    import ijson
+
+    with unpacked(path) as file:
+        sets = {entry["code"]: entry for entry in ijson.items(file, "data.item") if "code" in entry}
+    return {code: {key: entry.get(key) for key in ("releaseDate", "type")} for code, entry in sets.items()}
+
+
+def read_cards(path: Path, sets: dict[str, Set]) -> Iterator[RawCard]:
+    """The cards of a downloaded file.
+
+    Raises:
+        DamagedError: it is no such file.
+    """
+    import ijson
+
+    with unpacked(path) as file:
+        for name, entries in ijson.kvitems(file, "data", use_float=True):
+            try:
+                yield from raw_cards(entries, sets)
+            except (KeyError, TypeError, AttributeError) as error:
+                problem = f"{type(error).__name__}: {error}"
+                raise DamagedError(f"its card {name!r} is not as expected ({problem})") from error
+
+
+def raw_cards(entries: list[dict[str, Any]], sets: dict[str, Set]) -> Iterator[RawCard]:
+    """Our rows of what stands under one name: one card for its faces, or several cards of that name.
+
+    Raises:
+        KeyError, TypeError, AttributeError: it is something else.
+    """
+    by_side = {entry["side"]: entry for entry in reversed(entries) if entry.get("side")}  # the first of each
+    if by_side:
+        yield _raw_card([by_side[side] for side in sorted(by_side)], sets)
+    for entry in entries:
+        if not entry.get("side"):
+            yield _raw_card([entry], sets)
+
+
+def _raw_card(faces: list[dict[str, Any]], sets: dict[str, Set]) -> RawCard:
+    names = [face.get("faceName") or face["name"] for face in faces]
+    front = faces[0]
+    known = embedded_flags().get(normal_form(names[0]))
+    first_set = front.get("firstPrinting")
+    of_set = sets.get(first_set or "", {})
+    told = JOKES if front.get("isFunny") else FRANCHISES if first_set in FRANCHISE_SETS else ""
+    out = str(of_set["type"]) if of_set.get("type") in _SETS_OUT else ""
+    return RawCard(
+        name=FACE_SEPARATOR.join(names),
+        type_line=FACE_SEPARATOR.join(face["type"] for face in faces),
+        mana_cost=FACE_SEPARATOR.join(face.get("manaCost") or "" for face in faces) or None,
+        colors=FACE_SEPARATOR.join("".join(in_color_order(face["colors"])) for face in faces),
+        layout=front["layout"],
+        flag=told if known is None else known,
+        source_id=f"mtgjson:{(front.get('identifiers') or {}).get('scryfallOracleId') or names[0]}",
+        set_code=first_set,
+        released=of_set.get("releaseDate"),
+        out=out if known is None else "",
+    )

@@ -1,0 +1,58 @@
+"""Cards as Scryfall and MTGJSON tell them, made up or from the embedded table."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import random
+from typing import Any
+
+
+def scryfall_card(name: str, type_line: str = "Creature — Elf", cost: str = "{1}{G}", **fields: Any) -> dict[str, Any]:
+    """An object as Scryfall's bulk file has it, without what we do not read."""
+    card = {
+        "object": "card",
+        "id": f"id-{name}",
+        "oracle_id": f"oracle-{name}",
+        "name": name,
+        "lang": "en",
+        "released_at": "2026-02-06",
+        "layout": "normal",
+        "mana_cost": cost,
+        "cmc": 2.0,
+        "type_line": type_line,
+        "colors": ["G"],
+        "set": "abc",
+        "set_type": "expansion",
+        "rarity": "uncommon",
+        "digital": False,
+        "oversized": False,
+        "reprint": False,
+    }
+    return {key: value for key, value in (card | fields).items() if value is not None}
+
+
+def atomic_card(name: str, type_line: str = "Creature — Elf", cost: str = "{1}{G}", **fields: Any) -> dict[str, Any]:
+    """An entry as MTGJSON's AtomicCards has it, without what we do not read."""
+    card = {
+        "name": name,
+        "type": type_line,
+        "manaCost": cost,
+        "manaValue": 2.0,
+        "colors": ["G"],
+        "layout": "normal",
+        "firstPrinting": "ABC",
+        "identifiers": {"scryfallOracleId": f"oracle-{name}"},
+    }
+    return {key: value for key, value in (card | fields).items() if value is not None}
+
+
+def new_names(count: int, seed: int = 0) -> list[str]:
+    """Names that are no cards."""
+    rng = random.Random(seed)
+    parts = ["".join(rng.choice("bdfgklmnprstvz") + rng.choice("aeiou") for _ in range(4)) for _ in range(2 * count)]
+    return [f"{first.title()} {second.title()}" for first, second in zip(parts[::2], parts[1::2], strict=True)]
+
+
+def jsonl(cards: list[dict[str, Any]]) -> bytes:
+    return gzip.compress("".join(json.dumps(card, ensure_ascii=False) + "\n" for card in cards).encode(), mtime=0)

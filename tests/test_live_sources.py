@@ -1,0 +1,350 @@
+"""Scryfall and MTGJSON from a local server with files of their shape: cache, damage, and what prepare says."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import warnings
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from live_samples import atomic_card, jsonl, new_names, scryfall_card
+from servers import Reply, TestServer, running_server
+
+from flash_experts.cli import main
+from flash_experts.data import unpack
+from flash_experts.data.cards import load_source
+from flash_experts.data.download import Downloader, Patience
+from flash_experts.data.live import read_live
+from flash_experts.data.prepare import load_split, prepare
+from flash_experts.data.prompts import Attributes
+from flash_experts.data.sources import read_embedded
+from flash_experts.data.unpack import DamagedError
+
+NOW = datetime(2026, 11, 2, 10, tzinfo=UTC)
+FILE = "/file/oracle-cards-20261102.jsonl.gz"
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[TestServer]:
+    with running_server() as running:
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        monkeypatch.setenv("FLASH_EXPERTS_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setenv("FLASH_EXPERTS_SCRYFALL_URL", running.url)
+        monkeypatch.setenv("FLASH_EXPERTS_MTGJSON_URL", f"{running.url}/api/v5")
+        yield running
+
+
+@pytest.fixture
+def downloader() -> Downloader:
+    return Downloader(Patience(attempts=2, connect_attempts=1), sleep=lambda _: None)
+
+
+def index(server: TestServer, data: bytes, updated: str = "2026-11-02T09:00:00Z", path: str = FILE) -> None:
+    """Serves Scryfall's index, and the file that it names."""
+    entry = {"object": "bulk_data", "type": "oracle_cards", "updated_at": updated, "compressed_size": len(data)}
+    entry["jsonl_download_uri"] = server.url + path
+    rulings = {"object": "bulk_data", "type": "rulings", "updated_at": updated, "jsonl_download_uri": "https://x/y"}
+    document = {"object": "list", "has_more": False, "data": [rulings, entry]}
+    server.serve("/bulk-data", Reply(json.dumps(document).encode()))
+    server.serve(path, Reply(data, headers={"ETag": f'"{updated}"'}))
+
+
+def mtgjson(server: TestServer, cards: dict[str, Any], version: str = "5.3.0+20261101") -> bytes:
+    """Serves MTGJSON's two files with their checksums. Returns the bytes of the cards."""
+    meta = {"date": "2026-11-01", "version": version}
+    sets = [{"code": "ABC", "name": "A B C", "releaseDate": "2026-02-06", "type": "expansion"}]
+    sets += [{"code": "MEM", "name": "M", "releaseDate": "2026-03-01", "type": "memorabilia"}]
+    files = {"AtomicCards": {"meta": meta, "data": cards}, "SetList": {"meta": meta, "data": sets}}
+    bodies = {}
+    for name, document in files.items():
+        body = bodies[name] = gzip.compress(json.dumps(document).encode(), mtime=0)
+        path = f"/api/v5/{name}.json.gz"
+        server.serve(path, Reply(body))
+        server.serve(f"{path}.sha256", Reply(hashlib.sha256(body).hexdigest().encode()))
+    return bodies["AtomicCards"]
+
+
+# ---------------------------------------------------------------------------------------------------- fetching
+
+
+def test_scryfall_is_asked_as_it_wishes(server: TestServer, downloader: Downloader) -> None:
+    data = jsonl([scryfall_card(name) for name in new_names(5)])
+    index(server, data)
+    source = read_live("scryfall", downloader, NOW)
+    assert [row.name for row in source.rows] == new_names(5)
+    assert (source.name, source.version) == ("scryfall", "2026-11-02T09:00:00Z")
+    assert source.sha256 == hashlib.sha256(data).hexdigest()
+    (asked,) = server.asked("/bulk-data")
+    assert asked["user-agent"] == "flash-experts/0.1.0" and asked["accept"] == "application/json"
+    assert server.asked(FILE)[0]["user-agent"] == "flash-experts/0.1.0"
+
+
+def test_the_shape_of_before_july_2026(server: TestServer, downloader: Downloader) -> None:
+    cards = [scryfall_card(name) for name in new_names(3)]
+    entry = {"type": "oracle_cards", "updated_at": "2026-05-29", "download_uri": f"{server.url}/x.json", "size": 1}
+    server.serve("/bulk-data", Reply(json.dumps({"data": [entry]}).encode()))
+    server.serve("/x.json", Reply(("[\n" + ",\n".join(map(json.dumps, cards)) + "\n]").encode()))
+    assert [row.name for row in read_live("scryfall", downloader, NOW).rows] == new_names(3)
+
+
+def test_mtgjson_is_checked_by_its_sums(server: TestServer, downloader: Downloader) -> None:
+    body = mtgjson(server, {name: [atomic_card(name)] for name in new_names(5)})
+    source = read_live("mtgjson", downloader, NOW)
+    assert [row.name for row in source.rows] == new_names(5)
+    assert (source.version, source.sha256) == ("5.3.0+20261101", hashlib.sha256(body).hexdigest())
+
+
+def test_the_cache_serves_a_day_then_asks_whether_there_is_more(
+    server: TestServer, downloader: Downloader, tmp_path: Path
+) -> None:
+    index(server, jsonl([scryfall_card(name) for name in new_names(5)]))
+    first = read_live("scryfall", downloader, NOW)
+    assert read_live("scryfall", downloader, NOW + timedelta(hours=23)) == first
+    assert len(server.requests) == 2, "a day young: nobody is asked"
+    assert read_live("scryfall", downloader, NOW + timedelta(hours=25)) == first
+    assert len(server.requests) == 3, "nothing newer: the index alone"
+    assert read_live("scryfall", downloader, NOW + timedelta(hours=48)) == first
+    assert len(server.requests) == 3, "it was looked at 23 hours ago"
+    index(server, jsonl([scryfall_card(name) for name in new_names(6)]), "2026-11-05T09:00:00Z", "/file/new")
+    second = read_live("scryfall", downloader, NOW + timedelta(hours=73))
+    assert len(second.rows) == 6 and second.version == "2026-11-05T09:00:00Z"
+    files = {path.name.split("-")[0] for path in (tmp_path / "cache/scryfall").iterdir()} - {".lock"}
+    assert files == {"manifest.json", "oracle_cards"}
+    assert len(list((tmp_path / "cache/scryfall").glob("oracle_cards*"))) == 1, "the old file is gone"
+
+
+def test_unchanged_files_of_mtgjson_are_not_fetched_again(server: TestServer, downloader: Downloader) -> None:
+    mtgjson(server, {name: [atomic_card(name)] for name in new_names(5)})
+    first = read_live("mtgjson", downloader, NOW)
+    asked = len(server.requests)
+    assert read_live("mtgjson", downloader, NOW + timedelta(days=2)) == first
+    assert all(path.endswith(".sha256") for path, _ in server.requests[asked:])
+
+
+@pytest.mark.parametrize("name", ["scryfall", "mtgjson"])
+def test_without_a_network_the_cache_serves_and_says_its_date(
+    server: TestServer, downloader: Downloader, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    index(server, jsonl([scryfall_card(name) for name in new_names(5)]))
+    mtgjson(server, {name: [atomic_card(name)] for name in new_names(5)})
+    first = read_live(name, downloader, NOW)
+    monkeypatch.setenv(f"FLASH_EXPERTS_{name.upper()}_URL", "http://127.0.0.1:9")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert read_live(name, downloader, NOW + timedelta(hours=1)) == first
+    with pytest.warns(UserWarning, match=r"no connection .* cards of 2026-11-02 serve, from the cache") as said:
+        assert read_live(name, downloader, NOW + timedelta(days=9)) == first
+    assert "\n" not in str(said[0].message)
+
+
+@pytest.mark.parametrize(("name", "title"), [("scryfall", "Scryfall"), ("mtgjson", "MTGJSON")])
+def test_without_network_and_cache_the_embedded_source_is_named(
+    server: TestServer, downloader: Downloader, monkeypatch: pytest.MonkeyPatch, name: str, title: str
+) -> None:
+    monkeypatch.setenv(f"FLASH_EXPERTS_{name.upper()}_URL", "http://127.0.0.1:9")
+    with pytest.raises(ValueError, match=rf"no cards from {title}: .*no connection.*--source embedded") as raised:
+        read_live(name, downloader, NOW)
+    assert "\n" not in str(raised.value)
+
+
+PAGE = b"<!DOCTYPE html><html><body>Please log in</body></html>"
+GOOD = jsonl([scryfall_card(name) for name in new_names(50)])
+
+
+@pytest.mark.parametrize(
+    ("data", "error"),
+    [
+        (GOOD[:-200], "its gzip is damaged"),
+        (GOOD[:-8] + bytes(8), "its gzip is damaged: CRC check failed"),
+        (GOOD[:500] + bytes(20) + GOOD[520:], "its gzip is damaged"),
+        (PAGE, "it is a web page"),
+        (gzip.compress(b'{"name": "Zz'), "it is no JSON"),
+        (gzip.compress(b'{"object": "error"}\n'), r"its line 1 is not as expected \(KeyError"),
+        (gzip.compress(b"[" * 50_000), "it is no JSON"),
+        (gzip.compress(b""), "it holds no cards"),
+        (b"", "it holds no cards"),
+        (gzip.compress(b"\xff\xfe\xfd\n"), "it is no JSON"),
+    ],
+)
+def test_damaged_files_are_fetched_twice_and_then_named(
+    server: TestServer, downloader: Downloader, tmp_path: Path, data: bytes, error: str
+) -> None:
+    index(server, data)
+    with pytest.raises(ValueError, match=error) as raised:
+        read_live("scryfall", downloader, NOW)
+    assert "\n" not in str(raised.value) and FILE in str(raised.value)
+    assert len(server.asked(FILE)) == 2
+    assert [path.name for path in (tmp_path / "cache/scryfall").iterdir()] == [".lock"], "nothing half-written"
+    server.serve(FILE, Reply(data, headers={"ETag": '"x"'}), Reply(GOOD, headers={"ETag": '"x"'}))
+    assert len(read_live("scryfall", downloader, NOW).rows) == 50, "the second time it is whole"
+
+
+def test_a_damaged_file_does_not_replace_a_good_one(server: TestServer, downloader: Downloader) -> None:
+    index(server, GOOD)
+    first = read_live("scryfall", downloader, NOW)
+    index(server, GOOD[:-9], "2026-11-05T09:00:00Z")
+    with pytest.warns(UserWarning, match="damaged.*cards of 2026-11-02 serve"):
+        assert read_live("scryfall", downloader, NOW + timedelta(days=3)) == first
+
+
+def test_a_dropped_connection_is_resumed(server: TestServer, downloader: Downloader) -> None:
+    index(server, GOOD)
+    tag = {"ETag": '"x"'}
+    server.serve(FILE, Reply(GOOD, headers=tag, cut=len(GOOD) // 2), Reply(GOOD, headers=tag))
+    assert len(read_live("scryfall", downloader, NOW).rows) == 50
+    assert server.asked(FILE)[1]["range"] == f"bytes={len(GOOD) // 2}-"
+
+
+def test_what_unpacks_to_too_much_is_refused(
+    server: TestServer, downloader: Downloader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index(server, gzip.compress(b"\n" * 10**6))
+    monkeypatch.setattr(unpack, "MAX_UNPACKED_BYTES", 10**5)
+    with pytest.raises(ValueError, match="it unpacks to more than 100,000 bytes"):
+        read_live("scryfall", downloader, NOW)
+    monkeypatch.setattr(unpack, "MAX_UNPACKED_BYTES", 10**7)
+    monkeypatch.setattr(unpack, "MAX_LINE_BYTES", 10**5)
+    index(server, gzip.compress(b"x" * 10**6), "later")
+    with pytest.raises(ValueError, match="its line 1 has more than 100,000 bytes"):
+        read_live("scryfall", downloader, NOW)
+
+
+@pytest.mark.parametrize(
+    ("body", "error"),
+    [
+        (PAGE, "names no file of oracle_cards .a web page: does the network ask for a login"),
+        (b'{"data": []}', "names no file of oracle_cards"),
+        (b'{"data": [{"type": "oracle_cards", "updated_at": "x"}]}', "names no file of oracle_cards"),
+        (b"[" * 10_000, "names no file of oracle_cards"),
+        (
+            b'{"data": [{"type": "oracle_cards", "updated_at": "x", "jsonl_download_uri": "file:///etc/passwd"}]}',
+            "leads to 'file:/+etc/passwd': only https and http are followed",
+        ),
+    ],
+)
+def test_an_index_that_is_none(server: TestServer, downloader: Downloader, body: bytes, error: str) -> None:
+    server.serve("/bulk-data", Reply(body))
+    with pytest.raises(ValueError, match=error):
+        read_live("scryfall", downloader, NOW)
+
+
+def test_a_wrong_checksum_is_asked_for_again(server: TestServer, downloader: Downloader, tmp_path: Path) -> None:
+    body = mtgjson(server, {name: [atomic_card(name)] for name in new_names(5)})
+    path = "/api/v5/AtomicCards.json.gz"
+    wrong, right = Reply(b"0" * 64), Reply(hashlib.sha256(body).hexdigest().encode() + b"  AtomicCards.json.gz\n")
+    server.serve(f"{path}.sha256", wrong)
+    with pytest.raises(ValueError, match=r"AtomicCards\.json\.gz: its SHA-256 is [0-9a-f]{12}\.\.\., not 000000000000"):
+        read_live("mtgjson", downloader, NOW)
+    assert not list((tmp_path / "cache/mtgjson").glob("Atomic*")), "what is wrong is not kept"
+    server.serve(f"{path}.sha256", wrong, right)
+    assert len(read_live("mtgjson", downloader, NOW).rows) == 5
+    server.serve(f"{path}.sha256", Reply(PAGE))
+    with pytest.warns(UserWarning, match="no checksum, but '<!DOCTYPE html>"):
+        read_live("mtgjson", downloader, NOW + timedelta(days=2))
+
+
+@pytest.mark.parametrize("document", [{"data": {"X": [{"name": 1}]}}, {"data": 3}, {"meta": {"version": "1"}}, []])
+def test_mtgjson_of_another_shape(server: TestServer, downloader: Downloader, document: Any) -> None:
+    mtgjson(server, {})
+    body = gzip.compress(json.dumps(document).encode())
+    server.serve("/api/v5/AtomicCards.json.gz", Reply(body))
+    server.serve("/api/v5/AtomicCards.json.gz.sha256", Reply(hashlib.sha256(body).hexdigest().encode()))
+    with pytest.raises(ValueError, match=r"AtomicCards\.json\.gz: it") as raised:
+        read_live("mtgjson", downloader, NOW)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("spoil", ["file", "manifest"])
+def test_a_damaged_cache_is_fetched_anew(
+    server: TestServer, downloader: Downloader, tmp_path: Path, spoil: str
+) -> None:
+    index(server, GOOD)
+    first = read_live("scryfall", downloader, NOW)
+    pattern = "oracle_cards-*" if spoil == "file" else "manifest.json"
+    (path,) = (tmp_path / "cache/scryfall").glob(pattern)
+    path.write_bytes(path.read_bytes()[:-3])
+    assert read_live("scryfall", downloader, NOW) == first
+    assert len(server.asked(FILE)) == 2
+
+
+# ------------------------------------------------------------------------------------------------ prepare
+
+
+def scryfall_of_the_table(first: int, last: int) -> list[dict[str, Any]]:
+    """Real names from the embedded table as Scryfall tells them, with rarities."""
+    rarities = ("common", "uncommon", "rare", "mythic")
+    return [
+        scryfall_card(row.name, row.type_line, row.mana_cost, colors=list(row.colors or ""), rarity=rarities[n % 4])
+        for n, row in enumerate(read_embedded().rows[first:last])
+        if row.layout == "normal"
+    ]
+
+
+def test_prepare_from_scryfall_and_what_changed_since(
+    server: TestServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    beside = [scryfall_card("Zzyrt Elf", "Token Creature — Elf", "", layout="token", set_type="token")]
+    old, new = new_names(3, seed=1), new_names(2, seed=2)
+    cards = [*scryfall_of_the_table(5000, 6000), *beside]
+    index(server, jsonl([*cards, *map(scryfall_card, old)]))
+    out = tmp_path / "out"
+    command = ["prepare", "--source", "scryfall", "--out", str(out)]
+    assert main(command) == 0
+    said = capsys.readouterr()
+    assert "source: scryfall, 2026-11-02T09:00:00Z" in said.out and said.err == ""
+    meta = json.loads((out / "meta.json").read_text("utf-8"))
+    assert meta["dropped"]["token"] == 1 and meta["changes"] is None and meta["source"] == "scryfall"
+    train = load_split(out, "train")
+    assert {card.rarity for card in train} == {"common", "uncommon", "rare", "mythic"}
+    assert Attributes.of(train[0]).prompt().endswith(f", {train[0].rarity}:")
+    assert train[0].released == "2026-02-06" and train[0].set_code == "ABC"
+    known = (out / "known_names.txt").read_text("utf-8").splitlines()
+    assert set(old) <= set(known) and "Zzyrt Elf" not in known, "a token's name is free"
+
+    before = {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in out.iterdir()}
+    assert main(command) == 0
+    assert "nothing to do" in capsys.readouterr().out
+    assert before == {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in out.iterdir()}
+
+    monkeypatch.setenv("FLASH_EXPERTS_CACHE", str(tmp_path / "other"))
+    index(server, jsonl([*cards, *map(scryfall_card, old[1:] + new)]), "2026-11-05T09:00:00Z", "/file/new")
+    assert main(command) == 0
+    said = capsys.readouterr()
+    assert "changed since scryfall, 2026-11-02T09:00:00Z: 2 names added" in said.out
+    assert f"1 names removed ({old[0]})" in said.out
+    changes = json.loads((out / "meta.json").read_text("utf-8"))["changes"]
+    assert changes["added_names"] == sorted(new) and changes["removed_names"] == [old[0]]
+    assert (changes["added"], changes["removed"], changes["names_before"]) == (2, 1, meta["names"])
+    assert prepare("scryfall", out)["up_to_date"], "what the last change was stays written"
+    (out / "test.jsonl").write_text("", encoding="utf-8")
+    assert prepare("scryfall", out)["changes"] == changes, "a repair is no change"
+
+
+def test_prepare_without_a_network_is_one_line(
+    server: TestServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FLASH_EXPERTS_MTGJSON_URL", "http://127.0.0.1:9")
+    monkeypatch.setattr("flash_experts.data.download.time.sleep", lambda _: None)
+    monkeypatch.setattr("flash_experts.data.live.Downloader", lambda: Downloader(sleep=lambda _: None))
+    assert main(["prepare", "--source", "mtgjson", "--out", str(tmp_path / "out")]) == 1
+    said = capsys.readouterr()
+    assert said.out == "" and len(said.err.splitlines()) == 1 and "--source embedded" in said.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_live_sources_are_known_by_name(server: TestServer) -> None:
+    with pytest.raises(ValueError, match="unknown source 'scryfal': did you mean 'scryfall'"):
+        load_source("scryfal")
+    index(server, GOOD)
+    assert load_source("scryfall").name == "scryfall"
+
+
+def test_reading_tells_where_it_broke(tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(GOOD[:100])
+    with pytest.raises(DamagedError), unpack.unpacked(tmp_path / "x") as file:
+        list(unpack.json_lines(file))
