@@ -257,6 +257,15 @@ def test_decoding_splits_the_keys(kind: str, queries: int) -> None:
             torch.testing.assert_close(ours[1].double(), truth[1], atol=5e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("wanted", [0, 1, 2])
+def test_one_query_against_a_long_cache_still_has_gradients(wanted: int) -> None:
+    """Decoding has none: a call that wants one, be it of the values alone, goes the other way."""
+    qkv = [x.detach().requires_grad_(i == wanted) for i, x in enumerate(make((1, 1, 1, 16), *[(1, 140, 1, 16)] * 2))]
+    ours, truth = attention(*qkv, CAUSAL)[0], oracle(*qkv, CAUSAL)[0]
+    mine, expected = (gradients(out, [qkv[wanted]])[0] for out in (ours, truth))
+    torch.testing.assert_close(mine, expected, atol=1e-5, rtol=1e-4)
+
+
 class TestOnAGpu:
     """The ranges of flash-attn's own tests."""
 

@@ -240,7 +240,7 @@ def attention(
         out (B, S_q, H, C), contiguous, dtype of q; log-sum-exp of the scores (B, H, S_q) float32, which carries no
         gradient. A query that sees no key gets zeros and minus infinity.
     """
-    if flash_decode_triton.suits(q_BSHC, k_BSGC, options):
+    if flash_decode_triton.suits(q_BSHC, k_BSGC, v_BSGC, options):
         return flash_decode_triton.decode(q_BSHC, k_BSGC, v_BSGC, options, k_lengths_B)
     q, k, v = map(_with_dense_rows, (q_BSHC, k_BSGC, v_BSGC))
     out, lse = _attention_forward(

@@ -155,10 +155,10 @@ def _empty_outputs(q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(B, H, S_q, dtype=torch.float32)
 
 
-def suits(q_BSHC: torch.Tensor, k_BSGC: torch.Tensor, options: AttentionOptions) -> bool:
+def suits(q_BSHC: torch.Tensor, k_BSGC: torch.Tensor, v_BSGC: torch.Tensor, options: AttentionOptions) -> bool:
     """Whether this is the better way: few queries, more keys than one program should read, and no gradient wanted."""
     rows = q_BSHC.shape[1] * (q_BSHC.shape[2] // k_BSGC.shape[2])
-    wanted = torch.is_grad_enabled() and (q_BSHC.requires_grad or k_BSGC.requires_grad)
+    wanted = torch.is_grad_enabled() and any(x.requires_grad for x in (q_BSHC, k_BSGC, v_BSGC))
     return 0 < rows <= MAX_ROWS and k_BSGC.shape[1] > 4 * _BLOCK_N and options.dropout == 0 and not wanted
 
 

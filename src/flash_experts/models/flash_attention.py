@@ -2,9 +2,8 @@
 
 Three kinds of input come here: a padded batch (with a mask where there is padding), one or more new queries against
 a KV cache, and a packed row, many names in one row, whose boundaries come as ``cu_seq_lens_q`` (or are read off
-``position_ids``). The first two go to PyTorch's fused scaled_dot_product_attention as they are. A packed row must not
-attend across names: its names are laid side by side, as long as the longest, for the attention alone. They are short,
-so that costs little; every other layer of the model still sees no padding.
+``position_ids``) and whose names must not attend to each other. A mask goes to PyTorch's scaled_dot_product_attention;
+the rest goes, without mask and without copy, to the backend that `flash_experts.models.attention_backends` chooses.
 
 Letters in the shapes: B batch, H heads, S length, T tokens of a packed row, N names in it, M length of the longest,
 C width of a head.
@@ -19,6 +18,10 @@ from torch.nn import functional as F
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from flash_experts.kernels.attention_options import AttentionOptions
+from flash_experts.models.attention_backends import attention, attention_varlen, choose_for_mask
+from flash_experts.models.moe_config import GPT2MoEConfig
 
 ATTENTION_IMPLEMENTATION = "fe_attention"  # a name with "flash" in it would be looked up on the hub
 
@@ -39,7 +42,7 @@ def fe_attention_forward(
     """Causal attention as transformers' blocks call it.
 
     Args:
-        module: the attention module (its ``is_causal`` is read for unpacked input).
+        module: the attention module. Read of it: ``is_causal`` for unpacked input, and ``config.attention_backend``.
         query: (B, H, S, C); key and value (B, H, S_k, C).
         key: see ``query``.
         value: see ``query``.
@@ -53,52 +56,77 @@ def fe_attention_forward(
 
     Returns:
         (B, S, H, C), and None for the weights, which are never formed.
+
+    Raises:
+        ValueError: a packed row with a batch or a cache, or a forced backend that cannot do the call.
     """
+    backend = _configured_backend(module)
     if cu_seq_lens_q is None and attention_mask is None and query.shape[2] == key.shape[2] > 1:
         cu_seq_lens_q = _packed_starts(position_ids, query)
-    if cu_seq_lens_q is None:
+    if cu_seq_lens_q is not None:
+        return _packed(query, key, value, cu_seq_lens_q, max_length_q, scaling, dropout, backend), None
+    if attention_mask is not None or _asks_more(kwargs):
+        choose_for_mask(backend, query.device.type, query.dtype)
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
+    S = query.shape[2]
+    is_causal = kwargs.get("is_causal")
+    if is_causal is None:
+        is_causal = module.is_causal
+    if is_causal and 1 < S < key.shape[2]:
+        # The first tokens of a static cache: what lies after them is not written yet.
+        key, value = key[:, :, :S], value[:, :, :S]
+    options = _options(query, -1 if not is_causal else 0, scaling, dropout)
+    out_BSHC, _ = attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), options, backend=backend)
+    return out_BSHC, None
+
+
+def _packed(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cu_seq_lens: torch.Tensor,
+    max_length: int | None,
+    scaling: float | None,
+    dropout: float,
+    backend: str,
+) -> torch.Tensor:
+    """(1, H, T, C) three times to (1, T, H, C), each name attending to itself alone."""
     if query.shape[0] != 1 or query.shape[2] != key.shape[2]:
         raise ValueError(
             f"a packed row has batch size 1 and no KV cache, but query is {tuple(query.shape)} and key "
             f"{tuple(key.shape)}: pass use_cache=False and one row"
         )
-    if max_length_q is None:
-        max_length_q = int(cu_seq_lens_q.diff().max())
-    return _packed_attention(query, key, value, cu_seq_lens_q, max_length_q, scaling, dropout), None
-
-
-def _packed_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    cu_seq_lens: torch.Tensor,
-    max_length: int,
-    scaling: float | None,
-    dropout: float,
-) -> torch.Tensor:
-    """(1, H, T, C) three times to (1, T, H, C), each name attending to itself alone.
-
-    Padding lies after each name's end. A causal query never looks that far, so no mask is needed.
-    """
-    num_names, total = cu_seq_lens.numel() - 1, query.shape[2]
-    lengths_N = cu_seq_lens.diff()
-    name_T = torch.repeat_interleave(torch.arange(num_names, device=query.device), lengths_N, output_size=total)
-    # Where token t of the row lies among N * M places.
-    place_T = torch.arange(total, device=query.device) + (max_length * name_T - cu_seq_lens[name_T])
-
-    def unpack(x_1HTC: torch.Tensor) -> torch.Tensor:
-        H, C = x_1HTC.shape[1], x_1HTC.shape[3]
-        padded = x_1HTC.new_zeros(num_names * max_length, H, C)
-        padded = padded.index_copy(0, place_T, x_1HTC[0].transpose(0, 1))
-        return padded.view(num_names, max_length, H, C).transpose(1, 2)
-
-    out_NHMC = F.scaled_dot_product_attention(
-        unpack(query), unpack(key), unpack(value), dropout_p=dropout, is_causal=True, scale=scaling
+    if max_length is None:
+        max_length = int(cu_seq_lens.diff().max())
+    q_THC, k_THC, v_THC = (x[0].transpose(0, 1) for x in (query, key, value))
+    options = _options(query, 0, scaling, dropout)
+    out_THC, _ = attention_varlen(
+        q_THC, k_THC, v_THC, cu_seq_lens, cu_seq_lens, max_length, max_length, options, backend=backend
     )
-    return out_NHMC.transpose(1, 2).flatten(0, 1)[place_T][None]
+    return out_THC[None]
+
+
+def _options(query: torch.Tensor, right: int, scaling: float | None, dropout: float) -> AttentionOptions:
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if dropout == 0:
+        return AttentionOptions(scale, right=right)
+    # Drawn on the device, without a wait for it; torch.manual_seed and activation checkpointing replay it.
+    seed = torch.randint(2**63 - 1, (1,), device=query.device)
+    return AttentionOptions(scale, right=right, dropout=dropout, seed=seed)
+
+
+def _configured_backend(module: torch.nn.Module) -> str:
+    """What the model's configuration says; a dense GPT-2's says nothing."""
+    config = getattr(module, "config", None)
+    return config.attention_backend if isinstance(config, GPT2MoEConfig) else "auto"
+
+
+def _asks_more(kwargs: dict[str, Any]) -> bool:
+    """Whether transformers asks for what only its own SDPA function does or refuses: other models than GPT-2 do."""
+    more = ("position_bias", "softcap", "sliding_window", "cache")
+    return bool(kwargs.get("output_attentions")) or any(kwargs.get(name) is not None for name in more)
 
 
 def _packed_starts(position_ids: torch.Tensor | None, query: torch.Tensor) -> torch.Tensor | None:

@@ -1,0 +1,327 @@
+"""Flash attention in plain PyTorch, tile by tile, to be read beside the papers.
+
+Dao et al. 2022, "FlashAttention", and Dao 2023, "FlashAttention-2" (Algorithms 1 and 2 there). Attention is
+``softmax(scale * q k^T) v``. The matrix of scores has S_q * S_k entries and is never formed: a tile of it is made,
+used and forgotten. Three ideas make that possible.
+
+1. Online softmax (`_forward_tile`). Going through the keys, each query keeps the maximum of its scores so far, the
+   sum of exp(score - maximum), and the weighted sum of the values. When a new tile raises the maximum, what was
+   summed before is multiplied by exp(old maximum - new maximum), and all is as if the new one had been known.
+2. One number per query, the log-sum-exp of its scores (LSE), gives back any weight: exp(score - LSE). The backward
+   (`_backward_tile`) makes each tile again from q, k and LSE instead of reading a stored matrix.
+3. The softmax's gradient needs ``sum_j weight_ij * dweight_ij``, a sum over a whole row, before the first tile of
+   that row. It equals ``sum_c dout_ic * out_ic`` (delta), which needs no matrix at all.
+
+A tile that no query of it may see is not computed (`_Mask.keys_seen`, `_Mask.queries_seeing`), and a tile that all of
+them see whole needs no mask: causal attention costs half.
+
+Letters in the shapes: B sequences, S length, H query heads, G key/value heads, R = H / G query heads that share a
+key/value head, C width of a head, M queries of a tile, N keys of a tile, T tokens of a packed row.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from flash_experts.kernels.attention_options import AttentionOptions
+from flash_experts.kernels.philox import dropout_keep_mask
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """Sequences of one length: a whole batch, one row with its own number of keys, or one packed document."""
+
+    batch: slice
+    queries: slice
+    keys: slice
+    first: int  # number of the first sequence, for its slopes and its dropout
+
+    def sequences(self) -> range:
+        return range(self.first, self.first + self.batch.stop - self.batch.start)
+
+
+@dataclass(frozen=True, slots=True)
+class _Mask:
+    """Query i sees the keys from i + offset - left to i + offset + right; infinities where there is no limit."""
+
+    num_queries: int
+    num_keys: int
+    left: float
+    right: float
+
+    @classmethod
+    def of(cls, part: _Part, options: AttentionOptions) -> _Mask:
+        left, right = (math.inf if limit < 0 else limit for limit in (options.left, options.right))
+        return cls(part.queries.stop - part.queries.start, part.keys.stop - part.keys.start, left, right)
+
+    @property
+    def offset(self) -> int:
+        """The last query's place is the last key."""
+        return self.num_keys - self.num_queries
+
+    def keys_seen(self, queries: range) -> range:
+        """The interval of keys that some of these queries see."""
+        first = max(0, queries.start + self.offset - self.left)
+        last = min(self.num_keys - 1, queries.stop - 1 + self.offset + self.right)
+        return range(int(first), int(last) + 1)
+
+    def queries_seeing(self, keys: range) -> range:
+        """The interval of queries that see some of these keys."""
+        first = max(0, keys.start - self.offset - self.right)
+        last = min(self.num_queries - 1, keys.stop - 1 - self.offset + self.left)
+        return range(int(first), int(last) + 1)
+
+    def is_full(self, queries: range, keys: range) -> bool:
+        """Whether each of these queries sees each of these keys."""
+        sees_first = keys.start >= queries.stop - 1 + self.offset - self.left
+        sees_last = keys.stop - 1 <= queries.start + self.offset + self.right
+        return sees_first and sees_last
+
+
+def _tiles(positions: range, size: int) -> Iterator[range]:
+    for start in range(positions.start, positions.stop, size):
+        yield range(start, min(start + size, positions.stop))
+
+
+class _Scores:
+    """Makes tiles of the scores of one part, the same in the forward and in the backward."""
+
+    def __init__(self, part: _Part, options: AttentionOptions, heads: int, groups: int):
+        self.part, self.options, self.heads, self.groups = part, options, heads, groups
+        self.mask = _Mask.of(part, options)
+
+    def tile(
+        self, q_BGRMC: torch.Tensor, k_BGNC: torch.Tensor, queries: range, keys: range
+    ) -> tuple[torch.Tensor, torch.Tensor | float]:
+        """Scores (B, G, R, M, N), -inf where a query must not look, and their derivative by ``q k^T``."""
+        options = self.options
+        score_BGRMN = options.scale * torch.einsum("bgrmc,bgnc->bgrmn", q_BGRMC, k_BGNC)
+        derivative: torch.Tensor | float = options.scale
+        if options.softcap > 0:
+            capped_BGRMN = torch.tanh(score_BGRMN / options.softcap)
+            score_BGRMN = options.softcap * capped_BGRMN
+            derivative = options.scale * (1 - capped_BGRMN**2)
+        is_full = self.mask.is_full(queries, keys)
+        if is_full and options.alibi_slopes is None:
+            return score_BGRMN, derivative
+        place_M = torch.arange(queries.start, queries.stop, device=q_BGRMC.device) + self.mask.offset
+        distance_MN = place_M[:, None] - torch.arange(keys.start, keys.stop, device=q_BGRMC.device)
+        if options.alibi_slopes is not None:
+            slopes = self._slopes(options.alibi_slopes).to(score_BGRMN.dtype)
+            score_BGRMN = score_BGRMN - slopes * distance_MN.abs()
+        if not is_full:
+            visible_MN = (distance_MN <= self.mask.left) & (distance_MN >= -self.mask.right)
+            score_BGRMN = score_BGRMN.masked_fill(~visible_MN, -math.inf)
+        return score_BGRMN, derivative
+
+    def _slopes(self, slopes: torch.Tensor) -> torch.Tensor:
+        """(H,) or (B, H) of all sequences to (1 or B, G, R, 1, 1) of this part's."""
+        if slopes.dim() == 2:
+            slopes = slopes[self.part.sequences().start : self.part.sequences().stop]
+        return slopes.reshape(-1, self.groups, self.heads // self.groups, 1, 1)
+
+    def drop(self, weight_BGRMN: torch.Tensor, queries: range, keys: range) -> torch.Tensor:
+        """The weights (or their gradients) after dropout: 0 where it takes one, divided by 1 - p where it stays."""
+        p, seed = self.options.dropout, self.options.seed
+        if seed is None:
+            return weight_BGRMN
+        keep_BHMN = dropout_keep_mask(seed, self.part.sequences(), self.heads, queries, keys, p)
+        return weight_BGRMN * keep_BHMN.unflatten(1, (self.groups, -1)) / (1 - p)
+
+
+def _forward_tile(
+    scores: _Scores, q_BGRMC: torch.Tensor, k_BGSC: torch.Tensor, v_BGSC: torch.Tensor, queries: range, block_k: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """FlashAttention-2, Algorithm 1, for one tile of queries: its output and its log-sum-exp."""
+    out_BGRMC = torch.zeros_like(q_BGRMC)
+    sum_BGRM = q_BGRMC.new_zeros(q_BGRMC.shape[:-1])
+    max_BGRM = torch.full_like(sum_BGRM, -math.inf)
+    for keys in _tiles(scores.mask.keys_seen(queries), block_k):
+        k_BGNC, v_BGNC = (x[:, :, keys.start : keys.stop].to(q_BGRMC.dtype) for x in (k_BGSC, v_BGSC))
+        score_BGRMN, _ = scores.tile(q_BGRMC, k_BGNC, queries, keys)
+        new_max_BGRM = torch.maximum(max_BGRM, score_BGRMN.amax(-1))
+        # A query that saw no key yet has the maximum -inf. Any finite number serves instead: all its terms are 0.
+        shift_BGRM = new_max_BGRM.masked_fill(new_max_BGRM == -math.inf, 0)
+        weight_BGRMN = torch.exp(score_BGRMN - shift_BGRM[..., None])
+        rescale_BGRM = torch.exp(max_BGRM - shift_BGRM)
+        sum_BGRM = sum_BGRM * rescale_BGRM + weight_BGRMN.sum(-1)
+        kept_BGRMN = scores.drop(weight_BGRMN, queries, keys)
+        out_BGRMC = out_BGRMC * rescale_BGRM[..., None] + torch.einsum("bgrmn,bgnc->bgrmc", kept_BGRMN, v_BGNC)
+        max_BGRM = new_max_BGRM
+    saw_nothing_BGRM = sum_BGRM == 0
+    out_BGRMC = out_BGRMC / sum_BGRM.masked_fill(saw_nothing_BGRM, 1)[..., None]
+    return out_BGRMC, max_BGRM + torch.log(sum_BGRM)  # -inf for those that saw nothing
+
+
+def _backward_tile(
+    scores: _Scores,
+    q: dict[str, torch.Tensor],
+    k_BGNC: torch.Tensor,
+    v_BGNC: torch.Tensor,
+    keys: range,
+    block_q: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """FlashAttention-2, Algorithm 2, for one tile of keys: dk and dv; adds its part of dq where that belongs.
+
+    Args:
+        scores: of the part.
+        q: everything that belongs to queries, (B, G, R, S, C) or (B, G, R, S): q, dq, dout, delta, lse.
+        k_BGNC: the tile's keys.
+        v_BGNC: and values.
+        keys: their positions.
+        block_q: queries taken at once.
+    """
+    dk_BGNC, dv_BGNC = torch.zeros_like(k_BGNC), torch.zeros_like(v_BGNC)
+    for queries in _tiles(scores.mask.queries_seeing(keys), block_q):
+        rows = slice(queries.start, queries.stop)
+        q_BGRMC, dout_BGRMC = (q[name][:, :, :, rows].to(k_BGNC.dtype) for name in ("q", "dout"))
+        lse_BGRM, delta_BGRM = q["lse"][:, :, :, rows], q["delta"][:, :, :, rows]
+        score_BGRMN, derivative = scores.tile(q_BGRMC, k_BGNC, queries, keys)
+        weight_BGRMN = torch.exp(score_BGRMN - lse_BGRM.masked_fill(lse_BGRM == -math.inf, 0)[..., None])
+        dv_BGNC += torch.einsum("bgrmn,bgrmc->bgnc", scores.drop(weight_BGRMN, queries, keys), dout_BGRMC)
+        dkept_BGRMN = torch.einsum("bgrmc,bgnc->bgrmn", dout_BGRMC, v_BGNC)
+        dweight_BGRMN = scores.drop(dkept_BGRMN, queries, keys)
+        dscore_BGRMN = weight_BGRMN * (dweight_BGRMN - delta_BGRM[..., None]) * derivative
+        q["dq"][:, :, :, rows] += torch.einsum("bgrmn,bgnc->bgrmc", dscore_BGRMN, k_BGNC)
+        dk_BGNC += torch.einsum("bgrmn,bgrmc->bgnc", dscore_BGRMN, q_BGRMC)  # sums over the heads of the group
+    return dk_BGNC, dv_BGNC
+
+
+class _FlashAttention(torch.autograd.Function):
+    """(B, S, H, C) inputs, in parts; products and sums in float32, or float64 for float64 inputs."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q_BSHC: torch.Tensor,
+        k_BSGC: torch.Tensor,
+        v_BSGC: torch.Tensor,
+        options: AttentionOptions,
+        parts: list[_Part],
+        block_q: int,
+        block_k: int,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        H, G = q_BSHC.shape[2], k_BSGC.shape[2]
+        dtype = torch.promote_types(q_BSHC.dtype, torch.float32)
+        out_BSHC = torch.empty_like(q_BSHC, memory_format=torch.contiguous_format)
+        lse_BHS = q_BSHC.new_empty(q_BSHC.shape[0], H, q_BSHC.shape[1], dtype=dtype)
+        for part in parts:
+            scores = _Scores(part, options, H, G)
+            q, out = (_query_heads(x[part.batch, part.queries], G) for x in (q_BSHC, out_BSHC))
+            k, v = (x[part.batch, part.keys].transpose(1, 2) for x in (k_BSGC, v_BSGC))
+            lse = lse_BHS[part.batch, :, part.queries].unflatten(1, (G, -1))
+            for queries in _tiles(range(scores.mask.num_queries), block_q):
+                rows = slice(queries.start, queries.stop)
+                tile = _forward_tile(scores, q[:, :, :, rows].to(dtype), k, v, queries, block_k)
+                out[:, :, :, rows], lse[:, :, :, rows] = tile
+        ctx.save_for_backward(q_BSHC, k_BSGC, v_BSGC, out_BSHC, lse_BHS)
+        ctx.settings = options, parts, block_q, block_k
+        ctx.mark_non_differentiable(lse_BHS)
+        return out_BSHC, lse_BHS
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout_BSHC: torch.Tensor, _dlse: Any) -> tuple[torch.Tensor | None, ...]:
+        q_BSHC, k_BSGC, v_BSGC, out_BSHC, lse_BHS = ctx.saved_tensors
+        options, parts, block_q, block_k = ctx.settings
+        H, G = q_BSHC.shape[2], k_BSGC.shape[2]
+        dq_BSHC = torch.zeros_like(q_BSHC, dtype=lse_BHS.dtype)
+        dk_BSGC, dv_BSGC = torch.zeros_like(k_BSGC), torch.zeros_like(v_BSGC)
+        delta_BHS = torch.linalg.vecdot(dout_BSHC.to(lse_BHS.dtype), out_BSHC.to(lse_BHS.dtype)).transpose(1, 2)
+        for part in parts:
+            scores = _Scores(part, options, H, G)
+            of_queries = {
+                name: _query_heads(x[part.batch, part.queries], G)
+                for name, x in (("q", q_BSHC), ("dq", dq_BSHC), ("dout", dout_BSHC))
+            }
+            for name, x in (("lse", lse_BHS), ("delta", delta_BHS)):
+                of_queries[name] = x[part.batch, :, part.queries].unflatten(1, (G, -1))
+            k, v, dk, dv = (x[part.batch, part.keys].transpose(1, 2) for x in (k_BSGC, v_BSGC, dk_BSGC, dv_BSGC))
+            for keys in _tiles(range(scores.mask.num_keys), block_k):
+                columns = slice(keys.start, keys.stop)
+                k_BGNC, v_BGNC = (x[:, :, columns].to(lse_BHS.dtype) for x in (k, v))
+                dk[:, :, columns], dv[:, :, columns] = _backward_tile(scores, of_queries, k_BGNC, v_BGNC, keys, block_q)
+        return dq_BSHC.to(q_BSHC.dtype), dk_BSGC, dv_BSGC, None, None, None, None
+
+
+def _query_heads(x_BSHC: torch.Tensor, groups: int) -> torch.Tensor:
+    """A view (B, G, R, S, C): query head h is head h % R of those that share key/value head h // R."""
+    return x_BSHC.unflatten(2, (groups, -1)).permute(0, 2, 3, 1, 4)
+
+
+def attention(
+    q_BSHC: torch.Tensor,
+    k_BSGC: torch.Tensor,
+    v_BSGC: torch.Tensor,
+    options: AttentionOptions,
+    k_lengths_B: torch.Tensor | None = None,
+    *,
+    block_q: int = 64,
+    block_k: int = 64,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of a batch, differentiable in q, k and v (once); every option on every device.
+
+    Args:
+        q_BSHC: queries, (B, S_q, H, C), any float dtype and strides.
+        k_BSGC: keys, (B, S_k, G, C); query head h uses key/value head h // (H / G).
+        v_BSGC: values, likewise.
+        options: see `AttentionOptions`; S_q and S_k are aligned at their ends.
+        k_lengths_B: (B,) int32, keys of each row in use; the rest of the cache is ignored. Read on the host.
+        block_q: M, queries of a tile.
+        block_k: N, keys of a tile.
+
+    Returns:
+        (B, S_q, H, C) in the dtype of q, and the log-sum-exp of the scores, (B, H, S_q) float32 (float64 for float64
+        input), without gradient. A query that sees no key gets 0 and -inf.
+    """
+    (B, S_q), S_k = q_BSHC.shape[:2], k_BSGC.shape[1]
+    parts = [_Part(slice(0, B), slice(0, S_q), slice(0, S_k), 0)]
+    if k_lengths_B is not None:
+        lengths = enumerate(k_lengths_B.tolist())
+        parts = [_Part(slice(b, b + 1), slice(0, S_q), slice(0, length), b) for b, length in lengths]
+    return _FlashAttention.apply(q_BSHC, k_BSGC, v_BSGC, options, parts, block_q, block_k)
+
+
+def attention_varlen(
+    q_THC: torch.Tensor,
+    k_TGC: torch.Tensor,
+    v_TGC: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    options: AttentionOptions,
+    *,
+    block_q: int = 64,
+    block_k: int = 64,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of documents packed one after the other, each seeing itself alone; one by one, on the host's clock.
+
+    Args:
+        q_THC: queries of all documents, (T_q, H, C).
+        k_TGC: keys, (T_k, G, C).
+        v_TGC: values, likewise.
+        cu_seqlens_q: (N + 1,) int32, where each document starts in ``q_THC``, and T_q. Read on the host.
+        cu_seqlens_k: likewise for the keys.
+        max_seqlen_q: longest document's queries (the other kernels need it; this one does not).
+        max_seqlen_k: longest document's keys.
+        options: see `AttentionOptions`; slopes (N, H) where they differ by document.
+        block_q: queries of a tile.
+        block_k: keys of a tile.
+
+    Returns:
+        (T_q, H, C) in the dtype of q, and the log-sum-exp (H, T_q), as `attention`.
+    """
+    starts_q, starts_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+    parts = [
+        _Part(slice(0, 1), slice(*starts_q[n : n + 2]), slice(*starts_k[n : n + 2]), n)
+        for n in range(len(starts_q) - 1)
+    ]
+    out_1THC, lse_1HT = _FlashAttention.apply(q_THC[None], k_TGC[None], v_TGC[None], options, parts, block_q, block_k)
+    return out_1THC[0], lse_1HT[0]

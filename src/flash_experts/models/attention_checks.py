@@ -1,0 +1,169 @@
+"""What the functional attention API refuses, each with one line that says what to do. Nothing here waits for a device.
+
+Letters in the shapes: B batch, S length, H query heads, G key/value heads, C head dim, T tokens of a packed row, N
+documents in it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import torch
+
+from flash_experts.kernels.attention_options import AttentionOptions
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_MAX_HEAD_DIM = 256
+
+
+def check_new_keys(
+    k_cache: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seqlens: int | torch.Tensor | None
+) -> int | torch.Tensor:
+    """New keys and values fit the cache and have a place in it, which is returned."""
+    B, S_cache = k_cache.shape[:2]
+    if k.ndim != 4 or k.shape != v.shape or k.shape[0] != B or k.shape[2:] != k_cache.shape[2:]:
+        raise ValueError(
+            f"k {tuple(k.shape)} and v {tuple(v.shape)} do not fit the cache {tuple(k_cache.shape)}: only the second "
+            "dimension may differ"
+        )
+    if any(x.dtype != k_cache.dtype or x.device != k_cache.device for x in (k, v)):
+        raise ValueError("k and v must have the cache's dtype and device: convert them with .to(k_cache)")
+    if seqlens is None:
+        raise ValueError("new keys need a place: give cache_seqlens, the tokens that the cache holds before them")
+    if isinstance(seqlens, int) and seqlens + k.shape[1] > S_cache:
+        raise ValueError(f"{k.shape[1]} new keys after {seqlens} do not fit into a cache of {S_cache}: allocate more")
+    return seqlens
+
+
+def check_cache_seqlens(seqlens: int | torch.Tensor | None, cache: torch.Tensor) -> None:
+    if isinstance(seqlens, torch.Tensor):
+        if seqlens.dtype != torch.int32 or seqlens.shape != cache.shape[:1] or seqlens.device != cache.device:
+            raise ValueError(
+                f"cache_seqlens must be an int or an int32 tensor of shape ({cache.shape[0]},) on {cache.device}, not "
+                f"{seqlens.dtype} {tuple(seqlens.shape)} on {seqlens.device}"
+            )
+    elif seqlens is not None and not 0 <= seqlens <= cache.shape[1]:
+        raise ValueError(f"cache_seqlens is {seqlens}, but the cache has room for 0 to {cache.shape[1]} tokens")
+
+
+def refuse(function: str, **arguments: torch.Tensor | None) -> None:
+    for name, value in arguments.items():
+        if value is not None:
+            raise ValueError(f"{function} does not support {name}: leave it None")
+
+
+def unpacked(packed: torch.Tensor, name: str, layout: str, ndim: int) -> tuple[torch.Tensor, ...]:
+    """Views of the queries (of ``qkv``), keys and values in one tensor; their axis is the third from the end."""
+    if packed.ndim != ndim or packed.shape[-3] != len(name):
+        raise ValueError(f"{name} must be {layout}, not {tuple(packed.shape)}")
+    return packed.unbind(-3)
+
+
+def check_qkv(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: str, ndim: int) -> None:
+    """Shapes, dtypes and devices: nothing that waits for the device."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.ndim != ndim:
+            raise ValueError(f"{name} must be {layout}, not {tuple(x.shape)}")
+        if x.dtype not in _DTYPES:
+            raise ValueError(f"{name} is {x.dtype}: convert it to float16, bfloat16, float32 or float64")
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}: convert them to one dtype")
+    if not q.device == k.device == v.device:
+        raise ValueError(f"q, k, v are on {q.device}, {k.device}, {v.device}: move them to one device")
+    if k.shape != v.shape:
+        raise ValueError(f"k is {tuple(k.shape)} and v is {tuple(v.shape)}: make them equal")
+    if q.shape[-1] != k.shape[-1] or not 1 <= q.shape[-1] <= _MAX_HEAD_DIM:
+        raise ValueError(
+            f"q has head dim {q.shape[-1]}, k and v have {k.shape[-1]}: they must be equal, from 1 to {_MAX_HEAD_DIM}"
+        )
+    if not k.shape[-2] or q.shape[-2] % k.shape[-2]:
+        raise ValueError(
+            f"q has {q.shape[-2]} heads and k has {k.shape[-2]}: the heads of q must be a multiple of those of k"
+        )
+
+
+def check_documents(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+) -> int:
+    """N, the number of packed documents, after a look at how they are told."""
+    for name, max_seqlen in (("q", max_seqlen_q), ("k", max_seqlen_k)):
+        if isinstance(max_seqlen, torch.Tensor):
+            raise ValueError(f"max_seqlen_{name} is a tensor: pass a number (int(max_seqlen), once per batch)")
+    _check_lengths(cu_seqlens_q, q, max_seqlen_q, "q")
+    if cu_seqlens_k is not cu_seqlens_q or k.shape[0] != q.shape[0] or max_seqlen_k != max_seqlen_q:
+        _check_lengths(cu_seqlens_k, k, max_seqlen_k, "k")
+    if cu_seqlens_k is cu_seqlens_q and k.shape[0] != q.shape[0]:
+        raise ValueError(f"q has {q.shape[0]} tokens and k {k.shape[0]}: they cannot share one cu_seqlens")
+    if cu_seqlens_k.shape != cu_seqlens_q.shape:
+        raise ValueError(
+            f"cu_seqlens_q tells of {cu_seqlens_q.numel() - 1} documents and cu_seqlens_k of "
+            f"{cu_seqlens_k.numel() - 1}: give each document queries and keys, be it none"
+        )
+    return cu_seqlens_q.numel() - 1
+
+
+def _check_lengths(cu_seqlens: torch.Tensor, x: torch.Tensor, max_seqlen: int, name: str) -> None:
+    """Of one ``cu_seqlens``; its values are looked at only where that costs no wait for a device."""
+    if cu_seqlens.dtype != torch.int32 or cu_seqlens.ndim != 1 or not cu_seqlens.numel():
+        raise ValueError(
+            f"cu_seqlens_{name} must be int32 of shape (documents + 1,), not {cu_seqlens.dtype} "
+            f"{tuple(cu_seqlens.shape)}: pass .to(torch.int32)"
+        )
+    if cu_seqlens.device != x.device:
+        raise ValueError(f"cu_seqlens_{name} is on {cu_seqlens.device}, {name} on {x.device}: move it there")
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    starts = cu_seqlens.tolist()
+    lengths = [after - before for before, after in itertools.pairwise(starts)]
+    if starts[0] != 0 or starts[-1] != x.shape[0] or min(lengths, default=0) < 0:
+        raise ValueError(
+            f"cu_seqlens_{name} must go from 0 to the {x.shape[0]} tokens of {name} and never fall, but it starts "
+            f"with {starts[0]} and ends with {starts[-1]}"
+        )
+    if max(lengths, default=0) > max_seqlen:
+        raise ValueError(f"max_seqlen_{name} is {max_seqlen}, but a document has {max(lengths)} tokens: pass that")
+
+
+def make_options(
+    q: torch.Tensor,
+    batch: int,
+    dropout_p: float,
+    softmax_scale: float | None,
+    causal: bool,
+    window_size: tuple[int, int],
+    softcap: float,
+    alibi_slopes: torch.Tensor | None,
+) -> AttentionOptions:
+    """The arguments that all functions share, checked."""
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"dropout_p is {dropout_p}: give a probability of at least 0 and under 1")
+    if softcap < 0 or not math.isfinite(softcap):
+        raise ValueError(f"softcap is {softcap}: give a number of 0 (off) or more")
+    if len(window_size) != 2 or not all(isinstance(limit, int) for limit in window_size):
+        raise ValueError(f"window_size is {window_size}: give (left, right), -1 for no limit")
+    if alibi_slopes is not None:
+        H = q.shape[-2]
+        if alibi_slopes.shape not in ((H,), (batch, H)) or alibi_slopes.dtype != torch.float32:
+            raise ValueError(
+                f"alibi_slopes must be float32 of shape ({H},) or ({batch}, {H}), not {alibi_slopes.dtype} "
+                f"{tuple(alibi_slopes.shape)}"
+            )
+        if alibi_slopes.device != q.device:
+            raise ValueError(f"alibi_slopes is on {alibi_slopes.device}, q on {q.device}: move it there")
+    left, right = (max(limit, -1) for limit in window_size)
+    seed = torch.randint(2**63 - 1, (1,), device=q.device) if dropout_p > 0 else None
+    return AttentionOptions(
+        scale=q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale,
+        left=left,
+        right=0 if causal else right,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+        dropout=dropout_p,
+        seed=seed,
+    )
