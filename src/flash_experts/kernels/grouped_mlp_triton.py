@@ -1,0 +1,261 @@
+"""Every expert's two-layer MLP over the tokens sent to it, as one differentiable operation for GPUs.
+
+The same function as `flash_experts.kernels.grouped_mlp`, on the Triton programs of `grouped_gemm_triton`: two products
+forward, four backward, and between them only what they hand to each other. Nothing waits for the GPU, so it can be
+captured in a CUDA graph; as operators of PyTorch (``flash_experts::grouped_mlp``) it makes no break in a compiled one.
+
+Kept for the backward are the inputs and the hidden units before their activation, which is computed again.
+
+Letters in the shapes: T tokens, K experts per token, S = T * K pairs sorted by expert, E experts, D width, F hidden
+units of an expert.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import triton
+
+from flash_experts.kernels import grouped_gemm_triton as programs
+
+INTERPRETED: bool = triton.knobs.runtime.interpret
+# The activations that are fused, by the names of transformers.
+ACTIVATIONS = {
+    "gelu_new": programs.GELU_TANH.value,
+    "gelu_pytorch_tanh": programs.GELU_TANH.value,
+    "gelu_fast": programs.GELU_TANH.value,
+    "gelu": programs.GELU_ERF.value,
+    "relu": programs.RELU.value,
+    "silu": programs.SILU.value,
+    "swish": programs.SILU.value,
+}
+_SMALLEST_COLUMNS = 32 if INTERPRETED else 64  # the narrowest tile below
+
+
+def _tuned(program: Any, key: list[str], tiles: list[tuple[int, int, int, int, int]]) -> Any:
+    """A program with the settings (BLOCK_M, BLOCK_N, BLOCK_I, warps, stages) that it is to try."""
+    if INTERPRETED:
+        tiles = [(32, 32, 32, 4, 1)]
+    configs = [
+        triton.Config({"BLOCK_M": m, "BLOCK_N": n, "BLOCK_I": i}, num_warps=warps, num_stages=stages)
+        for m, n, i, warps, stages in tiles
+    ]
+    return triton.autotune(configs, key=key, cache_results=True)(program)
+
+
+_ROW_TILES = [
+    (128, 256, 64, 8, 3), (128, 128, 64, 8, 3), (128, 128, 64, 4, 4), (64, 256, 64, 4, 4), (64, 128, 64, 4, 4),
+    (64, 64, 64, 4, 4),
+]  # fmt: skip
+_WEIGHT_TILES = [
+    (128, 256, 64, 8, 3), (256, 128, 64, 8, 3), (128, 128, 64, 8, 3), (128, 128, 64, 4, 4), (64, 128, 64, 4, 4),
+    (64, 64, 64, 4, 3),
+]  # fmt: skip
+_UP = _tuned(programs.up_program, ["size_i", "size_n", "ROWS_BUCKET"], _ROW_TILES)
+_DOWN = _tuned(programs.down_program, ["size_i", "size_n", "GATED", "ROWS_BUCKET"], _ROW_TILES)
+_HIDDEN_GRADIENT = _tuned(programs.hidden_gradient_program, ["size_i", "size_n", "ROWS_BUCKET"], _ROW_TILES[1:])
+_WEIGHT_GRADIENT = _tuned(programs.weight_gradient_program, ["size_a", "size_b", "ROWS_BUCKET"], _WEIGHT_TILES)
+
+
+def _rows_bucket(rows: int) -> int:
+    """What the choice of tiles knows of the number of rows."""
+    return min(triton.next_power_of_2(max(rows, 16)), 2**16)
+
+
+def _launch_rows(program: Any, x: torch.Tensor, w_EIN: torch.Tensor, rows: int, *tensors: Any, **flags: Any) -> None:
+    """A program over tiles of rows: ``tensors`` are its first arguments, up to E."""
+    E, size_i, size_n = w_EIN.shape
+
+    def grid(meta: dict[str, Any]) -> tuple[int]:  # each expert's last tile may be a part of one
+        return ((triton.cdiv(rows, meta["BLOCK_M"]) + min(E, rows)) * triton.cdiv(size_n, meta["BLOCK_N"]),)
+
+    if rows:
+        program[grid](
+            *tensors, size_i, size_n, x.stride(0), *w_EIN.stride(), ROWS_BUCKET=_rows_bucket(rows),
+            BLOCK_E=max(triton.next_power_of_2(E), 2), EVEN=size_i % 64 == 0,
+            UPCAST=INTERPRETED and x.dtype == torch.bfloat16, **flags,
+        )  # fmt: skip
+
+
+def _sorted_pairs(experts_TK: torch.Tensor, E: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Pairs t * K + k in the order of their experts (S,), their tokens (S,), each expert's start (E + 1,); int32."""
+    expert_S, pair_S = experts_TK.reshape(-1).sort(stable=True)
+    starts = torch.searchsorted(expert_S, torch.arange(E + 1, device=expert_S.device, dtype=expert_S.dtype))
+    pair_S = pair_S.to(torch.int32)
+    return pair_S, pair_S // experts_TK.shape[1], starts.to(torch.int32)
+
+
+@torch.library.custom_op("flash_experts::grouped_mlp", mutates_args=())
+def _forward(
+    x: torch.Tensor,
+    experts: torch.Tensor,
+    gates: torch.Tensor,
+    up: torch.Tensor,
+    up_bias: torch.Tensor,
+    down: torch.Tensor,
+    down_bias: torch.Tensor,
+    activation: int,
+    keep: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """out (T, D), hidden (S, F) if ``keep`` else empty, pairs (S,), their tokens (S,), starts of experts (E + 1,)."""
+    (T, K), (E, D, F) = experts.shape, up.shape
+    pair, token, starts = _sorted_pairs(experts, E)
+    act = x.new_empty(T * K, F)
+    hidden = x.new_empty(T * K if keep else 0, F)
+    _launch_rows(_UP, x, up, T * K, x, up, up_bias, token, starts, hidden, act, E, ACTIVATION=activation, KEEP=keep)
+    y_pairs = x.new_zeros(T * K, D)  # a pair whose expert is E, dropped, adds nothing
+    _launch_rows(_DOWN, act, down, T * K, act, down, down_bias, gates, pair, starts, y_pairs, E, GATED=True)
+    return _over_experts(y_pairs, K), hidden, pair, token, starts
+
+
+@_forward.register_fake
+def _(x: torch.Tensor, experts: torch.Tensor, gates: torch.Tensor, up: torch.Tensor, *others: Any) -> Any:
+    pairs, keep = experts.numel(), others[-1]
+    index = x.new_empty(pairs, dtype=torch.int32)
+    starts = x.new_empty(up.shape[0] + 1, dtype=torch.int32)
+    hidden = x.new_empty(pairs if keep else 0, up.shape[2])
+    return x.new_empty(x.shape), hidden, index, torch.empty_like(index), starts
+
+
+def _over_experts(pairs_PD: torch.Tensor, K: int) -> torch.Tensor:
+    """(T * K, D) in the tokens' order to the sums (T, D)."""
+    return pairs_PD if K == 1 else pairs_PD.view(-1, K, pairs_PD.shape[1]).sum(1)
+
+
+@torch.library.custom_op("flash_experts::grouped_mlp_backward", mutates_args=())
+def _backward_op(
+    dout: torch.Tensor,
+    x: torch.Tensor,
+    experts: torch.Tensor,
+    gates: torch.Tensor,
+    up: torch.Tensor,
+    down: torch.Tensor,
+    down_bias: torch.Tensor,
+    hidden: torch.Tensor,
+    pair: torch.Tensor,
+    token: torch.Tensor,
+    starts: torch.Tensor,
+    activation: int,
+    weights_too: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """dx, dgates, and, unless the weights are frozen, the gradients of up, its bias, down, its bias."""
+    (T, K), (E, D, F) = experts.shape, up.shape
+    dout = dout.contiguous()
+    dhidden, gated_act = torch.empty_like(hidden), torch.empty_like(hidden)
+    dgate_parts = dout.new_zeros(triton.cdiv(F, _SMALLEST_COLUMNS), T * K, dtype=torch.float32)
+    _launch_rows(
+        _HIDDEN_GRADIENT, dout, down.transpose(1, 2), T * K,
+        dout, down, hidden, gates, token, pair, starts, dhidden, gated_act, dgate_parts, E, T * K,
+        ACTIVATION=activation,
+    )  # fmt: skip
+    dgates = torch.zeros_like(gates, dtype=torch.float32)
+    dgates.view(-1)[pair.long()] = dgate_parts.sum(0)
+    of_bias = (dout @ down_bias.T).float().gather(1, experts.clamp(max=E - 1))
+    dgates += torch.where(experts < E, of_bias, 0)
+    dx_pairs = dout.new_zeros(T * K, D)
+    _launch_rows(
+        _DOWN, dhidden, up.transpose(1, 2), T * K, dhidden, up, down_bias, gates, pair, starts, dx_pairs, E, GATED=False
+    )
+    gradients = _weight_gradients(dout, x, gates, up, down, dhidden, gated_act, pair, token, starts, weights_too)
+    return (_over_experts(dx_pairs, K), dgates.to(gates.dtype), *gradients)
+
+
+def _weight_gradients(
+    dout: torch.Tensor,
+    x: torch.Tensor,
+    gates: torch.Tensor,
+    up: torch.Tensor,
+    down: torch.Tensor,
+    dhidden: torch.Tensor,
+    gated_act: torch.Tensor,
+    pair: torch.Tensor,
+    token: torch.Tensor,
+    starts: torch.Tensor,
+    wanted: bool,
+) -> list[torch.Tensor]:
+    """Of up, its bias, down and its bias; empty tensors if they are not wanted."""
+    E, D, F = up.shape
+    if not wanted:
+        return [up.new_empty(0) for _ in range(4)]
+    dup, dup_bias = torch.empty_like(up), up.new_empty(E, F)
+    ddown, ddown_bias = torch.empty_like(down), up.new_empty(E, D)
+    index = (token, pair, gates, starts)
+    flags = {"ROWS_BUCKET": _rows_bucket(pair.numel()), "UPCAST": INTERPRETED and x.dtype == torch.bfloat16}
+    _WEIGHT_GRADIENT[_weight_grid(D, F, E)](
+        x, dhidden, *index, dup, dup_bias, D, F, GATHER_A=True, GATHER_B=False, **flags
+    )
+    _WEIGHT_GRADIENT[_weight_grid(F, D, E)](
+        gated_act, dout, *index, ddown, ddown_bias, F, D, GATHER_A=False, GATHER_B=True, **flags
+    )
+    return [dup, dup_bias, ddown, ddown_bias]
+
+
+def _weight_grid(size_a: int, size_b: int, E: int) -> Callable[[dict[str, Any]], tuple[int, int]]:
+    return lambda meta: (triton.cdiv(size_a, meta["BLOCK_M"]) * triton.cdiv(size_b, meta["BLOCK_N"]), E)
+
+
+@_backward_op.register_fake
+def _(
+    dout: torch.Tensor,
+    x: torch.Tensor,
+    experts: torch.Tensor,
+    gates: torch.Tensor,
+    up: torch.Tensor,
+    down: torch.Tensor,
+    *others: Any,
+) -> Any:
+    first = torch.empty_like(x), torch.empty_like(gates)
+    if not others[-1]:
+        return (*first, *[up.new_empty(0) for _ in range(4)])
+    E, D, F = up.shape
+    return (*first, torch.empty_like(up), up.new_empty(E, F), torch.empty_like(down), up.new_empty(E, D))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    x, experts, gates, up, _, down, down_bias, activation, keep = inputs
+    assert keep, "gradients need the hidden units"
+    ctx.save_for_backward(x, experts, gates, up, down, down_bias, *output[1:])
+    ctx.activation = activation
+
+
+def _backward(ctx: Any, dout: torch.Tensor, *others: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    weights_too = any(ctx.needs_input_grad[3:7])
+    dx, dgates, *weights = _backward_op(dout, *ctx.saved_tensors, ctx.activation, weights_too)
+    return dx, None, dgates, *(weights if weights_too else [None] * 4), None, None
+
+
+_forward.register_autograd(_backward, setup_context=_setup_context)
+
+
+def grouped_mlp(
+    x_TD: torch.Tensor,
+    experts_TK: torch.Tensor,
+    gates_TK: torch.Tensor,
+    up_EDF: torch.Tensor,
+    up_bias_EF: torch.Tensor,
+    down_EFD: torch.Tensor,
+    down_bias_ED: torch.Tensor,
+    activation: str,
+) -> torch.Tensor:
+    """``sum_k gates[t, k] * MLP_{experts[t, k]}(x[t])`` for each token t, differentiable in every float input.
+
+    Args:
+        x_TD: tokens, (T, D), float16, bfloat16 or float32, as all floats here. Products add up in float32.
+        experts_TK: chosen experts, (T, K) int64 in [0, E); E itself stands for none.
+        gates_TK: weights of the choices, (T, K).
+        up_EDF: first matrices, (E, D, F), with their biases (E, F).
+        up_bias_EF: biases of the first matrices.
+        down_EFD: second matrices, (E, F, D), with their biases (E, D).
+        down_bias_ED: biases of the second matrices.
+        activation: one of `ACTIVATIONS`.
+
+    Returns:
+        (T, D), dtype of ``x_TD``.
+    """
+    inputs = (x_TD, gates_TK, up_EDF, up_bias_EF, down_EFD, down_bias_ED)
+    keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
+    x, gates, *weights = (tensor.contiguous() for tensor in inputs)
+    out, *_ = _forward(x, experts_TK, gates, *weights, ACTIVATIONS[activation], keep)
+    return out
