@@ -2,6 +2,7 @@
 
     python scripts/hopper_report.py                      every tile that is tried, head dims 64 and 128
     python scripts/hopper_report.py --variants packed dropout --head-dims 64 --first
+    python scripts/hopper_report.py --experts            the products of the mixture of experts instead
 
 For each program and setting: registers, bytes spilled to local memory, tensor core instructions (HGMMA) and shared
 memory. A setting that spills is slow; a program without HGMMA is on the wrong path. Speed is for a GPU to tell.
@@ -23,7 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from flash_experts.kernels import flash_attention_tuning as tuning
-from flash_experts.kernels import flash_decode_triton
+from flash_experts.kernels import flash_decode_triton, grouped_mlp_triton
 
 FLAGS = ("CAUSAL", "RAGGED", "PACKED", "LEFT_EDGE", "SOFTCAP", "ALIBI", "DROPOUT", "UPCAST")
 VARIANTS: dict[str, dict[str, bool]] = {
@@ -38,8 +39,10 @@ VARIANTS: dict[str, dict[str, bool]] = {
     "alibi": {"CAUSAL": True, "ALIBI": True},
 }
 TUNED = {"forward": tuning.FORWARD, "keys": tuning.KEYS, "queries": tuning.QUERIES}
-FLOAT32 = {"LSE", "DELTA", "SLOPES", "PARTS", "LSES"}
-INT32 = {"CU_Q", "CU_K", "K_LENGTHS", "DOC"}
+FLOAT32 = {"LSE", "DELTA", "SLOPES", "PARTS", "LSES", "DGATE"}
+INT32 = {"CU_Q", "CU_K", "K_LENGTHS", "DOC", "TOKEN", "PAIR", "OFFSETS"}
+OPTIONAL = {"CU_Q", "CU_K", "K_LENGTHS", "DOC", "SEED", "SLOPES"}
+NUMBERS = {"H", "E", "S", "LENGTH_BUCKET", "ROWS_BUCKET"}
 
 
 def pointers(flags: dict[str, Any]) -> set[str]:
@@ -57,18 +60,18 @@ def compiled(program: Any, constants: dict[str, Any], dtype: str, warps: int, st
     given = pointers(constants)
     for place, parameter in enumerate(program.params):
         name = parameter.name
-        if name in constants or (name in INT32 | {"SEED", "SLOPES"} and name not in given) or name == "GROUP":
+        if name in constants or (name in OPTIONAL and name not in given) or name == "GROUP":
             signature[name] = "constexpr"
             constexprs[(place,)] = constants.get(name, 1 if name == "GROUP" else None)
             continue
-        is_pointer = name.isupper() and name not in ("H", "LENGTH_BUCKET")
+        is_pointer = name.isupper() and name not in NUMBERS
         if is_pointer:
             signature[name] = "*" + (
                 "fp32" if name in FLOAT32 else "i32" if name in INT32 else "i64" if name == "SEED" else dtype
             )
         else:
             signature[name] = "fp32" if name in ("scale", "softcap", "dropout") else "i32"
-        if is_pointer or name.startswith(("stride", "S_")):
+        if is_pointer or name.startswith(("stride", "S_", "size")):
             attributes[(place,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=program, signature=signature, constexprs=constexprs, attrs=attributes)
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps, "num_stages": stages})
@@ -115,12 +118,35 @@ def decode_rows(head_dim: int, dtype: str) -> list[dict[str, Any]]:
     return [{"program": "decode", "variant": "cache", "head_dim": head_dim, "tile": (16, 64, 4, 3), **figures(kernel)}]
 
 
+def expert_rows(dtype: str, first_only: bool) -> list[dict[str, Any]]:
+    """The programs of the experts, E 8, as their layers call them."""
+    row_flags = {"BLOCK_E": 8, "EVEN": True, "UPCAST": False, "stride_wn": 1}
+    transposed = {**row_flags, "stride_wi": 1}
+    del transposed["stride_wn"]
+    programs = {
+        "up": (grouped_mlp_triton._UP, row_flags | {"ACTIVATION": 0, "KEEP": True}),
+        "down": (grouped_mlp_triton._DOWN, row_flags | {"GATED": True}),
+        "dx": (grouped_mlp_triton._DOWN, transposed | {"GATED": False}),
+        "dhidden": (grouped_mlp_triton._HIDDEN_GRADIENT, transposed | {"ACTIVATION": 0}),
+        "dup": (grouped_mlp_triton._WEIGHT_GRADIENT, {"GATHER_A": True, "GATHER_B": False, "UPCAST": False}),
+        "ddown": (grouped_mlp_triton._WEIGHT_GRADIENT, {"GATHER_A": False, "GATHER_B": True, "UPCAST": False}),
+    }
+    rows = []
+    for name, (tuner, constants) in programs.items():
+        for config in tuner.configs[:1] if first_only else tuner.configs:
+            kernel = compiled(tuner.fn, constants | config.kwargs, dtype, config.num_warps, config.num_stages)
+            tile = (*config.kwargs.values(), config.num_warps, config.num_stages)
+            rows.append({"program": name, "variant": "experts", "head_dim": 0, "tile": tile, **figures(kernel)})
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=["causal", "packed"])
     parser.add_argument("--head-dims", type=int, nargs="+", default=[64, 128])
     parser.add_argument("--dtype", choices=["bf16", "fp16", "fp32"], default="bf16")
     parser.add_argument("--first", action="store_true", help="only the first setting of each program")
+    parser.add_argument("--experts", action="store_true", help="the products of the mixture of experts instead")
     parser.add_argument("--json", action="store_true", help="print JSON lines")
     args = parser.parse_args()
     if tuning.INTERPRETED:
@@ -128,14 +154,16 @@ def main() -> None:
     if not args.json:
         print(f"Triton {triton.__version__}, sm_90")
         print(f"{'program':9}{'variant':16}{'head dim':>9}  tile (M, N, warps, stages)")
-    for head_dim in args.head_dims:
+    groups = [expert_rows(args.dtype, args.first)] if args.experts else []
+    for head_dim in [] if args.experts else args.head_dims:
         rows = [row for variant in args.variants for row in attention_rows(variant, head_dim, args.dtype, args.first)]
-        for row in rows + decode_rows(head_dim, args.dtype):
-            if args.json:
-                print(json.dumps(row))
-            else:
-                head = f"{row['program']:9}{row['variant']:16}{row['head_dim']:9}  {row['tile']!s:22}"
-                print(head + "".join(f"  {key} {row[key]}" for key in list(row)[4:]), flush=True)
+        groups.append(rows + decode_rows(head_dim, args.dtype))
+    for row in (row for group in groups for row in group):
+        if args.json:
+            print(json.dumps(row))
+        else:
+            head = f"{row['program']:9}{row['variant']:16}{row['head_dim']:9}  {row['tile']!s:24}"
+            print(head + "".join(f"  {key} {row[key]}" for key in list(row)[4:]), flush=True)
 
 
 if __name__ == "__main__":

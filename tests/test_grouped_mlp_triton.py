@@ -54,8 +54,7 @@ def test_activations(activation: str) -> None:
     check(*inputs_of(20, 3), activation)
 
 
-@pytest.mark.parametrize("tokens", [0, 1, 2, 33, 70])
-@pytest.mark.parametrize("experts", [1, 2, 5, 8])
+@pytest.mark.parametrize(("tokens", "experts"), [(0, 2), (1, 1), (1, 8), (33, 1), (33, 5), (70, 8)])
 def test_any_number_of_tokens_and_experts(tokens: int, experts: int) -> None:
     check(*inputs_of(tokens, experts, top_k=min(2, experts)))
 

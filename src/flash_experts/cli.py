@@ -15,12 +15,13 @@ from typing import Any
 
 from jsonargparse import Namespace
 
-from flash_experts.commands import compare, evaluate, generate, prepare, train, upcycle
+from flash_experts.commands import compare, downcycle, evaluate, generate, prepare, train, upcycle
 from flash_experts.commands.common import Run
 
 COMMANDS = {
     "prepare": prepare,
     "upcycle": upcycle,
+    "downcycle": downcycle,
     "train": train,
     "evaluate": evaluate,
     "compare": compare,

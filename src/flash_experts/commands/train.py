@@ -14,6 +14,7 @@ def run(args: Namespace) -> None:
     from dataclasses import asdict, replace
 
     from flash_experts.data.prepare import load_meta, load_split
+    from flash_experts.models.moe import GPT2MoEForCausalLM
     from flash_experts.samples import SampleNames
     from flash_experts.training.build import build_model
     from flash_experts.training.trainer import Trainer
@@ -22,6 +23,11 @@ def run(args: Namespace) -> None:
     config.validate()
     cards = {split: load_split(args.data, split) for split in ("train", "validation")}
     model, tokenizer = build_model(args.base, args.model, cards["train"], config.seed)
+    if config.sample_every and isinstance(model, GPT2MoEForCausalLM) and not model.may_generate:
+        raise ValueError(
+            "a model with expert choice is not causal and draws no sample names: set training.sample_every to null, or "
+            "model.allow_noncausal_generation to true"
+        )
     trainer = Trainer(
         model,
         tokenizer,

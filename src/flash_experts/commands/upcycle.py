@@ -2,39 +2,64 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+from typing import get_type_hints
+
 from jsonargparse import Namespace
 
 from flash_experts.commands.common import CommandParser, command_parser, print_result
 
+# Of `flash_experts.training.model_config.ModelConfig`: those that a saved model keeps or that its weights depend on.
+_OPTIONS = {
+    "num_experts": "experts in each MoE layer",
+    "num_experts_per_tok": "experts that each token is sent to",
+    "moe_layer_freq": "1: experts in every block, 2: in every other",
+    "granularity": "granular, shared: parts of a layer; there are this many times more experts, smaller",
+    "noise_scale": "noise: as a share of each matrix's standard deviation",
+    "drop_ratio": "drop: share of the hidden units drawn anew",
+    "router_init": "first weights of the routers: normal, zeros or orthogonal",
+    "routing": "token_choice, or expert_choice (not causal)",
+    "scoring_func": "softmax, topk_softmax or sigmoid",
+    "capacity_factor": "most tokens of an expert in training, over the mean; null drops nothing",
+}
+
 
 def run(args: Namespace) -> None:
     """Turn a dense GPT-2 into a mixture of experts that computes the same."""
+    from flash_experts.models.loading import load_config
     from flash_experts.training.build import build_model
     from flash_experts.training.model_config import ModelConfig
 
     if args.num_experts < 1:
         raise ValueError(f"--num-experts must be 1 or more, not {args.num_experts}")
-    config = ModelConfig(
-        num_experts=args.num_experts,
-        num_experts_per_tok=args.num_experts_per_tok,
-        moe_layer_freq=args.moe_layer_freq,
-    )
+    if load_config(args.dense).model_type != "gpt2":
+        raise ValueError(f"{args.dense} is no dense GPT-2 or has experts already: upcycle takes a dense GPT-2")
+    config = ModelConfig(upcycling=args.method, **{name: args[name] for name in _OPTIONS})
     model, tokenizer = build_model(args.dense, config, cards=(), seed=args.seed)
-    if model.config.num_experts != args.num_experts:
-        raise ValueError(f"{args.dense} has experts already: upcycle takes a dense GPT-2")
     model.save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
     total = sum(parameter.numel() for parameter in model.parameters())
-    text = f"{args.out}: {args.num_experts} experts, {total / 1e6:.1f}M parameters"
-    print_result(args, {"out": args.out, "parameters": total}, text)
+    experts = model.config.num_experts
+    text = f"{args.out}: {experts} experts by {args.method}, {total / 1e6:.1f}M parameters"
+    print_result(args, {"out": args.out, "experts": experts, "parameters": total}, text)
 
 
 def make_parser() -> CommandParser:
+    from flash_experts.training.model_config import ModelConfig
+
     parser = command_parser("upcycle", run)
+    types = get_type_hints(ModelConfig)
+    defaults = {field.name: field.default for field in fields(ModelConfig)}
     parser.add_argument("dense", help="folder or hub id of a dense GPT-2")
-    parser.add_argument("--num_experts", type=int, default=8, help="experts in each MoE layer")
-    parser.add_argument("--num_experts_per_tok", type=int, default=2, help="experts that each token is sent to")
-    parser.add_argument("--moe_layer_freq", type=int, default=2, help="1: experts in every block, 2: in every other")
+    parser.add_argument(
+        "--method",
+        type=types["upcycling"],
+        default=defaults["upcycling"],
+        help="copy; noise: copies that differ a little; drop: some hidden units drawn anew; granular: parts of a "
+        "layer; shared: the dense layer for every token, and silent experts",
+    )
+    for name, text in _OPTIONS.items():
+        parser.add_argument(f"--{name}", type=types[name], default=defaults[name], help=text)
     parser.add_argument("--out", required=True, help="folder to write")
-    parser.add_argument("--seed", type=int, default=0, help="of the routers' random weights")
+    parser.add_argument("--seed", type=int, default=0, help="of the routers' random weights, noise and drawn units")
     return parser

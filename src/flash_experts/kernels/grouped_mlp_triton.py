@@ -55,7 +55,11 @@ _WEIGHT_TILES = [
 ]  # fmt: skip
 _UP = _tuned(programs.up_program, ["size_i", "size_n", "ROWS_BUCKET"], _ROW_TILES)
 _DOWN = _tuned(programs.down_program, ["size_i", "size_n", "GATED", "ROWS_BUCKET"], _ROW_TILES)
-_HIDDEN_GRADIENT = _tuned(programs.hidden_gradient_program, ["size_i", "size_n", "ROWS_BUCKET"], _ROW_TILES[1:])
+_HIDDEN_GRADIENT = _tuned(
+    programs.hidden_gradient_program,
+    ["size_i", "size_n", "ROWS_BUCKET"],
+    [(128, 128, 64, 8, 3), (128, 64, 64, 8, 3), (128, 64, 64, 4, 3), (64, 128, 64, 8, 3), (64, 64, 64, 4, 4)],
+)  # its last step holds three tiles at a time
 _WEIGHT_GRADIENT = _tuned(programs.weight_gradient_program, ["size_a", "size_b", "ROWS_BUCKET"], _WEIGHT_TILES)
 
 
@@ -174,11 +178,11 @@ def _weight_gradients(
     token: torch.Tensor,
     starts: torch.Tensor,
     wanted: bool,
-) -> list[torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Of up, its bias, down and its bias; empty tensors if they are not wanted."""
     E, D, F = up.shape
     if not wanted:
-        return [up.new_empty(0) for _ in range(4)]
+        return up.new_empty(0), up.new_empty(0), up.new_empty(0), up.new_empty(0)
     dup, dup_bias = torch.empty_like(up), up.new_empty(E, F)
     ddown, ddown_bias = torch.empty_like(down), up.new_empty(E, D)
     index = (token, pair, gates, starts)
@@ -189,7 +193,7 @@ def _weight_gradients(
     _WEIGHT_GRADIENT[_weight_grid(F, D, E)](
         gated_act, dout, *index, ddown, ddown_bias, F, D, GATHER_A=False, GATHER_B=True, **flags
     )
-    return [dup, dup_bias, ddown, ddown_bias]
+    return dup, dup_bias, ddown, ddown_bias
 
 
 def _weight_grid(size_a: int, size_b: int, E: int) -> Callable[[dict[str, Any]], tuple[int, int]]:

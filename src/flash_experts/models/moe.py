@@ -1,4 +1,8 @@
-"""GPT-2 with a mixture of experts in some of its blocks, and its making from a dense GPT-2 (sparse upcycling)."""
+"""GPT-2 with a mixture of experts in some of its blocks.
+
+Its making from a dense GPT-2 is in `flash_experts.models.upcycling`, the way back in
+`flash_experts.models.downcycling`.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2LMHeadModel
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
@@ -17,16 +21,19 @@ from transformers.utils import can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder
 
 from flash_experts.models.flash_attention import ATTENTION_IMPLEMENTATION
-from flash_experts.models.loading import FUSED_ACTIVATIONS, load_dense
+from flash_experts.models.loading import load_dense
 from flash_experts.models.moe_config import GPT2MoEConfig
 from flash_experts.models.moe_layer import (
     EXPERTS_IMPLEMENTATION,
     Experts,
     MoELayer,
-    TopKRouter,
+    Router,
+    SharedExperts,
     load_balancing_loss,
     router_z_loss,
+    sequence_balancing_loss,
 )
+from flash_experts.models.upcycling import Upcycling, fill_from_dense
 
 
 @dataclass
@@ -35,7 +42,7 @@ class GPT2MoEOutput(MoeCausalLMOutputWithPast):
 
     Attributes:
         loss: cross-entropy (nats) and, in training, the weighted balancing and z-losses.
-        aux_loss: load-balancing loss, mean over MoE layers, unweighted; 1 at perfect balance.
+        aux_loss: load-balancing loss, mean over MoE layers, unweighted; 1 at perfect balance and with expert choice.
         z_loss: router z-loss, mean over MoE layers, unweighted.
         router_logits: one (tokens, E) float32 tensor for each MoE layer.
     """
@@ -46,9 +53,16 @@ class GPT2MoEOutput(MoeCausalLMOutputWithPast):
 class GPT2MoEBlock(GPT2Block):
     """GPT-2's block with a `MoELayer` where its MLP was."""
 
+    mlp: MoELayer  # type: ignore[assignment]
+
     def __init__(self, config: GPT2MoEConfig, layer_idx: int):
         super().__init__(config, layer_idx=layer_idx)
-        self.mlp = MoELayer(config)  # type: ignore[assignment]
+        self.mlp = MoELayer(config)
+
+    def forward(self, *args: Any, token_mask_T: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor:
+        """As `GPT2Block.forward`; ``token_mask_T`` (T,) tells the router which tokens are no padding."""
+        self.mlp.mask_T = token_mask_T  # GPT-2's block hands its MLP the hidden states alone
+        return super().forward(*args, **kwargs)
 
 
 class GPT2MoEPreTrainedModel(GPT2PreTrainedModel):
@@ -60,8 +74,8 @@ class GPT2MoEPreTrainedModel(GPT2PreTrainedModel):
     _can_record_outputs = {  # noqa: RUF012
         "hidden_states": GPT2Block,
         "attentions": OutputRecorder(GPT2Attention, layer_name=".attn", index=1),
-        "router_logits": OutputRecorder(TopKRouter, index=0),
-        "router_choices": OutputRecorder(TopKRouter, index=2),
+        "router_logits": OutputRecorder(Router, index=0),
+        "router_choices": OutputRecorder(Router, index=2),
     }
     # transformers finds this out by reading the source of the class's module, and keeps a parent's answer.
     _can_set_experts_implementation_cached_value = True
@@ -71,17 +85,20 @@ class GPT2MoEPreTrainedModel(GPT2PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         std = self.config.initializer_range
-        if isinstance(module, TopKRouter):
+        # GPT-2's projections onto the residual stream are smaller by the root of their number.
+        onto_residual = std / (2 * self.config.n_layer) ** 0.5
+        if isinstance(module, Router):
             init.normal_(module.weight, mean=0.0, std=std)
             for counts in (module.selection_bias_E, module.step_counts_E, module.interval_counts_E):
                 init.zeros_(counts)
             init.zeros_(module.interval_sums)
         elif isinstance(module, Experts):
             init.normal_(module.up_proj, mean=0.0, std=std)
-            # As GPT-2's other projections onto the residual stream: smaller by the root of their number.
-            init.normal_(module.down_proj, mean=0.0, std=std / (2 * self.config.n_layer) ** 0.5)
+            init.normal_(module.down_proj, mean=0.0, std=onto_residual)
             init.zeros_(module.up_proj_bias)
             init.zeros_(module.down_proj_bias)
+        elif isinstance(module, SharedExperts):
+            init.normal_(module.c_proj.weight, mean=0.0, std=onto_residual)
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
         return super().get_correct_attn_implementation(requested_attention or ATTENTION_IMPLEMENTATION, is_init_check)
@@ -142,11 +159,16 @@ class GPT2MoEForCausalLM(GPT2MoEPreTrainedModel, GPT2LMHeadModel):
             output_router_logits: return router_logits, aux_loss and z_loss; None follows the configuration.
             logits_to_keep: positions that get logits: the last n, or the positions in a tensor; 0 is all.
             **kwargs: ``position_ids``, ``past_key_values``, ``use_cache``, ``cu_seq_lens_q`` and the like.
+
+        Raises:
+            ValueError: a KV cache with expert choice, unless ``config.allow_noncausal_generation``.
         """
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
         trains_router = self.training and labels is not None
         wants_routing = output_router_logits or trains_router
+        mask_T = _padding_mask(attention_mask, kwargs.get("inputs_embeds") if input_ids is None else input_ids)
+        kwargs |= self._routing_arguments(mask_T, **kwargs)
         outputs = self.transformer(
             input_ids,
             attention_mask=attention_mask,
@@ -161,8 +183,8 @@ class GPT2MoEForCausalLM(GPT2MoEPreTrainedModel, GPT2LMHeadModel):
         if labels is not None:
             loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
         if wants_routing:
-            mask_T = _padding_mask(attention_mask, hidden)
-            aux_loss, z_loss = self._router_losses(outputs.router_logits, outputs.router_choices, mask_T)
+            sequences = _sequences(hidden, **kwargs) if self.config.router_aux_loss_scope == "sequence" else None
+            aux_loss, z_loss = self._router_losses(outputs.router_logits, outputs.router_choices, mask_T, sequences)
             if loss is not None and labels is not None and trains_router:
                 weighted = self.config.router_aux_loss_coef * aux_loss + self.config.router_z_loss_coef * z_loss
                 loss = loss + weighted * _share_of_items(labels, **kwargs)
@@ -182,16 +204,65 @@ class GPT2MoEForCausalLM(GPT2MoEPreTrainedModel, GPT2LMHeadModel):
         logits: tuple[torch.Tensor, ...],
         choices: tuple[torch.Tensor, ...],
         mask_T: torch.Tensor | None,
+        sequences: tuple[torch.Tensor, int] | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Balancing and z-loss, each the mean over MoE layers; counts the routing of training steps."""
-        layers = list(zip(logits, choices, strict=True))
+        z = torch.stack([router_z_loss(logits_TE, mask_T) for logits_TE in logits])
+        routers = [module for module in self.modules() if isinstance(module, Router)]
         if self.training:
-            routers = (module for module in self.modules() if isinstance(module, TopKRouter))
-            for router, (logits_TE, experts_TK) in zip(routers, layers, strict=True):
-                router.record(logits_TE, experts_TK, mask_T)
-        aux = torch.stack([load_balancing_loss(logits_TE, experts_TK, mask_T) for logits_TE, experts_TK in layers])
-        z = torch.stack([router_z_loss(logits_TE, mask_T) for logits_TE, _ in layers])
-        return aux.mean(), z.mean()
+            for router, logits_TE, chosen in zip(routers, logits, choices, strict=True):
+                router.record(logits_TE, chosen, mask_T)
+        if self.config.routing == "expert_choice":
+            return z.new_ones(()), z.mean()  # every expert has the same load: E * sum_e P_e / E = 1
+        scoring = self.config.scoring_func
+        pairs = list(zip(logits, choices, strict=True))
+        if sequences is not None:
+            aux = [sequence_balancing_loss(*pair, *sequences, mask_T, scoring) for pair in pairs]
+        elif self.training and self.config.router_aux_loss_scope == "global_batch":
+            counts_LE = _counts_of_all_processes(routers)
+            aux = [
+                load_balancing_loss(*pair, mask_T, scoring, counts_E)
+                for pair, counts_E in zip(pairs, counts_LE, strict=True)
+            ]
+        else:
+            aux = [load_balancing_loss(*pair, mask_T, scoring) for pair in pairs]
+        return torch.stack(aux).mean(), z.mean()
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As transformers' ``generate``.
+
+        Raises:
+            ValueError: the model has expert choice, unless ``config.allow_noncausal_generation``.
+        """
+        self._check_generation()
+        return super().generate(*args, **kwargs)  # type: ignore[misc]
+
+    @property
+    def may_generate(self) -> bool:
+        """False with expert choice, unless ``config.allow_noncausal_generation``."""
+        return self.config.routing != "expert_choice" or self.config.allow_noncausal_generation
+
+    def _check_generation(self) -> None:
+        if not self.may_generate:
+            raise ValueError(
+                "expert choice is not causal: each expert chooses among all tokens, later ones too, so this model "
+                "cannot generate as it was trained. Take routing='token_choice', or set "
+                "config.allow_noncausal_generation = True"
+            )
+
+    def _routing_arguments(
+        self, mask_T: torch.Tensor | None, use_cache: bool | None = None, past_key_values: Any = None, **_: Any
+    ) -> dict[str, Any]:
+        """What the blocks are told where tokens compete for experts: padding, and no cache unless it is allowed."""
+        is_expert_choice = self.config.routing == "expert_choice"
+        arguments: dict[str, Any] = {}
+        if mask_T is not None and (is_expert_choice or self.config.capacity_factor is not None):
+            arguments["token_mask_T"] = mask_T
+        if is_expert_choice and (use_cache or past_key_values is not None):
+            self._check_generation()
+        if not self.may_generate:
+            arguments["use_cache"] = False
+        return arguments
 
     @classmethod
     def from_dense(
@@ -200,79 +271,76 @@ class GPT2MoEForCausalLM(GPT2MoEPreTrainedModel, GPT2LMHeadModel):
         num_experts: int = 8,
         num_experts_per_tok: int = 2,
         moe_layer_freq: int = 2,
+        method: str = "copy",
+        granularity: int = 1,
+        noise_scale: float = 1e-3,
+        drop_ratio: float = 0.5,
+        router_init: str = "normal",
         **config_fields: Any,
     ) -> GPT2MoEForCausalLM:
-        """Sparse upcycling (Komatsuzaki et al. 2022): every expert starts as a copy of the dense MLP.
+        """Sparse upcycling (Komatsuzaki et al. 2022): experts made of the dense MLPs.
 
-        The gates of a token sum to one, so the new model's logits are the dense model's, to rounding (at most 1e-5
-        apart in float32), for every number of experts and of experts per token. The routers start at random.
+        With ``copy`` the gates of a token sum to one over equal experts, so the new model's logits are the dense
+        model's, to rounding (at most 1e-5 apart in float32), for every number of experts and of experts per token.
+        `flash_experts.models.upcycling` describes the other methods, what each keeps of the dense model's output, and
+        the fields from ``method`` to ``router_init``.
 
         Args:
-            dense: a GPT-2, a folder that `save_pretrained` wrote, or a hub id. It is left as it is.
-            num_experts: E.
-            num_experts_per_tok: k.
+            dense: a GPT-2, which is left as it is; or a folder that `save_pretrained` wrote or a hub id, of which never
+                more than one layer is in memory beside the new model.
+            num_experts: E, or E / g for experts of granularity g.
+            num_experts_per_tok: k, or k / g.
             moe_layer_freq: 1 for experts in every block, 2 for every other.
+            method: ``copy``, ``noise``, ``drop``, ``granular`` or ``shared``.
+            granularity: g, parts that the hidden units of a dense layer are cut into (``granular`` and ``shared``).
+            noise_scale: of ``noise``.
+            drop_ratio: of ``drop``.
+            router_init: ``normal``, ``zeros`` or ``orthogonal``.
             **config_fields: more fields of `GPT2MoEConfig`.
 
         Raises:
             ValueError: ``dense`` is no dense GPT-2, cannot be loaded, or a field is wrong.
         """
+        upcycling = Upcycling(method, granularity, noise_scale, drop_ratio, router_init)
+        is_loaded_here = not isinstance(dense, GPT2LMHeadModel)
         if not isinstance(dense, GPT2LMHeadModel):
             dense = load_dense(dense)
         if isinstance(dense, GPT2MoEForCausalLM):
             raise ValueError("the model has experts already: from_dense takes a dense GPT-2")
-        config = _moe_config(
-            dense.config,
-            num_experts=num_experts,
-            num_experts_per_tok=num_experts_per_tok,
-            moe_layer_freq=moe_layer_freq,
-            **config_fields,
-        )
-        model: GPT2MoEForCausalLM = nn.Module.to(cls(config), device=dense.device, dtype=dense.dtype)
-        missing, unexpected = model.load_state_dict(_upcycled_weights(dense, config), strict=False)
-        assert not unexpected and all(".router." in name for name in missing), (missing, unexpected)
-        model.generation_config = dense.generation_config
-        return model.train(dense.training)
+        sizes = {"num_experts": num_experts, "num_experts_per_tok": num_experts_per_tok}
+        config = upcycling.config(dense.config, moe_layer_freq=moe_layer_freq, **sizes, **config_fields)
+        was_training, generation_config = dense.training, dense.generation_config
+        # Nothing is drawn or written here, so the memory of the weights is first touched when they are filled.
+        with init.no_init_weights(), torch.device(dense.device):
+            model = cls(config)
+        model = nn.Module.to(model, dtype=dense.dtype)
+        fill_from_dense(model, dense, upcycling, take=is_loaded_here)
+        model.generation_config = generation_config
+        return model.train(was_training)
 
 
-def _moe_config(dense: GPT2Config, **fields: Any) -> GPT2MoEConfig:
-    """The dense model's configuration with experts; its slow spelling of the activation gives way to the fused one."""
-    inherited = dense.to_dict()
-    for key in ("model_type", "architectures", "transformers_version"):
-        inherited.pop(key, None)
-    activation = inherited["activation_function"]
-    inherited["activation_function"] = FUSED_ACTIVATIONS.get(activation, activation)
-    config = GPT2MoEConfig(**(inherited | fields))
-    dense_size = dense.n_inner if dense.n_inner is not None else 4 * dense.n_embd
-    if config.expert_size != dense_size:
-        raise ValueError(
-            f"copied experts have the dense layer's {dense_size} hidden units, not moe_intermediate_size = "
-            f"{config.expert_size}: leave it out"
-        )
-    if config.num_experts_per_tok > 1 and not config.norm_topk_prob:
-        raise ValueError("norm_topk_prob=False would change the dense model's output: leave it true for upcycling")
-    return config
-
-
-def _upcycled_weights(dense: GPT2LMHeadModel, config: GPT2MoEConfig) -> dict[str, torch.Tensor]:
-    """The dense weights under the MoE's names: E copies (views, no memory) of the MLP of each block with experts."""
-    renamed = {"c_fc.weight": "up_proj", "c_fc.bias": "up_proj_bias"}
-    renamed |= {"c_proj.weight": "down_proj", "c_proj.bias": "down_proj_bias"}
-    weights = {}
-    for name, tensor in dense.state_dict().items():
-        prefix, is_mlp, field = name.partition(".mlp.")
-        if is_mlp and config.is_moe_layer(int(prefix.rsplit(".", 1)[1])):
-            weights[f"{prefix}.mlp.experts.{renamed[field]}"] = tensor.expand(config.num_experts, *tensor.shape)
-        else:
-            weights[name] = tensor
-    return weights
-
-
-def _padding_mask(attention_mask: torch.Tensor | None, hidden: torch.Tensor) -> torch.Tensor | None:
+def _padding_mask(attention_mask: torch.Tensor | None, inputs: torch.Tensor | None) -> torch.Tensor | None:
     """(T,) true at tokens that are no padding; None if the mask does not tell (with a cache it covers the past too)."""
-    if attention_mask is None or attention_mask.shape != hidden.shape[:2]:
+    if attention_mask is None or inputs is None or attention_mask.shape != inputs.shape[:2]:
         return None
     return attention_mask.reshape(-1).bool()
+
+
+def _sequences(hidden: torch.Tensor, cu_seq_lens_q: torch.Tensor | None = None, **_: Any) -> tuple[torch.Tensor, int]:
+    """(T,) the sequence of each token, and how many there are: names of a packed row, or rows of a batch."""
+    num_rows, length = hidden.shape[:2]
+    token_T = torch.arange(num_rows * length, device=hidden.device)
+    if cu_seq_lens_q is None:
+        return token_T // max(length, 1), num_rows
+    return torch.searchsorted(cu_seq_lens_q[1:].long(), token_T, right=True), len(cu_seq_lens_q) - 1
+
+
+def _counts_of_all_processes(routers: list[Router]) -> torch.Tensor:
+    """(layers, E) choices since the last optimizer step, over all processes."""
+    counts_LE = torch.stack([router.step_counts_E for router in routers])
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(counts_LE)
+    return counts_LE
 
 
 def _share_of_items(

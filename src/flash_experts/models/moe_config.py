@@ -3,23 +3,38 @@
 from __future__ import annotations
 
 import difflib
+import math
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import GPT2Config
+
+from flash_experts.models.attention_backends import check_name as check_backend_name
 
 _OWN_FIELDS = (
     "num_experts",
     "num_experts_per_tok",
     "moe_layer_freq",
     "moe_intermediate_size",
+    "num_shared_experts",
+    "routing",
+    "scoring_func",
     "norm_topk_prob",
+    "capacity_factor",
+    "allow_noncausal_generation",
     "router_aux_loss_coef",
+    "router_aux_loss_scope",
     "router_z_loss_coef",
     "router_jitter_noise",
     "router_bias_update_rate",
     "output_router_logits",
+    "attention_backend",
 )
+_CHOICES = {
+    "routing": ("token_choice", "expert_choice"),
+    "scoring_func": ("softmax", "topk_softmax", "sigmoid"),
+    "router_aux_loss_scope": ("micro_batch", "global_batch", "sequence"),
+}
 
 
 @strict
@@ -28,11 +43,27 @@ class GPT2MoEConfig(GPT2Config):
 
     Attributes:
         num_experts: E, experts in each MoE layer.
-        num_experts_per_tok: k, experts that each token is sent to.
+        num_experts_per_tok: k, experts that each token is sent to (with expert choice: on average).
         moe_layer_freq: 1 puts experts in every block, 2 in every other (the last of each group of 2), and so on.
         moe_intermediate_size: hidden units of one expert; None is the dense layer's own (``n_inner`` or 4 x width).
+            Fine-grained experts (Dai et al. 2024, DeepSeekMoE, section 3.1; Krajewski et al. 2024) of granularity g are
+            g * E experts of this size ff / g, g * k of them per token: the same weights and arithmetic, more ways to
+            combine them.
+        num_shared_experts: experts that every token goes through besides its k, added without a gate (DeepSeekMoE,
+            section 3.2). They are computed as one MLP, that many times as wide as an expert.
+        routing: ``token_choice`` (each token chooses experts) or ``expert_choice`` (each expert chooses tokens, Zhou et
+            al. 2022; not causal). `flash_experts.models.router` has the formulas of this and of the next two.
+        scoring_func: ``softmax`` over all experts and then the top k, ``topk_softmax`` over the top k alone, or
+            ``sigmoid`` (DeepSeek-V3).
         norm_topk_prob: divide the k gates by their sum, so that they sum to one. Upcycling is exact only then.
+        capacity_factor: in training an expert takes at most this many times the mean load; the choices of lowest score
+            are dropped and counted. None drops nothing. With expert choice it scales the tokens that an expert takes.
+        allow_noncausal_generation: let a model with expert choice generate and keep a KV cache all the same: it then
+            chooses among the tokens of each forward, not as it did in training.
         router_aux_loss_coef: weight of the load-balancing loss (Fedus et al. 2021, eq. 4); 0 is off.
+        router_aux_loss_scope: over which tokens the load must balance: of one forward (``micro_batch``), of all
+            forwards of an optimizer step on all processes (``global_batch``, Qiu et al. 2025), or of each sequence by
+            itself (``sequence``, DeepSeek-V3, eq. 17). `flash_experts.models.moe_layer` has the formulas.
         router_z_loss_coef: weight of the router z-loss (Zoph et al. 2022, eq. 5); 0 is off.
         router_jitter_noise: in training the router's input is multiplied by U(1 - noise, 1 + noise)
             (Fedus et al. 2021, section 2.4). The experts see the input as it is.
@@ -40,9 +71,12 @@ class GPT2MoEConfig(GPT2Config):
             calls `flash_experts.models.router_metrics.update_router_biases` after each optimizer step.
         output_router_logits: return the router's logits and the balancing loss from every forward.
             In training both losses are part of ``.loss`` whether this is set or not.
+        attention_backend: what computes the attention: ``auto``, ``triton``, ``sdpa``, ``reference``, ... (the names
+            are in `flash_experts.models.attention_backends`, whose context manager and environment variable go first).
 
     Raises:
-        ValueError: k > E, a size or a rate that cannot be, or a misspelled field of the list above.
+        ValueError: k > E, a size or a rate that cannot be, settings that contradict each other, or a misspelled field
+            of the list above.
     """
 
     model_type = "gpt2_moe"
@@ -52,12 +86,19 @@ class GPT2MoEConfig(GPT2Config):
     num_experts_per_tok: int = 2
     moe_layer_freq: int = 2
     moe_intermediate_size: int | None = None
+    num_shared_experts: int = 0
+    routing: str = "token_choice"
+    scoring_func: str = "softmax"
     norm_topk_prob: bool = True
+    capacity_factor: float | None = None
+    allow_noncausal_generation: bool = False
     router_aux_loss_coef: float = 0.01
+    router_aux_loss_scope: str = "micro_batch"
     router_z_loss_coef: float = 0.001
     router_jitter_noise: float = 0.0
     router_bias_update_rate: float = 0.0
     output_router_logits: bool = False
+    attention_backend: str = "auto"
 
     def __post_init__(self, **kwargs: Any) -> None:
         for key in kwargs:
@@ -68,6 +109,7 @@ class GPT2MoEConfig(GPT2Config):
         self._check()
 
     def _check(self) -> None:
+        check_backend_name(self.attention_backend, "attention_backend")
         if self.num_experts < 1:
             raise ValueError(f"num_experts must be 1 or more, not {self.num_experts}")
         if not 1 <= self.num_experts_per_tok <= self.num_experts:
@@ -89,6 +131,38 @@ class GPT2MoEConfig(GPT2Config):
         for name in ("router_aux_loss_coef", "router_z_loss_coef", "router_bias_update_rate"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, but is {getattr(self, name)}")
+        self._check_routing()
+
+    def _check_routing(self) -> None:
+        """The choices by name, and what cannot go together."""
+        for name, choices in _CHOICES.items():
+            value = getattr(self, name)
+            if value not in choices:
+                near = difflib.get_close_matches(str(value), choices, n=1)
+                hint = f": did you mean {near[0]!r}?" if near else ""
+                raise ValueError(f"{name} is {value!r}, but it is one of {', '.join(choices)}{hint}")
+        if self.num_shared_experts < 0:
+            raise ValueError(f"num_shared_experts must be 0 or more, not {self.num_shared_experts}")
+        if self.capacity_factor is not None and not 0 < self.capacity_factor < math.inf:
+            raise ValueError(
+                f"capacity_factor must be more than 0, or None to drop nothing, not {self.capacity_factor}"
+            )
+        if self.scoring_func == "topk_softmax" and not self.norm_topk_prob:
+            raise ValueError(
+                "a softmax over the chosen experts sums to one: leave norm_topk_prob true, or take "
+                "scoring_func='softmax'"
+            )
+        if self.routing != "expert_choice":
+            if self.allow_noncausal_generation:
+                raise ValueError("allow_noncausal_generation is for routing='expert_choice': token choice is causal")
+            return
+        if self.scoring_func == "topk_softmax":
+            raise ValueError("with expert choice no token has a top k: take scoring_func='softmax' or 'sigmoid'")
+        if self.router_bias_update_rate > 0 or self.router_aux_loss_scope != "micro_batch":
+            raise ValueError(
+                "expert choice is balanced by construction: leave router_bias_update_rate 0 and router_aux_loss_scope "
+                "'micro_batch'"
+            )
 
     def is_moe_layer(self, layer_idx: int) -> bool:
         """Whether block ``layer_idx`` (from 0) has experts: the last of each group of ``moe_layer_freq`` blocks."""

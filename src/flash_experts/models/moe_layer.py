@@ -1,13 +1,15 @@
 """The mixture-of-experts layer: a router that chooses experts for each token, the experts, and their balance.
 
-Read top to bottom: `TopKRouter` chooses, `Experts` compute, `MoELayer` joins them, and the losses at the end keep
-the router from sending everything to one expert.
+Read top to bottom: the router (`flash_experts.models.router`) chooses, `Experts` compute, `MoELayer` joins them, and
+the losses at the end keep the router from sending everything to one expert.
 
 Letters in the shapes: T tokens (batch and sequence flattened), D width, E experts, K experts per token, F hidden
-units of an expert.
+units of an expert, C tokens per expert, S (token, expert) pairs, N sequences.
 
 Sources: Shazeer et al. 2017 (sparsely gated experts), Fedus et al. 2021 (Switch Transformer), Zoph et al. 2022
-(ST-MoE), Komatsuzaki et al. 2022 (sparse upcycling), Wang et al. 2024 (loss-free balancing).
+(ST-MoE), Komatsuzaki et al. 2022 (sparse upcycling), Zhou et al. 2022 (expert choice), Dai et al. 2024 (DeepSeekMoE:
+shared and fine-grained experts), DeepSeek-AI 2024 (DeepSeek-V3: sigmoid scores, balance per sequence), Wang et al. 2024
+(loss-free balancing), Qiu et al. 2025 (balance over the global batch).
 """
 
 from __future__ import annotations
@@ -17,85 +19,26 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.activations import ACT2FN
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, use_experts_implementation
+from transformers.pytorch_utils import Conv1D
 
 from flash_experts.kernels.grouped_mlp import grouped_mlp
 from flash_experts.models.moe_config import GPT2MoEConfig
+from flash_experts.models.router import ExpertChoiceRouter, Router, TopKRouter, count_choices, make_router
+
+__all__ = [
+    "EXPERTS_IMPLEMENTATION",
+    "ExpertChoiceRouter",
+    "Experts",
+    "MoELayer",
+    "Router",
+    "SharedExperts",
+    "TopKRouter",
+    "load_balancing_loss",
+    "router_z_loss",
+    "sequence_balancing_loss",
+]
 
 EXPERTS_IMPLEMENTATION = "fe_experts"
-
-
-class TopKRouter(nn.Module):
-    """Sends each token to the K experts whose scores are highest.
-
-    ``p = softmax(W x)`` in float32; the K largest (by ``p + bias``, when a balancing bias is kept) are chosen; their
-    gates are the p of the chosen divided by their sum (``norm_topk_prob``).
-
-    Normalised gates of identical experts add up to the same output whatever the router says, so right after
-    upcycling the router would get no gradient. The gate therefore passes the gradient of p straight through:
-    ``g = p / sum(p) + (p - stop_gradient(p))``, which has the value of the first term alone.
-    """
-
-    selection_bias_E: torch.Tensor
-    step_counts_E: torch.Tensor
-    interval_counts_E: torch.Tensor
-    interval_sums: torch.Tensor
-
-    def __init__(self, config: GPT2MoEConfig):
-        super().__init__()
-        self.num_experts = config.num_experts
-        self.top_k = config.num_experts_per_tok
-        self.norm_topk_prob = config.norm_topk_prob
-        self.jitter_noise = config.router_jitter_noise
-        self.bias_update_rate = config.router_bias_update_rate
-        self.weight = nn.Parameter(torch.empty(config.num_experts, config.n_embd))
-        # The balancing bias is learned (not by gradient), so it is saved; the counts are measurements of a run.
-        self.register_buffer("selection_bias_E", torch.zeros(config.num_experts))
-        self.register_buffer("step_counts_E", torch.zeros(config.num_experts), persistent=False)
-        self.register_buffer("interval_counts_E", torch.zeros(config.num_experts), persistent=False)
-        # Sums over tokens of: one, the entropy of p, the largest p.
-        self.register_buffer("interval_sums", torch.zeros(3), persistent=False)
-
-    def forward(self, x_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Routes tokens.
-
-        Args:
-            x_TD: (T, D), any float dtype.
-
-        Returns:
-            logits (T, E) float32; gates (T, K) in the dtype of ``x_TD``; chosen experts (T, K) int64, best first.
-        """
-        logits_TE = self.logits(x_TD)
-        probs_TE = logits_TE.softmax(-1)
-        experts_TK = (probs_TE + self.selection_bias_E.to(probs_TE.dtype)).topk(self.top_k, dim=-1).indices
-        probs_TK = probs_TE.gather(-1, experts_TK)
-        gates_TK = probs_TK
-        if self.norm_topk_prob:
-            gates_TK = probs_TK / probs_TK.sum(-1, keepdim=True)
-            if self.training:
-                gates_TK = gates_TK + (probs_TK - probs_TK.detach())
-        return logits_TE, gates_TK.to(x_TD.dtype), experts_TK
-
-    def logits(self, x_TD: torch.Tensor) -> torch.Tensor:
-        """(T, E) scores. In float32 (or float64), autocast or not: near ties must not turn on bfloat16's rounding."""
-        with torch.autocast(x_TD.device.type, enabled=False):
-            dtype = torch.float64 if x_TD.dtype == torch.float64 else torch.float32
-            x_TD = x_TD.to(dtype)
-            if self.training and self.jitter_noise > 0:
-                x_TD = x_TD * torch.empty_like(x_TD).uniform_(1 - self.jitter_noise, 1 + self.jitter_noise)
-            return F.linear(x_TD, self.weight.to(dtype))
-
-    @torch.no_grad()
-    def record(self, logits_TE: torch.Tensor, experts_TK: torch.Tensor, mask_T: torch.Tensor | None) -> None:
-        """Adds a forward's routing to the counts that metrics and the balancing bias read."""
-        logprobs_TE = logits_TE.log_softmax(-1)
-        probs_TE = logprobs_TE.exp()
-        weight_T = torch.ones_like(probs_TE[:, 0]) if mask_T is None else mask_T.to(probs_TE.dtype)
-        entropy_T = -(probs_TE * logprobs_TE).sum(-1)
-        sums = torch.stack([weight_T, entropy_T * weight_T, probs_TE.amax(-1) * weight_T]).sum(-1)
-        self.interval_sums += sums.to(self.interval_sums.dtype)
-        counts_E = _count(experts_TK, weight_T, self.num_experts).to(self.step_counts_E.dtype)
-        self.step_counts_E += counts_E
-        self.interval_counts_E += counts_E
 
 
 @use_experts_implementation(is_transposed=True, has_bias=True, has_gate=False)
@@ -145,52 +88,150 @@ def fe_experts_forward(
 ALL_EXPERTS_FUNCTIONS.register(EXPERTS_IMPLEMENTATION, fe_experts_forward)
 
 
-class MoELayer(nn.Module):
-    """The feed-forward part of a block as a mixture of experts: route, compute, one dropout after the combination
-    (where GPT-2's MLP has it)."""
+class SharedExperts(nn.Module):
+    """The experts that every token goes through (Dai et al. 2024, section 3.2), side by side in one MLP.
+
+    The sum of S two-layer MLPs is one of S times the hidden units, whose second bias is the sum of theirs.
+    """
 
     def __init__(self, config: GPT2MoEConfig):
         super().__init__()
-        self.router = TopKRouter(config)
+        hidden_units = config.num_shared_experts * config.expert_size
+        self.c_fc = Conv1D(hidden_units, config.n_embd)
+        self.c_proj = Conv1D(config.n_embd, hidden_units)
+        self.act = ACT2FN[config.activation_function]
+
+    def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
+        """(T, D) to (T, D)."""
+        return self.c_proj(self.act(self.c_fc(x_TD)))
+
+
+class MoELayer(nn.Module):
+    """The feed-forward part of a block as a mixture of experts: ``shared(x) + sum_e g_e(x) MLP_e(x)``, and one
+    dropout after the combination (where GPT-2's MLP has it).
+
+    Whatever the routing, the experts are called as ``experts(x_TD, experts_TK, gates_TK)``. With expert choice a
+    token may have any number of experts, so there each taken (token, expert) pair is handed over as a token of its own
+    with K = 1, E * C of them and no more, and the results are added up at their tokens. Choices dropped over
+    capacity have a gate of zero. On a CPU the others are handed over as pairs too: at 60% dropped that takes half the
+    time. Elsewhere the dropped are multiplied for nothing, since leaving them out would wait for their count.
+    """
+
+    def __init__(self, config: GPT2MoEConfig):
+        super().__init__()
+        self.router = make_router(config)
         self.experts = Experts(config)
+        self.shared_experts = SharedExperts(config) if config.num_shared_experts else None
         self.dropout = nn.Dropout(config.resid_pdrop)
+        # (T,) true at tokens that are no padding. The block sets it, and only for routings in which tokens compete.
+        self.mask_T: torch.Tensor | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., D) to (..., D)."""
         x_TD = x.reshape(-1, x.shape[-1])
-        _, gates_TK, experts_TK = self.router(x_TD)
-        return self.dropout(self.experts(x_TD, experts_TK, gates_TK).view(x.shape))
+        _, gates, choices = self.router(x_TD, self.mask_T)
+        drops = self.training and self.router.capacity_factor is not None
+        if isinstance(self.router, ExpertChoiceRouter):
+            experts_EC = torch.arange(len(choices), device=x.device)[:, None].expand_as(choices)
+            out_TD = self._combine_pairs(x_TD, choices.reshape(-1), experts_EC.reshape(-1), gates.reshape(-1))
+        elif drops and x.device.type == "cpu" and not torch.compiler.is_compiling():
+            token_S, k_S = gates.nonzero(as_tuple=True)
+            out_TD = self._combine_pairs(x_TD, token_S, choices[token_S, k_S], gates[token_S, k_S])
+        else:
+            out_TD = self.experts(x_TD, choices, gates)
+        if self.shared_experts is not None:
+            out_TD = out_TD + self.shared_experts(x_TD)
+        return self.dropout(out_TD.view(x.shape))
+
+    def _combine_pairs(
+        self, x_TD: torch.Tensor, token_S: torch.Tensor, expert_S: torch.Tensor, gate_S: torch.Tensor
+    ) -> torch.Tensor:
+        """(T, D): for each token the weighted outputs of its S / T experts on average, zero if it has none."""
+        y_SD = self.experts(x_TD[token_S], expert_S[:, None], gate_S[:, None])
+        return torch.zeros_like(x_TD, dtype=y_SD.dtype).index_add(0, token_S, y_SD)
 
 
-def _count(experts_TK: torch.Tensor, weight_T: torch.Tensor, num_experts: int) -> torch.Tensor:
-    """(E,) how often each expert was chosen, by tokens of the given weights. No host synchronisation."""
-    counts_E = weight_T.new_zeros(num_experts)
-    return counts_E.scatter_add_(0, experts_TK.reshape(-1), weight_T.repeat_interleave(experts_TK.shape[1]))
+def _probabilities(logits_TE: torch.Tensor, scoring_func: str) -> torch.Tensor:
+    """(T, E) scores over their sum: the softmax, or normalised sigmoids (DeepSeek-V3, eq. 19)."""
+    return (F.logsigmoid(logits_TE) if scoring_func == "sigmoid" else logits_TE).softmax(-1)
 
 
 def load_balancing_loss(
-    logits_TE: torch.Tensor, experts_TK: torch.Tensor, mask_T: torch.Tensor | None = None
+    logits_TE: torch.Tensor,
+    experts_TK: torch.Tensor,
+    mask_T: torch.Tensor | None = None,
+    scoring_func: str = "softmax",
+    counts_E: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """``E * sum_e f_e * P_e`` of one layer (Fedus et al. 2021, eq. 4-6), 1 at perfect balance.
 
     f_e is the share of the choices that went to expert e (so that the f_e sum to one for every K), P_e the mean
-    probability of e. Only P carries a gradient.
+    probability of e: the softmax, or the sigmoid over the sum of all. Only P carries a gradient. Choices that a
+    capacity drops count: they are what is to be balanced.
+
+    f is of these tokens, unless ``counts_E`` gives it. With ``router_aux_loss_scope`` ``global_batch`` (Qiu et al.
+    2025) the counts are those of all processes and of all forwards of the optimizer step up to this one, so a
+    micro-batch of one kind of names is not pressed to use all experts. P stays that of these tokens. It is linear, so
+    with one forward per process and step, of equal sizes, the mean over processes is the loss of the global batch;
+    under accumulation the earlier forwards of a step see the counts so far.
+
+    In ``.loss`` each forward's balancing loss is weighted by its share of the step's labels, so a step's is their
+    weighted mean.
 
     Args:
         logits_TE: router logits, (T, E) float32.
         experts_TK: chosen experts, (T, K).
         mask_T: (T,) true where a token counts; None counts all. Padding must not.
+        scoring_func: of the router.
+        counts_E: (E,) choices of each expert, over more than these tokens.
 
     Returns:
         Scalar float32.
     """
     num_experts = logits_TE.shape[-1]
-    probs_TE = logits_TE.softmax(-1)
+    probs_TE = _probabilities(logits_TE, scoring_func)
     weight_T = torch.ones_like(probs_TE[:, 0]) if mask_T is None else mask_T.to(probs_TE.dtype)
-    tokens = weight_T.sum().clamp(min=1)
-    share_E = _count(experts_TK, weight_T, num_experts) / (tokens * experts_TK.shape[1])
-    probability_E = weight_T @ probs_TE / tokens
+    if counts_E is None:
+        counts_E = count_choices(experts_TK, weight_T, num_experts)
+    share_E = counts_E.to(probs_TE.dtype) / counts_E.sum().clamp(min=1)
+    probability_E = weight_T @ probs_TE / weight_T.sum().clamp(min=1)
     return num_experts * (share_E * probability_E).sum()
+
+
+def sequence_balancing_loss(
+    logits_TE: torch.Tensor,
+    experts_TK: torch.Tensor,
+    sequence_T: torch.Tensor,
+    num_sequences: int,
+    mask_T: torch.Tensor | None = None,
+    scoring_func: str = "softmax",
+) -> torch.Tensor:
+    """The mean over sequences of each one's own ``E * sum_e f_e * P_e`` (DeepSeek-V3, eq. 17-20), 1 at balance.
+
+    Stricter than `load_balancing_loss`: every single name must spread over the experts. A sequence counts once,
+    however long it is.
+
+    Args:
+        logits_TE: router logits, (T, E) float32.
+        experts_TK: chosen experts, (T, K).
+        sequence_T: (T,) which sequence each token is of, from 0.
+        num_sequences: N.
+        mask_T: (T,) true where a token counts; None counts all.
+        scoring_func: of the router.
+
+    Returns:
+        Scalar float32.
+    """
+    num_experts, top_k = logits_TE.shape[-1], experts_TK.shape[1]
+    probs_TE = _probabilities(logits_TE, scoring_func)
+    weight_T = torch.ones_like(probs_TE[:, 0]) if mask_T is None else mask_T.to(probs_TE.dtype)
+    tokens_N = weight_T.new_zeros(num_sequences).index_add_(0, sequence_T, weight_T)
+    cells = (sequence_T[:, None] * num_experts + experts_TK).reshape(-1)
+    counts_NE = weight_T.new_zeros(num_sequences * num_experts)
+    counts_NE = counts_NE.index_add_(0, cells, weight_T.repeat_interleave(top_k)).view(num_sequences, num_experts)
+    sums_NE = torch.zeros_like(counts_NE).index_add(0, sequence_T, probs_TE * weight_T[:, None])
+    loss_N = num_experts * (counts_NE * sums_NE).sum(-1) / (top_k * tokens_N.square()).clamp(min=1)
+    return loss_N.sum() / (tokens_N > 0).sum().clamp(min=1)
 
 
 def router_z_loss(logits_TE: torch.Tensor, mask_T: torch.Tensor | None = None) -> torch.Tensor:

@@ -11,7 +11,7 @@ from flash_experts.data.cards import Card
 from flash_experts.data.prompts import Attributes
 from flash_experts.data.tokenizer import load_tokenizer, train_tokenizer
 from flash_experts.models.flash_attention import ATTENTION_IMPLEMENTATION
-from flash_experts.models.loading import load_model
+from flash_experts.models.loading import load_config, load_model
 from flash_experts.models.moe import GPT2MoEForCausalLM
 from flash_experts.training.model_config import ModelConfig
 
@@ -35,11 +35,14 @@ def build_model(
     if base is None:
         tokenizer: PreTrainedTokenizerBase = train_tokenizer(tokenizer_texts(cards), config.vocab_size)
         model = _new_model(config, tokenizer)
+        if config.num_experts:
+            model = GPT2MoEForCausalLM.from_dense(model, **config.moe_fields)
     else:
-        model = load_model(base, "cpu")
+        if config.num_experts and load_config(base).model_type == "gpt2":
+            model = GPT2MoEForCausalLM.from_dense(base, **config.moe_fields)  # never two copies in memory
+        else:
+            model = load_model(base, "cpu")
         tokenizer = load_tokenizer(base)
-    if config.num_experts and model.config.model_type == "gpt2":
-        model = GPT2MoEForCausalLM.from_dense(model, **config.moe_fields)  # type: ignore[arg-type]
     if config.dropout is not None:
         _set_dropout(model, config.dropout)
     model.loss_type = "ForCausalLM"

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 _MOE_FIELDS = (
     "num_experts",
     "num_experts_per_tok",
     "moe_layer_freq",
+    "granularity",
+    "noise_scale",
+    "drop_ratio",
+    "router_init",
+    "routing",
+    "scoring_func",
+    "capacity_factor",
+    "allow_noncausal_generation",
     "router_aux_loss_coef",
+    "router_aux_loss_scope",
     "router_z_loss_coef",
     "router_jitter_noise",
     "router_bias_update_rate",
@@ -24,7 +33,20 @@ class ModelConfig:
         num_experts: E, experts per MoE layer; 0 trains the model as it is, without upcycling.
         num_experts_per_tok: k, experts that each token is sent to.
         moe_layer_freq: 1 puts experts in every block, 2 in every other.
+        upcycling: how experts are made of the dense layers: copy, noise (copies that differ a little), drop (a share
+            of the hidden units drawn anew), granular (parts of a layer, more of them per token), or shared (the dense
+            layer for every token, and routed experts that begin silent).
+        granularity: g, parts that granular and shared cut a layer into; there are g * E experts, g * k per token.
+        noise_scale: of noise, as a share of each matrix's standard deviation.
+        drop_ratio: of drop, the share of hidden units drawn anew.
+        router_init: first weights of the routers: normal, zeros or orthogonal.
+        routing: token_choice (tokens choose experts), or expert_choice (experts choose tokens; not causal).
+        scoring_func: softmax, topk_softmax or sigmoid.
+        capacity_factor: in training an expert takes at most this many times the mean load; null drops nothing.
+        allow_noncausal_generation: let a model with expert choice generate, though not as it was trained.
         router_aux_loss_coef: weight of the load-balancing loss.
+        router_aux_loss_scope: what must balance: micro_batch (each forward), global_batch (each optimizer step over
+            all processes) or sequence (each name).
         router_z_loss_coef: weight of the router z-loss.
         router_jitter_noise: noise on the router's input in training.
         router_bias_update_rate: step of the loss-free balancing bias, 0 is off.
@@ -39,7 +61,17 @@ class ModelConfig:
     num_experts: int = 8
     num_experts_per_tok: int = 2
     moe_layer_freq: int = 2
+    upcycling: Literal["copy", "noise", "drop", "granular", "shared"] = "copy"
+    granularity: int = 1
+    noise_scale: float = 0.001
+    drop_ratio: float = 0.5
+    router_init: Literal["normal", "zeros", "orthogonal"] = "normal"
+    routing: Literal["token_choice", "expert_choice"] = "token_choice"
+    scoring_func: Literal["softmax", "topk_softmax", "sigmoid"] = "softmax"
+    capacity_factor: float | None = None
+    allow_noncausal_generation: bool = False
     router_aux_loss_coef: float = 0.01
+    router_aux_loss_scope: Literal["micro_batch", "global_batch", "sequence"] = "micro_batch"
     router_z_loss_coef: float = 0.001
     router_jitter_noise: float = 0.0
     router_bias_update_rate: float = 0.0
@@ -53,4 +85,4 @@ class ModelConfig:
     @property
     def moe_fields(self) -> dict[str, Any]:
         """The fields that `GPT2MoEForCausalLM.from_dense` takes."""
-        return {name: getattr(self, name) for name in _MOE_FIELDS}
+        return {"method": self.upcycling} | {name: getattr(self, name) for name in _MOE_FIELDS}

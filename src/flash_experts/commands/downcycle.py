@@ -1,0 +1,94 @@
+"""``flash-experts downcycle``."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from jsonargparse import Namespace
+
+from flash_experts.commands.common import CommandParser, command_parser, print_result
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+    from flash_experts.models.moe import GPT2MoEForCausalLM
+
+_TOKENS_PER_ROW = 2048
+
+
+def run(args: Namespace) -> None:
+    """Average the experts of a model into a dense GPT-2."""
+    from flash_experts.data.tokenizer import load_tokenizer
+    from flash_experts.models.downcycling import to_dense
+    from flash_experts.models.loading import load_model
+    from flash_experts.models.moe import GPT2MoEForCausalLM
+
+    if args.loads is not None and args.weighting != "load":
+        raise ValueError("--loads is for --weighting load")
+    model = load_model(args.model, "cpu")
+    if not isinstance(model, GPT2MoEForCausalLM):
+        raise ValueError(f"{args.model} has no experts: downcycle takes what upcycle or train wrote")
+    tokenizer = load_tokenizer(args.model)
+    loads = None
+    if args.weighting == "load":
+        loads = _read_loads(args.loads) if args.loads else _measured_loads(args, model, tokenizer)
+    dense = to_dense(model, loads, args.granularity)
+    dense.save_pretrained(args.out)
+    tokenizer.save_pretrained(args.out)
+    total = sum(parameter.numel() for parameter in dense.parameters())
+    result: dict[str, object] = {"out": args.out, "parameters": total}
+    if loads is not None:
+        result["loads"] = {str(block): load_E.tolist() for block, load_E in loads.items()}
+    how = "their load" if loads is not None else "equal weight"
+    print_result(args, result, f"{args.out}: dense, {total / 1e6:.1f}M parameters, experts averaged by {how}")
+
+
+def _read_loads(path: str) -> dict[int, torch.Tensor]:
+    """A JSON file of loads by block, as this command prints them: ``{"1": [0.5, 0.2, ...], ...}``."""
+    import torch
+
+    try:
+        table = json.loads(Path(path).read_text(encoding="utf-8"))
+        table = table.get("loads", table)
+        return {int(block): torch.tensor(load, dtype=torch.float64) for block, load in table.items()}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f'{path} has no loads by block, such as {{"1": [0.5, 0.2, 0.3]}}: {error}') from error
+
+
+def _measured_loads(
+    args: Namespace, model: GPT2MoEForCausalLM, tokenizer: PreTrainedTokenizerBase
+) -> dict[int, torch.Tensor]:
+    """The loads over training names with all their attributes given."""
+    from flash_experts.data.packing import encode_cards, pack_all
+    from flash_experts.data.prepare import load_split
+    from flash_experts.data.prompts import Attributes
+    from flash_experts.models.downcycling import measure_loads
+
+    cards = load_split(args.data, "train")
+    cards = random.Random(f"loads/{args.seed}").sample(cards, min(args.names, len(cards)))
+    if not cards:
+        raise ValueError(f"there are no names in {args.data} to measure the load with: give --loads FILE")
+    rows = pack_all(encode_cards(cards, tokenizer, Attributes.of), _TOKENS_PER_ROW)
+    return measure_loads(model, (row.inputs for row in rows))
+
+
+def make_parser() -> CommandParser:
+    parser = command_parser("downcycle", run)
+    parser.add_argument("model", help="folder or hub id of a model with experts")
+    parser.add_argument("--out", required=True, help="folder to write")
+    parser.add_argument(
+        "--weighting",
+        type=Literal["mean", "load"],
+        default="mean",
+        help="mean: all experts alike; load: by how many tokens go to each",
+    )
+    parser.add_argument("--loads", type=str | None, default=None, help="JSON of loads by block; measured if left out")
+    parser.add_argument("--data", default="data/mtg", help="folder that prepare wrote, to measure the load with")
+    parser.add_argument("--names", type=int, default=2000, help="names to measure the load with")
+    parser.add_argument("--granularity", type=int, default=1, help="that a model of granular upcycling was made with")
+    parser.add_argument("--seed", type=int, default=0, help="of the draw of names")
+    return parser

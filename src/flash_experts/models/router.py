@@ -1,0 +1,236 @@
+"""The two ways to send tokens to experts: each token chooses experts, or each expert chooses tokens.
+
+Both score every (token, expert) pair, in float32: ``logits = W x`` and then, by ``scoring_func``,
+
+    softmax       s = softmax(logits) over the experts, then the K largest (Shazeer et al. 2017, Fedus et al. 2021)
+    topk_softmax  the K largest logits, then a softmax over those K (Mixtral: Jiang et al. 2024, section 2.1)
+    sigmoid       s = sigmoid(logits), each expert by itself (DeepSeek-V3, 2024, eq. 13-16)
+
+With ``norm_topk_prob`` the gates of the chosen are divided by their sum, and then the first two are the same
+mathematics: ``exp(l_i) / sum_chosen exp(l_j)``, in value and gradient. They differ in two places. Without
+``norm_topk_prob`` the gates of ``softmax`` are the s themselves and sum to less than one, which ``topk_softmax`` cannot
+do. And the bias of loss-free balancing is added to s in ``softmax`` and ``sigmoid``, but to the logits in
+``topk_softmax``.
+
+Letters in the shapes: T tokens, D width, E experts, K experts per token, C tokens per expert, S = T * K choices.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from flash_experts.models.moe_config import GPT2MoEConfig
+
+
+class Router(nn.Module):
+    """What both routers share: scores, the balancing bias, and the counts that metrics read."""
+
+    selection_bias_E: torch.Tensor
+    step_counts_E: torch.Tensor
+    interval_counts_E: torch.Tensor
+    interval_sums: torch.Tensor
+
+    def __init__(self, config: GPT2MoEConfig):
+        super().__init__()
+        self.num_experts = config.num_experts
+        self.top_k = config.num_experts_per_tok
+        self.scoring_func = config.scoring_func
+        self.norm_topk_prob = config.norm_topk_prob
+        self.capacity_factor = config.capacity_factor
+        self.jitter_noise = config.router_jitter_noise
+        self.bias_update_rate = config.router_bias_update_rate
+        self.weight = nn.Parameter(torch.empty(config.num_experts, config.n_embd))
+        # The balancing bias is learned (not by gradient), so it is saved; the counts are measurements of a run.
+        self.register_buffer("selection_bias_E", torch.zeros(config.num_experts))
+        self.register_buffer("step_counts_E", torch.zeros(config.num_experts), persistent=False)
+        self.register_buffer("interval_counts_E", torch.zeros(config.num_experts), persistent=False)
+        # Sums over tokens of: one, the entropy of p, the largest p, and what was left out (see `left_out`).
+        self.register_buffer("interval_sums", torch.zeros(4), persistent=False)
+
+    def logits(self, x_TD: torch.Tensor) -> torch.Tensor:
+        """(T, E) logits. In float32 (or float64), autocast or not: near ties must not turn on bfloat16's rounding."""
+        with torch.autocast(x_TD.device.type, enabled=False):
+            dtype = torch.float64 if x_TD.dtype == torch.float64 else torch.float32
+            x_TD = x_TD.to(dtype)
+            if self.training and self.jitter_noise > 0:
+                x_TD = x_TD * torch.empty_like(x_TD).uniform_(1 - self.jitter_noise, 1 + self.jitter_noise)
+            return F.linear(x_TD, self.weight.to(dtype))
+
+    def log_scores(self, logits_TE: torch.Tensor) -> torch.Tensor:
+        """log s up to a constant of the token, which no normalised gate sees."""
+        return F.logsigmoid(logits_TE) if self.scoring_func == "sigmoid" else logits_TE
+
+    def scores(self, logits_TE: torch.Tensor) -> torch.Tensor:
+        """s: the softmax over all experts, or each expert's sigmoid."""
+        return logits_TE.sigmoid() if self.scoring_func == "sigmoid" else logits_TE.softmax(-1)
+
+    def capacity(self, tokens: int) -> int:
+        """``ceil(capacity_factor * tokens * K / E)``, the most that an expert takes (Fedus et al. 2021, eq. 3)."""
+        factor = 1.0 if self.capacity_factor is None else self.capacity_factor
+        # Rounded first: 1.1 * 10 is 11.000000000000002, which is no twelfth token.
+        return min(tokens, math.ceil(round(factor * tokens * self.top_k / self.num_experts, 6)))
+
+    def count(self, choices: torch.Tensor, weight_T: torch.Tensor) -> torch.Tensor:
+        """(E,) tokens of each expert, each token counted by its weight (0 for padding)."""
+        raise NotImplementedError
+
+    def left_out(self, logits_TE: torch.Tensor, choices: torch.Tensor, mask_T: torch.Tensor | None) -> torch.Tensor:
+        """Scalar: choices dropped over capacity (token choice), or tokens that no expert took (expert choice)."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def record(self, logits_TE: torch.Tensor, choices: torch.Tensor, mask_T: torch.Tensor | None) -> None:
+        """Adds a training forward's routing to the counts that metrics and the balancing bias read.
+
+        Args:
+            logits_TE: first of what `forward` returned.
+            choices: third of what `forward` returned.
+            mask_T: (T,) true at tokens that are no padding; None if all count.
+        """
+        logprobs_TE = self.log_scores(logits_TE).log_softmax(-1)
+        probs_TE = logprobs_TE.exp()
+        weight_T = torch.ones_like(probs_TE[:, 0]) if mask_T is None else mask_T.to(probs_TE.dtype)
+        entropy_T = -(probs_TE * logprobs_TE).sum(-1)
+        sums = torch.stack([weight_T, entropy_T * weight_T, probs_TE.amax(-1) * weight_T]).sum(-1)
+        left_out = self.left_out(logits_TE, choices, mask_T).to(sums.dtype)
+        self.interval_sums += torch.cat([sums, left_out[None]]).to(self.interval_sums.dtype)
+        counts_E = self.count(choices, weight_T).to(self.step_counts_E.dtype)
+        self.step_counts_E += counts_E
+        self.interval_counts_E += counts_E
+
+
+class TopKRouter(Router):
+    """Token choice: each token is sent to the K experts whose scores are highest (Shazeer et al. 2017).
+
+    The K largest ``s + bias`` are chosen (the bias is that of loss-free balancing, zero unless it is used); their
+    gates are s over the sum of the chosen (``norm_topk_prob``), or s.
+
+    Normalised gates of identical experts add up to the same output whatever the router says, so right after
+    upcycling the router would get no gradient. The gate therefore passes the gradient of s straight through:
+    ``g = s / sum(s) + (s - stop_gradient(s))``, which has the value of the first term alone.
+
+    With ``capacity_factor`` an expert takes at most ``ceil(capacity_factor * T * K / E)`` of the choices of a forward
+    (Fedus et al. 2021, section 2.2), those with the highest s first (batch-prioritised routing, Riquelme et al. 2021,
+    section 4.1) and, of equal ones, those of earlier tokens. The others are dropped: their gates become zero and
+    the remaining gates of the token are left as they are, so a token that is dropped everywhere passes the layer by
+    its residual connection alone. This happens in training only. Which choices are dropped depends on the other
+    tokens, also on later ones, so an evaluation with drops would score a name by its company.
+    """
+
+    def forward(
+        self, x_TD: torch.Tensor, mask_T: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Routes tokens.
+
+        Args:
+            x_TD: (T, D), any float dtype.
+            mask_T: (T,) true at tokens that are no padding; only a capacity asks for it. None if all count.
+
+        Returns:
+            logits (T, E) float32; gates (T, K) in the dtype of ``x_TD``, zero where a choice was dropped; chosen
+            experts (T, K) int64, best first, the dropped among them.
+        """
+        logits_TE = self.logits(x_TD)
+        scores_TE = self.scores(logits_TE)
+        selection_TE = logits_TE if self.scoring_func == "topk_softmax" else scores_TE
+        experts_TK = (selection_TE + self.selection_bias_E.to(scores_TE.dtype)).topk(self.top_k, dim=-1).indices
+        scores_TK = scores_TE.gather(-1, experts_TK)
+        gates_TK = scores_TK
+        if self.norm_topk_prob:
+            # s over their sum, by way of the logarithms: sigmoids that are all zero to rounding divide as well.
+            gates_TK = self.log_scores(logits_TE).gather(-1, experts_TK).softmax(-1)
+            if self.training:
+                gates_TK = gates_TK + (scores_TK - scores_TK.detach())
+        if self.training and self.capacity_factor is not None:
+            gates_TK = gates_TK * self.within_capacity(scores_TK, experts_TK, mask_T)
+        return logits_TE, gates_TK.to(x_TD.dtype), experts_TK
+
+    def within_capacity(
+        self, scores_TK: torch.Tensor, experts_TK: torch.Tensor, mask_T: torch.Tensor | None
+    ) -> torch.Tensor:
+        """(T, K) true where the choice finds a place at its expert. Padding takes no places."""
+        T, K = experts_TK.shape
+        expert_S = experts_TK.reshape(-1)
+        if mask_T is not None:
+            expert_S = expert_S.masked_fill(~mask_T.repeat_interleave(K), self.num_experts)
+        best_S = scores_TK.reshape(-1).argsort(descending=True, stable=True)
+        order_S = best_S[expert_S[best_S].argsort(stable=True)]  # by expert, and within an expert by score
+        counts = expert_S.new_zeros(self.num_experts + 1).scatter_add_(0, expert_S, torch.ones_like(expert_S))
+        starts = counts.cumsum(0) - counts
+        place_S = torch.arange(T * K, device=expert_S.device) - starts[expert_S[order_S]]
+        tokens = T if mask_T is None else int(mask_T.sum())
+        fits_S = torch.empty_like(expert_S, dtype=torch.bool)
+        fits_S[order_S] = place_S < self.capacity(tokens)
+        return fits_S.view(T, K)
+
+    def count(self, choices: torch.Tensor, weight_T: torch.Tensor) -> torch.Tensor:
+        return count_choices(choices, weight_T, self.num_experts)
+
+    def left_out(self, logits_TE: torch.Tensor, choices: torch.Tensor, mask_T: torch.Tensor | None) -> torch.Tensor:
+        if self.capacity_factor is None:
+            return logits_TE.new_zeros(())
+        dropped_TK = ~self.within_capacity(self.scores(logits_TE).gather(-1, choices), choices, mask_T)
+        return (dropped_TK if mask_T is None else dropped_TK & mask_T[:, None]).sum()
+
+
+class ExpertChoiceRouter(Router):
+    """Expert choice: each expert takes the C tokens that score highest for it (Zhou et al. 2022, section 3.2).
+
+    ``C = ceil(T * K / E)`` times ``capacity_factor``: a token has K experts on average, but some have more and some
+    none, and every expert has the same load without any balancing loss. The paper's gate is s, the softmax over the
+    experts; with ``norm_topk_prob`` it is divided by the sum over the experts that took the token, so that gates sum
+    to one for every token that was taken at all (and the gradient of s passes straight through, as in `TopKRouter`).
+
+    This is **not causal**: whether an expert takes a token depends on all other tokens of the forward, later ones
+    and those of other names among them. A model trained so can look ahead a little, scores names too well, and
+    cannot be run token by token as it was trained. Study and compare it; to generate, use token choice.
+    """
+
+    def forward(
+        self, x_TD: torch.Tensor, mask_T: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Routes tokens.
+
+        Args:
+            x_TD: (T, D), any float dtype.
+            mask_T: (T,) true at tokens that are no padding, which no expert takes; None if all count.
+
+        Returns:
+            logits (T, E) float32; gates (E, C) in the dtype of ``x_TD``; taken tokens (E, C) int64, best first.
+        """
+        logits_TE = self.logits(x_TD)
+        scores_TE = self.scores(logits_TE)
+        offered_TE = scores_TE if mask_T is None else scores_TE.masked_fill(~mask_T[:, None], -math.inf)
+        tokens = len(x_TD) if mask_T is None else int(mask_T.sum())
+        tokens_EC = offered_TE.T.topk(self.capacity(tokens), dim=-1).indices
+        scores_EC = scores_TE.T.gather(-1, tokens_EC)
+        gates_EC = scores_EC
+        if self.norm_topk_prob:
+            taken_T = torch.zeros_like(scores_TE[:, 0]).index_add(0, tokens_EC.reshape(-1), scores_EC.reshape(-1))
+            gates_EC = scores_EC / taken_T.clamp(min=torch.finfo(taken_T.dtype).tiny)[tokens_EC]
+            if self.training:
+                gates_EC = gates_EC + (scores_EC - scores_EC.detach())
+        return logits_TE, gates_EC.to(x_TD.dtype), tokens_EC
+
+    def count(self, choices: torch.Tensor, weight_T: torch.Tensor) -> torch.Tensor:
+        return weight_T[choices].sum(-1)
+
+    def left_out(self, logits_TE: torch.Tensor, choices: torch.Tensor, mask_T: torch.Tensor | None) -> torch.Tensor:
+        untaken_T = torch.ones_like(logits_TE[:, 0], dtype=torch.bool) if mask_T is None else mask_T.clone()
+        untaken_T[choices.reshape(-1)] = False
+        return untaken_T.sum()
+
+
+def make_router(config: GPT2MoEConfig) -> Router:
+    """The router that ``config.routing`` names."""
+    return ExpertChoiceRouter(config) if config.routing == "expert_choice" else TopKRouter(config)
+
+
+def count_choices(experts_TK: torch.Tensor, weight_T: torch.Tensor, num_experts: int) -> torch.Tensor:
+    """(E,) how often each expert was chosen, by tokens of the given weights. No host synchronisation."""
+    counts_E = weight_T.new_zeros(num_experts)
+    return counts_E.scatter_add_(0, experts_TK.reshape(-1), weight_T.repeat_interleave(experts_TK.shape[1]))

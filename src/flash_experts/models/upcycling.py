@@ -1,0 +1,217 @@
+"""Sparse upcycling: the experts of a mixture made of the MLPs of a dense GPT-2, and what that does to its output.
+
+Write the dense layer as ``W2 act(W1 x + b1) + b2`` and the new layer as ``sum_e g_e MLP_e(x)``, with gates that sum to
+one over the k chosen. Then, before any training and for every token, k and E:
+
+    copy      every expert is the dense layer (Komatsuzaki et al. 2022). Exact.
+    noise     copies plus N(0, (noise_scale * std(W))^2) on both matrices, so that experts differ from the start. The
+              output differs in proportion to noise_scale; 0 is a copy.
+    drop      each expert has a share ``drop_ratio`` of its hidden units drawn anew: their columns of W1, their b1 and
+              their rows of W2, each from a normal distribution with the mean and standard deviation of the dense W1, b1
+              and W2 (Nakamura et al. 2025, Drop-Upcycling; one set of units for both matrices). The output differs by
+              exactly what those units add now and added before, weighted by the gates; 0 is a copy.
+    granular  virtual groups (He et al. 2024): the hidden units are cut into g shards, there are g * E experts of one
+              shard each, g * k of them per token. Expert ``r * g + s`` of group r holds shard s, and the g experts of
+              a group share one row of the router, so a token takes whole groups. Their gates are equal, 1/g of what one
+              expert's would be, so W2 is multiplied by g, and b2, which the gates add up to once, is not. Exact.
+    shared    a shared expert is the dense layer, and the routed ones, with its W1, have W2 = 0 and b2 = 0: they are
+              silent until they learn. With granularity g, g shared experts together are the dense layer and routed ones
+              have a shard of W1. Exact, with any gates. The router gets no gradient until the experts speak.
+
+Exact means to rounding: logits at most 1e-5 apart in float32. With ``routing="expert_choice"`` it holds for the layer's
+output at the tokens that some expert took; the others pass by the residual connection alone. With ``capacity_factor`` a
+training forward loses what is dropped.
+
+Letters in the shapes: E experts, D width, F hidden units of the dense layer.
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
+from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
+
+from flash_experts.models.loading import FUSED_ACTIVATIONS
+from flash_experts.models.moe_config import GPT2MoEConfig
+from flash_experts.models.moe_layer import MoELayer
+
+METHODS = ("copy", "noise", "drop", "granular", "shared")
+ROUTER_INITS = ("normal", "zeros", "orthogonal")
+
+
+@dataclass(frozen=True)
+class Upcycling:
+    """How experts are made of a dense layer. The module's text describes the methods.
+
+    Attributes:
+        method: ``copy``, ``noise``, ``drop``, ``granular`` or ``shared``.
+        granularity: g, parts that the hidden units are cut into, for ``granular`` and ``shared``.
+        noise_scale: of ``noise``, as a share of each matrix's standard deviation.
+        drop_ratio: of ``drop``, the share of hidden units that is drawn anew.
+        router_init: the routers' first weights: ``normal`` (standard deviation ``initializer_range``), ``orthogonal``
+            (rows at right angles, as long as those of ``normal`` are on average; at most as many as the width), or
+            ``zeros`` (all scores tie, and the top k are the same few experts for every token until the first step).
+
+    Raises:
+        ValueError: a name or a number that cannot be, or a granularity that the method has no use for.
+    """
+
+    method: str = "copy"
+    granularity: int = 1
+    noise_scale: float = 1e-3
+    drop_ratio: float = 0.5
+    router_init: str = "normal"
+
+    def __post_init__(self) -> None:
+        for name, value, choices in (("method", self.method, METHODS), ("router_init", self.router_init, ROUTER_INITS)):
+            if value not in choices:
+                near = difflib.get_close_matches(value, choices, n=1)
+                hint = f": did you mean {near[0]!r}?" if near else ""
+                raise ValueError(f"{name} of upcycling is {value!r}, but it is one of {', '.join(choices)}{hint}")
+        if self.granularity < 1:
+            raise ValueError(f"granularity must be 1 or more, not {self.granularity}")
+        if self.granularity > 1 and self.method not in ("granular", "shared"):
+            raise ValueError(
+                f"granularity {self.granularity} cuts a layer into parts, of which method {self.method!r} has no use: "
+                "take method 'granular' or 'shared'"
+            )
+        if self.granularity > 1 and self.method == "granular" and self.router_init == "zeros":
+            raise ValueError(
+                "granular upcycling needs groups that score differently: router_init 'zeros' ties them all"
+            )
+        if self.noise_scale < 0:
+            raise ValueError(f"noise_scale must not be negative, but is {self.noise_scale}")
+        if not 0 <= self.drop_ratio <= 1:
+            raise ValueError(f"drop_ratio must be from 0 to 1, not {self.drop_ratio}")
+
+    def config(
+        self, dense: GPT2Config, num_experts: int, num_experts_per_tok: int, **config_fields: Any
+    ) -> GPT2MoEConfig:
+        """The dense model's configuration with experts; its slow spelling of the activation gives way to the fused one.
+
+        Raises:
+            ValueError: a field is wrong, or would change the dense model's output.
+        """
+        inherited = dense.to_dict()
+        for key in ("model_type", "architectures", "transformers_version"):
+            inherited.pop(key, None)
+        activation = inherited["activation_function"]
+        inherited["activation_function"] = FUSED_ACTIVATIONS.get(activation, activation)
+        dense_size = dense.n_inner if dense.n_inner is not None else 4 * dense.n_embd
+        if dense_size % self.granularity:
+            raise ValueError(f"granularity {self.granularity} does not divide the {dense_size} hidden units of a layer")
+        made = {
+            "num_experts": num_experts * self.granularity,
+            "num_experts_per_tok": num_experts_per_tok * self.granularity,
+        }
+        if self.granularity > 1:
+            made["moe_intermediate_size"] = dense_size // self.granularity
+        if self.method == "shared":
+            made["num_shared_experts"] = self.granularity
+        config = GPT2MoEConfig(**(inherited | made | config_fields))
+        self._check(config, dense_size)
+        return config
+
+    def _check(self, config: GPT2MoEConfig, dense_size: int) -> None:
+        """Says which field would make the new layer another function than the old one."""
+        if config.expert_size * self.granularity != dense_size:
+            raise ValueError(
+                f"the experts have {dense_size // self.granularity} of the dense layer's {dense_size} hidden units, "
+                f"not moe_intermediate_size = {config.expert_size}: leave it out and set granularity"
+            )
+        if config.num_shared_experts != (self.granularity if self.method == "shared" else 0):
+            raise ValueError(
+                f"num_shared_experts = {config.num_shared_experts} would change the dense model's output: leave it "
+                "out; method 'shared' makes as many as the granularity"
+            )
+        if not config.norm_topk_prob and self.method != "shared":
+            raise ValueError("norm_topk_prob=False would change the dense model's output: leave it true for upcycling")
+        rows = config.num_experts // (self.granularity if self.method == "granular" else 1)
+        if self.router_init == "orthogonal" and rows > config.n_embd:
+            raise ValueError(
+                f"{rows} rows cannot be orthogonal at a width of {config.n_embd}: take router_init 'normal'"
+            )
+
+
+@torch.no_grad()
+def fill_from_dense(model: PreTrainedModel, dense: GPT2LMHeadModel, upcycling: Upcycling, take: bool) -> None:
+    """Writes every weight of a new `GPT2MoEForCausalLM`, block by block.
+
+    Args:
+        model: of the configuration that ``upcycling.config`` made; its weights may be anything.
+        dense: where they come from.
+        upcycling: how.
+        take: let go of each part of ``dense`` when it is copied, so that no second copy of the model is ever in memory.
+            It is of no use afterwards. Otherwise it is left as it is.
+    """
+    old: Any = dense.transformer
+    new: Any = model.transformer
+    if model.config.tie_word_embeddings:
+        model.tie_weights()
+    else:
+        model.lm_head.load_state_dict(dense.lm_head.state_dict())
+    if take:
+        dense.lm_head = nn.Identity()
+    for name in ("wte", "wpe", "ln_f"):
+        getattr(new, name).load_state_dict(getattr(old, name).state_dict())
+        if take:
+            setattr(old, name, nn.Identity())
+    for index, block in enumerate(new.h):
+        for name, child in old.h[index].named_children():
+            if isinstance(block.mlp, MoELayer) and child is old.h[index].mlp:
+                _fill_experts(block.mlp, child, upcycling)
+                _fill_router(block.mlp, upcycling, model.config.initializer_range)
+            else:
+                getattr(block, name).load_state_dict(child.state_dict())
+        if take:
+            old.h[index] = nn.Identity()
+
+
+def _fill_experts(layer: MoELayer, mlp: GPT2MLP, upcycling: Upcycling) -> None:
+    """The experts of one layer, each from the dense layer's weights by the method."""
+    experts, granularity = layer.experts, upcycling.granularity
+    up_DF, up_bias_F, down_FD, down_bias_D = mlp.c_fc.weight, mlp.c_fc.bias, mlp.c_proj.weight, mlp.c_proj.bias
+    hidden_units = experts.up_proj.shape[2]
+    for e in range(experts.num_experts):
+        shard = slice(e % granularity * hidden_units, (e % granularity + 1) * hidden_units)
+        experts.up_proj[e] = up_DF[:, shard]
+        experts.up_proj_bias[e] = up_bias_F[shard]
+        # The chosen gates sum to one over g times as many experts: each part counts g times, the bias once.
+        experts.down_proj[e] = down_FD[shard] * granularity if granularity > 1 else down_FD
+        experts.down_proj_bias[e] = down_bias_D
+        if upcycling.method == "noise":
+            for weight, source in ((experts.up_proj[e], up_DF), (experts.down_proj[e], down_FD)):
+                weight.add_(torch.randn_like(weight), alpha=upcycling.noise_scale * source.std().item())
+        elif upcycling.method == "drop":
+            count = int(upcycling.drop_ratio * hidden_units)
+            units = torch.randperm(hidden_units, device=up_DF.device)[:count]
+            experts.up_proj[e][:, units] = _alike(up_DF, experts.up_proj[e][:, units])
+            experts.up_proj_bias[e, units] = _alike(up_bias_F, experts.up_proj_bias[e, units])
+            experts.down_proj[e, units] = _alike(down_FD, experts.down_proj[e, units])
+    if layer.shared_experts is not None:
+        layer.shared_experts.c_fc.load_state_dict(mlp.c_fc.state_dict())
+        layer.shared_experts.c_proj.load_state_dict(mlp.c_proj.state_dict())
+        experts.down_proj.zero_()
+        experts.down_proj_bias.zero_()
+
+
+def _alike(source: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Random numbers of the shape of ``like`` with the mean and standard deviation of ``source``."""
+    return torch.randn_like(like) * source.std() + source.mean()
+
+
+def _fill_router(layer: MoELayer, upcycling: Upcycling, std: float) -> None:
+    """The router's first weights; virtual groups share a row."""
+    weight_ED = layer.router.weight
+    repeats = upcycling.granularity if upcycling.method == "granular" else 1
+    rows_D = weight_ED.new_zeros(len(weight_ED) // repeats, weight_ED.shape[1])
+    if upcycling.router_init == "normal":
+        rows_D.normal_(std=std)
+    elif upcycling.router_init == "orthogonal":
+        nn.init.orthogonal_(rows_D, gain=std * rows_D.shape[1] ** 0.5)
+    weight_ED.copy_(rows_D.repeat_interleave(repeats, 0))
