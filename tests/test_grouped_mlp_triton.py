@@ -121,6 +121,36 @@ def test_the_operators_keep_pytorchs_rules_and_compile_without_a_break() -> None
     assert torch.equal(torch.autograd.grad(compiled(floats[0]), floats[0])[0], expected[0])
 
 
+@pytest.mark.parametrize("capacity_factor", [None, 0.6])
+def test_a_layer_of_a_model_uses_it_by_name(capacity_factor: float | None) -> None:
+    from flash_experts import GPT2MoEConfig
+    from flash_experts.models.moe_layer import MoELayer
+
+    torch.manual_seed(0)
+    config = GPT2MoEConfig(n_embd=32, n_head=2, num_experts=4, resid_pdrop=0.0, capacity_factor=capacity_factor)
+    layer = MoELayer(config).to(DEVICE)
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    x = torch.randn(2, 12, 32, device=DEVICE, requires_grad=True)
+    results = []
+    for implementation in ("eager", "fe_experts_triton"):
+        layer.experts.config._experts_implementation = implementation
+        out = layer(x)
+        results.append([out, *torch.autograd.grad(out.square().sum(), [x, *layer.parameters()])])
+    for plain, ours in zip(*results, strict=True):
+        torch.testing.assert_close(ours, plain, atol=2e-5, rtol=1e-4)
+
+
+def test_an_activation_that_is_not_fused_is_refused() -> None:
+    from flash_experts import GPT2MoEConfig
+    from flash_experts.models.moe_layer import MoELayer
+
+    layer = MoELayer(GPT2MoEConfig(n_embd=32, n_head=2, activation_function="tanh")).to(DEVICE)
+    layer.experts.config._experts_implementation = "fe_experts_triton"
+    with pytest.raises(ValueError, match=r"fuses the activations .* use experts_implementation='fe_experts'"):
+        layer(torch.zeros(1, 1, 32, device=DEVICE))
+
+
 def test_the_same_bits_every_time() -> None:
     choices_TK, floats = inputs_of(40, 3)
     runs = []

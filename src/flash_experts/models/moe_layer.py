@@ -39,6 +39,7 @@ __all__ = [
 ]
 
 EXPERTS_IMPLEMENTATION = "fe_experts"
+TRITON_EXPERTS_IMPLEMENTATION = "fe_experts_triton"
 
 
 @use_experts_implementation(is_transposed=True, has_bias=True, has_gate=False)
@@ -46,7 +47,8 @@ class Experts(nn.Module):
     """E two-layer MLPs. The weights lie as in GPT-2's Conv1D, (in, out), stacked over experts.
 
     The decorator lets ``config._experts_implementation`` choose how they are computed: ``eager`` is the loop below,
-    for reading; ``batched_mm`` and ``grouped_mm`` are transformers'; ``fe_experts`` is `fe_experts_forward`.
+    for reading; ``batched_mm`` and ``grouped_mm`` are transformers'; ``fe_experts`` is `fe_experts_forward`,
+    ``fe_experts_triton`` our kernels for GPUs.
     """
 
     def __init__(self, config: GPT2MoEConfig):
@@ -57,7 +59,8 @@ class Experts(nn.Module):
         self.up_proj_bias = nn.Parameter(torch.empty(E, F_))
         self.down_proj = nn.Parameter(torch.empty(E, F_, D))
         self.down_proj_bias = nn.Parameter(torch.empty(E, D))
-        self.act_fn = ACT2FN[config.activation_function]
+        self.activation = config.activation_function
+        self.act_fn = ACT2FN[self.activation]
 
     def forward(self, x_TD: torch.Tensor, experts_TK: torch.Tensor, gates_TK: torch.Tensor) -> torch.Tensor:
         """``out[t] = sum_k gates[t, k] * MLP_{experts[t, k]}(x[t])``, (T, D)."""
@@ -77,15 +80,43 @@ def fe_experts_forward(
     graphs (its operator has no graph break there)."""
     if x_TD.device.type != "cpu" or torch.compiler.is_compiling():
         return ALL_EXPERTS_FUNCTIONS["grouped_mm"](self, x_TD, experts_TK, gates_TK)
-    weights = (self.up_proj, self.up_proj_bias, self.down_proj, self.down_proj_bias)
-    if torch.is_autocast_enabled("cpu"):  # a custom autograd function is not cast by autocast
-        dtype = torch.get_autocast_dtype("cpu")
-        x_TD, gates_TK = x_TD.to(dtype), gates_TK.to(dtype)
-        weights = tuple(weight.to(dtype) for weight in weights)  # type: ignore[assignment]
-    return grouped_mlp(x_TD, experts_TK, gates_TK, *weights, self.act_fn)
+    x_TD, gates_TK, up, up_bias, down, down_bias = _autocast(self, x_TD, gates_TK)
+    return grouped_mlp(x_TD, experts_TK, gates_TK, up, up_bias, down, down_bias, self.act_fn)
+
+
+def fe_experts_triton_forward(
+    self: Experts, x_TD: torch.Tensor, experts_TK: torch.Tensor, gates_TK: torch.Tensor
+) -> torch.Tensor:
+    """Our kernels for GPUs (`flash_experts.kernels.grouped_mlp_triton`): gather, bias, activation, gates and scatter
+    fused into the products, nothing waits for the device.
+
+    Raises:
+        ValueError: an activation that is not fused.
+    """
+    from flash_experts.kernels import grouped_mlp_triton
+
+    activation = self.activation
+    if activation not in grouped_mlp_triton.ACTIVATIONS:
+        raise ValueError(
+            f"{TRITON_EXPERTS_IMPLEMENTATION} fuses the activations {', '.join(grouped_mlp_triton.ACTIVATIONS)}, not "
+            f"{activation!r}: use experts_implementation={EXPERTS_IMPLEMENTATION!r}"
+        )
+    x_TD, gates_TK, up, up_bias, down, down_bias = _autocast(self, x_TD, gates_TK)
+    return grouped_mlp_triton.grouped_mlp(x_TD, experts_TK, gates_TK, up, up_bias, down, down_bias, activation)
+
+
+def _autocast(experts: Experts, x_TD: torch.Tensor, gates_TK: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Tokens, gates and weights in autocast's dtype, if it is on: it casts no operator of our own."""
+    tensors = (x_TD, gates_TK, experts.up_proj, experts.up_proj_bias, experts.down_proj, experts.down_proj_bias)
+    device = x_TD.device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(tensor.to(dtype) for tensor in tensors)
 
 
 ALL_EXPERTS_FUNCTIONS.register(EXPERTS_IMPLEMENTATION, fe_experts_forward)
+ALL_EXPERTS_FUNCTIONS.register(TRITON_EXPERTS_IMPLEMENTATION, fe_experts_triton_forward)
 
 
 class SharedExperts(nn.Module):
