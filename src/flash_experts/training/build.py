@@ -10,9 +10,11 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, PreTraine
 from flash_experts.data.cards import Card
 from flash_experts.data.prompts import Attributes
 from flash_experts.data.tokenizer import load_tokenizer, train_tokenizer
+from flash_experts.data.trimming import texts_of_cards, trim_tokenizer
 from flash_experts.models.flash_attention import ATTENTION_IMPLEMENTATION
 from flash_experts.models.loading import load_config, load_model
 from flash_experts.models.moe import GPT2MoEForCausalLM
+from flash_experts.models.trimming import trim_vocabulary
 from flash_experts.training.model_config import ModelConfig
 
 
@@ -43,6 +45,9 @@ def build_model(
         else:
             model = load_model(base, "cpu")
         tokenizer = load_tokenizer(base)
+        if config.trim_vocabulary:
+            tokenizer, kept_ids = trim_tokenizer(tokenizer, texts_of_cards(cards))
+            trim_vocabulary(model, kept_ids)
     if config.dropout is not None:
         _set_dropout(model, config.dropout)
     model.loss_type = "ForCausalLM"

@@ -50,6 +50,7 @@ class ModelConfig:
         router_z_loss_coef: weight of the router z-loss.
         router_jitter_noise: noise on the router's input in training.
         router_bias_update_rate: step of the loss-free balancing bias, 0 is off.
+        trim_vocabulary: keep only the tokens of the base that the cards use; the rest cost time and memory for nothing.
         dropout: probability of every dropout of the model; null keeps the base's own.
         n_layer: blocks of a new model (without a base).
         n_embd: width of a new model.
@@ -75,6 +76,7 @@ class ModelConfig:
     router_z_loss_coef: float = 0.001
     router_jitter_noise: float = 0.0
     router_bias_update_rate: float = 0.0
+    trim_vocabulary: bool = False
     dropout: float | None = None
     n_layer: int = 6
     n_embd: int = 256
