@@ -15,7 +15,7 @@ from typing import Any
 
 from jsonargparse import Namespace
 
-from flash_experts.commands import compare, downcycle, evaluate, generate, prepare, train, upcycle
+from flash_experts.commands import benchmark, compare, downcycle, evaluate, generate, plot, prepare, train, upcycle
 from flash_experts.commands.common import Run
 
 COMMANDS = {
@@ -26,6 +26,8 @@ COMMANDS = {
     "evaluate": evaluate,
     "compare": compare,
     "generate": generate,
+    "plot": plot,
+    "benchmark": benchmark,
 }
 
 
@@ -64,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"flash-experts: no command {name!r}: {hint}", file=sys.stderr)
         return 2
     command = COMMANDS[name]
-    _quiet_libraries()
+    _set_up_libraries()
     try:
         parser = command.make_parser()
         args = parser.instantiate(parser.parse_args([_dashes_to_underscores(text) for text in arguments[1:]]))
@@ -102,12 +104,15 @@ def _explain(error: BaseException) -> str:
     return text
 
 
-def _quiet_libraries() -> None:
-    """No progress bars and warnings of libraries between our lines, and no telemetry."""
+def _set_up_libraries() -> None:
+    """No progress bars and warnings of libraries between our lines, no telemetry, and large pages of memory."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # PyTorch then asks Linux for pages of 2 MB: gradients of hundreds of megabytes are allocated anew in every step,
+    # and touching them page by page took as long as computing them.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     warnings.showwarning = _show_warning
 
 
