@@ -19,9 +19,10 @@ lint: .venv/.installed-dev  ## style, types, import directions
 	$(BIN)/lint-imports
 
 bench: .venv/.installed-dev  ## the figures of the README, ours and the peers' in one run
-	$(BIN)/python benchmarks/train_speed.py
-	$(BIN)/python benchmarks/generate_speed.py
-	$(BIN)/python benchmarks/moe_speed.py
+	@$(FLASH) benchmark train
+	@$(FLASH) benchmark generate
+	@$(FLASH) benchmark moe
+	@$(FLASH) benchmark attention
 
 install: .venv/.installed-dev  ## the virtual environment with everything
 

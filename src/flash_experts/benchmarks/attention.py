@@ -1,0 +1,256 @@
+"""Attention: our kernels, PyTorch's SDPA backends, FlexAttention, transformers' eager attention, flash-attn packages.
+
+Three kinds of work: batches of one length (forward and backward; the tokens in all stay the same while the length
+grows), card names packed in one row (forward and backward), and one new token against a cache (forward).
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from flash_experts.benchmarks.attention_contestants import CONTESTANTS, PACKED_ALONE, Unavailable
+from flash_experts.benchmarks.attention_problems import (
+    BatchProblem,
+    DecodeProblem,
+    PackedProblem,
+    Problem,
+    Tensors,
+    Trial,
+    name_lengths,
+)
+from flash_experts.benchmarks.attention_tables import draw, format_report
+from flash_experts.benchmarks.measuring import (
+    TOLERANCES,
+    Contestant,
+    Deadline,
+    Timing,
+    peak_memory,
+    reason_of,
+    relative_error,
+    take_turns,
+)
+from flash_experts.benchmarks.report import (
+    Report,
+    Row,
+    add_common_options,
+    ceilings,
+    check_positive,
+    keep_so_far,
+    machine_facts,
+    main,
+    run_topic,
+    say,
+)
+
+# On a GPU the sizes of the published figures: 16k tokens, 2048 wide.
+_SIZES: dict[str, dict[str, Any]] = {
+    "cuda": {
+        "dtype": "bfloat16", "width": 2048, "tokens": 16384, "lengths": [512, 1024, 2048, 4096, 8192, 16384],
+        "names_tokens": 32768, "decode_lengths": [1024, 2048, 4096, 8192, 16384, 32768], "decode_batches": [1, 8, 64],
+    },
+    "cpu": {
+        "dtype": "float32", "width": 512, "tokens": 1024, "lengths": [128, 512, 1024],
+        "names_tokens": 2048, "decode_lengths": [256, 1024], "decode_batches": [1, 8],
+    },
+}  # fmt: skip
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+SECTIONS = ("batch", "packed", "decode")
+
+
+def run(args: Any) -> Report:
+    """Time attention: ours, PyTorch's SDPA and FlexAttention, transformers' eager, flash-attn."""
+    return run_topic(args, measure)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    add_common_options(parser)
+    parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="what to measure")
+    parser.add_argument(
+        "--backends", nargs="+", choices=tuple(CONTESTANTS), default=list(CONTESTANTS), help="who takes part"
+    )
+    parser.add_argument("--head_dims", type=int, nargs="+", default=[64, 128], help="widths of a head")
+    parser.add_argument("--lengths", type=int, nargs="+", default=None, help="tokens of a sequence")
+    parser.add_argument("--tokens", type=int, default=None, help="tokens of a batch: 16384 on a GPU, 1024 on a CPU")
+    parser.add_argument("--width", type=int, default=None, help="of all heads together: 2048 on a GPU, 512 on a CPU")
+    parser.add_argument("--masks", nargs="+", choices=("causal", "full"), default=["causal", "full"], help="of batches")
+    parser.add_argument("--names_tokens", type=int, default=None, help="tokens of the packed names: 32768, 2048")
+    parser.add_argument("--tokenizer", type=str, default="models/mtg-base", help="that makes names into tokens")
+    parser.add_argument("--decode_lengths", type=int, nargs="+", default=None, help="tokens in the cache")
+    parser.add_argument("--decode_batches", type=int, nargs="+", default=None, help="sequences decoded at once")
+    parser.add_argument("--dtype", choices=tuple(_DTYPES), default=None, help="bfloat16 on a GPU, float32 on a CPU")
+    parser.add_argument("--rounds", type=int, default=5, help="turns that each has; medians count")
+    parser.add_argument("--budget", type=float, default=None, help="seconds after which no further size is begun")
+    parser.add_argument("--seed", type=int, default=0, help="of the inputs")
+
+
+def _settings(args: Any, device: torch.device) -> dict[str, Any]:
+    """The options, with the sizes that were left open filled in for the device."""
+    settings = {name: getattr(args, name) for name in ("sections", "backends", "head_dims", "masks", "tokenizer")}
+    settings |= {"rounds": args.rounds, "budget": args.budget, "seed": args.seed}
+    for name, default in _SIZES["cuda" if device.type == "cuda" else "cpu"].items():
+        chosen = getattr(args, name)
+        settings[name] = default if chosen is None else chosen
+    counts = ("head_dims", "lengths", "tokens", "width", "names_tokens", "decode_lengths", "decode_batches", "rounds")
+    check_positive(**{name: settings[name] for name in (*counts, "budget")})
+    for head_dim in settings["head_dims"]:
+        if settings["width"] % head_dim:
+            raise ValueError(f"--head-dims {head_dim} must divide --width {settings['width']}")
+    for length in settings["lengths"]:
+        if settings["tokens"] % length:
+            raise ValueError(f"--lengths {length} must divide --tokens {settings['tokens']}")
+    return settings
+
+
+def measure(args: Any, device: torch.device) -> Report:
+    """Every contestant at every size.
+
+    Raises:
+        ValueError: sizes that do not divide, or no tokenizer.
+    """
+    settings = _settings(args, device)
+    deadline = Deadline(args.budget)
+    machine = machine_facts(device) | ceilings(device, _DTYPES[settings["dtype"]])
+    rows: list[Row] = []
+    for what, make in _problems(settings, device):
+        backends = [name for name in settings["backends"] if what["section"] == "packed" or name not in PACKED_ALONE]
+        if deadline.is_over():
+            rows += [what | {"backend": name, "reason": "out of time (--budget)"} for name in backends]
+            continue
+        say(f"attention: {_words(what)}")
+        rows += _measure_one(what, make, backends, settings["rounds"], device, machine)
+        keep_so_far(args, "attention", machine, settings, rows)
+    return Report("attention", machine, settings, rows, format_report(rows, machine, settings), lambda f: draw(rows, f))
+
+
+def _words(what: Row) -> str:
+    kind = {"batch": "causal" if what["causal"] else "full", "packed": "packed names", "decode": "decoding"}
+    return f"{kind[what['section']]}, head dim {what['head_dim']}, batch {what['batch']}, length {what['length']}"
+
+
+def _problems(settings: dict[str, Any], device: torch.device) -> Iterator[tuple[Row, Callable[[], Problem]]]:
+    """What each problem is, and how to make its tensors."""
+    dtype, width = _DTYPES[settings["dtype"]], settings["width"]
+    wanted = settings["sections"]
+    lengths = name_lengths(settings["names_tokens"], settings["tokenizer"]) if "packed" in wanted else []
+    heads_of = {head_dim: width // head_dim for head_dim in settings["head_dims"]}
+
+    def batches(mask: str) -> Iterator[tuple[Row, Callable[[], Problem]]]:
+        for head_dim, heads in heads_of.items():
+            for length in settings["lengths"]:
+                batch, causal = settings["tokens"] // length, mask == "causal"
+                yield (
+                    _what("batch", head_dim, heads, batch, length, causal, settings["tokens"]),
+                    _maker(BatchProblem, batch, length, heads, head_dim, causal, device, dtype),
+                )
+
+    # What matters most comes first, in case the time does not suffice.
+    for mask in settings["masks"] if "batch" in wanted else ():
+        yield from batches(mask)
+    for head_dim, heads in heads_of.items() if "packed" in wanted else ():
+        yield (
+            _what("packed", head_dim, heads, len(lengths), max(lengths), True, sum(lengths)),
+            _maker(PackedProblem, lengths, heads, head_dim, device, dtype),
+        )
+    for head_dim, heads in heads_of.items() if "decode" in wanted else ():
+        for batch in settings["decode_batches"]:
+            for length in settings["decode_lengths"]:
+                yield (
+                    _what("decode", head_dim, heads, batch, length, True, batch),
+                    _maker(DecodeProblem, batch, length, heads, head_dim, device, dtype),
+                )
+
+
+def _what(section: str, head_dim: int, heads: int, batch: int, length: int, causal: bool, tokens: int) -> Row:
+    return {
+        "section": section, "head_dim": head_dim, "heads": heads, "batch": batch, "length": length, "causal": causal,
+        "tokens": tokens,
+    }  # fmt: skip
+
+
+def _maker(kind: Callable[..., Problem], *arguments: Any) -> Callable[[], Problem]:
+    return lambda: kind(*arguments)
+
+
+def _measure_one(
+    what: Row, make: Callable[[], Problem], backends: list[str], rounds: int, device: torch.device, machine: Row
+) -> list[Row]:
+    """The rows of one problem."""
+    torch.manual_seed(0)
+    rows = {name: what | {"backend": name, "reason": None} for name in backends}
+    try:
+        problem = make()
+        truth = problem.truth()
+    except torch.OutOfMemoryError:
+        return [row | {"reason": "out of memory for the inputs"} for row in rows.values()]
+    trials: dict[str, Trial] = {}
+    for name, row in rows.items():
+        trial = _first_run(name, problem, truth, row)
+        if trial is not None:
+            trials[name] = trial
+    timings = take_turns({name: Contestant(trial.run, trial.context) for name, trial in trials.items()}, device, rounds)
+    for name, timing in timings.items():
+        rows[name] |= _figures(problem, timing, machine)
+    del problem, truth, trials
+    _free(device)
+    return list(rows.values())
+
+
+def _first_run(name: str, problem: Problem, truth: Tensors, row: Row) -> Trial | None:
+    """Compiles and tunes, checks the result, measures memory; or notes in the row why it cannot be."""
+    with warnings.catch_warnings(record=True) as noted:  # PyTorch says there why a backend refuses
+        warnings.simplefilter("always")
+        try:
+            trial = CONTESTANTS[name](problem)
+            with trial.context():
+                found = trial.picked()
+                row["error_forward"] = relative_error(found[:1], truth[:1])
+                row["error_backward"] = relative_error(found[1:], truth[1:]) if trial.dout is not None else None
+                row["right"] = max(row["error_forward"], row["error_backward"] or 0) <= TOLERANCES[problem.dtype]
+                del found
+                row["peak_mib"] = peak_memory(lambda: trial.run(lambda: None), problem.device) / 2**20
+            return trial
+        except Unavailable as error:
+            row["reason"] = str(error)
+        except Exception as error:  # of a compiler, a driver, a package: the others go on
+            details = [str(note.message) for note in noted if "kernel" in str(note.message).lower()]
+            row["reason"] = reason_of(error, details)
+            del error
+    _free(problem.device)
+    return None
+
+
+def _free(device: torch.device) -> None:
+    """So that what the next contestant finds does not depend on this one."""
+    if device.type == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def _figures(problem: Problem, timing: Timing, machine: Row) -> Row:
+    """Milliseconds, and what they are of the machine's own rates: of its matrix product, or of its copy."""
+    passes = {"forward": timing.parts[0]}
+    if len(timing.parts) > 1:
+        passes |= {"backward": timing.parts[1], "both": timing.total}
+    row: Row = {f"{name}_ms": seconds * 1e3 for name, seconds in passes.items()}
+    row["call_ms"] = timing.call * 1e3 if timing.call is not None else None
+    if isinstance(problem, BatchProblem):
+        factor = {"forward": 1.0, "backward": 2.5, "both": 3.5}
+        for name, seconds in passes.items():
+            row[f"{name}_tflops"] = factor[name] * problem.flops / seconds / 1e12
+            row[f"{name}_share"] = row[f"{name}_tflops"] / machine["matmul_tflops"]
+    else:
+        row["forward_gb_per_s"] = problem.bytes / passes["forward"] / 1e9
+        on_gpu = problem.device.type == "cuda"  # on a CPU small inputs lie in its caches, and the share says nothing
+        row["forward_share"] = row["forward_gb_per_s"] / machine["copy_gb_per_s"] if on_gpu else None
+    return row
+
+
+if __name__ == "__main__":
+    sys.exit(main(run, add_options))

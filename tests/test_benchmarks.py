@@ -1,0 +1,235 @@
+"""`flash-experts benchmark`: what it writes, that a wrong result is seen, one line for bad input. No time is tested."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from flash_experts.benchmarks import attention, attention_contestants, generate, moe, train
+from flash_experts.benchmarks.attention_problems import BatchProblem, DecodeProblem, PackedProblem, name_lengths
+from flash_experts.benchmarks.attention_tables import choices
+from flash_experts.benchmarks.measuring import Contestant, peak_memory, relative_error, take_turns
+from flash_experts.benchmarks.report import Report, main
+from flash_experts.commands import benchmark
+
+ROOT = Path(__file__).parent.parent
+CPU = torch.device("cpu")
+MODEL = str(ROOT / "models/mtg-base")
+
+
+def run_cli(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "flash_experts.cli", "benchmark", *arguments]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def measured(topic: str, *arguments: str) -> Report:
+    """The report of a topic, its options read as the command reads them."""
+    module: Any = {"attention": attention, "moe": moe, "train": train, "generate": generate}[topic]
+    return module.run(benchmark.make_parser().parse_args([topic, "--device", "cpu", *arguments]))
+
+
+@pytest.mark.slow
+def test_attention_as_a_user_runs_it(tmp_path: Path) -> None:
+    sizes = "--lengths 16 32 --tokens 32 --width 32 --head_dims 16 --decode-lengths 20 --decode-batches 2 --rounds 1"
+    files = f"--names-tokens 200 --tokenizer {MODEL} --out a.json --plot a.png --json"
+    done = run_cli("attention", *sizes.split(), *files.split(), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "a.json").read_text("utf-8"))
+    assert json.loads(done.stdout) == result
+    assert result["topic"] == "attention" and result["machine"]["versions"]["torch"] == torch.__version__
+    assert result["machine"]["matmul_tflops"] > 0 and result["settings"]["lengths"] == [16, 32]
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+    rows = {(row["section"], row["backend"], row["length"], row["causal"]): row for row in result["rows"]}
+    ran = {key[1] for key, row in rows.items() if row["reason"] is None}
+    assert ran == {"sdpa", "reference", "sdpa_flash", "sdpa_math", "eager"}
+    assert "GPU" in rows["batch", "triton", 16, True]["reason"]
+    for key, row in rows.items():
+        if row["reason"] is None:
+            assert row["right"] and row["error_forward"] < 1e-5, key
+            assert row["peak_mib"] > 0 and row["forward_ms"] > 0
+            assert ("backward_ms" in row) == (key[0] != "decode")
+    batch = rows["batch", "sdpa", 16, True]
+    flops = 3.5 * 4 * 2 * 16**2 * 32 / 2  # two sequences of 16, 32 wide, half of it masked
+    assert batch["both_tflops"] * 1e12 * batch["both_ms"] / 1e3 == pytest.approx(flops)
+
+
+@pytest.mark.slow
+def test_moe_as_a_user_runs_it(tmp_path: Path) -> None:
+    (tmp_path / "moe.yaml").write_text("width: 16\nnum_experts: 4\nrounds: 1\ntokens: [8]\n", "utf-8")
+    sizes = "--config moe.yaml --granularities 1 4 --decode-tokens 1 3 --out m.json --plot m.png"
+    done = run_cli("moe", *sizes.split(), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "4 experts of 64, 2 per token" in done.stdout and "16 experts of 16, 8 per token" in done.stdout
+    assert "liger_kernel: needs a GPU" in done.stdout and (tmp_path / "m.png").exists()
+    rows = json.loads((tmp_path / "m.json").read_text("utf-8"))["rows"]
+    for row in rows:
+        if row["implementation"] in ("fe_experts", "grouped_mm", "batched_mm", "eager"):
+            assert row["right"] and row["seconds"] > 0 and max(row["error_output"], row["error_gradients"]) < 1e-5
+        assert row["implementation"] != "dense" or row["times_dense"] == 1
+    assert {(row["section"], row["tokens"]) for row in rows} == {("training", 8), ("decoding", 1), ("decoding", 3)}
+
+
+@pytest.mark.slow
+def test_train_and_generate() -> None:
+    options = f"--data embedded --tokenizer {MODEL} --names-per-step 2 --steps 1 --layers 2 --experts 2"
+    report = measured("train", *options.replace("-per-", "_per_").replace("names-", "names_").split())
+    assert [row["name"] for row in report.rows][:2] == ["transformers Trainer, padded", "ours, dense"]
+    assert len(report.rows) == 3 and all(row["tokens_per_second"] > 0 for row in report.rows)
+    report = measured("generate", "--model", MODEL, "--count", "4", "--batch_size", "4", "--rounds", "1")
+    assert report.rows[0]["times_peer"] == 1 and len(report.rows) == 3
+    assert "transformers generate" in report.text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        ("", 2, "topic"),
+        ("atention", 2, "did you mean 'attention'"),
+        ("moe --top-q 3", 2, "did you mean 'top_k'"),
+        ("moe --tokens many", 2, "tokens"),
+        ("moe --tokens 0", 1, "--tokens must be more than 0"),
+        ("moe --num-experts 2 --top-k 3", 1, "--top-k 3"),
+        ("moe --width 10 --granularities 7", 1, "--granularities 7"),
+        ("moe --out nowhere/m.json", 1, "no folder nowhere"),
+        ("attention --lengths 100", 1, "--lengths 100 must divide"),
+        ("attention --head-dims 48", 1, "--head-dims 48 must divide"),
+        ("attention --backends tritn", 2, "tritn"),
+        ("train --experts 1", 1, "--experts"),
+        ("generate --count 10", 1, "multiple of --batch-size"),
+    ],
+)
+def test_bad_input(
+    arguments: str, status: int, message: str, tmp_path: Path, monkeypatch: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from flash_experts import cli
+
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["benchmark", *arguments.split()]) == status
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and message in lines[0], lines
+    assert not list(tmp_path.iterdir()), "nothing half-written"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(moe.run, moe.add_options, ["--device", "cuda", "--decode-tokens=1"]) == 1
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+# ------------------------------------------------------------------------------------------------------- its parts
+
+
+PROBLEMS = [
+    BatchProblem(2, 9, 2, 16, True, CPU, torch.float32),
+    BatchProblem(2, 9, 2, 16, False, CPU, torch.float32),
+    PackedProblem([3, 1, 7, 2] * 20, 2, 16, CPU, torch.float32),
+    DecodeProblem(2, 11, 2, 16, CPU, torch.float32),
+]
+
+
+@pytest.mark.parametrize("problem", PROBLEMS, ids=["causal", "full", "packed", "decode"])
+def test_a_wrong_result_is_seen(problem: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scores that are a fifth too large: a fast way to a wrong answer."""
+    truth = problem.truth()
+
+    def row_of(name: str) -> dict[str, Any]:
+        row: dict[str, Any] = {}
+        assert attention._first_run(name, problem, truth, row) is not None, row
+        return row
+
+    def too_large(given: Any) -> Any:
+        trial = attention_contestants._sdpa(torch.nn.attention.SDPBackend.MATH, given)
+        return attention.Trial(lambda q, k, v: trial.attend(1.2 * q, k, v), trial.inputs, trial.dout, trial.pick)
+
+    monkeypatch.setitem(attention_contestants.CONTESTANTS, "eager", too_large)
+    assert row_of("sdpa_math")["right"] and not row_of("eager")["right"]
+
+
+def test_a_contestant_that_fails_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(problem: Any) -> Any:
+        raise RuntimeError("no kernel\n for this")
+
+    monkeypatch.setitem(attention_contestants.CONTESTANTS, "eager", fails)
+    row: dict[str, Any] = {}
+    problem = PROBLEMS[0]
+    assert attention._first_run("eager", problem, problem.truth(), row) is None
+    assert row == {"reason": "no kernel for this"}
+
+
+def test_out_of_time_leaves_rows_that_say_so() -> None:
+    options = ["--width", "16", "--tokens", "4", "--decode_tokens", "1", "--rounds", "1"]
+    report = measured("moe", *options, "--budget", "1e-9")
+    assert {row["reason"] for row in report.rows} == {"out of time (--budget)"}
+    assert "out of time" in report.text
+
+
+def test_auto_picks_the_fastest_that_is_right_and_can_be_named() -> None:
+    def row(backend: str, both: float, right: bool = True, reason: str | None = None) -> dict[str, Any]:
+        size = {"section": "batch", "head_dim": 64, "batch": 1, "length": 512, "causal": True, "reason": reason}
+        if reason is not None:
+            return size | {"backend": backend}
+        times = {"forward_ms": both / 4, "backward_ms": both * 3 / 4, "both_ms": both}
+        return size | times | {"backend": backend, "right": right}
+
+    rows = [
+        row("triton", 2.0),
+        row("sdpa", 3.0),
+        row("sdpa_cudnn", 1.0),  # fast, but no configuration can ask for it alone
+        row("flash_attention_2", 0.5, right=False),
+        row("flash_attention_3", 0, reason="not installed"),
+    ]
+    (chosen,) = choices(rows)
+    assert chosen["pick"] == "triton" and chosen["peer"] == "sdpa_cudnn" and chosen["forward"] == 0.5
+    (chosen,) = choices(rows[1:])
+    assert chosen["pick"] == "sdpa" and chosen["ours"] is None and chosen["forward"] is None
+
+
+def test_turns_and_parts() -> None:
+    order: list[str] = []
+
+    def contestant(name: str) -> Contestant:
+        def passed(lap: Any) -> None:
+            order.append(name)
+            lap()
+            lap()
+
+        return Contestant(passed)
+
+    timings = take_turns({"a": contestant("a"), "b": contestant("b")}, CPU, rounds=2, seconds=0)
+    assert order == ["a", "b"] * 3, "one round to warm up, then two"
+    assert len(timings["a"].parts) == 2 and timings["b"].call is None
+
+
+def test_peak_memory_counts_what_lives_at_once() -> None:
+    x = torch.ones(1000)
+
+    def run() -> torch.Tensor:
+        a = x + 1
+        b = a * 2  # a and b live
+        del a
+        return b.view(10, 100) + 1  # b and this live; the view costs nothing
+
+    assert peak_memory(run, CPU) == 2 * x.nbytes
+
+
+def test_relative_error() -> None:
+    truth = torch.tensor([1.0, -4.0], dtype=torch.float64)
+    assert relative_error([torch.tensor([1.0, -4.0]), torch.tensor([1.0, -3.0])], [truth, truth]) == 0.25
+    assert relative_error([torch.tensor([1.0, float("nan")])], [truth]) == float("inf")
+
+
+def test_lengths_of_real_names() -> None:
+    lengths = name_lengths(500, MODEL)
+    assert 450 < sum(lengths) <= 500 and all(3 < length < 60 for length in lengths)
+    assert lengths == name_lengths(500, MODEL)
+    with pytest.raises(ValueError, match="names-tokens"):
+        name_lengths(1, MODEL)
