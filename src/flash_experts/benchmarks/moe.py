@@ -55,6 +55,7 @@ from flash_experts.benchmarks.report import (
     say,
     table,
 )
+from flash_experts.models.moe_layer import TRITON_EXPERTS_IMPLEMENTATION
 
 _SHAPES = {"gpt2": (768, 3072), "gpt2-medium": (1024, 4096), "gpt2-large": (1280, 5120), "gpt2-xl": (1600, 6400)}
 _SIZES: dict[str, dict[str, Any]] = {
@@ -163,6 +164,8 @@ def _experts(
         if importlib.util.find_spec(package) is None:
             raise ValueError(f"the package {package} is not installed")
         return GatedExperts(shape, compute, device, dtype)
+    if name == TRITON_EXPERTS_IMPLEMENTATION and device.type != "cuda":
+        raise ValueError("needs a GPU")
     if layer is None:
         return using(make_experts(shape, device, dtype), name)
     tokens = layer.x_TD.shape[0]
@@ -307,7 +310,9 @@ def _draw(rows: Sequence[Row], figure: Any) -> None:
     figure.set_size_inches(12, 2.6 * lines)
     axes = iter(figure.subplots(lines, 2, squeeze=False).flat)
     for (section, name, num_experts, *_, tokens), own in panels.items():
-        labels = [row["implementation"] + (" (ours)" if row["implementation"] == "fe_experts" else "") for row in own]
+        labels = [
+            row["implementation"] + (" (ours)" if row["implementation"].startswith("fe_experts") else "") for row in own
+        ]
         title = f"{section}, {name}, {num_experts} experts, {tokens} tokens"
         draw_bars(next(axes), labels, [row["seconds"] * 1e3 for row in own], title, "ms")
     for left_over in axes:

@@ -22,7 +22,7 @@ from flash_experts.benchmarks.measuring import Lap
 from flash_experts.models.moe_config import GPT2MoEConfig
 from flash_experts.models.moe_layer import Experts
 
-IMPLEMENTATIONS = ("fe_experts", "grouped_mm", "batched_mm", "eager")
+IMPLEMENTATIONS = ("fe_experts", "fe_experts_triton", "grouped_mm", "batched_mm", "eager")
 PACKAGES = ("sonic_moe", "liger_kernel")
 _STD = 0.02
 
