@@ -31,6 +31,8 @@ def main() -> None:
     parser.add_argument("--preset", default="balanced", help="conservative, balanced or creative")
     parser.add_argument("--starts-with")
     parser.add_argument("--max-words", type=int)
+    parser.add_argument("--like", help='examples: "Goblin Guide; Lightning Bolt"')
+    parser.add_argument("--best-of", type=int, default=1, help="draw so many for each name, keep the most natural")
     parser.add_argument("--seed", type=int)
     options = parser.parse_args()
 
@@ -42,6 +44,8 @@ def main() -> None:
             preset=options.preset,
             starts_with=options.starts_with,
             max_words=options.max_words,
+            like=options.like,
+            best_of=options.best_of,
             seed=options.seed,
         )
     except ValueError as error:  # says what is wrong and what to do

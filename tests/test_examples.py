@@ -35,6 +35,14 @@ def test_generate_examples_make_names_with_the_released_base() -> None:
     assert "Goblin" in said and said.count(";") == 7 * 19, "twenty names for each of seven kinds of cards"
 
 
+@pytest.mark.slow
+def test_custom_filter_example_keeps_its_word() -> None:
+    lines = dict(line.split(": ", 1) for line in example("extending/custom_filter.py").splitlines())
+    assert len(lines["NoLetterE"].split("; ")) == 8
+    assert "e" not in (lines["NoLetterE"] + lines["model.generate"]).lower()
+    assert not re.search(r"[b-df-hj-np-tv-xz]{3}", lines["FewConsonants"], re.IGNORECASE)
+
+
 def readme_commands() -> list[str]:
     """Each line of the README's shell blocks that calls our program."""
     blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.S)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import warnings
 from collections.abc import Callable
 
 import pytest
@@ -11,21 +12,33 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from flash_experts.data.cards import known_names
+from flash_experts.data.cards import known_names, load_source
+from flash_experts.data.cleaning import clean
 from flash_experts.data.names import normal_form
 from flash_experts.generation import (
+    Alliterates,
+    AllOf,
     AllowedCharacters,
     BannedWords,
+    Contains,
+    EndsWith,
     KnownNameFilter,
+    MatchesRegex,
     MaxLength,
     MaxWords,
+    MinLength,
+    MinWords,
     NameFilter,
+    NameGenerator,
     NameVocabulary,
+    NoProfanity,
     NoRepeatedWords,
     NoTokenLeftError,
     StartsWith,
     WellFormed,
 )
+from flash_experts.generation.profanity import PRINTED_ON_CARDS, profane_words
+from flash_experts.generation.word_filters import words_of
 
 REAL_NAMES = [
     "Goblin Guide", "Lim-Dûl's Vault", "Jötun Grunt", "Niv-Mizzet, Parun", "Will-o'-the-Wisp", "Wrath of God",
@@ -34,14 +47,15 @@ REAL_NAMES = [
 
 
 def admits(name_filter: NameFilter, text: str, ids: list[int] | None = None) -> bool:
-    """Whether a filter lets a text be said to its end, in the tokenizer's own tokens or in given ones."""
+    """Whether a filter lets a model say a text to its end, in the tokenizer's own tokens or in given ones."""
     vocabulary = name_filter.vocabulary
     ids = vocabulary.encode(text) if ids is None else ids
-    zeros = torch.zeros(1, vocabulary.size)
-    return all(
-        name_filter.mask(torch.tensor([ids[:place]], dtype=torch.long), zeros)[0, token] == 0
-        for place, token in enumerate([*ids, vocabulary.end_id])
-    )
+    for place, token in enumerate([*ids, vocabulary.end_id]):
+        wants = torch.zeros(1, vocabulary.size)
+        wants[0, token] = 20.0
+        if name_filter.mask(torch.tensor([ids[:place]], dtype=torch.long), wants)[0, token] == -torch.inf:
+            return False
+    return True
 
 
 def byte_ids(vocabulary: NameVocabulary, text: str) -> list[int]:
@@ -159,6 +173,86 @@ def test_refused_words_may_go_on_but_not_end(vocabulary: NameVocabulary) -> None
     assert admits(banned, " Elfin Guide") and admits(banned, " Himself")
 
 
+def test_all_filters_as_one_are_the_filters_one_after_another(vocabulary: NameVocabulary) -> None:
+    filters = [
+        AllowedCharacters(vocabulary, 1),
+        WellFormed(vocabulary, 1),
+        NoRepeatedWords(vocabulary, 1),
+        KnownNameFilter(vocabulary, 1, {normal_form(name) for name in REAL_NAMES}),
+        MaxWords(vocabulary, 1, 2),
+        Contains(vocabulary, 1, "storm", 30),
+        MaxLength(vocabulary, 1, 18),
+    ]
+    for place in (0, 3, 7, 12):
+        rows = [[5, *byte_ids(vocabulary, " " + name)][: place + 1] for name in REAL_NAMES]
+        ids = torch.tensor([row for row in rows if len(row) == place + 1])
+        scores = torch.randn(len(ids), vocabulary.size, generator=torch.Generator().manual_seed(place))
+        expected = scores
+        for one in filters:
+            expected = one.mask(ids, expected)
+        assert torch.equal(AllOf(filters).mask(ids, scores), expected)
+
+
+def test_texts_grow_token_by_token(vocabulary: NameVocabulary) -> None:
+    for name in ("Dandân Éfreet", "Lim-Dûl's Vault", "√字"):
+        text = ""
+        ids = byte_ids(vocabulary, name)
+        for place, token in enumerate(ids):
+            text = vocabulary.extend(text, token)
+            assert text == vocabulary.decode(ids[: place + 1])
+
+
+def test_lower_limits(vocabulary: NameVocabulary) -> None:
+    assert not admits(MinWords(vocabulary, 0, 3), " Goblin Guide")
+    assert admits(MinWords(vocabulary, 0, 2), " Goblin Guide")
+    assert not admits(MinLength(vocabulary, 0, 13), " Goblin Guide")
+    assert admits(MinLength(vocabulary, 0, 12), " Goblin Guide")
+
+
+def test_a_whole_word_is_not_stretched_to_a_lower_limit(vocabulary: NameVocabulary) -> None:
+    """A model that wants the end, next to it the letter "s", has to begin another word."""
+    ids = torch.tensor([vocabulary.encode(" Goblin")])
+    scores = torch.zeros(1, vocabulary.size)
+    scores[0, vocabulary.end_id], scores[0, vocabulary.encode("s")[0]] = 9.0, 8.0
+    for one in (MinWords(vocabulary, 0, 2), MinLength(vocabulary, 0, 12), Contains(vocabulary, 0, "elf", 30)):
+        best = int(one.mask(ids, scores).argmax())
+        assert best != vocabulary.end_id and not vocabulary.texts[best][0].isalnum()
+        wants_more = scores.clone()
+        wants_more[0, vocabulary.encode("s")[0]] = 10.0
+        assert int(one.mask(ids, wants_more).argmax()) == vocabulary.encode("s")[0]
+
+
+@pytest.mark.parametrize("limit", [8, 9, 10, 11])
+def test_no_word_is_cut_at_the_limit(
+    parrot: Callable[..., torch.nn.Module], tokenizer: PreTrainedTokenizerFast, limit: int
+) -> None:
+    """Of "Goblin Lightning" and "Elves" only the short one comes out, never "Goblin Li"."""
+    generator = NameGenerator(parrot(["Goblin Lightning", "Elves"]), tokenizer, [])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        names = generator.generate(1, max_length=limit, temperature=0.3, seed=0)
+    assert [name.text for name in names] == ["Elves"]
+
+
+def test_alliteration(vocabulary: NameVocabulary) -> None:
+    one = Alliterates(vocabulary, 0)
+    for text in (" Goblin Guide", " Eager Éfreet", " Wall of Wood", " Lord of the Lightning", " Giant's Growth"):
+        assert admits(one, text), text
+        assert admits(one, "", byte_ids(vocabulary, text)), text
+    for text in (" Goblin", " Goblin King", " Wall of Elves", " Goblin ogre", " Lord of", " Serra the Angel"):
+        assert not admits(one, text), text
+        assert not admits(one, "", byte_ids(vocabulary, text)), text
+
+
+def test_no_serious_card_counts_as_profane() -> None:
+    """The exceptions are the words of `PRINTED_ON_CARDS`, each on the list and on a serious card."""
+    names = [card.name for card in clean(load_source("embedded").rows).cards]
+    printed = {word for name in names for word in words_of(name)}
+    assert len(names) > 30_000 and len(profane_words()) > 800
+    assert not printed & profane_words()
+    assert printed >= PRINTED_ON_CARDS
+
+
 def test_inside_model_generate(model: GPT2LMHeadModel, vocabulary: NameVocabulary) -> None:
     prompt = torch.tensor([[vocabulary.end_id, *vocabulary.encode(":")]])
     length = prompt.shape[1]
@@ -211,6 +305,11 @@ def test_scores_are_not_changed_in_place(vocabulary: NameVocabulary) -> None:
         (lambda v: MaxLength(v, 0, 0), "max_length"),
         (lambda v: StartsWith(v, 0, "  "), "starts_with"),
         (lambda v: BannedWords(v, 0, ["two words"]), "two words"),
+        (lambda v: MinWords(v, 0, 0), "min_words"),
+        (lambda v: MinLength(v, 0, 0), "min_length"),
+        (lambda v: Contains(v, 0, " ", 20), "blank"),
+        (lambda v: EndsWith(v, 0, "Goblin", 5), "more than max_length 5"),
+        (lambda v: MatchesRegex(v, 0, "x{9}", 8), "matches no name"),
         (lambda v: AllowedCharacters(v, 0)(torch.zeros(1, 0, dtype=torch.long), torch.zeros(1, 7)), "7 wide"),
     ],
 )
@@ -234,6 +333,7 @@ def test_nearly_all_real_names_pass_all_filters(vocabulary: NameVocabulary) -> N
         AllowedCharacters(vocabulary, 0),
         WellFormed(vocabulary, 0),
         NoRepeatedWords(vocabulary, 0),
+        NoProfanity(vocabulary, 0),
         MaxLength(vocabulary, 0, 40),
     ]
     refused = [name for name in names if not all(admits(one, " " + name) for one in filters)]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
+import re
 import string
 import warnings
 from collections.abc import Callable
@@ -16,7 +18,9 @@ from hypothesis import strategies as st
 from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from flash_experts.data.names import normal_form
-from flash_experts.generation import GeneratedName, NameFilter, NameGenerator, format_name
+from flash_experts.generation import Constraints, GeneratedName, NameFilter, NameGenerator, Sampling, format_name
+from flash_experts.generation.generator import Options
+from flash_experts.generation.word_filters import alliterates
 
 REAL = ["Goblin Guide", "Lightning Bolt", "Jötun Grunt", "Lim-Dûl's Vault", "Serra Angel", "Wrath of God"]
 NEW = ["Goblin Ring", "Serra Bolt", "Wrath of Elves", "Giant Ritual", "Black Dragon", "Shivan Growth"]
@@ -61,6 +65,17 @@ def test_a_model_with_few_names_gives_those_and_a_warning(
     assert generator.generate(3, temperature=0.5, top_k=6, seed=1) == names[:3]
 
 
+def test_a_model_that_never_ends_a_name_gives_names_unless_a_length_is_asked_for(
+    parrot: Callable[..., torch.nn.Module], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """As at the start of training, where sample names are drawn."""
+    generator = NameGenerator(parrot(["Goblin" + "s" * 80, "Serra" + "s" * 80]), tokenizer, REAL)
+    names = texts(quietly(generator, 2, temperature=0.5, seed=0))
+    assert len(names) == 2 and max(map(len, names)) == 40
+    with pytest.raises(ValueError, match="no name can be made"):
+        generator.generate(2, temperature=0.1, max_length=20, seed=0)
+
+
 def test_names_are_distinct_formatted_and_complete(generator: NameGenerator) -> None:
     names = generator.generate(40, type_line="Creature — Goblin", colors="R", mana_value=3, seed=0)
     assert len(names) == 40
@@ -71,13 +86,13 @@ def test_names_are_distinct_formatted_and_complete(generator: NameGenerator) -> 
 
 
 def test_same_seed_same_names_whatever_the_batch(generator: NameGenerator) -> None:
-    names = generator.generate(24, seed=5, top_p=0.9, batch_size=64)
-    for size in (1, 7, 24):
-        again = generator.generate(24, seed=5, top_p=0.9, batch_size=size)
+    names = generator.generate(16, seed=5, top_p=0.9, batch_size=64)
+    for size in (1, 7, 16):
+        again = generator.generate(16, seed=5, top_p=0.9, batch_size=size)
         assert texts(again) == texts(names)
         assert [name.log_prob for name in again] == pytest.approx([name.log_prob for name in names], abs=1e-3)
     assert texts(generator.generate(6, seed=5, top_p=0.9)) == texts(names)[:6]
-    assert texts(generator.generate(24, seed=6, top_p=0.9)) != texts(names)
+    assert texts(generator.generate(16, seed=6, top_p=0.9)) != texts(names)
 
 
 def test_without_a_seed_names_differ(generator: NameGenerator) -> None:
@@ -111,8 +126,9 @@ def test_limits_hold(
 
 
 def test_one_word_and_banned_words(parrot: Callable[..., torch.nn.Module], tokenizer: PreTrainedTokenizerFast) -> None:
-    generator = NameGenerator(parrot(NEW), tokenizer, REAL)
-    assert all(" " not in text for text in texts(quietly(generator, 5, max_words=1, seed=0)))
+    generator = NameGenerator(parrot([*NEW, "Goblins", "Shivan", "Elves"]), tokenizer, REAL)
+    single = texts(quietly(generator, 5, max_words=1, seed=0))
+    assert single and all(" " not in text for text in single)
     banned = texts(quietly(generator, 20, banned_words=["goblin", "DARK"], seed=0, temperature=0.7))
     assert banned and not any({"goblin", "dark"} & set(text.lower().split()) for text in banned)
 
@@ -142,11 +158,130 @@ def test_own_filters(generator: NameGenerator) -> None:
         ({"batch_size": 0}, "batch_size"),
         ({"seed": -1}, "seed"),
         ({"starts_with": "Elf", "max_length": 3, "banned_words": ["elf"]}, "no name can be made"),
+        ({"min_words": 3, "max_words": 2}, "min_words 3 is more than max_words 2"),
+        ({"min_length": 9, "max_length": 8}, "min_length 9 is more than max_length 8"),
+        ({"words": 2, "max_words": 2}, "leave out"),
+        ({"words": 0}, "words"),
+        ({"min_words": 5, "max_length": 8}, "5 words have 9 characters or more"),
+        ({"ends_with": "Goblin", "max_length": 3}, "more than max_length 3"),
+        ({"contains": "of the elves", "max_words": 2}, "more words than max_words 2"),
+        ({"ends_with": " "}, "ends_with is blank"),
+        ({"ends_with": "of the"}, "no name ends on 'the'"),
+        ({"ends_with": "Goblin,"}, "no name ends on"),
+        ({"contains": "a,b"}, "no name has"),
+        ({"alliterate": True, "max_words": 1}, "two words"),
+        ({"alliterate": True, "starts_with": "Goblin King"}, "does not alliterate"),
+        ({"min_distance": 1.0}, "min_distance"),
+        ({"min_distance": float("nan")}, "min_distance"),
+        ({"regex": "("}, "unclosed group"),
+        ({"regex": "a(?=b)"}, "look-around"),
+        ({"regex": ""}, "is blank"),
+        ({"regex": "(Goblin){9}"}, "matches no name of at most 40"),
+        ({"regex": "goblin"}, "matches no name"),
+        ({"regex": "Goblin.*", "ends_with": "king", "max_length": 9}, "holds the other constraints"),
+        ({"regex": "[A-F].*", "starts_with": "Goblin"}, "holds the other constraints"),
+        ({"regex": r"\w+", "words": 2}, "holds the other constraints"),
+        ({"best_of": 0}, "best_of"),
+        ({"rarity": "rarest"}, "rarity"),
+        ({"like": " ; "}, "like has no name"),
     ],
 )
 def test_bad_and_contradictory_arguments(generator: NameGenerator, arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         generator.generate(**arguments)
+
+
+def test_an_unknown_option_is_a_mistake_in_the_program(generator: NameGenerator) -> None:
+    with pytest.raises(TypeError, match="start_with"):
+        generator.generate(start_with="Goblin")
+
+
+def test_options_are_those_of_sampling_and_constraints() -> None:
+    """The typed options cannot drift from what they are passed to."""
+    fields = {field.name for owner in (Sampling, Constraints) for field in dataclasses.fields(owner)}
+    assert set(Options.__annotations__) == fields | {"presets", "filters", "rarity", "like"}
+
+
+HELD = {
+    "ends_with": lambda value, text: text.lower().endswith(value.lower().strip()),
+    "contains": lambda value, text: value.lower() in text.lower(),
+    "words": lambda value, text: len(text.split()) == value,
+    "min_words": lambda value, text: len(text.split()) >= value,
+    "min_length": lambda value, text: len(text) >= value,
+    "alliterate": lambda value, text: not value or alliterates(text),
+    "regex": lambda value, text: re.fullmatch(value, text),
+}
+
+
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    asked=st.fixed_dictionaries(
+        {},
+        optional={
+            "ends_with": st.sampled_from(["ing", " Elf", "storm", "ûl"]),
+            "contains": st.sampled_from(["goblin", "of the", "z"]),
+            "min_words": st.integers(1, 3),
+            "min_length": st.integers(1, 20),
+            "alliterate": st.booleans(),
+            "regex": st.sampled_from([r"[A-Z].*[a-z].*", r"[^,]*"]),
+        },
+    ),
+    seed=st.integers(0, 1000),
+)
+def test_what_is_asked_is_held(generator: NameGenerator, asked: dict, seed: int) -> None:
+    """By a random model, which wants none of it."""
+    try:
+        names = quietly(generator, 3, **asked, seed=seed)
+    except ValueError as error:  # such as alliteration with letters that do not fit
+        assert "no name" in str(error)
+        return
+    for name in names:
+        assert all(HELD[key](value, name.text) for key, value in asked.items()), name
+        assert len(name.text) <= 40
+
+
+def test_swear_words_come_out_only_when_allowed(
+    parrot: Callable[..., torch.nn.Module], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    word = "bast" + "ard"
+    generator = NameGenerator(parrot([f"Goblin {word}", "Goblin Ring"]), tokenizer, REAL)
+    swearing = texts(quietly(generator, 2, temperature=0.5, allow_profanity=True, seed=0))
+    assert f"Goblin {word.title()}" in swearing
+    assert word not in " ".join(texts(quietly(generator, 8, temperature=0.5, seed=0))).lower().split()
+
+
+def test_near_duplicates_are_kept_away(
+    parrot: Callable[..., torch.nn.Module], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    generator = NameGenerator(parrot(["Goblin Guides", "Serra Angles", *NEW]), tokenizer, REAL)
+    assert "Goblin Guides" in texts(quietly(generator, 20, temperature=0.5, top_k=6, seed=0))
+    far = quietly(generator, 20, temperature=0.5, top_k=6, min_distance=0.2, seed=0)
+    assert far and all(name.similarity <= 0.8 for name in far)
+    assert "Goblin Guides" not in texts(far)
+
+
+def test_names_are_streamed_as_they_are_found(generator: NameGenerator) -> None:
+    calls: list[int] = []
+    generator.model.register_forward_hook(lambda *_: calls.append(1))
+    model = generator.model.train()
+    stream = generator.stream(9, seed=4, batch_size=2)
+    first = next(stream)
+    steps_of_one_batch = len(calls)
+    assert model.training and torch.is_grad_enabled(), "between names the model is as it was"
+    rest = list(stream)
+    assert len(calls) > steps_of_one_batch
+    assert [first, *rest] == generator.generate(9, seed=4, batch_size=2)
+    with pytest.raises(ValueError, match="max_words"):
+        generator.stream(1, max_words=0)  # before the first name is asked for
+
+
+def test_best_of_keeps_the_most_natural_of_each_group(generator: NameGenerator) -> None:
+    drawn = generator.generate(12, seed=9)
+    best = generator.generate(3, seed=9, best_of=4)
+    groups = [drawn[start : start + 4] for start in (0, 4, 8)]
+    assert texts(best) == [max(group, key=lambda name: name.score).text for group in groups]
+    for name in best:
+        assert name.score == name.log_prob / (len(name.text) + 1)
 
 
 def test_no_names_wanted(generator: NameGenerator) -> None:

@@ -2,43 +2,152 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import os
 import sys
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
 
 from jsonargparse import Namespace
 
 from flash_experts.commands.common import CommandParser, command_parser
 
+if TYPE_CHECKING:
+    from flash_experts.generation import GeneratedName
+
+# Options that go to NameGenerator under their own name.
+_SAME_NAME = (
+    *("count", "colors", "mana_value", "rarity", "like", "preset", "presets", "temperature", "top_k", "top_p", "min_p"),
+    *("repetition_penalty", "starts_with", "ends_with", "contains", "regex", "min_words", "max_words", "words"),
+    *("min_length", "max_length", "allow_profanity", "alliterate", "min_distance", "seed", "batch_size", "best_of"),
+)
+_COLUMNS = ("text", "log_prob", "score", "nearest_card", "similarity")
+
 
 def run(args: Namespace) -> None:
     """Make up names for a card. None of them is a real card's."""
+    writer = _writer_of(args)
     from flash_experts import NameGenerator
 
-    wanted: tuple[str, ...] = ("count", "colors", "mana_value", "preset", "temperature", "top_k", "top_p", "min_p")
-    wanted += ("repetition_penalty", "starts_with", "max_words", "max_length", "seed", "batch_size")
-    names = NameGenerator.from_pretrained(args.model, args.device).generate(
-        type_line=args.type, banned_words=args.ban, **{name: args[name] for name in wanted}
-    )
-    if args.json:
-        from dataclasses import asdict
-
-        print(json.dumps([asdict(name) for name in names], indent=2, ensure_ascii=False))
-    elif sys.stdout.isatty():
-        _print_names(names)
-    else:
-        print("\n".join(name.text for name in names))
+    options = {name: args[name] for name in _SAME_NAME}
+    generator = NameGenerator.from_pretrained(args.model, args.device)
+    names: Iterable[GeneratedName] = generator.stream(type_line=args.type, banned_words=args.ban, **options)
+    if args.rank:
+        names = sorted(names, key=lambda name: -name.score)
+    if args.out is None:
+        writer(names, sys.stdout)
+        return
+    with _finished_file(Path(args.out)) as file, _progress(args.count) as counted:
+        written = writer(counted(names), file)
+    print(f"{written} names written to {args.out}", file=sys.stderr)
 
 
-def _print_names(names: Sequence[Any]) -> None:
+# ------------------------------------------------------------------------------------------------------- the formats
+
+
+def _row(name: GeneratedName) -> dict[str, Any]:
+    return {
+        "text": name.text,
+        "log_prob": round(name.log_prob, 4),
+        "score": round(name.score, 4),
+        "nearest_card": name.nearest_card,
+        "similarity": round(name.similarity, 4),
+    }
+
+
+def _write_lines(names: Iterable[GeneratedName], file: TextIO) -> int:
+    return _each(names, lambda name: print(name.text, file=file, flush=True))
+
+
+def _write_jsonl(names: Iterable[GeneratedName], file: TextIO) -> int:
+    return _each(names, lambda name: print(json.dumps(_row(name), ensure_ascii=False), file=file))
+
+
+def _write_csv(names: Iterable[GeneratedName], file: TextIO) -> int:
+    table = csv.DictWriter(file, _COLUMNS, lineterminator="\n")
+    table.writeheader()
+    return _each(names, lambda name: table.writerow(_row(name)))
+
+
+def _write_json(names: Iterable[GeneratedName], file: TextIO) -> int:
+    rows = [_row(name) for name in names]
+    print(json.dumps(rows, indent=2, ensure_ascii=False), file=file)
+    return len(rows)
+
+
+def _write_table(names: Iterable[GeneratedName], file: TextIO) -> int:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table("name", "log-probability", "nearest card", "similarity")
+    table = Table("name", "log-probability", "a character", "nearest card", "similarity")
     for name in names:
-        table.add_row(name.text, f"{name.log_prob:.1f}", name.nearest_card, f"{name.similarity:.2f}")
-    Console().print(table)
+        numbers = f"{name.log_prob:.1f}", f"{name.score:.2f}", f"{name.similarity:.2f}"
+        table.add_row(Text(name.text), numbers[0], numbers[1], Text(name.nearest_card or ""), numbers[2])
+    Console(file=file).print(table)
+    return table.row_count
+
+
+def _each(names: Iterable[GeneratedName], write: Callable[[GeneratedName], object]) -> int:
+    written = 0
+    for name in names:
+        write(name)
+        written += 1
+    return written
+
+
+_BY_SUFFIX = {".txt": _write_lines, ".csv": _write_csv, ".json": _write_json, ".jsonl": _write_jsonl}
+
+
+def _writer_of(args: Namespace) -> Callable[[Iterable[GeneratedName], TextIO], int]:
+    """How the names are written: by flag, by the file's suffix, else a table for people and lines for pipes."""
+    if args.json and args.csv:
+        make_parser().error("--json and --csv: choose one")
+    if args.out is not None:
+        suffix = Path(args.out).suffix.lower()
+        if suffix not in _BY_SUFFIX:
+            make_parser().error(f"--out {args.out}: the file name must end in {', '.join(_BY_SUFFIX)}")
+        if args.json or args.csv:
+            make_parser().error("--out chooses the format by its suffix: leave out --json and --csv")
+        return _BY_SUFFIX[suffix]
+    if args.json:
+        return _write_json
+    if args.csv:
+        return _write_csv
+    return _write_table if sys.stdout.isatty() else _write_lines
+
+
+@contextmanager
+def _finished_file(path: Path) -> Iterator[TextIO]:
+    """A file that has its name only when it is whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    try:
+        with part.open("w", encoding="utf-8", newline="") as file:
+            yield file
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+@contextmanager
+def _progress(count: int) -> Iterator[Callable[[Iterable[GeneratedName]], Iterable[GeneratedName]]]:
+    """Counts names on a bar on stderr, where a person watches."""
+    if not sys.stderr.isatty():
+        yield lambda names: names
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = TextColumn("names"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        yield lambda names: bar.track(names, total=count)
+
+
+# ------------------------------------------------------------------------------------------------------- the options
 
 
 def make_parser() -> CommandParser:
@@ -48,17 +157,41 @@ def make_parser() -> CommandParser:
     parser.add_argument("--type", type=str | None, default=None, help='such as "Legendary Creature — Goblin"')
     parser.add_argument("--colors", type=str | None, default=None, help="letters of WUBRG, or C for colorless")
     parser.add_argument("--mana_value", type=int | None, default=None, help="such as 3")
-    parser.add_argument("--preset", default="balanced", help="conservative, balanced or creative")
+    parser.add_argument("--rarity", type=str | None, default=None, help="such as rare, for models that learned it")
+    parser.add_argument("--like", type=str | None, default=None, help='examples: "Goblin Guide; Lightning Bolt"')
+    _add_sampling(parser)
+    _add_constraints(parser)
+    parser.add_argument("--seed", type=int | None, default=None, help="the same seed gives the same names")
+    parser.add_argument("--batch_size", type=int, default=64, help="names computed at once")
+    parser.add_argument("--device", type=str | None, default=None, help="cpu, cuda, cuda:1; the best there is")
+    parser.add_argument("--csv", action="store_true", help="print a table with commas")
+    parser.add_argument("--out", type=str | None, default=None, help="file: .csv, .json, .jsonl or .txt")
+    return parser
+
+
+def _add_sampling(parser: CommandParser) -> None:
+    parser.add_argument("--preset", default="balanced", help="conservative, balanced, creative, or one of --presets")
+    parser.add_argument("--presets", type=str | None, default=None, help="YAML file of presets of your own")
     parser.add_argument("--temperature", type=float | None, default=None, help="over the preset's, as the next four")
     parser.add_argument("--top_k", type=int | None, default=None, help="0 keeps all tokens")
     parser.add_argument("--top_p", type=float | None, default=None, help="1 keeps all tokens")
     parser.add_argument("--min_p", type=float | None, default=None, help="0 keeps all tokens")
     parser.add_argument("--repetition_penalty", type=float | None, default=None, help="1 is none")
+    parser.add_argument("--best_of", type=int, default=1, help="names drawn for each: the most natural is kept")
+    parser.add_argument("--rank", action="store_true", help="the most natural (log-probability a character) first")
+
+
+def _add_constraints(parser: CommandParser) -> None:
     parser.add_argument("--starts_with", type=str | None, default=None, help="letters that names begin with")
+    parser.add_argument("--ends_with", type=str | None, default=None, help='letters at the end; " Axe": a whole word')
+    parser.add_argument("--contains", type=str | None, default=None, help="letters somewhere in the name")
+    parser.add_argument("--regex", type=str | None, default=None, help='matches the whole name: ".* of the .*"')
+    parser.add_argument("--words", type=int | None, default=None, help="exactly so many words")
+    parser.add_argument("--min_words", type=int | None, default=None, help="words at least")
     parser.add_argument("--max_words", type=int | None, default=None, help="words at most")
-    parser.add_argument("--max_length", type=int | None, default=None, help="characters at most")
+    parser.add_argument("--min_length", type=int | None, default=None, help="characters at least")
+    parser.add_argument("--max_length", type=int | None, default=None, help="characters at most; 40 unless told")
+    parser.add_argument("--alliterate", action="store_true", help="all words begin with one letter")
+    parser.add_argument("--min_distance", type=float, default=0.0, help="from every real card: 0.3 is 3 letters of 10")
     parser.add_argument("--ban", type=list[str], default=[], help="[word,word]: words that no name has")
-    parser.add_argument("--seed", type=int | None, default=None, help="the same seed gives the same names")
-    parser.add_argument("--batch_size", type=int, default=64, help="names computed at once")
-    parser.add_argument("--device", type=str | None, default=None, help="cpu, cuda, cuda:1; the best there is")
-    return parser
+    parser.add_argument("--allow_profanity", action="store_true", help="let swear words through")

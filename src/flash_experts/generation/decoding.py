@@ -16,9 +16,10 @@ from dataclasses import dataclass
 import torch
 from transformers import DynamicCache, LogitsProcessor, PreTrainedModel, RepetitionPenaltyLogitsProcessor
 
-from flash_experts.generation.filters import NameFilter
+from flash_experts.generation.filters import AllOf, NameFilter
 from flash_experts.generation.presets import Sampling
 from flash_experts.generation.sampling import draw, noise
+from flash_experts.generation.vocabulary import NameVocabulary
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +71,7 @@ class NameDecoder:
             prompt_ids: begin symbol and prompt.
             end_id: the token that ends a name.
             sampling: how tokens are drawn.
-            processors: filters, in order, before the sampling.
+            processors: filters, before the sampling: those that are no `NameFilter` first, then the others as one.
             max_new_tokens: names without an end by then are given up.
             seed: of all names of this decoder.
         """
@@ -78,7 +79,9 @@ class NameDecoder:
         self._prompt_1T = torch.tensor([prompt_ids], device=model.device)
         self._end_id = end_id
         self._sampling = sampling
-        self._processors = list(processors)
+        filters = [one for one in processors if isinstance(one, NameFilter)]
+        self._filters = AllOf(filters) if filters else None
+        self._processors = [one for one in processors if not isinstance(one, NameFilter)]
         if sampling.repetition_penalty != 1:
             penalty = RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty, len(prompt_ids))
             self._processors.insert(0, penalty)
@@ -107,9 +110,10 @@ class NameDecoder:
         logits_BV = self._first_1V.expand(num_rows, -1)
         log_prob_B = torch.zeros(num_rows, dtype=torch.float64, device=device)
         running = torch.arange(num_rows, device=device)  # which of the names each row is
+        names = [""] * num_rows
         decoded: dict[int, DecodedName] = {}
         for step in range(self._max_new_tokens):
-            scores_BV = self._filter(tokens_BT, logits_BV)
+            scores_BV = self._filter(tokens_BT, names, logits_BV)
             chosen_B, dead_B = draw(scores_BV, noise_BS[running, step], self._sampling)
             chosen_logit_B = logits_BV.gather(1, chosen_B[:, None])[:, 0]
             log_prob_B = log_prob_B + (chosen_logit_B - logits_BV.logsumexp(dim=-1)).double()
@@ -121,7 +125,10 @@ class NameDecoder:
                     break
                 cache.batch_select_indices(keep)
                 running, tokens_BT, log_prob_B, chosen_B = (x[keep] for x in (running, tokens_BT, log_prob_B, chosen_B))
+                names = [names[row] for row in keep.tolist()]
             tokens_BT = torch.cat([tokens_BT, chosen_B[:, None]], dim=1)
+            if self._filters is not None:
+                names = _extended(self._filters.vocabulary, names, chosen_B)
             if step + 1 < self._max_new_tokens:
                 out = self._model(chosen_B[:, None], past_key_values=cache, use_cache=True, logits_to_keep=1)
                 logits_BV = out.logits[:, -1].float()
@@ -130,13 +137,12 @@ class NameDecoder:
             self._collect(decoded, indices, running, late_B, late_B, tokens_BT, log_prob_B)
         return [decoded[index] for index in indices]
 
-    def _filter(self, tokens_BT: torch.Tensor, logits_BV: torch.Tensor) -> torch.Tensor:
+    def _filter(self, tokens_BT: torch.Tensor, names: Sequence[str], logits_BV: torch.Tensor) -> torch.Tensor:
         scores_BV = logits_BV
         for processor in self._processors:
-            # A row without a token is no error here: it is dropped and another name tried.
-            apply = processor.mask if isinstance(processor, NameFilter) else processor
-            scores_BV = apply(tokens_BT, scores_BV)
-        return scores_BV
+            scores_BV = processor(tokens_BT, scores_BV)
+        # A row without a token is no error here: it is dropped and another name tried.
+        return scores_BV if self._filters is None else self._filters.apply(names, scores_BV)
 
     def _collect(
         self,
@@ -155,3 +161,8 @@ class NameDecoder:
         for place, ids, log_prob, failed in columns:
             index = indices[place]
             decoded[index] = DecodedName(index, tuple(ids), log_prob, not failed)
+
+
+def _extended(vocabulary: NameVocabulary, names: Sequence[str], chosen_B: torch.Tensor) -> list[str]:
+    """The texts of the rows, each with its next token: no row is decoded anew."""
+    return [vocabulary.extend(name, token) for name, token in zip(names, chosen_B.tolist(), strict=True)]

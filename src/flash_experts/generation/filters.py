@@ -10,6 +10,7 @@ To write your own, say in which state a name is and what that state forbids::
         def rule(self, name): return "no e" if len(name.split()) < 2 else None
         def forbidden(self, rule): return self.vocabulary.where(lambda text: "e" in text)
 
+Hand the class to ``NameGenerator.generate(filters=[NoLetter])``; examples/extending/custom_filter.py runs two.
 ``rule`` is asked once a row and step, so keep it cheap; ``forbidden`` once a distinct rule, and remembered.
 
 Letters in the shapes: B rows, T tokens of a row (prompt and name), V tokens of the vocabulary.
@@ -20,14 +21,14 @@ from __future__ import annotations
 import re
 import string
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Hashable
+from collections.abc import Collection, Hashable, Sequence
 from typing import cast
 
 import torch
 from transformers import LogitsProcessor
 
-from flash_experts.data.names import normal_form, shown_form
-from flash_experts.generation.formatting import DANGLING_WORDS, SMALL_WORDS
+from flash_experts.data.names import normal_form
+from flash_experts.generation.formatting import DANGLING_WORDS
 from flash_experts.generation.vocabulary import NameVocabulary
 
 # Letters of real cards and the marks that hold names together. Digits, "&", "." and quotes are on some cards,
@@ -35,10 +36,31 @@ from flash_experts.generation.vocabulary import NameVocabulary
 CARD_ALPHABET = frozenset(string.ascii_letters + " ,'-:!?" + "áàâäéèêëíîïñóôöúûüÁÂÄÉÍÎÓÖÚÛÜ")
 # Bytes that do not complete a character yet, as `NameVocabulary` shows them.
 PARTIAL_BYTES = "".join(map(chr, range(0xDC80, 0xDD00)))
+_REMEMBERED_BYTES = 32 << 20  # masks that a filter keeps at most
 
 
 class NoTokenLeftError(ValueError):
     """A filter forbids every token: constraints contradict each other, or a name ran into a dead end."""
+
+
+def at_least(name: str, value: int, least: int, hint: str) -> int:
+    """``value``, if it is no less than ``least``.
+
+    Raises:
+        ValueError: it is less.
+    """
+    if value < least:
+        raise ValueError(f"{name} is {value}: {hint}")
+    return value
+
+
+def room(limit: int, name: str) -> int:
+    """Characters that may follow ``name`` if it has at most ``limit``.
+
+    Its leading space does not count, nor do the bytes that complete its last character.
+    """
+    is_partial = name != "" and name[-1] in PARTIAL_BYTES
+    return limit + 1 - len(name) + is_partial
 
 
 class NameFilter(LogitsProcessor, ABC):
@@ -68,6 +90,23 @@ class NameFilter(LogitsProcessor, ABC):
     def forbidden(self, rule: Hashable) -> torch.Tensor:
         """(V,) bool on the CPU: tokens that must not follow in that state."""
 
+    def apply(self, names: Sequence[str], scores: torch.Tensor) -> torch.Tensor:
+        """As `mask`, where the texts of the rows are known already.
+
+        Args:
+            names: B texts so far.
+            scores: (B, V) logits; never changed in place.
+
+        Returns:
+            (B, V).
+        """
+        rules = [self.rule(name) for name in names]
+        first = rules[0]
+        if all(rule == first for rule in rules):
+            return scores if first is None else scores.masked_fill(self.mask_of(first, scores.device), -torch.inf)
+        masks_BV = torch.stack([self.mask_of(rule, scores.device) for rule in rules])
+        return scores.masked_fill(masks_BV, -torch.inf)
+
     def mask(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """``scores`` with forbidden tokens at minus infinity. A row may be left without any token.
 
@@ -86,15 +125,7 @@ class NameFilter(LogitsProcessor, ABC):
                 f"scores are {scores.shape[-1]} wide but the vocabulary {self.vocabulary.size}: build it "
                 "with NameVocabulary(tokenizer, model.config.vocab_size)"
             )
-        rules = [self.rule(name) for name in self.vocabulary.names(input_ids, self.prompt_length)]
-        places = {rule: place for place, rule in enumerate(dict.fromkeys(rules))}
-        if places.keys() == {None}:
-            return scores
-        table_RV = torch.stack([self._mask_of(rule, scores.device) for rule in places])
-        if len(places) == 1:
-            return scores.masked_fill(table_RV, float("-inf"))
-        place_B = torch.tensor([places[rule] for rule in rules], device=scores.device)
-        return scores.masked_fill(table_RV[place_B], float("-inf"))
+        return self.apply(self.vocabulary.names(input_ids, self.prompt_length), scores)
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """As `mask`, for ``model.generate``, which makes NaN of a row without a token.
@@ -104,7 +135,7 @@ class NameFilter(LogitsProcessor, ABC):
         """
         masked = self.mask(input_ids, scores)
         if masked is not scores:
-            dead_B = (masked == float("-inf")).all(dim=-1)
+            dead_B = (masked == -torch.inf).all(dim=-1)
             if dead_B.any():
                 row = int(dead_B.nonzero()[0, 0])
                 name = self.vocabulary.names(input_ids[row : row + 1], self.prompt_length)[0].strip()
@@ -114,12 +145,16 @@ class NameFilter(LogitsProcessor, ABC):
                 )
         return masked
 
-    def _mask_of(self, rule: Hashable | None, device: torch.device) -> torch.Tensor:
-        if rule not in self._masks:
+    def mask_of(self, rule: Hashable | None, device: torch.device) -> torch.Tensor:
+        """(V,) bool: what `forbidden` says of a rule, remembered; nothing for None."""
+        mask = self._masks.get(rule)
+        if mask is None:
             size = self.vocabulary.size
             mask = torch.zeros(size, dtype=torch.bool) if rule is None else self.forbidden(rule)
-            self._masks[rule] = mask
-        mask = self._masks[rule] = self._masks[rule].to(device)
+            if len(self._masks) > max(_REMEMBERED_BYTES // size, 64):
+                del self._masks[next(iter(self._masks))]  # the oldest
+        if mask.device != device or rule not in self._masks:
+            mask = self._masks[rule] = mask.to(device)
         return mask
 
     def _end(self) -> torch.Tensor:
@@ -129,12 +164,48 @@ class NameFilter(LogitsProcessor, ABC):
         return mask
 
 
+class AllOf(NameFilter):
+    """Several filters as one: a row's masks are joined once a combination of rules, then remembered.
+
+    One pass over the scores instead of one a filter. Filters that do more than mask (those with an `apply` of
+    their own) come after the joined mask, in their order.
+    """
+
+    def __init__(self, filters: Sequence[NameFilter]) -> None:
+        """Stores the filters.
+
+        Args:
+            filters: one or more, of one vocabulary and prompt length.
+        """
+        super().__init__(filters[0].vocabulary, filters[0].prompt_length)
+        self.joined = [one for one in filters if type(one).apply is NameFilter.apply]
+        self.others = [one for one in filters if type(one).apply is not NameFilter.apply]
+
+    def rule(self, name: str) -> Hashable | None:
+        rules = tuple([one.rule(name) for one in self.joined])
+        return None if rules.count(None) == len(rules) else rules
+
+    def forbidden(self, rule: Hashable) -> torch.Tensor:
+        mask = torch.zeros(self.vocabulary.size, dtype=torch.bool)
+        for one, its_rule in zip(self.joined, cast(tuple[Hashable | None, ...], rule), strict=True):
+            if its_rule is not None:
+                mask |= one.mask_of(its_rule, mask.device)
+        return mask
+
+    def apply(self, names: Sequence[str], scores: torch.Tensor) -> torch.Tensor:
+        scores = super().apply(names, scores) if self.joined else scores
+        for one in self.others:
+            scores = one.apply(names, scores)
+        return scores
+
+
 class KnownNameFilter(NameFilter):
     """Novelty by construction: a name that is a known card cannot end, it has to go on.
 
     What counts is the normal form of the text, so neither another tokenization, nor case, accents or
     punctuation let a known name through. Only the end symbol is ever forbidden: names that begin as a known
-    one stay possible.
+    one stay possible. So the question is only whether the text so far is a whole known name, which a set
+    answers at once; a trie would also say which names it begins, and nothing here needs that.
     """
 
     def __init__(self, vocabulary: NameVocabulary, prompt_length: int, known: Collection[str]) -> None:
@@ -193,8 +264,8 @@ class WellFormed(NameFilter):
     A name must not end on a space, on a mark that calls for more, or on a word such as "of".
     """
 
-    _BAD = re.compile(rf" [ ,:;!?.\-]|[,:;][^ ]|-[^\w{PARTIAL_BYTES}]|''|[!?][\w']")
-    _OPEN_END = " ,:;-'&"
+    BAD = re.compile(rf" [ ,:;!?.\-]|[,:;][^ ]|-[^\w{PARTIAL_BYTES}]|''|[!?][\w']")
+    OPEN_END = " ,:;-'&"
 
     def rule(self, name: str) -> Hashable | None:
         if not name:
@@ -206,68 +277,9 @@ class WellFormed(NameFilter):
         tail, dangling = cast(tuple[str, bool], rule)
         if tail == "":
             forbidden = ~self.vocabulary.where(
-                lambda text: text[0] == " " and text[1:2] != "'" and not self._BAD.search(text)
+                lambda text: text[0] == " " and text[1:2] != "'" and not self.BAD.search(text)
             )
         else:
-            forbidden = self.vocabulary.where(lambda text: self._BAD.search(tail + text) is not None)
-        forbidden[self.vocabulary.end_id] = dangling or tail == "" or tail in self._OPEN_END
+            forbidden = self.vocabulary.where(lambda text: self.BAD.search(tail + text) is not None)
+        forbidden[self.vocabulary.end_id] = dangling or tail == "" or tail in self.OPEN_END
         return forbidden
-
-
-class StartsWith(NameFilter):
-    """Names that begin with a prefix, also where a token straddles its end (" Dragon" fits "Drag").
-
-    Within the prefix only the tokens that the tokenizer itself would choose are allowed. Otherwise the mask
-    would favor odd cuts: after " D" every name with a D contributes, though the model saw " Dragon" as one
-    token and knows nothing of "ragon" after " D". The price: of the names that go on within the prefix's last
-    word, those that are cut elsewhere inside the prefix are not reached. The last word is tried as given and
-    capitalized.
-    """
-
-    def __init__(self, vocabulary: NameVocabulary, prompt_length: int, prefix: str) -> None:
-        """Works out the ways through the prefix.
-
-        Raises:
-            ValueError: the prefix is blank.
-        """
-        super().__init__(vocabulary, prompt_length)
-        if not prefix.strip():
-            raise ValueError("starts_with is blank: leave it out, or give the letters that names begin with")
-        # Text at a boundary of the tokenizer within the prefix -> tokens that it would put there.
-        self._next: dict[str, set[int]] = {}
-        self._forms = tuple(dict.fromkeys(_prefix_forms(prefix)))
-        for form in self._forms:
-            self._add_way(form)
-
-    def rule(self, name: str) -> Hashable | None:
-        return None if any(name.startswith(form) for form in self._forms) else name
-
-    def forbidden(self, rule: Hashable) -> torch.Tensor:
-        name = cast(str, rule)
-        allowed = torch.zeros(self.vocabulary.size, dtype=torch.bool)
-        if name in self._next:
-            allowed[list(self._next[name])] = True
-            rests = tuple(form[len(name) :] for form in self._forms if form.startswith(name))
-            allowed |= self.vocabulary.where(lambda text: text.startswith(rests))
-        return ~allowed
-
-    def _add_way(self, form: str) -> None:
-        ids = self.vocabulary.encode(form.rstrip())
-        for place, token in enumerate(ids):
-            self._next.setdefault(self.vocabulary.decode(ids[:place]), set()).add(token)
-        if self.vocabulary.decode(ids) != form:  # a trailing space: the next token brings it with its word
-            self._next.setdefault(self.vocabulary.decode(ids), set())
-
-
-def _prefix_forms(prefix: str) -> list[str]:
-    """The texts that a name may begin with: " " and the prefix, its last word as it is and capitalized."""
-    words = shown_form(prefix).split()
-    words = [
-        word if place and word.lower() in SMALL_WORDS else word[0].upper() + word[1:]
-        for place, word in enumerate(words[:-1])
-    ] + words[-1:]
-    space = " " if prefix[-1].isspace() else ""
-    last = words[-1]
-    capital = last[0].upper() + last[1:]
-    lasts = [capital] if len(words) == 1 else [last, capital]
-    return [" " + " ".join([*words[:-1], form]) + space for form in lasts]

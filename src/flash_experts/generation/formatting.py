@@ -1,6 +1,7 @@
 """Names as they stand on cards: capitals, small words, marks and spaces.
 
-The model learned its capitals from real names, so they stay unless they are wrong.
+The model learned its capitals from real names, so they stay unless they are wrong. A name without any capital says
+nothing of them: it gets all that cards would print.
 """
 
 from __future__ import annotations
@@ -21,6 +22,11 @@ _EITHER = frozenset({"in", "on", "by", "as", "but"})
 # Particles of names and languages that stay low where they are low ("Starke en-Vec", "Fearless l'Cie").
 _PARTICLE = re.compile(r"(?:en|il|bin)-|(?:de|da|del|di|du|van|von|der|den|le|la|el|al|yn|upon|l|d)(?:'|$)")
 
+# In names without capitals. After a dash: "Two-Headed", but "Will-o'-the-Wisp" (of real names 887 and 14).
+_PART = re.compile(r"(?<=-)[^\W_]+|(?<=\b[do]')[^\W_]{2,}")
+_LOW_PARTICLE = re.compile(r"(?:en|il|bin)-")
+_ROMAN = re.compile(r"(?:i{2,3}|iv|vi{1,3}|ix)$")
+
 _LOOSE_START = " ,:;-/.!?&"
 _LOOSE_END = " ,:;-/&"
 
@@ -38,6 +44,8 @@ def format_name(text: str) -> str:
     face = re.sub(r" +(?=[,:;])", "", face)
     face = re.sub(r"(?<=[,;])(?=[^\s\d,;:])", " ", face)
     face = face.lstrip(_LOOSE_START).rstrip(_LOOSE_END)
+    if face.islower():
+        face = " ".join(_without_capitals(word) for word in face.split())
     words = face.split()
     last = len(words) - 1
     formatted: list[str] = []
@@ -55,6 +63,15 @@ def _word(word: str, is_last: bool, after_comma: bool) -> str:
     if low in SMALL_WORDS and not is_last:
         return word if after_comma or low in _EITHER else low
     return word if _PARTICLE.match(word) else _capital(word)
+
+
+def _without_capitals(word: str) -> str:
+    """The capitals of a word that has none, but for its first letter: "two-headed" -> "two-Headed"."""
+    if _ROMAN.match(word):
+        return word.upper()
+    parts = _PART.sub(lambda part: part[0] if part[0] in SMALL_WORDS | {"o"} else _capital(part[0]), word)
+    is_name = not _LOW_PARTICLE.match(word) and _PARTICLE.match(word)
+    return _capital(parts) if is_name else parts
 
 
 def _capital(word: str) -> str:

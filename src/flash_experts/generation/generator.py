@@ -2,83 +2,59 @@
 
 from __future__ import annotations
 
-import math
 import secrets
-import warnings
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import fields
 from pathlib import Path
+from typing import Any, TypedDict, Unpack
 
 import torch
 from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
-from flash_experts.data.names import normal_form, shown_form
 from flash_experts.data.prompts import Attributes
-from flash_experts.generation.decoding import DecodedName, NameDecoder, evaluating
-from flash_experts.generation.filters import (
-    CARD_ALPHABET,
-    AllowedCharacters,
-    KnownNameFilter,
-    NoTokenLeftError,
-    StartsWith,
-    WellFormed,
-)
-from flash_experts.generation.formatting import format_name
+from flash_experts.generation.constraints import Constraints
+from flash_experts.generation.filters import at_least
+from flash_experts.generation.likeness import Resembles, examples_of, filled_in, shared_attributes
 from flash_experts.generation.presets import Sampling, sampling_of
+from flash_experts.generation.search import GeneratedName, NameSearch, Request
 from flash_experts.generation.similarity import KnownNames
 from flash_experts.generation.vocabulary import NameVocabulary
-from flash_experts.generation.word_filters import BannedWords, MaxLength, MaxWords, NoRepeatedWords
-
-LONGEST_NAME = 40  # characters; the longest serious card name has 33
-_PATIENCE = 256  # names in a row that bring nothing new, before there are taken to be no more
 
 FilterFactory = Callable[[NameVocabulary, int], LogitsProcessor]
 
 
-@dataclass(frozen=True, slots=True)
-class GeneratedName:
-    """A new card name.
+class Options(TypedDict, total=False):
+    """Further arguments of `NameGenerator.generate`: settings of `Sampling`, fields of `Constraints`, and more.
 
-    Attributes:
-        text: the name as it would stand on a card.
-        log_prob: the model's own log-probability of its tokens and its end, in nats. Nothing that sampling
-            and filters did counts, so names of different settings compare.
-        nearest_card: the real card with the most similar name; None if the generator knows no names.
-        similarity: to that card: 1 - edit distance / the longer length, under 1.
+    Every one may be None (or left out) for its default.
     """
 
-    text: str
-    log_prob: float
-    nearest_card: str | None
-    similarity: float
-
-
-@dataclass(frozen=True, slots=True)
-class _Limits:
-    """What `generate` was asked to hold, checked for contradictions that no search is needed to see."""
-
+    presets: str | Path | None
+    temperature: float | None
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    repetition_penalty: float | None
     starts_with: str | None
+    ends_with: str | None
+    contains: str | None
+    regex: str | None
+    min_words: int | None
     max_words: int | None
-    max_length: int
-    banned_words: tuple[str, ...]
+    words: int | None
+    min_length: int | None
+    max_length: int | None
+    banned_words: Sequence[str]
+    allow_profanity: bool
+    alliterate: bool
+    min_distance: float
+    filters: Sequence[FilterFactory]
+    rarity: str | None
+    like: str | Sequence[str] | None
 
-    def __post_init__(self) -> None:
-        prefix = shown_form(self.starts_with or "")
-        if len(prefix) > self.max_length:
-            raise ValueError(
-                f"starts_with {prefix!r} has {len(prefix)} characters, more than max_length {self.max_length}"
-            )
-        if self.max_words is not None and len(prefix.split()) > self.max_words:
-            raise ValueError(f"starts_with {prefix!r} has more words than max_words {self.max_words}")
 
-    def held_by(self, text: str) -> bool:
-        """The last check, on the finished and formatted name."""
-        prefix = shown_form(self.starts_with or "").casefold()
-        return (
-            len(text) <= self.max_length
-            and (self.max_words is None or len(text.split()) <= self.max_words)
-            and text.casefold().startswith(prefix)
-        )
+_SAMPLING = {field.name for field in fields(Sampling)} | {"presets"}
+_CONSTRAINTS = {field.name for field in fields(Constraints)}
 
 
 class NameGenerator:
@@ -142,18 +118,10 @@ class NameGenerator:
         colors: str | None = None,
         mana_value: int | None = None,
         preset: str = "balanced",
-        temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        min_p: float | None = None,
-        repetition_penalty: float | None = None,
-        starts_with: str | None = None,
-        max_words: int | None = None,
-        max_length: int | None = None,
         seed: int | None = None,
         batch_size: int = 64,
-        banned_words: Sequence[str] = (),
-        filters: Sequence[FilterFactory] = (),
+        best_of: int = 1,
+        **options: Unpack[Options],
     ) -> list[GeneratedName]:
         """New names for a card.
 
@@ -165,152 +133,77 @@ class NameGenerator:
             type_line: such as "Legendary Creature — Goblin Warrior", or a part of it; None for any.
             colors: such as "R" or "WU", "C" for colorless; None for any.
             mana_value: None for any.
-            preset: "conservative", "balanced" or "creative".
-            temperature: see `Sampling` for this and the next four; each overrides the preset's.
-            top_k: 0 keeps all tokens.
-            top_p: 1 keeps all tokens.
-            min_p: 0 keeps all tokens.
-            repetition_penalty: 1 is none.
-            starts_with: letters that the names begin with, the last word perhaps unfinished.
-            max_words: words at most, counted by spaces.
-            max_length: characters at most; 40 if None.
+            preset: "conservative", "balanced", "creative", or one of the YAML file ``presets``.
             seed: a new one each time if None.
             batch_size: names computed at once.
-            banned_words: words that no name shall contain.
-            filters: more filters; each is called with (vocabulary, prompt length) and gives a
-                LogitsProcessor, as the class of your own `NameFilter` does.
+            best_of: names drawn for each that is returned, which is the one of the highest
+                `GeneratedName.score`, the log-probability a character. More are better names and take as much
+                longer.
+            **options: `Options`: what names hold (see `Constraints`), how tokens are drawn (see `Sampling`;
+                each overrides the preset's), and ``filters``: more filters, each called with (vocabulary,
+                prompt length) and giving a LogitsProcessor, as the class of your own `NameFilter` does;
+                ``rarity``, such as "rare", for models that learned it; ``like``, examples whose kind of card and
+                pieces of words the names shall have, as a list or "Goblin Guide; Lightning Bolt".
 
         Returns:
-            ``count`` names, or fewer, with a warning, if no more are found.
+            ``count`` names in the order they were found, or fewer, with a warning, if no more are found.
 
         Raises:
             ValueError: an argument is out of range or unknown, or the constraints leave no name at all.
         """
-        _check_least(count=(count, 0), batch_size=(batch_size, 1), seed=(0 if seed is None else seed, 0))
-        sampling = sampling_of(
-            preset,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            repetition_penalty=repetition_penalty,
-        )
-        length = LONGEST_NAME if max_length is None else max_length
-        limits = _Limits(starts_with, max_words, length, tuple(banned_words))
-        prompt_ids = self._prompt_ids(Attributes.parse(type_line, colors, mana_value))
-        processors = self._filters(limits, len(prompt_ids))
-        processors += [make(self.vocabulary, len(prompt_ids)) for make in filters]
-        seed = secrets.randbits(63) if seed is None else seed
-        accepted = self._search(count, limits, prompt_ids, sampling, processors, seed, batch_size)
-        nearest = self.known.nearest([text for text, _ in accepted])
-        return [
-            GeneratedName(text, log_prob, card, similarity)
-            for (text, log_prob), (card, similarity) in zip(accepted, nearest, strict=True)
-        ]
+        found = self.stream(count, type_line, colors, mana_value, preset, seed, batch_size, best_of, **options)
+        return list(found)
 
-    def _prompt_ids(self, attributes: Attributes) -> list[int]:
-        return [self.tokenizer.bos_token_id, *self.vocabulary.encode(attributes.prompt())]
-
-    def _filters(self, limits: _Limits, prompt_length: int) -> list[LogitsProcessor]:
-        """The filters of every name and those asked for."""
-        vocabulary = self.vocabulary
-        alphabet = CARD_ALPHABET | set(shown_form(limits.starts_with or ""))
-        filters: list[LogitsProcessor] = [
-            AllowedCharacters(vocabulary, prompt_length, alphabet),
-            WellFormed(vocabulary, prompt_length),
-            NoRepeatedWords(vocabulary, prompt_length),
-            KnownNameFilter(vocabulary, prompt_length, self.known.normal_forms),
-            MaxLength(vocabulary, prompt_length, limits.max_length),
-        ]
-        if limits.max_words is not None:
-            filters.append(MaxWords(vocabulary, prompt_length, limits.max_words))
-        if limits.banned_words:
-            filters.append(BannedWords(vocabulary, prompt_length, limits.banned_words))
-        if limits.starts_with is not None:
-            filters.append(StartsWith(vocabulary, prompt_length, limits.starts_with))
-        return filters
-
-    def _search(
+    def stream(
         self,
-        count: int,
-        limits: _Limits,
-        prompt_ids: list[int],
-        sampling: Sampling,
-        processors: Sequence[LogitsProcessor],
-        seed: int,
-        batch_size: int,
-    ) -> list[tuple[str, float]]:
-        """The first ``count`` good names of the seed's stream, in its order, with their log-probabilities.
+        count: int = 20,
+        type_line: str | None = None,
+        colors: str | None = None,
+        mana_value: int | None = None,
+        preset: str = "balanced",
+        seed: int | None = None,
+        batch_size: int = 64,
+        best_of: int = 1,
+        **options: Unpack[Options],
+    ) -> Iterator[GeneratedName]:
+        """The names of `generate` one by one, as they are found. Arguments are checked at once.
 
-        Only the order of the stream decides what is taken and when to give up, never how it was cut into
-        batches.
+        Between two names the model is as it was before: it may be trained, or the stream left.
+
+            for name in generator.stream(10_000, colors="R"):
+                print(name.text, flush=True)
         """
-        accepted: dict[str, tuple[str, float]] = {}
-        tried = without_news = whole = 0
-        if not count:
-            return []
-        with evaluating(self.model), torch.no_grad():
-            steps = self._steps(len(prompt_ids), limits.max_length)
-            decoder = NameDecoder(self.model, prompt_ids, self.vocabulary.end_id, sampling, processors, steps, seed)
-            while len(accepted) < count and without_news < _PATIENCE:
-                rate = max(len(accepted), 1) / max(tried, 1)
-                wanted = math.ceil(1.05 * (count - len(accepted)) / rate)
-                batch = range(tried, tried + min(wanted, batch_size))
-                for name in decoder.decode(batch):
-                    tried += 1
-                    whole += name.is_whole
-                    text = self._accept(name, limits)
-                    key = normal_form(text) if text else ""
-                    if key and key not in accepted:
-                        accepted[key] = text, name.log_prob
-                        without_news = 0
-                    else:
-                        without_news += 1
-                    if len(accepted) == count or without_news == _PATIENCE:
-                        break
-        if not whole:
-            raise NoTokenLeftError(f"no name can be made: {_told(limits)} leave nothing. Loosen one of them")
-        if len(accepted) < count:
-            warnings.warn(
-                f"found {len(accepted)} of {count} names: the last {_PATIENCE} tries gave nothing new. "
-                "Loosen the constraints, or take a higher temperature",
-                stacklevel=3,
-            )
-        return list(accepted.values())
-
-    def _steps(self, prompt_length: int, max_length: int) -> int:
-        """Tokens a name can have: at worst four bytes a character, a space, an end; within the context."""
-        room = self.model.config.max_position_embeddings - prompt_length
-        if room < 2:
-            raise ValueError(
-                f"the prompt takes {prompt_length} tokens, the model's context has "
-                f"{self.model.config.max_position_embeddings}: shorten the type line"
-            )
-        return min(4 * max_length + 2, room)
-
-    def _accept(self, name: DecodedName, limits: _Limits) -> str:
-        """The finished text of a name, or "" if it must not come out (whatever the filters did)."""
-        text = self.vocabulary.decode(name.ids) if name.is_whole else ""
-        if not text.isprintable():  # bytes that make no character
-            return ""
-        text = format_name(text)
-        key = normal_form(text)
-        return text if key and key not in self.known.normal_forms and limits.held_by(text) else ""
+        at_least("count", count, 0, "it must be 0 or more")
+        at_least("batch_size", batch_size, 1, "it must be 1 or more")
+        at_least("seed", 0 if seed is None else seed, 0, "it must be 0 or more")
+        at_least("best_of", best_of, 1, "it must be 1 or more")
+        rarity, like = options.pop("rarity", None), options.pop("like", None)
+        sampling, constraints, filters = _sorted_options(preset, options)
+        attributes = Attributes.parse(type_line, colors, mana_value, rarity)
+        examples = examples_of(like) if like else []
+        attributes = filled_in(attributes, shared_attributes(examples)) if examples else attributes
+        prompt_ids = [self.tokenizer.bos_token_id, *self.vocabulary.encode(attributes.prompt())]
+        processors: list[LogitsProcessor] = []
+        processors += constraints.filters(self.vocabulary, len(prompt_ids), self.known.normal_forms)
+        processors += [make(self.vocabulary, len(prompt_ids)) for make in filters]
+        if examples:
+            processors.append(Resembles(self.vocabulary, len(prompt_ids), examples))
+        seed = secrets.randbits(63) if seed is None else seed
+        request = Request(prompt_ids, sampling, constraints, processors, seed, batch_size, best_of)
+        return NameSearch(self.model, self.vocabulary, self.known, request).names(count)
 
 
-def _check_least(**arguments: tuple[int, int]) -> None:
-    for name, (value, least) in arguments.items():
-        if value < least:
-            raise ValueError(f"{name} is {value}: it must be {least} or more")
+def _sorted_options(preset: str, options: Options) -> tuple[Sampling, Constraints, Sequence[FilterFactory]]:
+    """What the options say of sampling and of names, and more filters.
 
-
-def _told(limits: _Limits) -> str:
-    """The constraints in words, for messages."""
-    told = [f"max_length={limits.max_length}", "no name of a known card"]
-    if limits.starts_with is not None:
-        told.append(f"starts_with={limits.starts_with!r}")
-    if limits.max_words is not None:
-        told.append(f"max_words={limits.max_words}")
-    if limits.banned_words:
-        told.append(f"banned_words={list(limits.banned_words)}")
-    return ", ".join(told)
+    Raises:
+        TypeError: there is no such option.
+        ValueError: a value is out of range, or contradicts another.
+    """
+    given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+    filters = given.pop("filters", ())
+    sampling = {name: given.pop(name) for name in _SAMPLING.intersection(given)}
+    unknown = given.keys() - _CONSTRAINTS
+    if unknown:
+        raise TypeError(f"generate() got an unexpected keyword argument {min(unknown)!r}")
+    return sampling_of(preset, **sampling), Constraints(**given), filters

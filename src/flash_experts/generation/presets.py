@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any
+
+import yaml
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,22 +44,56 @@ class Sampling:
             raise ValueError(f"repetition_penalty is {self.repetition_penalty}: it must be over 0")
 
 
-PRESETS: dict[str, Sampling] = {
-    "conservative": Sampling(temperature=0.7, top_k=50, top_p=0.9),
-    "balanced": Sampling(temperature=0.95, top_k=200, top_p=0.97),
-    "creative": Sampling(temperature=1.2, top_k=400, top_p=0.98, min_p=0.02),
-}
+def load_presets(path: str | Path) -> dict[str, Sampling]:
+    """Presets of a YAML file: names, and under each the settings of `Sampling` that it has.
+
+    Raises:
+        ValueError: there is no such file, it is no such YAML, or a setting is unknown or out of range.
+    """
+    try:
+        content = yaml.safe_load(Path(path).read_text("utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"no presets at {path}: {getattr(error, 'strerror', None) or error}") from None
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict) or not all(isinstance(one, dict) for one in content.values()):
+        raise ValueError(f"{path}: presets are written as NAME: and under it temperature: 0.9, top_k: 50, ...")
+    return {str(name): _sampling(settings, f"{path}: preset {name!r}") for name, settings in content.items()}
 
 
-def sampling_of(preset: str, **overrides: float | int | None) -> Sampling:
+def _sampling(settings: dict[str, Any], where: str) -> Sampling:
+    known = [field.name for field in fields(Sampling)]
+    for name, value in settings.items():
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}"
+            raise ValueError(f"{where}: unknown setting {name!r}: {hint}")
+        if isinstance(value, bool) or not isinstance(value, int if name == "top_k" else int | float):
+            raise ValueError(f"{where}: {name} must be a number, not {value!r}")
+    try:
+        return Sampling(**settings)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
+PRESETS = load_presets(Path(__file__).with_name("presets.yaml"))
+
+
+def sampling_of(preset: str, presets: str | Path | None = None, **overrides: float | int | None) -> Sampling:
     """A preset's settings with those of ``overrides`` that are not None in their place.
+
+    Args:
+        preset: its name.
+        presets: a YAML file of more presets; see `load_presets`.
+        **overrides: settings of `Sampling`.
 
     Raises:
         ValueError: no such preset (the nearest is named), or a setting out of range.
     """
-    if preset not in PRESETS:
-        near = difflib.get_close_matches(preset, PRESETS, n=1, cutoff=0.3)
+    known = PRESETS if presets is None else PRESETS | load_presets(presets)
+    if preset not in known:
+        near = difflib.get_close_matches(preset, known, n=1, cutoff=0.3)
         hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ValueError(f"unknown preset {preset!r}: {hint}There are {', '.join(PRESETS)}")
+        raise ValueError(f"unknown preset {preset!r}: {hint}There are {', '.join(known)}")
     given: dict[str, Any] = {name: value for name, value in overrides.items() if value is not None}
-    return replace(PRESETS[preset], **given)
+    return replace(known[preset], **given)

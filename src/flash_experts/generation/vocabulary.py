@@ -10,6 +10,7 @@ Letters in the shapes: V tokens of the vocabulary (of the model's logits), B row
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -70,6 +71,18 @@ class NameVocabulary:
     def names(self, input_ids_BT: torch.Tensor, prompt_length: int) -> list[str]:
         """B names so far: the texts after the first ``prompt_length`` tokens."""
         return [self.decode(row) for row in input_ids_BT[:, prompt_length:].tolist()]
+
+    def extend(self, name: str, token: int) -> str:
+        """``name`` and one more token, as `decode` of all its tokens would give it."""
+        piece = self._pieces[token]
+        if name and "\udc80" <= name[-1] <= "\udcff":  # a character that waits for its last bytes
+            return (name.encode("utf-8", "surrogateescape") + piece).decode("utf-8", "surrogateescape")
+        return name + self.texts[token]
+
+    @cached_property
+    def lengths(self) -> torch.Tensor:
+        """(V,) int64: characters of each token's text."""
+        return torch.tensor([len(text) for text in self.texts])
 
     def where(self, says: Callable[[str], bool]) -> torch.Tensor:
         """(V,) bool on the CPU: tokens whose text satisfies ``says``; never those without text (the end)."""

@@ -1,4 +1,4 @@
-"""Filters on words and lengths. See `flash_experts.generation.filters` for what a filter is."""
+"""Filters on words. See `flash_experts.generation.filters` for what a filter is."""
 
 from __future__ import annotations
 
@@ -12,79 +12,11 @@ import torch
 from flash_experts.data.names import normal_form
 from flash_experts.generation.filters import PARTIAL_BYTES, NameFilter
 from flash_experts.generation.formatting import SMALL_WORDS
+from flash_experts.generation.profanity import profane_words
 from flash_experts.generation.vocabulary import NameVocabulary
 
 _WORD = re.compile(r"[^\W_]+")
 _SHORTEST_COUNTED_WORD = 4  # "of the ... of the" and the "s" after apostrophes may come twice
-_SHORTEST_NEW_WORD = 2  # letters that must fit, or no new word is begun
-
-
-class MaxWords(NameFilter):
-    """At most so many words, counted by spaces ("Lava-Axe" is one).
-
-    At the limit only tokens that go on with the last word are left, and the end. A small word ("of") may not
-    be the last one allowed, since a name must not end on it.
-    """
-
-    def __init__(self, vocabulary: NameVocabulary, prompt_length: int, limit: int) -> None:
-        """Stores the limit.
-
-        Raises:
-            ValueError: the limit is under 1.
-        """
-        super().__init__(vocabulary, prompt_length)
-        if limit < 1:
-            raise ValueError(f"max_words is {limit}: a name has one word or more")
-        self.limit = limit
-        self._most_words_of_token = max(len(text.split()) for text in vocabulary.texts)
-
-    def rule(self, name: str) -> Hashable | None:
-        left = self.limit - len(name.split())
-        return None if left > self._most_words_of_token else (left, not name or name.endswith(" "))
-
-    def forbidden(self, rule: Hashable) -> torch.Tensor:
-        left, at_word_start = cast(tuple[int, bool], rule)
-
-        def too_many(text: str) -> bool:
-            begun = len(text.split()) - (not at_word_start and not text[0].isspace())
-            if left == 1 and begun == 1 and text.strip() in SMALL_WORDS:  # low: " An" may become "Angel"
-                return True
-            return begun > left or (left == begun and text[-1].isspace())
-
-        return self.vocabulary.where(too_many)
-
-
-class MaxLength(NameFilter):
-    """At most so many characters; at the limit only the end is left.
-
-    No new word is begun where fewer than two letters of it would fit.
-    """
-
-    def __init__(self, vocabulary: NameVocabulary, prompt_length: int, limit: int) -> None:
-        """Stores the limit.
-
-        Raises:
-            ValueError: the limit is under 1.
-        """
-        super().__init__(vocabulary, prompt_length)
-        if limit < 1:
-            raise ValueError(f"max_length is {limit}: a name has one character or more")
-        self.limit = limit
-        self._longest_token = max(map(len, vocabulary.texts))
-
-    def rule(self, name: str) -> Hashable | None:
-        left = self.limit + 1 - len(name)  # the leading space does not count
-        return None if left >= self._longest_token + _SHORTEST_NEW_WORD else (left, name == "")
-
-    def forbidden(self, rule: Hashable) -> torch.Tensor:
-        left, is_first = cast(tuple[int, bool], rule)
-
-        def too_long(text: str) -> bool:
-            if len(text) > left:
-                return True
-            return not is_first and text[0] == " " and left < 1 + _SHORTEST_NEW_WORD
-
-        return self.vocabulary.where(too_long)
 
 
 class WordFilter(NameFilter):
@@ -124,6 +56,64 @@ class BannedWords(WordFilter):
 
     def refuses(self, words: list[str]) -> bool:
         return normal_form(words[-1]) in self.words
+
+
+class NoProfanity(BannedWords):
+    """No swear words or slurs: those of the package better-profanity, but for words that real cards print."""
+
+    def __init__(self, vocabulary: NameVocabulary, prompt_length: int) -> None:
+        """Loads the list.
+
+        Raises:
+            ModuleNotFoundError: better-profanity is not installed.
+        """
+        super().__init__(vocabulary, prompt_length, profane_words())
+
+
+class Alliterates(WordFilter):
+    """Names of two words or more that all begin with one letter, small words ("of", "the") left aside.
+
+    Accents and case do not matter: "Elvish Éminence" alliterates.
+    """
+
+    def rule(self, name: str) -> Hashable | None:
+        words = name.split()
+        begins_word = not name or name.endswith(" ")
+        large = [word for word in words if word.lower() not in SMALL_WORDS]
+        letter = normal_form(large[0])[:1] if large else ""
+        unfinished = not begins_word and words[-1].islower() and self.refuses(words)
+        return letter, begins_word, unfinished, alliterates(name)
+
+    def refuses(self, words: list[str]) -> bool:
+        return words[-1].lower() not in SMALL_WORDS and not alliterates(" ".join(words), least=1)
+
+    def forbidden(self, rule: Hashable) -> torch.Tensor:
+        letter, begins_word, unfinished, whole = cast(tuple[str, bool, bool, bool], rule)
+        forbidden = self.vocabulary.where(lambda text: not self._fits(text, letter, begins_word))
+        if unfinished:  # "o" may still become "of"
+            forbidden |= super().forbidden(rule)
+        forbidden[self.vocabulary.end_id] = not whole
+        return forbidden
+
+    def _fits(self, text: str, letter: str, begins_word: bool) -> bool:
+        """Whether all words that begin in a token may stand in a name whose first letter is ``letter``."""
+        begun = text.split() if begins_word or text[0].isspace() else text.split()[1:]
+        if not letter:
+            return len({normal_form(word)[:1] for word in begun}) < 2
+        starts = (normal_form(word)[:1] for word in begun)
+        small = [word.islower() and any(one.startswith(word) for one in SMALL_WORDS) for word in begun]
+        return all(start in (letter, "") or low for start, low in zip(starts, small, strict=True))
+
+
+def alliterates(text: str, least: int = 2) -> bool:
+    """Whether the words of a text, small ones aside, begin with one letter, and are ``least`` or more."""
+    forms = [normal_form(word) for word in text.split() if word.lower() not in SMALL_WORDS]
+    return len(forms) >= least and len({form[:1] for form in forms}) == 1 and all(forms)
+
+
+def words_of(text: str) -> list[str]:
+    """The words of a text as `BannedWords` compares them: runs of letters and digits, in normal form."""
+    return [normal_form(word) for word in _WORD.findall(text)]
 
 
 def _single(word: str) -> str:

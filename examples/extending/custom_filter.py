@@ -1,0 +1,74 @@
+"""A token filter of your own: the protocol is two questions.
+
+python examples/extending/custom_filter.py [MODEL]
+
+`rule(name)` says in which state a name is, None if anything may follow. It is asked once a row and step, so it should
+be quick. `forbidden(rule)` says which tokens must not follow in that state, once a state: the answer is remembered.
+A filter sees text, never token ids, because one text can be cut into tokens in many ways.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import torch
+
+from flash_experts import NameGenerator
+from flash_experts.generation import NameFilter, NameVocabulary
+
+BASE = Path(__file__).resolve().parents[2] / "models/mtg-base"
+
+
+class NoLetterE(NameFilter):
+    """A lipogram: names without an "e". One state is enough."""
+
+    def rule(self, name: str) -> str:
+        return "no e"
+
+    def forbidden(self, rule: object) -> torch.Tensor:
+        return self.vocabulary.where(lambda text: "e" in text.lower())
+
+
+class FewConsonants(NameFilter):
+    """At most ``most`` consonants in a row. The state is how many stand at the end of the name so far."""
+
+    CONSONANTS = re.compile(r"[b-df-hj-np-tv-xz]*", re.IGNORECASE)
+
+    def __init__(self, vocabulary: NameVocabulary, prompt_length: int, most: int = 2) -> None:
+        super().__init__(vocabulary, prompt_length)
+        self.most = most
+
+    def rule(self, name: str) -> int:
+        return len(self.CONSONANTS.match(name[::-1])[0])
+
+    def forbidden(self, rule: int) -> torch.Tensor:
+        # As if the consonants so far stood before the token.
+        return self.vocabulary.where(lambda text: max(map(len, self.CONSONANTS.findall("b" * rule + text))) > self.most)
+
+
+def main() -> None:
+    generator = NameGenerator.from_pretrained(sys.argv[1] if len(sys.argv) > 1 else BASE)
+    card = {"type_line": "Creature — Elf", "colors": "G", "seed": 7}
+    for own in (NoLetterE, FewConsonants):
+        # The class itself is the factory: it is called with the vocabulary and the length of the prompt.
+        names = generator.generate(8, **card, filters=[own])
+        print(f"{own.__name__}: " + "; ".join(name.text for name in names))
+
+    # A filter is a transformers LogitsProcessor, so it works in plain `model.generate` too.
+    prompt = torch.tensor([[generator.tokenizer.bos_token_id, *generator.vocabulary.encode("Creature Elf, green:")]])
+    rows = generator.model.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        logits_processor=[NoLetterE(generator.vocabulary, prompt.shape[1])],
+        do_sample=True,
+        max_new_tokens=12,
+        num_return_sequences=3,
+    )
+    said = generator.vocabulary.names(rows, prompt.shape[1])
+    print("model.generate: " + "; ".join(name.strip() for name in said))
+
+
+if __name__ == "__main__":
+    main()

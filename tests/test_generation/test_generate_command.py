@@ -1,0 +1,113 @@
+"""The generate command as a user runs it."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from pathlib import Path
+
+import pytest
+from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
+
+from flash_experts.cli import main
+
+COLUMNS = {"text", "log_prob", "score", "nearest_card", "similarity"}
+
+
+@pytest.fixture
+def command(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> list[str]:
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    return ["generate", "--model", str(tmp_path / "model"), "--device", "cpu", "--count", "6", "--seed", "3"]
+
+
+def test_the_same_names_in_every_format(command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(command) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 6
+    assert main([*command, "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["text"] for row in rows] == lines and set(rows[0]) == COLUMNS
+    assert main([*command, "--csv"]) == 0
+    table = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    assert [row["text"] for row in table] == lines and set(table[0]) == COLUMNS
+    for suffix in ("txt", "csv", "json", "jsonl"):
+        file = tmp_path / "new" / f"names.{suffix}"
+        assert main([*command, "--out", str(file)]) == 0
+        said = capsys.readouterr()
+        assert said.out == "" and "6 names written" in said.err
+        text = file.read_text("utf-8")
+        if suffix == "jsonl":
+            assert [json.loads(line) for line in text.splitlines()] == rows
+        elif suffix == "json":
+            assert json.loads(text) == rows
+        elif suffix == "csv":
+            assert list(csv.DictReader(io.StringIO(text))) == table
+        else:
+            assert text.splitlines() == lines
+    assert {file.suffix for file in (tmp_path / "new").iterdir()} == {".txt", ".csv", ".json", ".jsonl"}
+
+
+def test_ranked_names_are_the_same_names_best_first(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    main([*command, "--json"])
+    rows = json.loads(capsys.readouterr().out)
+    main([*command, "--json", "--rank"])
+    assert json.loads(capsys.readouterr().out) == sorted(rows, key=lambda row: -row["score"])
+
+
+def test_every_constraint_is_an_option(command: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    presets = tmp_path / "presets.yaml"
+    presets.write_text("wild: {temperature: 1.4}")
+    options = ["--ends-with", "ing", "--contains", "a", "--min-words", "2", "--max-words", "3", "--min-length", "8"]
+    options += ["--max-length", "30", "--min-distance", "0.2", "--allow-profanity", "--ban", "[elf]", "--best-of", "2"]
+    options += ["--preset", "wild", "--presets", str(presets), "--regex", "[^,]*"]
+    assert main([*command, *options]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 6
+    for line in lines:
+        assert line.endswith("ing") and "a" in line.lower() and 8 <= len(line) <= 30 and len(line.split()) in (2, 3)
+    assert main([*command, "--words", "1"]) == 0
+    assert all(" " not in line for line in capsys.readouterr().out.splitlines())
+    assert main([*command, "--alliterate", "--count", "1", "--like", "Goblin Guide"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "status", "message"),
+    [
+        ("--out names.pdf", 2, "must end in"),
+        ("--json --csv", 2, "choose one"),
+        ("--out names.csv --json", 2, "leave out"),
+        ("--words two", 2, "words"),
+        ("--min-words 3 --max-words 2", 1, "more than max_words"),
+        ("--regex (", 1, "unclosed group"),
+        ("--regex x{99}", 1, "matches no name"),
+        ("--presets nowhere.yaml", 1, "No such file"),
+        ("--min-distance 7", 1, "min_distance"),
+        ("--rarity odd", 1, "rarity"),
+    ],
+)
+def test_bad_values_are_told_in_one_line(
+    command: list[str], options: str, status: int, message: str, capsys: pytest.CaptureFixture[str],
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    assert main([*command, *options.split()]) == status
+    said = capsys.readouterr()
+    ours = said.err[said.err.index("flash-experts") :]  # after transformers' bar, which a process of its own has not
+    assert said.out == "" and message in ours and ours.count("\n") == 1
+    assert not list(tmp_path.glob("names*"))
+
+
+def test_an_interrupted_file_is_not_there(command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from flash_experts.generation import NameGenerator
+
+    stream = NameGenerator.stream
+
+    def stopped(self: NameGenerator, *args: object, **options: object):
+        yield next(stream(self, *args, **options))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(NameGenerator, "stream", stopped)
+    assert main([*command, "--out", str(tmp_path / "names.csv")]) == 130
+    assert not list(tmp_path.glob("names*"))

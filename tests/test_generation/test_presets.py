@@ -1,0 +1,44 @@
+"""Presets of one's own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from flash_experts.generation import PRESETS, Sampling, load_presets
+from flash_experts.generation.presets import sampling_of
+
+
+def test_a_file_of_presets_adds_to_ours_and_may_replace_them(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("wild: {temperature: 1.5, min_p: 0.05}\nbalanced:\n  top_k: 9\n")
+    assert load_presets(file) == {"wild": Sampling(1.5, min_p=0.05), "balanced": Sampling(top_k=9)}
+    assert sampling_of("wild", file, top_k=3) == Sampling(1.5, 3, min_p=0.05)
+    assert sampling_of("balanced", file) == Sampling(top_k=9)
+    assert sampling_of("creative", file) == PRESETS["creative"]
+    assert sampling_of("balanced") == PRESETS["balanced"] == Sampling(0.95, 200, 0.97)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("wild: {temprature: 1}", "did you mean 'temperature'"),
+        ("wild: {temperature: hot}", "must be a number"),
+        ("wild: {top_k: 2.5}", "must be a number"),
+        ("wild: {temperature: 0}", "preset 'wild': temperature"),
+        ("wild: 3", "presets are written"),
+        ("- wild", "presets are written"),
+        ("", "presets are written"),
+        ("wild: {", "no YAML"),
+        (b"\xff\xfe\x00", "no presets at|no YAML"),
+        (None, "No such file"),
+    ],
+)
+def test_bad_files_are_told_in_one_line(tmp_path: Path, content: str | bytes | None, message: str) -> None:
+    file = tmp_path / "mine.yaml"
+    if content is not None:
+        file.write_bytes(content.encode() if isinstance(content, str) else content)
+    with pytest.raises(ValueError, match=message) as error:
+        load_presets(file)
+    assert "\n" not in str(error.value) and "mine.yaml" in str(error.value)

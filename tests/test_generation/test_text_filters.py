@@ -1,0 +1,155 @@
+"""Contains, ends-with and regular expressions: in any tokenization, inside model.generate, and near the limit."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_filters import admits, byte_ids
+from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
+
+from flash_experts.generation import (
+    AllowedCharacters,
+    Contains,
+    EndsWith,
+    MatchesRegex,
+    MaxLength,
+    NameFilter,
+    NameVocabulary,
+    WellFormed,
+)
+
+TEXTS = [
+    "Goblin Storm",
+    "Storm Goblin",
+    "Goblin Stormer",
+    "Firestorm",
+    "Fire Storm",
+    "Storms of Fire",
+    "Goblin",
+    "Stor",
+]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+@pytest.mark.parametrize("wanted", ["storm", " Storm", "STORM", "rm", "Goblin Storm", "e s"])
+def test_names_with_the_letters_pass_and_no_others(vocabulary: NameVocabulary, text: str, wanted: str) -> None:
+    for ids in (vocabulary.encode(" " + text), byte_ids(vocabulary, " " + text)):
+        low = (" " + text).lower()
+        assert admits(Contains(vocabulary, 0, wanted, 30), "", ids) == (wanted.lower() in low)
+        assert admits(EndsWith(vocabulary, 0, wanted, 30), "", ids) == low.endswith(wanted.lower())
+
+
+@settings(max_examples=60, deadline=None)
+@given(wanted=st.text("abc ", min_size=1, max_size=5).filter(str.strip), text=st.text("abc ", max_size=9))
+def test_the_state_is_the_longest_beginning_at_the_end(
+    tokenizer: PreTrainedTokenizerFast, wanted: str, text: str
+) -> None:
+    wanted = " ".join(wanted.split())
+    one = EndsWith(NameVocabulary(tokenizer), 0, wanted, 30)
+    assert one.state(text) == max(size for size in range(len(wanted) + 1) if text.endswith(wanted[:size]))
+
+
+@pytest.mark.parametrize("make", [Contains, EndsWith])
+@pytest.mark.parametrize("limit", [5, 6, 9, 17])
+def test_every_name_has_them_in_time(
+    model: GPT2LMHeadModel, vocabulary: NameVocabulary, make: type[Contains], limit: int
+) -> None:
+    """Inside transformers' generate, by a random model, up to a wanted text as long as the name may be."""
+    prompt = torch.tensor([[vocabulary.end_id, *vocabulary.encode(":")]])
+    filters = [AllowedCharacters(vocabulary, 2), make(vocabulary, 2, "storm", limit), MaxLength(vocabulary, 2, limit)]
+    torch.manual_seed(0)
+    out = model.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=True, max_new_tokens=40,
+                         num_return_sequences=16, logits_processor=filters)  # fmt: skip
+    names = [name.lower() for name in vocabulary.names(out, 2)]
+    assert all(len(name) <= limit + 1 for name in names)
+    assert all(name.endswith("storm") if make is EndsWith else "storm" in name for name in names)
+
+
+def test_wanted_letters_are_favored_where_the_tokenizer_would_begin_them(vocabulary: NameVocabulary) -> None:
+    first = vocabulary.encode(" Goblin")[0]
+    scores = torch.zeros(1, vocabulary.size)
+    said = torch.tensor([vocabulary.encode(" Serra")])
+    raised = Contains(vocabulary, 0, "goblin", 30).mask(said, scores)
+    assert raised[0, first] > 0 and raised[0, vocabulary.encode(" Serra")[0]] == 0
+    done = torch.tensor([vocabulary.encode(" Goblin")])
+    assert torch.equal(Contains(vocabulary, 0, "goblin", 30).mask(done, scores), scores)
+
+
+PATTERNS = [
+    r"Goblin.*",
+    r".*(ing|er)",
+    r"\w+ of the \w+",
+    r"(?i).*storm",
+    r"[A-Z][a-z]+(, the [A-Z][a-z]+)?",
+    r".*/?.*",
+]
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_a_regex_admits_what_it_matches(vocabulary: NameVocabulary, pattern: str) -> None:
+    one = MatchesRegex(vocabulary, 0, pattern, 30)
+    for text in [*TEXTS, "Rider", "Wrath of the Reef", "Serra, the Angel", "Dandân"]:
+        expected = re.fullmatch(pattern, text) is not None
+        assert one.matches(text) == expected
+        assert admits(one, " " + text) == expected
+        # Where the expression leaves one text alone, only the tokenizer's own cut of it is offered.
+        assert not admits(one, "", byte_ids(vocabulary, " " + text)) or expected
+
+
+@pytest.mark.parametrize("pattern", [r".*storm", r"[A-Z]\w{3,} of \w{3,}", r"(Go|Ba)+x"])
+def test_a_regex_is_always_completed(model: GPT2LMHeadModel, vocabulary: NameVocabulary, pattern: str) -> None:
+    """No token is offered from which the expression cannot be completed in time: a random model meets no dead end."""
+    prompt = torch.tensor([[vocabulary.end_id, *vocabulary.encode(":")]])
+    one = MatchesRegex(vocabulary, 2, pattern, 16)
+    torch.manual_seed(0)
+    out = model.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=True, max_new_tokens=60,
+                         num_return_sequences=16, logits_processor=[one])  # fmt: skip
+    for name in vocabulary.names(out, 2):
+        assert re.fullmatch(pattern, name[1:]) and len(name) <= 17
+
+
+@pytest.mark.parametrize(
+    ("pattern", "limit", "also", "message"),
+    [
+        (r"a[^\s\S]", 20, (), "matches no name"),
+        (r"x{21}", 20, (), "matches no name"),
+        (r"[0-9]+", 20, (), "matches no name"),  # not in the alphabet
+        (r"[a-z]+", 20, (), "matches no name"),  # names begin with a capital
+        (r"Goblin.*", 20, (".*x", "[^x]*"), "holds the other constraints"),
+        (r"(", 20, (), "unclosed group"),
+        (r"(a)\1", 20, (), "backreferences"),
+        ("a\nb", 20, (), "no regular expression"),
+        ("A{2000}{2000}", 20, (), "matches no name"),  # millions of states, were they built
+    ],
+)
+def test_a_regex_that_no_name_can_match_is_told_at_once(
+    vocabulary: NameVocabulary, pattern: str, limit: int, also: tuple[str, ...], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message) as error:
+        MatchesRegex(vocabulary, 0, pattern, limit, also=also)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda v: Contains(v, 0, "storm", 20),
+        lambda v: EndsWith(v, 0, "storm", 20),
+        lambda v: MatchesRegex(v, 0, ".*storm", 20),
+        lambda v: MaxLength(v, 0, 7),
+        lambda v: WellFormed(v, 0),
+    ],
+)
+def test_scores_are_not_changed_in_place(
+    vocabulary: NameVocabulary, make: Callable[[NameVocabulary], NameFilter]
+) -> None:
+    ids = torch.tensor([byte_ids(vocabulary, " Goblin"), byte_ids(vocabulary, " Serras")])
+    scores = torch.randn(2, vocabulary.size)
+    before = scores.clone()
+    make(vocabulary).mask(ids, scores)
+    assert torch.equal(scores, before)
