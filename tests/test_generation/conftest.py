@@ -15,8 +15,8 @@ from flash_experts.generation import NameVocabulary
 class Parrot(PreTrainedModel):
     """Says given names and nothing else, as long as the tokens so far are the beginning of one.
 
-    Its cache holds the token ids themselves, so that cutting, repeating and selecting rows is put to the test
-    too.
+    Its cache holds the token ids and their positions, so that whatever is done to rows and columns is put to the test
+    too: each row must see its prompt and its own tokens, each once, at places without a gap.
     """
 
     config_class = GPT2Config
@@ -38,14 +38,22 @@ class Parrot(PreTrainedModel):
         input_ids: torch.Tensor,
         past_key_values: DynamicCache,
         attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
         use_cache: bool = True,
         logits_to_keep: int = 1,
     ) -> CausalLMOutputWithPast:
-        ids = input_ids[:, None, :, None].double()  # (B, 1 head, T, width 1)
-        history, _ = past_key_values.update(ids, ids, 0)
+        if position_ids is None:
+            position_ids = past_key_values.get_seq_length() + torch.arange(input_ids.shape[1]).expand_as(input_ids)
+        pairs = torch.stack([position_ids, input_ids], dim=-1)[:, None].double()  # (B, 1 head, T, width 2)
+        history, _ = past_key_values.update(pairs, pairs, 0)
         logits = self.noise.repeat(len(input_ids), 1)
-        for row, said in enumerate(history[:, 0, self.prompt_length :, 0].long().tolist()):
-            for token in self.next_tokens.get(tuple(said), ()):
+        for row, columns in enumerate(history[:, 0].long()):
+            if attention_mask is not None and attention_mask.ndim == 4:
+                columns = columns[attention_mask[row, 0, -1]]
+            seen = sorted(columns.tolist())
+            assert [position for position, _ in seen] == list(range(len(seen)))
+            said = tuple(token for _, token in seen[self.prompt_length :])
+            for token in self.next_tokens.get(said, ()):
                 logits[row, token] += 12.0
         return CausalLMOutputWithPast(logits=logits[:, None], past_key_values=past_key_values)
 

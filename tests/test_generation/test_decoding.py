@@ -117,3 +117,22 @@ def test_evaluating_restores_each_modules_mode() -> None:
         assert not any(module.training for module in model.modules())
         raise RuntimeError("inside")
     assert [module.training for module in model.modules()] == before
+
+
+def test_rows_that_end_are_refilled_and_names_stay_the_same(model: torch.nn.Module) -> None:
+    """Three rows for forty names: every name equals that of a batch of its own, and comes in order."""
+    with evaluating(model), torch.no_grad():
+        decoder = NameDecoder(model, [END, 5, 9], END, Sampling(temperature=0.9), [], 40, seed=3)
+        alone = [decoder.decode(range(index, index + 1))[0] for index in range(40)]
+        calls: list[int] = []
+        handle = model.register_forward_hook(lambda *_: calls.append(1))
+        streamed = list(decoder.stream(range(40), 3))
+        handle.remove()
+    assert [name.index for name in streamed] == list(range(40))
+    for one, other in zip(alone, streamed, strict=True):
+        assert one.ids == other.ids and one.is_whole == other.is_whole
+        assert one.log_prob == pytest.approx(other.log_prob, abs=1e-4)
+    tokens = sum(len(name.ids) + 1 for name in streamed)
+    longest = max(len(name.ids) for name in streamed)
+    assert longest > 16, "the ring grew"
+    assert len(calls) <= tokens / 3 + longest + 1, "the rows are full until the last names"

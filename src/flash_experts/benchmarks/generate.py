@@ -55,8 +55,7 @@ def _ours(generator: NameGenerator, count: int, batch_size: int, seed: int) -> i
     end = generator.vocabulary.end_id
     with evaluating(generator.model), torch.no_grad():
         decoder = NameDecoder(generator.model, prompt_ids, end, Sampling(top_k=TOP_K), (), LONGEST, seed)
-        batches = [decoder.decode(range(start, start + batch_size)) for start in range(0, count, batch_size)]
-    return sum(name.is_whole for batch in batches for name in batch)
+        return sum(name.is_whole for name in decoder.stream(range(count), batch_size))
 
 
 def _transformers_generate(generator: NameGenerator, count: int, batch_size: int, seed: int) -> int:

@@ -1,25 +1,26 @@
 """The decoding loop: many names from one prompt, with a KV cache.
 
-Where ``model.generate`` runs every row to the end of the longest, here the prompt is computed once for all,
-finished rows leave the batch, and no row of the vocabulary is ever sorted whole.
+Where ``model.generate`` runs every row to the end of the longest, here the prompt is computed once for all, a row whose
+name ends goes to the next name, and no row of the vocabulary is ever sorted whole.
 
-Letters in the shapes: B rows still running, T tokens of a row so far, V tokens of the vocabulary.
+Letters in the shapes: B rows, T tokens of prompt and name so far, S tokens that a name may have, V tokens of the
+vocabulary, K columns of the cache.
 """
 
 from __future__ import annotations
 
-import copy
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from transformers import DynamicCache, LogitsProcessor, PreTrainedModel, RepetitionPenaltyLogitsProcessor
 
 from flash_experts.generation.filters import AllOf, NameFilter
 from flash_experts.generation.presets import Sampling
+from flash_experts.generation.ring_cache import RingCache
 from flash_experts.generation.sampling import draw, noise
-from flash_experts.generation.vocabulary import NameVocabulary
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,94 +76,160 @@ class NameDecoder:
             max_new_tokens: names without an end by then are given up.
             seed: of all names of this decoder.
         """
-        self._model = model
-        self._prompt_1T = torch.tensor([prompt_ids], device=model.device)
-        self._end_id = end_id
-        self._sampling = sampling
+        self.model, self.device = model, model.device
+        self.prompt_ids, self.end_id = prompt_ids, end_id
+        self.sampling, self.max_new_tokens, self.seed = sampling, max_new_tokens, seed
         filters = [one for one in processors if isinstance(one, NameFilter)]
-        self._filters = AllOf(filters) if filters else None
-        self._processors = [one for one in processors if not isinstance(one, NameFilter)]
+        self.filters = AllOf(filters) if filters else None
+        self.processors = [one for one in processors if not isinstance(one, NameFilter)]
         if sampling.repetition_penalty != 1:
             penalty = RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty, len(prompt_ids))
-            self._processors.insert(0, penalty)
-        self._max_new_tokens = max_new_tokens
-        self._seed = seed
-        self._cache = DynamicCache(config=model.config)
+            self.processors.insert(0, penalty)
+        self.prompt_cache = DynamicCache(config=model.config)
+        prompt_1T = torch.tensor([prompt_ids], device=model.device)
         # The begin symbol is also the pad symbol: without a mask transformers would warn of padding.
-        mask = torch.ones_like(self._prompt_1T)
-        out = model(
-            self._prompt_1T,
-            attention_mask=mask,
-            past_key_values=self._cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
+        mask = torch.ones_like(prompt_1T)
+        out = model(prompt_1T, attention_mask=mask, past_key_values=self.prompt_cache, use_cache=True, logits_to_keep=1)
         self._first_1V = out.logits[:, -1].float()
 
     def decode(self, indices: range) -> list[DecodedName]:
-        """The names of these indices, computed together, in order. A name is the same in any company."""
-        device = self._prompt_1T.device
-        num_rows = len(indices)
-        noise_BS = noise(self._seed, indices, self._max_new_tokens).to(device)
-        cache = copy.deepcopy(self._cache)
-        cache.batch_repeat_interleave(num_rows)
-        tokens_BT = self._prompt_1T.repeat(num_rows, 1)
-        logits_BV = self._first_1V.expand(num_rows, -1)
-        log_prob_B = torch.zeros(num_rows, dtype=torch.float64, device=device)
-        running = torch.arange(num_rows, device=device)  # which of the names each row is
-        names = [""] * num_rows
-        decoded: dict[int, DecodedName] = {}
-        for step in range(self._max_new_tokens):
-            scores_BV = self._filter(tokens_BT, names, logits_BV)
-            chosen_B, dead_B = draw(scores_BV, noise_BS[running, step], self._sampling)
-            chosen_logit_B = logits_BV.gather(1, chosen_B[:, None])[:, 0]
-            log_prob_B = log_prob_B + (chosen_logit_B - logits_BV.logsumexp(dim=-1)).double()
-            stops_B = (chosen_B == self._end_id) | dead_B
-            if stops_B.any():
-                self._collect(decoded, indices, running, stops_B, dead_B, tokens_BT, log_prob_B)
-                keep = (~stops_B).nonzero()[:, 0]
-                if not len(keep):
-                    break
-                cache.batch_select_indices(keep)
-                running, tokens_BT, log_prob_B, chosen_B = (x[keep] for x in (running, tokens_BT, log_prob_B, chosen_B))
-                names = [names[row] for row in keep.tolist()]
-            tokens_BT = torch.cat([tokens_BT, chosen_B[:, None]], dim=1)
-            if self._filters is not None:
-                names = _extended(self._filters.vocabulary, names, chosen_B)
-            if step + 1 < self._max_new_tokens:
-                out = self._model(chosen_B[:, None], past_key_values=cache, use_cache=True, logits_to_keep=1)
-                logits_BV = out.logits[:, -1].float()
-        else:
-            late_B = torch.ones_like(running, dtype=torch.bool)
-            self._collect(decoded, indices, running, late_B, late_B, tokens_BT, log_prob_B)
-        return [decoded[index] for index in indices]
+        """The names of these indices, all computed together, in order."""
+        return list(self.stream(indices, len(indices)))
 
-    def _filter(self, tokens_BT: torch.Tensor, names: Sequence[str], logits_BV: torch.Tensor) -> torch.Tensor:
+    def stream(self, indices: range, batch_size: int) -> Iterator[DecodedName]:
+        """The names of these indices in order, each as soon as it and all before it are done.
+
+        A row whose name ends is given to the next name at once, so the batch stays full to the last
+        (continuous batching; Yu et al. 2022). Logits processors that are no `NameFilter` want rows of equal length:
+        with them a batch ends before the next begins. A name is the same in any company.
+
+        Args:
+            indices: which names of the seed's stream.
+            batch_size: rows computed at once.
+        """
+        waiting = deque(indices)
+        done: dict[int, DecodedName] = {}
+        next_index = indices.start
+        batch = _Batch(self, min(batch_size, len(indices)), waiting)
+        while batch.rows:
+            for name in batch.draw():
+                done[name.index] = name
+            while next_index in done:
+                yield done.pop(next_index)
+                next_index += indices.step
+            batch.advance(waiting)
+
+    def first_logits(self, num_rows: int) -> torch.Tensor:
+        """(B, V) what follows the prompt."""
+        return self._first_1V.expand(num_rows, -1)
+
+    def next_logits(self, tokens: Sequence[int], cache: RingCache) -> torch.Tensor:
+        """(B, V) what follows one more token of each row."""
+        device = self.device
+        mask_B11K, positions_B1 = cache.step(device)
+        out = self.model(
+            torch.tensor(tokens, device=device)[:, None],
+            attention_mask=mask_B11K,
+            position_ids=positions_B1,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        return out.logits[:, -1].float()
+
+    def filtered(self, rows: Sequence[_Row], logits_BV: torch.Tensor) -> torch.Tensor:
+        """(B, V) scores after all processors. A row without a token is no error here: another name is tried."""
         scores_BV = logits_BV
-        for processor in self._processors:
-            scores_BV = processor(tokens_BT, scores_BV)
-        # A row without a token is no error here: it is dropped and another name tried.
-        return scores_BV if self._filters is None else self._filters.apply(names, scores_BV)
-
-    def _collect(
-        self,
-        decoded: dict[int, DecodedName],
-        indices: range,
-        running: torch.Tensor,
-        stops_B: torch.Tensor,
-        failed_B: torch.Tensor,
-        tokens_BT: torch.Tensor,
-        log_prob_B: torch.Tensor,
-    ) -> None:
-        """Adds the rows that stop to ``decoded``."""
-        rows = stops_B.nonzero()[:, 0]
-        names = tokens_BT[rows, self._prompt_1T.shape[1] :].tolist()
-        columns = zip(running[rows].tolist(), names, log_prob_B[rows].tolist(), failed_B[rows].tolist(), strict=True)
-        for place, ids, log_prob, failed in columns:
-            index = indices[place]
-            decoded[index] = DecodedName(index, tuple(ids), log_prob, not failed)
+        if self.processors:
+            tokens_BT = torch.tensor([[*self.prompt_ids, *row.ids] for row in rows], device=self.device)
+            for processor in self.processors:
+                scores_BV = processor(tokens_BT, scores_BV)
+        return scores_BV if self.filters is None else self.filters.apply([row.text for row in rows], scores_BV)
 
 
-def _extended(vocabulary: NameVocabulary, names: Sequence[str], chosen_B: torch.Tensor) -> list[str]:
-    """The texts of the rows, each with its next token: no row is decoded anew."""
-    return [vocabulary.extend(name, token) for name, token in zip(names, chosen_B.tolist(), strict=True)]
+@dataclass(slots=True)
+class _Row:
+    """A name in the making."""
+
+    index: int
+    ids: list[int] = field(default_factory=list)
+    text: str = ""
+
+
+class _Batch:
+    """The rows that are computed together, and how they come and go."""
+
+    def __init__(self, decoder: NameDecoder, size: int, waiting: deque[int]) -> None:
+        self._decoder = decoder
+        self.rows = [_Row(waiting.popleft()) for _ in range(size)]
+        self._ended: list[int] = []
+        device = decoder.device
+        self._cache = RingCache(decoder.prompt_cache, size)
+        self._logits_BV = decoder.first_logits(size)
+        self._log_prob_B = torch.zeros(size, dtype=torch.float64, device=device)
+        self._noise_BS = torch.zeros(size, decoder.max_new_tokens, dtype=torch.float64, device=device)
+        self._draw_noise(list(range(size)))
+
+    def draw(self) -> list[DecodedName]:
+        """Draws a token for each row; returns the names that end with it."""
+        decoder, rows, logits_BV = self._decoder, self.rows, self._logits_BV
+        ages = [len(row.ids) for row in rows]
+        scores_BV = decoder.filtered(rows, logits_BV)
+        noise_B = self._noise_BS[torch.arange(len(rows)), ages]
+        chosen_B, dead_B = draw(scores_BV, noise_B, decoder.sampling)
+        chosen_logit_B = logits_BV.gather(1, chosen_B[:, None])[:, 0]
+        self._log_prob_B = self._log_prob_B + (chosen_logit_B - logits_BV.logsumexp(dim=-1)).double()
+        names: list[DecodedName] = []
+        self._ended = []
+        drawn = zip(rows, chosen_B.tolist(), dead_B.tolist(), strict=True)
+        for place, (row, token, is_dead) in enumerate(drawn):
+            is_whole = token == decoder.end_id and not is_dead
+            if not is_whole and not is_dead:
+                row.ids.append(token)
+                if decoder.filters is not None:
+                    row.text = decoder.filters.vocabulary.extend(row.text, token)
+            if is_whole or is_dead or len(row.ids) == decoder.max_new_tokens:
+                self._ended.append(place)
+                names.append(DecodedName(row.index, tuple(row.ids), 0.0, is_whole))
+        if names:
+            log_probs = self._log_prob_B[self._ended].tolist()
+            names = [replace(name, log_prob=value) for name, value in zip(names, log_probs, strict=True)]
+        return names
+
+    def advance(self, waiting: deque[int]) -> None:
+        """Gives the rows that ended to names that wait, drops what is left of them, and computes the next logits."""
+        decoder = self._decoder
+        everyone = len(self._ended) == len(self.rows)
+        refill = self._ended if everyone or not decoder.processors else []
+        new = refill[: len(waiting)]
+        for place in new:
+            self.rows[place] = _Row(waiting.popleft())
+        self._draw_noise(new)
+        self._log_prob_B[new] = 0
+        gone = set(self._ended) - set(new)
+        if gone:
+            keep = [place for place in range(len(self.rows)) if place not in gone]
+            new = [keep.index(place) for place in new]
+            self.rows = [self.rows[place] for place in keep]
+            index = torch.tensor(keep, dtype=torch.int64, device=decoder.device)
+            self._log_prob_B, self._noise_BS = self._log_prob_B[index], self._noise_BS[index]
+            self._cache.select(index)
+        if not self.rows:
+            return
+        self._cache.replace(new)
+        if len(new) == len(self.rows):
+            self._cache = RingCache(decoder.prompt_cache, len(new))
+            self._logits_BV = decoder.first_logits(len(new))
+            return
+        # A row that is new has no token yet: it takes part with any, and what follows the prompt is known.
+        tokens = [row.ids[-1] if row.ids else decoder.end_id for row in self.rows]
+        self._logits_BV = decoder.next_logits(tokens, self._cache)
+        if new:
+            self._logits_BV[new] = decoder.first_logits(len(new))
+
+    def _draw_noise(self, places: Sequence[int]) -> None:
+        """Random numbers for the names that begin in these places; they depend on the names' indices alone."""
+        if places:
+            numbers = [self.rows[place].index for place in places]
+            steps = self._decoder.max_new_tokens
+            self._noise_BS[list(places)] = noise(self._decoder.seed, numbers, steps).to(self._decoder.device)

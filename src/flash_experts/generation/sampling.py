@@ -5,6 +5,8 @@ Letters in the shapes: B rows, V tokens of the vocabulary, K candidates that are
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
@@ -13,7 +15,7 @@ from flash_experts.generation.presets import Sampling
 _FIRST_CANDIDATES = 512  # top-p alone: a sort of so many tokens usually reaches p, a sort of all is slow
 
 
-def noise(seed: int, indices: range, steps: int) -> torch.Tensor:
+def noise(seed: int, indices: Sequence[int], steps: int) -> torch.Tensor:
     """(len(indices), steps) float64 uniform in [0, 1): row i depends on ``seed`` and ``indices[i]`` alone.
 
     So a name does not depend on which others share its batch, nor on the device. No global generator is

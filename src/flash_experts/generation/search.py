@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 
 import torch
 from transformers import LogitsProcessor, PreTrainedModel
@@ -21,6 +22,7 @@ from flash_experts.generation.similarity import KnownNames
 from flash_experts.generation.vocabulary import NameVocabulary
 
 _PATIENCE = 1024  # names in a row that bring nothing new, before there are taken to be no more
+_PART = 32  # names that are looked at together
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +90,7 @@ class NameSearch:
         self._regex = next((one for one in request.processors if isinstance(one, MatchesRegex)), None)
         self._steps = _steps(model, len(request.prompt_ids), request.constraints.longest)
         self._decoder: NameDecoder | None = None
+        self._stream: Iterator[DecodedName] | None = None
         self._seen: set[str] = set()
         self._tried = self._without_news = self._whole = 0
 
@@ -121,10 +124,7 @@ class NameSearch:
 
     def _next_batch(self, wanted: int) -> list[GeneratedName]:
         """What is new and good among the next names of the stream: ``wanted`` names at most."""
-        rate = max(len(self._seen), 1) / max(self._tried, 1)
-        size = min(math.ceil(1.05 * wanted / rate), self._request.batch_size)
-        with evaluating(self._model), torch.no_grad():
-            batch = self._decode(range(self._tried, self._tried + size))
+        batch = self._decode(wanted)
         texts = [self._accept(name) for name in batch]
         far = self._far_enough(texts)
         found: list[GeneratedName] = []
@@ -142,14 +142,28 @@ class NameSearch:
                 break
         return found
 
-    def _decode(self, indices: range) -> list[DecodedName]:
+    def _decode(self, wanted: int) -> list[DecodedName]:
+        """The next few names of the stream. It is planned for as many as should bring what is wanted."""
+        # Entered for each part anew: between them the caller has the model and PyTorch's gradient mode as they were.
+        part = min(_PART, self._request.batch_size)
+        with evaluating(self._model), torch.no_grad():
+            names = list(islice(self._stream, part)) if self._stream is not None else []
+            if not names:
+                rate = max(len(self._seen), 1) / max(self._tried, 1)
+                size = max(math.ceil(1.05 * wanted / rate), 1)
+                indices = range(self._tried, self._tried + size)
+                self._stream = self._make_decoder().stream(indices, self._request.batch_size)
+                names = list(islice(self._stream, part))
+        return names
+
+    def _make_decoder(self) -> NameDecoder:
         request = self._request
         if self._decoder is None:
             end = self._vocabulary.end_id
             self._decoder = NameDecoder(
                 self._model, request.prompt_ids, end, request.sampling, request.processors, self._steps, request.seed
             )
-        return self._decoder.decode(indices)
+        return self._decoder
 
     def _accept(self, name: DecodedName) -> str:
         """The finished text of a name, or "" if it must not come out (whatever the filters did)."""
