@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -11,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from flash_experts.data.cards import Card
 from flash_experts.training.batches import NameBatches, split_evenly
+from flash_experts.training.stages import Stage
 
 
 def make_cards(count: int) -> list[Card]:
@@ -30,8 +32,9 @@ def make_cards(count: int) -> list[Card]:
 
 
 def names_of_epoch(batches: NameBatches, epoch: int, tokenizer: PreTrainedTokenizerFast) -> list[str]:
-    first = epoch * batches.steps_per_epoch
-    steps = range(first, first + batches.steps_per_epoch)
+    """Of a run without stages."""
+    per_epoch = batches.plan[0].steps_per_epoch
+    steps = range(epoch * per_epoch, (epoch + 1) * per_epoch)
     encoded = [name for step in steps for name in batches.names_of_step(step)]
     return [tokenizer.decode(name.ids[name.prompt_length : -1]).removeprefix(" ") for name in encoded]
 
@@ -56,13 +59,13 @@ def test_split_evenly_by_hand() -> None:
     tokens=st.integers(10, 400),
     dropout=st.sampled_from([0.0, 0.5]),
     seed=st.integers(0, 3),
-    curriculum=st.sampled_from(["none", "length"]),
+    order=st.sampled_from(["shuffled", "length"]),
 )
 def test_each_name_comes_once_in_each_epoch(
-    tokenizer: PreTrainedTokenizerFast, count: int, tokens: int, dropout: float, seed: int, curriculum: str
+    tokenizer: PreTrainedTokenizerFast, count: int, tokens: int, dropout: float, seed: int, order: Any
 ) -> None:
     cards = make_cards(count)
-    batches = NameBatches(cards, tokenizer, tokens, dropout, seed, curriculum)
+    batches = NameBatches(cards, tokenizer, tokens, dropout, seed, [Stage("all", epochs=None, order=order)])
     for epoch in (0, 1):
         assert Counter(names_of_epoch(batches, epoch, tokenizer)) == Counter(card.name for card in cards)
 
@@ -70,7 +73,7 @@ def test_each_name_comes_once_in_each_epoch(
 def test_a_step_depends_on_seed_and_step_alone(tokenizer: PreTrainedTokenizerFast) -> None:
     cards = make_cards(50)
     walked = NameBatches(cards, tokenizer, 100, 0.5, seed=3)
-    in_order = [walked.names_of_step(step) for step in range(3 * walked.steps_per_epoch)]
+    in_order = [walked.names_of_step(step) for step in range(3 * walked.plan[0].steps_per_epoch)]
     jumping = NameBatches(cards, tokenizer, 100, 0.5, seed=3)
     for step in reversed(range(len(in_order))):
         assert jumping.names_of_step(step) == in_order[step]
@@ -81,7 +84,7 @@ def test_a_step_depends_on_seed_and_step_alone(tokenizer: PreTrainedTokenizerFas
 def test_epochs_differ_in_order_and_in_prompts(tokenizer: PreTrainedTokenizerFast) -> None:
     batches = NameBatches(make_cards(50), tokenizer, 100, 0.5, seed=0)
     assert names_of_epoch(batches, 0, tokenizer) != names_of_epoch(batches, 1, tokenizer)
-    per_epoch = batches.steps_per_epoch
+    per_epoch = batches.plan[0].steps_per_epoch
     lengths = []
     for epoch in (0, 1):
         steps = range(epoch * per_epoch, (epoch + 1) * per_epoch)
@@ -92,7 +95,7 @@ def test_epochs_differ_in_order_and_in_prompts(tokenizer: PreTrainedTokenizerFas
 
 def test_batches_have_about_the_tokens_asked_for(tokenizer: PreTrainedTokenizerFast) -> None:
     batches = NameBatches(make_cards(400), tokenizer, 200, 0.3, seed=0)
-    for step in range(2 * batches.steps_per_epoch):
+    for step in range(2 * batches.plan[0].steps_per_epoch):
         assert 160 <= sum(name.num_inputs for name in batches.names_of_step(step)) <= 240
 
 
@@ -102,14 +105,6 @@ def test_rows_cut_the_same_names_for_any_number_of_them(tokenizer: PreTrainedTok
         assert [name for row in batches.rows_of_step(1, rows) for name in row] == batches.names_of_step(1)
     with pytest.raises(ValueError, match="raise tokens_per_batch"):
         batches.rows_of_step(0, 1000)
-
-
-def test_curriculum_starts_with_short_names(tokenizer: PreTrainedTokenizerFast) -> None:
-    cards = make_cards(60)
-    batches = NameBatches(cards, tokenizer, 200, 0.3, seed=0, curriculum="length")
-    lengths = [len(cards[index].name) for index in batches.order(0)]
-    assert lengths == sorted(lengths)
-    assert batches.order(1) == NameBatches(cards, tokenizer, 200, 0.3, seed=0).order(1)
 
 
 def test_no_names_is_an_error_that_says_what_to_do(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -19,8 +19,7 @@ from flash_experts.data.cards import Card
 from flash_experts.models import GPT2MoEConfig, GPT2MoEForCausalLM
 from flash_experts.models.flash_attention import ATTENTION_IMPLEMENTATION
 from flash_experts.training import Callback, NonFiniteLossError, Trainer, TrainingConfig
-from flash_experts.training.optimizer import make_optimizer
-from flash_experts.training.schedule import Schedule
+from flash_experts.training.checkpoint import checkpoint_steps
 from flash_experts.training.tracking import read_metrics
 
 FIRST = ["Goblin", "Elf", "Dragon", "Angel", "Storm", "Fire", "Blood", "Night"]
@@ -199,7 +198,7 @@ def test_nan_stops_at_its_step_and_names_the_last_good_checkpoint(
     with pytest.raises(NonFiniteLossError, match=r"step 7.*step-000004.*halve learning_rate") as caught:
         trainer.train()
     assert caught.value.step == 7
-    assert [path.name for path in (config.run_dir / "checkpoints").iterdir()] == ["step-000004"]
+    assert checkpoint_steps(config.run_dir) == [4]
 
 
 def test_an_unusable_model_is_refused_before_anything_is_written(
@@ -211,34 +210,6 @@ def test_an_unusable_model_is_refused_before_anything_is_written(
         with pytest.raises(ValueError, match="CUDA"):
             Trainer(make_model(dense_config), tokenizer, TRAIN, [], replace(config, device="cuda"))
     assert not config.run_dir.exists()
-
-
-@pytest.mark.parametrize(
-    ("kind", "step", "expected"),
-    [
-        ("cosine", 0, 0.1),  # first of ten steps of warm-up
-        ("cosine", 9, 1.0),
-        ("cosine", 10, 1.0),
-        ("cosine", 55, 0.55),  # half of the fall from 1 to 0.1
-        ("cosine", 100, 0.1),
-        ("linear", 55, 0.55),
-        ("linear", 77, 0.1 + 0.9 * (1 - 67 / 90)),
-        ("constant", 4, 0.5),
-        ("constant", 77, 1.0),
-    ],
-)
-def test_schedule_on_worked_numbers(kind: str, step: int, expected: float) -> None:
-    for warmup in (10, 0.1):
-        schedule = Schedule(kind, warmup, 0.1, planned_steps=100, planned_seconds=None)
-        assert schedule.factor(step, seconds=1e9) == pytest.approx(expected)
-
-
-def test_schedule_follows_the_clock_where_it_ends_first() -> None:
-    schedule = Schedule("linear", 0.1, 0.0, planned_steps=1000, planned_seconds=600)
-    assert schedule.progress(100, 60) == 0.1 and schedule.progress(100, 300) == 0.5
-    assert schedule.factor(5, 30) == pytest.approx(0.5)  # half of the warm-up
-    assert schedule.factor(100, 330) == pytest.approx(0.5)
-    assert schedule.factor(100, 700) == 0.0
 
 
 def test_time_budget_ends_the_run(
@@ -266,57 +237,3 @@ def test_all_configuration_problems_come_at_once() -> None:
     for part in ("max_steps, max_epochs or max_minutes", "learning_rate is -1", "betas[1]", "cosin", "a/b"):
         assert part in str(caught.value)
     assert "\n" not in str(caught.value)
-
-
-def test_decay_is_on_matrices_alone(dense_config: GPT2Config) -> None:
-    model = GPT2MoEForCausalLM.from_dense(make_model(dense_config), num_experts=2)
-    optimizer = make_optimizer(model, TrainingConfig(weight_decay=0.5))
-    decay_of = {parameter: group["weight_decay"] for group in optimizer.param_groups for parameter in group["params"]}
-    for name, parameter in model.named_parameters():
-        is_matrix = not name.endswith("bias") and "ln_" not in name
-        assert decay_of[parameter] == (0.5 if is_matrix else 0.0), name
-
-
-def test_a_tracker_that_is_not_installed_is_one_warning(
-    dense_config: GPT2Config,
-    tokenizer: PreTrainedTokenizerFast,
-    config: TrainingConfig,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    found = __import__("importlib.util").util.find_spec
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "wandb" else found(name))
-    lines = run(make_model(dense_config), tokenizer, replace(config, tracker="wandb", max_steps=2))
-    assert len(lines) == 2
-    assert capsys.readouterr().err.count("wandb is not installed") == 1
-
-
-def test_wandb_gets_every_line_offline_and_asks_nothing(
-    dense_config: GPT2Config,
-    tokenizer: PreTrainedTokenizerFast,
-    config: TrainingConfig,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    wandb = pytest.importorskip("wandb")
-    started: dict[str, Any] = {}
-    logged: list[int] = []
-
-    class FakeRun:
-        summary: dict[str, object] = {}  # noqa: RUF012
-
-        def log(self, values: dict[str, float], step: int) -> None:
-            logged.append(step)
-
-        def finish(self) -> None:
-            started["finished"] = True
-
-    def fake_init(**kwargs: Any) -> FakeRun:
-        started.update(kwargs)
-        return FakeRun()
-
-    for name in ("WANDB_API_KEY", "WANDB_MODE"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(wandb, "init", fake_init)
-    run(make_model(dense_config), tokenizer, replace(config, tracker="wandb", max_steps=2, eval_every=None))
-    assert started["mode"] == "offline" and started["finished"] and FakeRun.summary["step"] == 2
-    assert logged == [0, 1, 2, 2]

@@ -1,4 +1,4 @@
-"""Training in processes of its own: several at once, and stopped by a signal."""
+"""Training in processes of its own: several at once, stopped by a signal, killed."""
 
 from __future__ import annotations
 
@@ -8,14 +8,16 @@ import signal
 import socket
 import subprocess
 import sys
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from test_training import make_model, run
+from test_training import TRAIN, VALIDATION, make_model, run
 from transformers import GPT2Config, PreTrainedTokenizerFast
 
 from flash_experts.data.tokenizer import load_tokenizer
-from flash_experts.training import TrainingConfig
+from flash_experts.training import Trainer, TrainingConfig
 from flash_experts.training.tracking import read_metrics
 
 TWO_PROCESSES = """
@@ -30,7 +32,12 @@ run_on_processes(sys.argv[1], "two")
 def run_on_processes(folder: str, run_name: str) -> None:
     """Four steps without dropout, on as many processes as there are."""
     tokenizer = load_tokenizer(f"{folder}/start")
-    config = TrainingConfig(
+    config = config_of(folder, run_name)
+    run(make_model(GPT2Config.from_pretrained(f"{folder}/start"), dropout=0.0), tokenizer, config)
+
+
+def config_of(folder: str, run_name: str) -> TrainingConfig:
+    return TrainingConfig(
         output_dir=folder,
         run_name=run_name,
         max_steps=4,
@@ -41,7 +48,6 @@ def run_on_processes(folder: str, run_name: str) -> None:
         eval_every=2,
         device="cpu",
     )
-    run(make_model(GPT2Config.from_pretrained(f"{folder}/start"), dropout=0.0), tokenizer, config)
 
 
 @pytest.fixture
@@ -64,9 +70,8 @@ def python(script: str, folder: Path, **environment: str) -> subprocess.Popen[st
     )
 
 
-@pytest.mark.slow
-def test_two_processes_learn_what_one_learns(start: Path) -> None:
-    """The environment is the one that torchrun sets."""
+def two_processes(script: str, folder: Path) -> list[subprocess.Popen[str]]:
+    """Starts a script twice, in the environment that torchrun sets."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         rendezvous = {
@@ -74,7 +79,23 @@ def test_two_processes_learn_what_one_learns(start: Path) -> None:
             "MASTER_PORT": str(free.getsockname()[1]),
             "WORLD_SIZE": "2",
         }
-    ranks = [python(TWO_PROCESSES, start, RANK=rank, LOCAL_RANK=rank, **rendezvous) for rank in ("0", "1")]
+    return [python(script, folder, RANK=rank, LOCAL_RANK=rank, **rendezvous) for rank in ("0", "1")]
+
+
+def until_step_3(process: subprocess.Popen[str]) -> None:
+    """Reads a process's lines until it has trained a little."""
+    assert process.stderr is not None
+    seen = []
+    for line in process.stderr:
+        seen.append(line)
+        if "step 3 " in line:
+            return
+    raise AssertionError("".join(seen))
+
+
+@pytest.mark.slow
+def test_two_processes_learn_what_one_learns_and_one_may_go_on(start: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ranks = two_processes(TWO_PROCESSES, start)
     run_on_processes(str(start), "one")
     for process in ranks:
         _, err = process.communicate(timeout=300)
@@ -85,6 +106,14 @@ def test_two_processes_learn_what_one_learns(start: Path) -> None:
         for key in mine.keys() & {"loss", "validation/bits_per_char", "grad_norm"}:
             assert mine[key] == pytest.approx(theirs[key], rel=1e-4), (key, mine["step"])
     assert json.loads((start / "two" / "run.json").read_text())["processes"] == 2
+    # The same rows in all, so that nothing but rounding differs: here each step had four, two of each process.
+    tokenizer = load_tokenizer(f"{start}/start")
+    longer = replace(config_of(str(start), "two"), max_steps=6, gradient_accumulation_steps=4)
+    model = make_model(GPT2Config.from_pretrained(f"{start}/start"), dropout=0.0, seed=9)
+    capsys.readouterr()
+    assert Trainer(model, tokenizer, TRAIN, VALIDATION, longer).train("auto").step == 6
+    err = capsys.readouterr().err
+    assert "not as in the checkpoint: processes 1, formerly 2" in err and "not equal to the bit" in err
 
 
 ENDLESS = """
@@ -109,13 +138,40 @@ print(result.reason, result.step)
 @pytest.mark.slow
 def test_sigterm_saves_and_says_how_to_go_on(start: Path) -> None:
     with python(ENDLESS, start) as process:
-        assert process.stderr is not None
-        for line in process.stderr:
-            if "step 3 " in line:
-                process.send_signal(signal.SIGTERM)
-                break
+        until_step_3(process)
+        with pytest.raises(ValueError, match="another process is training into"):
+            run_on_processes(str(start), "run")
+        process.send_signal(signal.SIGTERM)
         out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     reason, step = out.split()
     assert reason == "SIGTERM" and f"stopped after step {step}" in err and "--resume auto" in err
     assert (start / "run" / "checkpoints" / f"step-{int(step):06d}" / "MANIFEST.json").is_file()
+
+
+@pytest.mark.slow
+def test_a_dead_process_ends_the_other_within_a_minute(start: Path) -> None:
+    ranks = two_processes(ENDLESS, start)
+    try:
+        until_step_3(ranks[0])
+        ranks[1].kill()
+        killed = time.monotonic()
+        _, err = ranks[0].communicate(timeout=60)
+        assert time.monotonic() - killed < 60
+    finally:
+        for process in ranks:
+            process.kill()
+            process.communicate()
+    assert ranks[0].returncode == 1
+    last = err.strip().splitlines()[-1]
+    assert "LostProcessError: another process of this run is gone, at step" in last
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_of_two_processes_stops_both_at_the_same_step(start: Path) -> None:
+    ranks = two_processes(ENDLESS, start)
+    until_step_3(ranks[0])
+    ranks[1].send_signal(signal.SIGTERM)
+    results = [process.communicate(timeout=300) for process in ranks]
+    assert [process.returncode for process in ranks] == [0, 0], results
+    assert results[0][0] == results[1][0] and results[0][0].startswith("SIGTERM")

@@ -12,6 +12,10 @@ from typing import Any, NoReturn
 from jsonargparse import ArgumentParser, Namespace
 
 Run = Callable[[Namespace], None]
+# Of an option, of a key in YAML, and of a key in a list in YAML.
+_UNKNOWN = (
+    r"does not accept (?:option|key) '([^']+)'|unrecognized arguments?: --(\S+)|^Option '([^']+)' is not accepted"
+)
 
 
 class CommandParser(ArgumentParser):
@@ -19,7 +23,7 @@ class CommandParser(ArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         text = " ".join(str(message).split()).replace("Parser key", "option")
-        unknown = re.search(r"does not accept (?:option|key) '([^']+)'|unrecognized arguments?: --(\S+)", text)
+        unknown = re.search(_UNKNOWN, text)
         wrong = next(filter(None, unknown.groups()), "") if unknown else ""
         choice = re.search(r"invalid choice: '([^']+)' \(choose from (.*)\)", text)
         if wrong:
@@ -49,7 +53,7 @@ def command_parser(name: str, run: Run) -> CommandParser:
 def add_measuring_options(parser: CommandParser) -> None:
     """The options that evaluate and compare share."""
     parser.add_argument("--data", default="data/mtg", help="folder that prepare wrote")
-    parser.add_argument("--samples", type=int, default=500, help="names to draw from each model")
+    parser.add_argument("--samples", type=int, default=10_000, help="names to draw from each model")
     parser.add_argument("--seed", type=int, default=0, help="of drawing and shuffling")
     parser.add_argument("--device", type=str | None, default=None, help="cpu, cuda, cuda:1; the best there is")
 

@@ -17,10 +17,12 @@ def run(args: Namespace) -> None:
     from flash_experts.models.moe import GPT2MoEForCausalLM
     from flash_experts.samples import SampleNames
     from flash_experts.training.build import build_model
+    from flash_experts.training.prepared import check_prepared
     from flash_experts.training.trainer import Trainer
 
     config = args.training if args.seed is None else replace(args.training, seed=args.seed)
     config.validate()
+    check_prepared(args.data)
     cards = {split: load_split(args.data, split) for split in ("train", "validation")}
     model, tokenizer = build_model(args.base, args.model, cards["train"], config.seed)
     if config.sample_every and isinstance(model, GPT2MoEForCausalLM) and not model.may_generate:

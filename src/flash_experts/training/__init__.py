@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from flash_experts.training.callbacks import Callback
     from flash_experts.training.checkpoint import CheckpointError
     from flash_experts.training.errors import NonFiniteLossError, TrainingError
-    from flash_experts.training.trainer import Trainer, TrainingResult
+    from flash_experts.training.result import TrainingResult
+    from flash_experts.training.trainer import Trainer
     from flash_experts.training.training_config import TrainingConfig
 
 _HOMES = {
@@ -22,7 +23,7 @@ _HOMES = {
     "Trainer": "trainer",
     "TrainingConfig": "training_config",
     "TrainingError": "errors",
-    "TrainingResult": "trainer",
+    "TrainingResult": "result",
 }
 __all__ = [
     "Callback",

@@ -1,15 +1,18 @@
-"""Which names an optimizer step sees: a pure function of (seed, epoch, step), so resuming needs no loader
-state.
+"""Which names an optimizer step sees: a pure function of (seed, step), so resuming needs no loader state.
 
-In each epoch the names are shuffled and the attributes of their prompts are dropped anew, both from (seed,
-epoch). The shuffled names are cut into ``steps_per_epoch`` batches of nearly equal numbers of tokens: no name
-is left out, none comes twice, and there is no small last batch.
+A run is a row of stages (one, if it has no curriculum), a stage a row of epochs over its names. In each epoch the names
+are shuffled and the attributes of their prompts are dropped anew, both from (seed, epoch), where epochs are counted
+through all stages. The names in their order are cut into ``steps_per_epoch`` batches of nearly equal numbers of tokens:
+no name is left out, none comes twice, and there is no small last batch.
 """
 
 from __future__ import annotations
 
+import math
 import random
+from bisect import bisect_right
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
 import numpy as np
@@ -18,6 +21,10 @@ from transformers import PreTrainedTokenizerBase
 from flash_experts.data.cards import Card
 from flash_experts.data.packing import EncodedName, encode_names
 from flash_experts.data.prompts import Attributes
+from flash_experts.training.stages import Stage
+from flash_experts.training.training_config import TrainingConfig
+
+ALL_NAMES = Stage("all", epochs=None)
 
 
 def split_evenly(lengths: Sequence[int], parts: int) -> list[range]:
@@ -44,19 +51,44 @@ def split_evenly(lengths: Sequence[int], parts: int) -> list[range]:
     return [range(start, end) for start, end in pairwise(bounds)]
 
 
+@dataclass(frozen=True, slots=True)
+class PlannedStage:
+    """A stage, and where it is in the run.
+
+    Attributes:
+        stage: as it was asked for.
+        cards: those whose names it learns.
+        steps_per_epoch: optimizer steps of an epoch.
+        first_step: the step it begins with.
+        first_epoch: the epoch it begins with, counted through all stages.
+        steps: how many it has; None if it goes on until the run ends.
+    """
+
+    stage: Stage
+    cards: list[Card]
+    steps_per_epoch: int
+    first_step: int
+    first_epoch: int
+    steps: int | None
+
+
 class NameBatches:
-    """The batches of names of every step of every epoch.
+    """The batches of names of every step of every epoch of every stage.
 
     Args:
         cards: what to train on.
         tokenizer: turns prompts and names into ids.
-        tokens_per_batch: about how many tokens a step has; ``steps_per_epoch`` follows from it and epoch 0.
+        tokens_per_batch: about how many tokens a step has; the steps of an epoch follow from it and the stage's first
+            epoch.
         attribute_dropout: chance that a part of a prompt is left out.
         seed: of the order and of what is left out.
-        curriculum: ``length`` has the first epoch go from short names to long ones.
+        stages: one after the other.
+
+    Attributes:
+        plan: the stages and where they begin.
 
     Raises:
-        ValueError: there are no cards.
+        ValueError: there are no cards, or a stage takes none of them.
     """
 
     def __init__(
@@ -66,32 +98,61 @@ class NameBatches:
         tokens_per_batch: int,
         attribute_dropout: float,
         seed: int,
-        curriculum: str = "none",
+        stages: Sequence[Stage] = (ALL_NAMES,),
     ):
         if not cards:
             raise ValueError("there are no training names: run `flash-experts prepare` or check the data folder")
-        self.cards = cards
         self.tokenizer = tokenizer
         self.attribute_dropout = attribute_dropout
         self.seed = seed
-        self.curriculum = curriculum
-        self._names = [card.name for card in cards]
-        self._attributes = [Attributes.of(card) for card in cards]
-        first = self._encode(0)
-        tokens = sum(_lengths(first))
-        self.steps_per_epoch = min(len(cards), max(1, round(tokens / tokens_per_batch)))
-        self._epoch, self._batches = 0, self._cut(first)
+        self.plan: list[PlannedStage] = []
+        self._cached: tuple[int, list[list[EncodedName]]] | None = None
+        first_step = first_epoch = 0
+        for stage in stages:
+            chosen = stage.choose(cards)
+            tokens = sum(_lengths(self._encode(stage, chosen, first_epoch)))
+            per_epoch = min(len(chosen), max(1, round(tokens / tokens_per_batch)))
+            steps = None if stage.epochs is None else math.ceil(stage.epochs * per_epoch)
+            self.plan.append(PlannedStage(stage, chosen, per_epoch, first_step, first_epoch, steps))
+            if steps is not None:
+                first_step += steps
+                first_epoch += math.ceil(steps / per_epoch)
 
-    def epoch_and_batch(self, step: int) -> tuple[int, int]:
-        """Epoch of an optimizer step, and its place in it, both from 0."""
-        return divmod(step, self.steps_per_epoch)
+    @classmethod
+    def of(cls, cards: Sequence[Card], tokenizer: PreTrainedTokenizerBase, config: TrainingConfig) -> NameBatches:
+        """Those of a run."""
+        dropout, stages = config.attribute_dropout, config.planned_stages
+        return cls(cards, tokenizer, config.tokens_per_batch, dropout, config.seed, stages)
+
+    @property
+    def planned_steps(self) -> int | None:
+        """Steps of all stages together; None if the last goes on until the run ends."""
+        last = self.plan[-1]
+        return None if last.steps is None else last.first_step + last.steps
+
+    def first_epochs(self) -> list[list[EncodedName]]:
+        """The names of the first epoch of each stage, in their order."""
+        return [self._encode(planned.stage, planned.cards, planned.first_epoch) for planned in self.plan]
+
+    def stage_of(self, step: int) -> PlannedStage:
+        """The stage of optimizer step ``step`` (from 0)."""
+        return self.plan[bisect_right(self.plan, step, key=lambda planned: planned.first_step) - 1]
+
+    def epochs_done(self, steps: int) -> float:
+        """Passes over names after ``steps`` optimizer steps, those of former stages counted as they are begun."""
+        planned = self.stage_of(steps)
+        return planned.first_epoch + (steps - planned.first_step) / planned.steps_per_epoch
 
     def names_of_step(self, step: int) -> list[EncodedName]:
         """The names that optimizer step ``step`` (from 0) learns from."""
-        epoch, batch = self.epoch_and_batch(step)
-        if epoch != self._epoch:
-            self._epoch, self._batches = epoch, self._cut(self._encode(epoch))
-        return self._batches[batch]
+        planned = self.stage_of(step)
+        epoch, batch = divmod(step - planned.first_step, planned.steps_per_epoch)
+        epoch += planned.first_epoch
+        if self._cached is None or self._cached[0] != epoch:
+            names = self._encode(planned.stage, planned.cards, epoch)
+            runs = split_evenly(_lengths(names), planned.steps_per_epoch)
+            self._cached = epoch, [names[run.start : run.stop] for run in runs]
+        return self._cached[1][batch]
 
     def rows_of_step(self, step: int, num_rows: int) -> list[list[EncodedName]]:
         """The names of a step in rows of nearly equal numbers of tokens.
@@ -107,25 +168,21 @@ class NameBatches:
             )
         return [names[run.start : run.stop] for run in split_evenly(_lengths(names), num_rows)]
 
-    def order(self, epoch: int) -> list[int]:
-        """Indices of the cards in the order in which an epoch visits them."""
-        indices = list(range(len(self.cards)))
-        rng = random.Random(f"order/{self.seed}/{epoch}")
-        rng.shuffle(indices)
-        if self.curriculum == "length" and epoch == 0:
-            indices.sort(key=lambda index: len(self._names[index]))  # stable: equal lengths stay shuffled
-        return indices
-
-    def _encode(self, epoch: int) -> list[EncodedName]:
-        """The epoch's names in its order."""
+    def _encode(self, stage: Stage, cards: Sequence[Card], epoch: int) -> list[EncodedName]:
+        """The names of an epoch in its order."""
         rng = random.Random(f"attributes/{self.seed}/{epoch}")
-        attributes = [given.drop(rng, self.attribute_dropout) for given in self._attributes]
-        encoded = encode_names(self._names, attributes, self.tokenizer)
-        return [encoded[index] for index in self.order(epoch)]
+        attributes = [Attributes.of(card).drop(rng, self.attribute_dropout) for card in cards]
+        encoded = encode_names([card.name for card in cards], attributes, self.tokenizer)
+        return [encoded[index] for index in order_of_epoch(stage, cards, self.seed, epoch)]
 
-    def _cut(self, names: list[EncodedName]) -> list[list[EncodedName]]:
-        runs = split_evenly(_lengths(names), self.steps_per_epoch)
-        return [names[run.start : run.stop] for run in runs]
+
+def order_of_epoch(stage: Stage, cards: Sequence[Card], seed: int, epoch: int) -> list[int]:
+    """Indices of a stage's cards in the order in which an epoch visits them."""
+    indices = list(range(len(cards)))
+    random.Random(f"order/{seed}/{epoch}").shuffle(indices)
+    if stage.order == "length":
+        indices.sort(key=lambda index: len(cards[index].name))  # stable: equal lengths stay shuffled
+    return indices
 
 
 def _lengths(names: Sequence[EncodedName]) -> list[int]:

@@ -28,5 +28,8 @@ class Callback:
         keeps."""
         return ()
 
+    def on_names(self, step: int, groups: Mapping[str, Sequence[str]]) -> None:
+        """The sample names of a step in groups: ``new``, ``in train``, ``in validation``."""
+
     def on_end(self, summary: Mapping[str, object]) -> None:
         """After the last step, or when the run is interrupted."""

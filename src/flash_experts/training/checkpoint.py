@@ -6,6 +6,8 @@ way back every file is checked. Only safetensors and JSON are written or read; a
 loaded, and is refused.
 
 Random states are not stored: the trainer seeds dropout anew at each step from (seed, step, process).
+
+The functions here write and read folders; what goes into them and when is decided in `checkpointer`.
 """
 
 from __future__ import annotations
@@ -14,21 +16,20 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 MANIFEST = "MANIFEST.json"
 STATE = "trainer_state.json"
-OPTIMIZER = "trainer_state.safetensors"
+TENSORS = "trainer_state.safetensors"
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 
 
@@ -47,8 +48,9 @@ class TrainerState:
         best_bits_per_char: lowest validation figure yet; None before the first.
         best_step: when that was.
         bad_evaluations: validations since then.
-        interval_loss: sum of the losses since the last line of metrics.
-        interval_steps: how many they were.
+        skipped_steps: steps whose loss or gradient was not finite and that were left out (``on_nan: skip``).
+        skipped_in_a_row: how many of them came one after the other, up to the last of them.
+        last_skipped: the last of them.
     """
 
     step: int = 0
@@ -57,8 +59,16 @@ class TrainerState:
     best_bits_per_char: float | None = None
     best_step: int = 0
     bad_evaluations: int = 0
-    interval_loss: float = 0.0
-    interval_steps: int = 0
+    skipped_steps: int = 0
+    skipped_in_a_row: int = 0
+    last_skipped: int = 0
+
+    def skip(self, step: int) -> int:
+        """Counts a step that was left out. Returns how many in a row that makes."""
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if step == self.last_skipped + 1 else 1
+        self.last_skipped = step
+        self.skipped_steps += 1
+        return self.skipped_in_a_row
 
 
 def checkpoint_path(run_dir: Path, step: int) -> Path:
@@ -73,39 +83,41 @@ def checkpoint_steps(run_dir: Path) -> list[int]:
 
 
 def save_checkpoint(
-    run_dir: Path,
+    target: Path,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    optimizer: torch.optim.Optimizer,
-    state: TrainerState,
-    about: dict[str, Any],
-) -> Path:
-    """Writes ``step-NNNNNN`` atomically.
+    weights: Mapping[str, torch.Tensor],
+    tensors: Mapping[str, torch.Tensor],
+    about: Mapping[str, Any],
+) -> None:
+    """Writes a checkpoint folder atomically.
 
     Args:
-        run_dir: the run's folder.
-        model: saved with `save_pretrained`.
+        target: the folder.
+        model: says how weights are saved; those it has now are not looked at.
         tokenizer: saved with `save_pretrained`.
-        optimizer: its tensors are saved under the names of the parameters.
-        state: saved as JSON.
-        about: more JSON, kept beside the state (the configuration, the data's fingerprint).
+        weights: the model's state dict.
+        tensors: of everything else.
+        about: all that is not a tensor, as JSON: the ``state``, the configuration, the data's fingerprint.
 
     Raises:
         CheckpointError: it could not be written (a full disk); nothing half-written is left.
     """
 
     def write(folder: Path) -> None:
-        _save_model(folder, model, tokenizer)
-        save_file(optimizer_tensors(model, optimizer), folder / OPTIMIZER)
-        text = json.dumps({"state": asdict(state), **about}, indent=2)
-        (folder / STATE).write_text(text + "\n", encoding="utf-8")
+        _save_model(folder, model, tokenizer, weights)
+        save_file(dict(tensors), folder / TENSORS)
+        (folder / STATE).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
 
-    target = checkpoint_path(run_dir, state.step)
     with_manifest(target, write)
-    return target
 
 
-def export_model(run_dir: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+def export_model(
+    run_dir: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    weights: Mapping[str, torch.Tensor],
+) -> None:
     """Writes the model into the run's folder itself, each file by rename, the manifest last.
 
     Raises:
@@ -113,14 +125,14 @@ def export_model(run_dir: Path, model: PreTrainedModel, tokenizer: PreTrainedTok
     """
 
     def write(folder: Path) -> None:
-        _save_model(folder, model, tokenizer)
+        _save_model(folder, model, tokenizer, weights)
 
     staged = run_dir / ".export"
     with_manifest(staged, write)
     for path in sorted(staged.iterdir(), key=lambda path: path.name == MANIFEST):
         os.replace(path, run_dir / path.name)
     staged.rmdir()
-    _flush_folder(run_dir)
+    flush_folder(run_dir)
 
 
 def with_manifest(target: Path, write: Callable[[Path], None]) -> None:
@@ -133,12 +145,12 @@ def with_manifest(target: Path, write: Callable[[Path], None]) -> None:
         manifest = {path.name: {"sha256": _sha256(path), "bytes": path.stat().st_size} for path in _files(temporary)}
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
         for path in _files(temporary):
-            _flush(path)
-        _flush_folder(temporary)
+            flush_file(path)
+        flush_folder(temporary)
         if target.exists():
-            shutil.rmtree(target)
+            remove_folder(target)
         os.rename(temporary, target)
-        _flush_folder(target.parent)
+        flush_folder(target.parent)
     except (OSError, SafetensorError) as error:  # safetensors reports a full disk as its own error
         shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointError(
@@ -173,14 +185,19 @@ def verify_checkpoint(folder: Path) -> None:
             raise CheckpointError(f"{path} is damaged: {path.stat().st_size} bytes, but {size} were written")
         if _sha256(path) != sha256:
             raise CheckpointError(f"{path} is damaged: its SHA-256 is not the one in {MANIFEST}")
-    for name in (STATE, OPTIMIZER, "config.json"):
+    for name in (STATE, TENSORS, "config.json"):
         if name not in expected:
             raise CheckpointError(f"{folder} cannot be resumed: {name} is not in its manifest")
 
 
 def latest_checkpoint(run_dir: Path, warn: Callable[[str], None]) -> Path | None:
     """The newest checkpoint that verifies; each damaged one on the way is named and skipped."""
-    for step in reversed(checkpoint_steps(run_dir)):
+    return first_whole(run_dir, list(reversed(checkpoint_steps(run_dir))), warn)
+
+
+def first_whole(run_dir: Path, steps: list[int], warn: Callable[[str], None]) -> Path | None:
+    """The first checkpoint of ``steps`` that verifies; each damaged one before it is named."""
+    for step in steps:
         folder = checkpoint_path(run_dir, step)
         try:
             verify_checkpoint(folder)
@@ -202,59 +219,58 @@ def read_state(folder: Path) -> tuple[TrainerState, dict[str, Any]]:
     return state, about
 
 
-def load_checkpoint(folder: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> None:
-    """Puts the weights and the optimizer's tensors of a verified checkpoint into those given, in place.
+def load_weights(folder: Path, model: PreTrainedModel) -> None:
+    """Puts the weights of a verified checkpoint into a model, in place.
 
     Raises:
         CheckpointError: they are of another model.
     """
     try:
         weights = load_file(folder / "model.safetensors")
-        tensors = load_file(folder / OPTIMIZER)
         missing, unexpected = model.load_state_dict(weights, strict=False)
     except (OSError, SafetensorError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
-        raise CheckpointError(f"{folder} is of another model than the one being trained: {reason}") from error
+        raise not_this_run(folder, error) from error
     tied = model.all_tied_weights_keys  # save_pretrained leaves out what is only a second name
     absent = [name for name in missing if name not in tied]
     if absent or unexpected:
-        first = (absent or unexpected)[0]
-        raise CheckpointError(f"{folder} is of another model than the one being trained: {first} differs")
-    load_optimizer_tensors(model, optimizer, tensors)
+        raise not_this_run(folder, f"{(absent or unexpected)[0]} differs")
 
 
-def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """The optimizer's state as ``{parameter name}|{key}`` tensors."""
-    names: dict[torch.Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
-    return {
-        f"{names[parameter]}|{key}": value.contiguous()
-        for parameter, slots in optimizer.state.items()
-        for key, value in slots.items()
-    }
+def load_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a verified checkpoint that are not the model's weights."""
+    try:
+        return load_file(folder / TENSORS)
+    except (OSError, SafetensorError) as error:
+        raise not_this_run(folder, error) from error
 
 
-def load_optimizer_tensors(
-    model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]
-) -> None:
-    """The inverse of `optimizer_tensors`. Rates and the like are not restored: the configuration says
-    them."""
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    order = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
-    index_of = {name: index for index, name in enumerate(order)}
-    slots: dict[int, dict[str, torch.Tensor]] = {}
-    for key, tensor in tensors.items():
-        name, _, slot = key.rpartition("|")
-        if name not in index_of:
-            raise CheckpointError(f"the optimizer's state has {name}, which the model being trained has not")
-        slots.setdefault(index_of[name], {})[slot] = tensor
-    optimizer.load_state_dict({"state": slots, "param_groups": optimizer.state_dict()["param_groups"]})
+def not_this_run(folder: Path, reason: object) -> CheckpointError:
+    """The error of a whole checkpoint that does not fit what is being trained."""
+    text = " ".join(str(reason).split())
+    return CheckpointError(f"{folder} is of another model or configuration than the one being trained: {text}")
 
 
-def prune_checkpoints(run_dir: Path, keep: int) -> None:
-    """Removes all but the newest ``keep`` checkpoints, and what killed runs left half-written."""
-    folder = run_dir / "checkpoints"
-    doomed = [checkpoint_path(run_dir, step) for step in checkpoint_steps(run_dir)[:-keep]]
-    for path in [*doomed, *folder.glob(".tmp-*")]:
+def prune_checkpoints(run_dir: Path, keep: int, best_step: int, warn: Callable[[str], None]) -> None:
+    """Removes all but the newest ``keep`` checkpoints and that of the best step.
+
+    Nothing whole is removed before one of those that stay has been read back and verifies: damaged ones must not
+    push out the only good one.
+    """
+    steps = checkpoint_steps(run_dir)
+    stay = {*steps[-keep:], best_step}
+    doomed = [step for step in steps if step not in stay]
+    if not doomed:
+        return
+    if first_whole(run_dir, [step for step in reversed(steps) if step in stay], warn) is None:
+        warn(f"none of the checkpoints that would stay in {run_dir} is whole: the older ones are kept")
+        return
+    for step in doomed:
+        remove_folder(checkpoint_path(run_dir, step))
+
+
+def remove_leftovers(run_dir: Path) -> None:
+    """Removes what a killed run left half-written or half-removed."""
+    for path in [*run_dir.glob(".tmp-*"), run_dir / ".export", *(run_dir / "checkpoints").glob(".tmp-*")]:
         shutil.rmtree(path, ignore_errors=True)
 
 
@@ -262,15 +278,28 @@ def drop_later(run_dir: Path, step: int) -> None:
     """Removes checkpoints after ``step``: a run that goes on from there writes them again."""
     for later in checkpoint_steps(run_dir):
         if later > step:
-            shutil.rmtree(checkpoint_path(run_dir, later), ignore_errors=True)
+            remove_folder(checkpoint_path(run_dir, later))
 
 
-def _save_model(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+def remove_folder(folder: Path) -> None:
+    """Removes a folder. It loses its name first: a kill halfway must not leave half a checkpoint under it."""
+    doomed = folder.with_name(f".tmp-removed-{folder.name}")
+    shutil.rmtree(doomed, ignore_errors=True)
+    os.rename(folder, doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _save_model(
+    folder: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    weights: Mapping[str, torch.Tensor],
+) -> None:
     """`save_pretrained` of both, without its progress bars amid ours."""
     had_bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, state_dict=dict(weights))
         tokenizer.save_pretrained(folder)
     finally:
         if had_bars:
@@ -286,12 +315,13 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _flush(path: Path) -> None:
+def flush_file(path: Path) -> None:
+    """Has a file's content written to the disk itself."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
 
 
-def _flush_folder(folder: Path) -> None:
+def flush_folder(folder: Path) -> None:
     """Makes a rename in the folder last through a power cut. Windows has no such call, nor the need."""
     if os.name == "posix":
         descriptor = os.open(folder, os.O_RDONLY)

@@ -1,8 +1,16 @@
-"""A run's own checkpoints: when to write, what to resume, what has changed since."""
+"""A run's own checkpoints: when to write, what to resume, what has changed since.
+
+Writing takes the time of hashing and of the disk. So that training does not stand still for it, the main process
+copies what is to be saved into its own memory and a thread writes the copy; the next save waits for the former. What
+a run says and does stays as if everything were written at once: an error comes up at the next step, and the end of
+the run waits for all of it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,24 +18,28 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flash_experts.training import checkpoint as checkpoints
+from flash_experts.training.background import Background, CpuCopy
 from flash_experts.training.checkpoint import CheckpointError, TrainerState
+from flash_experts.training.stateful import Stateful, join_state, split_state
+from flash_experts.training.tracking import METRICS_FILE
 
 # A resumed run is the run that was interrupted only if these are what they were.
-_FIELDS_OF_THE_ORDER = ("seed", "tokens_per_batch", "attribute_dropout", "curriculum")
+_FIELDS_OF_THE_ORDER = ("seed", "tokens_per_batch", "attribute_dropout", "stages")
 
 
 class Checkpointer:
-    """Saves and restores one run.
+    """Saves and restores one run: the weights, a `TrainerState`, and every object that is registered.
 
     Args:
         run_dir: the run's folder.
         model: the plain model (no DDP or compiled wrapper).
         tokenizer: saved with it.
-        optimizer: the plain optimizer.
-        keep: newest checkpoints that are kept.
-        info: the run's ``config`` and ``data`` (kept in each checkpoint and compared on resuming).
+        keep: newest checkpoints that are kept, besides that of the best validation.
+        info: the run's ``config``, ``data``, ``processes`` and ``device`` (kept in each checkpoint and compared on
+            resuming).
         say: tells the person who watches.
         is_main: whether this process writes; all processes read.
+        background: write on a thread, which takes memory for a copy of what is saved.
     """
 
     def __init__(
@@ -35,44 +47,124 @@ class Checkpointer:
         run_dir: Path,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
-        optimizer: torch.optim.Optimizer,
         keep: int,
         info: Mapping[str, Any],
         say: Callable[[str], None],
         is_main: bool,
+        background: bool,
     ):
-        self.run_dir, self.model, self.tokenizer, self.optimizer = run_dir, model, tokenizer, optimizer
+        self.run_dir, self.model, self.tokenizer = run_dir, model, tokenizer
         self._keep, self._say, self._is_main = keep, say, is_main
-        self._about = {"config": info["config"], "data": info["data"]}
+        self._about = {name: info[name] for name in ("config", "data", "processes", "device")}
+        self._registered: dict[str, Stateful] = {}
         self._saved: Path | None = None
+        self._background = Background() if background else None
+        self._copies = {use: CpuCopy() for use in ("weights", "tensors", "export")}
 
-    @property
-    def last_good(self) -> Path | None:
-        """The newest checkpoint folder."""
-        steps = checkpoints.checkpoint_steps(self.run_dir)
-        return checkpoints.checkpoint_path(self.run_dir, steps[-1]) if steps else None
+    def register(self, name: str, stateful: Stateful) -> None:
+        """Makes an object's state part of every checkpoint, under a name that stays the same."""
+        assert name not in self._registered and "/" not in name, name
+        self._registered[name] = stateful
+
+    # ------------------------------------------------------------------------------------------------------ writing
 
     def save(self, state: TrainerState) -> Path:
-        """Writes the checkpoint of this step, if there is none yet, and removes the old ones."""
+        """Writes the checkpoint of this step, if there is none yet, and removes old ones. All processes call it."""
         path = checkpoints.checkpoint_path(self.run_dir, state.step)
-        if self._is_main and self._saved != path:
-            checkpoints.save_checkpoint(self.run_dir, self.model, self.tokenizer, self.optimizer, state, self._about)
-            checkpoints.prune_checkpoints(self.run_dir, self._keep)
-            self._saved = path
+        if self._saved == path:
+            return path
+        self._saved = path
+        tensors: dict[str, torch.Tensor] = {}
+        values = {}
+        for name, stateful in self._registered.items():
+            own, values[name] = split_state(name, stateful.state_dict())
+            tensors |= own
+        if self._is_main:
+            about = {"state": asdict(state), **self._about, "registered": values}
+            weights = self._copy("weights", self.model.state_dict())
+            tensors = self._copy("tensors", tensors)
+            self._do(partial(self._write, path, weights, tensors, about, state.best_step))
         return path
 
     def export(self) -> None:
         """Puts the model as it is now into the run's folder, where `load_model` finds it."""
         if self._is_main:
-            checkpoints.export_model(self.run_dir, self.model, self.tokenizer)
+            weights = self._copy("export", self.model.state_dict())
+            self._do(partial(checkpoints.export_model, self.run_dir, self.model, self.tokenizer, weights))
+
+    @property
+    def is_writing(self) -> bool:
+        """Whether something asked for is not on the disk yet."""
+        return self._background is not None and self._background.busy
+
+    def check(self) -> None:
+        """Raises the error of a write that has ended in the meantime.
+
+        Raises:
+            CheckpointError: it could not be written.
+        """
+        if self._background is not None:
+            self._background.check()
+
+    def wait(self) -> None:
+        """Waits until everything is written.
+
+        Raises:
+            CheckpointError: something could not be.
+        """
+        if self._background is not None:
+            self._background.wait()
+
+    def close(self) -> None:
+        """Waits at the end of a run that may have failed already: a write that fails too is said, not raised."""
+        try:
+            self.wait()
+        except CheckpointError as error:
+            self._say(str(error))
+
+    def last_good(self) -> Path | None:
+        """The newest checkpoint that verifies, after waiting for the one being written."""
+        self.close()
+        return checkpoints.latest_checkpoint(self.run_dir, self._say)
+
+    def _copy(self, use: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """What the thread may read while training goes on; the tensors themselves where no thread will."""
+        if self._background is None:
+            return {name: tensor.contiguous() for name, tensor in tensors.items()}
+        self.wait()
+        return self._copies[use].take(tensors)
+
+    def _do(self, work: Callable[[], None]) -> None:
+        if self._background is None:
+            work()
+        else:
+            self._background.submit(work)
+
+    def _write(
+        self,
+        path: Path,
+        weights: Mapping[str, torch.Tensor],
+        tensors: Mapping[str, torch.Tensor],
+        about: Mapping[str, Any],
+        best_step: int,
+    ) -> None:
+        metrics = self.run_dir / METRICS_FILE
+        if metrics.exists():  # a run that goes on from here relies on the lines up to here
+            checkpoints.flush_file(metrics)
+        checkpoints.save_checkpoint(path, self.model, self.tokenizer, weights, tensors, about)
+        checkpoints.prune_checkpoints(self.run_dir, self._keep, best_step, self._say)
+
+    # ------------------------------------------------------------------------------------------------------ reading
 
     def restore(self, resume: str | Path | None) -> TrainerState:
-        """Fills model and optimizer from a checkpoint; see `Trainer.train` for ``resume``.
+        """Fills the model and what is registered from a checkpoint; see `Trainer.train` for ``resume``.
 
         Raises:
             ValueError: ``resume`` is None, and there are checkpoints that a new run would overwrite.
             CheckpointError: the checkpoint is missing, damaged, or of another model.
         """
+        if self._is_main:
+            checkpoints.remove_leftovers(self.run_dir)
         steps = checkpoints.checkpoint_steps(self.run_dir)
         if resume is None and steps:
             raise ValueError(
@@ -83,9 +175,15 @@ class Checkpointer:
             return TrainerState()
         folder = self._find(resume)
         state, about = checkpoints.read_state(folder)
-        checkpoints.load_checkpoint(folder, self.model, self.optimizer)
-        if folder == checkpoints.checkpoint_path(self.run_dir, state.step):
-            self._saved = folder
+        checkpoints.load_weights(folder, self.model)
+        self._load_registered(folder, about["registered"])
+        if folder.resolve() == checkpoints.checkpoint_path(self.run_dir, state.step).resolve():
+            self._saved = checkpoints.checkpoint_path(self.run_dir, state.step)
+        elif steps:
+            raise ValueError(
+                f"{self.run_dir} has checkpoints of its own, which going on from {folder} would replace: choose "
+                "another run_name"
+            )
         self._say(f"resuming {folder} after step {state.step:,}")
         self._compare(about)
         return state
@@ -95,6 +193,17 @@ class Checkpointer:
         again."""
         if self._is_main:
             checkpoints.drop_later(self.run_dir, step)
+
+    def _load_registered(self, folder: Path, values: Mapping[str, Any]) -> None:
+        if values.keys() != self._registered.keys():
+            there, here = ", ".join(sorted(values)), ", ".join(sorted(self._registered))
+            raise checkpoints.not_this_run(folder, f"it has the state of {there}, but this run has {here}")
+        tensors = checkpoints.load_tensors(folder)
+        for name, stateful in self._registered.items():
+            try:
+                stateful.load_state_dict(join_state(name, tensors, values[name]))
+            except (ValueError, KeyError, RuntimeError) as error:
+                raise checkpoints.not_this_run(folder, f"{name}: {error}") from error
 
     def _find(self, resume: str | Path) -> Path:
         if resume != "auto":
@@ -115,3 +224,9 @@ class Checkpointer:
             changed.append("the training names")
         if changed:
             self._say(f"not as in the checkpoint: {', '.join(changed)}. Names come in another order from here on")
+        for name in ("processes", "device"):
+            if about[name] != self._about[name]:
+                self._say(
+                    f"not as in the checkpoint: {name} {self._about[name]}, formerly {about[name]}. Dropout and "
+                    "rounding differ, so what follows is as good, but not equal to the bit"
+                )

@@ -63,7 +63,10 @@ class ProgressDisplay:
 
 def metrics_line(metrics: Mapping[str, float]) -> str:
     """``step 40  loss 4.021  lr 5.0e-04  1,830 tokens/s  2:10 left`` of a line of metrics."""
-    parts = [f"step {metrics['step']:,}", f"loss {metrics['loss']:.3f}", f"lr {metrics['lr']:.1e}"]
+    parts = [f"step {metrics['step']:,}"]
+    if "loss" in metrics:  # not where every step was skipped
+        parts.append(f"loss {metrics['loss']:.3f}")
+    parts.append(f"lr {metrics['lr']:.1e}")
     parts.append(f"{metrics['tokens_per_second']:,.0f} tokens/s")
     if "mfu" in metrics:
         parts.append(f"MFU {metrics['mfu']:.0%}")

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flash_experts.data.cards import Card
 from flash_experts.data.names import normal_form
+from flash_experts.training.batches import PlannedStage
 from flash_experts.training.callbacks import Callback
 from flash_experts.training.progress import ProgressDisplay
-from flash_experts.training.run_info import training_flops
+from flash_experts.training.run_info import peak_flops, training_flops
 from flash_experts.training.tracking import METRICS_FILE, MetricsFile
 
 
@@ -22,11 +25,14 @@ class SpeedMeter:
 
     Args:
         counts: the model's, of `parameter_counts`.
-        peak_flops: FLOP/s of all devices together; None where unknown.
+        device: of this process.
+        world: number of processes, each on such a device.
     """
 
-    def __init__(self, counts: dict[str, int], peak_flops: float | None):
-        self._counts, self._peak = counts, peak_flops
+    def __init__(self, counts: dict[str, int], device: torch.device, world: int):
+        self._counts, self._device = counts, device
+        peak = peak_flops(device)
+        self._peak = None if peak is None else peak * world
         self.begin()
 
     def begin(self) -> None:
@@ -48,14 +54,29 @@ class SpeedMeter:
         self._paused += time.perf_counter() - start
 
     def metrics(self) -> dict[str, float]:
-        """``tokens_per_second``, and ``mfu`` (share of the peak arithmetic) where the peak is known;
-        resets."""
+        """``tokens_per_second``, ``peak_memory_gib`` of this process, and ``mfu`` (share of the peak arithmetic) where
+        the peak is known; begins a new interval."""
         seconds = max(1e-9, time.perf_counter() - self._start - self._paused)
-        metrics = {"tokens_per_second": round(self._tokens / seconds, 1)}
+        metrics = {"tokens_per_second": round(self._tokens / seconds, 1)} | peak_memory(self._device)
         if self._peak is not None:
             metrics["mfu"] = training_flops(self._counts, self._tokens, self._labels) / seconds / self._peak
         self.begin()
         return metrics
+
+
+def peak_memory(device: torch.device) -> dict[str, float]:
+    """``peak_memory_gib`` since the process began: of the tensors on a GPU, of the whole process on a CPU. Empty where
+    it is not known."""
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device)
+    elif device.type == "cpu" and sys.platform != "win32":
+        import resource
+
+        # Linux counts in KiB, macOS in bytes.
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    else:
+        return {}
+    return {"peak_memory_gib": round(peak / 2**30, 3)}
 
 
 class Reporter:
@@ -108,6 +129,20 @@ class Reporter:
             callback.on_log(int(metrics["step"]), metrics)
         self.display.update(share, metrics)
 
+    def stage_begins(self, plan: Sequence[PlannedStage], planned: PlannedStage) -> None:
+        """A stage of the curriculum begins with the next step."""
+        if self.is_main:
+            self._file.append("stage", {"step": planned.first_step + 1, "stage": planned.stage.name})
+        place = f"stage {plan.index(planned) + 1} of {len(plan)}, {planned.stage.name}"
+        length = "until the run ends" if planned.steps is None else f"{planned.steps:,} steps"
+        self.say(f"{place}: {len(planned.cards):,} names, {length}")
+
+    def skipped(self, step: int, names: Sequence[str]) -> None:
+        """A step that was left out, since its loss or gradient was not a finite number."""
+        if self.is_main:
+            self._file.append("skipped", {"step": step, "names": list(names)})
+        self.say(f"step {step:,} is skipped: its loss or gradient is not a finite number ({', '.join(names[:3])}, ...)")
+
     def evaluated(self, metrics: Mapping[str, float], best: bool) -> None:
         """The figures of a validation."""
         if self.is_main:
@@ -132,6 +167,8 @@ class Reporter:
             group = next((group for group, keys in self._known.items() if key in keys), "new")
             groups.setdefault(group, []).append(name)
         self._file.append("samples", {"step": step, "names": groups})
+        for callback in self._callbacks:
+            callback.on_names(step, groups)
         for group, members in groups.items():
             if members:
                 self.say(f"samples at step {step:,}, {group}: {', '.join(members)}")

@@ -43,6 +43,21 @@ def describe_data(train: Sequence[Card], validation: Sequence[Card], meta: Mappi
     return described if meta is None else described | {"meta": dict(meta)}
 
 
+def describe_run(
+    config: dict[str, Any], data: dict[str, Any], model: PreTrainedModel, device: torch.device, processes: int
+) -> dict[str, Any]:
+    """What run.json holds."""
+    return {
+        "config": config,
+        "data": data,
+        "model": {"type": model.config.model_type, "parameters": parameter_counts(model)},
+        "device": str(device),
+        "processes": processes,
+        "git_commit": git_commit(),
+        "versions": versions(),
+    }
+
+
 def versions() -> dict[str, str]:
     """Python's, the platform's and those of the packages that matter for a result."""
     found = {"python": platform.python_version(), "platform": platform.platform()}

@@ -9,60 +9,42 @@ many GPUs under ``torchrun`` or ``accelerate launch``.
 from __future__ import annotations
 
 import math
-import random
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from accelerate import Accelerator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flash_experts.data.cards import Card
 from flash_experts.data.packing import PackedBatch, pack
-from flash_experts.models.loading import resolve_device
-from flash_experts.models.router_metrics import router_metrics, update_router_biases
+from flash_experts.models.router_metrics import update_router_biases
 from flash_experts.training import run_info
+from flash_experts.training.batch_size import Trial, choose_tokens_per_batch
 from flash_experts.training.batches import NameBatches
 from flash_experts.training.callbacks import Callback
 from flash_experts.training.checkpoint import TrainerState
 from flash_experts.training.checkpointer import Checkpointer
-from flash_experts.training.errors import NonFiniteLossError, OutOfMemoryError
-from flash_experts.training.optimizer import make_optimizer
+from flash_experts.training.ema import WeightAverage
+from flash_experts.training.errors import LostProcessError, NonFiniteLossError, OutOfMemoryError
+from flash_experts.training.finite import MOST_SKIPS_IN_A_ROW, FiniteGuard, names_in, write_bad_batch
+from flash_experts.training.interval import Interval
+from flash_experts.training.loss import CausalLoss
+from flash_experts.training.optimizer import freeze_parts, make_optimizers, part_rates, set_rates
 from flash_experts.training.precision import check_dtype, use_bfloat16
+from flash_experts.training.processes import backward, is_lost_peer, make_accelerator, most_of_all, seed_dropout
 from flash_experts.training.reporting import Reporter, SpeedMeter
+from flash_experts.training.result import TrainingResult, reason_to_end
+from flash_experts.training.run_lock import RunLock
 from flash_experts.training.schedule import Schedule
 from flash_experts.training.signals import StopSignals
+from flash_experts.training.stateful import OptimizerState
 from flash_experts.training.tracking import make_tracker
 from flash_experts.training.training_config import TrainingConfig
 from flash_experts.training.validation import BITS_PER_CHAR, Validation
-
-
-@dataclass(frozen=True, slots=True)
-class TrainingResult:
-    """How a run ended.
-
-    Attributes:
-        reason: ``steps``, ``time``, ``early stopping``, or a signal's name.
-        step: optimizer steps done in all.
-        best_bits_per_char: lowest validation figure (unconditional), None without validation names.
-        best_step: the step of it, whose weights are in ``run_dir``.
-        run_dir: the finished model's folder.
-        seconds: training time in all.
-    """
-
-    reason: str
-    step: int
-    best_bits_per_char: float | None
-    best_step: int
-    run_dir: Path
-    seconds: float
-
-    @property
-    def interrupted(self) -> bool:
-        return self.reason.startswith("SIG")
 
 
 class Trainer:
@@ -93,64 +75,62 @@ class Trainer:
         data_info: Mapping[str, Any] | None = None,
     ):
         config.validate()
-        device = resolve_device(None if config.device == "auto" else config.device)
         self.config, self.tokenizer, self.run_dir = config, tokenizer, config.run_dir
-        self.accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="no")
+        self.accelerator = make_accelerator(config.device)
         self.device = self.accelerator.device
         self.is_main = self.accelerator.is_main_process
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         self.autocast = use_bfloat16(config.precision, self.device)
         self.model = check_dtype(model).to(self.device)
-        self.model.loss_type = "ForCausalLM"
-        self.optimizer = make_optimizer(self.model, config)
+        self.model.loss_function = CausalLoss(config.label_smoothing)
+        freeze_parts(self.model, config.lr_scale)
+        self.optimizers = make_optimizers(self.model, config)
         # Training calls `wrapped`; validation, sampling and saving use the plain model inside it.
         module = torch.compile(self.model, dynamic=True) if config.compile else self.model
-        self.wrapped, self.wrapped_optimizer = self.accelerator.prepare(module, self.optimizer)
-        self.batches = NameBatches(
-            train_cards,
-            tokenizer,
-            config.tokens_per_batch,
-            config.attribute_dropout,
-            config.seed,
-            config.curriculum,
-        )
-        self.schedule = Schedule.of(config, self.batches.steps_per_epoch)
-        self.rows_per_step = config.gradient_accumulation_steps * self.world
-        self.validation = None
-        if validation_cards:
-            self.validation = Validation(
-                validation_cards,
-                tokenizer,
-                config.validation_names,
-                math.ceil(config.tokens_per_batch / self.rows_per_step),
-                config.seed,
-                (self.rank, self.world),
-            )
+        self.wrapped, *self.wrapped_optimizers = self.accelerator.prepare(module, *self.optimizers.values())
+        self.average = None if config.ema_decay is None else WeightAverage(self.model, config.ema_decay)
         self.report = Reporter(self.run_dir, callbacks, train_cards, validation_cards, self.is_main)
-        counts = run_info.parameter_counts(self.model)
-        peak = run_info.peak_flops(self.device)
-        self.speed = SpeedMeter(counts, None if peak is None else peak * self.world)
-        self.info: dict[str, Any] = {
-            "config": config.to_dict(),
-            "data": run_info.describe_data(train_cards, validation_cards, data_info),
-            "model": {"type": self.model.config.model_type, "parameters": counts},
-            "device": str(self.device),
-            "processes": self.world,
-            "git_commit": run_info.git_commit(),
-            "versions": run_info.versions(),
-        }
+        self.rows_per_step = config.gradient_accumulation_steps * self.world
+        self.batches = NameBatches.of(train_cards, tokenizer, config)
+        if config.find_batch_size:
+            self.config = config = self._with_found_batch_size()
+            self.batches = NameBatches.of(train_cards, tokenizer, config)
+        self.schedule = Schedule.of(config, self.batches.planned_steps)
+        self.validation = Validation.of(validation_cards, tokenizer, config, (self.rank, self.world))
+        data = run_info.describe_data(train_cards, validation_cards, data_info)
+        self.info = run_info.describe_run(config.to_dict(), data, self.model, self.device, self.world)
+        self.speed = SpeedMeter(self.info["model"]["parameters"], self.device, self.world)
+        self.guard = FiniteGuard(config.on_nan == "stop", self.device, self.world)
+        # All that a step leaves to the next: the weights, `state`, and what is registered. See `stateful`.
+        self.state = TrainerState()
+        self.interval = Interval(self.model, self.accelerator)
         self.checkpointer = Checkpointer(
             self.run_dir,
             self.model,
             tokenizer,
-            self.optimizer,
             config.keep_checkpoints,
             self.info,
             self.report.say,
             self.is_main,
+            config.save_in_background,
         )
-        self.state = TrainerState()
-        self._router_losses: dict[str, torch.Tensor] = {}
+        for name, optimizer in self.optimizers.items():
+            self.checkpointer.register(name, OptimizerState(self.model, optimizer))
+        self.checkpointer.register("interval", self.interval)
+        if self.average is not None:
+            self.checkpointer.register("ema", self.average)
+
+    def _with_found_batch_size(self) -> TrainingConfig:
+        trial = Trial(
+            self.wrapped,
+            self.model,
+            self.optimizers.values(),
+            self.accelerator,
+            self.batches.first_epochs(),
+            self.rows_per_step,
+            self.autocast,
+        )
+        return replace(self.config, tokens_per_batch=choose_tokens_per_batch(trial, self.run_dir, self.report.say))
 
     def train(self, resume: str | Path | None = None) -> TrainingResult:
         """Trains to the end of the run, or until Ctrl+C or SIGTERM.
@@ -165,56 +145,60 @@ class Trainer:
             TrainingError: the loss is not finite, or memory ran out.
             ValueError: there are checkpoints already and ``resume`` is None.
         """
-        self.state = self.checkpointer.restore(resume)
-        if self.state.step and (ended := self._reason_to_end()):
-            self.report.say(f"{self.run_dir} is finished ({ended}, step {self.state.step:,}): nothing to do")
-            return self._result(ended)
-        self.accelerator.wait_for_everyone()  # all have read before anything is dropped
-        self.checkpointer.drop_later(self.state.step)
-        if self.is_main:
-            self.run_dir.mkdir(parents=True, exist_ok=True)
-            run_info.write_run_info(self.run_dir / "run.json", self.info)
-        tracker = make_tracker(self.config.tracker, self.run_dir, self.report.say)
-        self.report.start(self.state.step if self.state.step else -1, self.info, tracker)
-        reason = "error"
-        try:
-            with StopSignals() as signals:
-                reason = self._loop(signals)
-        finally:
-            self.report.end({"reason": reason, "step": self.state.step})
-        return self._result(reason)
+        with RunLock(self.run_dir, self.accelerator):
+            self.state = self.checkpointer.restore(resume)
+            if self.state.step and (ended := self._reason_to_end()):
+                self.report.say(f"{self.run_dir} is finished ({ended}, step {self.state.step:,}): nothing to do")
+                return TrainingResult.of(self.state, ended, self.run_dir)
+            self.accelerator.wait_for_everyone()  # all have read before anything is dropped
+            self.checkpointer.drop_later(self.state.step)
+            if self.is_main:
+                run_info.write_run_info(self.run_dir / "run.json", self.info)
+            tracker = make_tracker(self.config.tracker, self.run_dir, self.state.step, self.report.say)
+            self.report.start(self.state.step if self.state.step else -1, self.info, tracker)
+            reason = "error"
+            try:
+                with StopSignals() as signals:
+                    reason = self._loop(signals)
+            except RuntimeError as error:
+                if self.world == 1 or not is_lost_peer(error):
+                    raise
+                raise LostProcessError(self.state.step + 1, self.checkpointer.last_good()) from error
+            finally:
+                self.report.end({"reason": reason, "step": self.state.step})
+                self.checkpointer.close()
+            return TrainingResult.of(self.state, reason, self.run_dir)
 
     def _loop(self, signals: StopSignals) -> str:
         """Steps until the run ends; returns why."""
         config, state = self.config, self.state
         started = time.monotonic() - state.seconds
-        self._interval_loss = torch.full((), state.interval_loss, device=self.device)
-        self._first_bad = torch.full((), -1, device=self.device)
         if state.step == 0:
             self._evaluate()
         self.speed.begin()
         reason: str | None = None
         while reason is None:
-            rate = config.learning_rate * self.schedule.factor(state.step, state.seconds)
-            loss, grad_norm = self._step(rate)
+            self.checkpointer.check()
+            planned = self.batches.stage_of(state.step)
+            if config.stages and planned.first_step == state.step:
+                self.report.stage_begins(self.batches.plan, planned)
+            factor = self.schedule.factor(state.step, state.seconds) * planned.stage.learning_rate_scale
+            rate = config.learning_rate * factor
+            self._step(rate)
             state.step += 1
-            self._interval_loss += loss
-            state.interval_steps += 1
-            is_bad = ~(torch.isfinite(loss) & torch.isfinite(grad_norm))
-            self._first_bad = torch.where((self._first_bad < 0) & is_bad, state.step, self._first_bad)
-            log_due = state.step % config.log_every == 0
-            if self.device.type == "cpu":  # a look at a GPU's tensor would wait for the GPU
-                self._check_finite()
+            log_due = _due(state.step, config.log_every)
             seconds = time.monotonic() - started
             state.seconds, stop = self._agree(seconds, signals.received is not None, log_due)
             reason = self._reason_to_end()
             if log_due or reason:
-                self._log(rate, grad_norm)
+                self._log(rate)
             if _due(state.step, config.eval_every) or reason:
                 self._evaluate()
                 reason = reason or self._reason_to_end()
             if _due(state.step, config.sample_every) or (reason and config.sample_every):
                 self._sample()
+            if reason and self.validation is None:
+                self._export()  # before the checkpoint that says that nothing is left to do
             if stop and reason is None:
                 reason = signals.received or "SIGTERM"
             if _due(state.step, config.checkpoint_every) or reason:
@@ -222,44 +206,41 @@ class Trainer:
         self._finish(reason)
         return reason
 
-    def _step(self, rate: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """One optimizer step. Returns this process's part of the loss, and the norm of the whole gradient."""
+    def _step(self, rate: float) -> None:
+        """One optimizer step."""
         rows, num_labels = self._rows_of_step()
-        # Dropout becomes a function of (seed, step, process): resuming needs no random state, and neither
-        # validation nor sampling can move it.
-        key = f"dropout/{self.config.seed}/{self.state.step}/{self.rank}"
-        torch.manual_seed(random.Random(key).getrandbits(63))
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        seed_dropout(self.config.seed, self.state.step, self.rank)
+        set_rates(self.optimizers.values(), rate)
         self.wrapped.train()
-        total = torch.zeros((), device=self.device)
+        loss = torch.zeros((), device=self.device)  # this process's part
         try:
-            for index, row in enumerate(rows):
-                if index == len(rows) - 1:
-                    loss = self._backward(row, num_labels)
-                else:
-                    with self.accelerator.no_sync(self.wrapped):
-                        loss = self._backward(row, num_labels)
-                total += loss
+            for row in rows[:-1]:
+                with self.accelerator.no_sync(self.wrapped):
+                    loss += self._backward(row, num_labels)
+            loss += self._backward(rows[-1], num_labels)
         except torch.OutOfMemoryError as error:
             accumulation = self.config.gradient_accumulation_steps
             raise OutOfMemoryError(self.state.step + 1, accumulation) from error
         limit = math.inf if self.config.clip_norm is None else self.config.clip_norm
         grad_norm = cast(torch.Tensor, self.accelerator.clip_grad_norm_(self.wrapped.parameters(), limit))
-        self.wrapped_optimizer.step()
-        self.wrapped_optimizer.zero_grad(set_to_none=True)
+        is_bad = self.guard.judge(self.state.step + 1, loss, grad_norm)
+        for optimizer, wrapped in zip(self.optimizers.values(), self.wrapped_optimizers, strict=True):
+            if self.guard.update(optimizer, is_bad):
+                wrapped.step()
+            wrapped.zero_grad(set_to_none=True)
+        if self.average is not None:
+            self.average.update(self.state.step + 1)
         update_router_biases(self.model)
-        return total, grad_norm
+        self.interval.add(loss, grad_norm, is_bad)
+        if self.device.type == "cpu":  # a look at a GPU's tensor would wait for the GPU
+            self._check_finite()
 
     def _backward(self, row: PackedBatch, num_labels: int) -> torch.Tensor:
         """Adds a row's gradient; returns its part of the step's loss."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
             output = self.wrapped(**row.to(self.device).inputs_with_loss(num_labels))
-        # The loss is divided by the labels of all processes; DDP takes the mean of gradients: undo that.
-        self.accelerator.backward(output.loss * self.world)
-        self._router_losses = {
-            name: output[name].detach() for name in ("aux_loss", "z_loss") if output.get(name) is not None
-        }
+        backward(self.accelerator, output.loss)
+        self.interval.see(output)
         return cast(torch.Tensor, output.loss.detach())
 
     def _rows_of_step(self) -> tuple[list[PackedBatch], int]:
@@ -273,37 +254,38 @@ class Trainer:
         return [pack(row) for row in rows[self.rank :: self.world]], num_labels
 
     def _check_finite(self) -> None:
-        """Stops the run at the first step whose loss or gradient was not a number."""
-        step = int(self._first_bad)
-        if step >= 0:
-            raise self._not_finite(step)
+        """Ends the run at a step whose loss or gradient was no number, or counts it as skipped."""
+        for step in self.guard.bad_steps():
+            names = names_in(self.batches.names_of_step(step - 1), self.tokenizer)
+            if self.config.on_nan == "skip" and self.state.skip(step) <= MOST_SKIPS_IN_A_ROW:
+                self.report.skipped(step, names)
+                continue
+            if self.is_main:
+                write_bad_batch(self.run_dir, step, names)
+            raise self._not_finite(step, names)
 
-    def _not_finite(self, step: int) -> NonFiniteLossError:
-        clipped = self.config.clip_norm is not None
-        return NonFiniteLossError(step, self.checkpointer.last_good, clipped, self.autocast)
+    def _not_finite(self, step: int, names: Sequence[str]) -> NonFiniteLossError:
+        return NonFiniteLossError(step, names, self.checkpointer.last_good(), self.config, self.autocast)
 
-    def _log(self, rate: float, grad_norm: torch.Tensor) -> None:
+    def _log(self, rate: float) -> None:
         """Writes the mean loss since the last log, the rate, the speed, and what the routers did."""
         self._check_finite()
         state = self.state
-        loss = cast(torch.Tensor, self.accelerator.reduce(self._interval_loss, "sum"))
         share = self.schedule.progress(state.step, state.seconds)
         metrics: dict[str, float] = {
             "step": state.step,
-            "epoch": round(state.step / self.batches.steps_per_epoch, 4),
+            "epoch": round(self.batches.epochs_done(state.step), 4),
             "tokens": state.tokens,
-            "loss": loss.item() / state.interval_steps,
             "lr": rate,
-            "grad_norm": grad_norm.item(),
+            **part_rates(self.config.lr_scale, rate),
             "seconds": round(state.seconds, 3),
-            **{name: value.item() for name, value in self._router_losses.items()},
-            **router_metrics(self.model),
+            **self.interval.metrics(),
             **self.speed.metrics(),
         }
+        if self.config.on_nan == "skip":
+            metrics["skipped_steps"] = state.skipped_steps
         if share > 0:
             metrics["eta_seconds"] = round(state.seconds * (1 - share) / share, 1)
-        self._interval_loss.zero_()
-        state.interval_steps = 0
         self.report.log(metrics, share)
 
     def _evaluate(self) -> None:
@@ -314,17 +296,18 @@ class Trainer:
         with self.speed.pause():
             self._check_finite()
             self.model.eval()
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
+            with self._averaged(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
                 sums = self.validation.sums(self.model, self.device)
             sums = cast(torch.Tensor, self.accelerator.reduce(sums.to(self.device), "sum"))
-            metrics = {"step": state.step, "tokens": state.tokens, **self.validation.metrics(sums)}
+            done = {"step": state.step, "tokens": state.tokens, "seconds": round(state.seconds, 3)}
+            metrics = done | self.validation.metrics(sums)
             bits = metrics[BITS_PER_CHAR]
             if not math.isfinite(bits):
-                raise self._not_finite(state.step)
+                raise self._not_finite(state.step, ())
             best = state.best_bits_per_char is None or bits < state.best_bits_per_char
             if best:
                 state.best_bits_per_char, state.best_step, state.bad_evaluations = bits, state.step, 0
-                self.checkpointer.export()
+                self._export()
             else:
                 state.bad_evaluations += 1
             self.report.evaluated(metrics, best)
@@ -334,60 +317,41 @@ class Trainer:
             self._check_finite()
             if self.is_main:
                 self.model.eval()
-                self.report.sample(self.state.step, self.model, self.tokenizer)
+                with self._averaged():
+                    self.report.sample(self.state.step, self.model, self.tokenizer)
+
+    def _export(self) -> None:
+        """Puts the model, with averaged weights where they are asked for, into the run's folder."""
+        with self._averaged():
+            self.checkpointer.export()
+
+    def _averaged(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.average is None else self.average.in_place()
 
     def _save(self) -> None:
         """Writes a checkpoint of this step."""
         self._check_finite()
         with self.speed.pause():
-            interval_loss = cast(torch.Tensor, self.accelerator.reduce(self._interval_loss, "sum"))
-            # Restored by every process, and summed over them at the next log.
-            self.state.interval_loss = interval_loss.item() / self.world
             self.checkpointer.save(self.state)
-            self.accelerator.wait_for_everyone()
 
     def _finish(self, reason: str) -> None:
-        """The last words of a run."""
-        state = self.state
-        if reason.startswith("SIG"):
-            self.report.say(
-                f"{reason}: stopped after step {state.step:,}, saved in "
-                f"{self.checkpointer.last_good}. Go on with --resume auto"
-            )
-            return
-        if self.validation is None:
-            self.checkpointer.export()
-        best = ""
-        if state.best_bits_per_char is not None:
-            best = f", best at step {state.best_step:,}: {state.best_bits_per_char:.3f} bits per character"
-        self.report.say(f"finished ({reason}) after step {state.step:,}{best}: the model is {self.run_dir}")
+        """The last words of a run, when all that they say is on the disk."""
+        self.checkpointer.wait()
+        self.accelerator.wait_for_everyone()
+        self.report.say(TrainingResult.of(self.state, reason, self.run_dir).last_words())
 
     def _agree(self, seconds: float, stop: bool, due: bool) -> tuple[float, bool]:
-        """Time and the wish to stop as all processes know them: exchanged at log steps, held in between."""
+        """Time and the wish to stop as all processes know them. On GPUs, where asking waits for the device, they are
+        exchanged at log steps alone, and held in between."""
         if self.world == 1:
             return seconds, stop
-        if not due:
+        if not due and self.device.type != "cpu":
             return self.state.seconds, False
-        mine = torch.tensor([[seconds, float(stop)]], device=self.device)
-        most = cast(torch.Tensor, self.accelerator.gather(mine)).amax(0)
-        return most[0].item(), bool(most[1])
+        most_seconds, any_stop = most_of_all(self.accelerator, [seconds, float(stop)])
+        return most_seconds, bool(any_stop)
 
     def _reason_to_end(self) -> str | None:
-        """Why the run is over, by its state and configuration alone; None if it is not."""
-        state, patience = self.state, self.config.early_stopping_patience
-        if self.schedule.planned_steps is not None and state.step >= self.schedule.planned_steps:
-            return "steps"
-        if self.schedule.planned_seconds is not None and state.seconds >= self.schedule.planned_seconds:
-            return "time"
-        if patience is not None and state.bad_evaluations >= patience:
-            return "early stopping"
-        return None
-
-    def _result(self, reason: str) -> TrainingResult:
-        state = self.state
-        return TrainingResult(
-            reason, state.step, state.best_bits_per_char, state.best_step, self.run_dir, state.seconds
-        )
+        return reason_to_end(self.state, self.schedule, self.config.early_stopping_patience)
 
 
 def _due(step: int, every: int | None) -> bool:

@@ -3,9 +3,29 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
+
+from flash_experts.training.stages import Stage, stage_problems
+
+PARTS = ("router", "experts", "dense")
+
+
+@dataclass(frozen=True)
+class LearningRateScale:
+    """Factors of the rate; 0 freezes a part (no gradient is computed for it, and it has no optimizer state).
+
+    Attributes:
+        router: of the routers.
+        experts: of the routed experts.
+        dense: of everything else: embeddings, attention, norms, dense layers, shared experts.
+    """
+
+    router: float = 1.0
+    experts: float = 1.0
+    dense: float = 1.0
 
 
 @dataclass
@@ -18,30 +38,49 @@ class TrainingConfig:
         run_name: the run is written to ``output_dir/run_name``.
         seed: of the order of names, of what is dropped from prompts, and of dropout.
         max_steps: optimizer steps; null for no limit.
-        max_epochs: passes over the training names (fractions are fine); null for no limit.
+        max_epochs: passes over the training names (fractions are fine); null for no limit. Must be null where there
+            are stages, which have epochs of their own.
         max_minutes: wall-clock budget, evaluations included; null for none. The schedule then follows the
             clock, so two such runs are not equal to the bit.
         tokens_per_batch: tokens of one optimizer step, about, over all processes and accumulated parts. Names
             are packed without padding.
+        find_batch_size: set tokens_per_batch, before the first step, to the largest power of two that fits into the
+            GPU's memory and leaves eight steps or more in an epoch.
         gradient_accumulation_steps: parts that a step's tokens are computed in, one after the other. More
             parts take less memory and give the same result.
         learning_rate: the highest of the schedule.
-        weight_decay: AdamW's, on matrices alone (biases and norms are left out).
+        optimizer: adamw; or muon, an experiment, for the matrices of the blocks (AdamW has the rest).
+        weight_decay: on matrices alone (biases and norms are left out).
         betas: AdamW's.
-        schedule: how the rate falls after the warm-up: cosine, linear, or constant.
+        muon_momentum: Muon's.
+        lr_scale: factors of the rate of the parts of the model.
+        layer_decay: factor of the rate from each block to the one below it; 1 is none. The embeddings come below the
+            first block.
+        schedule: how the rate falls after the warm-up: cosine, linear, constant, or wsd (constant until the last
+            decay_share of the run).
+        decay_share: share of the run in which wsd falls.
         warmup_steps: steps (1 or more) or a share of the run (under 1) in which the rate rises from 0.
         min_lr_ratio: last rate over the highest.
         clip_norm: largest norm of the gradient; null for no clipping.
+        label_smoothing: share of each label that is spread over all tokens. The loss that is logged has it, the
+            validation has not.
+        ema_decay: validate, sample and keep an average of the weights over about the last 1 / (1 - ema_decay) steps;
+            null for the weights themselves.
         log_every: steps between lines of metrics.
         eval_every: steps between validations; null for one at the start and one at the end.
         validation_names: how many names a validation scores (a fixed draw); null for all.
         checkpoint_every: steps between checkpoints; null for one at the end.
-        keep_checkpoints: newest checkpoints that are kept.
+        keep_checkpoints: newest checkpoints that are kept, besides that of the best validation.
+        save_in_background: write checkpoints while training goes on, which takes memory for a copy of the weights and
+            of the optimizer's state.
+        on_nan: a loss or gradient that is not a finite number, found before the weights move: stop, or skip the step
+            (counted and logged).
         early_stopping_patience: validations in a row without a new best that end the run; null for never.
         sample_every: steps between sample names (needs a callback that makes them); null for never.
         attribute_dropout: chance that a part of a name's prompt (type, colors, mana value) is left out, drawn
             anew in each epoch, so that any subset may be given at generation.
-        curriculum: order of names in the first epoch: none (shuffled), or length (short names first).
+        stages: a curriculum, stages one after the other, each with filters of names (types, min_length, max_length,
+            rarities), an order, epochs and a factor of the rate; null for all names all the time.
         precision: bfloat16, float32, or auto (bfloat16 on GPUs that have it).
         device: auto, cpu, cuda or cuda:N.
         compile: compile the model (torch.compile); pays off on GPUs and long runs.
@@ -56,23 +95,33 @@ class TrainingConfig:
     max_epochs: float | None = 3.0
     max_minutes: float | None = None
     tokens_per_batch: int = 4096
+    find_batch_size: bool = False
     gradient_accumulation_steps: int = 1
     learning_rate: float = 5e-4
+    optimizer: Literal["adamw", "muon"] = "adamw"
     weight_decay: float = 0.1
     betas: tuple[float, float] = (0.9, 0.95)
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    muon_momentum: float = 0.95
+    lr_scale: LearningRateScale = field(default_factory=LearningRateScale)
+    layer_decay: float = 1.0
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    decay_share: float = 0.2
     warmup_steps: int | float = 0.05
     min_lr_ratio: float = 0.1
     clip_norm: float | None = 1.0
+    label_smoothing: float = 0.0
+    ema_decay: float | None = None
     log_every: int = 10
     eval_every: int | None = 200
     validation_names: int | None = 2000
     checkpoint_every: int | None = 200
     keep_checkpoints: int = 2
+    save_in_background: bool = True
+    on_nan: Literal["stop", "skip"] = "stop"
     early_stopping_patience: int | None = None
     sample_every: int | None = None
     attribute_dropout: float = 0.3
-    curriculum: Literal["none", "length"] = "none"
+    stages: list[Stage] | None = None
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     device: str = "auto"
     compile: bool = False
@@ -82,6 +131,11 @@ class TrainingConfig:
     def run_dir(self) -> Path:
         """Where the run is written: the best model, and ``checkpoints/`` below it."""
         return Path(self.output_dir) / self.run_name
+
+    @property
+    def planned_stages(self) -> Sequence[Stage]:
+        """The stages, or the one stage of a run without a curriculum."""
+        return self.stages or [Stage("all", epochs=self.max_epochs)]
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON knows it (tuples become lists)."""
@@ -94,8 +148,14 @@ class TrainingConfig:
             ValueError: all that is wrong, in one message.
         """
         problems = [*self._number_problems(), *self._choice_problems()]
-        if self.max_steps is None and self.max_epochs is None and self.max_minutes is None:
+        if self.stages is not None:
+            problems += stage_problems(self.stages)
+            if self.max_epochs is not None:
+                problems.append("max_epochs is for runs without stages: set it to null, each stage has its epochs")
+        if self.max_steps is None and self.max_minutes is None and self.planned_stages[-1].epochs is None:
             problems.append("nothing ends the run: set max_steps, max_epochs or max_minutes")
+        if self.schedule == "wsd" and self.warmup_steps < 1 and self.warmup_steps + self.decay_share > 1:
+            problems.append(f"warmup_steps {self.warmup_steps} and decay_share {self.decay_share} overlap")
         if not self.run_name or Path(self.run_name).name != self.run_name or self.run_name in (".", ".."):
             problems.append(f"run_name {self.run_name!r} must be one folder name")
         if self.max_minutes is None and self.max_steps is not None and self.warmup_steps > self.max_steps:
@@ -105,8 +165,9 @@ class TrainingConfig:
 
     def _choice_problems(self) -> list[str]:
         choices = {
-            "schedule": ("cosine", "linear", "constant"),
-            "curriculum": ("none", "length"),
+            "optimizer": ("adamw", "muon"),
+            "schedule": ("cosine", "linear", "constant", "wsd"),
+            "on_nan": ("stop", "skip"),
             "precision": ("auto", "float32", "bfloat16"),
             "tracker": ("none", "wandb", "tensorboard"),
         }
@@ -135,6 +196,14 @@ class TrainingConfig:
             check(name, value, value is None or value > 0, "more than 0")
         for name in ("weight_decay", "warmup_steps", "seed"):
             check(name, getattr(self, name), getattr(self, name) >= 0, "0 or more")
+        for part in PARTS:
+            scale = getattr(self.lr_scale, part)
+            check(f"lr_scale.{part}", scale, scale >= 0, "0 (frozen) or more")
+        for name in ("layer_decay", "decay_share"):
+            check(name, getattr(self, name), 0 < getattr(self, name) <= 1, "more than 0 and at most 1")
+        for name in ("label_smoothing", "ema_decay", "muon_momentum"):
+            value = getattr(self, name)
+            check(name, value, value is None or 0 <= value < 1, "from 0 to under 1")
         for name in ("min_lr_ratio", "attribute_dropout"):
             check(name, getattr(self, name), 0 <= getattr(self, name) <= 1, "from 0 to 1")
         for index, beta in enumerate(self.betas):

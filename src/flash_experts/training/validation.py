@@ -14,6 +14,7 @@ from flash_experts.data.cards import Card
 from flash_experts.data.packing import PackedBatch, encode_cards, pack_all
 from flash_experts.data.prompts import Attributes
 from flash_experts.models.scoring import name_nats
+from flash_experts.training.training_config import TrainingConfig
 
 BITS_PER_CHAR = "validation/bits_per_char"
 
@@ -48,6 +49,20 @@ class Validation:
         for suffix, attributes_of in (("", lambda card: Attributes()), ("_given_attributes", Attributes.of)):
             names = sorted(encode_cards(cards, tokenizer, attributes_of), key=lambda name: name.num_inputs)
             self._rows[suffix] = pack_all(names, tokens_per_row)[rank::world]
+
+    @classmethod
+    def of(
+        cls,
+        cards: Sequence[Card],
+        tokenizer: PreTrainedTokenizerBase,
+        config: TrainingConfig,
+        process: tuple[int, int],
+    ) -> Validation | None:
+        """The validation of a run, in rows as long as those it trains on; None without cards."""
+        if not cards:
+            return None
+        tokens_per_row = math.ceil(config.tokens_per_batch / (config.gradient_accumulation_steps * process[1]))
+        return cls(cards, tokenizer, config.validation_names, tokens_per_row, config.seed, process)
 
     @torch.no_grad()
     def sums(self, model: nn.Module, device: torch.device) -> torch.Tensor:

@@ -1,0 +1,96 @@
+"""How long training stands still for a checkpoint of GPT-2 small and AdamW's state: foreground and background.
+
+    python benchmarks/save_stall.py [--saves 5] [--tokens 128]
+
+A save is asked for, then steps are taken until it is on the disk. "Call" is how long the call itself takes, in which
+no step is taken. "Lost" is all that the save costs: the time of the call and of the steps after it, less what as many
+undisturbed steps take; it has the slowdown by the thread that hashes and writes. Both kinds take turns in one run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from flash_experts.data.tokenizer import train_tokenizer
+from flash_experts.training.checkpoint import TrainerState
+from flash_experts.training.checkpointer import Checkpointer
+from flash_experts.training.stateful import OptimizerState
+
+
+def seconds(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--saves", type=int, default=5)
+    parser.add_argument("--tokens", type=int, default=128, help="of a step")
+    parser.add_argument("--folder", type=Path, default=None, help="on the disk that is to be measured")
+    args = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = GPT2LMHeadModel(GPT2Config()).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+    tokenizer = train_tokenizer(["Goblin Guide"], vocab_size=300)
+    ids = torch.randint(50_000, (1, args.tokens), device=device)
+
+    def step() -> None:
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    info = {"config": {}, "data": {}, "processes": 1, "device": str(device)}
+    calls: dict[str, list[float]] = {"foreground": [], "background": []}
+    lost: dict[str, list[float]] = {"foreground": [], "background": []}
+    with tempfile.TemporaryDirectory(dir=args.folder) as temporary:
+        savers = {}
+        for kind in calls:
+            folder = Path(temporary) / kind
+            saver = Checkpointer(folder, model, tokenizer, 1, info, print, True, kind == "background")
+            saver.register("optimizer", OptimizerState(model, optimizer))
+            savers[kind] = saver
+        step()
+        undisturbed = []
+        for number in range(args.saves + 1):  # the first of each kind is a warm-up
+            for kind, saver in savers.items():
+                undisturbed += [seconds(step) for _ in range(3)]
+                state = TrainerState(step=number + 1)
+                call = seconds(lambda saver=saver, state=state: saver.save(state))  # type: ignore[misc]
+                total, steps = call, 0
+                while steps < 2 or saver.is_writing:
+                    total += seconds(step)
+                    steps += 1
+                saver.wait()
+                if number:
+                    calls[kind].append(call)
+                    lost[kind].append(total - steps * statistics.median(undisturbed))
+        size = sum(path.stat().st_size for path in Path(temporary).rglob("*") if path.is_file()) / len(savers)
+    result = {
+        "device": str(device),
+        "threads": torch.get_num_threads(),
+        "checkpoint_gb": round(size / 1e9, 3),
+        "step_seconds": round(statistics.median(undisturbed), 3),
+        "call_seconds": {kind: round(statistics.median(times), 3) for kind, times in calls.items()},
+        "lost_seconds": {kind: round(statistics.median(times), 3) for kind, times in lost.items()},
+        "all": {
+            kind: [[round(value, 3) for value in pair] for pair in zip(calls[kind], lost[kind], strict=True)]
+            for kind in calls
+        },
+    }
+    print(json.dumps(result, indent=2))
+
+
+if __name__ == "__main__":
+    main()

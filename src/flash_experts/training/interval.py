@@ -1,0 +1,74 @@
+"""What has happened since the last line of metrics. A resumed run goes on amid an interval as if never stopped."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from transformers.utils import ModelOutput
+
+from flash_experts.models.router_metrics import router_metrics
+
+# Buffers of a router that are no part of the model: what it has done since the last line.
+_ROUTER_BUFFERS = ("interval_counts_E", "interval_pairs_EE", "interval_sums")
+_BALANCING_LOSSES = ("aux_loss", "z_loss")
+
+
+class Interval:
+    """Sums of an interval, on the device: adding to them waits for nothing.
+
+    Args:
+        model: the plain model, whose routers count for themselves.
+        accelerator: adds up over the processes.
+    """
+
+    def __init__(self, model: nn.Module, accelerator: Accelerator):
+        self._model, self._accelerator = model, accelerator
+        # This process's part of the losses, how many steps they are of, the last norm of a whole gradient.
+        self._sums = torch.zeros(3, device=accelerator.device)
+        self._balancing: dict[str, torch.Tensor] = {}
+
+    def add(self, loss: torch.Tensor, grad_norm: torch.Tensor, is_bad: torch.Tensor) -> None:
+        """Counts a step: 0-dimensional loss, norm and flag. A step that is skipped as bad leaves no trace."""
+        total, steps, last_norm = self._sums
+        added = torch.stack([total + loss, steps + 1, grad_norm.to(total.dtype)])
+        self._sums = torch.where(is_bad, torch.stack([total, steps, last_norm]), added)
+
+    def see(self, output: ModelOutput) -> None:
+        """Remembers the balancing losses of the last forward."""
+        self._balancing = {name: output[name].detach() for name in _BALANCING_LOSSES if output.get(name) is not None}
+
+    def metrics(self) -> dict[str, float]:
+        """Mean loss (left out if every step was skipped), norm of the last gradient, what the routers did; begins
+        anew. Every process must call it."""
+        sums = self._sums.clone()
+        sums[0] = cast(torch.Tensor, self._accelerator.reduce(sums[0], "sum"))
+        total, steps, grad_norm = sums.tolist()
+        self._sums[:2] = 0
+        loss = {"loss": total / steps, "grad_norm": grad_norm} if steps else {}
+        balancing = {name: value.item() for name, value in self._balancing.items()}
+        return loss | balancing | router_metrics(self._model)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Every process's own sums, since their rounding is not that of the total; the main one's routers, which are
+        those that are logged."""
+        sums = cast(torch.Tensor, self._accelerator.gather(self._sums[None]))
+        return {"sums": sums} | self._router_buffers()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        sums = state["sums"].to(self._sums.device)
+        rank, world = self._accelerator.process_index, self._accelerator.num_processes
+        if len(sums) == world:
+            self._sums = sums[rank].clone()
+        else:  # another number of processes: each takes an equal part of the loss
+            self._sums = sums[0].clone()
+            self._sums[0] = sums[:, 0].sum() / world
+        for name, buffer in self._router_buffers().items():
+            buffer.copy_(state[name])
+
+    def _router_buffers(self) -> dict[str, torch.Tensor]:
+        buffers = self._model.named_buffers()
+        return {name: buffer for name, buffer in buffers if name.rpartition(".")[2] in _ROUTER_BUFFERS}

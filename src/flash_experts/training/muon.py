@@ -1,0 +1,95 @@
+"""Muon (Keller Jordan 2024, https://kellerjordan.github.io/posts/muon/): each update of a matrix is made orthogonal.
+
+torch.optim.Muon takes single matrices alone. The weights of experts are stacked, (E, D, F), and GPT-2's c_attn is three
+matrices side by side, (D, 3 D): here both are batches of matrices, each made orthogonal by itself.
+
+Letters in the shapes: N matrices of a batch, R rows, C columns.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+# Of the quintic polynomial a x + b x^3 + c x^5, chosen for a steep slope at 0. Singular values end between about 0.7
+# and 1.2, not at 1, which does no harm.
+_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+
+
+def orthogonalize(matrices_NRC: torch.Tensor, steps: int = 5) -> torch.Tensor:
+    """Newton-Schulz iteration: singular vectors stay, singular values go to about 1.
+
+    Args:
+        matrices_NRC: a batch of matrices, of any floating type.
+        steps: of the iteration.
+
+    Returns:
+        (N, R, C), of the same type; computed in bfloat16 on a GPU, in the given type on a CPU, which multiplies
+        bfloat16 slowly.
+    """
+    first, third, fifth = _COEFFICIENTS
+    x = matrices_NRC.bfloat16() if matrices_NRC.is_cuda else matrices_NRC
+    is_tall = x.size(-2) > x.size(-1)
+    x = x.mT if is_tall else x  # the products below are of the shorter side
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)  # no singular value is over 1
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = first * x + (third * gram + fifth * gram @ gram) @ x
+    return (x.mT if is_tall else x).to(matrices_NRC.dtype)
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, made orthogonal, times the rate.
+
+    ``m = momentum m + g``, ``u = orthogonalize(g + momentum m)`` (Nesterov), ``w = (1 - rate decay) w - rate s u`` with
+    ``s = 0.2 sqrt(max(R, C))``. With this s an update is as large as one of AdamW, so that AdamW's rate and decay hold
+    for both (Liu et al. 2025, Muon is scalable for LLM training, section 2.2).
+
+    Args:
+        groups: parameter groups; a group's ``blocks`` says how many matrices lie side by side in each of its
+            parameters, which have two dimensions, or three where they are stacked.
+        lr: rate.
+        weight_decay: decoupled, as AdamW's.
+        momentum: of the gradients' running sum.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], lr: float, weight_decay: float = 0.0, momentum: float = 0.95):
+        super().__init__(groups, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "blocks": 1})
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                assert parameter.ndim in (2, 3) and parameter.size(-1) % group["blocks"] == 0, parameter.shape
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Moves each parameter that has a gradient."""
+        assert closure is None, "Muon takes no closure"
+        for group in self.param_groups:
+            rate, momentum, blocks = group["lr"], group["momentum"], group["blocks"]
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter]
+                if not state:
+                    state["momentum_buffer"] = torch.zeros_like(parameter)
+                total = state["momentum_buffer"].mul_(momentum).add_(parameter.grad)
+                matrices_NRC = as_matrices(parameter.grad.add(total, alpha=momentum), blocks)
+                update = from_matrices(orthogonalize(matrices_NRC), parameter)
+                size = 0.2 * math.sqrt(max(matrices_NRC.shape[-2:]))
+                parameter.mul_(1 - rate * group["weight_decay"]).add_(update, alpha=-rate * size)
+
+
+def as_matrices(tensor: torch.Tensor, blocks: int) -> torch.Tensor:
+    """(R, blocks C) or (N, R, C) as a batch of matrices (N, R, C)."""
+    if tensor.ndim == 3:
+        return tensor
+    return tensor.unflatten(-1, (blocks, -1)).transpose(0, 1)
+
+
+def from_matrices(matrices_NRC: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """The inverse of `as_matrices`."""
+    if like.ndim == 3:
+        return matrices_NRC
+    return matrices_NRC.transpose(0, 1).flatten(-2)

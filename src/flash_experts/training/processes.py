@@ -1,0 +1,57 @@
+"""What is subtle about several processes, each in a function with its reason."""
+
+from __future__ import annotations
+
+import random
+from datetime import timedelta
+from typing import cast
+
+import torch
+from accelerate import Accelerator, InitProcessGroupKwargs
+
+from flash_experts.models.loading import resolve_device
+
+# A process that dies closes its connections, and the others fail at once. This is for a machine that falls silent. It
+# must be longer than what the main process does alone while the others wait (sample names).
+_SILENCE = timedelta(minutes=10)
+
+
+def make_accelerator(device: str) -> Accelerator:
+    """The process group and the device of this process.
+
+    Raises:
+        ValueError: the device is not there.
+    """
+    found = resolve_device(None if device == "auto" else device)
+    handlers = [InitProcessGroupKwargs(timeout=_SILENCE)]
+    return Accelerator(cpu=found.type == "cpu", mixed_precision="no", kwargs_handlers=handlers)
+
+
+def seed_dropout(seed: int, step: int, rank: int) -> None:
+    """Makes dropout (and router noise) a function of (seed, step, process).
+
+    So a checkpoint needs no random state, the processes draw different masks, and neither validation nor sampling
+    can move what training draws.
+    """
+    torch.manual_seed(random.Random(f"dropout/{seed}/{step}/{rank}").getrandbits(63))
+
+
+def backward(accelerator: Accelerator, loss: torch.Tensor) -> None:
+    """Adds the gradient of this process's part of the step's loss.
+
+    The loss is divided by the labels of all processes already, so that the sum over them is the mean over the batch;
+    but DDP takes the mean of their gradients: multiply by their number to undo that.
+    """
+    accelerator.backward(loss * accelerator.num_processes)
+
+
+def most_of_all(accelerator: Accelerator, values: list[float]) -> list[float]:
+    """The largest of each value over the processes, so that all decide alike. Times keep their double precision."""
+    mine = torch.tensor([values], device=accelerator.device, dtype=torch.float64)
+    return cast(list[float], cast(torch.Tensor, accelerator.gather(mine)).amax(0).tolist())
+
+
+def is_lost_peer(error: BaseException) -> bool:
+    """Whether an error says that another process is gone: gloo and NCCL have no class of their own for it."""
+    text = str(error)
+    return isinstance(error, torch.distributed.DistError) or "gloo" in text or "NCCL" in text

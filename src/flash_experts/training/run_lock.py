@@ -1,0 +1,52 @@
+"""One trainer for one run folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import TracebackType
+
+from accelerate import Accelerator
+from filelock import FileLock, Timeout
+
+from flash_experts.training.processes import most_of_all
+
+
+class RunLock:
+    """Held while a run folder is trained into; a second trainer is refused.
+
+    The operating system holds the lock (``flock``) for as long as the process lives, so a crash or a kill cannot
+    leave it behind. The empty file that stays is no lock.
+
+    Args:
+        run_dir: the run's folder; it is made.
+        accelerator: its main process holds the lock, and tells the others.
+
+    Raises:
+        ValueError: on entering: another process trains into the folder.
+    """
+
+    def __init__(self, run_dir: Path, accelerator: Accelerator):
+        self._run_dir, self._accelerator = run_dir, accelerator
+        self._lock = FileLock(run_dir / "checkpoints" / ".lock", blocking=False)
+
+    def __enter__(self) -> RunLock:
+        refused = False
+        if self._accelerator.is_main_process:
+            (self._run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
+            try:
+                self._lock.acquire()
+            except Timeout:
+                refused = True
+        if self._accelerator.num_processes > 1:
+            refused = most_of_all(self._accelerator, [float(refused)]) == [1.0]
+        if refused:
+            raise ValueError(
+                f"another process is training into {self._run_dir}: wait for its end, stop it, or choose another "
+                "run_name"
+            )
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._lock.release()

@@ -1,0 +1,76 @@
+"""What must survive a kill: the one way of it into a checkpoint and back.
+
+Everything that one step leaves to the next is either a field of `TrainerState` (numbers of the loop itself), the
+model's weights, or an object of the protocol below that is registered with the `Checkpointer` under a name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+
+class Stateful(Protocol):
+    """An object whose state is part of a checkpoint."""
+
+    def state_dict(self) -> Mapping[str, Any]:
+        """Tensors, and values that JSON knows, by key. Called on every process, so it may gather."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes what `state_dict` gave; tensors come on the CPU.
+
+        Raises:
+            ValueError: the state is of something else.
+        """
+
+
+class OptimizerState:
+    """An optimizer's tensors under the names of their parameters, ``h.0.ln_1.weight|exp_avg``.
+
+    Names, unlike torch's numbers, still say what is what when parameters are grouped another way. Rates and the
+    like are not stored: the configuration says them.
+
+    Args:
+        model: the plain model whose parameters the optimizer moves.
+        optimizer: the plain optimizer.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer):
+        self._names: dict[torch.Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+        self._optimizer = optimizer
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            f"{self._names[parameter]}|{slot}": value
+            for parameter, slots in self._optimizer.state.items()
+            for slot, value in slots.items()
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        groups = self._optimizer.param_groups
+        order = [self._names[parameter] for group in groups for parameter in group["params"]]
+        index_of = {name: index for index, name in enumerate(order)}
+        slots: dict[int, dict[str, Any]] = {}
+        for key, value in state.items():
+            name, _, slot = key.rpartition("|")
+            if name not in index_of:
+                raise ValueError(f"it has a state of {name}, which is not trained here")
+            slots.setdefault(index_of[name], {})[slot] = value
+        self._optimizer.load_state_dict({"state": slots, "param_groups": self._optimizer.state_dict()["param_groups"]})
+
+
+def split_state(name: str, state: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """The tensors of a state, as ``name/key``, and its other values."""
+    tensors = {f"{name}/{key}": value for key, value in state.items() if isinstance(value, torch.Tensor)}
+    values = {key: value for key, value in state.items() if not isinstance(value, torch.Tensor)}
+    return tensors, values
+
+
+def join_state(name: str, tensors: Mapping[str, torch.Tensor], values: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of `split_state`; ``tensors`` may have those of other names too."""
+    prefix = name + "/"
+    own = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
+    return own | dict(values)

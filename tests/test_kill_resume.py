@@ -1,0 +1,41 @@
+"""kill -9 at random moments: the resumed run is the run that nobody stopped. The experiment is the benchmark's own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SCRIPT = Path(__file__).parent.parent / "benchmarks" / "kill_resume.py"
+
+if not hasattr(os, "fork"):
+    pytest.skip("the runs are forked", allow_module_level=True)
+
+
+def experiment(folder: Path, *arguments: str) -> dict[str, Any]:
+    command = [sys.executable, str(SCRIPT), "--out", str(folder / "result.json"), *arguments]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+    assert (folder / "result.json").exists(), done.stderr[-3000:]
+    result: dict[str, Any] = json.loads((folder / "result.json").read_text())
+    assert result["lost"] == [], result["lost"]
+    return result
+
+
+@pytest.mark.slow
+def test_twenty_kills_lose_nothing(tmp_path: Path) -> None:
+    result = experiment(tmp_path, "--kills", "20", "--seed", "0")
+    assert result["survived"] == result["tried"] == 20
+    # Were it otherwise, the moments would not be those that matter.
+    assert result["amid_a_save"] >= 3 and result["killed_more_than_once"] >= 2
+
+
+@pytest.mark.slow
+def test_kills_of_two_processes_lose_nothing(tmp_path: Path) -> None:
+    result = experiment(tmp_path, "--kills", "3", "--processes", "2", "--seed", "1")
+    assert result["survived"] == result["tried"] == 3 and result["processes"] == 2

@@ -1,0 +1,321 @@
+"""A curriculum: which names, when, at which rate; and the search for the size of a step."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import GPT2Config, PreTrainedModel, PreTrainedTokenizerFast
+
+from flash_experts.data.cards import Card
+from flash_experts.models import GPT2MoEForCausalLM
+from flash_experts.training import Trainer, TrainingConfig
+from flash_experts.training.batch_size import (
+    SMALLEST,
+    Trial,
+    choose_tokens_per_batch,
+    found_before,
+    largest_that_fits,
+)
+from flash_experts.training.batches import NameBatches
+from flash_experts.training.errors import TrainingError
+from flash_experts.training.stages import Stage
+from flash_experts.training.tracking import read_metrics
+from tests.test_training import TRAIN, VALIDATION, make_model
+
+TYPES = ("Creature", "Instant", "Land")
+RARITIES = ("common", "rare")
+CARDS = [
+    Card(
+        name=f"{'Very ' * (index % 5)}Goblin {index}",
+        type_line=TYPES[index % 3],
+        supertypes=(),
+        types=(TYPES[index % 3],),
+        subtypes=(),
+        colors=("R",),
+        mana_value=1,
+        source_id=str(index),
+        rarity=RARITIES[index % 2],
+    )
+    for index in range(60)
+]
+
+
+def names_of_steps(batches: NameBatches, steps: Sequence[int], tokenizer: PreTrainedTokenizerFast) -> list[str]:
+    encoded = [name for step in steps for name in batches.names_of_step(step)]
+    return [tokenizer.decode(name.ids[name.prompt_length : -1]).removeprefix(" ") for name in encoded]
+
+
+STAGE = st.builds(
+    Stage,
+    name=st.just("any"),
+    epochs=st.sampled_from([1.0, 2.0]),
+    types=st.none() | st.lists(st.sampled_from(TYPES), min_size=1, max_size=2),
+    min_length=st.none() | st.integers(1, 10),
+    max_length=st.none() | st.integers(20, 30),
+    rarities=st.none() | st.lists(st.sampled_from(RARITIES), min_size=1, max_size=1),
+    order=st.sampled_from(["shuffled", "length"]),
+)
+
+
+@settings(max_examples=25, deadline=None)
+@given(stages=st.lists(STAGE, min_size=1, max_size=3), seed=st.integers(0, 3), tokens=st.integers(20, 300))
+def test_each_name_of_a_stage_comes_once_in_each_of_its_epochs(
+    tokenizer: PreTrainedTokenizerFast, stages: list[Stage], seed: int, tokens: int
+) -> None:
+    batches = NameBatches(CARDS, tokenizer, tokens, 0.3, seed, stages)
+    first = 0
+    for stage, planned in zip(stages, batches.plan, strict=True):
+        wanted = [
+            card.name
+            for card in CARDS
+            if (stage.types is None or card.types[0] in stage.types)
+            and (stage.min_length or 0) <= len(card.name) <= (stage.max_length or 99)
+            and (stage.rarities is None or card.rarity in stage.rarities)
+        ]
+        for _ in range(int(stage.epochs or 0)):
+            steps = range(first, first + planned.steps_per_epoch)
+            names = names_of_steps(batches, steps, tokenizer)
+            assert Counter(names) == Counter(wanted)
+            if stage.order == "length":
+                assert [len(name) for name in names] == sorted(map(len, names))
+            assert all(batches.stage_of(step) is planned for step in steps)
+            first += planned.steps_per_epoch
+    assert batches.planned_steps == first
+
+
+def test_a_step_of_a_curriculum_depends_on_seed_and_step_alone(tokenizer: PreTrainedTokenizerFast) -> None:
+    stages = [Stage("short", max_length=15), Stage("lands", types=["Land"], epochs=1.5), Stage("all", epochs=None)]
+    walked, jumping = (NameBatches(CARDS, tokenizer, 100, 0.5, 3, stages) for _ in range(2))
+    last = walked.plan[-1]
+    assert walked.planned_steps is None and last.steps is None
+    in_order = [walked.names_of_step(step) for step in range(last.first_step + 2 * last.steps_per_epoch)]
+    for step in reversed(range(len(in_order))):
+        assert jumping.names_of_step(step) == in_order[step]
+    lands = walked.plan[1]
+    assert lands.steps == math.ceil(1.5 * lands.steps_per_epoch) and last.first_epoch == 3, "a begun epoch counts"
+    epochs = [walked.epochs_done(step) for step in range(len(in_order))]
+    assert all(a < b for a, b in pairwise(epochs)) and epochs[last.first_step] == 3
+
+
+def test_one_stage_of_all_names_is_a_run_without_stages(tokenizer: PreTrainedTokenizerFast) -> None:
+    plain = NameBatches.of(CARDS, tokenizer, TrainingConfig(max_epochs=2, tokens_per_batch=100))
+    staged = TrainingConfig(max_epochs=None, stages=[Stage("all", epochs=2)], tokens_per_batch=100)
+    one = NameBatches.of(CARDS, tokenizer, staged)
+    assert one.planned_steps == plain.planned_steps == 2 * plain.plan[0].steps_per_epoch
+    for step in range(plain.plan[0].steps_per_epoch * 2):
+        assert one.names_of_step(step) == plain.names_of_step(step)
+
+
+# ------------------------------------------------------------------------------------------------------------- the run
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> TrainingConfig:
+    """Short names at twice the rate, then all of them."""
+    return TrainingConfig(
+        output_dir=str(tmp_path),
+        run_name="straight",
+        seed=1,
+        max_epochs=None,
+        stages=[
+            Stage("short", max_length=10, epochs=2, learning_rate_scale=2.0),
+            Stage("all", epochs=1),
+        ],
+        tokens_per_batch=75,
+        learning_rate=1e-2,
+        schedule="constant",
+        warmup_steps=0,
+        log_every=1,
+        eval_every=None,
+        checkpoint_every=1,
+        keep_checkpoints=99,
+        device="cpu",
+    )
+
+
+def test_stages_have_their_rates_and_are_announced(
+    dense_config: GPT2Config,
+    tokenizer: PreTrainedTokenizerFast,
+    config: TrainingConfig,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    trainer = Trainer(make_model(dense_config), tokenizer, TRAIN, VALIDATION, config)
+    short, every = trainer.batches.plan
+    result = trainer.train()
+    assert result.reason == "steps" and result.step == trainer.batches.planned_steps
+    rates = [line["lr"] for line in read_metrics(config.run_dir / "metrics.jsonl", "train")]
+    assert rates == pytest.approx([0.02] * every.first_step + [0.01] * every.steps_per_epoch)
+    begun = read_metrics(config.run_dir / "metrics.jsonl", "stage")
+    assert [(line["step"], line["stage"]) for line in begun] == [(1, "short"), (every.first_step + 1, "all")]
+    said = capsys.readouterr().err
+    assert f"stage 1 of 2, short: {len(short.cards)} names" in said and "stage 2 of 2, all: 48 names" in said
+
+
+@pytest.mark.parametrize("where", ["amid the first", "at the border", "amid the second"])
+def test_a_run_resumed_in_a_stage_is_the_uninterrupted_run(
+    dense_config: GPT2Config, tokenizer: PreTrainedTokenizerFast, config: TrainingConfig, where: str
+) -> None:
+    model = make_model(dense_config)
+    trainer = Trainer(model, tokenizer, TRAIN, [], config)
+    trainer.train()
+    border = trainer.batches.plan[1].first_step
+    step = {"amid the first": border - 1, "at the border": border, "amid the second": border + 2}[where]
+    resumed = make_model(dense_config, seed=5)
+    again = replace(config, run_name="resumed")
+    checkpoint = config.run_dir / f"checkpoints/step-{step:06d}"
+    Trainer(resumed, tokenizer, TRAIN, [], again).train(resume=checkpoint)
+    assert all(map(torch.equal, model.parameters(), resumed.parameters()))
+    measured = ("seconds", "tokens_per_second", "eta_seconds", "peak_memory_gib")
+    one, two = (
+        [
+            {key: value for key, value in line.items() if key not in measured}
+            for line in read_metrics(run.run_dir / "metrics.jsonl")
+            if line["step"] > step
+        ]
+        for run in (config, again)
+    )
+    assert one == two and len(one) > 2
+
+
+# ---------------------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("stages", "message"),
+    [
+        ([], "stages is empty"),
+        ([Stage("a", types=["creature"])], "stage 'a': types has 'creature': did you mean 'Creature'?"),
+        ([Stage("a", rarities=["epic"])], "it is one of common, uncommon, rare, mythic"),
+        ([Stage("a", rarities=[])], "rarities is an empty list"),
+        ([Stage("a", epochs=None), Stage("b")], "only the last stage"),
+        ([Stage("a", epochs=0)], "epochs is 0, but it must be more than 0"),
+        ([Stage("a", min_length=9, max_length=3)], "lengths from 9 to 3 hold no name"),
+        ([Stage("a", learning_rate_scale=-1)], "learning_rate_scale is -1"),
+        ([Stage("a"), Stage("a")], "two stages are named 'a'"),
+        ([Stage("a", order="random")], "order has 'random'"),  # type: ignore[arg-type]
+        ([Stage("a", epochs=None)], "nothing ends the run"),
+    ],
+)
+def test_nonsense_is_one_line(stages: list[Stage], message: str) -> None:
+    with pytest.raises(ValueError, match="wrong") as caught:
+        TrainingConfig(max_epochs=None, stages=stages).validate()
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_epochs_belong_to_the_stages() -> None:
+    with pytest.raises(ValueError, match="max_epochs is for runs without stages"):
+        TrainingConfig(max_epochs=3, stages=[Stage("a")]).validate()
+
+
+def test_a_stage_without_names_says_why(tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(ValueError, match=r"no training name passes the filters of stage 'long'"):
+        NameBatches(CARDS, tokenizer, 100, 0.3, 0, [Stage("long", min_length=500)])
+    untold = [replace(card, rarity=None) for card in CARDS]
+    with pytest.raises(ValueError, match=r"rarities, which this data does not tell.*scryfall"):
+        NameBatches(untold, tokenizer, 100, 0.3, 0, [Stage("rare", rarities=["rare"])])
+
+
+# ------------------------------------------------------------------------------------------------ the size of a step
+
+
+@given(limit=st.integers(SMALLEST, 10**6), tokens=st.integers(1, 10**7))
+def test_the_largest_power_of_two_that_fits_is_found(limit: int, tokens: int) -> None:
+    tried: list[int] = []
+
+    def fits(size: int) -> bool:
+        tried.append(size)
+        return size <= limit
+
+    size = largest_that_fits(fits, tokens)
+    assert size & (size - 1) == 0 and size <= limit
+    assert 2 * size > limit or 2 * size > max(SMALLEST, tokens / 8), "the next would be too large"
+    assert tried == sorted(tried, reverse=True) and tried[-1] == size
+
+
+def test_nothing_fits_is_an_error_that_says_what_to_do() -> None:
+    with pytest.raises(TrainingError, match="gradient_accumulation_steps"):
+        largest_that_fits(lambda size: False, 10**6)
+
+
+@pytest.fixture
+def trainer(
+    dense_config: GPT2Config, tokenizer: PreTrainedTokenizerFast, config: TrainingConfig, monkeypatch: Any
+) -> Trainer:
+    """Of a mixture whose forward runs out of memory over 600 tokens."""
+    model = GPT2MoEForCausalLM.from_dense(make_model(dense_config), num_experts=2)
+    forward = model.forward
+
+    def limited(input_ids: torch.Tensor, **kwargs: Any) -> Any:
+        if input_ids.numel() > 600:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(input_ids, **kwargs)
+
+    monkeypatch.setattr(model, "forward", limited)
+    return Trainer(model, tokenizer, TRAIN * 50, VALIDATION, replace(config, gradient_accumulation_steps=2))
+
+
+def trial_of(trainer: Trainer) -> Trial:
+    return Trial(
+        trainer.wrapped,
+        trainer.model,
+        trainer.optimizers.values(),
+        trainer.accelerator,
+        trainer.batches.first_epochs(),
+        trainer.rows_per_step,
+        False,
+    )
+
+
+def test_trials_leave_no_trace(trainer: Trainer) -> None:
+    model: PreTrainedModel = trainer.model.eval()
+    before = {name: tensor.clone() for name, tensor in model.named_buffers()} | {
+        name: tensor.detach().clone() for name, tensor in model.named_parameters()
+    }
+    random_state = torch.get_rng_state()
+    trial = trial_of(trainer)
+    # Two rows a step and a tenth to spare: rows of 1,024 * 1.1 / 2 = 563 tokens fit, of twice that they do not.
+    assert largest_that_fits(trial.fits, trial.tokens_per_epoch) == 1024
+    assert largest_that_fits(trial.fits, trial.tokens_per_epoch) == 1024, "the same again"
+    after = dict(model.named_buffers()) | dict(model.named_parameters())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in after.items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert not any(optimizer.state for optimizer in trainer.optimizers.values())
+    assert torch.equal(torch.get_rng_state(), random_state) and not model.training
+
+
+def test_a_resumed_run_keeps_the_size_that_it_found(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    trial = trial_of(trainer)
+    with pytest.raises(ValueError, match="find_batch_size is for GPUs"):
+        choose_tokens_per_batch(trial, trainer.run_dir, said.append)
+    monkeypatch.setattr(trial, "device", torch.device("cuda"))
+    monkeypatch.setattr(trial, "fits", lambda size: size <= 512)
+    assert choose_tokens_per_batch(trial, trainer.run_dir, said.append) == 512
+    assert "tokens_per_batch: 512, the largest power of two" in said[-1]
+    trainer.run_dir.mkdir()
+    (trainer.run_dir / "run.json").write_text('{"config": {"tokens_per_batch": 512, "find_batch_size": true}}')
+    assert found_before(trainer.run_dir) is None, "without a checkpoint there is nothing to go on with"
+    (trainer.run_dir / "checkpoints/step-000001").mkdir(parents=True)
+    monkeypatch.setattr(trial, "fits", lambda size: size <= 4096)
+    assert choose_tokens_per_batch(trial, trainer.run_dir, said.append) == 512
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_finds_a_size_and_trains_with_it(
+    dense_config: GPT2Config, tokenizer: PreTrainedTokenizerFast, config: TrainingConfig
+) -> None:
+    settings = replace(config, device="cuda", find_batch_size=True, stages=None, max_epochs=1, run_name="found")
+    trainer = Trainer(make_model(dense_config), tokenizer, TRAIN * 50, VALIDATION, settings)
+    assert trainer.config.tokens_per_batch >= 2 * SMALLEST
+    assert trainer.train().step == trainer.batches.planned_steps
