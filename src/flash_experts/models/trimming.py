@@ -26,27 +26,27 @@ def trim_vocabulary(model: PreTrainedModel, kept_ids: Sequence[int]) -> None:
     Raises:
         ValueError: an id that the model does not have, or a begin, end or padding symbol that is not kept.
     """
-    before = model.get_input_embeddings()
-    V = before.weight.shape[0]
+    before_VD, head = model.get_input_embeddings().weight, model.get_output_embeddings()
+    assert isinstance(before_VD, torch.Tensor)
+    V, D = before_VD.shape
     beyond = [token for token in kept_ids if not 0 <= token < V]
     if beyond:
         raise ValueError(
             f"token {beyond[0]} is not in the model's vocabulary of {V}: is this the model's own tokenizer?"
         )
     new_id = {old: new for new, old in enumerate(kept_ids)}
-    for config in (model.config, model.generation_config):
-        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-            old = getattr(config, name, None)
-            if old is not None and not isinstance(old, int):
-                raise ValueError(f"{name} is {old!r}: trimming knows models with one {name}")
-            if old is not None and old not in new_id:
-                raise ValueError(f"{name} {old} is not among the kept tokens: keep it")
-            setattr(config, name, None if old is None else new_id[old])
-    index_W = torch.tensor(kept_ids, device=before.weight.device)
-    head = model.get_output_embeddings()
-    tied = head.weight is before.weight
-    after = nn.Embedding(len(kept_ids), before.weight.shape[1], device="meta")
-    after.weight = nn.Parameter(before.weight[index_W])
+    symbols = ("bos_token_id", "eos_token_id", "pad_token_id")
+    configs = (model.config, model.generation_config)
+    old_symbols = [(config, name, getattr(config, name, None)) for config in configs for name in symbols]
+    for _, name, old in old_symbols:
+        if old is not None and old not in new_id:
+            raise ValueError(f"{name} {old} is not among the kept tokens: keep it")
+    for config, name, old in old_symbols:
+        setattr(config, name, None if old is None else new_id[old])
+    index_W = torch.tensor(kept_ids, device=before_VD.device)
+    tied = head.weight is before_VD
+    after = nn.Embedding(len(kept_ids), D, device="meta")
+    after.weight = nn.Parameter(before_VD[index_W])
     model.set_input_embeddings(after)
     head.weight = after.weight if tied else nn.Parameter(head.weight[index_W])
     head.out_features = len(kept_ids)
