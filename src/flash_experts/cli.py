@@ -15,7 +15,18 @@ from typing import Any
 
 from jsonargparse import Namespace
 
-from flash_experts.commands import benchmark, compare, downcycle, evaluate, generate, plot, prepare, train, upcycle
+from flash_experts.commands import (
+    benchmark,
+    compare,
+    downcycle,
+    evaluate,
+    generate,
+    inspect,
+    plot,
+    prepare,
+    train,
+    upcycle,
+)
 from flash_experts.commands.common import Run
 
 COMMANDS = {
@@ -25,6 +36,7 @@ COMMANDS = {
     "train": train,
     "evaluate": evaluate,
     "compare": compare,
+    "inspect": inspect,
     "generate": generate,
     "plot": plot,
     "benchmark": benchmark,

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 from dataclasses import replace
+from datetime import date
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
 from flash_experts.evaluation import compare, format_comparison, write_report
-from flash_experts.evaluation.compare import ComparisonResult, PromptNames, read_curve, unique_labels
+from flash_experts.evaluation.blind_test import REAL, BlindName, make_blind_test
+from flash_experts.evaluation.compare import ComparisonResult, PromptNames, unique_labels
+from flash_experts.evaluation.curves import read_curve
+from flash_experts.evaluation.plots import write_plots
 from flash_experts.evaluation.report import render_report
-from flash_experts.evaluation.tables import Table
+from flash_experts.evaluation.tables import Table, bits_table
 
 
 @pytest.fixture(scope="module")
@@ -22,9 +28,9 @@ def result(model_dirs: list[Path], data_dir: Path) -> ComparisonResult:
 
 def test_each_pair_is_compared_on_each_set(result: ComparisonResult) -> None:
     pairs = {(d.first, d.second, d.split, d.conditional) for d in result.differences}
-    assert len(pairs) == len(result.differences) == 2 * (3 + 1)  # three pairs, one of which takes attributes
+    assert len(pairs) == len(result.differences) == 2 * 3 * 2  # three pairs, told and not told the attributes
     assert ("one", "two", "test", True) in pairs
-    assert ("one", "ngram", "test", True) not in pairs
+    assert ("one", "ngram", "test_iid", False) in pairs
     for difference in result.differences:
         if difference.second == "ngram":  # random weights against letter statistics
             assert difference.significant and difference.bits.low > 0
@@ -40,7 +46,7 @@ def test_names_side_by_side(result: ComparisonResult) -> None:
     nothing_given = result.prompts[0]
     assert nothing_given.prompt == "nothing given"
     assert all(nothing_given.names[label] for label in ("one", "two", "ngram"))
-    assert all(not prompt.names["ngram"] for prompt in result.prompts[1:])
+    assert any(prompt.names["ngram"] for prompt in result.prompts[1:])
     assert any(prompt.names["one"] != prompt.names["two"] for prompt in result.prompts)
 
 
@@ -138,23 +144,71 @@ def test_report_escapes_what_models_say(result: ComparisonResult) -> None:
         models=models,
         prompts=(PromptNames(evil, {label: [evil] for label in labels}),),
         curves={labels[0]: result.curves["one"]},
+        blind_test=(BlindName(evil, labels[0]), BlindName(evil, REAL)),
     )
     page = Page(render_report(hostile, title=evil))
-    assert "script" not in page.tags and "img" not in page.tags
+    assert page.tags.count("script") == 1 and "img" not in page.tags
     assert page.text.count("<script>alert(1)</script>") > 5
 
 
 def test_report_stands_alone(result: ComparisonResult, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     path = write_report(result, tmp_path / "out" / "report.html")
-    page = Page(path.read_text(encoding="utf-8"))
+    text = path.read_text(encoding="utf-8")
+    page = Page(text)
     assert all(address.startswith("#") for address in page.addresses)
-    assert page.tags.count("svg") == 2
+    assert page.tags.count("svg") == 3  # bits, speed and quality, training; no model has experts
     assert "nothing given" in page.text
     assert [file.name for file in path.parent.iterdir()] == ["report.html"]  # no temporary file stays
     for name in result.prompts[0].names["two"]:
         assert name in page.text
-    assert render_report(result) == render_report(result)
+    # The page allows its own script and no other.
+    script = text[text.index("<script>") + len("<script>") : text.index("</script>")]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert f"script-src 'sha256-{digest}'" in text
+
+
+def test_the_same_seed_gives_the_same_page_but_for_date_and_speeds(
+    result: ComparisonResult, model_dirs: list[Path], data_dir: Path
+) -> None:
+    pytest.importorskip("matplotlib")
+    again = compare([*model_dirs, "ngram"], data_dir, samples=10, seed=1)
+
+    def page(found: ComparisonResult, day: int) -> str:
+        models = (replace(model, scored_per_second=1.0, sampled_per_second=1.0) for model in found.models)
+        return render_report(replace(found, models=tuple(models)), day=date(2020, 1, day))
+
+    assert page(result, 1).replace("2020-01-01", "2020-01-02") == page(again, 2)
+
+
+def test_plots_are_written_as_pictures(result: ComparisonResult, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    with_experts = replace(result.models[0], expert_loads={"1": (0.5, 1.5), "3": (1.0, 1.0)})
+    paths = write_plots(replace(result, models=(with_experts, *result.models[1:])), tmp_path / "png")
+    assert [path.stem for path in paths] == ["bits", "speed_quality", "training", "experts"]
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="cannot write the plots"):
+        write_plots(result, tmp_path / "file")
+
+
+def test_blind_test_is_half_real_and_hides_which() -> None:
+    samples = {"one": [f"a{index}" for index in range(30)], "two": [f"b{index}" for index in range(30)]}
+    real = [f"r{index}" for index in range(50)]
+    test = make_blind_test(samples, real, {"a0", "b1"}.__contains__, seed=0)
+    sources = [name.source for name in test]
+    assert (sources.count(REAL), sources.count("one"), sources.count("two")) == (12, 6, 6)
+    assert not {"a0", "b1"} & {name.text for name in test}  # real after all
+    assert sources != sorted(sources)
+    assert test == make_blind_test(samples, real, {"a0", "b1"}.__contains__, seed=0)
+    assert make_blind_test({"one": ["a0"]}, real, {"a0"}.__contains__, seed=0) == ()
+    assert make_blind_test({}, real, bool, seed=0) == ()
+
+
+def test_a_star_marks_what_nothing_beats(result: ComparisonResult) -> None:
+    rows = bits_table(result.models, result.differences).rows
+    starred = {(row[0], row[1]) for row in rows if row[2].endswith("*")}
+    assert {label for label, _ in starred} == {"ngram"}  # the others have random weights
 
 
 def test_report_that_cannot_be_written(result: ComparisonResult, tmp_path: Path) -> None:

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from flash_experts.data.names import normal_form
 from flash_experts.data.packing import encode_names
 from flash_experts.data.prompts import Attributes
 from flash_experts.evaluation import evaluate, evaluate_names, format_evaluation, read_names
-from flash_experts.evaluation.evaluate import HeldOut
+from flash_experts.evaluation import held_out as held_out_module
+from flash_experts.evaluation.costs import costs_of, parameter_counts
+from flash_experts.evaluation.held_out import HeldOut
 from flash_experts.evaluation.novelty import Reference
-from flash_experts.evaluation.scorers import LanguageModel, parameter_counts
+from flash_experts.evaluation.scorers import LanguageModel, Prompt
 from flash_experts.models.moe import GPT2MoEForCausalLM
 
 from .helpers import tiny_model, write_data
@@ -109,19 +113,29 @@ def test_a_copy_of_the_training_set_is_caught(data_dir: Path, names: dict[str, l
     copied = reference.figures(names["train"])
     assert copied.known is not None and copied.known.value == 1.0
     assert copied.in_train.value == 1.0
-    assert copied.memorized is None  # no held-out name to hold it against
-    both = reference.figures(names["train"] + names["test"][:6])
-    assert both.memorized == pytest.approx(1.0 / (6 / 90))
+    assert copied.memorization is not None and copied.memorization.ratio is not None
+    assert copied.memorization.ratio.low > 1.0
     fresh = reference.figures(["Umbral Choir", "Kelp Regent"])
     assert fresh.known is not None and fresh.known.value == 0.0
+    assert fresh.memorization is not None and fresh.memorization.ratio is None
     assert fresh.words.unseen_share == 1.0
 
 
-def test_a_model_as_likely_to_hit_held_out_names_as_training_names_memorizes_nothing(
-    data_dir: Path, names: dict[str, list[str]]
-) -> None:
-    half = [*names["train"][:60], *names["test"][:15], *names["test_iid"][:15], *names["validation"][:15]]
-    assert Reference.load(data_dir).figures(half).memorized == pytest.approx(1.0)
+def test_names_like_real_ones_are_near_as_many_cards_as_real_ones(data_dir: Path, names: dict[str, list[str]]) -> None:
+    """A real name is no near-duplicate of itself, only of another card."""
+    pytest.importorskip("rapidfuzz")
+    reference = Reference.load(data_dir)
+    known = {name for some in names.values() for name in some}
+    lonely = next(name for name in names["test"] if not any(_is_near(name, other) for other in known - {name}))
+    as_real, as_sample = reference.figures([lonely], real=True), reference.figures([lonely])
+    assert as_real.near_known is not None and as_real.near_known.value == 0.0
+    assert as_sample.near_known is not None and as_sample.near_known.value == 1.0
+
+
+def _is_near(first: str, second: str) -> bool:
+    from rapidfuzz.distance import Levenshtein
+
+    return Levenshtein.normalized_distance(normal_form(first), normal_form(second)) <= 0.2
 
 
 def test_spelling_does_not_hide_a_copy(data_dir: Path, names: dict[str, list[str]]) -> None:
@@ -182,10 +196,85 @@ def test_the_baseline_is_a_model_like_others(data_dir: Path) -> None:
     result = evaluate("ngram", data_dir, samples=50)
     figures = result.splits["test"]
     assert 0 < figures.unconditional.value < 2.5
-    assert figures.conditional is None and figures.control is None
+    assert figures.control.value == pytest.approx(figures.shuffled.value - figures.conditional.value)
     assert result.samples is not None and result.samples.names == 50
     names = [card.name for card in HeldOut.load(data_dir, ("test",)).splits["test"]]
     assert evaluate_names(names, "ngram", data_dir).bits == figures.unconditional
+
+
+def test_without_scikit_learn_the_rest_is_measured(
+    model_dirs: list[Path], data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(held_out_module, "find_spec", lambda name: None)
+    with pytest.warns(UserWarning, match="pip install scikit-learn"):
+        result = evaluate(model_dirs[0], data_dir, samples=10)
+    assert result.detection is None and result.control == ()
+    assert result.samples is not None
+    assert "AUC" not in format_evaluation(result)
+
+
+def test_costs_are_those_of_the_folder(model_dirs: list[Path], model: GPT2LMHeadModel) -> None:
+    costs = LanguageModel.load(model_dirs[0]).costs
+    assert costs.training_tokens == 30 and costs.training_seconds == 1.5
+    assert costs.memory_bytes == 4 * parameter_counts(model).total
+    assert costs.disk_bytes == (model_dirs[0] / "model.safetensors").stat().st_size
+    # Six operations for each weight of the blocks and of the output layer; embeddings are looked up.
+    width, vocabulary = 32, model.config.vocab_size
+    block = 12 * width**2 + 13 * width
+    assert costs.flops_per_token == 6 * (2 * block + 2 * width + width * vocabulary)
+    assert costs.training_flops == 30 * costs.flops_per_token
+    assert costs_of(model, None).training_flops is None
+
+
+def test_figures_of_another_architecture_are_those_of_its_own_loss(name_tokenizer: PreTrainedTokenizerFast) -> None:
+    """A Llama takes no packed rows of ours: names are padded, and score as they do alone."""
+    torch.manual_seed(0)
+    size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = LlamaConfig(vocab_size=len(name_tokenizer), max_position_embeddings=64, initializer_range=0.2, **size)
+    llama = LlamaForCausalLM(config).eval()
+    names = ["Goblin Guide", "Zx", "Elvish Warden of the Long Name"]
+    told = [Attributes(types=("Creature",)), Attributes(), Attributes(colors=("R",))]
+    scorer = LanguageModel(llama, name_tokenizer, "llama")
+    nats = scorer.nats(names, told)
+    for encoded, measured in zip(encode_names(names, told, name_tokenizer), nats, strict=True):
+        ids = torch.tensor([encoded.ids])
+        labels = ids.clone()
+        labels[:, : encoded.prompt_length] = -100
+        with torch.no_grad():
+            loss = llama(ids, labels=labels).loss.item()
+        assert measured == pytest.approx(loss * (len(encoded.ids) - encoded.prompt_length), rel=1e-5)
+    assert len(scorer.sample(3, 0)) == 3
+    assert all(len(shown) == 2 for shown in scorer.show([Prompt()], 2, 0, []))
+
+
+def test_one_name_for_each_card_is_drawn_from_its_own_prompt(
+    model: GPT2LMHeadModel, name_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """Rows of prompts of all lengths: each first token is as likely as its own prompt says."""
+    scorer = LanguageModel(model, name_tokenizer, "tiny")
+    prompts = [Attributes(), Attributes(types=("Creature",), subtypes=("Goblin",), colors=("R",))]
+    drawn = scorer.sample_each(prompts * 400, seed=0)
+    assert drawn == scorer.sample_each(prompts * 400, seed=0)
+    for index, prompt in enumerate(prompts):
+        alone = scorer.sample(400, 1, prompt)
+        first, second = (Counter(name[:1] for name in some) for some in (drawn[index::2], alone))
+        common = max(second, key=second.__getitem__)
+        share = (first[common] + second[common]) / 800
+        assert abs(first[common] - second[common]) / 400 < 4 * math.sqrt(2 * share * (1 - share) / 400)
+
+
+def test_loads_of_experts_average_to_one(dense: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast) -> None:
+    moe = GPT2MoEForCausalLM.from_dense(dense, num_experts=4, num_experts_per_tok=2, moe_layer_freq=2)
+    names = ["Goblin Guide", "Serra Angel"]
+    loads = LanguageModel(moe, tokenizer, "moe").expert_loads(names, [Attributes()] * 2)
+    assert list(loads) == ["1", "3"]
+    for block in loads.values():
+        assert len(block) == 4 and sum(block) / 4 == pytest.approx(1.0)
+    with torch.no_grad():
+        moe.transformer.h[1].mlp.router.weight.zero_()  # all equal: the same two experts are always taken
+    loads = LanguageModel(moe, tokenizer, "moe").expert_loads(names, [Attributes()] * 2)
+    assert sorted(loads["1"]) == [0.0, 0.0, 2.0, 2.0]
+    assert LanguageModel(dense, tokenizer, "dense").expert_loads(names, [Attributes()] * 2) == {}
 
 
 def test_max_names_takes_the_same_names_each_time(data_dir: Path) -> None:

@@ -30,6 +30,7 @@ def test_bits_per_character_weighs_names_by_their_length() -> None:
         lambda: metrics.exact_known_rate([], {"a"}),
         lambda: metrics.length_divergence([], ["a"]),
         lambda: metrics.word_count_divergence(["a"], []),
+        lambda: metrics.auc_estimate([1.0, 2.0], [1, 1]),
     ],
 )
 def test_no_names_is_an_error(measure) -> None:  # type: ignore[no-untyped-def]
@@ -107,6 +108,12 @@ def test_near_duplicates_are_at_most_a_fifth_of_the_letters_away() -> None:
     assert near.tolist() == [True, True, True, False, False]
 
 
+def test_a_name_that_is_known_itself_needs_another_one_near() -> None:
+    pytest.importorskip("rapidfuzz")
+    near = metrics.near_duplicates(["goblinguide", "serraangel"], ["goblinguide", "goblinguild", "serraangel"], 2)
+    assert near is not None and near.tolist() == [True, False]
+
+
 def test_near_duplicates_are_not_measured_without_rapidfuzz(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(metrics, "find_spec", lambda name: None)
     assert metrics.near_duplicates(["a"], ["a"]) is None
@@ -144,15 +151,44 @@ def test_length_and_word_divergence() -> None:
 def test_bits_by_group_puts_a_card_in_each_of_its_types() -> None:
     cards = [make_card("a", 0), make_card("b", 1), make_card("c", 2)]  # creature, instant, artifact creature
     nats = np.array([1.0, 2.0, 4.0]) * math.log(2)
-    groups = metrics.bits_by_group(nats, [1, 1, 2], cards, metrics.types_of)
+    groups = metrics.bits_by_group(nats, nats / 2, [1, 1, 2], cards, metrics.types_of)
+    assert groups["Creature"].conditional.value == pytest.approx(5 / 6)
     assert {name: (group.names, group.bits.value) for name, group in groups.items()} == {
         "Creature": (2, pytest.approx(5 / 3)),
         "Artifact": (1, pytest.approx(2.0)),
         "Instant": (1, pytest.approx(2.0)),
     }
     assert next(iter(groups)) == "Creature"
-    assert set(metrics.bits_by_group(nats, [1, 1, 2], cards, metrics.colors_of)) == {
+    assert set(metrics.bits_by_group(nats, nats, [1, 1, 2], cards, metrics.colors_of)) == {
         "colorless",
         "R",
         "multicolor",
     }
+
+
+def test_auc_on_worked_numbers() -> None:
+    # Pairs (1, 0): 3 > 1, 3 > 2, 2 > 1, 2 = 2 (half): 3.5 of 4.
+    assert metrics.auc_estimate([3, 2, 1, 2], [1, 1, 0, 0]).value == pytest.approx(3.5 / 4)
+    assert metrics.auc_estimate([5, 6, 1, 2], [1, 1, 0, 0]).value == 1.0
+    assert metrics.auc_estimate([1, 2, 5, 6], [1, 1, 0, 0]).value == 0.0
+    assert metrics.auc_estimate([4, 4, 4, 4], [1, 1, 0, 0]).value == 0.5
+
+
+def test_auc_interval_covers_one_half_for_equal_distributions_about_95_times_in_100() -> None:
+    rng = np.random.default_rng(3)
+    labels = np.repeat([0, 1], 80)
+    found = [metrics.auc_estimate(rng.normal(size=160), labels) for _ in range(300)]
+    covered = sum(estimate.low <= 0.5 <= estimate.high for estimate in found)
+    assert 270 <= covered <= 298
+    assert np.mean([estimate.value for estimate in found]) == pytest.approx(0.5, abs=0.01)
+
+
+def test_distinct_items_to_expect_in_a_smaller_draw() -> None:
+    assert metrics.distinct_in(["a", "a", "b"], 4) is None
+    assert metrics.distinct_in(["a", "a", "b"], 3) == pytest.approx(2.0)
+    # Of the pairs aa, ab, ab: one, two and two distinct.
+    assert metrics.distinct_in(["a", "a", "b"], 2) == pytest.approx(5 / 3)
+    rng = np.random.default_rng(0)
+    items = list("aaaaabbbccd")
+    drawn = [len(set(rng.permutation(items)[:4])) for _ in range(4000)]
+    assert metrics.distinct_in(items, 4) == pytest.approx(np.mean(drawn), abs=0.05)

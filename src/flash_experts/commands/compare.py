@@ -12,17 +12,21 @@ from flash_experts.commands.common import CommandParser, add_measuring_options, 
 def run(args: Namespace) -> None:
     """Measure models side by side on the same data, and write a report."""
     from flash_experts.evaluation import compare as measure
-    from flash_experts.evaluation import format_comparison, write_report
+    from flash_experts.evaluation import format_comparison, write_plots, write_report
 
     result = measure(args.models, args.data, samples=args.samples, seed=args.seed, device=args.device)
     report = write_report(result, args.out)
     report.with_suffix(".json").write_text(json.dumps(result.to_json(), indent=2, ensure_ascii=False), "utf-8")
-    print_result(args, result.to_json(), f"{format_comparison(result)}\n\nThe report: {report}")
+    said = f"{format_comparison(result)}\n\nThe report: {report}"
+    if args.png is not None:
+        said += "\nIts plots: " + ", ".join(map(str, write_plots(result, args.png)))
+    print_result(args, result.to_json(), said)
 
 
 def make_parser() -> CommandParser:
     parser = command_parser("compare", run)
     parser.add_argument("models", nargs="+", help="model folders, hub ids, or ngram")
     parser.add_argument("--out", default="report.html", help="report to write, with its figures beside it as .json")
+    parser.add_argument("--png", type=str | None, default=None, help="folder to write the plots to, as PNG files")
     add_measuring_options(parser)
     return parser

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 from flash_experts.evaluation.compare import ComparisonResult, compare
-from flash_experts.evaluation.evaluate import (
-    EvaluationResult,
-    NamesResult,
-    evaluate,
-    evaluate_names,
-    read_names,
-)
+from flash_experts.evaluation.evaluate import EvaluationResult, evaluate
+from flash_experts.evaluation.name_lists import NamesResult, evaluate_names, read_names
+from flash_experts.evaluation.plots import write_plots
 from flash_experts.evaluation.report import write_report
 from flash_experts.evaluation.tables import format_comparison, format_evaluation, format_names
 
@@ -24,5 +20,6 @@ __all__ = [
     "format_evaluation",
     "format_names",
     "read_names",
+    "write_plots",
     "write_report",
 ]

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from flash_experts.evaluation.evaluate import (
-    SPLITS,
-    EvaluationResult,
-    HeldOut,
-    evaluate_scorer,
-    load_scorer,
-)
+from flash_experts.evaluation.blind_test import BlindName, make_blind_test
+from flash_experts.evaluation.curves import CurvePoint, read_curve
+from flash_experts.evaluation.evaluate import SAMPLES, EvaluationResult, evaluate_scorer, load_scorer
+from flash_experts.evaluation.held_out import SPLITS, HeldOut
 from flash_experts.evaluation.metrics import Estimate, paired_bits_difference
+from flash_experts.evaluation.novelty import names_of
 from flash_experts.evaluation.scorers import Prompt
 
 PROMPTS = (
@@ -31,7 +27,6 @@ PROMPTS = (
     Prompt("Land"),
 )
 NAMES_PER_PROMPT = 6
-BITS_PER_CHAR = "validation/bits_per_char"  # the key in metrics.jsonl
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,19 +53,8 @@ class Difference:
 
 
 @dataclass(frozen=True, slots=True)
-class CurvePoint:
-    """A moment of a training run: what its metrics.jsonl says."""
-
-    step: int
-    seconds: float | None
-    tokens: int | None
-    train_loss: float | None
-    validation_bits: float | None
-
-
-@dataclass(frozen=True, slots=True)
 class PromptNames:
-    """Names of every model for one prompt and seed; of n-grams only where the prompt gives nothing."""
+    """Names of every model for one prompt and seed."""
 
     prompt: str
     names: dict[str, list[str]]
@@ -85,12 +69,14 @@ class ComparisonResult:
         differences: each pair of models on each held-out set.
         curves: training curves by label, of the models that have any.
         prompts: names side by side.
+        blind_test: real and generated names in random order, for a reader to tell apart.
     """
 
     models: tuple[EvaluationResult, ...]
     differences: tuple[Difference, ...]
     curves: dict[str, list[CurvePoint]]
     prompts: tuple[PromptNames, ...]
+    blind_test: tuple[BlindName, ...]
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, ready for json.dumps."""
@@ -99,6 +85,7 @@ class ComparisonResult:
             "differences": [asdict(difference) for difference in self.differences],
             "curves": {label: [asdict(point) for point in points] for label, points in self.curves.items()},
             "prompts": [asdict(prompt) for prompt in self.prompts],
+            "blind_test": [asdict(name) for name in self.blind_test],
         }
 
 
@@ -107,7 +94,7 @@ def compare(
     data_dir: str | Path = "data/mtg",
     splits: Sequence[str] = SPLITS,
     *,
-    samples: int = 500,
+    samples: int = SAMPLES,
     seed: int = 0,
     max_names: int | None = None,
     device: str | torch.device | None = None,
@@ -147,6 +134,12 @@ def compare(
             PromptNames(str(prompt), {label: names[index] for label, names in zip(labels, shown, strict=True)})
             for index, prompt in enumerate(PROMPTS)
         ),
+        blind_test=make_blind_test(
+            {result.label: result.examples for result in results},
+            names_of(held_out.real),
+            held_out.reference.is_known,
+            seed,
+        ),
     )
 
 
@@ -179,50 +172,8 @@ def differences(results: Sequence[EvaluationResult]) -> list[Difference]:
     for first, second in combinations(results, 2):
         for split, nats in first.nats.items():
             other = second.nats[split]
-            pairs = [(False, nats.unconditional, other.unconditional)]
-            if nats.conditional is not None and other.conditional is not None:
-                pairs.append((True, nats.conditional, other.conditional))
+            pairs = [(False, nats.unconditional, other.unconditional), (True, nats.conditional, other.conditional)]
             for conditional, a, b in pairs:
                 bits = paired_bits_difference(a, b, nats.characters)
                 found.append(Difference(split, conditional, first.label, second.label, bits, bits.excludes_zero))
     return found
-
-
-def read_curve(path: Path) -> list[CurvePoint]:
-    """A run's metrics.jsonl as points in the order of steps; none where there is no such file.
-
-    Evaluations are lines of their own and have no time: theirs is taken from the lines around. A line cut
-    short (the run was killed while it wrote) is skipped. A step that was repeated after a resume counts as it
-    was the last time.
-    """
-    if not path.is_file():
-        return []
-    points: dict[int, dict[str, Any]] = {}
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(record, dict) and isinstance(record.get("step"), int):
-            points.setdefault(record["step"], {}).update(record)
-    timed = {step: record["seconds"] for step, record in points.items() if "seconds" in record}
-    return [
-        CurvePoint(
-            step=step,
-            seconds=_seconds_at(step, timed),
-            tokens=record.get("tokens"),
-            train_loss=record.get("loss"),
-            validation_bits=record.get(BITS_PER_CHAR),
-        )
-        for step, record in sorted(points.items())
-    ]
-
-
-def _seconds_at(step: int, timed: dict[int, float]) -> float | None:
-    """Seconds of training at a step; between timed ones in proportion, None past the last of them."""
-    if step in timed:
-        return timed[step]
-    if not timed or step > max(timed):
-        return None
-    known = {0: 0.0, **timed}
-    return float(np.interp(step, sorted(known), [known[at] for at in sorted(known)]))

@@ -14,8 +14,12 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flash_experts.data.cards import Card
-from flash_experts.data.prepare import META, load_meta, load_split
-from flash_experts.data.prompts import Attributes
+from flash_experts.data.prompts import NONE, Attributes
+from flash_experts.evaluation.baseline import NGramBaseline
+from flash_experts.evaluation.classifiers import Detection
+from flash_experts.evaluation.control import ControlFigures
+from flash_experts.evaluation.costs import Costs, ModelSize
+from flash_experts.evaluation.held_out import SPLITS, HeldOut
 from flash_experts.evaluation.metrics import (
     Estimate,
     FloatArray,
@@ -26,10 +30,13 @@ from flash_experts.evaluation.metrics import (
     paired_bits_difference,
     types_of,
 )
-from flash_experts.evaluation.novelty import NameFigures, Reference, names_of
-from flash_experts.evaluation.scorers import LanguageModel, ModelSize, NGramBaseline, Scorer
+from flash_experts.evaluation.novelty import NameFigures, names_of
+from flash_experts.evaluation.scorers import LanguageModel, Scorer
 
-SPLITS = ("test_iid", "test")
+SAMPLES = 10_000  # of fewer, few are real cards, and the hit ratio says little
+EXAMPLES = 40  # samples that are shown
+_CONTROL_SHARE = 4  # names for the control classifiers, one for so many samples
+_PASSES = 3  # over the held-out names: nothing told, attributes told, another card's told
 NGRAM = "ngram"  # the name under which the baseline is asked for
 
 
@@ -40,19 +47,19 @@ class SplitFigures:
     Attributes:
         names: how many.
         unconditional: nothing is told of the card.
-        conditional: type line, colors and mana value are told. None for a model that takes no attributes.
+        conditional: type line, colors and mana value are told.
         shuffled: the same attributes, each told of another card.
         control: shuffled - conditional, paired: how much the model listens. Zero means that it ignores its
             prompt.
-        by_type: the unconditional figure for the cards of each type.
+        by_type: the figures for the cards of each type.
         by_color: the same for each color.
     """
 
     names: int
     unconditional: Estimate
-    conditional: Estimate | None
-    shuffled: Estimate | None
-    control: Estimate | None
+    conditional: Estimate
+    shuffled: Estimate
+    control: Estimate
     by_type: dict[str, GroupBits]
     by_color: dict[str, GroupBits]
 
@@ -63,7 +70,7 @@ class NameNats:
 
     characters: FloatArray
     unconditional: FloatArray
-    conditional: FloatArray | None
+    conditional: FloatArray
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,11 +80,15 @@ class EvaluationResult:
     Attributes:
         label: the model's name in tables.
         size: its parameters.
+        costs: memory, and its training where that is recorded.
         splits: bits per character of each held-out set.
         samples: figures of names drawn from the model as it is (temperature 1, nothing held back), or None.
-        real: the same figures of as many real held-out names, to compare with.
-        scored_per_second: names a second, conditional and unconditional alike.
-        sampled_per_second: names a second, or None.
+        real: the same figures of real held-out names, to compare with.
+        detection: whether its samples are told from real names; None without samples or scikit-learn.
+        control: whether what was asked for is recognized from its names; empty without samples or scikit-learn.
+        expert_loads: load of each expert over the mean on held-out names, by the number of the block.
+        scored_per_second: names a second, conditional and unconditional alike. Measured: it differs from run to run.
+        sampled_per_second: names a second, or None. Measured.
         seed: of the shuffling and the sampling.
         data: source and version of the data, as meta.json has them.
         examples: the first of the samples.
@@ -86,9 +97,13 @@ class EvaluationResult:
 
     label: str
     size: ModelSize
+    costs: Costs
     splits: dict[str, SplitFigures]
     samples: NameFigures | None
     real: NameFigures
+    detection: Detection | None
+    control: tuple[ControlFigures, ...]
+    expert_loads: dict[str, tuple[float, ...]]
     scored_per_second: float
     sampled_per_second: float | None
     seed: int
@@ -107,44 +122,7 @@ def _plain(value: Any) -> Any:
         return asdict(value)
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
-    return list(value) if isinstance(value, tuple) else value
-
-
-@dataclass(frozen=True)
-class HeldOut:
-    """Prepared data as evaluation uses it, read once for any number of models."""
-
-    splits: dict[str, list[Card]]
-    reference: Reference
-    data: dict[str, Any]
-
-    @classmethod
-    def load(
-        cls, folder: str | Path, splits: Sequence[str] = SPLITS, max_names: int | None = None, seed: int = 0
-    ) -> HeldOut:
-        """Reads a folder that `flash-experts prepare` wrote.
-
-        Args:
-            folder: where it is.
-            splits: the held-out sets.
-            max_names: at most so many names of each, drawn at random by ``seed``; None is all.
-            seed: of that draw.
-
-        Raises:
-            ValueError: it is not there, or a set has no name.
-        """
-        path = Path(folder)
-        if not (path / META).is_file():
-            raise ValueError(f"no prepared data in {path}: run `flash-experts prepare --out {path}` first")
-        chosen = {}
-        for split in splits:
-            cards = load_split(path, split)
-            if max_names is not None and max_names < len(cards):
-                cards = random.Random(seed).sample(cards, max_names)
-            chosen[split] = cards
-        meta = load_meta(path)
-        data: dict[str, Any] = {key: meta[key] for key in ("source", "version", "cleaning_version") if key in meta}
-        return cls(chosen, Reference.load(path), data)
+    return [_plain(item) for item in value] if isinstance(value, tuple) else value
 
 
 def load_scorer(
@@ -161,15 +139,16 @@ def load_scorer(
     """
     if isinstance(model, (str, Path)) and str(model) == NGRAM:
         return NGramBaseline(held_out.reference.train)
-    return _language_model(model, tokenizer, device, label)
+    return language_model(model, tokenizer, device, label)
 
 
-def _language_model(
+def language_model(
     model: str | Path | PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
     device: str | torch.device | None,
     label: str | None = None,
 ) -> LanguageModel:
+    """A language model with its tokenizer. See `load_scorer`."""
     if not isinstance(model, PreTrainedModel):
         return LanguageModel.load(model, device, label)
     if tokenizer is None:
@@ -182,7 +161,7 @@ def evaluate(
     data_dir: str | Path = "data/mtg",
     splits: Sequence[str] = SPLITS,
     *,
-    samples: int = 500,
+    samples: int = SAMPLES,
     seed: int = 0,
     max_names: int | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -207,34 +186,35 @@ def evaluate(
     return evaluate_scorer(load_scorer(model, held_out, tokenizer, device), held_out, samples=samples, seed=seed)
 
 
-def evaluate_scorer(scorer: Scorer, held_out: HeldOut, *, samples: int = 500, seed: int = 0) -> EvaluationResult:
+def evaluate_scorer(scorer: Scorer, held_out: HeldOut, *, samples: int = SAMPLES, seed: int = 0) -> EvaluationResult:
     """`evaluate` on data and a model that are loaded already."""
     figures, nats = {}, {}
     start = time.perf_counter()
     for split, cards in held_out.splits.items():
         figures[split], nats[split] = _evaluate_split(scorer, cards, seed)
-    passes = 3 if scorer.takes_attributes else 1
-    scored_per_second = passes * sum(map(len, held_out.splits.values())) / (time.perf_counter() - start)
+    scored_per_second = _PASSES * sum(map(len, held_out.splits.values())) / (time.perf_counter() - start)
     drawn: list[str] = []
     if samples:
         start = time.perf_counter()
         drawn = scorer.sample(samples, seed)
         sampled_per_second = samples / (time.perf_counter() - start)
-    # Names of the family split have no near relative in train by construction: the other is what real names
-    # are like.
-    real_split = "test_iid" if "test_iid" in held_out.splits else next(iter(held_out.splits))
-    real = names_of(held_out.splits[real_split])
+    detector, judge = (held_out.detector, held_out.control_judge) if drawn else (None, None)
+    real = held_out.real
     return EvaluationResult(
         label=scorer.label,
         size=scorer.size,
+        costs=scorer.costs,
         splits=figures,
         samples=held_out.reference.figures(drawn) if drawn else None,
-        real=held_out.reference.figures(real[: samples or len(real)], real=True),
+        real=held_out.reference.figures(names_of(real), real=True),
+        detection=None if detector is None else detector.detect(drawn),
+        control=() if judge is None else tuple(judge.judge(scorer, max(1, samples // _CONTROL_SHARE), seed)),
+        expert_loads=scorer.expert_loads(names_of(real), [Attributes.of(card) for card in real]),
         scored_per_second=scored_per_second,
         sampled_per_second=sampled_per_second if drawn else None,
         seed=seed,
         data=held_out.data,
-        examples=tuple(drawn[:20]),
+        examples=tuple(drawn[:EXAMPLES]),
         nats=nats,
     )
 
@@ -242,84 +222,16 @@ def evaluate_scorer(scorer: Scorer, held_out: HeldOut, *, samples: int = 500, se
 def _evaluate_split(scorer: Scorer, cards: Sequence[Card], seed: int) -> tuple[SplitFigures, NameNats]:
     names = names_of(cards)
     characters = np.array([len(name) + 1 for name in names], dtype=np.float64)
-    unconditional = scorer.nats(names, [Attributes()] * len(names))
-    conditional = shuffled = None
-    if scorer.takes_attributes:
-        attributes = [Attributes.of(card) for card in cards]
-        conditional = scorer.nats(names, attributes)
-        shuffled = scorer.nats(names, random.Random(seed).sample(attributes, len(attributes)))
+    attributes = [Attributes.of(card) for card in cards]
+    unconditional = scorer.nats(names, [NONE] * len(names))
+    conditional = scorer.nats(names, attributes)
+    shuffled = scorer.nats(names, random.Random(seed).sample(attributes, len(attributes)))
     return SplitFigures(
         names=len(names),
         unconditional=bits_estimate(unconditional, characters),
-        conditional=None if conditional is None else bits_estimate(conditional, characters),
-        shuffled=None if shuffled is None else bits_estimate(shuffled, characters),
-        control=None
-        if conditional is None or shuffled is None
-        else paired_bits_difference(shuffled, conditional, characters),
-        by_type=bits_by_group(unconditional, characters, cards, types_of),
-        by_color=bits_by_group(unconditional, characters, cards, colors_of),
+        conditional=bits_estimate(conditional, characters),
+        shuffled=bits_estimate(shuffled, characters),
+        control=paired_bits_difference(shuffled, conditional, characters),
+        by_type=bits_by_group(unconditional, conditional, characters, cards, types_of),
+        by_color=bits_by_group(unconditional, conditional, characters, cards, colors_of),
     ), NameNats(characters, unconditional, conditional)
-
-
-@dataclass(frozen=True, slots=True)
-class NamesResult:
-    """Bits per character of a list of names, and of each."""
-
-    bits: Estimate
-    names: tuple[str, ...]
-    bits_of_each: tuple[float, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values, ready for json.dumps."""
-        return asdict(self)
-
-
-def read_names(path: str | Path) -> list[str]:
-    """Names from a text file, one a line; blank lines are skipped.
-
-    Raises:
-        ValueError: there is no such file, it is not UTF-8 text, or it holds no name.
-    """
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise ValueError(f"cannot read the names in {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: save it as UTF-8, one name a line") from error
-    names = [line.strip() for line in text.splitlines() if line.strip()]
-    if not names:
-        raise ValueError(f"{path} holds no name: write one a line")
-    return names
-
-
-def evaluate_names(
-    names: Sequence[str],
-    model: str | Path | PreTrainedModel,
-    data_dir: str | Path = "data/mtg",
-    *,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    device: str | torch.device | None = None,
-) -> NamesResult:
-    """Bits per character of any names, nothing told of their cards.
-
-    Args:
-        names: what to measure.
-        model: a folder, a hub id, "ngram", or a model (then with ``tokenizer``).
-        data_dir: what "ngram" is fitted on; no other model reads it.
-        tokenizer: the model's, where ``model`` is no path.
-        device: where to load a model to; CUDA if there is one, when None.
-
-    Raises:
-        ValueError: no name is given, or the model is not there.
-    """
-    if not names:
-        raise ValueError("no names to measure: give at least one")
-    scorer: Scorer
-    if isinstance(model, (str, Path)) and str(model) == NGRAM:
-        scorer = load_scorer(NGRAM, HeldOut.load(data_dir, ()))
-    else:
-        scorer = _language_model(model, tokenizer, device)
-    nats = scorer.nats(names, [Attributes()] * len(names))
-    characters = np.array([len(name) + 1 for name in names], dtype=np.float64)
-    each = nats / np.log(2.0) / characters
-    return NamesResult(bits_estimate(nats, characters), tuple(names), tuple(float(bits) for bits in each))

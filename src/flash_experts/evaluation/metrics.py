@@ -138,12 +138,13 @@ def exact_known_rate(keys: Sequence[str], known: frozenset[str] | set[str]) -> E
     return share([key in known for key in keys])
 
 
-def near_duplicates(keys: Sequence[str], known: Sequence[str]) -> npt.NDArray[np.bool_] | None:
+def near_duplicates(keys: Sequence[str], known: Sequence[str], at_least: int = 1) -> npt.NDArray[np.bool_] | None:
     """Of each name, whether a known one is within `NEAR` edits per letter of the longer (copies are).
 
     Args:
         keys: names in `flash_experts.data.names.normal_form`.
-        known: known names in the same form.
+        known: known names in the same form, each once.
+        at_least: how many must be: 2 for names that are known themselves.
 
     Returns:
         (N,), or None where rapidfuzz is not installed.
@@ -160,7 +161,7 @@ def near_duplicates(keys: Sequence[str], known: Sequence[str]) -> npt.NDArray[np
         some = slice(start, start + _COMPARED_AT_ONCE)
         # Those over the cutoff come out as 1.
         distances = cdist(keys[some], known, scorer=Levenshtein.normalized_distance, score_cutoff=NEAR)
-        near[some] = distances.min(axis=1) <= NEAR
+        near[some] = (distances <= NEAR).sum(axis=1) >= at_least
     return near
 
 
@@ -173,6 +174,23 @@ def distinct_share(keys: Sequence[Hashable]) -> float:
     if not keys:
         raise ValueError("no names to measure: give at least one")
     return len(set(keys)) / len(keys)
+
+
+def distinct_in(items: Sequence[Hashable], count: int) -> float | None:
+    """Distinct items to expect in a draw of ``count`` of them without replacement (rarefaction, Hurlbert 1971).
+
+    It makes lists of different lengths comparable. None where there are fewer.
+    """
+    total = len(items)
+    if total < count:
+        return None
+    # An item that occurs n times is missed with probability C(total - n, count) / C(total, count).
+    log_missed = {
+        n: math.lgamma(total - n + 1) - math.lgamma(total - n - count + 1) if total - n >= count else -math.inf
+        for n in set(Counter(items).values())
+    }
+    offset = math.lgamma(total - count + 1) - math.lgamma(total + 1)
+    return sum(1.0 - math.exp(log_missed[n] + offset) for n in Counter(items).values())
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,6 +242,38 @@ def word_count_divergence(names: Sequence[str], real: Sequence[str]) -> float:
     return jensen_shannon(counts, real_counts)
 
 
+def auc_estimate(scores_N: npt.ArrayLike, labels_N: npt.ArrayLike) -> Estimate:
+    """Area under the ROC curve: the chance that a name of label 1 scores higher than one of label 0, ties half.
+
+    The interval is that of DeLong et al. (1988), by midranks (Sun and Xu 2014).
+
+    Args:
+        scores_N: (N,) higher for label 1.
+        labels_N: (N,) 0 and 1, both there.
+
+    Raises:
+        ValueError: one of the labels is missing.
+    """
+    scores, labels = np.asarray(scores_N, dtype=np.float64), np.asarray(labels_N)
+    ones, zeros = scores[labels == 1], scores[labels == 0]
+    if not ones.size or not zeros.size:
+        raise ValueError("no names to measure: an AUC needs names of both kinds")
+    ranks = _midranks(np.concatenate([ones, zeros]))
+    beaten_by_ones = (ranks[: ones.size] - _midranks(ones)) / zeros.size
+    beating_zeros = 1.0 - (ranks[ones.size :] - _midranks(zeros)) / ones.size
+    value = float(beaten_by_ones.mean())
+    variance = sum(float(some.var(ddof=1)) / some.size for some in (beaten_by_ones, beating_zeros) if some.size > 1)
+    spread = 1.959964 * math.sqrt(variance)
+    return Estimate(value, max(0.0, value - spread), min(1.0, value + spread))
+
+
+def _midranks(values: FloatArray) -> FloatArray:
+    """Ranks from 1, equal values sharing the mean of theirs."""
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    last = np.cumsum(counts)
+    return (last - (counts - 1) / 2.0)[inverse]
+
+
 def types_of(card: Card) -> tuple[str, ...]:
     """Groups of a card by type: each of its types (an artifact creature counts in both)."""
     return card.types
@@ -240,20 +290,23 @@ def colors_of(card: Card) -> tuple[str, ...]:
 
 @dataclass(frozen=True, slots=True)
 class GroupBits:
-    """Bits per character of one group of names."""
+    """Bits per character of one group of names, nothing told and all attributes told."""
 
     names: int
     bits: Estimate
+    conditional: Estimate
 
 
 def bits_by_group(
     nats_N: npt.ArrayLike,
+    conditional_nats_N: npt.ArrayLike,
     characters_N: npt.ArrayLike,
     cards: Sequence[Card],
     groups_of: Callable[[Card], tuple[str, ...]],
 ) -> dict[str, GroupBits]:
     """Bits per character of the names of each group, the largest group first."""
     nats, characters = _same_length(nats_N, characters_N)
+    conditional, _ = _same_length(conditional_nats_N, characters_N)
     assert len(cards) == nats.size
     members: dict[str, list[int]] = {}
     for index, card in enumerate(cards):
@@ -261,7 +314,12 @@ def bits_by_group(
             members.setdefault(group, []).append(index)
     ordered = sorted(members.items(), key=lambda item: (-len(item[1]), item[0]))
     return {
-        group: GroupBits(len(indices), bits_estimate(nats[indices], characters[indices])) for group, indices in ordered
+        group: GroupBits(
+            len(rows),
+            bits_estimate(nats[rows], characters[rows]),
+            bits_estimate(conditional[rows], characters[rows]),
+        )
+        for group, rows in ordered
     }
 
 

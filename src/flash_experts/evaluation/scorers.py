@@ -1,4 +1,7 @@
-"""The two kinds of models that are evaluated, behind one face: language models and n-grams."""
+"""What is evaluated, behind one face, and language models behind it (`baseline` has the n-grams).
+
+Letters in the shapes: N names, B names of a batch, T tokens, V tokens of the vocabulary.
+"""
 
 from __future__ import annotations
 
@@ -10,25 +13,28 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 from transformers import GPT2Config, PreTrainedModel, PreTrainedTokenizerBase
 
 from flash_experts.data.names import normal_form
 from flash_experts.data.packing import EncodedName, encode_name, encode_names, pack_all
-from flash_experts.data.prompts import Attributes
+from flash_experts.data.prompts import NONE, Attributes
 from flash_experts.data.tokenizer import load_tokenizer
+from flash_experts.evaluation.costs import Costs, ModelSize, costs_of, parameter_counts
+from flash_experts.evaluation.expert_loads import expert_loads
 from flash_experts.evaluation.metrics import FloatArray
-from flash_experts.evaluation.ngram import NGramMixture
+from flash_experts.evaluation.prompted_sampling import sample_each
 from flash_experts.generation.decoding import NameDecoder
 from flash_experts.generation.generator import NameGenerator
 from flash_experts.generation.presets import Sampling
 from flash_experts.models.flash_attention import ATTENTION_IMPLEMENTATION
 from flash_experts.models.loading import load_model
-from flash_experts.models.moe_layer import Experts, MoELayer
 from flash_experts.models.scoring import name_nats
 
 TOKENS_PER_BATCH = 4096
 _SAMPLED_AT_ONCE = 256
 _MOST_NEW_TOKENS = 48
+_MOST_LOGITS = 2**27  # at once: 512 MiB
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,14 +50,6 @@ class Prompt:
         return ", ".join(part for part in (self.type_line, self.colors, mana) if part) or "nothing given"
 
 
-@dataclass(frozen=True, slots=True)
-class ModelSize:
-    """Parameters: all, and those that work on one token (of E experts only the k that it is sent to)."""
-
-    total: int
-    active: int
-
-
 class Scorer(Protocol):
     """What evaluation asks of a model."""
 
@@ -60,41 +58,51 @@ class Scorer(Protocol):
         """What tables and plots call the model."""
 
     @property
-    def takes_attributes(self) -> bool:
-        """Whether prompts of attributes change what the model expects."""
-
-    @property
     def size(self) -> ModelSize: ...
+    @property
+    def costs(self) -> Costs: ...
     def nats(self, names: Sequence[str], attributes: Sequence[Attributes]) -> FloatArray:
         """(N,) negative log-likelihood of each name with its end symbol after its attributes, in nats."""
 
-    def sample(self, count: int, seed: int) -> list[str]:
+    def sample(self, count: int, seed: int, attributes: Attributes = NONE) -> list[str]:
         """Names drawn from the model as it is: temperature 1, nothing cut off, known names not held back."""
 
+    def sample_each(self, attributes: Sequence[Attributes], seed: int) -> list[str]:
+        """One such name for each of many cards."""
+
     def show(self, prompts: Sequence[Prompt], count: int, seed: int, known: Sequence[str]) -> list[list[str]]:
-        """Names as a user gets them, none known, for each prompt; none where the model cannot take it."""
+        """Names as a user gets them, none known, for each prompt."""
+
+    def expert_loads(self, names: Sequence[str], attributes: Sequence[Attributes]) -> dict[str, tuple[float, ...]]:
+        """Load of each expert over the mean, by the number of the block; empty without experts."""
 
 
 class LanguageModel:
     """A causal language model of transformers with its tokenizer."""
 
-    takes_attributes = True
-
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, label: str) -> None:
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, label: str, folder: Path | None = None
+    ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.label = label
+        self._folder = folder
 
     @classmethod
     def load(
         cls, source: str | Path, device: str | torch.device | None = None, label: str | None = None
     ) -> LanguageModel:
         """From a model folder or a hub id; raises ValueError as `load_model` and `load_tokenizer` do."""
-        return cls(load_model(source, device), load_tokenizer(source), label or Path(source).name)
+        folder = Path(source) if Path(source).is_dir() else None
+        return cls(load_model(source, device), load_tokenizer(source), label or Path(source).name, folder)
 
     @property
     def size(self) -> ModelSize:
         return parameter_counts(self.model)
+
+    @property
+    def costs(self) -> Costs:
+        return costs_of(self.model, self._folder)
 
     def nats(
         self,
@@ -114,34 +122,73 @@ class LanguageModel:
             ValueError: a name is longer than the model's context.
         """
         encoded = encode_names(names, attributes, self.tokenizer)
-        self._check_lengths(names, encoded)
+        check_lengths(self.model, names, encoded)
         # Rows of names of like length: on a CPU attention works on a row unpacked to its longest name.
         order = sorted(range(len(encoded)), key=lambda index: encoded[index].num_inputs)
-        batches = pack_all([encoded[index] for index in order], tokens_per_batch)
+        ordered = [encoded[index] for index in order]
+        with scoring(self.model):
+            if isinstance(self.model.config, GPT2Config):
+                rows = pack_all(ordered, tokens_per_batch)
+                scored = [name_nats(self.model, row.to(self.model.device)).cpu() for row in rows]
+            else:
+                scored = self._nats_of_padded(ordered)
         nats = np.empty(len(encoded))
-        with _scoring(self.model):
-            scored = [name_nats(self.model, batch.to(self.model.device)).cpu() for batch in batches]
         nats[order] = torch.cat(scored).double().numpy()
         return nats
 
-    def sample(self, count: int, seed: int) -> list[str]:
+    def _nats_of_padded(self, encoded: Sequence[EncodedName]) -> list[torch.Tensor]:
+        """Nats of names of a model that is not known to keep the names of a packed row apart."""
+        longest = max(name.num_inputs for name in encoded)
+        together = max(1, _MOST_LOGITS // (longest * self.model.config.vocab_size))
+        scored = []
+        for start in range(0, len(encoded), together):
+            names = encoded[start : start + together]
+            length = max(name.num_inputs for name in names)
+            padded = [[*name.ids, *[self.tokenizer.pad_token_id] * (length + 1 - len(name.ids))] for name in names]
+            ids_BT = torch.tensor(padded, device=self.model.device)
+            place_T = torch.arange(length, device=self.model.device)
+            ends_B1 = torch.tensor([[name.num_inputs] for name in names], device=self.model.device)
+            starts_B1 = torch.tensor([[name.prompt_length - 1] for name in names], device=self.model.device)
+            logits_BTV = self.model(ids_BT[:, :-1], attention_mask=(place_T < ends_B1).long(), use_cache=False).logits
+            nats_BT = F.cross_entropy(logits_BTV.float().transpose(1, 2), ids_BT[:, 1:], reduction="none")
+            scored.append(nats_BT.where((place_T >= starts_B1) & (place_T < ends_B1), 0.0).sum(dim=1).cpu())
+        return scored
+
+    def sample(self, count: int, seed: int, attributes: Attributes = NONE) -> list[str]:
         """See `Scorer.sample`. What has not ended after 48 tokens is cut off there."""
-        prompt = encode_name("", Attributes(), self.tokenizer)
+        prompt = encode_name("", attributes, self.tokenizer)
         prompt_ids = prompt.ids[: prompt.prompt_length]
-        most = min(_MOST_NEW_TOKENS, self.model.config.max_position_embeddings - len(prompt_ids))
+        most = self._most_new_tokens(len(prompt_ids))
         names: list[str] = []
-        with _scoring(self.model):
+        with scoring(self.model):
             end_id = self.tokenizer.eos_token_id
             decoder = NameDecoder(self.model, prompt_ids, end_id, Sampling(), [], most, seed)
             for start in range(0, count, _SAMPLED_AT_ONCE):
                 drawn = decoder.decode(range(start, min(start + _SAMPLED_AT_ONCE, count)))
-                texts = self.tokenizer.batch_decode([list(name.ids) for name in drawn], skip_special_tokens=True)
-                names.extend(text.strip() for text in texts)
+                names.extend(self._texts([list(name.ids) for name in drawn]))
         return names
 
+    def sample_each(self, attributes: Sequence[Attributes], seed: int) -> list[str]:
+        """See `Scorer.sample_each`."""
+        encoded = encode_names([""] * len(attributes), attributes, self.tokenizer)
+        prompts = [prompt.ids[: prompt.prompt_length] for prompt in encoded]
+        most = self._most_new_tokens(max(map(len, prompts)))
+        with scoring(self.model):
+            return self._texts(sample_each(self.model, prompts, self.tokenizer.eos_token_id, most, seed))
+
+    def _most_new_tokens(self, prompt_length: int) -> int:
+        context = context_length(self.model)
+        return _MOST_NEW_TOKENS if context is None else min(_MOST_NEW_TOKENS, context - prompt_length)
+
+    def _texts(self, names: list[list[int]]) -> list[str]:
+        return [text.strip() for text in self.tokenizer.batch_decode(names, skip_special_tokens=True)]
+
     def show(self, prompts: Sequence[Prompt], count: int, seed: int, known: Sequence[str]) -> list[list[str]]:
-        """See `Scorer.show`."""
-        generator = NameGenerator(self.model, self.tokenizer, known)
+        """See `Scorer.show`. Without the filters where the tokenizer is of a kind that they do not know."""
+        try:
+            generator = NameGenerator(self.model, self.tokenizer, known)
+        except ValueError:
+            return show_unfiltered(self, prompts, count, seed, known)
         return [
             [
                 name.text
@@ -150,29 +197,47 @@ class LanguageModel:
             for prompt in prompts
         ]
 
-    def _check_lengths(self, names: Sequence[str], encoded: Sequence[EncodedName]) -> None:
-        context = self.model.config.max_position_embeddings
-        for name, ids in zip(names, encoded, strict=True):
-            if ids.num_inputs > context:
-                raise ValueError(
-                    f"{name[:40]!r}... takes {ids.num_inputs} tokens, the model's context has {context}: shorten it"
-                )
+    def expert_loads(self, names: Sequence[str], attributes: Sequence[Attributes]) -> dict[str, tuple[float, ...]]:
+        """See `Scorer.expert_loads`."""
+        return expert_loads(self.model, lambda: self.nats(names, attributes))
 
 
-def parameter_counts(model: torch.nn.Module) -> ModelSize:
-    """Counts parameters, those shared by two modules once."""
-    total = sum(parameter.numel() for parameter in model.parameters())
-    idle = 0
-    for layer in model.modules():
-        if isinstance(layer, MoELayer):
-            experts: Experts = layer.experts
-            held = sum(parameter.numel() for parameter in experts.parameters())
-            idle += held - held * layer.router.top_k // experts.num_experts
-    return ModelSize(total, total - idle)
+def show_unfiltered(
+    scorer: Scorer, prompts: Sequence[Prompt], count: int, seed: int, known: Sequence[str]
+) -> list[list[str]]:
+    """Distinct samples for each prompt that are no known name; fewer than ``count`` if so many are not found soon."""
+    keys = {normal_form(name) for name in known} | {""}
+    shown = []
+    for prompt in prompts:
+        attributes = Attributes.parse(prompt.type_line, prompt.colors, prompt.mana_value)
+        drawn = scorer.sample(4 * count, seed, attributes)
+        new = {normal_form(name): name for name in reversed(drawn) if normal_form(name) not in keys}
+        shown.append(list(reversed(new.values()))[:count])
+    return shown
+
+
+def context_length(model: PreTrainedModel) -> int | None:
+    """Tokens that a model takes at most; None where its configuration names no limit."""
+    limit = model.config.to_dict().get("max_position_embeddings")
+    return model.config.n_positions if isinstance(model.config, GPT2Config) else limit
+
+
+def check_lengths(model: PreTrainedModel, names: Sequence[str], encoded: Sequence[EncodedName]) -> None:
+    """Refuses names that do not fit into the model's context.
+
+    Raises:
+        ValueError: the first that does not.
+    """
+    context = context_length(model)
+    for name, ids in zip(names, encoded, strict=True):
+        if context is not None and ids.num_inputs > context:
+            raise ValueError(
+                f"{name[:40]!r}... takes {ids.num_inputs} tokens, the model's context has {context}: shorten it"
+            )
 
 
 @contextmanager
-def _scoring(model: PreTrainedModel) -> Iterator[None]:
+def scoring(model: PreTrainedModel) -> Iterator[None]:
     """Eval and inference mode, and attention that keeps the names of a row apart; put back afterwards."""
     was_training, attention = model.training, model.config._attn_implementation
     if isinstance(model.config, GPT2Config):
@@ -185,30 +250,3 @@ def _scoring(model: PreTrainedModel) -> Iterator[None]:
         model.train(was_training)
         if isinstance(model.config, GPT2Config):
             model.set_attn_implementation(attention)
-
-
-class NGramBaseline:
-    """`NGramMixture` fitted on the training names. It knows no attributes."""
-
-    label = "ngram"
-    takes_attributes = False
-
-    def __init__(self, train_names: Sequence[str]) -> None:
-        self._model = NGramMixture(train_names)
-
-    @property
-    def size(self) -> ModelSize:
-        return ModelSize(self._model.num_parameters, self._model.num_active_parameters)
-
-    def nats(self, names: Sequence[str], attributes: Sequence[Attributes]) -> FloatArray:
-        assert all(attribute == Attributes() for attribute in attributes), "n-grams take no attributes"
-        return self._model.nats(names)
-
-    def sample(self, count: int, seed: int) -> list[str]:
-        return self._model.sample(count, seed)
-
-    def show(self, prompts: Sequence[Prompt], count: int, seed: int, known: Sequence[str]) -> list[list[str]]:
-        """See `Scorer.show`: answers only the prompt that gives nothing."""
-        keys = {normal_form(name) for name in known}
-        new = [name for name in self._model.sample(2 * count + 20, seed) if normal_form(name) not in keys]
-        return [new[:count] if prompt == Prompt() else [] for prompt in prompts]

@@ -7,9 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 
-from flash_experts.evaluation.compare import ComparisonResult
-from flash_experts.evaluation.evaluate import EvaluationResult, NamesResult
+from flash_experts.evaluation.compare import ComparisonResult, Difference
+from flash_experts.evaluation.control import Recognition
+from flash_experts.evaluation.evaluate import EvaluationResult
 from flash_experts.evaluation.metrics import Estimate
+from flash_experts.evaluation.name_lists import NamesResult
 from flash_experts.evaluation.novelty import NameFigures
 
 MISSING = "-"
@@ -53,9 +55,7 @@ class Table:
         return "\n".join(lines)
 
 
-def _bits(estimate: Estimate | None) -> str:
-    if estimate is None:
-        return MISSING
+def _bits(estimate: Estimate) -> str:
     return f"{estimate.value:.3f} ± {(estimate.high - estimate.low) / 2:.3f}"
 
 
@@ -63,72 +63,153 @@ def _percent(estimate: Estimate | None) -> str:
     return MISSING if estimate is None else f"{100 * estimate.value:.1f}%"
 
 
-def bits_table(results: Sequence[EvaluationResult]) -> Table:
-    """Bits per character of each model on each held-out set."""
+def _interval(estimate: Estimate, spec: str) -> str:
+    return f"{estimate.value:{spec}} [{estimate.low:{spec}}, {estimate.high:{spec}}]"
+
+
+def bits_table(results: Sequence[EvaluationResult], differences: Sequence[Difference] = ()) -> Table:
+    """Bits per character of each model on each held-out set.
+
+    Args:
+        results: of each model.
+        differences: of each pair. With them a star marks the best, and each model not shown to be worse.
+    """
+    beaten = {
+        (difference.split, difference.conditional, difference.second if difference.bits.value < 0 else difference.first)
+        for difference in differences
+        if difference.significant
+    }
+    splits = list(results[0].splits) if results else []
     rows = []
-    for result in results:
-        for split, figures in result.splits.items():
+    for split in splits:
+        for result in results:
+            figures = result.splits[split]
+            stars = [
+                " *" if len(results) > 1 and (split, told, result.label) not in beaten else "" for told in (False, True)
+            ]
             rows.append(
                 (
                     result.label,
                     split,
-                    _bits(figures.unconditional),
-                    _bits(figures.conditional),
+                    _bits(figures.unconditional) + stars[0],
+                    _bits(figures.conditional) + stars[1],
                     _bits(figures.shuffled),
                     _bits(figures.control),
                 )
             )
-    header = ("model", "held-out", "bits/char", "given attributes", "shuffled attributes", "control")
-    return Table("Bits per character of held-out names (95% interval; less is better)", header, tuple(rows))
+    header = ("model", "held-out", "bits/char", "given attributes", "another card's", "control")
+    title = "Bits per character of held-out names (95% interval; less is better)"
+    return Table(f"{title}; * no other model is shown to be better" if differences else title, header, tuple(rows))
 
 
-def names_table(results: Sequence[EvaluationResult]) -> Table:
-    """Novelty and variety of each model's samples, and of real names."""
-    rows = [_names_row(result.label, result.samples) for result in results if result.samples is not None]
-    if results:
-        rows.append(_names_row("real names", results[0].real))
-    header: tuple[str, ...] = (
-        "samples of",
-        "names",
-        "real cards",
-        "in train",
-        "near train",
-        "recall ratio",
-        "distinct",
-    )
-    header += ("new words", "letters", "length JS", "words JS")
-    return Table("Names drawn at temperature 1, nothing held back", header, tuple(rows))
+def novelty_table(results: Sequence[EvaluationResult]) -> Table:
+    """How many of each model's samples, and of real names, are or resemble cards that exist."""
+    header = ("samples of", "names", "real cards", "near a card", "in train", "in test_iid", "hit ratio")
+    rows = [
+        (label, f"{figures.names:,}", _percent(figures.known), _percent(figures.near_known), *_memorization(figures))
+        for label, figures in _names_of_all(results)
+    ]
+    return Table("Novelty of names drawn at temperature 1, nothing held back", header, tuple(rows))
 
 
-def _names_row(label: str, figures: NameFigures) -> tuple[str, ...]:
-    return (
-        label,
-        str(figures.names),
-        _percent(figures.known),
-        _percent(figures.in_train),
-        _percent(figures.near_train),
-        MISSING if figures.memorized is None else f"{figures.memorized:.1f}",
-        f"{100 * figures.distinct:.1f}%",
-        f"{100 * figures.words.unseen_share:.1f}%",
-        f"{figures.mean_length:.1f}",
-        f"{figures.length_divergence:.3f}",
-        f"{figures.word_count_divergence:.3f}",
-    )
+def _memorization(figures: NameFigures) -> tuple[str, ...]:
+    found = figures.memorization
+    if found is None:
+        return (MISSING,) * 3
+    ratio = MISSING if found.ratio is None else _interval(found.ratio, ".1f")
+    return f"{found.train_hits:,}", f"{found.held_out_hits:,}", ratio
+
+
+def variety_table(results: Sequence[EvaluationResult]) -> Table:
+    """How varied each model's samples are, and how like real names in length."""
+    header: tuple[str, ...] = ("samples of", "distinct", "in 10,000", "words in 10,000", "new words", "letters")
+    header += ("length JS", "words JS")
+    rows = [
+        (
+            label,
+            f"{100 * figures.distinct:.1f}%",
+            _count(figures.distinct_names),
+            _count(figures.distinct_words),
+            f"{100 * figures.words.unseen_share:.1f}%",
+            f"{figures.mean_length:.1f}",
+            f"{figures.length_divergence:.3f}",
+            f"{figures.word_count_divergence:.3f}",
+        )
+        for label, figures in _names_of_all(results)
+    ]
+    return Table("Variety of the same names", header, tuple(rows))
+
+
+def _names_of_all(results: Sequence[EvaluationResult]) -> list[tuple[str, NameFigures]]:
+    found = [(result.label, result.samples) for result in results if result.samples is not None]
+    return [*found, ("real names", results[0].real)] if results else []
+
+
+def _count(value: float | None) -> str:
+    return MISSING if value is None else f"{value:,.0f}"
+
+
+def detection_table(results: Sequence[EvaluationResult]) -> Table:
+    """Whether each model's names are told from real ones, and real ones from each other."""
+    rows = []
+    found = [(result.label, result.detection) for result in results if result.detection is not None]
+    pairs = [(label, detection.generated) for label, detection in found]
+    if found:
+        pairs.append(("real names, two halves", found[0][1].real))
+    for label, separation in pairs:
+        rows.append(
+            (label, f"{separation.names:,}", _interval(separation.weak, ".3f"), _interval(separation.strong, ".3f"))
+        )
+    header = ("names of", "of each side", "weak: char n-grams", "strong: boosting")
+    return Table("Real or generated: AUC of two classifiers (95% interval; 0.5 cannot tell)", header, tuple(rows))
+
+
+def control_table(results: Sequence[EvaluationResult]) -> Table:
+    """How often what was asked for is recognized from names alone."""
+    rows = []
+    tasks = next((result.control for result in results if result.control), ())
+    for index, task in enumerate(tasks):
+        for result in results:
+            if result.control:
+                found = result.control[index]
+                rows.append((task.task, result.label, "the whole card", *_recognized(found.model)))
+                rows.append((task.task, result.label, "this alone", *_recognized(found.alone)))
+        rows.append((task.task, "real names", f"(commonest: {100 * task.majority:.0f}%)", *_recognized(task.real)))
+    header = ("asked for", "names of", "told", "names", "recognized, classes alike", "as classes are")
+    return Table("Control: a classifier of char n-grams reads what was asked for (95% interval)", header, tuple(rows))
+
+
+def _recognized(found: Recognition) -> tuple[str, ...]:
+    return f"{found.names:,}", _percent_interval(found.balanced), _percent_interval(found.plain)
+
+
+def _percent_interval(estimate: Estimate) -> str:
+    return f"{100 * estimate.value:.1f}% [{100 * estimate.low:.1f}, {100 * estimate.high:.1f}]"
 
 
 def cost_table(results: Sequence[EvaluationResult]) -> Table:
-    """Parameters and speed of each model."""
-    rows = tuple(
-        (
-            result.label,
-            f"{result.size.total:,}",
-            f"{result.size.active:,}",
-            f"{result.scored_per_second:,.0f}",
-            MISSING if result.sampled_per_second is None else f"{result.sampled_per_second:,.0f}",
+    """Parameters, memory, speed and training of each model."""
+    rows = []
+    for result in results:
+        costs = result.costs
+        rows.append(
+            (
+                result.label,
+                f"{result.size.total:,}",
+                f"{result.size.active:,}",
+                f"{costs.memory_bytes / 1e6:,.1f}",
+                MISSING if costs.disk_bytes is None else f"{costs.disk_bytes / 1e6:,.1f}",
+                f"{result.scored_per_second:,.0f}",
+                _count(result.sampled_per_second),
+                _count(costs.training_tokens),
+                MISSING if costs.training_flops is None else f"{costs.training_flops:.1e}",
+                MISSING if costs.training_seconds is None else f"{costs.training_seconds / 60:,.1f}",
+            )
         )
-        for result in results
-    )
-    return Table("Size and speed", ("model", "parameters", "active", "scored names/s", "sampled names/s"), rows)
+    header: tuple[str, ...] = ("model", "parameters", "active", "MB", "on disk", "scored/s", "sampled/s")
+    header += ("trained on", "FLOPs", "minutes")
+    title = "Size, speed (names a second) and training (tokens, operations, minutes)"
+    return Table(title, header, tuple(rows))
 
 
 def group_table(result: EvaluationResult, split: str) -> Table:
@@ -136,8 +217,11 @@ def group_table(result: EvaluationResult, split: str) -> Table:
     figures = result.splits[split]
     every = {**figures.by_type, **figures.by_color}
     groups = {name: group for name, group in every.items() if group.names >= _FEWEST}
-    rows = tuple((name, str(group.names), _bits(group.bits)) for name, group in groups.items())
-    return Table(f"{result.label} on {split}, by type and color", ("cards", "names", "bits/char"), rows)
+    rows = tuple(
+        (name, str(group.names), _bits(group.bits), _bits(group.conditional)) for name, group in groups.items()
+    )
+    header = ("cards", "names", "bits/char", "given attributes")
+    return Table(f"{result.label} on {split}, by type and color", header, rows)
 
 
 def difference_table(result: ComparisonResult) -> Table:
@@ -162,16 +246,28 @@ def difference_table(result: ComparisonResult) -> Table:
 def format_evaluation(result: EvaluationResult, width: int = 120) -> str:
     """One model's figures as text."""
     tables = [bits_table([result]), *(group_table(result, split) for split in result.splits)]
-    tables += [names_table([result]), cost_table([result])]
-    return "\n\n".join(table.to_text(width) for table in tables)
+    return _text([*tables, *_common_tables([result])], width)
 
 
 def format_comparison(result: ComparisonResult, width: int = 120) -> str:
     """Several models' figures as text."""
-    tables = [bits_table(result.models), names_table(result.models), cost_table(result.models)]
-    if result.differences:
-        tables.append(difference_table(result))
-    return "\n\n".join(table.to_text(width) for table in tables)
+    return _text(
+        [bits_table(result.models, result.differences), *_common_tables(result.models), difference_table(result)], width
+    )
+
+
+def _common_tables(results: Sequence[EvaluationResult]) -> list[Table]:
+    return [
+        novelty_table(results),
+        variety_table(results),
+        detection_table(results),
+        control_table(results),
+        cost_table(results),
+    ]
+
+
+def _text(tables: Sequence[Table], width: int) -> str:
+    return "\n\n".join(table.to_text(width) for table in tables if table.rows)
 
 
 def format_names(result: NamesResult, width: int = 120) -> str:

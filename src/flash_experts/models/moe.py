@@ -91,6 +91,7 @@ class GPT2MoEPreTrainedModel(GPT2PreTrainedModel):
             init.normal_(module.weight, mean=0.0, std=std)
             for counts in (module.selection_bias_E, module.step_counts_E, module.interval_counts_E):
                 init.zeros_(counts)
+            init.zeros_(module.interval_pairs_EE)
             init.zeros_(module.interval_sums)
         elif isinstance(module, Experts):
             init.normal_(module.up_proj, mean=0.0, std=std)

@@ -32,6 +32,7 @@ class Router(nn.Module):
     selection_bias_E: torch.Tensor
     step_counts_E: torch.Tensor
     interval_counts_E: torch.Tensor
+    interval_pairs_EE: torch.Tensor
     interval_sums: torch.Tensor
 
     def __init__(self, config: GPT2MoEConfig):
@@ -48,6 +49,8 @@ class Router(nn.Module):
         self.register_buffer("selection_bias_E", torch.zeros(config.num_experts))
         self.register_buffer("step_counts_E", torch.zeros(config.num_experts), persistent=False)
         self.register_buffer("interval_counts_E", torch.zeros(config.num_experts), persistent=False)
+        # How many tokens went to both of two experts; its diagonal is the load.
+        self.register_buffer("interval_pairs_EE", torch.zeros(config.num_experts, config.num_experts), persistent=False)
         # Sums over tokens of: one, the entropy of p, the largest p, and what was left out (see `left_out`).
         self.register_buffer("interval_sums", torch.zeros(4), persistent=False)
 
@@ -78,6 +81,10 @@ class Router(nn.Module):
         """(E,) tokens of each expert, each token counted by its weight (0 for padding)."""
         raise NotImplementedError
 
+    def membership(self, choices: torch.Tensor, tokens: int) -> torch.Tensor:
+        """(T, E) float32, 1 where the token is one of the expert's."""
+        raise NotImplementedError
+
     def left_out(self, logits_TE: torch.Tensor, choices: torch.Tensor, mask_T: torch.Tensor | None) -> torch.Tensor:
         """Scalar: choices dropped over capacity (token choice), or tokens that no expert took (expert choice)."""
         raise NotImplementedError
@@ -101,6 +108,9 @@ class Router(nn.Module):
         counts_E = self.count(choices, weight_T).to(self.step_counts_E.dtype)
         self.step_counts_E += counts_E
         self.interval_counts_E += counts_E
+        member_TE = self.membership(choices, len(logits_TE))
+        with torch.autocast(logits_TE.device.type, enabled=False):  # bfloat16 counts no further than 256
+            self.interval_pairs_EE += (member_TE * weight_T[:, None].to(member_TE.dtype)).T @ member_TE
 
 
 class TopKRouter(Router):
@@ -170,6 +180,9 @@ class TopKRouter(Router):
     def count(self, choices: torch.Tensor, weight_T: torch.Tensor) -> torch.Tensor:
         return count_choices(choices, weight_T, self.num_experts)
 
+    def membership(self, choices: torch.Tensor, tokens: int) -> torch.Tensor:
+        return torch.zeros(tokens, self.num_experts, device=choices.device).scatter_(1, choices, 1.0)
+
     def left_out(self, logits_TE: torch.Tensor, choices: torch.Tensor, mask_T: torch.Tensor | None) -> torch.Tensor:
         if self.capacity_factor is None:
             return logits_TE.new_zeros(())
@@ -218,6 +231,9 @@ class ExpertChoiceRouter(Router):
 
     def count(self, choices: torch.Tensor, weight_T: torch.Tensor) -> torch.Tensor:
         return weight_T[choices].sum(-1)
+
+    def membership(self, choices: torch.Tensor, tokens: int) -> torch.Tensor:
+        return torch.zeros(self.num_experts, tokens, device=choices.device).scatter_(1, choices, 1.0).T
 
     def left_out(self, logits_TE: torch.Tensor, choices: torch.Tensor, mask_T: torch.Tensor | None) -> torch.Tensor:
         untaken_T = torch.ones_like(logits_TE[:, 0], dtype=torch.bool) if mask_T is None else mask_T.clone()

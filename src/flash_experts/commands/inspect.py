@@ -1,0 +1,78 @@
+"""``flash-experts inspect``."""
+
+from __future__ import annotations
+
+import json
+import random
+from typing import TYPE_CHECKING, Literal
+
+from jsonargparse import Namespace
+
+from flash_experts.commands.common import CommandParser, command_parser, print_result
+
+if TYPE_CHECKING:
+    from flash_experts.data.cards import Card
+
+_COUNT = 500
+
+
+def run(args: Namespace) -> None:
+    """Draw which experts take which tokens, and whether more than chance is in it."""
+    if args.count is not None and args.count < 1:
+        raise ValueError(f"--count must be 1 or more, not {args.count}")
+    if args.show < 0:
+        raise ValueError(f"--show must be 0 or more, not {args.show}")
+    names, cards = _names(args)
+
+    from flash_experts.evaluation.report import write_page
+    from flash_experts.evaluation.router_maps import inspect_router
+    from flash_experts.evaluation.router_report import format_router, write_router_report
+
+    prompted = args.attributes == "all"
+    result = inspect_router(
+        args.model, names, cards, prompted=prompted, shown=args.show, seed=args.seed, device=args.device
+    )
+    page = write_router_report(result, args.out)
+    write_page(json.dumps(result.to_json(), ensure_ascii=False), page.with_suffix(".json"))
+    told = f"The page: {page}"
+    if args.png is not None:
+        from flash_experts.evaluation.router_plots import write_plots
+
+        told += f"\nPictures: {', '.join(map(str, write_plots(result, args.png)))}"
+    print_result(args, result.to_json(), f"{format_router(result)}\n\n{told}")
+
+
+def _names(args: Namespace) -> tuple[list[str], list[Card] | None]:
+    """The names to look at, and their cards where they are known."""
+    if args.names is not None:
+        from flash_experts.evaluation import read_names
+
+        return read_names(args.names)[: args.count], None
+    from flash_experts.data.prepare import load_split
+
+    cards = load_split(args.data, args.split)
+    cards = random.Random(f"inspect/{args.seed}").sample(cards, min(args.count or _COUNT, len(cards)))
+    return [card.name for card in cards], cards
+
+
+def make_parser() -> CommandParser:
+    parser = command_parser("inspect", run)
+    parser.add_argument("model", help="folder or hub id of a model with experts")
+    parser.add_argument("--names", type=str | None, default=None, help="names to look at, one a line; no cards then")
+    parser.add_argument("--data", default="data/mtg", help="folder that prepare wrote")
+    parser.add_argument("--split", default="validation", help="of the data: train, validation, test or test_iid")
+    parser.add_argument(
+        "--count", type=int | None, default=None, help=f"names to look at; {_COUNT} of the data, all of --names"
+    )
+    parser.add_argument("--show", type=int, default=24, help="names to draw token by token")
+    parser.add_argument(
+        "--attributes",
+        type=Literal["all", "none"],
+        default="all",
+        help="all: the prompt tells the card's type, colors and mana value; none: it tells nothing",
+    )
+    parser.add_argument("--out", default="inspect.html", help="page to write, with its numbers beside it as .json")
+    parser.add_argument("--png", type=str | None, default=None, help="folder for pictures (needs matplotlib)")
+    parser.add_argument("--seed", type=int, default=0, help="of the draw of names and the shuffles")
+    parser.add_argument("--device", type=str | None, default=None, help="cpu, cuda, cuda:1; the best there is")
+    return parser

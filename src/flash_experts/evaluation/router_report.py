@@ -1,0 +1,264 @@
+"""What `flash_experts.evaluation.router_maps` found, for a terminal and as one HTML page that needs nothing else.
+
+The page has no script, and nothing in it comes from elsewhere. Every color stands beside its number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from itertools import groupby
+from pathlib import Path
+
+from jinja2 import Environment, StrictUndefined
+
+from flash_experts.evaluation.report import write_page
+from flash_experts.evaluation.router_maps import BlockFigures, NameMap, RouterMap
+from flash_experts.evaluation.specialization import Specialization
+from flash_experts.evaluation.tables import MISSING, Table
+
+_TEMPLATE = "router_report.html.jinja"
+_GATES_SHOWN = 3  # experts of a token whose gates find room beside their numbers
+_METRICS = {
+    "load_cv": "load: deviation / mean",
+    "max_load": "load: largest / mean",
+    "load_entropy": "load: entropy",
+    "entropy": "router: entropy",
+    "top1": "best expert's probability",
+    "max_pair": "pairs: largest / mean",
+    "pair_entropy": "pairs: entropy",
+    "drop_rate": "would be dropped in training",
+    "untaken_rate": "taken by no expert",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """A number in a shaded cell: ``shade`` from 0 to 100, ``small`` below it, ``mark`` beside it."""
+
+    text: str
+    shade: int
+    mark: str = ""
+    small: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class HeatTable:
+    """A table of shaded numbers. ``weight`` tells which of several is shown first."""
+
+    title: str
+    corner: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, tuple[Cell, ...]], ...]
+    weight: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class MapCell:
+    """The experts of a token in one block.
+
+    Attributes:
+        experts: their numbers, "–" if there is none.
+        gates: in percent, "" where there are too many.
+        classes: for color and highlighting.
+        split: percent of the cell that the first expert's color takes.
+    """
+
+    experts: str
+    gates: str
+    classes: str
+    split: int
+
+
+def render_router_report(result: RouterMap) -> str:
+    """The page. All text of models, names and tokens is escaped."""
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    template = files(__package__).joinpath(_TEMPLATE).read_text(encoding="utf-8")
+    num_experts: int = result.settings["num_experts"]
+    by_label = groupby(result.specializations, key=lambda each: each.title)
+    return environment.from_string(template).render(
+        result=result,
+        expert_range=range(num_experts),
+        hues=[round(20 + 360 * expert / num_experts) for expert in range(num_experts)],
+        verdicts=verdicts(result),
+        troubles=[(each.block, each.trouble) for each in result.blocks if each.trouble],
+        information=_information_table(result.specializations),
+        loads=[_load_table(result.blocks, False), _load_table(result.blocks, True)],
+        metrics=metrics_table(result.blocks),
+        maps=[_map_rows(each) for each in result.maps],
+        labels=[(title, _in_order([_share_table(each) for each in group])) for title, group in by_label],
+        together=_in_order([_together_table(each) for each in result.blocks]) if _has_pairs(result) else [],
+        training=_training_tables(result),
+    )
+
+
+def write_router_report(result: RouterMap, path: str | Path) -> Path:
+    """Writes the page, whole or not at all.
+
+    Raises:
+        ValueError: the file cannot be written.
+    """
+    return write_page(render_router_report(result), path)
+
+
+def format_router(result: RouterMap, width: int = 120) -> str:
+    """The figures for a terminal."""
+    lines = [f"{result.model}: {result.names:,} names, {result.tokens:,} tokens"]
+    lines += [metrics_table(result.blocks).to_text(width), *verdicts(result)]
+    lines += [f"block {each.block}: {each.trouble}" for each in result.blocks if each.trouble]
+    return "\n".join(lines)
+
+
+def metrics_table(blocks: Sequence[BlockFigures]) -> Table:
+    """A row for each figure, a column for each block."""
+    names = [name for name in _METRICS if name in blocks[0].metrics or any(name in each.metrics for each in blocks)]
+    rows = tuple(
+        (_METRICS[name], *(f"{each.metrics[name]:.3f}" if name in each.metrics else MISSING for each in blocks))
+        for name in names
+    )
+    return Table("The routers", ("block", *(str(each.block) for each in blocks)), rows)
+
+
+def verdicts(result: RouterMap) -> list[str]:
+    """One sentence for each label: whether its tokens go to experts of their own."""
+    sentences = []
+    for title, group in groupby(result.specializations, key=lambda each: each.title):
+        each = list(group)
+        real = [one for one in each if one.is_specialized]
+        if not real:
+            sentences.append(f"{title}: no more than chance gives, in any of {len(each)} blocks.")
+            continue
+        best = max(real, key=lambda one: one.information - one.shuffled)
+        where = "every block" if len(real) == len(each) else f"{len(real)} of {len(each)} blocks"
+        sentences.append(
+            f"{title}: more than chance in {where}, most in block {best.block}: the expert tells "
+            f"{best.information:.3f} bits of it, where shuffled labels give {best.shuffled:.3f}."
+        )
+    for title in result.left_out_labels:
+        sentences.append(f"{title}: too few tokens in two groups or more to tell anything.")
+    return sentences
+
+
+# ------------------------------------------------------------------------------------------------------------- tables
+
+
+def _shade(value: float, highest: float) -> int:
+    return round(100 * min(1.0, max(0.0, value / highest))) if highest > 0 else 0
+
+
+def _in_order(tables: Sequence[HeatTable]) -> list[tuple[HeatTable, bool]]:
+    """Tables, and whether each is the one that is shown first."""
+    heaviest = max(range(len(tables)), key=lambda index: tables[index].weight, default=0)
+    return [(table, index == heaviest) for index, table in enumerate(tables)]
+
+
+def _information_table(found: Sequence[Specialization]) -> HeatTable | None:
+    if not found:
+        return None
+    highest = max(each.information for each in found)
+    rows = []
+    for title, group in groupby(found, key=lambda each: each.title):
+        cells = tuple(
+            Cell(
+                f"{each.information:.3f}",
+                _shade(each.information, highest) if each.is_specialized else 0,
+                "✓" if each.is_specialized else "",
+                f"chance {each.shuffled:.3f}",
+            )
+            for each in group
+        )
+        rows.append((title, cells))
+    blocks = list(dict.fromkeys(each.block for each in found))
+    return HeatTable("Bits that the expert tells of a label", "label", _blocks(blocks), tuple(rows))
+
+
+def _blocks(blocks: Sequence[int]) -> tuple[str, ...]:
+    return tuple(f"block {block}" for block in blocks)
+
+
+def _load_cells(loads: Sequence[float]) -> tuple[Cell, ...]:
+    return tuple(Cell(f"{load:.2f}", _shade(load, 3.0)) for load in loads)
+
+
+def _load_table(blocks: Sequence[BlockFigures], of_names: bool) -> HeatTable:
+    loads = [each.load_of_names if of_names else each.load for each in blocks]
+    what = "tokens of the names alone" if of_names else "all tokens that the model reads"
+    rows = tuple(zip(_blocks([each.block for each in blocks]), map(_load_cells, loads), strict=True))
+    return HeatTable(f"Load over the mean, {what}", "expert", _numbers(len(loads[0])), rows)
+
+
+def _numbers(count: int) -> tuple[str, ...]:
+    return tuple(map(str, range(count)))
+
+
+def _share_table(found: Specialization) -> HeatTable:
+    """Shares of each group in percent; shaded by them, marked where chance is ruled out."""
+    highest = max(max(row) for row in found.share)
+    rows = []
+    for group, tokens, share, marks in zip(found.groups, found.tokens, found.share, found.marks, strict=True):
+        cells = tuple(
+            Cell(f"{100 * value:.0f}", _shade(value, highest), {1: "▲", 0: "", -1: "▽"}[mark])
+            for value, mark in zip(share, marks, strict=True)
+        )
+        rows.append((f"{group} ({tokens:,})", cells))
+    verdict = "more than chance" if found.is_specialized else "no more than chance gives"
+    title = (
+        f"Block {found.block}: {found.information:.3f} bits, shuffled {found.shuffled:.3f} "
+        f"(95%: {found.shuffled_high:.3f}), p {found.p_value:.3f}: {verdict}"
+    )
+    columns = _numbers(len(found.share[0]))
+    return HeatTable(
+        title, f"{found.title} (tokens), by expert", columns, tuple(rows), found.information - found.shuffled
+    )
+
+
+def _has_pairs(result: RouterMap) -> bool:
+    return result.settings["num_experts_per_tok"] > 1 or result.settings["routing"] == "expert_choice"
+
+
+def _together_table(figures: BlockFigures) -> HeatTable:
+    others = [share for i, row in enumerate(figures.together) for j, share in enumerate(row) if i != j]
+    rows = []
+    for expert, row in enumerate(figures.together):
+        cells = tuple(
+            Cell("·", 0) if other == expert else Cell(f"{100 * share:.0f}", _shade(share, max(others)))
+            for other, share in enumerate(row)
+        )
+        rows.append((str(expert), cells))
+    weight = figures.metrics.get("max_pair", 0.0)
+    title = f"Block {figures.block}: percent of the row's tokens that go to the column's expert too"
+    return HeatTable(title, "expert", _numbers(len(figures.together)), tuple(rows), weight)
+
+
+def _training_tables(result: RouterMap) -> list[tuple[HeatTable, bool]]:
+    if result.training is None:
+        return []
+    steps = tuple(f"step {step:,}" for step in result.training.steps)
+    tables = []
+    for block, loads in result.training.loads.items():
+        rows = tuple((str(expert), _load_cells(series)) for expert, series in enumerate(zip(*loads, strict=True)))
+        largest = max(max(row) for row in loads)
+        tables.append(HeatTable(f"Block {block}: load over the mean", "expert", steps, rows, largest))
+    return _in_order(tables)
+
+
+def _map_rows(found: NameMap) -> tuple[NameMap, list[tuple[str, list[MapCell]]]]:
+    rows = []
+    for block, experts_of_tokens in found.experts.items():
+        rows.append((f"block {block}", [_map_cell(experts) for experts in experts_of_tokens]))
+    return found, rows
+
+
+def _map_cell(experts: Sequence[tuple[int, float]]) -> MapCell:
+    if not experts:
+        return MapCell("–", "", "", 100)
+    numbers, gates = zip(*experts, strict=True)
+    second = numbers[1] if len(numbers) > 1 else numbers[0]
+    total = sum(gates[:2])
+    return MapCell(
+        experts=" ".join(map(str, numbers)),
+        gates=" ".join(f"{100 * gate:.0f}" for gate in gates) if len(gates) <= _GATES_SHOWN else "",
+        classes=" ".join([f"e{numbers[0]}", f"f{second}", *(f"h{number}" for number in numbers)]),
+        split=round(100 * gates[0] / total) if total > 0 else 100,
+    )
