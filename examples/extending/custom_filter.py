@@ -58,6 +58,7 @@ def main() -> None:
 
     # A filter is a transformers LogitsProcessor, so it works in plain `model.generate` too.
     prompt = torch.tensor([[generator.tokenizer.bos_token_id, *generator.vocabulary.encode("Creature Elf, green:")]])
+    torch.manual_seed(7)
     rows = generator.model.generate(
         prompt,
         attention_mask=torch.ones_like(prompt),
@@ -66,7 +67,8 @@ def main() -> None:
         max_new_tokens=12,
         num_return_sequences=3,
     )
-    said = generator.vocabulary.names(rows, prompt.shape[1])
+    # Bytes that make no character come out as a replacement sign: here no filter keeps them away.
+    said = generator.tokenizer.batch_decode(rows[:, prompt.shape[1] :], skip_special_tokens=True)
     print("model.generate: " + "; ".join(name.strip() for name in said))
 
 
