@@ -4,13 +4,16 @@ BIN := .venv/bin
 FLASH := $(BIN)/flash-experts
 ONE_THREAD := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: demo test lint bench install clean
+.PHONY: demo test learn lint bench install clean
 
 demo: .venv/.installed  ## real cards, a small MoE fine-tuned on them, compared, and names
 	@PATH="$(CURDIR)/$(BIN):$$PATH" sh scripts/demo.sh
 
 test: .venv/.installed-dev  ## all tests
 	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist worksteal
+
+learn: .venv/.installed-dev  ## every chapter of the learning path and its solutions, as scripts
+	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 -m "long or not long" tests/test_learn.py
 
 lint: .venv/.installed-dev  ## style, types, import directions
 	$(BIN)/ruff check .

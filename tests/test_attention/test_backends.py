@@ -21,6 +21,7 @@ from flash_experts.kernels.attention_options import AttentionOptions
 from flash_experts.models import attention_backends
 from flash_experts.models.attention_backends import attention, attention_backend, choose
 from flash_experts.models.flash_attention import fe_attention_forward
+from flash_experts.models.flash_attn import flash_attn_func
 
 from .cases import Batch, Packed, assert_same, batches, cumulative, packed_rows
 from .oracle import oracle, oracle_varlen
@@ -399,3 +400,13 @@ def test_dispatch_gives_what_was_asked_for() -> None:
     dropped = replace(CAUSAL, dropout=0.5, seed=torch.tensor([4]))
     by_reference, _ = attention(q, q, q, dropped, backend="reference")
     torch.testing.assert_close(by_reference.double(), oracle(q, q, q, dropped)[0], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.3])
+def test_a_scale_of_zero_or_below_is_no_special_case(scale: float) -> None:
+    """PyTorch's kernel makes 0 times minus infinity of it: such calls go elsewhere."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 6, 2, 16, dtype=torch.float64) for _ in range(3))
+    out = flash_attn_func(q, k, v, softmax_scale=scale, causal=True)
+    truth, _ = oracle(q, k, v, AttentionOptions(scale=scale, right=0))
+    torch.testing.assert_close(out, truth)

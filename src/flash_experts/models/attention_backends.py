@@ -39,6 +39,7 @@ _logger = logging.getLogger(__name__)
 _forced: ContextVar[str | None] = ContextVar("attention_backend", default=None)
 _HALF = frozenset({torch.float16, torch.bfloat16})
 _PADDING_MASK = "a padding mask"
+_ODD_SCALE = "scales of zero and below"
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +90,7 @@ def _is_installed(module: str) -> bool:
 
 
 def _package(version: int, *lacks: str) -> Backend:
-    common = {"key lengths", _PADDING_MASK, "head dims that are no multiple of 8", "head dims over 256"}
+    common = {"key lengths", _PADDING_MASK, _ODD_SCALE, "head dims that are no multiple of 8", "head dims over 256"}
     return Backend(_HALF, frozenset(lacks) | common, frozenset({"cuda"}), attention_packages.MODULES[version])
 
 
@@ -99,12 +100,13 @@ BACKENDS: dict[str, Backend] = {
     "reference": Backend(_SINGLE | {torch.float64}, frozenset({_PADDING_MASK})),
     "triton": _TritonBackend(
         _SINGLE,
-        frozenset({_PADDING_MASK, "head dims under 16", "head dims over 256"}),
+        frozenset({_PADDING_MASK, _ODD_SCALE, "head dims under 16", "head dims over 256"}),
         frozenset({"cuda", "cpu"}),
         "triton",
     ),
     "sdpa": Backend(
-        _SINGLE | {torch.float64}, frozenset({"softcap", "ALiBi", "the log-sum-exp", "deterministic gradients on CUDA"})
+        _SINGLE | {torch.float64},
+        frozenset({"softcap", "ALiBi", "the log-sum-exp", "deterministic gradients on CUDA", _ODD_SCALE}),
     ),
     "flash_attention_2": _package(2, "dropout with softcap", "the log-sum-exp with dropout"),
     "flash_attention_3": _package(3, *_NOT_IN_3_AND_4),
@@ -209,6 +211,7 @@ def _asked(
         ("head dims over 128", head_dim > 128),
         ("head dims over 256", head_dim > 256),
         ("head dims that are no multiple of 8", head_dim % 8 != 0),
+        (_ODD_SCALE, options.scale <= 0),
         ("softcap", options.softcap > 0),
         ("ALiBi", options.alibi_slopes is not None),
         ("dropout", options.dropout > 0),

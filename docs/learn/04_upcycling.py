@@ -1,0 +1,375 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 4. Upcycling
+#
+# **The question: how does one MLP become eight experts without losing what it knows, and how do eight equal experts
+# become different?**
+#
+# Training a mixture of experts from nothing is expensive. Sparse upcycling (Komatsuzaki et al. 2022) begins with a
+# trained dense model: every expert is made of its MLP. The new model should compute what the old one did, and from there
+# on be able to do more. The two wishes pull against each other. Equal experts keep the function; but as long as they
+# are equal, there is nothing to choose between.
+
+# %%
+import copy
+import time
+
+import matplotlib.pyplot as plt
+import torch
+from chapter_tools import (
+    bits_per_character,
+    cards,
+    load_base,
+    nats_of_names,
+    quote,
+    show,
+    table,
+    training_steps,
+)
+
+from flash_experts import GPT2MoEForCausalLM
+from flash_experts.data.cards import load_source
+from flash_experts.data.cleaning import clean
+from flash_experts.data.packing import encode_cards, pack
+from flash_experts.data.splits import split_by_family
+from flash_experts.evaluation.costs import parameter_counts
+from flash_experts.models import upcycling
+from flash_experts.models.moe_layer import MoELayer
+
+dense, tokenizer = load_base()
+packed = pack(encode_cards(cards("train")[:32], tokenizer))
+labels = packed.inputs_with_loss(packed.labels.numel())
+with torch.no_grad():
+    dense_logits = dense(**packed.inputs).logits
+print(f"dense logits on {packed.num_names} names: {tuple(dense_logits.shape)}, up to {dense_logits.abs().max():.1f}")
+
+VARIANTS: dict[str, dict[str, object]] = {
+    "copy": {"method": "copy"},
+    "noise": {"method": "noise", "noise_scale": 1e-3},
+    "drop": {"method": "drop", "drop_ratio": 0.5},
+    "granular": {"method": "granular", "granularity": 4},
+    "shared": {"method": "shared"},
+}
+
+
+def upcycled(num_experts_per_tok: int = 2, **fields: object) -> GPT2MoEForCausalLM:
+    """Eight experts in every second block, made of the dense base."""
+    torch.manual_seed(0)
+    return GPT2MoEForCausalLM.from_dense(
+        dense, num_experts=8, num_experts_per_tok=num_experts_per_tok, moe_layer_freq=2, **fields
+    )
+
+
+@torch.no_grad()
+def difference(model: GPT2MoEForCausalLM) -> float:
+    """Largest difference of any logit from the dense model's."""
+    return (model(**packed.inputs).logits - dense_logits).abs().max().item()
+
+
+# %% [markdown]
+# ## The picture first
+#
+# Five ways to make experts, before any training: how far is any logit from the dense model's?
+
+# %%
+far = {name: difference(upcycled(**fields)) for name, fields in VARIANTS.items()}
+table(["method", "largest difference of a logit"], [[name, f"{value:.1e}"] for name, value in far.items()])
+figure, axis = plt.subplots(figsize=(7, 2.6))
+axis.barh(
+    list(far), list(far.values()), color=["tab:green" if value < 1e-4 else "tab:orange" for value in far.values()]
+)
+axis.axvline(dense_logits.abs().max(), color="black", linestyle=":")
+axis.text(dense_logits.abs().max(), -0.3, " largest dense logit")
+for place, value in enumerate(far.values()):
+    axis.text(max(value, 1e-6), place, f" {value:.0e}", va="center")
+axis.set(xscale="log", xlim=(1e-6, 1e3), xlabel="largest difference from the dense logits")
+axis.invert_yaxis()
+show(figure, "04_exactness")
+
+# %% [markdown]
+# Green is rounding (float32 knows a logit of 25 to 1e-6, and many operations follow each other). Three methods are exact, two break the symmetry on purpose and pay for it at once. What they do:
+#
+# | method | an expert is | exact |
+# | --- | --- | --- |
+# | copy | the dense MLP | yes |
+# | noise | the dense MLP plus noise of 0.001 standard deviations | nearly |
+# | drop | the dense MLP with half of its hidden units drawn anew (Nakamura et al. 2025) | no |
+# | granular | a quarter of the hidden units; 32 experts, 8 per token (He et al. 2024) | yes |
+# | shared | silent (second matrix zero), beside one dense MLP for every token | yes |
+#
+# ## Why copies are exact
+#
+# With every expert equal to the dense layer f:
+#
+# $$ y = \sum_{e \in \text{top}_K} g_e\,\text{MLP}_e(x) = \Big(\sum_e g_e\Big) f(x) = f(x) $$
+#
+# x and y are (T, D), g is (T, K). All that is needed: the gates of a token sum to one. That must hold for every K and
+# E. Without it:
+
+# %%
+rows = [[f"E 8, K {k}", f"{difference(upcycled(k)):.1e}"] for k in (1, 2, 8)]
+exact = copy.deepcopy(dense).double()
+with torch.no_grad():
+    off = GPT2MoEForCausalLM.from_dense(exact)(**packed.inputs).logits - exact(**packed.inputs).logits
+rows.append(["E 8, K 2, in float64", f"{off.abs().max():.1e}"])
+broken = upcycled()
+for layer in (module for module in broken.modules() if isinstance(module, MoELayer)):
+    layer.router.norm_topk_prob = False  # gates are then the plain probabilities of the chosen
+rows.append(["K 2, gates not normalised", f"{difference(broken):.1e}"])
+table(["copies", "largest difference"], rows)
+
+# %% [markdown]
+# In float64 the difference shrinks with the rounding: it *is* rounding. The package does not let you break it by
+# accident:
+
+# %%
+try:
+    upcycled(norm_topk_prob=False)
+except ValueError as error:
+    print("from_dense refuses that:", error)
+
+# %% [markdown]
+# ## The code that ships
+#
+# One function makes the experts of a layer, whatever the method. `up_DF` and `down_FD` are the dense matrices, (D, F)
+# and (F, D).
+
+# %%
+quote(upcycling._fill_experts)
+
+# %% [markdown]
+# The line about granularity deserves a look. A token takes two whole groups of four shards. Gates of eight chosen
+# experts sum to one, so each shard gets a quarter of what its group's expert would get. Therefore the second matrix is
+# multiplied by 4. Its bias is not: every expert carries it whole, and the gates add it up to once. (Exercise 3 gets
+# this wrong on purpose.)
+#
+# ## The trap: a router without a gradient
+#
+# If y = f(x) whatever the gates are, then y does not depend on the router. The language loss has no opinion about it:
+#
+# $$ \frac{\partial y}{\partial g_e} = f(x) \text{ for all chosen } e, \qquad \sum_e \delta g_e = 0
+# \quad\Rightarrow\quad \delta y = f(x) \sum_e \delta g_e = 0 $$
+#
+# The remedy is a straight-through gate. It has the value of the normalised gate and, besides, the gradient of the
+# plain probability:
+#
+# $$ g_e = \frac{p_e}{\sum_j p_j} + \big(p_e - \text{stop\_gradient}(p_e)\big) $$
+#
+# It is there in training only (chapter 3 quoted the line with `detach`). So the gradient in eval mode is the one
+# without it, in train mode the one with it. No dropout, no router losses: the language loss alone.
+
+# %%
+QUIET = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+QUIET |= {"router_aux_loss_coef": 0.0, "router_z_loss_coef": 0.0}
+
+
+def router_gradient(model: GPT2MoEForCausalLM, training: bool) -> float:
+    """Norm of the language loss's gradient at all routers' weights."""
+    model.train(training)
+    model.zero_grad()
+    model(**labels).loss.backward()
+    model.eval()
+    parts = [parameter.grad.norm() for name, parameter in model.named_parameters() if ".router." in name]
+    return torch.stack(parts).norm().item()
+
+
+@torch.no_grad()
+def apart(model: GPT2MoEForCausalLM) -> float:
+    """How different experts are: mean distance of an expert's first matrix from the experts' mean, over its length.
+
+    Of granular experts those of the same shard are compared.
+    """
+    shares = []
+    for layer in (module for module in model.modules() if isinstance(module, MoELayer)):
+        shards = dense.config.n_embd * 4 // layer.experts.up_proj.shape[2]
+        W_RSDF = layer.experts.up_proj.unflatten(0, (-1, shards))
+        away = (W_RSDF - W_RSDF.mean(0)).flatten(1).norm(dim=1)
+        shares.append(away.mean() / W_RSDF.flatten(1).norm(dim=1).mean())
+    return torch.stack(shares).mean().item()
+
+
+rows = []
+for label, k, fields in (
+    ("copy, K 2", 2, VARIANTS["copy"]),
+    ("copy, K 1", 1, VARIANTS["copy"]),
+    ("noise 0.001, K 2", 2, VARIANTS["noise"]),
+    ("noise 0.1, K 2", 2, {"method": "noise", "noise_scale": 0.1}),
+    ("noise 0.1, K 1", 1, {"method": "noise", "noise_scale": 0.1}),
+    ("drop, K 2", 2, VARIANTS["drop"]),
+    ("granular, K 8 of 32", 2, VARIANTS["granular"]),
+    ("shared, K 2", 2, VARIANTS["shared"]),
+):
+    model = upcycled(k, **fields, **QUIET)
+    plain, through = router_gradient(model, training=False), router_gradient(model, training=True)
+    rows.append([label, f"{difference(model):.0e}", f"{apart(model):.1e}", f"{plain:.1e}", f"{through:.1e}"])
+table(["", "logits off by", "experts apart", "router gradient: plain", "straight-through"], rows)
+
+# %% [markdown]
+# Read it row by row.
+#
+# - Copies give the plain gate a gradient of rounding errors. The straight-through gate gives a real one, and the logits
+#   are the same.
+# - With K = 1 the normalised gate is the constant 1. The plain gradient is zero even when the experts differ.
+# - The plain gradient grows with the noise. With much noise the router would learn without help, but then the logits
+#   are off.
+# - Granular experts hold different shards, so even the plain gate has something to say: more of this shard, less of
+#   that.
+# - Silent experts (shared) say nothing, so no gate matters. Their second matrices do get a gradient, and once they
+#   speak the router hears it. That takes a step or two.
+#
+# What can the straight-through gradient know while experts are equal? Not which one is better: none is. It is the
+# gradient of "more, or less, of the chosen". It moves the router, and with it which expert learns from which token. The
+# parting itself is the work of the data: experts see different tokens, so their gradients differ from the first step.
+
+# %%
+model = upcycled(**QUIET)
+model.train()
+model(**labels).loss.backward()
+gradient_EDF = model.transformer.h[3].mlp.experts.up_proj.grad.flatten(1)
+similar_EE = torch.nn.functional.cosine_similarity(gradient_EDF[:, None], gradient_EDF[None], dim=-1)
+others = similar_EE[~torch.eye(8, dtype=torch.bool)]
+print(f"eight equal experts, cosine of their gradients: mean {others.mean():.2f}, least {others.min():.2f}")
+
+# %% [markdown]
+# ## An experiment that changes one thing: the noise
+#
+# From 0 to one standard deviation. Three curves.
+
+# %%
+scales = [1e-4, 1e-3, 1e-2, 1e-1, 1.0]
+off, plain, through = [], [], []
+for scale in scales:
+    model = upcycled(method="noise", noise_scale=scale, **QUIET)
+    off.append(difference(model))
+    plain.append(router_gradient(model, training=False))
+    through.append(router_gradient(model, training=True))
+figure, axis = plt.subplots(figsize=(7, 3.6))
+axis.loglog(scales, off, "o-", label="logits off by")
+axis.loglog(scales, plain, "s-", label="router gradient, plain gate")
+axis.loglog(scales, through, "^-", label="router gradient, straight-through gate")
+axis.set(xlabel="noise, in standard deviations of the weights")
+axis.legend()
+show(figure, "04_noise")
+numbers = zip(scales, off, plain, through, strict=True)
+rows = [[f"{scale:g}", *(f"{value:.1e}" for value in values)] for scale, *values in numbers]
+table(["noise", "logits off by", "plain", "straight-through"], rows)
+
+# %% [markdown]
+# Plain gradient and error in the logits grow together, in proportion to the noise: without the straight-through gate one
+# is bought with the other.
+#
+# ## What comes of it: a short training
+#
+# The base knows its own training names too well to learn from them again (`docs/experiments.md` tells of it). So we
+# give it names it has never seen: cards of franchises (Universes Beyond), which our cleaning leaves out. Same names,
+# same order, same steps for all; 30 steps of about 512 tokens. Then all are scored on families of names held out.
+
+# %%
+rows_of_franchises = [row for row in load_source("embedded").rows if row.flag == "franchises"]
+parts = split_by_family(clean(rows_of_franchises, include=["franchises"]).cards).parts
+new_cards, held_out = parts["train"], [*parts["validation"], *parts["test"]]
+print(
+    f"{len(new_cards)} names to learn, {len(held_out)} held out:", "; ".join(card.name for card in held_out[:4]), "..."
+)
+
+STEPS, RATE = 30, 1e-3
+models = {"dense": copy.deepcopy(dense)} | {name: upcycled(**fields) for name, fields in VARIANTS.items()}
+curves: dict[str, list[float]] = {}
+seconds: dict[str, float] = {}
+nats = {"before": nats_of_names(dense, held_out, tokenizer)}
+for name, model in models.items():
+    started = time.process_time()
+    curves[name] = list(training_steps(model, new_cards, tokenizer, STEPS, RATE))
+    seconds[name] = (time.process_time() - started) / STEPS
+    nats[name] = nats_of_names(model, held_out, tokenizer)
+
+# %% [markdown]
+# Differences from the dense model are taken name by name, so that names that are hard for all do not blur them. The
+# interval is 95% over names. It does not cover another seed.
+
+# %%
+rows, means, errors = [], [], []
+for name, model in models.items():
+    gain_N = nats[name] - nats["dense"]
+    mean, error = gain_N.mean().item(), 1.96 * gain_N.std().item() / len(gain_N) ** 0.5
+    means.append(mean)
+    errors.append(error)
+    size = parameter_counts(model)
+    rows.append(
+        [
+            name,
+            f"{size.total / 1e6:.1f} M",
+            f"{size.active / 1e6:.1f} M",
+            f"{seconds[name]:.2f}",
+            f"{sum(curves[name][-5:]) / 5:.3f}",
+            f"{bits_per_character(nats[name], held_out):.3f}",
+            "-" if name == "dense" else f"{mean:+.3f} ± {error:.3f}",
+            "-" if name == "dense" else f"{apart(model):.3f}",
+        ]
+    )
+print(f"held-out bits before: {bits_per_character(nats['before'], held_out):.3f}")
+header = [
+    "",
+    "weights",
+    "active",
+    "s a step",
+    "loss, last 5",
+    "held-out bits",
+    "nats a name, against dense",
+    "experts apart",
+]
+table(header, rows)
+
+figure, axes = plt.subplots(1, 2, figsize=(11, 3.6))
+for name in VARIANTS:
+    against_dense = [loss - dense_loss for loss, dense_loss in zip(curves[name], curves["dense"], strict=True)]
+    axes[0].plot(range(1, STEPS + 1), against_dense, label=name, linewidth=1)
+axes[0].axhline(0, color="black", linewidth=0.8)
+axes[0].set(title="training loss of each step, against dense", xlabel="step", ylabel="nats per token")
+axes[0].legend()
+axes[1].errorbar(means[1:], list(models)[1:], xerr=errors[1:], fmt="o")
+axes[1].axvline(0, color="black", linewidth=0.8)
+axes[1].set(title="held-out, against dense (left is better)", xlabel="nats a name")
+show(figure, "04_training")
+
+# %% [markdown]
+# Read the last column but one with its interval. Where the interval holds 0, the run shows no difference between experts
+# and the dense model, and in our run every one did. All of them learned the new names (see the bits before). But the
+# experts have parted by about a tenth of their length, and each has seen a quarter of the tokens that the dense MLP saw.
+# Upcycling buys *room*, not an immediate gain. It pays when there are data to fill the room; the papers train on billions
+# of tokens to show it.
+#
+# Count the price as well. K = 2 doubles the arithmetic of these layers in every step (and `shared` triples it): see the
+# active parameters and the seconds. At equal arithmetic the dense model would have had more steps. A fair comparison
+# states all three: per step, per operation, per second.
+#
+# ## What to remember
+#
+# - Gates that sum to one make copies exact, for every K and E.
+# - Equal experts give a normalised gate no gradient. The straight-through gate has one, at no cost in exactness.
+# - Noise and drop break the symmetry at the price of the start; shards and silent experts break it for nothing.
+# - Thirty steps decide nothing. Look at the interval before you believe a difference.
+#
+# ## Exercises
+#
+# 1. **The way back.** `flash_experts.models.downcycling.to_dense` averages the experts. What must it give for untrained
+#    copies? Fine-tune copies for 20 steps on franchise names, average, and score: is the mean as good as the mixture?
+# 2. **How much to drop.** For `drop_ratio` 0, 0.25, 0.5, 1: the difference of the logits, and bits per character on 100
+#    training names. What is left of the dense model at 1?
+# 3. **The bias.** Multiply the second bias of granular experts by the granularity as well, as if it belonged to the
+#    matrix. How far off are the logits for granularity 2, 4, 8?
+# 4. **A router of zeros.** With `router_init="zeros"` all scores tie. Which experts are chosen, and is the model exact?
+#    Take ten training steps and look at the loads.
+#
+# Solutions: `solutions/04_upcycling.py`.

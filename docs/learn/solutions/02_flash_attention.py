@@ -1,0 +1,137 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # Solutions of chapter 2, flash attention
+
+# %%
+import sys
+from pathlib import Path
+
+# The chapters' tools lie one folder up; a notebook has no __file__, and runs where it lies.
+sys.path.append(str(Path(globals().get("__file__", "a notebook")).resolve().parents[1]))
+
+import math
+
+import torch
+from chapter_tools import table
+
+from flash_experts.kernels import flash_attention_reference as reference
+from flash_experts.kernels.attention_options import AttentionOptions
+from flash_experts.models.flash_attn import flash_attn_func
+
+torch.manual_seed(0)
+
+# %% [markdown]
+# ## 1. Any order
+#
+# Maximum and sum do not depend on the order of their terms. The online softmax only changes the reference point of the
+# exponentials on the way, and takes that back.
+
+# %%
+
+
+def online_softmax(scores_S: torch.Tensor, values_SC: torch.Tensor, tiles: list[torch.Tensor]) -> torch.Tensor:
+    """``softmax(scores) @ values``, (C,), the keys taken tile by tile."""
+    m = scores_S.new_tensor(-torch.inf)
+    z, o_C = torch.zeros_like(m), torch.zeros_like(values_SC[0])
+    for tile in tiles:
+        new_m = torch.maximum(m, scores_S[tile].max())
+        rescale, weights = torch.exp(m - new_m), torch.exp(scores_S[tile] - new_m)
+        z, o_C, m = z * rescale + weights.sum(), o_C * rescale + weights @ values_SC[tile], new_m
+    return o_C / z
+
+
+scores_S, values_SC = 5 * torch.randn(100, dtype=torch.float64), torch.randn(100, 8, dtype=torch.float64)
+expected_C = scores_S.softmax(0) @ values_SC
+forwards, shuffled = torch.arange(100), torch.randperm(100)
+for label, tiles in (
+    ("tiles of 16, in order", list(forwards.split(16))),
+    ("tiles of 16, last first", list(forwards.split(16))[::-1]),
+    ("keys shuffled, tiles of 7", list(shuffled.split(7))),
+    ("one key at a time, shuffled", list(shuffled.split(1))),
+    ("tiles of 1, 2, 4, 8, 16, 32, 37", list(shuffled.split([1, 2, 4, 8, 16, 32, 37]))),
+):
+    print(f"{label:32} off by {(online_softmax(scores_S, values_SC, tiles) - expected_C).abs().max():.0e}")
+
+# %% [markdown]
+# ## 2. Without the maximum
+#
+# The largest float32 is 3.4e38, and exp(88.7) is that much. From there on exp gives infinity, and infinity over
+# infinity is not a number. At the other end all exponentials become 0, and 0 / 0 is not a number either.
+
+# %%
+shape = torch.tensor([0.0, 1.0, 2.0, 3.0])
+values = torch.tensor([[10.0], [20.0], [30.0], [40.0]])
+rows = []
+for shift in (0.0, 80.0, 85.0, 86.0, 100.0, -100.0, -110.0):
+    scores = shape + shift
+    plain = (scores.exp() / scores.exp().sum()) @ values
+    online = online_softmax(scores, values, [torch.tensor([0, 1]), torch.tensor([2, 3])])
+    rows.append([f"{shift:g} to {shift + 3:g}", f"{plain.item():.4f}", f"{online.item():.4f}"])
+table(["scores", "without m", "online"], rows)
+
+# %% [markdown]
+# The sum fails a little before the single term does. Before it fails at the low end it loses digits: exp(-100) is a
+# denormal number. In float16 the largest number is 65504, so it would fail at scores of 11.
+#
+# ## 3. Two halves
+#
+# The LSE of a half says how much weight the half has in all: exp(LSE of the half - LSE of all). And the LSE of all is
+# the log of the sum of the exponentials of both.
+
+# %%
+q, k, v = torch.randn(1, 3, 4, 64), torch.randn(1, 200, 4, 64), torch.randn(1, 200, 4, 64)
+whole, lse, _ = flash_attn_func(q, k, v, return_attn_probs=True)
+outs, lses = zip(
+    *(
+        flash_attn_func(q, k[:, half], v[:, half], return_attn_probs=True)[:2]
+        for half in (slice(0, 80), slice(80, 200))
+    ),
+    strict=True,
+)
+lses_2BHS = torch.stack(lses)
+lse_of_both = lses_2BHS.logsumexp(0)
+shares_2BSH = (lses_2BHS - lse_of_both).exp().transpose(2, 3)
+merged = (torch.stack(outs) * shares_2BSH[..., None]).sum(0)
+print(
+    f"merged against all at once: output {(merged - whole).abs().max():.1e}, LSE {(lse_of_both - lse).abs().max():.1e}"
+)
+print(f"share of the first 80 of 200 keys, query 0, by head: {[f'{x:.2f}' for x in shares_2BSH[0, 0, 0].tolist()]}")
+
+# %% [markdown]
+# ## 4. A window
+#
+# Without a window the tiles grow with the square of the length. With one, each row of tiles has at most three: linear.
+# The mask's own functions tell which keys a tile of queries sees, so no attention has to be computed to count.
+
+# %%
+
+
+def count_tiles(S: int, left: int, block: int = 64) -> int:
+    part = reference._Part(slice(0, 1), slice(0, S), slice(0, S), 0)
+    mask = reference._Mask.of(part, AttentionOptions(scale=1.0, left=left, right=0))
+    rows = reference._tiles(range(S), block)
+    return sum(math.ceil(len(mask.keys_seen(queries)) / block) for queries in rows)
+
+
+rows = []
+for S in (512, 1024, 2048, 4096):
+    rows.append([S, count_tiles(S, left=-1), count_tiles(S, left=128)])
+table(["length", "causal", "causal, window of 128"], rows)
+
+made = []
+tile = reference._Scores.tile
+reference._Scores.tile = lambda self, *arguments: made.append(1) or tile(self, *arguments)
+reference.attention(*torch.randn(3, 1, 1024, 1, 64), AttentionOptions(scale=0.125, left=128, right=0))
+reference._Scores.tile = tile
+print(f"made by the reference at 1024 with the window: {len(made)}")
