@@ -18,6 +18,7 @@ Letters in the shapes: T tokens, D width, E experts, K experts per token, C toke
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 
 import torch
 from torch import nn
@@ -26,7 +27,7 @@ from torch.nn import functional as F
 from flash_experts.models.moe_config import GPT2MoEConfig
 
 
-class Router(nn.Module):
+class Router(nn.Module, ABC):
     """What both routers share: scores, the balancing bias, and the counts that metrics read."""
 
     selection_bias_E: torch.Tensor
@@ -77,17 +78,17 @@ class Router(nn.Module):
         # Rounded first: 1.1 * 10 is 11.000000000000002, which is no twelfth token.
         return min(tokens, math.ceil(round(factor * tokens * self.top_k / self.num_experts, 6)))
 
+    @abstractmethod
     def count(self, choices: torch.Tensor, weight_T: torch.Tensor) -> torch.Tensor:
         """(E,) tokens of each expert, each token counted by its weight (0 for padding)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def membership(self, choices: torch.Tensor, tokens: int) -> torch.Tensor:
         """(T, E) float32, 1 where the token is one of the expert's."""
-        raise NotImplementedError
 
+    @abstractmethod
     def left_out(self, logits_TE: torch.Tensor, choices: torch.Tensor, mask_T: torch.Tensor | None) -> torch.Tensor:
         """Scalar: choices dropped over capacity (token choice), or tokens that no expert took (expert choice)."""
-        raise NotImplementedError
 
     @torch.no_grad()
     def record(self, logits_TE: torch.Tensor, choices: torch.Tensor, mask_T: torch.Tensor | None) -> None:
