@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # before its first import: nothing in the tests may ask a hub
 if not torch.cuda.is_available():  # Triton's own functions are made at its first import: interpreted, or for a GPU
     os.environ["TRITON_INTERPRET"] = "1"
 
@@ -56,3 +58,13 @@ def dense(dense_config: GPT2Config) -> GPT2LMHeadModel:
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     return model.eval()
+
+
+@pytest.fixture(scope="session")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a blank in its name where the first commands were run: see `command_line.make_workplace`."""
+    from command_line import make_workplace
+
+    folder = tmp_path_factory.mktemp("work place")
+    make_workplace(folder)
+    return folder

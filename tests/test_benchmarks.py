@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from command_line import ok
 
 from flash_experts.benchmarks import attention, attention_contestants, generate, moe, train
 from flash_experts.benchmarks.attention_problems import BatchProblem, DecodeProblem, PackedProblem, name_lengths
@@ -24,12 +22,6 @@ CPU = torch.device("cpu")
 MODEL = str(ROOT / "models/mtg-base")
 
 
-def run_cli(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "flash_experts.cli", "benchmark", *arguments]
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
-
-
 def measured(topic: str, *arguments: str) -> Report:
     """The report of a topic, its options read as the command reads them."""
     module: Any = {"attention": attention, "moe": moe, "train": train, "generate": generate}[topic]
@@ -40,10 +32,9 @@ def measured(topic: str, *arguments: str) -> Report:
 def test_attention_as_a_user_runs_it(tmp_path: Path) -> None:
     sizes = "--lengths 16 32 --tokens 32 --width 32 --head_dims 16 --decode-lengths 20 --decode-batches 2 --rounds 1"
     files = f"--names-tokens 200 --tokenizer {MODEL} --out a.json --plot a.png --json"
-    done = run_cli("attention", *sizes.split(), *files.split(), cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    done = ok("benchmark", "attention", *sizes.split(), *files.split(), cwd=tmp_path)
     result = json.loads((tmp_path / "a.json").read_text("utf-8"))
-    assert json.loads(done.stdout) == result
+    assert json.loads(done.out) == result
     assert result["topic"] == "attention" and result["machine"]["versions"]["torch"] == torch.__version__
     assert result["machine"]["matmul_tflops"] > 0 and result["settings"]["lengths"] == [16, 32]
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
@@ -66,10 +57,9 @@ def test_attention_as_a_user_runs_it(tmp_path: Path) -> None:
 def test_moe_as_a_user_runs_it(tmp_path: Path) -> None:
     (tmp_path / "moe.yaml").write_text("width: 16\nnum_experts: 4\nrounds: 1\ntokens: [8]\n", "utf-8")
     sizes = "--config moe.yaml --granularities 1 4 --decode-tokens 1 3 --out m.json --plot m.png"
-    done = run_cli("moe", *sizes.split(), cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "4 experts of 64, 2 per token" in done.stdout and "16 experts of 16, 8 per token" in done.stdout
-    assert "liger_kernel: needs a GPU" in done.stdout and (tmp_path / "m.png").exists()
+    done = ok("benchmark", "moe", *sizes.split(), cwd=tmp_path)
+    assert "4 experts of 64, 2 per token" in done.out and "16 experts of 16, 8 per token" in done.out
+    assert "liger_kernel: needs a GPU" in done.out and (tmp_path / "m.png").exists()
     rows = json.loads((tmp_path / "m.json").read_text("utf-8"))["rows"]
     for row in rows:
         if row["implementation"] in ("fe_experts", "grouped_mm", "batched_mm", "eager"):

@@ -3,64 +3,22 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from command_line import BASE_RUN, TINY_RUN, ok, run, run_process
 
-ROOT = Path(__file__).parent.parent
-TINY = (
-    "--model.n-layer=2 --model.n-embd=32 --model.n-head=2 --model.vocab-size=400 --training.tokens-per-batch=1024 "
-    "--training.max-epochs=null --training.eval-every=4 --training.validation-names=40 --training.log-every=2"
-).split()
-
-
-def run(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
-    """`flash-experts ...` in a folder, as a process of its own, without a network."""
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "flash_experts.cli", *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
-
-
-def ok(*arguments: str | Path, cwd: Path) -> str:
-    """What a command that must succeed prints as its result."""
-    done = run(*arguments, cwd=cwd)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def train(*arguments: str, cwd: Path) -> str:
-    """What a training run says of its progress."""
-    done = run("train", *arguments, cwd=cwd)
-    assert done.returncode == 0, done.stderr
-    return done.stderr
-
-
-@pytest.fixture(scope="module")
-def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder where everything was run once: prepared real cards, a tiny dense model, its experts fine-tuned."""
-    folder = tmp_path_factory.mktemp("work place")
-    names = [f"{first} {second}" for first in _FIRST for second in _SECOND]
-    (folder / "names.txt").write_text("\n".join(names), "utf-8")
-    ok("prepare", "--source", "names.txt", cwd=folder)
-    train("--model.num-experts=0", *TINY, "--training.run-name=base", "--training.max-steps=6", cwd=folder)
-    ok("upcycle", "models/base", "--num-experts", "4", "--out", "models/moe", cwd=folder)
-    return folder
-
-
-_FIRST = "Ember Storm Grave Mire Thorn Frost Dawn Iron Hollow Silver Ash Raven Crystal Gale Dusk River Stone".split()
-_SECOND = "Seer Warden Colossus Adept Stalker Shaman Herald Sphinx Reaver Golem Druid Knight Serpent Titan".split()
+from flash_experts.cli import COMMANDS
 
 
 def test_help_lists_every_command(tmp_path: Path) -> None:
-    text = ok("--help", cwd=tmp_path)
-    for command in ("prepare", "upcycle", "train", "evaluate", "compare", "generate"):
-        assert command in text
-        assert "--config" in ok(command, "--help", cwd=tmp_path)
-    assert run(cwd=tmp_path).returncode == 2
+    done = run_process("--help", cwd=tmp_path)
+    assert done.status == 0
+    for command in COMMANDS:
+        assert command in done.out
+        assert "--config" in ok(command, "--help", cwd=tmp_path).out
+    assert run(cwd=tmp_path).status == 2
 
 
 def test_what_a_run_leaves(workplace: Path) -> None:
@@ -68,14 +26,13 @@ def test_what_a_run_leaves(workplace: Path) -> None:
     present = {path.name for path in base.iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json", "metrics.jsonl", "run.json"} <= present
     assert not list(base.rglob("*.bin")) and not list(base.rglob("*.pt"))
-    same = ("--model.num-experts=0", *TINY, "--training.run-name=base", "--training.max-steps=6")
-    assert "nothing to do" in train(*same, cwd=workplace)
+    assert "nothing to do" in ok(*BASE_RUN, cwd=workplace).err
 
 
 def test_upcycled_it_scores_as_the_dense_model(workplace: Path) -> None:
     figures = []
     for model in ("models/base", "models/moe"):
-        result = json.loads(ok("evaluate", model, "--names", "names.txt", "--json", cwd=workplace))
+        result = json.loads(ok("evaluate", model, "--names", "names.txt", "--json", cwd=workplace).out)
         figures.append(result["bits"]["value"])
     assert figures[0] == pytest.approx(figures[1], abs=1e-5)
 
@@ -84,16 +41,19 @@ def test_finetune_from_yaml_then_compare_and_generate(workplace: Path) -> None:
     (workplace / "run.yaml").write_text(
         "base: models/moe\nmodel:\n  num_experts: 4\ntraining:\n  run_name: tuned\n  max_steps: 4\n", "utf-8"
     )
-    said = train("--config", "run.yaml", *TINY[4:], "--training.max-steps", "6", cwd=workplace)
+    said = ok("train", "--config", "run.yaml", *TINY_RUN, "--training.max-steps", "6", cwd=workplace).err
     assert "step 6" in said
-    said = ok("compare", "models/base", "models/tuned", "ngram", "--samples", "20", "--out", "r.html", cwd=workplace)
+    models = ("models/base", "models/tuned", "ngram")
+    said = ok("compare", *models, "--samples", "20", "--out", "r.html", cwd=workplace).out
     assert "base" in said and "tuned" in said and "ngram" in said
     assert "<html" in (workplace / "r.html").read_text("utf-8")
     assert json.loads((workplace / "r.json").read_text("utf-8"))["models"]
     options = ("generate", "--model", "models/tuned", "--count", "5", "--seed", "7", "--preset", "creative")
-    names = json.loads(ok(*options, "--json", cwd=workplace))
+    names = json.loads(ok(*options, "--json", cwd=workplace).out)
     assert len(names) == 5 and {"text", "log_prob", "nearest_card", "similarity"} <= set(names[0])
-    assert ok(*options, cwd=workplace).splitlines() == [name["text"] for name in names], "one a line for pipes"
+    piped = run_process(*options, cwd=workplace)
+    assert piped.status == 0 and piped.err == ""
+    assert piped.out.splitlines() == [name["text"] for name in names], "one a line for pipes, the same in any process"
 
 
 @pytest.mark.parametrize(
@@ -136,9 +96,9 @@ def test_bad_input_is_one_line(workplace: Path, arguments: str, status: int, mes
     _spoiled_files(workplace)
     before = sorted(str(path) for path in workplace.rglob("*"))
     done = run(*arguments.split(), cwd=workplace)
-    assert done.returncode == status, done.stderr
-    lines = done.stderr.strip().splitlines()
-    assert len(lines) == 1 and message in lines[0], done.stderr
+    assert done.status == status, done.err
+    lines = done.err.strip().splitlines()
+    assert len(lines) == 1 and message in lines[0], done.err
     assert sorted(str(path) for path in workplace.rglob("*")) == before, "nothing half-written"
 
 
@@ -156,6 +116,13 @@ def _spoiled_files(folder: Path) -> None:
     short.write_bytes((folder / "models/base/model.safetensors").read_bytes()[:2000])
 
 
+def test_a_process_of_its_own_says_the_same(tmp_path: Path) -> None:
+    """Where the other tests call the program as a function: a few as it starts and ends on its own."""
+    for arguments in (("trian",), ("generate", "--model", "nowhere")):
+        done = run_process(*arguments, cwd=tmp_path)
+        assert done == run(*arguments, cwd=tmp_path) and done.err.count("\n") == 1
+
+
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:
-    done = run("evaluate", "nowhere", "--debug", cwd=tmp_path)
-    assert done.returncode == 1 and "Traceback" in done.stderr
+    done = run_process("evaluate", "nowhere", "--debug", cwd=tmp_path)
+    assert done.status == 1 and "Traceback" in done.err
