@@ -24,6 +24,7 @@ from flash_experts.commands import (
     inspect,
     plot,
     prepare,
+    serve,
     train,
     upcycle,
 )
@@ -38,6 +39,7 @@ COMMANDS = {
     "compare": compare,
     "inspect": inspect,
     "generate": generate,
+    "serve": serve,
     "plot": plot,
     "benchmark": benchmark,
 }

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from jsonargparse import Namespace
 
@@ -24,7 +23,6 @@ _SAME_NAME = (
     *("repetition_penalty", "starts_with", "ends_with", "contains", "regex", "min_words", "max_words", "words"),
     *("min_length", "max_length", "allow_profanity", "alliterate", "min_distance", "seed", "batch_size", "best_of"),
 )
-_COLUMNS = ("text", "log_prob", "score", "nearest_card", "similarity")
 
 
 def run(args: Namespace) -> None:
@@ -48,32 +46,26 @@ def run(args: Namespace) -> None:
 # ------------------------------------------------------------------------------------------------------- the formats
 
 
-def _row(name: GeneratedName) -> dict[str, Any]:
-    return {
-        "text": name.text,
-        "log_prob": round(name.log_prob, 4),
-        "score": round(name.score, 4),
-        "nearest_card": name.nearest_card,
-        "similarity": round(name.similarity, 4),
-    }
-
-
 def _write_lines(names: Iterable[GeneratedName], file: TextIO) -> int:
     return _each(names, lambda name: print(name.text, file=file, flush=True))
 
 
 def _write_jsonl(names: Iterable[GeneratedName], file: TextIO) -> int:
-    return _each(names, lambda name: print(json.dumps(_row(name), ensure_ascii=False), file=file))
+    from flash_experts.generation.tables import row_of
+
+    return _each(names, lambda name: print(json.dumps(row_of(name), ensure_ascii=False), file=file))
 
 
 def _write_csv(names: Iterable[GeneratedName], file: TextIO) -> int:
-    table = csv.DictWriter(file, _COLUMNS, lineterminator="\n")
-    table.writeheader()
-    return _each(names, lambda name: table.writerow(_row(name)))
+    from flash_experts.generation.tables import write_csv
+
+    return write_csv(names, file)
 
 
 def _write_json(names: Iterable[GeneratedName], file: TextIO) -> int:
-    rows = [_row(name) for name in names]
+    from flash_experts.generation.tables import row_of
+
+    rows = [row_of(name) for name in names]
     print(json.dumps(rows, indent=2, ensure_ascii=False), file=file)
     return len(rows)
 

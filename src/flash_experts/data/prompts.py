@@ -146,6 +146,11 @@ def parse_type_line(text: str | None) -> Parts:
     )
 
 
+def known_subtypes() -> tuple[str, ...]:
+    """All subtypes that `parse_type_line` knows, in the order of the alphabet."""
+    return tuple(sorted(set(_type_vocabulary().names.values()) - {*SUPERTYPES, *TYPES}))
+
+
 @dataclass(frozen=True, slots=True)
 class _Vocabulary:
     """Known words of type lines.

@@ -208,7 +208,7 @@ def inspect_router(
         blocks=tuple(_figures(each, tokens, model) for each in routing),
         specializations=tuple(found),
         left_out_labels=tuple(label.title for label in labels if label.title not in told),
-        maps=_name_maps(names[:shown], tokens, routing),
+        maps=name_maps(names[:shown], tokens, routing),
         training=None if isinstance(source, GPT2MoEForCausalLM) else read_loads(Path(source) / METRICS_FILE),
     )
 
@@ -326,7 +326,8 @@ def _over_mean(load_E: FloatArray) -> tuple[float, ...]:
     return tuple((load_E / max(load_E.mean(), 1e-12)).tolist())
 
 
-def _name_maps(names: Sequence[str], tokens: Tokens, routing: Sequence[BlockRouting]) -> tuple[NameMap, ...]:
+def name_maps(names: Sequence[str], tokens: Tokens, routing: Sequence[BlockRouting]) -> tuple[NameMap, ...]:
+    """Token by token, the experts of the first names: ``names`` are those of ``tokens``, or fewer."""
     maps = []
     for index, name in enumerate(names):
         mine = np.flatnonzero(tokens.name_T == index).tolist()

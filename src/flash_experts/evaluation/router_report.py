@@ -80,13 +80,13 @@ def render_router_report(result: RouterMap) -> str:
     return environment.from_string(template).render(
         result=result,
         expert_range=range(num_experts),
-        hues=[round(20 + 360 * expert / num_experts) for expert in range(num_experts)],
+        hues=expert_hues(num_experts),
         verdicts=verdicts(result),
         troubles=[(each.block, each.trouble) for each in result.blocks if each.trouble],
         information=_information_table(result.specializations),
         loads=[_load_table(result.blocks, False), _load_table(result.blocks, True)],
         metrics=metrics_table(result.blocks),
-        maps=[_map_rows(each) for each in result.maps],
+        maps=[map_rows(each) for each in result.maps],
         labels=[(title, _in_order([_share_table(each) for each in group])) for title, group in by_label],
         together=_in_order([_together_table(each) for each in result.blocks]) if _has_pairs(result) else [],
         training=_training_tables(result),
@@ -243,7 +243,13 @@ def _training_tables(result: RouterMap) -> list[tuple[HeatTable, bool]]:
     return _in_order(tables)
 
 
-def _map_rows(found: NameMap) -> tuple[NameMap, list[tuple[str, list[MapCell]]]]:
+def expert_hues(num_experts: int) -> list[int]:
+    """A hue for each expert, in degrees, as far from each other as can be."""
+    return [round(20 + 360 * expert / num_experts) for expert in range(num_experts)]
+
+
+def map_rows(found: NameMap) -> tuple[NameMap, list[tuple[str, list[MapCell]]]]:
+    """A row of cells for each block."""
     rows = []
     for block, experts_of_tokens in found.experts.items():
         rows.append((f"block {block}", [_map_cell(experts) for experts in experts_of_tokens]))

@@ -179,9 +179,8 @@ class NameGenerator:
         at_least("best_of", best_of, 1, "it must be 1 or more")
         rarity, like = options.pop("rarity", None), options.pop("like", None)
         sampling, constraints, filters = _sorted_options(preset, options)
-        attributes = Attributes.parse(type_line, colors, mana_value, rarity)
         examples = examples_of(like) if like else []
-        attributes = filled_in(attributes, shared_attributes(examples)) if examples else attributes
+        attributes = attributes_asked_for(type_line, colors, mana_value, rarity, examples)
         prompt_ids = [self.tokenizer.bos_token_id, *self.vocabulary.encode(attributes.prompt())]
         processors: list[LogitsProcessor] = []
         processors += constraints.filters(self.vocabulary, len(prompt_ids), self.known.normal_forms)
@@ -191,6 +190,22 @@ class NameGenerator:
         seed = secrets.randbits(63) if seed is None else seed
         request = Request(prompt_ids, sampling, constraints, processors, seed, batch_size, best_of)
         return NameSearch(self.model, self.vocabulary, self.known, request).names(count)
+
+
+def attributes_asked_for(
+    type_line: str | None,
+    colors: str | None,
+    mana_value: int | None,
+    rarity: str | None = None,
+    examples: Sequence[str] = (),
+) -> Attributes:
+    """What the prompt tells: the attributes given, and where they are open what most of the examples share.
+
+    Raises:
+        ValueError: see `Attributes.parse`.
+    """
+    attributes = Attributes.parse(type_line, colors, mana_value, rarity)
+    return filled_in(attributes, shared_attributes(examples)) if examples else attributes
 
 
 def _sorted_options(preset: str, options: Options) -> tuple[Sampling, Constraints, Sequence[FilterFactory]]:

@@ -1,0 +1,164 @@
+"""The same functions over HTTP, by name: `/generate`, `/compare`, `/inspect` and `/options`.
+
+Gradio makes a POST endpoint, a page of documentation and an OpenAPI description of each. See docs/playground.md.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import fields
+from functools import wraps
+from inspect import isgeneratorfunction
+from typing import Any, TypeVar
+
+import gradio as gr
+import numpy as np
+
+from flash_experts.app.comparing import Side, compare
+from flash_experts.app.inspecting import Inspection, inspect_name
+from flash_experts.app.service import Playground, Progress
+from flash_experts.app.settings import MOST_NAMES, Settings
+from flash_experts.generation import PRESETS
+from flash_experts.generation.tables import row_of
+
+Each = TypeVar("Each")
+_FIELDS = tuple(field.name for field in fields(Settings))
+
+
+def add_endpoints(playground: Playground, queue: str, at_once: int) -> None:
+    """Adds the endpoints to the `gr.Blocks` that is open."""
+
+    def generate(settings: dict[str, Any], model: str = "") -> dict[str, Any]:
+        """New names. settings has any of the fields of /options; {} is fine. With the seed that comes back the same
+        names come again."""
+        return _told(_last(playground.names(_settings(settings), _text("model", model))))
+
+    def stream(settings: dict[str, Any], model: str = "") -> Iterator[dict[str, Any]]:
+        """As /generate, and each name as soon as it is found."""
+        for progress in playground.names(_settings(settings), _text("model", model)):
+            yield _told(progress)
+
+    def compare_sides(
+        settings: dict[str, Any], model_a: str = "", preset_a: str = "", model_b: str = "", preset_b: str = ""
+    ) -> list[dict[str, Any]]:
+        """Names of two models, or of two presets, from the same seed."""
+        sides = [
+            Side(_text("model_a", model_a), _text("preset_a", preset_a)),
+            Side(_text("model_b", model_b), _text("preset_b", preset_b)),
+        ]
+        return [_told(side) for side in _last(compare(playground, _settings(settings), sides)) if side is not None]
+
+    def inspect(name: str, settings: dict[str, Any], model: str = "") -> dict[str, Any]:
+        """How a model reads a name: the likeliest tokens at each step, the experts of each token by block (null for a
+        dense model), and attention[block][head][from][to]."""
+        loaded = playground.model(_text("model", model))
+        return _inspection(inspect_name(loaded, _text("name", name), _settings(settings)))
+
+    def read_settings(text: str) -> dict[str, Any]:
+        """The fields that a settings string holds."""
+        return Settings.from_string(_text("text", text)).options()
+
+    def options() -> dict[str, Any]:
+        """Models, presets, limits, and the fields of settings with their defaults."""
+        return {
+            "models": list(playground.models),
+            "presets": list(PRESETS),
+            "limits": {"count": MOST_NAMES, "seconds": playground.time_limit},
+            "settings": Settings().options(),
+        }
+
+    limits: dict[str, Any] = {"concurrency_id": queue, "concurrency_limit": at_once}
+    gr.api(answering(generate), api_name="generate", **limits)
+    gr.api(answering(stream), api_name="stream", **limits)
+    gr.api(answering(compare_sides), api_name="compare", **limits)
+    gr.api(answering(inspect), api_name="inspect", **limits)
+    gr.api(answering(read_settings), api_name="settings", **limits)
+    gr.api(options, api_name="options", **limits)
+
+
+# ------------------------------------------------------------------------------------------------- in and out of JSON
+
+
+def answering(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, whose ValueErrors reach the client as its message. Any other failure stays on the server."""
+
+    @wraps(function)
+    def called(*args: Any) -> Any:
+        try:
+            return function(*args)
+        except ValueError as error:
+            raise gr.Error(str(error), print_exception=False) from None
+
+    @wraps(function)
+    def streamed(*args: Any) -> Iterator[Any]:
+        try:
+            yield from function(*args)
+        except ValueError as error:
+            raise gr.Error(str(error), print_exception=False) from None
+
+    return streamed if isgeneratorfunction(function) else called
+
+
+def _settings(given: Any) -> Settings:
+    """Settings of a client's JSON object.
+
+    Raises:
+        ValueError: it is no object, or says something that settings do not have.
+    """
+    if not isinstance(given, dict):
+        raise ValueError('settings must be an object such as {"colors": "R"}')
+    unknown = given.keys() - _FIELDS
+    if unknown:
+        raise ValueError(f"unknown setting {min(unknown)[:40]!r}: there are {', '.join(_FIELDS)}")
+    return Settings.from_values(given)
+
+
+def _last(stream: Iterator[Each]) -> Each:
+    """The last of one or more."""
+    [last] = deque(stream, maxlen=1)
+    return last
+
+
+def _text(name: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{name} must be a text, not {type(value).__name__}")
+    return value
+
+
+def _told(progress: Progress) -> dict[str, Any]:
+    return {
+        "names": [row_of(row.name) for row in progress.rows],
+        "seed": progress.seed,
+        "settings": progress.settings.to_string(),
+        "seconds": round(progress.seconds, 3),
+        "is_over": progress.is_over,
+        "note": progress.note,
+    }
+
+
+def _inspection(found: Inspection) -> dict[str, Any]:
+    experts = None
+    if found.experts is not None:
+        experts = {
+            str(block): [[{"expert": expert, "gate": gate} for expert, gate in pairs] for pairs in tokens]
+            for block, tokens in found.experts.experts.items()
+        }
+    return {
+        "name": found.name,
+        "prompt": found.prompt,
+        "tokens": list(found.tokens),
+        "prompt_length": found.prompt_length,
+        "steps": [
+            {
+                "token": step.token,
+                "probability": round(step.probability, 6),
+                "rank": step.rank,
+                "alternatives": [{"token": token, "probability": round(p, 6)} for token, p in step.alternatives],
+            }
+            for step in found.steps
+        ],
+        "num_experts": found.num_experts,
+        "experts": experts,
+        "attention": [np.round(weights_HTT, 4).tolist() for weights_HTT in found.attention],
+    }

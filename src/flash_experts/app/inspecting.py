@@ -1,0 +1,151 @@
+"""Why a model makes a name: the likeliest tokens at each step, what each token looks at, and which expert took it.
+
+The name is cut as the tokenizer cuts it. A generated name may have been built from other pieces; that one is the
+likeliest.
+
+Letters in the shapes: T tokens that the model reads (begin symbol, prompt, name), V tokens of the vocabulary, H heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from transformers import PreTrainedModel
+
+from flash_experts.app.service import LoadedModel
+from flash_experts.app.settings import Settings
+from flash_experts.data.names import normal_form, shown_form
+from flash_experts.data.packing import encode_name
+from flash_experts.evaluation.router_maps import NameMap, name_maps, route
+from flash_experts.evaluation.router_tokens import Tokens, shown_text
+from flash_experts.evaluation.scorers import check_lengths
+from flash_experts.generation.decoding import evaluating
+from flash_experts.generation.generator import attributes_asked_for
+from flash_experts.models.moe import GPT2MoEForCausalLM
+
+ALTERNATIVES = 5
+LONGEST_NAME = 60  # characters
+END = "[end]"
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One token of the name, or its end, as the model predicted it.
+
+    Attributes:
+        token: as it can be shown.
+        probability: that the model gave it, at temperature 1, before filters.
+        rank: 1 is the likeliest.
+        alternatives: the likeliest tokens and their probabilities.
+    """
+
+    token: str
+    probability: float
+    rank: int
+    alternatives: tuple[tuple[str, float], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """What `inspect_name` found.
+
+    Attributes:
+        name: as it was read.
+        prompt: what stood before it.
+        tokens: texts of the T tokens that the model reads.
+        prompt_length: how many of them are begin symbol and prompt.
+        steps: of the name's tokens and its end.
+        attention: by block, (H, T, T) float32: row t is where token t looks; its first t + 1 numbers sum to 1.
+        experts: None for a dense model.
+        num_experts: 0 for a dense model.
+    """
+
+    name: str
+    prompt: str
+    tokens: tuple[str, ...]
+    prompt_length: int
+    steps: tuple[Step, ...]
+    attention: tuple[npt.NDArray[np.float32], ...]
+    experts: NameMap | None
+    num_experts: int
+
+
+def inspect_name(loaded: LoadedModel, name: str, settings: Settings) -> Inspection:
+    """Looks into a model while it reads a name.
+
+    Args:
+        loaded: the model; it serves nothing else meanwhile.
+        name: any name.
+        settings: of which the attributes and examples make the prompt.
+
+    Raises:
+        ValueError: the name is blank or too long, or the model tells no attention.
+    """
+    name = shown_form(name)
+    if not normal_form(name):
+        raise ValueError("no name to look into: give one with letters")
+    if len(name) > LONGEST_NAME:
+        raise ValueError(f"the name has {len(name)} characters: {LONGEST_NAME} are the most")
+    generator = loaded.generator
+    model = generator.model
+    attributes = attributes_asked_for(settings.type_line, settings.colors, settings.mana_value, examples=settings.like)
+    encoded = encode_name(name, attributes, generator.tokenizer)
+    check_lengths(model, [name], [encoded])
+    texts = generator.vocabulary.texts
+    tokens = Tokens.of([encoded], texts)
+    with loaded.lock:
+        logits_TV, attention = _read(model, encoded.ids[:-1])
+        routing = route(model, [encoded]) if isinstance(model, GPT2MoEForCausalLM) else None
+    steps = _steps(logits_TV[encoded.prompt_length - 1 :], encoded.ids[encoded.prompt_length :], texts)
+    return Inspection(
+        name=name,
+        prompt=attributes.prompt(),
+        tokens=tokens.texts,
+        prompt_length=encoded.prompt_length,
+        steps=steps,
+        attention=attention,
+        experts=None if routing is None else name_maps([name], tokens, routing)[0],
+        num_experts=0 if routing is None else model.config.num_experts,
+    )
+
+
+def _read(model: PreTrainedModel, ids: tuple[int, ...]) -> tuple[torch.Tensor, tuple[npt.NDArray[np.float32], ...]]:
+    """(T, V) logits, and the attention of each block."""
+    with evaluating(model), torch.inference_mode(), _telling_attention(model):
+        ids_1T = torch.tensor([ids], device=model.device)
+        mask_1T = torch.ones_like(ids_1T)  # the begin symbol is also the pad symbol
+        out = model(ids_1T, attention_mask=mask_1T, output_attentions=True, use_cache=False)
+    if not out.attentions or any(block is None for block in out.attentions):
+        raise ValueError("this model does not tell where it looks")
+    return out.logits[0].float().cpu(), tuple(block[0].float().cpu().numpy() for block in out.attentions)
+
+
+@contextmanager
+def _telling_attention(model: PreTrainedModel) -> Iterator[None]:
+    """While it is open, attention is computed step by step, since the fused kernels never form its weights."""
+    implementation = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(implementation)
+
+
+def _steps(logits_SV: torch.Tensor, ids: tuple[int, ...], texts: tuple[str, ...]) -> tuple[Step, ...]:
+    """How likely each of S tokens was, and what else could have come."""
+
+    def shown(token: int) -> str:
+        return shown_text(texts[token]) if texts[token] else END
+
+    steps = []
+    for probs_V, token in zip(logits_SV.softmax(-1), ids, strict=True):
+        top, top_ids = probs_V.topk(ALTERNATIVES)
+        alternatives = tuple((shown(other), p) for other, p in zip(top_ids.tolist(), top.tolist(), strict=True))
+        rank = int((probs_V > probs_V[token]).sum()) + 1
+        steps.append(Step(shown(token), float(probs_V[token]), rank, alternatives))
+    return tuple(steps)

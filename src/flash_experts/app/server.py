@@ -1,0 +1,164 @@
+"""The web server: Gradio's app behind a gate that lets through what the page and the endpoints need, and no more."""
+
+from __future__ import annotations
+
+import re
+import socket
+from importlib.resources import files
+
+import fastapi
+import gradio as gr
+import uvicorn
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from flash_experts.app.page import build_page
+from flash_experts.app.service import Playground
+
+MOST_CONNECTIONS = 512
+LARGEST_BODY = 64 * 1024  # bytes of a request
+_OPEN = re.compile(
+    r"/(|config/?|theme\.css|favicon\.ico|robots\.txt|manifest\.json|pwa_icon(/\d+)?|(assets|static|svelte)/.*"
+    r"|gradio_api/(info/?|openapi\.json|startup-events|app_id/?|theme\.css|queue/join|queue/data|cancel|reset/?"
+    r"|heartbeat/\w+|run/predict|call/[\w/]+))"
+)
+# The page may load and ask nothing but its own origin. Gradio's scripts are inline and compile templates.
+_HEADERS = {
+    "content-security-policy": (
+        "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
+        "img-src 'self' data: blob:; font-src 'self' data:; connect-src 'self'; object-src 'none'; base-uri 'self'; "
+        "form-action 'self'; frame-ancestors 'self'"
+    ),
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+}
+
+
+def make_app(playground: Playground) -> fastapi.FastAPI:
+    """The application, for any ASGI server."""
+    app = fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    own = files(__package__)
+    app = gr.mount_gradio_app(
+        app,
+        build_page(playground),
+        path="/",
+        footer_links=["api"],
+        run_history=False,
+        show_error=False,
+        ssr_mode=False,
+        enable_monitoring=False,
+        pwa=False,
+        mcp_server=False,
+        max_file_size=1,
+        theme=_theme(),
+        css=own.joinpath("style.css").read_text("utf-8"),
+    )
+    app.add_middleware(Gate)
+    return app
+
+
+def _theme() -> gr.themes.Base:
+    """Gradio's soft theme with the machine's own fonts: its usual ones would come from elsewhere."""
+    theme = gr.themes.Soft(
+        primary_hue="indigo",
+        neutral_hue="slate",
+        font=("system-ui", "sans-serif"),
+        font_mono=("ui-monospace", "monospace"),
+        spacing_size="sm",
+    )
+    return theme.set(
+        block_title_background_fill="none",
+        block_title_padding="0",
+        block_title_text_color="*body_text_color",
+        block_title_text_weight="600",
+        body_text_color_subdued="*neutral_600",
+        body_text_color_subdued_dark="*neutral_400",
+    )
+
+
+def serve(playground: Playground, listener: socket.socket) -> None:
+    """Serves until Ctrl+C or SIGTERM.
+
+    Args:
+        playground: its models.
+        listener: bound; closed at the end.
+    """
+    config = uvicorn.Config(
+        make_app(playground), log_level="error", limit_concurrency=MOST_CONNECTIONS, timeout_graceful_shutdown=1,
+        timeout_keep_alive=30, lifespan="on",
+    )  # fmt: skip
+    uvicorn.Server(config).run(sockets=[listener])
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A socket that listens.
+
+    Raises:
+        ValueError: the port is taken or not allowed, or the host is none of this machine.
+    """
+    if not 0 <= port <= 65535:
+        raise ValueError(f"port {port}: it must be 0 (any that is free) to 65535")
+    try:
+        return socket.create_server((host, port), backlog=MOST_CONNECTIONS, family=_family(host, port))
+    except OSError as error:
+        raise ValueError(
+            f"cannot listen on {host}, port {port}: {error.strerror or error}. Take another --port"
+        ) from None
+
+
+def _family(host: str, port: int) -> socket.AddressFamily:
+    return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+
+
+class Gate:
+    """Refuses paths that the playground does not need (uploads, files, proxies, ...) and bodies that are too large,
+    and sets the headers of every answer."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        if not _OPEN.fullmatch(scope["path"]):
+            await _refuse(send, 404, b"not found")
+            return
+        left = LARGEST_BODY
+
+        async def counted() -> Message:
+            nonlocal left
+            message = await receive()
+            left -= len(message.get("body", b""))
+            if left < 0:
+                raise _TooLargeError
+            return message
+
+        started = False
+
+        async def with_headers(message: Message) -> None:
+            nonlocal started
+            if message["type"] == "http.response.start":
+                started = True
+                own = [(name.encode(), value.encode()) for name, value in _HEADERS.items()]
+                message = {**message, "headers": [*message["headers"], *own]}
+            await send(message)
+
+        length = dict(scope["headers"]).get(b"content-length", b"0")
+        if not length.isdigit() or int(length) > LARGEST_BODY:
+            await _refuse(send, 413, b"too large")
+            return
+        try:
+            await self.app(scope, counted, with_headers)
+        except _TooLargeError:
+            if not started:
+                await _refuse(send, 413, b"too large")
+
+
+class _TooLargeError(Exception):
+    pass
+
+
+async def _refuse(send: Send, status: int, text: bytes) -> None:
+    headers = [(b"content-type", b"text/plain"), (b"content-length", str(len(text)).encode())]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": text})

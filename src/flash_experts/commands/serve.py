@@ -1,0 +1,61 @@
+"""``flash-experts serve``."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from importlib.util import find_spec
+from pathlib import Path
+
+from jsonargparse import Namespace
+
+from flash_experts.commands.common import CommandParser, command_parser
+
+# The first that is there, where --model is not given.
+RELEASED_MODELS = ("models/mtg-names", "models/mtg-base")
+
+
+def run(args: Namespace) -> None:
+    """Open the playground: names in a browser, and over HTTP."""
+    if find_spec("gradio") is None:
+        raise ValueError("the playground needs Gradio: pip install 'flash-experts[app]'")
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+    warnings.filterwarnings("ignore", message=r"found \d+ of \d+ names")  # the page says so itself
+    sources = args.model or [default_model()]
+
+    from flash_experts.app.server import bind, serve
+    from flash_experts.app.service import Playground
+
+    with bind(args.host, args.port) as listener:
+        playground = Playground.load(sources, args.device, args.time_limit)
+        host, port = listener.getsockname()[:2]
+        shown = f"[{host}]" if ":" in host else host
+        print(
+            f"The playground: http://{shown}:{port}  (models: {', '.join(playground.models)}; Ctrl+C ends it)",
+            flush=True,
+        )
+        serve(playground, listener)
+    print("The playground is closed.")
+
+
+def default_model() -> str:
+    """The newest released model that is here.
+
+    Raises:
+        ValueError: none is.
+    """
+    for source in RELEASED_MODELS:
+        if Path(source).is_dir():
+            return source
+    raise ValueError(f"no model: give --model DIR (there is no {' and no '.join(RELEASED_MODELS)} here)")
+
+
+def make_parser() -> CommandParser:
+    parser = command_parser("serve", run)
+    parser.add_argument("--model", type=str, nargs="+", default=None, help="model folder or hub id; several to compare")
+    parser.add_argument("--port", type=int, default=7860, help="0 takes any that is free")
+    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets the network in")
+    parser.add_argument("--time_limit", type=float, default=20.0, help="seconds that one request may take")
+    parser.add_argument("--device", type=str | None, default=None, help="cpu, cuda, cuda:1; the best there is")
+    return parser

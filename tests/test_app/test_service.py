@@ -1,0 +1,165 @@
+"""Names within limits, comparing, looking into a model, and the pieces of HTML."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from flash_experts import NameGenerator
+from flash_experts.app import rendering
+from flash_experts.app.comparing import Side, compare
+from flash_experts.app.handlers import Handlers, csv_of
+from flash_experts.app.inspecting import inspect_name
+from flash_experts.app.service import Playground, Progress, Row
+from flash_experts.app.settings import Settings
+from flash_experts.generation import GeneratedName
+
+GOBLINS = Settings(type_line="Creature — Goblin", colors="R", count=6, seed=3)
+
+
+def last(playground: Playground, settings: Settings, model: str | None = None) -> Progress:
+    return list(playground.names(settings, model))[-1]
+
+
+def test_names_are_those_of_the_generator(playground: Playground, base: NameGenerator) -> None:
+    found = last(playground, GOBLINS)
+    expected = base.generate(6, type_line="Creature — Goblin", colors="R", seed=3)
+    assert [row.name.text for row in found.rows] == [name.text for name in expected]
+    assert found.is_over and not found.note and found.seed == 3
+
+
+def test_names_that_are_kept_do_not_come_again(playground: Playground) -> None:
+    first = [row.name.text for row in last(playground, GOBLINS).rows]
+    *_, again = playground.names(GOBLINS, without=first[:2])
+    assert [row.name.text for row in again.rows][:4] == first[2:] and len(again.rows) == 6
+
+
+def test_a_seed_is_drawn_and_told(playground: Playground) -> None:
+    drawn = last(playground, Settings(count=2))
+    again = last(playground, Settings.from_string(drawn.settings.to_string()))
+    assert again.rows == drawn.rows
+
+
+def test_the_time_limit_is_kept_while_nothing_is_found(base: NameGenerator) -> None:
+    began = time.monotonic()
+    found = last(Playground({"a": base}, time_limit=0.5), Settings(min_distance=0.8, count=100))
+    assert found.is_over and "stopped after 0.5 s" in found.note and len(found.rows) < 100
+    assert time.monotonic() - began < 3
+
+
+def test_constraints_that_leave_nothing_are_told(playground: Playground) -> None:
+    with pytest.raises(ValueError, match="matches no name"):
+        last(playground, Settings(regex="x{20}y{30}"))
+    with pytest.raises(ValueError, match="no model 'x' here"):
+        last(playground, GOBLINS, "x")
+
+
+def test_threads_share_a_model(playground: Playground) -> None:
+    expected = last(playground, GOBLINS).rows
+    found: list[tuple[Row, ...]] = []
+    threads = [threading.Thread(target=lambda: found.append(last(playground, GOBLINS).rows)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    name = expected[0].name.text
+    inspections = [inspect_name(playground.model("dense"), name, GOBLINS) for _ in range(3)]
+    for thread in threads:
+        thread.join()
+    assert found == [expected] * 4
+    assert all(np.array_equal(one.attention[0], inspections[0].attention[0]) for one in inspections)
+
+
+def test_both_sides_have_one_seed(playground: Playground) -> None:
+    sides = [Side("dense", "conservative"), Side("dense", "creative")]
+    *_, (left, right) = compare(playground, Settings(count=4, temperature=1.0), sides)
+    assert left is not None and right is not None and left.seed == right.seed
+    assert left.settings == Settings(count=4, seed=left.seed, preset="conservative")
+    assert left.rows != right.rows
+    *_, (dense, moe) = compare(playground, GOBLINS, [Side("dense"), Side("experts")])
+    assert dense is not None and moe is not None
+    assert [row.name.text for row in dense.rows] == [row.name.text for row in moe.rows], "upcycling is exact"
+
+
+# ---------------------------------------------------------------------------------------------------------- inspection
+
+
+def test_an_inspection_tells_what_the_model_computes(playground: Playground, base: NameGenerator) -> None:
+    name = base.generate(1, type_line="Creature — Goblin", colors="R", seed=3)[0]
+    found = inspect_name(playground.model("dense"), name.text, GOBLINS)
+    assert found.prompt == "Creature Goblin, red:" and found.tokens[0] == "[begin]"
+    told = "".join(found.tokens[found.prompt_length :]).replace("·", " ").strip()
+    assert told == name.text
+    assert sum(np.log(step.probability) for step in found.steps) == pytest.approx(name.log_prob, abs=1e-3)
+    for step in found.steps:
+        assert len(step.alternatives) == 5
+        shares = [share for _, share in step.alternatives]
+        assert shares == sorted(shares, reverse=True)
+        if step.rank <= 5:
+            assert step.alternatives[step.rank - 1] == (step.token, pytest.approx(step.probability))
+    T = len(found.tokens)
+    assert [block.shape for block in found.attention] == [(4, T, T)] * 4
+    assert np.allclose(found.attention[1].sum(-1), 1, atol=1e-5) and not np.triu(found.attention[1], 1).any()
+    assert found.experts is None
+
+
+def test_an_inspection_tells_the_experts(playground: Playground) -> None:
+    found = inspect_name(playground.model("experts"), "Goblin Warfang", GOBLINS)
+    assert found.num_experts == 4 and found.experts is not None and list(found.experts.experts) == [1, 3]
+    for tokens in found.experts.experts.values():
+        assert len(tokens) == len(found.tokens)
+        assert all(len(pairs) == 2 and sum(gate for _, gate in pairs) == pytest.approx(1, abs=1e-3) for pairs in tokens)
+    panel = rendering.inspection_panel(found, "experts", 1, None)
+    assert "block 3" in panel and "dense" not in panel
+
+
+def test_a_name_that_cannot_be_looked_into(playground: Playground) -> None:
+    for name, message in (("", "no name"), ("?!", "no name"), ("a" * 61, "60 are the most")):
+        with pytest.raises(ValueError, match=message):
+            inspect_name(playground.model(), name, GOBLINS)
+
+
+# ---------------------------------------------------------------------------------------------------------- the pieces
+
+
+EVIL = '<script>alert("x")</script>${1+1}{{1}}'
+
+
+def test_all_text_is_escaped(playground: Playground) -> None:
+    row = Row(GeneratedName(EVIL, -1.0, EVIL, 0.5), GOBLINS, EVIL)
+    table = rendering.names_table([row], EVIL)
+    panel = rendering.inspection_panel(inspect_name(playground.model(), EVIL, GOBLINS), EVIL, 0, 1)
+    for piece in (table, panel, rendering.failure(EVIL), rendering.note(EVIL)):
+        assert "<script" not in piece and "&lt;" in piece
+
+
+def test_keeping_and_likeness(playground: Playground) -> None:
+    handlers = Handlers(playground)
+    values = _values()
+    *_, shown = handlers.make(values, ())
+    rows = handlers.lock(shown.rows, "1")
+    assert [row.locked for row in rows].count(True) == 1 and rows[1].locked
+    for nonsense in (None, "x", "-1", "99", {}, "1" * 5000):
+        assert handlers.lock(rows, nonsense) == rows
+    *_, refined = handlers.more_like(values, rows)
+    assert refined.rows[0] == rows[1] and len(refined.rows) == 1 + 4
+    assert refined.rows[1].settings.like == (rows[1].name.text,)
+    (told,) = handlers.more_like(values, shown.rows)
+    assert "keep a name first" in told.status
+    assert csv_of(rows).splitlines()[0] == "text,log_prob,score,nearest_card,similarity"
+    assert len(csv_of(rows).splitlines()) == 5
+
+
+def test_a_look_at_no_block_is_told(playground: Playground) -> None:
+    handlers = Handlers(playground)
+    *_, shown = handlers.make(_values(), ())
+    assert "Where each token looks" in handlers.look(shown.rows[0], "2", "1")
+    for block, head in (("9", "0"), ("0", "9"), ("x", "0"), (None, {}), ("-1", "0"), ("0", "-2")):
+        assert "fe-failure" in handlers.look(shown.rows[0], block, head)
+
+
+def _values() -> dict[str, object]:
+    from flash_experts.app import form
+
+    return form.values_of(Settings(count=4, seed=1)) | {"model": "dense"}
