@@ -30,6 +30,7 @@ import torch
 from chapter_tools import (
     bits_per_character,
     cards,
+    franchise_cards,
     load_base,
     nats_of_names,
     quote,
@@ -39,10 +40,7 @@ from chapter_tools import (
 )
 
 from flash_experts import GPT2MoEForCausalLM
-from flash_experts.data.cards import load_source
-from flash_experts.data.cleaning import clean
 from flash_experts.data.packing import encode_cards, pack
-from flash_experts.data.splits import split_by_family
 from flash_experts.evaluation.costs import parameter_counts
 from flash_experts.models import upcycling
 from flash_experts.models.moe_layer import MoELayer
@@ -276,9 +274,7 @@ table(["noise", "logits off by", "plain", "straight-through"], rows)
 # same order, same steps for all; 30 steps of about 512 tokens. Then all are scored on families of names held out.
 
 # %%
-rows_of_franchises = [row for row in load_source("embedded").rows if row.flag == "franchises"]
-parts = split_by_family(clean(rows_of_franchises, include=["franchises"]).cards).parts
-new_cards, held_out = parts["train"], [*parts["validation"], *parts["test"]]
+new_cards, held_out = franchise_cards()
 print(
     f"{len(new_cards)} names to learn, {len(held_out)} held out:", "; ".join(card.name for card in held_out[:4]), "..."
 )

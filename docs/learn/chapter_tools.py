@@ -22,11 +22,13 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from flash_experts.data.cards import Card
+from flash_experts.data.cards import Card, load_source
+from flash_experts.data.cleaning import clean
 from flash_experts.data.packing import EncodedName, encode_cards, pack, pack_all
 from flash_experts.data.prepare import load_split, prepare
+from flash_experts.data.splits import split_by_family
 from flash_experts.data.tokenizer import load_tokenizer
-from flash_experts.models.loading import load_dense
+from flash_experts.models.loading import load_dense, load_model
 from flash_experts.models.router_metrics import update_router_biases
 from flash_experts.models.scoring import name_nats
 from flash_experts.training.batches import NameBatches
@@ -35,7 +37,8 @@ from flash_experts.training.schedule import Schedule
 from flash_experts.training.training_config import LearningRateScale, TrainingConfig
 
 ROOT = Path(__file__).resolve().parents[2]
-BASE = ROOT / "models/mtg-base"
+BASE = ROOT / "models/mtg-base"  # dense, to be taken apart and upcycled
+RELEASED = BASE  # what the chapters on generation and evaluation load
 DATA = ROOT / "data/mtg"
 ALL_PARTS = LearningRateScale()
 
@@ -62,11 +65,24 @@ def load_base() -> tuple[Any, PreTrainedTokenizerBase]:
     return load_dense(BASE), load_tokenizer(BASE)
 
 
+def load_released() -> tuple[Any, PreTrainedTokenizerBase]:
+    """The released model that makes names (float32, eval mode) and its tokenizer."""
+    return load_model(RELEASED, "cpu"), load_tokenizer(RELEASED)
+
+
 def cards(split: str) -> list[Card]:
     """The cards of ``train`` or ``validation``; the embedded table is prepared first where that was not done."""
     if not (DATA / "meta.json").is_file():
         prepare(out=DATA)
     return load_split(DATA, split)
+
+
+def franchise_cards() -> tuple[list[Card], list[Card]]:
+    """Cards that the base has never seen, to learn and held out by family: those of franchises, which cleaning leaves
+    out. The base knows its own training names too well to show what a training does."""
+    rows = [row for row in load_source("embedded").rows if row.flag == "franchises"]
+    parts = split_by_family(clean(rows, include=["franchises"]).cards).parts
+    return parts["train"], [*parts["validation"], *parts["test"]]
 
 
 def token_texts(name: EncodedName, tokenizer: PreTrainedTokenizerBase) -> list[str]:

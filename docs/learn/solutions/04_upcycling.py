@@ -21,13 +21,10 @@ from pathlib import Path
 sys.path.append(str(Path(globals().get("__file__", "a notebook")).resolve().parents[1]))
 
 import torch
-from chapter_tools import bits_per_character, cards, load_base, nats_of_names, table, training_steps
+from chapter_tools import bits_per_character, cards, franchise_cards, load_base, nats_of_names, table, training_steps
 
 from flash_experts import GPT2MoEForCausalLM
-from flash_experts.data.cards import load_source
-from flash_experts.data.cleaning import clean
 from flash_experts.data.packing import encode_cards, pack
-from flash_experts.data.splits import split_by_family
 from flash_experts.models.downcycling import to_dense
 from flash_experts.models.moe_layer import MoELayer
 from flash_experts.models.router_metrics import router_metrics
@@ -63,11 +60,9 @@ print(
     all(torch.equal(w, back[n]) for n, w in dense.state_dict().items()),
 )
 
-rows_of_franchises = [row for row in load_source("embedded").rows if row.flag == "franchises"]
-parts = split_by_family(clean(rows_of_franchises, include=["franchises"]).cards).parts
-held_out = [*parts["validation"], *parts["test"]]
+new_cards, held_out = franchise_cards()
 mixture = upcycled()
-for _ in training_steps(mixture, parts["train"], tokenizer, 20, 1e-3):
+for _ in training_steps(mixture, new_cards, tokenizer, 20, 1e-3):
     pass
 mean = to_dense(mixture)
 nats = {

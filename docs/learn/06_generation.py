@@ -1,0 +1,409 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 6. Generation and token filters
+#
+# **The question: how do probabilities of tokens become names, and how can one promise, not hope, that a name holds what
+# was asked for and is no real card?**
+#
+# A language model gives a number for every token of its vocabulary, again and again. Everything else is decided by the
+# code around it: which numbers are left out, how one is drawn, when to stop. That code is short, it needs no training,
+# and it is where promises can be made.
+
+# %%
+import time
+from itertools import pairwise
+
+import matplotlib.pyplot as plt
+import torch
+from chapter_tools import load_released, quote, show, table
+from transformers import LogitsProcessor
+
+from flash_experts import NameGenerator
+from flash_experts.data.names import normal_form
+from flash_experts.data.prompts import Attributes
+from flash_experts.evaluation.metrics import Estimate, share, words
+from flash_experts.generation import KnownNameFilter, NameFilter, NoTokenLeftError, Sampling, StartsWith
+from flash_experts.generation.decoding import NameDecoder, evaluating
+from flash_experts.generation.sampling import _cut, candidates, draw, noise
+
+torch.set_grad_enabled(False)
+model, tokenizer = load_released()
+generator = NameGenerator(model, tokenizer)  # it knows every real card
+vocabulary = generator.vocabulary
+prompt = Attributes.parse("Legendary Creature — Goblin", "R", 3).prompt()
+prompt_ids = [tokenizer.bos_token_id, *vocabulary.encode(prompt)]
+V = vocabulary.size
+print(f"prompt {prompt!r}: {len(prompt_ids)} tokens; the vocabulary has {V:,}")
+for name in generator.generate(5, type_line="Legendary Creature — Goblin", colors="R", mana_value=3, seed=7):
+    print(f"  {name.text:24} log-probability {name.log_prob:6.1f}, nearest card {name.nearest_card}")
+
+# %% [markdown]
+# ## The picture first
+#
+# The probabilities of the first token of a name after that prompt, the 24 largest, under four settings. Grey is what a
+# setting leaves out.
+
+# %%
+first_V = model(torch.tensor([prompt_ids])).logits[0, -1]
+best = first_V.topk(24).indices
+settings = {
+    "the model as it is": Sampling(),
+    "temperature 0.5": Sampling(temperature=0.5),
+    "top-p 0.5": Sampling(top_p=0.5),
+    "min-p 0.2": Sampling(min_p=0.2),
+}
+figure, axes = plt.subplots(4, 1, figsize=(11, 7.5), sharex=True)
+for axis, (name, sampling) in zip(axes, settings.items(), strict=True):
+    before_V = (first_V / sampling.temperature).softmax(-1)
+    probs_1K, ids_1K = candidates(first_V[None], sampling)
+    left_V = torch.zeros(V)
+    left_V[torch.arange(V) if ids_1K is None else ids_1K[0]] = probs_1K[0] / probs_1K.sum()
+    axis.bar(range(24), before_V[best], color="#cccccc")
+    axis.bar(range(24), left_V[best], color="tab:blue", width=0.5)
+    axis.set(title=f"{name}: {int((left_V > 0).sum()):,} tokens are left to draw from", ylabel="probability")
+axes[-1].set_xticks(range(24), [vocabulary.texts[token].replace(" ", "·") for token in best.tolist()], rotation=60)
+show(figure, "06_first_token")
+
+# %% [markdown]
+# A temperature under 1 sharpens, and leaves all tokens in. The cuts take the tail away and share its probability out among
+# the rest. The tail matters more than it looks: it is thin, but long, and a name has several draws.
+
+# %%
+probs_V = first_V.softmax(-1)
+in_tail_V = probs_V < probs_V.max() / 100
+tail = probs_V[in_tail_V].sum().item()
+print(
+    f"{int(in_tail_V.sum()):,} of {V:,} tokens have less than a hundredth of the largest probability: {tail:.0%} together"
+)
+print(f"if every token of a name had such a tail, a name of 6 tokens would avoid it with {(1 - tail) ** 6:.0%}")
+
+# %% [markdown]
+# ## The formula, with shapes
+#
+# $$ p_v = \frac{e^{z_v/\tau}}{\sum_u e^{z_u/\tau}} \qquad z_v = -\infty \text{ where a filter forbids } v $$
+#
+# then of these only: the K largest (**top-k**); the largest that together reach P (**top-p**, Holtzman et al. 2020);
+# those with at least m times the probability of the largest (**min-p**, Nguyen et al. 2024).
+#
+# | | shape | |
+# | --- | --- | --- |
+# | z, the scores | (B, V) | B names in the making, V tokens |
+# | masks of the filters | (B, V) bool | true is forbidden |
+# | candidates | (B, K) | what is left, with token ids |
+# | noise | (B,) | one uniform number for each draw |
+# | tokens | (B,) | what is drawn |
+#
+# By hand, on six tokens, against the package:
+
+# %%
+z = torch.tensor([3.0, 2.5, 2.0, 0.0, -1.0, -4.0])
+p = z.softmax(-1)
+print("p           ", [f"{x:.3f}" for x in p.tolist()])
+by_hand = {"top-p 0.8": [True, True, True, False, False, False], "min-p 0.1": (p >= 0.1 * p.max()).tolist()}
+for name, sampling in (("top-p 0.8", Sampling(top_p=0.8)), ("min-p 0.1", Sampling(min_p=0.1))):
+    kept = (candidates(z[None], sampling)[0][0] > 0).tolist()
+    print(f"{name}: kept {kept}, by hand the same: {kept == by_hand[name]}")
+print(
+    "cumulated:   ",
+    [f"{x:.3f}" for x in p.cumsum(0).tolist()],
+    "(the first two do not reach 0.8, so a third is needed)",
+)
+
+# %%
+quote(_cut)
+
+# %% [markdown]
+# **The draw** is by inversion: add the probabilities up in the order of token ids, take the first sum above a uniform
+# number. The number belongs to the name, not to the batch: name i of a seed has its own row of noise. So a name is the
+# same in any company.
+
+# %%
+quote(draw)
+quote(noise)
+alone, together = (generator.generate(12, type_line="Dragon", seed=3, batch_size=size) for size in (1, 12))
+print("12 names, one by one and all at once:", [a.text for a in alone] == [b.text for b in together])
+
+# %% [markdown]
+# ## Keys and values are kept
+#
+# Without a cache, token n of a name costs a pass over prompt and n tokens. With keys and values kept (chapter 1) it costs
+# a pass over one token. The numbers are the same:
+
+# %%
+ids = [*prompt_ids, *vocabulary.encode(" " + generator.generate(1, seed=1)[0].text)]
+whole_TV = model(torch.tensor([ids])).logits[0]
+cache, steps = None, []
+for token in ids:
+    out = model(torch.tensor([[token]]), past_key_values=cache, use_cache=True)
+    cache = out.past_key_values
+    steps.append(out.logits[0, -1])
+print(
+    f"{len(ids)} tokens one by one with a cache against all at once: {(torch.stack(steps) - whole_TV).abs().max():.1e}"
+)
+T, P = len(ids), len(prompt_ids)
+print(f"tokens that are computed for this name: {sum(range(P, T + 1))} without a cache, {T} with one")
+print(f"and for 64 names of one prompt, computed once: {64 * T} or {P + 64 * (T - P)}")
+
+# %% [markdown]
+# ## A filter from scratch
+#
+# We want names without a doubled letter: no "ff", no "oo". The first idea is a list of forbidden tokens, those with a
+# doubled letter in them. It is wrong. Let us see it fail.
+
+
+# %%
+def doubled(text: str) -> bool:
+    low = text.lower()
+    return any(a == b and a.isalpha() for a, b in pairwise(low))
+
+
+class ForbiddenTokens(LogitsProcessor):
+    """The first idea: a mask that never changes."""
+
+    def __init__(self) -> None:
+        self.mask_V = torch.tensor([doubled(text) for text in vocabulary.texts])
+
+    def __call__(self, input_ids_BT: torch.Tensor, scores_BV: torch.Tensor) -> torch.Tensor:
+        return scores_BV.masked_fill(self.mask_V, -torch.inf)
+
+
+AS_IT_IS = Sampling()
+
+
+def decode(count: int, *processors: LogitsProcessor, sampling: Sampling = AS_IT_IS, seed: int = 5) -> list[str]:
+    """Names straight from the package's decoding loop, with these filters and no other."""
+    with evaluating(model):
+        decoder = NameDecoder(model, prompt_ids, vocabulary.end_id, sampling, processors, 24, seed)
+        return [vocabulary.decode(name.ids).strip() for name in decoder.decode(range(count))]
+
+
+def report(title: str, names: list[str]) -> None:
+    bad = [name for name in names if doubled(name)]
+    print(f"{title}: {len(bad)} of {len(names)} names have a doubled letter, e.g. {bad[:4]}")
+
+
+report("no filter", decode(200))
+report("forbidden tokens", decode(200, ForbiddenTokens()))
+
+# %% [markdown]
+# Some come through: one token ends on a letter, the next begins with it. A text can be cut into tokens in many ways, and
+# a list of tokens knows one. So a filter has to look at the *text so far*, and ask of each token what the text would be
+# with it.
+
+
+# %%
+class NoDoubledLetters(LogitsProcessor):
+    """The whole filter, without any help."""
+
+    def __call__(self, input_ids_BT: torch.Tensor, scores_BV: torch.Tensor) -> torch.Tensor:
+        scores_BV = scores_BV.clone()
+        for row, name in enumerate(vocabulary.names(input_ids_BT, len(prompt_ids))):
+            forbidden = [token for token, text in enumerate(vocabulary.texts) if doubled(name[-1:] + text)]
+            scores_BV[row, forbidden] = -torch.inf
+        return scores_BV
+
+
+started = time.process_time()
+scratch = decode(16, NoDoubledLetters())
+seconds_scratch = time.process_time() - started
+report("from scratch", scratch)
+print(f"{seconds_scratch / 16:.2f} seconds of CPU a name")
+
+# %% [markdown]
+# Right, and slow: V texts are looked at for every row and every step. But the answer depends on very little: on the last
+# letter of the name. That is the *state* of the filter, and there are some thirty of them. So the package's filters answer
+# two questions. `rule`: in which state is this name? `forbidden`: what is forbidden in that state? The second is asked
+# once for each state, and remembered.
+
+
+# %%
+class NoDoubled(NameFilter):
+    """The same filter in two lines."""
+
+    def rule(self, name: str) -> str:
+        return name[-1:].lower()
+
+    def forbidden(self, rule: str) -> torch.Tensor:
+        return self.vocabulary.where(lambda text: doubled(rule + text))
+
+
+filter_ = NoDoubled(vocabulary, len(prompt_ids))
+started = time.process_time()
+quick = decode(16, filter_)
+seconds_quick = time.process_time() - started
+print(
+    "the same names:", quick == scratch, f"in {seconds_quick / 16:.3f} seconds a name, {len(filter_._masks)} states met"
+)
+report("two questions", decode(200, filter_))
+quote(NameFilter.apply)
+quote(NameFilter.mask_of)
+
+# %% [markdown]
+# `generate` takes such a class as it is, next to its own filters:
+
+# %%
+names = generator.generate(8, type_line="Goblin", colors="R", seed=7, filters=[NoDoubled])
+print("; ".join(name.text for name in names))
+
+# %% [markdown]
+# Some constraints need a larger state. A regular expression has one by nature: the state of its automaton. The package
+# lets a maintained library (llguidance) compile it.
+
+# %%
+for regex in ("[A-Z][a-z]+ of [A-Z][a-z]+", "(Gr|Kr)[a-z]+, [A-Z][a-z]+ [A-Z][a-z]+"):
+    names = generator.generate(4, type_line="Legendary Creature — Goblin", colors="R", seed=7, regex=regex)
+    print(f"{regex}: " + "; ".join(name.text for name in names))
+
+# %% [markdown]
+# **Dead ends.** A filter may leave no token at all. Each of these two can be kept, but not both, and no filter knows of the
+# other:
+
+
+# %%
+class NoR(NameFilter):
+    """Names without an r."""
+
+    def rule(self, name: str) -> str:
+        return "no r"
+
+    def forbidden(self, rule: str) -> torch.Tensor:
+        return self.vocabulary.where(lambda text: "r" in text.lower())
+
+
+place = vocabulary, len(prompt_ids)
+try:
+    model.generate(
+        torch.tensor([prompt_ids]),
+        attention_mask=torch.ones(1, len(prompt_ids), dtype=torch.long),
+        logits_processor=[StartsWith(*place, "Kr"), NoR(*place)],
+        do_sample=True,
+        max_new_tokens=8,
+    )
+except NoTokenLeftError as error:
+    print("NoTokenLeftError:", error)
+
+# %% [markdown]
+# `model.generate` would sample from a row of NaN, so our filters raise. `NameGenerator` drops such a name and takes the
+# next of the seed's stream.
+#
+# ## Novelty by construction
+#
+# A name that is a real card must not come out. Training cannot promise that. A filter can: where the text so far is a
+# known name, the end symbol is forbidden. The name has to go on, or to have been another one.
+
+# %%
+quote(KnownNameFilter)
+known = KnownNameFilter(vocabulary, len(prompt_ids), generator.known.normal_forms)
+print(f"{len(generator.known.normal_forms):,} names are known")
+rows = []
+for text in (" Goblin Guide", " goblin guide", " Goblin  Guide!", " Goblin Guid"):
+    ids = vocabulary.encode(text)
+    scores_1V = model(torch.tensor([prompt_ids + ids])).logits[:, -1]
+    masked_1V = known.mask(torch.tensor([prompt_ids + ids]), scores_1V)
+    end = [each.softmax(-1)[0, vocabulary.end_id].item() for each in (scores_1V, masked_1V)]
+    rows.append([repr(text), normal_form(text), *(f"{x:.4f}" for x in end)])
+table(["text so far", "its normal form", "P(end), model", "P(end), filtered"], rows)
+
+# %% [markdown]
+# Case, accents, spaces and punctuation make no difference, since normal forms are compared. Neither does the way the name
+# was cut into tokens. Now the count, without the filter and with it, at a low temperature, where real cards are likeliest:
+
+
+# %%
+def real_cards(names: list[str]) -> list[str]:
+    return [name for name in names if normal_form(name) in generator.known.normal_forms]
+
+
+free = NameGenerator(model, tokenizer, known_names=())  # one that knows no card
+without = [name.text for name in free.generate(300, seed=11, temperature=0.6)]
+within = [name.text for name in generator.generate(300, seed=11, temperature=0.6)]
+print(f"without: {len(real_cards(without))} of 300 are real cards: {real_cards(without)[:5]}")
+print(f"with:    {len(real_cards(within))} of 300")
+
+# %% [markdown]
+# The second number is 0 whatever the model, the seed and the temperature. It is not a measurement but a consequence.
+#
+# ## What a filter does to the probabilities
+#
+# Masking is not the same as asking the model for the names that fit. Compare two ways to get names of one word. *Rejection*:
+# draw freely, keep what fits. *Masking*: forbid every space after the first word. Rejection gives exactly the model's
+# distribution of one-word names, and throws most names away. Masking throws none away; but a name that began as the first
+# half of a longer one is made to end there.
+
+# %%
+drawn = free.generate(400, type_line="Goblin", seed=13, temperature=1.0)
+rejection = [name for name in drawn if " " not in name.text]
+masking = free.generate(60, type_line="Goblin", seed=13, temperature=1.0, words=1)
+rows = []
+for title, some in (("rejection", rejection), ("masking", masking)):
+    scores = torch.tensor([name.log_prob for name in some], dtype=torch.float64)
+    error = 1.96 * scores.std() / len(scores) ** 0.5
+    rows.append([title, len(some), f"{scores.mean():.1f} ± {error:.1f}", "; ".join(name.text for name in some[:4])])
+table(["", "names", "mean log-probability", "e.g."], rows)
+print(f"rejection kept {len(rejection) / len(drawn):.0%}")
+
+# %% [markdown]
+# Compare the two means: the difference, if it is outside the intervals, is what the constraint costs in naturalness. It
+# grows the further the constraint is from what the model would do. `best_of` draws more names and keeps the likeliest,
+# which buys some of it back.
+#
+# ## An experiment that changes one thing: the temperature
+#
+# 300 names each, straight from the decoding loop: no filter, no cut. Three shares: names that are real cards, names that
+# came before in the same list, words that no real card has (misspelt or invented).
+
+# %%
+card_words = {word for name in generator.known.names for word in words(name)}
+temperatures, rows = [0.3, 0.6, 0.9, 1.2, 1.5], []
+shares: dict[str, list[Estimate]] = {"real cards": [], "repeated": [], "unknown words": []}
+for temperature in temperatures:
+    names = decode(300, sampling=Sampling(temperature=temperature))
+    keys = [normal_form(name) for name in names]
+    shares["real cards"].append(share([bool(key) and key in generator.known.normal_forms for key in keys]))
+    shares["repeated"].append(share([key in keys[:place] for place, key in enumerate(keys)]))
+    shares["unknown words"].append(share([word not in card_words for name in names for word in words(name)]))
+    rows.append([temperature, *(f"{each[-1]:.1%}" for each in shares.values()), "; ".join(names[:2])])
+table(["temperature", *(f"{name} [95%]" for name in shares), "e.g."], rows)
+
+figure, axes = plt.subplots(1, 3, figsize=(11, 2.8))
+for axis, (name, estimates) in zip(axes, shares.items(), strict=True):
+    axis.plot(temperatures, [each.value for each in estimates], "o-")
+    axis.fill_between(temperatures, [each.low for each in estimates], [each.high for each in estimates], alpha=0.2)
+    axis.set(title=f"share: {name}", xlabel="temperature")
+show(figure, "06_temperature")
+
+# %% [markdown]
+# A low temperature repeats itself, a high one invents words that are none. Real cards are few at any temperature here, so
+# their intervals are wide: look at them before you believe a trend. There is no best value, there is a trade, and the
+# presets are three points on it. The package's `generate` drops repetitions and forbids real cards, so one can afford a
+# lower temperature with it than without.
+#
+# ## What to remember
+#
+# - A draw is: filter, divide by the temperature, cut the tail, invert the cumulated sum. All of it is a page of code.
+# - A filter looks at text, never at token ids. It is a state and what the state forbids.
+# - Constraints by construction are promises. What they cost in naturalness can be measured: the model's own
+#   log-probability.
+#
+# ## Exercises
+#
+# 1. **Growing words.** Write a filter so that each word of a name is longer than the one before. What is the state?
+# 2. **Tails.** At temperature 1.5, how many first tokens do top-p 0.9 and min-p 0.1 leave, and which probability has the
+#    least likely of them? Why is min-p called robust to temperature?
+# 3. **Best of.** For `best_of` 1, 2, 4 and 8: the mean score of 24 names, and the time. What is gained, and what is lost
+#    (look at the words)?
+# 4. **Without the novelty filter.** How many of 300 names of the model, at the presets' settings, are real cards? And
+#    how many are one letter away from one? What does `min_distance` do about that?
+#
+# Solutions: `solutions/06_generation.py`.

@@ -1,0 +1,148 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # Solutions of chapter 5, training
+
+# %%
+import copy
+import math
+import random
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+# The chapters' tools lie one folder up; a notebook has no __file__, and runs where it lies.
+sys.path.append(str(Path(globals().get("__file__", "a notebook")).resolve().parents[1]))
+
+import torch
+from chapter_tools import cards, load_base, table
+
+from flash_experts.benchmarks.measuring import Contestant, Lap, take_turns
+from flash_experts.data.packing import encode_cards, pack
+from flash_experts.training.batches import NameBatches
+from flash_experts.training.optimizer import make_optimizers
+from flash_experts.training.schedule import Schedule
+from flash_experts.training.training_config import TrainingConfig
+
+base, tokenizer = load_base()
+train_cards = cards("train")[:3000]
+
+# %% [markdown]
+# ## 1. A large vocabulary
+
+# %%
+row = pack(encode_cards(train_cards[:48], tokenizer))
+labels_T = torch.full((row.num_tokens,), -100)
+labels_T[row.keep] = row.labels
+kept = row.inputs_with_loss(row.labels.numel())
+everywhere = kept | {"logits_to_keep": 0, "labels": labels_T[None], "shift_labels": labels_T[None]}
+
+
+def step(model: Any, inputs: dict[str, Any]) -> Callable[[Lap], None]:
+    def run(lap: Lap) -> None:
+        model(**inputs).loss.backward()
+        model.zero_grad()
+        lap()
+
+    return run
+
+
+rows = []
+for vocabulary in (base.config.vocab_size, 50_257):
+    model = copy.deepcopy(base)
+    model.resize_token_embeddings(vocabulary, mean_resizing=False)
+    contestants = {"all": Contestant(step(model, everywhere)), "kept": Contestant(step(model, kept))}
+    timings = take_turns(contestants, torch.device("cpu"), rounds=3, seconds=0.0)
+    slow, quick = timings["all"].total, timings["kept"].total
+    size = 4 * row.num_tokens * vocabulary / 1e6
+    rows.append(
+        [f"{vocabulary:,}", f"{size:.0f} MB", f"{slow * 1e3:.0f}", f"{quick * 1e3:.0f}", f"{slow / quick:.2f} x"]
+    )
+table(["tokens in the vocabulary", "all logits", "ms with all", "ms with labels' only", "gain"], rows)
+
+# %% [markdown]
+# The gain grows with the vocabulary: the output layer does 2 V D operations a position, all blocks together about
+# 24 D² each. (The optimizer is not timed here. Its work grows with the table, and no choice of logits changes that;
+# `trim_vocabulary` in the training configuration does, by leaving out what no card uses.)
+#
+# ## 2. Sorting instead
+
+# %%
+lengths = [name.num_inputs for name in encode_cards(train_cards, tokenizer)]
+
+
+def padding(order: list[int], size: int = 48) -> float:
+    """The share of padding in batches of so many names."""
+    batches = [order[start : start + size] for start in range(0, len(order), size)]
+    return 1 - sum(order) / sum(len(batch) * max(batch) for batch in batches)
+
+
+shuffled = random.Random(0).sample(lengths, len(lengths))
+buckets = [sorted(shuffled[start : start + 480]) for start in range(0, len(shuffled), 480)]
+table(
+    ["order", "padding"],
+    [
+        ["random", f"{padding(shuffled):.1%}"],
+        ["sorted among 480 neighbours", f"{padding([length for bucket in buckets for length in bucket]):.1%}"],
+        ["sorted", f"{padding(sorted(lengths)):.1%}"],
+    ],
+)
+
+# %% [markdown]
+# Sorting takes most of the padding away. What it costs: a batch then holds names of one length, and short names are of
+# other kinds of cards than long ones, so the steps are less alike than random ones (and all batches of one epoch would
+# come in the order of length, unless they are shuffled). Also, batches of as many names differ in tokens. Packing keeps
+# the order random.
+#
+# ## 3. Clipping
+
+# %%
+rows = []
+for clip in (None, 1.0):
+    model, config = copy.deepcopy(base), TrainingConfig(max_steps=10, max_epochs=None, tokens_per_batch=384)
+    batches, optimizer = NameBatches.of(train_cards, tokenizer, config), make_optimizers(model, config)["optimizer"]
+    torch.manual_seed(0)
+    losses, norms = [], []
+    for number in range(10):
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-2
+        packed = pack(batches.names_of_step(number))
+        loss = model.train()(**packed.inputs_with_loss(packed.labels.numel())).loss
+        loss.backward()
+        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), clip or math.inf).item())
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    acted = sum(norm > 1.0 for norm in norms)
+    rows.append([clip or "none", *(f"{loss:.2f}" for loss in (losses[0], max(losses), losses[-1])), f"{acted} of 10"])
+table(["clip_norm", "loss, step 1", "largest", "step 10", "gradient norm over 1"], rows)
+
+# %% [markdown]
+# The gradient's norm is over 1 in most steps, so clipping acts, and yet the losses are much alike: AdamW divides by the
+# root of v, so a gradient that is scaled down as a whole moves the weights as far as before. Clipping matters with AdamW
+# when *one* step is out of line with the others; it is no cure for a rate that is too high.
+#
+# ## 4. Another schedule, the same resume
+
+# %%
+plan = Schedule("cosine", 0.1, 0.1, planned_steps=100, planned_seconds=None)
+again = Schedule("cosine", 0.1, 0.1, planned_steps=100, planned_seconds=None)
+longer = Schedule("cosine", 0.1, 0.1, planned_steps=150, planned_seconds=None)
+print("resumed at 50, same max_steps:", all(plan.factor(n, 0.0) == again.factor(n, 0.0) for n in range(50, 100)))
+rows = [[n, f"{plan.factor(n, 0.0):.3f}", f"{longer.factor(n, 0.0):.3f}"] for n in (49, 50, 75, 99)]
+table(["step", "max_steps 100", "changed to 150"], rows)
+
+# %% [markdown]
+# The rate is a function of the share of the run that is done, so with another length the rate jumps at the resume. A
+# schedule that can be prolonged is `wsd`: constant until a fall at the end.

@@ -1,0 +1,127 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # Solutions of chapter 6, generation and token filters
+
+# %%
+import sys
+import time
+from itertools import pairwise
+from pathlib import Path
+
+# The chapters' tools lie one folder up; a notebook has no __file__, and runs where it lies.
+sys.path.append(str(Path(globals().get("__file__", "a notebook")).resolve().parents[1]))
+
+import torch
+from chapter_tools import load_released, table
+
+from flash_experts import NameGenerator
+from flash_experts.data.names import normal_form
+from flash_experts.generation import PRESETS, NameFilter, Sampling
+from flash_experts.generation.sampling import candidates
+
+torch.set_grad_enabled(False)
+model, tokenizer = load_released()
+generator = NameGenerator(model, tokenizer)
+free = NameGenerator(model, tokenizer, known_names=())
+
+# %% [markdown]
+# ## 1. Growing words
+#
+# The state: how long the word before was, and how long the word at the end is so far. A token may finish that word and
+# begin others, so its own words count as well. Longer words differ in nothing, so lengths are cut at 12: fewer states.
+
+
+# %%
+class GrowingWords(NameFilter):
+    """Each word is longer than the one before."""
+
+    def rule(self, name: str) -> tuple[int, int]:
+        _, before, last = ["", "", *name.split(" ")][-3:]
+        return min(len(before), 12), min(len(last), 12)
+
+    def forbidden(self, rule: tuple[int, int]) -> torch.Tensor:
+        before, last = rule
+
+        def breaks(text: str) -> bool:
+            lengths = [len(word) for word in ("x" * last + text).split(" ")]
+            finished = [before, *lengths[:-1]]
+            return any(second <= first for first, second in pairwise(finished) if first)
+
+        forbidden = self.vocabulary.where(breaks)
+        forbidden[self.vocabulary.end_id] = last <= before
+        return forbidden
+
+
+names = [name.text for name in generator.generate(8, type_line="Dragon", seed=7, min_words=2, filters=[GrowingWords])]
+print("; ".join(names))
+print("all grow:", all(len(a) < len(b) for name in names for a, b in pairwise(name.split())))
+
+# %% [markdown]
+# ## 2. Tails
+
+# %%
+prompt_ids = [tokenizer.bos_token_id, *generator.vocabulary.encode("Dragon:")]
+first_1V = model(torch.tensor([prompt_ids])).logits[:, -1]
+rows = []
+for temperature in (0.7, 1.0, 1.5):
+    for title, sampling in (
+        ("top-p 0.9", Sampling(temperature=temperature, top_p=0.9)),
+        ("min-p 0.1", Sampling(temperature=temperature, min_p=0.1)),
+    ):
+        probs_K = candidates(first_1V, sampling)[0][0]
+        probs_K = probs_K[probs_K > 0] / probs_K.sum()
+        rows.append([f"{title}, temperature {temperature}", len(probs_K), f"{probs_K.min() / probs_K.max():.4f}"])
+table(["", "tokens left", "least likely over likeliest"], rows)
+
+# %% [markdown]
+# Top-p keeps a fixed mass. A higher temperature moves mass into the tail, and the cut follows it: count the tokens. Min-p
+# keeps a fixed ratio to the likeliest token, whatever the temperature: more tokens pass, but none that is more than ten
+# times less likely than the best. That is the robustness.
+#
+# ## 3. Best of
+
+# %%
+rows = []
+for best_of in (1, 2, 4, 8):
+    started = time.process_time()
+    names = generator.generate(24, type_line="Goblin", seed=5, best_of=best_of)
+    seconds = time.process_time() - started
+    mean = sum(name.score for name in names) / len(names)
+    letters = sum(len(name.text) for name in names) / len(names)
+    rows.append(
+        [best_of, f"{mean:.2f}", f"{seconds:.2f}", f"{letters:.1f}", "; ".join(name.text for name in names[:3])]
+    )
+table(["best of", "nats a character", "seconds", "letters", "e.g."], rows)
+
+# %% [markdown]
+# The score rises with the logarithm of the draws, about, and the time with the draws. What is lost is surprise: the
+# likeliest of eight is made of common words. It is the trade of the temperature again, with another handle.
+#
+# ## 4. Without the novelty filter
+
+# %%
+rows = []
+for preset in PRESETS:
+    texts = [name.text for name in free.generate(300, preset=preset, seed=3)]
+    real = sum(normal_form(text) in generator.known.normal_forms for text in texts)
+    near = [similarity for _, similarity in generator.known.nearest(texts)]
+    close = sum(1 - similarity <= 0.1 for similarity in near) - real
+    far = generator.generate(50, preset=preset, seed=3, min_distance=0.3)
+    rows.append([preset, real, close, f"{max(name.similarity for name in far):.2f}"])
+table(["preset", "real cards of 300", "others within 10%", "highest similarity with min_distance 0.3"], rows)
+
+# %% [markdown]
+# The novelty filter forbids what is known and nothing else: one letter more is another name. `min_distance` measures the
+# edit distance of finished names to all known ones and drops those that are too near; it cannot be decided token by token,
+# so it costs draws.
