@@ -73,6 +73,12 @@ VARIANTS = {
     "experts": replace(COMMON, log_every=3, checkpoint_every=4, schedule="linear"),
     "saves in the foreground": replace(COMMON, save_in_background=False),
 }
+# Of several processes, and tried first.
+SPREAD = {
+    "experts, ddp": COMMON,
+    "experts, fsdp": replace(COMMON, parallel="fsdp", log_every=2),
+    "experts, expert": replace(COMMON, parallel="expert", ema_decay=0.9),
+}
 
 
 def make_cards() -> list[Card]:
@@ -105,7 +111,7 @@ def make_model(variant: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedMo
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
-    if variant == "experts":
+    if variant.startswith("experts"):
         config: GPT2Config = GPT2MoEConfig(
             **shape, num_experts=4, router_bias_update_rate=0.01, router_jitter_noise=0.1
         )
@@ -129,6 +135,7 @@ class Lab:
 
     def __init__(self, folder: Path, processes: int):
         self.folder, self.processes = folder, processes
+        self.variants = VARIANTS if processes == 1 else SPREAD | VARIANTS
         self.cards = make_cards()
         texts = [f"Creature Goblin, red, 3: {card.name}" for card in self.cards]
         self.tokenizer = train_tokenizer(texts, vocab_size=300)
@@ -165,7 +172,7 @@ class Lab:
             os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
 
     def _train(self, variant: str, run: str, kill_at: int | None) -> None:
-        config = replace(VARIANTS[variant], output_dir=str(self.folder), run_name=run)
+        config = replace(self.variants[variant], output_dir=str(self.folder), run_name=run)
         counter = _count_operations(str(config.run_dir), kill_at)
         model = make_model(variant, self.tokenizer)
         train, validation = self.cards[:48], self.cards[48:]
@@ -268,7 +275,7 @@ def experiment(folder: Path, kills: int, seed: int, processes: int) -> dict[str,
     lost: list[dict[str, Any]] = []
     runs = 0
     while tried < kills:
-        variant = list(VARIANTS)[runs % len(VARIANTS)]
+        variant = list(lab.variants)[runs % len(lab.variants)]
         if variant not in straight:
             straight[variant] = lab.straight(variant)
         run, moments = f"run-{runs}", []
@@ -297,6 +304,7 @@ def experiment(folder: Path, kills: int, seed: int, processes: int) -> dict[str,
         "amid_a_save": amid_a_save,
         "killed_more_than_once": again,
         "processes": processes,
+        "variants": list(straight),
         "seed": seed,
     }
 

@@ -2,31 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from test_training import TRAIN, VALIDATION, make_model, run
+from test_training import make_model, run
 from transformers import GPT2Config, PreTrainedTokenizerFast
 
 from flash_experts.data.tokenizer import load_tokenizer
-from flash_experts.training import Trainer, TrainingConfig
-from flash_experts.training.tracking import read_metrics
-
-TWO_PROCESSES = """
-import sys
-import torch
-from test_training_processes import run_on_processes
-torch.set_num_threads(1)
-run_on_processes(sys.argv[1], "two")
-"""
+from flash_experts.training import TrainingConfig
 
 
 def run_on_processes(folder: str, run_name: str) -> None:
@@ -91,29 +80,6 @@ def until_step_3(process: subprocess.Popen[str]) -> None:
         if "step 3 " in line:
             return
     raise AssertionError("".join(seen))
-
-
-@pytest.mark.slow
-def test_two_processes_learn_what_one_learns_and_one_may_go_on(start: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    ranks = two_processes(TWO_PROCESSES, start)
-    run_on_processes(str(start), "one")
-    for process in ranks:
-        _, err = process.communicate(timeout=300)
-        assert process.returncode == 0, err[-2000:]
-    one, two = (read_metrics(start / name / "metrics.jsonl") for name in ("one", "two"))
-    assert [(line["event"], line["step"]) for line in one] == [(line["event"], line["step"]) for line in two]
-    for mine, theirs in zip(one, two, strict=True):
-        for key in mine.keys() & {"loss", "validation/bits_per_char", "grad_norm"}:
-            assert mine[key] == pytest.approx(theirs[key], rel=1e-4), (key, mine["step"])
-    assert json.loads((start / "two" / "run.json").read_text())["processes"] == 2
-    # The same rows in all, so that nothing but rounding differs: here each step had four, two of each process.
-    tokenizer = load_tokenizer(f"{start}/start")
-    longer = replace(config_of(str(start), "two"), max_steps=6, gradient_accumulation_steps=4)
-    model = make_model(GPT2Config.from_pretrained(f"{start}/start"), dropout=0.0, seed=9)
-    capsys.readouterr()
-    assert Trainer(model, tokenizer, TRAIN, VALIDATION, longer).train("auto").step == 6
-    err = capsys.readouterr().err
-    assert "not as in the checkpoint: processes 1, formerly 2" in err and "not equal to the bit" in err
 
 
 ENDLESS = """

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
+
+from flash_experts.training.sharding import gather_whole
 
 
 class CpuCopy:
@@ -23,14 +25,11 @@ class CpuCopy:
     def take(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The tensors as they are now. The former copy is overwritten: nobody may still read it.
 
-        Tensors that share their memory (tied weights) share a copy.
+        A tensor under two names (tied weights) has one copy. One that is spread over processes is gathered.
         """
         copies: dict[str, torch.Tensor] = {}
-        first_names: dict[tuple[object, ...], str] = {}
-        for name, tensor in tensors.items():
-            place = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
-            first = first_names.setdefault(place, name) if tensor.numel() else name
-            if first == name:
+        for name, first, tensor in gather_each(tensors):
+            if tensor is not None:
                 self._buffer(name, tensor).copy_(tensor, non_blocking=True)
             copies[name] = self._buffers[first]
         if any(tensor.is_cuda for tensor in tensors.values()):
@@ -43,6 +42,15 @@ class CpuCopy:
             buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
             self._buffers[name] = buffer
         return buffer
+
+
+def gather_each(tensors: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, str, torch.Tensor | None]]:
+    """One after the other: a name, the first name of the same tensor, and the whole tensor if it is the first. Never
+    two whole tensors at once. Where tensors are spread, every process must go through all of them."""
+    first_names: dict[int, str] = {}
+    for name, tensor in tensors.items():
+        first = first_names.setdefault(id(tensor), name)
+        yield name, first, gather_whole(tensor) if first == name else None
 
 
 class Background:

@@ -27,6 +27,8 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from flash_experts.training.sharding import part_like
+
 MANIFEST = "MANIFEST.json"
 STATE = "trainer_state.json"
 TENSORS = "trainer_state.safetensors"
@@ -227,7 +229,9 @@ def load_weights(folder: Path, model: PreTrainedModel) -> None:
     """
     try:
         weights = load_file(folder / "model.safetensors")
-        missing, unexpected = model.load_state_dict(weights, strict=False)
+        own = model.state_dict()
+        placed = {name: part_like(weight, own[name]) if name in own else weight for name, weight in weights.items()}
+        missing, unexpected = model.load_state_dict(placed, strict=False)
     except (OSError, SafetensorError, RuntimeError) as error:
         raise not_this_run(folder, error) from error
     tied = model.all_tied_weights_keys  # save_pretrained leaves out what is only a second name

@@ -18,7 +18,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flash_experts.training import checkpoint as checkpoints
-from flash_experts.training.background import Background, CpuCopy
+from flash_experts.training.background import Background, CpuCopy, gather_each
 from flash_experts.training.checkpoint import CheckpointError, TrainerState
 from flash_experts.training.stateful import Stateful, join_state, split_state
 from flash_experts.training.tracking import METRICS_FILE
@@ -32,7 +32,7 @@ class Checkpointer:
 
     Args:
         run_dir: the run's folder.
-        model: the plain model (no DDP or compiled wrapper).
+        model: the plain model (no DDP or compiled wrapper); its parts may be spread over processes.
         tokenizer: saved with it.
         keep: newest checkpoints that are kept, besides that of the best validation.
         info: the run's ``config``, ``data``, ``processes`` and ``device`` (kept in each checkpoint and compared on
@@ -79,18 +79,16 @@ class Checkpointer:
         for name, stateful in self._registered.items():
             own, values[name] = split_state(name, stateful.state_dict())
             tensors |= own
-        if self._is_main:
-            about = {"state": asdict(state), **self._about, "registered": values}
-            weights = self._copy("weights", self.model.state_dict())
-            tensors = self._copy("tensors", tensors)
-            self._do(partial(self._write, path, weights, tensors, about, state.best_step))
+        about = {"state": asdict(state), **self._about, "registered": values}
+        weights = self._copy("weights", self._weights())
+        tensors = self._copy("tensors", tensors)
+        self._do(partial(self._write, path, weights, tensors, about, state.best_step))
         return path
 
     def export(self) -> None:
-        """Puts the model as it is now into the run's folder, where `load_model` finds it."""
-        if self._is_main:
-            weights = self._copy("export", self.model.state_dict())
-            self._do(partial(checkpoints.export_model, self.run_dir, self.model, self.tokenizer, weights))
+        """Puts the model as it is now into the run's folder, where `load_model` finds it. All processes call it."""
+        weights = self._copy("export", self._weights())
+        self._do(partial(checkpoints.export_model, self.run_dir, self.model, self.tokenizer, weights))
 
     @property
     def is_writing(self) -> bool:
@@ -128,13 +126,23 @@ class Checkpointer:
         return checkpoints.latest_checkpoint(self.run_dir, self._say)
 
     def _copy(self, use: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """What the thread may read while training goes on; the tensors themselves where no thread will."""
-        if self._background is None:
-            return {name: tensor.contiguous() for name, tensor in tensors.items()}
-        self.wait()
-        return self._copies[use].take(tensors)
+        """The whole tensors, gathered from all processes: what the main one's thread may read while training goes on,
+        the tensors themselves where no thread will, and nothing on the other processes."""
+        whole: dict[str, torch.Tensor] = {}
+        if self._is_main and self._background is not None:
+            self.wait()
+            return self._copies[use].take(tensors)
+        for name, first, tensor in gather_each(tensors):
+            if self._is_main:
+                whole[name] = whole[first] if tensor is None else tensor.contiguous()
+        return whole
+
+    def _weights(self) -> dict[str, torch.Tensor]:
+        return self.model.state_dict(keep_vars=True)  # the parameters themselves: tied ones are told by being the same
 
     def _do(self, work: Callable[[], None]) -> None:
+        if not self._is_main:
+            return
         if self._background is None:
             work()
         else:
@@ -224,9 +232,10 @@ class Checkpointer:
             changed.append("the training names")
         if changed:
             self._say(f"not as in the checkpoint: {', '.join(changed)}. Names come in another order from here on")
-        for name in ("processes", "device"):
-            if about[name] != self._about[name]:
+        for name in ("processes", "device", "parallel"):
+            before, here = (found.get(name, found["config"].get(name)) for found in (about, self._about))
+            if before != here:
                 self._say(
-                    f"not as in the checkpoint: {name} {self._about[name]}, formerly {about[name]}. Dropout and "
-                    "rounding differ, so what follows is as good, but not equal to the bit"
+                    f"not as in the checkpoint: {name} {here}, formerly {before}. Dropout and rounding differ, so what "
+                    "follows is as good, but not equal to the bit"
                 )

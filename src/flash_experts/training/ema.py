@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from flash_experts.training.sharding import local_part, part_like
+
 
 class WeightAverage:
     """The average of the weights over the last steps: ``a = d a + (1 - d) w`` after each step.
@@ -32,8 +34,9 @@ class WeightAverage:
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Takes in the weights as they are after optimizer step ``step`` (from 1)."""
-        weights = [weight.detach() for weight in self._weights.values()]
-        torch._foreach_lerp_(list(self._averages.values()), weights, 1 - self.decay_after(step))
+        weights = [local_part(weight) for weight in self._weights.values()]
+        averages = [local_part(average) for average in self._averages.values()]
+        torch._foreach_lerp_(averages, weights, 1 - self.decay_after(step))
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
@@ -48,9 +51,10 @@ class WeightAverage:
     def _swap(self) -> None:
         # The values change places, not the tensors: a compiled or distributed model holds on to its tensors.
         for name, weight in self._weights.items():
-            kept = weight.detach().clone()
-            weight.copy_(self._averages[name])
-            self._averages[name].copy_(kept)
+            mine, average = local_part(weight), local_part(self._averages[name])
+            kept = mine.clone()
+            mine.copy_(average)
+            average.copy_(kept)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         return dict(self._averages)
@@ -61,4 +65,4 @@ class WeightAverage:
             first = sorted(state.keys() ^ self._averages.keys())[0]
             raise ValueError(f"the averages are of other weights: {first} differs")
         for name, average in self._averages.items():
-            average.copy_(state[name])
+            average.copy_(part_like(state[name], average))

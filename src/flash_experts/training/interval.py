@@ -50,13 +50,13 @@ class Interval:
         self._sums[:2] = 0
         loss = {"loss": total / steps, "grad_norm": grad_norm} if steps else {}
         balancing = {name: value.item() for name, value in self._balancing.items()}
+        self._add_up_routers()
         return loss | balancing | router_metrics(self._model)
 
     def state_dict(self) -> dict[str, Any]:
-        """Every process's own sums, since their rounding is not that of the total; the main one's routers, which are
-        those that are logged."""
-        sums = cast(torch.Tensor, self._accelerator.gather(self._sums[None]))
-        return {"sums": sums} | self._router_buffers()
+        """Every process's own sums, (processes, ...), since their rounding is not that of the total."""
+        own = {"sums": self._sums} | self._router_buffers()
+        return {name: cast(torch.Tensor, self._accelerator.gather(value[None])) for name, value in own.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         sums = state["sums"].to(self._sums.device)
@@ -67,7 +67,22 @@ class Interval:
             self._sums = sums[0].clone()
             self._sums[0] = sums[:, 0].sum() / world
         for name, buffer in self._router_buffers().items():
-            buffer.copy_(state[name])
+            if state[name].shape[1:] != buffer.shape:
+                raise ValueError(f"{name} is of other experts")
+            if len(state[name]) == world:
+                buffer.copy_(state[name][rank])
+            else:  # they are only ever added up
+                buffer.copy_(state[name].sum(0) * (rank == 0))
+
+    def _add_up_routers(self) -> None:
+        """Gives every process what the routers of all of them did."""
+        buffers = list(self._router_buffers().values())
+        if self._accelerator.num_processes == 1 or not buffers:
+            return
+        flat = torch.cat([buffer.flatten() for buffer in buffers])
+        total = cast(torch.Tensor, self._accelerator.reduce(flat, "sum"))
+        for buffer, part in zip(buffers, total.split([buffer.numel() for buffer in buffers]), strict=True):
+            buffer.copy_(part.view_as(buffer))
 
     def _router_buffers(self) -> dict[str, torch.Tensor]:
         buffers = self._model.named_buffers()

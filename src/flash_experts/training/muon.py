@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from flash_experts.training.sharding import gather_whole, holds_whole_matrices, local_part, part_like
+
 # Of the quintic polynomial a x + b x^3 + c x^5, chosen for a steep slope at 0. Singular values end between about 0.7
 # and 1.2, not at 1, which does no harm.
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -75,10 +77,19 @@ class Muon(torch.optim.Optimizer):
                 if not state:
                     state["momentum_buffer"] = torch.zeros_like(parameter)
                 total = state["momentum_buffer"].mul_(momentum).add_(parameter.grad)
-                matrices_NRC = as_matrices(parameter.grad.add(total, alpha=momentum), blocks)
-                update = from_matrices(orthogonalize(matrices_NRC), parameter)
-                size = 0.2 * math.sqrt(max(matrices_NRC.shape[-2:]))
-                parameter.mul_(1 - rate * group["weight_decay"]).add_(update, alpha=-rate * size)
+                update, longest = _direction(parameter.grad.add(total, alpha=momentum), blocks)
+                size = 0.2 * math.sqrt(longest)
+                local_part(parameter).mul_(1 - rate * group["weight_decay"]).add_(update, alpha=-rate * size)
+
+
+def _direction(gradient: torch.Tensor, blocks: int) -> tuple[torch.Tensor, int]:
+    """This process's part of the orthogonal update, and the longer side of its matrices. A matrix that is cut over
+    processes is gathered, since no part of it can be made orthogonal by itself."""
+    is_whole = holds_whole_matrices(gradient)
+    matrices = local_part(gradient) if is_whole else gather_whole(gradient)
+    matrices_NRC = as_matrices(matrices, blocks)
+    update = from_matrices(orthogonalize(matrices_NRC), matrices)
+    return update if is_whole else local_part(part_like(update, gradient)), max(matrices_NRC.shape[-2:])
 
 
 def as_matrices(tensor: torch.Tensor, blocks: int) -> torch.Tensor:

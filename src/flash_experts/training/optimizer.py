@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from flash_experts.training.muon import Muon
 from flash_experts.training.training_config import PARTS, LearningRateScale, TrainingConfig
@@ -106,14 +107,17 @@ class _Groups:
     """Parameter groups, one for each distinct set of settings."""
 
     def __init__(self) -> None:
-        self.groups: list[dict[str, Any]] = []
+        self._groups: dict[tuple[object, ...], dict[str, Any]] = {}
+
+    @property
+    def groups(self) -> list[dict[str, Any]]:
+        return list(self._groups.values())
 
     def add(self, parameter: nn.Parameter, **settings: float) -> None:
-        for group in self.groups:
-            if all(group[key] == value for key, value in settings.items()):
-                group["params"].append(parameter)
-                return
-        self.groups.append({"params": [parameter], **settings})
+        # One kernel moves a group, and cannot take weights that are spread over processes in different ways.
+        mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
+        group = self._groups.setdefault((mesh, *settings.items()), {"params": [], **settings})
+        group["params"].append(parameter)
 
 
 def _scales(model: nn.Module, config: TrainingConfig) -> dict[str, float]:

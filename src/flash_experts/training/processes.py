@@ -7,7 +7,7 @@ from datetime import timedelta
 from typing import cast
 
 import torch
-from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 
 from flash_experts.models.loading import resolve_device
 
@@ -23,7 +23,10 @@ def make_accelerator(device: str) -> Accelerator:
         ValueError: the device is not there.
     """
     found = resolve_device(None if device == "auto" else device)
-    handlers = [InitProcessGroupKwargs(timeout=_SILENCE)]
+    # Buffers are what each router counted of its own tokens: DDP would overwrite them with the main process's before
+    # each forward. Gradients that are views of what DDP sends are not held twice.
+    ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+    handlers = [InitProcessGroupKwargs(timeout=_SILENCE), ddp]
     return Accelerator(cpu=found.type == "cpu", mixed_precision="no", kwargs_handlers=handlers)
 
 
@@ -34,15 +37,6 @@ def seed_dropout(seed: int, step: int, rank: int) -> None:
     can move what training draws.
     """
     torch.manual_seed(random.Random(f"dropout/{seed}/{step}/{rank}").getrandbits(63))
-
-
-def backward(accelerator: Accelerator, loss: torch.Tensor) -> None:
-    """Adds the gradient of this process's part of the step's loss.
-
-    The loss is divided by the labels of all processes already, so that the sum over them is the mean over the batch;
-    but DDP takes the mean of their gradients: multiply by their number to undo that.
-    """
-    accelerator.backward(loss * accelerator.num_processes)
 
 
 def most_of_all(accelerator: Accelerator, values: list[float]) -> list[float]:

@@ -12,15 +12,18 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from flash_experts.training.sharding import part_like
+
 
 class Stateful(Protocol):
     """An object whose state is part of a checkpoint."""
 
     def state_dict(self) -> Mapping[str, Any]:
-        """Tensors, and values that JSON knows, by key. Called on every process, so it may gather."""
+        """Tensors, and values that JSON knows, by key. Called on every process, so it may gather; tensors that are
+        spread over processes are gathered by the checkpointer."""
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes what `state_dict` gave; tensors come on the CPU.
+        """Takes what `state_dict` gave; tensors come whole and on the CPU.
 
         Raises:
             ValueError: the state is of something else.
@@ -51,13 +54,16 @@ class OptimizerState:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         groups = self._optimizer.param_groups
-        order = [self._names[parameter] for group in groups for parameter in group["params"]]
-        index_of = {name: index for index, name in enumerate(order)}
+        parameters = [parameter for group in groups for parameter in group["params"]]
+        index_of = {self._names[parameter]: index for index, parameter in enumerate(parameters)}
         slots: dict[int, dict[str, Any]] = {}
         for key, value in state.items():
             name, _, slot = key.rpartition("|")
             if name not in index_of:
                 raise ValueError(f"it has a state of {name}, which is not trained here")
+            parameter = parameters[index_of[name]]
+            if value.shape == parameter.shape:  # not a count of steps
+                value = part_like(value, parameter)
             slots.setdefault(index_of[name], {})[slot] = value
         self._optimizer.load_state_dict({"state": slots, "param_groups": self._optimizer.state_dict()["param_groups"]})
 

@@ -34,8 +34,9 @@ from flash_experts.training.finite import MOST_SKIPS_IN_A_ROW, FiniteGuard, name
 from flash_experts.training.interval import Interval
 from flash_experts.training.loss import CausalLoss
 from flash_experts.training.optimizer import freeze_parts, make_optimizers, part_rates, set_rates
+from flash_experts.training.parallel import spread_model
 from flash_experts.training.precision import check_dtype, use_bfloat16
-from flash_experts.training.processes import backward, is_lost_peer, make_accelerator, most_of_all, seed_dropout
+from flash_experts.training.processes import is_lost_peer, make_accelerator, most_of_all, seed_dropout
 from flash_experts.training.reporting import Reporter, SpeedMeter
 from flash_experts.training.result import TrainingResult, reason_to_end
 from flash_experts.training.run_lock import RunLock
@@ -84,10 +85,9 @@ class Trainer:
         self.model = check_dtype(model).to(self.device)
         self.model.loss_function = CausalLoss(config.label_smoothing)
         freeze_parts(self.model, config.lr_scale)
+        # Training calls `parallel.wrapped`; validation and saving use the plain model inside it.
+        self.parallel = spread_model(self.model, self.accelerator, config)
         self.optimizers = make_optimizers(self.model, config)
-        # Training calls `wrapped`; validation, sampling and saving use the plain model inside it.
-        module = torch.compile(self.model, dynamic=True) if config.compile else self.model
-        self.wrapped, *self.wrapped_optimizers = self.accelerator.prepare(module, *self.optimizers.values())
         self.average = None if config.ema_decay is None else WeightAverage(self.model, config.ema_decay)
         self.report = Reporter(self.run_dir, callbacks, train_cards, validation_cards, self.is_main)
         self.rows_per_step = config.gradient_accumulation_steps * self.world
@@ -122,7 +122,7 @@ class Trainer:
 
     def _with_found_batch_size(self) -> TrainingConfig:
         trial = Trial(
-            self.wrapped,
+            self.parallel.wrapped,
             self.model,
             self.optimizers.values(),
             self.accelerator,
@@ -211,23 +211,23 @@ class Trainer:
         rows, num_labels = self._rows_of_step()
         seed_dropout(self.config.seed, self.state.step, self.rank)
         set_rates(self.optimizers.values(), rate)
-        self.wrapped.train()
+        self.model.train()
         loss = torch.zeros((), device=self.device)  # this process's part
         try:
             for row in rows[:-1]:
-                with self.accelerator.no_sync(self.wrapped):
+                with self.parallel.no_sync():
                     loss += self._backward(row, num_labels)
             loss += self._backward(rows[-1], num_labels)
         except torch.OutOfMemoryError as error:
             accumulation = self.config.gradient_accumulation_steps
             raise OutOfMemoryError(self.state.step + 1, accumulation) from error
         limit = math.inf if self.config.clip_norm is None else self.config.clip_norm
-        grad_norm = cast(torch.Tensor, self.accelerator.clip_grad_norm_(self.wrapped.parameters(), limit))
+        grad_norm = self.parallel.clip(limit)
         is_bad = self.guard.judge(self.state.step + 1, loss, grad_norm)
-        for optimizer, wrapped in zip(self.optimizers.values(), self.wrapped_optimizers, strict=True):
+        for optimizer in self.optimizers.values():
             if self.guard.update(optimizer, is_bad):
-                wrapped.step()
-            wrapped.zero_grad(set_to_none=True)
+                optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         if self.average is not None:
             self.average.update(self.state.step + 1)
         update_router_biases(self.model)
@@ -238,8 +238,8 @@ class Trainer:
     def _backward(self, row: PackedBatch, num_labels: int) -> torch.Tensor:
         """Adds a row's gradient; returns its part of the step's loss."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
-            output = self.wrapped(**row.to(self.device).inputs_with_loss(num_labels))
-        backward(self.accelerator, output.loss)
+            output = self.parallel.wrapped(**row.to(self.device).inputs_with_loss(num_labels))
+        self.parallel.backward(output.loss)
         self.interval.see(output)
         return cast(torch.Tensor, output.loss.detach())
 
@@ -295,8 +295,8 @@ class Trainer:
         state = self.state
         with self.speed.pause():
             self._check_finite()
-            self.model.eval()
-            with self._averaged(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
+            autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast)
+            with self._averaged(), self.parallel.evaluating(), autocast:
                 sums = self.validation.sums(self.model, self.device)
             sums = cast(torch.Tensor, self.accelerator.reduce(sums.to(self.device), "sum"))
             done = {"step": state.step, "tokens": state.tokens, "seconds": round(state.seconds, 3)}
@@ -315,10 +315,10 @@ class Trainer:
     def _sample(self) -> None:
         with self.speed.pause():
             self._check_finite()
-            if self.is_main:
-                self.model.eval()
-                with self._averaged():
-                    self.report.sample(self.state.step, self.model, self.tokenizer)
+            with self._averaged():
+                model = self.parallel.whole_model()
+                if model is not None:
+                    self.report.sample(self.state.step, model, self.tokenizer)
 
     def _export(self) -> None:
         """Puts the model, with averaged weights where they are asked for, into the run's folder."""

@@ -84,6 +84,9 @@ class TrainingConfig:
         precision: bfloat16, float32, or auto (bfloat16 on GPUs that have it).
         device: auto, cpu, cuda or cuda:N.
         compile: compile the model (torch.compile); pays off on GPUs and long runs.
+        parallel: with several processes: ddp (each has the whole model), fsdp (each has a part of every weight,
+            gradient and optimizer state), or expert (each has some of the experts, to which tokens travel, and a part
+            of the rest). The same gradients to rounding, and the same checkpoints.
         tracker: none, wandb (offline unless WANDB_API_KEY is set) or tensorboard. metrics.jsonl is always
             written.
     """
@@ -125,6 +128,7 @@ class TrainingConfig:
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     device: str = "auto"
     compile: bool = False
+    parallel: Literal["ddp", "fsdp", "expert"] = "ddp"
     tracker: Literal["none", "wandb", "tensorboard"] = "none"
 
     @property
@@ -154,6 +158,11 @@ class TrainingConfig:
                 problems.append("max_epochs is for runs without stages: set it to null, each stage has its epochs")
         if self.max_steps is None and self.max_minutes is None and self.planned_stages[-1].epochs is None:
             problems.append("nothing ends the run: set max_steps, max_epochs or max_minutes")
+        # Of find_batch_size: a process that is out of memory would leave the others waiting for its part of the
+        # weights.
+        for name in ("compile", "find_batch_size"):
+            if self.parallel != "ddp" and getattr(self, name):
+                problems.append(f"{name} works with parallel: ddp, not with {self.parallel}: set it to false")
         if self.schedule == "wsd" and self.warmup_steps < 1 and self.warmup_steps + self.decay_share > 1:
             problems.append(f"warmup_steps {self.warmup_steps} and decay_share {self.decay_share} overlap")
         if not self.run_name or Path(self.run_name).name != self.run_name or self.run_name in (".", ".."):
@@ -170,6 +179,7 @@ class TrainingConfig:
             "on_nan": ("stop", "skip"),
             "precision": ("auto", "float32", "bfloat16"),
             "tracker": ("none", "wandb", "tensorboard"),
+            "parallel": ("ddp", "fsdp", "expert"),
         }
         return [
             f"{name} is {getattr(self, name)!r}, but it is one of {', '.join(allowed)}"

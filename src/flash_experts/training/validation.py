@@ -45,10 +45,10 @@ class Validation:
         self.num_names = len(cards)
         rank, world = process
         # Names of equal length side by side: attention lays a row out by its longest name.
-        self._rows: dict[str, list[PackedBatch]] = {}
+        self._rows: dict[str, list[tuple[PackedBatch, bool]]] = {}
         for suffix, attributes_of in (("", lambda card: Attributes()), ("_given_attributes", Attributes.of)):
             names = sorted(encode_cards(cards, tokenizer, attributes_of), key=lambda name: name.num_inputs)
-            self._rows[suffix] = pack_all(names, tokens_per_row)[rank::world]
+            self._rows[suffix] = share_of_rows(pack_all(names, tokens_per_row), rank, world)
 
     @classmethod
     def of(
@@ -74,10 +74,12 @@ class Validation:
         totals = torch.zeros(len(self._rows), 3, dtype=torch.float64)
         for total, rows in zip(totals, self._rows.values(), strict=True):
             nats = torch.zeros((), device=device)
-            for row in rows:
-                nats += name_nats(model, row.to(device)).sum()
-                total[1] += row.labels.numel()
-                total[2] += row.characters.sum()
+            for row, counts in rows:
+                nats_N = name_nats(model, row.to(device))
+                if counts:
+                    nats += nats_N.sum()
+                    total[1] += row.labels.numel()
+                    total[2] += row.characters.sum()
             total[0] = nats.item()
         return totals
 
@@ -88,3 +90,12 @@ class Validation:
             metrics[f"validation/loss{suffix}"] = nats / tokens
             metrics[f"{BITS_PER_CHAR}{suffix}"] = nats / math.log(2) / characters
         return metrics
+
+
+def share_of_rows(rows: Sequence[PackedBatch], rank: int, world: int) -> list[tuple[PackedBatch, bool]]:
+    """Every ``world``-th row from ``rank`` on, each with whether it counts. Every process gets as many: where weights
+    are spread, all must take part in each forward. One without a row of its own computes the first for the others'
+    sake."""
+    share = [(rows[index], True) for index in range(rank, len(rows), world)]
+    rounds = -(-len(rows) // world)
+    return share + [(rows[0], False)] * (rounds - len(share))
