@@ -266,7 +266,7 @@ def trainer(
 
 def trial_of(trainer: Trainer) -> Trial:
     return Trial(
-        trainer.wrapped,
+        trainer.parallel.wrapped,
         trainer.model,
         trainer.optimizers.values(),
         trainer.accelerator,

@@ -18,27 +18,6 @@ from flash_experts.data.tokenizer import load_tokenizer
 from flash_experts.training import TrainingConfig
 
 
-def run_on_processes(folder: str, run_name: str) -> None:
-    """Four steps without dropout, on as many processes as there are."""
-    tokenizer = load_tokenizer(f"{folder}/start")
-    config = config_of(folder, run_name)
-    run(make_model(GPT2Config.from_pretrained(f"{folder}/start"), dropout=0.0), tokenizer, config)
-
-
-def config_of(folder: str, run_name: str) -> TrainingConfig:
-    return TrainingConfig(
-        output_dir=folder,
-        run_name=run_name,
-        max_steps=4,
-        tokens_per_batch=75,
-        gradient_accumulation_steps=2,
-        learning_rate=1e-3,
-        log_every=1,
-        eval_every=2,
-        device="cpu",
-    )
-
-
 @pytest.fixture
 def start(dense_config: GPT2Config, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> Path:
     """A folder for scripts, with the model's configuration and tokenizer in ``start``."""
@@ -106,7 +85,8 @@ def test_sigterm_saves_and_says_how_to_go_on(start: Path) -> None:
     with python(ENDLESS, start) as process:
         until_step_3(process)
         with pytest.raises(ValueError, match="another process is training into"):
-            run_on_processes(str(start), "run")
+            config = TrainingConfig(output_dir=str(start), run_name="run", device="cpu")
+            run(make_model(GPT2Config.from_pretrained(start / "start")), load_tokenizer(start / "start"), config)
         process.send_signal(signal.SIGTERM)
         out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
