@@ -29,6 +29,7 @@ from flash_experts.commands import (
     upcycle,
 )
 from flash_experts.commands.common import Run
+from flash_experts.kernels.cpu_memory import keep_freed_memory
 
 COMMANDS = {
     "prepare": prepare,
@@ -119,14 +120,15 @@ def _explain(error: BaseException) -> str:
 
 
 def _set_up_libraries() -> None:
-    """No progress bars and warnings of libraries between our lines, no telemetry, and large pages of memory."""
+    """No progress bars and warnings of libraries between our lines, no telemetry, and memory that is kept."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # PyTorch then asks Linux for pages of 2 MB: gradients of hundreds of megabytes are allocated anew in every step,
-    # and touching them page by page took as long as computing them.
+    # Gradients of hundreds of megabytes are allocated anew in every step, and to touch fresh memory page by page can
+    # take as long as computing them: PyTorch then asks Linux for pages of 2 MB, and what is freed stays ours.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    keep_freed_memory()
     warnings.showwarning = _show_warning
 
 

@@ -21,6 +21,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch.nn import functional as F
+
+from flash_experts.kernels.cpu_linear import linear
 
 Activation = Callable[[torch.Tensor], torch.Tensor]
 
@@ -53,22 +56,24 @@ class _GroupedMLP(torch.autograd.Function):
         activation: Activation,
         counts_E: torch.Tensor,
     ) -> torch.Tensor:
-        (T, K), (_, D, F) = experts_TK.shape, up_EDF.shape
+        (T, K), D = experts_TK.shape, x_TD.shape[1]
         pair_of_S = torch.argsort(experts_TK.reshape(-1), stable=True)
         token_of_S = pair_of_S // K
-        hidden_SF = x_TD.new_empty(T * K, F)
         y_pairs_D = x_TD.new_empty(T * K, D)  # row t * K + k: expert k of token t, before its gate
+        kept = []
         for e, rows in _groups(counts_E):
-            torch.addmm(up_bias_EF[e], x_TD[token_of_S[rows]], up_EDF[e], out=hidden_SF[rows])
-            y_pairs_D[pair_of_S[rows]] = torch.addmm(down_bias_ED[e], activation(hidden_SF[rows]), down_EFD[e])
-        ctx.save_for_backward(x_TD, gates_TK, up_EDF, down_EFD, hidden_SF, y_pairs_D, pair_of_S, token_of_S, counts_E)
+            hidden_F = linear(x_TD[token_of_S[rows]], up_EDF[e], up_bias_EF[e])
+            act_F = activation(hidden_F)
+            y_pairs_D[pair_of_S[rows]] = linear(act_F, down_EFD[e], down_bias_ED[e])
+            kept += [hidden_F, act_F]
+        ctx.save_for_backward(x_TD, gates_TK, up_EDF, down_EFD, y_pairs_D, pair_of_S, token_of_S, counts_E, *kept)
         ctx.activation = activation
         return _combine(y_pairs_D, gates_TK)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (dout_TD,) = grads
-        x_TD, gates_TK, up_EDF, down_EFD, hidden_SF, y_pairs_D, pair_of_S, token_of_S, counts_E = ctx.saved_tensors
+        x_TD, gates_TK, up_EDF, down_EFD, y_pairs_D, pair_of_S, token_of_S, counts_E, *kept = ctx.saved_tensors
         (T, K), D = gates_TK.shape, x_TD.shape[1]
         want_x, _, want_gates, want_up, want_up_bias, want_down, want_down_bias, *_ = ctx.needs_input_grad
         gate_S = gates_TK.reshape(-1)[pair_of_S]
@@ -77,9 +82,9 @@ class _GroupedMLP(torch.autograd.Function):
         dup_bias_EF = up_EDF.new_zeros(up_EDF.shape[0], up_EDF.shape[2]) if want_up_bias else None
         ddown_bias_ED = up_EDF.new_zeros(down_EFD.shape[0], down_EFD.shape[2]) if want_down_bias else None
         dx_pairs_D = torch.empty_like(y_pairs_D) if want_x else None
-        for e, rows in _groups(counts_E):
+        for (e, rows), hidden_F, act_F in zip(_groups(counts_E), kept[::2], kept[1::2], strict=True):
             dy_D = dout_TD[token_of_S[rows]] * gate_S[rows, None]
-            act_F, dhidden_F = _activation_and_gradient(ctx.activation, hidden_SF[rows], dy_D @ down_EFD[e].T)
+            dhidden_F = _activation_gradient(ctx.activation, hidden_F, linear(dy_D, down_EFD[e].T))
             if ddown_EFD is not None:
                 torch.mm(act_F.T, dy_D, out=ddown_EFD[e])
             if ddown_bias_ED is not None:
@@ -89,7 +94,7 @@ class _GroupedMLP(torch.autograd.Function):
             if dup_bias_EF is not None:
                 torch.sum(dhidden_F, 0, out=dup_bias_EF[e])
             if dx_pairs_D is not None:
-                dx_pairs_D[pair_of_S[rows]] = dhidden_F @ up_EDF[e].T
+                dx_pairs_D[pair_of_S[rows]] = linear(dhidden_F, up_EDF[e].T)
         for e in (counts_E == 0).nonzero()[:, 0].tolist():
             for gradient in (dup_EDF, ddown_EFD):
                 if gradient is not None:
@@ -123,22 +128,23 @@ class _BatchedMLP(torch.autograd.Function):
         slot_of_pair[pair_of_S] = slot_of_S
         x_EMD = _in_slots(x_TD.repeat_interleave(K, 0), slot_of_pair, E, M)
         hidden_EMF = torch.baddbmm(up_bias_EF[:, None], x_EMD, up_EDF)
-        y_EMD = torch.baddbmm(down_bias_ED[:, None], activation(hidden_EMF), down_EFD)
+        act_EMF = activation(hidden_EMF)
+        y_EMD = torch.baddbmm(down_bias_ED[:, None], act_EMF, down_EFD)
         y_pairs_D = y_EMD.view(E * M, D)[slot_of_pair]
-        ctx.save_for_backward(x_EMD, gates_TK, up_EDF, down_EFD, hidden_EMF, y_pairs_D, slot_of_pair)
+        ctx.save_for_backward(x_EMD, gates_TK, up_EDF, down_EFD, hidden_EMF, act_EMF, y_pairs_D, slot_of_pair)
         ctx.activation = activation
         return _combine(y_pairs_D, gates_TK)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (dout_TD,) = grads
-        x_EMD, gates_TK, up_EDF, down_EFD, hidden_EMF, y_pairs_D, slot_of_pair = ctx.saved_tensors
+        x_EMD, gates_TK, up_EDF, down_EFD, hidden_EMF, act_EMF, y_pairs_D, slot_of_pair = ctx.saved_tensors
         (T, K), (E, M, D) = gates_TK.shape, x_EMD.shape
         want_x, _, want_gates, want_up, want_up_bias, want_down, want_down_bias, *_ = ctx.needs_input_grad
         # Padding rows are zeros here, so they add nothing to any gradient below.
         dy_EMD = _in_slots((dout_TD[:, None] * gates_TK[:, :, None]).view(T * K, D), slot_of_pair, E, M)
         dact_EMF = torch.bmm(dy_EMD, down_EFD.transpose(1, 2))
-        act_EMF, dhidden_EMF = _activation_and_gradient(ctx.activation, hidden_EMF, dact_EMF)
+        dhidden_EMF = _activation_gradient(ctx.activation, hidden_EMF, dact_EMF)
         ddown_EFD = torch.bmm(act_EMF.transpose(1, 2), dy_EMD) if want_down else None
         dup_EDF = torch.bmm(x_EMD.transpose(1, 2), dhidden_EMF) if want_up else None
         dx_TD = None
@@ -163,15 +169,19 @@ def _combine(y_pairs_D: torch.Tensor, gates_TK: torch.Tensor) -> torch.Tensor:
     return torch.bmm(gates_TK[:, None, :], y_pairs_D.view(T, K, y_pairs_D.shape[1]))[:, 0]
 
 
-def _activation_and_gradient(
-    activation: Activation, hidden: torch.Tensor, dact: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The activation again (cheaper to redo than to keep) and the gradient that it passes down."""
+def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
+    """GPT-2's activation, the tanh form of GELU, in one operation."""
+    return F.gelu(x, approximate="tanh")
+
+
+def _activation_gradient(activation: Activation, hidden: torch.Tensor, dact: torch.Tensor) -> torch.Tensor:
+    """The gradient that the activation passes down; one that is not known here is computed again for it."""
+    if activation is gelu_tanh:
+        return torch.ops.aten.gelu_backward(dact, hidden, approximate="tanh")
     with torch.enable_grad():
         leaf = hidden.detach().requires_grad_()
-        act = activation(leaf)
-        (dhidden,) = torch.autograd.grad(act, leaf, dact)
-    return act.detach(), dhidden
+        (dhidden,) = torch.autograd.grad(activation(leaf), leaf, dact)
+    return dhidden
 
 
 def grouped_mlp(

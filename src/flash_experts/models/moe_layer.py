@@ -21,7 +21,7 @@ from transformers.activations import ACT2FN
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, use_experts_implementation
 from transformers.pytorch_utils import Conv1D
 
-from flash_experts.kernels.grouped_mlp import grouped_mlp
+from flash_experts.kernels.grouped_mlp import gelu_tanh, grouped_mlp
 from flash_experts.models.moe_config import GPT2MoEConfig
 from flash_experts.models.router import ExpertChoiceRouter, Router, TopKRouter, count_choices, make_router
 
@@ -40,6 +40,7 @@ __all__ = [
 
 EXPERTS_IMPLEMENTATION = "fe_experts"
 TRITON_EXPERTS_IMPLEMENTATION = "fe_experts_triton"
+_TANH_GELUS = ("gelu_new", "gelu_pytorch_tanh", "gelu_python_tanh")  # transformers' names of one function
 
 
 @use_experts_implementation(is_transposed=True, has_bias=True, has_gate=False)
@@ -81,7 +82,8 @@ def fe_experts_forward(
     if x_TD.device.type != "cpu" or torch.compiler.is_compiling():
         return ALL_EXPERTS_FUNCTIONS["grouped_mm"](self, x_TD, experts_TK, gates_TK)
     x_TD, gates_TK, up, up_bias, down, down_bias = _autocast(self, x_TD, gates_TK)
-    return grouped_mlp(x_TD, experts_TK, gates_TK, up, up_bias, down, down_bias, self.act_fn)
+    activation = gelu_tanh if self.activation in _TANH_GELUS else self.act_fn
+    return grouped_mlp(x_TD, experts_TK, gates_TK, up, up_bias, down, down_bias, activation)
 
 
 def fe_experts_triton_forward(
