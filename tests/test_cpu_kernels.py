@@ -1,0 +1,50 @@
+"""What the experts stand on where there is no GPU: products with weights, and memory that is kept."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from flash_experts.kernels import cpu_linear
+from flash_experts.kernels.cpu_linear import linear
+
+
+@pytest.mark.parametrize("rows", [0, 1, 7, 200])
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("onednn", [True, False])
+def test_linear_is_the_product(monkeypatch: pytest.MonkeyPatch, rows: int, with_bias: bool, onednn: bool) -> None:
+    monkeypatch.setattr(cpu_linear, "_ONEDNN", onednn)
+    x_ND, weight_DF, bias_F = torch.randn(rows, 48), torch.randn(48, 80), torch.randn(80) if with_bias else None
+    truth_NF = x_ND.double() @ weight_DF.double() + (0 if bias_F is None else bias_F.double())
+    for weight in (weight_DF, weight_DF.T.contiguous().T):  # as GPT-2 stores it, and the view of the other layout
+        out_NF = linear(x_ND, weight, bias_F)
+        assert out_NF.shape == (rows, 80) and out_NF.dtype == torch.float32
+        torch.testing.assert_close(out_NF.double(), truth_NF, rtol=1e-5, atol=1e-4)
+
+
+def test_linear_keeps_float64() -> None:
+    x_ND, weight_DF = torch.randn(5, 16, dtype=torch.float64), torch.randn(16, 8, dtype=torch.float64)
+    torch.testing.assert_close(linear(x_ND, weight_DF), x_ND @ weight_DF, rtol=1e-14, atol=1e-14)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the setting is glibc's")
+def test_memory_that_is_freed_is_kept() -> None:
+    """Page faults of taking 64 MB a second time: thousands, unless the process kept it."""
+    program = (
+        "import resource, sys\n"
+        "from flash_experts.kernels.cpu_memory import keep_freed_memory\n"
+        "assert sys.argv[1] == 'as it is' or keep_freed_memory()\n"
+        "faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "bytearray(b'1') * (64 << 20)\n"
+        "before = faults()\n"
+        "bytearray(b'1') * (64 << 20)\n"
+        "print(faults() - before)\n"
+    )
+    again = {
+        mode: int(subprocess.check_output([sys.executable, "-c", program, mode], text=True))
+        for mode in ("as it is", "kept")
+    }
+    assert again["as it is"] > 10_000 and again["kept"] < 100
