@@ -27,4 +27,4 @@ def linear(x_ND: torch.Tensor, weight_DF: torch.Tensor, bias_F: torch.Tensor | N
 
 
 def _takes(x_ND: torch.Tensor) -> bool:
-    return _ONEDNN and x_ND.dtype == torch.float32 and x_ND.numel() > 0 and torch.backends.mkldnn.enabled
+    return bool(torch.backends.mkldnn.enabled) and _ONEDNN and x_ND.dtype == torch.float32 and x_ND.numel() > 0
