@@ -9,10 +9,12 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from flash_experts.models import GPT2MoEConfig, GPT2MoEForCausalLM
+from flash_experts.models.flash_attention import ATTENTION_IMPLEMENTATION
 from flash_experts.training.scaling import (
     MODELS,
     NETWORK,
     NVLINK,
+    activation_bytes_per_token,
     all_to_all_bytes_per_token,
     expert_group,
     flops_per_token,
@@ -81,3 +83,37 @@ def test_where_arithmetic_hides_traffic() -> None:
     assert tokens_to_hide_traffic(narrow, "expert", 8) == math.inf
     assert flops_per_token(GPT2Config(), labelled_share=1.0) == pytest.approx(6 * 123.6e6, rel=0.01)
     assert plan_table(config).count("\n") == 11
+
+
+@pytest.mark.parametrize("freq", [0, 1, 2])
+def test_the_estimate_of_activations_is_near(freq: int) -> None:
+    """What autograd saves of a packed row of names, half of whose tokens have labels."""
+    shape = {"n_layer": 2, "n_embd": 128, "n_head": 4, "vocab_size": 500, "activation_function": "gelu_pytorch_tanh"}
+    tokens, kept, length = 512, 256, 8
+    config = GPT2MoEConfig(**shape, moe_layer_freq=freq) if freq else GPT2Config(**shape)
+    config._attn_implementation = ATTENTION_IMPLEMENTATION
+    model = GPT2MoEForCausalLM(config) if isinstance(config, GPT2MoEConfig) else GPT2LMHeadModel(config)
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    saved: dict[int, torch.Tensor] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in weights:
+            saved[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    starts = torch.arange(0, tokens + 1, length, dtype=torch.int32)
+    labels = torch.randint(500, (1, kept))
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model.train()(
+            input_ids=torch.randint(500, (1, tokens)),
+            position_ids=torch.arange(tokens)[None] % length,
+            **dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), starts),
+            **dict.fromkeys(("max_length_q", "max_length_k"), length),
+            logits_to_keep=torch.arange(0, tokens, 2),
+            labels=labels,
+            shift_labels=labels,
+            num_items_in_batch=kept,
+            use_cache=False,
+        )
+    held = sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
+    assert held == pytest.approx(tokens * activation_bytes_per_token(config, bytes_per_number=4), rel=0.1)

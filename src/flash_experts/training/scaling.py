@@ -180,8 +180,9 @@ def activation_bytes_per_token(
 ) -> int:
     """An estimate of what a forward keeps for its backward, for each token, without gradient checkpointing.
 
-    A block keeps its input, both norms' outputs, queries, keys and values, the attention's output twice, the residual
-    sum: 9 D; an MLP of F hidden units F before and F after its activation and D for dropout; K experts that K times.
+    A block keeps about 12 D: its input and both residual sums, the norms' outputs, queries, keys and values as they are
+    computed and as attention lays them out, its output, dropout's masks. An MLP of F hidden units keeps F before and F
+    after its activation and D; K experts F and D each, since ours compute the activation anew.
     The logits are kept in float32, twice (as logits and as their gradient), at labelled positions alone.
 
     Args:
@@ -192,10 +193,10 @@ def activation_bytes_per_token(
     D = config.n_embd
     layers = moe_layers(config)
     per_mlp = 2 * (config.n_inner or 4 * D) + D
-    numbers = config.n_layer * 9 * D + (config.n_layer - layers) * per_mlp
+    numbers = config.n_layer * 12 * D + (config.n_layer - layers) * per_mlp
     if isinstance(config, GPT2MoEConfig):
         K, F = config.num_experts_per_tok + config.num_shared_experts, config.expert_size
-        numbers += layers * (K * (F + D) + D)  # our experts compute the activation anew
+        numbers += layers * (K * (F + D) + D)
     return numbers * bytes_per_number + round(2 * FLOAT32 * config.vocab_size * labelled_share)
 
 
