@@ -182,7 +182,7 @@ def activation_bytes_per_token(
 
     A block keeps about 12 D: its input and both residual sums, the norms' outputs, queries, keys and values as they are
     computed and as attention lays them out, its output, dropout's masks. An MLP of F hidden units keeps F before and F
-    after its activation and D; K experts F and D each, since ours compute the activation anew.
+    after its activation and D; K experts that K times.
     The logits are kept in float32, twice (as logits and as their gradient), at labelled positions alone.
 
     Args:
@@ -196,7 +196,7 @@ def activation_bytes_per_token(
     numbers = config.n_layer * 12 * D + (config.n_layer - layers) * per_mlp
     if isinstance(config, GPT2MoEConfig):
         K, F = config.num_experts_per_tok + config.num_shared_experts, config.expert_size
-        numbers += layers * (K * (F + D) + D)
+        numbers += layers * (K * (2 * F + D) + D)
     return numbers * bytes_per_number + round(2 * FLOAT32 * config.vocab_size * labelled_share)
 
 
