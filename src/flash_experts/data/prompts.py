@@ -5,12 +5,15 @@ from __future__ import annotations
 import difflib
 import random
 import re
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 
 from flash_experts.data.cards import (
     COLOR_WORDS,
     COLORLESS,
+    RARITIES,
     SUPERTYPES,
     TYPES,
     Card,
@@ -98,11 +101,12 @@ class Attributes:
         )
 
     def prompt(self) -> str:
-        """Plain English with few tokens: ``"Legendary Creature Goblin Warrior, red, 3, rare:"``; ``":"`` for nothing.
+        """Plain English: ``"legendary creature goblin warrior, red, 3, rare:"``; ``":"`` for nothing.
 
-        The text that is learned is begin + prompt + " " + name + end.
+        The text that is learned is begin + prompt + " " + name + end. Types are in lower case, which names never have
+        them in: so a tokenizer can have one token for each word of prompts and spell names letter by letter.
         """
-        parts = [" ".join((*(self.supertypes or ()), *(self.types or ()), *(self.subtypes or ())))]
+        parts = [" ".join((*(self.supertypes or ()), *(self.types or ()), *(self.subtypes or ()))).lower()]
         if self.colors is not None:
             parts.append(" ".join(COLOR_WORDS[color] for color in self.colors) or COLORLESS)
         if self.mana_value is not None:
@@ -113,6 +117,20 @@ class Attributes:
 
 
 NONE = Attributes()
+
+
+def prompt_words(cards: Iterable[Card], at_least: int = 3) -> list[str]:
+    """The words that prompts of cards are made of, as prompts write them, numbers left out.
+
+    Args:
+        cards: whose subtypes count.
+        at_least: cards that must have a subtype.
+    """
+    counts = Counter(name for card in cards for name in card.subtypes)
+    subtypes = sorted(name for name, count in counts.items() if count >= at_least)
+    words = " ".join((*SUPERTYPES, *TYPES, *COLOR_WORDS.values(), COLORLESS, *RARITIES, *subtypes)).lower().split()
+    return list(dict.fromkeys(words))
+
 
 Parts = tuple[tuple[str, ...] | None, tuple[str, ...] | None, tuple[str, ...] | None]
 

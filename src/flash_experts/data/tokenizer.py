@@ -6,10 +6,10 @@ for models trained from scratch: GPT-2's 50,257 embeddings would be most of a sm
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 END_OF_TEXT = "<|endoftext|>"
@@ -36,12 +36,15 @@ def _byte_level(model: models.BPE) -> Tokenizer:
     return tokenizer
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+def train_tokenizer(texts: Iterable[str], vocab_size: int, whole_words: Sequence[str] = ()) -> PreTrainedTokenizerFast:
     """Trains a byte-level BPE like GPT-2's on texts. The same texts give the same tokenizer.
 
     Args:
         texts: what to learn merges from.
-        vocab_size: tokens at most, with the 256 bytes and the end of text among them.
+        vocab_size: tokens at most, with the 256 bytes and the end of text among them. 257 learns no merges: a letter
+            is a token (one with an accent two).
+        whole_words: words that are one token each wherever they stand alone, with the space before them. They come
+            besides, after ``vocab_size``.
 
     Raises:
         ValueError: ``vocab_size`` is under 257.
@@ -59,6 +62,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.add_tokens([AddedToken(word, single_word=True, lstrip=True, normalized=False) for word in whole_words])
     return _wrap(tokenizer)
 
 

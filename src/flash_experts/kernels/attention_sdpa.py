@@ -23,6 +23,9 @@ from flash_experts.kernels.attention_options import AttentionOptions
 # Lying side by side, documents of very different lengths are mostly padding. Beyond this many times the tokens that
 # there are, they are sorted by length first (which reads the lengths on the host).
 _MOST_PADDING = 8
+# On a CPU in bfloat16, the backward of PyTorch's fused kernel takes many times that of plain products for rows of this
+# length or less (docs/experiments.md); the scores of such rows are few enough to be written out.
+_SHORT = 128
 
 
 def attention(
@@ -135,6 +138,17 @@ def _sdpa(
     return out_BHSC.transpose(1, 2)
 
 
+def _causal_products(
+    q_NMHC: torch.Tensor, k_NMHC: torch.Tensor, v_NMHC: torch.Tensor, options: AttentionOptions
+) -> torch.Tensor:
+    """Causal attention as its definition says it, the scores in memory."""
+    q_NHMC, k_NHMC, v_NHMC = (x.transpose(1, 2) for x in (q_NMHC, k_NMHC, v_NMHC))
+    hidden_MM = torch.full((q_NMHC.shape[1],) * 2, -torch.inf, dtype=q_NMHC.dtype).triu(1)
+    scores_NHMM = (q_NHMC @ k_NHMC.mT) * options.scale + hidden_MM
+    weights_NHMM = F.dropout(scores_NHMM.softmax(-1), options.dropout)
+    return (weights_NHMM @ v_NHMC).transpose(1, 2)
+
+
 @dataclass(frozen=True, slots=True)
 class _Documents:
     """Where the tokens of a packed row go when its documents are laid side by side."""
@@ -198,6 +212,9 @@ def attention_varlen(
     q, k, v = of_q.side_by_side(q_THC), of_k.side_by_side(k_TGC), of_k.side_by_side(v_TGC)
     limited_left = 0 <= options.left < max_seqlen_k - 1
     if of_k is of_q and options.right == 0 and not limited_left:
+        is_short = max_seqlen_q <= _SHORT and q.shape[2] == k.shape[2]
+        if is_short and q.device.type == "cpu" and q.dtype == torch.bfloat16 and torch.is_grad_enabled():
+            return of_q.in_a_row(_causal_products(q, k, v, options)), None
         return of_q.in_a_row(_sdpa(q, k, v, options, is_causal=True)), None
     visible_NMM = _visible(of_q, of_k, options)
     # A query that sees nothing may look at everything instead (no inf - inf), and its output is set to 0.

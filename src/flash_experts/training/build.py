@@ -8,7 +8,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerBase
 
 from flash_experts.data.cards import Card
-from flash_experts.data.prompts import Attributes
+from flash_experts.data.prompts import Attributes, prompt_words
 from flash_experts.data.tokenizer import load_tokenizer, train_tokenizer
 from flash_experts.data.trimming import texts_of_cards, trim_tokenizer
 from flash_experts.models.flash_attention import ATTENTION_IMPLEMENTATION
@@ -35,7 +35,9 @@ def build_model(
     torch.manual_seed(seed)
     model: PreTrainedModel
     if base is None:
-        tokenizer: PreTrainedTokenizerBase = train_tokenizer(tokenizer_texts(cards), config.vocab_size)
+        tokenizer: PreTrainedTokenizerBase = train_tokenizer(
+            tokenizer_texts(cards), config.vocab_size, prompt_words(cards)
+        )
         model = _new_model(config, tokenizer)
         if config.num_experts:
             model = GPT2MoEForCausalLM.from_dense(model, **config.moe_fields)
