@@ -137,7 +137,7 @@ class Lab:
         self.folder, self.processes = folder, processes
         self.variants = VARIANTS if processes == 1 else SPREAD | VARIANTS
         self.cards = make_cards()
-        texts = [f"Creature Goblin, red, 3: {card.name}" for card in self.cards]
+        texts = [f"creature goblin, red, 3: {card.name}" for card in self.cards]
         self.tokenizer = train_tokenizer(texts, vocab_size=300)
 
     def start(self, variant: str, run: str, kill_at: int | None = None) -> list[int]:

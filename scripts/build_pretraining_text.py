@@ -30,6 +30,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from build_card_table import read_corpus
+
 from flash_experts.data.cards import Card
 from flash_experts.data.names import faces_of, normal_form, shown_form
 from flash_experts.data.prepare import load_split
@@ -37,11 +38,12 @@ from flash_experts.data.prepare import load_split
 # Small words of titles; and words that WordNet has as nouns ("a" the vitamin) but that make no name.
 SMALL = frozenset("of the a an and in to for from with on at by or".split())
 STOP = frozenset(
-    """a an and are as at be been being but by can could did do does for from had has have having he her him his how i if
-    in into is it its may might more most much must no nor not of off on or other our out over own same she should so some
-    such than that the their them then there these they this those through to too under until up us was we were what when
-    where which while who whom whose why will with would you your all any both each few either neither another one two
-    three four five six seven eight nine ten used usually especially very also often see obs formerly relating consisting
+    """a an and are as at be been being but by can could did do does for from had has have having he her
+    him his how i if in into is it its may might more most much must no nor not of off on or other our
+    out over own same she should so some such than that the their them then there these they this those
+    through to too under until up us was we were what when where which while who whom whose why will
+    with would you your all any both each few either neither another one two three four five six seven
+    eight nine ten used usually especially very also often see obs formerly relating consisting
     characterized something someone anything""".split()
 )
 TAIL = ("of", "from", "in", "to", "for", "with", "and")

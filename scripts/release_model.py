@@ -48,7 +48,7 @@ The end of a name counts as a character. Brackets: 95% bootstrap intervals over 
 tokenization that the tokenizer gives: an upper bound of the true figure.
 
 The text learned is `<|endoftext|>` + prompt + space + name + `<|endoftext|>`; a prompt is
-`Legendary Creature Goblin, red, 3:` or any part of it, down to `:` alone.
+`legendary creature goblin, red, 3:` or any part of it, down to `:` alone.
 The names learned from are Wizards of the Coast's; see data/README.md.
 """
 

@@ -66,7 +66,7 @@ def test_pack_all_keeps_every_name_in_order(lengths: list[tuple[int, int]], toke
 def test_prompt_and_name_are_tokenized_apart(tokenizer: PreTrainedTokenizerFast) -> None:
     name = encode_name("Goblin Guide", RED_GOBLIN, tokenizer)
     assert name.ids[0] == tokenizer.bos_token_id and name.ids[-1] == tokenizer.eos_token_id
-    assert tokenizer.decode(name.ids[1 : name.prompt_length]) == "Creature Goblin, red, 2:"
+    assert tokenizer.decode(name.ids[1 : name.prompt_length]) == "creature goblin, red, 2:"
     assert tokenizer.decode(name.ids[name.prompt_length : -1]) == " Goblin Guide"
     assert name.characters == len("Goblin Guide") + 1
     assert encode_names([], [], tokenizer) == []
@@ -106,6 +106,15 @@ def test_the_loss_is_a_sum_over_all_labels_of_the_step(
     with torch.no_grad():
         loss = scorer(**batch.inputs_with_loss(100)).loss
         torch.testing.assert_close(loss * 100, name_nats(scorer, batch).sum())
+
+
+def test_words_of_prompts_are_whole_and_names_are_spelled() -> None:
+    spelling = train_tokenizer(["Goblin Guide"], 257, ["creature", "goblin", "assembly-worker"])
+    prompt = spelling("creature assembly-worker goblin, red, 3:")["input_ids"]
+    assert [spelling.decode([token]) for token in prompt[:4]] == ["creature", "assembly-worker", "goblin", ","]
+    assert len(spelling(" Goblin Guide")["input_ids"]) == len(" Goblin Guide")
+    assert len(spelling(" hobgoblins")["input_ids"]) == len(" hobgoblins")
+    assert len(spelling) == 257 + 3
 
 
 def test_tokenizer_is_lossless_and_reproducible(tokenizer: PreTrainedTokenizerFast, tmp_path: object) -> None:

@@ -11,26 +11,26 @@ from hypothesis import strategies as st
 
 from flash_experts.data.cards import COLORS, SUPERTYPES, TYPES, in_color_order, parse_colors
 from flash_experts.data.cleaning import clean
-from flash_experts.data.prompts import NONE, Attributes, parse_type_line
+from flash_experts.data.prompts import NONE, Attributes, parse_type_line, prompt_words
 from flash_experts.data.sources import RawCard, read_embedded
 
 KRENKO = Attributes(("Legendary",), ("Creature",), ("Goblin", "Warrior"), ("R",), 4)
 
 
 def test_prompts() -> None:
-    assert KRENKO.prompt() == "Legendary Creature Goblin Warrior, red, 4:"
+    assert KRENKO.prompt() == "legendary creature goblin warrior, red, 4:"
     assert Attributes(colors=("R",)).prompt() == "red:"
     assert Attributes(colors=("W", "U"), mana_value=0).prompt() == "white blue, 0:"
-    assert Attributes(types=("Artifact",), colors=()).prompt() == "Artifact, colorless:"
-    assert Attributes(supertypes=("Legendary",)).prompt() == "Legendary:"
+    assert Attributes(types=("Artifact",), colors=()).prompt() == "artifact, colorless:"
+    assert Attributes(supertypes=("Legendary",)).prompt() == "legendary:"
     assert NONE.prompt() == Attributes().prompt() == ":"
-    assert replace(KRENKO, rarity="mythic").prompt() == "Legendary Creature Goblin Warrior, red, 4, mythic:"
+    assert replace(KRENKO, rarity="mythic").prompt() == "legendary creature goblin warrior, red, 4, mythic:"
     assert Attributes(rarity="rare").prompt() == "rare:"
 
 
 def test_what_is_not_known_of_a_card_is_not_told() -> None:
     (land,) = clean([RawCard("Jötun Ford", "Land")]).cards
-    assert Attributes.of(land).prompt() == "Land, colorless:"
+    assert Attributes.of(land).prompt() == "land, colorless:"
     (bare,) = clean([RawCard("Sunlit Idol")]).cards
     assert Attributes.of(bare) == NONE
 
@@ -56,8 +56,8 @@ def test_parse_of_nothing_and_of_parts() -> None:
     assert Attributes.parse("Creature — Assembly-Worker", None, None).subtypes == ("Assembly-Worker",)
     assert Attributes.parse("time lord creature", None, None).subtypes == ("Time Lord",)
     assert Attributes.parse("tribal instant", None, None).types == ("Kindred", "Instant")
-    assert Attributes.parse("creature artifact", None, None).prompt() == "Artifact Creature:"
-    assert Attributes.parse("elf", None, None).prompt() == "Elf:"
+    assert Attributes.parse("creature artifact", None, None).prompt() == "artifact creature:"
+    assert Attributes.parse("elf", None, None).prompt() == "elf:"
 
 
 @pytest.mark.parametrize(
@@ -189,3 +189,10 @@ def test_drop_takes_the_same_number_of_draws_whatever_is_given() -> None:
     KRENKO.drop(one, 0.5)
     NONE.drop(other, 0.1)
     assert one.random() == other.random()
+
+
+def test_the_words_of_prompts() -> None:
+    words = prompt_words([KRENKO] * 3)
+    assert {"legendary", "creature", "goblin", "warrior", "red", "colorless", "mythic"} <= set(words)
+    assert len(words) == len(set(words)) and all(word == word.lower() for word in words)
+    assert "goblin" not in prompt_words([KRENKO] * 2)

@@ -19,7 +19,7 @@ from flash_experts.models.trimming import trim_vocabulary
 from flash_experts.training.build import build_model
 from flash_experts.training.model_config import ModelConfig
 
-TEXTS = [" Goblin Guide", " Jötun Grunt", "Legendary Creature Goblin, red, 3:", ":"]
+TEXTS = [" Goblin Guide", " Jötun Grunt", "legendary creature goblin, red, 3:", ":"]
 
 
 def make_card(name: str) -> Card:

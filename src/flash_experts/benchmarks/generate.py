@@ -32,7 +32,7 @@ from flash_experts.generation.decoding import NameDecoder, evaluating
 from flash_experts.generation.generator import NameGenerator
 from flash_experts.generation.presets import Sampling
 
-PROMPT = "Legendary Creature Goblin, red, 3:"
+PROMPT = "legendary creature goblin, red, 3:"
 LONGEST, TOP_K = 32, 200
 
 
