@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before its first import: nothing in the tests may ask a hub
 if not torch.cuda.is_available():  # Triton's own functions are made at its first import: interpreted, or for a GPU
@@ -15,6 +16,10 @@ if not torch.cuda.is_available():  # Triton's own functions are made at its firs
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from flash_experts.data.tokenizer import train_tokenizer
+
+# Speed is measured in benchmarks: a busy machine fails no test.
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 
 WORDS = (
     "Goblin Guide Lightning Bolt Llanowar Elves Serra Angel Shivan Dragon Dark Ritual Giant Growth Ancestral Recall "

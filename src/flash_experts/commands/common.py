@@ -7,6 +7,7 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser, Namespace
@@ -16,6 +17,10 @@ Run = Callable[[Namespace], None]
 _UNKNOWN = (
     r"does not accept (?:option|key) '([^']+)'|unrecognized arguments?: --(\S+)|^Option '([^']+)' is not accepted"
 )
+
+
+# The first that is there, where --model is not given.
+RELEASED_MODELS = ("models/mtg-names", "models/mtg-base")
 
 
 class CommandParser(ArgumentParser):
@@ -48,6 +53,18 @@ def command_parser(name: str, run: Run) -> CommandParser:
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
+
+
+def default_model() -> str:
+    """The newest released model that is here.
+
+    Raises:
+        ValueError: none is.
+    """
+    for source in RELEASED_MODELS:
+        if Path(source).is_dir():
+            return source
+    raise ValueError(f"no model: give --model DIR (there is no {' and no '.join(RELEASED_MODELS)} here)")
 
 
 def add_measuring_options(parser: CommandParser) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, TextIO
 
 from jsonargparse import Namespace
 
-from flash_experts.commands.common import CommandParser, command_parser
+from flash_experts.commands.common import CommandParser, command_parser, default_model
 
 if TYPE_CHECKING:
     from flash_experts.generation import GeneratedName
@@ -31,7 +31,7 @@ def run(args: Namespace) -> None:
     from flash_experts import NameGenerator
 
     options = {name: args[name] for name in _SAME_NAME}
-    generator = NameGenerator.from_pretrained(args.model, args.device)
+    generator = NameGenerator.from_pretrained(args.model or default_model(), args.device)
     names: Iterable[GeneratedName] = generator.stream(type_line=args.type, banned_words=args.ban, **options)
     if args.rank:
         names = sorted(names, key=lambda name: -name.score)
@@ -144,7 +144,7 @@ def _progress(count: int) -> Iterator[Callable[[Iterable[GeneratedName]], Iterab
 
 def make_parser() -> CommandParser:
     parser = command_parser("generate", run)
-    parser.add_argument("--model", default="models/quickstart", help="model folder or hub id")
+    parser.add_argument("--model", type=str | None, default=None, help="folder or hub id; the released one unless told")
     parser.add_argument("--count", type=int, default=20, help="how many names")
     parser.add_argument("--type", type=str | None, default=None, help='such as "Legendary Creature — Goblin"')
     parser.add_argument("--colors", type=str | None, default=None, help="letters of WUBRG, or C for colorless")

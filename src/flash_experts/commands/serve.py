@@ -5,14 +5,10 @@ from __future__ import annotations
 import os
 import warnings
 from importlib.util import find_spec
-from pathlib import Path
 
 from jsonargparse import Namespace
 
-from flash_experts.commands.common import CommandParser, command_parser
-
-# The first that is there, where --model is not given.
-RELEASED_MODELS = ("models/mtg-names", "models/mtg-base")
+from flash_experts.commands.common import CommandParser, command_parser, default_model
 
 
 def run(args: Namespace) -> None:
@@ -37,18 +33,6 @@ def run(args: Namespace) -> None:
         )
         serve(playground, listener)
     print("The playground is closed.")
-
-
-def default_model() -> str:
-    """The newest released model that is here.
-
-    Raises:
-        ValueError: none is.
-    """
-    for source in RELEASED_MODELS:
-        if Path(source).is_dir():
-            return source
-    raise ValueError(f"no model: give --model DIR (there is no {' and no '.join(RELEASED_MODELS)} here)")
 
 
 def make_parser() -> CommandParser:
