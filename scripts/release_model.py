@@ -1,6 +1,6 @@
 """Turns a finished run into a released model: bfloat16 weights, tokenizer, model card, metrics.
 
-    python scripts/release_model.py models/RUN models/NAME --command "flash-experts train --config ..."
+    python scripts/release_model.py models/RUN models/NAME --about "Learned from ..." --command "flash-experts ..."
 
 RUN may be one of a run's checkpoints, such as models/base/checkpoints/step-001200.
 
@@ -29,23 +29,22 @@ tags: [gpt2, magic-the-gathering, names]
 
 # {name}
 
-A {kind} of {parameters:.1f} million parameters ({active:.1f} million active per token) with a byte-level BPE of
-{vocabulary:,} tokens, trained by this repository on the names of {train:,} Magic: The Gathering cards (its training
-split; bfloat16 weights).
+A {kind} of {parameters:.1f} million parameters ({active:.1f} million active per token, bfloat16 weights) that names
+Magic: The Gathering cards. Its tokenizer has {vocabulary:,} tokens: {pieces}. {about}
 
 Made by
 
     {command}
 
-then `python scripts/release_model.py`. The training took {minutes:.0f} minutes on {device} ({steps} steps, seed
-{seed}); `run.json` and `metrics.jsonl` are its record.
+and then `python scripts/release_model.py`. The training took {minutes:.0f} minutes on {device} ({steps} steps,
+seed {seed}); `run.json` and `metrics.jsonl` are its record.
 
 | held-out names | bits per character, nothing given | given type, colors, mana value | shuffled attributes |
 | --- | --- | --- | --- |
 {rows}
 
 The end of a name counts as a character. Brackets: 95% bootstrap intervals over names. Summed over the one
-tokenization that the tokenizer gives: an upper bound of the true figure.
+tokenization that the tokenizer gives: an upper bound of the true figure{exact}.
 
 The text learned is `<|endoftext|>` + prompt + space + name + `<|endoftext|>`; a prompt is
 `legendary creature goblin, red, 3:` or any part of it, down to `:` alone.
@@ -57,13 +56,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path, help="folder of a finished run")
     parser.add_argument("out", type=Path, help="folder to write")
-    parser.add_argument("--command", required=True, help="the command that made the run, for the card")
+    parser.add_argument("--about", required=True, help="a sentence on what it learned from, for the card")
+    parser.add_argument("--command", required=True, nargs="+", help="the commands that made the run, for the card")
     parser.add_argument("--data", default="data/mtg", help="folder that prepare wrote")
     args = parser.parse_args()
-    model = load_model(args.run, "cpu")
+    model, tokenizer = load_model(args.run, "cpu"), load_tokenizer(args.run)
+    merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
+    words = len(tokenizer.get_added_vocab()) - 1
+    pieces = ["the bytes", f"{len(merges):,} merges of them"] if merges else ["the bytes (names are spelled)"]
+    pieces += [f"{words} words of prompts", "the end of a text"]
     args.out.mkdir(parents=True, exist_ok=True)
     model.to(torch.bfloat16).save_pretrained(args.out)
-    load_tokenizer(args.run).save_pretrained(args.out)
+    tokenizer.save_pretrained(args.out)
     home = args.run.parents[1] if args.run.parent.name == "checkpoints" else args.run
     is_checkpoint = home != args.run
     for record in ("run.json", "metrics.jsonl"):
@@ -83,8 +87,10 @@ def main() -> None:
         parameters=result.size.total / 1e6,
         active=result.size.active / 1e6,
         vocabulary=model.config.vocab_size,
-        train=run["data"]["train_names"],
-        command=args.command,
+        pieces=", ".join(pieces),
+        about=args.about,
+        exact="" if merges else ", and all but equal to it where names are spelled",
+        command="\n    ".join(args.command),
         minutes=last["seconds"] / 60,
         device=run["device"],
         steps=f"{steps:,} of {metrics[-1]['step']:,}",
