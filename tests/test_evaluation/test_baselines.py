@@ -10,9 +10,8 @@ import yaml
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from flash_experts.commands.train import make_parser
-from flash_experts.data.tokenizer import train_tokenizer
 from flash_experts.evaluation.costs import ModelSize, parameter_counts
-from flash_experts.models.loading import load_config
+from flash_experts.models.loading import load_config, load_model
 from flash_experts.models.moe import GPT2MoEForCausalLM
 
 ROOT = Path(__file__).parents[2]
@@ -30,23 +29,16 @@ def size_of(preset: str) -> ModelSize:
 
 @pytest.fixture(scope="module")
 def mixture() -> ModelSize:
-    """Parameters of the mixture that the quickstart makes of the released dense model."""
-    shape = yaml.safe_load((ROOT / "configs/quickstart.yaml").read_text("utf-8"))["model"]
+    """Parameters of the mixture that is released."""
+    shape = yaml.safe_load((ROOT / "configs/names.yaml").read_text("utf-8"))["model"]
     dense = GPT2LMHeadModel(load_config(ROOT / "models/mtg-base"))
-    fields = ("num_experts", "num_experts_per_tok", "moe_layer_freq")
-    return parameter_counts(GPT2MoEForCausalLM.from_dense(dense, **{name: shape[name] for name in fields}))
+    fields = ("num_experts", "num_experts_per_tok", "moe_layer_freq", "granularity")
+    chosen = {name: shape[name] for name in fields}
+    return parameter_counts(GPT2MoEForCausalLM.from_dense(dense, method=shape["upcycling"], **chosen))
 
 
 def test_equal_active_and_equal_total_are(mixture: ModelSize) -> None:
-    assert size_of("dense-equal-active.yaml").total == pytest.approx(mixture.active, rel=0.02)
+    assert parameter_counts(load_model(ROOT / "models/mtg-base", "cpu")).total == pytest.approx(
+        mixture.active, rel=0.02
+    )
     assert size_of("dense-equal-total.yaml").total == pytest.approx(mixture.total, rel=0.02)
-
-
-def test_the_char_preset_learns_no_merges() -> None:
-    shape = make_parser().parse_args([f"--config={ROOT / 'configs/dense-char.yaml'}"]).model
-    tokenizer = train_tokenizer(["Goblin Guide", "Goblin King"] * 10, shape.vocab_size)
-    ids = tokenizer(" Goblin Guide, the 2nd", add_special_tokens=False)["input_ids"]
-    assert len(ids) == len(" Goblin Guide, the 2nd")
-    assert tokenizer.decode(tokenizer("Jötun Grunt")["input_ids"]) == "Jötun Grunt"
-    longest = "Legendary Enchantment Artifact Creature Phyrexian Human Wizard, white blue black red green, 10, mythic: "
-    assert len(longest) + 60 < shape.n_positions
