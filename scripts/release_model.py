@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import textwrap
 from pathlib import Path
 
 import torch
@@ -21,6 +22,8 @@ from flash_experts.evaluation import evaluate
 from flash_experts.models.loading import load_model
 from flash_experts.training.tracking import read_metrics
 
+INTRODUCTION = """A {kind} of {parameters:.1f} million parameters ({active:.1f} million active per token, bfloat16
+weights) that names Magic: The Gathering cards. Its tokenizer has {vocabulary:,} tokens: {pieces}. {about}"""
 CARD = """---
 license: mit
 pipeline_tag: text-generation
@@ -29,8 +32,7 @@ tags: [gpt2, magic-the-gathering, names]
 
 # {name}
 
-A {kind} of {parameters:.1f} million parameters ({active:.1f} million active per token, bfloat16 weights) that names
-Magic: The Gathering cards. Its tokenizer has {vocabulary:,} tokens: {pieces}. {about}
+{introduction}
 
 Made by
 
@@ -81,14 +83,17 @@ def main() -> None:
         f"| {name} ({split.names:,}) | {split.unconditional:.3f} | {split.conditional:.3f} | {split.shuffled:.3f} |"
         for name, split in result.splits.items()
     )
-    card = CARD.format(
-        name=args.out.name,
+    introduction = INTRODUCTION.format(
         kind="GPT-2 with experts" if model.config.model_type == "gpt2_moe" else "dense GPT-2",
         parameters=result.size.total / 1e6,
         active=result.size.active / 1e6,
         vocabulary=model.config.vocab_size,
         pieces=", ".join(pieces),
         about=args.about,
+    )
+    card = CARD.format(
+        name=args.out.name,
+        introduction=textwrap.fill(introduction, 118),
         exact="" if merges else ", and all but equal to it where names are spelled",
         command="\n    ".join(args.command),
         minutes=last["seconds"] / 60,
