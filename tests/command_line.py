@@ -108,13 +108,13 @@ BASE_RUN = (
     *("train", "--model.num-experts=0", "--model.n-layer=2", "--model.n-embd=32", "--model.n-head=2"),
     *("--model.vocab-size=400", *TINY_RUN, "--training.run-name=base", "--training.max-steps=6"),
 )
-_FIRST = "Ember Storm Grave Mire Thorn Frost Dawn Iron Hollow Silver Ash Raven Crystal Gale Dusk River Stone".split()
-_SECOND = "Seer Warden Colossus Adept Stalker Shaman Herald Sphinx Reaver Golem Druid Knight Serpent Titan".split()
+FIRST = "Ember Storm Grave Mire Thorn Frost Dawn Iron Hollow Silver Ash Raven Crystal Gale Dusk River Stone".split()
+SECOND = "Seer Warden Colossus Adept Stalker Shaman Herald Sphinx Reaver Golem Druid Knight Serpent Titan".split()
 
 
 def make_workplace(folder: Path) -> None:
     """Runs the first commands in a folder: prepared names, a tiny dense model, and experts made of it."""
-    names = [f"{first} {second}" for first in _FIRST for second in _SECOND]
+    names = [f"{first} {second}" for first in FIRST for second in SECOND]
     (folder / "names.txt").write_text("\n".join(names), "utf-8")
     ok("prepare", "--source", "names.txt", cwd=folder)
     ok(*BASE_RUN, cwd=folder)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_cli import _FIRST, _SECOND
+from command_line import FIRST, SECOND
 from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from flash_experts import GPT2MoEForCausalLM
@@ -137,7 +137,7 @@ def test_up_and_down_again(folder: Path, dense: GPT2LMHeadModel, capsys: pytest.
 
 @pytest.mark.slow
 def test_loads_measured_printed_and_given_again(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (folder / "names.txt").write_text("\n".join(f"{first} {second}" for first in _FIRST for second in _SECOND), "utf-8")
+    (folder / "names.txt").write_text("\n".join(f"{first} {second}" for first in FIRST for second in SECOND), "utf-8")
     data = str(folder / "data")
     assert main(["prepare", "--source", str(folder / "names.txt"), "--out", data]) == 0
     weighted = ["downcycle", str(folder / "moe"), "--weighting", "load", "--json"]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_cli import _FIRST, _SECOND
+from command_line import FIRST, SECOND
 from torch.nn import functional as F
 from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
 
@@ -252,9 +252,7 @@ def test_the_command(
 
 @pytest.mark.slow
 def test_train_makes_and_refuses_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "names.txt").write_text(
-        "\n".join(f"{first} {second}" for first in _FIRST for second in _SECOND), "utf-8"
-    )
+    (tmp_path / "names.txt").write_text("\n".join(f"{first} {second}" for first in FIRST for second in SECOND), "utf-8")
     data = str(tmp_path / "data")
     assert main(["prepare", "--source", str(tmp_path / "names.txt"), "--out", data]) == 0
     shape = "--model.n-layer=2 --model.n-embd=32 --model.n-head=2 --model.vocab-size=300 --training.max-steps=2".split()

@@ -28,7 +28,7 @@ from flash_experts.commands import (
     train,
     upcycle,
 )
-from flash_experts.commands.common import Run
+from flash_experts.commands.common import Run, shortened
 from flash_experts.kernels.cpu_memory import keep_freed_memory
 
 COMMANDS = {
@@ -104,7 +104,7 @@ def _guarded(name: str, run: Run, args: Namespace) -> int:
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
         if args.debug:
             raise
-        print(f"flash-experts {name}: {_explain(error)}", file=sys.stderr)
+        print(f"flash-experts {name}: {shortened(_explain(error))}", file=sys.stderr)
         return 1
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from flash_experts.benchmarks.measuring import Contestant, take_turns
+from flash_experts.files import check_out_file, whole_file
 from flash_experts.models.loading import resolve_device
 
 Row = dict[str, Any]
@@ -168,6 +169,8 @@ def run_topic(args: Any, measure: Callable[[Any, torch.device], Report]) -> Repo
         path = getattr(args, option)
         if path is not None and not Path(path).absolute().parent.is_dir():
             raise ValueError(f"--{option} {path}: there is no folder {Path(path).parent}")
+        if path is not None:
+            check_out_file(path, option=f"--{option}")
     if args.plot is not None and importlib.util.find_spec("matplotlib") is None:
         raise ValueError("--plot needs matplotlib: pip install matplotlib, or leave the option out")
     report = measure(args, device)
@@ -192,9 +195,8 @@ def check_positive(**numbers: int | Sequence[int] | float | None) -> None:
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    with whole_file(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def keep_so_far(args: Any, topic: str, machine: Row, settings: Row, rows: list[Row]) -> None:
@@ -213,7 +215,8 @@ def _plot(report: Report, path: Path) -> None:
     figure = Figure(layout="constrained")
     figure.suptitle(f"{report.topic}: {report.machine['device']}, PyTorch {report.machine['versions']['torch']}")
     report.draw(figure)
-    figure.savefig(path, dpi=120)
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, dpi=120)
 
 
 def main(

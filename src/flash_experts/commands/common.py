@@ -6,11 +6,15 @@ import difflib
 import json
 import re
 import sys
+from argparse import ArgumentError
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from types import UnionType
+from typing import Any, Literal, NoReturn, Union, get_args, get_origin
 
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
+
+from flash_experts.data.yaml_files import read_yaml
 
 Run = Callable[[Namespace], None]
 # Of an option, of a key in YAML, and of a key in a list in YAML.
@@ -22,15 +26,64 @@ _UNKNOWN = (
 # The first that is there, where --model is not given.
 RELEASED_MODELS = ("models/mtg-names", "models/mtg-base")
 
+# Of a value that has not the type of its option; a union tells of each of its types first.
+_INVALID = r'option "([\w.]+)"(?: element \d+)?: (?:Does not validate|Expected a )(?:.*(?:Got|Given) value: ?(.*))?$'
+_KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
+MOST_SEEDS = 2**32
+_MOST_CHARACTERS = 10_000  # of an argument: a value is read as YAML, which calls itself for each bracket
+_MOST_SHOWN = 400  # of a message
+
+
+class _ConfigFile(ActionConfigFile):
+    """--config: a YAML file of settings, looked at before anything is made of it."""
+
+    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
+        try:
+            settings = read_yaml(values)
+            if "config" in settings:
+                raise ValueError(f"{values}: a file of settings cannot name another with `config`")
+            for group in parser._groups & settings.keys():
+                if not isinstance(settings[group], dict):
+                    raise ValueError(f"{values}: {group} must have settings under it, not {settings[group]!r}")
+        except ValueError as error:
+            parser.error(str(error))
+        super().__call__(parser, cfg, values, option_string)
+
 
 class CommandParser(ArgumentParser):
     """One-line errors with the nearest name, and options spelled with dashes."""
 
+    def add_argument(self, *args: Any, **kwargs: Any) -> Any:
+        if not kwargs.keys() & {"type", "action"}:
+            kwargs["type"] = str  # without a type, a file of settings could give anything
+        return super().add_argument(*args, **kwargs)
+
+    def parse_args(self, args: Any = None, *others: Any, **options: Any) -> Namespace:  # type: ignore[override]
+        for argument in args or ():
+            if len(argument) > _MOST_CHARACTERS:
+                self.error(f"{argument[:30]}...: {len(argument):,} characters are too long for an option")
+            if argument.partition("=")[0].removeprefix("--") in self._groups:
+                self.error(f"{argument.partition('=')[0]} is a group of options, with no value of its own")
+        namespace = super().parse_args(args, *others, **options)
+        seed = namespace.get("seed")
+        if seed is not None and not 0 <= seed < MOST_SEEDS:
+            self.error(f"--seed must be from 0 to {MOST_SEEDS - 1:,}, not {seed}")
+        return namespace
+
+    @property
+    def _groups(self) -> set[str]:
+        """``training`` and ``training.lr_scale`` of ``training.lr_scale.router``."""
+        dests = [action.dest for action in self._actions if not action.dest.endswith(".help")]
+        return {dest.rpartition(".")[0] for dest in dests} - {""}
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        if not self.exit_on_error:  # the parser of a part, such as a stage of training: the whole one tells it
+            raise ArgumentError(None, message) from ex
         text = " ".join(str(message).split()).replace("Parser key", "option")
         unknown = re.search(_UNKNOWN, text)
         wrong = next(filter(None, unknown.groups()), "") if unknown else ""
         choice = re.search(r"invalid choice: '([^']+)' \(choose from (.*)\)", text)
+        invalid = re.match(_INVALID, text)
         if wrong:
             key = wrong.split("=")[0].replace("-", "_")
             options = [option.lstrip("-").replace("-", "_") for option in self._option_string_actions]
@@ -39,17 +92,46 @@ class CommandParser(ArgumentParser):
         elif choice:
             near = difflib.get_close_matches(choice[1], re.findall(r"[\w-]+", choice[2]), n=1)
             text += f": did you mean {near[0]!r}?" if near else ""
-        print(f"{self.prog.split(' [')[0]}: {text} (see --help)", file=sys.stderr)
+        elif invalid and (told := self._told(*invalid.groups())):
+            text = told
+        print(f"{self.prog.split(' [')[0]}: {shortened(text)} (see --help)", file=sys.stderr)
         raise SystemExit(2)
+
+    def _told(self, key: str, value: str | None) -> str | None:
+        """What an option takes, for a value that it does not; None for what only jsonargparse can tell."""
+        action = next((action for action in self._actions if action.dest == key), None)
+        kind = None if action is None else _kind_of(getattr(action, "_typehint", None) or action.type)
+        if kind is None or value is None:
+            return None
+        near = difflib.get_close_matches(value, kind.removeprefix("one of ").split(", "), n=1)
+        return f"{key} must be {kind}, not {value!r}" + (f": did you mean {near[0]!r}?" if near else "")
 
     def format_help(self, *args: Any, **kwargs: Any) -> str:
         return re.sub(r"--[a-z_.]+", lambda match: match[0].replace("_", "-"), super().format_help(*args, **kwargs))
 
 
+def _kind_of(hint: Any) -> str | None:
+    """A type in words."""
+    if get_origin(hint) in (Union, UnionType):
+        kinds = [_kind_of(part) for part in get_args(hint)]
+        return None if None in kinds else " or ".join(dict.fromkeys(filter(None, kinds)))
+    if get_origin(hint) is Literal:
+        return f"one of {', '.join(map(str, get_args(hint)))}"
+    if get_origin(hint) is list and get_args(hint)[0] in (str, int):
+        return "a list, such as [a,b]" if get_args(hint)[0] is str else "a list, such as [1,2]"
+    return _KINDS.get(hint)
+
+
+def shortened(text: str) -> str:
+    """One line for a person: the middle of a very long one is left out."""
+    half = _MOST_SHOWN // 2
+    return text if len(text) <= _MOST_SHOWN else f"{text[:half]} ... {text[-half:]}"
+
+
 def command_parser(name: str, run: Run) -> CommandParser:
     """The parser of a command, with the options that every command takes."""
     parser = CommandParser(prog=f"flash-experts {name}", description=run.__doc__, allow_abbrev=False)
-    parser.add_argument("--config", action="config", help="YAML file with any of these options")
+    parser.add_argument("--config", action=_ConfigFile, help="YAML file with any of these options")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
@@ -73,6 +155,15 @@ def add_measuring_options(parser: CommandParser) -> None:
     parser.add_argument("--samples", type=int, default=10_000, help="names to draw from each model")
     parser.add_argument("--seed", type=int, default=0, help="of drawing and shuffling")
     parser.add_argument("--device", type=str | None, default=None, help="cpu, cuda, cuda:1; the best there is")
+
+
+def check_samples(args: Namespace) -> None:
+    """
+    Raises:
+        ValueError: the number of names to draw cannot be.
+    """
+    if not 0 <= args.samples <= 10_000_000:
+        raise ValueError(f"--samples must be from 0 (draws none) to 10,000,000, not {args.samples}")
 
 
 def print_result(args: Namespace, result: Any, text: str) -> None:

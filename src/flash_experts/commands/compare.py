@@ -6,17 +6,29 @@ import json
 
 from jsonargparse import Namespace
 
-from flash_experts.commands.common import CommandParser, add_measuring_options, command_parser, print_result
+from flash_experts.commands.common import (
+    CommandParser,
+    add_measuring_options,
+    check_samples,
+    command_parser,
+    print_result,
+)
+from flash_experts.files import check_out_file, check_out_folder
 
 
 def run(args: Namespace) -> None:
     """Measure models side by side on the same data, and write a report."""
     from flash_experts.evaluation import compare as measure
     from flash_experts.evaluation import format_comparison, write_plots, write_report
+    from flash_experts.evaluation.report import write_page
 
+    check_out_file(args.out, never=".json")
+    check_samples(args)
+    if args.png is not None:
+        check_out_folder(args.png, option="--png")
     result = measure(args.models, args.data, samples=args.samples, seed=args.seed, device=args.device)
     report = write_report(result, args.out)
-    report.with_suffix(".json").write_text(json.dumps(result.to_json(), indent=2, ensure_ascii=False), "utf-8")
+    write_page(json.dumps(result.to_json(), indent=2, ensure_ascii=False), report.with_suffix(".json"))
     said = f"{format_comparison(result)}\n\nThe report: {report}"
     if args.png is not None:
         said += "\nIts plots: " + ", ".join(map(str, write_plots(result, args.png)))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from jsonargparse import Namespace
 
 from flash_experts.commands.common import CommandParser, command_parser, print_result
+from flash_experts.files import check_out_folder
 
 if TYPE_CHECKING:
     import torch
@@ -26,7 +27,11 @@ def run(args: Namespace) -> None:
     from flash_experts.models.downcycling import to_dense
     from flash_experts.models.loading import load_model
     from flash_experts.models.moe import GPT2MoEForCausalLM
+    from flash_experts.training.checkpoint import write_model
 
+    check_out_folder(args.out, args.model)
+    if args.names < 1:
+        raise ValueError(f"--names must be 1 or more, not {args.names}")
     if args.loads is not None and args.weighting != "load":
         raise ValueError("--loads is for --weighting load")
     model = load_model(args.model, "cpu")
@@ -37,8 +42,7 @@ def run(args: Namespace) -> None:
     if args.weighting == "load":
         loads = _read_loads(args.loads) if args.loads else _measured_loads(args, model, tokenizer)
     dense = to_dense(model, loads, args.granularity)
-    dense.save_pretrained(args.out)
-    tokenizer.save_pretrained(args.out)
+    write_model(Path(args.out), dense, tokenizer)
     total = sum(parameter.numel() for parameter in dense.parameters())
     result: dict[str, object] = {"out": args.out, "parameters": total}
     if loads is not None:
@@ -55,7 +59,7 @@ def _read_loads(path: str) -> dict[int, torch.Tensor]:
         table = json.loads(Path(path).read_text(encoding="utf-8"))
         table = table.get("loads", table)
         return {int(block): torch.tensor(load, dtype=torch.float64) for block, load in table.items()}
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f'{path} has no loads by block, such as {{"1": [0.5, 0.2, 0.3]}}: {error}') from error
 
 

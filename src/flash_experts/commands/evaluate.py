@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from jsonargparse import Namespace
 
-from flash_experts.commands.common import CommandParser, add_measuring_options, command_parser, print_result
+from flash_experts.commands.common import (
+    CommandParser,
+    add_measuring_options,
+    check_samples,
+    command_parser,
+    print_result,
+)
 
 
 def run(args: Namespace) -> None:
@@ -12,6 +18,7 @@ def run(args: Namespace) -> None:
     from flash_experts.evaluation import evaluate as measure
     from flash_experts.evaluation import evaluate_names, format_evaluation, format_names, read_names
 
+    check_samples(args)
     if args.names is not None:
         named = evaluate_names(read_names(args.names), args.model, device=args.device)
         print_result(args, named.to_json(), format_names(named))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, TextIO
 from jsonargparse import Namespace
 
 from flash_experts.commands.common import CommandParser, command_parser, default_model
+from flash_experts.files import check_out_file, whole_file
 
 if TYPE_CHECKING:
     from flash_experts.generation import GeneratedName
@@ -38,7 +38,11 @@ def run(args: Namespace) -> None:
     if args.out is None:
         writer(names, sys.stdout)
         return
-    with _finished_file(Path(args.out)) as file, _progress(args.count) as counted:
+    with (
+        whole_file(args.out) as path,
+        _progress(args.count) as counted,
+        path.open("w", encoding="utf-8", newline="") as file,
+    ):
         written = writer(counted(names), file)
     print(f"{written} names written to {args.out}", file=sys.stderr)
 
@@ -99,6 +103,7 @@ def _writer_of(args: Namespace) -> Callable[[Iterable[GeneratedName], TextIO], i
     if args.json and args.csv:
         make_parser().error("--json and --csv: choose one")
     if args.out is not None:
+        check_out_file(args.out)
         suffix = Path(args.out).suffix.lower()
         if suffix not in _BY_SUFFIX:
             make_parser().error(f"--out {args.out}: the file name must end in {', '.join(_BY_SUFFIX)}")
@@ -110,19 +115,6 @@ def _writer_of(args: Namespace) -> Callable[[Iterable[GeneratedName], TextIO], i
     if args.csv:
         return _write_csv
     return _write_table if sys.stdout.isatty() else _write_lines
-
-
-@contextmanager
-def _finished_file(path: Path) -> Iterator[TextIO]:
-    """A file that has its name only when it is whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    try:
-        with part.open("w", encoding="utf-8", newline="") as file:
-            yield file
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 @contextmanager

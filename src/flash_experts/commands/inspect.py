@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 from jsonargparse import Namespace
 
 from flash_experts.commands.common import CommandParser, command_parser, print_result
+from flash_experts.files import check_out_file, check_out_folder
 
 if TYPE_CHECKING:
     from flash_experts.data.cards import Card
@@ -22,6 +23,9 @@ def run(args: Namespace) -> None:
         raise ValueError(f"--count must be 1 or more, not {args.count}")
     if args.show < 0:
         raise ValueError(f"--show must be 0 or more, not {args.show}")
+    check_out_file(args.out, never=".json")
+    if args.png is not None:
+        check_out_folder(args.png, option="--png")
     names, cards = _names(args)
 
     from flash_experts.evaluation.report import write_page

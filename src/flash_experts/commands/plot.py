@@ -7,6 +7,7 @@ from pathlib import Path
 from jsonargparse import Namespace
 
 from flash_experts.commands.common import CommandParser, command_parser, print_result
+from flash_experts.files import check_out_file
 
 
 def run(args: Namespace) -> None:
@@ -14,6 +15,7 @@ def run(args: Namespace) -> None:
     from flash_experts.training.curves import check_format, read_curves, write_curves
 
     out = Path(args.out)
+    check_out_file(args.out)
     check_format(out)
     curves = read_curves(args.runs)
     write_curves(curves, out)

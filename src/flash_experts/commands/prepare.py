@@ -8,12 +8,14 @@ from typing import Any
 from jsonargparse import Namespace
 
 from flash_experts.commands.common import CommandParser, command_parser, print_result
+from flash_experts.files import check_out_folder
 
 
 def run(args: Namespace) -> None:
     """Clean card names and split them into data/mtg/*.jsonl, with meta.json."""
     from flash_experts.data.prepare import prepare
 
+    check_out_folder(args.out)
     meta = prepare(args.source, Path(args.out), include=args.include)
     print_result(args, meta, summary(meta, args.out))
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from pathlib import Path
 from typing import get_type_hints
 
 from jsonargparse import Namespace
 
 from flash_experts.commands.common import CommandParser, command_parser, print_result
+from flash_experts.files import check_out_folder
 
 # Of `flash_experts.training.model_config.ModelConfig`: those that a saved model keeps or that its weights depend on.
 _OPTIONS = {
@@ -28,16 +30,17 @@ def run(args: Namespace) -> None:
     """Turn a dense GPT-2 into a mixture of experts that computes the same."""
     from flash_experts.models.loading import load_config
     from flash_experts.training.build import build_model
+    from flash_experts.training.checkpoint import write_model
     from flash_experts.training.model_config import ModelConfig
 
+    check_out_folder(args.out, args.dense)
     if args.num_experts < 1:
         raise ValueError(f"--num-experts must be 1 or more, not {args.num_experts}")
     if load_config(args.dense).model_type != "gpt2":
         raise ValueError(f"{args.dense} is no dense GPT-2 or has experts already: upcycle takes a dense GPT-2")
     config = ModelConfig(upcycling=args.method, **{name: args[name] for name in _OPTIONS})
     model, tokenizer = build_model(args.dense, config, cards=(), seed=args.seed)
-    model.save_pretrained(args.out)
-    tokenizer.save_pretrained(args.out)
+    write_model(Path(args.out), model, tokenizer)
     total = sum(parameter.numel() for parameter in model.parameters())
     experts = model.config.num_experts
     text = f"{args.out}: {experts} experts by {args.method}, {total / 1e6:.1f}M parameters"

@@ -49,15 +49,29 @@ def read_file(path: Path) -> CardSource:
     if reader is None:
         raise ValueError(f"{path}: cards are read from {FILE_KINDS} files, not {path.suffix or 'this'}")
     lines = _Lines(path)
-    rows: list[RawCard] = []
-    for row in reader(lines):
-        rows.append(row)
-        if len(rows) > MAX_CARDS:
-            raise ValueError(f"{path}: more than {MAX_CARDS:,} cards: give a smaller file")
+    rows = _bounded(path, reader(lines))
     if not rows:
         raise ValueError(f"{path}: no card names in it: the file is empty")
     digest = lines.digest.hexdigest()
     return CardSource(path.name, f"sha256:{digest[:12]}", digest, tuple(rows))
+
+
+def read_text(path: Path) -> list[RawCard]:
+    """Cards of a file of any suffix that has one name a line; there may be none.
+
+    Raises:
+        ValueError: as `read_file`.
+    """
+    return _bounded(path, _txt_rows(_Lines(path)))
+
+
+def _bounded(path: Path, cards: Iterator[RawCard]) -> list[RawCard]:
+    rows: list[RawCard] = []
+    for row in cards:
+        rows.append(row)
+        if len(rows) > MAX_CARDS:
+            raise ValueError(f"{path}: more than {MAX_CARDS:,} cards: give a smaller file")
+    return rows
 
 
 class _Lines:

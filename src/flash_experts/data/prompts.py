@@ -23,6 +23,7 @@ from flash_experts.data.cards import (
 )
 from flash_experts.data.names import normal_form
 
+MOST_MANA = 10**7  # the dearest card costs a million (Gleemax)
 _DASH = re.compile(r"—|–|--|(?:^|\s)-(?=\s|$)")
 
 
@@ -68,10 +69,10 @@ class Attributes:
             rarity: ``"rare"``, ``"mythic rare"``, ``"M"``.
 
         Raises:
-            ValueError: a type, color or rarity is unknown (the nearest is offered), or the mana value is negative.
+            ValueError: a type, color or rarity is unknown (the nearest is offered), or the mana value cannot be.
         """
-        if mana_value is not None and (isinstance(mana_value, bool) or mana_value < 0):
-            raise ValueError(f"the mana value must be 0 or more, not {mana_value}")
+        if mana_value is not None and (isinstance(mana_value, bool) or not 0 <= mana_value <= MOST_MANA):
+            raise ValueError(f"the mana value must be from 0 to {MOST_MANA:,}, not {mana_value}")
         supertypes, types, subtypes = parse_type_line(type_line)
         return cls(supertypes, types, subtypes, parse_colors(colors), mana_value, parse_rarity(rarity))
 

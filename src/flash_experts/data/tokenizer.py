@@ -73,17 +73,26 @@ def gpt2_tokenizer(vocab: str | Path, merges: str | Path) -> PreTrainedTokenizer
     return _wrap(tokenizer)
 
 
-def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(source: str | Path, vocab_size: int | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer saved in a checkpoint folder, or that of a hub id.
 
+    Args:
+        source: the folder or hub id.
+        vocab_size: tokens that the model knows, if that is to be checked.
+
     Raises:
-        ValueError: there is none, or it lacks a begin or end symbol.
+        ValueError: there is none, it lacks a begin or end symbol, or it has more tokens than the model.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(source))
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+        tokenizer = AutoTokenizer.from_pretrained(str(source), trust_remote_code=False)
+    except Exception as error:  # whatever a library says of a file that may come from a stranger
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise ValueError(f"no tokenizer at {source} (tokenizer.json is missing or damaged): {reason}") from error
+    if vocab_size is not None and len(tokenizer) > vocab_size:
+        raise ValueError(
+            f"the tokenizer at {source} has {len(tokenizer):,} tokens, but its model {vocab_size:,}: they do not "
+            "belong together"
+        )
     if tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:
         raise ValueError(f"the tokenizer at {source} has no begin or end symbol: names need both")
     if tokenizer.pad_token_id is None:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from flash_experts.data.card_files import read_text
 from flash_experts.data.prompts import NONE
 from flash_experts.evaluation.evaluate import NGRAM, language_model, load_scorer
 from flash_experts.evaluation.held_out import HeldOut
@@ -35,15 +36,15 @@ def read_names(path: str | Path) -> list[str]:
     """Names from a text file, one a line; blank lines are skipped.
 
     Raises:
-        ValueError: there is no such file, it is not UTF-8 text, or it holds no name.
+        ValueError: there is no such file, it is not UTF-8 text, it holds no name, or too much (``file:line``).
     """
+    path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"cannot read the names in {path}: it is a folder: give a text of one name a line")
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
+        names = [row.name.strip() for row in read_text(path)]
     except OSError as error:
         raise ValueError(f"cannot read the names in {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: save it as UTF-8, one name a line") from error
-    names = [line.strip() for line in text.splitlines() if line.strip()]
     if not names:
         raise ValueError(f"{path} holds no name: write one a line")
     return names

@@ -14,6 +14,7 @@ from flash_experts.evaluation.compare import ComparisonResult
 from flash_experts.evaluation.curves import CurvePoint
 from flash_experts.evaluation.evaluate import EvaluationResult
 from flash_experts.evaluation.metrics import Estimate
+from flash_experts.files import whole_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -86,8 +87,8 @@ def write_plots(result: ComparisonResult, folder: str | Path) -> list[Path]:
         target.mkdir(parents=True, exist_ok=True)
         for name, (draw, _) in all_plots(result).items():
             path = target / f"{name}.png"
-            with rc_context({"savefig.facecolor": "white"}):
-                draw().savefig(path, dpi=_PNG_DPI, metadata={"Software": None})
+            with rc_context({"savefig.facecolor": "white"}), whole_file(path) as temporary:
+                draw().savefig(temporary, dpi=_PNG_DPI, metadata={"Software": None})
             written.append(path)
     except OSError as error:
         raise ValueError(f"cannot write the plots to {target}: {error.strerror}") from error

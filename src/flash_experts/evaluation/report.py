@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import os
-import tempfile
 from datetime import date
 from importlib.resources import files
 from pathlib import Path
@@ -26,6 +24,7 @@ from flash_experts.evaluation.tables import (
     novelty_table,
     variety_table,
 )
+from flash_experts.files import whole_file
 
 
 def render_report(result: ComparisonResult, title: str = "Models compared", day: date | None = None) -> str:
@@ -83,16 +82,8 @@ def write_page(page: str, path: str | Path) -> Path:
     """
     target = Path(path)
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=target.name, suffix=".tmp")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(page)
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, target)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        with whole_file(target) as temporary:
+            temporary.write_text(page, encoding="utf-8")
     except OSError as error:
         raise ValueError(f"cannot write the report {target}: {error.strerror}") from error
     return target

@@ -226,7 +226,7 @@ def _load(
         loaded = load_model(source, device)
         if not isinstance(loaded, GPT2MoEForCausalLM):
             raise ValueError(f"{source} has no experts, so no router: inspect takes what upcycle or train wrote")
-        model, label, tokenizer = loaded, str(source), load_tokenizer(source)
+        model, label, tokenizer = loaded, str(source), load_tokenizer(source, loaded.config.vocab_size)
     if model.config.num_experts == 1:
         raise ValueError(f"{label} has one expert in each layer: its router has nothing to choose")
     return model, tokenizer, label

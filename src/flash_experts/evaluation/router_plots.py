@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from flash_experts.evaluation.router_maps import NameMap, RouterMap
+from flash_experts.files import whole_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -59,7 +60,8 @@ def write_plots(result: RouterMap, folder: str | Path) -> list[Path]:
         Path(folder).mkdir(parents=True, exist_ok=True)
         for name, figure in figures.items():
             written.append(Path(folder) / f"{name}.png")
-            figure.savefig(written[-1], dpi=_DPI, metadata={"Software": None})
+            with whole_file(written[-1]) as temporary:
+                figure.savefig(temporary, dpi=_DPI, metadata={"Software": None})
     except OSError as error:
         raise ValueError(f"cannot write pictures to {folder}: {error.strerror}") from error
     return written

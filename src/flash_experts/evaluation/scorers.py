@@ -94,7 +94,9 @@ class LanguageModel:
     ) -> LanguageModel:
         """From a model folder or a hub id; raises ValueError as `load_model` and `load_tokenizer` do."""
         folder = Path(source) if Path(source).is_dir() else None
-        return cls(load_model(source, device), load_tokenizer(source), label or Path(source).name, folder)
+        model = load_model(source, device)
+        tokenizer = load_tokenizer(source, model.config.vocab_size)
+        return cls(model, tokenizer, label or Path(source).name, folder)
 
     @property
     def size(self) -> ModelSize:

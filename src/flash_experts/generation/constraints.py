@@ -31,6 +31,7 @@ from flash_experts.generation.word_filters import (
     words_of,
 )
 
+MOST_CHARACTERS = 1000  # that max_length may be
 LONGEST_NAME = 40  # characters; the longest serious card name has 33
 
 
@@ -83,6 +84,8 @@ class Constraints:
         for name in ("min_words", "max_words", "min_length", "max_length"):
             if (value := getattr(self, name)) is not None:
                 at_least(name, value, 1, "a name has one or more")
+        if self.longest > MOST_CHARACTERS:
+            raise ValueError(f"max_length {self.longest} is more than a name can have: give {MOST_CHARACTERS} or less")
         if not 0 <= self.min_distance < 1:
             raise ValueError(f"min_distance is {self.min_distance}: it must be 0 or more, and under 1")
         if self.min_distance and find_spec("rapidfuzz") is None:

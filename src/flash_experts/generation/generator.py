@@ -13,7 +13,6 @@ from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBa
 
 from flash_experts.data.prompts import Attributes
 from flash_experts.generation.constraints import Constraints
-from flash_experts.generation.filters import at_least
 from flash_experts.generation.likeness import Resembles, examples_of, filled_in, shared_attributes
 from flash_experts.generation.presets import Sampling, sampling_of
 from flash_experts.generation.search import GeneratedName, NameSearch, Request
@@ -173,10 +172,14 @@ class NameGenerator:
             for name in generator.stream(10_000, colors="R"):
                 print(name.text, flush=True)
         """
-        at_least("count", count, 0, "it must be 0 or more")
-        at_least("batch_size", batch_size, 1, "it must be 1 or more")
-        at_least("seed", 0 if seed is None else seed, 0, "it must be 0 or more")
-        at_least("best_of", best_of, 1, "it must be 1 or more")
+        for name, value, least, most in (
+            ("count", count, 0, 1_000_000),
+            ("batch_size", batch_size, 1, 65_536),
+            ("seed", seed or 0, 0, 2**63 - 1),
+            ("best_of", best_of, 1, 1_000),
+        ):
+            if not least <= value <= most:
+                raise ValueError(f"{name} is {value}: it must be from {least:,} to {most:,}")
         rarity, like = options.pop("rarity", None), options.pop("like", None)
         sampling, constraints, filters = _sorted_options(preset, options)
         examples = examples_of(like) if like else []

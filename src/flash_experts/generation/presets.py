@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
+from flash_experts.data.yaml_files import read_yaml
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,13 +50,8 @@ def load_presets(path: str | Path) -> dict[str, Sampling]:
     Raises:
         ValueError: there is no such file, it is no such YAML, or a setting is unknown or out of range.
     """
-    try:
-        content = yaml.safe_load(Path(path).read_text("utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"no presets at {path}: {getattr(error, 'strerror', None) or error}") from None
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(content, dict) or not all(isinstance(one, dict) for one in content.values()):
+    content = read_yaml(path)
+    if not all(isinstance(one, dict) for one in content.values()):
         raise ValueError(f"{path}: presets are written as NAME: and under it temperature: 0.9, top_k: 50, ...")
     return {str(name): _sampling(settings, f"{path}: preset {name!r}") for name, settings in content.items()}
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import socket
 from pathlib import Path
 from typing import Any, cast
@@ -12,34 +11,13 @@ from urllib.request import getproxies
 import torch
 from huggingface_hub import constants, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from flash_experts.models.flash_attention import ATTENTION_IMPLEMENTATION
+from flash_experts.models.folder_checks import check_finite, check_folder, check_sizes
 
 # transformers spells GPT-2's activation out in seven elementwise operations; PyTorch has the same function as one.
 FUSED_ACTIVATIONS = {"gelu_new": "gelu_pytorch_tanh"}
-_PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
-
-
-def _check_folder(folder: Path) -> None:
-    """Says what is wrong with a folder before transformers tries (its messages name hub options)."""
-    if folder.is_file():
-        raise ValueError(f"{folder} is a file: give the folder that save_pretrained wrote")
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} is no model: config.json is missing (a checkpoint folder has one)")
-    try:
-        json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{folder / 'config.json'} is damaged: {error}") from error
-    if not any(folder.glob("*.safetensors")):
-        pickled = [path.name for pattern in _PICKLED for path in folder.glob(pattern)]
-        if pickled:
-            raise ValueError(
-                f"{folder / pickled[0]} is a pickle, which can run code when loaded: refused. Save the model with "
-                "save_pretrained, which writes safetensors"
-            )
-        raise ValueError(f"{folder} has no weights: model.safetensors is missing")
 
 
 def _check_hub(model_id: str) -> None:
@@ -63,14 +41,18 @@ def load_config(source: str | Path) -> GPT2Config:
     Raises:
         ValueError: there is none that transformers can read.
     """
-    if Path(source).exists():
-        _check_folder(Path(source))
+    folder = Path(source)
+    if folder.exists():
+        check_folder(folder)
     else:
         _check_hub(str(source))
     try:
-        return AutoConfig.from_pretrained(str(source))
-    except (OSError, ValueError, TypeError) as error:
+        config = AutoConfig.from_pretrained(str(source), trust_remote_code=False)
+    except Exception as error:  # whatever a library says of a file that may come from a stranger
         raise ValueError(_unreachable(source, error)) from error
+    if folder.exists():
+        check_sizes(folder, config)
+    return cast(GPT2Config, config)
 
 
 def load_model(source: str | Path, device: str | torch.device | None = None) -> PreTrainedModel:
@@ -97,15 +79,17 @@ def load_model(source: str | Path, device: str | torch.device | None = None) -> 
             config=config,
             dtype=torch.float32,
             use_safetensors=True,
+            trust_remote_code=False,
             attn_implementation=ATTENTION_IMPLEMENTATION if is_gpt2 else None,
             output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # as above
         raise ValueError(_unreachable(source, error)) from error
     model, info = loaded
     absent = sorted(info["missing_keys"])
     if absent:
         raise ValueError(f"{source} lacks {len(absent)} weights, {absent[0]} first: the checkpoint is not whole")
+    check_finite(source, model)
     if model.config.model_type == "gpt2":
         model.loss_type = "ForCausalLM"  # transformers does not find it by the class's name, and warns
     return cast(PreTrainedModel, model.to(target).eval())
@@ -135,6 +119,10 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
         resolved = torch.device(device)
     except RuntimeError as error:
         raise ValueError(f"unknown device {device!r}: use cpu, cuda or cuda:N") from error
+    if resolved.type not in ("cpu", "cuda"):
+        raise ValueError(f"device {device!r} is not one that this program computes on: use cpu, cuda or cuda:N")
+    if resolved.type == "cuda" and resolved.index is not None and resolved.index >= torch.cuda.device_count() > 0:
+        raise ValueError(f"no device {device!r} here: the last is cuda:{torch.cuda.device_count() - 1}")
     if resolved.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("no CUDA device here: use --device cpu, or install a CUDA build of PyTorch")
     return resolved
@@ -142,6 +130,8 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
 
 def _unreachable(source: str | Path, error: Exception) -> str:
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if "ignore_mismatched_sizes" in reason:  # transformers' word for it, in a message for developers
+        reason = "a weight has not the shape that config.json gives it"
     if Path(source).exists():
         return f"{source} cannot be loaded, its files are damaged or of another model: {reason}"
     return (

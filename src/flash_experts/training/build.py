@@ -32,6 +32,7 @@ def build_model(
     Raises:
         ValueError: the base cannot be loaded, has experts already and more are asked for, or a size is wrong.
     """
+    config.validate()
     torch.manual_seed(seed)
     model: PreTrainedModel
     if base is None:
@@ -46,7 +47,7 @@ def build_model(
             model = GPT2MoEForCausalLM.from_dense(base, **config.moe_fields)  # never two copies in memory
         else:
             model = load_model(base, "cpu")
-        tokenizer = load_tokenizer(base)
+        tokenizer = load_tokenizer(base, model.config.vocab_size)
         if config.trim_vocabulary:
             tokenizer, kept_ids = trim_tokenizer(tokenizer, texts_of_cards(cards))
             trim_vocabulary(model, kept_ids)
@@ -63,8 +64,6 @@ def tokenizer_texts(cards: Sequence[Card]) -> list[str]:
 
 
 def _new_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> GPT2LMHeadModel:
-    if config.n_embd % config.n_head:
-        raise ValueError(f"n_embd ({config.n_embd}) must be a multiple of n_head ({config.n_head})")
     gpt2 = GPT2Config(
         n_layer=config.n_layer,
         n_embd=config.n_embd,
@@ -82,8 +81,6 @@ def _new_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> GPT2L
 
 def _set_dropout(model: PreTrainedModel, probability: float) -> None:
     """One probability for every dropout, in the modules and in the configuration that is saved."""
-    if not 0 <= probability < 1:
-        raise ValueError(f"dropout must be at least 0 and under 1, not {probability}")
     model.config.resid_pdrop = model.config.embd_pdrop = model.config.attn_pdrop = probability
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):

@@ -137,6 +137,19 @@ def export_model(
     flush_folder(run_dir)
 
 
+def write_model(out: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Writes a model and its tokenizer into a folder, where other files stay: whole, or not at all.
+
+    Raises:
+        CheckpointError: it could not be written; what was there is still whole.
+    """
+    weights = model.state_dict()
+    if out.is_dir() and any(out.iterdir()):
+        export_model(out, model, tokenizer, weights)
+    else:
+        with_manifest(out, lambda folder: _save_model(folder, model, tokenizer, weights))
+
+
 def with_manifest(target: Path, write: Callable[[Path], None]) -> None:
     """Fills a temporary folder with ``write``, adds the manifest, flushes, and renames it to ``target``."""
     temporary = target.with_name(f".tmp-{target.name.lstrip('.')}")
@@ -156,7 +169,7 @@ def with_manifest(target: Path, write: Callable[[Path], None]) -> None:
     except (OSError, SafetensorError) as error:  # safetensors reports a full disk as its own error
         shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointError(
-            f"could not write {target}: {error}. Free some disk space, or give another output_dir; "
+            f"could not write {target}: {error}. Free some disk space, or write to another folder; "
             "checkpoints written before are still good"
         ) from error
 

@@ -6,13 +6,12 @@ import html
 import importlib.util
 import io
 import json
-import os
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flash_experts.files import whole_file
 from flash_experts.training.tracking import METRICS_FILE
 from flash_experts.training.validation import BITS_PER_CHAR
 
@@ -22,6 +21,7 @@ if TYPE_CHECKING:
 Line = Mapping[str, Any]
 Points = list[tuple[float, float]]
 PICTURES = (".png", ".svg", ".pdf")
+_MOST_BYTES = 2**30
 FORMATS = (*PICTURES, ".html", ".json")
 
 
@@ -76,6 +76,8 @@ def read_curves(runs: Sequence[str | Path]) -> dict[str, dict[str, Points]]:
         ValueError: there is no metrics.jsonl, or a line of it is damaged.
     """
     paths = [path / METRICS_FILE if path.is_dir() else path for path in map(Path, runs)]
+    if len({path.resolve() for path in paths}) < len(paths):
+        raise ValueError("a run is given twice: name each once")
     names = [path.parent.resolve().name if path.name == METRICS_FILE else path.stem for path in paths]
     curves = {}
     for path, name in zip(paths, names, strict=True):
@@ -100,16 +102,8 @@ def write_curves(curves: Mapping[str, Mapping[str, Points]], out: Path) -> None:
         content = _page(curves).encode()
     else:
         content = _picture(draw(curves), out.suffix[1:])
-    out.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=out.parent, prefix=out.name, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, out)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with whole_file(out) as path:
+        path.write_bytes(content)
 
 
 def check_format(out: Path) -> None:
@@ -148,13 +142,18 @@ def draw(curves: Mapping[str, Mapping[str, Points]]) -> Figure:
 def _read(path: Path) -> list[Line]:
     if not path.is_file():
         raise ValueError(f"there is no {path}: give the folder of a run that `flash-experts train` wrote")
-    texts = path.read_text(encoding="utf-8").splitlines()
+    if path.stat().st_size > _MOST_BYTES:
+        raise ValueError(f"{path} has more than {_MOST_BYTES:,} bytes: that is no metrics.jsonl of a run")
+    try:
+        texts = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no metrics.jsonl of a run: it is not UTF-8 text") from error
     lines: list[Line] = []
     for number, text in enumerate(texts, start=1):
         try:
             line = json.loads(text)
             line["event"], line["step"]
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             if number == len(texts) and lines:
                 break  # a run that is being written, or was killed
             raise ValueError(f"{path}:{number} is no line of metrics: {error}") from error

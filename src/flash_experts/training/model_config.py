@@ -25,6 +25,28 @@ _MOE_FIELDS = (
 )
 
 
+# The smallest and the largest value of each number. The largest are far beyond what anyone has trained.
+_BOUNDS: dict[str, tuple[float, float]] = {
+    "num_experts": (0, 10_000),
+    "num_experts_per_tok": (1, 10_000),
+    "moe_layer_freq": (1, 10_000),
+    "granularity": (1, 10_000),
+    "noise_scale": (0, 100),
+    "drop_ratio": (0, 1),
+    "capacity_factor": (1e-3, 1e6),
+    "router_aux_loss_coef": (0, 1e6),
+    "router_z_loss_coef": (0, 1e6),
+    "router_jitter_noise": (0, 0.999),
+    "router_bias_update_rate": (0, 1e6),
+    "dropout": (0, 0.999),
+    "n_layer": (1, 10_000),
+    "n_embd": (1, 1_000_000),
+    "n_head": (1, 1_000_000),
+    "n_positions": (2, 10_000_000),
+    "vocab_size": (257, 10_000_000),
+}
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """What is trained.
@@ -83,6 +105,27 @@ class ModelConfig:
     n_head: int = 4
     n_positions: int = 128
     vocab_size: int = 4096
+
+    def validate(self) -> None:
+        """Checks every number, those too that a base or ``num_experts: 0`` leaves without use.
+
+        Raises:
+            ValueError: all that is wrong, in one message.
+        """
+        problems = []
+        for name, (least, most) in _BOUNDS.items():
+            value = getattr(self, name)
+            if value is not None and not least <= value <= most:
+                problems.append(f"{name} is {value}, but it must be from {least:,} to {most:,}")
+        if self.n_head >= 1 and self.n_embd % self.n_head:
+            problems.append(f"n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head})")
+        if self.num_experts and self.num_experts_per_tok > self.num_experts:
+            problems.append(
+                f"num_experts_per_tok ({self.num_experts_per_tok}) must be between 1 and num_experts "
+                f"({self.num_experts})"
+            )
+        if problems:
+            raise ValueError("the model configuration is wrong: " + "; ".join(problems))
 
     @property
     def moe_fields(self) -> dict[str, Any]:

@@ -49,4 +49,14 @@ class RunLock:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if error is not None and self._lock.is_locked:
+            self._remove_if_nothing_was_written()
         self._lock.release()
+
+    def _remove_if_nothing_was_written(self) -> None:
+        """A run that failed before its first file leaves no folder."""
+        checkpoints = self._run_dir / "checkpoints"
+        if [*self._run_dir.iterdir()] == [checkpoints] and [path.name for path in checkpoints.iterdir()] == [".lock"]:
+            (checkpoints / ".lock").unlink()
+            checkpoints.rmdir()
+            self._run_dir.rmdir()

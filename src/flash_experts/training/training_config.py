@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from flash_experts.training.stages import Stage, stage_problems
 
+_MOST = 10**12  # of steps, tokens and names: more are a slip of the finger
 PARTS = ("router", "experts", "dense")
 
 
@@ -165,6 +166,15 @@ class TrainingConfig:
                 problems.append(f"{name} works with parallel: ddp, not with {self.parallel}: set it to false")
         if self.schedule == "wsd" and self.warmup_steps < 1 and self.warmup_steps + self.decay_share > 1:
             problems.append(f"warmup_steps {self.warmup_steps} and decay_share {self.decay_share} overlap")
+        if self.gradient_accumulation_steps > self.tokens_per_batch:
+            problems.append(
+                f"gradient_accumulation_steps {self.gradient_accumulation_steps} is more than the "
+                f"{self.tokens_per_batch} tokens_per_batch that it cuts into parts"
+            )
+        if not self.output_dir:
+            problems.append("output_dir is empty: give a folder")
+        if not self.run_name.isprintable():
+            problems.append(f"run_name {self.run_name!r} has a character that cannot be printed")
         if not self.run_name or Path(self.run_name).name != self.run_name or self.run_name in (".", ".."):
             problems.append(f"run_name {self.run_name!r} must be one folder name")
         if self.max_minutes is None and self.max_steps is not None and self.warmup_steps > self.max_steps:
@@ -200,11 +210,12 @@ class TrainingConfig:
         )
         for name in at_least_one.split():
             value = getattr(self, name)
-            check(name, value, value is None or value >= 1, "1 or more")
+            check(name, value, value is None or 1 <= value <= _MOST, f"from 1 to {_MOST:,}")
         for name in ("max_epochs", "max_minutes", "learning_rate", "clip_norm"):
             value = getattr(self, name)
             check(name, value, value is None or value > 0, "more than 0")
-        for name in ("weight_decay", "warmup_steps", "seed"):
+        check("seed", self.seed, 0 <= self.seed < 2**32, f"from 0 to {2**32 - 1:,}")
+        for name in ("weight_decay", "warmup_steps"):
             check(name, getattr(self, name), getattr(self, name) >= 0, "0 or more")
         for part in PARTS:
             scale = getattr(self.lr_scale, part)

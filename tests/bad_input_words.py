@@ -1,0 +1,34 @@
+"""What the tables of bad input are made of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+BASE = "--model models/base"
+
+# Each command as it would work, with only its own output left out: whatever else is wrong is the case's.
+WORKING = {
+    "prepare": "prepare --source names.txt",
+    "upcycle": "upcycle models/base --out new",
+    "downcycle": "downcycle models/moe --out new",
+    "train": "train --base models/base --model.num-experts 0 --training.run-name new",
+    "evaluate": "evaluate models/base",
+    "compare": "compare models/base",
+    "inspect": "inspect models/moe",
+    "generate": f"generate {BASE}",
+    "plot": "plot models/base",
+    "benchmark": "benchmark moe",
+    "serve": f"serve {BASE} --port 0",
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    words: str
+    status: int
+    answer: str
+
+
+def table(status: int, text: str, before: str = "") -> list[Case]:
+    rows = [line.partition(" :: ") for line in text.strip().splitlines()]
+    return [Case(f"{before}{words.strip()}", status, answer.strip()) for words, _, answer in rows]
