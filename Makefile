@@ -4,7 +4,7 @@ BIN := .venv/bin
 FLASH := $(BIN)/flash-experts
 ONE_THREAD := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: demo test learn lint bench install clean
+.PHONY: demo test learn lint audit bench install clean
 
 demo: .venv/.installed  ## real cards, a small MoE fine-tuned on them, compared, and names
 	@PATH="$(CURDIR)/$(BIN):$$PATH" sh scripts/demo.sh
@@ -20,6 +20,11 @@ lint: .venv/.installed-dev  ## style, types, import directions
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+audit: .venv/.installed-dev  ## known weaknesses of the pinned packages, asked of the advisory databases
+	$(PYTHON) -m venv .venv/audit
+	.venv/audit/bin/pip install --quiet --disable-pip-version-check pip-audit
+	.venv/audit/bin/pip-audit -r constraints.txt --no-deps --disable-pip
 
 bench: .venv/.installed-dev  ## the figures of the README, ours and the peers' in one run
 	@$(FLASH) benchmark train

@@ -45,6 +45,14 @@ COMMANDS = {
     "benchmark": benchmark,
 }
 
+# What keeps libraries from reporting to their makers. Whoever sets one of these to something else has their way.
+NO_TELEMETRY = {
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "GRADIO_ANALYTICS_ENABLED": "False",
+    "WANDB_ERROR_REPORTING": "false",
+    "DO_NOT_TRACK": "1",
+}
+
 
 def _usage() -> str:
     lines = [f"  {name:10}{(command.run.__doc__ or '').splitlines()[0]}" for name, command in COMMANDS.items()]
@@ -88,6 +96,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _guarded(name, command.run, args)
     except SystemExit as stop:
         return int(stop.code or 0)
+    except KeyboardInterrupt:  # anywhere: importing PyTorch takes seconds, too
+        print(f"flash-experts {name}: interrupted", file=sys.stderr)
+        return 130
 
 
 def _guarded(name: str, run: Run, args: Namespace) -> int:
@@ -95,9 +106,6 @@ def _guarded(name: str, run: Run, args: Namespace) -> int:
     try:
         run(args)
         return 0
-    except KeyboardInterrupt:
-        print(f"flash-experts {name}: interrupted", file=sys.stderr)
-        return 130
     except BrokenPipeError:  # the reader of our output left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -121,7 +129,8 @@ def _explain(error: BaseException) -> str:
 
 def _set_up_libraries() -> None:
     """No progress bars and warnings of libraries between our lines, no telemetry, and memory that is kept."""
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    for name, value in NO_TELEMETRY.items():
+        os.environ.setdefault(name, value)
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

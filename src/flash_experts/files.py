@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import glob
 import os
-import tempfile
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,9 +19,7 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name[:50]}-", suffix=target.suffix)
-    os.close(handle)
-    temporary = Path(name)
+    temporary = temporary_beside(target)
     try:
         yield temporary
         os.chmod(temporary, 0o644)
@@ -28,6 +27,28 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def temporary_beside(target: Path) -> Path:
+    """A name that only this process uses, of the same suffix; what killed processes left under theirs is removed."""
+    start = f".{target.name[:100]}-"
+    for left in target.parent.glob(f"{glob.escape(start)}[0-9]*"):
+        process = left.name.removeprefix(start).split(".")[0]
+        if process.isdigit() and not _is_alive(int(process)):
+            shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
+    return target.with_name(f"{start}{os.getpid()}{target.suffix}")
+
+
+def _is_alive(process: int) -> bool:
+    if process == os.getpid():
+        return False  # this process is done with what it wrote before
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # it is another user's
+        return True
+    return True
 
 
 def check_out_folder(out: str, source: str | None = None, *, option: str = "--out") -> None:

@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 from flash_experts.data.cards import Card, known_names, load_source, names_on
 from flash_experts.data.cleaning import CLEANING_VERSION, NOT_CARDS, clean
 from flash_experts.data.splits import SPLITS, split_by_family
+from flash_experts.files import temporary_beside
 
 META = "meta.json"
 KNOWN_NAMES = "known_names.txt"
@@ -118,8 +118,9 @@ def _write_all(out: Path, files: dict[str, bytes]) -> None:
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file: give --out a folder")
     out.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=".prepare-", dir=out))
+    temporary = temporary_beside(out / "prepare")
     try:
+        temporary.mkdir()
         for name, data in files.items():
             with open(temporary / name, "wb") as file:
                 file.write(data)

@@ -78,7 +78,8 @@ def fe_attention_forward(
         # The first tokens of a static cache: what lies after them is not written yet.
         key, value = key[:, :, :S], value[:, :, :S]
     options = _options(query, -1 if not is_causal else 0, scaling, dropout)
-    out_BSHC, _ = attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), options, backend=backend)
+    heads_last = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+    out_BSHC, _ = attention(*heads_last, options, backend=backend, deterministic=_deterministic())
     return out_BSHC, None
 
 
@@ -103,7 +104,16 @@ def _packed(
     q_THC, k_THC, v_THC = (x[0].transpose(0, 1) for x in (query, key, value))
     options = _options(query, 0, scaling, dropout)
     out_THC, _ = attention_varlen(
-        q_THC, k_THC, v_THC, cu_seq_lens, cu_seq_lens, max_length, max_length, options, backend=backend
+        q_THC,
+        k_THC,
+        v_THC,
+        cu_seq_lens,
+        cu_seq_lens,
+        max_length,
+        max_length,
+        options,
+        backend=backend,
+        deterministic=_deterministic(),
     )
     return out_THC[None]
 
@@ -164,6 +174,11 @@ def fe_attention_mask(
         allow_is_causal_skip=allow_is_causal_skip,
         **kwargs,
     )
+
+
+def _deterministic() -> bool:
+    """Whether `torch.use_deterministic_algorithms` is on, which our own kernels have to look up for themselves."""
+    return torch.are_deterministic_algorithms_enabled()
 
 
 AttentionInterface.register(ATTENTION_IMPLEMENTATION, fe_attention_forward)

@@ -28,6 +28,7 @@ from flash_experts.training.batches import NameBatches
 from flash_experts.training.callbacks import Callback
 from flash_experts.training.checkpoint import TrainerState
 from flash_experts.training.checkpointer import Checkpointer
+from flash_experts.training.deterministic import deterministic_algorithms
 from flash_experts.training.ema import WeightAverage
 from flash_experts.training.errors import LostProcessError, NonFiniteLossError, OutOfMemoryError
 from flash_experts.training.finite import MOST_SKIPS_IN_A_ROW, FiniteGuard, names_in, write_bad_batch
@@ -145,7 +146,7 @@ class Trainer:
             TrainingError: the loss is not finite, or memory ran out.
             ValueError: there are checkpoints already and ``resume`` is None.
         """
-        with RunLock(self.run_dir, self.accelerator):
+        with deterministic_algorithms(self.config.deterministic), RunLock(self.run_dir, self.accelerator):
             self.state = self.checkpointer.restore(resume)
             if self.state.step and (ended := self._reason_to_end()):
                 self.report.say(f"{self.run_dir} is finished ({ended}, step {self.state.step:,}): nothing to do")

@@ -84,6 +84,8 @@ class TrainingConfig:
             rarities), an order, epochs and a factor of the rate; null for all names all the time.
         precision: bfloat16, float32, or auto (bfloat16 on GPUs that have it).
         device: auto, cpu, cuda or cuda:N.
+        deterministic: on a GPU, take only operations that give the same bits in every run, which may be slower; on a
+            CPU the bits are the same anyway.
         compile: compile the model (torch.compile); pays off on GPUs and long runs.
         parallel: with several processes: ddp (each has the whole model), fsdp (each has a part of every weight,
             gradient and optimizer state), or expert (each has some of the experts, to which tokens travel, and a part
@@ -128,6 +130,7 @@ class TrainingConfig:
     stages: list[Stage] | None = None
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     device: str = "auto"
+    deterministic: bool = False
     compile: bool = False
     parallel: Literal["ddp", "fsdp", "expert"] = "ddp"
     tracker: Literal["none", "wandb", "tensorboard"] = "none"
