@@ -8,9 +8,11 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from flash_experts.generation import gpt2_steps
 from flash_experts.generation.decoding import DecodedName, NameDecoder, evaluating
 from flash_experts.generation.presets import Sampling
 from flash_experts.models import GPT2MoEConfig, GPT2MoEForCausalLM
+from flash_experts.models.attention_backends import attention_backend
 
 END = 0
 
@@ -106,6 +108,35 @@ def test_finished_rows_leave_the_batch() -> None:
     assert rows[0] == 1  # the prompt, once
     lengths = [len(name.ids) for name in names]
     assert rows[1:] == [sum(length > step for length in lengths) for step in range(max(lengths))][: len(rows) - 1]
+
+
+@pytest.mark.parametrize("kind", ["dense", "moe"])
+def test_steps_of_a_plain_gpt2_are_those_of_its_own_forward(kind: str) -> None:
+    """A hook is what makes the decoder call the model itself."""
+    model = _tiny(kind)
+    assert gpt2_steps.takes(model)
+    short = _decode(model, range(30), Sampling(temperature=0.9, top_k=20))
+    hook = model.transformer.h[1].register_forward_hook(lambda *_: None)
+    assert not gpt2_steps.takes(model)
+    by_model = _decode(model, range(30), Sampling(temperature=0.9, top_k=20))
+    hook.remove()
+    assert [name.ids for name in short] == [name.ids for name in by_model]
+    assert [name.log_prob for name in short] == pytest.approx([name.log_prob for name in by_model], abs=1e-4)
+
+
+def test_what_is_no_plain_gpt2_keeps_its_own_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = _tiny("dense")
+    with attention_backend("sdpa"):
+        assert not gpt2_steps.takes(model)
+    monkeypatch.setenv("FLASH_EXPERTS_ATTENTION", "reference")
+    assert not gpt2_steps.takes(model)
+    monkeypatch.delenv("FLASH_EXPERTS_ATTENTION")
+    assert gpt2_steps.takes(model)
+    projection = model.transformer.h[0].attn.c_attn
+    projection.__class__ = type("Adapted", (type(projection),), {})  # as an adapter would take its place
+    assert not gpt2_steps.takes(model)
+    config = GPT2MoEConfig(vocab_size=40, n_embd=16, n_layer=2, n_head=2, num_experts=4, routing="expert_choice")
+    assert not gpt2_steps.takes(GPT2MoEForCausalLM(config).eval())
 
 
 def test_evaluating_restores_each_modules_mode() -> None:

@@ -57,7 +57,18 @@ def test_distribution_is_that_of_transformers(
     assert int(differing.sum()) <= int((kept[0] != kept[1]).sum())
 
 
-@pytest.mark.parametrize("sampling", [Sampling(), Sampling(top_k=4), Sampling(0.7, top_p=0.8), PRESETS["creative"]])
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(),
+        Sampling(top_k=4),
+        Sampling(0.7, top_p=0.8),
+        PRESETS["creative"],
+        Sampling(min_p=0.3),
+        Sampling(top_k=5, top_p=0.7),  # what top-p is a share of is known only after sorting
+        Sampling(1.5, top_k=9, top_p=0.95, min_p=0.05),
+    ],
+)
 def test_draws_follow_the_distribution(sampling: Sampling) -> None:
     scores = torch.randn(1, 12, generator=torch.Generator().manual_seed(5))
     num_draws = 20_000
@@ -78,7 +89,7 @@ def test_rows_without_a_token_are_reported_and_harm_no_other() -> None:
     scores = torch.randn(3, 9)
     scores[1] = float("-inf")
     for sampling in (Sampling(), Sampling(top_k=3), Sampling(top_p=0.5, min_p=0.1)):
-        tokens, dead = draw(scores, torch.tensor([0.0, 0.5, 0.999999]), sampling)
+        tokens, dead = draw(scores, torch.tensor([0.0, 0.5, 0.999999])[:, None].expand(3, 2), sampling)
         assert dead.tolist() == [False, True, False]
         assert ((tokens >= 0) & (tokens < 9)).all()
 

@@ -41,8 +41,8 @@ def sample_each(
     for _, members in sorted(by_length.items()):
         for start in range(0, len(members), _AT_ONCE):
             rows = members[start : start + _AT_ONCE]
-            noise_BS = noise(seed, range(done, done + len(rows)), max_new_tokens).to(model.device)
-            tokens = _sample_batch(model, [prompts[row] for row in rows], noise_BS, end_id)
+            noise_BS2 = noise(seed, range(done, done + len(rows)), max_new_tokens).to(model.device)
+            tokens = _sample_batch(model, [prompts[row] for row in rows], noise_BS2, end_id)
             for row, ids in zip(rows, tokens, strict=True):
                 drawn[row] = ids
             done += len(rows)
@@ -50,18 +50,18 @@ def sample_each(
 
 
 def _sample_batch(
-    model: PreTrainedModel, prompts: Sequence[Sequence[int]], noise_BS: torch.Tensor, end_id: int
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], noise_BS2: torch.Tensor, end_id: int
 ) -> list[list[int]]:
-    """Tokens after each of B prompts of one length; ``noise_BS`` has a random number for each row and step."""
+    """Tokens after each of B prompts of one length; ``noise_BS2`` has random numbers for each row and step."""
     cache = DynamicCache(config=model.config)
     inputs_BT = torch.tensor([list(prompt) for prompt in prompts], device=model.device)
     # The begin symbol is also the pad symbol: without a mask transformers would warn of padding.
     mask_BT = torch.ones_like(inputs_BT)
     running = torch.arange(len(prompts), device=model.device)
     tokens: list[list[int]] = [[] for _ in prompts]
-    for step in range(noise_BS.shape[1]):
+    for step in range(noise_BS2.shape[1]):
         out = model(inputs_BT, attention_mask=mask_BT, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        chosen_B, _ = draw(out.logits[:, -1].float(), noise_BS[running, step], Sampling())
+        chosen_B, _ = draw(out.logits[:, -1].float(), noise_BS2[running, step], Sampling())
         going = (chosen_B != end_id).nonzero()[:, 0]
         if not len(going):
             break

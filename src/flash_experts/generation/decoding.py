@@ -13,10 +13,18 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from typing import cast
 
 import torch
-from transformers import DynamicCache, LogitsProcessor, PreTrainedModel, RepetitionPenaltyLogitsProcessor
+from transformers import (
+    DynamicCache,
+    GPT2LMHeadModel,
+    LogitsProcessor,
+    PreTrainedModel,
+    RepetitionPenaltyLogitsProcessor,
+)
 
+from flash_experts.generation import gpt2_steps
 from flash_experts.generation.filters import AllOf, NameFilter
 from flash_experts.generation.presets import Sampling
 from flash_experts.generation.ring_cache import RingCache
@@ -91,6 +99,7 @@ class NameDecoder:
         mask = torch.ones_like(prompt_1T)
         out = model(prompt_1T, attention_mask=mask, past_key_values=self.prompt_cache, use_cache=True, logits_to_keep=1)
         self._first_1V = out.logits[:, -1].float()
+        self._is_plain_gpt2 = gpt2_steps.takes(model)
 
     def decode(self, indices: range) -> list[DecodedName]:
         """The names of these indices, all computed together, in order."""
@@ -125,11 +134,13 @@ class NameDecoder:
 
     def next_logits(self, tokens: Sequence[int], cache: RingCache) -> torch.Tensor:
         """(B, V) what follows one more token of each row."""
-        device = self.device
-        mask_B11K, positions_B1 = cache.step(device)
+        tokens_B = torch.tensor(tokens, device=self.device)
+        if self._is_plain_gpt2:
+            return gpt2_steps.next_logits(cast(GPT2LMHeadModel, self.model), tokens_B, cache)
+        mask_BK, positions_B1 = cache.step(self.device)
         out = self.model(
-            torch.tensor(tokens, device=device)[:, None],
-            attention_mask=mask_B11K,
+            tokens_B[:, None],
+            attention_mask=mask_BK[:, None, None],
             position_ids=positions_B1,
             past_key_values=cache,
             use_cache=True,
@@ -167,7 +178,7 @@ class _Batch:
         self._cache = RingCache(decoder.prompt_cache, size)
         self._logits_BV = decoder.first_logits(size)
         self._log_prob_B = torch.zeros(size, dtype=torch.float64, device=device)
-        self._noise_BS = torch.zeros(size, decoder.max_new_tokens, dtype=torch.float64, device=device)
+        self._noise_BS2 = torch.zeros(size, decoder.max_new_tokens, 2, dtype=torch.float64, device=device)
         self._draw_noise(list(range(size)))
 
     def draw(self) -> list[DecodedName]:
@@ -175,10 +186,10 @@ class _Batch:
         decoder, rows, logits_BV = self._decoder, self.rows, self._logits_BV
         ages = [len(row.ids) for row in rows]
         scores_BV = decoder.filtered(rows, logits_BV)
-        noise_B = self._noise_BS[torch.arange(len(rows)), ages]
-        chosen_B, dead_B = draw(scores_BV, noise_B, decoder.sampling)
-        chosen_logit_B = logits_BV.gather(1, chosen_B[:, None])[:, 0]
-        self._log_prob_B = self._log_prob_B + (chosen_logit_B - logits_BV.logsumexp(dim=-1)).double()
+        noise_B2 = self._noise_BS2[torch.arange(len(rows)), ages]
+        chosen_B, dead_B = draw(scores_BV, noise_B2, decoder.sampling)
+        log_prob_B1 = logits_BV.log_softmax(-1).gather(1, chosen_B[:, None])
+        self._log_prob_B = self._log_prob_B + log_prob_B1[:, 0].double()
         names: list[DecodedName] = []
         self._ended = []
         drawn = zip(rows, chosen_B.tolist(), dead_B.tolist(), strict=True)
@@ -212,7 +223,7 @@ class _Batch:
             new = [keep.index(place) for place in new]
             self.rows = [self.rows[place] for place in keep]
             index = torch.tensor(keep, dtype=torch.int64, device=decoder.device)
-            self._log_prob_B, self._noise_BS = self._log_prob_B[index], self._noise_BS[index]
+            self._log_prob_B, self._noise_BS2 = self._log_prob_B[index], self._noise_BS2[index]
             self._cache.select(index)
         if not self.rows:
             return
@@ -232,4 +243,4 @@ class _Batch:
         if places:
             numbers = [self.rows[place].index for place in places]
             steps = self._decoder.max_new_tokens
-            self._noise_BS[list(places)] = noise(self._decoder.seed, numbers, steps).to(self._decoder.device)
+            self._noise_BS2[list(places)] = noise(self._decoder.seed, numbers, steps).to(self._decoder.device)

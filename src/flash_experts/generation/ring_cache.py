@@ -32,9 +32,13 @@ class _RingLayer(DynamicLayer):
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Writes one token of each row, and returns all columns."""
+        return self.write(key_states[:, :, 0], value_states[:, :, 0])
+
+    def write(self, keys_BHC: torch.Tensor, values_BHC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `update`, of keys and values without a dimension for their one place."""
         assert self.keys is not None and self.values is not None
-        self.keys[:, :, self.column] = key_states[:, :, 0]
-        self.values[:, :, self.column] = value_states[:, :, 0]
+        self.keys[:, :, self.column] = keys_BHC
+        self.values[:, :, self.column] = values_BHC
         return self.keys, self.values
 
 
@@ -73,7 +77,7 @@ class RingCache(Cache):
         """Makes room for one token of each row.
 
         Returns:
-            The mask (B, 1, 1, P + R), true where a row may look, and the tokens' positions (B, 1).
+            The mask (B, P + R), true where a row may look, and the tokens' positions (B, 1).
         """
         self._now += 1
         if self._now - min(self.begun) > len(self._written):
@@ -86,7 +90,11 @@ class RingCache(Cache):
         written_1R = torch.tensor(self._written, device=device)[None]
         prompt_BP = torch.ones(len(self.begun), self._prompt_length, dtype=torch.bool, device=device)
         mask_BK = torch.cat([prompt_BP, written_1R > begun_B1], dim=1)
-        return mask_BK[:, None, None], self._prompt_length + self._now - begun_B1 - 1
+        return mask_BK, self._prompt_length + self._now - begun_B1 - 1
+
+    def write(self, layer: int, keys_BHC: torch.Tensor, values_BHC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Writes the step's keys and values into a layer, and returns all that it has: (B, H, P + R, C) twice."""
+        return self._rings[layer].write(keys_BHC, values_BHC)
 
     def replace(self, rows: Sequence[int]) -> None:
         """These rows are given to new names, whose first own token comes with the step after the next."""

@@ -16,17 +16,22 @@ _FIRST_CANDIDATES = 512  # top-p alone: a sort of so many tokens usually reaches
 
 
 def noise(seed: int, indices: Sequence[int], steps: int) -> torch.Tensor:
-    """(len(indices), steps) float64 uniform in [0, 1): row i depends on ``seed`` and ``indices[i]`` alone.
+    """(len(indices), steps, 2) float64 uniform in [0, 1): row i depends on ``seed`` and ``indices[i]`` alone.
 
     So a name does not depend on which others share its batch, nor on the device. No global generator is
-    touched.
+    touched. The second number of a step is for a token that has to be drawn again.
     """
-    rows = [np.random.default_rng((seed, index)).random(steps) for index in indices]
+    rows = [np.random.default_rng((seed, index)).random((steps, 2)) for index in indices]
     return torch.from_numpy(np.stack(rows))
 
 
-def draw(scores_BV: torch.Tensor, noise_B: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor, torch.Tensor]:
+def draw(scores_BV: torch.Tensor, noise_B2: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor, torch.Tensor]:
     """Draws one token a row from the distribution that temperature, top-k, top-p and min-p leave.
+
+    A token is drawn from all, and then asked whether it is among those that are left: how many tokens are likelier, and
+    how much they weigh together. Only rows that drew another look for their candidates, which takes sorting, and draw
+    once more among them. The outcome has the same distribution: a draw that is among the candidates follows it
+    already.
 
     By inversion: of the cumulated probabilities in the order of token ids, the first over the row's random
     number. That order does not change when rounding swaps two nearly equal logits, so a name survives another
@@ -34,19 +39,58 @@ def draw(scores_BV: torch.Tensor, noise_B: torch.Tensor, sampling: Sampling) -> 
 
     Args:
         scores_BV: float32 logits, minus infinity where a token is forbidden.
-        noise_B: uniform in [0, 1).
+        noise_B2: uniform in [0, 1).
         sampling: repetition penalty excepted, which needs the row's tokens.
 
     Returns:
         (B,) int64 tokens, and (B,) bool: rows that have no token at all (their token means nothing).
     """
-    probs_BK, ids_BK = candidates(scores_BV, sampling)
-    cumulated_BK = probs_BK.double().cumsum(dim=-1)
-    total_B1 = cumulated_BK[:, -1:]
-    place_B1 = torch.searchsorted(cumulated_BK, noise_B[:, None].to(cumulated_BK) * total_B1, right=True)
-    place_B1 = place_B1.clamp_(max=probs_BK.shape[-1] - 1)
-    tokens_B1 = place_B1 if ids_BK is None else ids_BK.gather(1, place_B1)
-    return tokens_B1[:, 0], total_B1[:, 0] == 0
+    dead_B = scores_BV.amax(-1) == -torch.inf
+    probs_BV = (scores_BV if sampling.temperature == 1 else scores_BV / sampling.temperature).softmax(-1)
+    tokens_B = _invert(probs_BV, noise_B2[:, 0])
+    is_out_B, is_unsure_B = _judge(probs_BV, tokens_B, sampling)
+    again = (is_out_B | is_unsure_B).nonzero()[:, 0]
+    if len(again):
+        probs_AK, ids_AK = candidates(scores_BV[again], sampling)
+        first_A, second_A = tokens_B[again], _invert(probs_AK, noise_B2[again, 1])
+        if ids_AK is None:
+            is_in_A = probs_AK.gather(1, first_A[:, None])[:, 0] > 0
+        else:
+            is_in_A = ((ids_AK == first_A[:, None]) & (probs_AK > 0)).any(-1)
+            second_A = ids_AK.gather(1, second_A[:, None])[:, 0]
+        tokens_B[again] = torch.where(is_unsure_B[again] & is_in_A, first_A, second_A)
+    return tokens_B, dead_B
+
+
+def _invert(probs_BK: torch.Tensor, noise_B: torch.Tensor) -> torch.Tensor:
+    """(B,) places: the first at which the cumulated probabilities, up to a factor a row, exceed the random number."""
+    cumulated_BK = probs_BK.cumsum(dim=-1, dtype=torch.float64)
+    target_B1 = noise_B[:, None].to(cumulated_BK) * cumulated_BK[:, -1:]
+    return torch.searchsorted(cumulated_BK, target_B1, right=True)[:, 0].clamp_(max=probs_BK.shape[-1] - 1)
+
+
+def _judge(probs_BV: torch.Tensor, tokens_B: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor, torch.Tensor]:
+    """(B,) bool twice: drawn tokens that are surely none of the candidates, and those of which only sorting can tell.
+
+    The latter are where top-p is a share of what top-k left, whose mass is known within bounds only: it is at most 1,
+    and at least that of the tokens over a threshold, if they are no more than k.
+    """
+    own_B1 = probs_BV.gather(1, tokens_B[:, None])
+    is_out_B = own_B1[:, 0] < sampling.min_p * probs_BV.amax(-1)
+    is_unsure_B = torch.zeros_like(is_out_B)
+    limits_k = 0 < sampling.top_k < probs_BV.shape[-1]
+    if limits_k or sampling.top_p < 1:
+        likelier_BV = probs_BV > own_B1
+        if limits_k:
+            is_out_B |= likelier_BV.sum(-1) >= sampling.top_k
+        if sampling.top_p < 1:
+            before_B = (probs_BV * likelier_BV).sum(-1)
+            is_out_B |= before_B >= sampling.top_p
+            if limits_k:
+                high_BV = probs_BV >= 1 / (4 * sampling.top_k)
+                least_B = (probs_BV * high_BV).sum(-1).masked_fill_(high_BV.sum(-1) > sampling.top_k, 0)
+                is_unsure_B = (before_B >= sampling.top_p * least_B) & ~is_out_B
+    return is_out_B, is_unsure_B
 
 
 def candidates(scores_BV: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -8,6 +8,7 @@ than MKL's. Without AVX-512 oneDNN is far behind (40 ms against 27), so those pr
 from __future__ import annotations
 
 import torch
+from torch.nn import functional as F
 
 _ONEDNN = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
 
@@ -16,7 +17,7 @@ def linear(x_ND: torch.Tensor, weight_DF: torch.Tensor, bias_F: torch.Tensor | N
     """``x @ weight + bias``, (N, F); not differentiable.
 
     Args:
-        x_ND: rows, (N, D), any float dtype, on a CPU.
+        x_ND: rows, (N, D), any float dtype, any device.
         weight_DF: as GPT-2 stores it, (D, F), or the transposed view of an (F, D) matrix: both are read as they lie.
         bias_F: (F,), or nothing to add.
     """
@@ -26,5 +27,15 @@ def linear(x_ND: torch.Tensor, weight_DF: torch.Tensor, bias_F: torch.Tensor | N
     return x_ND @ weight_DF if bias_F is None else torch.addmm(bias_F, x_ND, weight_DF)
 
 
+def linear_gelu_tanh(x_ND: torch.Tensor, weight_DF: torch.Tensor, bias_F: torch.Tensor) -> torch.Tensor:
+    """The tanh form of GELU of ``x @ weight + bias``, (N, F); not differentiable. oneDNN does it before the numbers
+    leave the cache."""
+    if _takes(x_ND):
+        out_NF: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x_ND, weight_DF.T, bias_F, "gelu", [], "tanh")
+        return out_NF
+    return F.gelu(torch.addmm(bias_F, x_ND, weight_DF), approximate="tanh")
+
+
 def _takes(x_ND: torch.Tensor) -> bool:
-    return bool(torch.backends.mkldnn.enabled) and _ONEDNN and x_ND.dtype == torch.float32 and x_ND.numel() > 0
+    is_float = x_ND.device.type == "cpu" and x_ND.dtype == torch.float32
+    return _ONEDNN and bool(torch.backends.mkldnn.enabled) and is_float and x_ND.numel() > 0

@@ -150,6 +150,11 @@ def attention_backend(name: str) -> Iterator[None]:
         _forced.reset(token)
 
 
+def forced_backend() -> str | None:
+    """What the innermost `attention_backend` context asks for."""
+    return _forced.get()
+
+
 @torch.compiler.assume_constant_result
 def choose(
     config_backend: str, device_type: str, dtype: torch.dtype, asked: tuple[str, ...] = (), packed: bool = False

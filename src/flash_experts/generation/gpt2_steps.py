@@ -1,0 +1,106 @@
+"""One more token of every row through a GPT-2, dense or with experts, in as few operations as it takes.
+
+With short names a step is a few milliseconds of arithmetic, and the modules of transformers spend as much again on
+views, masks, checks and calls. Here the same weights are read in place: nothing is copied, and a change to them counts
+at once. Anything that is not a plain GPT-2 (adapters, hooks, an attention backend that was asked for) takes the model's
+own forward.
+
+Letters in the shapes: B rows, D width, H heads, C width of a head, K columns of the cache, V tokens of the vocabulary.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import GPT2LMHeadModel, PreTrainedModel
+from transformers.activations import GELUTanh, NewGELUActivation
+from transformers.models.gpt2.modeling_gpt2 import GPT2MLP, GPT2Attention, GPT2Block
+from transformers.pytorch_utils import Conv1D
+
+from flash_experts.generation.ring_cache import RingCache
+from flash_experts.kernels.cpu_linear import linear, linear_gelu_tanh
+from flash_experts.models.attention_backends import ENVIRONMENT_VARIABLE, forced_backend
+from flash_experts.models.moe import GPT2MoEBlock, GPT2MoEForCausalLM
+from flash_experts.models.moe_config import GPT2MoEConfig
+from flash_experts.models.moe_layer import MoELayer, TopKRouter
+
+_TANH_GELUS = (GELUTanh, NewGELUActivation)  # transformers' two of one function
+_PLAIN = (nn.Embedding, nn.LayerNorm, nn.Linear, nn.Dropout, Conv1D, GPT2Attention)
+
+
+def takes(model: PreTrainedModel) -> bool:
+    """Whether `next_logits` computes what the model does."""
+    if type(model) not in (GPT2LMHeadModel, GPT2MoEForCausalLM):
+        return False
+    config = model.config
+    chosen = config.attention_backend if isinstance(config, GPT2MoEConfig) else "auto"
+    is_forced = forced_backend() or os.environ.get(ENVIRONMENT_VARIABLE) or chosen != "auto"
+    hooked = any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    blocks: Any = model.transformer
+    return not (config.add_cross_attention or is_forced or hooked) and all(map(_is_plain, blocks.h))
+
+
+def _is_plain(block: Any) -> bool:
+    if type(block) not in (GPT2Block, GPT2MoEBlock) or type(block.attn) is not GPT2Attention:
+        return False
+    own = [block.ln_1, block.ln_2, *block.attn.modules()]
+    if isinstance(block.mlp, MoELayer):  # it is called as it is; tokens must not compete, though
+        is_known = isinstance(block.mlp.router, TopKRouter)
+    else:
+        is_known = type(block.mlp) is GPT2MLP
+        own += [block.mlp.c_fc, block.mlp.c_proj]
+    return is_known and all(type(module) in _PLAIN for module in own)
+
+
+def next_logits(model: GPT2LMHeadModel, tokens_B: torch.Tensor, cache: RingCache) -> torch.Tensor:
+    """(B, V) what follows one more token of each row.
+
+    Args:
+        model: one that `takes` takes, in eval mode.
+        tokens_B: (B,) int64.
+        cache: its next column is written.
+    """
+    body: Any = model.transformer
+    mask_BK, positions_B1 = cache.step(tokens_B.device)
+    penalty_BK = torch.zeros(mask_BK.shape, dtype=body.wte.weight.dtype, device=tokens_B.device)
+    penalty_BK.masked_fill_(~mask_BK, -torch.inf)
+    # One row a head: (B * H, 1, K).
+    penalty_N1K = penalty_BK.repeat_interleave(model.config.n_head, 0)[:, None]
+    x_BD = F.embedding(tokens_B, body.wte.weight) + F.embedding(positions_B1[:, 0], body.wpe.weight)
+    for layer, block in enumerate(body.h):
+        x_BD = x_BD + _attention(block.attn, _norm(block.ln_1, x_BD), cache, layer, penalty_N1K)
+        x_BD = x_BD + _feed_forward(block.mlp, _norm(block.ln_2, x_BD))
+    return linear(_norm(body.ln_f, x_BD), model.lm_head.weight.T).float()
+
+
+def _norm(norm: nn.LayerNorm, x_BD: torch.Tensor) -> torch.Tensor:
+    return F.layer_norm(x_BD, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+
+
+def _attention(
+    module: Any, x_BD: torch.Tensor, cache: RingCache, layer: int, penalty_N1K: torch.Tensor
+) -> torch.Tensor:
+    (B, D), N = x_BD.shape, len(penalty_N1K)
+    qkv_B3HC = linear(x_BD, module.c_attn.weight, module.c_attn.bias).view(B, 3, N // B, -1)
+    keys_BHKC, values_BHKC = cache.write(layer, qkv_B3HC[:, 1], qkv_B3HC[:, 2])
+    C, K = keys_BHKC.shape[3], keys_BHKC.shape[2]
+    q_N1C = qkv_B3HC[:, 0].reshape(N, 1, C)
+    scores_N1K = torch.baddbmm(penalty_N1K, q_N1C, keys_BHKC.view(N, K, C).transpose(1, 2), alpha=module.scaling)
+    out_BD = torch.bmm(scores_N1K.softmax(-1), values_BHKC.view(N, K, C)).view(B, D)
+    return linear(out_BD, module.c_proj.weight, module.c_proj.bias)
+
+
+def _feed_forward(module: Any, x_BD: torch.Tensor) -> torch.Tensor:
+    if isinstance(module, MoELayer):
+        out_BD: torch.Tensor = module(x_BD)
+        return out_BD
+    fc, proj = module.c_fc, module.c_proj
+    if isinstance(module.act, _TANH_GELUS):
+        hidden = linear_gelu_tanh(x_BD, fc.weight, fc.bias)
+    else:
+        hidden = module.act(linear(x_BD, fc.weight, fc.bias))
+    return linear(hidden, proj.weight, proj.bias)
