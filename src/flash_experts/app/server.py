@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import socket
 from importlib.resources import files
@@ -14,6 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from flash_experts.app.page import build_page
 from flash_experts.app.service import Playground
 
+_LOG = logging.getLogger(__name__)
 MOST_CONNECTIONS = 512
 LARGEST_BODY = 64 * 1024  # bytes of a request
 _OPEN = re.compile(
@@ -36,7 +38,6 @@ _HEADERS = {
 def make_app(playground: Playground) -> fastapi.FastAPI:
     """The application, for any ASGI server."""
     app = fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
-    own = files(__package__)
     app = gr.mount_gradio_app(
         app,
         build_page(playground),
@@ -50,7 +51,8 @@ def make_app(playground: Playground) -> fastapi.FastAPI:
         mcp_server=False,
         max_file_size=1,
         theme=_theme(),
-        css=own.joinpath("style.css").read_text("utf-8"),
+        # Given as css=, Gradio would put its own selectors before ours.
+        head=f"<style>{files(__package__).joinpath('style.css').read_text('utf-8')}</style>",
     )
     app.add_middleware(Gate)
     return app
@@ -66,6 +68,17 @@ def _theme() -> gr.themes.Base:
         spacing_size="sm",
     )
     return theme.set(
+        body_background_fill="*neutral_50",
+        input_border_width="1px",
+        input_border_color="*neutral_300",
+        checkbox_border_color="*neutral_400",
+        checkbox_label_border_width="1px",
+        checkbox_label_border_color="*neutral_300",
+        button_secondary_border_color="*neutral_300",
+        button_border_width="1px",
+        button_secondary_border_color_dark="*neutral_500",
+        input_border_color_dark="*neutral_600",
+        checkbox_label_border_color_dark="*neutral_600",
         block_title_background_fill="none",
         block_title_padding="0",
         block_title_text_color="*body_text_color",
@@ -75,18 +88,16 @@ def _theme() -> gr.themes.Base:
     )
 
 
-def serve(playground: Playground, listener: socket.socket) -> None:
-    """Serves until Ctrl+C or SIGTERM.
-
-    Args:
-        playground: its models.
-        listener: bound; closed at the end.
-    """
+def make_server(playground: Playground) -> uvicorn.Server:
+    """The server; ``run(sockets=[listener])`` serves until SIGINT, SIGTERM, or ``should_exit``."""
     config = uvicorn.Config(
-        make_app(playground), log_level="error", limit_concurrency=MOST_CONNECTIONS, timeout_graceful_shutdown=1,
-        timeout_keep_alive=30, lifespan="on",
-    )  # fmt: skip
-    uvicorn.Server(config).run(sockets=[listener])
+        make_app(playground),
+        log_level="error",
+        limit_concurrency=MOST_CONNECTIONS,
+        timeout_graceful_shutdown=1,
+        timeout_keep_alive=30,
+    )
+    return uvicorn.Server(config)
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -152,6 +163,10 @@ class Gate:
         except _TooLargeError:
             if not started:
                 await _refuse(send, 413, b"too large")
+        except Exception as error:  # a request that makes no sense to Gradio: one line, not its whole traceback
+            _LOG.error("%s %s: %r", scope["method"], scope["path"], error)
+            if not started:
+                await _refuse(send, 500, b"this request cannot be answered")
 
 
 class _TooLargeError(Exception):

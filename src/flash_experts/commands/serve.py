@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from contextlib import suppress
 from importlib.util import find_spec
 
 from jsonargparse import Namespace
@@ -20,7 +21,7 @@ def run(args: Namespace) -> None:
     warnings.filterwarnings("ignore", message=r"found \d+ of \d+ names")  # the page says so itself
     sources = args.model or [default_model()]
 
-    from flash_experts.app.server import bind, serve
+    from flash_experts.app.server import bind, make_server
     from flash_experts.app.service import Playground
 
     with bind(args.host, args.port) as listener:
@@ -31,7 +32,8 @@ def run(args: Namespace) -> None:
             f"The playground: http://{shown}:{port}  (models: {', '.join(playground.models)}; Ctrl+C ends it)",
             flush=True,
         )
-        serve(playground, listener)
+        with suppress(KeyboardInterrupt):  # how one ends it
+            make_server(playground).run(sockets=[listener])
     print("The playground is closed.")
 
 

@@ -1,0 +1,172 @@
+"""The endpoints, the gate, and many clients at once: a server in a thread of this process."""
+
+from __future__ import annotations
+
+import json
+import socket
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from flash_experts import NameGenerator
+from flash_experts.app.service import Playground
+from flash_experts.cli import main
+
+pytest.importorskip("gradio", reason="the playground's extra is not installed: pip install -e '.[app]'")
+from flash_experts.app.server import LARGEST_BODY, bind, make_server
+
+CLIENT = httpx.Client(timeout=120)  # one for all: each would read the machine's certificates anew
+
+
+@pytest.fixture(scope="module")
+def url(base: NameGenerator, experts: NameGenerator) -> Iterator[str]:
+    server = make_server(Playground({"dense": base, "experts": experts}, time_limit=5))
+    with bind("127.0.0.1", 0) as listener:
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        server.should_exit = True
+        thread.join()
+
+
+def ask(url: str, endpoint: str, **given: Any) -> Any:
+    """The last message of an endpoint: its data, or {"error": ...}."""
+    joined = CLIENT.post(f"{url}/gradio_api/call/v2/{endpoint}", json=given)
+    if joined.status_code != 200:
+        return {"status": joined.status_code, "error": joined.text}
+    answer = CLIENT.get(f"{url}/gradio_api/call/v2/{endpoint}/{joined.json()['event_id']}").text
+    data = json.loads(answer.rstrip().rpartition("data: ")[2])
+    return data[0] if isinstance(data, list) else data
+
+
+def test_names(url: str, base: NameGenerator) -> None:
+    got = ask(url, "generate", settings={"type_line": "Goblin", "count": 4, "seed": 7})
+    expected = base.generate(4, type_line="Goblin", seed=7)
+    assert [name["text"] for name in got["names"]] == [name.text for name in expected]
+    assert got["names"][0]["nearest_card"] == expected[0].nearest_card and got["is_over"]
+    again = ask(url, "generate", settings=ask(url, "settings", text=got["settings"]))
+    assert again["names"] == got["names"], "the string brings them back"
+
+
+def test_names_come_one_by_one(url: str) -> None:
+    joined = CLIENT.post(f"{url}/gradio_api/call/v2/stream", json={"settings": {"count": 3}})
+    answer = CLIENT.get(f"{url}/gradio_api/call/v2/stream/{joined.json()['event_id']}").text
+    messages = [json.loads(line[6:]) for line in answer.splitlines() if line.startswith("data: [")]
+    assert [len(message[0]["names"]) for message in messages if message][:3] == [1, 2, 3]
+
+
+def test_comparison_and_inspection(url: str) -> None:
+    left, right = ask(url, "compare", settings={"count": 3}, preset_a="conservative", preset_b="creative")
+    assert left["seed"] == right["seed"] and left["names"] != right["names"]
+    looked = ask(url, "inspect", name="Goblin Warfang", settings={"colors": "R"}, model="experts")
+    assert looked["num_experts"] == 4 and set(looked["experts"]) == {"1", "3"}
+    assert len(looked["experts"]["1"]) == len(looked["tokens"]) == len(looked["attention"][0][0])
+    assert ask(url, "inspect", name="Goblin Warfang", settings={}, model="dense")["experts"] is None
+    options = ask(url, "options")
+    assert options["models"] == ["dense", "experts"] and options["settings"]["count"] == 20
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "given", "message"),
+    [
+        ("generate", {"settings": {"count": 101}}, "1 to 100"),
+        ("generate", {"settings": {"counts": 3}}, "unknown setting 'counts'"),
+        ("generate", {"settings": [1]}, "must be an object"),
+        ("generate", {"settings": {"colors": "purple"}}, "purple"),
+        ("generate", {"settings": {}, "model": "../../etc/passwd"}, "no model"),
+        ("generate", {"settings": {}, "model": {"path": "x"}}, "must be a text"),
+        ("generate", {"settings": {"regex": "(((((.{40}){40}){40}){40}){40}){40}"}}, "regex"),
+        ("generate", {"settings": {"regex": "x{30}y{30}"}}, "matches no name"),
+        ("compare", {"settings": {}, "preset_a": "bold"}, "unknown preset"),
+        ("inspect", {"name": "a" * 61, "settings": {}}, "60 are the most"),
+        ("inspect", {"name": 3, "settings": {}}, "must be a text"),
+        ("settings", {"text": "count=3"}, "begin with"),
+    ],
+)
+def test_a_bad_request_is_told(url: str, endpoint: str, given: dict[str, Any], message: str) -> None:
+    assert message in ask(url, endpoint, **given)["error"]
+
+
+def test_it_is_documented(url: str) -> None:
+    described = CLIENT.get(f"{url}/gradio_api/openapi.json").json()
+    for endpoint in ("generate", "stream", "compare", "inspect", "settings", "options"):
+        assert described["paths"][f"/gradio_api/call/v2/{endpoint}"]["post"]["description"]
+
+
+def test_the_gate(url: str) -> None:
+    for path in (
+        *("upload", "file=/etc/passwd", "file/etc/passwd", "proxy=http://example.org", "component_server", "runs"),
+        *("stream/a", "deep_link", "vibe-edit", "run/generate", "api/generate", "../../etc/passwd"),
+    ):
+        for method in ("GET", "POST"):
+            assert CLIENT.request(method, f"{url}/gradio_api/{path}").status_code == 404, path
+    for path in ("monitoring", "docs", "login", "assets/../../../pyproject.toml", "static/%2e%2e/%2e%2e/routes.py"):
+        assert CLIENT.get(f"{url}/{path}").status_code in (403, 404), path
+    join = f"{url}/gradio_api/queue/join"
+    assert CLIENT.post(join, content=b"x" * (LARGEST_BODY + 1)).status_code == 413
+    assert CLIENT.post(join, content=iter([b"x" * LARGEST_BODY, b"x"])).status_code in (400, 413)
+    headers = CLIENT.get(url).headers
+    assert "connect-src 'self'" in headers["content-security-policy"]
+    assert headers["x-content-type-options"] == "nosniff"
+
+
+def test_nonsense_breaks_nothing(url: str) -> None:
+    """Functions of the page, called directly and through the queue, with anything in place of their values."""
+    functions = [each["id"] for each in CLIENT.get(f"{url}/config").json()["dependencies"]]
+    assert len(functions) > 10
+    for number in (*functions, -1, 10**9, "x", None):
+        for data in ([], [None] * 40, [{"path": "/etc/passwd", "meta": {"_type": "gradio.FileData"}}] * 5, "x"):
+            body = {"fn_index": number, "data": data, "session_hash": "abc", "event_data": [1]}
+            direct = CLIENT.post(f"{url}/gradio_api/run/predict", json=body)
+            assert direct.status_code >= 400 or "passwd" not in direct.text
+        CLIENT.post(f"{url}/gradio_api/queue/join", json=body)
+    assert len(ask(url, "generate", settings={"count": 1})["names"]) == 1
+
+
+def test_64_clients_at_once(url: str) -> None:
+    """Each gets its names or is told that all is busy; then everything is as before."""
+    with ThreadPoolExecutor(64) as pool:
+        answers = list(pool.map(lambda seed: ask(url, "generate", settings={"count": 2, "seed": seed}), range(64)))
+    kinds = Counter("names" if answer.get("is_over") else answer["status"] for answer in answers)
+    assert set(kinds) <= {"names", 503} and kinds["names"] >= 32, kinds
+    assert all("full" in answer["error"] for answer in answers if "error" in answer)
+    assert len(ask(url, "generate", settings={"count": 2})["names"]) == 2
+
+
+def test_the_time_of_a_request_is_limited(url: str) -> None:
+    began = time.monotonic()
+    got = ask(url, "generate", settings={"min_distance": 0.8, "count": 100})
+    assert "stopped after 5 s" in got["note"] and time.monotonic() - began < 15
+
+
+# --------------------------------------------------------------------------------------------------------- the command
+
+
+def test_bad_input_of_the_command_is_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        for arguments, message in (
+            (["--model", "nowhere"], "no model at nowhere"),
+            ([], "give --model DIR"),
+            (["--model", "nowhere", "--port", port], "Take another --port"),
+            (["--model", "nowhere", "--port", "70000"], "65535"),
+            (["--model", "nowhere", "--host", "no.such.host.invalid"], "cannot listen"),
+        ):
+            assert main(["serve", *arguments]) == 1
+            said = capsys.readouterr().err
+            assert message in said and said.count("\n") == 1, said
+    assert main(["serve", "--prt", "1"]) == 2 and "did you mean 'port'" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    assert main(["serve"]) == 1
+    assert "pip install 'flash-experts[app]'" in capsys.readouterr().err
