@@ -88,7 +88,7 @@ def test_both_sides_have_one_seed(playground: Playground) -> None:
 def test_an_inspection_tells_what_the_model_computes(playground: Playground, base: NameGenerator) -> None:
     name = base.generate(1, type_line="Creature — Goblin", colors="R", seed=3)[0]
     found = inspect_name(playground.model("dense"), name.text, GOBLINS)
-    assert found.prompt == "Creature Goblin, red:" and found.tokens[0] == "[begin]"
+    assert found.prompt == "creature goblin, red:" and found.tokens[0] == "[begin]"
     told = "".join(found.tokens[found.prompt_length :]).replace("·", " ").strip()
     assert told == name.text
     assert sum(np.log(step.probability) for step in found.steps) == pytest.approx(name.log_prob, abs=1e-3)
