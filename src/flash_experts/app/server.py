@@ -92,7 +92,7 @@ def make_server(playground: Playground) -> uvicorn.Server:
     """The server; ``run(sockets=[listener])`` serves until SIGINT, SIGTERM, or ``should_exit``."""
     config = uvicorn.Config(
         make_app(playground),
-        log_level="error",
+        log_level="critical",  # open connections that end with the server are no news; `Gate` tells of errors
         limit_concurrency=MOST_CONNECTIONS,
         timeout_graceful_shutdown=1,
         timeout_keep_alive=30,
