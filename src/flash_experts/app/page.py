@@ -17,6 +17,7 @@ from flash_experts.generation import PRESETS
 
 AT_ONCE = 4  # requests that take turns at the models
 MOST_WAITING = 32  # requests that wait; the next are told that the playground is busy
+MOST_SESSIONS = 500  # tables that are remembered: 200 kB each at most
 _QUEUE = "names"  # all that computes waits in one queue
 _COMPUTES: dict[str, Any] = {
     "concurrency_id": _QUEUE, "concurrency_limit": AT_ONCE, "api_visibility": "private", "show_progress": "hidden",
@@ -72,6 +73,7 @@ def build_page(playground: Playground) -> gr.Blocks:
         panel.click(_look_again(handlers), looked, panel, **_COMPUTES)
         add_endpoints(playground, _QUEUE, AT_ONCE)
     page.queue(max_size=MOST_WAITING, api_open=False, default_concurrency_limit=AT_ONCE)
+    page.state_session_capacity = MOST_SESSIONS
     return page
 
 
