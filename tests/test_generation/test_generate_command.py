@@ -66,7 +66,12 @@ def test_every_constraint_is_an_option(command: list[str], capsys: pytest.Captur
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 6
     for line in lines:
-        assert line.lower().endswith("ing") and "a" in line.lower() and 8 <= len(line) <= 30 and len(line.split()) in (2, 3)
+        assert (
+            line.lower().endswith("ing")
+            and "a" in line.lower()
+            and 8 <= len(line) <= 30
+            and len(line.split()) in (2, 3)
+        )
     assert main([*command, "--words", "1"]) == 0
     assert all(" " not in line for line in capsys.readouterr().out.splitlines())
     assert main([*command, "--alliterate", "--count", "1", "--like", "Goblin Guide"]) == 0

@@ -51,12 +51,12 @@ def check_folder(folder: Path) -> None:
             raise ValueError(f"{folder / 'config.json'} names kernels of a hub to run, {value}: this program runs none")
     if (folder / "adapter_config.json").exists():
         raise ValueError(f"{folder} is an adapter to another model: merge the two first (PEFT: merge_and_unload)")
-    for path in _weight_files(folder):
+    for path in weight_files(folder):
         if path.parent != folder or not path.is_file():
             raise ValueError(f"{folder / INDEX} names weights that are not in its folder: {path}")
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
     """The files of the weights, by name: not looked for yet.
 
     Raises:
@@ -94,7 +94,7 @@ def check_sizes(folder: Path, config: PretrainedConfig) -> None:
     Raises:
         ValueError: the weights are fewer, or their files are damaged.
     """
-    tensors = [size for path in _weight_files(folder) for size in _tensor_sizes(path)]
+    tensors = [size for path in weight_files(folder) for size in tensor_sizes(path)]
     layers = getattr(config, "num_hidden_layers", 1)  # some classes of transformers have none
     if not 1 <= layers <= max(1, len(tensors)):  # else making the model, empty as it is, would take for ever
         raise ValueError(f"{folder / 'config.json'} asks for {layers:,} layers, but the weights are {len(tensors):,}")
@@ -112,7 +112,7 @@ def check_sizes(folder: Path, config: PretrainedConfig) -> None:
         )
 
 
-def _tensor_sizes(path: Path) -> list[int]:
+def tensor_sizes(path: Path) -> list[int]:
     """Elements of each tensor of a safetensors file, from its header; the file must be as long as that says."""
     size = path.stat().st_size
     try:
