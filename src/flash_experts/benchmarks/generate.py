@@ -33,7 +33,7 @@ from flash_experts.generation.generator import NameGenerator
 from flash_experts.generation.presets import Sampling
 
 PROMPT = "legendary creature goblin, red, 3:"
-LONGEST, TOP_K = 32, 200
+LONGEST, TOP_K = 48, 200  # tokens of the longest name: in letters, nearly all real names
 
 
 def run(args: Any) -> Report:
