@@ -16,10 +16,12 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerFast
 
 from flash_experts.data.cards import Card
+from flash_experts.data.packing import pack
 from flash_experts.models import GPT2MoEConfig, GPT2MoEForCausalLM
 from flash_experts.models.flash_attention import ATTENTION_IMPLEMENTATION
 from flash_experts.training import Callback, NonFiniteLossError, Trainer, TrainingConfig
 from flash_experts.training.checkpoint import checkpoint_steps
+from flash_experts.training.run_info import parameter_counts, training_flops
 from flash_experts.training.tracking import read_metrics
 
 FIRST = ["Goblin", "Elf", "Dragon", "Angel", "Storm", "Fire", "Blood", "Night"]
@@ -237,3 +239,42 @@ def test_all_configuration_problems_come_at_once() -> None:
     for part in ("max_steps, max_epochs or max_minutes", "learning_rate is -1", "betas[1]", "cosin", "a/b"):
         assert part in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_bits_per_character_leave_the_balancing_losses_out(
+    dense_config: GPT2Config, tokenizer: PreTrainedTokenizerFast, config: TrainingConfig
+) -> None:
+    bits, losses = [], []
+    for weight in (0.0, 0.5):
+        model = GPT2MoEForCausalLM.from_dense(
+            make_model(dense_config, dropout=0.0), num_experts=4, router_aux_loss_coef=weight, router_z_loss_coef=weight
+        )
+        settings = replace(config, run_name=f"weight-{weight}", max_steps=1, gradient_accumulation_steps=2)
+        trainer = Trainer(model, tokenizer, TRAIN, [], settings)
+        names = trainer.batches.names_of_step(0)
+        trainer.train()
+        (line,) = read_metrics(settings.run_dir / "metrics.jsonl", "train")
+        bits.append(line["bits_per_char"])
+        if weight == 0:
+            labels = sum(len(name.ids) - name.prompt_length for name in names)
+            characters = sum(int(pack([name]).characters) for name in names)
+            assert bits[0] == pytest.approx(line["loss"] * labels / math.log(2) / characters, rel=1e-5)
+        losses.append(line["loss"])
+    assert losses[1] > 1.1 * losses[0]
+    assert bits[0] == pytest.approx(bits[1], rel=1e-5)
+
+
+def test_frozen_parts_cost_no_arithmetic_of_their_own(dense: GPT2LMHeadModel) -> None:
+    counts = parameter_counts(dense)
+    assert counts["body_flops"] == 6 * counts["body"] and counts["head_flops"] == 6 * counts["head"]
+    assert training_flops(counts, 10, 4) == 60 * counts["body"] + 24 * counts["head"]
+    last = dense.transformer.h[-1]
+    dense.requires_grad_(False)
+    last.mlp.requires_grad_(True)
+    frozen = parameter_counts(dense)
+    # The gradient goes no deeper than the MLP of the last block; its first weight needs none of its input.
+    mlp = sum(parameter.numel() for parameter in last.mlp.parameters())
+    final_norm = 2 * dense.config.n_embd
+    first = last.mlp.c_fc.weight.numel()
+    assert frozen["body_flops"] == 2 * (frozen["body"] + 2 * mlp + final_norm - first)
+    assert frozen["head_flops"] == 4 * frozen["head"]

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
-from torch import nn
+from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
+from flash_experts.data.packing import PackedBatch
 from flash_experts.models.router_metrics import router_metrics
 
 # Buffers of a router that are no part of the model: what it has done since the last line.
 _ROUTER_BUFFERS = ("interval_counts_E", "interval_pairs_EE", "interval_sums")
 _BALANCING_LOSSES = ("aux_loss", "z_loss")
+# Of the sums: those to which each process adds its own part.
+_PARTS = [0, 3, 4]
 
 
 class Interval:
@@ -23,32 +27,45 @@ class Interval:
     Args:
         model: the plain model, whose routers count for themselves.
         accelerator: adds up over the processes.
+        label_smoothing: of the loss.
     """
 
-    def __init__(self, model: nn.Module, accelerator: Accelerator):
-        self._model, self._accelerator = model, accelerator
-        # This process's part of the losses, how many steps they are of, the last norm of a whole gradient.
-        self._sums = torch.zeros(3, device=accelerator.device)
+    def __init__(self, model: PreTrainedModel, accelerator: Accelerator, label_smoothing: float):
+        self._model, self._accelerator, self._label_smoothing = model, accelerator, label_smoothing
+        # This process's part of the losses, how many steps they are of, the last norm of a whole gradient; nats of its
+        # names without any balancing loss, and their characters.
+        self._sums = torch.zeros(5, device=accelerator.device)
+        self._names_of_step = torch.zeros(2, device=accelerator.device)
         self._balancing: dict[str, torch.Tensor] = {}
 
     def add(self, loss: torch.Tensor, grad_norm: torch.Tensor, is_bad: torch.Tensor) -> None:
         """Counts a step: 0-dimensional loss, norm and flag. A step that is skipped as bad leaves no trace."""
-        total, steps, last_norm = self._sums
+        total, steps, _ = self._sums[:3]
         added = torch.stack([total + loss, steps + 1, grad_norm.to(total.dtype)])
-        self._sums = torch.where(is_bad, torch.stack([total, steps, last_norm]), added)
+        added = torch.cat([added, self._sums[3:] + self._names_of_step])
+        self._sums = torch.where(is_bad, self._sums, added)
+        self._names_of_step = torch.zeros_like(self._names_of_step)
 
-    def see(self, output: ModelOutput) -> None:
-        """Remembers the balancing losses of the last forward."""
+    def see(self, output: ModelOutput, row: PackedBatch, num_labels: int) -> None:
+        """Remembers the balancing losses of the last forward, and counts the nats of its names: ``output.loss`` is
+        their sum over the labels of the step, and the weighted balancing losses by the row's share of those."""
         self._balancing = {name: output[name].detach() for name in _BALANCING_LOSSES if output.get(name) is not None}
+        nats = output["loss"].detach() * num_labels
+        for name, value in self._balancing.items():
+            nats = nats - getattr(self._model.config, f"router_{name}_coef") * value * row.labels.numel()
+        self._names_of_step += torch.stack([nats.float(), row.characters.sum().to(nats.device, torch.float32)])
 
     def metrics(self) -> dict[str, float]:
-        """Mean loss (left out if every step was skipped), norm of the last gradient, what the routers did; begins
-        anew. Every process must call it."""
+        """Mean loss (left out if every step was skipped), norm of the last gradient, bits per character of the names
+        (the end symbol counts as one) after their prompts, what the routers did; begins anew. Every process must call
+        it."""
         sums = self._sums.clone()
-        sums[0] = cast(torch.Tensor, self._accelerator.reduce(sums[0], "sum"))
-        total, steps, grad_norm = sums.tolist()
-        self._sums[:2] = 0
+        sums[_PARTS] = cast(torch.Tensor, self._accelerator.reduce(sums[_PARTS], "sum"))
+        total, steps, grad_norm, nats, characters = sums.tolist()
+        self._sums[[0, 1, 3, 4]] = 0
         loss = {"loss": total / steps, "grad_norm": grad_norm} if steps else {}
+        if steps and not self._label_smoothing:  # a smoothed loss is no code length
+            loss["bits_per_char"] = nats / math.log(2) / characters
         balancing = {name: value.item() for name, value in self._balancing.items()}
         self._add_up_routers()
         return loss | balancing | router_metrics(self._model)
@@ -65,7 +82,7 @@ class Interval:
             self._sums = sums[rank].clone()
         else:  # another number of processes: each takes an equal part of the loss
             self._sums = sums[0].clone()
-            self._sums[0] = sums[:, 0].sum() / world
+            self._sums[_PARTS] = sums[:, _PARTS].sum(0) / world
         for name, buffer in self._router_buffers().items():
             if state[name].shape[1:] != buffer.shape:
                 raise ValueError(f"{name} is of other experts")

@@ -86,24 +86,34 @@ def git_commit() -> str | None:
 
 def parameter_counts(model: PreTrainedModel) -> dict[str, int]:
     """Weights of a model: ``total``; ``body``, those of its blocks that a token is multiplied with (its k
-    experts alone); ``head``, those of the output layer. Embedding tables are looked up, not multiplied."""
+    experts alone); ``head``, those of the output layer. Embedding tables are looked up, not multiplied.
+
+    ``body_flops`` and ``head_flops`` are the arithmetic of a training step for each token and each label: 2 a weight
+    for the forward, 2 for the gradient of its input, where anything before it is trained, and 2 for its own gradient,
+    where it is trained: 6 where nothing is frozen."""
     looked_up = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     head = model.get_output_embeddings().weight
     share = 1.0
     if isinstance(model.config, GPT2MoEConfig):
         share = model.config.num_experts_per_tok / model.config.num_experts
-    body = 0.0
+    body = body_flops = 0.0
+    trained_before = False  # parameters are named in the order of the forward
     for name, parameter in model.named_parameters():
         if id(parameter) not in looked_up and parameter is not head:
-            body += parameter.numel() * (share if ".experts." in name else 1.0)
+            multiplied = parameter.numel() * (share if ".experts." in name else 1.0)
+            body += multiplied
+            body_flops += 2 * multiplied * (1 + trained_before + parameter.requires_grad)
+        trained_before = trained_before or parameter.requires_grad
+    head_flops = 2 * head.numel() * (1 + trained_before + head.requires_grad)
     total = sum(parameter.numel() for parameter in model.parameters())
-    return {"total": total, "body": round(body), "head": head.numel()}
+    counts = {"total": total, "body": round(body), "head": head.numel()}
+    return counts | {"body_flops": round(body_flops), "head_flops": head_flops}
 
 
 def training_flops(counts: dict[str, int], tokens: int, labels: int) -> float:
-    """Arithmetic of a forward and backward: 6 for each weight and token; the head sees labelled positions
-    alone. Attention's own products are left out: names are short."""
-    return 6.0 * (counts["body"] * tokens + counts["head"] * labels)
+    """Arithmetic of a forward and backward, by `parameter_counts`; the head sees labelled positions alone. Attention's
+    own products are left out: names are short."""
+    return float(counts["body_flops"] * tokens + counts["head_flops"] * labels)
 
 
 def peak_flops(device: torch.device) -> float | None:

@@ -104,7 +104,7 @@ class Trainer:
         self.guard = FiniteGuard(config.on_nan == "stop", self.device, self.world)
         # All that a step leaves to the next: the weights, `state`, and what is registered. See `stateful`.
         self.state = TrainerState()
-        self.interval = Interval(self.model, self.accelerator)
+        self.interval = Interval(self.model, self.accelerator, config.label_smoothing)
         self.checkpointer = Checkpointer(
             self.run_dir,
             self.model,
@@ -241,7 +241,7 @@ class Trainer:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
             output = self.parallel.wrapped(**row.to(self.device).inputs_with_loss(num_labels))
         self.parallel.backward(output.loss)
-        self.interval.see(output)
+        self.interval.see(output, row, num_labels)
         return cast(torch.Tensor, output.loss.detach())
 
     def _rows_of_step(self) -> tuple[list[PackedBatch], int]:

@@ -1,0 +1,138 @@
+"""What the trainer costs beyond a bare loop of forward, backward and optimizer step, on this machine.
+
+    python benchmarks/trainer_overhead.py [--steps 30] [--tokens 2048] [--experts 8] [--out result.json]
+
+Both train the same model (models/mtg-base, upcycled) from the same weights on the same rows, in turns of two steps,
+so that whatever else the machine does meets both. The bare loop has its rows ready and does nothing but train; the
+trainer does all that it does in a run: cuts names into rows, seeds dropout, takes the norm of the gradient, looks for
+NaN, moves router biases, logs. Validations, samples and checkpoints are not in it; the trainer's own figures leave them
+out too. The losses of both must be the same, turn by turn, or the comparison is void.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as our commands set it, for both sides
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+import torch
+
+from flash_experts.data.packing import pack
+from flash_experts.data.prepare import load_split
+from flash_experts.training import Callback, Trainer, TrainingConfig
+from flash_experts.training.build import build_model
+from flash_experts.training.model_config import ModelConfig
+
+TURN = 2
+RATE = 1e-4
+
+
+class BareLoop(Callback):
+    """Trains a copy of the model in between, a turn each time that the trainer logs."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, list[float]] = {"trainer": [], "bare": []}
+        self.losses: dict[str, list[float]] = {"trainer": [], "bare": []}
+
+    def begin(self, trainer: Trainer, steps: int) -> None:
+        self.model = copy.deepcopy(trainer.model).train()
+        decays = [group["weight_decay"] for group in trainer.optimizers["optimizer"].param_groups]
+        names = {parameter: name for name, parameter in trainer.model.named_parameters()}
+        own = dict(self.model.named_parameters())
+        groups = [
+            {"params": [own[names[parameter]] for parameter in group["params"]], "weight_decay": decay}
+            for group, decay in zip(trainer.optimizers["optimizer"].param_groups, decays, strict=True)
+        ]
+        self.optimizer = torch.optim.AdamW(groups, lr=RATE, betas=(0.9, 0.95), eps=1e-8, fused=True)
+        self.rows = [trainer.batches.rows_of_step(step, 1)[0] for step in range(steps)]
+        self.inputs = [pack(row) for row in self.rows]
+        self.start = time.perf_counter()
+
+    def on_log(self, step: int, metrics: Mapping[str, float]) -> None:
+        self.seconds["trainer"].append(time.perf_counter() - self.start)
+        self.losses["trainer"].append(metrics["loss"])
+        start = time.perf_counter()
+        total = torch.zeros(())
+        for inputs in self.inputs[step - TURN : step]:
+            loss = self.model(**inputs.inputs_with_loss(inputs.labels.numel())).loss
+            loss.backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+            total += loss.detach()
+        self.losses["bare"].append(total.item() / TURN)
+        self.seconds["bare"].append(time.perf_counter() - start)
+        self.start = time.perf_counter()
+
+
+def measure(steps: int, tokens: int, experts: int, base: str, data: str) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        cards = load_split(data, "train")
+        model, tokenizer = build_model(base, ModelConfig(num_experts=experts, dropout=0.0), cards, seed=0)
+        config = TrainingConfig(
+            output_dir=folder,
+            run_name="run",
+            max_steps=steps,
+            max_epochs=None,
+            tokens_per_batch=tokens,
+            learning_rate=RATE,
+            schedule="constant",
+            warmup_steps=0,
+            clip_norm=None,
+            log_every=TURN,
+            eval_every=None,
+            checkpoint_every=None,
+            device="cpu",
+        )
+        bare = BareLoop()
+        trainer = Trainer(model, tokenizer, cards, [], config, [bare])
+        bare.begin(trainer, steps)
+        trainer.train()
+    # The first turn warms both up, and has the making of the optimizers' state.
+    seconds = {side: turns[1:] for side, turns in bare.seconds.items()}
+    ratios = [mine / theirs for mine, theirs in zip(seconds["trainer"], seconds["bare"], strict=True)]
+    difference = max(abs(a - b) for a, b in zip(bare.losses["trainer"], bare.losses["bare"], strict=True))
+    return {
+        "model": f"{base}, {experts} experts",
+        "tokens_per_step": tokens,
+        "steps_each": TURN * len(ratios),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "trainer_seconds_per_step": statistics.median(seconds["trainer"]) / TURN,
+        "bare_seconds_per_step": statistics.median(seconds["bare"]) / TURN,
+        "ratio_of_sums": sum(seconds["trainer"]) / sum(seconds["bare"]),
+        "median_ratio_of_turns": statistics.median(ratios),
+        "ratios_of_turns": [round(ratio, 3) for ratio in ratios],
+        "largest_difference_of_losses": difference,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--experts", type=int, default=8, help="0 for the dense model")
+    parser.add_argument("--base", default="models/mtg-base")
+    parser.add_argument("--data", default="data/mtg", help="what `flash-experts prepare` wrote")
+    parser.add_argument("--out", type=Path, default=None, help="JSON file for the result")
+    args = parser.parse_args()
+    result = measure(args.steps, args.tokens, args.experts, args.base, args.data)
+    text = json.dumps(result, indent=2)
+    print(text)
+    if args.out is not None:
+        args.out.write_text(text + "\n", encoding="utf-8")
+    if result["largest_difference_of_losses"] > 1e-4:
+        raise SystemExit("the losses of the two differ: they did not do the same")
+
+
+if __name__ == "__main__":
+    main()
