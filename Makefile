@@ -4,7 +4,7 @@ BIN := .venv/bin
 FLASH := $(BIN)/flash-experts
 ONE_THREAD := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: demo test learn lint audit bench install clean
+.PHONY: demo test learn docs lint audit bench install clean
 
 demo: .venv/.installed  ## real cards, a small MoE fine-tuned on them, compared, and names
 	@PATH="$(CURDIR)/$(BIN):$$PATH" sh scripts/demo.sh
@@ -13,7 +13,10 @@ test: .venv/.installed-dev  ## all tests
 	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist worksteal
 
 learn: .venv/.installed-dev  ## every chapter of the learning path and its solutions, as scripts
-	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 -m "long or not long" tests/test_learn.py
+	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 tests/test_learn.py
+
+docs: .venv/.installed-dev  ## the site, in build/site: the chapters that changed are run for it
+	@$(BIN)/python scripts/stage_docs.py --run && $(BIN)/zensical build --strict
 
 lint: .venv/.installed-dev  ## style, types, import directions
 	$(BIN)/ruff check .

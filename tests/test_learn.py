@@ -7,19 +7,12 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 LEARN = Path(__file__).parent.parent / "docs/learn"
 CHAPTERS = sorted(LEARN.glob("[0-9][0-9]_*.py"))
 SOLUTIONS = sorted((LEARN / "solutions").glob("[0-9][0-9]_*.py"))
-# These train, for a minute or so each: `make learn` runs them, `make test` the others.
-TRAIN = {"03_mixture_of_experts", "04_upcycling"}
-
-
-def _each(paths: list[Path]) -> list[Any]:
-    return [pytest.param(path, id=path.stem, marks=[pytest.mark.long] * (path.stem in TRAIN)) for path in paths]
 
 
 def run_script(path: Path, folder: Path, **environment: str) -> str:
@@ -33,7 +26,7 @@ def run_script(path: Path, folder: Path, **environment: str) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", _each(CHAPTERS))
+@pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
 def test_chapter_runs_and_draws(path: Path, tmp_path: Path) -> None:
     said = run_script(path, tmp_path, LEARN_FIGURES=str(tmp_path / "figures"))
     named = re.findall(r"^\[figure: (.+)\]$", said, re.MULTILINE)
@@ -44,7 +37,7 @@ def test_chapter_runs_and_draws(path: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", _each(SOLUTIONS))
+@pytest.mark.parametrize("path", SOLUTIONS, ids=lambda path: path.stem)
 def test_solutions_run(path: Path, tmp_path: Path) -> None:
     assert run_script(path, tmp_path)
     assert not list(tmp_path.iterdir())

@@ -19,7 +19,7 @@
 # (chapter 3), and attention carries information from token to token. Nothing else does. So everything that the end of a
 # name knows about its beginning, and about the card's type and color, came through attention.
 #
-# We use the small GPT-2 of this repository (`models/mtg-base`, 4 blocks, 4 heads, width 256) and a real card.
+# We use the small GPT-2 of this repository (`models/mtg-base`) and a real card.
 
 # %%
 import matplotlib.pyplot as plt
@@ -38,6 +38,8 @@ train_cards = cards("train")
 krenko = next(card for card in train_cards if card.name == "Krenko, Mob Boss")
 encoded = encode_cards([krenko], tokenizer)[0]
 texts = token_texts(encoded, tokenizer)
+size = model.config
+print(f"{size.n_layer} blocks, {size.n_head} heads, width {size.n_embd}, {size.vocab_size:,} tokens in the vocabulary")
 print(krenko.type_line, krenko.colors, krenko.mana_value)
 print(texts)
 
@@ -64,10 +66,18 @@ def weights_of(block: int) -> torch.Tensor:
     return scores_HSS.masked_fill(later_SS, -torch.inf).softmax(-1)
 
 
+P = encoded.prompt_length
+all_KHSS = torch.stack([weights_of(block) for block in range(size.n_layer)])
+of_name_KHSS = all_KHSS[:, :, P:]  # rows of the name
+habits = {
+    "itself": all_KHSS.diagonal(0, 2, 3)[:, :, P:].mean(-1),
+    "the piece before": all_KHSS.diagonal(-1, 2, 3)[:, :, P - 1 :].mean(-1),
+    "the attributes": of_name_KHSS[..., 1:P].sum(-1).mean(-1),
+}
 figure, axes = plt.subplots(1, 3, figsize=(13, 4.6), sharey=True)
-for axis, (block, head, title) in zip(
-    axes, [(0, 2, "mostly itself"), (1, 1, "the piece before"), (2, 1, "the attributes, all a little")], strict=True
-):
+for axis, (title, share_KH) in zip(axes, habits.items(), strict=True):
+    block, head = divmod(int(share_KH.argmax()), H)
+    title = f"{title} ({share_KH.max():.0%} on average)"
     axis.imshow(weights_of(block)[head], cmap="Blues", norm=PowerNorm(0.5, 0, 1))  # small weights are to be seen
     axis.set_xticks(range(S), texts, rotation=90)
     axis.set_yticks(range(S), texts)
@@ -78,10 +88,9 @@ axes[0].set_ylabel("query: the token that looks\n(under the line: the name)")
 show(figure, "01_weights")
 
 # %% [markdown]
-# Read the lower part, the name. One head looks at the token itself. One looks at the piece before ("Bo" at "Mob"), or
-# at the begin symbol when it wants nothing. One gathers the attributes. Nobody told them to share the work like this:
-# it is what 20 minutes of training on names left behind. In the upper right there is nothing: no token looks at a
-# later one.
+# Of all heads we show those that, in the rows of the name, look most at the token itself, at the piece before, and at the
+# card's attributes. (A head that wants nothing often looks at the begin symbol.) Nobody told them to share the work like
+# this: it is what training on names left behind. In the upper right there is nothing: no token looks at a later one.
 #
 # ## The formula, with shapes
 #
@@ -207,7 +216,7 @@ def leak(cu_seq_lens: torch.Tensor) -> float:
     inputs = packed.inputs | {"cu_seq_lens_q": cu_seq_lens, "cu_seq_lens_k": cu_seq_lens}
     inputs |= {"max_length_q": int(cu_seq_lens.diff().max()), "max_length_k": int(cu_seq_lens.diff().max())}
     changed = packed.input_ids.clone()
-    changed[0, 3] = (changed[0, 3] + 1000) % model.config.vocab_size
+    changed[0, 3] = (changed[0, 3] + 100) % model.config.vocab_size
     moved_LV = model(**(inputs | {"input_ids": changed})).logits[0] - model(**inputs).logits[0]
     return moved_LV[packed.name_index > 0].abs().max().item()
 

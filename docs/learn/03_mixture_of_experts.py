@@ -19,9 +19,9 @@
 # and a small linear layer, the router, sends each token to K of them. Weights grow with E, arithmetic with K.
 #
 # A router without training would choose at random, so we make a real one first: eight copies of the MLP in every second
-# block of `models/mtg-base` (chapter 4 is about that step), then 40 steps of fine-tuning on card names. That is the
+# block of `models/mtg-base` (chapter 4 is about that step), then 30 steps of fine-tuning on card names. That is the
 # public API, as `examples/finetune_mtg_names.py` uses it. The router learns at ten times the rate of the experts, and
-# all the rest is frozen: so there is something to see after a quarter of a minute.
+# all the rest is frozen: so there is something to see after a few seconds.
 
 # %%
 import tempfile
@@ -53,9 +53,9 @@ from flash_experts.training import Trainer, TrainingConfig
 from flash_experts.training.training_config import LearningRateScale
 
 dense, tokenizer = load_base()
-train_cards, validation_cards = cards("train"), cards("validation")[:300]
+train_cards, validation_cards = cards("train"), cards("validation")[:200]
 names = [card.name for card in validation_cards]
-E, K = 8, 2
+E, K, LAST = 8, 2, dense.config.n_layer - 1
 
 torch.manual_seed(0)
 model = GPT2MoEForCausalLM.from_dense(dense, num_experts=E, num_experts_per_tok=K, moe_layer_freq=2)
@@ -64,9 +64,9 @@ with tempfile.TemporaryDirectory() as folder:
     config = TrainingConfig(
         output_dir=folder,
         run_name="chapter-3",
-        max_steps=40,
+        max_steps=30,
         max_epochs=None,
-        tokens_per_batch=768,
+        tokens_per_batch=640,
         learning_rate=1e-3,
         lr_scale=LearningRateScale(router=10, dense=0),
         eval_every=None,
@@ -88,13 +88,13 @@ for row, name_map in enumerate(after.maps[:12]):
     of_name = [place for place, kind in enumerate(name_map.classes) if kind not in ("begin symbol", "prompt")]
     x = 0.0
     for place in of_name:
-        expert, gate = name_map.experts[3][place][0]
+        expert, gate = name_map.experts[LAST][place][0]
         text = f"{name_map.tokens[place]} {expert}"
         width = 0.18 + 0.085 * len(text)
         axis.barh(-row, width, left=x, height=0.8, color=f"C{expert}", alpha=0.35 + 0.5 * gate, edgecolor="white")
         axis.text(x + width / 2, -row, text, ha="center", va="center", fontsize=8)
         x += width
-axis.set(title="each token and its first expert, block 3 (strong color: large gate)", yticks=[], xticks=[])
+axis.set(title=f"each token and its first expert, block {LAST} (strong color: large gate)", yticks=[], xticks=[])
 axis.spines[:].set_visible(False)
 show(figure, "03_choices")
 
@@ -131,20 +131,20 @@ table(["bits that experts tell about the", "shuffled labels", "untrained router"
 # | chosen experts, gates g | (T, K) | gates of a token sum to 1 |
 # | up_proj, down_proj | (E, D, F), (E, F, D) | the experts, stacked |
 #
-# One token, step by step. We catch what enters the MoE layer of block 3 for "Krenko, Mob Boss".
+# One token, step by step. We catch what enters the last MoE layer for "Krenko, Mob Boss".
 
 # %%
 torch.set_grad_enabled(False)
 krenko = encode_cards([card for card in train_cards if card.name == "Krenko, Mob Boss"], tokenizer)[0]
 texts = token_texts(krenko, tokenizer)
-layer: MoELayer = model.transformer.h[3].mlp
+layer: MoELayer = model.transformer.h[LAST].mlp
 caught: list[torch.Tensor] = []
 hook = layer.register_forward_hook(lambda module, inputs, output: caught.extend((inputs[0][0], output[0])))
 model(torch.tensor([krenko.ids[:-1]]))
 hook.remove()
 x_TD, y_TD = caught
 logits_TE, gates_TK, experts_TK = layer.router(x_TD)
-t = texts.index("·Mob")
+t = krenko.prompt_length  # the first token of the name
 print("shapes:", *(f"{name} {tuple(x.shape)}" for name, x in (("x", x_TD), ("logits", logits_TE), ("gates", gates_TK))))
 p_E = logits_TE[t].softmax(-1)
 print(f"token {texts[t]!r}")
@@ -277,8 +277,8 @@ STEPS, BIAS = 40, 4.0
 def biased_model(**fields: object) -> GPT2MoEForCausalLM:
     """Eight experts in the last block, and a router that favours the first two."""
     torch.manual_seed(0)
-    made = GPT2MoEForCausalLM.from_dense(dense, num_experts=E, num_experts_per_tok=K, moe_layer_freq=4, **fields)
-    router = made.transformer.h[3].mlp.router
+    made = GPT2MoEForCausalLM.from_dense(dense, num_experts=E, num_experts_per_tok=K, moe_layer_freq=LAST + 1, **fields)
+    router = made.transformer.h[LAST].mlp.router
     read: list[torch.Tensor] = []
     hook = router.register_forward_hook(lambda module, inputs, output: read.append(inputs[0]))
     nats_of_names(made, train_cards[:100], tokenizer)
@@ -320,7 +320,7 @@ for method, fields in METHODS.items():
 # %%
 figure, axes = plt.subplots(1, len(METHODS), figsize=(13, 3.2), sharey=True)
 for axis, (method, reads) in zip(axes, history.items(), strict=True):
-    shares = [[read[f"router/3/load/{e}"] / E for read in reads] for e in range(E)]
+    shares = [[read[f"router/{LAST}/load/{e}"] / E for read in reads] for e in range(E)]
     axis.stackplot(range(1, STEPS + 1), shares, edgecolor="white", linewidth=0.3)
     axis.set(title=method, xlabel="step", xlim=(1, STEPS), ylim=(0, 1))
 axes[0].set_ylabel("share of the choices")
@@ -328,9 +328,11 @@ show(figure, "03_loads")
 
 rows = []
 for method, reads in history.items():
-    late = {key: sum(read[f"router/3/{key}"] for read in reads[-5:]) / 5 for key in ("load_cv", "max_load", "entropy")}
+    late = {
+        key: sum(read[f"router/{LAST}/{key}"] for read in reads[-5:]) / 5 for key in ("load_cv", "max_load", "entropy")
+    }
     bits = bits_per_character(nats_of_names(trained[method], validation_cards, tokenizer), validation_cards)
-    start = reads[0]["router/3/load_cv"]
+    start = reads[0][f"router/{LAST}/load_cv"]
     rows.append([method, f"{start:.2f}", *(f"{late[key]:.2f}" for key in late), f"{bits:.3f}"])
 bits = bits_per_character(nats_of_names(dense, validation_cards, tokenizer), validation_cards)
 rows.append(["dense, as it was", "-", "-", "-", "-", f"{bits:.3f}"])
@@ -346,7 +348,7 @@ table(["", "spread at step 1", "at the end", "largest load", "entropy of p", "va
 
 # %%
 quote(update_router_biases)
-biases_E = trained["loss-free bias 0.02"].transformer.h[3].mlp.router.selection_bias_E
+biases_E = trained["loss-free bias 0.02"].transformer.h[LAST].mlp.router.selection_bias_E
 print("the biases now:", [f"{bias:+.2f}" for bias in biases_E.tolist()])
 
 # %% [markdown]
@@ -366,7 +368,7 @@ def leak(method: str) -> float:
     return (first - second).abs().max().item()
 
 
-chooser = trained["expert choice"].transformer.h[3].mlp.router
+chooser = trained["expert choice"].transformer.h[LAST].mlp.router
 _, _, tokens_EC = chooser(x_TD)
 per_token = chooser.membership(tokens_EC, len(x_TD)).sum(-1).int().tolist()
 print("experts of each token:", *(f"{text} {count}" for text, count in zip(texts, per_token, strict=True)))

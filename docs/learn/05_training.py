@@ -452,7 +452,7 @@ before_N = nats_of_names(base, held_out, tokenizer)
 rates, rows, curves = [1e-5, 1e-4, 1e-3, 1e-2], [], {}
 for rate in rates:
     model = copy.deepcopy(base)
-    curves[rate] = list(training_steps(model, new_cards, tokenizer, 20, rate, tokens=384))
+    curves[rate] = list(training_steps(model, new_cards, tokenizer, 20, rate))
     nats_N = nats_of_names(model, held_out, tokenizer)
     gain_N = nats_N - before_N
     error = 1.96 * gain_N.std() / len(gain_N) ** 0.5

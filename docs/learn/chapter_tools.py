@@ -177,7 +177,7 @@ def training_steps(
     tokenizer: PreTrainedTokenizerBase,
     steps: int,
     learning_rate: float,
-    tokens: int = 512,
+    tokens: int = 320,
     lr_scale: LearningRateScale = ALL_PARTS,
     seed: int = 0,
 ) -> Iterator[float]:

@@ -32,20 +32,21 @@ from flash_experts.training.training_config import LearningRateScale
 
 warnings.simplefilter("ignore", UserWarning)  # the alarms of routers that we collapse on purpose
 dense, tokenizer = load_base()
-train_cards, validation_cards = cards("train"), cards("validation")[:300]
+train_cards, validation_cards = cards("train"), cards("validation")[:200]
+LAST = dense.config.n_layer - 1
 EXPERTS_ONLY = LearningRateScale(router=10, dense=0)
 
 
 def upcycled(**fields: object) -> GPT2MoEForCausalLM:
     """Eight experts in the last block, two per token."""
     torch.manual_seed(0)
-    return GPT2MoEForCausalLM.from_dense(dense, num_experts=8, num_experts_per_tok=2, moe_layer_freq=4, **fields)
+    return GPT2MoEForCausalLM.from_dense(dense, num_experts=8, num_experts_per_tok=2, moe_layer_freq=LAST + 1, **fields)
 
 
 @torch.no_grad()
 def favour_two(model: GPT2MoEForCausalLM, by: float = 4.0) -> GPT2MoEForCausalLM:
     """Raises the logits of the first two experts by so much on average."""
-    router = model.transformer.h[3].mlp.router
+    router = model.transformer.h[LAST].mlp.router
     read: list[torch.Tensor] = []
     hook = router.register_forward_hook(lambda module, inputs, output: read.append(inputs[0]))
     nats_of_names(model, train_cards[:100], tokenizer)
@@ -84,7 +85,7 @@ for _ in training_steps(model, train_cards, tokenizer, 20, 1e-3, lr_scale=EXPERT
     pass
 rows = []
 for k in (1, 2, 4, 8):
-    model.transformer.h[3].mlp.router.top_k = k
+    model.transformer.h[LAST].mlp.router.top_k = k
     nats = nats_of_names(model, validation_cards, tokenizer)
     rows.append([k, f"{bits_per_character(nats, validation_cards):.3f}"])
 nats = nats_of_names(dense, validation_cards, tokenizer)
@@ -109,7 +110,7 @@ for factor in (1.0, 1.25, 2.0, 4.0):
         model.train()
         with torch.no_grad():
             model(**packed.inputs_with_loss(packed.labels.numel()))
-        shares.append(router_metrics(model)["router/3/drop_rate"])
+        shares.append(router_metrics(model)[f"router/{LAST}/drop_rate"])
     rows.append([f"{factor:g}", *(f"{share:.0%}" for share in shares)])
 table(["capacity factor", "random router, dropped", "biased router, dropped"], rows)
 
@@ -125,7 +126,7 @@ for coefficient in (0.001, 0.01, 0.1, 1.0):
     model = favour_two(upcycled(router_aux_loss_coef=coefficient))
     reads, losses = [], []
     for loss in training_steps(model, train_cards, tokenizer, 15, 1e-3, lr_scale=EXPERTS_ONLY):
-        reads.append(router_metrics(model)["router/3/load_cv"])
+        reads.append(router_metrics(model)[f"router/{LAST}/load_cv"])
         losses.append(loss)
     late = sum(losses[-5:]) / 5
     bits = bits_per_character(nats_of_names(model, validation_cards, tokenizer), validation_cards)

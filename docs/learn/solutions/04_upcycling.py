@@ -118,7 +118,7 @@ table(["granularity", "as shipped", "bias multiplied too"], rows)
 # %%
 model = upcycled(router_init="zeros")
 with torch.no_grad():
-    _, gates_TK, experts_TK = model.transformer.h[3].mlp.router(torch.randn(100, 256))
+    _, gates_TK, experts_TK = model.transformer.h[1].mlp.router(torch.randn(100, dense.config.n_embd))
 print(f"logits off by {difference(model):.1e}, gates {gates_TK.unique().tolist()}")
 print("pairs of experts that 100 tokens chose:", experts_TK.unique(dim=0).tolist())
 for step, _ in enumerate(training_steps(model, train_cards, tokenizer, 10, 1e-3), start=1):

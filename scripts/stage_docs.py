@@ -1,0 +1,112 @@
+"""Makes of docs/ what the site builder reads: build/docs, Markdown alone.
+
+    python scripts/stage_docs.py          the chapters without what they print
+    python scripts/stage_docs.py --run    runs the chapters that changed, and shows their numbers and figures
+
+Pages are copied. On the way names such as `flash_experts.cli.main` become links into the API reference, links to
+chapters links to their pages, and formulas MathML, which browsers show without any script.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jupytext
+from latex2mathml.converter import convert
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCS, STAGE, OUTPUTS = ROOT / "docs", ROOT / "build/docs", ROOT / "build/learn"
+_FORMULA = re.compile(r"\$\$(.+?)\$\$", re.DOTALL)
+_DOTTED = re.compile(r"`flash_experts\.(\w+(?:\.\w+)*)`")
+_CHAPTER_LINK = re.compile(r"\]\(((?:solutions/)?\d\d_\w+)\.py\)")
+_PACKAGE = re.compile(r"^::: flash_experts\.(\w+)$", re.MULTILINE)
+_FIGURE = re.compile(r"^\[figure: (\w+)\]\n?", re.MULTILINE)
+
+
+def markdown_page(text: str) -> str:
+    """A page as the site has it."""
+    text = _FORMULA.sub(lambda found: f'\n<div class="formula">{convert(found[1].strip(), "block")}</div>\n', text)
+    text = _DOTTED.sub(r"[`\1`][flash_experts.\1]", text)
+    text = _PACKAGE.sub(lambda found: "\n\n".join(f"::: {module}" for module in modules_of(found[1])), text)
+    return (
+        _CHAPTER_LINK.sub(r"](\1.md)", text)
+        .replace("README.md)", "index.md)")
+        .replace("](solutions/)", "](solutions/01_attention.md)")
+    )
+
+
+def modules_of(part: str) -> list[str]:
+    """The modules of a package, or the one that there is."""
+    folder = ROOT / "src/flash_experts" / part
+    found = sorted(path.stem for path in folder.glob("[a-z]*.py"))
+    return [f"flash_experts.{part}.{name}" for name in found] or [f"flash_experts.{part}"]
+
+
+def chapter_page(chapter: Path, outputs: list[str] | None) -> str:
+    """A chapter as a page: its prose, its code, and what the code printed, if it was run."""
+    parts, printed = [], iter(outputs or [])
+    for cell in jupytext.read(chapter, fmt="py:percent").cells:
+        if cell.cell_type == "markdown":
+            parts.append(markdown_page(cell.source))
+            continue
+        parts.append(f"```python\n{cell.source}\n```")
+        parts += output_parts(next(printed, ""), "../" * len(chapter.relative_to(DOCS / "learn").parts))
+    return "\n\n".join(parts) + "\n"
+
+
+def output_parts(text: str, up: str) -> list[str]:
+    """Texts and figures in the order in which they came."""
+    parts = []
+    for place, piece in enumerate(_FIGURE.split(text)):
+        if place % 2:
+            parts.append(f'<figure markdown="span">![{piece}]({up}figures/{piece}.png)</figure>')
+        elif piece.strip():
+            last_of_line = "\n".join(line.rpartition("\r")[2].rstrip() for line in piece.rstrip().splitlines())
+            parts.append(f'```text title="prints"\n{last_of_line.strip(chr(10))}\n```')
+    return parts
+
+
+def outputs_of(chapter: Path) -> list[str]:
+    """What a chapter's cells print: remembered, or run now if the chapter or its tools changed."""
+    name = "_".join(chapter.relative_to(DOCS / "learn").with_suffix("").parts)
+    tools = b"".join(path.read_bytes() for path in sorted((DOCS / "learn").glob("[a-z]*.py")))
+    digest = hashlib.sha256(chapter.read_bytes() + tools).hexdigest()[:16]
+    found = OUTPUTS / f"{name}-{digest}.json"
+    if not found.is_file():
+        print(f"running {chapter.relative_to(ROOT)} ...", flush=True)
+        OUTPUTS.mkdir(parents=True, exist_ok=True)
+        environment = {"MPLBACKEND": "Agg", "LEARN_FIGURES": str(OUTPUTS / "figures")}
+        command = [sys.executable, str(ROOT / "scripts/run_cells.py"), str(chapter), str(found)]
+        subprocess.run(command, env=os.environ | environment, check=True, stderr=subprocess.DEVNULL)
+    return json.loads(found.read_text("utf-8"))
+
+
+def stage(run: bool) -> None:
+    """Writes build/docs anew."""
+    shutil.rmtree(STAGE, ignore_errors=True)
+    for page in sorted(DOCS.rglob("*.md")):
+        target = STAGE / page.relative_to(DOCS)
+        target = target.with_name("index.md") if page.name == "README.md" else target
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(markdown_page(page.read_text("utf-8")), encoding="utf-8")
+    for chapter in sorted((DOCS / "learn").rglob("[0-9][0-9]_*.py")):
+        target = (STAGE / chapter.relative_to(DOCS)).with_suffix(".md")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(chapter_page(chapter, outputs_of(chapter) if run else None), encoding="utf-8")
+    if run:
+        shutil.copytree(OUTPUTS / "figures", STAGE / "figures", dirs_exist_ok=True)
+    shutil.copy(DOCS / "site.css", STAGE)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", action="store_true")
+    stage(parser.parse_args().run)
