@@ -29,7 +29,7 @@ def test_custom_router_is_exact_and_routes(capsys: pytest.CaptureFixture[str]) -
     said = example(capsys, "extending/custom_router.py")
     off = re.search(r"logits off by: (\S+)", said)
     assert off and float(off[1]) < 1e-3
-    entropies = [float(value) for value in re.findall(r"entropy ([\d.]+)", said)]
+    entropies = [float(value) for value in re.findall(r" entropy ([\d.]+)", said)]
     assert len(entropies) == 2 and entropies[0] != entropies[1], "another router routes otherwise"
 
 

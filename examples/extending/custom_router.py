@@ -70,10 +70,9 @@ def main() -> None:
             optimizer.step()
             optimizer.zero_grad()
         read = router_metrics(model)
-        figures = [
-            f"{key.rpartition('/')[2]} {value:.2f}" for key, value in read.items() if key.startswith("router/3/")
-        ]
-        print(f"{label}: {', '.join(figure for figure in figures if not figure[0].isdigit())}")
+        last = f"router/{model.config.n_layer - 1}"
+        told = {name: read[f"{last}/{name}"] for name in ("load_cv", "max_load", "entropy")}
+        print(f"{label}:", ", ".join(f"{name} {value:.2f}" for name, value in told.items()))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,308 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 8. Scaling out
+#
+# **The question: what does each of many devices have to hold, and what do they have to tell each other, so that together
+# they train one model?**
+#
+# Experts make a model large without making it slower, so it is memory that ends first. There are three ways to use many
+# devices: copy the model, cut every weight into parts, or give each device some of the experts. Each trades memory for
+# messages. We run all three on two processes of this machine, count what they send, and then ask the package's estimator
+# about machines that are not here. What it says of those is a plan on paper, and not a measurement.
+
+# %%
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import torch
+from chapter_tools import ROOT, cards, load_base, quote, show, table
+
+from flash_experts import GPT2MoEConfig, GPT2MoEForCausalLM
+from flash_experts.data.packing import encode_cards, pack
+from flash_experts.models.expert_parallel import SpreadExperts
+from flash_experts.training import scaling
+
+SCRIPT = ROOT / "docs/learn/two_processes.py"
+
+
+def two_processes() -> list[dict]:
+    """Runs two_processes.py twice, side by side, as torchrun does; what each of the two saw."""
+    cards("train")  # prepared before both ask for it
+    with tempfile.TemporaryDirectory() as folder, socket.socket() as free:
+        free.bind(("localhost", 0))
+        place = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+        free.close()
+        started = [
+            subprocess.Popen([sys.executable, str(SCRIPT), folder], env=os.environ | place | {"RANK": str(rank)})
+            for rank in range(2)
+        ]
+        assert [process.wait() for process in started] == [0, 0]
+        return [json.loads((Path(folder) / f"{rank}.json").read_text("utf-8")) for rank in range(2)]
+
+
+seen = two_processes()
+layers = [each["expert parallel"] for each in seen]
+print("tokens of the two processes:", [layer["tokens"] for layer in layers])
+
+# %% [markdown]
+# ## The picture first
+#
+# Left: one layer of eight experts on two processes. Each process has tokens of its own names and half of the experts. A
+# cell is how many of its (token, expert) pairs go to an expert; those behind the line have to travel. Right: what one of W
+# devices holds in training, for GPT-2 small with eight experts in every second block.
+
+# %%
+E = len(layers[0]["pairs_of_expert"])
+pairs = torch.tensor([layer["pairs_of_expert"] for layer in layers])
+figure, axes = plt.subplots(1, 2, figsize=(12, 3.2), width_ratios=(1, 1.3))
+axes[0].imshow(pairs, cmap="Blues", aspect="auto")
+for process in range(2):
+    for expert in range(E):
+        away = (expert >= E // 2) != (process == 1)
+        text = f"{int(pairs[process, expert])}" + (" →" if away else "")
+        axes[0].text(expert, process, text, ha="center", va="center", color="tab:red" if away else "black")
+axes[0].axvline(E / 2 - 0.5, color="black")
+axes[0].set(xticks=range(E), yticks=[0, 1], xlabel="expert (left half lives on process 0)", ylabel="process")
+axes[0].set_title("pairs of token and expert; red ones travel")
+
+config, counts = GPT2MoEConfig(), [1, 2, 4, 8, 16, 32, 64]
+for parallel in ("ddp", "fsdp", "expert"):
+    states = [scaling.memory_per_gpu(config, parallel, W) for W in counts]
+    axes[1].loglog(counts, [each.total / 1e9 for each in states], "o-", base=2, label=parallel)
+axes[1].set(title="weights, gradients, optimizer: GB on one device", xlabel="devices W", ylabel="GB")
+axes[1].legend()
+show(figure, "08_overview")
+
+# %% [markdown]
+# Copies cost the same on each device, however many there are. Parts shrink with W, down to what has to be whole for a
+# moment while a block is computed. Spread experts shrink until there is one expert of each layer on a device.
+#
+# ## The formula, with shapes
+#
+# N weights, N_E of them experts'; W devices, X of which hold different experts; D width, K experts per token, L layers of
+# experts, b bytes a number.
+#
+# | | holds (float32: weight, gradient, two averages) | sends |
+# | --- | --- | --- |
+# | ddp | 16 N bytes | 2 · 4 N (W - 1)/W a step: gradients added up |
+# | fsdp | 16 N / W, and a block whole | 4 N (W - 1)/W a step, and 8 N (W - 1)/W for each forward and backward: weights |
+# | expert | 16 (N - N_E) / W + 16 N_E / X | as fsdp without the experts, and for each token: |
+#
+# $$ \text{bytes per token} = 4\,K\,D\,L\,b\;\frac{X-1}{X} $$
+#
+# Four times: a hidden state (D) goes to each of K experts and comes back, and so do the gradients. X - 1 of X experts are
+# elsewhere, if the load is balanced.
+
+# %%
+quote(scaling.memory_per_gpu)
+quote(scaling.all_to_all_bytes_per_token)
+
+# %% [markdown]
+# **Is it right?** Weights and optimizer state can be checked on a small model: count them.
+
+# %%
+dense, tokenizer = load_base()
+torch.manual_seed(0)
+model = GPT2MoEForCausalLM.from_dense(dense, num_experts=8, num_experts_per_tok=2).train()
+parts = scaling.parameter_counts(model.config)
+print(f"weights: {parts.total:,} by formula, {model.num_parameters():,} in the model")
+optimizer = torch.optim.AdamW(model.parameters())
+packed = pack(encode_cards(cards("train")[:32], tokenizer))
+kept: dict[int, int] = {}
+
+
+def keep(x: torch.Tensor) -> torch.Tensor:
+    kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+    return x
+
+
+with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+    loss = model(**packed.inputs_with_loss(packed.labels.numel())).loss
+loss.backward()
+optimizer.step()
+plan = scaling.memory_per_gpu(model.config, "ddp", 1, packed.num_tokens, bytes_per_number=4)
+state = sum(x.numel() * 4 for values in optimizer.state.values() for x in values.values() if x.ndim)
+own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+activations = sum(size for place, size in kept.items() if place not in own)
+rows = [
+    ["gradients", f"{plan.gradients:,}", f"{sum(p.grad.numel() * 4 for p in model.parameters()):,}"],
+    ["optimizer", f"{plan.optimizer:,}", f"{state:,}"],
+    [f"activations of {packed.num_tokens} tokens", f"{plan.activations:,}", f"{activations:,}"],
+]
+table(["bytes", "by formula", "counted"], rows)
+
+# %% [markdown]
+# The first two are exact. Activations are an estimate, as the docstring says: compare the last row. (What is counted is
+# what autograd keeps for the backward; the estimate counts the logits' gradient as well, and assumes a share of labels.)
+#
+# ## Copies: gradients are added up
+#
+# Two processes, each with every second of the 32 names. Before they talk, each has the gradient of its own names. After
+# an all-reduce both have the gradient of all, as one process alone computes it. It has to be the *sum*: every process
+# divides by the labels of the whole step (chapter 5).
+
+# %%
+for rank, each in enumerate(seen):
+    told = each["data parallel"]
+    print(f"process {rank}: gradient off by {told['before']:.0%} before, {told['after']:.0e} after the all-reduce")
+traffic = scaling.traffic_per_gpu(model.config, "ddp", 2)
+print(f"buffer: {seen[0]['data parallel']['bytes']:,} bytes; sent by formula, a ring of two: {traffic.per_step:,.0f}")
+
+# %% [markdown]
+# ## Parts: nobody keeps what somebody else has
+#
+# AdamW treats each weight by itself. So process r may keep and update the r-th part of all weights alone: gradients are
+# added up *and scattered* (each gets the sum of its part), each updates its part, and the new weights are gathered.
+
+# %%
+for rank, each in enumerate(seen):
+    told = each["sharded"]
+    share = told["state"] / told["whole_state"]
+    print(f"process {rank}: new weights off by {told['off']:.0e}; it keeps {share:.0%} of the optimizer's state")
+
+# %% [markdown]
+# The same weights, to the bit or to rounding, with half of the optimizer's memory. An all-reduce *is* a scatter of sums
+# followed by a gather, so up to here this costs no more messages than copies. FSDP goes on: weights too are kept in parts,
+# and gathered block by block when they are needed, in each forward and in each backward. That is where its extra traffic
+# comes from.
+#
+# ## Experts: tokens travel
+#
+# Or leave the experts where they are, and send them the tokens. The package's layer, in four steps: count, send, compute,
+# send back.
+
+# %%
+quote(SpreadExperts.forward)
+quote(SpreadExperts._count_pairs)
+
+# %% [markdown]
+# What the two processes sent in one forward of one layer, noted at the two all-to-all functions:
+
+# %%
+rows = []
+for rank, layer in enumerate(layers):
+    for what, each in zip(("counts", "hidden states", "results"), layer["sent"], strict=True):
+        rows.append([f"process {rank}: {what}", str(each["rows"]), f"{each['bytes_to_other']:,}"])
+table(["", "rows to process 0, 1", "bytes that leave"], rows)
+for rank, layer in enumerate(layers):
+    share = layer["weights_here"] / layer["weights_in_all"]
+    print(f"process {rank}: holds {share:.0%} of the experts, output off by {layer['off']:.0e} from the whole layer")
+
+# %% [markdown]
+# Against the formula. It speaks of all layers, forward and backward, and a balanced load; here is one layer's forward, so
+# half of one layer's share.
+
+# %%
+moe_layers = scaling.moe_layers(model.config)
+per_token = scaling.all_to_all_bytes_per_token(model.config, 2, bytes_per_number=4) / moe_layers / 2
+rows = []
+for rank, layer in enumerate(layers):
+    counted = sum(each["bytes_to_other"] for each in layer["sent"][1:]) / layer["tokens"]
+    rows.append([f"process {rank}", f"{per_token:,.0f}", f"{counted:,.0f}", f"{counted / per_token:.2f}"])
+table(["bytes for each token", "by formula", "counted", "ratio"], rows)
+
+# %% [markdown]
+# The ratio differs from 1 by the imbalance of this router, which was never trained. See the picture: an expert that many
+# tokens want is a device that all others wait for. Balance, in chapter 3 a matter of learning, is here a matter of speed.
+#
+# ## A plan for a machine that is not here
+#
+# The estimator's tables for GPT-2 small with 8 experts, and for GPT-2 xl with 64. Arithmetic is taken at 40% of an H100's
+# peak, links at their data sheet's speed: assumptions, to be changed in `scaling.Device`.
+
+# %%
+for name, config in scaling.MODELS.items():
+    counts_of = scaling.parameter_counts(config)
+    print(f"{name}: {counts_of.total / 1e9:.2f} billion weights, {counts_of.experts / counts_of.total:.0%} experts'")
+    rows = []
+    for parallel in ("ddp", "fsdp", "expert"):
+        for W in (8, 64):
+            memory = scaling.memory_per_gpu(config, parallel, W, tokens_per_row=8192)
+            sent = scaling.traffic_per_gpu(config, parallel, W)
+            fits = "yes" if memory.total < scaling.NVLINK.memory else "no"
+            needed = [
+                scaling.tokens_to_hide_traffic(config, parallel, W, link) for link in (scaling.NVLINK, scaling.NETWORK)
+            ]
+            cells = [
+                f"{memory.total / 1e9:,.0f}",
+                fits,
+                f"{sent.of_step(0) / 1e9:,.1f}",
+                f"{sent.per_token / 1e3:,.0f}",
+            ]
+            rows.append([f"{parallel}, {W} devices", *cells, *(f"{tokens:,.0f}" for tokens in needed)])
+    table(["", "GB", "fits 80 GB", "GB a step", "kB a token", "tokens, NVLink", "network"], rows)
+
+# %% [markdown]
+# The last two columns: from how many tokens a step on each device its arithmetic takes longer than its messages. With
+# fewer, devices wait. Card names have some thousands of tokens a step, so on a network none of this pays for GPT-2 small:
+# one device, or copies on one board.
+#
+# ## An experiment that changes one thing: the size of an expert
+#
+# Experts of 3072 hidden units, two per token; or of half the size, four per token; and so on. Active weights and
+# arithmetic stay the same. What travels does not.
+
+# %%
+rows, sizes = [], [3072, 1536, 768, 384, 192]
+tokens_needed: dict[str, list[float]] = {"NVLink": [], "network": []}
+for size in sizes:
+    K = 2 * 3072 // size
+    config = GPT2MoEConfig(num_experts=4 * K, num_experts_per_tok=K, moe_intermediate_size=size)
+    flops = scaling.flops_per_token(config)
+    travels = scaling.all_to_all_bytes_per_token(config, 8)
+    for link, device in (("NVLink", scaling.NVLINK), ("network", scaling.NETWORK)):
+        tokens_needed[link].append(scaling.tokens_to_hide_traffic(config, "expert", 8, device))
+    needed = [f"{values[-1]:,.0f}" for values in tokens_needed.values()]
+    rows.append(
+        [size, f"{4 * K}, {K}", f"{flops / 1e6:.0f}", f"{travels / 1e3:.0f}", f"{flops / travels:,.0f}", *needed]
+    )
+header = ["hidden units", "E, K", "MFLOP a token", "kB a token", "FLOP a byte", "tokens, NVLink", "network"]
+table(header, rows)
+
+figure, axis = plt.subplots(figsize=(7, 3))
+for link, values in tokens_needed.items():
+    axis.loglog(sizes, values, "o-", base=2, label=link)
+axis.set(title="tokens a step on each of 8 devices, so that nobody waits", xlabel="hidden units of an expert")
+axis.invert_xaxis()
+axis.legend()
+show(figure, "08_expert_size")
+
+# %% [markdown]
+# Fine-grained experts (chapter 4) choose better for the same arithmetic, and each choice is a message. Where the table says
+# `inf`, the messages of a token take longer than its arithmetic: no number of tokens hides them.
+#
+# ## What to remember
+#
+# - Training keeps four numbers for each weight. Copy them, cut them up, or spread the experts.
+# - An all-reduce is a scatter of sums and a gather. Keeping only a part of the optimizer's state costs no messages more.
+# - Experts on other devices are paid for by the token: 4 K D numbers a layer. Experts in parts are paid for by the step.
+# - A plan on paper says what cannot work. What does work has to be measured.
+#
+# ## Exercises
+#
+# 1. **The largest that fits.** GPT-2 xl's shape on eight devices of 80 GB, rows of 8,192 tokens: with which number of
+#    experts (a multiple of eight) does it still fit under each strategy?
+# 2. **The slowest device.** Let a router favor some experts: shares of the tokens in proportion to 1, r, r², ... for
+#    the eight experts, one on each device. A layer is done when its slowest device is. How many times longer than
+#    balanced does it take for r = 1, 0.9, 0.7, 0.5?
+# 3. **Accumulation.** A step of 32,768 tokens on each device in 1, 2, 4 or 8 rows: what does each strategy hold and send?
+#    For which is accumulation free?
+#
+# Solutions: `solutions/08_scaling_out.py`.
