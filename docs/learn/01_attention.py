@@ -82,7 +82,7 @@ for axis, (title, share_KH) in zip(axes, habits.items(), strict=True):
     axis.set_xticks(range(S), texts, rotation=90)
     axis.set_yticks(range(S), texts)
     axis.axhline(encoded.prompt_length - 0.5, color="tab:red", linewidth=0.8)
-    axis.set_title(f"block {block}, head {head}: {title}")
+    axis.set_title(f"block {block}, head {head}: {title}", size=8.5)
     axis.set_xlabel("key: the token that is looked at")
 axes[0].set_ylabel("query: the token that looks\n(under the line: the name)")
 show(figure, "01_weights")

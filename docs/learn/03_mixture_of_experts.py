@@ -268,10 +268,10 @@ table(
 #
 # Three ingredients: no balancing, a high rate, and a router that favours two experts from the start. To favour: add to
 # two rows of the router's weight the mean of what it reads, so that their logits are 4 higher on average. One MoE layer
-# (the last block), 40 steps, everything but router and experts frozen.
+# (the last block), 30 steps, everything but router and experts frozen.
 
 # %%
-STEPS, BIAS = 40, 4.0
+STEPS, BIAS = 30, 4.0
 
 
 def biased_model(**fields: object) -> GPT2MoEForCausalLM:
@@ -301,7 +301,7 @@ for method, fields in METHODS.items():
     with torch.enable_grad(), warnings.catch_warnings(record=True) as alarms:
         warnings.simplefilter("always")
         steps = training_steps(
-            trained[method], train_cards, tokenizer, STEPS, 1e-3, lr_scale=LearningRateScale(router=10, dense=0)
+            trained[method], train_cards, tokenizer, STEPS, 1e-3, 440, lr_scale=LearningRateScale(router=10, dense=0)
         )
         for _ in steps:
             history[method].append(router_metrics(trained[method]))
@@ -352,7 +352,7 @@ biases_E = trained["loss-free bias 0.02"].transformer.h[LAST].mlp.router.selecti
 print("the biases now:", [f"{bias:+.2f}" for bias in biases_E.tolist()])
 
 # %% [markdown]
-#   The usual rate is 0.001. We took 20 times that because 40 steps are few; see how the loads swing around the mean.
+#   The usual rate is 0.001. We took 20 times that because 30 steps are few; see how the loads swing around the mean.
 # - **Expert choice** (Zhou et al. 2022) turns the table: each expert takes the C = T K / E tokens that score highest
 #   for it. The load is equal by construction, at every step. The price: some tokens are taken by many experts and some
 #   by none, and the choice depends on the other tokens, later ones and other names among them:
@@ -380,7 +380,7 @@ for method in ("no balancing", "expert choice"):
 # cannot generate as it was trained, so our `generate` refuses it unless told otherwise. Its validation bits above were
 # measured with that look ahead. Study it, compare it, and take token choice to write names.
 #
-# Look at the column of bits once more: all rows are alike. In 40 steps the collapse costs nothing. The experts began as
+# Look at the column of bits once more: all rows are alike. In 30 steps the collapse costs nothing. The experts began as
 # copies of a good MLP, so two of them do what one did. What is lost is what the others could have become: their
 # parameters are paid for and not used.
 #

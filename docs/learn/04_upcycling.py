@@ -341,7 +341,7 @@ show(figure, "04_training")
 
 # %% [markdown]
 # Read the last column but one with its interval. Where the interval holds 0, the run shows no difference between experts
-# and the dense model, and in our run every one did. All of them learned the new names (see the bits before). But the
+# and the dense model; where it does not, see how small it is, and remember that five were tried. All of them learned the new names (see the bits before). But the
 # experts have parted by about a tenth of their length, and each has seen a quarter of the tokens that the dense MLP saw.
 # Upcycling buys *room*, not an immediate gain. It pays when there are data to fill the room; the papers train on billions
 # of tokens to show it.

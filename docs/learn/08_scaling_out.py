@@ -72,7 +72,7 @@ print("tokens of the two processes:", [layer["tokens"] for layer in layers])
 E = len(layers[0]["pairs_of_expert"])
 pairs = torch.tensor([layer["pairs_of_expert"] for layer in layers])
 figure, axes = plt.subplots(1, 2, figsize=(12, 3.2), width_ratios=(1, 1.3))
-axes[0].imshow(pairs, cmap="Blues", aspect="auto")
+axes[0].imshow(pairs, cmap="Blues", aspect="auto", vmax=2.5 * pairs.max())
 for process in range(2):
     for expert in range(E):
         away = (expert >= E // 2) != (process == 1)
@@ -85,7 +85,7 @@ axes[0].set_title("pairs of token and expert; red ones travel")
 config, counts = GPT2MoEConfig(), [1, 2, 4, 8, 16, 32, 64]
 for parallel in ("ddp", "fsdp", "expert"):
     states = [scaling.memory_per_gpu(config, parallel, W) for W in counts]
-    axes[1].loglog(counts, [each.total / 1e9 for each in states], "o-", base=2, label=parallel)
+    axes[1].semilogx(counts, [each.total / 1e9 for each in states], "o-", base=2, label=parallel)
 axes[1].set(title="weights, gradients, optimizer: GB on one device", xlabel="devices W", ylabel="GB")
 axes[1].legend()
 show(figure, "08_overview")
