@@ -59,7 +59,7 @@ from flash_experts.training.schedule import Schedule
 
 base, tokenizer = load_base()
 train_cards = cards("train")
-batch = encode_cards(train_cards[:48], tokenizer)  # 48 names and their prompts, in no order
+batch = encode_cards(train_cards[:24], tokenizer)  # 24 names and their prompts, in no order
 print(f"{len(batch)} names, {sum(name.num_inputs for name in batch)} tokens, e.g. {train_cards[0].name!r}")
 
 # %% [markdown]
@@ -144,7 +144,7 @@ def gradient(model: torch.nn.Module, parts: Sequence[PackedBatch], divisors: Seq
 
 model = without_dropout()
 by_length = sorted(batch, key=lambda name: name.num_inputs)
-whole, parts = pack(by_length), [pack(by_length[start : start + 16]) for start in (0, 16, 32)]
+whole, parts = pack(by_length), [pack(by_length[start : start + 8]) for start in (0, 8, 16)]
 M = whole.labels.numel()
 one_batch = gradient(model, [whole], [M])
 accumulated = gradient(model, parts, [M] * 3)
@@ -321,7 +321,7 @@ weight = model.transformer.h[0].mlp.c_fc.weight
 w, m, v = weight.detach().clone().double(), 0.0, 0.0
 (beta_1, beta_2), decay = config.betas, config.weight_decay
 for t in (1, 2):
-    model(**pack(batch[t * 8 : t * 8 + 8]).inputs_with_loss(100)).loss.backward()
+    model(**pack(batch[t * 8 - 8 : t * 8]).inputs_with_loss(100)).loss.backward()
     g = weight.grad.double()
     m, v = beta_1 * m + (1 - beta_1) * g, beta_2 * v + (1 - beta_2) * g**2
     w -= 1e-3 * (m / (1 - beta_1**t) / ((v / (1 - beta_2**t)).sqrt() + 1e-8) + decay * w)

@@ -184,7 +184,7 @@ AS_IT_IS = Sampling()
 def decode(count: int, *processors: LogitsProcessor, sampling: Sampling = AS_IT_IS, seed: int = 5) -> list[str]:
     """Names straight from the package's decoding loop, with these filters and no other."""
     with evaluating(model):
-        decoder = NameDecoder(model, prompt_ids, vocabulary.end_id, sampling, processors, 24, seed)
+        decoder = NameDecoder(model, prompt_ids, vocabulary.end_id, sampling, processors, 48, seed)
         return [vocabulary.decode(name.ids).strip() for name in decoder.decode(range(count))]
 
 
@@ -221,8 +221,8 @@ report("from scratch", scratch)
 print(f"{seconds_scratch / 16:.2f} seconds of CPU a name")
 
 # %% [markdown]
-# Right, and slow: V texts are looked at for every row and every step. But the answer depends on very little: on the last
-# letter of the name. That is the *state* of the filter, and there are some thirty of them. So the package's filters answer
+# Right, and wasteful: V texts are looked at for every row and every step. But the answer depends on very little: on the last
+# letter of the name. That is the *state* of the filter, and there are some dozens of them. So the package's filters answer
 # two questions. `rule`: in which state is this name? `forbidden`: what is forbidden in that state? The second is asked
 # once for each state, and remembered.
 

@@ -145,10 +145,13 @@ for place, token in enumerate(ids):  # each token in two
             cuts.add((*ids[:place], left, right, *ids[place + 1 :]))
 probabilities = [math.exp(-nats_of_cut(cut)) for cut in cuts]
 one = math.exp(-nats_of_cut(tuple(ids)))
-print(f"{len(cuts)} cuts; the tokenizer's own has {one / sum(probabilities):.2%} of their probability")
+print(
+    f"ways to cut it, one token in two: {len(cuts)}; the tokenizer's own has {one / sum(probabilities):.2%} of their probability"
+)
 
 # %% [markdown]
-# So the figure is an upper bound, and a close one where that share is near 100%.
+# So the figure is an upper bound, and a close one where that share is near 100%. Where names are spelled, letter by letter,
+# there is one way to cut them, and the figure is exact.
 #
 # ## Intervals, and why they are paired
 #

@@ -124,7 +124,7 @@ model = GPT2MoEForCausalLM.from_dense(dense, num_experts=8, num_experts_per_tok=
 parts = scaling.parameter_counts(model.config)
 print(f"weights: {parts.total:,} by formula, {model.num_parameters():,} in the model")
 optimizer = torch.optim.AdamW(model.parameters())
-packed = pack(encode_cards(cards("train")[:32], tokenizer))
+packed = pack(encode_cards(cards("train")[:24], tokenizer))
 kept: dict[int, int] = {}
 
 
@@ -154,7 +154,7 @@ table(["bytes", "by formula", "counted"], rows)
 #
 # ## Copies: gradients are added up
 #
-# Two processes, each with every second of the 32 names. Before they talk, each has the gradient of its own names. After
+# Two processes, each with every second of the 24 names. Before they talk, each has the gradient of its own names. After
 # an all-reduce both have the gradient of all, as one process alone computes it. It has to be the *sum*: every process
 # divides by the labels of the whole step (chapter 5).
 

@@ -27,7 +27,7 @@ from flash_experts.data.packing import encode_cards, pack
 from flash_experts.models import expert_parallel
 from flash_experts.models.expert_parallel import SpreadExperts
 
-E, K, NAMES = 8, 2, 32
+E, K, NAMES = 8, 2, 24
 
 
 def gradient(model: torch.nn.Module, names: list[Any], labels: int) -> torch.Tensor:

@@ -42,7 +42,7 @@ train_cards = cards("train")[:3000]
 # ## 1. A large vocabulary
 
 # %%
-row = pack(encode_cards(train_cards[:48], tokenizer))
+row = pack(encode_cards(train_cards[:24], tokenizer))
 labels_T = torch.full((row.num_tokens,), -100)
 labels_T[row.keep] = row.labels
 kept = row.inputs_with_loss(row.labels.numel())
