@@ -101,7 +101,7 @@ print(f"if every token of a name had such a tail, a name of 6 tokens would avoid
 # | z, the scores | (B, V) | B names in the making, V tokens |
 # | masks of the filters | (B, V) bool | true is forbidden |
 # | candidates | (B, K) | what is left, with token ids |
-# | noise | (B,) | one uniform number for each draw |
+# | noise | (B, 2) | uniform numbers; the second is for a token that has to be drawn again |
 # | tokens | (B,) | what is drawn |
 #
 # By hand, on six tokens, against the package:
@@ -125,7 +125,8 @@ quote(_cut)
 
 # %% [markdown]
 # **The draw** is by inversion: add the probabilities up in the order of token ids, take the first sum above a uniform
-# number. The number belongs to the name, not to the batch: name i of a seed has its own row of noise. So a name is the
+# number. That needs no sorting. Only if the token is none of the candidates, they are looked for, and one of them is drawn:
+# the outcome has the same distribution. The number belongs to the name, not to the batch: name i of a seed has its own row of noise. So a name is the
 # same in any company.
 
 # %%
