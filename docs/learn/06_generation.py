@@ -54,7 +54,13 @@ for name in generator.generate(5, type_line="Legendary Creature — Goblin", col
 # The probabilities of the first token of a name after that prompt, the 24 largest, under four settings. Blue is what is drawn
 # from; the wide grey bars are the same before a cut.
 
+
 # %%
+def shown(text: str) -> str:
+    """A space as a dot; a byte that is no character by itself as a question mark."""
+    return text.replace(" ", "·").encode("utf-8", "replace").decode()
+
+
 first_V = model(torch.tensor([prompt_ids])).logits[0, -1]
 best = first_V.topk(24).indices
 settings = {
@@ -72,7 +78,7 @@ for axis, (name, sampling) in zip(axes, settings.items(), strict=True):
     axis.bar(range(24), before_V[best], color="#cccccc")
     axis.bar(range(24), left_V[best], color="tab:blue", width=0.5)
     axis.set(title=f"{name}: {int((left_V > 0).sum()):,} tokens are left to draw from", ylabel="probability")
-axes[-1].set_xticks(range(24), [vocabulary.texts[token].replace(" ", "·") for token in best.tolist()], rotation=60)
+axes[-1].set_xticks(range(24), [shown(vocabulary.texts[token]) for token in best.tolist()], rotation=60)
 show(figure, "06_first_token")
 
 # %% [markdown]
