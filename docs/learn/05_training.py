@@ -471,8 +471,8 @@ axis.legend()
 show(figure, "05_rates")
 
 # %% [markdown]
-# Too low a rate wastes the steps, too high a rate destroys what the base knew. Between them lies a range of a factor of
-# ten or so in which the choice matters little. Look for it before you look for anything finer.
+# Too low a rate wastes the steps, too high a rate destroys what the base knew. Look for the range between them before you
+# look for anything finer.
 #
 # ## What to remember
 #

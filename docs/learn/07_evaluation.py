@@ -201,7 +201,7 @@ table(["told", "nothing", "its card", "another card", "the last two apart [95%]"
 # - **the mixer** takes each word from another training name.
 
 # %%
-COUNT = 2000
+COUNT = 1200
 rng = random.Random(1)
 by_length = [name.split() for name in train_names]
 mixed = [" ".join(rng.choice(by_length)[0] for _ in rng.choice(by_length)) for _ in range(COUNT)]
@@ -223,7 +223,7 @@ for maker, made in makers.items():
 # %%
 rows = []
 for maker, made in makers.items():
-    found = held_out.detector.detect(made[:400])
+    found = held_out.detector.detect(made[:300])
     rows.append([maker, f"{found.generated.weak:.2f}", f"{found.generated.strong:.2f}"])
 rows.append(["real against real", f"{found.real.weak:.2f}", f"{found.real.strong:.2f}"])
 table(["AUC [95%]", "weak", "strong"], rows)
@@ -306,7 +306,7 @@ print(f"the simple reader: {sum(right)} of {n}, by luck with {at_least(sum(right
 # comparison should always be something simple.
 
 # %%
-result = compare(["ngram", RELEASED], DATA, samples=300, max_names=200)
+result = compare(["ngram", RELEASED], DATA, samples=200, max_names=150)
 print(format_comparison(result, width=110))
 with tempfile.TemporaryDirectory() as folder:
     page = write_report(result, Path(folder) / "report.html")
