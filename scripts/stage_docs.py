@@ -103,6 +103,7 @@ def stage(run: bool) -> None:
         target.write_text(chapter_page(chapter, outputs_of(chapter) if run else None), encoding="utf-8")
     if run:
         shutil.copytree(OUTPUTS / "figures", STAGE / "figures", dirs_exist_ok=True)
+    shutil.copytree(DOCS / "images", STAGE / "images", dirs_exist_ok=True)
     shutil.copy(DOCS / "site.css", STAGE)
 
 
