@@ -37,11 +37,11 @@ DENSE = "dense"
 # What is searched: options of `flash-experts train` over configs/names.yaml.
 CONTENDERS: dict[str, dict[str, str]] = {
     DENSE: {"model.num_experts": "0", "model.upcycling": "copy", "model.granularity": "1"},
-    "granular-16x2": {},  # as configs/names.yaml has it: as many multiplications as the dense model
-    "granular-32x4": {"model.granularity": "4"},
+    "shared-32x4": {},  # as configs/names.yaml has it
+    "granular-16x2": {"model.upcycling": "granular", "model.granularity": "2"},  # no more arithmetic than dense
     "copy-8x1": {"model.upcycling": "copy", "model.granularity": "1"},
     "copy-8x2": {"model.upcycling": "copy", "model.granularity": "1", "model.num_experts_per_tok": "2"},
-    "every-block": {"model.moe_layer_freq": "1"},
+    "shared-every-block": {"model.moe_layer_freq": "1"},
 }
 
 
@@ -108,7 +108,7 @@ def main() -> None:
     parser.add_argument("--base", type=Path, default=Path("models/mtg-base"), help="the dense base")
     parser.add_argument("--data", type=Path, default=Path("data/mtg"))
     parser.add_argument("--models", type=Path, default=Path("models"), help="folder of the runs")
-    parser.add_argument("--epochs", type=float, default=8)
+    parser.add_argument("--epochs", type=float, default=4)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/released.json"))

@@ -33,7 +33,7 @@ from flash_experts.models.scoring import name_nats
 
 TOKENS_PER_BATCH = 4096
 _SAMPLED_AT_ONCE = 256
-_MOST_NEW_TOKENS = 48
+_MOST_NEW_TOKENS = 64
 _MOST_LOGITS = 2**27  # at once: 512 MiB
 
 
@@ -157,7 +157,7 @@ class LanguageModel:
         return scored
 
     def sample(self, count: int, seed: int, attributes: Attributes = NONE) -> list[str]:
-        """See `Scorer.sample`. What has not ended after 48 tokens is cut off there."""
+        """See `Scorer.sample`. What has not ended after 64 tokens is cut off there."""
         prompt = encode_name("", attributes, self.tokenizer)
         prompt_ids = prompt.ids[: prompt.prompt_length]
         most = self._most_new_tokens(len(prompt_ids))

@@ -1,0 +1,58 @@
+"""The models that the repository carries: small enough, whole, and better than letter statistics at unseen names."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import flash_experts  # noqa: F401  registers the mixture with AutoModel
+from flash_experts.data.prepare import load_split, prepare
+from flash_experts.data.prompts import NONE, Attributes
+from flash_experts.evaluation.ngram import NGramMixture
+from flash_experts.evaluation.scorers import LanguageModel
+from flash_experts.models.loading import load_model
+from flash_experts.models.moe import GPT2MoEForCausalLM
+from flash_experts.training.run_info import fingerprint
+
+MODELS = Path(__file__).parents[1] / "models"
+RELEASED = ("mtg-base", "mtg-names")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("mtg")
+    prepare("embedded", folder)
+    return folder
+
+
+def test_they_are_small() -> None:
+    held = sum(path.stat().st_size for name in RELEASED for path in (MODELS / name).rglob("*"))
+    assert held <= 40e6
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_they_learned_from_the_training_split_of_this_cleaning(name: str, data: Path) -> None:
+    """A held-out name that they had read would flatter them: their records name the files that they read."""
+    run = json.loads((MODELS / name / "run.json").read_text(encoding="utf-8"))
+    assert run["data"]["validation_sha256"] == fingerprint(load_split(data, "validation"))
+
+
+def test_auto_model_loads_the_mixture() -> None:
+    model = AutoModelForCausalLM.from_pretrained(MODELS / "mtg-names")
+    assert isinstance(model, GPT2MoEForCausalLM)
+    assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
+    assert load_model(MODELS / "mtg-base", "cpu").config.model_type == "gpt2"
+
+
+def test_they_predict_unseen_names_better_than_letter_statistics(data: Path) -> None:
+    cards = load_split(data, "test")[::10]
+    names = [card.name for card in cards]
+    letters = NGramMixture([card.name for card in load_split(data, "train")]).nats(names).sum()
+    model = LanguageModel.load(MODELS / "mtg-names", "cpu")
+    nothing_told = model.nats(names, [NONE] * len(names)).sum()
+    all_told = model.nats(names, [Attributes.of(card) for card in cards]).sum()
+    assert all_told < nothing_told < letters
