@@ -44,7 +44,7 @@ SETTINGS += table(
 train --config no-group.yaml :: training must have settings under it, not 3
 train --config unknown.yaml :: did you mean 'model.num_experts'
 train --config type.yaml :: training.max_steps must be a whole number or null, not 'soon'
-generate --config unknown.yaml :: model must be text, not
+generate --config unknown.yaml :: model must be text or null, not
 """,
 )
 

@@ -36,7 +36,7 @@ def _offline() -> None:
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
     """A byte-level BPE of 300 tokens."""
-    texts = [f"creature goblin, red, 3: {first} {second}" for first in WORDS for second in WORDS]
+    texts = [f"Creature Goblin, red, 3: {first} {second}" for first in WORDS for second in WORDS]
     return train_tokenizer(texts, vocab_size=300)
 
 

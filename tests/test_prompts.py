@@ -92,8 +92,8 @@ def test_colors(text: str, colors: str) -> None:
         (None, "purple", None, "unknown color 'purple'"),
         (None, "XYZ", None, "unknown color 'xyz': take white, blue, black, red, green, colorless"),
         (None, "colorless red", None, "cannot be colorless and red"),
-        (None, None, -1, "mana value must be 0 or more, not -1"),
-        (None, None, True, "mana value must be 0 or more, not True"),
+        (None, None, -1, "mana value must be from 0 to 10,000,000, not -1"),
+        (None, None, True, "mana value must be from 0 to 10,000,000, not True"),
     ],
 )
 def test_what_cannot_be_understood_is_named(

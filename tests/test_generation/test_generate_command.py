@@ -87,7 +87,7 @@ def test_every_constraint_is_an_option(command: list[str], capsys: pytest.Captur
         ("--min-words 3 --max-words 2", 1, "more than max_words"),
         ("--regex (", 1, "unclosed group"),
         ("--regex x{99}", 1, "matches no name"),
-        ("--presets nowhere.yaml", 1, "No such file"),
+        ("--presets nowhere.yaml", 1, "there is no file"),
         ("--min-distance 7", 1, "min_distance"),
         ("--rarity odd", 1, "rarity"),
     ],
