@@ -38,7 +38,7 @@ from flash_experts.training.training_config import LearningRateScale, TrainingCo
 
 ROOT = Path(__file__).resolve().parents[2]
 BASE = ROOT / "models/mtg-base"  # dense, to be taken apart and upcycled
-RELEASED = BASE  # what the chapters on generation and evaluation load
+RELEASED = ROOT / "models/mtg-names"  # what `generate` and `serve` use
 DATA = ROOT / "data/mtg"
 ALL_PARTS = LearningRateScale()
 
