@@ -246,7 +246,7 @@ def test_the_command(
         assert main([*made, *wrong]) == status
         err = capsys.readouterr().err
         assert said in err and err.count("\n") == 1
-    assert main(["upcycle", out, "--out", out]) == 1
+    assert main(["upcycle", out, "--out", str(tmp_path / "again")]) == 1
     assert "has experts already" in capsys.readouterr().err
 
 
