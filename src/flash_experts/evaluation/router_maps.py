@@ -13,8 +13,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,12 +33,17 @@ from flash_experts.evaluation.specialization import Specialization, specializati
 from flash_experts.generation.vocabulary import NameVocabulary
 from flash_experts.models.loading import load_model
 from flash_experts.models.moe import GPT2MoEForCausalLM
-from flash_experts.models.moe_layer import MoELayer
 from flash_experts.models.router import ExpertChoiceRouter, Router
-from flash_experts.models.router_metrics import FEWEST_CHOICES, advice, find_trouble, load_metrics, pair_metrics
+from flash_experts.models.router_hooks import listening, routers_of
+from flash_experts.models.router_metrics import (
+    FEWEST_CHOICES,
+    advice,
+    find_trouble,
+    load_metrics,
+    over_mean,
+    pair_metrics,
+)
 from flash_experts.training.tracking import METRICS_FILE
-
-FloatArray = npt.NDArray[np.float64]
 
 _MOMENTS = 12  # of a training, at most, whose loads are shown
 _SETTINGS = (
@@ -245,46 +249,32 @@ def route(
         names: T tokens in all, the end symbols not counted.
         tokens_per_batch: of a row. It matters to expert choice and to capacities alone.
     """
-    blocks: list[Any] = list(model.transformer.h)
-    routers = {index: block.mlp.router for index, block in enumerate(blocks) if isinstance(block.mlp, MoELayer)}
-    seen: dict[int, list[tuple[torch.Tensor, ...]]] = {index: [] for index in routers}
-    with scoring(model), _listening(routers, seen):
+    routers = routers_of(model)
+    seen: dict[int, list[tuple[torch.Tensor, ...]]] = {block: [] for block in routers}
+
+    def note(block: int, router: Router, *output: torch.Tensor) -> None:
+        seen[block].append(_routing_of(router, *output))
+
+    with scoring(model), listening(model, note):
         for row in pack_all(names, tokens_per_batch):
             inputs = row.to(model.device).inputs
             del inputs["logits_to_keep"]  # of the head, which is not asked
             model.transformer(**inputs)
-    return [_block_routing(index, routers[index], rows) for index, rows in seen.items()]
+    return [_block_routing(block, routers[block], rows) for block, rows in seen.items()]
 
 
-@contextmanager
-def _listening(routers: Mapping[int, Router], seen: dict[int, list[tuple[torch.Tensor, ...]]]) -> Iterator[None]:
-    """While it is open, what routers decide is noted on their device."""
-
-    def listener(index: int) -> Any:
-        def hook(router: Router, args: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-            logits_TE, gates, choices = output
-            member_TE = router.membership(choices, len(logits_TE))
-            gates_TE = torch.zeros_like(member_TE)
-            gates_TE = (
-                gates_TE.T.scatter(1, choices, gates.to(gates_TE.dtype)).T
-                if isinstance(router, ExpertChoiceRouter)
-                else gates_TE.scatter(1, choices, gates.to(gates_TE.dtype))
-            )
-            logprobs_TE = router.log_scores(logits_TE).log_softmax(-1)
-            entropy_T = -(logprobs_TE.exp() * logprobs_TE).sum(-1)
-            sums = torch.stack(
-                [entropy_T.sum(), logprobs_TE.amax(-1).exp().sum(), router.left_out(logits_TE, choices, None)]
-            )
-            seen[index].append((member_TE.bool(), gates_TE, sums))
-
-        return hook
-
-    handles = [router.register_forward_hook(listener(index)) for index, router in routers.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+def _routing_of(
+    router: Router, logits_TE: torch.Tensor, gates: torch.Tensor, choices: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of one forward, on its device: (T, E) choices, (T, E) gates, and sums of entropy, best probability, left out."""
+    member_TE = router.membership(choices, len(logits_TE))
+    gates_TE = torch.zeros_like(member_TE)
+    by_choice = gates_TE.T if isinstance(router, ExpertChoiceRouter) else gates_TE
+    by_choice.scatter_(1, choices, gates.to(gates_TE.dtype))
+    logprobs_TE = router.log_scores(logits_TE).log_softmax(-1)
+    entropy_T = -(logprobs_TE.exp() * logprobs_TE).sum(-1)
+    left_out = router.left_out(logits_TE, choices, None)
+    return member_TE.bool(), gates_TE, torch.stack([entropy_T.sum(), logprobs_TE.amax(-1).exp().sum(), left_out])
 
 
 def _block_routing(block: int, router: Router, rows: Sequence[tuple[torch.Tensor, ...]]) -> BlockRouting:
@@ -314,16 +304,12 @@ def _figures(routing: BlockRouting, tokens: Tokens, model: GPT2MoEForCausalLM) -
         trouble = find_trouble(load_E, model.config.num_experts_per_tok)
     return BlockFigures(
         block=routing.block,
-        load=_over_mean(chosen.sum(0)),
-        load_of_names=_over_mean(chosen[tokens.place_T >= 0].sum(0)),
+        load=over_mean(load_E),
+        load_of_names=over_mean(torch.from_numpy(chosen[tokens.place_T >= 0].sum(0))),
         metrics=metrics,
         together=tuple(map(tuple, (pairs_EE / np.maximum(pairs_EE.diagonal()[:, None], 1)).tolist())),
         trouble=trouble and f"{trouble}: {advice(model.config)}",
     )
-
-
-def _over_mean(load_E: FloatArray) -> tuple[float, ...]:
-    return tuple((load_E / max(load_E.mean(), 1e-12)).tolist())
 
 
 def name_maps(names: Sequence[str], tokens: Tokens, routing: Sequence[BlockRouting]) -> tuple[NameMap, ...]:

@@ -21,7 +21,6 @@ from flash_experts.data.packing import EncodedName, encode_name, encode_names, p
 from flash_experts.data.prompts import NONE, Attributes
 from flash_experts.data.tokenizer import load_tokenizer
 from flash_experts.evaluation.costs import Costs, ModelSize, costs_of, parameter_counts
-from flash_experts.evaluation.expert_loads import expert_loads
 from flash_experts.evaluation.metrics import FloatArray
 from flash_experts.evaluation.prompted_sampling import sample_each
 from flash_experts.generation.decoding import NameDecoder
@@ -29,6 +28,8 @@ from flash_experts.generation.generator import NameGenerator
 from flash_experts.generation.presets import Sampling
 from flash_experts.models.flash_attention import ATTENTION_IMPLEMENTATION
 from flash_experts.models.loading import load_model
+from flash_experts.models.router_hooks import count_loads
+from flash_experts.models.router_metrics import over_mean
 from flash_experts.models.scoring import name_nats
 
 TOKENS_PER_BATCH = 4096
@@ -201,7 +202,8 @@ class LanguageModel:
 
     def expert_loads(self, names: Sequence[str], attributes: Sequence[Attributes]) -> dict[str, tuple[float, ...]]:
         """See `Scorer.expert_loads`."""
-        return expert_loads(self.model, lambda: self.nats(names, attributes))
+        loads = count_loads(self.model, lambda: self.nats(names, attributes))
+        return {str(block): over_mean(load_E) for block, load_E in loads.items()}
 
 
 def show_unfiltered(

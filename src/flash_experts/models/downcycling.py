@@ -12,8 +12,7 @@ Letters in the shapes: E experts, R = E / g groups of g experts (granular upcycl
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -23,7 +22,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from flash_experts.models.moe import GPT2MoEForCausalLM
 from flash_experts.models.moe_layer import MoELayer
-from flash_experts.models.router import Router
+from flash_experts.models.router_hooks import count_loads
 
 
 @torch.no_grad()
@@ -130,31 +129,14 @@ def measure_loads(moe: GPT2MoEForCausalLM, rows: Iterable[Mapping[str, Any]]) ->
     Returns:
         For each block with experts (from 0) its loads, (E,) float64 on the CPU.
     """
-    routers = {i: block.mlp.router for i, block in enumerate(moe.transformer.h) if isinstance(block.mlp, MoELayer)}
-    loads = {index: torch.zeros(router.num_experts, dtype=torch.float64) for index, router in routers.items()}
     was_training = moe.training
-    with _hooks(routers, loads):
-        moe.eval()
+    moe.eval()
+
+    def forwards() -> None:
         for row in rows:
             moe(**row)
-    moe.train(was_training)
-    return loads
 
-
-@contextmanager
-def _hooks(routers: Mapping[int, Router], loads: Mapping[int, torch.Tensor]) -> Iterator[None]:
-    """While it is open, every forward of a router adds its choices to the loads."""
-
-    def counting(load_E: torch.Tensor) -> Any:
-        def hook(router: Router, args: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-            weight_T = output[0].new_ones(len(output[0]))
-            load_E.add_(router.count(output[2], weight_T).double().cpu())
-
-        return hook
-
-    handles = [router.register_forward_hook(counting(loads[index])) for index, router in routers.items()]
     try:
-        yield
+        return count_loads(moe, forwards)
     finally:
-        for handle in handles:
-            handle.remove()
+        moe.train(was_training)

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from flash_experts.models.moe_config import GPT2MoEConfig
 from flash_experts.models.router import ExpertChoiceRouter, Router
+from flash_experts.models.router_hooks import routers_of
 
 # An expert is dead when its load is under this share of the mean: even 64 experts badly balanced stay above it.
 DEAD_LOAD = 0.01
@@ -32,12 +33,6 @@ FEWEST_CHOICES = 100
 _troubles: WeakKeyDictionary[Router, int] = WeakKeyDictionary()
 
 
-def _routers(model: nn.Module) -> list[tuple[str, Router]]:
-    """The routers of a model, named by the number of their block."""
-    named = [(name, module) for name, module in model.named_modules() if isinstance(module, Router)]
-    return [(next(part for part in name.split(".") if part.isdigit()), router) for name, router in named]
-
-
 @torch.no_grad()
 def update_router_biases(model: nn.Module) -> None:
     """Loss-free balancing (Wang et al. 2024, algorithm 1): call once after each optimizer step in training.
@@ -47,7 +42,7 @@ def update_router_biases(model: nn.Module) -> None:
     loads of all processes count, so every process moves its copy alike. The counts of the step begin anew, which the
     global-batch balancing loss relies on too.
     """
-    for _, router in _routers(model):
+    for router in routers_of(model).values():
         if router.bias_update_rate > 0:
             load_E = router.step_counts_E
             if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -75,7 +70,7 @@ def router_metrics(model: nn.Module) -> dict[str, float]:
         the tokens that no expert took). Loads and pairs count a dropped choice.
     """
     metrics: dict[str, float] = {}
-    for block, router in _routers(model):
+    for block, router in routers_of(model).items():
         # One copy to the host for each layer.
         counted = torch.cat([router.interval_sums, router.interval_counts_E, router.interval_pairs_EE.flatten()])
         sums, load_E, pairs = counted.double().cpu().split([4, router.num_experts, router.num_experts**2])
@@ -90,10 +85,15 @@ def router_metrics(model: nn.Module) -> dict[str, float]:
             values["untaken_rate"] = left_out / tokens
         elif router.capacity_factor is not None:
             values["drop_rate"] = left_out / (tokens * router.top_k)
-        values |= {f"load/{expert}": round(load, 4) for expert, load in enumerate((load_E / load_E.mean()).tolist())}
+        values |= {f"load/{expert}": round(load, 4) for expert, load in enumerate(over_mean(load_E))}
         metrics |= {f"router/{block}/{name}": value for name, value in values.items()}
         _watch(model, block, router, load_E)
     return metrics
+
+
+def over_mean(load_E: torch.Tensor) -> tuple[float, ...]:
+    """Each expert's load over the mean load: 1 everywhere is balanced; all 0 where nothing was chosen."""
+    return tuple((load_E / load_E.mean().clamp(min=1e-12)).tolist())
 
 
 def load_metrics(load_E: torch.Tensor) -> dict[str, float]:
@@ -128,7 +128,7 @@ def coactivation(model: nn.Module) -> dict[str, torch.Tensor]:
         For each block, by its number: (E, E) float32 on the model's device, the loads on the diagonal. Copies; nothing
         is reset, and nothing waits for the device.
     """
-    return {block: router.interval_pairs_EE.clone() for block, router in _routers(model)}
+    return {str(block): router.interval_pairs_EE.clone() for block, router in routers_of(model).items()}
 
 
 # ------------------------------------------------------------------------------------------------- dead and collapsed
@@ -167,7 +167,7 @@ def advice(config: GPT2MoEConfig) -> str:
     return f"raise router_aux_loss_coef (now {coefficient:g}), or set router_bias_update_rate (now 0) to 0.001"
 
 
-def _watch(model: nn.Module, block: str, router: Router, load_E: torch.Tensor) -> None:
+def _watch(model: nn.Module, block: int, router: Router, load_E: torch.Tensor) -> None:
     """Warns the first time that a router has been in trouble at `PATIENCE` reads in a row."""
     if load_E.mean() < FEWEST_CHOICES or _troubles.get(router, 0) >= PATIENCE:
         return
