@@ -109,6 +109,13 @@ def test_sequence_loss_of_a_packed_row_is_that_of_its_names(dense: GPT2LMHeadMod
         output_router_logits=True,
     )
     torch.testing.assert_close(packed.aux_loss, alone)
+    by_positions = moe(
+        torch.cat(names, 1),
+        position_ids=torch.cat([torch.arange(5), torch.arange(9)])[None],
+        use_cache=False,
+        output_router_logits=True,
+    )
+    torch.testing.assert_close(by_positions.aux_loss, alone)
     mask = (torch.arange(9)[None] < torch.tensor([[5], [9]])).long()
     batch = torch.cat([F.pad(names[0], (0, 4)), names[1]])
     torch.testing.assert_close(moe(batch, attention_mask=mask, output_router_logits=True).aux_loss, alone)

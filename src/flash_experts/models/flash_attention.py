@@ -62,7 +62,7 @@ def fe_attention_forward(
     """
     backend = _configured_backend(module)
     if cu_seq_lens_q is None and attention_mask is None and query.shape[2] == key.shape[2] > 1:
-        cu_seq_lens_q = _packed_starts(position_ids, query)
+        cu_seq_lens_q = packed_starts(position_ids, query.shape[0], query.shape[2])
     if cu_seq_lens_q is not None:
         return _packed(query, key, value, cu_seq_lens_q, max_length_q, scaling, dropout, backend), None
     if attention_mask is not None or _asks_more(kwargs):
@@ -139,14 +139,14 @@ def _asks_more(kwargs: dict[str, Any]) -> bool:
     return bool(kwargs.get("output_attentions")) or any(kwargs.get(name) is not None for name in more)
 
 
-def _packed_starts(position_ids: torch.Tensor | None, query: torch.Tensor) -> torch.Tensor | None:
-    """(N + 1,) starts of names if the positions of a single row start over somewhere, else None."""
-    if position_ids is None or query.shape[0] != 1 or position_ids.shape[-1] != query.shape[2]:
+def packed_starts(position_ids: torch.Tensor | None, rows: int, length: int) -> torch.Tensor | None:
+    """(N + 1,) int32 starts of names, and ``length``, if the positions of a single row start over; else None."""
+    if position_ids is None or rows != 1 or position_ids.shape[-1] != length:
         return None
     starts = (position_ids.reshape(-1) == 0).nonzero()[:, 0]
     if starts.numel() < 2:
         return None
-    return F.pad(starts, (0, 1), value=query.shape[2]).to(torch.int32)
+    return F.pad(starts, (0, 1), value=length).to(torch.int32)
 
 
 def fe_attention_mask(

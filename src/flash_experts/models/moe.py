@@ -20,7 +20,7 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2Attention, GPT2Block, GPT
 from transformers.utils import can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder
 
-from flash_experts.models.flash_attention import ATTENTION_IMPLEMENTATION
+from flash_experts.models.flash_attention import ATTENTION_IMPLEMENTATION, packed_starts
 from flash_experts.models.loading import load_dense
 from flash_experts.models.moe_config import GPT2MoEConfig
 from flash_experts.models.moe_layer import (
@@ -327,10 +327,17 @@ def _padding_mask(attention_mask: torch.Tensor | None, inputs: torch.Tensor | No
     return attention_mask.reshape(-1).bool()
 
 
-def _sequences(hidden: torch.Tensor, cu_seq_lens_q: torch.Tensor | None = None, **_: Any) -> tuple[torch.Tensor, int]:
+def _sequences(
+    hidden: torch.Tensor,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    position_ids: torch.Tensor | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, int]:
     """(T,) the sequence of each token, and how many there are: names of a packed row, or rows of a batch."""
     num_rows, length = hidden.shape[:2]
     token_T = torch.arange(num_rows * length, device=hidden.device)
+    if cu_seq_lens_q is None:
+        cu_seq_lens_q = packed_starts(position_ids, num_rows, length)
     if cu_seq_lens_q is None:
         return token_T // max(length, 1), num_rows
     return torch.searchsorted(cu_seq_lens_q[1:].long(), token_T, right=True), len(cu_seq_lens_q) - 1
