@@ -231,7 +231,11 @@ REFUSED: list[tuple[str, Callable[[], Any]]] = [
     ("new keys need a place", lambda: flash_attn_with_kvcache(Q, Q, Q, Q, Q)),
     ("1 new keys after 5 do not fit into a cache of 5", lambda: flash_attn_with_kvcache(
         Q, Q, Q, Q[:, :1], Q[:, :1], cache_seqlens=5)),
+    ("1 new keys after 5 do not fit into a cache of 5", lambda: flash_attn_with_kvcache(
+        Q, Q, Q, Q[:, :1], Q[:, :1], cache_seqlens=torch.tensor([0, 5], dtype=torch.int32))),
     ("cache_seqlens is 6, but the cache has room", lambda: flash_attn_with_kvcache(Q, Q, Q, cache_seqlens=6)),
+    ("cache_seqlens is -1, but the cache has room", lambda: flash_attn_with_kvcache(
+        Q, Q, Q, cache_seqlens=torch.tensor([3, -1], dtype=torch.int32))),
     (r"int32 tensor of shape \(2,\)", lambda: flash_attn_with_kvcache(Q, Q, Q, cache_seqlens=torch.tensor([1, 2]))),
     ("only the second dimension may differ", lambda: flash_attn_with_kvcache(
         Q, Q, Q, Q[:, :, :2], Q[:, :, :2], cache_seqlens=0)),

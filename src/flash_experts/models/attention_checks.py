@@ -17,10 +17,34 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _MAX_HEAD_DIM = 256
 
 
+def check_cache(
+    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, seqlens: int | torch.Tensor | None, num_splits: int
+) -> None:
+    """Queries and a cache of keys and values fit each other, and so does what the cache is said to hold."""
+    if num_splits not in (0, 1):
+        raise ValueError(f"num_splits is {num_splits}: 0 and 1 are supported")
+    check_qkv(q, k_cache, v_cache, "(batch, seqlen, heads, head_dim)", 4)
+    B, S_cache = k_cache.shape[:2]
+    if q.shape[0] != B:
+        raise ValueError(f"q has batch size {q.shape[0]}, the cache has {B}: make them equal")
+    if isinstance(seqlens, torch.Tensor) and (
+        seqlens.dtype != torch.int32 or seqlens.shape != (B,) or seqlens.device != k_cache.device
+    ):
+        raise ValueError(
+            f"cache_seqlens must be an int or an int32 tensor of shape ({B},) on {k_cache.device}, not "
+            f"{seqlens.dtype} {tuple(seqlens.shape)} on {seqlens.device}"
+        )
+    for length in _known_lengths(seqlens):
+        if not 0 <= length <= S_cache:
+            raise ValueError(f"cache_seqlens is {length}, but the cache has room for 0 to {S_cache} tokens")
+
+
 def check_new_keys(
-    k_cache: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seqlens: int | torch.Tensor | None
-) -> int | torch.Tensor:
-    """New keys and values fit the cache and have a place in it, which is returned."""
+    k_cache: torch.Tensor, k: torch.Tensor | None, v: torch.Tensor | None, seqlens: int | torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, int | torch.Tensor]:
+    """New keys and values fit the cache and have a place in it: all three are returned."""
+    if k is None or v is None:
+        raise ValueError("new keys and new values come together: give both k and v, or neither")
     B, S_cache = k_cache.shape[:2]
     if k.ndim != 4 or k.shape != v.shape or k.shape[0] != B or k.shape[2:] != k_cache.shape[2:]:
         raise ValueError(
@@ -31,23 +55,23 @@ def check_new_keys(
         raise ValueError("k and v must have the cache's dtype and device: convert them with .to(k_cache)")
     if seqlens is None:
         raise ValueError("new keys need a place: give cache_seqlens, the tokens that the cache holds before them")
-    if isinstance(seqlens, int) and seqlens + k.shape[1] > S_cache:
-        raise ValueError(f"{k.shape[1]} new keys after {seqlens} do not fit into a cache of {S_cache}: allocate more")
-    return seqlens
-
-
-def check_cache_seqlens(seqlens: int | torch.Tensor | None, cache: torch.Tensor) -> None:
-    if isinstance(seqlens, torch.Tensor):
-        if seqlens.dtype != torch.int32 or seqlens.shape != cache.shape[:1] or seqlens.device != cache.device:
+    for length in _known_lengths(seqlens):
+        if length + k.shape[1] > S_cache:
             raise ValueError(
-                f"cache_seqlens must be an int or an int32 tensor of shape ({cache.shape[0]},) on {cache.device}, not "
-                f"{seqlens.dtype} {tuple(seqlens.shape)} on {seqlens.device}"
+                f"{k.shape[1]} new keys after {length} do not fit into a cache of {S_cache}: allocate more"
             )
-    elif seqlens is not None and not 0 <= seqlens <= cache.shape[1]:
-        raise ValueError(f"cache_seqlens is {seqlens}, but the cache has room for 0 to {cache.shape[1]} tokens")
+    return k, v, seqlens
+
+
+def _known_lengths(seqlens: int | torch.Tensor | None) -> list[int]:
+    """Lengths whose values can be looked at without waiting for a device."""
+    if not isinstance(seqlens, torch.Tensor):
+        return [] if seqlens is None else [seqlens]
+    return [] if seqlens.device.type != "cpu" or torch.compiler.is_compiling() else seqlens.tolist()
 
 
 def refuse(function: str, **arguments: torch.Tensor | None) -> None:
+    """Arguments of the peer's that are not supported here must be None."""
     for name, value in arguments.items():
         if value is not None:
             raise ValueError(f"{function} does not support {name}: leave it None")

@@ -23,7 +23,7 @@ import torch
 
 from flash_experts.models.attention_backends import attention, attention_varlen
 from flash_experts.models.attention_checks import (
-    check_cache_seqlens,
+    check_cache,
     check_documents,
     check_new_keys,
     check_qkv,
@@ -296,16 +296,9 @@ def flash_attn_with_kvcache(
         cache_leftpad=cache_leftpad,
         block_table=block_table,
     )
-    if num_splits not in (0, 1):
-        raise ValueError(f"num_splits is {num_splits}: 0 and 1 are supported")
-    check_qkv(q, k_cache, v_cache, "(batch, seqlen, heads, head_dim)", 4)
-    if q.shape[0] != k_cache.shape[0]:
-        raise ValueError(f"q has batch size {q.shape[0]}, the cache has {k_cache.shape[0]}: make them equal")
+    check_cache(q, k_cache, v_cache, cache_seqlens, num_splits)
     options = make_options(q, q.shape[0], 0.0, softmax_scale, causal, window_size, softcap, alibi_slopes)
-    check_cache_seqlens(cache_seqlens, k_cache)
-    if (k is None) != (v is None):
-        raise ValueError("new keys and new values come together: give both k and v, or neither")
-    if k is not None and v is not None:
+    if k is not None or v is not None:
         cache_seqlens = _append(k_cache, v_cache, k, v, cache_seqlens)
     k_lengths_B = cache_seqlens if isinstance(cache_seqlens, torch.Tensor) else None
     if isinstance(cache_seqlens, int):
@@ -315,10 +308,14 @@ def flash_attn_with_kvcache(
 
 
 def _append(
-    k_cache: torch.Tensor, v_cache: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seqlens: int | torch.Tensor | None
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    k: torch.Tensor | None,
+    v: torch.Tensor | None,
+    seqlens: int | torch.Tensor | None,
 ) -> int | torch.Tensor:
     """Writes k and v behind what the cache holds; returns what it holds now."""
-    seqlens = check_new_keys(k_cache, k, v, seqlens)
+    k, v, seqlens = check_new_keys(k_cache, k, v, seqlens)
     B, S_new = k.shape[:2]
     if isinstance(seqlens, int):
         k_cache[:, seqlens : seqlens + S_new], v_cache[:, seqlens : seqlens + S_new] = k, v
