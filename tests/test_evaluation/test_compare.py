@@ -15,7 +15,7 @@ import pytest
 from flash_experts.evaluation import compare, format_comparison, write_report
 from flash_experts.evaluation.blind_test import REAL, BlindName, make_blind_test
 from flash_experts.evaluation.compare import ComparisonResult, PromptNames, unique_labels
-from flash_experts.evaluation.curves import read_curve
+from flash_experts.evaluation.curves import CurvePoint, read_curve
 from flash_experts.evaluation.plots import write_plots
 from flash_experts.evaluation.report import render_report
 from flash_experts.evaluation.tables import Table, bits_table
@@ -65,6 +65,13 @@ def test_a_step_repeated_after_a_resume_counts_once(tmp_path: Path) -> None:
     path.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
     assert [(point.step, point.train_loss) for point in read_curve(path)] == [(1, 3.0), (2, 2.5)]
     assert read_curve(tmp_path / "absent.jsonl") == []
+
+
+def test_what_is_no_number_in_the_record_of_a_stranger_counts_as_missing(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    nested = "[" * 10**5
+    path.write_text(f'{{"step": 1, "loss": "x", "tokens": [2], "seconds": "3"}}\n{nested}\n', encoding="utf-8")
+    assert read_curve(path) == [CurvePoint(1, None, None, None, None)]
 
 
 def test_validation_is_placed_in_time_between_the_lines_around_it(tmp_path: Path) -> None:

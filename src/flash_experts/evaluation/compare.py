@@ -17,6 +17,7 @@ from flash_experts.evaluation.held_out import SPLITS, HeldOut
 from flash_experts.evaluation.metrics import Estimate, paired_bits_difference
 from flash_experts.evaluation.novelty import names_of
 from flash_experts.evaluation.scorers import Prompt
+from flash_experts.training.tracking import METRICS_FILE
 
 PROMPTS = (
     Prompt(),
@@ -128,7 +129,7 @@ def compare(
         curves={
             label: points
             for model, label in zip(models, labels, strict=True)
-            if (points := read_curve(Path(model) / "metrics.jsonl"))
+            if (points := read_curve(Path(model) / METRICS_FILE))
         },
         prompts=tuple(
             PromptNames(str(prompt), {label: names[index] for label, names in zip(labels, shown, strict=True)})

@@ -12,6 +12,7 @@ from flash_experts.evaluation.curves import read_curve
 from flash_experts.models.moe_layer import Experts, MoELayer
 from flash_experts.training.run_info import parameter_counts as multiplied_parameters
 from flash_experts.training.run_info import training_flops
+from flash_experts.training.tracking import METRICS_FILE
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +66,7 @@ def costs_of(model: PreTrainedModel, folder: Path | None) -> Costs:
     """What a language model costs; ``folder`` is where it was loaded from, if it was."""
     held = {tensor.data_ptr(): tensor for tensor in (*model.parameters(), *model.buffers())}
     stored = [] if folder is None else [path.stat().st_size for path in folder.glob("*.safetensors")]
-    points = [] if folder is None else read_curve(folder / "metrics.jsonl")
+    points = [] if folder is None else read_curve(folder / METRICS_FILE)
     return Costs(
         memory_bytes=sum(tensor.numel() * tensor.element_size() for tensor in held.values()),
         disk_bytes=sum(stored) if stored else None,

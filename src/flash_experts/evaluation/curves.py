@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-BITS_PER_CHAR = "validation/bits_per_char"  # the key in metrics.jsonl
+from flash_experts.training.validation import BITS_PER_CHAR
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,34 +23,50 @@ class CurvePoint:
     validation_bits: float | None
 
 
-def read_curve(path: Path) -> list[CurvePoint]:
-    """A run's metrics.jsonl as points in the order of steps; none where there is no such file.
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl that have a step; none where there is no such file.
 
-    Evaluations are lines of their own and have no time: theirs is taken from the lines around. A line cut
-    short (the run was killed while it wrote) is skipped. A step that was repeated after a resume counts as it
-    was the last time.
+    It came with a model, perhaps from a stranger: what is no such line is skipped, as is one that a kill cut short.
     """
     if not path.is_file():
         return []
-    points: dict[int, dict[str, Any]] = {}
+    records = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(record, dict) and isinstance(record.get("step"), int):
-            points.setdefault(record["step"], {}).update(record)
-    timed = {step: record["seconds"] for step, record in points.items() if "seconds" in record}
+            records.append(record)
+    return records
+
+
+def read_curve(path: Path) -> list[CurvePoint]:
+    """A run's metrics.jsonl as points in the order of steps; none where there is no such file.
+
+    Evaluations are lines of their own and have no time: theirs is taken from the lines around. A step that was
+    repeated after a resume counts as it was the last time.
+    """
+    points: dict[int, dict[str, Any]] = {}
+    for record in read_records(path):
+        points.setdefault(record["step"], {}).update(record)
+    timed = {step: seconds for step, record in points.items() if (seconds := _number(record, "seconds")) is not None}
     return [
         CurvePoint(
             step=step,
             seconds=_seconds_at(step, timed),
-            tokens=record.get("tokens"),
-            train_loss=record.get("loss"),
-            validation_bits=record.get(BITS_PER_CHAR),
+            tokens=_number(record, "tokens"),
+            train_loss=_number(record, "loss"),
+            validation_bits=_number(record, BITS_PER_CHAR),
         )
         for step, record in sorted(points.items())
     ]
+
+
+def _number(record: dict[str, Any], key: str) -> Any:
+    """A value of a line if it is a number, else None."""
+    value = record.get(key)
+    return value if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
 def _seconds_at(step: int, timed: dict[int, float]) -> float | None:

@@ -58,8 +58,7 @@ def _discounts(counts: IntArray) -> FloatArray:
         return np.array(_FALLBACK_DISCOUNTS)
     y = n1 / (n1 + 2 * n2)
     estimated = np.array([1 - 2 * y * n2 / n1, 2 - 3 * y * n3 / n2, 3 - 4 * y * n4 / n3])
-    # A small corpus may break the law behind these; outside (0, count) a share is negative or nothing is left
-    # over.
+    # A small corpus may break the law behind these; outside (0, count) a share is negative or nothing is left over.
     inside = (estimated > 0).all() and (estimated < [1, 2, 3]).all()
     return estimated if inside else np.array(_FALLBACK_DISCOUNTS)
 

@@ -11,7 +11,6 @@ Letters in the shapes: T tokens of all names, E experts, K experts per token, L 
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from flash_experts.data.cards import Card
 from flash_experts.data.packing import EncodedName, encode_names, pack_all
 from flash_experts.data.prompts import NONE, Attributes
 from flash_experts.data.tokenizer import load_tokenizer
+from flash_experts.evaluation.curves import read_records
 from flash_experts.evaluation.router_tokens import TOKEN_CLASSES, Tokens, card_labels, token_labels
 from flash_experts.evaluation.scorers import TOKENS_PER_BATCH, check_lengths, scoring
 from flash_experts.evaluation.specialization import Specialization, specializations
@@ -341,19 +341,16 @@ def read_loads(path: Path) -> TrainingLoads | None:
     """Loads over a training, at up to 12 moments, from its metrics.jsonl; None where they are not recorded.
 
     Each moment is the mean of the lines since the one before. A step that a resumed run repeated counts as the last
-    time, a line cut short by a kill not at all.
+    time.
     """
-    if not path.is_file():
-        return None
     steps: dict[int, dict[int, list[float]]] = {}
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for record in read_records(path):
         try:
-            record = json.loads(line)
             loads = _loads_of(record)
-            if loads:
-                steps[int(record["step"])] = loads
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError):  # no number, or not of every expert
             continue
+        if loads:
+            steps[record["step"]] = loads
     if not steps:
         return None
     order = sorted(steps)

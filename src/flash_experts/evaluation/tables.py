@@ -63,10 +63,6 @@ def _percent(estimate: Estimate | None) -> str:
     return MISSING if estimate is None else f"{100 * estimate.value:.1f}%"
 
 
-def _interval(estimate: Estimate, spec: str) -> str:
-    return f"{estimate.value:{spec}} [{estimate.low:{spec}}, {estimate.high:{spec}}]"
-
-
 def bits_table(results: Sequence[EvaluationResult], differences: Sequence[Difference] = ()) -> Table:
     """Bits per character of each model on each held-out set.
 
@@ -116,7 +112,7 @@ def _memorization(figures: NameFigures) -> tuple[str, ...]:
     found = figures.memorization
     if found is None:
         return (MISSING,) * 3
-    ratio = MISSING if found.ratio is None else _interval(found.ratio, ".1f")
+    ratio = MISSING if found.ratio is None else f"{found.ratio:.1f}"
     return f"{found.train_hits:,}", f"{found.held_out_hits:,}", ratio
 
 
@@ -157,9 +153,7 @@ def detection_table(results: Sequence[EvaluationResult]) -> Table:
     if found:
         pairs.append(("real names, two halves", found[0][1].real))
     for label, separation in pairs:
-        rows.append(
-            (label, f"{separation.names:,}", _interval(separation.weak, ".3f"), _interval(separation.strong, ".3f"))
-        )
+        rows.append((label, f"{separation.names:,}", f"{separation.weak:.3f}", f"{separation.strong:.3f}"))
     header = ("names of", "of each side", "weak: char n-grams", "strong: boosting")
     return Table("Real or generated: AUC of two classifiers (95% interval; 0.5 cannot tell)", header, tuple(rows))
 
@@ -235,7 +229,7 @@ def difference_table(result: ComparisonResult) -> Table:
                 f"{difference.first} - {difference.second}",
                 difference.split,
                 "yes" if difference.conditional else "no",
-                f"{difference.bits.value:+.3f} [{difference.bits.low:+.3f}, {difference.bits.high:+.3f}]",
+                f"{difference.bits:+.3f}",
                 f"{better} is better" if shown and difference.significant else "no difference shown",
             )
         )
