@@ -17,15 +17,12 @@ from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 from flash_experts.data.yaml_files import read_yaml
 
 Run = Callable[[Namespace], None]
+# The first that is there, where --model is not given.
+RELEASED_MODELS = ("models/mtg-names", "models/mtg-base")
 # Of an option, of a key in YAML, and of a key in a list in YAML.
 _UNKNOWN = (
     r"does not accept (?:option|key) '([^']+)'|unrecognized arguments?: --(\S+)|^Option '([^']+)' is not accepted"
 )
-
-
-# The first that is there, where --model is not given.
-RELEASED_MODELS = ("models/mtg-names", "models/mtg-base")
-
 # Of a value that has not the type of its option; a union tells of each of its types first.
 _INVALID = r'option "([\w.]+)"(?: element \d+)?: (?:Does not validate|Expected a )(?:.*(?:Got|Given) value: ?(.*))?$'
 _KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
@@ -158,7 +155,8 @@ def add_measuring_options(parser: CommandParser) -> None:
 
 
 def check_samples(args: Namespace) -> None:
-    """
+    """Looks at --samples before anything is loaded.
+
     Raises:
         ValueError: the number of names to draw cannot be.
     """

@@ -21,8 +21,7 @@ COLORLESS = "colorless"
 RARITIES = ("common", "uncommon", "rare", "mythic")
 _RARITY_WORDS = {"c": "common", "u": "uncommon", "r": "rare", "m": "mythic", "mythic rare": "mythic"}
 SUPERTYPES = ("Basic", "Legendary", "World", "Snow")
-# In the order in which a type line has them: "Kindred Instant", "Artifact Land", "Enchantment Artifact
-# Creature".
+# In the order in which a type line has them: "Kindred Instant", "Artifact Land", "Enchantment Artifact Creature".
 TYPES = (
     *("Kindred", "Enchantment", "Artifact", "Land", "Planeswalker"),
     *("Battle", "Creature", "Instant", "Sorcery"),

@@ -15,7 +15,6 @@ from typing import NamedTuple
 JOKES = "jokes"
 FRANCHISES = "franchises"
 
-
 # Sets whose new cards are all of one franchise, for cards that the table does not have. MTGJSON's atomic cards have no
 # mark of franchises; Scryfall's have one, which newer sets have not always carried. Known as of November 2026.
 FRANCHISE_SETS = frozenset(

@@ -33,8 +33,7 @@ def shown_form(name: str) -> str:
         return name.strip()
     spaced = "".join(" " if character.isspace() else character for character in name)
     seen = "".join(character for character in spaced if unicodedata.category(character) not in _INVISIBLE)
-    # Composed first, so that a sign with a mark on it becomes one letter before signs are looked up; and
-    # again
+    # Composed first, so that a sign with a mark on it becomes one letter before signs are looked up; and again
     # afterwards, because a sign that goes away can bring a letter and a mark together.
     composed = unicodedata.normalize("NFC", seen)
     while (folded := unicodedata.normalize("NFC", composed.translate(_LOOK_ALIKES))) != composed:
@@ -50,8 +49,7 @@ def normal_form(name: str) -> str:
     """
     if name.isascii():
         return "".join(filter(str.isalnum, name.casefold()))
-    # Compatibility caseless matching, The Unicode Standard, definition D146: folding can undo a composition
-    # and
+    # Compatibility caseless matching, The Unicode Standard, definition D146: folding can undo a composition and
     # decomposing can bring capitals back, hence twice.
     text = unicodedata.normalize("NFD", name).casefold()
     text = unicodedata.normalize("NFKD", text).casefold()

@@ -101,8 +101,7 @@ def _beside(path: Path) -> list[str]:
     return [file.name for file in path.parent.iterdir() if file.suffix.lower() in _SUFFIXES]
 
 
-# ----------------------------------------------------------------------------------------------------
-# embedded table
+# ----------------------------------------------------------------------------------------------------- embedded table
 
 
 def embedded_table() -> Path:

@@ -22,8 +22,7 @@ from flash_experts.kernels import flash_decode_triton
 from flash_experts.kernels.attention_options import AttentionOptions
 from flash_experts.kernels.flash_attention_tuning import DELTA, FORWARD, INTERPRETED, KEYS, QUERIES, length_bucket
 
-MIN_HEAD_DIM, MAX_HEAD_DIM = 16, 256
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_MIN_HEAD_DIM = 16
 # Documents up to this length are packed: programs take tiles of rows, whatever documents lie in them. Longer ones fill
 # tiles of their own well enough, and then the last tiles of each can go first.
 PACKED_UP_TO = 512
@@ -95,7 +94,7 @@ class _Problem:
     def flags(self, left_edge: bool) -> dict[str, Any]:
         return {
             "C": self.q.shape[-1],
-            "BLOCK_C": max(triton.next_power_of_2(self.q.shape[-1]), MIN_HEAD_DIM),
+            "BLOCK_C": max(triton.next_power_of_2(self.q.shape[-1]), _MIN_HEAD_DIM),
             "CAUSAL": self.right == 0,
             "RAGGED": self.cu_q is not None and not self.packed,
             "PACKED": self.packed,

@@ -51,7 +51,7 @@ class SpreadExperts(nn.Module):
         self.num_experts, self.group_size = experts.num_experts, mesh.size(1)
         if self.num_experts % self.group_size:
             raise ValueError(f"{self.group_size} processes cannot share {self.num_experts} experts evenly")
-        self._mesh, self._group = mesh, mesh.get_group(1)
+        self._group = mesh.get_group(1)
         for name, weight in experts.named_parameters():
             here = distribute_tensor(weight.detach(), mesh, [Replicate(), Shard(0)], src_data_rank=None)
             self.register_parameter(name, nn.Parameter(here, requires_grad=weight.requires_grad))
@@ -103,8 +103,7 @@ def spread_experts(model: nn.Module, config: GPT2MoEConfig, mesh: DeviceMesh) ->
 
     Args:
         model: a `GPT2MoEForCausalLM`, equal on every process. Its routers, their counts and its losses stay as they
-        are:
-            each process routes its own tokens.
+            are: each process routes its own tokens.
         config: its configuration.
         mesh: the processes, (replicas, X).
 

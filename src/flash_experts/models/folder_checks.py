@@ -131,9 +131,10 @@ def tensor_sizes(path: Path) -> list[int]:
 
 
 def check_finite(source: object, model: torch.nn.Module) -> None:
-    """
+    """Refuses a model with a weight that is NaN or infinite.
+
     Raises:
-        ValueError: a weight is NaN or infinite.
+        ValueError: the first such weight; ``source`` names the model.
     """
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
