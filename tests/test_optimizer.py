@@ -175,11 +175,12 @@ def test_stacked_and_fused_matrices_are_each_made_orthogonal_alone() -> None:
 
 
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch has no Muon")
-def test_muon_steps_as_torchs_does_on_single_matrices() -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, None])
+def test_muon_steps_as_torchs_does_on_single_matrices(dtype: torch.dtype | None) -> None:
     """torch's iterates in bfloat16 always; its momentum, decay and size of the update are the same."""
     torch.manual_seed(0)
     ours, theirs = (nn.Parameter(torch.randn(24, 16, generator=torch.Generator().manual_seed(1))) for _ in range(2))
-    optimizer = Muon([{"params": [ours]}], lr=0.1, weight_decay=0.2, momentum=0.9)
+    optimizer = Muon([{"params": [ours]}], lr=0.1, weight_decay=0.2, momentum=0.9, dtype=dtype)
     reference = torch.optim.Muon(
         [theirs], lr=0.1, weight_decay=0.2, momentum=0.9, nesterov=True, adjust_lr_fn="match_rms_adamw"
     )

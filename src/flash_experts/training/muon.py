@@ -21,19 +21,20 @@ from flash_experts.training.sharding import gather_whole, holds_whole_matrices, 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
 
-def orthogonalize(matrices_NRC: torch.Tensor, steps: int = 5) -> torch.Tensor:
+def orthogonalize(matrices_NRC: torch.Tensor, steps: int = 5, dtype: torch.dtype | None = None) -> torch.Tensor:
     """Newton-Schulz iteration: singular vectors stay, singular values go to about 1.
 
     Args:
         matrices_NRC: a batch of matrices, of any floating type.
         steps: of the iteration.
+        dtype: what its products are computed in: the type of the matrices, or bfloat16, whose rounding the iteration
+            bears (it ends at singular values between 0.7 and 1.2 in any case).
 
     Returns:
-        (N, R, C), of the same type; computed in bfloat16 on a GPU, in the given type on a CPU, which multiplies
-        bfloat16 slowly.
+        (N, R, C), of the same type.
     """
     first, third, fifth = _COEFFICIENTS
-    x = matrices_NRC.bfloat16() if matrices_NRC.is_cuda else matrices_NRC
+    x = matrices_NRC.to(dtype or matrices_NRC.dtype)
     is_tall = x.size(-2) > x.size(-1)
     x = x.mT if is_tall else x  # the products below are of the shorter side
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)  # no singular value is over 1
@@ -56,10 +57,19 @@ class Muon(torch.optim.Optimizer):
         lr: rate.
         weight_decay: decoupled, as AdamW's.
         momentum: of the gradients' running sum.
+        dtype: of the products that make updates orthogonal, see `orthogonalize`.
     """
 
-    def __init__(self, groups: list[dict[str, Any]], lr: float, weight_decay: float = 0.0, momentum: float = 0.95):
+    def __init__(
+        self,
+        groups: list[dict[str, Any]],
+        lr: float,
+        weight_decay: float = 0.0,
+        momentum: float = 0.95,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__(groups, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "blocks": 1})
+        self._dtype = dtype
         for group in self.param_groups:
             for parameter in group["params"]:
                 assert parameter.ndim in (2, 3) and parameter.size(-1) % group["blocks"] == 0, parameter.shape
@@ -77,18 +87,18 @@ class Muon(torch.optim.Optimizer):
                 if not state:
                     state["momentum_buffer"] = torch.zeros_like(parameter)
                 total = state["momentum_buffer"].mul_(momentum).add_(parameter.grad)
-                update, longest = _direction(parameter.grad.add(total, alpha=momentum), blocks)
+                update, longest = _direction(parameter.grad.add(total, alpha=momentum), blocks, self._dtype)
                 size = 0.2 * math.sqrt(longest)
                 local_part(parameter).mul_(1 - rate * group["weight_decay"]).add_(update, alpha=-rate * size)
 
 
-def _direction(gradient: torch.Tensor, blocks: int) -> tuple[torch.Tensor, int]:
+def _direction(gradient: torch.Tensor, blocks: int, dtype: torch.dtype | None) -> tuple[torch.Tensor, int]:
     """This process's part of the orthogonal update, and the longer side of its matrices. A matrix that is cut over
     processes is gathered, since no part of it can be made orthogonal by itself."""
     is_whole = holds_whole_matrices(gradient)
     matrices = local_part(gradient) if is_whole else gather_whole(gradient)
     matrices_NRC = as_matrices(matrices, blocks)
-    update = from_matrices(orthogonalize(matrices_NRC), matrices)
+    update = from_matrices(orthogonalize(matrices_NRC, dtype=dtype), matrices)
     return update if is_whole else local_part(part_like(update, gradient)), max(matrices_NRC.shape[-2:])
 
 

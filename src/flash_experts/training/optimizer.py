@@ -20,6 +20,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from flash_experts.training.muon import Muon
+from flash_experts.training.precision import use_bfloat16
 from flash_experts.training.training_config import PARTS, LearningRateScale, TrainingConfig
 
 _BLOCK = re.compile(r"\bh\.(\d+)\.")
@@ -84,7 +85,12 @@ def make_optimizers(model: nn.Module, config: TrainingConfig) -> dict[str, torch
             for_adamw.groups, lr=config.learning_rate, betas=(first, second), eps=1e-8, fused=fused
         )
     if for_muon.groups:
-        optimizers["muon"] = Muon(for_muon.groups, lr=config.learning_rate, momentum=config.muon_momentum)
+        optimizers["muon"] = Muon(
+            for_muon.groups,
+            lr=config.learning_rate,
+            momentum=config.muon_momentum,
+            dtype=torch.bfloat16 if use_bfloat16(config.precision, trained[0][1].device) else None,
+        )
     return optimizers
 
 
