@@ -147,7 +147,7 @@ def test_keeping_and_likeness(playground: Playground) -> None:
     assert refined.rows[1].settings.like == (rows[1].name.text,)
     (told,) = handlers.more_like(values, shown.rows)
     assert "keep a name first" in told.status
-    assert csv_of(rows).splitlines()[0] == "text,log_prob,score,nearest_card,similarity"
+    assert csv_of(rows).splitlines()[0] == "text,fits_type,fits_probability,log_prob,score,nearest_card,similarity"
     assert len(csv_of(rows).splitlines()) == 5
 
 

@@ -12,7 +12,7 @@ from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from flash_experts.cli import main
 
-COLUMNS = {"text", "log_prob", "score", "nearest_card", "similarity"}
+COLUMNS = {"text", "fits_type", "fits_probability", "log_prob", "score", "nearest_card", "similarity"}
 
 
 @pytest.fixture

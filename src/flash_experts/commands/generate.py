@@ -79,10 +79,13 @@ def _write_table(names: Iterable[GeneratedName], file: TextIO) -> int:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table("name", "log-probability", "a character", "nearest card", "similarity")
-    for name in names:
-        numbers = f"{name.log_prob:.1f}", f"{name.score:.2f}", f"{name.similarity:.2f}"
-        table.add_row(Text(name.text), numbers[0], numbers[1], Text(name.nearest_card or ""), numbers[2])
+    from flash_experts.generation.tables import row_of
+
+    table = Table("name", "fits type", "log-probability", "a character", "nearest card", "similarity")
+    for row in map(row_of, names):
+        fit = f"{row['fits_type']} {row['fits_probability']:.0%}"
+        numbers = f"{row['log_prob']:.1f}", f"{row['score']:.2f}", f"{row['similarity']:.2f}"
+        table.add_row(Text(row["text"]), fit, numbers[0], numbers[1], Text(row["nearest_card"] or ""), numbers[2])
     Console(file=file).print(table)
     return table.row_count
 

@@ -18,6 +18,7 @@ from flash_experts.generation.regex_filter import MatchesRegex
 from flash_experts.generation.search import GeneratedName
 from flash_experts.generation.similarity import KnownNames
 from flash_experts.generation.text_filters import Contains, EndsWith, StartsWith
+from flash_experts.generation.type_fit import TypeFit, TypeJudge
 from flash_experts.generation.vocabulary import NameVocabulary
 from flash_experts.generation.word_filters import (
     Alliterates,
@@ -53,6 +54,8 @@ __all__ = [
     "NoTokenLeftError",
     "Sampling",
     "StartsWith",
+    "TypeFit",
+    "TypeJudge",
     "WellFormed",
     "WordFilter",
     "format_name",

@@ -7,14 +7,18 @@ from collections.abc import Iterable
 from typing import Any, TextIO
 
 from flash_experts.generation.search import GeneratedName
+from flash_experts.generation.type_fit import judge_of_real_cards
 
-COLUMNS = ("text", "log_prob", "score", "nearest_card", "similarity")
+COLUMNS = ("text", "fits_type", "fits_probability", "log_prob", "score", "nearest_card", "similarity")
 
 
 def row_of(name: GeneratedName) -> dict[str, Any]:
-    """Plain values by `COLUMNS`, ready for json.dumps."""
+    """Plain values by `COLUMNS`, ready for json.dumps. The type that the name fits is judged here."""
+    [fit] = judge_of_real_cards().best([name.text])
     return {
         "text": name.text,
+        "fits_type": fit.type_line,
+        "fits_probability": round(fit.probability, 4),
         "log_prob": round(name.log_prob, 4),
         "score": round(name.score, 4),
         "nearest_card": name.nearest_card,
