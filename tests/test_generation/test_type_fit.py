@@ -33,7 +33,9 @@ def test_worked_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_legends_are_a_type_of_their_own_and_rare_types_none() -> None:
-    cards = [card("Elf", "Creature")] * 200 + [card("Krenko", "Creature", ("Legendary",))] * 200 + [card("War", "Battle")]
+    cards = (
+        [card("Elf", "Creature")] * 200 + [card("Krenko", "Creature", ("Legendary",))] * 200 + [card("War", "Battle")]
+    )
     judge = TypeJudge([*cards, Card("Nothing", "", (), (), (), None, None, "test")])
     assert set(judge.types) == {"Creature", "Legendary Creature"}
     assert [fit.type_line for fit in judge.best(["Krenko", "Elf"])] == ["Legendary Creature", "Creature"]
