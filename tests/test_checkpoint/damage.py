@@ -1,0 +1,26 @@
+"""What a kill or a bad disk leaves of a run."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+from flash_experts.training import TrainingConfig
+from flash_experts.training import checkpoint as checkpoints
+
+
+def interrupted_copy(config: TrainingConfig, step: int, name: str) -> TrainingConfig:
+    """The run as a kill some steps after the checkpoint of ``step`` would leave it."""
+    copy = replace(config, run_name=name)
+    shutil.copytree(config.run_dir, copy.run_dir)
+    for later in checkpoints.checkpoint_steps(copy.run_dir):
+        if later > step:
+            shutil.rmtree(checkpoints.checkpoint_path(copy.run_dir, later))
+    return copy
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)

@@ -1,0 +1,154 @@
+"""A checkpoint is checked on the way back, and a resumed run is the uninterrupted run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import GPT2Config
+
+from flash_experts.training import CheckpointError, TrainingConfig
+from flash_experts.training import checkpoint as checkpoints
+from flash_experts.training.tracking import read_metrics
+
+from .damage import flip_a_bit, interrupted_copy
+
+MEASURED = ("seconds", "tokens_per_second", "eta_seconds", "peak_memory_gib")
+
+
+def without_times(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{key: value for key, value in line.items() if key not in MEASURED} for line in lines]
+
+
+@pytest.mark.parametrize("moe", [False, True])
+def test_resumed_run_is_the_uninterrupted_run_to_the_bit(
+    train: Callable[..., Any], config: TrainingConfig, moe: bool
+) -> None:
+    """Step 3 is amid an epoch and amid an interval of the log; the new model starts from other weights."""
+    model, result = train(config, moe=moe)
+    copy = interrupted_copy(config, 3, "resumed")
+    with (copy.run_dir / "metrics.jsonl").open("a") as file:
+        file.write('{"event": "train", "step": 13, "lo')  # a line that the kill cut off
+    resumed, resumed_result = train(copy, "auto", seed=99, moe=moe)
+    assert resumed_result.step == 12 and resumed_result.best_bits_per_char == result.best_bits_per_char
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight, resumed.state_dict()[name]), name
+    one, two = (without_times(read_metrics(run.run_dir / "metrics.jsonl")) for run in (config, copy))
+    keys = [(line["event"], line["step"]) for line in two]
+    assert len(keys) == len(set(keys)), "a resumed run repeats no line"
+    assert one == two
+    for name in ("model.safetensors", "tokenizer.json"):
+        assert (config.run_dir / name).read_bytes() == (copy.run_dir / name).read_bytes()
+
+
+def test_a_checkpoint_folder_may_be_named_and_later_ones_go(train: Callable[..., Any], config: TrainingConfig) -> None:
+    model, _ = train(config)
+    again, _ = train(config, checkpoints.checkpoint_path(config.run_dir, 6), seed=5)
+    assert torch.equal(model.transformer.wte.weight, again.transformer.wte.weight)
+
+
+def test_a_finished_run_does_nothing_unless_more_is_asked(
+    train: Callable[..., Any], config: TrainingConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(config)
+    before = (config.run_dir / "metrics.jsonl").read_bytes()
+    _, result = train(config, "auto")
+    assert result.step == 12 and "is finished" in capsys.readouterr().err
+    assert (config.run_dir / "metrics.jsonl").read_bytes() == before
+    _, result = train(replace(config, max_steps=14), "auto")
+    assert result.step == 14
+    with pytest.raises(ValueError, match="--resume auto, or choose another run_name"):
+        train(config)
+
+
+@pytest.mark.parametrize(
+    ("file", "damage", "words"),
+    [
+        ("model.safetensors", flip_a_bit, "SHA-256"),
+        ("trainer_state.safetensors", lambda path: path.write_bytes(path.read_bytes()[:100]), "100 bytes"),
+        ("trainer_state.json", Path.unlink, "missing"),
+        ("MANIFEST.json", lambda path: path.write_text("{"), "damaged"),
+        ("MANIFEST.json", Path.unlink, "missing"),
+        ("MANIFEST.json", lambda path: path.write_text('{"a": {"sha256": "", "bytes": 0}}'), "missing"),
+        ("optimizer.pt", lambda path: path.write_bytes(b"\x80\x04."), "pickle"),
+    ],
+)
+def test_a_damaged_checkpoint_is_named_and_skipped(
+    train: Callable[..., Any],
+    config: TrainingConfig,
+    capsys: pytest.CaptureFixture[str],
+    file: str,
+    damage: Callable[[Path], Any],
+    words: str,
+) -> None:
+    short = replace(config, max_steps=6, eval_every=None)
+    train(short)
+    newest = checkpoints.checkpoint_path(config.run_dir, 6)
+    damage(newest / file)
+    with pytest.raises(CheckpointError, match=words):
+        train(short, newest)
+    capsys.readouterr()
+    _, result = train(short, "auto")
+    err = capsys.readouterr().err
+    assert "skipping the checkpoint of step 6" in err and words in err and "step-000003" in err
+    assert result.step == 6
+    checkpoints.verify_checkpoint(newest)
+
+
+def test_no_whole_checkpoint_is_an_error_and_not_a_new_start(train: Callable[..., Any], config: TrainingConfig) -> None:
+    short = replace(config, max_steps=3)
+    train(short)
+    flip_a_bit(checkpoints.checkpoint_path(config.run_dir, 3) / "model.safetensors")
+    with pytest.raises(CheckpointError, match="none of the checkpoints"):
+        train(short, "auto")
+
+
+def test_a_checkpoint_of_another_model_is_refused(
+    train: Callable[..., Any], config: TrainingConfig, dense_config: GPT2Config
+) -> None:
+    train(replace(config, max_steps=3))
+    with pytest.raises(CheckpointError, match="another model"):
+        train(config, "auto", moe=True)
+    dense_config.n_embd = 48
+    with pytest.raises(CheckpointError, match="another model"):
+        train(config, "auto")
+
+
+def test_other_data_or_seed_is_said(
+    train: Callable[..., Any], config: TrainingConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(replace(config, max_steps=3))
+    train(replace(config, seed=8, tokens_per_batch=90), "auto")
+    assert "not as in the checkpoint: seed, tokens_per_batch" in capsys.readouterr().err
+
+
+def test_damaged_newest_checkpoints_do_not_push_out_the_only_good_one(
+    train: Callable[..., Any], config: TrainingConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(replace(config, max_steps=9, eval_every=None))
+    for step in (6, 9):
+        flip_a_bit(checkpoints.checkpoint_path(config.run_dir, step) / "model.safetensors")
+    said: list[str] = []
+    checkpoints.prune_checkpoints(config.run_dir, 2, 0, said.append)
+    assert checkpoints.checkpoint_steps(config.run_dir) == [3, 6, 9]
+    assert "step 9" in said[0] and "step 6" in said[1] and "older ones are kept" in said[2]
+    _, result = train(replace(config, keep_checkpoints=1, eval_every=None), "auto")
+    assert result.step == 12 and checkpoints.checkpoint_steps(config.run_dir) == [12]
+    assert "step-000003" in capsys.readouterr().err
+
+
+def test_another_runs_checkpoint_does_not_replace_own_ones(train: Callable[..., Any], config: TrainingConfig) -> None:
+    short = replace(config, max_steps=3, eval_every=None)
+    train(short)
+    folder = checkpoints.checkpoint_path(config.run_dir, 3)
+    with pytest.raises(ValueError, match="checkpoints of its own"):
+        other = replace(short, run_name="other", max_steps=6)
+        train(other)
+        train(other, folder)
+    assert checkpoints.checkpoint_steps(other.run_dir) == [3, 6]
+    _, result = train(replace(config, run_name="third", max_steps=6), folder)
+    assert result.step == 6
