@@ -1,4 +1,4 @@
-"""The examples and the commands of the README, run as they stand."""
+"""The examples, run as they stand, and the configurations."""
 
 from __future__ import annotations
 
@@ -43,24 +43,6 @@ def test_custom_filter_example_keeps_its_word(capsys: pytest.CaptureFixture[str]
     assert len(lines["NoLetterE"].split("; ")) == 8
     assert "e" not in (lines["NoLetterE"] + lines["model.generate"]).lower()
     assert not re.search(r"[b-df-hj-np-tv-xz]{3}", lines["FewConsonants"], re.IGNORECASE)
-
-
-def readme_commands() -> list[str]:
-    """Each line of the README's shell blocks that calls our program."""
-    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.S)
-    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    return [line.split("#")[0].strip() for line in lines if line.strip().startswith("flash-experts")]
-
-
-@pytest.mark.parametrize("command", readme_commands())
-def test_readme_commands_are_understood(command: str) -> None:
-    """Each parses with its options as the program takes them; what they do is tested elsewhere."""
-    import shlex
-
-    from flash_experts.cli import COMMANDS, _dashes_to_underscores
-
-    _, name, *arguments = shlex.split(command)
-    COMMANDS[name].make_parser().parse_args([_dashes_to_underscores(argument) for argument in arguments])
 
 
 @pytest.mark.parametrize("config", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)

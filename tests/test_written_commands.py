@@ -1,0 +1,59 @@
+"""Every command line that a page, an example or a configuration shows is one that the programs understand."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from contextlib import chdir
+from pathlib import Path
+
+import pytest
+
+from flash_experts.cli import COMMANDS, _dashes_to_underscores
+
+ROOT = Path(__file__).parent.parent
+WRITTEN = [
+    *(ROOT / name for name in ("README.md", "SECURITY.md", "data/README.md", "scripts/demo.sh")),
+    *(path for folder in ("docs", "examples", "configs", "models") for path in (ROOT / folder).rglob("*.*")),
+]
+TEXTS = {
+    path.relative_to(ROOT).as_posix(): path.read_text("utf-8").replace("\\\n", " ")
+    for path in sorted(WRITTEN)
+    if path.suffix in (".md", ".py", ".yaml", ".sh") and "mtg/" not in path.as_posix()
+}
+# A command ends with the line or its quotes, at a comment, at the next command, or at an aside in brackets.
+_END = r"(?=`|'''|\"\"\"|\s#|\s&&|\s\(|\s{4}\w|$)"
+_OURS = re.compile(rf"flash-experts ({'|'.join(COMMANDS)})\b([^`\n]*?){_END}", re.MULTILINE)
+_SCRIPT = re.compile(rf"python3? ((?:examples|scripts|benchmarks)/[\w./]+\.py)([^`\n]*?){_END}", re.MULTILINE)
+
+
+def ours() -> list[str]:
+    """Each distinct call of our program that has arguments; "..." says that they are left out."""
+    found = [f"{match[1]}{match[2].rstrip('. ;,')}" for text in TEXTS.values() for match in _OURS.finditer(text)]
+    return sorted({command for command in found if " " in command and "..." not in command})
+
+
+def test_they_are_found() -> None:
+    assert len(ours()) > 40 and "prepare --source scryfall --out data/new" in ours()
+
+
+@pytest.mark.parametrize("command", ours())
+def test_our_commands_parse(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    name, *arguments = shlex.split(command)
+    with chdir(ROOT):
+        try:
+            COMMANDS[name].make_parser().parse_args([_dashes_to_underscores(argument) for argument in arguments])
+        except SystemExit:
+            pytest.fail(capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("page", TEXTS)
+def test_scripts_and_targets_exist_with_their_options(page: str) -> None:
+    for script, arguments in _SCRIPT.findall(TEXTS[page]):
+        assert (ROOT / script).is_file(), script
+        source = (ROOT / script).read_text("utf-8")
+        for option in re.findall(r"--([\w-]+)", arguments):
+            assert f"--{option}" in source or f"--{option.replace('-', '_')}" in source, f"{script} has no --{option}"
+    targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE)
+    for target in re.findall(r"(?:`|^    )make (\w+)", TEXTS[page], re.MULTILINE):
+        assert target in targets, f"make {target}"
