@@ -75,7 +75,7 @@ def test_deterministic_training_learns_the_same_and_leaves_no_trace(
 
 
 def test_attention_is_told_that_gradients_must_repeat(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On CUDA the backend is then one whose gradients repeat: see test_attention/test_backends.py for which those are."""
+    """On CUDA the backend is then one whose gradients repeat: test_attention/test_backends.py says which those are."""
     from flash_experts.models import flash_attention
 
     told: list[bool] = []
