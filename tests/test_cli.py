@@ -36,6 +36,11 @@ def test_upcycled_it_scores_as_the_dense_model(workplace: Path) -> None:
     assert figures[0] == pytest.approx(figures[1], abs=1e-5)
 
 
+def test_the_ngram_that_measures_a_list_learns_from_the_data_asked_for(workplace: Path) -> None:
+    done = run("evaluate", "ngram", "--names", "names.txt", "--data", "nowhere", cwd=workplace)
+    assert done.status == 1 and "no prepared data in nowhere" in done.err
+
+
 def test_finetune_from_yaml_then_compare_and_generate(workplace: Path) -> None:
     (workplace / "run.yaml").write_text(
         "base: models/moe\nmodel:\n  num_experts: 4\ntraining:\n  run_name: tuned\n  max_steps: 4\n", "utf-8"

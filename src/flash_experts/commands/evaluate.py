@@ -20,7 +20,7 @@ def run(args: Namespace) -> None:
 
     check_samples(args)
     if args.names is not None:
-        named = evaluate_names(read_names(args.names), args.model, device=args.device)
+        named = evaluate_names(read_names(args.names), args.model, args.data, device=args.device)
         print_result(args, named.to_json(), format_names(named))
         return
     result = measure(args.model, args.data, samples=args.samples, seed=args.seed, device=args.device)
