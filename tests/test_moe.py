@@ -284,10 +284,12 @@ def test_router_metrics_and_balancing_bias(dense: GPT2LMHeadModel) -> None:
         ({"moe_layer_freq": 13}, "moe_layer_freq"),
         ({"n_embd": 10, "n_head": 3}, "multiple of n_head"),
         ({"router_jitter_noise": 1.5}, "router_jitter_noise"),
+        ({"router_aux_loss_coef": math.nan}, "router_aux_loss_coef must be"),
+        ({"router_bias_update_rate": math.inf}, "router_bias_update_rate must be"),
         ({"num_expert": 4}, "did you mean 'num_experts'"),
     ],
 )
-def test_configuration_errors_name_the_field(fields: dict[str, int], message: str) -> None:
+def test_configuration_errors_name_the_field(fields: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         GPT2MoEConfig(**fields)
 

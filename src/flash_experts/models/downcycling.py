@@ -13,7 +13,6 @@ Letters in the shapes: E experts, R = E / g groups of g experts (granular upcycl
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import fields
 from typing import Any
 
 import torch
@@ -23,6 +22,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from flash_experts.models.moe import GPT2MoEForCausalLM
 from flash_experts.models.moe_layer import MoELayer
 from flash_experts.models.router_hooks import count_loads
+
+_OF_THE_CLASS = ("model_type", "architectures", "transformers_version")  # of what a configuration tells of itself
 
 
 @torch.no_grad()
@@ -56,8 +57,8 @@ def to_dense(
             f"{granularity} of the {config.num_experts} experts, of {config.expert_size} hidden units each, do not "
             f"make a layer of {dense_size}: for a model of granular upcycling give the granularity it was made with"
         )
-    own = {field.name for field in fields(type(config))} - {field.name for field in fields(GPT2Config)}
-    kept = {name: value for name, value in config.to_dict().items() if name not in {*own, *_OF_THE_CLASS}}
+    dropped = {*config.own_fields(), *_OF_THE_CLASS}
+    kept = {name: value for name, value in config.to_dict().items() if name not in dropped}
     dense_config = GPT2Config(**kept)
     dense_config._attn_implementation = config._attn_implementation
     dense: GPT2LMHeadModel = nn.Module.to(GPT2LMHeadModel(dense_config), device=moe.device, dtype=moe.dtype)
@@ -74,9 +75,6 @@ def to_dense(
     dense.load_state_dict(weights)
     dense.generation_config = moe.generation_config
     return dense.eval()
-
-
-_OF_THE_CLASS = ("model_type", "architectures", "transformers_version")
 
 
 def _shares(index: int, loads: Mapping[int, torch.Tensor] | None, num_experts: int, granularity: int) -> torch.Tensor:

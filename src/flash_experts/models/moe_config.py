@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+from dataclasses import fields
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -11,25 +12,6 @@ from transformers import GPT2Config
 
 from flash_experts.models.attention_backends import check_name as check_backend_name
 
-_OWN_FIELDS = (
-    "num_experts",
-    "num_experts_per_tok",
-    "moe_layer_freq",
-    "moe_intermediate_size",
-    "num_shared_experts",
-    "routing",
-    "scoring_func",
-    "norm_topk_prob",
-    "capacity_factor",
-    "allow_noncausal_generation",
-    "router_aux_loss_coef",
-    "router_aux_loss_scope",
-    "router_z_loss_coef",
-    "router_jitter_noise",
-    "router_bias_update_rate",
-    "output_router_logits",
-    "attention_backend",
-)
 _CHOICES = {
     "routing": ("token_choice", "expert_choice"),
     "scoring_func": ("softmax", "topk_softmax", "sigmoid"),
@@ -102,7 +84,7 @@ class GPT2MoEConfig(GPT2Config):
 
     def __post_init__(self, **kwargs: Any) -> None:
         for key in kwargs:
-            near = difflib.get_close_matches(key, _OWN_FIELDS, n=1, cutoff=0.75)
+            near = difflib.get_close_matches(key, self.own_fields(), n=1, cutoff=0.75)
             if near:
                 raise ValueError(f"GPT2MoEConfig has no field {key!r}: did you mean {near[0]!r}?")
         super().__post_init__(**kwargs)
@@ -129,8 +111,8 @@ class GPT2MoEConfig(GPT2Config):
         if not 0 <= self.router_jitter_noise < 1:
             raise ValueError(f"router_jitter_noise must be at least 0 and under 1, not {self.router_jitter_noise}")
         for name in ("router_aux_loss_coef", "router_z_loss_coef", "router_bias_update_rate"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, but is {getattr(self, name)}")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be 0 or more, not {getattr(self, name)}")
         self._check_routing()
 
     def _check_routing(self) -> None:
@@ -163,6 +145,12 @@ class GPT2MoEConfig(GPT2Config):
                 "expert choice is balanced by construction: leave router_bias_update_rate 0 and router_aux_loss_scope "
                 "'micro_batch'"
             )
+
+    @classmethod
+    def own_fields(cls) -> list[str]:
+        """Names of the fields that GPT-2's own configuration does not have."""
+        inherited = {field.name for field in fields(GPT2Config)}
+        return [field.name for field in fields(cls) if field.name not in inherited]
 
     def is_moe_layer(self, layer_idx: int) -> bool:
         """Whether block ``layer_idx`` (from 0) has experts: the last of each group of ``moe_layer_freq`` blocks."""
