@@ -120,6 +120,8 @@ def test_steps_of_a_plain_gpt2_are_those_of_its_own_forward(kind: str) -> None:
     assert not gpt2_steps.takes(model)
     by_model = _decode(model, range(30), Sampling(temperature=0.9, top_k=20))
     hook.remove()
+    model(torch.tensor([[1, 2]]), output_hidden_states=True)  # transformers leaves hooks of its own, which lie idle
+    assert gpt2_steps.takes(model)
     assert [name.ids for name in short] == [name.ids for name in by_model]
     assert [name.log_prob for name in short] == pytest.approx([name.log_prob for name in by_model], abs=1e-4)
 

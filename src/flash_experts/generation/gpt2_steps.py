@@ -20,6 +20,7 @@ from transformers import GPT2LMHeadModel, PreTrainedModel
 from transformers.activations import GELUTanh, NewGELUActivation
 from transformers.models.gpt2.modeling_gpt2 import GPT2MLP, GPT2Attention, GPT2Block
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import output_capturing
 
 from flash_experts.generation.ring_cache import RingCache
 from flash_experts.kernels.cpu_linear import linear, linear_gelu_tanh
@@ -39,9 +40,16 @@ def takes(model: PreTrainedModel) -> bool:
     config = model.config
     chosen = config.attention_backend if isinstance(config, GPT2MoEConfig) else "auto"
     is_forced = forced_backend() or os.environ.get(ENVIRONMENT_VARIABLE) or chosen != "auto"
-    hooked = any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
     blocks: Any = model.transformer
-    return not (config.add_cross_attention or is_forced or hooked) and all(map(_is_plain, blocks.h))
+    return not (config.add_cross_attention or is_forced or _has_hooks(model)) and all(map(_is_plain, blocks.h))
+
+
+def _has_hooks(model: nn.Module) -> bool:
+    """Whether anybody listens to the modules. The first forward that is asked for hidden states, attentions or router
+    logits leaves hooks of transformers' own behind, which lie idle in every other."""
+    hooks = (hook for module in model.modules() for hook in module._forward_hooks.values())
+    is_heard = any(hook.__module__ != output_capturing.__name__ for hook in hooks)
+    return is_heard or any(module._forward_pre_hooks for module in model.modules())
 
 
 def _is_plain(block: Any) -> bool:
