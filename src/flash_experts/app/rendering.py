@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
-from importlib.resources import files
 
 import numpy as np
-from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import escape
 
 from flash_experts.app.inspecting import Inspection
 from flash_experts.app.service import Progress, Row
+from flash_experts.evaluation.report import load_template
 from flash_experts.evaluation.router_report import expert_hues, map_rows
 
 
 def names_table(rows: Sequence[Row], caption: str, lockable: bool = True) -> str:
     """The table of names; "" without any."""
-    return _template("names").render(rows=rows, caption=caption, lockable=lockable) if rows else ""
+    if not rows:
+        return ""
+    return load_template(__package__, "names").render(rows=rows, caption=caption, lockable=lockable)
 
 
 def inspection_panel(found: Inspection, model: str, block: int, head: int | None) -> str:
@@ -38,7 +38,7 @@ def inspection_panel(found: Inspection, model: str, block: int, head: int | None
     if head is not None and not 0 <= head < len(weights_HTT):
         raise ValueError(f"no head {head}: the block has {len(weights_HTT)}")
     weights_TT = weights_HTT.mean(0) if head is None else weights_HTT[head]
-    return _template("inspection").render(
+    return load_template(__package__, "inspection").render(
         found=found,
         model=model,
         block=block,
@@ -89,9 +89,3 @@ def _expert_rows(found: Inspection) -> list[tuple[str, list[dict[str, object]]]]
             for cell, pairs in zip(cells, experts, strict=True)
         ]))  # fmt: skip
     return drawn
-
-
-@cache
-def _template(name: str) -> Template:
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    return environment.from_string(files(__package__).joinpath(f"{name}.html.jinja").read_text("utf-8"))

@@ -5,10 +5,11 @@ from __future__ import annotations
 import base64
 import hashlib
 from datetime import date
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup
 
 from flash_experts.evaluation.blind_test import REAL
@@ -38,10 +39,9 @@ def render_report(result: ComparisonResult, title: str = "Models compared", day:
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
     """
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     script = _resource("blind_test.js")
     first = result.models[0]
-    return environment.from_string(_resource("report.html.jinja")).render(
+    return load_template(__package__, "report").render(
         title=title,
         day=day or date.today(),
         style=Markup(_resource("report.css")),
@@ -63,6 +63,13 @@ def render_report(result: ComparisonResult, title: str = "Models compared", day:
         real=REAL,
         plots={name: svg(draw(), caption) for name, (draw, caption) in all_plots(result).items()},
     )
+
+
+@cache
+def load_template(package: str, name: str) -> Template:
+    """A page of a package, ``name.html.jinja``. Every text put into it is escaped; what it lacks is an error."""
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    return environment.from_string(files(package).joinpath(f"{name}.html.jinja").read_text(encoding="utf-8"))
 
 
 def _resource(name: str) -> str:

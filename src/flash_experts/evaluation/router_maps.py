@@ -149,6 +149,11 @@ class RouterMap:
     maps: tuple[NameMap, ...]
     training: TrainingLoads | None
 
+    @property
+    def has_pairs(self) -> bool:
+        """Whether a token may have several experts."""
+        return self.settings["num_experts_per_tok"] > 1 or self.settings["routing"] == "expert_choice"
+
     def to_json(self) -> dict[str, Any]:
         """Plain values, ready for json.dumps."""
         own = {name: getattr(self, name) for name in ("model", "settings", "names", "tokens", "seed")}

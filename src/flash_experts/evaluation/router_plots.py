@@ -44,7 +44,7 @@ def write_plots(result: RouterMap, folder: str | Path) -> list[Path]:
             for each in group
         ]
         figures[title.replace(" ", "_")] = _heatmaps(panels, "percent of the row")
-    if result.settings["num_experts_per_tok"] > 1 or result.settings["routing"] == "expert_choice":
+    if result.has_pairs:
         panels = []
         for each in result.blocks:
             together = 100 * np.array(each.together)

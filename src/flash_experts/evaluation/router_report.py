@@ -7,18 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from itertools import groupby
 from pathlib import Path
 
-from jinja2 import Environment, StrictUndefined
-
-from flash_experts.evaluation.report import write_page
+from flash_experts.evaluation.report import load_template, write_page
 from flash_experts.evaluation.router_maps import BlockFigures, NameMap, RouterMap
 from flash_experts.evaluation.specialization import Specialization
 from flash_experts.evaluation.tables import MISSING, Table
 
-_TEMPLATE = "router_report.html.jinja"
 _GATES_SHOWN = 3  # experts of a token whose gates find room beside their numbers
 _METRICS = {
     "load_cv": "load: deviation / mean",
@@ -73,11 +69,9 @@ class MapCell:
 
 def render_router_report(result: RouterMap) -> str:
     """The page. All text of models, names and tokens is escaped."""
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    template = files(__package__).joinpath(_TEMPLATE).read_text(encoding="utf-8")
     num_experts: int = result.settings["num_experts"]
     by_label = groupby(result.specializations, key=lambda each: each.title)
-    return environment.from_string(template).render(
+    return load_template(__package__, "router_report").render(
         result=result,
         expert_range=range(num_experts),
         hues=expert_hues(num_experts),
@@ -88,7 +82,7 @@ def render_router_report(result: RouterMap) -> str:
         metrics=metrics_table(result.blocks),
         maps=[map_rows(each) for each in result.maps],
         labels=[(title, _in_order([_share_table(each) for each in group])) for title, group in by_label],
-        together=_in_order([_together_table(each) for each in result.blocks]) if _has_pairs(result) else [],
+        together=_in_order([_together_table(each) for each in result.blocks]) if result.has_pairs else [],
         training=_training_tables(result),
     )
 
@@ -211,10 +205,6 @@ def _share_table(found: Specialization) -> HeatTable:
     return HeatTable(
         title, f"{found.title} (tokens), by expert", columns, tuple(rows), found.information - found.shuffled
     )
-
-
-def _has_pairs(result: RouterMap) -> bool:
-    return result.settings["num_experts_per_tok"] > 1 or result.settings["routing"] == "expert_choice"
 
 
 def _together_table(figures: BlockFigures) -> HeatTable:
