@@ -24,7 +24,8 @@
 # %%
 import matplotlib.pyplot as plt
 import torch
-from chapter_tools import cards, load_base, queries_keys_values, quote, show, table, token_texts
+from chapter_models import queries_keys_values
+from chapter_tools import cards, load_base, quote, show, table, token_texts
 from matplotlib.colors import PowerNorm
 
 from flash_experts.data.packing import encode_cards, pack

@@ -15,24 +15,23 @@
 #
 # **The question: how can one compute softmax(q kᵀ) v without ever having the matrix of scores?**
 #
-# For 16,000 tokens the scores of one head are 256 million numbers. They are written to memory, read for the softmax,
-# written again, and read again for the product with v. The arithmetic units wait for all of this. Flash attention
-# computes the same output, not an approximation, and never writes the matrix down.
+# For 16,000 tokens the scores of one head are 256 million numbers: written to memory, read for the softmax, written again,
+# read again for the product with v, while the arithmetic units wait. Flash attention computes the same output, not an
+# approximation, and never writes the matrix down.
 
 # %%
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from functools import partial
 
 import matplotlib.pyplot as plt
 import torch
 from chapter_tools import IN_NOTEBOOK, cards, load_base, quote, show, table
+from chapter_watching import Traffic, bytes_kept, watched_tiles
 from matplotlib.animation import FuncAnimation
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from flash_experts.data.packing import encode_cards, pack
 from flash_experts.kernels import flash_attention_reference as reference
@@ -42,30 +41,12 @@ from flash_experts.kernels.philox import dropout_keep_mask
 CAUSAL = AttentionOptions(scale=64**-0.5, right=0)  # a query sees no key to the right of its own place
 torch.manual_seed(0)
 
-
-@contextmanager
-def watched_tiles() -> Iterator[list[tuple[range, range, bool]]]:
-    """Notes the tiles of scores that the package's reference makes: queries, keys, and whether all may see all."""
-    visited: list[tuple[range, range, bool]] = []
-    make_tile = reference._Scores.tile
-
-    def watched(self: reference._Scores, q: torch.Tensor, k: torch.Tensor, queries: range, keys: range):
-        visited.append((queries, keys, self.mask.is_full(queries, keys)))
-        return make_tile(self, q, k, queries, keys)
-
-    reference._Scores.tile = watched
-    try:
-        yield visited
-    finally:
-        reference._Scores.tile = make_tile
-
-
 # %% [markdown]
 # ## The picture first
 #
-# 16 queries (rows), 16 keys (columns), causal, tiles of 4 x 4. Each frame is one tile, in the order in which the
-# reference of this repository makes them: we watched it. A tile is made, used and forgotten. For the last query of the
-# tile the title tells the only two numbers that remain of its scores: the largest so far, and a sum.
+# 16 queries (rows), 16 keys (columns), causal, tiles of 4 x 4. Each frame is one tile, in the order in which our reference
+# makes them. A tile is made, used and forgotten. The title tells the only two numbers that remain of the scores of its
+# last query: the largest so far, and a sum.
 
 # %%
 q, k, v = torch.randn(3, 1, 16, 1, 64)  # (B, S, H, C)
@@ -110,12 +91,11 @@ else:
 # %% [markdown]
 # ## The online softmax, on four numbers
 #
-# The obstacle: a softmax needs the sum over the whole row before its first weight is known, and the largest score
-# before that (so that no exp overflows). The way out: begin with what has been seen, and correct it later.
+# A softmax needs the sum over the whole row before its first weight is known, and the largest score before that (so that
+# no exp overflows). The way out: begin with what has been seen, and correct it later.
 #
-# For one query keep three things. `m`, the largest score so far. `z`, the sum of exp(score - m). `o`, the sum of
-# exp(score - m) x value. When a new tile brings a larger maximum, old terms were measured against the wrong one. They
-# are all wrong by the same factor, exp(old m - new m):
+# For one query keep `m`, the largest score so far; `z`, the sum of exp(score - m); `o`, the sum of exp(score - m) x value.
+# When a tile brings a larger maximum, all old terms are wrong by the same factor, exp(old m - new m):
 #
 # $$ m' = \max(m, \max_j s_j) \qquad z' = z\,e^{m-m'} + \sum_j e^{s_j-m'} \qquad
 # o' = o\,e^{m-m'} + \sum_j e^{s_j-m'} v_j $$
@@ -139,10 +119,8 @@ all_at_once = (torch.tensor(four_scores).softmax(0) * torch.tensor(four_values))
 print(f"softmax over all four at once: {all_at_once:.4f}")
 
 # %% [markdown]
-# After the first tile, o / z is the right answer for the first two keys. After the second it is the right answer for
-# all four. Nothing was approximated.
-#
-# The package's reference on the same four numbers (width 1, so q = 1 and k = the scores):
+# After each tile o / z is the right answer for the keys so far. The package's reference on the same four numbers (width 1,
+# so q = 1 and k = the scores):
 
 # %%
 q1, k4, v4 = (torch.tensor(x).view(1, -1, 1, 1) for x in ([1.0], four_scores, four_values))
@@ -159,12 +137,11 @@ print(f"reference: output {out.item():.4f}, log-sum-exp {lse.item():.4f} = m + l
 quote(reference._forward_tile)
 
 # %% [markdown]
-# Three details. A query that has seen nothing yet has the maximum minus infinity, and `inf - inf` is not a number, so
-# it is shifted by 0 instead. Division by z happens once, at the end. And what is kept for later is one number per
-# query: `max + log(sum)`, the log-sum-exp (LSE).
+# A query that has seen nothing yet has the maximum minus infinity, and `inf - inf` is not a number, so it is shifted by 0
+# instead. Division by z happens once, at the end. What is kept for later is one number per query: `max + log(sum)`, the
+# log-sum-exp (LSE).
 #
-# The same in Triton, for GPUs. The tiles live in registers and in the chip's small memory. `exp2` is what the hardware
-# has, so the scores are kept in units of log 2.
+# The same in Triton, for GPUs. The tiles live on the chip; scores are in units of log 2, since the hardware has `exp2`.
 
 # %%
 quote("flash_experts.kernels.flash_attention_programs:attend")
@@ -191,8 +168,7 @@ def pytorch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
 
 
-Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-ATTENTIONS: dict[str, Attention] = {"standard": standard, "tiled (ours)": tiled, "PyTorch's kernel": pytorch}
+ATTENTIONS = {"standard": standard, "tiled (ours)": tiled, "PyTorch's kernel": pytorch}
 
 exact = torch.randn(3, 2, 500, 4, 64, dtype=torch.float64)  # 500 is no multiple of the tile: the last one is ragged
 rows = []
@@ -203,13 +179,11 @@ for name, attention in ATTENTIONS.items():
 table(["largest error", "float32", "bfloat16"], rows)
 
 # %% [markdown]
-# All three are as exact as the numbers allow. In bfloat16 the tiled form has a small edge: it keeps weights and sums in
-# float32, and rounds once, at the end.
+# All are as exact as the numbers allow. In bfloat16 the tiled form has an edge: it sums in float32 and rounds once.
 #
 # ## What is skipped
 #
-# With a causal mask, tiles right of the diagonal hold nothing. They are not computed at all, and tiles left of the
-# diagonal need no mask. We count what the reference does:
+# With a causal mask, tiles right of the diagonal are not computed at all, and tiles left of it need no mask:
 
 # %%
 rows = []
@@ -247,25 +221,6 @@ print(f"{packed.num_names} names, {T} tokens: {made:,} scores of each head are m
 
 
 # %%
-class Traffic(TorchDispatchMode):
-    """Counts, while it is open, the bytes that operations read and write, and the largest tensor that is made."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bytes = self.largest = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        read = [x for x in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
-        made = [x for x in torch.utils._pytree.tree_leaves(result) if isinstance(x, torch.Tensor)]
-        places = {x.untyped_storage().data_ptr() for x in read}
-        if all(x.untyped_storage().data_ptr() in places for x in made):
-            return result  # a view moves nothing
-        self.bytes += sum(x.numel() * x.element_size() for x in (*read, *made))
-        self.largest = max(self.largest, *(x.numel() for x in made), 0)
-        return result
-
-
 def tiled_bytes(S: int, C: int, block: int, itemsize: int) -> int:
     """What one head's forward reads and writes with square tiles."""
     q, k, v = torch.zeros(3, 1, S, 1, C)
@@ -288,12 +243,12 @@ for S in lengths:
 table(["length", "standard, MB", "tiled 128 x 128, MB", "ratio"], rows)
 
 # %% [markdown]
-# Both grow with the square of the length. The constant differs: with M queries in a tile, each key is read once per M
-# queries and not once per query. Larger tiles move less, until they no longer fit on the chip.
+# Both grow with the square of the length, but with M queries in a tile each key is read once per M queries and not once
+# per query. Larger tiles move less, until they no longer fit on the chip.
 #
 # ## Memory against length, measured
 #
-# What decides whether a text fits is the largest tensor. Three lines: the standard form, ours, PyTorch's kernel.
+# What decides whether a text fits is the largest tensor.
 
 # %%
 largest: dict[str, list[int]] = {name: [] for name in ATTENTIONS}
@@ -322,8 +277,8 @@ show(figure, "02_bytes_and_memory")
 #
 # ## One number per query gives the weights back
 #
-# Training needs the weights again, in the backward. They are not stored. But `weight = exp(score - LSE)`, and scores
-# are quickly made again from q and k. So the LSE, one number per query, stands for a whole row.
+# The backward needs the weights again. They are not stored, but `weight = exp(score - LSE)`, and scores are quickly made
+# again from q and k.
 
 # %%
 q, k, v = torch.randn(3, 1, 6, 1, 64)
@@ -341,8 +296,7 @@ print(f"weights from scores and LSE against softmax: {(again - scores.softmax(-1
 # $$ dv = P^\top dout \qquad dP = dout\,v^\top \qquad dS_{ij} = P_{ij}\,(dP_{ij} - \delta_i) \qquad
 # \delta_i = \sum_j P_{ij}\,dP_{ij} $$
 #
-# and dq = scale dS k, dk = scale dSᵀ q. The delta is a sum over a whole row: it would be needed before the first tile
-# of the row. It need not wait for the tiles, since
+# and dq = scale dS k, dk = scale dSᵀ q. The delta is a sum over a whole row, but need not wait for its tiles, since
 #
 # $$ \sum_j P_{ij}\,dP_{ij} = \sum_j P_{ij} \sum_c dout_{ic} v_{jc} = \sum_c dout_{ic} \sum_j P_{ij} v_{jc}
 # = \sum_c dout_{ic}\,out_{ic} $$
@@ -374,28 +328,17 @@ for name in ("tiled (ours)", "PyTorch's kernel"):
 
 rows = []
 for S in (512, 1024, 2048):
-    kept: dict[str, int] = {}
-    for name, attention in ATTENTIONS.items():
-        inputs = [torch.randn(1, S, 4, 64, requires_grad=True) for _ in range(3)]
-        storages: dict[int, int] = {}
-
-        def keep(x: torch.Tensor, storages: dict[int, int] = storages) -> torch.Tensor:
-            storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-            return x
-
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-            attention(*inputs)
-        kept[name] = sum(storages.values())
-    rows.append([S, *(f"{kept[name] / 1e6:.1f}" for name in ATTENTIONS)])
+    inputs = [torch.randn(1, S, 4, 64, requires_grad=True) for _ in range(3)]
+    kept = [bytes_kept(partial(attention, *inputs)) for attention in ATTENTIONS.values()]
+    rows.append([S, *(f"{each / 1e6:.1f}" for each in kept)])
 table(["MB kept for the backward", *ATTENTIONS], rows)
 
 # %% [markdown]
-# Recomputing costs arithmetic: the backward has 5 products of tiles instead of 4. It saves storing and reading the
-# matrix, and that is worth more.
+# Recomputing costs arithmetic (the backward has 5 products of tiles instead of 4), and saves storing and reading the
+# matrix, which is worth more.
 #
-# **Dropout** has the same problem: which weights were dropped must be known again in the backward, in another order of
-# tiles. The answer is a random number that is a pure function of the place. A tile asked for alone equals that part of
-# the whole:
+# **Dropout**: which weights were dropped must be known again in the backward, in another order of tiles. So the random
+# number is a pure function of the place, and a tile asked for alone equals that part of the whole:
 
 # %%
 seed = torch.tensor([7])
@@ -407,7 +350,7 @@ print(f"kept: {whole.float().mean():.3f}")
 # %% [markdown]
 # ## An experiment that changes one thing
 #
-# The size of a tile. The result must not change. What does?
+# The size of a tile.
 
 # %%
 S = 1024
@@ -431,11 +374,9 @@ pytorch(q, k, v)
 print(f"PyTorch's kernel, tiled in C++: {(time.process_time() - started) * 1e3:.0f} ms")
 
 # %% [markdown]
-# Small tiles skip more of the upper triangle and hold less, but read keys more often, and in Python each tile costs a
-# few dozen calls. On a GPU the choice is between bytes moved (large tiles) and what fits into registers (small ones),
-# and our Triton kernels measure it at the first call for a new shape.
-#
-# The milliseconds are of a reference for reading. On a CPU `flash_attn_func` therefore takes PyTorch's kernel.
+# Small tiles skip more of the upper triangle and hold less, but read keys more often (and in Python each costs dozens of
+# calls: on a CPU `flash_attn_func` takes PyTorch's kernel). On a GPU the choice is between bytes moved and what fits into
+# registers; our Triton kernels measure it at the first call for a new shape.
 #
 # ## What to remember
 #

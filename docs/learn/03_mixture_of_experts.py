@@ -29,17 +29,8 @@ import warnings
 
 import matplotlib.pyplot as plt
 import torch
-from chapter_tools import (
-    bits_per_character,
-    cards,
-    load_base,
-    nats_of_names,
-    quote,
-    show,
-    table,
-    token_texts,
-    training_steps,
-)
+from chapter_models import bits_per_character, nats_of_names, training_steps
+from chapter_tools import cards, load_base, quote, show, table, token_texts
 from torch.utils.flop_counter import FlopCounterMode
 
 from flash_experts import GPT2MoEConfig, GPT2MoEForCausalLM

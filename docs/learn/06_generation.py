@@ -16,9 +16,8 @@
 # **The question: how do probabilities of tokens become names, and how can one promise, not hope, that a name holds what
 # was asked for and is no real card?**
 #
-# A language model gives a number for every token of its vocabulary, again and again. Everything else is decided by the
-# code around it: which numbers are left out, how one is drawn, when to stop. That code is short, it needs no training,
-# and it is where promises can be made.
+# A language model gives a number for every token of its vocabulary, again and again. The code around it decides which are
+# left out, how one is drawn, when to stop. It is short, needs no training, and is where promises can be made.
 
 # %%
 import time
@@ -51,8 +50,8 @@ for name in generator.generate(5, type_line="Legendary Creature — Goblin", col
 # %% [markdown]
 # ## The picture first
 #
-# The probabilities of the first token of a name after that prompt, the 24 largest, under four settings. Blue is what is drawn
-# from; the wide grey bars are the same before a cut.
+# The 24 likeliest first tokens of a name after that prompt, under four settings. Blue is what is drawn from; the wide grey
+# bars are the same before a cut.
 
 
 # %%
@@ -82,15 +81,15 @@ axes[-1].set_xticks(range(24), [shown(vocabulary.texts[token]) for token in best
 show(figure, "06_first_token")
 
 # %% [markdown]
-# A temperature under 1 sharpens, and leaves all tokens in. The cuts take the tail away and share its probability out among
-# the rest. The tail matters more than it looks: it is thin, but long, and a name has several draws.
+# A temperature under 1 sharpens, and leaves all tokens in. The cuts take the tail away and share its probability out. The
+# tail matters more than it looks: it is thin, but long, and a name has several draws.
 
 # %%
 probs_V = first_V.softmax(-1)
 in_tail_V = probs_V < probs_V.max() / 100
 tail = probs_V[in_tail_V].sum().item()
 print(
-    f"{int(in_tail_V.sum()):,} of {V:,} tokens have less than a hundredth of the largest probability: {tail:.0%} together"
+    f"{int(in_tail_V.sum()):,} of {V:,} tokens have under a hundredth of the largest probability: {tail:.0%} together"
 )
 print(f"if every token of a name had such a tail, a name of 6 tokens would avoid it with {(1 - tail) ** 6:.0%}")
 
@@ -120,11 +119,7 @@ by_hand = {"top-p 0.8": [True, True, True, False, False, False], "min-p 0.1": (p
 for name, sampling in (("top-p 0.8", Sampling(top_p=0.8)), ("min-p 0.1", Sampling(min_p=0.1))):
     kept = (candidates(z[None], sampling)[0][0] > 0).tolist()
     print(f"{name}: kept {kept}, by hand the same: {kept == by_hand[name]}")
-print(
-    "cumulated:   ",
-    [f"{x:.3f}" for x in p.cumsum(0).tolist()],
-    "(the first two do not reach 0.8, so a third is needed)",
-)
+print("cumulated   ", [f"{x:.3f}" for x in p.cumsum(0).tolist()], "(two do not reach 0.8, so a third is needed)")
 
 # %%
 quote(_cut)
@@ -132,8 +127,7 @@ quote(_cut)
 # %% [markdown]
 # **The draw** is by inversion: add the probabilities up in the order of token ids, take the first sum above a uniform
 # number. That needs no sorting. Only if the token is none of the candidates, they are looked for, and one of them is drawn:
-# the outcome has the same distribution. The number belongs to the name, not to the batch: name i of a seed has its own row of noise. So a name is the
-# same in any company.
+# the outcome has the same distribution. Name i of a seed has its own row of noise, so it is the same in any company.
 
 # %%
 quote(draw)
@@ -144,8 +138,7 @@ print("12 names, one by one and all at once:", [a.text for a in alone] == [b.tex
 # %% [markdown]
 # ## Keys and values are kept
 #
-# Without a cache, token n of a name costs a pass over prompt and n tokens. With keys and values kept (chapter 1) it costs
-# a pass over one token. The numbers are the same:
+# Without a cache, token n costs a pass over prompt and n tokens; with keys and values kept (chapter 1), over one token:
 
 # %%
 ids = [*prompt_ids, *vocabulary.encode(" " + generator.generate(1, seed=1)[0].text)]
@@ -155,9 +148,8 @@ for token in ids:
     out = model(torch.tensor([[token]]), past_key_values=cache, use_cache=True)
     cache = out.past_key_values
     steps.append(out.logits[0, -1])
-print(
-    f"{len(ids)} tokens one by one with a cache against all at once: {(torch.stack(steps) - whole_TV).abs().max():.1e}"
-)
+off = (torch.stack(steps) - whole_TV).abs().max()
+print(f"{len(ids)} tokens one by one with a cache against all at once: {off:.1e}")
 T, P = len(ids), len(prompt_ids)
 print(f"tokens that are computed for this name: {sum(range(P, T + 1))} without a cache, {T} with one")
 print(f"and for 64 names of one prompt, computed once: {64 * T} or {P + 64 * (T - P)}")
@@ -165,8 +157,7 @@ print(f"and for 64 names of one prompt, computed once: {64 * T} or {P + 64 * (T 
 # %% [markdown]
 # ## A filter from scratch
 #
-# We want names without a doubled letter: no "ff", no "oo". The first idea is a list of forbidden tokens, those with a
-# doubled letter in them. It is wrong. Let us see it fail.
+# Names without a doubled letter: no "ff", no "oo". The first idea, a list of forbidden tokens, is wrong. See it fail:
 
 
 # %%
@@ -204,9 +195,8 @@ report("no filter", decode(200))
 report("forbidden tokens", decode(200, ForbiddenTokens()))
 
 # %% [markdown]
-# Some come through: one token ends on a letter, the next begins with it. A text can be cut into tokens in many ways, and
-# a list of tokens knows one. So a filter has to look at the *text so far*, and ask of each token what the text would be
-# with it.
+# Some come through: one token ends on a letter, the next begins with it. So a filter has to look at the *text so far*, and
+# ask of each token what the text would be with it.
 
 
 # %%
@@ -228,10 +218,9 @@ report("from scratch", scratch)
 print(f"{seconds_scratch / 16:.2f} seconds of CPU a name")
 
 # %% [markdown]
-# Right, and wasteful: V texts are looked at for every row and every step. But the answer depends on very little: on the last
-# letter of the name. That is the *state* of the filter, and there are some dozens of them. So the package's filters answer
-# two questions. `rule`: in which state is this name? `forbidden`: what is forbidden in that state? The second is asked
-# once for each state, and remembered.
+# Right, and wasteful: V texts are looked at for every row and every step. But the answer depends on the last letter of the
+# name alone. That is the *state* of the filter, one of some dozens. So the package's filters answer two questions. `rule`:
+# in which state is this name? `forbidden`: what is forbidden there? The second is asked once for each state.
 
 
 # %%
@@ -250,7 +239,7 @@ started = time.process_time()
 quick = decode(16, filter_)
 seconds_quick = time.process_time() - started
 print(
-    "the same names:", quick == scratch, f"in {seconds_quick / 16:.3f} seconds a name, {len(filter_._masks)} states met"
+    f"the same names: {quick == scratch}, in {seconds_quick / 16:.3f} seconds a name, {len(filter_._masks)} states met"
 )
 report("two questions", decode(200, filter_))
 quote(NameFilter.apply)
@@ -264,8 +253,7 @@ names = generator.generate(8, type_line="Goblin", colors="R", seed=7, filters=[N
 print("; ".join(name.text for name in names))
 
 # %% [markdown]
-# Some constraints need a larger state. A regular expression has one by nature: the state of its automaton. The package
-# lets a maintained library (llguidance) compile it.
+# A regular expression has a state by nature: its automaton's. A maintained library (llguidance) compiles it.
 
 # %%
 for regex in ("[A-Z][a-z]+ of [A-Z][a-z]+", "(Gr|Kr)[a-z]+, [A-Z][a-z]+ [A-Z][a-z]+"):
@@ -273,8 +261,7 @@ for regex in ("[A-Z][a-z]+ of [A-Z][a-z]+", "(Gr|Kr)[a-z]+, [A-Z][a-z]+ [A-Z][a-
     print(f"{regex}: " + "; ".join(name.text for name in names))
 
 # %% [markdown]
-# **Dead ends.** A filter may leave no token at all. Each of these two can be kept, but not both, and no filter knows of the
-# other:
+# **Dead ends.** A filter may leave no token at all. Each of these two can be kept, but not both:
 
 
 # %%
@@ -301,13 +288,12 @@ except NoTokenLeftError as error:
     print("NoTokenLeftError:", error)
 
 # %% [markdown]
-# `model.generate` would sample from a row of NaN, so our filters raise. `NameGenerator` drops such a name and takes the
-# next of the seed's stream.
+# `model.generate` would sample from a row of NaN, so our filters raise. `NameGenerator` drops such a name.
 #
 # ## Novelty by construction
 #
-# A name that is a real card must not come out. Training cannot promise that. A filter can: where the text so far is a
-# known name, the end symbol is forbidden. The name has to go on, or to have been another one.
+# Training cannot promise that no name is a real card. A filter can: where the text so far is a known name, the end symbol
+# is forbidden. The name has to go on, or to have been another one.
 
 # %%
 quote(KnownNameFilter)
@@ -323,8 +309,8 @@ for text in (" Goblin Guide", " goblin guide", " Goblin  Guide!", " Goblin Guid"
 table(["text so far", "its normal form", "P(end), model", "P(end), filtered"], rows)
 
 # %% [markdown]
-# Case, accents, spaces and punctuation make no difference, since normal forms are compared. Neither does the way the name
-# was cut into tokens. Now the count, without the filter and with it, at a low temperature, where real cards are likeliest:
+# Normal forms are compared: case, accents, spaces, punctuation and the cut into tokens make no difference. Now the count,
+# without the filter and with it, at a low temperature, where real cards are likeliest:
 
 
 # %%
@@ -339,14 +325,13 @@ print(f"without: {len(real_cards(without))} of 300 are real cards: {real_cards(w
 print(f"with:    {len(real_cards(within))} of 300")
 
 # %% [markdown]
-# The second number is 0 whatever the model, the seed and the temperature. It is not a measurement but a consequence.
+# The second number is 0 whatever the model, the seed and the temperature: no measurement but a consequence.
 #
 # ## What a filter does to the probabilities
 #
-# Masking is not the same as asking the model for the names that fit. Compare two ways to get names of one word. *Rejection*:
-# draw freely, keep what fits. *Masking*: forbid every space after the first word. Rejection gives exactly the model's
-# distribution of one-word names, and throws most names away. Masking throws none away; but a name that began as the first
-# half of a longer one is made to end there.
+# Masking is not asking the model for the names that fit. Two ways to names of one word: *rejection*, draw freely and keep
+# what fits, gives exactly the model's distribution of such names, and throws most away; *masking*, no space after the
+# first word, throws none away, but a name that began as half of a longer one is made to end there.
 
 # %%
 drawn = free.generate(400, type_line="Goblin", seed=13, temperature=1.0)
@@ -361,14 +346,13 @@ table(["", "names", "mean log-probability", "e.g."], rows)
 print(f"rejection kept {len(rejection) / len(drawn):.0%}")
 
 # %% [markdown]
-# Compare the two means: the difference, if it is outside the intervals, is what the constraint costs in naturalness. It
-# grows the further the constraint is from what the model would do. `best_of` draws more names and keeps the likeliest,
-# which buys some of it back.
+# The difference of the means, where it is outside the intervals, is what the constraint costs in naturalness: the more, the
+# further it is from what the model would do. `best_of` draws more names and keeps the likeliest: it buys some back.
 #
 # ## An experiment that changes one thing: the temperature
 #
-# 300 names each, straight from the decoding loop: no filter, no cut. Three shares: names that are real cards, names that
-# came before in the same list, words that no real card has (misspelt or invented).
+# 300 names each, straight from the decoding loop. Three shares: names that are real cards, names that came before in the
+# list, words that no real card has.
 
 # %%
 card_words = {word for name in generator.known.names for word in words(name)}
@@ -391,17 +375,15 @@ for axis, (name, estimates) in zip(axes, shares.items(), strict=True):
 show(figure, "06_temperature")
 
 # %% [markdown]
-# A low temperature repeats itself, a high one invents words that are none. Real cards are few at any temperature here, so
-# their intervals are wide: look at them before you believe a trend. There is no best value, there is a trade, and the
-# presets are three points on it. The package's `generate` drops repetitions and forbids real cards, so one can afford a
-# lower temperature with it than without.
+# A low temperature repeats itself, a high one invents words that are none. Real cards are few here, so their intervals are
+# wide: look at them before you believe a trend. There is no best value but a trade, and the presets are three points on it.
+# `generate` drops repetitions and forbids real cards, so it can afford a lower temperature.
 #
 # ## What to remember
 #
 # - A draw is: filter, divide by the temperature, cut the tail, invert the cumulated sum. All of it is a page of code.
 # - A filter looks at text, never at token ids. It is a state and what the state forbids.
-# - Constraints by construction are promises. What they cost in naturalness can be measured: the model's own
-#   log-probability.
+# - Constraints by construction are promises. What they cost in naturalness is measured by the model's own probability.
 #
 # ## Exercises
 #

@@ -21,7 +21,8 @@ from pathlib import Path
 sys.path.append(str(Path(globals().get("__file__", "a notebook")).resolve().parents[1]))
 
 import torch
-from chapter_tools import cards, load_base, queries_keys_values, table
+from chapter_models import queries_keys_values
+from chapter_tools import cards, load_base, table
 
 from flash_experts.data.packing import encode_cards
 from flash_experts.models.flash_attn import flash_attn_func

@@ -24,6 +24,7 @@ import math
 
 import torch
 from chapter_tools import table
+from chapter_watching import watched_tiles
 
 from flash_experts.kernels import flash_attention_reference as reference
 from flash_experts.kernels.attention_options import AttentionOptions
@@ -129,9 +130,6 @@ for S in (512, 1024, 2048, 4096):
     rows.append([S, count_tiles(S, left=-1), count_tiles(S, left=128)])
 table(["length", "causal", "causal, window of 128"], rows)
 
-made = []
-tile = reference._Scores.tile
-reference._Scores.tile = lambda self, *arguments: made.append(1) or tile(self, *arguments)
-reference.attention(*torch.randn(3, 1, 1024, 1, 64), AttentionOptions(scale=0.125, left=128, right=0))
-reference._Scores.tile = tile
+with watched_tiles() as made:
+    reference.attention(*torch.randn(3, 1, 1024, 1, 64), AttentionOptions(scale=0.125, left=128, right=0))
 print(f"made by the reference at 1024 with the window: {len(made)}")

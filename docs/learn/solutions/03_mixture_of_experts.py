@@ -22,7 +22,8 @@ from pathlib import Path
 sys.path.append(str(Path(globals().get("__file__", "a notebook")).resolve().parents[1]))
 
 import torch
-from chapter_tools import bits_per_character, cards, load_base, nats_of_names, table, training_steps
+from chapter_models import bits_per_character, nats_of_names, training_steps
+from chapter_tools import cards, load_base, table
 
 from flash_experts import GPT2MoEForCausalLM
 from flash_experts.data.packing import encode_cards, pack

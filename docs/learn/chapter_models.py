@@ -1,0 +1,113 @@
+"""What the chapters share of models: a look inside, a short training, the figure that a training is judged by."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from flash_experts.data.cards import Card
+from flash_experts.data.packing import encode_cards, pack, pack_all
+from flash_experts.models.router_metrics import update_router_biases
+from flash_experts.models.scoring import name_nats
+from flash_experts.training.batches import NameBatches
+from flash_experts.training.optimizer import freeze_parts, make_optimizers, set_rates
+from flash_experts.training.schedule import Schedule
+from flash_experts.training.training_config import LearningRateScale, TrainingConfig
+
+ALL_PARTS = LearningRateScale()
+
+
+@torch.no_grad()
+def queries_keys_values(model: Any, ids: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """q, k and v of each block for tokens (1, S), each (1, S, H, C): what GPT-2's own projections give."""
+    caught: list[torch.Tensor] = []
+    hooks = [
+        block.attn.c_attn.register_forward_hook(lambda module, inputs, output: caught.append(output))
+        for block in model.transformer.h
+    ]
+    model(ids)
+    for hook in hooks:
+        hook.remove()
+    D, H = model.config.n_embd, model.config.n_head
+    split = [qkv.split(D, dim=-1) for qkv in caught]
+    return [(q.unflatten(-1, (H, -1)), k.unflatten(-1, (H, -1)), v.unflatten(-1, (H, -1))) for q, k, v in split]
+
+
+def without_dropout(model: Any) -> Any:
+    """A copy of a model in training mode that computes the same each time."""
+    model = copy.deepcopy(model)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    return model.train()
+
+
+def training_steps(
+    model: PreTrainedModel,
+    names: Sequence[Card],
+    tokenizer: PreTrainedTokenizerBase,
+    steps: int,
+    learning_rate: float,
+    tokens: int = 320,
+    lr_scale: LearningRateScale = ALL_PARTS,
+    seed: int = 0,
+) -> Iterator[float]:
+    """A short training loop of the trainer's own parts: its batches, optimizer and schedule.
+
+    Yields, after each optimizer step, the cross-entropy of the step's labels in nats per token (without the router's
+    losses, which are trained on as well). Chapter 5 is about the trainer itself.
+
+    Args:
+        model: trained in place.
+        names: what to learn.
+        tokenizer: the model's.
+        steps: optimizer steps.
+        learning_rate: the highest; a short warm-up leads there, a cosine away from it.
+        tokens: of a step, about.
+        lr_scale: factors of the rate for router, experts and the rest; 0 freezes a part.
+        seed: of the names' order and of dropout.
+    """
+    config = TrainingConfig(
+        max_steps=steps,
+        max_epochs=None,
+        learning_rate=learning_rate,
+        tokens_per_batch=tokens,
+        lr_scale=lr_scale,
+        seed=seed,
+    )
+    freeze_parts(model, lr_scale)
+    batches, schedule = NameBatches.of(names, tokenizer, config), Schedule.of(config, steps)
+    optimizers = make_optimizers(model, config)
+    torch.manual_seed(seed)
+    for step in range(steps):
+        row = pack(batches.names_of_step(step))
+        set_rates(optimizers.values(), learning_rate * schedule.factor(step, 0.0))
+        model.train()
+        output = model(**row.inputs_with_loss(row.labels.numel()))
+        output.loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers.values():
+            optimizer.step()
+            optimizer.zero_grad()
+        update_router_biases(model)
+        model.eval()
+        yield F.cross_entropy(output.logits[0].detach(), row.labels).item()
+
+
+@torch.no_grad()
+def nats_of_names(model: PreTrainedModel, names: Sequence[Card], tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
+    """Negative log-likelihood of each name given its attributes, end symbol included: (N,) nats, in eval mode."""
+    model.eval()
+    rows = pack_all(encode_cards(names, tokenizer), tokens_per_batch=2048)
+    return torch.cat([name_nats(model, row) for row in rows])
+
+
+def bits_per_character(nats_N: torch.Tensor, names: Sequence[Card]) -> float:
+    """The figure that does not depend on the tokenizer; the end of a name counts as a character."""
+    characters = sum(len(card.name) + 1 for card in names)
+    return nats_N.sum().item() / torch.log(torch.tensor(2.0)).item() / characters
