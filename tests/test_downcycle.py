@@ -73,8 +73,10 @@ def test_the_mean_of_trained_experts(dense: GPT2LMHeadModel, load: list[float] |
 @pytest.mark.parametrize("fields", [{}, {"routing": "expert_choice"}])
 def test_measured_loads_are_what_the_routers_counted(dense: GPT2LMHeadModel, fields: dict[str, object]) -> None:
     moe = trained(dense, **fields).train()
+    moe.transformer.h[0].eval()  # a part that is frozen
+    modes = [module.training for module in moe.modules()]
     loads = measure_loads(moe, [{"input_ids": IDS}, {"input_ids": IDS[:, :7]}])
-    assert moe.training and sorted(loads) == [1, 3]
+    assert sorted(loads) == [1, 3] and [module.training for module in moe.modules()] == modes
     places = 40 + 14 if not fields else 3 * (14 + 5)  # with expert choice each of three experts takes a third
     assert all(load_E.sum() == places for load_E in loads.values())
     for module in moe.modules():

@@ -33,8 +33,9 @@ from flash_experts.data.names import normal_form
 from flash_experts.data.prompts import Attributes
 from flash_experts.evaluation.metrics import Estimate, share, words
 from flash_experts.generation import KnownNameFilter, NameFilter, NoTokenLeftError, Sampling, StartsWith
-from flash_experts.generation.decoding import NameDecoder, evaluating
+from flash_experts.generation.decoding import NameDecoder
 from flash_experts.generation.sampling import _cut, candidates, draw, noise
+from flash_experts.models.modes import evaluating
 
 torch.set_grad_enabled(False)
 model, tokenizer = load_released()

@@ -266,8 +266,11 @@ def test_one_name_for_each_card_is_drawn_from_its_own_prompt(
 def test_loads_of_experts_average_to_one(dense: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast) -> None:
     moe = GPT2MoEForCausalLM.from_dense(dense, num_experts=4, num_experts_per_tok=2, moe_layer_freq=2)
     names = ["Goblin Guide", "Serra Angel"]
+    moe.train().transformer.h[0].eval()  # a part that is frozen
+    modes = [module.training for module in moe.modules()]
     loads = LanguageModel(moe, tokenizer, "moe").expert_loads(names, [Attributes()] * 2)
     assert list(loads) == ["1", "3"]
+    assert [module.training for module in moe.modules()] == modes
     for block in loads.values():
         assert len(block) == 4 and sum(block) / 4 == pytest.approx(1.0)
     with torch.no_grad():

@@ -9,10 +9,11 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from flash_experts.generation import gpt2_steps
-from flash_experts.generation.decoding import DecodedName, NameDecoder, evaluating
+from flash_experts.generation.decoding import DecodedName, NameDecoder
 from flash_experts.generation.presets import Sampling
 from flash_experts.models import GPT2MoEConfig, GPT2MoEForCausalLM
 from flash_experts.models.attention_backends import attention_backend
+from flash_experts.models.modes import evaluating
 
 END = 0
 

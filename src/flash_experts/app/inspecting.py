@@ -24,8 +24,8 @@ from flash_experts.data.packing import encode_name
 from flash_experts.evaluation.router_maps import NameMap, name_maps, route
 from flash_experts.evaluation.router_tokens import Tokens, shown_text
 from flash_experts.evaluation.scorers import check_lengths
-from flash_experts.generation.decoding import evaluating
 from flash_experts.generation.generator import attributes_asked_for
+from flash_experts.models.modes import evaluating
 from flash_experts.models.moe import GPT2MoEForCausalLM
 
 ALTERNATIVES = 5

@@ -28,9 +28,10 @@ from flash_experts.benchmarks.report import (
     say,
     table,
 )
-from flash_experts.generation.decoding import NameDecoder, evaluating
+from flash_experts.generation.decoding import NameDecoder
 from flash_experts.generation.generator import NameGenerator
 from flash_experts.generation.presets import Sampling
+from flash_experts.models.modes import evaluating
 
 PROMPT = "legendary creature goblin, red, 3:"
 LONGEST, TOP_K = 48, 200  # tokens of the longest name: in letters, nearly all real names

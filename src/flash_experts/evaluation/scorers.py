@@ -28,6 +28,7 @@ from flash_experts.generation.generator import NameGenerator
 from flash_experts.generation.presets import Sampling
 from flash_experts.models.flash_attention import ATTENTION_IMPLEMENTATION
 from flash_experts.models.loading import load_model
+from flash_experts.models.modes import evaluating
 from flash_experts.models.router_hooks import count_loads
 from flash_experts.models.router_metrics import over_mean
 from flash_experts.models.scoring import name_nats
@@ -243,14 +244,12 @@ def check_lengths(model: PreTrainedModel, names: Sequence[str], encoded: Sequenc
 @contextmanager
 def scoring(model: PreTrainedModel) -> Iterator[None]:
     """Eval and inference mode, and attention that keeps the names of a row apart; put back afterwards."""
-    was_training, attention = model.training, model.config._attn_implementation
+    attention = model.config._attn_implementation
     if isinstance(model.config, GPT2Config):
         model.set_attn_implementation(ATTENTION_IMPLEMENTATION)
-    model.eval()
     try:
-        with torch.inference_mode():
+        with evaluating(model), torch.inference_mode():
             yield
     finally:
-        model.train(was_training)
         if isinstance(model.config, GPT2Config):
             model.set_attn_implementation(attention)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import cast
 
@@ -48,20 +47,8 @@ class DecodedName:
     is_whole: bool
 
 
-@contextmanager
-def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Puts a model into eval mode and each of its modules back to what it was."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
 class NameDecoder:
-    """Decodes names that follow one prompt. For use within `evaluating` and ``torch.no_grad``."""
+    """Decodes names that follow one prompt, within `flash_experts.models.modes.evaluating` and ``torch.no_grad``."""
 
     def __init__(
         self,

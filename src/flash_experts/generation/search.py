@@ -13,13 +13,14 @@ from transformers import LogitsProcessor, PreTrainedModel
 
 from flash_experts.data.names import normal_form
 from flash_experts.generation.constraints import Constraints
-from flash_experts.generation.decoding import DecodedName, NameDecoder, evaluating
+from flash_experts.generation.decoding import DecodedName, NameDecoder
 from flash_experts.generation.filters import NoTokenLeftError
 from flash_experts.generation.formatting import format_name
 from flash_experts.generation.presets import Sampling
 from flash_experts.generation.regex_filter import MatchesRegex
 from flash_experts.generation.similarity import KnownNames
 from flash_experts.generation.vocabulary import NameVocabulary
+from flash_experts.models.modes import evaluating
 
 _PATIENCE = 1024  # names in a row that bring nothing new, before there are taken to be no more
 _PART = 32  # names that are looked at together

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from flash_experts.models.modes import evaluating
 from flash_experts.models.moe import GPT2MoEForCausalLM
 from flash_experts.models.moe_layer import MoELayer
 from flash_experts.models.router_hooks import count_loads
@@ -127,14 +128,10 @@ def measure_loads(moe: GPT2MoEForCausalLM, rows: Iterable[Mapping[str, Any]]) ->
     Returns:
         For each block with experts (from 0) its loads, (E,) float64 on the CPU.
     """
-    was_training = moe.training
-    moe.eval()
 
     def forwards() -> None:
         for row in rows:
             moe(**row)
 
-    try:
+    with evaluating(moe):
         return count_loads(moe, forwards)
-    finally:
-        moe.train(was_training)
