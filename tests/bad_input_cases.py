@@ -280,6 +280,7 @@ _GENERATE = """
 --top-p 2 :: top_p is 2
 --min-p -1 :: min_p is -1
 --repetition-penalty 0 :: repetition_penalty is 0
+--guidance 11 :: guidance is 11
 --starts-with ' ' :: starts_with is blank
 --starts-with '...' :: no name has
 --ends-with '' :: ends_with is blank

@@ -20,6 +20,7 @@ FULL = Settings(
     top_p=0.5,
     min_p=0.00001,
     repetition_penalty=1.1,
+    guidance=1.5,
     starts_with="Krén & <b>",
     ends_with=" Axe",
     contains="a+b=c%",

@@ -117,7 +117,7 @@ def test_unknown_preset_names_the_nearest() -> None:
 @pytest.mark.parametrize(
     ("setting", "value"),
     [("temperature", 0.0), ("temperature", float("nan")), ("top_k", -1), ("top_p", 0.0), ("top_p", 1.1),
-     ("min_p", -0.1), ("min_p", 1.1), ("repetition_penalty", 0.0)],
+     ("min_p", -0.1), ("min_p", 1.1), ("repetition_penalty", 0.0), ("guidance", -1), ("guidance", 11)],
 )  # fmt: skip
 def test_settings_out_of_range_are_named(setting: str, value: float) -> None:
     with pytest.raises(ValueError, match=setting):

@@ -51,5 +51,5 @@ def compare(playground: Playground, settings: Settings, sides: Sequence[Side]) -
 def _of_side(settings: Settings, side: Side) -> Settings:
     if not side.preset:
         return settings
-    own: dict[str, Any] = dict.fromkeys(("temperature", "top_k", "top_p", "min_p", "repetition_penalty"))
+    own: dict[str, Any] = dict.fromkeys(("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "guidance"))
     return replace(settings, preset=side.preset, **own)

@@ -16,7 +16,7 @@ ANY = "any"
 _COLORS = [("White", "W"), ("Blue", "U"), ("Black", "B"), ("Red", "R"), ("Green", "G"), (COLORLESS.capitalize(), "C")]
 ATTRIBUTES = ("types", "subtypes", "colors", "mana_value")
 TEXTS = ("starts_with", "contains", "ends_with", "regex", "banned_words")  # Enter in them makes names
-SLIDERS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+SLIDERS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "guidance")
 _NUMBERS = ("mana_value", "min_words", "max_words")  # dropdowns with "any"
 _SAME = ("starts_with", "contains", "ends_with", "regex", "min_length", "max_length", "alliterate", "min_distance")
 
@@ -42,6 +42,7 @@ def style_controls() -> Controls:
         "top_p": gr.Slider(0.05, 1, sampling.top_p, step=0.01, label="Top-p"),
         "min_p": gr.Slider(0, 0.5, sampling.min_p, step=0.01, label="Min-p"),
         "repetition_penalty": gr.Slider(0.8, 2, sampling.repetition_penalty, step=0.05, label="Repetition penalty"),
+        "guidance": gr.Slider(1, 3, sampling.guidance, step=0.1, label="Guidance", info="sticks to type and colors"),
     }
     return {
         **sliders,

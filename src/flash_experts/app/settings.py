@@ -46,6 +46,7 @@ _NUMBERS: dict[str, tuple[float, float]] = {
     "top_p": (0.01, 1),
     "min_p": (0, 1),
     "repetition_penalty": (0.5, 3),
+    "guidance": (0, 5),
     "words": (1, 8),
     "min_words": (1, 8),
     "max_words": (1, 8),
@@ -53,7 +54,7 @@ _NUMBERS: dict[str, tuple[float, float]] = {
     "max_length": (1, 40),
     "min_distance": (0, 0.8),
 }
-_FLOATS = {"temperature", "top_p", "min_p", "repetition_penalty", "min_distance"}
+_FLOATS = {"temperature", "top_p", "min_p", "repetition_penalty", "guidance", "min_distance"}
 _FLAGS = {"alliterate"}
 
 
@@ -66,7 +67,7 @@ class Settings:
         colors: such as "R" or "WU"; "C" is colorless.
         mana_value: 0 to 20.
         preset: of `flash_experts.generation.PRESETS`.
-        temperature, top_k, top_p, min_p, repetition_penalty: each over the preset's.
+        temperature, top_k, top_p, min_p, repetition_penalty, guidance: each over the preset's.
         starts_with, ends_with, contains, regex, words, min_words, max_words, min_length, max_length, banned_words,
             alliterate, min_distance: see `flash_experts.generation.Constraints`.
         like: examples that the names shall resemble.
@@ -87,6 +88,7 @@ class Settings:
     top_p: float | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
+    guidance: float | None = None
     starts_with: str | None = None
     ends_with: str | None = None
     contains: str | None = None

@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 # Options that go to NameGenerator under their own name.
 _SAME_NAME = (
     *("count", "colors", "mana_value", "rarity", "like", "preset", "presets", "temperature", "top_k", "top_p", "min_p"),
-    *("repetition_penalty", "starts_with", "ends_with", "contains", "regex", "min_words", "max_words", "words"),
-    *("min_length", "max_length", "allow_profanity", "alliterate", "min_distance", "seed", "batch_size", "best_of"),
+    *("repetition_penalty", "guidance", "starts_with", "ends_with", "contains", "regex", "min_words", "max_words"),
+    *("words", "min_length", "max_length", "allow_profanity", "alliterate", "min_distance", "seed", "batch_size"),
+    "best_of",
 )
 
 
@@ -159,11 +160,12 @@ def make_parser() -> CommandParser:
 def _add_sampling(parser: CommandParser) -> None:
     parser.add_argument("--preset", default="balanced", help="conservative, balanced, creative, or one of --presets")
     parser.add_argument("--presets", type=str | None, default=None, help="YAML file of presets of your own")
-    parser.add_argument("--temperature", type=float | None, default=None, help="over the preset's, as the next four")
+    parser.add_argument("--temperature", type=float | None, default=None, help="over the preset's, as the next five")
     parser.add_argument("--top_k", type=int | None, default=None, help="0 keeps all tokens")
     parser.add_argument("--top_p", type=float | None, default=None, help="1 keeps all tokens")
     parser.add_argument("--min_p", type=float | None, default=None, help="0 keeps all tokens")
     parser.add_argument("--repetition_penalty", type=float | None, default=None, help="1 is none")
+    parser.add_argument("--guidance", type=float | None, default=None, help="over 1: truer to type and colors, slower")
     parser.add_argument("--best_of", type=int, default=1, help="names drawn for each: the most natural is kept")
     parser.add_argument("--rank", action="store_true", help="the most natural (log-probability a character) first")
 

@@ -12,21 +12,13 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import cast
 
 import torch
-from transformers import (
-    DynamicCache,
-    GPT2LMHeadModel,
-    LogitsProcessor,
-    PreTrainedModel,
-    RepetitionPenaltyLogitsProcessor,
-)
+from transformers import LogitsProcessor, PreTrainedModel, RepetitionPenaltyLogitsProcessor
 
-from flash_experts.generation import gpt2_steps
 from flash_experts.generation.filters import AllOf, NameFilter
 from flash_experts.generation.presets import Sampling
-from flash_experts.generation.ring_cache import RingCache
+from flash_experts.generation.prompt_rows import Prompt, PromptRows, guided
 from flash_experts.generation.sampling import draw, noise
 
 
@@ -59,6 +51,7 @@ class NameDecoder:
         processors: Sequence[LogitsProcessor],
         max_new_tokens: int,
         seed: int,
+        untold_ids: Sequence[int] | None = None,
     ) -> None:
         """Computes the prompt, once for all names.
 
@@ -70,8 +63,9 @@ class NameDecoder:
             processors: filters, before the sampling: those that are no `NameFilter` first, then the others as one.
             max_new_tokens: names without an end by then are given up.
             seed: of all names of this decoder.
+            untold_ids: begin symbol and the prompt that tells nothing, for ``sampling.guidance``.
         """
-        self.model, self.device = model, model.device
+        self.device = model.device
         self.prompt_ids, self.end_id = prompt_ids, end_id
         self.sampling, self.max_new_tokens, self.seed = sampling, max_new_tokens, seed
         filters = [one for one in processors if isinstance(one, NameFilter)]
@@ -80,13 +74,10 @@ class NameDecoder:
         if sampling.repetition_penalty != 1:
             penalty = RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty, len(prompt_ids))
             self.processors.insert(0, penalty)
-        self.prompt_cache = DynamicCache(config=model.config)
-        prompt_1T = torch.tensor([prompt_ids], device=model.device)
-        # The begin symbol is also the pad symbol: without a mask transformers would warn of padding.
-        mask = torch.ones_like(prompt_1T)
-        out = model(prompt_1T, attention_mask=mask, past_key_values=self.prompt_cache, use_cache=True, logits_to_keep=1)
-        self._first_1V = out.logits[:, -1].float()
-        self._is_plain_gpt2 = gpt2_steps.takes(model)
+        self.prompts = [Prompt(model, prompt_ids)]
+        if sampling.guidance != 1 and prompt_ids != untold_ids:
+            assert untold_ids is not None, "guidance leads away from a prompt"
+            self.prompts.append(Prompt(model, untold_ids))
 
     def decode(self, indices: range) -> list[DecodedName]:
         """The names of these indices, all computed together, in order."""
@@ -115,26 +106,6 @@ class NameDecoder:
                 next_index += indices.step
             batch.advance(waiting)
 
-    def first_logits(self, num_rows: int) -> torch.Tensor:
-        """(B, V) what follows the prompt."""
-        return self._first_1V.expand(num_rows, -1)
-
-    def next_logits(self, tokens: Sequence[int], cache: RingCache) -> torch.Tensor:
-        """(B, V) what follows one more token of each row."""
-        tokens_B = torch.tensor(tokens, device=self.device)
-        if self._is_plain_gpt2:
-            return gpt2_steps.next_logits(cast(GPT2LMHeadModel, self.model), tokens_B, cache)
-        mask_BK, positions_B1 = cache.step(self.device)
-        out = self.model(
-            tokens_B[:, None],
-            attention_mask=mask_BK[:, None, None],
-            position_ids=positions_B1,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        return out.logits[:, -1].float()
-
     def filtered(self, rows: Sequence[_Row], logits_BV: torch.Tensor) -> torch.Tensor:
         """(B, V) scores after all processors. A row without a token is no error here: another name is tried."""
         scores_BV = logits_BV
@@ -162,17 +133,18 @@ class _Batch:
         self.rows = [_Row(waiting.popleft()) for _ in range(size)]
         self._ended: list[int] = []
         device = decoder.device
-        self._cache = RingCache(decoder.prompt_cache, size)
-        self._logits_BV = decoder.first_logits(size)
+        self._after = [PromptRows(prompt, size) for prompt in decoder.prompts]
         self._log_prob_B = torch.zeros(size, dtype=torch.float64, device=device)
         self._noise_BS2 = torch.zeros(size, decoder.max_new_tokens, 2, dtype=torch.float64, device=device)
         self._draw_noise(list(range(size)))
 
     def draw(self) -> list[DecodedName]:
         """Draws a token for each row; returns the names that end with it."""
-        decoder, rows, logits_BV = self._decoder, self.rows, self._logits_BV
+        decoder, rows = self._decoder, self.rows
+        logits_BV, *untold = (after.logits_BV for after in self._after)
         ages = [len(row.ids) for row in rows]
-        scores_BV = decoder.filtered(rows, logits_BV)
+        guided_BV = guided(logits_BV, untold[0], decoder.sampling.guidance) if untold else logits_BV
+        scores_BV = decoder.filtered(rows, guided_BV)
         noise_B2 = self._noise_BS2[torch.arange(len(rows)), ages]
         chosen_B, dead_B = draw(scores_BV, noise_B2, decoder.sampling)
         log_prob_B1 = logits_BV.log_softmax(-1).gather(1, chosen_B[:, None])
@@ -211,19 +183,14 @@ class _Batch:
             self.rows = [self.rows[place] for place in keep]
             index = torch.tensor(keep, dtype=torch.int64, device=decoder.device)
             self._log_prob_B, self._noise_BS2 = self._log_prob_B[index], self._noise_BS2[index]
-            self._cache.select(index)
+            for after in self._after:
+                after.select(index)
         if not self.rows:
             return
-        self._cache.replace(new)
-        if len(new) == len(self.rows):
-            self._cache = RingCache(decoder.prompt_cache, len(new))
-            self._logits_BV = decoder.first_logits(len(new))
-            return
-        # A row that is new has no token yet: it takes part with any, and what follows the prompt is known.
+        # A row that is new has no token yet: it takes part with any.
         tokens = [row.ids[-1] if row.ids else decoder.end_id for row in self.rows]
-        self._logits_BV = decoder.next_logits(tokens, self._cache)
-        if new:
-            self._logits_BV[new] = decoder.first_logits(len(new))
+        for after in self._after:
+            after.advance(tokens, new)
 
     def _draw_noise(self, places: Sequence[int]) -> None:
         """Random numbers for the names that begin in these places; they depend on the names' indices alone."""

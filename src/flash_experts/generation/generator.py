@@ -11,7 +11,7 @@ from typing import Any, TypedDict, Unpack
 import torch
 from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
-from flash_experts.data.prompts import Attributes
+from flash_experts.data.prompts import NONE, Attributes
 from flash_experts.generation.constraints import Constraints
 from flash_experts.generation.likeness import Resembles, examples_of, filled_in, shared_attributes
 from flash_experts.generation.presets import Sampling, sampling_of
@@ -34,6 +34,7 @@ class Options(TypedDict, total=False):
     top_p: float | None
     min_p: float | None
     repetition_penalty: float | None
+    guidance: float | None
     starts_with: str | None
     ends_with: str | None
     contains: str | None
@@ -184,14 +185,16 @@ class NameGenerator:
         sampling, constraints, filters = _sorted_options(preset, options)
         examples = examples_of(like) if like else []
         attributes = attributes_asked_for(type_line, colors, mana_value, rarity, examples)
-        prompt_ids = [self.tokenizer.bos_token_id, *self.vocabulary.encode(attributes.prompt())]
+        prompt_ids, untold_ids = (
+            [self.tokenizer.bos_token_id, *self.vocabulary.encode(told.prompt())] for told in (attributes, NONE)
+        )
         processors: list[LogitsProcessor] = []
         processors += constraints.filters(self.vocabulary, len(prompt_ids), self.known.normal_forms)
         processors += [make(self.vocabulary, len(prompt_ids)) for make in filters]
         if examples:
             processors.append(Resembles(self.vocabulary, len(prompt_ids), examples))
         seed = secrets.randbits(63) if seed is None else seed
-        request = Request(prompt_ids, sampling, constraints, processors, seed, batch_size, best_of)
+        request = Request(prompt_ids, untold_ids, sampling, constraints, processors, seed, batch_size, best_of)
         return NameSearch(self.model, self.vocabulary, self.known, request).names(count)
 
 

@@ -9,12 +9,16 @@ from typing import Any
 
 from flash_experts.data.yaml_files import read_yaml
 
+_MOST_GUIDANCE = 10
+
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
     """How the next token is drawn, applied in this order.
 
     Attributes:
+        guidance: how much the prompt counts: over 1 names show more of what was told, and vary less; twice the work
+            (`flash_experts.generation.prompt_rows.guided`).
         repetition_penalty: over 1 makes tokens that the name already has less likely (Keskar et al. 2019).
         temperature: over 1 flattens the distribution, under 1 sharpens it.
         top_k: only the k most likely tokens; 0 = all.
@@ -27,6 +31,7 @@ class Sampling:
     top_p: float = 1.0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
+    guidance: float = 1.0
 
     def __post_init__(self) -> None:
         if not 0 < self.temperature < float("inf"):
@@ -42,6 +47,11 @@ class Sampling:
             raise ValueError(f"min_p is {self.min_p}: it must be between 0 (keeps all tokens) and 1")
         if not 0 < self.repetition_penalty < float("inf"):
             raise ValueError(f"repetition_penalty is {self.repetition_penalty}: it must be over 0")
+        if not 0 <= self.guidance <= _MOST_GUIDANCE:
+            raise ValueError(
+                f"guidance is {self.guidance}: it must be from 0 (nothing told counts) to {_MOST_GUIDANCE} "
+                "(1 is the model as it is)"
+            )
 
 
 def load_presets(path: str | Path) -> dict[str, Sampling]:

@@ -55,6 +55,7 @@ class Request:
 
     Attributes:
         prompt_ids: begin symbol and prompt.
+        untold_ids: begin symbol and the prompt that tells nothing.
         sampling: how tokens are drawn.
         constraints: what names hold.
         processors: the filters of the constraints, and more.
@@ -64,6 +65,7 @@ class Request:
     """
 
     prompt_ids: Sequence[int]
+    untold_ids: Sequence[int]
     sampling: Sampling
     constraints: Constraints
     processors: Sequence[LogitsProcessor]
@@ -160,9 +162,15 @@ class NameSearch:
     def _make_decoder(self) -> NameDecoder:
         request = self._request
         if self._decoder is None:
-            end = self._vocabulary.end_id
             self._decoder = NameDecoder(
-                self._model, request.prompt_ids, end, request.sampling, request.processors, self._steps, request.seed
+                self._model,
+                request.prompt_ids,
+                self._vocabulary.end_id,
+                request.sampling,
+                request.processors,
+                self._steps,
+                request.seed,
+                request.untold_ids,
             )
         return self._decoder
 
