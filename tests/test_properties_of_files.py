@@ -20,7 +20,7 @@ from flash_experts.data.prompts import Attributes
 from flash_experts.data.yaml_files import read_yaml
 from flash_experts.generation.formatting import format_name
 from flash_experts.models.folder_checks import check_folder
-from flash_experts.training import TrainingConfig
+from flash_experts.training import TrainingConfig, checkpoint
 
 FAST = settings(max_examples=60, deadline=None)
 JSON = st.recursive(
@@ -127,6 +127,49 @@ def test_any_model_folder(config: Any, weights: bytes, length: int) -> None:
             check_folder(folder)
         except ValueError as error:
             assert name in str(error)
+
+
+STATE = {"state": {"step": 3}, "config": {}, "data": {}, "registered": {}}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"2",
+        b"[]",
+        b"[" * 100_000,
+        b"\xff",
+        b'{"state": []}',
+        json.dumps(STATE | {"state": {"step": "3"}}).encode(),
+        json.dumps(STATE | {"state": {"step": 3.5}}).encode(),
+        json.dumps(STATE | {"state": {"stepp": 3}}).encode(),
+        json.dumps(STATE | {"config": 1}).encode(),
+        json.dumps({"state": {}}).encode(),
+    ],
+    ids=range(10),
+)
+def test_a_state_that_fits_its_manifest_and_is_none(content: bytes, tmp_path: Path) -> None:
+    """Found by fuzzing: `"2"` was an AttributeError."""
+    (tmp_path / checkpoint.STATE).write_bytes(json.dumps(STATE).encode())
+    assert checkpoint.read_state(tmp_path)[0].step == 3
+    (tmp_path / checkpoint.STATE).write_bytes(content)
+    with pytest.raises(checkpoint.CheckpointError, match="is not a trainer state") as caught:
+        checkpoint.read_state(tmp_path)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
+
+
+@FAST
+@given(st.binary(max_size=60) | JSON.map(lambda found: json.dumps(found).encode()))
+def test_any_manifest_and_state(content: bytes) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for file, read in (
+            (checkpoint.MANIFEST, checkpoint.verify_checkpoint),
+            (checkpoint.STATE, checkpoint.read_state),
+        ):
+            (folder / file).write_bytes(content)
+            with pytest.raises(checkpoint.CheckpointError, match=name):
+                read(folder)
 
 
 def test_a_source_that_is_no_file() -> None:

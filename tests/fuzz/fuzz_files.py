@@ -2,14 +2,17 @@
 
     python tests/fuzz/fuzz_files.py cards -max_total_time=120
     python tests/fuzz/fuzz_files.py model -max_total_time=120
+    python tests/fuzz/fuzz_files.py checkpoint -max_total_time=120
 
 `cards` feeds bytes to the readers of txt, csv, json, jsonl and YAML; `model` to the checks of config.json, of the index
-and of the header of a safetensors file. A ValueError that names the file is an answer; anything else ends the run with
-the input that caused it. Seeds are the test data. What was found is in `test_properties_of_files`.
+and of the header of a safetensors file; `checkpoint` to the manifest, the state and the tensors that a run is resumed
+from. A ValueError that names the file is an answer; anything else ends the run with the input that caused it. Seeds are
+the test data, and small files of each kind. What was found is in `test_properties_of_files`.
 """
 
 from __future__ import annotations
 
+import hashlib
 import sys
 import tempfile
 from pathlib import Path
@@ -17,9 +20,13 @@ from pathlib import Path
 import atheris
 
 with atheris.instrument_imports(include=["flash_experts", "json", "csv", "yaml"]):
+    import json
+
     from flash_experts.data.card_files import read_file
     from flash_experts.data.cleaning import clean
     from flash_experts.data.yaml_files import read_yaml
+    from flash_experts.models import folder_checks
+    from flash_experts.training import checkpoint as checkpoints
 
 FOLDER = Path(tempfile.mkdtemp(dir="/dev/shm" if Path("/dev/shm").is_dir() else None))
 SUFFIXES = (".txt", ".csv", ".json", ".jsonl", ".yaml")
@@ -42,8 +49,6 @@ def cards(data: bytes) -> None:
 
 def model(data: bytes) -> None:
     """The first byte says which file the rest is; the others are empty settings and an empty header."""
-    from flash_experts.models import folder_checks
-
     if not data:
         return
     files = {
@@ -68,13 +73,57 @@ def model(data: bytes) -> None:
         assert str(FOLDER) in str(error), repr(error)
 
 
+def checkpoint(data: bytes) -> None:
+    """The first byte says which file the rest is. The manifest fits the others: damage alone would be found by it."""
+    if not data:
+        return
+    header = (2).to_bytes(8, "little") + b"{}"
+    files = {
+        checkpoints.STATE: b'{"state": {}, "config": {}, "data": {}, "registered": {}}',
+        checkpoints.TENSORS: header,
+        "config.json": b"{}",
+    }
+    chosen = [checkpoints.STATE, checkpoints.TENSORS, checkpoints.MANIFEST][data[0] % 3]
+    if chosen in files:
+        files[chosen] = data[1:]
+    for name, content in files.items():
+        (FOLDER / name).write_bytes(content)
+    manifest = {
+        name: {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)} for name, content in files.items()
+    }
+    own = data[1:] if chosen == checkpoints.MANIFEST else json.dumps(manifest).encode()
+    (FOLDER / checkpoints.MANIFEST).write_bytes(own)
+    try:
+        checkpoints.verify_checkpoint(FOLDER)
+        checkpoints.read_state(FOLDER)
+        checkpoints.load_tensors(FOLDER)
+    except ValueError as error:
+        assert str(FOLDER) in str(error), repr(error)
+
+
+def seeds(name: str) -> list[bytes]:
+    """Inputs to begin with: small, and of each kind."""
+    if name == "cards":
+        folder = Path(__file__).parents[1] / "test_data"
+        found = [(index, path) for index, suffix in enumerate(SUFFIXES) for path in folder.glob(f"own*{suffix}")]
+        return [bytes([index]) + path.read_bytes()[:2000] for index, path in found]
+    entry = b'{"__metadata__":{"format":"pt"},"a":{"dtype":"F32","shape":[2,1],"data_offsets":[0,8]}}'
+    tensors = len(entry).to_bytes(8, "little") + entry + bytes(8)
+    if name == "model":
+        config = b'{"model_type":"gpt2","n_layer":2,"n_embd":8,"n_head":2,"auto_map":{"AutoConfig":"x.y"}}'
+        index = b'{"metadata":{"total_size":8},"weight_map":{"a":"model.safetensors"}}'
+        return [b"\0" + config, b"\1" + tensors, b"\2" + index]
+    state = b'{"state":{"step":3,"seconds":1.5,"best_bits_per_char":null},"config":{},"data":{},"registered":{}}'
+    manifest = b'{"config.json":{"sha256":"%s","bytes":2}}' % hashlib.sha256(b"{}").hexdigest().encode()
+    return [b"\0" + state, b"\1" + tensors, b"\2" + manifest]
+
+
 def main() -> None:
-    target = {"cards": cards, "model": model}[sys.argv[1]]
+    target = {"cards": cards, "model": model, "checkpoint": checkpoint}[sys.argv[1]]
     corpus = FOLDER / "corpus"
     corpus.mkdir()
-    for index, suffix in enumerate(SUFFIXES):
-        for path in sorted((Path(__file__).parents[1] / "test_data").glob(f"own*{suffix}")):
-            (corpus / path.name).write_bytes(bytes([index]) + path.read_bytes()[:2000])
+    for number, content in enumerate(seeds(sys.argv[1])):
+        (corpus / str(number)).write_bytes(content)
     atheris.Setup([sys.argv[0], str(corpus), "-max_len=4096", *sys.argv[2:]], target)
     atheris.Fuzz()
 

@@ -17,7 +17,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from flash_experts.training.sharding import part_like
 MANIFEST = "MANIFEST.json"
 STATE = "trainer_state.json"
 TENSORS = "trainer_state.safetensors"
+_FRACTIONS, _NUMBERS = ("seconds", "best_bits_per_char"), (int, float)  # the other values are whole numbers
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 
 
@@ -190,7 +191,7 @@ def verify_checkpoint(folder: Path) -> None:
         expected = {name: (entry["sha256"], entry["bytes"]) for name, entry in manifest.items()}
     except FileNotFoundError as error:
         raise CheckpointError(f"{folder} is no checkpoint: {MANIFEST} is missing") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{folder / MANIFEST} is damaged: {error}") from error
     for name, (sha256, size) in expected.items():
         path = folder / name
@@ -224,11 +225,22 @@ def first_whole(run_dir: Path, steps: list[int], warn: Callable[[str], None]) ->
 
 
 def read_state(folder: Path) -> tuple[TrainerState, dict[str, Any]]:
-    """The state of a verified checkpoint, and what was kept beside it."""
+    """The state of a verified checkpoint, and what was kept beside it.
+
+    Raises:
+        CheckpointError: that is not what a run writes.
+    """
     try:
         about = json.loads((folder / STATE).read_text(encoding="utf-8"))
         state = TrainerState(**about.pop("state"))
-    except (ValueError, KeyError, TypeError) as error:
+        for name, value in asdict(state).items():
+            is_absent = value is None and name == "best_bits_per_char"
+            if type(value) not in (_NUMBERS if name in _FRACTIONS else (int,)) and not is_absent:
+                raise ValueError(f"{name} is {value!r:.40}")
+        for name in ("config", "data", "registered"):
+            if not isinstance(about[name], dict):
+                raise ValueError(f"{name} is no object")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         known = ", ".join(field.name for field in fields(TrainerState))
         raise CheckpointError(f"{folder / STATE} is not a trainer state ({known}): {error}") from error
     return state, about
