@@ -1,12 +1,15 @@
-"""Faults on purpose: kill -9 of every command that writes, and damage to every part of a checkpoint.
+"""Faults on purpose: kill -9, disks that are full or read-only, damaged checkpoints, misbehaving servers and clients.
 
-    python benchmarks/faults.py [--tries 100] [--seed 0] [--out results.json]
+    python benchmarks/faults.py [--tries 100] [--seed 0] [--only NAME ...] [--out results.json]
 
-prepare, upcycle, generate and compare are forked, killed at a moment drawn evenly over the file operations that they
-do, and run again. Survived: what the kill left is the old state or the new one, whole, and the second run ends as one
-that nobody disturbed, with no file of the killed one left beside.
+Every command that writes, evaluate, and prepare from the two live sources (over a local server that breaks off, fails
+and cuts short) are forked, killed at a moment drawn evenly over the file operations that they do or over their time,
+and run again. Survived: what the kill left is the old state or the new one, whole, and the second run ends as one that
+nobody disturbed, with no file of the killed one left beside.
+disk gives each command a file system in memory that is full after a part of what it writes, or is read-only, empty or
+with what an earlier run wrote; survived: one line, exit status 1, all as it was, and a second run with space succeeds.
 flip changes one byte in each range of every file of a checkpoint; survived: it is found before anything is resumed.
-Training is `benchmarks/kill_resume.py`, whose counts are printed with these.
+train is `benchmarks/kill_resume.py`, server `benchmarks/server_faults.py`; their counts are printed with these.
 """
 
 from __future__ import annotations
@@ -21,100 +24,219 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads do not survive a fork
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
-from command_line import make_workplace
+from command_line import BASE_RUN, make_workplace
 from kill_resume import FILE_EVENTS
+from misbehaving import SITES, misbehaving_server
+from transformers.utils import logging
 
 from flash_experts import cli
+from flash_experts.data import live
+from flash_experts.data.download import Downloader
 from flash_experts.training.checkpoint import CheckpointError, checkpoint_steps, verify_checkpoint
 
 COMMANDS = {
     "prepare": "prepare --source names.txt --out data/new",
     "upcycle": "upcycle models/base --out models/new",
+    "downcycle": "downcycle models/moe --out models/new",
     "generate": "generate --model models/base --count 20 --seed 0 --out names/new.csv",
+    "evaluate": "evaluate models/base --samples 20",
     "compare": "compare models/base --samples 20 --out pages/new.html",
+    "inspect": "inspect models/moe --out pages/new.html",
+    "plot": "plot models/base --out pages/new.json",
 }
-OUTPUTS = ("data", "models", "names", "pages")  # where they write
+DOWNLOADS = {f"prepare {site}": f"prepare --source {site} --out data/new" for site in SITES}
+TRAIN = " ".join(BASE_RUN).replace("run-name=base", "run-name=new")  # kill -9 of it is kill_resume's
+OUTPUTS = ("data", "models", "names", "pages", "cache")  # where they write
 RANGES = 8  # of each file of a checkpoint
+FULL_AFTER = (0.0, 0.3, 0.6, 0.9)  # of what a command writes
 
 
-def forked(work: Callable[[], object], folder: Path, kill_at: int | None) -> tuple[int, int]:
-    """Does work in a child, which kills itself before its file operation ``kill_at`` below the folder.
+@dataclass(frozen=True)
+class Ended:
+    """How a forked command ended: its status as `os.waitstatus_to_exitcode` gives it, the file operations that it
+    counted, its seconds, and what it said on stderr."""
 
-    Returns:
-        The child's exit status, as `os.waitstatus_to_exitcode` gives it, and the operations that it counted.
-    """
+    status: int
+    operations: int
+    seconds: float
+    said: str
+
+
+def forked(
+    work: Callable[[], object], folder: Path, kill_at: int | None = None, kill_after: float | None = None
+) -> Ended:
+    """Does work in a child, which kills itself before its file operation ``kill_at`` below the folder, or is killed
+    after so many seconds."""
     reader, writer = os.pipe()
-    child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-            os.dup2(1, 2)
-            os.chdir(folder)
-            count = 0
+    start = time.monotonic()
+    with tempfile.TemporaryFile() as stderr:
+        child = os.fork()
+        if child == 0:
+            status: Any = 1
+            try:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+                os.dup2(stderr.fileno(), 2)
+                os.chdir(folder)
+                count = 0
 
-            def hook(event: str, arguments: tuple[Any, ...]) -> None:
-                nonlocal count
-                if event in FILE_EVENTS and str(arguments[0]).startswith(
-                    (str(folder), "data", "models", "names", "pages")
-                ):
-                    count += 1
-                    if count == kill_at:
-                        os.kill(os.getpid(), signal.SIGKILL)
+                def hook(event: str, arguments: tuple[Any, ...]) -> None:
+                    nonlocal count
+                    if event in FILE_EVENTS and str(arguments[0]).startswith((str(folder), *OUTPUTS)):
+                        count += 1
+                        if count == kill_at:
+                            os.kill(os.getpid(), signal.SIGKILL)
 
-            sys.addaudithook(hook)
-            work()
-            os.write(writer, str(count).encode())
-            status = 0
-        finally:
-            os._exit(status)
-    os.close(writer)
-    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    count = int(os.read(reader, 20) or b"0")
-    os.close(reader)
-    return status, count
+                sys.addaudithook(hook)
+                status = work() or 0
+                os.write(writer, str(count).encode())
+            finally:
+                sys.stderr.flush()
+                os._exit(status if isinstance(status, int) else 0)
+        os.close(writer)
+        if kill_after is not None:
+            time.sleep(kill_after)
+            os.kill(child, signal.SIGKILL)  # a child that has ended is there until it is waited for
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        count = int(os.read(reader, 20) or b"0")
+        os.close(reader)
+        stderr.seek(0)
+        return Ended(status, count, time.monotonic() - start, stderr.read().decode())
+
+
+def command(words: str) -> Callable[[], int]:
+    """What a child does. A download that failed is tried again at once."""
+
+    def work() -> int:
+        logging.set_verbosity_error()  # as the command line has it where it imports transformers itself
+        with mock.patch.object(live, "Downloader", partial(Downloader, sleep=lambda _: None)):
+            return cli.main(words.split())
+
+    return work
 
 
 def contents(folder: Path) -> dict[str, str]:
-    """A digest of each file; pages and figures have speeds and dates, of which only that they are there counts."""
+    """A digest of each file. Pages, their figures and the notes of a cache have dates: that they are there counts."""
     found = {}
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        timed = path.suffix in (".html", ".json") and "pages" in path.parts
-        found[str(path.relative_to(folder))] = "" if timed else hashlib.sha256(path.read_bytes()).hexdigest()
+    for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != ".lock"):
+        dated = path.suffix in (".html", ".json") and not {"pages", "cache"}.isdisjoint(path.parts)
+        found[str(path.relative_to(folder))] = "" if dated else hashlib.sha256(path.read_bytes()).hexdigest()
     return found
 
 
-def kill_commands(name: str, place: Path, tries: int, rng: random.Random) -> dict[str, Any]:
-    """Kills a command at ``tries`` moments and runs it again each time."""
-    words = COMMANDS[name].split()
+def kill(words: str, place: Path, tries: int, rng: random.Random) -> dict[str, Any]:
+    """Kills a command at ``tries`` moments, and runs it again each time."""
+    work = command(words)
     with tempfile.TemporaryDirectory() as temporary:
         straight = Path(temporary, "straight")
         shutil.copytree(place, straight)
-        status, operations = forked(lambda: cli.main(words), straight, None)
-        assert status == 0 and operations > 0, (name, status)
-        whole, lost = contents(straight), []
+        first = forked(work, straight)
+        assert first.status == 0 and first.operations > 0, (words, first)
+        whole, lost, killed = contents(straight), [], 0
         for number in range(tries):
             folder = Path(temporary, str(number))
             shutil.copytree(place, folder)
-            kill_at = rng.randrange(1, operations + 1)
-            status, _ = forked(lambda: cli.main(words), folder, kill_at)
-            left = contents(folder)
-            torn = [path for path, digest in left.items() if path in whole and digest != whole[path]]
-            again, _ = forked(lambda: cli.main(words), folder, None)
-            difference = {path for path in contents(folder) if path not in whole} | set(torn)
-            if status != -signal.SIGKILL or again or difference or contents(folder) != whole:
-                lost.append({"operation": kill_at, "status": status, "again": again, "differs": sorted(difference)})
+            by_time = rng.random() < 0.5
+            kill_at = None if by_time else rng.randrange(1, first.operations + 1)
+            kill_after = rng.uniform(0, first.seconds) if by_time else None
+            status = forked(work, folder, kill_at, kill_after).status
+            killed += status == -signal.SIGKILL
+            torn = {path for path, digest in contents(folder).items() if path in whole and digest != whole[path]}
+            again = forked(work, folder)
+            after = contents(folder)
+            if status not in (0, -signal.SIGKILL) or again.status or torn or after != whole:
+                differs = sorted(torn | {path for path, _ in after.items() ^ whole.items()})
+                moment = f"operation {kill_at}" if kill_after is None else f"{kill_after:.3f} s"
+                lost.append({"at": moment, "status": status, "again": again.said, "differs": differs})
             shutil.rmtree(folder)
-    return {"tried": tries, "survived": tries - len(lost), "lost": lost, "operations": operations}
+    return {"tried": tries, "survived": tries - len(lost), "lost": lost, "killed": killed}
+
+
+# --------------------------------------------------------------------------------------------- full and read-only disks
+
+
+@contextmanager
+def small_disk(folder: Path) -> Iterator[Path]:
+    """A file system in memory, where this user may mount one."""
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(folder)], check=True)
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def remount(folder: Path, option: str) -> None:
+    subprocess.run(["mount", "-o", f"remount,{option}", str(folder)], check=True)
+
+
+def used_bytes(folder: Path) -> int:
+    status = os.statvfs(folder)
+    return (status.f_blocks - status.f_bfree) * status.f_frsize
+
+
+def fill_disk(name: str, words: str, place: Path, temporary: Path) -> dict[str, Any]:
+    """Runs a command where the disk ends amid what it writes, or cannot be written at all."""
+    work, tried, lost = command(words), 0, []
+    with small_disk(temporary / "straight") as straight:
+        shutil.copytree(place, straight, dirs_exist_ok=True)
+        before = used_bytes(straight)
+        assert forked(work, straight).status == 0, words
+        whole, written = contents(straight), used_bytes(straight) - before
+        former = temporary / "former"
+        shutil.copytree(straight, former)
+    starts = {"empty": place} if name == "train" else {"empty": place, "former": former}
+    for start, source in starts.items():
+        for share in (*FULL_AFTER, None):
+            tried += 1
+            with small_disk(temporary / f"{start} {share}") as disk:
+                shutil.copytree(source, disk, dirs_exist_ok=True)
+                before = contents(disk)
+                remount(disk, "ro" if share is None else f"size={used_bytes(disk) + int(share * written)}")
+                failed = forked(work, disk)
+                left = contents(disk)
+                remount(disk, "rw,size=64m")
+                again = forked(work, disk)
+                wrong = _wrong(name, failed, before, left, whole)
+                if again.status or (name != "train" and contents(disk) != whole):
+                    wrong.append(f"the second run: {again.said}")
+                if wrong:
+                    lost.append({"start": start, "full_after": share, "wrong": wrong})
+    shutil.rmtree(former)
+    return {"tried": tried, "survived": tried - len(lost), "lost": lost, "bytes": written}
+
+
+def _wrong(name: str, failed: Ended, before: dict[str, str], left: dict[str, str], whole: dict[str, str]) -> list[str]:
+    """What is not as it should be after a run without space."""
+    if failed.status == 0:  # there was enough, or it replaced what was there in place
+        return [] if left == whole else ["it says that it is done, and is not"]
+    wrong = []
+    lines = failed.said.splitlines()
+    if failed.status != 1 or (len(lines) != 1 and name != "train") or not lines[-1].startswith("flash-experts "):
+        wrong.append(f"status {failed.status}: {failed.said[-300:]}")
+    if not any(words in failed.said for words in ("No space left", "read-only", "Read-only")):
+        wrong.append(f"it does not say why: {failed.said[-300:]}")
+    if name == "train":  # whole checkpoints stay
+        left = {path: digest for path, digest in left.items() if not path.startswith("models/new/") or "/." in path}
+    if left != before:
+        wrong.append(f"left: {sorted(path for path, _ in left.items() ^ before.items())}")
+    return wrong
+
+
+# ----------------------------------------------------------------------------------------------- damaged checkpoints
 
 
 def flip_bytes(place: Path, rng: random.Random) -> dict[str, Any]:
@@ -142,35 +264,52 @@ def flip_bytes(place: Path, rng: random.Random) -> dict[str, Any]:
     return {"tried": tried, "survived": tried - len(lost), "lost": lost}
 
 
+def run_one(name: str, place: Path, temporary: Path, tries: int, seed: int) -> dict[str, Any]:
+    """One of the names of --only."""
+    rng = random.Random(f"{seed} {name}")
+    here = Path(__file__).parent
+    if name in COMMANDS:
+        return kill(COMMANDS[name], place, tries, rng)
+    if name in DOWNLOADS:
+        with misbehaving_server() as environment, mock.patch.dict(os.environ, environment):
+            return kill(DOWNLOADS[name], place, tries, rng)
+    if name == "flip":
+        return flip_bytes(place, rng)
+    if name == "disk":
+        words = {name: words for name, words in COMMANDS.items() if name != "evaluate"} | {"train": TRAIN}
+        each = {
+            name: fill_disk(name, text, place, Path(tempfile.mkdtemp(dir=temporary))) for name, text in words.items()
+        }
+        lost = [{"command": name, **loss} for name, found in each.items() for loss in found["lost"]]
+        tried = sum(found["tried"] for found in each.values())
+        return {"tried": tried, "survived": tried - len(lost), "lost": lost, "commands": list(each)}
+    script = ["kill_resume.py", "--kills", str(tries)] if name == "train" else ["server_faults.py"]
+    done = subprocess.run([sys.executable, str(here / script[0]), *script[1:]], stdout=subprocess.PIPE, text=True)
+    result: dict[str, Any] = json.loads(done.stdout)
+    return result
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tries", type=int, default=100, help="kills of each command, and of training")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", nargs="+", default=[*COMMANDS, "flip", "train"], help="some of these")
-    parser.add_argument("--out", type=Path, default=None, help="JSON file for the result")
+    everything = [*COMMANDS, *DOWNLOADS, "disk", "flip", "train", "server"]
+    parser.add_argument("--only", nargs="+", default=everything, choices=everything, help="some of these")
+    parser.add_argument("--out", type=Path, default=None, help="JSON file for the result; what else is there stays")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    rng, result = random.Random(args.seed), {}
+    result = json.loads(args.out.read_text("utf-8")) if args.out is not None and args.out.exists() else {}
     with tempfile.TemporaryDirectory() as temporary:
         place = Path(temporary, "place")
         place.mkdir()
-        status, _ = forked(lambda: make_workplace(place), place, None)  # a child, so that threads are not forked later
-        assert status == 0
+        assert forked(lambda: make_workplace(place), place).status == 0  # a child: threads would not survive a fork
         for name in args.only:
-            if name in COMMANDS:
-                result[name] = kill_commands(name, place, args.tries, rng)
-            elif name == "flip":
-                result[name] = flip_bytes(place, rng)
-            elif name == "train":
-                script = Path(__file__).with_name("kill_resume.py")
-                command = [sys.executable, str(script), "--kills", str(args.tries), "--seed", str(args.seed)]
-                result[name] = json.loads(subprocess.run(command, capture_output=True, text=True).stdout)
-            print(f"{name}: {result[name]['tried']} tried, {result[name]['survived']} survived", file=sys.stderr)
-    text = json.dumps(result, indent=2)
-    print(text)
-    if args.out is not None:
-        args.out.write_text(text + "\n", encoding="utf-8")
-    sys.exit(any(found["lost"] for found in result.values()))
+            found = result[name] = run_one(name, place, Path(temporary), args.tries, args.seed)
+            print(f"{name}: {found['tried']} tried, {found['survived']} survived", file=sys.stderr, flush=True)
+            if args.out is not None:
+                args.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    print(json.dumps(result, indent=2))
+    sys.exit(any(result[name]["lost"] for name in args.only))
 
 
 if __name__ == "__main__":

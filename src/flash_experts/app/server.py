@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 import socket
@@ -11,12 +12,14 @@ import fastapi
 import gradio as gr
 import uvicorn
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from flash_experts.app.page import build_page
 from flash_experts.app.service import Playground
 
 _LOG = logging.getLogger(__name__)
 MOST_CONNECTIONS = 512
+CLIENT_SECONDS = 15.0  # a client that owes us something, and does nothing, is left after one to two of these
 LARGEST_BODY = 64 * 1024  # bytes of a request
 _OPEN = re.compile(
     r"/(|config/?|theme\.css|favicon\.ico|robots\.txt|manifest\.json|pwa_icon(/\d+)?|(assets|static|svelte)/.*"
@@ -96,8 +99,34 @@ def make_server(playground: Playground) -> uvicorn.Server:
         limit_concurrency=MOST_CONNECTIONS,
         timeout_graceful_shutdown=1,
         timeout_keep_alive=30,
+        http=ImpatientProtocol,
     )
     return uvicorn.Server(config)
+
+
+class ImpatientProtocol(H11Protocol):
+    """HTTP that ends a connection whose client neither sends the rest of its request nor takes its answer.
+
+    uvicorn waits for such clients for ever: as many as `MOST_CONNECTIONS` of them, and nobody else is let in.
+    """
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._look_again(None)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._look.cancel()
+        super().connection_lost(exc)
+
+    def _look_again(self, before: object) -> None:
+        """Ends the connection if it waits for the client, and did for the same thing when last looked at."""
+        unsent = self.transport.get_write_buffer_size()
+        cycle = self.cycle
+        waits = bool(unsent) or cycle is None or cycle.response_complete or cycle.more_body
+        now = (cycle, unsent) if waits else None
+        if now is not None and now == before:
+            self.transport.abort()
+        self._look = self.loop.call_later(CLIENT_SECONDS, self._look_again, now)
 
 
 def bind(host: str, port: int) -> socket.socket:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 from jsonargparse import Namespace
 
@@ -19,16 +20,17 @@ from flash_experts.files import check_out_file, check_out_folder
 def run(args: Namespace) -> None:
     """Measure models side by side on the same data, and write a report."""
     from flash_experts.evaluation import compare as measure
-    from flash_experts.evaluation import format_comparison, write_plots, write_report
-    from flash_experts.evaluation.report import write_page
+    from flash_experts.evaluation import format_comparison, write_plots
+    from flash_experts.evaluation.report import render_report, write_pages
 
     check_out_file(args.out, never=".json")
     check_samples(args)
     if args.png is not None:
         check_out_folder(args.png, option="--png")
     result = measure(args.models, args.data, samples=args.samples, seed=args.seed, device=args.device)
-    report = write_report(result, args.out)
-    write_page(json.dumps(result.to_json(), indent=2, ensure_ascii=False), report.with_suffix(".json"))
+    report = Path(args.out)
+    figures = json.dumps(result.to_json(), indent=2, ensure_ascii=False)
+    write_pages({report: render_report(result), report.with_suffix(".json"): figures})
     said = f"{format_comparison(result)}\n\nThe report: {report}"
     if args.png is not None:
         said += "\nIts plots: " + ", ".join(map(str, write_plots(result, args.png)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from jsonargparse import Namespace
@@ -28,16 +29,16 @@ def run(args: Namespace) -> None:
         check_out_folder(args.png, option="--png")
     names, cards = _names(args)
 
-    from flash_experts.evaluation.report import write_page
+    from flash_experts.evaluation.report import write_pages
     from flash_experts.evaluation.router_maps import inspect_router
-    from flash_experts.evaluation.router_report import format_router, write_router_report
+    from flash_experts.evaluation.router_report import format_router, render_router_report
 
     prompted = args.attributes == "all"
     result = inspect_router(
         args.model, names, cards, prompted=prompted, shown=args.show, seed=args.seed, device=args.device
     )
-    page = write_router_report(result, args.out)
-    write_page(json.dumps(result.to_json(), ensure_ascii=False), page.with_suffix(".json"))
+    page, figures = Path(args.out), json.dumps(result.to_json(), ensure_ascii=False)
+    write_pages({page: render_router_report(result), page.with_suffix(".json"): figures})
     told = f"The page: {page}"
     if args.png is not None:
         from flash_experts.evaluation.router_plots import write_plots

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import hashlib
+from collections.abc import Mapping
+from contextlib import ExitStack
 from datetime import date
 from functools import cache
 from importlib.resources import files
@@ -82,15 +84,24 @@ def write_report(result: ComparisonResult, path: str | Path, title: str = "Model
 
 
 def write_page(page: str, path: str | Path) -> Path:
-    """Writes a text to a file, whole or not at all.
+    """Writes a text to a file, whole or not at all. Returns its path.
 
     Raises:
         ValueError: the file cannot be written.
     """
-    target = Path(path)
-    try:
-        with whole_file(target) as temporary:
-            temporary.write_text(page, encoding="utf-8")
-    except OSError as error:
-        raise ValueError(f"cannot write the report {target}: {error.strerror}") from error
-    return target
+    write_pages({Path(path): page})
+    return Path(path)
+
+
+def write_pages(pages: Mapping[Path, str]) -> None:
+    """Writes several texts, each to its file: all of them, or none.
+
+    Raises:
+        ValueError: one cannot be written.
+    """
+    with ExitStack() as stack:
+        for target, page in pages.items():
+            try:
+                stack.enter_context(whole_file(target)).write_text(page, encoding="utf-8")
+            except OSError as error:
+                raise ValueError(f"cannot write the report {target}: {error.strerror}") from error

@@ -8,9 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from pathlib import Path
 
-from flash_experts.evaluation.report import load_template, write_page
+from flash_experts.evaluation.report import load_template
 from flash_experts.evaluation.router_maps import BlockFigures, NameMap, RouterMap
 from flash_experts.evaluation.specialization import Specialization
 from flash_experts.evaluation.tables import MISSING, Table
@@ -85,15 +84,6 @@ def render_router_report(result: RouterMap) -> str:
         together=_in_order([_together_table(each) for each in result.blocks]) if result.has_pairs else [],
         training=_training_tables(result),
     )
-
-
-def write_router_report(result: RouterMap, path: str | Path) -> Path:
-    """Writes the page, whole or not at all.
-
-    Raises:
-        ValueError: the file cannot be written.
-    """
-    return write_page(render_router_report(result), path)
 
 
 def format_router(result: RouterMap, width: int = 120) -> str:
