@@ -17,7 +17,7 @@ import os
 import random
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -311,8 +311,18 @@ def _check_status(response: httpx.Response) -> None:
     said = f"{response.url.host} answered {status} {response.reason_phrase}".rstrip()
     if status not in _AGAIN_LATER:
         raise DownloadError(f"{response.url}: {said}")
-    wait = retry_after(response.headers.get("Retry-After"), datetime.now(UTC))
+    wait = asked_to_wait(response.headers, datetime.now(UTC))
     raise _Unfinished(said, LOCKOUT_SECONDS if wait is None and status == 429 else wait)
+
+
+def asked_to_wait(headers: Mapping[str, str], now: datetime) -> float | None:
+    """Seconds that an answer asks to wait, by the clock of its server where it tells that: ours may be wrong."""
+    try:
+        date = parsedate_to_datetime(headers.get("Date", ""))
+        now = date.replace(tzinfo=date.tzinfo or UTC)
+    except ValueError:
+        pass
+    return retry_after(headers.get("Retry-After"), now)
 
 
 def retry_after(value: str | None, now: datetime) -> float | None:
