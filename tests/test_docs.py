@@ -48,6 +48,15 @@ def test_what_a_page_names_exists(page: Path) -> None:
         assert (ROOT / path).exists(), path
 
 
+def test_what_a_docstring_names_exists() -> None:
+    for path in sorted((ROOT / "src").rglob("*.py")):
+        for dotted in sorted(set(_DOTTED.findall(path.read_text("utf-8")))):
+            try:
+                named(dotted)
+            except (AttributeError, ModuleNotFoundError):
+                pytest.fail(f"{path.relative_to(ROOT)} names {dotted}, which is not there")
+
+
 def steps() -> list[str]:
     """The functions of the ten steps, in their order."""
     rows = re.findall(r"^\| (\d+) \|.*\| `([\w.]+)` \|$", (DOCS / "architecture.md").read_text("utf-8"), re.MULTILINE)

@@ -44,8 +44,8 @@ class Tokens:
 
     @classmethod
     def of(cls, names: Sequence[EncodedName], vocabulary: Sequence[str]) -> Tokens:
-        """The tokens of names; ``vocabulary`` has the text of each id
-        (`flash_experts.generation.vocabulary.NameVocabulary.texts`)."""
+        """The tokens of names; ``vocabulary`` has the text of each id, as the ``texts`` of a
+        `flash_experts.generation.vocabulary.NameVocabulary`."""
         texts: list[str] = []
         rows: list[tuple[int, int, int]] = []
         for index, name in enumerate(names):
