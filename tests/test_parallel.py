@@ -27,8 +27,6 @@ if not hasattr(os, "fork"):
     pytest.skip("the runs are forked", allow_module_level=True)
 
 SPREAD = [(parallel, world) for world in (2, 4) for parallel in ("ddp", "fsdp", "expert")]
-# Of the last forward of the main process alone, which has other rows.
-OF_ONE_PROCESS = {"aux_loss", "z_loss"}
 MEASURED = {"seconds", "tokens_per_second", "eta_seconds", "peak_memory_gib"}
 
 
@@ -60,7 +58,7 @@ def assert_same_log(mine: Path, theirs: Path, rel: float, events: set[str]) -> N
     assert logs[0]
     for line, other in zip(*logs, strict=True):
         assert line.keys() == other.keys()
-        for key in line.keys() - MEASURED - OF_ONE_PROCESS:
+        for key in line.keys() - MEASURED:
             is_number = isinstance(other[key], float)
             expected = pytest.approx(other[key], rel=rel, abs=1e-6) if is_number else other[key]
             assert line[key] == expected, (key, line["step"])

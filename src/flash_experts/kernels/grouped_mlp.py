@@ -11,13 +11,14 @@ sorted once, and what follows depends on how many rows an expert gets:
   waiting for each other. All experts are multiplied at once, each thread taking whole experts, with every expert's rows
   padded to the busiest one's.
 
-Letters in the shapes: T tokens, K experts per token, S = T * K pairs sorted by expert, E experts, M rows of the busiest
-expert, D width, F hidden units of an expert.
+Letters in the shapes: T tokens, K experts per token, S = T * K pairs sorted by expert, P the same with each expert's
+rows filled up, E experts, M rows of the busiest expert, D width, F hidden units of an expert.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -33,13 +34,42 @@ _FEW_ROWS = 96
 _MOST_EXPERTS = 0.75
 
 
-def _groups(counts_E: torch.Tensor) -> Iterator[tuple[int, slice]]:
-    """The expert and its slice of the sorted pairs, for each expert that got a token."""
-    start = 0
-    for expert, count in enumerate(counts_E.tolist()):
-        if count:
-            yield expert, slice(start, start + count)
-            start += count
+# oneDNN generates code for each new shape of a product (0.2 to 0.5 ms), and experts get other numbers of rows at every
+# step. Rows are filled up to a multiple of this, so that the same few shapes come again.
+_ROWS_MULTIPLE = 32
+
+
+@dataclass(frozen=True, slots=True)
+class _Groups:
+    """The pairs sorted by expert, and the same with each expert's rows filled up (P of them) for the products.
+
+    What fills up is token 0 with a gate of zero: it adds nothing to any gradient, and its outputs are not read.
+    """
+
+    pair_of_S: torch.Tensor
+    token_of_P: torch.Tensor
+    place_of_S: torch.Tensor  # where each sorted pair is among the filled-up rows
+    counts: list[int]
+
+    @classmethod
+    def of(cls, experts_TK: torch.Tensor, counts_E: torch.Tensor) -> _Groups:
+        expert_of_pair = experts_TK.reshape(-1)
+        pair_of_S = torch.argsort(expert_of_pair, stable=True)
+        filled_E = (counts_E + _ROWS_MULTIPLE - 1) // _ROWS_MULTIPLE * _ROWS_MULTIPLE
+        shift_E = (filled_E - counts_E).cumsum(0) - (filled_E - counts_E)
+        place_of_S = torch.arange(len(pair_of_S)) + shift_E[expert_of_pair[pair_of_S]]
+        token_of_P = pair_of_S.new_zeros(int(filled_E.sum()))
+        token_of_P[place_of_S] = pair_of_S // experts_TK.shape[1]
+        return cls(pair_of_S, token_of_P, place_of_S, counts_E.tolist())
+
+    def __iter__(self) -> Iterator[tuple[int, slice, torch.Tensor]]:
+        """For each expert that got a token: its number, its filled-up rows, and its pairs (the first of those rows)."""
+        pair = row = 0
+        for expert, count in enumerate(self.counts):
+            if count:
+                filled = -(-count // _ROWS_MULTIPLE) * _ROWS_MULTIPLE
+                yield expert, slice(row, row + filled), self.pair_of_S[pair : pair + count]
+                pair, row = pair + count, row + filled
 
 
 class _GroupedMLP(torch.autograd.Function):
@@ -57,45 +87,47 @@ class _GroupedMLP(torch.autograd.Function):
         counts_E: torch.Tensor,
     ) -> torch.Tensor:
         (T, K), D = experts_TK.shape, x_TD.shape[1]
-        pair_of_S = torch.argsort(experts_TK.reshape(-1), stable=True)
-        token_of_S = pair_of_S // K
+        groups = _Groups.of(experts_TK, counts_E)
         y_pairs_D = x_TD.new_empty(T * K, D)  # row t * K + k: expert k of token t, before its gate
         kept = []
-        for e, rows in _groups(counts_E):
-            hidden_F = linear(x_TD[token_of_S[rows]], up_EDF[e], up_bias_EF[e])
+        for e, rows, pairs in groups:
+            hidden_F = linear(x_TD[groups.token_of_P[rows]], up_EDF[e], up_bias_EF[e])
             act_F = activation(hidden_F)
-            y_pairs_D[pair_of_S[rows]] = linear(act_F, down_EFD[e], down_bias_ED[e])
+            y_pairs_D[pairs] = linear(act_F, down_EFD[e], down_bias_ED[e])[: len(pairs)]
             kept += [hidden_F, act_F]
-        ctx.save_for_backward(x_TD, gates_TK, up_EDF, down_EFD, y_pairs_D, pair_of_S, token_of_S, counts_E, *kept)
-        ctx.activation = activation
+        ctx.save_for_backward(x_TD, gates_TK, up_EDF, down_EFD, y_pairs_D, *kept)
+        ctx.activation, ctx.groups = activation, groups
         return _combine(y_pairs_D, gates_TK)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (dout_TD,) = grads
-        x_TD, gates_TK, up_EDF, down_EFD, y_pairs_D, pair_of_S, token_of_S, counts_E, *kept = ctx.saved_tensors
+        x_TD, gates_TK, up_EDF, down_EFD, y_pairs_D, *kept = ctx.saved_tensors
         (T, K), D = gates_TK.shape, x_TD.shape[1]
         want_x, _, want_gates, want_up, want_up_bias, want_down, want_down_bias, *_ = ctx.needs_input_grad
-        gate_S = gates_TK.reshape(-1)[pair_of_S]
+        groups: _Groups = ctx.groups
+        gate_P = gates_TK.new_zeros(len(groups.token_of_P))
+        gate_P[groups.place_of_S] = gates_TK.reshape(-1)[groups.pair_of_S]
         dup_EDF = torch.empty_like(up_EDF) if want_up else None
         ddown_EFD = torch.empty_like(down_EFD) if want_down else None
         dup_bias_EF = up_EDF.new_zeros(up_EDF.shape[0], up_EDF.shape[2]) if want_up_bias else None
         ddown_bias_ED = up_EDF.new_zeros(down_EFD.shape[0], down_EFD.shape[2]) if want_down_bias else None
         dx_pairs_D = torch.empty_like(y_pairs_D) if want_x else None
-        for (e, rows), hidden_F, act_F in zip(_groups(counts_E), kept[::2], kept[1::2], strict=True):
-            dy_D = dout_TD[token_of_S[rows]] * gate_S[rows, None]
+        for (e, rows, pairs), hidden_F, act_F in zip(groups, kept[::2], kept[1::2], strict=True):
+            tokens = groups.token_of_P[rows]
+            dy_D = dout_TD[tokens] * gate_P[rows, None]
             dhidden_F = _activation_gradient(ctx.activation, hidden_F, linear(dy_D, down_EFD[e].T))
             if ddown_EFD is not None:
                 torch.mm(act_F.T, dy_D, out=ddown_EFD[e])
             if ddown_bias_ED is not None:
                 torch.sum(dy_D, 0, out=ddown_bias_ED[e])
             if dup_EDF is not None:
-                torch.mm(x_TD[token_of_S[rows]].T, dhidden_F, out=dup_EDF[e])
+                torch.mm(x_TD[tokens].T, dhidden_F, out=dup_EDF[e])
             if dup_bias_EF is not None:
                 torch.sum(dhidden_F, 0, out=dup_bias_EF[e])
             if dx_pairs_D is not None:
-                dx_pairs_D[pair_of_S[rows]] = linear(dhidden_F, up_EDF[e].T)
-        for e in (counts_E == 0).nonzero()[:, 0].tolist():
+                dx_pairs_D[pairs] = linear(dhidden_F, up_EDF[e].T)[: len(pairs)]
+        for e in (expert for expert, count in enumerate(groups.counts) if not count):
             for gradient in (dup_EDF, ddown_EFD):
                 if gradient is not None:
                     gradient[e].zero_()

@@ -18,7 +18,7 @@ from flash_experts.models.router_metrics import router_metrics
 _ROUTER_BUFFERS = ("interval_counts_E", "interval_pairs_EE", "interval_sums")
 _BALANCING_LOSSES = ("aux_loss", "z_loss")
 # Of the sums: those to which each process adds its own part.
-_PARTS = [0, 3, 4]
+_PARTS = [0, 3, 4, 5, 6]
 
 
 class Interval:
@@ -33,42 +33,48 @@ class Interval:
     def __init__(self, model: PreTrainedModel, accelerator: Accelerator, label_smoothing: float):
         self._model, self._accelerator, self._label_smoothing = model, accelerator, label_smoothing
         # This process's part of the losses, how many steps they are of, the last norm of a whole gradient; nats of its
-        # names without any balancing loss, and their characters.
-        self._sums = torch.zeros(5, device=accelerator.device)
-        self._names_of_step = torch.zeros(2, device=accelerator.device)
-        self._balancing: dict[str, torch.Tensor] = {}
+        # names without any balancing loss, their characters, and its parts of the balancing losses.
+        self._sums = torch.zeros(7, device=accelerator.device)
+        self._forwards_of_step = torch.zeros(4, device=accelerator.device)
+        self._balancing: list[str] = []  # which of them the model has
 
     def add(self, loss: torch.Tensor, grad_norm: torch.Tensor, is_bad: torch.Tensor) -> None:
         """Counts a step: 0-dimensional loss, norm and flag. A step that is skipped as bad leaves no trace."""
         total, steps, _ = self._sums[:3]
         added = torch.stack([total + loss, steps + 1, grad_norm.to(total.dtype)])
-        added = torch.cat([added, self._sums[3:] + self._names_of_step])
+        added = torch.cat([added, self._sums[3:] + self._forwards_of_step])
         self._sums = torch.where(is_bad, self._sums, added)
-        self._names_of_step = torch.zeros_like(self._names_of_step)
+        self._forwards_of_step = torch.zeros_like(self._forwards_of_step)
 
     def see(self, output: ModelOutput, row: PackedBatch, num_labels: int) -> None:
-        """Remembers the balancing losses of the last forward, and counts the nats of its names: ``output.loss`` is
-        their sum over the labels of the step, and the weighted balancing losses by the row's share of those."""
-        self._balancing = {name: output[name].detach() for name in _BALANCING_LOSSES if output.get(name) is not None}
+        """Counts a forward: the nats of its names, and its balancing losses by the row's share of the step's labels, as
+        they are in ``output.loss``. Added up over rows and processes they are the step's means."""
+        count = row.labels.numel()
+        balancing = {name: output[name].detach() for name in _BALANCING_LOSSES if output.get(name) is not None}
         nats = output["loss"].detach() * num_labels
-        for name, value in self._balancing.items():
-            nats = nats - getattr(self._model.config, f"router_{name}_coef") * value * row.labels.numel()
-        self._names_of_step += torch.stack([nats.float(), row.characters.sum().to(nats.device, torch.float32)])
+        for name, value in balancing.items():
+            nats = nats - getattr(self._model.config, f"router_{name}_coef") * value * count
+        parts = [balancing.get(name, torch.zeros_like(nats)) * (count / num_labels) for name in _BALANCING_LOSSES]
+        characters = row.characters.sum().to(nats.device, torch.float32)
+        self._forwards_of_step += torch.stack([nats.float(), characters, *(part.float() for part in parts)])
+        self._balancing = list(balancing)
 
     def metrics(self) -> dict[str, float]:
-        """Mean loss (left out if every step was skipped), norm of the last gradient, bits per character of the names
-        (the end symbol counts as one) after their prompts, what the routers did; begins anew. Every process must call
-        it."""
+        """Mean loss and balancing losses over steps, rows and processes (left out if every step was skipped), norm of
+        the last gradient, bits per character of the names (the end symbol counts as one) after their prompts, what the
+        routers did; begins anew. Every process must call it."""
         sums = self._sums.clone()
         sums[_PARTS] = cast(torch.Tensor, self._accelerator.reduce(sums[_PARTS], "sum"))
-        total, steps, grad_norm, nats, characters = sums.tolist()
-        self._sums[[0, 1, 3, 4]] = 0
+        total, steps, grad_norm, nats, characters, *parts = sums.tolist()
+        self._sums[[1, *_PARTS]] = 0
         loss = {"loss": total / steps, "grad_norm": grad_norm} if steps else {}
         if steps and not self._label_smoothing:  # a smoothed loss is no code length
             loss["bits_per_char"] = nats / math.log(2) / characters
-        balancing = {name: value.item() for name, value in self._balancing.items()}
+        if steps:
+            means = dict(zip(_BALANCING_LOSSES, (part / steps for part in parts), strict=True))
+            loss |= {name: means[name] for name in self._balancing}
         self._add_up_routers()
-        return loss | balancing | router_metrics(self._model)
+        return loss | router_metrics(self._model)
 
     def state_dict(self) -> dict[str, Any]:
         """Every process's own sums, (processes, ...), since their rounding is not that of the total."""
@@ -77,6 +83,8 @@ class Interval:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         sums = state["sums"].to(self._sums.device)
+        if sums.shape[1:] != self._sums.shape:
+            raise ValueError("its sums are of another version of this program")
         rank, world = self._accelerator.process_index, self._accelerator.num_processes
         if len(sums) == world:
             self._sums = sums[rank].clone()
