@@ -15,7 +15,7 @@ from test_training import make_model, run
 from transformers import GPT2Config, PreTrainedTokenizerFast
 
 from flash_experts.data.tokenizer import load_tokenizer
-from flash_experts.training import TrainingConfig
+from flash_experts.training import TrainingConfig, heartbeat
 
 
 @pytest.fixture
@@ -126,3 +126,20 @@ def test_a_signal_to_one_of_two_processes_stops_both_at_the_same_step(start: Pat
     results = [process.communicate(timeout=300) for process in ranks]
     assert [process.returncode for process in ranks] == [0, 0], results
     assert results[0][0] == results[1][0] and results[0][0].startswith("SIGTERM")
+
+
+@pytest.mark.slow
+def test_a_silent_process_ends_the_others(start: Path) -> None:
+    """Stopped, not killed: its connections stay open, as those of a machine that hangs."""
+    assert heartbeat.SILENCE_SECONDS < 60
+    ranks = two_processes(
+        "from flash_experts.training import heartbeat\nheartbeat.SILENCE_SECONDS = 3.0\n" + ENDLESS, start
+    )
+    until_step_3(ranks[0])
+    ranks[1].send_signal(signal.SIGSTOP)
+    try:
+        _, err = ranks[0].communicate(timeout=60)
+    finally:
+        ranks[1].kill()
+        ranks[1].communicate()
+    assert ranks[0].returncode == 1 and "process 1 of this run has been silent for 3 seconds" in err, err[-3000:]

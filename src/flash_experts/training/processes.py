@@ -11,9 +11,9 @@ from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGr
 
 from flash_experts.models.loading import resolve_device
 
-# A process that dies closes its connections, and the others fail at once. This is for a machine that falls silent. It
-# must be longer than what the main process does alone while the others wait (sample names).
-_SILENCE = timedelta(minutes=10)
+# Longer than what the main process does alone while the others wait for it (sample names). A process that dies closes
+# its connections, and the others fail at once; one that falls silent is found much earlier by `heartbeat`.
+_LONGEST_WAIT = timedelta(minutes=10)
 
 
 def make_accelerator(device: str) -> Accelerator:
@@ -26,7 +26,7 @@ def make_accelerator(device: str) -> Accelerator:
     # Buffers are what each router counted of its own tokens: DDP would overwrite them with the main process's before
     # each forward. Gradients that are views of what DDP sends are not held twice.
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
-    handlers = [InitProcessGroupKwargs(timeout=_SILENCE), ddp]
+    handlers = [InitProcessGroupKwargs(timeout=_LONGEST_WAIT), ddp]
     return Accelerator(cpu=found.type == "cpu", mixed_precision="no", kwargs_handlers=handlers)
 
 

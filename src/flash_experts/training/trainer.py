@@ -32,6 +32,7 @@ from flash_experts.training.deterministic import deterministic_algorithms
 from flash_experts.training.ema import WeightAverage
 from flash_experts.training.errors import LostProcessError, NonFiniteLossError, OutOfMemoryError
 from flash_experts.training.finite import MOST_SKIPS_IN_A_ROW, FiniteGuard, names_in, write_bad_batch
+from flash_experts.training.heartbeat import watch_the_others
 from flash_experts.training.interval import Interval
 from flash_experts.training.loss import CausalLoss
 from flash_experts.training.optimizer import freeze_parts, make_optimizers, part_rates, set_rates
@@ -159,7 +160,7 @@ class Trainer:
             self.report.start(self.state.step if self.state.step else -1, self.info, tracker)
             reason = "error"
             try:
-                with StopSignals() as signals:
+                with StopSignals() as signals, watch_the_others(self.accelerator):
                     reason = self._loop(signals)
             except RuntimeError as error:
                 if self.world == 1 or not is_lost_peer(error):
