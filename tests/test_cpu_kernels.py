@@ -7,9 +7,10 @@ import sys
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from flash_experts.kernels import cpu_linear
-from flash_experts.kernels.cpu_linear import linear
+from flash_experts.kernels.cpu_linear import linear, linear_gelu_tanh
 
 
 @pytest.mark.parametrize("rows", [0, 1, 7, 200])
@@ -23,6 +24,14 @@ def test_linear_is_the_product(monkeypatch: pytest.MonkeyPatch, rows: int, with_
         out_NF = linear(x_ND, weight, bias_F)
         assert out_NF.shape == (rows, 80) and out_NF.dtype == torch.float32
         torch.testing.assert_close(out_NF.double(), truth_NF, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("onednn", [True, False])
+def test_gelu_in_one_with_the_product_is_gelu_of_it(monkeypatch: pytest.MonkeyPatch, onednn: bool) -> None:
+    monkeypatch.setattr(cpu_linear, "_ONEDNN", onednn)
+    x_ND, weight_DF, bias_F = torch.randn(7, 48), torch.randn(48, 80), torch.randn(80)
+    truth_NF = F.gelu(x_ND.double() @ weight_DF.double() + bias_F.double(), approximate="tanh")
+    torch.testing.assert_close(linear_gelu_tanh(x_ND, weight_DF, bias_F).double(), truth_NF, rtol=1e-4, atol=1e-4)
 
 
 def test_linear_keeps_float64() -> None:
