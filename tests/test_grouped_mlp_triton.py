@@ -51,7 +51,7 @@ def check(choices_TK: torch.Tensor, floats: list[torch.Tensor], activation: str 
 @pytest.mark.parametrize("activation", ["gelu_new", "gelu", "relu", "silu"])
 def test_activations(activation: str) -> None:
     assert activation in ACTIVATIONS
-    check(*inputs_of(20, 3), activation)
+    check(*inputs_of(12, 3, width=16, hidden=32), activation)
 
 
 @pytest.mark.parametrize(("tokens", "experts"), [(0, 2), (1, 1), (1, 8), (33, 1), (33, 5), (70, 8)])
