@@ -1,4 +1,4 @@
-"""kill -9 at random moments: the resumed run is the run that nobody stopped. The experiment is the benchmark's own."""
+"""kill -9 at random moments: what comes after is as if nobody had killed. The experiments are the benchmarks' own."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from typing import Any
 
 import pytest
 
-SCRIPT = Path(__file__).parent.parent / "benchmarks" / "kill_resume.py"
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 if not hasattr(os, "fork"):
     pytest.skip("the runs are forked", allow_module_level=True)
 
 
-def experiment(folder: Path, *arguments: str) -> dict[str, Any]:
-    command = [sys.executable, str(SCRIPT), "--out", str(folder / "result.json"), *arguments]
+def experiment(folder: Path, *arguments: str, script: str = "kill_resume.py") -> dict[str, Any]:
+    command = [sys.executable, str(BENCHMARKS / script), "--out", str(folder / "result.json"), *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     assert (folder / "result.json").exists(), done.stderr[-3000:]
     result: dict[str, Any] = json.loads((folder / "result.json").read_text())
-    assert result["lost"] == [], result["lost"]
+    assert done.returncode == 0, result
     return result
 
 
@@ -41,3 +41,13 @@ def test_kills_of_two_processes_lose_nothing(tmp_path: Path) -> None:
     result = experiment(tmp_path, "--kills", "3", "--processes", "2", "--seed", "1")
     assert result["survived"] == result["tried"] == 3 and result["processes"] == 2
     assert result["variants"] == ["experts, ddp", "experts, fsdp", "experts, expert"]
+
+
+@pytest.mark.slow
+def test_kills_of_a_download_and_of_evaluate_lose_nothing(tmp_path: Path) -> None:
+    """And a byte flipped in each part of a checkpoint is found."""
+    names = ("prepare scryfall", "evaluate", "flip")
+    result = experiment(tmp_path, "--tries", "3", "--only", *names, script="faults.py")
+    assert result.keys() == set(names)
+    assert all(found["survived"] == found["tried"] >= 3 and found["lost"] == [] for found in result.values())
+    assert result["prepare scryfall"]["killed"] and result["flip"]["tried"] >= 50

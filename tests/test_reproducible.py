@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -109,3 +110,16 @@ def test_the_same_seed_gives_the_same_names_and_figures(workplace: Path) -> None
     assert first == everything("3")
     other = everything("4")
     assert other[0] != first[0] and other[1] != first[1]
+
+
+def test_a_tokenizer_is_that_of_its_texts() -> None:
+    """In any order, and with every pair as frequent as many others: hashes are seeded anew at each training."""
+    texts = [f"{first}{second} {second}{first}" for first in "abcdefghij" for second in "klmnopqrst"] * 2
+    rng = random.Random(0)
+    found = set()
+    for _ in range(40):
+        rng.shuffle(texts)
+        found.add(train_tokenizer(texts, 330, ["goblin", "red"]).backend_tokenizer.to_str())
+    assert len(found) == 1
+    merges = json.loads(found.pop())["model"]["merges"]
+    assert len(merges) == 330 - 257 and merges[:2] == [["Ġ", "k"], ["Ġ", "l"]]

@@ -21,6 +21,7 @@ from flash_experts.app.service import Playground
 from flash_experts.cli import main
 
 pytest.importorskip("gradio", reason="the playground's extra is not installed: pip install -e '.[app]'")
+from flash_experts.app import server as server_module
 from flash_experts.app.server import LARGEST_BODY, bind, make_server
 
 CLIENT = httpx.Client(timeout=120)  # one for all: each would read the machine's certificates anew
@@ -139,6 +140,55 @@ def test_64_clients_at_once(url: str) -> None:
     assert set(kinds) <= {"names", 503} and kinds["names"] >= 32, kinds
     assert all("full" in answer["error"] for answer in answers if "error" in answer)
     assert len(ask(url, "generate", settings={"count": 2})["names"]) == 2
+
+
+def test_clients_that_do_nothing_are_left(
+    base: NameGenerator, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Half a request, half a body, no request, an answer never taken, sockets dropped: nothing of them stays.
+
+    The long form, with memory and 10,000 requests, is `benchmarks/server_faults.py`.
+    """
+    monkeypatch.setattr(server_module, "CLIENT_SECONDS", 0.3)
+    server = make_server(Playground({"dense": base}))
+    whole = b"GET /config HTTP/1.1\r\nHost: x\r\n\r\n"
+    starts = [b"", whole[:30], b"POST /config HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\nabc", whole * 40]
+    with bind("127.0.0.1", 0) as listener:
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        address = listener.getsockname()
+        clients = []
+        for number in range(40):
+            client = socket.create_connection(address, timeout=20)
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            client.sendall(starts[number % 4])
+            clients.append(client)
+        for number in range(40):  # left amid a request, or as soon as it is sent
+            with socket.create_connection(address) as client:
+                client.sendall(whole if number % 2 else whole[:9])
+        assert ask(f"http://127.0.0.1:{address[1]}", "generate", settings={"count": 1})["is_over"]
+        deadline = time.monotonic() + 20
+        while len(server.server_state.connections) > 1 and time.monotonic() < deadline:  # ours stays, for more
+            time.sleep(0.05)
+        assert len(server.server_state.connections) <= 1 and not server.server_state.tasks
+        for client in clients:
+            client.close()
+        server.should_exit = True
+        thread.join()
+    assert not caplog.records
+
+
+def test_a_slow_answer_is_no_slow_client(base: NameGenerator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client that waits for names which take longer than clients may is not left."""
+    monkeypatch.setattr(server_module, "CLIENT_SECONDS", 0.1)
+    server = make_server(Playground({"dense": base}, time_limit=2))
+    with bind("127.0.0.1", 0) as listener:
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        assert "stopped after 2 s" in ask(url, "generate", settings={"min_distance": 0.8, "count": 100})["note"]
+        server.should_exit = True
+        thread.join()
 
 
 def test_the_time_of_a_request_is_limited(url: str) -> None:

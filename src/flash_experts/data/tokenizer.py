@@ -37,7 +37,10 @@ def _byte_level(model: models.BPE) -> Tokenizer:
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, whole_words: Sequence[str] = ()) -> PreTrainedTokenizerFast:
-    """Trains a byte-level BPE like GPT-2's on texts. The same texts give the same tokenizer.
+    """Trains a byte-level BPE like GPT-2's on texts.
+
+    The same texts, in any order, give the same tokenizer byte for byte: the alphabet is sorted, and of pairs that are
+    equally frequent the one of the lower ids is merged first.
 
     Args:
         texts: what to learn merges from.
