@@ -47,7 +47,7 @@ def test_kills_of_two_processes_lose_nothing(tmp_path: Path) -> None:
 def test_kills_of_a_download_and_of_evaluate_lose_nothing(tmp_path: Path) -> None:
     """And a byte flipped in each part of a checkpoint is found."""
     names = ("prepare scryfall", "evaluate", "flip")
-    result = experiment(tmp_path, "--tries", "3", "--only", *names, script="faults.py")
+    result = experiment(tmp_path, "--tries", "2", "--only", *names, script="faults.py")
     assert result.keys() == set(names)
-    assert all(found["survived"] == found["tried"] >= 3 and found["lost"] == [] for found in result.values())
+    assert all(found["survived"] == found["tried"] >= 2 and found["lost"] == [] for found in result.values())
     assert result["prepare scryfall"]["killed"] and result["flip"]["tried"] >= 50
