@@ -27,7 +27,7 @@ lint: .venv/.installed-dev  ## style, types, import directions
 audit: .venv/.installed-dev  ## known weaknesses of the pinned packages, asked of the advisory databases
 	$(PYTHON) -m venv .venv/audit
 	.venv/audit/bin/pip install --quiet --disable-pip-version-check pip-audit
-	.venv/audit/bin/pip-audit -r constraints.txt --no-deps --disable-pip
+	.venv/audit/bin/pip-audit -r constraints.txt --no-deps --disable-pip --strict
 
 bench: .venv/.installed-dev  ## the figures of the README, ours and the peers' in one run
 	@$(FLASH) benchmark train
