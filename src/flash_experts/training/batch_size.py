@@ -133,8 +133,8 @@ def choose_tokens_per_batch(trial: Trial, run_dir: Path, say: Callable[[str], No
     """
     if trial.device.type == "cpu":
         raise ValueError(
-            "find_batch_size is for GPUs: on a CPU a step that is too large slows the machine down before it fails. "
-            "Set tokens_per_batch (2048 suits a laptop)"
+            "find_batch_size is for GPUs: on a CPU a trial too large is not refused, the system swaps or kills the "
+            "process in the middle of it. Set tokens_per_batch (2048 suits a laptop)"
         )
     size = found_before(run_dir)
     if size is not None:
