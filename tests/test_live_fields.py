@@ -136,7 +136,7 @@ def test_a_rarity_that_is_none_of_the_four_is_unknown(rarity: str | None) -> Non
 
 def test_cards_of_mtgjson() -> None:
     sets = {"ABC": {"releaseDate": "2026-02-06", "type": "expansion"}, "MEM": {"type": "memorabilia"}}
-    card = one(*raw_cards([atomic_card("Zzyrt Ambler", "Legendary Creature — Elf", "{2}{G}{G}")], sets))
+    card = one(*raw_cards([atomic_card("Zzyrt Ambler", "Legendary Creature — Elf", "{2}{G}{G}")], sets, {}))
     assert (card.name, card.colors, card.mana_value, card.rarity) == ("Zzyrt Ambler", ("G",), 4, None)
     assert (card.set_code, card.released) == ("ABC", "2026-02-06")
     assert card.source_id == "mtgjson:oracle-Zzyrt Ambler"
@@ -144,7 +144,7 @@ def test_cards_of_mtgjson() -> None:
         atomic_card("Zd // Zm", "Creature — Insect", None, colors=["U"], side="b", faceName="Zm", layout="transform"),
         atomic_card("Zd // Zm", "Creature — Human", "{U}", colors=["U"], side="a", faceName="Zd", layout="transform"),
     ]
-    found = clean(raw_cards(sides, sets)).cards
+    found = clean(raw_cards(sides, sets, {})).cards
     assert [(card.name, card.type_line, card.mana_value) for card in found] == [
         ("Zd", "Creature — Human", 1),
         ("Zm", "Creature — Insect", None),
@@ -154,6 +154,6 @@ def test_cards_of_mtgjson() -> None:
         ({"firstPrinting": "TRK"}, "franchises"),
         ({"firstPrinting": "MEM"}, "memorabilia"),
     ):
-        assert clean(raw_cards([atomic_card("Zzyrt Ambler", **fields)], sets)).dropped == {reason: 1}
-    land = one(*raw_cards([atomic_card("Zford", "Land", None, colors=[], manaValue=0.0)], sets))
+        assert clean(raw_cards([atomic_card("Zzyrt Ambler", **fields)], sets, {})).dropped == {reason: 1}
+    land = one(*raw_cards([atomic_card("Zford", "Land", None, colors=[], manaValue=0.0)], sets, {}))
     assert (land.colors, land.mana_value) == ((), None)

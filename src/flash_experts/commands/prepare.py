@@ -44,7 +44,7 @@ def _some(count: int, verb: str, names: list[str]) -> str:
 
 def make_parser() -> CommandParser:
     parser = command_parser("prepare", run)
-    sources = "embedded, scryfall, mtgjson, or a csv, json, jsonl or txt file of cards"
+    sources = "embedded, scryfall, mtgjson, mtgjson-printings (with rarities), or a csv, json, jsonl or txt file"
     parser.add_argument("--source", default="embedded", help=sources)
     parser.add_argument("--out", default="data/mtg", help="folder to write")
     parser.add_argument("--include", type=list[str], default=[], help="[jokes,franchises]: keep what is left out")

@@ -209,7 +209,7 @@ def _subtypes(text: str) -> tuple[str, ...]:
 
 
 def load_source(source: str | Path) -> CardSource:
-    """Raw cards: ``"embedded"``, ``"scryfall"``, ``"mtgjson"``, or a csv, json, jsonl or txt file of one's own.
+    """Raw cards: ``"embedded"``, one of `flash_experts.data.sources.LIVE`, or a csv, json, jsonl or txt file.
 
     Raises:
         ValueError: there is no such source (the nearest is named), a file is malformed (file and line), or a live

