@@ -30,8 +30,8 @@ Activation = Callable[[torch.Tensor], torch.Tensor]
 
 # Up to this many rows for the busiest expert, and from this share of the experts in use, the batched way is faster
 # (measured with two cores, D 768, F 3072). Not where most of what it multiplies is padding, as in decoding, where the
-# tokens of many names are alike: with 32 experts of 256 x 256 and 64 tokens of 4 experts each, both ways take as long at
-# 4 rows a pair.
+# tokens of many names are alike: with 32 experts of 256 x 256 and 64 tokens of 4 experts each, both ways take about as
+# long at 4 rows a pair.
 _FEW_ROWS = 96
 _MOST_EXPERTS = 0.75
 _MOST_PADDED = 4
