@@ -20,6 +20,7 @@ from flash_experts.generation import (
     AllOf,
     AllowedCharacters,
     BannedWords,
+    Constraints,
     Contains,
     EndsWith,
     KnownNameFilter,
@@ -277,6 +278,31 @@ def test_inside_model_generate(model: GPT2LMHeadModel, vocabulary: NameVocabular
         assert name.startswith(" Gob") and len(name) <= 19 and len(name.split()) <= 3 and name.isprintable()
 
 
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"contains": "ar", "banned_words": ["elf"]},
+        {"ends_with": "ing", "min_length": 6},
+        {"regex": "[A-Za-z ]+"},
+        {"max_words": 3, "min_length": 4},
+    ],
+)
+def test_filters_of_every_constraint_inside_model_generate(
+    model: GPT2LMHeadModel, vocabulary: NameVocabulary, asked: dict
+) -> None:
+    constraints = Constraints(max_length=24, **asked)
+    prompt = torch.tensor([[vocabulary.end_id, *vocabulary.encode(":")]])
+    filters = constraints.filters(vocabulary, prompt.shape[1], {"goblin guide"})
+    torch.manual_seed(0)
+    out = model.generate(
+        prompt, attention_mask=torch.ones_like(prompt), do_sample=True, max_new_tokens=50, num_return_sequences=8,
+        logits_processor=list(filters),
+    )  # fmt: skip
+    rows = out[:, prompt.shape[1] :]
+    ended = [vocabulary.decode(row) for row in rows.tolist() if vocabulary.end_id in row]
+    assert ended and all(constraints.held_by(name.strip()) for name in ended)
+
+
 def test_generate_never_gets_a_row_without_a_token(model: GPT2LMHeadModel, vocabulary: NameVocabulary) -> None:
     class Nothing(NameFilter):
         def rule(self, name: str) -> str | None:
@@ -289,6 +315,14 @@ def test_generate_never_gets_a_row_without_a_token(model: GPT2LMHeadModel, vocab
     with pytest.raises(NoTokenLeftError, match="Nothing leaves no token after"):
         model.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=True, max_new_tokens=20,
                        min_new_tokens=9, logits_processor=[Nothing(vocabulary, 1)])  # fmt: skip
+
+
+def test_a_limit_that_another_filter_leaves_nothing_is_told(vocabulary: NameVocabulary) -> None:
+    ids = torch.tensor([[vocabulary.end_id, *vocabulary.encode(" Goblin")]])
+    scores = torch.zeros(1, vocabulary.size)
+    scores[0, vocabulary.end_id] = -torch.inf  # as a regex does where a name is not whole yet
+    with pytest.raises(NoTokenLeftError, match="MaxLength leaves no token after 'Goblin'"):
+        MaxLength(vocabulary, 1, 6)(ids, scores)
 
 
 def test_scores_are_not_changed_in_place(vocabulary: NameVocabulary) -> None:

@@ -260,6 +260,19 @@ def test_near_duplicates_are_kept_away(
     assert "Goblin Guides" not in texts(far)
 
 
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    real=st.sampled_from(REAL), place=st.integers(1, 6), letter=st.sampled_from("aeklnt"), seed=st.integers(0, 2**40)
+)
+def test_a_model_that_wants_a_real_name_but_for_a_letter_is_kept_away(
+    parrot: Callable[..., torch.nn.Module], tokenizer: PreTrainedTokenizerFast, real: str, place: int, letter: str,
+    seed: int,
+) -> None:  # fmt: skip
+    near = real[:place] + letter + real[place:]
+    generator = NameGenerator(parrot([real, near, *NEW]), tokenizer, REAL)
+    assert all(name.similarity <= 0.75 for name in quietly(generator, 4, min_distance=0.25, seed=seed))
+
+
 def test_names_are_streamed_as_they_are_found(generator: NameGenerator) -> None:
     calls: list[int] = []
     generator.model.register_forward_hook(lambda *_: calls.append(1))

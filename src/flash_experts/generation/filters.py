@@ -140,7 +140,10 @@ class NameFilter(LogitsProcessor, ABC):
         Raises:
             NoTokenLeftError: no token is left for some row.
         """
-        masked = self.mask(input_ids, scores)
+        return self._checked(input_ids, scores, self.mask(input_ids, scores))
+
+    def _checked(self, input_ids: torch.Tensor, scores: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
+        """``masked``, if it leaves each row a token."""
         if masked is not scores:
             dead_B = (masked == -torch.inf).all(dim=-1)
             if dead_B.any():

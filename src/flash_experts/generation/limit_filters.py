@@ -56,7 +56,8 @@ class UpperLimit(_Limit):
         return masked.index_fill_(0, near_N[kept_N < _KEPT], -torch.inf)
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        return super().apply(self.vocabulary.names(input_ids, self.prompt_length), scores)
+        masked = super().apply(self.vocabulary.names(input_ids, self.prompt_length), scores)
+        return self._checked(input_ids, scores, masked)
 
 
 class MaxLength(UpperLimit):
