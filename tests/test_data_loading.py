@@ -137,7 +137,9 @@ def test_unknown_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match="unknown source 'embeded': did you mean 'embedded'"):
         load_source("embeded")
-    with pytest.raises(ValueError, match="unknown source 'xyz': take 'embedded', 'scryfall', 'mtgjson' or a file"):
+    with pytest.raises(
+        ValueError, match="unknown source 'xyz': take 'embedded', 'scryfall', 'mtgjson', 'mtgjson-printings' or a file"
+    ):
         load_source("xyz")
     with pytest.raises(ValueError, match=r"no file mine\.csv"):
         load_source("mine.csv")

@@ -98,6 +98,8 @@ def _trimmed(
 ) -> list[EncodedName]:
     """The names in the ids of a smaller vocabulary, to which the model is cut."""
     _, kept_ids = trim_tokenizer(tokenizer, texts_of_cards(cards))
+    for config in (model.config, model.generation_config):
+        config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
     trim_vocabulary(model, kept_ids)
     new_id = {old: new for new, old in enumerate(kept_ids)}
     return [replace(name, ids=tuple(new_id[token] for token in name.ids)) for name in names]
