@@ -270,8 +270,7 @@ def flash_attn_with_kvcache(
 
     Args:
         q: (B, S_q, H, C).
-        k_cache: (B, S_cache, G, C).
-        v_cache: (B, S_cache, G, C).
+        k_cache, v_cache: (B, S_cache, G, C).
         k: (B, S_new, G, C) to be written from ``cache_seqlens`` on, or None. The cache must have room for them.
         v: likewise.
         rotary_cos, rotary_sin: not supported: None (rotate q and k before); ``rotary_interleaved`` has no effect then.
