@@ -91,7 +91,9 @@ def test_it_learns_and_leaves_a_loadable_model(
     if result.best_step == result.step:
         torch.testing.assert_close(reloaded.eval()(ids).logits, model.eval()(ids).logits)
     info = json.loads((config.run_dir / "run.json").read_text())
-    assert info["data"]["train_names"] == 48 and info["versions"]["torch"] == torch.__version__
+    assert (
+        info["data"]["train_names"] == 48 and info["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    )
 
 
 @pytest.mark.parametrize("experts", [False, True])
