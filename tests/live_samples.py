@@ -47,6 +47,16 @@ def atomic_card(name: str, type_line: str = "Creature — Elf", cost: str = "{1}
     return {key: value for key, value in (card | fields).items() if value is not None}
 
 
+def printed(code: str, date: str, kind: str, rarities: dict[str, str]) -> dict[str, Any]:
+    """A set as MTGJSON's AllPrintings has it, of cards by name and their rarities."""
+    cards = [
+        {"name": name, "rarity": rarity, "setCode": code, "number": str(number), "foreignData": [],
+         "identifiers": {"scryfallOracleId": f"oracle-{name}"}, "uuid": f"{code}-{number}"}
+        for number, (name, rarity) in enumerate(rarities.items())
+    ]  # fmt: skip
+    return {"code": code, "releaseDate": date, "type": kind, "baseSetSize": len(cards), "cards": cards, "tokens": []}
+
+
 def new_names(count: int, seed: int = 0) -> list[str]:
     """Names that are no cards."""
     rng = random.Random(seed)

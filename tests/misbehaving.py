@@ -1,4 +1,4 @@
-"""A local server in a process of its own that has both live sources, and breaks off, fails and cuts short in turn."""
+"""A local server in a process of its own that has all live sources, and breaks off, fails and cuts short in turn."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import cycle
 
-from live_samples import atomic_card, jsonl, new_names, scryfall_card
+from live_samples import atomic_card, jsonl, new_names, printed, scryfall_card
 from servers import Reply, running_server
 
-SITES = ("scryfall", "mtgjson")
+SITES = ("scryfall", "mtgjson", "mtgjson-printings")
 _NAMES = new_names(300)
 
 
@@ -22,7 +22,9 @@ def _files() -> dict[str, bytes]:
     """What is served, by path; the index of Scryfall is made where the address is known."""
     sets = [{"code": "ABC", "name": "A B C", "releaseDate": "2026-02-06", "type": "expansion"}]
     meta = {"date": "2026-11-01", "version": "5.3.0+20261101"}
-    bodies = {"AtomicCards": {name: [atomic_card(name)] for name in _NAMES}, "SetList": sets}
+    printings = {"ABC": printed("ABC", "2026-02-06", "expansion", dict.fromkeys(_NAMES, "rare"))}
+    cards = {name: [atomic_card(name)] for name in _NAMES}
+    bodies = {"AtomicCards": cards, "SetList": sets, "AllPrintings": printings}
     files = {"/cards.jsonl.gz": jsonl([scryfall_card(name) for name in _NAMES])}
     for name, data in bodies.items():
         files[f"/api/v5/{name}.json.gz"] = gzip.compress(json.dumps({"meta": meta, "data": data}).encode(), mtime=0)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from live_samples import atomic_card, jsonl, new_names, scryfall_card
+from live_samples import atomic_card, jsonl, new_names, printed, scryfall_card
 from servers import Reply, TestServer, running_server
 
 from flash_experts.cli import main
@@ -102,22 +102,14 @@ def test_mtgjson_is_checked_by_its_sums(server: TestServer, downloader: Download
     assert (source.version, source.sha256) == ("5.3.0+20261101", hashlib.sha256(body).hexdigest())
 
 
-def printed(code: str, date: str, kind: str, **rarities: str) -> dict[str, Any]:
-    """A set as MTGJSON's AllPrintings has it, of cards by name (underscores for spaces) and their rarities."""
-    cards = [
-        {"name": name.replace("_", " "), "rarity": rarity, "setCode": code, "number": str(number), "foreignData": [],
-         "identifiers": {"scryfallOracleId": f"oracle-{name.replace('_', ' ')}"}, "uuid": f"{code}-{number}"}
-        for number, (name, rarity) in enumerate(rarities.items())
-    ]  # fmt: skip
-    return {"code": code, "releaseDate": date, "type": kind, "baseSetSize": len(cards), "cards": cards, "tokens": []}
-
-
 def test_rarities_are_those_of_first_printings(server: TestServer, downloader: Downloader) -> None:
     printings = {
-        "NEW": printed("NEW", "2026-02-06", "expansion", Zaba_Zo="mythic", Kib_Ka="uncommon", Lud_Lo="special"),
-        "MEM": printed("MEM", "1990-01-01", "memorabilia", Zaba_Zo="common"),
-        "OLD": printed("OLD", "1999-10-04", "core", Zaba_Zo="uncommon", Kib_Ka="rare"),
-        "POL": printed("POL", "1999-10-04", "promo", Zaba_Zo="rare"),
+        "NEW": printed(
+            "NEW", "2026-02-06", "expansion", {"Zaba Zo": "mythic", "Kib Ka": "uncommon", "Lud Lo": "special"}
+        ),
+        "MEM": printed("MEM", "1990-01-01", "memorabilia", {"Zaba Zo": "common"}),
+        "OLD": printed("OLD", "1999-10-04", "core", {"Zaba Zo": "uncommon", "Kib Ka": "rare"}),
+        "POL": printed("POL", "1999-10-04", "promo", {"Zaba Zo": "rare"}),
     }
     names = ["Zaba Zo", "Kib Ka", "Lud Lo", "Mip Mo"]
     mtgjson(server, {name: [atomic_card(name)] for name in names}, printings=printings)

@@ -39,7 +39,7 @@ from flash_experts.generation import (
     WellFormed,
 )
 from flash_experts.generation.profanity import PRINTED_ON_CARDS, profane_words
-from flash_experts.generation.word_filters import words_of
+from flash_experts.generation.word_filters import alliterates, words_of
 
 REAL_NAMES = [
     "Goblin Guide", "Lim-Dûl's Vault", "Jötun Grunt", "Niv-Mizzet, Parun", "Will-o'-the-Wisp", "Wrath of God",
@@ -276,6 +276,23 @@ def test_inside_model_generate(model: GPT2LMHeadModel, vocabulary: NameVocabular
     assert len(names) == 24
     for name in names:
         assert name.startswith(" Gob") and len(name) <= 19 and len(name.split()) <= 3 and name.isprintable()
+
+
+def test_words_that_alliterate_inside_model_generate(model: GPT2LMHeadModel, vocabulary: NameVocabulary) -> None:
+    """What a random model ends keeps to both; without them it hardly ever does."""
+    prompt = torch.tensor([[vocabulary.end_id, *vocabulary.encode(":")]])
+    base = [AllowedCharacters(vocabulary, 2), WellFormed(vocabulary, 2)]
+    asked = [*base, Alliterates(vocabulary, 2), MinWords(vocabulary, 2, 3)]
+    shares = []
+    for filters in (asked, base):
+        torch.manual_seed(0)
+        out = model.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=True, max_new_tokens=60,
+                             num_return_sequences=24, logits_processor=filters)  # fmt: skip
+        names = [vocabulary.decode(row) for row in out[:, 2:].tolist() if vocabulary.end_id in row]
+        kept = [alliterates(name) and len(name.split()) >= 3 for name in names]
+        assert len(kept) >= 4
+        shares.append(sum(kept) / len(kept))
+    assert shares[0] == 1 and shares[1] < 0.25
 
 
 @pytest.mark.parametrize(
