@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
 import pytest
 import torch
 from command_line import FIRST, SECOND
+from safetensors.torch import load_file
 from torch.nn import functional as F
 from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
 
@@ -200,6 +202,27 @@ def test_an_untied_head_and_another_dtype_come_along(dense: GPT2LMHeadModel) -> 
 
 
 @pytest.mark.parametrize(
+    "fields", [{}, {"method": "drop", "router_init": "orthogonal"}, {"method": "granular", "granularity": 4}]
+)
+def test_bfloat16_from_a_folder(dense: GPT2LMHeadModel, tmp_path: Path, fields: dict[str, object]) -> None:
+    """The dense weights as they are when rounded, whichever dtype the folder has; a given model is left as it is."""
+    dense.save_pretrained(tmp_path / "full")
+    copy.deepcopy(dense).bfloat16().save_pretrained(tmp_path / "half")
+    models = []
+    for source in (tmp_path / "full", tmp_path / "half", dense):
+        torch.manual_seed(3)
+        models.append(GPT2MoEForCausalLM.from_dense(source, 4, dtype=torch.bfloat16, **fields))
+    assert dense.dtype == torch.float32
+    for name, weight in models[0].named_parameters():
+        assert weight.dtype == torch.bfloat16 and weight.isfinite().all(), name
+        assert torch.equal(weight, models[1].get_parameter(name)), name
+        if fields.get("method") != "drop":  # its statistics are of the weights before they are rounded
+            assert torch.equal(weight, models[2].get_parameter(name)), name
+    assert torch.equal(models[0].transformer.wte.weight, dense.transformer.wte.weight.bfloat16())
+    assert models[0](IDS).logits.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
     ("fields", "message"),
     [
         ({"method": "copies"}, "did you mean 'copy'"),
@@ -237,8 +260,15 @@ def test_the_command(
     assert json.loads(capsys.readouterr().out)["experts"] == 12
     moe = load_model(out, "cpu")
     assert moe.config.num_experts_per_tok == 4 and largest_difference(moe, dense) <= 1e-5
+    half = str(tmp_path / "half")
+    assert main(["upcycle", source, "--out", half, "--num-experts", "3", "--dtype", "bfloat16"]) == 0
+    weights = load_file(Path(half, "model.safetensors"))
+    assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
+    assert torch.equal(weights["transformer.wte.weight"], dense.transformer.wte.weight.bfloat16())
+    assert load_model(half, "cpu").dtype == torch.float32
     capsys.readouterr()
     for wrong, status, said in (
+        (["--dtype", "float61"], 2, "float61"),
         (["--method", "copi"], 2, "copy"),
         (["--granularity", "4"], 1, "take method 'granular'"),
         (["--num-experts", "0"], 1, "--num-experts"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import fields
 from pathlib import Path
-from typing import get_type_hints
+from typing import Literal, get_type_hints
 
 from jsonargparse import Namespace
 
@@ -28,8 +28,11 @@ _OPTIONS = {
 
 def run(args: Namespace) -> None:
     """Turn a dense GPT-2 into a mixture of experts that computes the same."""
+    import torch
+
+    from flash_experts.data.tokenizer import load_tokenizer
     from flash_experts.models.loading import load_config
-    from flash_experts.training.build import build_model
+    from flash_experts.models.moe import GPT2MoEForCausalLM
     from flash_experts.training.checkpoint import write_model
     from flash_experts.training.model_config import ModelConfig
 
@@ -39,7 +42,10 @@ def run(args: Namespace) -> None:
     if load_config(args.dense).model_type != "gpt2":
         raise ValueError(f"{args.dense} is no dense GPT-2 or has experts already: upcycle takes a dense GPT-2")
     config = ModelConfig(upcycling=args.method, **{name: args[name] for name in _OPTIONS})
-    model, tokenizer = build_model(args.dense, config, cards=(), seed=args.seed)
+    config.validate()
+    torch.manual_seed(args.seed)
+    model = GPT2MoEForCausalLM.from_dense(args.dense, dtype=getattr(torch, args.dtype), **config.moe_fields)
+    tokenizer = load_tokenizer(args.dense, model.config.vocab_size)
     write_model(Path(args.out), model, tokenizer)
     total = sum(parameter.numel() for parameter in model.parameters())
     experts = model.config.num_experts
@@ -63,6 +69,12 @@ def make_parser() -> CommandParser:
     )
     for name, text in _OPTIONS.items():
         parser.add_argument(f"--{name}", type=types[name], default=defaults[name], help=text)
+    parser.add_argument(
+        "--dtype",
+        type=Literal["float32", "bfloat16"],
+        default="float32",
+        help="to compute and save the weights in; bfloat16 takes half the memory and disk",
+    )
     parser.add_argument("--out", required=True, help="folder to write")
     parser.add_argument("--seed", type=int, default=0, help="of the routers' random weights, noise and drawn units")
     return parser

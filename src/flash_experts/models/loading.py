@@ -55,14 +55,17 @@ def load_config(source: str | Path) -> GPT2Config:
     return cast(GPT2Config, config)
 
 
-def load_model(source: str | Path, device: str | torch.device | None = None) -> PreTrainedModel:
-    """A causal language model in float32 and eval mode: ours, or any dense one of transformers.
+def load_model(
+    source: str | Path, device: str | torch.device | None = None, dtype: torch.dtype = torch.float32
+) -> PreTrainedModel:
+    """A causal language model in eval mode: ours, or any dense one of transformers.
 
     A GPT-2 gets our attention and the fused form of its activation: the same numbers to rounding.
 
     Args:
         source: a folder that `save_pretrained` wrote, or a hub id.
         device: where to put it; CUDA if there is one, when None.
+        dtype: of its weights, whatever they were saved in.
 
     Raises:
         ValueError: missing, damaged, a pickle, no causal LM, or CUDA asked for where there is none.
@@ -77,7 +80,7 @@ def load_model(source: str | Path, device: str | torch.device | None = None) -> 
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             str(source),
             config=config,
-            dtype=torch.float32,
+            dtype=dtype,
             use_safetensors=True,
             trust_remote_code=False,
             attn_implementation=ATTENTION_IMPLEMENTATION if is_gpt2 else None,
@@ -95,13 +98,13 @@ def load_model(source: str | Path, device: str | torch.device | None = None) -> 
     return cast(PreTrainedModel, model.to(target).eval())
 
 
-def load_dense(source: str | Path) -> GPT2LMHeadModel:
+def load_dense(source: str | Path, dtype: torch.dtype = torch.float32) -> GPT2LMHeadModel:
     """A dense GPT-2 to upcycle, on the CPU. See `load_model`.
 
     Raises:
         ValueError: as `load_model`, or the model is not a dense GPT-2.
     """
-    model = load_model(source, "cpu")
+    model = load_model(source, "cpu", dtype)
     if model.config.model_type != "gpt2" or not isinstance(model, GPT2LMHeadModel):
         raise ValueError(f"{source} is a {model.config.model_type} model: upcycling takes a dense gpt2")
     return model

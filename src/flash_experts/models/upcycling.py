@@ -209,7 +209,8 @@ def _fill_router(layer: MoELayer, upcycling: Upcycling, std: float) -> None:
     """The router's first weights; virtual groups share a row."""
     weight_ED = layer.router.weight
     repeats = upcycling.granularity if upcycling.method == "granular" else 1
-    rows_D = weight_ED.new_zeros(len(weight_ED) // repeats, weight_ED.shape[1])
+    drawn_in = torch.promote_types(weight_ED.dtype, torch.float32)  # bfloat16 has no orthogonal rows in PyTorch
+    rows_D = weight_ED.new_zeros(len(weight_ED) // repeats, weight_ED.shape[1], dtype=drawn_in)
     if upcycling.router_init == "normal":
         rows_D.normal_(std=std)
     elif upcycling.router_init == "orthogonal":
