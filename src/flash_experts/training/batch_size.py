@@ -11,6 +11,7 @@ import gc
 import json
 import math
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
@@ -19,9 +20,13 @@ from accelerate import Accelerator
 from torch import nn
 
 from flash_experts.data.packing import EncodedName, PackedBatch, pack
+from flash_experts.training.batches import NameBatches
 from flash_experts.training.checkpoint import checkpoint_steps
 from flash_experts.training.errors import TrainingError
+from flash_experts.training.parallel import Replicated
+from flash_experts.training.precision import use_bfloat16
 from flash_experts.training.processes import most_of_all
+from flash_experts.training.training_config import TrainingConfig
 
 SMALLEST = 256
 _STEPS_PER_EPOCH = 8
@@ -144,6 +149,35 @@ def choose_tokens_per_batch(trial: Trial, run_dir: Path, say: Callable[[str], No
     where = f"fits on {trial.device} and leaves {_STEPS_PER_EPOCH} steps in an epoch"
     say(f"tokens_per_batch: {size:,}, the largest power of two that {where}")
     return size
+
+
+def with_found_batch_size(
+    config: TrainingConfig,
+    parallel: Replicated,
+    optimizers: Iterable[torch.optim.Optimizer],
+    accelerator: Accelerator,
+    batches: NameBatches,
+    say: Callable[[str], None],
+) -> TrainingConfig:
+    """The configuration with the tokens of a step that `choose_tokens_per_batch` gives.
+
+    Args:
+        config: of the run.
+        parallel: the model, as it is spread.
+        optimizers: of the run.
+        accelerator: of the run.
+        batches: their names are tried, whatever the size of their steps.
+        say: tells the person who watches.
+
+    Raises:
+        TrainingError: not even `SMALLEST` fits.
+        ValueError: on a CPU.
+    """
+    rows_per_step = config.gradient_accumulation_steps * accelerator.num_processes
+    autocast = use_bfloat16(config.precision, accelerator.device)
+    names = batches.first_epochs()
+    trial = Trial(parallel.wrapped, parallel.model, optimizers, accelerator, names, rows_per_step, autocast)
+    return replace(config, tokens_per_batch=choose_tokens_per_batch(trial, config.run_dir, say))
 
 
 def _first_names(epoch: Sequence[EncodedName], tokens: float) -> list[EncodedName]:

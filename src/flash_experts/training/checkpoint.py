@@ -73,6 +73,14 @@ class TrainerState:
         self.skipped_steps += 1
         return self.skipped_in_a_row
 
+    def validated(self, bits_per_char: float) -> bool:
+        """Takes in the validation figure of this step. Returns whether it is a new best."""
+        if self.best_bits_per_char is not None and bits_per_char >= self.best_bits_per_char:
+            self.bad_evaluations += 1
+            return False
+        self.best_bits_per_char, self.best_step, self.bad_evaluations = bits_per_char, self.step, 0
+        return True
+
 
 def checkpoint_path(run_dir: Path, step: int) -> Path:
     """``run_dir/checkpoints/step-000100``."""

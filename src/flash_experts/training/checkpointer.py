@@ -22,6 +22,7 @@ from flash_experts.training.background import Background, CpuCopy, gather_each
 from flash_experts.training.checkpoint import CheckpointError, TrainerState
 from flash_experts.training.stateful import Stateful, join_state, split_state
 from flash_experts.training.tracking import METRICS_FILE
+from flash_experts.training.training_config import TrainingConfig
 
 # A resumed run is the run that was interrupted only if these are what they were.
 _FIELDS_OF_THE_ORDER = ("seed", "tokens_per_batch", "attribute_dropout", "stages")
@@ -60,6 +61,20 @@ class Checkpointer:
         self._saved: Path | None = None
         self._background = Background() if background else None
         self._copies = {use: CpuCopy() for use in ("weights", "tensors", "export")}
+
+    @classmethod
+    def of(
+        cls,
+        config: TrainingConfig,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        info: Mapping[str, Any],
+        say: Callable[[str], None],
+        is_main: bool,
+    ) -> Checkpointer:
+        """That of a run."""
+        keep, background = config.keep_checkpoints, config.save_in_background
+        return cls(config.run_dir, model, tokenizer, keep, info, say, is_main, background)
 
     def register(self, name: str, stateful: Stateful) -> None:
         """Makes an object's state part of every checkpoint, under a name that stays the same."""

@@ -45,6 +45,27 @@ def most_of_all(accelerator: Accelerator, values: list[float]) -> list[float]:
     return cast(list[float], cast(torch.Tensor, accelerator.gather(mine)).amax(0).tolist())
 
 
+def agree(accelerator: Accelerator, seconds: float, stop: bool, due: bool, seconds_held: float) -> tuple[float, bool]:
+    """Time and the wish to stop as all processes know them.
+
+    A signal reaches one process, and clocks differ: one that ended a step before the others would leave them waiting
+    for its gradient. On GPUs, where asking waits for the device, they are exchanged at log steps alone.
+
+    Args:
+        accelerator: of the run.
+        seconds: by this process's clock.
+        stop: whether this process was told to stop.
+        due: whether this is a log step.
+        seconds_held: what was agreed last; it holds where nothing is exchanged.
+    """
+    if accelerator.num_processes == 1:
+        return seconds, stop
+    if not due and accelerator.device.type != "cpu":
+        return seconds_held, False
+    most_seconds, any_stop = most_of_all(accelerator, [seconds, float(stop)])
+    return most_seconds, bool(any_stop)
+
+
 def is_lost_peer(error: BaseException) -> bool:
     """Whether an error says that another process is gone: gloo and NCCL have no class of their own for it."""
     text = str(error)

@@ -15,9 +15,12 @@ from flash_experts.data.cards import Card
 from flash_experts.data.names import normal_form
 from flash_experts.training.batches import PlannedStage
 from flash_experts.training.callbacks import Callback
+from flash_experts.training.checkpoint import TrainerState
+from flash_experts.training.optimizer import part_rates
 from flash_experts.training.progress import ProgressDisplay
 from flash_experts.training.run_info import peak_flops, training_flops
 from flash_experts.training.tracking import METRICS_FILE, MetricsFile
+from flash_experts.training.training_config import TrainingConfig
 
 
 class SpeedMeter:
@@ -77,6 +80,40 @@ def peak_memory(device: torch.device) -> dict[str, float]:
     else:
         return {}
     return {"peak_memory_gib": round(peak / 2**30, 3)}
+
+
+def training_metrics(
+    state: TrainerState,
+    config: TrainingConfig,
+    epoch: float,
+    rate: float,
+    share: float,
+    measured: Mapping[str, float],
+) -> dict[str, float]:
+    """A line of training metrics.
+
+    Args:
+        state: where the run stands.
+        config: of the run.
+        epoch: passes over names so far.
+        rate: learning rate of the last step.
+        share: how much of the run is done, 0 to 1; the time left follows from it.
+        measured: losses, routers and speed since the last line.
+    """
+    metrics: dict[str, float] = {
+        "step": state.step,
+        "epoch": round(epoch, 4),
+        "tokens": state.tokens,
+        "lr": rate,
+        **part_rates(config.lr_scale, rate),
+        "seconds": round(state.seconds, 3),
+        **measured,
+    }
+    if config.on_nan == "skip":
+        metrics["skipped_steps"] = state.skipped_steps
+    if share > 0:
+        metrics["eta_seconds"] = round(state.seconds * (1 - share) / share, 1)
+    return metrics
 
 
 class Reporter:

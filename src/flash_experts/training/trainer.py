@@ -12,7 +12,6 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,7 +22,7 @@ from flash_experts.data.cards import Card
 from flash_experts.data.packing import PackedBatch, pack
 from flash_experts.models.router_metrics import update_router_biases
 from flash_experts.training import run_info
-from flash_experts.training.batch_size import Trial, choose_tokens_per_batch
+from flash_experts.training.batch_size import with_found_batch_size
 from flash_experts.training.batches import NameBatches
 from flash_experts.training.callbacks import Callback
 from flash_experts.training.checkpoint import TrainerState
@@ -35,11 +34,11 @@ from flash_experts.training.finite import MOST_SKIPS_IN_A_ROW, FiniteGuard, name
 from flash_experts.training.heartbeat import watch_the_others
 from flash_experts.training.interval import Interval
 from flash_experts.training.loss import CausalLoss
-from flash_experts.training.optimizer import freeze_parts, make_optimizers, part_rates, set_rates
+from flash_experts.training.optimizer import freeze_parts, make_optimizers, set_rates
 from flash_experts.training.parallel import spread_model
 from flash_experts.training.precision import check_dtype, use_bfloat16
-from flash_experts.training.processes import is_lost_peer, make_accelerator, most_of_all, seed_dropout
-from flash_experts.training.reporting import Reporter, SpeedMeter
+from flash_experts.training.processes import agree, is_lost_peer, make_accelerator, seed_dropout
+from flash_experts.training.reporting import Reporter, SpeedMeter, training_metrics
 from flash_experts.training.result import TrainingResult, reason_to_end
 from flash_experts.training.run_lock import RunLock
 from flash_experts.training.schedule import Schedule
@@ -95,7 +94,9 @@ class Trainer:
         self.rows_per_step = config.gradient_accumulation_steps * self.world
         self.batches = NameBatches.of(train_cards, tokenizer, config)
         if config.find_batch_size:
-            self.config = config = self._with_found_batch_size()
+            self.config = config = with_found_batch_size(
+                config, self.parallel, self.optimizers.values(), self.accelerator, self.batches, self.report.say
+            )
             self.batches = NameBatches.of(train_cards, tokenizer, config)
         self.schedule = Schedule.of(config, self.batches.planned_steps)
         self.validation = Validation.of(validation_cards, tokenizer, config, (self.rank, self.world))
@@ -106,33 +107,12 @@ class Trainer:
         # All that a step leaves to the next: the weights, `state`, and what is registered. See `stateful`.
         self.state = TrainerState()
         self.interval = Interval(self.model, self.accelerator, config.label_smoothing)
-        self.checkpointer = Checkpointer(
-            self.run_dir,
-            self.model,
-            tokenizer,
-            config.keep_checkpoints,
-            self.info,
-            self.report.say,
-            self.is_main,
-            config.save_in_background,
-        )
+        self.checkpointer = Checkpointer.of(config, self.model, tokenizer, self.info, self.report.say, self.is_main)
         for name, optimizer in self.optimizers.items():
             self.checkpointer.register(name, OptimizerState(self.model, optimizer))
         self.checkpointer.register("interval", self.interval)
         if self.average is not None:
             self.checkpointer.register("ema", self.average)
-
-    def _with_found_batch_size(self) -> TrainingConfig:
-        trial = Trial(
-            self.parallel.wrapped,
-            self.model,
-            self.optimizers.values(),
-            self.accelerator,
-            self.batches.first_epochs(),
-            self.rows_per_step,
-            self.autocast,
-        )
-        return replace(self.config, tokens_per_batch=choose_tokens_per_batch(trial, self.run_dir, self.report.say))
 
     def train(self, resume: str | Path | None = None) -> TrainingResult:
         """Trains to the end of the run, or until Ctrl+C or SIGTERM.
@@ -190,7 +170,8 @@ class Trainer:
             state.step += 1
             log_due = _due(state.step, config.log_every)
             seconds = time.monotonic() - started
-            state.seconds, stop = self._agree(seconds, signals.received is not None, log_due)
+            wants_stop = signals.received is not None
+            state.seconds, stop = agree(self.accelerator, seconds, wants_stop, log_due, state.seconds)
             reason = self._reason_to_end()
             if log_due or reason:
                 self._log(rate)
@@ -274,21 +255,9 @@ class Trainer:
         self._check_finite()
         state = self.state
         share = self.schedule.progress(state.step, state.seconds)
-        metrics: dict[str, float] = {
-            "step": state.step,
-            "epoch": round(self.batches.epochs_done(state.step), 4),
-            "tokens": state.tokens,
-            "lr": rate,
-            **part_rates(self.config.lr_scale, rate),
-            "seconds": round(state.seconds, 3),
-            **self.interval.metrics(),
-            **self.speed.metrics(),
-        }
-        if self.config.on_nan == "skip":
-            metrics["skipped_steps"] = state.skipped_steps
-        if share > 0:
-            metrics["eta_seconds"] = round(state.seconds * (1 - share) / share, 1)
-        self.report.log(metrics, share)
+        measured = self.interval.metrics() | self.speed.metrics()
+        epoch = self.batches.epochs_done(state.step)
+        self.report.log(training_metrics(state, self.config, epoch, rate, share, measured), share)
 
     def _evaluate(self) -> None:
         """Validates; a new best is written to the run's folder at once."""
@@ -299,20 +268,14 @@ class Trainer:
             self._check_finite()
             autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast)
             with self._averaged(), self.parallel.evaluating(), autocast:
-                sums = self.validation.sums(self.model, self.device)
-            sums = cast(torch.Tensor, self.accelerator.reduce(sums.to(self.device), "sum"))
-            done = {"step": state.step, "tokens": state.tokens, "seconds": round(state.seconds, 3)}
-            metrics = done | self.validation.metrics(sums)
-            bits = metrics[BITS_PER_CHAR]
-            if not math.isfinite(bits):
+                metrics = self.validation.score(self.model, self.accelerator)
+            if not math.isfinite(metrics[BITS_PER_CHAR]):
                 raise self._not_finite(state.step, ())
-            best = state.best_bits_per_char is None or bits < state.best_bits_per_char
-            if best:
-                state.best_bits_per_char, state.best_step, state.bad_evaluations = bits, state.step, 0
+            is_best = state.validated(metrics[BITS_PER_CHAR])
+            if is_best:
                 self._export()
-            else:
-                state.bad_evaluations += 1
-            self.report.evaluated(metrics, best)
+            done = {"step": state.step, "tokens": state.tokens, "seconds": round(state.seconds, 3)}
+            self.report.evaluated(done | metrics, is_best)
 
     def _sample(self) -> None:
         with self.speed.pause():
@@ -341,16 +304,6 @@ class Trainer:
         self.checkpointer.wait()
         self.accelerator.wait_for_everyone()
         self.report.say(TrainingResult.of(self.state, reason, self.run_dir).last_words())
-
-    def _agree(self, seconds: float, stop: bool, due: bool) -> tuple[float, bool]:
-        """Time and the wish to stop as all processes know them. On GPUs, where asking waits for the device, they are
-        exchanged at log steps alone, and held in between."""
-        if self.world == 1:
-            return seconds, stop
-        if not due and self.device.type != "cpu":
-            return self.state.seconds, False
-        most_seconds, any_stop = most_of_all(self.accelerator, [seconds, float(stop)])
-        return most_seconds, bool(any_stop)
 
     def _reason_to_end(self) -> str | None:
         return reason_to_end(self.state, self.schedule, self.config.early_stopping_patience)

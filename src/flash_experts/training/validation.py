@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
+from typing import cast
 
 import torch
+from accelerate import Accelerator
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -63,6 +65,15 @@ class Validation:
             return None
         tokens_per_row = math.ceil(config.tokens_per_batch / (config.gradient_accumulation_steps * process[1]))
         return cls(cards, tokenizer, config.validation_names, tokens_per_row, config.seed, process)
+
+    def score(self, model: nn.Module, accelerator: Accelerator) -> dict[str, float]:
+        """The metrics of a model on all names. Every process calls it, and all get the same.
+
+        Sums are added up over the processes before anything is divided: a mean of their means would weigh the names
+        of a process with few of them more than the others.
+        """
+        sums = self.sums(model, accelerator.device).to(accelerator.device)
+        return self.metrics(cast(torch.Tensor, accelerator.reduce(sums, "sum")))
 
     @torch.no_grad()
     def sums(self, model: nn.Module, device: torch.device) -> torch.Tensor:
