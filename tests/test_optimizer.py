@@ -17,6 +17,7 @@ from transformers import GPT2Config, PreTrainedTokenizerFast
 from flash_experts.models import GPT2MoEForCausalLM
 from flash_experts.training import Trainer, TrainingConfig
 from flash_experts.training.ema import WeightAverage
+from flash_experts.training.finite import FiniteGuard
 from flash_experts.training.loss import CausalLoss
 from flash_experts.training.muon import Muon, as_matrices, from_matrices, orthogonalize
 from flash_experts.training.optimizer import freeze_parts, make_optimizers, part_of, set_rates
@@ -106,6 +107,19 @@ def test_two_steps_of_adamw_are_those_of_the_paper() -> None:
         optimizers["optimizer"].step()
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.detach(), expected[name], rtol=1e-12, atol=1e-12, msg=name)
+
+
+def test_adamw_is_one_kernel_and_can_skip_a_step_by_itself(moe: GPT2MoEForCausalLM) -> None:
+    """`FiniteGuard` relies on the latter where a look at the gradient would wait for the GPU."""
+    optimizer = make_optimizers(moe, TrainingConfig())["optimizer"]
+    assert all(group["fused"] for group in optimizer.param_groups)
+    before = moe.transformer.wte.weight.detach().clone()
+    for parameter in moe.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    for bad, moves in ((True, False), (False, True)):
+        assert FiniteGuard(False, torch.device("meta"), 1).update(optimizer, torch.tensor(bad))
+        optimizer.step()
+        assert torch.equal(moe.transformer.wte.weight, before) is not moves
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,8 @@ import json
 import math
 import random
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,9 @@ from flash_experts.data.cards import Card
 from flash_experts.data.packing import pack
 from flash_experts.models import GPT2MoEConfig, GPT2MoEForCausalLM
 from flash_experts.models.flash_attention import ATTENTION_IMPLEMENTATION
-from flash_experts.training import Callback, NonFiniteLossError, Trainer, TrainingConfig
+from flash_experts.training import Callback, NonFiniteLossError, Trainer, TrainingConfig, reporting
 from flash_experts.training.checkpoint import checkpoint_steps
+from flash_experts.training.reporting import SpeedMeter
 from flash_experts.training.run_info import parameter_counts, training_flops
 from flash_experts.training.tracking import read_metrics
 
@@ -280,3 +282,51 @@ def test_frozen_parts_cost_no_arithmetic_of_their_own(dense: GPT2LMHeadModel) ->
     first = last.mlp.c_fc.weight.numel()
     assert frozen["body_flops"] == 2 * (frozen["body"] + 2 * mlp + final_norm - first)
     assert frozen["head_flops"] == 4 * frozen["head"]
+
+
+def test_mfu_is_the_arithmetic_of_active_weights_over_time_and_peak(
+    dense: GPT2LMHeadModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a device of 1e9 operations a second, as two processes have one each; the pause is not training."""
+    clock = [100.0]
+    monkeypatch.setattr(reporting.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(reporting, "peak_flops", lambda device: 1e9)
+    counts = parameter_counts(GPT2MoEForCausalLM.from_dense(dense, num_experts=4, num_experts_per_tok=1))
+    assert counts["body"] == parameter_counts(dense)["body"] + 2 * 4 * dense.config.n_embd, "and two routers"
+    speed = SpeedMeter(counts, torch.device("cpu"), world=2)
+    speed.add(600, 200)
+    speed.add(400, 100)
+    clock[0] += 3.0
+    with speed.pause():
+        clock[0] += 50.0
+    clock[0] += 1.0
+    metrics = speed.metrics()
+    assert metrics["tokens_per_second"] == 250.0
+    assert metrics["mfu"] == pytest.approx(6 * (1000 * counts["body"] + 300 * counts["head"]) / 4.0 / 2e9)
+
+
+def test_gradients_travel_after_the_last_row_of_a_step_alone(
+    dense_config: GPT2Config,
+    tokenizer: PreTrainedTokenizerFast,
+    config: TrainingConfig,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    settings = replace(config, gradient_accumulation_steps=3, max_steps=2, eval_every=None)
+    trainer = Trainer(make_model(dense_config), tokenizer, TRAIN, [], settings)
+    held_back, seen = [False], []
+    backward = trainer.parallel.backward
+
+    @contextmanager
+    def no_sync() -> Iterator[None]:
+        held_back[0] = True
+        yield
+        held_back[0] = False
+
+    def spy(loss: torch.Tensor) -> None:
+        seen.append(held_back[0])
+        backward(loss)
+
+    monkeypatch.setattr(trainer.parallel, "no_sync", no_sync)
+    monkeypatch.setattr(trainer.parallel, "backward", spy)
+    trainer.train()
+    assert seen == [True, True, False] * 2

@@ -152,3 +152,16 @@ def test_another_runs_checkpoint_does_not_replace_own_ones(train: Callable[..., 
     assert checkpoints.checkpoint_steps(other.run_dir) == [3, 6]
     _, result = train(replace(config, run_name="third", max_steps=6), folder)
     assert result.step == 6
+
+
+def test_patience_goes_on_where_it_was(train: Callable[..., Any], config: TrainingConfig) -> None:
+    """A rate so high that it only gets worse: two validations in vain before the kill, the third after it."""
+    settings = replace(config, learning_rate=3.0, clip_norm=None, warmup_steps=0, schedule="constant")
+    settings = replace(settings, eval_every=1, checkpoint_every=1, early_stopping_patience=3)
+    _, straight = train(settings)
+    copy = interrupted_copy(settings, 2, "resumed")
+    _, resumed = train(copy, "auto", seed=99)
+    for result in (straight, resumed):
+        assert (result.reason, result.step, result.best_step) == ("early stopping", 3, 0)
+    _, again = train(copy, "auto")
+    assert (again.reason, again.step) == ("early stopping", 3), "a run that is over stays so"
