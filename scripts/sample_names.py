@@ -27,6 +27,7 @@ ASKED: tuple[dict[str, str | int], ...] = (
     {"type": "Enchantment", "colors": "GW"},
     {"type": "Artifact — Equipment"},
     {"type": "Land"},
+    {"type": "Creature — Angel", "colors": "W", "guidance": 2.0},
     {"preset": "conservative"},
     {"preset": "creative"},
     {"starts_with": "Storm", "type": "Creature", "colors": "UR"},

@@ -29,7 +29,8 @@ class NameVocabulary:
     Attributes:
         size: V, the width of the model's logits. Ids that the tokenizer lacks (padding) have no text.
         end_id: the token that ends a name.
-        texts: V strings; "" for special tokens and for ids without a token.
+        texts: V strings; "" for special tokens, for ids without a token, and for whole words that swallow the space
+            before them (`train_tokenizer` has them for prompts): within a name their text would not be what it was.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, size: int | None = None) -> None:
@@ -91,14 +92,14 @@ class NameVocabulary:
 
 def _pieces(tokenizer: PreTrainedTokenizerBase, size: int) -> tuple[bytes, ...]:
     byte_of = _byte_of_character()
-    added = tokenizer.get_added_vocab()
+    added = {token.content: token for token in tokenizer.added_tokens_decoder.values()}
     special = set(tokenizer.all_special_tokens)
     pieces = [b""] * size
     for token, index in tokenizer.get_vocab().items():
         if token in special:
             continue
         if token in added:
-            pieces[index] = token.encode()
+            pieces[index] = b"" if added[token].lstrip else token.encode()
             continue
         try:
             pieces[index] = bytes(byte_of[character] for character in token)
