@@ -125,7 +125,7 @@ def test_the_embedded_table_decides_for_the_cards_it_has() -> None:
     marks = {"promo_types": ["universesbeyond"], "set": "msc", "set_type": "memorabilia", "reprint": True}
     assert one(raw_card(scryfall_card("Meteor Golem", **marks))).name == "Meteor Golem", "a reprint for a franchise"
     assert clean([raw_card(scryfall_card("The One Ring"))]).dropped == {"franchises": 1}
-    assert clean(raw_cards([atomic_card("Chicken à la King")], {})).dropped == {"jokes": 1}
+    assert clean(raw_cards([atomic_card("Chicken à la King")], {}, {})).dropped == {"jokes": 1}
 
 
 @pytest.mark.parametrize("rarity", ["special", "bonus", None])

@@ -51,7 +51,7 @@ def main() -> None:
             max_steps=30,
             max_epochs=None,
             tokens_per_batch=400,
-            learning_rate=1e-3,
+            learning_rate=2e-4,
             attribute_dropout=1.0,  # a plain list has no attributes
             log_every=10,
             eval_every=10,
