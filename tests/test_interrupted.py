@@ -86,6 +86,22 @@ def test_while_options_are_read_and_libraries_imported(monkeypatch: pytest.Monke
     assert done == Done(130, "", "flash-experts train: interrupted\n")
 
 
+def test_while_a_library_tidies_up_and_fails_at_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """transformers' no_init_weights, interrupted in its first lines, raises UnboundLocalError in its last ones."""
+
+    def read(_: object) -> None:
+        try:
+            try:
+                raise KeyboardInterrupt
+            finally:
+                raise UnboundLocalError("cannot access local variable")
+        except UnboundLocalError as error:
+            raise ValueError("the model cannot be read") from error
+
+    monkeypatch.setattr(cli.COMMANDS["plot"], "run", read)
+    assert run("plot", "models", cwd=tmp_path) == Done(130, "", "flash-experts plot: interrupted\n")
+
+
 @pytest.mark.slow
 def test_another_language_no_home_and_a_folder_with_accents(workplace: Path, tmp_path: Path) -> None:
     """LANG=C, a home that cannot be written, and a path that ASCII has not."""

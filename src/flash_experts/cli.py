@@ -109,11 +109,20 @@ def _guarded(name: str, run: Run, args: Namespace) -> int:
     except BrokenPipeError:  # the reader of our output left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (ValueError, OSError, RuntimeError, MemoryError) as error:
-        if args.debug:
+    except Exception as error:
+        if _hides_ctrl_c(error):
+            raise KeyboardInterrupt from error
+        if args.debug or not isinstance(error, (ValueError, OSError, RuntimeError, MemoryError)):
             raise
         print(f"flash-experts {name}: {shortened(_explain(error))}", file=sys.stderr)
         return 1
+
+
+def _hides_ctrl_c(error: BaseException | None) -> bool:
+    """Whether an error came of Ctrl+C: a library that is interrupted while it tidies up may raise one of its own."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 def _explain(error: BaseException) -> str:
