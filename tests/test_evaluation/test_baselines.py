@@ -1,7 +1,8 @@
-"""The dense baselines of configs/ are of the size that they are compared at."""
+"""The dense rivals of the mixture: as many parameters, and at the start the same model."""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,38 +10,56 @@ import torch
 import yaml
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from flash_experts.commands.train import make_parser
-from flash_experts.data.tokenizer import load_tokenizer
 from flash_experts.evaluation.costs import ModelSize, parameter_counts
 from flash_experts.models.loading import load_config
 from flash_experts.models.moe import GPT2MoEForCausalLM
 
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+from train_released import ACTIVE, EXPERTS, TOTAL
+from widen import widened
+
 ROOT = Path(__file__).parents[2]
 
 
-def size_of(preset: str) -> ModelSize:
-    """Parameters of a new dense model of a preset, without making their values."""
-    args = make_parser().parse_args([f"--config={ROOT / 'configs' / preset}"])
-    shape = args.model
-    assert args.base is None and shape.num_experts == 0
-    names = ("n_layer", "n_embd", "n_head", "n_positions")
-    vocabulary = len(load_tokenizer(ROOT / "models/mtg-base"))  # the preset's bytes, and words of prompts besides
-    with torch.device("meta"):
-        return parameter_counts(
-            GPT2LMHeadModel(GPT2Config(vocab_size=vocabulary, **{name: getattr(shape, name) for name in names}))
-        )
+@pytest.fixture(scope="module")
+def base() -> GPT2LMHeadModel:
+    """A dense model of the released base's shape."""
+    return GPT2LMHeadModel(load_config(ROOT / "models/mtg-base"))
 
 
 @pytest.fixture(scope="module")
-def mixture() -> ModelSize:
+def mixture(base: GPT2LMHeadModel) -> ModelSize:
     """Parameters of the mixture that is released."""
     shape = yaml.safe_load((ROOT / "configs/names.yaml").read_text("utf-8"))["model"]
-    dense = GPT2LMHeadModel(load_config(ROOT / "models/mtg-base"))
     fields = ("num_experts", "num_experts_per_tok", "moe_layer_freq", "granularity")
     chosen = {name: shape[name] for name in fields}
-    return parameter_counts(GPT2MoEForCausalLM.from_dense(dense, method=shape["upcycling"], **chosen))
+    return parameter_counts(GPT2MoEForCausalLM.from_dense(base, method=shape["upcycling"], **chosen))
 
 
-def test_equal_active_and_equal_total_are(mixture: ModelSize) -> None:
-    assert size_of("dense-equal-active.yaml").total == pytest.approx(mixture.active, rel=0.02)
-    assert size_of("dense-equal-total.yaml").total == pytest.approx(mixture.total, rel=0.02)
+def test_equal_active_and_equal_total_are(base: GPT2LMHeadModel, mixture: ModelSize) -> None:
+    assert parameter_counts(widened(base, ACTIVE)).total == pytest.approx(mixture.active, rel=0.01)
+    assert parameter_counts(widened(base, TOTAL)).total == pytest.approx(mixture.total, rel=0.01)
+
+
+def test_the_experts_of_the_benchmark_are_those_of_the_release() -> None:
+    shape = yaml.safe_load((ROOT / "configs/names.yaml").read_text("utf-8"))["model"]
+    assert {key: str(shape[key.removeprefix("model.")]) for key in EXPERTS} == EXPERTS
+
+
+def test_a_widened_model_says_what_it_said_and_its_new_units_learn() -> None:
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_layer=2, n_head=2, n_embd=16, n_positions=12)).eval()
+    ids = torch.randint(0, 50, (3, 9))
+    wide = widened(model, 80)
+    assert wide.config.n_inner == 80 and wide.transformer.h[1].mlp.c_fc.weight.shape == (16, 80)
+    torch.testing.assert_close(wide(ids).logits, model(ids).logits)
+    wide(ids, labels=ids).loss.backward()
+    gradient_HD = wide.transformer.h[0].mlp.c_proj.weight.grad
+    assert (gradient_HD[64:].norm(dim=1) > 0).all()  # units that were alike, or silent for good, would be no rivals
+
+
+def test_narrower_is_refused() -> None:
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_layer=1, n_head=2, n_embd=16, n_positions=12))
+    with pytest.raises(ValueError, match="more than the 64 units"):
+        widened(model, 64)
