@@ -264,6 +264,12 @@ _GENERATE = """
 --mana-value -1 :: mana value
 --mana-value 99999999999999999999 :: mana value
 --rarity legendary :: unknown rarity
+--rarity rare :: not trained with rarities
+--set zendikar-rising :: a set is told by its code
+--set ZEN :: not trained with sets
+--released 18 :: date or year
+--released 99999999999999999999 :: date or year
+--released 2018 :: not trained with years of release
 --like ';;' :: like has no name
 --like 😀 :: like has no name
 --preset bold :: unknown preset 'bold'

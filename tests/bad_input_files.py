@@ -89,6 +89,8 @@ nan.jsonl :: nan.jsonl:1: mana_value
 negative.jsonl :: negative.jsonl:1: mana_value
 color.jsonl :: color.jsonl:1: unknown color
 rarity.jsonl :: rarity.jsonl:1: unknown rarity
+set.jsonl :: set.jsonl:1: a set is told by its code
+released.jsonl :: released.jsonl:1: a release is told by its date or year
 deep.jsonl :: deep.jsonl:1: not JSON of a card
 latin1.jsonl :: latin1.jsonl:
 long.yaml :: cards are read from .csv

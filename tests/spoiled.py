@@ -53,6 +53,8 @@ _NAMES = {
     "negative.jsonl": '{"name": "Mire", "mana_value": -1}\n',
     "color.jsonl": '{"name": "Mire", "colors": "purple"}\n',
     "rarity.jsonl": '{"name": "Mire", "rarity": "legendary"}\n',
+    "set.jsonl": '{"name": "Mire", "set": "Zendikar Rising"}\n',
+    "released.jsonl": '{"name": "Mire", "released": "last year"}\n',
     "object.json": '{"name": "Mire Seer"}',
     "number.json": "3",
     "half.json": '["Mire Seer", "Grave',

@@ -84,6 +84,8 @@ def test_a_list_of_names_is_enough(tmp_path: Path, name: str, text: str) -> None
         ("a.jsonl", b'{"name": "Gob\\ud800lin"}', r"a\.jsonl:1: half a character"),
         ("a.csv", b"name,rarity\nGoblin,rar\n", r"a\.csv:2: unknown rarity 'rar': did you mean 'rare'"),
         ("a.jsonl", b'{"name": "Goblin", "rarity": 3}', r"a\.jsonl:1: rarity must be text, not 3"),
+        ("a.jsonl", b'{"name": "Goblin", "released": 3}', r"a\.jsonl:1: a release is told by its date or year"),
+        ("a.csv", b"name,set\nGoblin,A B C\n", r"a\.csv:2: a set is told by its code"),
     ],
 )
 def test_malformed_files_are_named_with_their_line(tmp_path: Path, name: str, data: bytes, error: str) -> None:
@@ -129,6 +131,8 @@ def test_rarity_set_and_date_of_a_file_become_columns(tmp_path: Path) -> None:
     assert (idol.rarity, idol.set_code, idol.released) == ("mythic", "ABC", "2026-02-06")
     assert (queen.rarity, queen.set_code, queen.released) == (fen.rarity, fen.set_code, fen.released) == (None,) * 3
     assert not {"rarity", "set_code", "released"} & set(queen.to_json())
+    (tmp_path / "b.jsonl").write_text('{"name": "Ash Fen", "released": 2019}\n', encoding="utf-8")
+    assert clean(load_source(tmp_path / "b.jsonl").rows).cards[0].released == "2019"
     for card in (idol, queen):
         assert Card.from_json(json.loads(json.dumps(card.to_json())), "here:1") == card
 
@@ -278,6 +282,7 @@ CARD = {
         ),
         (json.dumps(CARD | {"rarity": "epic"}).encode(), r"train\.jsonl:2: rarity must be one of common, uncommon"),
         (json.dumps(CARD | {"released": 2026}).encode(), r"train\.jsonl:2: released must be text or null, not 2026"),
+        (json.dumps(CARD | {"released": "soon"}).encode(), r"train\.jsonl:2: a release is told by its date or year"),
     ],
 )
 def test_malformed_prepared_lines_are_named(tmp_path: Path, line: bytes, error: str) -> None:

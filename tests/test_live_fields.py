@@ -34,7 +34,7 @@ def test_a_card_of_scryfall() -> None:
         "set_code": "ABC",
         "released": "2026-02-06",
     }
-    assert Attributes.of(one(row)).prompt() == "legendary creature elf scout, green, 4, uncommon:"
+    assert Attributes.of(one(row)).prompt() == "legendary creature elf scout, green, 4, uncommon, ABC, 2026:"
 
 
 def face(name: str, type_line: str, cost: str = "", **fields: Any) -> dict[str, Any]:

@@ -330,7 +330,7 @@ def test_prepare_from_scryfall_and_what_changed_since(
     assert meta["dropped"]["token"] == 1 and meta["changes"] is None and meta["source"] == "scryfall"
     train = load_split(out, "train")
     assert {card.rarity for card in train} == {"common", "uncommon", "rare", "mythic"}
-    assert Attributes.of(train[0]).prompt().endswith(f", {train[0].rarity}:")
+    assert Attributes.of(train[0]).prompt().endswith(f", {train[0].rarity}, ABC, 2026:")
     assert train[0].released == "2026-02-06" and train[0].set_code == "ABC"
     known = (out / "known_names.txt").read_text("utf-8").splitlines()
     assert set(old) <= set(known) and "Zzyrt Elf" not in known, "a token's name is free"

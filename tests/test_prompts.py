@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
+import hashlib
+import itertools
+import json
 import random
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flash_experts.data.cards import COLORS, SUPERTYPES, TYPES, in_color_order, parse_colors
+from flash_experts.data.cards import COLORS, SUPERTYPES, TYPES, Card, in_color_order, parse_colors
 from flash_experts.data.cleaning import clean
-from flash_experts.data.prompts import NONE, Attributes, parse_type_line, prompt_words
+from flash_experts.data.prompts import (
+    NONE,
+    Attributes,
+    check_known,
+    parse_type_line,
+    prompt_words,
+    read_conditions,
+    told_conditions,
+)
 from flash_experts.data.sources import RawCard, read_embedded
 
 KRENKO = Attributes(("Legendary",), ("Creature",), ("Goblin", "Warrior"), ("R",), 4)
+CARD = Card("Krenko", "Goblin Warrior", (), (), ("Goblin", "Warrior"), ("R",), 4, "1")
+EMBEDDED_PROMPTS = "18642d93f5a9eb062e5bde8ec887bc77defa494e465de768e676b21f090ebdf6"
 
 
 def test_prompts() -> None:
@@ -171,16 +185,18 @@ def test_unknown_rarities_are_named(text: str, error: str) -> None:
         Attributes.parse(None, None, None, text)
 
 
-def test_a_rarity_is_dropped_at_its_rate_and_changes_no_other_drop() -> None:
-    rare = replace(KRENKO, rarity="rare")
+def test_what_few_sources_tell_is_dropped_at_its_rate_and_changes_no_other_drop() -> None:
+    told = {"rarity": "rare", "set_code": "ZEN", "released": 2009}
+    rare, untold = replace(KRENKO, **told), dict.fromkeys(told)
     one, other = random.Random(0), random.Random(0)
     dropped = [(rare.drop(one, 0.3), KRENKO.drop(other, 0.3)) for _ in range(4000)]
-    assert all(replace(with_it, rarity=None) == without for with_it, without in dropped)
-    gone = [with_it.rarity is None for with_it, _ in dropped]
-    expected = 1 - (1 - 0.15) * (1 - 0.3)
-    assert sum(gone) / len(gone) == pytest.approx(expected, abs=0.03)
-    both = sum(with_it.rarity is None and with_it.supertypes is None for with_it, _ in dropped) / len(gone)
-    assert both == pytest.approx(0.15 + 0.85 * 0.3**2, abs=0.03), "each by itself"
+    assert all(replace(with_it, **untold) == without for with_it, without in dropped)
+    gone = {name: [getattr(with_it, name) is None for with_it, _ in dropped] for name in (*told, "supertypes", "types")}
+    for name in told:
+        assert sum(gone[name]) / 4000 == pytest.approx(1 - (1 - 0.15) * (1 - 0.3), abs=0.03)
+    for pair in itertools.combinations(gone, 2):
+        both = sum(map(all, zip(*(gone[name] for name in pair), strict=True))) / 4000
+        assert both == pytest.approx(0.15 + 0.85 * 0.3**2, abs=0.03), "each by itself"
     assert rare.drop(random.Random(0), 0.0) == rare and rare.drop(random.Random(0), 1.0) == NONE
 
 
@@ -192,7 +208,58 @@ def test_drop_takes_the_same_number_of_draws_whatever_is_given() -> None:
 
 
 def test_the_words_of_prompts() -> None:
-    words = prompt_words([KRENKO] * 3)
+    cards = [CARD] * 3
+    words = prompt_words(cards)
     assert {"legendary", "creature", "goblin", "warrior", "red", "colorless", "mythic"} <= set(words)
     assert len(words) == len(set(words)) and all(word == word.lower() for word in words)
-    assert "goblin" not in prompt_words([KRENKO] * 2)
+    assert "goblin" not in prompt_words(cards[:2])
+    printed = [replace(card, set_code="ZEN", released="2009-10-02") for card in cards]
+    assert prompt_words(printed) == [*words, "ZEN", "2009"], "other words keep their tokens"
+    assert prompt_words([*printed, replace(cards[0], name="The Year 2009")]) == [*words, "ZEN"]
+
+
+def test_a_set_and_a_year_are_told_last_and_change_no_prompt_without_them() -> None:
+    printed = replace(KRENKO, rarity="rare", set_code="ZEN", released=2009)
+    assert printed.prompt() == "legendary creature goblin warrior, red, 4, rare, ZEN, 2009:"
+    assert Attributes.parse(None, None, None, None, " zen ", 2009).prompt() == "ZEN, 2009:"
+    prompts = "".join(Attributes.of(card).prompt() for card in clean(read_embedded().rows).cards)
+    # Of the table as it was before prompts told of sets: the released models know these very bytes.
+    assert hashlib.sha256(prompts.encode()).hexdigest() == EMBEDDED_PROMPTS
+
+
+@pytest.mark.parametrize(
+    ("told", "error"),
+    [
+        ({"set_code": "Zendikar Rising"}, "its code"),
+        ({"set_code": "2018"}, "its code"),
+        ({"released": 18}, "date or year"),
+        ({"released": 99999}, "date or year"),
+    ],
+)
+def test_what_is_no_set_and_no_year(told: dict[str, Any], error: str) -> None:
+    with pytest.raises(ValueError, match=error):
+        Attributes.parse(None, None, None, **told)
+
+
+def test_a_model_knows_what_it_was_told() -> None:
+    cards = [replace(CARD, set_code=code, released=date) for code, date in (("ZEN", "2009-10-02"), ("M10", "2019"))]
+    conditions = told_conditions(cards)
+    assert conditions == {"set_code": ["M10", "ZEN"], "released": [2009, 2019]}
+    assert read_conditions(json.loads(json.dumps({"conditions": conditions}))) == conditions
+    check_known(Attributes(set_code="ZEN", released=2009), conditions)
+    check_known(KRENKO, {})
+    for attributes, known, error in [
+        (Attributes(set_code="ZEM"), conditions, "'ZEM' is none of the sets .*: the nearest is 'ZEN'"),
+        (Attributes(released=2017), conditions, "the nearest is 2019"),
+        (Attributes(released=2019), {}, "not trained with years of release: leave 2019 out"),
+        (Attributes(rarity="rare"), conditions, "not trained with rarities"),
+    ]:
+        with pytest.raises(ValueError, match=error) as raised:
+            check_known(attributes, known)
+        assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("conditions", [3, {"color": ["R"]}, {"released": "2019"}, {"set_code": [3]}])
+def test_conditions_that_are_none(conditions: Any) -> None:
+    with pytest.raises(ValueError, match=r"config\.json: conditions"):
+        read_conditions({"conditions": conditions})

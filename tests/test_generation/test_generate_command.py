@@ -90,6 +90,8 @@ def test_every_constraint_is_an_option(command: list[str], capsys: pytest.Captur
         ("--presets nowhere.yaml", 1, "there is no file"),
         ("--min-distance 7", 1, "min_distance"),
         ("--rarity odd", 1, "rarity"),
+        ("--set ZEN", 1, "not trained with sets"),
+        ("--released 2019", 1, "not trained with years"),
     ],
 )
 def test_bad_values_are_told_in_one_line(

@@ -22,7 +22,7 @@ _SAME_NAME = (
     *("count", "colors", "mana_value", "rarity", "like", "preset", "presets", "temperature", "top_k", "top_p", "min_p"),
     *("repetition_penalty", "guidance", "starts_with", "ends_with", "contains", "regex", "min_words", "max_words"),
     *("words", "min_length", "max_length", "allow_profanity", "alliterate", "min_distance", "seed", "batch_size"),
-    "best_of",
+    *("best_of", "released"),
 )
 
 
@@ -33,7 +33,9 @@ def run(args: Namespace) -> None:
 
     options = {name: args[name] for name in _SAME_NAME}
     generator = NameGenerator.from_pretrained(args.model or default_model(), args.device)
-    names: Iterable[GeneratedName] = generator.stream(type_line=args.type, banned_words=args.ban, **options)
+    names: Iterable[GeneratedName] = generator.stream(
+        type_line=args.type, set_code=args.set, banned_words=args.ban, **options
+    )
     if args.rank:
         names = sorted(names, key=lambda name: -name.score)
     if args.out is None:
@@ -146,6 +148,8 @@ def make_parser() -> CommandParser:
     parser.add_argument("--colors", type=str | None, default=None, help="letters of WUBRG, or C for colorless")
     parser.add_argument("--mana_value", type=int | None, default=None, help="such as 3")
     parser.add_argument("--rarity", type=str | None, default=None, help="such as rare, for models that learned it")
+    parser.add_argument("--set", type=str | None, default=None, help="code such as ZEN, for models that learned it")
+    parser.add_argument("--released", type=int | None, default=None, help="year, for models that learned it")
     parser.add_argument("--like", type=str | None, default=None, help='examples: "Goblin Guide; Lightning Bolt"')
     _add_sampling(parser)
     _add_constraints(parser)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from flash_experts.data.cards import parse_colors, parse_rarity
+from flash_experts.data.cards import parse_colors, parse_date, parse_rarity, parse_set_code
 from flash_experts.data.sources import FILE_KINDS, UNKNOWN, CardSource, RawCard
 
 MAX_LINE_BYTES = 2**20  # a card with all its rulings has some thousand
@@ -38,7 +38,8 @@ def read_file(path: Path) -> CardSource:
 
     A list of names is enough: one a line in txt, an array of texts in json, a column ``name`` in csv (or a
     single column without a heading). Other columns become attributes where they are called as here, in
-    MTGJSON or in Scryfall: type_line, mana_cost, colors, mana_value, rarity (type, manaCost, cmc, ...).
+    MTGJSON or in Scryfall: type_line, mana_cost, colors, mana_value, rarity, set, released (type, manaCost, cmc, ...).
+    A set is its code, released a date or a year.
 
     Raises:
         ValueError: the file is empty, not UTF-8, of another kind or too large, or a line is malformed
@@ -205,6 +206,8 @@ def _raw_card(record: Any, where: str) -> RawCard:
     if not isinstance(record, dict):
         raise ValueError(f"{where}: expected a name or a card, not {type(record).__name__}")
     fields = _fields(record)
+    if type(fields.get("released")) is int:
+        fields["released"] = str(fields["released"])
     for column in ("type_line", "mana_cost", "layout", "flag", "rarity", "set_code", "released"):
         if not isinstance(fields.get(column) or "", str):
             raise ValueError(f"{where}: {column} must be text, not {fields[column]!r}")
@@ -218,9 +221,9 @@ def _raw_card(record: Any, where: str) -> RawCard:
         layout=fields.get("layout") or "",
         flag=fields.get("flag") or "",
         source_id=str(fields.get("source_id") or Path(where).name),
-        rarity=_rarity(fields.get("rarity"), where),
-        set_code=(fields.get("set_code") or "").strip().upper() or None,
-        released=(fields.get("released") or "").strip() or None,
+        rarity=_told(_parse_rarity, fields.get("rarity"), where),
+        set_code=_told(parse_set_code, fields.get("set_code"), where),
+        released=_told(parse_date, fields.get("released"), where),
     )
 
 
@@ -248,9 +251,13 @@ def _colors(fields: dict[str, Any], type_line: str | None, where: str) -> str | 
         raise ValueError(f"{where}: {error}") from error
 
 
-def _rarity(value: str | None, where: str) -> str | None:
+def _parse_rarity(value: str | None) -> str | None:
+    return None if (value or "").strip().casefold() in _NO_RARITY else parse_rarity(value)
+
+
+def _told(parse: Callable[[str | None], str | None], value: str | None, where: str) -> str | None:
     try:
-        return None if (value or "").strip().casefold() in _NO_RARITY else parse_rarity(value)
+        return parse(value)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
 

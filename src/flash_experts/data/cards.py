@@ -29,6 +29,8 @@ TYPES = (
 _OLD_TYPES = {"Tribal": "Kindred"}  # renamed by Wizards of the Coast in 2023
 _DASH = re.compile(r"\s*(?:—|–|--)\s*|\s+-\s+")
 _SUBTYPES_OF_TWO_WORDS = ("Time Lord",)
+_SET_CODE = re.compile(r"(?=.*[A-Z])[A-Z0-9_]{2,10}", re.ASCII)  # with a letter: no mana value, no year
+_DATE = re.compile(r"(?:19|20)\d\d(?:-\d\d(?:-\d\d)?)?", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +47,9 @@ class Card:
         mana_value: what its mana cost adds up to, X counting 0; None without a mana cost, or if unknown.
         source_id: where it comes from: ``"embedded:123"`` (row), ``"mine.csv:7"`` (line), or the source's id.
         rarity: one of `RARITIES`; None if the source does not tell it (the embedded table has none).
-        set_code: of the printing that the source tells of, in capitals, e.g. ``"ZEN"``; None if unknown.
-        released: the date of that printing, ``"2009-10-02"``; None if unknown.
+        set_code: of a printing, in capitals, e.g. ``"ZEN"``; None if unknown. A card has many printings: MTGJSON tells
+            of the first, Scryfall of the one that it takes for the best known.
+        released: the date of that printing, ``"2009-10-02"``, or its year alone; None if unknown.
     """
 
     name: str
@@ -122,7 +125,10 @@ def _told(value: Any, field: str, where: str) -> str | None:
         raise ValueError(f"{where}: {field} must be text or null, not {value!r}")
     if field == "rarity" and value not in (None, *RARITIES):
         raise ValueError(f"{where}: rarity must be one of {', '.join(RARITIES)}, not {value!r}")
-    return value
+    try:
+        return parse_set_code(value) if field == "set_code" else parse_date(value) if field == "released" else value
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
 
 
 def _texts(value: Any, field: str, where: str) -> tuple[str, ...]:
@@ -183,6 +189,30 @@ def parse_rarity(text: str | None) -> str | None:
         hint = f"did you mean {near[0]!r}?" if near else f"take {', '.join(RARITIES)}"
         raise ValueError(f"unknown rarity {word!r}: {hint}")
     return rarity
+
+
+def parse_set_code(text: str | None) -> str | None:
+    """A set's code in capitals, ``"ZEN"``, of what a person or a source wrote; None for nothing.
+
+    Raises:
+        ValueError: it is no code.
+    """
+    code = (text or "").strip().upper()
+    if code and not _SET_CODE.fullmatch(code):
+        raise ValueError(f"a set is told by its code, 2 to 10 letters and digits such as ZEN, not {code[:50]!r}")
+    return code or None
+
+
+def parse_date(text: str | None) -> str | None:
+    """A date of release, ``"2009-10-02"``, or a year, as it is written; None for nothing.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    date = (text or "").strip()
+    if date and not _DATE.fullmatch(date):
+        raise ValueError(f"a release is told by its date or year, such as 2009-10-02 or 2009, not {date[:50]!r}")
+    return date or None
 
 
 def split_type_line(type_line: str) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from flash_experts.data.cards import RARITIES, in_color_order
+from flash_experts.data.cards import RARITIES, in_color_order, parse_date, parse_set_code
 from flash_experts.data.download import Downloader, DownloadError
 from flash_experts.data.exclusions import FRANCHISE_SETS, FRANCHISES, JOKES
 from flash_experts.data.names import FACE_SEPARATOR, normal_form
@@ -119,7 +119,7 @@ def read_cards(path: Path, sets: dict[str, Set], rarities: Mapping[str, str]) ->
         for name, entries in ijson.kvitems(file, "data", use_float=True):
             try:
                 yield from raw_cards(entries, sets, rarities)
-            except (KeyError, TypeError, AttributeError) as error:
+            except (KeyError, TypeError, AttributeError, ValueError) as error:
                 problem = f"{type(error).__name__}: {error}"
                 raise DamagedError(f"its card {name!r} is not as expected ({problem})") from error
 
@@ -128,7 +128,7 @@ def raw_cards(entries: list[dict[str, Any]], sets: dict[str, Set], rarities: Map
     """Our rows of what stands under one name: one card for its faces, or several cards of that name.
 
     Raises:
-        KeyError, TypeError, AttributeError: it is something else.
+        KeyError, TypeError, AttributeError, ValueError: it is something else.
     """
     by_side = {entry["side"]: entry for entry in reversed(entries) if entry.get("side")}  # the first of each
     if by_side:
@@ -156,7 +156,7 @@ def _raw_card(faces: list[dict[str, Any]], sets: dict[str, Set], rarities: Mappi
         flag=told if known is None else known,
         source_id=f"mtgjson:{oracle_id or names[0]}",
         rarity=rarities.get(oracle_id or ""),
-        set_code=first_set,
-        released=of_set.get("releaseDate"),
+        set_code=parse_set_code(first_set),
+        released=parse_date(of_set.get("releaseDate")),
         out=out if known is None else "",
     )

@@ -6,9 +6,10 @@ import difflib
 import random
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 from flash_experts.data.cards import (
     COLOR_WORDS,
@@ -18,7 +19,9 @@ from flash_experts.data.cards import (
     TYPES,
     Card,
     parse_colors,
+    parse_date,
     parse_rarity,
+    parse_set_code,
     split_type_line,
 )
 from flash_experts.data.names import normal_form
@@ -38,7 +41,9 @@ class Attributes:
         colors: letters in the order WUBRG; None if not given; ``()`` says colorless.
         mana_value: None if not given.
         rarity: one of `flash_experts.data.cards.RARITIES`; None if not given. Cards of the embedded table have none,
-            so a model listens to it only if it was trained on a source that tells it.
+            nor the two below: a model listens to them only if it was trained on a source that tells them.
+        set_code: of the printing that a source tells of (`flash_experts.data.cards.Card`), such as ``"ZEN"``.
+        released: the year of that printing.
     """
 
     supertypes: tuple[str, ...] | None = None
@@ -47,17 +52,27 @@ class Attributes:
     colors: tuple[str, ...] | None = None
     mana_value: int | None = None
     rarity: str | None = None
+    set_code: str | None = None
+    released: int | None = None
 
     @classmethod
     def of(cls, card: Card) -> Attributes:
         """All that is known of a card."""
+        year = None if card.released is None else int(card.released[:4])
+        facts = (card.colors, card.mana_value, card.rarity, card.set_code, year)
         if not card.type_line:
-            return cls(colors=card.colors, mana_value=card.mana_value, rarity=card.rarity)
-        return cls(card.supertypes, card.types, card.subtypes, card.colors, card.mana_value, card.rarity)
+            return cls(None, None, None, *facts)
+        return cls(card.supertypes, card.types, card.subtypes, *facts)
 
     @classmethod
     def parse(
-        cls, type_line: str | None, colors: str | None, mana_value: int | None, rarity: str | None = None
+        cls,
+        type_line: str | None,
+        colors: str | None,
+        mana_value: int | None,
+        rarity: str | None = None,
+        set_code: str | None = None,
+        released: int | None = None,
     ) -> Attributes:
         """Attributes as a person writes them; None (or an empty text) leaves one open.
 
@@ -67,14 +82,19 @@ class Attributes:
             colors: ``"R"``, ``"WU"``, ``"red"``, ``"white blue"``, ``"colorless"``, ``"C"``.
             mana_value: 0 or more.
             rarity: ``"rare"``, ``"mythic rare"``, ``"M"``.
+            set_code: ``"ZEN"``, in any case.
+            released: a year.
 
         Raises:
-            ValueError: a type, color or rarity is unknown (the nearest is offered), or the mana value cannot be.
+            ValueError: a type, color or rarity is unknown (the nearest is offered), or a mana value, set or year cannot
+                be. Which sets and years a model knows is another question: `check_known`.
         """
         if mana_value is not None and (isinstance(mana_value, bool) or not 0 <= mana_value <= MOST_MANA):
             raise ValueError(f"the mana value must be from 0 to {MOST_MANA:,}, not {mana_value}")
         supertypes, types, subtypes = parse_type_line(type_line)
-        return cls(supertypes, types, subtypes, parse_colors(colors), mana_value, parse_rarity(rarity))
+        year = None if released is None else int(parse_date(str(released)) or 0)
+        told = (parse_rarity(rarity), parse_set_code(set_code), year)
+        return cls(supertypes, types, subtypes, parse_colors(colors), mana_value, *told)
 
     def drop(self, rng: random.Random, probability: float) -> Attributes:
         """Leaves attributes open at random, so that a model learns to serve any subset of them.
@@ -89,9 +109,9 @@ class Attributes:
         *single, everything = (rng.random() for _ in range(6))
         if everything < probability / 2:
             return NONE
-        # The rarity goes by the lower digits of the first draw, which say nothing of the upper ones: a seventh draw
-        # would change what is dropped of cards without a rarity, and with it every run on the embedded table.
-        keep = [draw >= probability for draw in (*single, single[0] * 2**20 % 1)]
+        # What only some sources tell goes by the lower digits of the first draws, which say nothing of the upper ones:
+        # a seventh draw would change what is dropped of the other cards, and with it every run on the embedded table.
+        keep = [draw >= probability for draw in (*single, *(draw * 2**20 % 1 for draw in single[: len(SELDOM_TOLD)]))]
         return Attributes(
             supertypes=self.supertypes if keep[0] else None,
             types=self.types if keep[1] else None,
@@ -99,13 +119,16 @@ class Attributes:
             colors=self.colors if keep[3] else None,
             mana_value=self.mana_value if keep[4] else None,
             rarity=self.rarity if keep[5] else None,
+            set_code=self.set_code if keep[6] else None,
+            released=self.released if keep[7] else None,
         )
 
     def prompt(self) -> str:
-        """Plain English: ``"legendary creature goblin warrior, red, 3, rare:"``; ``":"`` for nothing.
+        """Plain English: ``"legendary creature goblin warrior, red, 3, rare, ZEN, 2009:"``; ``":"`` for nothing.
 
-        The text that is learned is begin + prompt + " " + name + end. Types are in lower case, which names never have
-        them in: so a tokenizer can have one token for each word of prompts and spell names letter by letter.
+        The text that is learned is begin + prompt + " " + name + end. Types are in lower case and sets in capitals, as
+        names never have them: so a tokenizer can have one token for each word of prompts and spell names letter by
+        letter.
         """
         parts = [" ".join((*(self.supertypes or ()), *(self.types or ()), *(self.subtypes or ()))).lower()]
         if self.colors is not None:
@@ -114,6 +137,10 @@ class Attributes:
             parts.append(str(self.mana_value))
         if self.rarity is not None:
             parts.append(self.rarity)
+        if self.set_code is not None:
+            parts.append(self.set_code)
+        if self.released is not None:
+            parts.append(str(self.released))
         return ", ".join(part for part in parts if part) + ":"
 
 
@@ -121,16 +148,74 @@ NONE = Attributes()
 
 
 def prompt_words(cards: Iterable[Card], at_least: int = 3) -> list[str]:
-    """The words that prompts of cards are made of, as prompts write them, numbers left out.
+    """The words that prompts of cards are made of, as prompts write them; of numbers, the years of release alone.
 
     Args:
-        cards: whose subtypes count.
-        at_least: cards that must have a subtype.
+        cards: whose subtypes, sets and years count.
+        at_least: cards that must have a subtype, set or year. A set or year that is a word of some name is left out.
     """
+    cards = list(cards)
     counts = Counter(name for card in cards for name in card.subtypes)
     subtypes = sorted(name for name, count in counts.items() if count >= at_least)
     words = " ".join((*SUPERTYPES, *TYPES, *COLOR_WORDS.values(), COLORLESS, *RARITIES, *subtypes)).lower().split()
+    told = [(one.set_code, one.released) for one in map(Attributes.of, cards)]
+    words_of_names = {word for card in cards for word in re.findall(r"\w+", card.name)}
+    for values in zip(*told, strict=True):
+        seen = Counter(str(value) for value in values if value is not None)
+        words += sorted(word for word, count in seen.items() if count >= at_least and word not in words_of_names)
     return list(dict.fromkeys(words))
+
+
+Conditions = dict[str, list[Any]]
+CONDITIONS = "conditions"  # in a model's configuration
+SELDOM_TOLD = {"rarity": "rarities", "set_code": "sets", "released": "years of release"}  # attributes, and their plural
+
+
+def told_conditions(cards: Iterable[Card]) -> Conditions:
+    """What cards tell of the attributes that only some sources have: every value, sorted, of each that is told."""
+    attributes = [Attributes.of(card) for card in cards]
+    told = {name: sorted({getattr(one, name) for one in attributes} - {None}) for name in SELDOM_TOLD}
+    return {name: values for name, values in told.items() if values}
+
+
+def read_conditions(config: Mapping[str, Any]) -> Conditions:
+    """The `told_conditions` in a model's configuration, where training writes them; {} if it has none.
+
+    Raises:
+        ValueError: they are no lists of texts and years.
+    """
+    conditions = config.get(CONDITIONS, {})
+    kinds = {name: int if name == "released" else str for name in SELDOM_TOLD}
+    if not isinstance(conditions, dict) or not all(
+        name in kinds and isinstance(values, list) and all(type(value) is kinds[name] for value in values)
+        for name, values in conditions.items()
+    ):
+        raise ValueError(f"config.json: {CONDITIONS} must hold lists of {', '.join(kinds)}")
+    return conditions
+
+
+def check_known(attributes: Attributes, conditions: Conditions) -> None:
+    """Whether a model that learned from these `told_conditions` knows what only some sources tell.
+
+    Raises:
+        ValueError: it never read of such a thing, or not of this value (the nearest is offered).
+    """
+    for name, plural in SELDOM_TOLD.items():
+        value, known = getattr(attributes, name), conditions.get(name, [])
+        if value is None or value in known:
+            continue
+        if not known:
+            raise ValueError(
+                f"this model was not trained with {plural}: leave {value!r} out, or train on a source that tells them "
+                "(`flash-experts prepare --source scryfall`)"
+            )
+        if isinstance(value, int):
+            near = [min(known, key=lambda year: abs(year - value))]
+        else:
+            near = difflib.get_close_matches(value, known, n=1, cutoff=0.0)
+        raise ValueError(
+            f"{value!r} is none of the {plural} that this model was trained with: the nearest is {near[0]!r}"
+        )
 
 
 Parts = tuple[tuple[str, ...] | None, tuple[str, ...] | None, tuple[str, ...] | None]

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flash_experts.data.cards import RARITIES, in_color_order
+from flash_experts.data.cards import RARITIES, in_color_order, parse_date, parse_set_code
 from flash_experts.data.download import Downloader, DownloadError, checked_url
 from flash_experts.data.exclusions import FRANCHISE_SETS, FRANCHISES, JOKES
 from flash_experts.data.names import FACE_SEPARATOR, normal_form
@@ -73,7 +73,7 @@ def read_cards(path: Path) -> Iterator[RawCard]:
         for number, record in json_lines(file):
             try:
                 yield raw_card(record)
-            except (KeyError, TypeError, AttributeError) as error:
+            except (KeyError, TypeError, AttributeError, ValueError) as error:
                 raise DamagedError(f"its line {number} is not as expected ({type(error).__name__}: {error})") from error
 
 
@@ -81,7 +81,7 @@ def raw_card(card: dict[str, Any]) -> RawCard:
     """Our row of Scryfall's card object.
 
     Raises:
-        KeyError, TypeError, AttributeError: it is none.
+        KeyError, TypeError, AttributeError, ValueError: it is none.
     """
     faces = card.get("card_faces") or [card]
     name = FACE_SEPARATOR.join(face["name"] for face in faces)
@@ -96,8 +96,8 @@ def raw_card(card: dict[str, Any]) -> RawCard:
         flag=_flag(card) if known is None else known,
         source_id=f"scryfall:{card.get('oracle_id') or faces[0].get('oracle_id') or card['id']}",
         rarity=rarity if rarity in RARITIES else None,  # "special" and "bonus" are none of the four
-        set_code=str(card["set"]).upper() if "set" in card else None,
-        released=card.get("released_at"),
+        set_code=parse_set_code(card.get("set")),
+        released=parse_date(card.get("released_at")),
         out=_out(card) if known is None else "",
     )
 

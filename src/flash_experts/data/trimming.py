@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from dataclasses import fields
 from typing import Any
 
 from tokenizers import Tokenizer, pre_tokenizers
@@ -22,14 +22,16 @@ from flash_experts.data.prompts import Attributes
 
 
 def texts_of_cards(cards: Sequence[Card]) -> list[str]:
-    """All that a model reads or writes of cards: names as they are learned, prompts of any subset of attributes."""
+    """All that a model reads or writes of cards: names as they are learned, and prompts of all attributes, of each, of
+    any two and of none. A prompt of another subset is made of pieces of these, cut at the same spaces and commas."""
     texts = {" " + card.name for card in cards}
-    names = ("supertypes", "types", "subtypes", "colors", "mana_value", "rarity")
+    names = tuple(field.name for field in fields(Attributes))
     for attributes in {Attributes.of(card) for card in cards}:
         given = [name for name in names if getattr(attributes, name) is not None]
-        for count in range(len(given) + 1):
-            for left_out in itertools.combinations(given, count):
-                texts.add(replace(attributes, **dict.fromkeys(left_out)).prompt())
+        texts.add(attributes.prompt())
+        for count in range(min(2, len(given)) + 1):
+            for told in itertools.combinations(given, count):
+                texts.add(Attributes(**{name: getattr(attributes, name) for name in told}).prompt())
     return sorted(texts)
 
 

@@ -153,7 +153,7 @@ def _rows_of_each(attributes: Sequence[Attributes]) -> dict[Attributes, list[int
     """Rows of each distinct prompt, as far as n-grams listen to it."""
     rows: dict[Attributes, list[int]] = {}
     for index, one in enumerate(attributes):
-        rows.setdefault(replace(one, mana_value=None, rarity=None), []).append(index)
+        rows.setdefault(replace(one, mana_value=None, rarity=None, set_code=None, released=None), []).append(index)
     return rows
 
 

@@ -11,7 +11,7 @@ from typing import Any, TypedDict, Unpack
 import torch
 from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
-from flash_experts.data.prompts import NONE, Attributes
+from flash_experts.data.prompts import NONE, Attributes, check_known, read_conditions
 from flash_experts.generation.constraints import Constraints
 from flash_experts.generation.likeness import Resembles, examples_of, filled_in, shared_attributes
 from flash_experts.generation.presets import Sampling, sampling_of
@@ -50,6 +50,8 @@ class Options(TypedDict, total=False):
     min_distance: float
     filters: Sequence[FilterFactory]
     rarity: str | None
+    set_code: str | None
+    released: int | None
     like: str | Sequence[str] | None
 
 
@@ -142,14 +144,16 @@ class NameGenerator:
             **options: `Options`: what names hold (see `Constraints`), how tokens are drawn (see `Sampling`;
                 each overrides the preset's), and ``filters``: more filters, each called with (vocabulary,
                 prompt length) and giving a LogitsProcessor, as the class of your own `NameFilter` does;
-                ``rarity``, such as "rare", for models that learned it; ``like``, examples whose kind of card and
-                pieces of words the names shall have, as a list or "Goblin Guide; Lightning Bolt".
+                ``rarity``, such as "rare", ``set_code``, such as "ZEN", and ``released``, a year, for models that
+                learned them; ``like``, examples whose kind of card and pieces of words the names shall have, as a list
+                or "Goblin Guide; Lightning Bolt".
 
         Returns:
             ``count`` names in the order they were found, or fewer, with a warning, if no more are found.
 
         Raises:
-            ValueError: an argument is out of range or unknown, or the constraints leave no name at all.
+            ValueError: an argument is out of range, unknown, or unknown to the model, or the constraints leave no name
+                at all.
         """
         found = self.stream(count, type_line, colors, mana_value, preset, seed, batch_size, best_of, **options)
         return list(found)
@@ -182,9 +186,11 @@ class NameGenerator:
             if not least <= value <= most:
                 raise ValueError(f"{name} is {value}: it must be from {least:,} to {most:,}")
         rarity, like = options.pop("rarity", None), options.pop("like", None)
+        printing = options.pop("set_code", None), options.pop("released", None)
         sampling, constraints, filters = _sorted_options(preset, options)
         examples = examples_of(like) if like else []
-        attributes = attributes_asked_for(type_line, colors, mana_value, rarity, examples)
+        attributes = attributes_asked_for(type_line, colors, mana_value, rarity, *printing, examples=examples)
+        check_known(attributes, read_conditions(self.model.config.to_dict()))
         prompt_ids, untold_ids = (
             [self.tokenizer.bos_token_id, *self.vocabulary.encode(told.prompt())] for told in (attributes, NONE)
         )
@@ -203,6 +209,9 @@ def attributes_asked_for(
     colors: str | None,
     mana_value: int | None,
     rarity: str | None = None,
+    set_code: str | None = None,
+    released: int | None = None,
+    *,
     examples: Sequence[str] = (),
 ) -> Attributes:
     """What the prompt tells: the attributes given, and where they are open what most of the examples share.
@@ -210,7 +219,7 @@ def attributes_asked_for(
     Raises:
         ValueError: see `Attributes.parse`.
     """
-    attributes = Attributes.parse(type_line, colors, mana_value, rarity)
+    attributes = Attributes.parse(type_line, colors, mana_value, rarity, set_code, released)
     return filled_in(attributes, shared_attributes(examples)) if examples else attributes
 
 

@@ -8,7 +8,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerBase
 
 from flash_experts.data.cards import Card
-from flash_experts.data.prompts import Attributes, prompt_words
+from flash_experts.data.prompts import CONDITIONS, Attributes, prompt_words, read_conditions, told_conditions
 from flash_experts.data.tokenizer import load_tokenizer, train_tokenizer
 from flash_experts.data.trimming import texts_of_cards, trim_tokenizer
 from flash_experts.models.flash_attention import ATTENTION_IMPLEMENTATION
@@ -54,7 +54,17 @@ def build_model(
     if config.dropout is not None:
         _set_dropout(model, config.dropout)
     model.loss_type = "ForCausalLM"
+    _tell_conditions(model, cards)
     return model, tokenizer
+
+
+def _tell_conditions(model: PreTrainedModel, cards: Sequence[Card]) -> None:
+    """Adds to the configuration what the model can be asked for, once it has learned these cards, of what only some
+    sources tell."""
+    before, now = read_conditions(model.config.to_dict()), told_conditions(cards)
+    if now:
+        names = {**before, **now}
+        setattr(model.config, CONDITIONS, {name: sorted({*before.get(name, ()), *now.get(name, ())}) for name in names})
 
 
 def tokenizer_texts(cards: Sequence[Card]) -> list[str]:
