@@ -77,6 +77,7 @@ def test_a_visit(server: tuple[subprocess.Popen[str], str], page: Any, tmp_path:
     _names_are_kept_by_keyboard(page, names[1])
     _more_like_those_that_are_kept(page, names[1])
     _a_name_is_looked_into(page)
+    _a_star_that_is_pressed_while_names_come(page, names[1])
     _the_table_is_downloaded(page, tmp_path)
     _settings_are_shared(page)
     _evil_settings_are_text(page)
@@ -141,6 +142,22 @@ def _a_name_is_looked_into(page: Any) -> None:
     first = panel.locator(".fe-attention").inner_text()
     panel.get_by_role("group", name="Head of the attention").get_by_role("button", name="2").click()
     page.wait_for_function("first => document.querySelector('.fe-attention').innerText !== first", arg=first)
+
+
+def _a_star_that_is_pressed_while_names_come(page: Any, kept: str) -> None:
+    """It is there when all have come, and lets go for what follows."""
+    _load(page, Settings(count=40, seed=987654321).to_string())
+    page.wait_for_selector("text=Settings loaded")
+    page.get_by_role("button", name="Make names").click()
+    page.wait_for_selector("#fe-status >> text=seed 987654321")
+    name = _texts(page)[1]
+    star = page.get_by_role("button", name=f"Keep {name}", exact=True)
+    star.click()
+    assert _wait_for(page, 1 + 40)[:2] == [kept, name]
+    page.wait_for_selector("#fe-status >> text=/^40 names/")
+    page.wait_for_selector(f'#fe-table [data-key="lock {name}"][aria-pressed=true]')
+    star.click()
+    page.wait_for_selector(f'#fe-table [data-key="lock {name}"][aria-pressed=false]')
 
 
 def _the_table_is_downloaded(page: Any, folder: Path) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
+from copy import deepcopy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ import pytest
 from flash_experts import NameGenerator
 from flash_experts.app import rendering
 from flash_experts.app.comparing import Side, compare
-from flash_experts.app.handlers import Handlers, csv_of
+from flash_experts.app.handlers import MOST_KEPT, Handlers, Table, csv_of
 from flash_experts.app.inspecting import inspect_name
 from flash_experts.app.service import Playground, Progress, Row
 from flash_experts.app.settings import Settings
@@ -136,24 +138,54 @@ def test_all_text_is_escaped(playground: Playground) -> None:
 
 def test_keeping_and_likeness(playground: Playground) -> None:
     handlers = Handlers(playground)
-    values = _values()
-    *_, shown = handlers.make(values, ())
-    rows = handlers.lock(shown.rows, "1")
+    values, table = _values(), Table()
+    *_, shown = handlers.make(values, table)
+    (told,) = handlers.more_like(values, table)
+    assert "keep a name first" in told.status
+    rows = table.press(shown.rows[1].name.text)
     assert [row.locked for row in rows].count(True) == 1 and rows[1].locked
-    for nonsense in (None, "x", "-1", "99", {}, "1" * 5000):
-        assert handlers.lock(rows, nonsense) == rows
-    *_, refined = handlers.more_like(values, rows)
+    for nonsense in (None, "x", 1, {}, "1" * 5000):
+        assert table.press(nonsense) == rows
+    *_, refined = handlers.more_like(values, table)
     assert refined.rows[0] == rows[1] and len(refined.rows) == 1 + 4
     assert refined.rows[1].settings.like == (rows[1].name.text,)
-    (told,) = handlers.more_like(values, shown.rows)
-    assert "keep a name first" in told.status
-    assert csv_of(rows).splitlines()[0] == "text,fits_type,fits_probability,log_prob,score,nearest_card,similarity"
-    assert len(csv_of(rows).splitlines()) == 5
+    assert csv_of(table).splitlines()[0] == "text,fits_type,fits_probability,log_prob,score,nearest_card,similarity"
+    assert len(csv_of(table).splitlines()) == 6
+
+
+def test_stars_that_are_pressed_while_names_come(playground: Playground) -> None:
+    handlers = Handlers(playground)
+    values, table = _values(), Table()
+    *_, shown = handlers.make(values, table)
+    kept, passed, *_ = (row.name.text for row in shown.rows)
+    table.press(kept)
+    other = deepcopy(table)
+    stream = handlers.make({**values, "seed": 2}, table)
+    first = next(stream).rows[-1].name.text
+    assert passed not in [row.name.text for row in table.rows]
+    table.press(first)
+    table.press(kept)
+    *_, last = stream
+    assert [row.name.text for row in table.kept] == [first]
+    assert last.rows == table.rows and len(last.rows) == 4 and last.table.count('aria-pressed="true"') == 1
+    assert [row.name.text for row in other.kept] == [kept] and len(other.rows) == 4, "of another session"
+    late = Table(shown.rows)
+    late.press(kept)  # after the request was sent, and before its first name
+    assert [row.name.text for row in late.put(last.rows[:1])] == [kept, first]
+
+
+def test_so_many_names_are_kept_and_no_more(playground: Playground) -> None:
+    name = next(playground.names(GOBLINS)).rows[0]
+    rows = tuple(replace(name, name=replace(name.name, text=str(number))) for number in range(MOST_KEPT + 1))
+    table = Table(rows)
+    for row in rows:
+        table.press(row.name.text)
+    assert table.kept == tuple(replace(row, locked=True) for row in rows[:MOST_KEPT])
 
 
 def test_a_look_at_no_block_is_told(playground: Playground) -> None:
     handlers = Handlers(playground)
-    *_, shown = handlers.make(_values(), ())
+    *_, shown = handlers.make(_values(), Table())
     assert "Where each token looks" in handlers.look(shown.rows[0], "2", "1")
     for block, head in (("9", "0"), ("0", "9"), ("x", "0"), (None, {}), ("-1", "0"), ("0", "-2")):
         assert "fe-failure" in handlers.look(shown.rows[0], block, head)

@@ -1,12 +1,13 @@
 """What the page does when something is pressed: plain functions from values to pieces of HTML.
 
 What a person did wrong becomes a line on the page. State that the page keeps is in `Row`s, which the server made
-itself: of what a browser sends, only numbers of rows, blocks and heads are looked at.
+itself: what a browser sends is only compared with their names, or is the number of a block or a head.
 """
 
 from __future__ import annotations
 
 import io
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -43,45 +44,72 @@ class Shown:
     settings: str
 
 
+class Table:
+    """The names that one session sees: a request adds to them while their stars are pressed, each in its own thread."""
+
+    def __init__(self, rows: Rows = ()) -> None:
+        self.rows = rows
+        self._turn = threading.Lock()
+
+    def __deepcopy__(self, _: dict[int, Any]) -> Table:
+        """As Gradio makes one for each session."""
+        return Table(self.rows)
+
+    @property
+    def kept(self) -> Rows:
+        return tuple(row for row in self.rows if row.locked)
+
+    def put(self, found: Rows) -> Rows:
+        """Puts what a request has found so far below the rows that are kept by now, and returns all of them."""
+        with self._turn:
+            kept = {row.name.text: row for row in self.kept}
+            below = tuple(kept.pop(row.name.text, row) for row in found)
+            self.rows = (*kept.values(), *below)
+            return self.rows
+
+    def press(self, name: Any) -> Rows:
+        """Keeps the row of a name, or lets it go, and returns all of them."""
+        with self._turn:
+            row = picked(self.rows, name)
+            if row is not None and (row.locked or len(self.kept) < MOST_KEPT):
+                pressed = replace(row, locked=not row.locked)
+                self.rows = tuple(pressed if each is row else each for each in self.rows)
+            return self.rows
+
+
 class Handlers:
     """The answers of one playground's page."""
 
     def __init__(self, playground: Playground) -> None:
         self.playground = playground
 
-    def make(self, values: Mapping[str, Any], rows: Rows) -> Iterator[Shown]:
+    def make(self, values: Mapping[str, Any], table: Table) -> Iterator[Shown]:
         """New names below those that are kept."""
-        yield from self._make(values, rows, ())
+        yield from self._make(values, table, ())
 
-    def more_like(self, values: Mapping[str, Any], rows: Rows) -> Iterator[Shown]:
+    def more_like(self, values: Mapping[str, Any], table: Table) -> Iterator[Shown]:
         """Names that resemble those that are kept."""
-        kept = tuple(row.name.text for row in rows if row.locked)
+        kept = tuple(row.name.text for row in table.kept)
         if not kept:
-            yield self._failed("keep a name first (☆ beside it): the next ones will be like those that are kept", rows)
+            message = "keep a name first (☆ beside it): the next ones will be like those that are kept"
+            yield self._failed(message, table.rows)
             return
-        yield from self._make({**values, "seed": None}, rows, kept[-20:])
+        yield from self._make({**values, "seed": None}, table, kept[-20:])
 
-    def _make(self, values: Mapping[str, Any], rows: Rows, like: Sequence[str]) -> Iterator[Shown]:
-        kept = tuple(row for row in rows if row.locked)
+    def _make(self, values: Mapping[str, Any], table: Table, like: Sequence[str]) -> Iterator[Shown]:
         try:
             settings = form.settings_of(values)
             settings = replace(settings, like=tuple(like)) if like else settings
-            for progress in self.playground.names(settings, values["model"], [row.name.text for row in kept]):
-                shown = (*kept, *progress.rows)
+            had = [row.name.text for row in table.kept]
+            for progress in self.playground.names(settings, values["model"], had):
+                rows = table.put(progress.rows)
                 told = progress.settings.to_string()
-                yield Shown(rendering.names_table(shown, "New names"), rendering.status(progress), shown, told)
+                yield Shown(rendering.names_table(rows, "New names"), rendering.status(progress), rows, told)
         except ValueError as error:
-            yield self._failed(str(error), kept)
+            yield self._failed(str(error), table.put(()))
 
     def _failed(self, message: str, rows: Rows) -> Shown:
-        return Shown(rendering.names_table(rows, "Names") or EMPTY, rendering.failure(message), rows, "")
-
-    def lock(self, rows: Rows, number: Any) -> Rows:
-        """Keeps a row, or lets it go."""
-        place = _index(number, len(rows))
-        if place is None or (not rows[place].locked and sum(row.locked for row in rows) >= MOST_KEPT):
-            return rows
-        return (*rows[:place], replace(rows[place], locked=not rows[place].locked), *rows[place + 1 :])
+        return Shown(table_of(rows), rendering.failure(message), rows, "")
 
     def look(self, row: Row | None, block: Any = 0, head: Any = -1) -> str:
         """The panel of one name; ``head`` -1 is the mean of all."""
@@ -116,16 +144,20 @@ class Handlers:
             yield [Shown("", rendering.failure(str(error)), (), "") for _ in sides]
 
 
-def picked(rows: Rows, number: Any) -> Row | None:
-    """A row by the number that a browser sent; None if there is none."""
-    place = _index(number, len(rows))
-    return None if place is None else rows[place]
+def picked(rows: Rows, name: Any) -> Row | None:
+    """The row of a name that a browser sent; None if there is none."""
+    return next((row for row in rows if row.name.text == name), None)
 
 
-def csv_of(rows: Rows) -> str:
+def table_of(rows: Rows) -> str:
+    """The table as HTML."""
+    return rendering.names_table(rows, "Names") or EMPTY
+
+
+def csv_of(table: Table) -> str:
     """The table as a file's text."""
     file = io.StringIO()
-    write_csv((row.name for row in rows), file)
+    write_csv((row.name for row in table.rows), file)
     return file.getvalue()
 
 
@@ -141,8 +173,3 @@ def read_settings(text: str | None) -> dict[str, Any]:
 def _integer(value: Any) -> int | None:
     text = str(value)[:6]
     return int(text) if text.lstrip("-").isdecimal() and text.count("-") <= 1 else None
-
-
-def _index(value: Any, length: int) -> int | None:
-    number = _integer(value)
-    return number if number is not None and 0 <= number < length else None

@@ -10,7 +10,17 @@ import gradio as gr
 from flash_experts.app import form, rendering
 from flash_experts.app.api import add_endpoints
 from flash_experts.app.comparing import Side
-from flash_experts.app.handlers import EMPTY, Handlers, Rows, Shown, csv_of, picked, read_settings
+from flash_experts.app.handlers import (
+    EMPTY,
+    Handlers,
+    Rows,
+    Shown,
+    Table,
+    csv_of,
+    picked,
+    read_settings,
+    table_of,
+)
 from flash_experts.app.service import Playground, Row
 from flash_experts.app.settings import LONGEST_STRING
 from flash_experts.generation import PRESETS
@@ -106,7 +116,7 @@ def _names_tab(
     handlers: Handlers, controls: form.Controls, make: gr.Button, looked: gr.State, panel: gr.HTML
 ) -> list[Any]:
     """The table of names with what can be done to it. Returns the events that can be stopped."""
-    rows = gr.State(())
+    names = gr.State(Table())
     with gr.Row(elem_id="fe-examples"):
         examples = {title: gr.Button(title, size="sm", min_width=110) for title in _EXAMPLES}
     status = _html("fe-status")
@@ -122,16 +132,18 @@ def _names_tab(
         load = gr.Button("Load these settings", size="sm", elem_id="fe-load")
     csv = gr.Textbox(visible="hidden", elem_id="fe-csv-text")
 
-    inputs, shown = [*controls.values(), rows], [table, status, rows, share]
+    inputs, shown = [*controls.values(), names], [table, status, names, share]
     starts: list[Any] = [make.click, *(controls[name].submit for name in form.TEXTS)]
     running = [start(_streaming(handlers.make, controls), inputs, shown, **_COMPUTES) for start in starts]
     running.append(more.click(_streaming(handlers.more_like, controls), inputs, shown, **_COMPUTES))
     for title, button in examples.items():
         filled = button.click(_filling(title), None, _attribute_controls(controls), **_AT_ONCE)
         running.append(filled.then(_streaming(handlers.make, controls), inputs, shown, **_COMPUTES))
-    pressed = table.click(_row_pressed(handlers), [rows, looked], [table, rows, looked, panel], **_COMPUTES)
+    for run in running:  # the last table of a request may have been on its way when a star was pressed
+        run.then(lambda names: table_of(names.rows), names, table, **_AT_ONCE)
+    pressed = table.click(_row_pressed(handlers), [names, looked], [table, names, looked, panel], **_COMPUTES)
     pressed.then(None, js=_SHOW_LOOK, **_AT_ONCE)
-    download.click(csv_of, rows, csv, **_AT_ONCE).then(None, csv, js=_DOWNLOAD, **_AT_ONCE)
+    download.click(csv_of, names, csv, **_AT_ONCE).then(None, csv, js=_DOWNLOAD, **_AT_ONCE)
     loadable = [name for name in controls if name != "model"]
     load.click(_loading(loadable), share, [status, *(controls[name] for name in loadable)], **_AT_ONCE)
     return running
@@ -171,9 +183,9 @@ def _streaming(
     names = list(controls)
 
     def run(*values: Any) -> Iterator[tuple[Any, ...]]:
-        *given, rows = values
-        for shown in handler(dict(zip(names, given, strict=True)), rows):
-            yield shown.table, shown.status, shown.rows, shown.settings
+        *given, table = values
+        for shown in handler(dict(zip(names, given, strict=True)), table):
+            yield shown.table, shown.status, table, shown.settings
 
     return run
 
@@ -191,12 +203,11 @@ def _comparing(handlers: Handlers, controls: form.Controls) -> Callable[..., Ite
 
 
 def _row_pressed(handlers: Handlers) -> Callable[..., Any]:
-    def pressed(rows: Rows, looked: Row | None, event: gr.EventData) -> tuple[Any, ...]:
+    def pressed(names: Table, looked: Row | None, event: gr.EventData) -> tuple[Any, ...]:
         told = _told(event)
         if told.get("do") == "lock":
-            rows = handlers.lock(rows, told.get("row"))
-            return rendering.names_table(rows, "Names") or EMPTY, rows, looked, gr.skip()
-        row = picked(rows, told.get("row"))
+            return table_of(names.press(told.get("name"))), names, looked, gr.skip()
+        row = picked(names.rows, told.get("name"))
         return gr.skip(), gr.skip(), row, handlers.look(row)
 
     return pressed
@@ -204,7 +215,7 @@ def _row_pressed(handlers: Handlers) -> Callable[..., Any]:
 
 def _side_pressed(handlers: Handlers) -> Callable[..., Any]:
     def pressed(rows: Rows, event: gr.EventData) -> tuple[Row | None, str]:
-        row = picked(rows, _told(event).get("row"))
+        row = picked(rows, _told(event).get("name"))
         return row, handlers.look(row)
 
     return pressed
