@@ -2,7 +2,7 @@
 
     python benchmarks/server_faults.py [--requests 10000] [--model DIR] [--out results.json]
 
-One server in a process of its own. After a first part of everything, which fills caches, its memory, open files and
+One server in a process of its own. After a tenth of everything, which fills caches, its memory, open files and
 threads are read from /proc; then come `--requests` requests of pages, endpoints and nonsense, clients that send half a
 request, clients that never take their answer, sockets dropped amid a request and amid an answer, requests whose
 names nobody fetches, and bodies of 10 MB. Each part counts its tries, and how many got the answer that they should.
@@ -28,7 +28,9 @@ import httpx
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 CALL = "/gradio_api/call/v2"
-MOST_GROWTH = {"rss_mb": 60, "files": 4, "threads": 8}  # threads that wait for work are kept for the next clients
+MOST_GROWTH = {"rss_mb": 60, "files": 4, "threads": 8}
+# Connections that are kept alive end after 30 s, answers that nobody fetched after 60 s.
+SETTLED_SECONDS = 65
 LARGE = 10 * 2**20
 
 
@@ -140,6 +142,14 @@ class Clients:
             return sum(pool.map(kind, range(count)))
 
 
+def settled(clients: Clients, process: int) -> dict[str, float]:
+    """The state once all that waits for clients is given up."""
+    time.sleep(SETTLED_SECONDS)
+    for number in range(8):  # threads that were idle for 10 s end when the next request comes: up to 40 wait for it
+        clients.request(number)
+    return state_of(process)
+
+
 def experiment(clients: Clients, process: int, requests: int) -> dict[str, Any]:
     """Everything once in small, then in large."""
     parts: dict[str, Callable[[int], int]] = {
@@ -153,8 +163,7 @@ def experiment(clients: Clients, process: int, requests: int) -> dict[str, Any]:
     divisors = dict(zip(parts, (1, 25, 100, 10, 20, 50), strict=True))
     for part in parts.values():
         part(10)
-    time.sleep(35)
-    before, counts, lost = state_of(process), {}, []
+    before, counts, lost = settled(clients, process), {}, []
     for name, part in parts.items():
         tried = requests // divisors[name]
         counts[name] = {"tried": tried, "survived": part(1)}
@@ -162,8 +171,7 @@ def experiment(clients: Clients, process: int, requests: int) -> dict[str, Any]:
         print(f"{name}: {counts[name]}", file=sys.stderr, flush=True)
         if counts[name]["survived"] != tried:
             lost.append({name: counts[name]})
-    time.sleep(35)  # connections that are kept alive end
-    after = state_of(process)
+    after = settled(clients, process)
     lost += [
         {name: [before[name], after[name]]} for name, most in MOST_GROWTH.items() if after[name] > before[name] + most
     ]

@@ -14,6 +14,7 @@ import uvicorn
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from flash_experts.app.forgetting import Forgetting
 from flash_experts.app.page import build_page
 from flash_experts.app.service import Playground
 
@@ -40,10 +41,11 @@ _HEADERS = {
 
 def make_app(playground: Playground) -> fastapi.FastAPI:
     """The application, for any ASGI server."""
-    app = fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    page = build_page(playground)
+    app = fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None, lifespan=Forgetting(page).lifespan)
     app = gr.mount_gradio_app(
         app,
-        build_page(playground),
+        page,
         path="/",
         footer_links=["api"],
         run_history=False,
