@@ -255,6 +255,8 @@ _GENERATE = """
 --batch-size 99999999999999999999 :: batch_size is
 --best-of 0 :: best_of is 0
 --best-of 99999999999999999999 :: best_of is
+--best-by fit --colors R :: set best_of
+--best-by fit --best-of 4 :: tell its type or colors
 --type Goblinn :: did you mean 'Goblin'
 --type Ꮐoblin :: did you mean 'Goblin'
 --type 'a\u202ea' :: unknown type

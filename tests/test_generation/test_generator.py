@@ -199,7 +199,15 @@ def test_an_unknown_option_is_a_mistake_in_the_program(generator: NameGenerator)
 def test_options_are_those_of_sampling_and_constraints() -> None:
     """The typed options cannot drift from what they are passed to."""
     fields = {field.name for owner in (Sampling, Constraints) for field in dataclasses.fields(owner)}
-    assert set(Options.__annotations__) == fields | {"presets", "filters", "rarity", "set_code", "released", "like"}
+    assert set(Options.__annotations__) == fields | {
+        "presets",
+        "filters",
+        "rarity",
+        "set_code",
+        "released",
+        "like",
+        "best_by",
+    }
 
 
 HELD = {

@@ -22,7 +22,7 @@ _SAME_NAME = (
     *("count", "colors", "mana_value", "rarity", "like", "preset", "presets", "temperature", "top_k", "top_p", "min_p"),
     *("repetition_penalty", "guidance", "starts_with", "ends_with", "contains", "regex", "min_words", "max_words"),
     *("words", "min_length", "max_length", "allow_profanity", "alliterate", "min_distance", "seed", "batch_size"),
-    *("best_of", "released"),
+    *("best_of", "best_by", "released"),
 )
 
 
@@ -170,7 +170,11 @@ def _add_sampling(parser: CommandParser) -> None:
     parser.add_argument("--min_p", type=float | None, default=None, help="0 keeps all tokens")
     parser.add_argument("--repetition_penalty", type=float | None, default=None, help="1 is none")
     parser.add_argument("--guidance", type=float | None, default=None, help="over 1: truer to type and colors, slower")
-    parser.add_argument("--best_of", type=int, default=1, help="names drawn for each: the most natural is kept")
+    parser.add_argument("--best_of", type=int, default=1, help="names drawn for each: the best is kept")
+    best = ("score", "fit")
+    parser.add_argument(
+        "--best_by", choices=best, default=best[0], help="the best is the most natural one, or fits type and colors"
+    )
     parser.add_argument("--rank", action="store_true", help="the most natural (log-probability a character) first")
 
 

@@ -12,6 +12,7 @@ import torch
 from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
 from flash_experts.data.prompts import NONE, Attributes, check_known, read_conditions
+from flash_experts.generation.attribute_fit import fitness_of
 from flash_experts.generation.constraints import Constraints
 from flash_experts.generation.likeness import Resembles, examples_of, filled_in, shared_attributes
 from flash_experts.generation.presets import Sampling, sampling_of
@@ -53,6 +54,7 @@ class Options(TypedDict, total=False):
     set_code: str | None
     released: int | None
     like: str | Sequence[str] | None
+    best_by: str | None
 
 
 _SAMPLING = {field.name for field in fields(Sampling)} | {"presets"}
@@ -138,8 +140,7 @@ class NameGenerator:
             preset: "conservative", "balanced", "creative", or one of the YAML file ``presets``.
             seed: a new one each time if None.
             batch_size: names computed at once.
-            best_of: names drawn for each that is returned, which is the one of the highest
-                `GeneratedName.score`, the log-probability a character. More are better names and take as much
+            best_of: names drawn for each that is returned, the best one. More are better names and take as much
                 longer.
             **options: `Options`: what names hold (see `Constraints`), how tokens are drawn (see `Sampling`;
                 each overrides the preset's), and ``filters``: more filters, each called with (vocabulary,
@@ -187,6 +188,7 @@ class NameGenerator:
                 raise ValueError(f"{name} is {value}: it must be from {least:,} to {most:,}")
         rarity, like = options.pop("rarity", None), options.pop("like", None)
         printing = options.pop("set_code", None), options.pop("released", None)
+        best_by = options.pop("best_by", None) or "score"
         sampling, constraints, filters = _sorted_options(preset, options)
         examples = examples_of(like) if like else []
         attributes = attributes_asked_for(type_line, colors, mana_value, rarity, *printing, examples=examples)
@@ -200,7 +202,8 @@ class NameGenerator:
         if examples:
             processors.append(Resembles(self.vocabulary, len(prompt_ids), examples))
         seed = secrets.randbits(63) if seed is None else seed
-        request = Request(prompt_ids, untold_ids, sampling, constraints, processors, seed, batch_size, best_of)
+        fitness = fitness_of(best_by, best_of, attributes)
+        request = Request(prompt_ids, untold_ids, sampling, constraints, processors, seed, batch_size, best_of, fitness)
         return NameSearch(self.model, self.vocabulary, self.known, request).names(count)
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from transformers import LogitsProcessor, PreTrainedModel
 
@@ -62,6 +64,7 @@ class Request:
         seed: of the stream.
         batch_size: names computed at once.
         best_of: names drawn for each that is given.
+        fitness: of names, by which the best is chosen; None goes by `GeneratedName.score`.
     """
 
     prompt_ids: Sequence[int]
@@ -72,6 +75,7 @@ class Request:
     seed: int
     batch_size: int
     best_of: int
+    fitness: Callable[[Sequence[str]], npt.NDArray[np.float64]] | None = None
 
 
 class NameSearch:
@@ -100,7 +104,7 @@ class NameSearch:
     def names(self, count: int) -> Iterator[GeneratedName]:
         """The first ``count`` good names, as they are found; fewer, with a warning, if there are no more.
 
-        Of each ``best_of`` that were found one is given, that of the highest score.
+        Of each ``best_of`` that were found one is given, the fittest.
 
         Raises:
             NoTokenLeftError: the constraints leave no name at all.
@@ -110,8 +114,7 @@ class NameSearch:
             group += self._next_batch((count - given) * best_of - len(group))
             is_over = self._without_news >= _PATIENCE
             ready = len(group) if is_over else len(group) // best_of * best_of
-            parts = [group[start : start + best_of] for start in range(0, ready, best_of)]
-            best = [max(part, key=lambda name: name.score) for part in parts][: count - given]
+            best = self._fittest_of_each(group[:ready])[: count - given]
             group, given = group[ready:], given + len(best)
             yield from self._with_nearest(best)
         if count and not self._whole:
@@ -124,6 +127,14 @@ class NameSearch:
                 "Loosen the constraints, or take a higher temperature",
                 stacklevel=3,
             )
+
+    def _fittest_of_each(self, names: Sequence[GeneratedName]) -> list[GeneratedName]:
+        """One of each ``best_of`` names in a row; the last few may be fewer."""
+        fitness = self._request.fitness
+        fit_N = [name.score for name in names] if fitness is None else fitness([name.text for name in names]).tolist()
+        starts = range(0, len(names), self._request.best_of)
+        groups = [range(start, min(start + self._request.best_of, len(names))) for start in starts]
+        return [names[max(group, key=lambda index: fit_N[index])] for group in groups]
 
     def _next_batch(self, wanted: int) -> list[GeneratedName]:
         """What is new and good among the next names of the stream: ``wanted`` names at most."""

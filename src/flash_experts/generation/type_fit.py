@@ -26,7 +26,7 @@ FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
 
 _LENGTHS = range(2, 6)  # characters of a run
-_RUNS_PER_CHARACTER = sum(_LENGTHS)  # each is in so many: together they count as one
+RUNS_PER_CHARACTER = sum(_LENGTHS)  # each is in so many: together they count as one
 _PRIOR_RUNS = 10_000  # of all names, added to those of each type; both settings were chosen on the validation names
 _LEAST_SHARE = 0.005  # of the cards, that a type must have
 _CODE_BITS = 9  # of a character; five fit into 63 bits
@@ -68,7 +68,7 @@ class TypeJudge:
         shares_K = np.array([counts[type_line] for type_line in self.types], dtype=np.float64)
         self._log_share_K = np.log(shares_K / shares_K.sum())
 
-        runs_G, name_G = _runs([name for name, _ in kept])
+        runs_G, name_G = runs_of([name for name, _ in kept])
         self._runs_U, index_G = np.unique(runs_G, return_inverse=True)
         type_N = np.array([type_index for _, type_index in kept])
         K, U = len(self.types), len(self._runs_U)
@@ -78,14 +78,12 @@ class TypeJudge:
         log_odds_KU = np.log(seen_KU / usual_U + _PRIOR_RUNS) - np.log(seen_K1 + _PRIOR_RUNS)
         # What no name has ever had says what no name of any type has: the last column.
         never_K1 = np.log(_PRIOR_RUNS) - np.log(seen_K1 + _PRIOR_RUNS)
-        self._log_odds_KU: FloatArray = np.concatenate([log_odds_KU, never_K1], axis=1) / _RUNS_PER_CHARACTER
+        self._log_odds_KU: FloatArray = np.concatenate([log_odds_KU, never_K1], axis=1) / RUNS_PER_CHARACTER
 
     def probabilities(self, names: Sequence[str]) -> FloatArray:
         """(N, K) how likely each of `types` is for each name; a row sums to one."""
-        runs_G, name_G = _runs(names)
-        index_G = np.searchsorted(self._runs_U, runs_G)
-        index_G[index_G == len(self._runs_U)] = 0
-        index_G[self._runs_U[index_G] != runs_G] = len(self._runs_U)
+        runs_G, name_G = runs_of(names)
+        index_G = place_of_runs(self._runs_U, runs_G)
         sums = [np.bincount(name_G, odds_U[index_G], minlength=len(names)) for odds_U in self._log_odds_KU]
         scores_NK = np.stack(sums, axis=1) + self._log_share_K
         weights_NK = np.exp(scores_NK - scores_NK.max(axis=1, keepdims=True))
@@ -114,7 +112,7 @@ def _type_line(card: Card) -> str:
     return " ".join((*legendary, *card.types)) if card.types else ""
 
 
-def _runs(names: Sequence[str]) -> tuple[IntArray, IntArray]:
+def runs_of(names: Sequence[str]) -> tuple[IntArray, IntArray]:
     """(G,) a number for each run of characters, the ends of the name counted as characters, and (G,) whose it is."""
     texts = [f"\n{name.lower()}\n" for name in names]
     letters = np.frombuffer("".join(texts).encode("utf-32-le", "surrogatepass"), dtype=np.uint32).astype(np.int64)
@@ -130,3 +128,11 @@ def _runs(names: Sequence[str]) -> tuple[IntArray, IntArray]:
         runs.append(run)
         owners.append(owner[starts])
     return np.concatenate(runs), np.concatenate(owners)
+
+
+def place_of_runs(known_U: IntArray, runs_G: IntArray) -> IntArray:
+    """(G,) where each run is among the known ones, which are in ascending order; U for those that are not."""
+    index_G = np.searchsorted(known_U, runs_G)
+    index_G[index_G == len(known_U)] = 0
+    index_G[known_U[index_G] != runs_G] = len(known_U)
+    return index_G

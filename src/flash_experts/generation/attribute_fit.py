@@ -1,0 +1,99 @@
+"""How well a name fits the card it was asked for, as the names of real cards tell.
+
+`flash_experts.generation.type_fit` asks which type a name fits; here the card is given, and the question is which of
+several names fits it best. For each thing told of the card, a type, "Legendary", a subtype, its colors, naive Bayes
+compares the runs of characters in the names of the cards that have it with those in all names: ``log p(name | told) -
+log p(name)``, the evidence that the name gives for it. The evidence for all that was told is added up.
+
+Letters in the shapes: N names, G runs of characters in them, U distinct runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache, partial
+
+import numpy as np
+
+from flash_experts.data.cards import Card, load_source
+from flash_experts.data.cleaning import clean
+from flash_experts.data.prompts import Attributes
+from flash_experts.generation.type_fit import RUNS_PER_CHARACTER, FloatArray, place_of_runs, runs_of
+
+_PRIOR_RUNS = (
+    40_000  # of all names, added to those of the cards that have what was told; chosen on the validation names
+)
+
+
+class AttributeJudge:
+    """Tells how well names fit attributes."""
+
+    def __init__(self, cards: Iterable[Card]) -> None:
+        """Counts the runs of characters in all names.
+
+        Args:
+            cards: to learn from.
+        """
+        self._cards = list(cards)
+        runs_G, self._name_G = runs_of([card.name for card in self._cards])
+        self._runs_U, self._index_G = np.unique(runs_G, return_inverse=True)
+        seen_U = np.bincount(self._index_G, minlength=len(self._runs_U))
+        self._usual_U = seen_U / max(1, seen_U.sum())
+
+    def fit(self, names: Sequence[str], attributes: Attributes) -> FloatArray:
+        """(N,) the evidence, in nats, that each name gives for all that is told; zeros where nothing is told that a
+        real card has."""
+        runs_G, name_G = runs_of(names)
+        index_G = place_of_runs(self._runs_U, runs_G)
+        evidence_N = np.zeros(len(names))
+        for has in _told(attributes):
+            mine_N = np.array([has(card) for card in self._cards], dtype=bool)
+            if mine_N.any():
+                evidence_N += np.bincount(name_G, self._log_odds(mine_N)[index_G], minlength=len(names))
+        return evidence_N
+
+    def _log_odds(self, mine_N: np.ndarray) -> FloatArray:
+        """(U + 1,) how much commoner each run is in some of the names than in all; the last is for runs of no name."""
+        seen_U = np.bincount(self._index_G[mine_N[self._name_G]], minlength=len(self._runs_U))
+        total = np.log(seen_U.sum() + _PRIOR_RUNS)
+        odds_U = np.log(seen_U / self._usual_U + _PRIOR_RUNS) - total
+        return np.append(odds_U, np.log(_PRIOR_RUNS) - total) / RUNS_PER_CHARACTER
+
+
+@cache
+def attribute_judge_of_real_cards() -> AttributeJudge:
+    """One that learned from all serious cards of the embedded table, which takes about a second once."""
+    return AttributeJudge(clean(load_source("embedded").rows).cards)
+
+
+def fitness_of(best_by: str, best_of: int, attributes: Attributes) -> Callable[[Sequence[str]], FloatArray] | None:
+    """What the best of several names is chosen by; None for its own likelihood.
+
+    Raises:
+        ValueError: there is no such way, or nothing to choose by or from.
+    """
+    if best_by == "score":
+        return None
+    if best_by != "fit":
+        raise ValueError(f"best_by is {best_by!r}: it must be score (the most natural) or fit (to the card asked for)")
+    if best_of == 1:
+        raise ValueError("best_by fit chooses among names: set best_of, too, to 8 for instance")
+    if not _told(attributes):
+        raise ValueError("best_by fit goes by what the card is: tell its type or colors")
+    return lambda names: attribute_judge_of_real_cards().fit(names, attributes)
+
+
+def _told(attributes: Attributes) -> list[Callable[[Card], bool]]:
+    """A question to cards for each thing that is told."""
+    questions: list[Callable[[Card], bool]] = []
+    for field in ("supertypes", "types", "subtypes"):
+        questions += [partial(_has, field, one) for one in getattr(attributes, field) or ()]
+    if attributes.supertypes == ():
+        questions.append(lambda card: not card.supertypes)
+    if attributes.colors is not None:
+        questions.append(lambda card: card.colors == attributes.colors)
+    return questions
+
+
+def _has(field: str, one: str, card: Card) -> bool:
+    return one in getattr(card, field)
