@@ -3,9 +3,9 @@
     python benchmarks/control.py models/mtg-names [--best-of 1 4 8 16] [--cards 1482] [--out results.json]
 
 The judges of `flash-experts evaluate` (`flash_experts.evaluation.control`) read names for held-out cards, of which all
-is told, and names for one attribute alone. Both the judges and the choice of the fittest (`generate --best-by fit`) have
-read the names of the training cards and no others, and are of different kinds: support vector machines there, naive
-Bayes here.
+is told, and names for one attribute alone. Both they and the choice of the fittest (`generate --best-by fit`) have read
+the names of the training cards and no others, and are of different kinds: support vector machines there, naive Bayes
+here.
 """
 
 from __future__ import annotations
