@@ -23,7 +23,7 @@ from flash_experts.models.flash_attention import ATTENTION_IMPLEMENTATION
 from flash_experts.training import Callback, NonFiniteLossError, Trainer, TrainingConfig, reporting
 from flash_experts.training.checkpoint import checkpoint_steps
 from flash_experts.training.reporting import SpeedMeter
-from flash_experts.training.run_info import parameter_counts, training_flops
+from flash_experts.training.run_info import multiplied_parameters, training_flops
 from flash_experts.training.tracking import read_metrics
 
 FIRST = ["Goblin", "Elf", "Dragon", "Angel", "Storm", "Fire", "Blood", "Night"]
@@ -269,13 +269,13 @@ def test_bits_per_character_leave_the_balancing_losses_out(
 
 
 def test_frozen_parts_cost_no_arithmetic_of_their_own(dense: GPT2LMHeadModel) -> None:
-    counts = parameter_counts(dense)
+    counts = multiplied_parameters(dense)
     assert counts["body_flops"] == 6 * counts["body"] and counts["head_flops"] == 6 * counts["head"]
     assert training_flops(counts, 10, 4) == 60 * counts["body"] + 24 * counts["head"]
     last = dense.transformer.h[-1]
     dense.requires_grad_(False)
     last.mlp.requires_grad_(True)
-    frozen = parameter_counts(dense)
+    frozen = multiplied_parameters(dense)
     # The gradient goes no deeper than the MLP of the last block; its first weight needs none of its input.
     mlp = sum(parameter.numel() for parameter in last.mlp.parameters())
     final_norm = 2 * dense.config.n_embd
@@ -291,8 +291,8 @@ def test_mfu_is_the_arithmetic_of_active_weights_over_time_and_peak(
     clock = [100.0]
     monkeypatch.setattr(reporting.time, "perf_counter", lambda: clock[0])
     monkeypatch.setattr(reporting, "peak_flops", lambda device: 1e9)
-    counts = parameter_counts(GPT2MoEForCausalLM.from_dense(dense, num_experts=4, num_experts_per_tok=1))
-    assert counts["body"] == parameter_counts(dense)["body"] + 2 * 4 * dense.config.n_embd, "and two routers"
+    counts = multiplied_parameters(GPT2MoEForCausalLM.from_dense(dense, num_experts=4, num_experts_per_tok=1))
+    assert counts["body"] == multiplied_parameters(dense)["body"] + 2 * 4 * dense.config.n_embd, "and two routers"
     speed = SpeedMeter(counts, torch.device("cpu"), world=2)
     speed.add(600, 200)
     speed.add(400, 100)

@@ -10,8 +10,7 @@ from transformers import PreTrainedModel
 
 from flash_experts.evaluation.curves import read_curve
 from flash_experts.models.moe_layer import Experts, MoELayer
-from flash_experts.training.run_info import parameter_counts as multiplied_parameters
-from flash_experts.training.run_info import training_flops
+from flash_experts.training.run_info import multiplied_parameters, training_flops
 from flash_experts.training.tracking import METRICS_FILE
 
 

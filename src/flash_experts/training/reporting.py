@@ -27,7 +27,7 @@ class SpeedMeter:
     """Tokens a second of training alone: pauses (validation, samples, checkpoints) are left out.
 
     Args:
-        counts: the model's, of `parameter_counts`.
+        counts: the model's, of `multiplied_parameters`.
         device: of this process.
         world: number of processes, each on such a device.
     """

@@ -50,7 +50,7 @@ def describe_run(
     return {
         "config": config,
         "data": data,
-        "model": {"type": model.config.model_type, "parameters": parameter_counts(model)},
+        "model": {"type": model.config.model_type, "parameters": multiplied_parameters(model)},
         "device": str(device),
         "processes": processes,
         "git_commit": git_commit(),
@@ -84,7 +84,7 @@ def git_commit() -> str | None:
         return None
 
 
-def parameter_counts(model: PreTrainedModel) -> dict[str, int]:
+def multiplied_parameters(model: PreTrainedModel) -> dict[str, int]:
     """Weights of a model: ``total``; ``body``, those of its blocks that a token is multiplied with (its k
     experts alone); ``head``, those of the output layer. Embedding tables are looked up, not multiplied.
 
@@ -111,7 +111,7 @@ def parameter_counts(model: PreTrainedModel) -> dict[str, int]:
 
 
 def training_flops(counts: dict[str, int], tokens: int, labels: int) -> float:
-    """Arithmetic of a forward and backward, by `parameter_counts`; the head sees labelled positions alone. Attention's
+    """Arithmetic of a forward and backward, by `multiplied_parameters`; the head sees labelled positions alone. Attention's
     own products are left out: names are short."""
     return float(counts["body_flops"] * tokens + counts["head_flops"] * labels)
 
