@@ -111,8 +111,8 @@ def multiplied_parameters(model: PreTrainedModel) -> dict[str, int]:
 
 
 def training_flops(counts: dict[str, int], tokens: int, labels: int) -> float:
-    """Arithmetic of a forward and backward, by `multiplied_parameters`; the head sees labelled positions alone. Attention's
-    own products are left out: names are short."""
+    """Arithmetic of a forward and backward, by `multiplied_parameters`; the head sees labelled positions alone.
+    Attention's own products are left out: names are short."""
     return float(counts["body_flops"] * tokens + counts["head_flops"] * labels)
 
 
