@@ -35,6 +35,7 @@ FULL = Settings(
     like=("Goblin Guide", "Krenko, Mob Boss"),
     count=3,
     best_of=2,
+    best_by="fit",
     seed=2**31 - 1,
 )  # fmt: skip
 
@@ -73,6 +74,8 @@ def test_the_string_round_trips(value: Settings) -> None:
         (PREFIX + "count=101", "1 to 100"),
         (PREFIX + "count=0", "1 to 100"),
         (PREFIX + "count=3.5", "whole number"),
+        (PREFIX + "best_by=luck", "score .* or fit"),
+        (PREFIX + "best_by=fit&best_of=4", "tell its type or colors"),
         (PREFIX + "count=-3", "whole number"),
         (PREFIX + "count=٣", "whole number"),
         (PREFIX + "count=" + "9" * 400, "whole number"),

@@ -15,10 +15,14 @@ from flash_experts.generation import PRESETS, Sampling
 ANY = "any"
 _COLORS = [("White", "W"), ("Blue", "U"), ("Black", "B"), ("Red", "R"), ("Green", "G"), (COLORLESS.capitalize(), "C")]
 ATTRIBUTES = ("types", "subtypes", "colors", "mana_value")
+_BEST = [("the most natural", "score"), ("the truest to type and colors", "fit")]
 TEXTS = ("starts_with", "contains", "ends_with", "regex", "banned_words")  # Enter in them makes names
 SLIDERS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "guidance")
 _NUMBERS = ("mana_value", "min_words", "max_words")  # dropdowns with "any"
-_SAME = ("starts_with", "contains", "ends_with", "regex", "min_length", "max_length", "alliterate", "min_distance")
+_SAME = (
+    *("starts_with", "contains", "ends_with", "regex", "min_length", "max_length", "alliterate", "min_distance"),
+    *("best_of", "best_by"),
+)
 
 Controls = dict[str, Any]  # Gradio components by name; which events one has depends on its kind
 
@@ -46,7 +50,8 @@ def style_controls() -> Controls:
     }
     return {
         **sliders,
-        "best_of": gr.Slider(1, 8, 1, step=1, label="Best of", info="names drawn for each: the most natural is kept"),
+        "best_of": gr.Slider(1, 8, 1, step=1, label="Best of", info="names drawn for each: the best is kept"),
+        "best_by": gr.Dropdown(_BEST, value="score", label="The best is", elem_id="fe-best-by"),
     }
 
 
@@ -94,9 +99,7 @@ def settings_of(values: Mapping[str, Any]) -> Settings:
     Raises:
         ValueError: a value is not allowed.
     """
-    given: dict[str, Any] = {
-        name: values[name] for name in ("preset", "banned_words", "like", "count", "seed", "best_of", *_SAME)
-    }
+    given: dict[str, Any] = {name: values[name] for name in ("preset", "banned_words", "like", "count", "seed", *_SAME)}
     given |= {name: None if values[name] == ANY else _whole(name, values[name]) for name in _NUMBERS}
     parts = [" ".join(values["types"] or ()), " ".join(values["subtypes"] or ())]
     given["type_line"] = " — ".join(part for part in parts if part)
@@ -109,7 +112,7 @@ def settings_of(values: Mapping[str, Any]) -> Settings:
 def values_of(settings: Settings) -> dict[str, Any]:
     """What the controls show for settings: the inverse of `settings_of`."""
     supertypes, types, subtypes = parse_type_line(settings.type_line)
-    values: dict[str, Any] = {name: getattr(settings, name) for name in ("preset", "count", "seed", "best_of", *_SAME)}
+    values: dict[str, Any] = {name: getattr(settings, name) for name in ("preset", "count", "seed", *_SAME)}
     values |= {name: values[name] or "" for name in ("starts_with", "contains", "ends_with", "regex")}
     exact = settings.words
     numbers = {

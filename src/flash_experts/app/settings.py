@@ -19,6 +19,7 @@ from urllib.parse import parse_qsl, urlencode
 
 from flash_experts.data.prompts import Attributes
 from flash_experts.generation import Constraints, Sampling
+from flash_experts.generation.attribute_fit import fitness_of
 from flash_experts.generation.presets import sampling_of
 
 PREFIX = "flash-experts:1?"
@@ -30,6 +31,7 @@ _TEXTS = {
     "type_line": 120,
     "colors": 40,
     "preset": 40,
+    "best_by": 10,
     "starts_with": 40,
     "ends_with": 40,
     "contains": 40,
@@ -73,6 +75,7 @@ class Settings:
         like: examples that the names shall resemble.
         count: how many names.
         best_of: names drawn for each that is given.
+        best_by: which of them is best: "score", the most natural, or "fit", the truest to the card.
         seed: the same gives the same names; drawn if None.
 
     Raises:
@@ -104,6 +107,7 @@ class Settings:
     like: tuple[str, ...] = ()
     count: int = 20
     best_of: int = 1
+    best_by: str = "score"
     seed: int | None = None
 
     def __post_init__(self) -> None:
@@ -115,7 +119,8 @@ class Settings:
             _check_number(name, getattr(self, name), bounds)
         if not isinstance(self.alliterate, bool):
             raise ValueError(f"alliterate is {self.alliterate!r}: it is true or false")
-        Attributes.parse(self.type_line, self.colors, self.mana_value)
+        attributes = Attributes.parse(self.type_line, self.colors, self.mana_value)
+        fitness_of(self.best_by, self.best_of, attributes)
         sampling_of(self.preset, **{name: getattr(self, name) for name in _SAMPLING})
         Constraints(
             **{field.name: getattr(self, field.name) for field in fields(Constraints) if hasattr(self, field.name)}
