@@ -113,7 +113,10 @@ def test_the_same_seed_gives_the_same_names_and_figures(workplace: Path) -> None
 
 
 def test_a_tokenizer_is_that_of_its_texts() -> None:
-    """In any order, and with every pair as frequent as many others: hashes are seeded anew at each training."""
+    """In any order, and with every pair as frequent as many others: hashes are seeded anew at each training.
+
+    Why it cannot be otherwise is said at `train_tokenizer`; this would see a library that orders ties differently.
+    """
     texts = [f"{first}{second} {second}{first}" for first in "abcdefghij" for second in "klmnopqrst"] * 2
     rng = random.Random(0)
     found = set()

@@ -39,8 +39,11 @@ def _byte_level(model: models.BPE) -> Tokenizer:
 def train_tokenizer(texts: Iterable[str], vocab_size: int, whole_words: Sequence[str] = ()) -> PreTrainedTokenizerFast:
     """Trains a byte-level BPE like GPT-2's on texts.
 
-    The same texts, in any order, give the same tokenizer byte for byte: the alphabet is sorted, and of pairs that are
-    equally frequent the one of the lower ids is merged first.
+    The same texts, in any order, give the same tokenizer byte for byte, although the library keeps words and pairs in
+    hash maps whose order changes from run to run: words are counted, the alphabet is sorted, and candidates are
+    ordered by frequency and then by ids, so that only two candidates of one pair could be taken in either order, and a
+    pair becomes a candidate once. (Merges never cross the ends of what will be a token, so each token has one way of
+    coming about, and all its places come about in one step; a pair is new in the step that makes its later half.)
 
     Args:
         texts: what to learn merges from.
