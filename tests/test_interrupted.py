@@ -2,104 +2,191 @@
 
 from __future__ import annotations
 
+import gc
+import json
+import os
 import shutil
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
+import subprocess
+import sys
+import time
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 from command_line import Done, run, run_process
 
 from flash_experts import cli
+from flash_experts.ctrl_c import CtrlC, held_back
+from flash_experts.training import checkpoint as checkpoints
+from flash_experts.training.signals import StopSignals
 
-COMMANDS = {
-    "prepare": "prepare --source names.txt --out data/again",
-    "upcycle": "upcycle models/base --out models/up",
-    "downcycle": "downcycle models/moe --out models/down",
-    "evaluate": "evaluate models/base --samples 200",
-    "compare": "compare models/base --samples 200 --out pages/report.html",
-    "inspect": "inspect models/moe --out pages/inspect.html",
-    "generate": "generate --model models/base --count 500 --out names/new.csv",
-    "plot": "plot models/base --out curves.json",
-    "train": "train --base models/base --model.num-experts 0 --training.run-name again --training.max-steps 40 "
-    "--training.max-epochs null --training.tokens-per-batch 512 --training.checkpoint-every 2",
-}
-OWN_FILES = (".tmp-", ".prepare-", ".export", ".new.csv", ".report.html", ".inspect.html", ".curves.json")
+MOMENTS = ("0.004", "0.06", "0.2")  # seconds of computing
+TEMPORARY = (".tmp-", ".prepare-", ".export", ".new.csv", ".report.html", ".inspect.html", ".curves.json")
 
 if not hasattr(signal, "setitimer"):
     pytest.skip("Windows has no timers of a process", allow_module_level=True)
 
 
-@contextmanager
-def ctrl_c_after(seconds: float) -> Iterator[list[bool]]:
-    """Sends SIGINT to this process once it has computed for so long; the list says whether it came."""
-    sent: list[bool] = []
-
-    def send(*_: object) -> None:
-        sent.append(True)
-        signal.raise_signal(signal.SIGINT)
-
-    before = signal.signal(signal.SIGVTALRM, send)
-    signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
-    try:
-        yield sent
-    finally:
-        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-        signal.signal(signal.SIGVTALRM, before)
+@pytest.fixture(scope="module")
+def ended(workplace: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], dict[str, Any]]:
+    """What became of every command at every moment, by both: see `interrupted_runs`."""
+    folder = tmp_path_factory.mktemp("interrupted runs")
+    script = Path(__file__).with_name("interrupted_runs.py")
+    command = [sys.executable, str(script), str(workplace), str(folder), *MOMENTS]
+    done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    return {(one["name"], str(one["seconds"])): one for one in found}
 
 
-def interrupted(words: str, seconds: float, folder: Path) -> tuple[Done | None, bool]:
-    try:
-        with ctrl_c_after(seconds) as sent:
-            done = run(*words.split(), cwd=folder)
-    except KeyboardInterrupt:  # between the program's end and the timer's
-        return None, True
-    return done, bool(sent)
+def is_whole(path: Path, workplace: Path) -> bool:
+    """Whether a result is what an undisturbed run leaves."""
+    if path.parent.name == "again" and path.suffix == ".jsonl" and path.name != "metrics.jsonl":
+        return path.read_bytes() == (workplace / "data/mtg" / path.name).read_bytes()
+    if path.parent.parent.name == "models":
+        sizes = json.loads((path.parent / "MANIFEST.json").read_text())
+        return path.name == "MANIFEST.json" or sizes[path.name]["bytes"] == path.stat().st_size
+    end = path.read_bytes()[-20:].strip()
+    return end.endswith({".html": b"</html>", ".json": b"}", ".png": b"IEND\xaeB`\x82"}.get(path.suffix, b""))
 
 
-@pytest.mark.parametrize("seconds", [0.004, 0.06, 0.2])
-@pytest.mark.parametrize("name", COMMANDS)
-def test_one_line_and_nothing_half_written(name: str, seconds: float, workplace: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "work place"
-    shutil.copytree(workplace, folder, ignore=shutil.ignore_patterns("tuned", "*.html"))
-    before = {path for path in folder.rglob("*") if path.is_file()}
-    done, sent = interrupted(COMMANDS[name], seconds, folder)
-    new = {path for path in folder.rglob("*") if path.is_file()} - before
-    assert not [path for path in new for part in path.relative_to(folder).parts if part.startswith(OWN_FILES)], new
-    if done is None or not sent:
-        return  # it was over before
-    assert "Traceback" not in done.err, done.err
-    if done.status == 0:  # it came with the last words
-        return
-    assert done.status == 130 and done.err.splitlines()[-1] == f"flash-experts {name}: interrupted", done.err
+@pytest.mark.parametrize("seconds", MOMENTS)
+@pytest.mark.parametrize("name", [name for name in cli.COMMANDS if name not in ("serve", "benchmark")])
+def test_one_line_and_nothing_half_written(name: str, seconds: str, ended: dict[Any, Any], workplace: Path) -> None:
+    found = ended[name, seconds]
+    err, new = found["err"], [Path(path) for path in found["new"]]
+    assert not [path for path in new if any(part.startswith(TEMPORARY) for part in path.parts)], new
+    assert "Traceback" not in err, err
+    if found["status"] == 0 or (found["status"] == -signal.SIGINT and err == ""):
+        return  # it was over before, or it came with the last words
+    assert found["sent"] and found["status"] == 130, found
+    assert err.splitlines()[-1] in (f"flash-experts {name}: interrupted", "flash-experts: interrupted"), err
     if name != "train":  # which saves first, and says so
-        assert len(done.err.splitlines()) == 1 and not new, done.err
+        assert len(err.splitlines()) == 1 and all(is_whole(path, workplace) for path in new), found
+
+
+# ---------------------------------------------------------------------------------------- moments that matter, in turn
+
+
+def press() -> None:
+    signal.raise_signal(signal.SIGINT)
+
+
+def test_while_the_program_is_imported() -> None:
+    code = """if True:
+        import signal, sys
+        from flash_experts import __main__
+        class Press:
+            def find_spec(self, name, path=None, target=None):
+                if name == "flash_experts.cli":
+                    signal.raise_signal(signal.SIGINT)
+        sys.meta_path.insert(0, Press())
+        __main__.main()"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "flash-experts: interrupted\n")
 
 
 def test_while_options_are_read_and_libraries_imported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def parser() -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(cli.COMMANDS["train"], "make_parser", parser)
-    done = run("train", cwd=tmp_path)
-    assert done == Done(130, "", "flash-experts train: interrupted\n")
+    monkeypatch.setattr(cli.COMMANDS["train"], "make_parser", press)
+    assert run("train", cwd=tmp_path) == Done(130, "", "flash-experts train: interrupted\n")
 
 
-def test_while_a_library_tidies_up_and_fails_at_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def tidies_up_and_fails() -> None:
     """transformers' no_init_weights, interrupted in its first lines, raises UnboundLocalError in its last ones."""
+    with suppress(KeyboardInterrupt):
+        press()
+    raise UnboundLocalError("cannot access local variable")
 
-    def read(_: object) -> None:
-        try:
-            try:
-                raise KeyboardInterrupt
-            finally:
-                raise UnboundLocalError("cannot access local variable")
-        except UnboundLocalError as error:
-            raise ValueError("the model cannot be read") from error
 
-    monkeypatch.setattr(cli.COMMANDS["plot"], "run", read)
+def converts_the_exception() -> None:
+    with suppress(KeyboardInterrupt):
+        press()
+    raise RuntimeError("a call from C failed")
+
+
+class PressedWhenItGoes:
+    def __del__(self) -> None:
+        press()
+
+
+def raises_in_vain() -> None:
+    """Python cannot raise anything in `__del__`: it must come again."""
+    PressedWhenItGoes()
+    gc.collect()
+    time.sleep(60)
+
+
+@pytest.mark.parametrize("what", [tidies_up_and_fails, converts_the_exception, raises_in_vain])
+def test_whatever_becomes_of_the_exception(what: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGINT), sys.unraisablehook
+    monkeypatch.setattr(cli.COMMANDS["plot"], "run", lambda _: what())
     assert run("plot", "models", cwd=tmp_path) == Done(130, "", "flash-experts plot: interrupted\n")
+    assert (signal.getsignal(signal.SIGINT), sys.unraisablehook) == before
+
+
+def test_other_errors_that_nobody_can_catch_are_still_told(capsys: pytest.CaptureFixture[str]) -> None:
+    class Fails:
+        def __del__(self) -> None:
+            raise ValueError("of its own")
+
+    told: list[str] = []
+    hook, sys.unraisablehook = sys.unraisablehook, lambda about: told.append(str(about.exc_value))
+    try:
+        with CtrlC() as ctrl_c:
+            ctrl_c.listen()
+            Fails()
+            gc.collect()
+    finally:
+        sys.unraisablehook = hook
+    assert told == ["of its own"]
+
+
+def test_it_is_ignored_where_it_was() -> None:
+    """As under nohup, and of a shell's background jobs."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with CtrlC() as ctrl_c, held_back():
+            ctrl_c.listen()
+            press()
+        assert not ctrl_c.pressed
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_renames_that_belong_together_are_all_done() -> None:
+    done = []
+    with pytest.raises(KeyboardInterrupt), held_back():
+        press()
+        done.append("the rest")
+    assert done == ["the rest"]
+    with pytest.raises(KeyboardInterrupt):
+        press()
+
+
+def test_the_second_one_amid_training_is_heard_at_once() -> None:
+    with CtrlC() as ctrl_c, StopSignals() as signals:
+        ctrl_c.listen()
+        press()
+        assert signals.received == "SIGINT" and not ctrl_c.pressed
+        with pytest.raises(KeyboardInterrupt):
+            press()
+        assert ctrl_c.pressed
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), Exception("No space left on device (os error 28)")])
+def test_a_model_that_is_not_written_whole_leaves_nothing(error: BaseException, tmp_path: Path) -> None:
+    """tokenizers has no error of its own for a full disk."""
+
+    def write(folder: Path) -> None:
+        (folder / "model.safetensors").write_text("half")
+        raise error
+
+    expected = KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else checkpoints.CheckpointError
+    with pytest.raises(expected, match="" if expected is KeyboardInterrupt else "No space left.*Free some"):
+        checkpoints.with_manifest(tmp_path / "new", write)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow

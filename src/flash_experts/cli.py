@@ -13,8 +13,6 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from jsonargparse import Namespace
-
 from flash_experts.commands import (
     benchmark,
     compare,
@@ -28,7 +26,8 @@ from flash_experts.commands import (
     train,
     upcycle,
 )
-from flash_experts.commands.common import Run, shortened
+from flash_experts.commands.common import shortened
+from flash_experts.ctrl_c import CtrlC
 from flash_experts.kernels.cpu_memory import keep_freed_memory
 
 COMMANDS = {
@@ -88,41 +87,41 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = f"did you mean {near[0]!r}?" if near else f"use one of {', '.join(COMMANDS)}"
         print(f"flash-experts: no command {name!r}: {hint}", file=sys.stderr)
         return 2
-    command = COMMANDS[name]
-    _set_up_libraries()
-    try:
-        parser = command.make_parser()
-        args = parser.instantiate(parser.parse_args([_dashes_to_underscores(text) for text in arguments[1:]]))
-        return _guarded(name, command.run, args)
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    except KeyboardInterrupt:  # anywhere: importing PyTorch takes seconds, too
-        print(f"flash-experts {name}: interrupted", file=sys.stderr)
-        return 130
+    with CtrlC() as ctrl_c:
+        try:
+            ctrl_c.listen()
+            _set_up_libraries()
+            status = _run(name, arguments[1:], ctrl_c)
+            ctrl_c.close()
+        except BaseException as error:
+            ctrl_c.close()
+            if ctrl_c.pressed or isinstance(error, KeyboardInterrupt):
+                print(f"flash-experts {name}: interrupted", file=sys.stderr)
+                status = 130
+            elif isinstance(error, SystemExit):
+                status = int(error.code or 0)
+            else:
+                raise
+    return status
 
 
-def _guarded(name: str, run: Run, args: Namespace) -> int:
+def _run(name: str, arguments: list[str], ctrl_c: CtrlC) -> int:
     """Runs a command; a failure becomes one line on stderr."""
+    command = COMMANDS[name]
+    parser = command.make_parser()
+    args = parser.instantiate(parser.parse_args([_dashes_to_underscores(text) for text in arguments]))
     try:
-        run(args)
+        command.run(args)
         return 0
     except BrokenPipeError:  # the reader of our output left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
-        if _hides_ctrl_c(error):
-            raise KeyboardInterrupt from error
-        if args.debug or not isinstance(error, (ValueError, OSError, RuntimeError, MemoryError)):
+        mendable = isinstance(error, (ValueError, OSError, RuntimeError, MemoryError))
+        if ctrl_c.pressed or args.debug or not mendable:
             raise
         print(f"flash-experts {name}: {shortened(_explain(error))}", file=sys.stderr)
         return 1
-
-
-def _hides_ctrl_c(error: BaseException | None) -> bool:
-    """Whether an error came of Ctrl+C: a library that is interrupted while it tidies up may raise one of its own."""
-    while error is not None and not isinstance(error, KeyboardInterrupt):
-        error = error.__cause__ or error.__context__
-    return error is not None
 
 
 def _explain(error: BaseException) -> str:

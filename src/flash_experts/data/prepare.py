@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from flash_experts.ctrl_c import held_back
 from flash_experts.data.cards import Card, known_names, load_source, names_on
 from flash_experts.data.cleaning import CLEANING_VERSION, NOT_CARDS, clean
 from flash_experts.data.splits import SPLITS, split_by_family
@@ -126,9 +127,10 @@ def _write_all(out: Path, files: dict[str, bytes]) -> None:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-        (out / META).unlink(missing_ok=True)
-        for name in files:  # META is the last
-            os.replace(temporary / name, out / name)
+        with held_back():
+            (out / META).unlink(missing_ok=True)
+            for name in files:  # META is the last
+                os.replace(temporary / name, out / name)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -27,6 +27,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from flash_experts.ctrl_c import held_back
 from flash_experts.training.sharding import part_like
 
 MANIFEST = "MANIFEST.json"
@@ -139,10 +140,14 @@ def export_model(
         _save_model(folder, model, tokenizer, weights)
 
     staged = run_dir / ".export"
-    with_manifest(staged, write)
-    for path in sorted(staged.iterdir(), key=lambda path: path.name == MANIFEST):
-        os.replace(path, run_dir / path.name)
-    staged.rmdir()
+    try:
+        with_manifest(staged, write)
+        with held_back():
+            for path in sorted(staged.iterdir(), key=lambda path: path.name == MANIFEST):
+                os.replace(path, run_dir / path.name)
+            staged.rmdir()
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
     flush_folder(run_dir)
 
 
@@ -171,12 +176,16 @@ def with_manifest(target: Path, write: Callable[[Path], None]) -> None:
         for path in _files(temporary):
             flush_file(path)
         flush_folder(temporary)
-        if target.exists():
-            remove_folder(target)
-        os.rename(temporary, target)
+        with held_back():
+            if target.exists():
+                remove_folder(target)
+            os.rename(temporary, target)
         flush_folder(target.parent)
-    except (OSError, SafetensorError) as error:  # safetensors reports a full disk as its own error
+    except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        # A full disk is an error of safetensors' own to safetensors, and a plain Exception to tokenizers.
+        if not isinstance(error, (OSError, SafetensorError)) and type(error) is not Exception:
+            raise
         raise CheckpointError(
             f"could not write {target}: {error}. Free some disk space, or write to another folder; "
             "checkpoints written before are still good"

@@ -26,8 +26,9 @@ class StopSignals:
         return self
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.received is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt
+        previous = self._previous.get(signal.SIGINT)
+        if self.received is not None and number == signal.SIGINT and callable(previous):
+            previous(number, frame)
         self.received = signal.Signals(number).name
 
     def __exit__(

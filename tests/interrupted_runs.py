@@ -1,0 +1,111 @@
+"""The runs that test_interrupted.py looks at: ``python interrupted_runs.py WORKPLACE FOLDER SECONDS ...``.
+
+Each command is run in a process of its own, which dies with whatever state an interrupted library leaves behind. This
+one imports what all need and forks the others: a start takes milliseconds where it would take seconds.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads do not survive a fork
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+
+import torch
+from transformers import AutoTokenizer  # noqa: F401  (imported for the forked ones)
+
+import flash_experts.models.moe
+import flash_experts.training.trainer  # noqa: F401
+from flash_experts.__main__ import main
+
+COMMANDS = {
+    "prepare": "prepare --source names.txt --out data/again",
+    "upcycle": "upcycle models/base --out models/up",
+    "downcycle": "downcycle models/moe --out models/down",
+    "evaluate": "evaluate models/base --samples 200",
+    "compare": "compare models/base --samples 200 --out pages/report.html",
+    "inspect": "inspect models/moe --out pages/inspect.html",
+    "generate": "generate --model models/base --count 500 --out names/new.csv",
+    "plot": "plot models/base --out curves.json",
+    "train": "train --base models/base --model.num-experts 0 --training.run-name again --training.max-steps 40 "
+    "--training.max-epochs null --training.tokens-per-batch 512 --training.checkpoint-every 2",
+}
+PATIENCE_SECONDS = 120
+
+
+def interrupted(words: str, seconds: float, folder: Path) -> dict[str, Any]:
+    """Runs a command that gets SIGINT once it has computed for so long.
+
+    Returns:
+        status: as `os.waitstatus_to_exitcode` gives it; None if it had to be killed.
+        sent: whether SIGINT came before it was done.
+        err: what it said on stderr.
+    """
+    reader, writer = os.pipe()
+    err = folder.with_name(f"{folder.name} stderr")
+    child = os.fork()
+    if child == 0:
+        os.chdir(folder)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        os.dup2(os.open(err, os.O_WRONLY | os.O_CREAT), 2)
+        _run(words, seconds, writer)
+    os.close(writer)
+    end = time.monotonic() + PATIENCE_SECONDS
+    while (ended := os.waitpid(child, os.WNOHANG)) == (0, 0) and time.monotonic() < end:
+        time.sleep(0.005)
+    if ended == (0, 0):
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    sent = os.read(reader, 1) != b""
+    os.close(reader)
+    status = None if ended == (0, 0) else os.waitstatus_to_exitcode(ended[1])
+    return {"status": status, "sent": sent, "err": err.read_text("utf-8")}
+
+
+def _run(words: str, seconds: float, writer: int) -> None:
+    """What the child does: it never returns."""
+
+    def send(*_: object) -> None:
+        os.write(writer, b"x")
+        signal.raise_signal(signal.SIGINT)
+
+    status = 99
+    try:
+        with mock.patch.object(sys, "argv", ["flash-experts", *words.split()]):
+            signal.signal(signal.SIGVTALRM, send)
+            signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
+            status = main()
+            signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def runs(workplace: Path, folder: Path, moments: list[float]) -> Iterator[dict[str, Any]]:
+    for name, words in COMMANDS.items():
+        for seconds in moments:
+            place = folder / f"{name} {seconds}"
+            shutil.copytree(workplace, place, ignore=shutil.ignore_patterns("tuned", "*.html"))
+            before = {path for path in place.rglob("*") if path.is_file()}
+            ended = interrupted(words, seconds, place)
+            new = {path for path in place.rglob("*") if path.is_file()} - before
+            yield {"name": name, "seconds": seconds, "new": sorted(map(str, new)), **ended}
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    for found in runs(Path(sys.argv[1]), Path(sys.argv[2]), [float(text) for text in sys.argv[3:]]):
+        print(json.dumps(found), flush=True)
