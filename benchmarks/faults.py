@@ -3,9 +3,9 @@
     python benchmarks/faults.py [--tries 100] [--seed 0] [--only NAME ...] [--out results.json]
 
 Every command that writes, evaluate, and prepare from the two live sources (over a local server that breaks off, fails
-and cuts short) are forked, killed at a moment drawn evenly over the file operations that they do or over their time,
-and run again. Survived: what the kill left is the old state or the new one, whole, and the second run ends as one that
-nobody disturbed, with no file of the killed one left beside.
+and cuts short) are forked, killed at a moment drawn evenly over the file operations that they do or over the time that
+they compute, and run again, until so many kills have come before the end. Survived: what the kill left is the old state
+or the new one, whole, and the second run ends as one that nobody disturbed, with no file of the killed one left beside.
 disk gives each command a file system in memory that is full after a part of what it writes, or is read-only, empty or
 with what an earlier run wrote; survived: one line, exit status 1, all as it was, and a second run with space succeeds.
 flip changes one byte in each range of every file of a checkpoint; survived: it is found before anything is resumed.
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib
 import json
 import os
 import random
@@ -24,9 +25,8 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -36,12 +36,13 @@ from unittest import mock
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads do not survive a fork
 os.environ["HF_HUB_OFFLINE"] = "1"
+# As the command line has it where it imports transformers itself.
+os.environ |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}
 
 import torch
 from command_line import BASE_RUN, make_workplace
 from kill_resume import FILE_EVENTS
 from misbehaving import SITES, misbehaving_server
-from transformers.utils import logging
 
 from flash_experts import cli
 from flash_experts.data import live
@@ -61,29 +62,36 @@ COMMANDS = {
 DOWNLOADS = {f"prepare {site}": f"prepare --source {site} --out data/new" for site in SITES}
 TRAIN = " ".join(BASE_RUN).replace("run-name=base", "run-name=new")  # kill -9 of it is kill_resume's
 OUTPUTS = ("data", "models", "names", "pages", "cache")  # where they write
+KILLED = (-signal.SIGKILL, -signal.SIGPROF)
 RANGES = 8  # of each file of a checkpoint
 FULL_AFTER = (0.0, 0.3, 0.6, 0.9)  # of what a command writes
 
 
 @dataclass(frozen=True)
 class Ended:
-    """How a forked command ended: its status as `os.waitstatus_to_exitcode` gives it, the file operations that it
-    counted, its seconds, and what it said on stderr."""
+    """How a forked command ended.
+
+    Attributes:
+        status: as `os.waitstatus_to_exitcode` gives it.
+        seconds: that it computed.
+        said: on stderr.
+        operations: on files; 0 if it did not live to tell.
+        modules: that it had imported.
+    """
 
     status: int
-    operations: int
     seconds: float
     said: str
+    operations: int = 0
+    modules: tuple[str, ...] = ()
 
 
 def forked(
     work: Callable[[], object], folder: Path, kill_at: int | None = None, kill_after: float | None = None
 ) -> Ended:
-    """Does work in a child, which kills itself before its file operation ``kill_at`` below the folder, or is killed
-    after so many seconds."""
-    reader, writer = os.pipe()
-    start = time.monotonic()
-    with tempfile.TemporaryFile() as stderr:
+    """Does work in a child, which dies before its file operation ``kill_at`` below the folder, or when it has computed
+    for so many seconds."""
+    with tempfile.TemporaryFile() as stderr, tempfile.TemporaryFile() as report:
         child = os.fork()
         if child == 0:
             status: Any = 1
@@ -101,27 +109,28 @@ def forked(
                             os.kill(os.getpid(), signal.SIGKILL)
 
                 sys.addaudithook(hook)
+                if kill_after is not None:  # nobody handles SIGPROF: the kernel ends the process there and then
+                    signal.setitimer(signal.ITIMER_PROF, kill_after)
                 status = work() or 0
-                os.write(writer, str(count).encode())
+                signal.setitimer(signal.ITIMER_PROF, 0)
+                report.write(json.dumps({"operations": count, "modules": list(sys.modules)}).encode())
+                report.flush()
+            except Exception:
+                sys.excepthook(*sys.exc_info())
             finally:
                 sys.stderr.flush()
                 os._exit(status if isinstance(status, int) else 0)
-        os.close(writer)
-        if kill_after is not None:
-            time.sleep(kill_after)
-            os.kill(child, signal.SIGKILL)  # a child that has ended is there until it is waited for
-        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        count = int(os.read(reader, 20) or b"0")
-        os.close(reader)
+        _, status, used = os.wait4(child, 0)
         stderr.seek(0)
-        return Ended(status, count, time.monotonic() - start, stderr.read().decode())
+        report.seek(0)
+        told = json.loads(report.read() or b"{}")
+        return Ended(os.waitstatus_to_exitcode(status), used.ru_utime + used.ru_stime, stderr.read().decode(), **told)
 
 
 def command(words: str) -> Callable[[], int]:
     """What a child does. A download that failed is tried again at once."""
 
     def work() -> int:
-        logging.set_verbosity_error()  # as the command line has it where it imports transformers itself
         with mock.patch.object(live, "Downloader", partial(Downloader, sleep=lambda _: None)):
             return cli.main(words.split())
 
@@ -137,32 +146,42 @@ def contents(folder: Path) -> dict[str, str]:
     return found
 
 
+def import_all(work: Callable[[], int], place: Path, folder: Path) -> None:
+    """Imports what a command does, here and once: it would be most of the time of each child."""
+    shutil.copytree(place, folder)
+    for name in set(forked(work, folder).modules) - sys.modules.keys():
+        with suppress(Exception):  # some are made up by others
+            importlib.import_module(name)
+    shutil.rmtree(folder)
+
+
 def kill(words: str, place: Path, tries: int, rng: random.Random) -> dict[str, Any]:
-    """Kills a command at ``tries`` moments, and runs it again each time."""
+    """Kills a command at ``tries`` moments before its end, and runs it again each time."""
     work = command(words)
     with tempfile.TemporaryDirectory() as temporary:
         straight = Path(temporary, "straight")
+        import_all(work, place, straight)
         shutil.copytree(place, straight)
         first = forked(work, straight)
         assert first.status == 0 and first.operations > 0, (words, first)
-        whole, lost, killed = contents(straight), [], 0
-        for number in range(tries):
-            folder = Path(temporary, str(number))
+        whole, lost, killed, tried = contents(straight), [], 0, 0
+        while killed < tries and tried < 2 * tries:
+            folder = Path(temporary, str(tried))
             shutil.copytree(place, folder)
             by_time = rng.random() < 0.5
             kill_at = None if by_time else rng.randrange(1, first.operations + 1)
             kill_after = rng.uniform(0, first.seconds) if by_time else None
             status = forked(work, folder, kill_at, kill_after).status
-            killed += status == -signal.SIGKILL
+            tried, killed = tried + 1, killed + (status in KILLED)
             torn = {path for path, digest in contents(folder).items() if path in whole and digest != whole[path]}
             again = forked(work, folder)
             after = contents(folder)
-            if status not in (0, -signal.SIGKILL) or again.status or torn or after != whole:
+            if status not in (0, *KILLED) or again.status or torn or after != whole:
                 differs = sorted(torn | {path for path, _ in after.items() ^ whole.items()})
                 moment = f"operation {kill_at}" if kill_after is None else f"{kill_after:.3f} s"
                 lost.append({"at": moment, "status": status, "again": again.said, "differs": differs})
             shutil.rmtree(folder)
-    return {"tried": tries, "survived": tries - len(lost), "lost": lost, "killed": killed}
+    return {"tried": tried, "survived": tried - len(lost), "lost": lost, "killed": killed}
 
 
 # --------------------------------------------------------------------------------------------- full and read-only disks
@@ -191,6 +210,7 @@ def used_bytes(folder: Path) -> int:
 def fill_disk(name: str, words: str, place: Path, temporary: Path) -> dict[str, Any]:
     """Runs a command where the disk ends amid what it writes, or cannot be written at all."""
     work, tried, lost = command(words), 0, []
+    import_all(work, place, temporary / "imports")
     with small_disk(temporary / "straight") as straight:
         shutil.copytree(place, straight, dirs_exist_ok=True)
         before = used_bytes(straight)

@@ -19,13 +19,13 @@ from unittest import mock
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads do not survive a fork
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+# As the command line has it where it imports transformers itself.
+os.environ |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}
 
 import torch
-from transformers import AutoTokenizer  # noqa: F401  (imported for the forked ones)
 
-import flash_experts.models.moe
-import flash_experts.training.trainer  # noqa: F401
+import flash_experts.samples
+import flash_experts.training.trainer  # noqa: F401  (for the forked ones)
 from flash_experts.__main__ import main
 
 COMMANDS = {
