@@ -58,7 +58,7 @@ class CtrlC:
         if not isinstance(about.exc_value, KeyboardInterrupt):
             self._hook(about)
         elif self._listening:
-            self._again = threading.Timer(_AGAIN_SECONDS, _thread.interrupt_main)
+            self._again = threading.Timer(_AGAIN_SECONDS, _interrupt_main_thread)
             self._again.daemon = True
             self._again.start()
 
@@ -88,6 +88,14 @@ def held_back() -> Iterator[None]:
         signal.signal(signal.SIGINT, previous)
         if came:
             signal.raise_signal(signal.SIGINT)
+
+
+def _interrupt_main_thread() -> None:
+    """As a key does: out of a wait as well."""
+    if sys.platform == "win32":
+        _thread.interrupt_main()
+    else:
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
 
 
 def _in_main_thread() -> bool:
