@@ -6,6 +6,7 @@ import _thread
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType, TracebackType
@@ -28,7 +29,8 @@ class CtrlC:
     def __init__(self) -> None:
         self.pressed = False
         self._listening = False
-        self._again: threading.Timer | None = None
+        self._in_vain = self._in_hook = False
+        self._again: threading.Thread | None = None
         self._previous: Any = None
         self._hook = sys.unraisablehook
 
@@ -51,23 +53,32 @@ class CtrlC:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.pressed = True
-        if self._listening:
+        if self._listening and not self._in_hook:
+            self._in_vain = False
             raise KeyboardInterrupt
 
     def _raised_in_vain(self, about: sys.UnraisableHookArgs) -> None:
         if not isinstance(about.exc_value, KeyboardInterrupt):
             self._hook(about)
         elif self._listening:
-            self._again = threading.Timer(_AGAIN_SECONDS, _interrupt_main_thread)
-            self._again.daemon = True
-            self._again.start()
+            self._in_hook = self._in_vain = True  # raised in here, it would be in vain again
+            if self._again is None:
+                self._again = threading.Thread(target=self._press_again, daemon=True)
+                self._again.start()
+            self._in_hook = False
+
+    def _press_again(self) -> None:
+        """Until it is heard: a signal that comes just before a wait begins does not end it."""
+        while self._listening:
+            time.sleep(_AGAIN_SECONDS)
+            if self._in_vain and self._listening:
+                _interrupt_main_thread()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
         if self._again is not None:
-            self._again.cancel()
             self._again.join()
         if self._previous is not None:
             signal.signal(signal.SIGINT, self._previous)
