@@ -206,7 +206,7 @@ def test_what_does_not_pass_is_an_error(
 
 def test_a_silent_server_is_not_waited_for(server: TestServer, waits: list[float], tmp_path: Path) -> None:
     url = server.serve("/file", Reply(BODY, headers=TAGGED, stall=5000), Reply(BODY, headers=TAGGED))
-    Downloader(Patience(read_seconds=0.1), sleep=waits.append).file(url, tmp_path / "file")
+    Downloader(Patience(read_seconds=1), sleep=waits.append).file(url, tmp_path / "file")
     assert (tmp_path / "file").read_bytes() == BODY
     assert server.asked("/file")[1]["range"] == "bytes=5000-"
 

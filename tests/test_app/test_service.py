@@ -49,7 +49,7 @@ def test_the_time_limit_is_kept_while_nothing_is_found(base: NameGenerator) -> N
     began = time.monotonic()
     found = last(Playground({"a": base}, time_limit=0.5), Settings(min_distance=0.8, count=100))
     assert found.is_over and "stopped after 0.5 s" in found.note and len(found.rows) < 100
-    assert time.monotonic() - began < 3
+    assert time.monotonic() - began < 60  # for ever, without it
 
 
 def test_constraints_that_leave_nothing_are_told(playground: Playground) -> None:

@@ -49,6 +49,6 @@ def test_twenty_names_against_35000_are_quick() -> None:
     known = KnownNames(tuple("".join(rng.choices(letters, k=rng.randint(8, 24))) for _ in range(35_000)))
     names = ["".join(rng.choices(letters, k=17)) for _ in range(20)]
     known.nearest(names[:1])  # normal forms of the known names are made once
-    start = time.perf_counter()
+    start = time.thread_time()  # other processes take none of it
     known.nearest(names)
-    assert time.perf_counter() - start < 0.3
+    assert time.thread_time() - start < 0.3
