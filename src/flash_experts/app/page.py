@@ -27,7 +27,7 @@ from flash_experts.generation import PRESETS
 
 AT_ONCE = 4  # requests that take turns at the models
 MOST_WAITING = 32  # requests that wait; the next are told that the playground is busy
-MOST_SESSIONS = 500  # tables that are remembered: 200 kB each at most
+MOST_SESSIONS = 500  # tables that are remembered: 300 kB each at most
 _QUEUE = "names"  # all that computes waits in one queue
 _COMPUTES: dict[str, Any] = {
     "concurrency_id": _QUEUE, "concurrency_limit": AT_ONCE, "api_visibility": "private", "show_progress": "hidden",
