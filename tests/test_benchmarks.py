@@ -76,7 +76,7 @@ def test_train_and_generate() -> None:
     assert "trimmed" in report.rows[2]["name"]
     assert len(report.rows) == 4 and all(row["tokens_per_second"] > 0 for row in report.rows)
     report = measured("generate", "--model", MODEL, "--count", "4", "--batch_size", "4", "--rounds", "1")
-    assert report.rows[0]["times_peer"] == 1 and len(report.rows) == 3
+    assert report.rows[0]["times_peer"] == 1 and len(report.rows) == 5
     assert "transformers generate" in report.text
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from itertools import product
 
 import pytest
@@ -11,6 +12,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from flash_experts.generation import gpt2_steps
 from flash_experts.generation.decoding import DecodedName, NameDecoder
 from flash_experts.generation.presets import Sampling
+from flash_experts.generation.prompt_rows import Prompt, PromptRows
 from flash_experts.models import GPT2MoEConfig, GPT2MoEForCausalLM
 from flash_experts.models.attention_backends import attention_backend
 from flash_experts.models.modes import evaluating
@@ -24,7 +26,8 @@ def _tiny(kind: str, vocab_size: int = 40) -> torch.nn.Module:
     ids = {"bos_token_id": END, "eos_token_id": END, "pad_token_id": END, "initializer_range": 0.5}
     if kind == "dense":
         return GPT2LMHeadModel(GPT2Config(**sizes, **ids)).eval()
-    return GPT2MoEForCausalLM(GPT2MoEConfig(**sizes, **ids, num_experts=4, num_experts_per_tok=2)).eval()
+    shared = {"num_shared_experts": 2} if kind == "shared" else {}
+    return GPT2MoEForCausalLM(GPT2MoEConfig(**sizes, **ids, num_experts=4, num_experts_per_tok=2, **shared)).eval()
 
 
 def _decode(model: torch.nn.Module, indices: range, sampling: Sampling, steps: int = 30) -> list[DecodedName]:
@@ -111,7 +114,25 @@ def test_finished_rows_leave_the_batch() -> None:
     assert rows[1:] == [sum(length > step for length in lengths) for step in range(max(lengths))][: len(rows) - 1]
 
 
-@pytest.mark.parametrize("kind", ["dense", "moe"])
+@pytest.mark.parametrize("kind", ["dense", "shared"])
+def test_bfloat16_weights_round_products_alone(kind: str) -> None:
+    """So a step is as near to float32 as the rounding of what goes into each product."""
+    model = _tiny(kind).to(torch.bfloat16)
+    exact = copy.deepcopy(model).float()
+    tokens_B = torch.tensor([3, 7, 11])
+    with torch.no_grad():
+        by_dtype = []
+        for one in (model, exact):
+            rows = PromptRows(Prompt(one, [END, 5, 9]), 3)
+            rows.advance(tokens_B.tolist(), [])
+            rows.advance(tokens_B.flip(0).tolist(), [])
+            by_dtype.append(rows.logits_BV)
+    assert gpt2_steps.dtype_between_products(model) == by_dtype[0].dtype == torch.float32
+    rounded, near = by_dtype
+    assert 0 < (rounded - near).norm() / near.norm() < 0.1
+
+
+@pytest.mark.parametrize("kind", ["dense", "moe", "shared"])
 def test_steps_of_a_plain_gpt2_are_those_of_its_own_forward(kind: str) -> None:
     """A hook is what makes the decoder call the model itself."""
     model = _tiny(kind)

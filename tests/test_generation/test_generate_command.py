@@ -72,7 +72,7 @@ def test_every_constraint_is_an_option(command: list[str], capsys: pytest.Captur
             and 8 <= len(line) <= 30
             and len(line.split()) in (2, 3)
         )
-    assert main([*command, "--words", "1"]) == 0
+    assert main([*command, "--words", "1", "--dtype", "bfloat16"]) == 0
     assert all(" " not in line for line in capsys.readouterr().out.splitlines())
     assert main([*command, "--alliterate", "--count", "1", "--like", "Goblin Guide"]) == 0
 

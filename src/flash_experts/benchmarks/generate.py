@@ -1,7 +1,8 @@
 """Names per second: our generator's decoder, and transformers' `generate`, on one checkpoint with the same sampling.
 
 Both draw from the model as it is (temperature 1, top-k 200, no filter) after the same prompt, in batches of one size,
-taking turns. `NameGenerator` with its filters (no real card, well-formed, distinct) is timed besides: it does more.
+taking turns, in float32 and both again with bfloat16 weights. `NameGenerator` with its filters (no real card,
+well-formed, distinct) is timed besides: it does more.
 """
 
 from __future__ import annotations
@@ -95,10 +96,12 @@ def _with_filters(generator: NameGenerator, count: int, batch_size: int, seed: i
 
 
 PEER = "transformers generate"
-CONTESTANTS: dict[str, Callable[[NameGenerator, int, int, int], int]] = {
-    PEER: _transformers_generate,
-    "ours, the same sampling": _ours,
-    "ours, with filters and nearest cards": _with_filters,
+CONTESTANTS: dict[str, tuple[Callable[[NameGenerator, int, int, int], int], torch.dtype]] = {
+    PEER: (_transformers_generate, torch.float32),
+    "ours, the same sampling": (_ours, torch.float32),
+    "ours, with filters and nearest cards": (_with_filters, torch.float32),
+    f"{PEER}, bfloat16": (_transformers_generate, torch.bfloat16),
+    "ours, bfloat16": (_ours, torch.bfloat16),
 }
 
 
@@ -111,14 +114,17 @@ def measure(args: Any, device: torch.device) -> Report:
     check_positive(count=args.count, batch_size=args.batch_size, rounds=args.rounds)
     if args.count % args.batch_size:
         raise ValueError(f"--count {args.count} must be a multiple of --batch-size {args.batch_size}")
-    generator = NameGenerator.from_pretrained(args.model, device)
+    generators = {
+        dtype: NameGenerator.from_pretrained(args.model, device, dtype) for dtype in (torch.float32, torch.bfloat16)
+    }
     machine = machine_facts(device)
     rates: dict[str, list[float]] = {name: [] for name in CONTESTANTS}
-    for turn in range(args.rounds + 1):  # the first warms up
+    for turn in range(args.rounds + 1):  # the first, of one batch, warms up
         say(f"generate: round {turn} of {args.rounds}")
-        for name, contestant in CONTESTANTS.items():
+        count = args.count if turn else args.batch_size
+        for name, (contestant, dtype) in CONTESTANTS.items():
             start = time.perf_counter()
-            made = contestant(generator, args.count, args.batch_size, turn)
+            made = contestant(generators[dtype], count, args.batch_size, turn)
             if turn:
                 rates[name].append(made / (time.perf_counter() - start))
     medians = {name: statistics.median(values) for name, values in rates.items()}

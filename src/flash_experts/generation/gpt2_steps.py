@@ -5,6 +5,8 @@ views, masks, checks and calls. Here the same weights are read in place: nothing
 at once. Anything that is not a plain GPT-2 (adapters, hooks, an attention backend that was asked for) takes the model's
 own forward.
 
+On a CPU a model in bfloat16 or float16 keeps float32 between its products: they alone are faster with short numbers.
+
 Letters in the shapes: B rows, D width, H heads, C width of a head, K columns of the cache, V tokens of the vocabulary.
 """
 
@@ -56,8 +58,13 @@ def _is_plain(block: Any) -> bool:
     if type(block) not in (GPT2Block, GPT2MoEBlock) or type(block.attn) is not GPT2Attention:
         return False
     own = [block.ln_1, block.ln_2, *block.attn.modules()]
-    if isinstance(block.mlp, MoELayer):  # it is called as it is; tokens must not compete, though
+    if isinstance(
+        block.mlp, MoELayer
+    ):  # its router and experts are called as they are; tokens must not compete, though
         is_known = isinstance(block.mlp.router, TopKRouter)
+        own += (
+            [] if block.mlp.shared_experts is None else [block.mlp.shared_experts.c_fc, block.mlp.shared_experts.c_proj]
+        )
     else:
         is_known = type(block.mlp) is GPT2MLP
         own += [block.mlp.c_fc, block.mlp.c_proj]
@@ -74,41 +81,62 @@ def next_logits(model: GPT2LMHeadModel, tokens_B: torch.Tensor, cache: RingCache
     """
     body: Any = model.transformer
     mask_BK, positions_B1 = cache.step(tokens_B.device)
-    penalty_BK = torch.zeros(mask_BK.shape, dtype=body.wte.weight.dtype, device=tokens_B.device)
+    dtype = dtype_between_products(model)
+    penalty_BK = torch.zeros(mask_BK.shape, dtype=dtype, device=tokens_B.device)
     penalty_BK.masked_fill_(~mask_BK, -torch.inf)
     # One row a head: (B * H, 1, K).
     penalty_N1K = penalty_BK.repeat_interleave(model.config.n_head, 0)[:, None]
-    x_BD = F.embedding(tokens_B, body.wte.weight) + F.embedding(positions_B1[:, 0], body.wpe.weight)
+    x_BD = F.embedding(tokens_B, body.wte.weight).to(dtype) + F.embedding(positions_B1[:, 0], body.wpe.weight)
     for layer, block in enumerate(body.h):
         x_BD = x_BD + _attention(block.attn, _norm(block.ln_1, x_BD), cache, layer, penalty_N1K)
         x_BD = x_BD + _feed_forward(block.mlp, _norm(block.ln_2, x_BD))
-    return linear(_norm(body.ln_f, x_BD), model.lm_head.weight.T).float()
+    return _linear(_norm(body.ln_f, x_BD), model.lm_head.weight.T).float()
+
+
+def dtype_between_products(model: Any) -> torch.dtype:
+    """Of sums, norms, attention and its cache."""
+    weight: torch.Tensor = model.transformer.wte.weight  # the model's own `dtype` goes through all its modules
+    return torch.promote_types(weight.dtype, torch.float32) if weight.device.type == "cpu" else weight.dtype
 
 
 def _norm(norm: nn.LayerNorm, x_BD: torch.Tensor) -> torch.Tensor:
-    return F.layer_norm(x_BD, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+    return F.layer_norm(x_BD, norm.normalized_shape, norm.weight.to(x_BD.dtype), norm.bias.to(x_BD.dtype), norm.eps)
+
+
+def _linear(x_BD: torch.Tensor, weight_DF: torch.Tensor, bias_F: torch.Tensor | None = None) -> torch.Tensor:
+    """`linear` in the weights' dtype, (B, F) in that of ``x_BD``."""
+    return linear(x_BD.to(weight_DF.dtype), weight_DF, bias_F).to(x_BD.dtype)
 
 
 def _attention(
     module: Any, x_BD: torch.Tensor, cache: RingCache, layer: int, penalty_N1K: torch.Tensor
 ) -> torch.Tensor:
     (B, D), N = x_BD.shape, len(penalty_N1K)
-    qkv_B3HC = linear(x_BD, module.c_attn.weight, module.c_attn.bias).view(B, 3, N // B, -1)
+    qkv_B3HC = _linear(x_BD, module.c_attn.weight, module.c_attn.bias).view(B, 3, N // B, -1)
     keys_BHKC, values_BHKC = cache.write(layer, qkv_B3HC[:, 1], qkv_B3HC[:, 2])
     C, K = keys_BHKC.shape[3], keys_BHKC.shape[2]
     q_N1C = qkv_B3HC[:, 0].reshape(N, 1, C)
     scores_N1K = torch.baddbmm(penalty_N1K, q_N1C, keys_BHKC.view(N, K, C).transpose(1, 2), alpha=module.scaling)
     out_BD = torch.bmm(scores_N1K.softmax(-1), values_BHKC.view(N, K, C)).view(B, D)
-    return linear(out_BD, module.c_proj.weight, module.c_proj.bias)
+    return _linear(out_BD, module.c_proj.weight, module.c_proj.bias)
 
 
 def _feed_forward(module: Any, x_BD: torch.Tensor) -> torch.Tensor:
-    if isinstance(module, MoELayer):
-        out_BD: torch.Tensor = module(x_BD)
-        return out_BD
+    """A block's MLP, or its experts."""
+    if not isinstance(module, MoELayer):
+        return _mlp(module, x_BD)
+    _, gates_BK, experts_BK = module.router(x_BD)
+    short_BD = x_BD.to(module.experts.up_proj.dtype)
+    out_BD: torch.Tensor = module.experts(short_BD, experts_BK, gates_BK.to(short_BD.dtype)).to(x_BD.dtype)
+    return out_BD if module.shared_experts is None else out_BD + _mlp(module.shared_experts, x_BD)
+
+
+def _mlp(module: Any, x_BD: torch.Tensor) -> torch.Tensor:
+    """GPT-2's, or the shared experts, which are one."""
     fc, proj = module.c_fc, module.c_proj
+    short_BD = x_BD.to(fc.weight.dtype)
     if isinstance(module.act, _TANH_GELUS):
-        hidden = linear_gelu_tanh(x_BD, fc.weight, fc.bias)
+        hidden_BF = linear_gelu_tanh(short_BD, fc.weight, fc.bias)
     else:
-        hidden = module.act(linear(x_BD, fc.weight, fc.bias))
-    return linear(hidden, proj.weight, proj.bias)
+        hidden_BF = module.act(linear(short_BD, fc.weight, fc.bias))
+    return linear(hidden_BF, proj.weight, proj.bias).to(x_BD.dtype)

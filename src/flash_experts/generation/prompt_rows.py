@@ -6,7 +6,7 @@ Letters in the shapes: B rows, T tokens of the prompt, V tokens of the vocabular
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from transformers import DynamicCache, GPT2LMHeadModel, PreTrainedModel
@@ -38,6 +38,11 @@ class Prompt:
         out = model(ids_1T, attention_mask=mask, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
         self.first_1V = out.logits[:, -1].float()
         self.is_plain_gpt2 = gpt2_steps.takes(model)
+        if self.is_plain_gpt2:
+            dtype = gpt2_steps.dtype_between_products(model)
+            layer: Any
+            for layer in self.cache.layers:
+                layer.keys, layer.values = layer.keys.to(dtype), layer.values.to(dtype)
 
 
 class PromptRows:
@@ -75,10 +80,10 @@ class PromptRows:
     def _next_logits(self, tokens: Sequence[int]) -> torch.Tensor:
         """(B, V) what follows one more token of each row."""
         model = self._prompt.model
-        tokens_B = torch.tensor(tokens, device=model.device)
+        tokens_B = torch.tensor(tokens, device=self.logits_BV.device)
         if self._prompt.is_plain_gpt2:
             return gpt2_steps.next_logits(cast(GPT2LMHeadModel, model), tokens_B, self._cache)
-        mask_BK, positions_B1 = self._cache.step(model.device)
+        mask_BK, positions_B1 = self._cache.step(tokens_B.device)
         out = model(
             tokens_B[:, None],
             attention_mask=mask_BK[:, None, None],

@@ -11,6 +11,7 @@ import torch
 from torch.nn import functional as F
 
 _ONEDNN = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
+_DTYPES = (torch.float32, torch.bfloat16)
 
 
 def linear(x_ND: torch.Tensor, weight_DF: torch.Tensor, bias_F: torch.Tensor | None = None) -> torch.Tensor:
@@ -37,5 +38,5 @@ def linear_gelu_tanh(x_ND: torch.Tensor, weight_DF: torch.Tensor, bias_F: torch.
 
 
 def _takes(x_ND: torch.Tensor) -> bool:
-    is_float = x_ND.device.type == "cpu" and x_ND.dtype == torch.float32
+    is_float = x_ND.device.type == "cpu" and x_ND.dtype in _DTYPES
     return _ONEDNN and bool(torch.backends.mkldnn.enabled) and is_float and x_ND.numel() > 0
