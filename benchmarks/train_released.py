@@ -141,10 +141,20 @@ class Bench:
         return Run(name, seed, folder, best, last["step"], last["seconds"])
 
     def _train(self, config: str, name: str, options: Mapping[str, str]) -> Path:
+        if _is_finished(self.models / name):
+            return self.models / name
         named = {"training.run_name": name, "training.output_dir": str(self.models)}
         command = [sys.executable, "-m", "flash_experts.cli", "train", "--config", f"configs/{config}.yaml"]
         subprocess.run([*command, *(f"--{key}={value}" for key, value in {**options, **named}.items())], check=True)
         return self.models / name
+
+
+def _is_finished(folder: Path) -> bool:
+    """Whether a run came to its end: its last line of training has nothing left to do."""
+    if not (folder / "model.safetensors").exists():
+        return False
+    lines = [line for line in read_metrics(folder / "metrics.jsonl") if line.get("event") == "train"]
+    return bool(lines) and lines[-1]["eta_seconds"] == 0
 
 
 def differences(firsts: Sequence[EvaluationResult], seconds: Sequence[EvaluationResult]) -> dict[str, Any]:
