@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,9 @@ from hypothesis import settings
 os.environ["HF_HUB_OFFLINE"] = "1"  # before its first import: nothing in the tests may ask a hub
 if not torch.cuda.is_available():  # Triton's own functions are made at its first import: interpreted, or for a GPU
     os.environ["TRITON_INTERPRET"] = "1"
+
+# A shell that starts the tests in the background has them ignore Ctrl+C, and the programs that they start as well.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
