@@ -14,12 +14,12 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before its first import: nothing in the te
 if not torch.cuda.is_available():  # Triton's own functions are made at its first import: interpreted, or for a GPU
     os.environ["TRITON_INTERPRET"] = "1"
 
-# A shell that starts the tests in the background has them ignore Ctrl+C, and the programs that they start as well.
-signal.signal(signal.SIGINT, signal.default_int_handler)
-
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from flash_experts.data.tokenizer import train_tokenizer
+
+# A shell that starts the tests in the background has them ignore Ctrl+C, and the programs that they start as well.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Speed is measured in benchmarks: a busy machine fails no test.
 settings.register_profile("untimed", deadline=None)
