@@ -38,9 +38,8 @@ class FittestOf:
         drawn = zip(
             *(self.model.sample_each(attributes, seed * 1000 + one) for one in range(self.best_of)), strict=True
         )
-        return [
-            names[int(self.judge.fit(names, asked).argmax())] for names, asked in zip(drawn, attributes, strict=True)
-        ]
+        evidence = {asked: self.judge.evidence(asked) for asked in set(attributes)}
+        return [names[int(evidence[asked](names).argmax())] for names, asked in zip(drawn, attributes, strict=True)]
 
 
 def main() -> None:

@@ -25,7 +25,7 @@ def test_a_run_that_only_red_cards_have_speaks_for_red_by_worked_numbers() -> No
     judge = AttributeJudge([card("a", "Instant", color="R"), card("b", "Instant")])
     # Runs of a name of one letter, ends included: "\na", "a\n", "\na\n". Each name has three, each run is one of six.
     expected = np.log(1 / (1 / 6) + 40_000) - np.log(3 + 40_000), np.log(40_000) - np.log(3 + 40_000)
-    evidence_N = judge.fit(["a", "b", "c"], Attributes(colors=("R",)))
+    evidence_N = judge.evidence(Attributes(colors=("R",)))(["a", "b", "c"])
     np.testing.assert_allclose(evidence_N * 14 / 3, [expected[0], expected[1], expected[1]], rtol=1e-9)
 
 
@@ -34,9 +34,9 @@ def test_evidence_for_all_that_is_told_is_added_and_what_no_card_has_is_none() -
     names = ["Goblin Firebrand", "Serene Dawn"]
     parts = [Attributes(subtypes=("Goblin",)), Attributes(colors=("R",)), Attributes(supertypes=())]
     whole = Attributes(subtypes=("Goblin",), colors=("R",), supertypes=())
-    np.testing.assert_allclose(judge.fit(names, whole), sum(judge.fit(names, part) for part in parts))
-    assert judge.fit(names, whole)[0] > judge.fit(names, whole)[1]
-    assert judge.fit(names, Attributes(subtypes=("Nobody",))).tolist() == [0, 0]
+    np.testing.assert_allclose(judge.evidence(whole)(names), sum(judge.evidence(part)(names) for part in parts))
+    assert judge.evidence(whole)(names)[0] > judge.evidence(whole)(names)[1]
+    assert judge.evidence(Attributes(subtypes=("Nobody",)))(names).tolist() == [0, 0]
 
 
 def test_it_recognizes_colors_of_names_that_it_did_not_read() -> None:
@@ -46,7 +46,7 @@ def test_it_recognizes_colors_of_names_that_it_did_not_read() -> None:
 
     cards = [one for one in clean(load_source("embedded").rows).cards if one.colors in (("R",), ("U",))]
     judge = AttributeJudge(cards[::2])
-    red, blue = (judge.fit([one.name for one in cards[1::2]], Attributes(colors=(color,))) for color in "RU")
+    red, blue = (judge.evidence(Attributes(colors=(color,)))([one.name for one in cards[1::2]]) for color in "RU")
     is_red = np.array([one.colors == ("R",) for one in cards[1::2]])
     assert ((red > blue) == is_red).mean() > 0.75
 

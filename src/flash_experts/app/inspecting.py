@@ -21,6 +21,7 @@ from flash_experts.app.service import LoadedModel
 from flash_experts.app.settings import Settings
 from flash_experts.data.names import normal_form, shown_form
 from flash_experts.data.packing import encode_name
+from flash_experts.data.prompts import Attributes
 from flash_experts.evaluation.router_maps import NameMap, name_maps, route
 from flash_experts.evaluation.router_tokens import Tokens, shown_text
 from flash_experts.evaluation.scorers import check_lengths
@@ -93,7 +94,8 @@ def inspect_name(loaded: LoadedModel, name: str, settings: Settings) -> Inspecti
         raise ValueError(f"the name has {len(name)} characters: {LONGEST_NAME} are the most")
     generator = loaded.generator
     model = generator.model
-    attributes = attributes_asked_for(settings.type_line, settings.colors, settings.mana_value, examples=settings.like)
+    told = Attributes.parse(settings.type_line, settings.colors, settings.mana_value)
+    attributes = attributes_asked_for(told, settings.like)
     encoded = encode_name(name, attributes, generator.tokenizer)
     check_lengths(model, [name], [encoded])
     texts = generator.vocabulary.texts

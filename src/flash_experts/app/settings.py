@@ -120,7 +120,8 @@ class Settings:
         if not isinstance(self.alliterate, bool):
             raise ValueError(f"alliterate is {self.alliterate!r}: it is true or false")
         attributes = Attributes.parse(self.type_line, self.colors, self.mana_value)
-        fitness_of(self.best_by, self.best_of, attributes)
+        if not self.like:  # which tells attributes, too
+            fitness_of(self.best_by, self.best_of, attributes)
         sampling_of(self.preset, **{name: getattr(self, name) for name in _SAMPLING})
         Constraints(
             **{field.name: getattr(self, field.name) for field in fields(Constraints) if hasattr(self, field.name)}

@@ -40,17 +40,21 @@ class AttributeJudge:
         seen_U = np.bincount(self._index_G, minlength=len(self._runs_U))
         self._usual_U = seen_U / max(1, seen_U.sum())
 
-    def fit(self, names: Sequence[str], attributes: Attributes) -> FloatArray:
-        """(N,) the evidence, in nats, that each name gives for all that is told; zeros where nothing is told that a
-        real card has."""
-        runs_G, name_G = runs_of(names)
-        index_G = place_of_runs(self._runs_U, runs_G)
-        evidence_N = np.zeros(len(names))
+    def evidence(self, attributes: Attributes) -> Callable[[Sequence[str]], FloatArray]:
+        """A function from N names to (N,) the evidence, in nats, that each gives for all that is told; zeros where
+        nothing is told that a real card has."""
+        odds_U = np.zeros(len(self._runs_U) + 1)
         for has in _told(attributes):
             mine_N = np.array([has(card) for card in self._cards], dtype=bool)
             if mine_N.any():
-                evidence_N += np.bincount(name_G, self._log_odds(mine_N)[index_G], minlength=len(names))
-        return evidence_N
+                odds_U += self._log_odds(mine_N)
+
+        def evidence_of(names: Sequence[str]) -> FloatArray:
+            runs_G, name_G = runs_of(names)
+            odds_G = odds_U[place_of_runs(self._runs_U, runs_G)]
+            return np.bincount(name_G, odds_G, minlength=len(names)).astype(np.float64, copy=False)
+
+        return evidence_of
 
     def _log_odds(self, mine_N: np.ndarray) -> FloatArray:
         """(U + 1,) how much commoner each run is in some of the names than in all; the last is for runs of no name."""
@@ -80,7 +84,8 @@ def fitness_of(best_by: str, best_of: int, attributes: Attributes) -> Callable[[
         raise ValueError("best_by fit chooses among names: set best_of, too, to 8 for instance")
     if not _told(attributes):
         raise ValueError("best_by fit goes by what the card is: tell its type or colors")
-    return lambda names: attribute_judge_of_real_cards().fit(names, attributes)
+    evidence = cache(lambda: attribute_judge_of_real_cards().evidence(attributes))  # when the first name is there
+    return lambda names: evidence()(names)
 
 
 def _told(attributes: Attributes) -> list[Callable[[Card], bool]]:

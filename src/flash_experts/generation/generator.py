@@ -151,7 +151,9 @@ class NameGenerator:
                 prompt length) and giving a LogitsProcessor, as the class of your own `NameFilter` does;
                 ``rarity``, such as "rare", ``set_code``, such as "ZEN", and ``released``, a year, for models that
                 learned them; ``like``, examples whose kind of card and pieces of words the names shall have, as a list
-                or "Goblin Guide; Lightning Bolt".
+                or "Goblin Guide; Lightning Bolt"; ``best_by``, what is best in ``best_of``: "score" (the default: the
+                highest `GeneratedName.score`, the most natural) or "fit" (the name that gives most evidence for what
+                was told, see `AttributeJudge`).
 
         Returns:
             ``count`` names in the order they were found, or fewer, with a warning, if no more are found.
@@ -195,7 +197,7 @@ class NameGenerator:
         best_by = options.pop("best_by", None) or "score"
         sampling, constraints, filters = _sorted_options(preset, options)
         examples = examples_of(like) if like else []
-        attributes = attributes_asked_for(type_line, colors, mana_value, rarity, *printing, examples=examples)
+        attributes = attributes_asked_for(Attributes.parse(type_line, colors, mana_value, rarity, *printing), examples)
         check_known(attributes, read_conditions(self.model.config.to_dict()))
         prompt_ids, untold_ids = (
             [self.tokenizer.bos_token_id, *self.vocabulary.encode(told.prompt())] for told in (attributes, NONE)
@@ -211,22 +213,8 @@ class NameGenerator:
         return NameSearch(self.model, self.vocabulary, self.known, request).names(count)
 
 
-def attributes_asked_for(
-    type_line: str | None,
-    colors: str | None,
-    mana_value: int | None,
-    rarity: str | None = None,
-    set_code: str | None = None,
-    released: int | None = None,
-    *,
-    examples: Sequence[str] = (),
-) -> Attributes:
-    """What the prompt tells: the attributes given, and where they are open what most of the examples share.
-
-    Raises:
-        ValueError: see `Attributes.parse`.
-    """
-    attributes = Attributes.parse(type_line, colors, mana_value, rarity, set_code, released)
+def attributes_asked_for(attributes: Attributes, examples: Sequence[str]) -> Attributes:
+    """What the prompt tells: the attributes given, and where they are open what most of the examples share."""
     return filled_in(attributes, shared_attributes(examples)) if examples else attributes
 
 

@@ -58,13 +58,11 @@ def _is_plain(block: Any) -> bool:
     if type(block) not in (GPT2Block, GPT2MoEBlock) or type(block.attn) is not GPT2Attention:
         return False
     own = [block.ln_1, block.ln_2, *block.attn.modules()]
-    if isinstance(
-        block.mlp, MoELayer
-    ):  # its router and experts are called as they are; tokens must not compete, though
+    if isinstance(block.mlp, MoELayer):
+        # Its router and experts are called as they are; tokens must not compete, though.
         is_known = isinstance(block.mlp.router, TopKRouter)
-        own += (
-            [] if block.mlp.shared_experts is None else [block.mlp.shared_experts.c_fc, block.mlp.shared_experts.c_proj]
-        )
+        shared = block.mlp.shared_experts
+        own += [] if shared is None else [shared.c_fc, shared.c_proj]
     else:
         is_known = type(block.mlp) is GPT2MLP
         own += [block.mlp.c_fc, block.mlp.c_proj]
