@@ -216,7 +216,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=float, default=3)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/released.json"))
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/released_2cores.json"))
     args = parser.parse_args()
 
     bench = Bench(args.english, args.base, args.data, args.told, args.models, args.epochs)
