@@ -14,7 +14,7 @@ few to teach what makes a name red or a land. So here
 
 This is pseudo-labelling (Lee 2013): the classifier, which reads whole names, teaches the model, which writes them
 letter by letter. It sees the training split alone, so nothing held out is told. Names and rules text stay as they are
-in data/english; names are read once more.
+in data/english; names are read so often as is asked for.
 """
 
 from __future__ import annotations
@@ -125,6 +125,8 @@ def main() -> None:
     )
     parser.add_argument("--data", type=Path, default=Path("data/mtg"), help="folder that prepare wrote")
     parser.add_argument("--phrases", type=int, default=250_000, help="phrases that are kept")
+    parser.add_argument("--name-copies", type=int, default=NAME_COPIES + 1, help="how often the names stand there")
+    parser.add_argument("--seed", type=int, default=0, help="of the types and colors drawn")
     parser.add_argument("--out", type=Path, default=Path("data/told"))
     args = parser.parse_args()
     train, validation = (load_split(args.data, split) for split in ("train", "validation"))
@@ -132,10 +134,10 @@ def main() -> None:
     phrases = [card for card in texts if not card.source_id.startswith("embedded:")]
     likeness = name_likeness([card.name for card in phrases], [card.name for card in train])
     kept = [phrases[place] for place in sorted(np.argsort(-likeness, kind="stable")[: args.phrases].tolist())]
-    told = tell(kept, train, np.random.default_rng(0))
-    others = texts[len(phrases) :]  # rules, then names
-    write(args.out, {"train": [*told, *others, *train], "validation": validation})
-    print(f"{args.out}: {len(told):,} of {len(phrases):,} phrases told, names {NAME_COPIES + 1} times")
+    told = tell(kept, train, np.random.default_rng(args.seed))
+    rules = texts[len(phrases) : len(texts) - NAME_COPIES * len(train)]
+    write(args.out, {"train": [*told, *rules, *train * args.name_copies], "validation": validation})
+    print(f"{args.out}: {len(told):,} of {len(phrases):,} phrases told, names {args.name_copies} times")
 
 
 if __name__ == "__main__":

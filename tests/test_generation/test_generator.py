@@ -18,8 +18,17 @@ from hypothesis import strategies as st
 from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from flash_experts.data.names import normal_form
-from flash_experts.generation import Constraints, GeneratedName, NameFilter, NameGenerator, Sampling, format_name
+from flash_experts.generation import (
+    CARD_ALPHABET,
+    Constraints,
+    GeneratedName,
+    NameFilter,
+    NameGenerator,
+    Sampling,
+    format_name,
+)
 from flash_experts.generation.generator import Options
+from flash_experts.generation.sampling import stream_seed
 from flash_experts.generation.word_filters import alliterates
 
 REAL = ["Goblin Guide", "Lightning Bolt", "Jötun Grunt", "Lim-Dûl's Vault", "Serra Angel", "Wrath of God"]
@@ -340,6 +349,18 @@ def test_prompt_too_long_for_the_model(generator: NameGenerator) -> None:
         generator.generate(1, type_line="Legendary Creature — Goblin Warrior")
 
 
+def test_each_prompt_has_random_numbers_of_its_own() -> None:
+    prompts = [[0], [0, 0], [0, 1], [1, 0], [0, 2**31]]
+    seeds = {stream_seed(seed, prompt) for seed in (0, 1, 2**63 - 1) for prompt in prompts}
+    assert len(seeds) == 15
+    assert stream_seed(7, [1, 2]) == stream_seed(7, (1, 2))
+
+
 def test_only_card_letters_come_out(generator: NameGenerator) -> None:
-    letters = set(string.ascii_letters + " ,'-:!?áàâäéèêëíîïñóôöúûüÁÂÄÉÍÎÓÖÚÛÜ")
-    assert all(set(text) <= letters for text in texts(generator.generate(40, preset="creative", seed=2)))
+    # Seed 2 has a name that ends in "? ôx", whose last word becomes "Ôx".
+    assert all(set(text) <= CARD_ALPHABET for text in texts(generator.generate(40, preset="creative", seed=2)))
+
+
+def test_the_alphabet_has_the_capital_of_each_letter() -> None:
+    assert {letter.upper() for letter in CARD_ALPHABET} <= CARD_ALPHABET
+    assert set(string.ascii_letters + " ,'-:!?áàâäéèêëíîïñóôöúûüÁÀÂÄÉÈÊËÍÎÏÑÓÔÖÚÛÜ") >= CARD_ALPHABET

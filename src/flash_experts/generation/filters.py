@@ -32,8 +32,10 @@ from flash_experts.generation.formatting import DANGLING_WORDS
 from flash_experts.generation.vocabulary import NameVocabulary
 
 # Letters of real cards and the marks that hold names together. Digits, "&", "." and quotes are on some cards,
-# most of them of other franchises; pass your own alphabet to have them.
-CARD_ALPHABET = frozenset(string.ascii_letters + " ,'-:!?" + "áàâäéèêëíîïñóôöúûüÁÂÄÉÍÎÓÖÚÛÜ")
+# most of them of other franchises; pass your own alphabet to have them. Each letter has its capital, because a name is
+# written with capitals in the end.
+_ACCENTED = "áàâäéèêëíîïñóôöúûü"
+CARD_ALPHABET = frozenset(string.ascii_letters + " ,'-:!?" + _ACCENTED + _ACCENTED.upper())
 # Bytes that do not complete a character yet, as `NameVocabulary` shows them.
 PARTIAL_BYTES = "".join(map(chr, range(0xDC80, 0xDD00)))
 _REMEMBERED_BYTES = 32 << 20  # masks that a filter keeps at most

@@ -16,6 +16,7 @@ from flash_experts.generation.attribute_fit import fitness_of
 from flash_experts.generation.constraints import Constraints
 from flash_experts.generation.likeness import Resembles, examples_of, filled_in, shared_attributes
 from flash_experts.generation.presets import Sampling, sampling_of
+from flash_experts.generation.sampling import stream_seed
 from flash_experts.generation.search import GeneratedName, NameSearch, Request
 from flash_experts.generation.similarity import KnownNames
 from flash_experts.generation.vocabulary import NameVocabulary
@@ -134,7 +135,7 @@ class NameGenerator:
         """New names for a card.
 
         The same seed gives the same names, whatever ``batch_size`` (up to rounding), and the first names of a
-        larger ``count`` are those of a smaller one.
+        larger ``count`` are those of a smaller one. Of one seed, each prompt has random numbers of its own.
 
         Args:
             count: how many names.
@@ -207,7 +208,7 @@ class NameGenerator:
         processors += [make(self.vocabulary, len(prompt_ids)) for make in filters]
         if examples:
             processors.append(Resembles(self.vocabulary, len(prompt_ids), examples))
-        seed = secrets.randbits(63) if seed is None else seed
+        seed = stream_seed(secrets.randbits(63) if seed is None else seed, prompt_ids)
         fitness = fitness_of(best_by, best_of, attributes)
         request = Request(prompt_ids, untold_ids, sampling, constraints, processors, seed, batch_size, best_of, fitness)
         return NameSearch(self.model, self.vocabulary, self.known, request).names(count)

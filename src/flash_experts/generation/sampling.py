@@ -15,6 +15,12 @@ from flash_experts.generation.presets import Sampling
 _FIRST_CANDIDATES = 512  # top-p alone: a sort of so many tokens usually reaches p, a sort of all is slow
 
 
+def stream_seed(seed: int, prompt_ids: Sequence[int]) -> int:
+    """The seed of a prompt's own stream of names, so that lists for several prompts do not all begin alike."""
+    entropy = [seed, len(prompt_ids), *prompt_ids]  # the length, because zeros at the end would not count
+    return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0])
+
+
 def noise(seed: int, indices: Sequence[int], steps: int) -> torch.Tensor:
     """(len(indices), steps, 2) float64 uniform in [0, 1): row i depends on ``seed`` and ``indices[i]`` alone.
 
