@@ -30,7 +30,7 @@ def main() -> None:
         generator = NameGenerator.from_pretrained(sys.argv[1] if len(sys.argv) > 1 else default_model())
         for card in CARDS:
             # The same seed gives the same names again; another seed gives others.
-            names = generator.generate(COUNT, **card, seed=7)
+            names = generator.generate(COUNT, **card, seed=0)
             print(", ".join(f"{key.replace('_', ' ')} {value}" for key, value in card.items()))
             print(textwrap.indent(textwrap.fill("; ".join(name.text for name in names), 105), "    "))
             print()
