@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 import sys
@@ -21,6 +22,8 @@ from flash_experts.app.service import Playground
 from flash_experts.cli import main
 
 pytest.importorskip("gradio", reason="the playground's extra is not installed: pip install -e '.[app]'")
+from starlette.types import Receive, Scope, Send
+
 from flash_experts.app import server as server_module
 from flash_experts.app.server import LARGEST_BODY, bind, make_server
 
@@ -180,6 +183,37 @@ def test_clients_that_do_nothing_are_left(
         server.should_exit = True
         thread.join()
     assert not caplog.records
+
+
+def test_a_client_that_takes_nothing_is_left_while_its_answer_is_still_written(
+    base: NameGenerator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What waits for it grows from look to look. A busy server wrote on for minutes, once."""
+
+    async def endless(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        while True:
+            await send({"type": "http.response.body", "body": b"x" * 2000, "more_body": True})
+            await asyncio.sleep(0.05)
+
+    monkeypatch.setattr(server_module, "CLIENT_SECONDS", 0.3)
+    server = make_server(Playground({"dense": base}))
+    server.config.app, server.config.lifespan = endless, "off"
+    with bind("127.0.0.1", 0) as listener:
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        with socket.create_connection(listener.getsockname(), timeout=20) as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            client.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+            deadline, state = time.monotonic() + 30, server.server_state
+            while not state.connections and time.monotonic() < deadline:
+                time.sleep(0.05)
+            while state.connections and time.monotonic() < deadline:
+                time.sleep(0.05)
+            left_after = deadline - time.monotonic()
+        server.should_exit = True
+        thread.join()
+    assert left_after > 0
 
 
 def test_a_slow_answer_is_no_slow_client(base: NameGenerator, monkeypatch: pytest.MonkeyPatch) -> None:

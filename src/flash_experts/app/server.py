@@ -29,6 +29,7 @@ _LOG = logging.getLogger(__name__)
 MOST_CONNECTIONS = 512
 CLIENT_SECONDS = 15.0  # a client that owes us something, and does nothing, is left after one to two of these
 _NO_LINGER = struct.pack("ii", 1, 0)
+_BYTES_ACKED = 120  # where tcpi_bytes_acked lies in Linux's struct tcp_info (linux/tcp.h)
 LARGEST_BODY = 64 * 1024  # bytes of a request
 _OPEN = re.compile(
     r"/(|config/?|theme\.css|favicon\.ico|robots\.txt|manifest\.json|pwa_icon(/\d+)?|(assets|static|svelte)/.*"
@@ -130,25 +131,36 @@ class ImpatientProtocol(H11Protocol):
         super().connection_lost(exc)
 
     def _look_again(self, before: object) -> None:
-        """Ends the connection if it waits for the client, and did for the same thing when last looked at."""
-        unsent = self.transport.get_write_buffer_size() + _untaken(self.transport)
-        cycle = self.cycle
-        waits = bool(unsent) or cycle is None or cycle.response_complete or cycle.more_body
-        now = (cycle, unsent) if waits else None
+        """Ends the connection if it waits for the client, who has not come further since it was last looked at."""
+        connection, cycle = self.transport.get_extra_info("socket"), self.cycle
+        unsent = self.transport.get_write_buffer_size() + _untaken(connection)
+        now: object = None
+        if unsent:  # which may grow meanwhile: an answer that we still write, to a client that takes none of it
+            now = ("answer", _taken(connection, unsent))
+        elif cycle is None or cycle.response_complete or cycle.more_body:
+            now = ("request", cycle)
         if now is not None and now == before:
             if unsent:
-                self.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _NO_LINGER)
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _NO_LINGER)
             self.transport.abort()
         self._look = self.loop.call_later(CLIENT_SECONDS, self._look_again, now)
 
 
-def _untaken(transport: asyncio.Transport) -> int:
+def _untaken(connection: socket.socket) -> int:
     """Bytes that the kernel has from us and the client has not received; 0 where the system does not say."""
     if sys.platform != "linux":
         return 0
     count = array("i", [0])
-    fcntl.ioctl(transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, count)
+    fcntl.ioctl(connection.fileno(), termios.TIOCOUTQ, count)
     return count[0]
+
+
+def _taken(connection: socket.socket, unsent: int) -> int:
+    """How far the client is: bytes that it has received; what is left to send where the system does not say."""
+    if sys.platform != "linux":
+        return -unsent
+    told = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _BYTES_ACKED + 8)
+    return int.from_bytes(told[_BYTES_ACKED:], sys.byteorder)
 
 
 def bind(host: str, port: int) -> socket.socket:
