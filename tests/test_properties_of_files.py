@@ -158,6 +158,15 @@ def test_a_state_that_fits_its_manifest_and_is_none(content: bytes, tmp_path: Pa
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
 
 
+@pytest.mark.parametrize("name", ["/config.json", "../config.json", "checkpoints/config.json"])
+def test_a_manifest_that_names_files_elsewhere(name: str, tmp_path: Path) -> None:
+    """Found by fuzz_files.py: "/config.json is missing" did not say which checkpoint is meant."""
+    (tmp_path / checkpoint.MANIFEST).write_text(json.dumps({name: {"sha256": "0" * 64, "bytes": 2}}))
+    with pytest.raises(checkpoint.CheckpointError, match="no file of this folder") as caught:
+        checkpoint.verify_checkpoint(tmp_path)
+    assert str(tmp_path) in str(caught.value)
+
+
 @FAST
 @given(st.binary(max_size=60) | JSON.map(lambda found: json.dumps(found).encode()))
 def test_any_manifest_and_state(content: bytes) -> None:

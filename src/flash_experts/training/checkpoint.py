@@ -211,8 +211,10 @@ def verify_checkpoint(folder: Path) -> None:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{folder / MANIFEST} is damaged: {error}") from error
     for name, (sha256, size) in expected.items():
+        if Path(name).name != name:
+            raise CheckpointError(f"{folder / MANIFEST} is damaged: {name!r} is no file of this folder")
         path = folder / name
-        if Path(name).name != name or not path.is_file():
+        if not path.is_file():
             raise CheckpointError(f"{path} is missing")
         if path.stat().st_size != size:
             raise CheckpointError(f"{path} is damaged: {path.stat().st_size} bytes, but {size} were written")
