@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from test_filters import admits, byte_ids
 from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
 
+from flash_experts.data.tokenizer import train_tokenizer
 from flash_experts.generation import (
     AllowedCharacters,
     Contains,
@@ -99,6 +100,34 @@ def test_a_regex_admits_what_it_matches(vocabulary: NameVocabulary, pattern: str
         assert admits(one, " " + text) == expected
         # Where the expression leaves one text alone, only the tokenizer's own cut of it is offered.
         assert not admits(one, "", byte_ids(vocabulary, " " + text)) or expected
+
+
+READ_AGAIN = [*PATTERNS, r"(Goblin|Giant) (Guide|Growth)", r".*[aeiou].{8}[bcd].*", r"(Serra's )?Angel( of Dandân)?"]
+
+
+@settings(max_examples=60)
+@given(data=st.data(), pattern=st.sampled_from(READ_AGAIN))
+def test_what_a_regex_says_of_a_text_depends_on_no_other_text(
+    tokenizer: PreTrainedTokenizerFast, data: st.DataObject, pattern: str
+) -> None:
+    """One matcher reads all texts, whichever way rows come and go: beginnings, continuations, and what cannot be."""
+    vocabulary = NameVocabulary(tokenizer)
+    one = MatchesRegex(vocabulary, 0, pattern, 20)
+    names = [""]
+    for _ in range(data.draw(st.integers(1, 12))):
+        name = data.draw(st.sampled_from(names))
+        rule = one.rule(name)
+        assert rule == MatchesRegex(vocabulary, 0, pattern, 20).rule(name)
+        free = (~one.mask_of(rule)).nonzero()[:, 0].tolist()
+        anything = st.integers(0, vocabulary.size - 1).filter(lambda token: vocabulary.texts[token] != "")
+        token = data.draw(st.sampled_from(free) if free and data.draw(st.integers(0, 5)) else anything)
+        names.append(vocabulary.extend(name, token) if token != vocabulary.end_id else name)
+
+
+def test_a_regex_reads_words_that_prompts_have_as_one_token() -> None:
+    vocabulary = NameVocabulary(train_tokenizer(["Goblin land"], 257, whole_words=["land"]))
+    one = MatchesRegex(vocabulary, 0, r"Goblin .*", 30)
+    assert one.matches("Goblin land") and one.matches("Goblin landing") and not one.matches("land")
 
 
 @pytest.mark.parametrize("pattern", [r".*storm", r"[A-Z]\w{3,} of \w{3,}", r"(Go|Ba)+x"])
