@@ -11,8 +11,9 @@ from transformers import PreTrainedTokenizerFast
 
 from flash_experts import GPT2MoEForCausalLM, NameGenerator
 from flash_experts.data.cards import Card
-from flash_experts.data.prompts import CONDITIONS
+from flash_experts.data.prompts import CONDITIONS, Attributes
 from flash_experts.data.tokenizer import load_tokenizer
+from flash_experts.evaluation.scorers import LanguageModel
 from flash_experts.models.downcycling import to_dense
 from flash_experts.training.build import build_model
 from flash_experts.training.model_config import ModelConfig
@@ -57,6 +58,19 @@ def test_what_a_model_was_told_stays_with_it(tmp_path: Path) -> None:
     for newer, sets in (([], ["M10", "ZEN"]), ([replace(cards(told=True)[0], set_code="NEW")], ["M10", "NEW", "ZEN"])):
         again, _ = build_model(str(tmp_path), ModelConfig(num_experts=0), [*cards(told=False), *newer], seed=0)
         assert again.config.to_dict()[CONDITIONS] == {"set_code": sets, "released": [2009, 2019]}
+
+
+@pytest.mark.parametrize("learned", [True, False])
+def test_a_model_is_measured_with_what_it_can_know(learned: bool) -> None:
+    """Cards of another source than the model's own tell more: in its prompts that would be noise."""
+    scorer = LanguageModel(*build_model(None, SMALL, cards(told=learned), seed=0), label="model")
+    held_out = [replace(card, rarity="rare") for card in cards(told=True)]
+    names, told = [card.name for card in held_out], [Attributes.of(card) for card in held_out]
+    kept = [replace(each, rarity=None, **({} if learned else dict.fromkeys(TOLD))) for each in told]
+    assert (kept[0].set_code, kept[0].released) == (("ZEN", 2009) if learned else (None, None))
+    assert (scorer.nats(names, told) == scorer.nats(names, kept)).all()
+    assert scorer.sample_each(told, seed=0) == scorer.sample_each(kept, seed=0)
+    assert scorer.sample(3, 0, told[0]) == scorer.sample(3, 0, kept[0])
 
 
 def test_a_model_of_the_embedded_cards_is_as_before() -> None:

@@ -7,7 +7,7 @@ import random
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -216,6 +216,12 @@ def check_known(attributes: Attributes, conditions: Conditions) -> None:
         raise ValueError(
             f"{value!r} is none of the {plural} that this model was trained with: the nearest is {near[0]!r}"
         )
+
+
+def known_part(attributes: Attributes, conditions: Conditions) -> Attributes:
+    """The attributes without those that `check_known` refuses: to a model that never read of them they are noise."""
+    unknown = [name for name in SELDOM_TOLD if getattr(attributes, name) not in conditions.get(name, [])]
+    return replace(attributes, **dict.fromkeys(unknown)) if unknown else attributes
 
 
 Parts = tuple[tuple[str, ...] | None, tuple[str, ...] | None, tuple[str, ...] | None]

@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 
 from flash_experts.data.cards import Card
 from flash_experts.data.packing import EncodedName, encode_names, pack_all
-from flash_experts.data.prompts import NONE, Attributes
+from flash_experts.data.prompts import NONE, Attributes, known_part, read_conditions
 from flash_experts.data.tokenizer import load_tokenizer
 from flash_experts.evaluation.curves import read_records
 from flash_experts.evaluation.router_tokens import TOKEN_CLASSES, Tokens, card_labels, token_labels
@@ -198,7 +198,10 @@ def inspect_router(
     if not names:
         raise ValueError("no names to look at: give at least one")
     model, tokenizer, label = _load(source, tokenizer, device)
-    attributes = [Attributes.of(card) for card in cards] if cards is not None and prompted else [NONE] * len(names)
+    attributes = [NONE] * len(names)
+    if cards is not None and prompted:
+        conditions = read_conditions(model.config.to_dict())
+        attributes = [known_part(Attributes.of(card), conditions) for card in cards]
     encoded = encode_names(names, attributes, tokenizer)
     check_lengths(model, names, encoded)
     routing = route(model, encoded)

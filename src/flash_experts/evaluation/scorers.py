@@ -18,7 +18,7 @@ from transformers import GPT2Config, PreTrainedModel, PreTrainedTokenizerBase
 
 from flash_experts.data.names import normal_form
 from flash_experts.data.packing import EncodedName, encode_name, encode_names, pack_all
-from flash_experts.data.prompts import NONE, Attributes
+from flash_experts.data.prompts import NONE, Attributes, known_part, read_conditions
 from flash_experts.data.tokenizer import load_tokenizer
 from flash_experts.evaluation.costs import Costs, ModelSize, costs_of, parameter_counts
 from flash_experts.evaluation.metrics import FloatArray
@@ -119,13 +119,13 @@ class LanguageModel:
 
         Args:
             names: what to score.
-            attributes: the prompt before each.
+            attributes: the prompt before each. Sets, years and rarities that the model never read of are left out.
             tokens_per_batch: length of a packed row. It changes the speed, never the figures.
 
         Raises:
             ValueError: a name is longer than the model's context.
         """
-        encoded = encode_names(names, attributes, self.tokenizer)
+        encoded = encode_names(names, self._known(attributes), self.tokenizer)
         check_lengths(self.model, names, encoded)
         # Rows of names of like length: on a CPU attention works on a row unpacked to its longest name.
         order = sorted(range(len(encoded)), key=lambda index: encoded[index].num_inputs)
@@ -160,7 +160,8 @@ class LanguageModel:
 
     def sample(self, count: int, seed: int, attributes: Attributes = NONE) -> list[str]:
         """See `Scorer.sample`. What has not ended after 64 tokens is cut off there."""
-        prompt = encode_name("", attributes, self.tokenizer)
+        (told,) = self._known([attributes])
+        prompt = encode_name("", told, self.tokenizer)
         prompt_ids = prompt.ids[: prompt.prompt_length]
         most = self._most_new_tokens(len(prompt_ids))
         names: list[str] = []
@@ -174,11 +175,16 @@ class LanguageModel:
 
     def sample_each(self, attributes: Sequence[Attributes], seed: int) -> list[str]:
         """See `Scorer.sample_each`."""
-        encoded = encode_names([""] * len(attributes), attributes, self.tokenizer)
+        encoded = encode_names([""] * len(attributes), self._known(attributes), self.tokenizer)
         prompts = [prompt.ids[: prompt.prompt_length] for prompt in encoded]
         most = self._most_new_tokens(max(map(len, prompts)))
         with scoring(self.model):
             return self._texts(sample_each(self.model, prompts, self.tokenizer.eos_token_id, most, seed))
+
+    def _known(self, attributes: Sequence[Attributes]) -> list[Attributes]:
+        """What the model can know of them: cards of another source than its own may tell more."""
+        conditions = read_conditions(self.model.config.to_dict())
+        return [known_part(each, conditions) for each in attributes]
 
     def _most_new_tokens(self, prompt_length: int) -> int:
         context = context_length(self.model)
