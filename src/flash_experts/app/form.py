@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import gradio as gr
 
 from flash_experts.app.settings import LARGEST_SEED, MOST_NAMES, Settings
 from flash_experts.data.cards import COLORLESS, SUPERTYPES, TYPES, parse_colors
-from flash_experts.data.prompts import known_subtypes, parse_type_line
+from flash_experts.data.prompts import SELDOM_TOLD, Conditions, known_subtypes, parse_type_line
 from flash_experts.generation import PRESETS, Sampling
 
 ANY = "any"
 _COLORS = [("White", "W"), ("Blue", "U"), ("Black", "B"), ("Red", "R"), ("Green", "G"), (COLORLESS.capitalize(), "C")]
-ATTRIBUTES = ("types", "subtypes", "colors", "mana_value")
+CHOICES = ("mana_value", *SELDOM_TOLD)  # dropdowns with "any"
+ATTRIBUTES = ("types", "subtypes", "colors", *CHOICES)
 _BEST = [("the most natural", "score"), ("the truest to type and colors", "fit")]
 TEXTS = ("starts_with", "contains", "ends_with", "regex", "banned_words")  # Enter in them makes names
 SLIDERS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "guidance")
-_NUMBERS = ("mana_value", "min_words", "max_words")  # dropdowns with "any"
+_NUMBERS = ("mana_value", "released", "min_words", "max_words")  # dropdowns with "any"
 _SAME = (
     *("starts_with", "contains", "ends_with", "regex", "min_length", "max_length", "alliterate", "min_distance"),
     *("best_of", "best_by"),
@@ -27,13 +28,22 @@ _SAME = (
 Controls = dict[str, Any]  # Gradio components by name; which events one has depends on its kind
 
 
-def attribute_controls() -> Controls:
-    """What card the names are for."""
+def attribute_controls(conditions: Conditions) -> Controls:
+    """What card the names are for: with the rarities, sets and years that a model here knows, if any."""
+    labels = {"rarity": "Rarity", "set_code": "Set", "released": "Year of release"}
+    told = {  # custom values, because settings that are loaded may have others: the model says what it knows
+        name: gr.Dropdown(
+            _any_or(conditions.get(name, [])), value=ANY, allow_custom_value=True, visible=name in conditions,
+            label=labels[name], elem_id=f"fe-{name}",
+        )
+        for name in SELDOM_TOLD
+    }  # fmt: skip
     return {
         "types": gr.Dropdown([*SUPERTYPES, *TYPES], multiselect=True, label="Type", elem_id="fe-types"),
         "subtypes": gr.Dropdown(list(known_subtypes()), multiselect=True, label="Subtypes", elem_id="fe-subtypes"),
         "colors": gr.CheckboxGroup(_COLORS, label="Colors", elem_id="fe-colors"),
         "mana_value": gr.Dropdown(_any_or(range(17)), value=ANY, label="Mana value", elem_id="fe-mana"),
+        **told,
     }
 
 
@@ -101,6 +111,7 @@ def settings_of(values: Mapping[str, Any]) -> Settings:
     """
     given: dict[str, Any] = {name: values[name] for name in ("preset", "banned_words", "like", "count", "seed", *_SAME)}
     given |= {name: None if values[name] == ANY else _whole(name, values[name]) for name in _NUMBERS}
+    given |= {name: None if values[name] == ANY else values[name] for name in ("rarity", "set_code")}
     parts = [" ".join(values["types"] or ()), " ".join(values["subtypes"] or ())]
     given["type_line"] = " — ".join(part for part in parts if part)
     given["colors"] = "".join(values["colors"] or ())
@@ -117,10 +128,13 @@ def values_of(settings: Settings) -> dict[str, Any]:
     exact = settings.words
     numbers = {
         "mana_value": settings.mana_value,
+        "released": settings.released,
         "min_words": exact or settings.min_words,
         "max_words": exact or settings.max_words,
     }
     values |= {name: ANY if number is None else str(number) for name, number in numbers.items()}
+    told = settings.attributes()
+    values |= {"rarity": told.rarity or ANY, "set_code": told.set_code or ANY}
     values["types"], values["subtypes"] = [*(supertypes or ()), *(types or ())], list(subtypes or ())
     values["colors"] = _letters(settings.colors)
     values |= {"banned_words": ", ".join(settings.banned_words), "like": "; ".join(settings.like)}
@@ -141,11 +155,11 @@ def _letters(colors: str | None) -> list[str]:
     return [] if found is None else list(found) or ["C"]
 
 
-def _any_or(numbers: range) -> list[str]:
-    return [ANY, *map(str, numbers)]
+def _any_or(values: Iterable[Any]) -> list[str]:
+    return [ANY, *map(str, values)]
 
 
 def _whole(name: str, text: Any) -> int:
-    if not isinstance(text, str) or not text.isdecimal() or len(text) > 3:
+    if not isinstance(text, str) or not text.isdecimal() or len(text) > 4:
         raise ValueError(f"{name} is {text!r:.40}: give a whole number")
     return int(text)

@@ -21,7 +21,7 @@ from flash_experts.app.service import LoadedModel
 from flash_experts.app.settings import Settings
 from flash_experts.data.names import normal_form, shown_form
 from flash_experts.data.packing import encode_name
-from flash_experts.data.prompts import Attributes
+from flash_experts.data.prompts import check_known, read_conditions
 from flash_experts.evaluation.router_maps import NameMap, name_maps, route
 from flash_experts.evaluation.router_tokens import Tokens, shown_text
 from flash_experts.evaluation.scorers import check_lengths
@@ -85,7 +85,8 @@ def inspect_name(loaded: LoadedModel, name: str, settings: Settings) -> Inspecti
         settings: of which the attributes and examples make the prompt.
 
     Raises:
-        ValueError: the name is blank or too long, or the model tells no attention.
+        ValueError: the name is blank or too long, the model tells no attention, or it does not know such a set, year or
+            rarity.
     """
     name = shown_form(name)
     if not normal_form(name):
@@ -94,8 +95,8 @@ def inspect_name(loaded: LoadedModel, name: str, settings: Settings) -> Inspecti
         raise ValueError(f"the name has {len(name)} characters: {LONGEST_NAME} are the most")
     generator = loaded.generator
     model = generator.model
-    told = Attributes.parse(settings.type_line, settings.colors, settings.mana_value)
-    attributes = attributes_asked_for(told, settings.like)
+    attributes = attributes_asked_for(settings.attributes(), settings.like)
+    check_known(attributes, read_conditions(model.config.to_dict()))
     encoded = encode_name(name, attributes, generator.tokenizer)
     check_lengths(model, [name], [encoded])
     texts = generator.vocabulary.texts

@@ -94,7 +94,7 @@ def _html(name: str, value: str = "", render: bool = True) -> gr.HTML:
 
 def _left(playground: Playground) -> tuple[form.Controls, gr.Button, gr.Button]:
     """The controls, and the buttons that start and stop."""
-    controls = form.attribute_controls()
+    controls = form.attribute_controls(playground.conditions())
     controls["preset"] = gr.Radio(list(PRESETS), value="balanced", label="Style", elem_id="fe-preset")
     models = list(playground.models)
     controls["model"] = gr.Dropdown(models, value=models[0], label="Model", visible=len(models) > 1, elem_id="fe-model")
@@ -240,7 +240,7 @@ def _attribute_controls(controls: form.Controls) -> list[gr.components.Component
 
 
 def _filling(title: str) -> Callable[[], list[Any]]:
-    blank = {"types": [], "subtypes": [], "colors": [], "mana_value": form.ANY}
+    blank = {"types": [], "subtypes": [], "colors": [], **dict.fromkeys(form.CHOICES, form.ANY)}
     values = blank | _EXAMPLES[title]
     return lambda: [values[name] for name in form.ATTRIBUTES]
 

@@ -19,6 +19,7 @@ import torch
 
 from flash_experts.app.settings import LARGEST_SEED, Settings
 from flash_experts.data.names import normal_form
+from flash_experts.data.prompts import SELDOM_TOLD, Conditions, read_conditions
 from flash_experts.generation import GeneratedName, NameFilter, NameGenerator, NameVocabulary
 
 TIME_LIMIT = 20.0  # seconds of one request
@@ -117,6 +118,12 @@ class Playground:
         for name in loaded:
             list(playground.names(Settings(count=1, seed=0, like=("Goblin Guide",)), name))
         return playground
+
+    def conditions(self) -> Conditions:
+        """The rarities, sets and years that at least one of the models learned."""
+        each = [read_conditions(one.generator.model.config.to_dict()) for one in self.models.values()]
+        found = {name: sorted({value for known in each for value in known.get(name, [])}) for name in SELDOM_TOLD}
+        return {name: values for name, values in found.items() if values}
 
     def model(self, name: str | None = None) -> LoadedModel:
         """A model by its name; the first if None or blank.

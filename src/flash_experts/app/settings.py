@@ -30,6 +30,8 @@ _SAMPLING = tuple(field.name for field in fields(Sampling))
 _TEXTS = {
     "type_line": 120,
     "colors": 40,
+    "rarity": 20,
+    "set_code": 10,
     "preset": 40,
     "best_by": 10,
     "starts_with": 40,
@@ -40,6 +42,7 @@ _TEXTS = {
 _LISTS = {"banned_words": (50, 30), "like": (20, 60)}  # how many, and how long each
 _NUMBERS: dict[str, tuple[float, float]] = {
     "mana_value": (0, 20),
+    "released": (1993, 2100),
     "count": (1, MOST_NAMES),
     "best_of": (1, 8),
     "seed": (0, LARGEST_SEED),
@@ -68,6 +71,7 @@ class Settings:
         type_line: such as "Legendary Creature — Goblin".
         colors: such as "R" or "WU"; "C" is colorless.
         mana_value: 0 to 20.
+        rarity, set_code, released: such as "rare", "ZEN" and 2009, for models that learned them.
         preset: of `flash_experts.generation.PRESETS`.
         temperature, top_k, top_p, min_p, repetition_penalty, guidance: each over the preset's.
         starts_with, ends_with, contains, regex, words, min_words, max_words, min_length, max_length, banned_words,
@@ -85,6 +89,9 @@ class Settings:
     type_line: str | None = None
     colors: str | None = None
     mana_value: int | None = None
+    rarity: str | None = None
+    set_code: str | None = None
+    released: int | None = None
     preset: str = "balanced"
     temperature: float | None = None
     top_k: int | None = None
@@ -119,13 +126,22 @@ class Settings:
             _check_number(name, getattr(self, name), bounds)
         if not isinstance(self.alliterate, bool):
             raise ValueError(f"alliterate is {self.alliterate!r}: it is true or false")
-        attributes = Attributes.parse(self.type_line, self.colors, self.mana_value)
+        attributes = self.attributes()
         if not self.like:  # which tells attributes, too
             fitness_of(self.best_by, self.best_of, attributes)
         sampling_of(self.preset, **{name: getattr(self, name) for name in _SAMPLING})
         Constraints(
             **{field.name: getattr(self, field.name) for field in fields(Constraints) if hasattr(self, field.name)}
         )
+
+    def attributes(self) -> Attributes:
+        """Of the card that the names are for.
+
+        Raises:
+            ValueError: a type, color, rarity, set or year cannot be.
+        """
+        printing = (self.rarity, self.set_code, self.released)
+        return Attributes.parse(self.type_line, self.colors, self.mana_value, *printing)
 
     def options(self) -> dict[str, Any]:
         """Arguments of `flash_experts.NameGenerator.stream`."""
