@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from test_moe import IMPLEMENTATIONS, gradients, make_layer
 from torch import nn
 from torch.nn import functional as F
-from transformers import GPT2LMHeadModel
+from transformers import DynamicCache, GPT2LMHeadModel
 
 from flash_experts import GPT2MoEConfig, GPT2MoEForCausalLM
 from flash_experts.models.moe_layer import (
@@ -199,6 +199,8 @@ def test_expert_choice_is_refused_where_text_is_made_unless_asked_for(dense: GPT
     assert out.past_key_values is None and out.aux_loss.item() == 1.0
     for attempt in (
         lambda: moe(ids, use_cache=True),
+        lambda: moe(ids, past_key_values=DynamicCache()),
+        lambda: moe(ids, cache=DynamicCache()),  # transformers 5.24's name for it
         lambda: moe.generate(ids, max_new_tokens=2),
         lambda: moe.generate(ids, max_new_tokens=2, use_cache=False),
     ):

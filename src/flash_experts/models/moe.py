@@ -252,14 +252,19 @@ class GPT2MoEForCausalLM(GPT2MoEPreTrainedModel, GPT2LMHeadModel):
             )
 
     def _routing_arguments(
-        self, mask_T: torch.Tensor | None, use_cache: bool | None = None, past_key_values: Any = None, **_: Any
+        self,
+        mask_T: torch.Tensor | None,
+        use_cache: bool | None = None,
+        past_key_values: Any = None,
+        cache: Any = None,  # what past_key_values is called from transformers 5.24 on
+        **_: Any,
     ) -> dict[str, Any]:
         """What the blocks are told where tokens compete for experts: padding, and no cache unless it is allowed."""
         is_expert_choice = self.config.routing == "expert_choice"
         arguments: dict[str, Any] = {}
         if mask_T is not None and (is_expert_choice or self.config.capacity_factor is not None):
             arguments["token_mask_T"] = mask_T
-        if is_expert_choice and (use_cache or past_key_values is not None):
+        if is_expert_choice and (use_cache or past_key_values is not None or cache is not None):
             self._check_generation()
         if not self.may_generate:
             arguments["use_cache"] = False
