@@ -40,7 +40,8 @@ def test_kills_of_two_processes_lose_nothing(tmp_path: Path) -> None:
     """The model copied, sharded, and with its experts spread."""
     result = experiment(tmp_path, "--kills", "3", "--processes", "2", "--seed", "1")
     assert result["survived"] == result["tried"] == 3 and result["processes"] == 2
-    assert result["variants"] == ["experts, ddp", "experts, fsdp", "experts, expert"]
+    # A kill that comes too late is tried again with the next one.
+    assert result["variants"][:3] == ["experts, ddp", "experts, fsdp", "experts, expert"]
 
 
 @pytest.mark.slow
