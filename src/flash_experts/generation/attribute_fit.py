@@ -2,8 +2,10 @@
 
 `flash_experts.generation.type_fit` asks which type a name fits; here the card is given, and the question is which of
 several names fits it best. For each thing told of the card, a type, "Legendary", a subtype, its colors, naive Bayes
-compares the runs of characters in the names of the cards that have it with those in all names: ``log p(name | told) -
-log p(name)``, the evidence that the name gives for it. The evidence for all that was told is added up.
+compares the runs of characters in the names of the cards that have it with those in the names of all others: ``log
+p(name | told) - log p(name | not told)``, the evidence that the name gives for it. The evidence for all that was told is
+added up. (Compared with all names, what most cards have says next to nothing, and what few have is outvoted: of 16 names
+for a legendary creature of which all else was told too, 62% of the fittest were recognized as legends, and 90% so.)
 
 Letters in the shapes: N names, G runs of characters in them, U distinct runs.
 """
@@ -20,9 +22,7 @@ from flash_experts.data.cleaning import clean
 from flash_experts.data.prompts import Attributes
 from flash_experts.generation.type_fit import RUNS_PER_CHARACTER, FloatArray, place_of_runs, runs_of
 
-_PRIOR_RUNS = (
-    40_000  # of all names, added to those of the cards that have what was told; chosen on the validation names
-)
+_PRIOR_RUNS = 40_000  # of all names, added to those of either kind of card; chosen on the validation names
 
 
 class AttributeJudge:
@@ -57,11 +57,14 @@ class AttributeJudge:
         return evidence_of
 
     def _log_odds(self, mine_N: np.ndarray) -> FloatArray:
-        """(U + 1,) how much commoner each run is in some of the names than in all; the last is for runs of no name."""
-        seen_U = np.bincount(self._index_G[mine_N[self._name_G]], minlength=len(self._runs_U))
-        total = np.log(seen_U.sum() + _PRIOR_RUNS)
-        odds_U = np.log(seen_U / self._usual_U + _PRIOR_RUNS) - total
-        return np.append(odds_U, np.log(_PRIOR_RUNS) - total) / RUNS_PER_CHARACTER
+        """(U + 1,) how much commoner each run is in some of the names than in the others; the last is for runs of no
+        name."""
+        logs = []
+        for some_N in (mine_N, ~mine_N):
+            seen_U = np.bincount(self._index_G[some_N[self._name_G]], minlength=len(self._runs_U))
+            shares_U = np.append(seen_U / self._usual_U + _PRIOR_RUNS, _PRIOR_RUNS)
+            logs.append(np.log(shares_U) - np.log(seen_U.sum() + _PRIOR_RUNS))
+        return (logs[0] - logs[1]) / RUNS_PER_CHARACTER
 
 
 @cache
