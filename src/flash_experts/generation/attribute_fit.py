@@ -3,9 +3,9 @@
 `flash_experts.generation.type_fit` asks which type a name fits; here the card is given, and the question is which of
 several names fits it best. For each thing told of the card, a type, "Legendary", a subtype, its colors, naive Bayes
 compares the runs of characters in the names of the cards that have it with those in the names of all others: ``log
-p(name | told) - log p(name | not told)``, the evidence that the name gives for it. The evidence for all that was told is
-added up. (Compared with all names, what most cards have says next to nothing, and what few have is outvoted: of 16 names
-for a legendary creature of which all else was told too, 62% of the fittest were recognized as legends, and 90% so.)
+p(name | told) - log p(name | not told)``, the evidence that the name gives for it. The evidence for all that was told
+is added up. (Compared with all names, what most cards have says next to nothing, and what few have is outvoted: told
+all of legendary creatures, the fittest of 16 names was recognized as a legend in 62%, and so it is in 90%.)
 
 Letters in the shapes: N names, G runs of characters in them, U distinct runs.
 """

@@ -16,8 +16,8 @@ from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 _FIRST_COLUMNS = 16  # many names have fewer tokens; for longer ones the ring grows
-# By so many, not twofold: all columns are read at each step, and on two cores the attention of 64 rows in four layers of
-# width 256 takes 1.5 times as long over 74 columns (39 MB, more than the cache has) as over 58.
+# By so many, not twofold: all columns are read at each step, and the attention of 64 rows in four layers of width 256
+# takes two cores 1.5 times as long over 74 columns (39 MB, more than their cache has) as over 58.
 _MORE_COLUMNS = 8
 
 
