@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
 
+import torch
+
 from flash_experts.data.names import normal_form
 
 _ROWS_AT_ONCE = 64  # with 35,000 cards: 9 MB of similarities
@@ -54,7 +56,9 @@ class KnownNames:
         found: list[tuple[str | None, float]] = []
         for start in range(0, len(names), _ROWS_AT_ONCE):
             queries = [normal_form(name) for name in names[start : start + _ROWS_AT_ONCE]]
-            similarity = cdist(queries, known, scorer=Levenshtein.normalized_similarity)
+            similarity = cdist(
+                queries, known, scorer=Levenshtein.normalized_similarity, workers=torch.get_num_threads()
+            )
             best = similarity.argmax(axis=1)
             found += [(shown[place], float(similarity[row, place])) for row, place in enumerate(best)]
         return found

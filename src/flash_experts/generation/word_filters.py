@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from abc import abstractmethod
 from collections.abc import Hashable, Iterable
+from functools import lru_cache
 from typing import cast
 
 import torch
@@ -19,6 +20,11 @@ _WORD = re.compile(r"[^\W_]+")
 _SHORTEST_COUNTED_WORD = 4  # "of the ... of the" and the "s" after apostrophes may come twice
 
 
+@lru_cache(maxsize=1024)  # several filters ask for the words of the same rows
+def _words(name: str) -> list[str]:
+    return _WORD.findall(name.casefold())
+
+
 class WordFilter(NameFilter):
     """Base of filters that refuse words: while the last word is refused, it cannot end, only go on."""
 
@@ -27,8 +33,10 @@ class WordFilter(NameFilter):
         """Whether the last of ``words`` (lower case, the last perhaps unfinished) must not stand."""
 
     def rule(self, name: str) -> Hashable | None:
-        words = _WORD.findall(name.casefold())
-        return "refused" if words and name[-1].isalnum() and self.refuses(words) else None
+        if not name or not name[-1].isalnum():
+            return None
+        words = _words(name)
+        return "refused" if words and self.refuses(words) else None
 
     def forbidden(self, rule: Hashable) -> torch.Tensor:
         ends_word = self.vocabulary.where(lambda text: not text[0].isalnum() and text[0] not in PARTIAL_BYTES)
