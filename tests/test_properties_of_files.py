@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import struct
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +130,8 @@ def test_any_model_folder(config: Any, weights: bytes, length: int) -> None:
             assert name in str(error)
 
 
-STATE = {"state": {"step": 3}, "config": {}, "data": {}, "registered": {}}
+NUMBERS = asdict(checkpoint.TrainerState(step=3))
+STATE = {"state": NUMBERS, "config": {}, "data": {}, "registered": {}}
 
 
 @pytest.mark.parametrize(
@@ -140,9 +142,9 @@ STATE = {"state": {"step": 3}, "config": {}, "data": {}, "registered": {}}
         b"[" * 100_000,
         b"\xff",
         b'{"state": []}',
-        json.dumps(STATE | {"state": {"step": "3"}}).encode(),
-        json.dumps(STATE | {"state": {"step": 3.5}}).encode(),
-        json.dumps(STATE | {"state": {"stepp": 3}}).encode(),
+        json.dumps(STATE | {"state": NUMBERS | {"step": "3"}}).encode(),
+        json.dumps(STATE | {"state": NUMBERS | {"step": 3.5}}).encode(),
+        json.dumps(STATE | {"state": NUMBERS | {"stepp": 3}}).encode(),
         json.dumps(STATE | {"config": 1}).encode(),
         json.dumps({"state": {}}).encode(),
     ],

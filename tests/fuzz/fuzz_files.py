@@ -5,9 +5,10 @@
     python tests/fuzz/fuzz_files.py checkpoint -max_total_time=120
 
 `cards` feeds bytes to the readers of txt, csv, json, jsonl and YAML; `model` to the checks of config.json, of the index
-and of the header of a safetensors file; `checkpoint` to the manifest, the state and the tensors that a run is resumed
-from. A ValueError that names the file is an answer; anything else ends the run with the input that caused it. Seeds are
-the test data, and small files of each kind. What was found is in `test_properties_of_files`.
+and of the header of a safetensors file; `checkpoint` to the manifest, the state and the tensors that a run of a tiny
+model is resumed from, all the way into its optimizer. A ValueError that names the file is an answer; anything else ends
+the run with the input that caused it. Seeds are the test data, and small files of each kind. What was found is in
+`test_properties_of_files` and `test_checkpoint.test_foreign`.
 """
 
 from __future__ import annotations
@@ -15,9 +16,14 @@ from __future__ import annotations
 import hashlib
 import sys
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import atheris
+import torch
+from safetensors.torch import save
+from transformers import GPT2Config, GPT2LMHeadModel
 
 with atheris.instrument_imports(include=["flash_experts", "json", "csv", "yaml"]):
     import json
@@ -27,6 +33,9 @@ with atheris.instrument_imports(include=["flash_experts", "json", "csv", "yaml"]
     from flash_experts.data.yaml_files import read_yaml
     from flash_experts.models import folder_checks
     from flash_experts.training import checkpoint as checkpoints
+    from flash_experts.training.checkpointer import Checkpointer
+    from flash_experts.training.stateful import OptimizerState, split_state
+    from flash_experts.training.training_config import TrainingConfig
 
 FOLDER = Path(tempfile.mkdtemp(dir="/dev/shm" if Path("/dev/shm").is_dir() else None))
 SUFFIXES = (".txt", ".csv", ".json", ".jsonl", ".yaml")
@@ -73,17 +82,39 @@ def model(data: bytes) -> None:
         assert str(FOLDER) in str(error), repr(error)
 
 
+def tiny_run() -> tuple[Checkpointer, dict[str, bytes]]:
+    """A run of a model of 1,000 weights after one step, and the files of its checkpoint but for the manifest."""
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=8, n_positions=4, n_embd=4, n_layer=1, n_head=1))
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    model(torch.zeros(1, 2, dtype=torch.int64), labels=torch.zeros(1, 2, dtype=torch.int64)).loss.backward()
+    optimizer.step()
+    state = OptimizerState(model, optimizer)
+    about: dict[str, Any] = {"config": asdict(TrainingConfig()), "data": {"train_sha256": ""}}
+    about |= {"processes": 1, "device": "cpu"}
+    tokenizer: Any = None  # what is read has none
+    run = Checkpointer(FOLDER / "run", model, tokenizer, 1, about, str, is_main=True, background=False)
+    run.register("optimizer", state)
+    tensors, values = split_state("optimizer", state.state_dict())
+    about |= {"state": asdict(checkpoints.TrainerState(step=1)), "registered": {"optimizer": values}}
+    weights = {name: weight for name, weight in model.state_dict().items() if name != "lm_head.weight"}
+    files = {
+        checkpoints.STATE: json.dumps(about).encode(),
+        checkpoints.TENSORS: save(tensors),
+        "config.json": b"{}",
+        "model.safetensors": save(weights),
+    }
+    return run, files
+
+
+RUN, FILES = tiny_run()
+
+
 def checkpoint(data: bytes) -> None:
     """The first byte says which file the rest is. The manifest fits the others: damage alone would be found by it."""
     if not data:
         return
-    header = (2).to_bytes(8, "little") + b"{}"
-    files = {
-        checkpoints.STATE: b'{"state": {}, "config": {}, "data": {}, "registered": {}}',
-        checkpoints.TENSORS: header,
-        "config.json": b"{}",
-    }
-    chosen = [checkpoints.STATE, checkpoints.TENSORS, checkpoints.MANIFEST][data[0] % 3]
+    files = dict(FILES)
+    chosen = [checkpoints.STATE, checkpoints.TENSORS, "model.safetensors", checkpoints.MANIFEST][data[0] % 4]
     if chosen in files:
         files[chosen] = data[1:]
     for name, content in files.items():
@@ -94,9 +125,7 @@ def checkpoint(data: bytes) -> None:
     own = data[1:] if chosen == checkpoints.MANIFEST else json.dumps(manifest).encode()
     (FOLDER / checkpoints.MANIFEST).write_bytes(own)
     try:
-        checkpoints.verify_checkpoint(FOLDER)
-        checkpoints.read_state(FOLDER)
-        checkpoints.load_tensors(FOLDER)
+        RUN.restore(FOLDER)
     except ValueError as error:
         assert str(FOLDER) in str(error), repr(error)
 
@@ -113,9 +142,13 @@ def seeds(name: str) -> list[bytes]:
         config = b'{"model_type":"gpt2","n_layer":2,"n_embd":8,"n_head":2,"auto_map":{"AutoConfig":"x.y"}}'
         index = b'{"metadata":{"total_size":8},"weight_map":{"a":"model.safetensors"}}'
         return [b"\0" + config, b"\1" + tensors, b"\2" + index]
-    state = b'{"state":{"step":3,"seconds":1.5,"best_bits_per_char":null},"config":{},"data":{},"registered":{}}'
     manifest = b'{"config.json":{"sha256":"%s","bytes":2}}' % hashlib.sha256(b"{}").hexdigest().encode()
-    return [b"\0" + state, b"\1" + tensors, b"\2" + manifest]
+    return [
+        b"\0" + FILES[checkpoints.STATE],
+        b"\1" + FILES[checkpoints.TENSORS],
+        b"\2" + FILES["model.safetensors"],
+        b"\3" + manifest,
+    ]
 
 
 def main() -> None:
@@ -124,7 +157,7 @@ def main() -> None:
     corpus.mkdir()
     for number, content in enumerate(seeds(sys.argv[1])):
         (corpus / str(number)).write_bytes(content)
-    atheris.Setup([sys.argv[0], str(corpus), "-max_len=4096", *sys.argv[2:]], target)
+    atheris.Setup([sys.argv[0], str(corpus), "-max_len=16384", *sys.argv[2:]], target)
     atheris.Fuzz()
 
 

@@ -249,19 +249,22 @@ def read_state(folder: Path) -> tuple[TrainerState, dict[str, Any]]:
     Raises:
         CheckpointError: that is not what a run writes.
     """
+    known = [field.name for field in fields(TrainerState)]
     try:
         about = json.loads((folder / STATE).read_text(encoding="utf-8"))
-        state = TrainerState(**about.pop("state"))
+        numbers = about.pop("state")
+        state = TrainerState(**{name: numbers.pop(name) for name in known}, **numbers)
         for name, value in asdict(state).items():
             is_absent = value is None and name == "best_bits_per_char"
-            if type(value) not in (_NUMBERS if name in _FRACTIONS else (int,)) and not is_absent:
+            is_number = type(value) in (_NUMBERS if name in _FRACTIONS else (int,))
+            if not is_absent and not (is_number and value >= 0):
                 raise ValueError(f"{name} is {value!r:.40}")
-        for name in ("config", "data", "registered"):
-            if not isinstance(about[name], dict):
+        objects = {name: about[name] for name in ("config", "data", "registered")}
+        for name, value in (objects | objects["registered"]).items():
+            if not isinstance(value, dict):
                 raise ValueError(f"{name} is no object")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        known = ", ".join(field.name for field in fields(TrainerState))
-        raise CheckpointError(f"{folder / STATE} is not a trainer state ({known}): {error}") from error
+        raise CheckpointError(f"{folder / STATE} is not a trainer state ({', '.join(known)}): {error}") from error
     return state, about
 
 
@@ -274,6 +277,9 @@ def load_weights(folder: Path, model: PreTrainedModel) -> None:
     try:
         weights = load_file(folder / "model.safetensors")
         own = model.state_dict()
+        for name in weights.keys() & own.keys():
+            if weights[name].is_floating_point() != own[name].is_floating_point():
+                raise RuntimeError(f"{name} is {weights[name].dtype}")
         placed = {name: part_like(weight, own[name]) if name in own else weight for name, weight in weights.items()}
         missing, unexpected = model.load_state_dict(placed, strict=False)
     except (OSError, SafetensorError, RuntimeError) as error:

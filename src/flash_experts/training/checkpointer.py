@@ -225,7 +225,7 @@ class Checkpointer:
         for name, stateful in self._registered.items():
             try:
                 stateful.load_state_dict(join_state(name, tensors, values[name]))
-            except (ValueError, KeyError, RuntimeError) as error:
+            except (ValueError, KeyError, RuntimeError, AttributeError, TypeError) as error:
                 raise checkpoints.not_this_run(folder, f"{name}: {error}") from error
 
     def _find(self, resume: str | Path) -> Path:

@@ -65,4 +65,6 @@ class WeightAverage:
             first = sorted(state.keys() ^ self._averages.keys())[0]
             raise ValueError(f"the averages are of other weights: {first} differs")
         for name, average in self._averages.items():
+            if state[name].shape != average.shape:
+                raise ValueError(f"the average of {name} has another shape")
             average.copy_(part_like(state[name], average))

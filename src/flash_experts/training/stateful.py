@@ -12,7 +12,11 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from flash_experts.training.muon import Muon
 from flash_experts.training.sharding import part_like
+
+# What an optimizer keeps of a parameter: tensors like it, and a count of steps.
+_SLOTS = {torch.optim.AdamW: {"exp_avg", "exp_avg_sq", "step"}, Muon: {"momentum_buffer"}}
 
 
 class Stateful(Protocol):
@@ -38,7 +42,7 @@ class OptimizerState:
 
     Args:
         model: the plain model whose parameters the optimizer moves.
-        optimizer: the plain optimizer.
+        optimizer: the plain optimizer, AdamW or Muon.
     """
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer):
@@ -62,9 +66,16 @@ class OptimizerState:
             if name not in index_of:
                 raise ValueError(f"it has a state of {name}, which is not trained here")
             parameter = parameters[index_of[name]]
-            if value.shape == parameter.shape:  # not a count of steps
-                value = part_like(value, parameter)
-            slots.setdefault(index_of[name], {})[slot] = value
+            shape = torch.Size() if slot == "step" else parameter.shape
+            # The fused kernels believe what they are given: of a smaller tensor they would read and write what follows.
+            if not isinstance(value, torch.Tensor) or value.shape != shape or not value.is_floating_point():
+                raise ValueError(f"{key} is no floating-point tensor of shape {tuple(shape)}")
+            slots.setdefault(index_of[name], {})[slot] = value if slot == "step" else part_like(value, parameter)
+        expected = _SLOTS[type(self._optimizer)]
+        for index, own in slots.items():
+            if own.keys() != expected:
+                there, here = ", ".join(sorted(own)), ", ".join(sorted(expected))
+                raise ValueError(f"of {self._names[parameters[index]]} it has {there}, not {here}")
         self._optimizer.load_state_dict({"state": slots, "param_groups": self._optimizer.state_dict()["param_groups"]})
 
 
