@@ -22,7 +22,7 @@ from typing import Any
 
 import atheris
 import torch
-from safetensors.torch import save
+from safetensors.torch import load, save
 from transformers import GPT2Config, GPT2LMHeadModel
 
 with atheris.instrument_imports(include=["flash_experts", "json", "csv", "yaml"]):
@@ -109,13 +109,32 @@ def tiny_run() -> tuple[Checkpointer, dict[str, bytes]]:
 RUN, FILES = tiny_run()
 
 
+def edited(tensors_file: bytes, data: bytes) -> bytes:
+    """Some of its tensors gone, renamed, of another shape or type, as the bytes say: a sound file of other things."""
+    provider, tensors = atheris.FuzzedDataProvider(data), load(tensors_file)
+    for _ in range(provider.ConsumeIntInRange(1, 3)):
+        name = provider.PickValueInList(sorted(tensors))
+        tensor, what = tensors.pop(name), provider.ConsumeIntInRange(0, 3)
+        if what == 1:
+            tensors[provider.ConsumeUnicodeNoSurrogates(40)] = tensor
+        elif what == 2:
+            shape = [provider.ConsumeIntInRange(0, 8) for _ in range(provider.ConsumeIntInRange(0, 3))]
+            tensors[name] = tensor.new_zeros(shape)
+        elif what == 3:
+            tensors[name] = tensor.to(provider.PickValueInList([torch.int8, torch.bool, torch.float16, torch.float64]))
+    return save(tensors)
+
+
 def checkpoint(data: bytes) -> None:
-    """The first byte says which file the rest is. The manifest fits the others: damage alone would be found by it."""
+    """The first byte says which file the rest is, or the edits of. The manifest fits the others: damage alone would be
+    found by it."""
     if not data:
         return
     files = dict(FILES)
     chosen = [checkpoints.STATE, checkpoints.TENSORS, "model.safetensors", checkpoints.MANIFEST][data[0] % 4]
-    if chosen in files:
+    if data[0] & 4 and chosen.endswith(".safetensors"):
+        files[chosen] = edited(FILES[chosen], data[1:])
+    elif chosen in files:
         files[chosen] = data[1:]
     for name, content in files.items():
         (FOLDER / name).write_bytes(content)
@@ -148,6 +167,8 @@ def seeds(name: str) -> list[bytes]:
         b"\1" + FILES[checkpoints.TENSORS],
         b"\2" + FILES["model.safetensors"],
         b"\3" + manifest,
+        b"\5" + bytes(range(40)),
+        b"\6" + bytes(range(40)),
     ]
 
 
