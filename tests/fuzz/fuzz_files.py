@@ -6,8 +6,8 @@
 
 `cards` feeds bytes to the readers of txt, csv, json, jsonl and YAML; `model` to the checks of config.json, of the index
 and of the header of a safetensors file; `checkpoint` to the manifest, the state and the tensors that a run of a tiny
-model is resumed from, all the way into its optimizer. A ValueError that names the file is an answer; anything else ends
-the run with the input that caused it. Seeds are the test data, and small files of each kind. What was found is in
+model is resumed from, up to the optimizer's next step. A ValueError that names the file is an answer; anything else
+ends the run with the input that caused it. Seeds are the test data, and small files of each kind. What was found is in
 `test_properties_of_files` and `test_checkpoint.test_foreign`.
 """
 
@@ -82,9 +82,9 @@ def model(data: bytes) -> None:
         assert str(FOLDER) in str(error), repr(error)
 
 
-def tiny_run() -> tuple[Checkpointer, dict[str, bytes]]:
-    """A run of a model of 1,000 weights after one step, and the files of its checkpoint but for the manifest."""
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=8, n_positions=4, n_embd=4, n_layer=1, n_head=1))
+def tiny_run() -> tuple[Checkpointer, torch.optim.Optimizer, dict[str, bytes]]:
+    """A run of a model of 300 weights after one step, and the files of its checkpoint but for the manifest."""
+    model = GPT2LMHeadModel(GPT2Config(8, n_positions=4, n_embd=4, n_layer=1, n_head=1, bos_token_id=0, eos_token_id=0))
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     model(torch.zeros(1, 2, dtype=torch.int64), labels=torch.zeros(1, 2, dtype=torch.int64)).loss.backward()
     optimizer.step()
@@ -103,10 +103,10 @@ def tiny_run() -> tuple[Checkpointer, dict[str, bytes]]:
         "config.json": b"{}",
         "model.safetensors": save(weights),
     }
-    return run, files
+    return run, optimizer, files
 
 
-RUN, FILES = tiny_run()
+RUN, OPTIMIZER, FILES = tiny_run()
 
 
 def edited(tensors_file: bytes, data: bytes) -> bytes:
@@ -145,6 +145,7 @@ def checkpoint(data: bytes) -> None:
     (FOLDER / checkpoints.MANIFEST).write_bytes(own)
     try:
         RUN.restore(FOLDER)
+        OPTIMIZER.step()
     except ValueError as error:
         assert str(FOLDER) in str(error), repr(error)
 
