@@ -84,7 +84,9 @@ def model(data: bytes) -> None:
 
 def tiny_run() -> tuple[Checkpointer, torch.optim.Optimizer, dict[str, bytes]]:
     """A run of a model of 300 weights after one step, and the files of its checkpoint but for the manifest."""
-    model = GPT2LMHeadModel(GPT2Config(8, n_positions=4, n_embd=4, n_layer=1, n_head=1, bos_token_id=0, eos_token_id=0))
+    model = GPT2LMHeadModel(
+        GPT2Config(vocab_size=8, n_positions=4, n_embd=4, n_layer=1, n_head=1, bos_token_id=0, eos_token_id=0)
+    )
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     model(torch.zeros(1, 2, dtype=torch.int64), labels=torch.zeros(1, 2, dtype=torch.int64)).loss.backward()
     optimizer.step()
