@@ -92,6 +92,10 @@ ROUTINGS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.skipif(
+    not hasattr(torch.ops.transformers, "grouped_mm_fallback_backward"),
+    reason="transformers before 5.23 cannot compile the backward of its own grouped_mm in float32",
+)
 @pytest.mark.parametrize("fields", ROUTINGS.values(), ids=ROUTINGS)
 def test_a_compiled_layer_computes_the_same(fields: dict[str, Any]) -> None:
     """One graph without a break, values and gradients, for every routing."""

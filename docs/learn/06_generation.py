@@ -184,7 +184,7 @@ def decode(count: int, *processors: LogitsProcessor, sampling: Sampling = AS_IT_
     """Names straight from the package's decoding loop, with these filters and no other."""
     with evaluating(model):
         decoder = NameDecoder(model, prompt_ids, vocabulary.end_id, sampling, processors, 48, seed)
-        return [vocabulary.decode(name.ids).strip() for name in decoder.decode(range(count))]
+        return [vocabulary.decode(name.ids).strip() for name in decoder.stream(range(count), count)]
 
 
 def report(title: str, names: list[str]) -> None:

@@ -32,7 +32,7 @@ def _tiny(kind: str, vocab_size: int = 40) -> torch.nn.Module:
 
 def _decode(model: torch.nn.Module, indices: range, sampling: Sampling, steps: int = 30) -> list[DecodedName]:
     with torch.no_grad():
-        return NameDecoder(model, [END, 5, 9], END, sampling, [], steps, seed=3).decode(indices)
+        return list(NameDecoder(model, [END, 5, 9], END, sampling, [], steps, seed=3).stream(indices, len(indices)))
 
 
 @pytest.mark.parametrize("kind", ["dense", "moe"])
@@ -178,7 +178,7 @@ def test_rows_that_end_are_refilled_and_names_stay_the_same(model: torch.nn.Modu
     """Three rows for forty names: every name equals that of a batch of its own, and comes in order."""
     with evaluating(model), torch.no_grad():
         decoder = NameDecoder(model, [END, 5, 9], END, Sampling(temperature=0.9), [], 40, seed=3)
-        alone = [decoder.decode(range(index, index + 1))[0] for index in range(40)]
+        alone = [next(decoder.stream(range(index, index + 1), 1)) for index in range(40)]
         calls: list[int] = []
         handle = model.register_forward_hook(lambda *_: calls.append(1))
         streamed = list(decoder.stream(range(40), 3))

@@ -24,7 +24,7 @@ def model() -> GPT2LMHeadModel:
 
 def decode(model: GPT2LMHeadModel, sampling: Sampling, indices: range = range(20)) -> list[DecodedName]:
     with torch.no_grad():
-        return NameDecoder(model, TOLD, END, sampling, [], 30, 3, UNTOLD).decode(indices)
+        return list(NameDecoder(model, TOLD, END, sampling, [], 30, 3, UNTOLD).stream(indices, len(indices)))
 
 
 def logits_after(model: GPT2LMHeadModel, ids: list[int]) -> torch.Tensor:

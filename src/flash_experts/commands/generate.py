@@ -157,7 +157,7 @@ def make_parser() -> CommandParser:
     _add_sampling(parser)
     _add_constraints(parser)
     parser.add_argument("--seed", type=int | None, default=None, help="the same seed gives the same names")
-    parser.add_argument("--batch_size", type=int, default=64, help="names computed at once")
+    parser.add_argument("--batch_size", type=int, default=256, help="names computed at once")
     parser.add_argument("--device", type=str | None, default=None, help="cpu, cuda, cuda:1; the best there is")
     parser.add_argument(
         "--dtype",

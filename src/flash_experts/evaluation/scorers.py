@@ -164,14 +164,11 @@ class LanguageModel:
         prompt = encode_name("", told, self.tokenizer)
         prompt_ids = prompt.ids[: prompt.prompt_length]
         most = self._most_new_tokens(len(prompt_ids))
-        names: list[str] = []
         with scoring(self.model):
             end_id = self.tokenizer.eos_token_id
             decoder = NameDecoder(self.model, prompt_ids, end_id, Sampling(), [], most, seed)
-            for start in range(0, count, _SAMPLED_AT_ONCE):
-                drawn = decoder.decode(range(start, min(start + _SAMPLED_AT_ONCE, count)))
-                names.extend(self._texts([list(name.ids) for name in drawn]))
-        return names
+            drawn = decoder.stream(range(count), _SAMPLED_AT_ONCE)
+            return self._texts([list(name.ids) for name in drawn])
 
     def sample_each(self, attributes: Sequence[Attributes], seed: int) -> list[str]:
         """See `Scorer.sample_each`."""

@@ -79,10 +79,6 @@ class NameDecoder:
             assert untold_ids is not None, "guidance leads away from a prompt"
             self.prompts.append(Prompt(model, untold_ids))
 
-    def decode(self, indices: range) -> list[DecodedName]:
-        """The names of these indices, all computed together, in order."""
-        return list(self.stream(indices, len(indices)))
-
     def stream(self, indices: range, batch_size: int) -> Iterator[DecodedName]:
         """The names of these indices in order, each as soon as it and all before it are done.
 

@@ -128,7 +128,7 @@ class NameGenerator:
         mana_value: int | None = None,
         preset: str = "balanced",
         seed: int | None = None,
-        batch_size: int = 64,
+        batch_size: int = 256,
         best_of: int = 1,
         **options: Unpack[Options],
     ) -> list[GeneratedName]:
@@ -144,7 +144,8 @@ class NameGenerator:
             mana_value: None for any.
             preset: "conservative", "balanced", "creative", or one of the YAML file ``presets``.
             seed: a new one each time if None.
-            batch_size: names computed at once.
+            batch_size: names computed at once. Many are faster (of 1,024 names of the released mixture, 256 at once 1.8
+                times as fast as 64) and take more memory, 1 GB of cache for GPT-2 small.
             best_of: names drawn for each that is returned, the best one. More are better names and take as much
                 longer.
             **options: `Options`: what names hold (see `Constraints`), how tokens are drawn (see `Sampling`;
@@ -174,7 +175,7 @@ class NameGenerator:
         mana_value: int | None = None,
         preset: str = "balanced",
         seed: int | None = None,
-        batch_size: int = 64,
+        batch_size: int = 256,
         best_of: int = 1,
         **options: Unpack[Options],
     ) -> Iterator[GeneratedName]:
