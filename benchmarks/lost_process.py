@@ -24,7 +24,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
-from command_line import BASE_RUN, ok
+from command_line import BASE_RUN, FIRST, SECOND, ok
 
 WITHIN_SECONDS = 60
 SAID = {signal.SIGKILL: "another process of this run is gone", signal.SIGSTOP: "has been silent for"}
@@ -96,8 +96,7 @@ def main() -> None:
     tries = []
     with tempfile.TemporaryDirectory() as temporary:
         place = Path(temporary)
-        names = [f"{first} {second}" for first in "Ember Storm Grave Mire Thorn Frost".split() for second in
-                 "Seer Warden Colossus Adept Stalker Shaman Herald Sphinx Reaver Golem".split()]  # fmt: skip
+        names = [f"{first} {second}" for first in FIRST for second in SECOND]
         (place / "names.txt").write_text("\n".join(names), "utf-8")
         ok("prepare", "--source", "names.txt", cwd=place)
         for _ in range(args.tries):
