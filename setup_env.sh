@@ -11,6 +11,7 @@
 # shell holds open (Linux), else $FLASH_EXPERTS_HOME, else the current directory.
 eval "$(
   set +efu
+  unset IFS CDPATH
   is_checkout() { [ -f "$1/setup_env.sh" ] && [ -f "$1/src/flash_experts/__init__.py" ]; }
   absolute() { command cd -P "$1" >/dev/null 2>&1 && command pwd -P; }
   find_open_file() { # sets file to the setup_env.sh that the shell opened last; this subshell is that shell's child
@@ -22,21 +23,20 @@ eval "$(
     done
   } 2>/dev/null
 
-  is_sourced='' home=''
+  is_sourced=''
   if [ -n "${ZSH_VERSION-}" ]; then
+    setopt posix_builtins # `command cd`
+    eval 'file=${(%):-%x}'
     case ${ZSH_EVAL_CONTEXT-} in *:file*) is_sourced=yes ;; esac
-    eval 'home=${${(%):-%x}:A:h}'
+  elif [ -n "${BASH_VERSION-}" ]; then
+    file=$BASH_SOURCE
   else
-    if [ -n "${BASH_VERSION-}" ]; then
-      file=$BASH_SOURCE
-    else
-      case ${KSH_VERSION-} in *93*) eval 'file=${.sh.file}' ;; *) find_open_file ;; esac
-    fi
-    case $file in */*) directory=${file%/*} ;; *) directory=. ;; esac
-    home=$(absolute "${directory:-/}")
-    is_checkout "$home" || home=$(absolute "${FLASH_EXPERTS_HOME:-.}")
-    [ "$0" -ef "$home/setup_env.sh" ] || is_sourced=yes
+    case ${KSH_VERSION-} in *93*) eval 'file=${.sh.file}' ;; *) find_open_file ;; esac
   fi
+  case $file in */*) home=${file%/*} ;; *) home=. ;; esac
+  home=$(absolute "${home:-/}")
+  is_checkout "$home" || home=$(absolute "${FLASH_EXPERTS_HOME:-.}")
+  [ -n "${ZSH_VERSION-}" ] || [ "$0" -ef "$home/setup_env.sh" ] || is_sourced=yes
 
   stop() {
     printf 'setup_env.sh: %s\n' "$1" >&2
@@ -47,22 +47,22 @@ eval "$(
   [ "$is_sourced" ] || stop "to change your shell it must be sourced, not run:  . \"$home/setup_env.sh\""
   case $home in *:*) stop "$home has a colon in it, which separates folders in PYTHONPATH: move the checkout" ;; esac
 
-  path=${PYTHONPATH-} src=$home/src
-  case $path in
+  new=${PYTHONPATH-} src=$home/src
+  case $new in
     "$src" | "$src":*) ;;
-    '') path=$src ;;
+    '') new=$src ;;
     *)
-      others=:$path:
+      others=:$new:
       while case $others in *":$src:"*) ;; *) false ;; esac; do
         others=${others%%":$src:"*}:${others#*":$src:"}
       done
       others=${others#:}
-      path=$src:${others%:}
+      new=$src:${others%:}
       ;;
   esac
   quoted='' quote="'"
-  while case $path in *"$quote"*) ;; *) false ;; esac; do
-    quoted=$quoted${path%%"$quote"*}"'\\''" path=${path#*"$quote"}
+  while case $new in *"$quote"*) ;; *) false ;; esac; do
+    quoted=$quoted${new%%"$quote"*}"'\\''" new=${new#*"$quote"}
   done
-  printf "export PYTHONPATH='%s'\n" "$quoted$path"
+  printf "export PYTHONPATH='%s'\n" "$quoted$new"
 )"
