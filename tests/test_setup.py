@@ -74,7 +74,7 @@ def test_sourcing_puts_src_first_on_the_path_from_any_directory(shell: list[str]
 
 
 def test_nothing_else_changes_in_the_shell(shell: list[str], checkout: Path) -> None:
-    text = 'state() { set -o; set; umask; pwd; }; file=mine home=mine IFS=/ CDPATH=/ PYTHONPATH=\n'
+    text = "state() { set -o; set; umask; pwd; }; file=mine home=mine IFS=/ CDPATH=/ PYTHONPATH=\n"
     text += 'state >before.txt; . "$1"; state >after.txt'
     run(shell, text, checkout.parent, str(checkout / SCRIPT))
     before, after = (

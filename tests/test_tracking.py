@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +16,7 @@ from transformers import GPT2Config, PreTrainedModel, PreTrainedTokenizerFast
 
 from flash_experts.models import GPT2MoEForCausalLM
 from flash_experts.training import Callback, Trainer, TrainingConfig
-from flash_experts.training.tracking import make_tracker, read_metrics
+from flash_experts.training.tracking import make_tracker, read_metrics, wandb_mode
 from tests.test_training import TRAIN, VALIDATION, make_model
 
 TRAIN_FIELDS = {
@@ -62,8 +64,11 @@ def train(dense_config: GPT2Config, tokenizer: PreTrainedTokenizerFast) -> Any:
 class FakeRun:
     """Remembers what a run of wandb is given."""
 
+    url = "https://wandb.example/run"
+
     def __init__(self, **started: Any) -> None:
         self.started = started
+        self.settings = SimpleNamespace(sync_dir=str(Path.cwd() / "wandb/offline run"))
         self.logged: list[tuple[int, dict[str, Any]]] = []
         self.summary: dict[str, object] = {}
         self.is_finished = False
@@ -75,9 +80,16 @@ class FakeRun:
         self.is_finished = True
 
 
+def no_wandb_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a machine where nobody has used wandb."""
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("NETRC", os.devnull)
+
+
 @pytest.fixture
 def wandb_runs(monkeypatch: pytest.MonkeyPatch) -> list[FakeRun]:
-    """The runs that wandb.init was asked for; neither a key nor a network is there."""
+    """The runs that wandb.init was asked for. There is neither a key nor a network, and a question fails the test."""
     wandb = pytest.importorskip("wandb")
     runs: list[FakeRun] = []
 
@@ -85,8 +97,7 @@ def wandb_runs(monkeypatch: pytest.MonkeyPatch) -> list[FakeRun]:
         runs.append(FakeRun(**started))
         return runs[-1]
 
-    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_PROJECT"):
-        monkeypatch.delenv(name, raising=False)
+    no_wandb_settings(monkeypatch)
     monkeypatch.setattr(wandb, "init", fake_init)
     return runs
 
@@ -116,10 +127,13 @@ def test_metrics_jsonl_and_run_json_have_everything(train: Any, config: Training
 
 
 def test_wandb_has_all_of_it_offline_and_asks_nothing(
-    train: Any, config: TrainingConfig, wandb_runs: list[FakeRun]
+    train: Any, config: TrainingConfig, wandb_runs: list[FakeRun], capsys: pytest.CaptureFixture[str]
 ) -> None:
     train(replace(config, tracker="wandb"))
     (run,) = wandb_runs
+    lines = capsys.readouterr().err.splitlines()
+    assert "wandb: recording offline in 'wandb/offline run'" in lines
+    assert lines[-1].endswith("wandb sync 'wandb/offline run'")
     assert run.started["mode"] == "offline" and run.is_finished
     check_run_info(run.started["config"])
     assert run.summary == {"reason": "steps", "step": 4}
@@ -166,25 +180,67 @@ def test_without_a_connection_wandb_goes_on_offline(
     tracker = make_tracker("wandb", config.run_dir, 0, said.append)
     assert tracker is not None
     tracker.on_start("run", {})
-    assert said == ["wandb cannot go online (connection refused): it goes on offline"] and torn_down
+    assert said[0] == "wandb cannot go online (connection refused): recording offline" and torn_down
     assert wandb_runs[0].started["mode"] == "offline"
+
+
+@pytest.mark.parametrize(
+    ("variables", "netrc_hosts", "mode"),
+    [
+        ({}, (), "offline"),
+        ({"WANDB_API_KEY": "0" * 40}, (), "online"),
+        ({}, ("api.wandb.ai",), "online"),
+        ({}, ("other.example",), "offline"),
+        ({"WANDB_BASE_URL": "http://other.example:8080"}, ("other.example",), "online"),
+        ({"WANDB_MODE": "offline", "WANDB_API_KEY": "0" * 40}, (), "offline"),
+        ({"WANDB_MODE": "disabled"}, (), "disabled"),
+        ({"WANDB_MODE": "online"}, (), "offline"),
+    ],
+)
+def test_wandb_is_online_with_a_key_alone(
+    variables: dict[str, str],
+    netrc_hosts: tuple[str, ...],
+    mode: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    no_wandb_settings(monkeypatch)
+    (tmp_path / "netrc").write_text("".join(f"machine {host} login user password {'0' * 40}\n" for host in netrc_hosts))
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    said: list[str] = []
+    assert wandb_mode(said.append) == mode
+    assert bool(said) == (variables == {"WANDB_MODE": "online"}), "asked for online without a key: a warning, no prompt"
+
+
+def test_an_unknown_mode_of_wandb_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "of line")
+    with pytest.raises(ValueError, match="WANDB_MODE is 'of line': set it to online, offline or disabled"):
+        wandb_mode(print)
 
 
 @pytest.mark.slow
 def test_the_real_wandb_writes_a_file_offline(
-    train: Any, config: TrainingConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    train: Any,
+    config: TrainingConfig,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
 ) -> None:
     wandb = pytest.importorskip("wandb")
-    for name in ("WANDB_API_KEY", "WANDB_MODE"):
-        monkeypatch.delenv(name, raising=False)
+    no_wandb_settings(monkeypatch)
+    place = tmp_path / "not there yet"
+    monkeypatch.setenv("WANDB_DIR", str(place))
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("wandb asked for something"))
     train(replace(config, tracker="wandb"))
     wandb.teardown()  # its own process writes the file, and may do so a moment after the run has ended
-    (file,) = config.run_dir.glob("wandb/offline-run-*/*.wandb")
+    (file,) = place.glob("wandb/offline-run-*/*.wandb")
+    assert f"wandb sync '{file.parent}'" in capsys.readouterr().err
     content = file.read_bytes()
     for part in (b"train_sha256", b"validation/bits_per_char", b"router/1/load_cv", b"peak_memory_gib"):
         assert part in content
-    (table,) = config.run_dir.glob("wandb/offline-run-*/files/media/table/samples_4_*.json")
+    (table,) = place.glob("wandb/offline-run-*/files/media/table/samples_4_*.json")
     assert "Wholly New 4" in table.read_text("utf-8")
 
 

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import netrc
 import os
 import secrets
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from flash_experts.training.callbacks import Callback
 
 METRICS_FILE = "metrics.jsonl"
+_OFFLINE = ("offline", "dryrun")
+_WANDB_MODES = (*_OFFLINE, "online", "run", "shared", "disabled")
 
 
 class MetricsFile:
@@ -54,39 +59,70 @@ def read_metrics(path: str | Path, event: str | None = None) -> list[dict[str, A
 
 
 def make_tracker(name: str, run_dir: Path, step: int, warn: Callable[[str], None]) -> Callback | None:
-    """The tracker asked for; None where that is none, or its package is not installed (said in one line).
+    """The tracker of a run; None for "none", or with a warning where its package is not installed.
 
     Args:
         name: none, wandb or tensorboard.
         run_dir: the run's folder.
-        step: optimizer steps done already, by the run that this one goes on with.
-        warn: tells the person who watches.
+        step: optimizer steps that a resumed run has done already.
+        warn: shows a line to the user.
     """
     if name == "none":
         return None
     if importlib.util.find_spec(name) is None:
-        warn(
-            f"{name} is not installed: going on without it, {METRICS_FILE} has everything (to have it: pip "
-            f"install {name})"
-        )
+        warn(f"{name} is not installed: training without it, {METRICS_FILE} has all metrics (or: pip install {name})")
         return None
     return WandbTracker(run_dir, warn) if name == "wandb" else TensorBoardTracker(run_dir, step)
 
 
-class WandbTracker(Callback):
-    """Weights & Biases. Offline, in the run's folder, unless WANDB_API_KEY (or WANDB_MODE) says otherwise. No prompts.
+def wandb_mode(warn: Callable[[str], None]) -> str:
+    """``WANDB_MODE`` if it is set; else online with a key and offline without one.
 
-    A resumed run goes on as the same run of wandb, by the id that is kept in ``wandb_id.txt``. wandb leaves out steps
-    that it has already: those after the checkpoint are the same the second time.
+    wandb would ask for a missing key, so there is no online mode without one.
+
+    Raises:
+        ValueError: wandb has no such mode.
+    """
+    mode = os.environ.get("WANDB_MODE") or ("online" if _has_wandb_key() else "offline")
+    if mode not in _WANDB_MODES:
+        raise ValueError(f"WANDB_MODE is {mode!r}: set it to online, offline or disabled, or unset it")
+    if mode in (*_OFFLINE, "disabled") or _has_wandb_key():
+        return mode
+    warn(f"wandb has no API key for WANDB_MODE={mode}: recording offline (set WANDB_API_KEY, or run `wandb login`)")
+    return "offline"
+
+
+def _has_wandb_key() -> bool:
+    """Whether a key is in the environment, or in .netrc, where `wandb login` puts it."""
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    host = urlsplit(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").hostname
+    places = [os.environ["NETRC"]] if os.environ.get("NETRC") else [Path.home() / ".netrc", Path.home() / "_netrc"]
+    for place in places:
+        try:
+            if netrc.netrc(str(place)).hosts.get(str(host)):
+                return True
+        except (OSError, ValueError, netrc.NetrcParseError):
+            continue
+    return False
+
+
+class WandbTracker(Callback):
+    """Weights & Biases, online with a key and offline without one. It never asks for anything.
+
+    wandb writes to ``$WANDB_DIR/wandb``, or to ``wandb`` in the current directory. A resumed run continues the same
+    wandb run, by the id in ``wandb_id.txt``. wandb ignores steps that it has already: those after the checkpoint are
+    the same the second time.
 
     Args:
-        run_dir: where the id and the offline files go.
-        warn: tells the person who watches.
+        run_dir: where the id is kept.
+        say: shows a line to the user.
     """
 
-    def __init__(self, run_dir: Path, warn: Callable[[str], None]):
-        self.run_dir, self._warn = run_dir, warn
+    def __init__(self, run_dir: Path, say: Callable[[str], None]):
+        self.run_dir, self._say = run_dir, say
         self._run: Any = None
+        self._is_offline = True
 
     def on_start(self, run_name: str, run_info: Mapping[str, object]) -> None:
         import wandb
@@ -98,21 +134,31 @@ class WandbTracker(Callback):
             "project": os.environ.get("WANDB_PROJECT", "flash-experts"),
             "name": run_name,
             "id": path.read_text(encoding="utf-8").strip(),
-            "resume": "allow",
-            "dir": self.run_dir,
             "config": dict(run_info),
             "settings": wandb.Settings(silent=True),
         }
-        mode = os.environ.get("WANDB_MODE") or ("online" if os.environ.get("WANDB_API_KEY") else "offline")
-        if mode == "offline":
-            settings.pop("resume")  # there is nobody to ask; `wandb sync` joins what has one id
+        mode = wandb_mode(self._say)
+        if os.environ.get("WANDB_DIR"):
+            Path(os.environ["WANDB_DIR"]).mkdir(parents=True, exist_ok=True)  # else wandb takes another place
         try:
-            self._run = wandb.init(mode=mode, **settings)  # type: ignore[arg-type]
+            # There is nobody to ask offline; `wandb sync` joins what has one id.
+            resume = {} if mode in _OFFLINE else {"resume": "allow"}
+            self._run = wandb.init(mode=mode, **settings, **resume)  # type: ignore[arg-type]
         except wandb.Error as error:
-            self._warn(f"wandb cannot go online ({' '.join(str(error).split())}): it goes on offline")
-            wandb.teardown()  # wandb's own process holds on to the id of the run that it could not begin
-            settings.pop("resume", None)
+            self._say(f"wandb cannot go online ({' '.join(str(error).split())}): recording offline")
+            wandb.teardown()  # wandb's own process holds on to the id of the run that it could not start
             self._run = wandb.init(mode="offline", **settings)
+            mode = "offline"
+        self._is_offline = mode in _OFFLINE
+        if self._is_offline:
+            self._say(f"wandb: recording offline in {self._place()}")
+        elif mode != "disabled":
+            self._say(f"wandb: recording online at {self._run.url}")
+
+    def _place(self) -> str:
+        """Folder of the offline run, as an argument of a shell command."""
+        folder = Path(self._run.settings.sync_dir)
+        return shlex.quote(str(folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder))
 
     def on_log(self, step: int, metrics: Mapping[str, float]) -> None:
         self._run.log(dict(metrics), step=step)
@@ -129,6 +175,8 @@ class WandbTracker(Callback):
     def on_end(self, summary: Mapping[str, object]) -> None:
         self._run.summary.update(dict(summary))
         self._run.finish()
+        if self._is_offline:
+            self._say(f"wandb: to upload this run, log in once (wandb login), then: wandb sync {self._place()}")
 
 
 class TensorBoardTracker(Callback):
