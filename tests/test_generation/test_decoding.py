@@ -7,12 +7,12 @@ from itertools import product
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
-from flash_experts.generation import gpt2_steps
+from flash_experts.generation import gpt2_steps, llama_steps
 from flash_experts.generation.decoding import DecodedName, NameDecoder
 from flash_experts.generation.presets import Sampling
-from flash_experts.generation.prompt_rows import Prompt, PromptRows
+from flash_experts.generation.prompt_rows import PromptRows, Prompts
 from flash_experts.models import GPT2MoEConfig, GPT2MoEForCausalLM
 from flash_experts.models.attention_backends import attention_backend
 from flash_experts.models.modes import evaluating
@@ -26,6 +26,13 @@ def _tiny(kind: str, vocab_size: int = 40) -> torch.nn.Module:
     ids = {"bos_token_id": END, "eos_token_id": END, "pad_token_id": END, "initializer_range": 0.5}
     if kind == "dense":
         return GPT2LMHeadModel(GPT2Config(**sizes, **ids)).eval()
+    if kind in ("llama", "mistral"):
+        width = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2, "max_position_embeddings": 64}
+        heads = {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 8}
+        Config, Model = (
+            (LlamaConfig, LlamaForCausalLM) if kind == "llama" else (MistralConfig, MistralForCausalLM)
+        )  # fmt: skip
+        return Model(Config(vocab_size=vocab_size, **width, **heads, **ids)).eval()
     shared = {"num_shared_experts": 2} if kind == "shared" else {}
     return GPT2MoEForCausalLM(GPT2MoEConfig(**sizes, **ids, num_experts=4, num_experts_per_tok=2, **shared)).eval()
 
@@ -123,9 +130,9 @@ def test_bfloat16_weights_round_products_alone(kind: str) -> None:
     with torch.no_grad():
         by_dtype = []
         for one in (model, exact):
-            rows = PromptRows(Prompt(one, [END, 5, 9]), 3)
-            rows.advance(tokens_B.tolist(), [])
-            rows.advance(tokens_B.flip(0).tolist(), [])
+            rows = PromptRows(Prompts(one, [[END, 5, 9]]), range(3))
+            rows.advance(tokens_B.tolist(), {})
+            rows.advance(tokens_B.flip(0).tolist(), {})
             by_dtype.append(rows.logits_BV)
     assert gpt2_steps.dtype_between_products(model) == by_dtype[0].dtype == torch.float32
     rounded, near = by_dtype
@@ -191,3 +198,40 @@ def test_rows_that_end_are_refilled_and_names_stay_the_same(model: torch.nn.Modu
     longest = max(len(name.ids) for name in streamed)
     assert longest > 16, "the ring grew"
     assert len(calls) <= tokens / 3 + longest + 1, "the rows are full until the last names"
+
+
+@pytest.mark.parametrize("kind", ["dense", "moe", "llama", "mistral"])
+def test_rows_of_different_prompts_decode_together(kind: str) -> None:
+    """Each name is the one that a decoder of its prompt alone gives, with the model's own log-probability."""
+    model = _tiny(kind)
+    prompts = [[END, 5, 9], [END, 5, 9], [END, 7], [END, 3, 4, 6, 8], [END, 7, 2, 2, 2, 2], [END, 7], [END]] * 4
+    with torch.no_grad():
+        decoder = NameDecoder(model, (), END, Sampling(temperature=0.9), [], 30, seed=3, prompts=prompts)
+        together = list(decoder.stream(range(len(prompts)), 5))
+        for index, (name, prompt) in enumerate(zip(together, prompts, strict=True)):
+            alone = NameDecoder(model, prompt, END, Sampling(temperature=0.9), [], 30, seed=3)
+            (one,) = alone.stream(range(index, index + 1), 1)
+            assert one.index == name.index and one.ids == name.ids and one.is_whole == name.is_whole
+            ids = torch.tensor([[*prompt, *name.ids, END]])
+            log_probs = model(ids[:, :-1], use_cache=False).logits.log_softmax(dim=-1)[0, len(prompt) - 1 :]
+            each = log_probs.gather(1, ids[0, len(prompt) :, None])[:, 0]
+            expected = each.sum() if name.is_whole else each[:-1].sum()
+            assert name.log_prob == pytest.approx(float(expected), abs=1e-4)
+    with pytest.raises(ValueError, match="different prompts"):
+        NameDecoder(model, (), END, Sampling(repetition_penalty=1.2), [], 30, seed=3, prompts=prompts)
+
+
+def test_steps_of_a_llama_are_those_of_its_own_forward() -> None:
+    """A hook is what makes the decoder call the model itself."""
+    model = _tiny("llama")
+    assert llama_steps.takes(model) and not llama_steps.takes(_tiny("mistral")) and not gpt2_steps.takes(model)
+    by_steps = _decode(model, range(30), Sampling(temperature=0.9, top_k=20))
+    hook = model.model.layers[1].register_forward_hook(lambda *_: None)
+    assert not llama_steps.takes(model)
+    by_model = _decode(model, range(30), Sampling(temperature=0.9, top_k=20))
+    hook.remove()
+    assert [name.ids for name in by_steps] == [name.ids for name in by_model]
+    assert [name.log_prob for name in by_steps] == pytest.approx([name.log_prob for name in by_model], abs=1e-4)
+    projection = model.model.layers[0].self_attn.q_proj
+    projection.__class__ = type("Adapted", (type(projection),), {})  # as an adapter would take its place
+    assert not llama_steps.takes(model)

@@ -24,10 +24,19 @@ _SAME_NAME = (
     *("words", "min_length", "max_length", "allow_profanity", "alliterate", "min_distance", "seed", "batch_size"),
     *("best_of", "best_by", "released"),
 )
+# What --attributes-from does not take: what is asked of one card, and the filters.
+_FOR_ONE_CARD = (
+    *("type", "colors", "mana_value", "rarity", "set", "released", "like", "starts_with", "ends_with", "contains"),
+    *("regex", "min_words", "max_words", "words", "min_length", "max_length", "allow_profanity", "alliterate"),
+    *("min_distance", "ban", "rank"),
+)
 
 
 def run(args: Namespace) -> None:
     """Make up names for a card. None of them is a real card's."""
+    if args.attributes_from is not None:
+        _run_for_cards(args)
+        return
     writer = _writer_of(args)
     import torch
 
@@ -50,6 +59,41 @@ def run(args: Namespace) -> None:
         path.open("w", encoding="utf-8", newline="") as file,
     ):
         written = writer(counted(names), file)
+    print(f"{written} names written to {args.out}", file=sys.stderr)
+
+
+def _run_for_cards(args: Namespace) -> None:
+    """Names for the attributes of a split's cards, as training data."""
+    given = [name for name in _FOR_ONE_CARD if args[name] not in (None, False, [], 0.0)]
+    given += ["best_of"] if args.best_of != 1 else []
+    if given:
+        make_parser().error(
+            f"--attributes-from takes each card's own attributes and no filters: leave out --{given[0]}"
+        )
+    if args.out is None or Path(args.out).suffix.lower() != ".jsonl" or args.json or args.csv:
+        make_parser().error("--attributes-from writes a .jsonl file: give --out NAMES.jsonl alone")
+    check_out_file(args.out)
+    import torch
+
+    from flash_experts import NameGenerator
+    from flash_experts.data.prepare import load_known_names, load_split
+    from flash_experts.generation.presets import sampling_of
+    from flash_experts.generation.sampled_names import SampledNames, write_sampled_names
+    from flash_experts.models.folder_checks import weights_sha256
+
+    drawing = {name: args[name] for name in ("presets", "temperature", "top_k", "top_p", "min_p")}
+    sampling = sampling_of(args.preset, **drawing, repetition_penalty=args.repetition_penalty, guidance=args.guidance)
+    request = SampledNames(args.count, args.seed or 0, args.attribute_dropout, sampling, args.batch_size)
+    model, out = args.model or default_model(), Path(args.out)
+    cards = load_split(args.data, args.attributes_from)
+    generator = NameGenerator.from_pretrained(model, args.device, getattr(torch, args.dtype))
+    source = {"model": weights_sha256(model), "data": args.data, "split": args.attributes_from, "dtype": args.dtype}
+    known = load_known_names(args.data)
+
+    def report(names: int) -> None:
+        print(f"{names:,} of {args.count:,} names", file=sys.stderr)
+
+    written = write_sampled_names(generator, cards, known, request, out, source, report)
     print(f"{written} names written to {args.out}", file=sys.stderr)
 
 
@@ -158,6 +202,14 @@ def make_parser() -> CommandParser:
     _add_constraints(parser)
     parser.add_argument("--seed", type=int | None, default=None, help="the same seed gives the same names")
     parser.add_argument("--batch_size", type=int, default=256, help="names computed at once")
+    parser.add_argument(
+        "--attributes_from",
+        type=str | None,
+        default=None,
+        help="split whose cards names are drawn for, as training data",
+    )
+    parser.add_argument("--attribute_dropout", type=float, default=0.3, help="chance that a part of these is left out")
+    parser.add_argument("--data", default="data/mtg", help="folder that prepare wrote, for --attributes-from")
     parser.add_argument("--device", type=str | None, default=None, help="cpu, cuda, cuda:1; the best there is")
     parser.add_argument(
         "--dtype",

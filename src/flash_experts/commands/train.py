@@ -13,7 +13,7 @@ def run(args: Namespace) -> None:
     """Train or fine-tune on the prepared names, into models/RUN. Started again, it goes on."""
     from dataclasses import asdict, replace
 
-    from flash_experts.data.prepare import load_meta, load_split
+    from flash_experts.data.prepare import extra_cards, load_meta, load_split
     from flash_experts.models.moe import GPT2MoEForCausalLM
     from flash_experts.samples import SampleNames
     from flash_experts.training.build import build_model
@@ -24,6 +24,8 @@ def run(args: Namespace) -> None:
     config.validate()
     check_prepared(args.data)
     cards = {split: load_split(args.data, split) for split in ("train", "validation")}
+    if args.extra_names is not None:
+        cards["train"] += extra_cards(args.extra_names, args.data)
     model, tokenizer = build_model(args.base, args.model, cards["train"], config.seed)
     if config.sample_every and isinstance(model, GPT2MoEForCausalLM) and not model.may_generate:
         raise ValueError(
@@ -53,6 +55,9 @@ def make_parser() -> CommandParser:
     parser = command_parser("train", run)
     parser.add_argument("--base", type=str | None, default=None, help="GPT-2 to start from; null: a new model")
     parser.add_argument("--data", default="data/mtg", help="folder that prepare wrote")
+    parser.add_argument(
+        "--extra_names", type=str | None, default=None, help="file of generate --attributes-from, to learn from as well"
+    )
     parser.add_argument("--resume", type=str | None, default="auto", help="auto, a checkpoint, or null: start anew")
     parser.add_argument("--seed", type=int | None, default=None, help="short for --training.seed")
     parser.add_class_arguments(ModelConfig, "model")

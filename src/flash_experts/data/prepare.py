@@ -13,6 +13,7 @@ from typing import Any
 from flash_experts.ctrl_c import held_back
 from flash_experts.data.cards import Card, known_names, load_source, names_on
 from flash_experts.data.cleaning import CLEANING_VERSION, NOT_CARDS, clean
+from flash_experts.data.names import normal_form
 from flash_experts.data.splits import SPLITS, split_by_family
 from flash_experts.files import temporary_beside
 
@@ -149,11 +150,20 @@ def load_split(folder: str | Path, split: str) -> list[Card]:
         raise ValueError(f"no split {split!r}: there are {', '.join(SPLITS)}")
     path = Path(folder) / f"{split}.jsonl"
     _check_there(path)
-    cards = []
+    return load_cards(path)
+
+
+def load_cards(path: str | Path) -> list[Card]:
+    """The cards of one file of prepared lines.
+
+    Raises:
+        ValueError: there is no such file, it is empty, or a line is malformed (``file:line``).
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"no file {path}: give one of prepared lines, such as generate --attributes-from writes")
     with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                cards.append(_card(line, f"{path}:{number}"))
+        cards = [_card(line, f"{path}:{number}") for number, line in enumerate(file, start=1) if line.strip()]
     if not cards:
         raise ValueError(f"{path} is empty: {_HINT} again")
     return cards
@@ -167,6 +177,36 @@ def _card(line: bytes, where: str) -> Card:
     except json.JSONDecodeError as error:
         raise ValueError(f"{where}: not JSON ({error.msg}): {_HINT} again") from error
     return Card.from_json(fields, where)
+
+
+def load_known_names(folder: str | Path) -> frozenset[str]:
+    """Normal forms of every name in a prepared folder: all known cards, and the names of the splits.
+
+    Raises:
+        ValueError: a file is missing or malformed.
+    """
+    path = Path(folder) / KNOWN_NAMES
+    _check_there(path)
+    names = [name for name in path.read_text(encoding="utf-8").splitlines() if name]
+    names += [card.name for split in SPLITS for card in load_split(folder, split)]
+    return frozenset(map(normal_form, names))
+
+
+def extra_cards(path: str | Path, folder: str | Path) -> list[Card]:
+    """Cards of a file to train on besides a folder's training split, such as names that a teacher made.
+
+    Raises:
+        ValueError: as `load_cards`, or a name of a held-out split is among them.
+    """
+    cards = load_cards(path)
+    held_out = {normal_form(card.name) for split in SPLITS if split != "train" for card in load_split(folder, split)}
+    for number, card in enumerate(cards, start=1):
+        if normal_form(card.name) in held_out:
+            raise ValueError(
+                f"{path}: name {number:,}, {card.name!r}, is held out in {folder}: a model that learned it could not "
+                "be evaluated there. Remove its line"
+            )
+    return cards
 
 
 def load_meta(folder: str | Path) -> dict[str, Any]:

@@ -22,11 +22,10 @@ from flash_experts.data.prompts import NONE, Attributes, known_part, read_condit
 from flash_experts.data.tokenizer import load_tokenizer
 from flash_experts.evaluation.costs import Costs, ModelSize, costs_of, parameter_counts
 from flash_experts.evaluation.metrics import FloatArray
-from flash_experts.evaluation.prompted_sampling import sample_each
 from flash_experts.generation.decoding import NameDecoder
 from flash_experts.generation.generator import NameGenerator
 from flash_experts.generation.presets import Sampling
-from flash_experts.models.flash_attention import ATTENTION_IMPLEMENTATION
+from flash_experts.models.flash_attention import ATTENTION_IMPLEMENTATION, keeps_packed_apart
 from flash_experts.models.loading import load_model
 from flash_experts.models.modes import evaluating
 from flash_experts.models.router_hooks import count_loads
@@ -131,7 +130,7 @@ class LanguageModel:
         order = sorted(range(len(encoded)), key=lambda index: encoded[index].num_inputs)
         ordered = [encoded[index] for index in order]
         with scoring(self.model):
-            if isinstance(self.model.config, GPT2Config):
+            if keeps_packed_apart(self.model.config):
                 rows = pack_all(ordered, tokens_per_batch)
                 scored = [name_nats(self.model, row.to(self.model.device)).cpu() for row in rows]
             else:
@@ -174,9 +173,13 @@ class LanguageModel:
         """See `Scorer.sample_each`."""
         encoded = encode_names([""] * len(attributes), self._known(attributes), self.tokenizer)
         prompts = [prompt.ids[: prompt.prompt_length] for prompt in encoded]
-        most = self._most_new_tokens(max(map(len, prompts)))
+        most, end_id = self._most_new_tokens(max(map(len, prompts))), self.tokenizer.eos_token_id
+        order = sorted(range(len(prompts)), key=lambda index: prompts[index])  # equal prompts are computed once
         with scoring(self.model):
-            return self._texts(sample_each(self.model, prompts, self.tokenizer.eos_token_id, most, seed))
+            ordered = [prompts[index] for index in order]
+            decoder = NameDecoder(self.model, (), end_id, Sampling(), [], most, seed, prompts=ordered)
+            texts = self._texts([list(name.ids) for name in decoder.stream(range(len(order)), _SAMPLED_AT_ONCE)])
+        return [text for _, text in sorted(zip(order, texts, strict=True))]
 
     def _known(self, attributes: Sequence[Attributes]) -> list[Attributes]:
         """What the model can know of them: cards of another source than its own may tell more."""
@@ -248,11 +251,11 @@ def check_lengths(model: PreTrainedModel, names: Sequence[str], encoded: Sequenc
 def scoring(model: PreTrainedModel) -> Iterator[None]:
     """Eval and inference mode, and attention that keeps the names of a row apart; put back afterwards."""
     attention = model.config._attn_implementation
-    if isinstance(model.config, GPT2Config):
+    if keeps_packed_apart(model.config):
         model.set_attn_implementation(ATTENTION_IMPLEMENTATION)
     try:
         with evaluating(model), torch.inference_mode():
             yield
     finally:
-        if isinstance(model.config, GPT2Config):
+        if keeps_packed_apart(model.config):
             model.set_attn_implementation(attention)

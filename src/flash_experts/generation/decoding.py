@@ -1,7 +1,7 @@
-"""The decoding loop: many names from one prompt, with a KV cache.
+"""The decoding loop: many names at once, with a KV cache.
 
-Where ``model.generate`` runs every row to the end of the longest, here the prompt is computed once for all, a row whose
-name ends goes to the next name, and no row of the vocabulary is ever sorted whole.
+Where ``model.generate`` runs every row to the end of the longest, here a prompt is computed once for all its names, a
+row whose name ends goes to the next name (continuous batching), and no row of the vocabulary is ever sorted whole.
 
 Letters in the shapes: B rows, T tokens of prompt and name so far, S tokens that a name may have, V tokens of the
 vocabulary, K columns of the cache.
@@ -18,7 +18,7 @@ from transformers import LogitsProcessor, PreTrainedModel, RepetitionPenaltyLogi
 
 from flash_experts.generation.filters import AllOf, NameFilter
 from flash_experts.generation.presets import Sampling
-from flash_experts.generation.prompt_rows import Prompt, PromptRows, guided
+from flash_experts.generation.prompt_rows import PromptRows, Prompts, guided
 from flash_experts.generation.sampling import draw, noise
 
 
@@ -40,7 +40,10 @@ class DecodedName:
 
 
 class NameDecoder:
-    """Decodes names that follow one prompt, within `flash_experts.models.modes.evaluating` and ``torch.no_grad``."""
+    """Decodes names that follow one prompt, or each its own.
+
+    For use within `flash_experts.models.modes.evaluating` and ``torch.no_grad``.
+    """
 
     def __init__(
         self,
@@ -52,8 +55,9 @@ class NameDecoder:
         max_new_tokens: int,
         seed: int,
         untold_ids: Sequence[int] | None = None,
+        prompts: Sequence[Sequence[int]] | None = None,
     ) -> None:
-        """Computes the prompt, once for all names.
+        """Stores what all names share.
 
         Args:
             model: a causal LM of transformers that takes a `DynamicCache`.
@@ -64,6 +68,11 @@ class NameDecoder:
             max_new_tokens: names without an end by then are given up.
             seed: of all names of this decoder.
             untold_ids: begin symbol and the prompt that tells nothing, for ``sampling.guidance``.
+            prompts: a prompt for each index of the stream, in the place of ``prompt_ids``. Names of one prompt should
+                follow each other: it is computed once for them.
+
+        Raises:
+            ValueError: different prompts, and a repetition penalty or a filter that looks at token ids.
         """
         self.device = model.device
         self.prompt_ids, self.end_id = prompt_ids, end_id
@@ -74,10 +83,12 @@ class NameDecoder:
         if sampling.repetition_penalty != 1:
             penalty = RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty, len(prompt_ids))
             self.processors.insert(0, penalty)
-        self.prompts = [Prompt(model, prompt_ids)]
-        if sampling.guidance != 1 and prompt_ids != untold_ids:
+        if prompts is not None and self.processors:
+            raise ValueError("names of different prompts take filters of the text alone, and no repetition_penalty")
+        self.prompts = [Prompts(model, [prompt_ids] if prompts is None else prompts)]
+        if sampling.guidance != 1 and (prompts is not None or prompt_ids != untold_ids):
             assert untold_ids is not None, "guidance leads away from a prompt"
-            self.prompts.append(Prompt(model, untold_ids))
+            self.prompts.append(Prompts(model, [untold_ids]))
 
     def stream(self, indices: range, batch_size: int) -> Iterator[DecodedName]:
         """The names of these indices in order, each as soon as it and all before it are done.
@@ -129,7 +140,7 @@ class _Batch:
         self.rows = [_Row(waiting.popleft()) for _ in range(size)]
         self._ended: list[int] = []
         device = decoder.device
-        self._after = [PromptRows(prompt, size) for prompt in decoder.prompts]
+        self._after = [PromptRows(prompts, [row.index for row in self.rows]) for prompts in decoder.prompts]
         self._log_prob_B = torch.zeros(size, dtype=torch.float64, device=device)
         self._noise_BS2 = torch.zeros(size, decoder.max_new_tokens, 2, dtype=torch.float64, device=device)
         self._draw_noise(list(range(size)))
@@ -186,7 +197,7 @@ class _Batch:
         # A row that is new has no token yet: it takes part with any.
         tokens = [row.ids[-1] if row.ids else decoder.end_id for row in self.rows]
         for after in self._after:
-            after.advance(tokens, new)
+            after.advance(tokens, {place: self.rows[place].index for place in new})
 
     def _draw_noise(self, places: Sequence[int]) -> None:
         """Random numbers for the names that begin in these places; they depend on the names' indices alone."""

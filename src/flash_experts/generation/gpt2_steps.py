@@ -39,14 +39,19 @@ def takes(model: PreTrainedModel) -> bool:
     """Whether `next_logits` computes what the model does."""
     if type(model) not in (GPT2LMHeadModel, GPT2MoEForCausalLM):
         return False
+    blocks: Any = model.transformer
+    is_other = model.config.add_cross_attention or is_attention_forced(model) or has_hooks(model)
+    return not is_other and all(map(_is_plain, blocks.h))
+
+
+def is_attention_forced(model: PreTrainedModel) -> bool:
+    """Whether an attention backend was asked for, by whatever way."""
     config = model.config
     chosen = config.attention_backend if isinstance(config, GPT2MoEConfig) else "auto"
-    is_forced = forced_backend() or os.environ.get(ENVIRONMENT_VARIABLE) or chosen != "auto"
-    blocks: Any = model.transformer
-    return not (config.add_cross_attention or is_forced or _has_hooks(model)) and all(map(_is_plain, blocks.h))
+    return bool(forced_backend() or os.environ.get(ENVIRONMENT_VARIABLE) or chosen != "auto")
 
 
-def _has_hooks(model: nn.Module) -> bool:
+def has_hooks(model: nn.Module) -> bool:
     """Whether anybody listens to the modules. The first forward that is asked for hidden states, attentions or router
     logits leaves hooks of transformers' own behind, which lie idle in every other."""
     hooks = (hook for module in model.modules() for hook in module._forward_hooks.values())
@@ -69,7 +74,7 @@ def _is_plain(block: Any) -> bool:
     return is_known and all(type(module) in _PLAIN for module in own)
 
 
-def next_logits(model: GPT2LMHeadModel, tokens_B: torch.Tensor, cache: RingCache) -> torch.Tensor:
+def next_logits(model: Any, tokens_B: torch.Tensor, cache: RingCache) -> torch.Tensor:
     """(B, V) what follows one more token of each row.
 
     Args:

@@ -1,10 +1,12 @@
 """A KV cache for rows that begin and end at different times.
 
-Every row reads the prompt's keys, computed once, and its own tokens' keys. Those lie in a ring of columns that all rows
+Every row reads its prompt's keys, computed once, and its own tokens' keys. Those lie in a ring of columns that all rows
 share: step t writes column t mod R of each row. A row that ends is replaced by a new one at once, which sees only the
-columns written since it began; nothing is moved or cleared.
+columns written since it began; nothing is moved or cleared. Rows may follow different prompts: shorter ones leave the
+last of the prompt's columns masked.
 
-Letters in the shapes: B rows, H heads, P tokens of the prompt, R columns of the ring, C width of a head.
+Shape suffixes: B rows, H heads of keys, P tokens of the longest prompt, R columns of the ring, K = P + R, C width of a
+head.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ class _RingLayer(DynamicLayer):
         super().__init__()
         assert prompt.keys is not None and prompt.values is not None
         self.lazy_initialization(prompt.keys, prompt.values)
-        self.keys, self.values = (_with_columns(x, num_rows, columns) for x in (prompt.keys, prompt.values))
+        self.keys, self.values = (_zeros(x, num_rows, columns) for x in (prompt.keys, prompt.values))
         self.column = 0
 
     def update(
@@ -44,13 +46,17 @@ class _RingLayer(DynamicLayer):
         self.values[:, :, self.column] = values_BHC
         return self.keys, self.values
 
+    def put(self, rows: Sequence[int] | slice, prompt: DynamicLayer) -> None:
+        """Writes a prompt's keys and values, (1, H, length, C), into the first columns of some rows."""
+        assert self.keys is not None and self.values is not None
+        assert prompt.keys is not None and prompt.values is not None
+        length = prompt.keys.shape[2]
+        self.keys[rows, :, :length] = prompt.keys
+        self.values[rows, :, :length] = prompt.values
 
-def _with_columns(prompt: torch.Tensor, num_rows: int, columns: int) -> torch.Tensor:
-    """The prompt's (1 or B, H, P, C) as (B, H, P + R, C), zeros in the ring."""
-    _, H, P, C = prompt.shape
-    wide = prompt.new_zeros(num_rows, H, P + columns, C)
-    wide[:, :, :P] = prompt
-    return wide
+
+def _zeros(like_BHKC: torch.Tensor, num_rows: int, columns: int) -> torch.Tensor:
+    return like_BHKC.new_zeros(num_rows, like_BHKC.shape[1], columns, like_BHKC.shape[3])
 
 
 class RingCache(Cache):
@@ -60,21 +66,24 @@ class RingCache(Cache):
         begun: for each row the step after which it began: its first own token is of the next one.
     """
 
-    def __init__(self, prompt: DynamicCache, num_rows: int) -> None:
+    def __init__(self, prompts: Sequence[DynamicCache], longest: int) -> None:
         """Rows that all begin with the next step.
 
         Args:
-            prompt: the prompt's cache, one row; not changed.
-            num_rows: B.
+            prompts: of each of the B rows its prompt's cache, which has one row and is not changed. Rows of the same
+                prompt share the object.
+            longest: P, tokens of the longest prompt of any row, now or later.
         """
-        layers = [layer for layer in prompt.layers if isinstance(layer, DynamicLayer)]
-        assert len(layers) == len(prompt.layers), "every layer attends"
-        self._rings = [_RingLayer(layer, num_rows, _FIRST_COLUMNS) for layer in layers]
+        num_rows, layers = len(prompts), _layers(prompts[0])
+        self._rings = [_RingLayer(layer, num_rows, longest + _FIRST_COLUMNS) for layer in layers]
         super().__init__(layers=list(self._rings))
-        self._prompt_length = prompt.get_seq_length()
+        self._longest = longest
         self._now = -1
         self._written = [-1] * _FIRST_COLUMNS  # the step that wrote each column
         self.begun = [-1] * num_rows
+        self._prompts: list[DynamicCache | None] = [None] * num_rows
+        self._lengths = [0] * num_rows
+        self._put(range(num_rows), prompts)
 
     def step(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """Makes room for one token of each row.
@@ -88,44 +97,72 @@ class RingCache(Cache):
         column = self._now % len(self._written)
         self._written[column] = self._now
         for layer in self._rings:
-            layer.column = self._prompt_length + column
+            layer.column = self._longest + column
         begun_B1 = torch.tensor(self.begun, device=device)[:, None]
+        lengths_B1 = torch.tensor(self._lengths, device=device)[:, None]
         written_1R = torch.tensor(self._written, device=device)[None]
-        prompt_BP = torch.ones(len(self.begun), self._prompt_length, dtype=torch.bool, device=device)
+        prompt_BP = torch.arange(self._longest, device=device)[None] < lengths_B1
         mask_BK = torch.cat([prompt_BP, written_1R > begun_B1], dim=1)
-        return mask_BK, self._prompt_length + self._now - begun_B1 - 1
+        return mask_BK, lengths_B1 + self._now - begun_B1 - 1
 
     def write(self, layer: int, keys_BHC: torch.Tensor, values_BHC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Writes the step's keys and values into a layer, and returns all that it has: (B, H, P + R, C) twice."""
         return self._rings[layer].write(keys_BHC, values_BHC)
 
-    def replace(self, rows: Sequence[int]) -> None:
-        """These rows are given to new names, whose first own token comes with the step after the next."""
+    def replace(self, rows: Sequence[int], prompts: Sequence[DynamicCache]) -> None:
+        """These rows are given to new names, whose first own token comes with the step after the next.
+
+        Args:
+            rows: their places.
+            prompts: the prompt that each name follows, as in `__init__`.
+        """
         for row in rows:
             self.begun[row] = self._now + 1
+        self._put(rows, prompts)
 
     def select(self, rows: torch.Tensor) -> None:
         """Keeps some rows, in this order."""
-        self.begun = [self.begun[row] for row in rows.tolist()]
+        kept = rows.tolist()
+        self.begun = [self.begun[row] for row in kept]
+        self._prompts = [self._prompts[row] for row in kept]
+        self._lengths = [self._lengths[row] for row in kept]
         for layer in self._rings:
             layer.batch_select_indices(rows)
+
+    def _put(self, rows: Sequence[int], prompts: Sequence[DynamicCache]) -> None:
+        """Writes the prompts of rows that have another one so far, each prompt once."""
+        places: dict[int, list[int]] = {}
+        by_id = {id(prompt): prompt for prompt in prompts}
+        for row, prompt in zip(rows, prompts, strict=True):
+            if self._prompts[row] is not prompt:
+                self._prompts[row], self._lengths[row] = prompt, prompt.get_seq_length()
+                places.setdefault(id(prompt), []).append(row)
+        for key, of_prompt in places.items():
+            # A slice is written in one go; a list of rows is not.
+            where = slice(None) if len(of_prompt) == len(self.begun) else of_prompt
+            for ring, layer in zip(self._rings, _layers(by_id[key]), strict=True):
+                ring.put(where, layer)
 
     def _grow(self) -> None:
         """More columns; what a row has written goes to its new place."""
         columns = len(self._written) + _MORE_COLUMNS
         written = [-1] * columns
-        old, new = [], []
+        old, new = list(range(self._longest)), list(range(self._longest))
         for column, step in enumerate(self._written):
             if step >= 0:
                 written[step % columns] = step
-                old.append(self._prompt_length + column)
-                new.append(self._prompt_length + step % columns)
+                old.append(self._longest + column)
+                new.append(self._longest + step % columns)
         for layer in self._rings:
-            layer.keys, layer.values = (self._moved(x, old, new, columns) for x in (layer.keys, layer.values))
+            for name in ("keys", "values"):
+                before_BHKC = getattr(layer, name)
+                wide = _zeros(before_BHKC, len(before_BHKC), self._longest + columns)
+                wide[:, :, new] = before_BHKC[:, :, old]
+                setattr(layer, name, wide)
         self._written = written
 
-    def _moved(self, x_BHKC: torch.Tensor | None, old: list[int], new: list[int], columns: int) -> torch.Tensor:
-        assert x_BHKC is not None
-        wide = _with_columns(x_BHKC[:, :, : self._prompt_length], x_BHKC.shape[0], columns)
-        wide[:, :, new] = x_BHKC[:, :, old]
-        return wide
+
+def _layers(prompt: DynamicCache) -> list[DynamicLayer]:
+    layers = [layer for layer in prompt.layers if isinstance(layer, DynamicLayer)]
+    assert len(layers) == len(prompt.layers), "every layer attends"
+    return layers

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch.nn import functional as F
-from transformers import AttentionInterface
+from transformers import AttentionInterface, GPT2Config, LlamaConfig, PretrainedConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
@@ -24,6 +24,12 @@ from flash_experts.models.attention_backends import attention, attention_varlen,
 from flash_experts.models.moe_config import GPT2MoEConfig
 
 ATTENTION_IMPLEMENTATION = "fe_attention"  # a name with "flash" in it would be looked up on the hub
+
+
+def keeps_packed_apart(config: PretrainedConfig) -> bool:
+    """Whether a model with this attention keeps the names of a packed row apart: its blocks hand the row's boundaries
+    on to the attention function."""
+    return isinstance(config, GPT2Config | LlamaConfig)
 
 
 def fe_attention_forward(

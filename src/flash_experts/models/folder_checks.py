@@ -6,6 +6,7 @@ kilobyte cannot ask for a gigabyte.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import struct
@@ -76,6 +77,18 @@ def weight_files(folder: Path) -> list[Path]:
             "save_pretrained, which writes safetensors"
         )
     raise ValueError(f"{folder} has no weights: {WEIGHTS} is missing")
+
+
+def weights_sha256(source: str | Path) -> str:
+    """What tells one model's weights from another's: the SHA-256 of a folder's weight files; a hub id as it is."""
+    folder = Path(source)
+    if not folder.is_dir():
+        return str(source)
+    digests = []
+    for path in weight_files(folder):
+        with path.open("rb") as file:
+            digests.append(hashlib.file_digest(file, "sha256").hexdigest())
+    return " ".join(digests)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from huggingface_hub import constants, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
-from flash_experts.models.flash_attention import ATTENTION_IMPLEMENTATION
+from flash_experts.models.flash_attention import ATTENTION_IMPLEMENTATION, keeps_packed_apart
 from flash_experts.models.folder_checks import check_finite, check_folder, check_sizes
 
 # transformers spells GPT-2's activation out in seven elementwise operations; PyTorch has the same function as one.
@@ -83,7 +83,7 @@ def load_model(
             dtype=dtype,
             use_safetensors=True,
             trust_remote_code=False,
-            attn_implementation=ATTENTION_IMPLEMENTATION if is_gpt2 else None,
+            attn_implementation=ATTENTION_IMPLEMENTATION if keeps_packed_apart(config) else None,
             output_loading_info=True,
         )
     except Exception as error:  # as above

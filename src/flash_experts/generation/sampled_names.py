@@ -1,0 +1,277 @@
+"""Names for the attributes of many cards, as training data: what sequence-level knowledge distillation learns from.
+
+The attribute sets are those of real cards, with parts left out at random as in training (Kim and Rush 2016 let a
+teacher write the training targets of a student; here it also gets the student's prompts). The names are the model's
+own samples: nothing is masked while they are drawn. What is a real card, a duplicate, or not a name is drawn again for
+the same attributes, a few times.
+
+The file grows in pieces. Next to it lies what the next piece needs, so a process that is killed costs one piece, and
+the names are the same as without a stop.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+from transformers import PreTrainedModel
+
+from flash_experts.data.cards import Card, join_type_line
+from flash_experts.data.names import normal_form
+from flash_experts.data.packing import encode_names
+from flash_experts.data.prompts import Attributes, known_part, read_conditions
+from flash_experts.files import whole_file
+from flash_experts.generation.constraints import Constraints
+from flash_experts.generation.decoding import DecodedName, NameDecoder
+from flash_experts.generation.filters import CARD_ALPHABET, WellFormed
+from flash_experts.generation.formatting import format_name
+from flash_experts.generation.generator import NameGenerator
+from flash_experts.generation.presets import Sampling
+from flash_experts.generation.sampling import stream_seed
+from flash_experts.models.modes import evaluating
+
+_PIECE = 2048  # names between two saves
+_ATTEMPTS = 4  # for each attribute set
+_RUN = 64  # names of one prompt in a row: they share its keys, and a popular prompt still comes all over the file
+_MOST_TOKENS = 48
+
+
+@dataclass(frozen=True, slots=True)
+class SampledNames:
+    """What is asked for.
+
+    Attributes:
+        count: names; a few less are found where attribute sets run out of new ones.
+        seed: of the attribute sets and the names.
+        attribute_dropout: chance that a part of a card's attributes is left out.
+        sampling: how tokens are drawn.
+        batch_size: names computed at once; it changes the speed, and the names by rounding at most.
+    """
+
+    count: int
+    seed: int
+    attribute_dropout: float
+    sampling: Sampling
+    batch_size: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.count <= 10_000_000:
+            raise ValueError(f"count is {self.count}: it must be from 1 to 10,000,000")
+        if not 0 <= self.attribute_dropout <= 1:
+            raise ValueError(f"attribute_dropout is {self.attribute_dropout}: it must be from 0 to 1")
+        if not 1 <= self.batch_size <= 65_536:
+            raise ValueError(f"batch_size is {self.batch_size}: it must be from 1 to 65,536")
+        if self.sampling.repetition_penalty != 1 or self.sampling.guidance != 1:
+            raise ValueError("repetition_penalty and guidance are for one prompt: leave them out with attributes_from")
+
+
+@dataclass(slots=True)
+class _State:
+    """What the next piece needs.
+
+    Attributes:
+        settings: of the run: another run must not continue the file.
+        planned: attribute sets that had their first attempt.
+        again: attribute sets whose last name was not accepted, and how many attempts they had.
+        pieces: how many are written.
+        names: how many are written.
+        bytes: length of the file.
+    """
+
+    settings: dict[str, Any]
+    planned: int = 0
+    again: list[tuple[int, int]] = field(default_factory=list)
+    pieces: int = 0
+    names: int = 0
+    bytes: int = 0
+
+
+def write_sampled_names(
+    generator: NameGenerator,
+    cards: Sequence[Card],
+    known: Collection[str],
+    request: SampledNames,
+    out: Path,
+    source: dict[str, Any],
+    report: Callable[[int], None] = lambda names: None,
+) -> int:
+    """Draws names and writes them as prepared lines, each with ``log_prob``: the model's own, in nats, EOS included.
+
+    Args:
+        generator: the model; its own known names are left out of the file as well.
+        cards: whose attributes are drawn.
+        known: normal forms of names that must not be in the file.
+        request: how many, and how.
+        out: a ``.jsonl`` file that does not exist. Until it is whole, it is called ``out.part``.
+        source: what decides the names besides ``request``: a run is continued only with the same.
+        report: called after each piece with the number of names so far.
+
+    Returns:
+        How many names were written.
+
+    Raises:
+        ValueError: the file exists, another process writes it, or an unfinished one is of other settings or damaged.
+    """
+    if out.exists():
+        raise ValueError(f"{out} exists: give another --out, or remove it")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    part, state_file = (out.with_name(out.name + suffix) for suffix in (".part", ".part.json"))
+    with _locked(out):
+        settings = json.loads(json.dumps(source | asdict(request)))
+        state, seen = _resumed(part, state_file, settings)
+        if state.names:
+            report(state.names)
+        forbidden = generator.known.normal_forms | set(known)
+        plan = _plan(cards, request)
+        draw = _Drawing(generator, request, plan)
+        with part.open("ab") as file:
+            while state.planned < len(plan) or state.again:
+                lines, state = _piece(draw, state, forbidden, seen)
+                file.write(lines)
+                file.flush()
+                os.fsync(file.fileno())
+                with whole_file(state_file) as temporary:
+                    temporary.write_text(json.dumps(asdict(state)), encoding="utf-8")
+                report(state.names)
+        os.replace(part, out)
+        state_file.unlink()
+    return state.names
+
+
+def _plan(cards: Sequence[Card], request: SampledNames) -> list[Attributes]:
+    """The attributes that names are drawn for, equal ones next to each other in runs, the runs in random order."""
+    rng = random.Random(f"attribute sets/{request.seed}")
+    drawn: dict[str, list[Attributes]] = {}
+    for _ in range(request.count):
+        attributes = Attributes.of(rng.choice(cards)).drop(rng, request.attribute_dropout)
+        drawn.setdefault(attributes.prompt(), []).append(attributes)
+    runs = [same[start : start + _RUN] for same in drawn.values() for start in range(0, len(same), _RUN)]
+    rng.shuffle(runs)
+    return [attributes for run in runs for attributes in run]
+
+
+class _Drawing:
+    """Draws one name for each of some attribute sets."""
+
+    def __init__(self, generator: NameGenerator, request: SampledNames, plan: Sequence[Attributes]) -> None:
+        self.plan = plan
+        self._generator, self._request = generator, request
+        self._constraints = Constraints()
+        model: PreTrainedModel = generator.model
+        self._conditions = read_conditions(model.config.to_dict())
+
+    def names(self, places: Sequence[int], piece: int) -> Iterator[DecodedName]:
+        """A name for each place of the plan, in this order."""
+        model, tokenizer = self._generator.model, self._generator.tokenizer
+        attributes = [known_part(self.plan[place], self._conditions) for place in places]
+        encoded = encode_names([""] * len(places), attributes, tokenizer)
+        prompts = [one.ids[: one.prompt_length] for one in encoded]
+        longest = max(map(len, prompts))
+        most = min(_MOST_TOKENS, model.config.max_position_embeddings - longest)
+        if most < 2:
+            raise ValueError(f"a prompt takes {longest} tokens, the model's context has {longest + most}")
+        seed = stream_seed(self._request.seed, (piece,))
+        sampling, size = self._request.sampling, self._request.batch_size
+        with evaluating(model), torch.no_grad():
+            decoder = NameDecoder(model, (), tokenizer.eos_token_id, sampling, [], most, seed, prompts=prompts)
+            yield from decoder.stream(range(len(prompts)), size)
+
+    def text(self, name: DecodedName) -> str:
+        """The name as cards would write it, or "" where it is not one."""
+        text = self._generator.vocabulary.decode(name.ids) if name.is_whole else ""
+        if not text.isprintable() or not text.startswith(" "):
+            return ""
+        text = format_name(text)
+        is_name = CARD_ALPHABET.issuperset(text) and not WellFormed.BAD.search(" " + text)
+        return text if text and is_name and self._constraints.held_by(text) else ""
+
+
+def _piece(draw: _Drawing, state: _State, forbidden: Collection[str], seen: set[str]) -> tuple[bytes, _State]:
+    """The lines of the next piece, and the state after it. ``seen`` gets its names."""
+    retried = sorted(state.again[:_PIECE], key=lambda one: draw.plan[one[0]].prompt())
+    first = range(state.planned, min(state.planned + _PIECE - len(retried), len(draw.plan)))
+    attempts = dict.fromkeys(first, 0) | dict(retried)
+    places = list(attempts)
+    again, lines = state.again[_PIECE:], []
+    for place, name in zip(places, draw.names(places, state.pieces), strict=True):
+        text = draw.text(name)
+        key = normal_form(text)
+        if key and key not in forbidden and key not in seen:
+            seen.add(key)
+            card = _card(text, draw.plan[place], f"sampled:{place}").to_json()
+            lines.append(json.dumps(card | {"log_prob": round(name.log_prob, 4)}, ensure_ascii=False) + "\n")
+        elif attempts[place] + 1 < _ATTEMPTS:
+            again.append((place, attempts[place] + 1))
+    text_of_piece = "".join(lines).encode()
+    after = _State(
+        settings=state.settings,
+        planned=state.planned + len(first),
+        again=again,
+        pieces=state.pieces + 1,
+        names=state.names + len(lines),
+        bytes=state.bytes + len(text_of_piece),
+    )
+    return text_of_piece, after
+
+
+def _card(name: str, attributes: Attributes, source_id: str) -> Card:
+    """A card of which only the attributes are known: its prompt is theirs."""
+    supertypes, types, subtypes = attributes.supertypes or (), attributes.types or (), attributes.subtypes or ()
+    released = None if attributes.released is None else str(attributes.released)
+    return Card(
+        name=name,
+        type_line=join_type_line(supertypes, types, subtypes),
+        supertypes=supertypes,
+        types=types,
+        subtypes=subtypes,
+        colors=attributes.colors,
+        mana_value=attributes.mana_value,
+        source_id=source_id,
+        rarity=attributes.rarity,
+        set_code=attributes.set_code,
+        released=released,
+    )
+
+
+@contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    lock = FileLock(out.with_name(out.name + ".lock"), blocking=False)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise ValueError(f"another process is writing {out}: wait for it, or give another --out") from None
+    try:
+        yield
+    finally:
+        Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
+
+
+def _resumed(part: Path, state_file: Path, settings: dict[str, Any]) -> tuple[_State, set[str]]:
+    """Where an unfinished file stopped, cut to its last whole piece, and the normal forms of its names."""
+    if not state_file.exists():
+        part.unlink(missing_ok=True)  # its first piece was never whole
+        return _State(settings), set()
+    hint = f"remove {part} and {state_file.name} to start again"
+    try:
+        state = _State(**json.loads(state_file.read_text(encoding="utf-8")))
+        state.again = [(int(place), int(attempts)) for place, attempts in state.again]
+        if state.settings != settings:
+            changed = [name for name in settings if state.settings.get(name) != settings[name]]
+            raise ValueError(f"{part} is unfinished, of other settings ({', '.join(changed)}): take those, or {hint}")
+        with part.open("r+b") as file:
+            if file.seek(0, os.SEEK_END) < state.bytes:
+                raise ValueError(f"{part} is shorter than {state_file.name} says: {hint}")
+            file.truncate(state.bytes)
+        names = [json.loads(line)["name"] for line in part.read_text(encoding="utf-8").splitlines()]
+    except (OSError, KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{part} cannot be continued ({type(error).__name__}): {hint}") from error
+    return state, set(map(normal_form, names))

@@ -1,0 +1,135 @@
+"""Names for the attributes of a split's cards, written as training data in pieces that resume."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
+
+from flash_experts.cli import main
+from flash_experts.data.cards import Card
+from flash_experts.data.names import normal_form
+from flash_experts.data.prepare import extra_cards, load_cards, load_known_names
+from flash_experts.data.prompts import Attributes
+from flash_experts.data.tokenizer import load_tokenizer
+from flash_experts.generation import sampled_names
+from flash_experts.generation.vocabulary import NameVocabulary
+from flash_experts.models.loading import load_model
+
+_TRAIN = [f"{first} {second}" for first in ("Goblin", "Elvish", "Angelic") for second in ("Guide", "Bolt", "Growth")]
+_TYPES = (("Creature",), ("Instant",), ("Artifact", "Creature"))
+
+
+def _write_data(folder: Path) -> Path:
+    folder.mkdir()
+    splits = {"train": _TRAIN, "validation": ["Silver Oracle"], "test": ["Grave Warden"], "test_iid": ["Grave Thief"]}
+    for split, names in splits.items():
+        with (folder / f"{split}.jsonl").open("w", encoding="utf-8") as file:
+            for index, name in enumerate(names):
+                types, colors = _TYPES[index % 3], ((), ("R",), ("W", "U"))[index % 3]
+                card = Card(name, " ".join(types), (), types, (), colors, index % 5, f"test:{index}")
+                print(json.dumps(card.to_json()), file=file)
+    (folder / "known_names.txt").write_text("\n".join(_TRAIN) + "\n", encoding="utf-8")
+    return folder
+
+
+def _prefer_words(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Makes tokens of letters, and the end, e^6 times as likely as the rest."""
+    texts = NameVocabulary(tokenizer).texts
+    liked = [text.strip().isalpha() and text.isascii() and len(text) > 2 for text in texts]
+    liked[tokenizer.eos_token_id] = True
+    with torch.no_grad():
+        model.transformer.ln_f.bias[0] = 10
+        model.transformer.wte.weight[:, 0] = torch.tensor(liked) * 0.6
+
+
+@pytest.fixture
+def command(
+    model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> list[str]:
+    monkeypatch.setattr(sampled_names, "_PIECE", 16)
+    _prefer_words(model, tokenizer)
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    data = _write_data(tmp_path / "data")
+    where = ["--model", str(tmp_path / "model"), "--device", "cpu", "--data", str(data), "--batch-size", "8"]
+    return ["generate", *where, "--attributes-from", "train", "--count", "50", "--seed", "3", "--top-k", "0"]
+
+
+def test_names_are_new_and_trainable_with_the_models_log_probability(command: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "new" / "names.jsonl"
+    assert main([*command, "--out", str(out)]) == 0
+    lines = [json.loads(line) for line in out.read_text("utf-8").splitlines()]
+    cards, matching = load_cards(out), list[bool]()
+    keys = [normal_form(card.name) for card in cards]
+    assert 20 < len(cards) <= 50 and len(set(keys)) == len(keys)
+    assert not set(keys) & load_known_names(tmp_path / "data")
+    prompts = {Attributes.of(card).prompt() for card in cards}
+    assert {":", "creature, colorless:"} & prompts and len(prompts) > 3, "whole and dropped attribute sets"
+    assert [path.name for path in out.parent.iterdir()] == ["names.jsonl"]
+    assert extra_cards(out, tmp_path / "data") == cards
+    model, vocabulary = load_model(tmp_path / "model", "cpu"), NameVocabulary(load_tokenizer(tmp_path / "model"))
+    end = vocabulary.end_id
+    for line, card in list(zip(lines, cards, strict=True)):
+        prompt = [end, *vocabulary.encode(Attributes.of(card).prompt())]
+        # The tokens that were drawn are not in the file: of names of one token a word they are the tokenizer's.
+        ids = vocabulary.encode(" " + card.name)
+        with torch.no_grad():
+            log_probs = model(torch.tensor([[*prompt, *ids]])).logits[0, len(prompt) - 1 :].log_softmax(-1)
+        expected = float(log_probs.gather(1, torch.tensor([*ids, end])[:, None]).sum())
+        assert line["log_prob"] <= 0
+        matching.append(line["log_prob"] == pytest.approx(expected, abs=1e-3))
+    assert sum(matching) >= 2
+
+
+def test_a_stopped_run_continues_to_the_same_names(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole, stopped = tmp_path / "whole.jsonl", tmp_path / "stopped.jsonl"
+    assert main([*command, "--out", str(whole)]) == 0
+    pieces = sampled_names._piece
+
+    def dies(*args: object) -> object:
+        if args[1].pieces == 2:  # type: ignore[attr-defined]
+            with (tmp_path / "stopped.jsonl.part").open("ab") as file:
+                file.write(b'{"half a li')
+            raise OSError(28, "No space left on device")
+        return pieces(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(sampled_names, "_piece", dies)
+    assert main([*command, "--out", str(stopped)]) == 1
+    monkeypatch.setattr(sampled_names, "_piece", pieces)
+    assert not stopped.exists()
+    assert main([*command, "--out", str(stopped), "--temperature", "0.5"]) == 1
+    assert "of other settings (sampling)" in capsys.readouterr().err
+    assert main([*command, "--out", str(stopped)]) == 0
+    assert stopped.read_bytes() == whole.read_bytes()
+    assert not list(tmp_path.glob("*.part*")) and not list(tmp_path.glob("*.lock"))
+    assert main([*command, "--out", str(stopped)]) == 1
+    assert "exists: give another --out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--out", "names.csv"], "writes a .jsonl file"),
+        (["--out", "names.jsonl", "--type", "Goblin"], "leave out --type"),
+        (["--out", "names.jsonl", "--rank"], "leave out --rank"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(
+    command: list[str], more: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*command, *more]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_held_out_name_is_not_trained_on(tmp_path: Path) -> None:
+    data = _write_data(tmp_path / "data")
+    names = tmp_path / "names.jsonl"
+    names.write_bytes((data / "train.jsonl").read_bytes() + (data / "test_iid.jsonl").read_bytes())
+    with pytest.raises(ValueError, match=r"name 10, 'Grave Thief', is held out"):
+        extra_cards(names, data)
