@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from importlib import resources
 from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -22,6 +24,7 @@ from transformers import (
 from flash_experts import GPT2MoEConfig, GPT2MoEForCausalLM
 from flash_experts.data.tokenizer import gpt2_tokenizer
 from flash_experts.models.loading import load_model
+from flash_experts.models.router_metrics import update_router_biases
 
 
 @pytest.fixture
@@ -68,6 +71,78 @@ def test_gradient_checkpointing_gives_the_same_gradients(moe: GPT2MoEForCausalLM
     moe.gradient_checkpointing_enable()
     for mine, expected in zip(gradients(), plain, strict=True):
         torch.testing.assert_close(mine, expected)
+    with pytest.warns(UserWarning, match="gradient of the router's losses"):
+        moe.gradient_checkpointing_enable({"use_reentrant": True})
+    for mine, expected in zip(gradients(), plain, strict=True):
+        torch.testing.assert_close(mine, expected)
+    counts = [moe.transformer.h[block].mlp.router.step_counts_E for block in (1, 3)]
+    assert [counts_E.sum() for counts_E in counts] == [3 * 12 * 2] * 2, "a forward that is run again counts once"
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_a_model_within_a_checkpoint_counts_its_choices_once(moe: GPT2MoEForCausalLM, use_reentrant: bool) -> None:
+    moe.config.router_aux_loss_scope, moe.config.router_aux_loss_coef = "global_batch", 1.0
+    ids = torch.arange(12)[None]
+    router = moe.train().transformer.h[1].mlp.router
+
+    def gradient(checkpointed: bool) -> torch.Tensor:
+        moe.zero_grad()
+        router.step_counts_E.zero_()
+        embedded = moe.transformer.wte(ids)
+        torch.manual_seed(0)
+        run = partial(checkpoint, use_reentrant=use_reentrant) if checkpointed else lambda call, x: call(x)
+        run(lambda x: moe(inputs_embeds=x, labels=ids).loss, embedded).backward()
+        return router.weight.grad.clone()
+
+    expected = gradient(checkpointed=False)
+    torch.testing.assert_close(gradient(checkpointed=True), expected)
+    assert router.step_counts_E.sum() == 12 * 2
+
+
+def test_counts_and_balancing_bias_are_float32_in_every_model(moe: GPT2MoEForCausalLM, tmp_path: Path) -> None:
+    bias_E = torch.tensor([0.301, -0.123, 0.555, -0.733])
+    moe.transformer.h[1].mlp.router.selection_bias_E.copy_(bias_E)
+    moe.save_pretrained(tmp_path / "float32")
+    load = GPT2MoEForCausalLM.from_pretrained
+    low = torch.bfloat16
+    load(tmp_path / "float32", dtype=low).save_pretrained(tmp_path / "bfloat16")
+    assigned = load(tmp_path / "float32")
+    assigned.load_state_dict({name: tensor.to(low) for name, tensor in moe.state_dict().items()}, assign=True)
+    rounded = bias_E.to(low).float()
+    models = {
+        "loaded": (load(tmp_path / "float32", dtype=low), bias_E),
+        "loaded in float16": (load(tmp_path / "float32", dtype=torch.float16), bias_E),
+        "saved again": (load(tmp_path / "bfloat16", dtype="auto"), bias_E),
+        "AutoModel": (AutoModelForCausalLM.from_pretrained(tmp_path / "float32", dtype=low), bias_E),
+        "to": (load(tmp_path / "float32").to(low), bias_E),
+        "bfloat16": (load(tmp_path / "float32").bfloat16(), bias_E),
+        "half, double": (load(tmp_path / "float32").half().double(), bias_E),
+        "assign": (assigned, rounded),
+        "in place, as DeepSpeed": (load(tmp_path / "float32").to(low), rounded),
+    }
+    for buffer in models["in place, as DeepSpeed"][0].buffers():
+        buffer.data = buffer.data.to(low)
+    for name, (model, expected_E) in models.items():
+        router = model.transformer.h[1].mlp.router
+        experts_TK = torch.tensor([[0, 1], [0, 2], [0, 1]])
+        router.record(torch.zeros(3, 4), experts_TK, None)
+        assert {buffer.dtype for buffer in router.buffers()} == {torch.float32}, name
+        assert torch.equal(router.selection_bias_E, expected_E), name
+        router.record(torch.zeros(300, 4), experts_TK.repeat(100, 1), None)
+        assert router.step_counts_E.tolist() == [303, 202, 101, 0] and router.interval_sums[0] == 303, name
+        router.bias_update_rate = 0.001
+        update_router_biases(model)
+        moved_E = expected_E + torch.tensor([-0.001, -0.001, 0.001, 0.001])  # 606 choices: the mean is 151.5
+        torch.testing.assert_close(router.selection_bias_E, moved_E - moved_E.mean(), rtol=0, atol=1e-6)
+
+
+def test_a_float32_bias_takes_part_in_a_bfloat16_model(moe: GPT2MoEForCausalLM) -> None:
+    ids = torch.arange(12)[None]
+    model = moe.bfloat16().train()
+    loss = model(ids, labels=ids).loss
+    loss.backward()
+    assert loss.isfinite() and model.transformer.h[1].mlp.router.weight.grad.dtype == torch.bfloat16
+    assert model.eval()(ids).logits.dtype == torch.bfloat16
 
 
 def test_compiled_it_computes_the_same(moe: GPT2MoEForCausalLM) -> None:

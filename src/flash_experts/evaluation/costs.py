@@ -9,7 +9,9 @@ import torch
 from transformers import PreTrainedModel
 
 from flash_experts.evaluation.curves import read_curve
-from flash_experts.models.moe_layer import Experts, MoELayer
+from flash_experts.models.moe_layer import MoELayer
+from flash_experts.models.router import Router
+from flash_experts.models.router_hooks import in_use
 from flash_experts.training.run_info import multiplied_parameters, training_flops
 from flash_experts.training.tracking import METRICS_FILE
 
@@ -55,9 +57,9 @@ def parameter_counts(model: torch.nn.Module) -> ModelSize:
     idle = 0
     for layer in model.modules():
         if isinstance(layer, MoELayer):
-            experts: Experts = layer.experts
-            held = sum(parameter.numel() for parameter in experts.parameters())
-            idle += held - held * layer.router.top_k // experts.num_experts
+            router: Router = in_use(layer.router, Router)
+            held = sum(parameter.numel() for parameter in layer.experts.parameters())
+            idle += held - held * router.top_k // router.num_experts
     return ModelSize(total, total - idle)
 
 

@@ -65,12 +65,12 @@ def _is_plain(block: Any) -> bool:
     own = [block.ln_1, block.ln_2, *block.attn.modules()]
     if isinstance(block.mlp, MoELayer):
         # Its router and experts are called as they are; tokens must not compete, though.
-        is_known = isinstance(block.mlp.router, TopKRouter)
+        is_known = isinstance(block.mlp.router, TopKRouter) and "up_proj" in block.mlp.experts._parameters
         shared = block.mlp.shared_experts
         own += [] if shared is None else [shared.c_fc, shared.c_proj]
     else:
         is_known = type(block.mlp) is GPT2MLP
-        own += [block.mlp.c_fc, block.mlp.c_proj]
+        own += [block.mlp.c_fc, block.mlp.c_proj] if is_known else []
     return is_known and all(type(module) in _PLAIN for module in own)
 
 

@@ -6,12 +6,16 @@ Its making from a dense GPT-2 is in `flash_experts.models.upcycling`, the way ba
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2LMHeadModel
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -33,6 +37,7 @@ from flash_experts.models.moe_layer import (
     router_z_loss,
     sequence_balancing_loss,
 )
+from flash_experts.models.router_hooks import counts_of_all_processes, in_use, routers_of
 from flash_experts.models.upcycling import Upcycling, fill_from_dense
 
 
@@ -61,7 +66,7 @@ class GPT2MoEBlock(GPT2Block):
 
     def forward(self, *args: Any, token_mask_T: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor:
         """As `GPT2Block.forward`; ``token_mask_T`` (T,) tells the router which tokens are no padding."""
-        self.mlp.mask_T = token_mask_T  # GPT-2's block hands its MLP the hidden states alone
+        in_use(self.mlp, MoELayer).mask_T = token_mask_T  # GPT-2's block hands its MLP the hidden states alone
         return super().forward(*args, **kwargs)
 
 
@@ -77,6 +82,7 @@ class GPT2MoEPreTrainedModel(GPT2PreTrainedModel):
         "router_logits": OutputRecorder(Router, index=0),
         "router_choices": OutputRecorder(Router, index=2),
     }
+    _keep_in_fp32_modules_strict = {"selection_bias_E"}  # noqa: RUF012
     # transformers finds this out by reading the source of the class's module, and keeps a parent's answer.
     _can_set_experts_implementation_cached_value = True
     _can_set_attn_implementation_cached_value = True
@@ -100,6 +106,23 @@ class GPT2MoEPreTrainedModel(GPT2PreTrainedModel):
             init.zeros_(module.down_proj_bias)
         elif isinstance(module, SharedExperts):
             init.normal_(module.c_proj.weight, mean=0.0, std=onto_residual)
+
+    def _set_gradient_checkpointing(
+        self,
+        enable: bool = True,
+        gradient_checkpointing_func: Callable[..., Any] = checkpoint,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        options = getattr(gradient_checkpointing_func, "keywords", {})
+        if enable and options.get("use_reentrant"):
+            warnings.warn(
+                "use_reentrant=True would lose the gradient of the router's losses: checkpointing with "
+                "use_reentrant=False, which recomputes the same",
+                stacklevel=3,
+            )
+            gradient_checkpointing_func = partial(checkpoint, **(options | {"use_reentrant": False}))
+        super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, *args, **kwargs)
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
         return super().get_correct_attn_implementation(requested_attention or ATTENTION_IMPLEMENTATION, is_init_check)
@@ -132,7 +155,12 @@ class GPT2MoEModel(GPT2MoEPreTrainedModel, GPT2Model):
 
 
 class GPT2MoEForCausalLM(GPT2MoEPreTrainedModel, GPT2LMHeadModel):
-    """`GPT2LMHeadModel` with experts: generation, caches, checkpoints, PEFT and trainers are transformers' own."""
+    """`GPT2LMHeadModel` with experts: generation, caches, checkpoints, PEFT and trainers are transformers' own.
+
+    PEFT trains the routers by ``modules_to_save=["router"]`` or ``target_parameters=["router.weight"]``, the experts by
+    ``target_parameters=["experts.up_proj", "experts.down_proj"]``. Beside these, name the attention ``"c_attn.weight"``
+    in ``target_parameters`` too: PEFT takes GPT-2's ``Conv1D`` in ``target_modules`` only without them.
+    """
 
     def __init__(self, config: GPT2MoEConfig):
         GPT2PreTrainedModel.__init__(self, config)
@@ -209,7 +237,7 @@ class GPT2MoEForCausalLM(GPT2MoEPreTrainedModel, GPT2LMHeadModel):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Balancing and z-loss, each the mean over MoE layers; counts the routing of training steps."""
         z = torch.stack([router_z_loss(logits_TE, mask_T) for logits_TE in logits])
-        routers = [module for module in self.modules() if isinstance(module, Router)]
+        routers = list(routers_of(self).values())
         if self.training:
             for router, logits_TE, chosen in zip(routers, logits, choices, strict=True):
                 router.record(logits_TE, chosen, mask_T)
@@ -220,7 +248,7 @@ class GPT2MoEForCausalLM(GPT2MoEPreTrainedModel, GPT2LMHeadModel):
         if sequences is not None:
             aux = [sequence_balancing_loss(*pair, *sequences, mask_T, scoring) for pair in pairs]
         elif self.training and self.config.router_aux_loss_scope == "global_batch":
-            counts_LE = _counts_of_all_processes(routers)
+            counts_LE = counts_of_all_processes(routers)
             aux = [
                 load_balancing_loss(*pair, mask_T, scoring, counts_E)
                 for pair, counts_E in zip(pairs, counts_LE, strict=True)
@@ -352,14 +380,6 @@ def _sequences(
     if cu_seq_lens_q is None:
         return token_T // max(length, 1), num_rows
     return torch.searchsorted(cu_seq_lens_q[1:].long(), token_T, right=True), len(cu_seq_lens_q) - 1
-
-
-def _counts_of_all_processes(routers: list[Router]) -> torch.Tensor:
-    """(layers, E) choices since the last optimizer step, over all processes."""
-    counts_LE = torch.stack([router.step_counts_E for router in routers])
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.all_reduce(counts_LE)
-    return counts_LE
 
 
 def _share_of_items(

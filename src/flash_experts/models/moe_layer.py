@@ -24,6 +24,7 @@ from transformers.pytorch_utils import Conv1D
 from flash_experts.kernels.grouped_mlp import gelu_tanh, grouped_mlp
 from flash_experts.models.moe_config import GPT2MoEConfig
 from flash_experts.models.router import ExpertChoiceRouter, Router, TopKRouter, count_choices, make_router
+from flash_experts.models.router_hooks import in_use
 
 __all__ = [
     "EXPERTS_IMPLEMENTATION",
@@ -48,12 +49,14 @@ class Experts(nn.Module):
     """E two-layer MLPs. The weights lie as in GPT-2's Conv1D, (in, out), stacked over experts.
 
     The decorator lets ``config._experts_implementation`` choose how they are computed: ``eager`` is the loop below,
-    for reading; ``batched_mm`` and ``grouped_mm`` are transformers'; ``fe_experts`` is `fe_experts_forward`,
-    ``fe_experts_triton`` our kernels for GPUs.
+    for reading; ``batched_mm`` and ``grouped_mm`` are transformers'; ``fe_experts`` is `fe_experts_forward`, the
+    default; ``fe_experts_triton`` our kernels for GPUs.
     """
 
     def __init__(self, config: GPT2MoEConfig):
         super().__init__()
+        if config._experts_implementation is None:  # a model has set it by now; a layer by itself has the same default
+            config._experts_implementation = EXPERTS_IMPLEMENTATION
         E, D, F_ = config.num_experts, config.n_embd, config.expert_size
         self.num_experts = E
         self.up_proj = nn.Parameter(torch.empty(E, D, F_))
@@ -163,8 +166,9 @@ class MoELayer(nn.Module):
         """(..., D) to (..., D)."""
         x_TD = x.reshape(-1, x.shape[-1])
         _, gates, choices = self.router(x_TD, self.mask_T)
-        drops = self.training and self.router.capacity_factor is not None
-        if isinstance(self.router, ExpertChoiceRouter):
+        router: Router = in_use(self.router, Router)
+        drops = self.training and router.capacity_factor is not None
+        if isinstance(router, ExpertChoiceRouter):
             experts_EC = torch.arange(len(choices), device=x.device)[:, None].expand_as(choices)
             out_TD = self._combine_pairs(x_TD, choices.reshape(-1), experts_EC.reshape(-1), gates.reshape(-1))
         elif drops and x.device.type == "cpu" and not torch.compiler.is_compiling():

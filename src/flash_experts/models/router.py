@@ -19,6 +19,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -47,13 +49,32 @@ class Router(nn.Module, ABC):
         self.bias_update_rate = config.router_bias_update_rate
         self.weight = nn.Parameter(torch.empty(config.num_experts, config.n_embd))
         # The balancing bias is learned (not by gradient), so it is saved; the counts are measurements of a run.
-        self.register_buffer("selection_bias_E", torch.zeros(config.num_experts))
-        self.register_buffer("step_counts_E", torch.zeros(config.num_experts), persistent=False)
-        self.register_buffer("interval_counts_E", torch.zeros(config.num_experts), persistent=False)
-        # How many tokens went to both of two experts; its diagonal is the load.
-        self.register_buffer("interval_pairs_EE", torch.zeros(config.num_experts, config.num_experts), persistent=False)
-        # Sums over tokens of: one, the entropy of p, the largest p, and what was left out (see `left_out`).
-        self.register_buffer("interval_sums", torch.zeros(4), persistent=False)
+        E = config.num_experts
+        sizes: dict[str, tuple[int, ...]] = {
+            "selection_bias_E": (E,),
+            "step_counts_E": (E,),
+            "interval_counts_E": (E,),
+            "interval_pairs_EE": (E, E),  # how many tokens went to both of two experts; its diagonal is the load
+            "interval_sums": (4,),  # over tokens: one, the entropy of p, the largest p, what was left out (`left_out`)
+        }
+        for name, size in sizes.items():
+            self.register_buffer(name, torch.zeros(size, dtype=torch.float32), persistent=name == "selection_bias_E")
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Router:
+        """Moves and casts the weights; the buffers are moved and stay float32 (bfloat16 counts no further than 256)."""
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, buffer in before.items():
+            after = self._buffers[name]
+            if buffer is not None and after is not None and after.dtype != buffer.dtype:
+                self._buffers[name] = buffer.to(after.device)
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        name = prefix + "selection_bias_E"
+        if name in state_dict:  # load_state_dict(assign=True) would take the dtype that it was saved in
+            state_dict[name] = state_dict[name].float()
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def logits(self, x_TD: torch.Tensor) -> torch.Tensor:
         """(T, E) logits. In float32 (or float64), autocast or not: near ties must not turn on bfloat16's rounding."""
@@ -94,11 +115,18 @@ class Router(nn.Module, ABC):
     def record(self, logits_TE: torch.Tensor, choices: torch.Tensor, mask_T: torch.Tensor | None) -> None:
         """Adds a training forward's routing to the counts that metrics and the balancing bias read.
 
+        A forward that activation checkpointing runs again during the backward has been counted.
+
         Args:
             logits_TE: first of what `forward` returned.
             choices: third of what `forward` returned.
             mask_T: (T,) true at tokens that are no padding; None if all count.
         """
+        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:  # within a backward
+            return
+        for buffer in self.buffers():
+            if buffer.dtype != torch.float32:  # DeepSpeed's zero.Init casts whatever a model makes
+                buffer.data = buffer.data.float()
         logprobs_TE = self.log_scores(logits_TE).log_softmax(-1)
         probs_TE = logprobs_TE.exp()
         weight_T = torch.ones_like(probs_TE[:, 0]) if mask_T is None else mask_T.to(probs_TE.dtype)

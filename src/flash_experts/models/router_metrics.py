@@ -13,7 +13,6 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from flash_experts.models.moe_config import GPT2MoEConfig
 from flash_experts.models.router import ExpertChoiceRouter, Router
@@ -176,8 +175,9 @@ def _watch(model: nn.Module, block: int, router: Router, load_E: torch.Tensor) -
     if trouble is None or _troubles[router] < PATIENCE or not _is_first_process():
         return
     hint = "raise router_aux_loss_coef or router_bias_update_rate"
-    if isinstance(model, PreTrainedModel) and isinstance(model.config, GPT2MoEConfig):
-        hint = advice(model.config)
+    config = getattr(model, "config", None)
+    if isinstance(config, GPT2MoEConfig):
+        hint = advice(config)
     warnings.warn(f"block {block}: {trouble}: {hint}", stacklevel=3)
 
 
