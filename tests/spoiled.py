@@ -5,6 +5,8 @@ from __future__ import annotations
 import gzip
 import json
 import lzma
+import math
+import os
 import shutil
 import struct
 import zipfile
@@ -178,6 +180,90 @@ def _no_index(folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text("[", "utf-8")
 
 
+def set_tokenizer(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
+    def spoil(folder: Path) -> None:
+        tokenizer = json.loads((folder / "tokenizer.json").read_text("utf-8"))
+        change(tokenizer)
+        (folder / "tokenizer.json").write_text(json.dumps(tokenizer), "utf-8")
+
+    return spoil
+
+
+def set_tokenizer_config(**changes: Any) -> Callable[[Path], None]:
+    def spoil(folder: Path) -> None:
+        path = folder / "tokenizer_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text("utf-8")) | changes), "utf-8")
+
+    return spoil
+
+
+def sparse(name: str, size: int = 3 * 2**30) -> Callable[[Path], None]:
+    """A file that claims gigabytes and takes no disk."""
+
+    def spoil(folder: Path) -> None:
+        (folder / name).parent.mkdir(exist_ok=True)
+        with (folder / name).open("ab") as file:
+            file.truncate(size)
+
+    return spoil
+
+
+def _sparse_weights(folder: Path) -> None:
+    """A header for 3.8 GB that fits its configuration, and nothing behind it."""
+    weights = load_file(folder / "model.safetensors")
+    tensors, place = {}, 0
+    for name, weight in weights.items():
+        shape = [30_000_000, weight.shape[1]] if name.endswith("wte.weight") else list(weight.shape)
+        size = 4 * math.prod(shape)
+        tensors[name] = {"dtype": "F32", "shape": shape, "data_offsets": [place, place + size]}
+        place += size
+    content = json.dumps(tensors).encode()
+    header(content)(folder)
+    sparse("model.safetensors", 8 + len(content) + place)(folder)
+    set_config(vocab_size=30_000_000)(folder)
+
+
+def link(name: str, target: str) -> Callable[[Path], None]:
+    def spoil(folder: Path) -> None:
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).symlink_to(target)
+
+    return spoil
+
+
+def _pipe(folder: Path) -> None:
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    os.mkfifo(folder / "chat_template.jinja")
+
+
+def _doubling(tokenizer: dict[str, Any]) -> None:
+    twice = {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}
+    tokenizer["normalizer"] = {"type": "Sequence", "normalizers": [twice] * 16}
+
+
+def _expression(tokenizer: dict[str, Any]) -> None:
+    tokenizer["pre_tokenizer"] = {
+        "type": "Split",
+        "pattern": {"Regex": "^(a+)+$"},
+        "behavior": "Isolated",
+        "invert": False,
+    }
+
+
+def _long_template(tokenizer: dict[str, Any]) -> None:
+    piece = {"Sequence": {"id": "A", "type_id": 0}}
+    tokenizer["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [piece] * 99,
+        "pair": [],
+        "special_tokens": {},
+    }
+
+
+def _tensor(**changes: Any) -> bytes:
+    return json.dumps({"x": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]} | changes}).encode()
+
+
 _GIGABYTE = b'{"x": {"dtype": "F32", "shape": [268435456], "data_offsets": [0, 1073741824]}}'
 MODELS: dict[str, Callable[[Path], None]] = {
     "pickled": _pickled,
@@ -226,6 +312,54 @@ MODELS: dict[str, Callable[[Path], None]] = {
     "index-above": _index("../base/model.safetensors"),
     "index-root": _index("/etc/passwd"),
     "index-text": _no_index,
+    "config-twice": write("config.json", b'{"model_type": "gpt2", "model_type": "gpt2"}'),
+    "config-infinite": set_config(layer_norm_epsilon=float("inf")),
+    "config-1e400": write("config.json", b'{"model_type": "gpt2", "layer_norm_epsilon": 1e400}'),
+    "config-digits": write("config.json", b'{"model_type": "gpt2", "n_layer": 1%s}' % (b"0" * 400)),
+    "config-latin1": write("config.json", '{"model_type": "gpt2", "x": "ö"}'.encode("latin-1")),
+    "other-weights": set_config(transformers_weights="../base/model.safetensors"),
+    "pickled-weights": set_config(transformers_weights="adapter_model.bin"),
+    "other-settings": set_config(configuration_files=["config.4.0.0.json"]),
+    "named-file": set_config(draft={"path": ["../base/model.safetensors"]}),
+    "labels": set_config(num_labels=10**9),
+    "qwen2": set_config(model_type="qwen2", num_hidden_layers=10**9),
+    "gpt-neo": set_config(model_type="gpt_neo", attention_types=[[["global"], 10**9]]),
+    "nested": set_config(model_type="llama", rope_parameters={"full": {"rope_type": "default"}}),
+    "rope": set_config(model_type="llama", rope_scaling={"rope_type": "evil", "factor": 2.0}),
+    "float8": header(_tensor(dtype="F8_E4M3", shape=[4]), bytes(4)),
+    "shape-text": header(_tensor(shape=["999"]), bytes(4)),
+    "shape-negative": header(_tensor(shape=[-1, -1]), bytes(4)),
+    "shape-long": header(_tensor(shape=[1] * 99), bytes(4)),
+    "shape-other": header(_tensor(shape=[2]), bytes(4)),
+    "header-list": header(b"[]"),
+    "sparse-weights": _sparse_weights,
+    "sparse-template": sparse("chat_template.jinja"),
+    "sparse-templates": sparse("additional_chat_templates/tools.jinja"),
+    "sparse-added": sparse("added_tokens.json"),
+    "sparse-tokenizer": sparse("tokenizer.json"),
+    "link-config": link("config.json", "../base/config.json"),
+    "link-weights": link("model.safetensors", "../base/model.safetensors"),
+    "link-tokenizer": link("tokenizer.json", "../base/tokenizer.json"),
+    "link-nowhere": link("added_tokens.json", "nowhere"),
+    "link-loop": link("chat_template.jinja", "chat_template.jinja"),
+    "link-folder": link("additional_chat_templates", "/etc"),
+    "pipe": _pipe,
+    "tokenizer-doubling": set_tokenizer(_doubling),
+    "tokenizer-expression": set_tokenizer(_expression),
+    "tokenizer-prefix": set_tokenizer(lambda it: it["model"].update(continuing_subword_prefix="#####")),
+    "tokenizer-merges": set_tokenizer(lambda it: it["model"].update(merges=[["q", "nowhere"]])),
+    "tokenizer-unigram": set_tokenizer(lambda it: it["model"].update(type="Unigram", vocab=[["a", 0.0]])),
+    "tokenizer-ids": set_tokenizer(lambda it: it["model"]["vocab"].update({"zz": 4_294_967_295})),
+    "tokenizer-sequence": set_tokenizer(lambda it: it.update(pre_tokenizer={"type": "Sequence", "pretokenizers": [3]})),
+    "tokenizer-bytes": set_tokenizer(
+        lambda it: it.update(pre_tokenizer={"type": "Sequence", "pretokenizers": [it["pre_tokenizer"]] * 16})
+    ),
+    "tokenizer-template": set_tokenizer(_long_template),
+    "tokenizer-rag": set_tokenizer_config(tokenizer_class="RagTokenizer"),
+    "tokenizer-code": set_tokenizer_config(auto_map={"AutoTokenizer": ["evil.Evil", None]}),
+    "tokenizer-file": set_tokenizer_config(vocab_file="../base/vocab.json"),
+    "tokenizer-extra": set_tokenizer_config(extra_special_tokens=[f"<{index}>" for index in range(20_000)]),
+    "tokenizer-bos": set_tokenizer_config(bos_token="<nowhere>"),
 }
 
 

@@ -1,7 +1,8 @@
-"""Model folders from strangers: one line within seconds and little memory; nothing of theirs runs or is written."""
+"""Untrusted model folders: one line within seconds and little memory; nothing of theirs runs or is written."""
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 import shutil
@@ -11,8 +12,14 @@ import time
 from pathlib import Path
 
 import pytest
-from command_line import run
-from spoiled import MODELS, spoil_models
+from command_line import TINY_RUN, ok, run
+from spoiled import MODELS, set_config, set_tokenizer_config, spoil_models
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, Qwen2Config
+from transformers.models.qwen2 import Qwen2ForCausalLM
+
+from flash_experts.data.tokenizer import load_tokenizer
+from flash_experts.model_files import any_family
+from flash_experts.models.loading import load_model
 
 ANSWERS = {
     "pickled": "is a pickle, which can run code when loaded: refused",
@@ -25,9 +32,9 @@ ANSWERS = {
     "config-deep": "config.json is damaged",
     "config-binary": "config.json is damaged",
     "config-huge": "where 1,048,576 are plenty",
-    "other-model": "the checkpoint is not whole, or of another model",
+    "other-model": "this one is of 'bert'",
     "unknown-model": "gpt17",
-    "no-model-type": "cannot be loaded",
+    "no-model-type": "add --model-family any",
     "layers": "asks for 1,000,000,000 layers, but the weights are 28",
     "wide": "asks for what cannot be",
     "vocabulary": "asks for 32,",
@@ -62,17 +69,69 @@ ANSWERS = {
     "index-text": "model.safetensors.index.json is damaged",
     "experts": "the checkpoint is not whole, or of another model",
     "top": "num_experts_per_tok (99)",
+    "config-twice": "the key 'model_type' is there twice",
+    "config-infinite": "the number Infinity is not finite",
+    "config-1e400": "the number 1e400 is not finite",
+    "config-digits": "a number of 401 digits",
+    "config-latin1": "not UTF-8 text at byte",
+    "other-weights": "names other files of weights",
+    "pickled-weights": "names other files of weights",
+    "other-settings": "names other files of settings",
+    "named-file": "names a file, '../base/model.safetensors', which is not read: remove draft",
+    "labels": "num_labels is 1,000,000,000",
+    "qwen2": "this one is of 'qwen2'",
+    "gpt-neo": "this one is of 'gpt_neo'",
+    "nested": "rope_parameters holds no settings of rotary positions",
+    "rope": "rope_type is one of default",
+    "float8": "x is of 'F8_E4M3'",
+    "shape-text": "x has a shape or place that is no list of whole numbers",
+    "shape-negative": "x has a shape or place that is no list of whole numbers",
+    "shape-long": "x has a shape or place that is no list of whole numbers",
+    "shape-other": "x has 2 elements in 4 bytes",
+    "header-list": "model.safetensors is damaged",
+    "sparse-weights": "more than half of it was never written",
+    "sparse-template": "where 1,048,576 are plenty",
+    "sparse-templates": "where 1,048,576 are plenty",
+    "sparse-added": "where 4,194,304 are plenty",
+    "sparse-tokenizer": "where 25,165,824 are plenty",
+    "link-config": "config.json is a link that leads out of its folder",
+    "link-weights": "model.safetensors is a link that leads out of its folder",
+    "link-tokenizer": "tokenizer.json is a link that leads out of its folder",
+    "link-nowhere": "added_tokens.json is a link that leads nowhere",
+    "link-loop": "chat_template.jinja is a link that leads nowhere",
+    "link-folder": "additional_chat_templates is a link that leads out of its folder",
+    "pipe": "chat_template.jinja is not a regular file",
+    "tokenizer-doubling": "replaces text by a longer one",
+    "tokenizer-expression": "splits text at a regular expression",
+    "tokenizer-prefix": "a BPE with continuing_subword_prefix",
+    "tokenizer-merges": "no tokenizer at",
+    "tokenizer-unigram": "its model is not a BPE",
+    "tokenizer-ids": "larger than any vocabulary",
+    "tokenizer-sequence": "its pre_tokenizer is damaged",
+    "tokenizer-bytes": "its pre_tokenizer makes text longer more than once",
+    "tokenizer-template": "its template adds more than 16 tokens",
+    "tokenizer-rag": "its tokenizer_class is 'RagTokenizer'",
+    "tokenizer-code": "names code of its own to run",
+    "tokenizer-file": "vocab_file names a file",
+    "tokenizer-extra": "more than 10,000",
+    "tokenizer-bos": "its bos_token '<nowhere>' is not in the vocabulary",
 }
 HARMLESS = ("generation-text",)  # transformers goes on without it
 SECONDS, BYTES = 5, 2**30
 
 
 @pytest.fixture(scope="module")
-def strangers(workplace: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("strangers") / "place"
+def untrusted(workplace: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("untrusted") / "place"
     shutil.copytree(workplace, folder, ignore=shutil.ignore_patterns("tuned", "*.html"))
     spoil_models(folder / "models")
     return folder
+
+
+def load(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """What every command does with a model folder."""
+    model = load_model(folder, "cpu")
+    return model, load_tokenizer(folder, model.config.vocab_size)
 
 
 def peak_bytes() -> int:
@@ -80,30 +139,33 @@ def peak_bytes() -> int:
 
 
 @pytest.mark.parametrize("name", ANSWERS)
-def test_it_is_refused_in_one_line(name: str, strangers: Path) -> None:
-    before, start, memory = sorted(strangers.rglob("*")), time.process_time(), peak_bytes()
-    done = run("evaluate", f"models/{name}", "--names", "names.txt", cwd=strangers)
+def test_it_is_refused_in_one_line(name: str, untrusted: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    before, start, memory = sorted(untrusted.rglob("*")), time.process_time(), peak_bytes()
+    with pytest.raises(ValueError) as error:
+        load(untrusted / "models" / name)
     assert time.process_time() - start < SECONDS and peak_bytes() - memory < BYTES
-    assert done.status == 1 and done.out == "", done.err
-    assert len(done.err.splitlines()) == 1 and ANSWERS[name] in done.err, done.err
-    assert sorted(strangers.rglob("*")) == before and not list(strangers.rglob("pwned"))
+    assert len(str(error.value).splitlines()) == 1 and ANSWERS[name] in str(error.value), error.value
+    assert "panicked" not in capfd.readouterr().err
+    assert sorted(untrusted.rglob("*")) == before and not list(untrusted.rglob("pwned"))
 
 
 def test_every_spoiled_folder_is_tried() -> None:
     assert ANSWERS.keys() | set(HARMLESS) == MODELS.keys() | {"experts", "top"}
 
 
-@pytest.mark.parametrize("name", ["tokenizer-other", "remote-tokenizer", "nan", "layers"])
-@pytest.mark.parametrize("command", ["generate --count 1 --model", "upcycle --out new", "train --base"])
-def test_the_other_commands_refuse_it_too(name: str, command: str, strangers: Path) -> None:
-    done = run(*command.split(), f"models/{name}", cwd=strangers)
+@pytest.mark.parametrize("name", ["tokenizer-other", "tokenizer-prefix", "nan", "layers"])
+@pytest.mark.parametrize(
+    "command", ["generate --count 1 --model", "upcycle --out new", "train --base", "evaluate --names names.txt"]
+)
+def test_commands_refuse_it_too(name: str, command: str, untrusted: Path) -> None:
+    done = run(*command.split(), f"models/{name}", cwd=untrusted)
     assert done.status == 1 and len(done.err.splitlines()) == 1 and ANSWERS[name] in done.err, done.err
-    assert not (strangers / "new").exists() and not list(strangers.rglob("pwned"))
+    assert not (untrusted / "new").exists() and not list(untrusted.rglob("pwned"))
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_AS is Linux's")
-def test_a_gigabyte_that_is_claimed_is_never_asked_of_the_system(strangers: Path) -> None:
+def test_a_gigabyte_that_is_claimed_is_never_asked_of_the_system(untrusted: Path) -> None:
     """A process of its own that may take one gigabyte of memory beyond what its imports took."""
     script = """
 import resource, sys
@@ -120,6 +182,82 @@ for name in ("gigabyte", "gigabyte-named", "experts", "layers", "vocabulary", "h
 """
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, "-c", script], cwd=strangers, env=environment, capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", script], cwd=untrusted, env=environment, capture_output=True, text=True, timeout=300
     )
     assert len(done.stdout.split()) == 7, done.stderr
+
+
+# ----------------------------------------------------------------------------------------------------- what is accepted
+
+
+@pytest.fixture
+def sound(untrusted: Path, tmp_path: Path) -> Path:
+    """A copy of a sound model, to be changed."""
+    return Path(shutil.copytree(untrusted / "models/base", tmp_path / "sound"))
+
+
+def test_fields_without_effect_are_left_out(sound: Path) -> None:
+    before = load_model(sound, "cpu").config.to_dict()
+    set_config(
+        return_dict=False,
+        id2label={"0": "a"},
+        _name_or_path="/home/somebody/gpt2",
+        task_specific_params={"text-generation": {"max_length": 50}},
+    )(sound)
+    assert load_model(sound, "cpu").config.to_dict() == before
+    set_config(num_local_experts=4, unsloth_version="2026.1")(sound)
+    with pytest.warns(UserWarning, match="ignored what no gpt2 model has: num_local_experts, unsloth_version"):
+        assert not hasattr(load_model(sound, "cpu").config, "num_local_experts")
+
+
+def test_conditions_and_other_names_of_fields_are_kept(sound: Path) -> None:
+    set_config(conditions={"rarity": ["rare"]})(sound)
+    config = json.loads((sound / "config.json").read_text("utf-8"))
+    config["hidden_size"] = config.pop("n_embd")
+    (sound / "config.json").write_text(json.dumps(config), "utf-8")
+    loaded = load_model(sound, "cpu").config
+    assert loaded.conditions == {"rarity": ["rare"]} and loaded.n_embd == config["hidden_size"]
+
+
+def test_a_folder_of_the_hub_cache_whose_files_are_links(sound: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "models--somebody--names"
+    snapshot = cache / "snapshots/0123abc"
+    snapshot.mkdir(parents=True)
+    (cache / "blobs").mkdir()
+    for file in filter(Path.is_file, sound.iterdir()):
+        shutil.copy(file, cache / "blobs" / file.name)
+        (snapshot / file.name).symlink_to(f"../../blobs/{file.name}")
+    load(snapshot)
+
+
+def test_settings_of_the_tokenizer_are_kept(sound: Path) -> None:
+    set_tokenizer_config(name_or_path="/home/somebody/gpt2", padding_side="left", model_max_length=10**30)(sound)
+    (sound / "chat_template.jinja").write_text("{{ messages }}", "utf-8")
+    tokenizer = load_tokenizer(sound)
+    assert (tokenizer.padding_side, tokenizer.model_max_length) == ("left", 10**30)
+    assert tokenizer.chat_template == "{{ messages }}"
+    for name in ("tokenizer_config.json", "chat_template.jinja"):  # then the ids of config.json name the special tokens
+        (sound / name).unlink()
+    assert load_tokenizer(sound).eos_token == tokenizer.eos_token
+
+
+def test_a_llama_works_in_every_command_and_another_family_where_it_is_allowed(untrusted: Path) -> None:
+    tokenizer = load_tokenizer(untrusted / "models/base")
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    shape["num_key_value_heads"] = 4
+    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    common = {"vocab_size": len(tokenizer), "max_position_embeddings": 64, **shape, **ids}
+    for name, kind, config in (("llama", LlamaForCausalLM, LlamaConfig), ("qwen2", Qwen2ForCausalLM, Qwen2Config)):
+        kind(config(**common)).save_pretrained(untrusted / "models" / f"own-{name}")
+        tokenizer.save_pretrained(untrusted / "models" / f"own-{name}")
+    model = "models/own-llama"
+    ok("evaluate", model, "--names", "names.txt", cwd=untrusted)
+    assert len(ok("generate", "--model", model, "--count", "2", cwd=untrusted).out.splitlines()) == 2
+    run_name = ("--training.run-name=llama", "--training.max-steps=2", *TINY_RUN)
+    ok("train", "--base", model, "--model.num-experts=0", *run_name, cwd=untrusted)
+    ok("evaluate", "models/llama", "--names", "names.txt", cwd=untrusted)
+    with pytest.raises(ValueError, match="of 'qwen2'"):
+        load(untrusted / "models/own-qwen2")
+    ok("evaluate", "models/own-qwen2", "--names", "names.txt", "--model-family", "any", cwd=untrusted)
+    with any_family():
+        assert load(untrusted / "models/own-qwen2")[0].config.model_type == "qwen2"

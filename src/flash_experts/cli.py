@@ -11,7 +11,10 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
+
+from jsonargparse import Namespace
 
 from flash_experts.commands import (
     benchmark,
@@ -111,7 +114,8 @@ def _run(name: str, arguments: list[str], ctrl_c: CtrlC) -> int:
     parser = command.make_parser()
     args = parser.instantiate(parser.parse_args([_dashes_to_underscores(text) for text in arguments]))
     try:
-        command.run(args)
+        with _model_families(args):
+            command.run(args)
         return 0
     except BrokenPipeError:  # the reader of our output left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -122,6 +126,15 @@ def _run(name: str, arguments: list[str], ctrl_c: CtrlC) -> int:
             raise
         print(f"flash-experts {name}: {shortened(_explain(error))}", file=sys.stderr)
         return 1
+
+
+def _model_families(args: Namespace) -> AbstractContextManager[None]:
+    """Where --model-family any is given: models of every family are loaded."""
+    if args.get("model_family") != "any":
+        return nullcontext()
+    from flash_experts.model_files import any_family
+
+    return any_family()
 
 
 def _explain(error: BaseException) -> str:

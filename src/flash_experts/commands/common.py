@@ -152,6 +152,17 @@ def add_measuring_options(parser: CommandParser) -> None:
     parser.add_argument("--samples", type=int, default=10_000, help="names to draw from each model")
     parser.add_argument("--seed", type=int, default=0, help="of drawing and shuffling")
     parser.add_argument("--device", type=str | None, default=None, help="cpu, cuda, cuda:1; the best there is")
+    add_model_family(parser)
+
+
+def add_model_family(parser: CommandParser) -> None:
+    """The option of the commands that take models of other families than GPT-2 and Llama."""
+    parser.add_argument(
+        "--model_family",
+        type=Literal["known", "any"],
+        default="known",
+        help="known: gpt2, gpt2_moe and llama; any: every family of transformers, for models whose source you trust",
+    )
 
 
 def check_samples(args: Namespace) -> None:

@@ -37,7 +37,7 @@ def run(args: Namespace) -> None:
     model = load_model(args.model, "cpu")
     if not isinstance(model, GPT2MoEForCausalLM):
         raise ValueError(f"{args.model} has no experts: downcycle takes what upcycle or train wrote")
-    tokenizer = load_tokenizer(args.model)
+    tokenizer = load_tokenizer(args.model, model.config.vocab_size)
     loads = None
     if args.weighting == "load":
         loads = _read_loads(args.loads) if args.loads else _measured_loads(args, model, tokenizer)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal, TextIO
 
 from jsonargparse import Namespace
 
-from flash_experts.commands.common import CommandParser, command_parser, default_model
+from flash_experts.commands.common import CommandParser, add_model_family, command_parser, default_model
 from flash_experts.files import check_out_file, whole_file
 
 if TYPE_CHECKING:
@@ -190,6 +190,7 @@ def _progress(count: int) -> Iterator[Callable[[Iterable[GeneratedName]], Iterab
 def make_parser() -> CommandParser:
     parser = command_parser("generate", run)
     parser.add_argument("--model", type=str | None, default=None, help="folder or hub id; the released one unless told")
+    add_model_family(parser)
     parser.add_argument("--count", type=int, default=20, help="how many names")
     parser.add_argument("--type", type=str | None, default=None, help='such as "Legendary Creature — Goblin"')
     parser.add_argument("--colors", type=str | None, default=None, help="letters of WUBRG, or C for colorless")

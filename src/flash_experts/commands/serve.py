@@ -9,7 +9,7 @@ from importlib.util import find_spec
 
 from jsonargparse import Namespace
 
-from flash_experts.commands.common import CommandParser, command_parser, default_model
+from flash_experts.commands.common import CommandParser, add_model_family, command_parser, default_model
 
 
 def run(args: Namespace) -> None:
@@ -40,6 +40,7 @@ def run(args: Namespace) -> None:
 def make_parser() -> CommandParser:
     parser = command_parser("serve", run)
     parser.add_argument("--model", type=str, nargs="+", default=None, help="model folder or hub id; several to compare")
+    add_model_family(parser)
     parser.add_argument("--port", type=int, default=7860, help="0 takes any that is free")
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets the network in")
     parser.add_argument("--time_limit", type=float, default=20.0, help="seconds that one request may take")

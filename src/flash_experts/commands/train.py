@@ -6,7 +6,7 @@ import json
 
 from jsonargparse import Namespace
 
-from flash_experts.commands.common import CommandParser, command_parser
+from flash_experts.commands.common import CommandParser, add_model_family, command_parser
 
 
 def run(args: Namespace) -> None:
@@ -54,6 +54,7 @@ def make_parser() -> CommandParser:
 
     parser = command_parser("train", run)
     parser.add_argument("--base", type=str | None, default=None, help="GPT-2 to start from; null: a new model")
+    add_model_family(parser)
     parser.add_argument("--data", default="data/mtg", help="folder that prepare wrote")
     parser.add_argument(
         "--extra_names", type=str | None, default=None, help="file of generate --attributes-from, to learn from as well"

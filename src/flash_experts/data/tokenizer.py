@@ -6,14 +6,32 @@ for models trained from scratch: GPT-2's 50,257 embeddings would be most of a sm
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from flash_experts.data.tokenizer_checks import MOST_ADDED, check_tokenizer
+from flash_experts.model_files import (
+    CONFIG,
+    TOKENIZER,
+    TOKENIZER_CONFIG,
+    any_family_is_allowed,
+    check_files,
+    first_line,
+    local_folder,
+    read_object,
+)
+
 END_OF_TEXT = "<|endoftext|>"
 SMALLEST_VOCABULARY = 256 + 1  # every byte, and the end of text
+# Classes of transformers whose tokenizer.json holds all that they do.
+_CLASSES = {"PreTrainedTokenizerFast", "TokenizersBackend"} | {
+    f"{name}Tokenizer{fast}" for name in ("GPT2", "Llama", "CodeLlama", "Qwen2") for fast in ("", "Fast")
+}
 
 
 def _wrap(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
@@ -90,13 +108,18 @@ def load_tokenizer(source: str | Path, vocab_size: int | None = None) -> PreTrai
         ValueError: there is none, it lacks a begin or end symbol, or it has more tokens than the model.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(source), trust_remote_code=False)
-    except Exception as error:  # whatever a library says of a file that may come from a stranger
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ValueError(f"no tokenizer at {source} (tokenizer.json is missing or damaged): {reason}") from error
-    if vocab_size is not None and len(tokenizer) > vocab_size:
+        folder = local_folder(source)
+        check_files(folder)
+        tokenizer = _read_tokenizer(folder)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # whatever a library reports of an untrusted file; a panic in Rust is no Exception
         raise ValueError(
-            f"the tokenizer at {source} has {len(tokenizer):,} tokens, but its model {vocab_size:,}: they do not "
+            f"no tokenizer at {source} (tokenizer.json is missing or damaged): {first_line(error)}"
+        ) from error
+    if vocab_size is not None and (most := max(tokenizer.get_vocab().values(), default=0)) >= vocab_size:
+        raise ValueError(
+            f"the tokenizer at {source} has a token {most:,}, but its model {vocab_size:,} tokens: they do not "
             "belong together"
         )
     if tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:
@@ -104,3 +127,76 @@ def load_tokenizer(source: str | Path, vocab_size: int | None = None) -> PreTrai
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+# ------------------------------------------------------------------------------------------------ tokenizers of folders
+
+
+def _read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder whose files `check_files` has checked; of its settings, those that are known.
+
+    Raises:
+        ValueError: it is not of GPT-2's or Llama's kind, and `any_family` is not on.
+    """
+    settings = {**_optional(folder / "special_tokens_map.json"), **_optional(folder / TOKENIZER_CONFIG)}
+    if any_family_is_allowed():
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+        return tokenizer
+    _check_settings(settings)
+    vocab, merges = folder / "vocab.json", folder / "merges.txt"
+    if (folder / TOKENIZER).is_file():
+        content = read_object(folder / TOKENIZER)
+        check_tokenizer(content)
+        backend = Tokenizer.from_str(json.dumps(content))
+    elif vocab.is_file() and merges.is_file():
+        backend = gpt2_tokenizer(vocab, merges).backend_tokenizer
+    else:
+        raise ValueError(f"{folder / TOKENIZER} is missing")
+    backend.no_truncation()
+    backend.no_padding()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **_known_settings(folder, settings, backend))
+
+
+def _optional(path: Path) -> dict[str, Any]:
+    return read_object(path) if path.is_file() else {}
+
+
+def _check_settings(settings: Mapping[str, Any]) -> None:
+    """Refuses settings that name code, files, or a tokenizer of another kind."""
+    if settings.get("auto_map"):
+        raise ValueError("auto_map names code of its own to run: this program runs none")
+    kind = settings.get("tokenizer_class")
+    if kind is not None and kind not in _CLASSES:
+        raise ValueError(f"its tokenizer_class is {str(kind)[:40]!r}, not one of {', '.join(sorted(_CLASSES))}")
+    for key in ("vocab_file", "merges_file", "tokenizer_file"):
+        if (value := settings.get(key)) and (not isinstance(value, str) or Path(value).name != value):
+            raise ValueError(f"{key} names a file that is not in the folder: remove it from tokenizer_config.json")
+    extra = [settings.get("extra_special_tokens") or (), settings.get("additional_special_tokens") or ()]
+    if any(len(tokens) > MOST_ADDED if isinstance(tokens, dict | list) else tokens for tokens in extra):
+        raise ValueError(f"its special tokens are no list, or more than {MOST_ADDED:,}")
+
+
+def _known_settings(folder: Path, settings: Mapping[str, Any], backend: Tokenizer) -> dict[str, Any]:
+    """The special tokens, by name or else by the ids of config.json, and what says how texts are handled."""
+    known: dict[str, Any] = {"clean_up_tokenization_spaces": settings.get("clean_up_tokenization_spaces") is True}
+    config = _optional(folder / CONFIG)
+    for name in ("bos", "eos", "pad", "unk"):
+        token, index = settings.get(f"{name}_token"), config.get(f"{name}_token_id")
+        if isinstance(token, dict):
+            token = token.get("content")
+        if token is None and type(index) is int and 0 <= index < 2**31:
+            token = backend.id_to_token(index)
+        if token is not None and (not isinstance(token, str) or backend.token_to_id(token) is None):
+            raise ValueError(f"its {name}_token {str(token)[:40]!r} is not in the vocabulary")
+        known[f"{name}_token"] = token
+    most = settings.get("model_max_length")
+    if isinstance(most, int | float) and most >= 1:
+        known["model_max_length"] = int(most)
+    for key in ("padding_side", "truncation_side"):
+        if settings.get(key) in ("left", "right"):
+            known[key] = settings[key]
+    template = folder / "chat_template.jinja"
+    written = template.read_text(encoding="utf-8") if template.is_file() else settings.get("chat_template")
+    if isinstance(written, str):
+        known["chat_template"] = written
+    return known

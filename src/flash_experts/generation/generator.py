@@ -118,7 +118,8 @@ class NameGenerator:
         from flash_experts.data.tokenizer import load_tokenizer
         from flash_experts.models.loading import load_model
 
-        return cls(load_model(source, device, dtype), load_tokenizer(source))
+        model = load_model(source, device, dtype)
+        return cls(model, load_tokenizer(source, model.config.vocab_size))
 
     def generate(
         self,

@@ -1,60 +1,93 @@
-"""A model folder looked at before transformers opens it: it may come from a stranger.
+"""A model folder checked before anything of it is loaded: it may come from an untrusted source.
 
-Nothing in it is run, no file outside of it is read, and what its files claim is held against what they are, so that a
-kilobyte cannot ask for a gigabyte.
+Nothing in it is run, no file outside of it is read, and what its files claim is compared with what they hold, so that
+a kilobyte cannot ask for a gigabyte. Only fields that are known to describe a model reach transformers.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import math
+import re
 import struct
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PretrainedConfig, initialization
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, LlamaConfig, PretrainedConfig, initialization
 
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
+from flash_experts.model_files import (
+    CONFIG,
+    INDEX,
+    WEIGHTS,
+    any_family_is_allowed,
+    check_files,
+    check_place,
+    first_line,
+    has_holes,
+    parse_json,
+    read_object,
+)
+from flash_experts.models.moe_config import GPT2MoEConfig
+
+FAMILIES: dict[str, type[PretrainedConfig]] = {"gpt2": GPT2Config, "gpt2_moe": GPT2MoEConfig, "llama": LlamaConfig}
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
-_MOST_BYTES = {"config.json": 2**20, "generation_config.json": 2**20, INDEX: 2**24, "tokenizer_config.json": 2**24}
-_MOST_BYTES |= {"tokenizer.json": 2**26}
-_MOST_HEADER = 10**8  # bytes; as safetensors has it
-# Keys of config.json that make transformers run or fetch something besides this folder's weights.
+_MOST_HEADER = 2**24  # bytes; 100,000 tensors take 12 million
+_MOST_DIMENSIONS = 8
+_MOST_LAYERS = 512
+_MOST_INTEGER = 10**7  # of settings that are not a model's size
+_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # of a weight, by its type
+_OTHER_TYPES = {"BOOL": 1, "U8": 1, "I8": 1, "I16": 2, "U16": 2, "I32": 4, "U32": 4, "I64": 8, "U64": 8}  # of buffers
+_DTYPES = (None, "auto", "float32", "bfloat16", "float16", "float64")
+_FILE_NAME = re.compile(r"[/\\]|\.\.|\.(safetensors|bin|pt|pth|ckpt|pkl|json|py|so|gguf|jinja|model|txt)$")
+# Fields of config.json that make transformers run or fetch something besides this folder's weights.
 _REFUSED = {
     "auto_map": "names code of its own to run: this program runs none, and takes models of transformers' own classes",
     "quantization_config": "is quantized, which needs other packages: save the model in float32 or bfloat16",
+    "transformers_weights": "names other files of weights, which are not read: remove transformers_weights",
+    "configuration_files": "names other files of settings, which are not read: remove configuration_files",
 }
+# Fields that the classes of `FAMILIES` do not declare: older names, and our own.
+_OWN_FIELDS = {"dtype", "torch_dtype", "tie_word_embeddings", "rope_theta", "rope_scaling", "conditions"}
+_ROPE_TYPES = {"default", "linear", "dynamic", "yarn", "longrope", "llama3"}
+# Fields that describe no model's size or function: ignored without a warning, as are those that begin with "_".
+_WITHOUT_EFFECT = {field.name for field in fields(PretrainedConfig)} | set(
+    "model_type task_specific_params num_labels torchscript pruned_heads n_ctx gradient_checkpointing unk_token_id "
+    "output_attentions is_decoder use_bfloat16 resid_pdrop embd_pdrop attn_pdrop problem_type sep_token_id "
+    "decoder_start_token_id attn_implementation experts_implementation max_length do_sample".split()
+)
 
 
 def check_folder(folder: Path) -> None:
-    """Says what is wrong with a folder before transformers tries (its messages name hub options).
+    """Checks the files of a folder before transformers reads them (its messages name hub options).
 
     Raises:
-        ValueError: it is no folder, a file is missing, too large or no JSON, the weights are pickled or somewhere else,
-            or the configuration asks for code to run.
+        ValueError: it is not a directory, a file is missing, too large or not JSON, the weights are pickled or
+            somewhere else, or the configuration asks for code to run.
     """
     if not folder.is_dir():
         raise ValueError(f"{folder} is a file: give the folder that save_pretrained wrote")
-    if not (folder / "config.json").is_file():
+    if not (folder / CONFIG).is_file():
         raise ValueError(f"{folder} is no model: config.json is missing (a checkpoint folder has one)")
-    for name, most in _MOST_BYTES.items():
-        if (folder / name).is_file() and (size := (folder / name).stat().st_size) > most:
-            raise ValueError(f"{folder / name} is damaged: {size:,} bytes, where {most:,} are plenty")
-    config = _read_json(folder / "config.json")
+    check_files(folder)
+    config = read_object(folder / CONFIG)
     for key, reason in _REFUSED.items():
         if config.get(key):
-            raise ValueError(f"{folder / 'config.json'} {reason}")
+            raise ValueError(f"{folder / CONFIG} {reason}")
     for key, value in config.items():
         if key.endswith("_implementation") and isinstance(value, str) and "/" in value:
-            raise ValueError(f"{folder / 'config.json'} names kernels of a hub to run, {value}: this program runs none")
+            raise ValueError(f"{folder / CONFIG} names kernels of a hub to run, {value}: this program runs none")
     if (folder / "adapter_config.json").exists():
         raise ValueError(f"{folder} is an adapter to another model: merge the two first (PEFT: merge_and_unload)")
     for path in weight_files(folder):
         if path.parent != folder or not path.is_file():
             raise ValueError(f"{folder / INDEX} names weights that are not in its folder: {path}")
+        check_place(folder, path)
+        if has_holes(path):
+            raise ValueError(f"{path} is damaged: more than half of it was never written")
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -66,9 +99,9 @@ def weight_files(folder: Path) -> list[Path]:
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
     if (folder / INDEX).is_file():
-        places = _read_json(folder / INDEX).get("weight_map")
+        places = read_object(folder / INDEX).get("weight_map")
         if not isinstance(places, dict) or not places or not all(isinstance(name, str) for name in places.values()):
-            raise ValueError(f"{folder / INDEX} is damaged: it says of no weight where it is")
+            raise ValueError(f"{folder / INDEX} is damaged: it lists no weights")
         return sorted({folder / name for name in places.values()})
     pickled = [path.name for pattern in _PICKLED for path in folder.glob(pattern)]
     if pickled:
@@ -91,56 +124,152 @@ def weights_sha256(source: str | Path) -> str:
     return " ".join(digests)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+# ------------------------------------------------------------------------------------------------------ config.json
+
+
+def read_config(folder: Path) -> PretrainedConfig:
+    """The configuration of a folder that `check_folder` has checked, made of known fields alone.
+
+    Raises:
+        ValueError: it is not of `FAMILIES` (see `any_family`), a field is not what it should be, or it asks for more
+            than the weights are.
+    """
+    path = folder / CONFIG
+    values = read_object(path)
+    family = values.get("model_type")
+    if not isinstance(family, str) or family not in FAMILIES:
+        if any_family_is_allowed():
+            return _made(folder, lambda: AutoConfig.from_pretrained(str(folder), trust_remote_code=False))
+        raise ValueError(
+            f"{path}: models of {', '.join(FAMILIES)} are loaded, and this one is of {str(family)[:40]!r}. If you "
+            "trust its source, add --model-family any"
+        )
+    known, left_out = _known_fields(path, family, values)
+    _check_values(path, known)
+    config = _made(folder, lambda: FAMILIES[family](**known))
+    if left_out:
+        warnings.warn(f"{path}: ignored what no {family} model has: {', '.join(left_out[:5])}", stacklevel=3)
+    return config
+
+
+def _made(folder: Path, make: Callable[[], PretrainedConfig]) -> PretrainedConfig:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged: {str(error).split(':')[0]}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is damaged: it holds no settings")
-    return content
+        config = make()
+    except Exception as error:  # whatever a library says of a file that may come from an untrusted source
+        raise ValueError(f"{folder / CONFIG} cannot be loaded: {first_line(error)}") from error
+    check_sizes(folder, config)
+    return config
+
+
+def _known_fields(path: Path, family: str, values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """The fields that describe a model of this family, and the names of others, of which nobody knows the effect."""
+    kind = FAMILIES[family]
+    names = {field.name for field in fields(kind)} - _WITHOUT_EFFECT | {*kind.attribute_map, *_OWN_FIELDS}
+    if issubclass(kind, GPT2Config):
+        names |= {"resid_pdrop", "embd_pdrop", "attn_pdrop"}
+    known, left_out = {}, []
+    for name, value in values.items():
+        if name in names:
+            known[name] = value
+            continue
+        if type(value) is int and value > _MOST_INTEGER:
+            raise ValueError(f"{path} asks for what cannot be: {name} is {value:,}")
+        if name in _WITHOUT_EFFECT or name.startswith("_"):
+            continue
+        if file := next(filter(_FILE_NAME.search, _texts(value)), None):
+            raise ValueError(f"{path} names a file, {file[:60]!r}, which is not read: remove {name}")
+        left_out.append(name)
+    return known, left_out
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """The texts in a JSON value, to a depth that strict JSON has bounded."""
+    waiting = [value]
+    while waiting:
+        one = waiting.pop()
+        if isinstance(one, str):
+            yield one
+        elif isinstance(one, dict | list):
+            waiting += one.values() if isinstance(one, dict) else one
+
+
+def _check_values(path: Path, known: dict[str, Any]) -> None:
+    """Checks fields whose values could be large or call something; transformers checks the types of the others."""
+    for name in ("dtype", "torch_dtype"):
+        if known.get(name) not in _DTYPES:
+            raise ValueError(f"{path} cannot be loaded: {name} {known[name]!r} is not of a model's weights")
+    for name, value in known.items():
+        if name in ("rope_parameters", "rope_scaling") and value is not None:
+            if not isinstance(value, dict) or any(isinstance(part, dict) for part in value.values()):
+                raise ValueError(f"{path} is damaged: {name} holds no settings of rotary positions")
+            kind = value.get("rope_type", value.get("type", "default"))
+            if str(kind) not in _ROPE_TYPES:
+                raise ValueError(f"{path}: rope_type is one of {', '.join(sorted(_ROPE_TYPES))}, not {kind!r}")
+        elif isinstance(value, dict) and name != "conditions":
+            raise ValueError(f"{path} is damaged: {name} holds settings, where a value belongs")
 
 
 def check_sizes(folder: Path, config: PretrainedConfig) -> None:
-    """Holds what a configuration asks for against the weights that are there.
+    """Compares what a configuration asks for with the weights that are there.
 
     Raises:
         ValueError: the weights are fewer, or their files are damaged.
     """
     tensors = [size for path in weight_files(folder) for size in tensor_sizes(path)]
     layers = getattr(config, "num_hidden_layers", 1)  # some classes of transformers have none
-    if not 1 <= layers <= max(1, len(tensors)):  # else making the model, empty as it is, would take for ever
-        raise ValueError(f"{folder / 'config.json'} asks for {layers:,} layers, but the weights are {len(tensors):,}")
+    if not 1 <= layers <= min(max(1, len(tensors)), _MOST_LAYERS):  # else making the empty model would take long
+        raise ValueError(f"{folder / CONFIG} asks for {layers:,} layers, but the weights are {len(tensors):,}")
     try:
         with initialization.no_init_weights(), torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         tied = model.all_tied_weights_keys  # second names of weights that are saved once
         asked = sum(parameter.numel() for name, parameter in model.named_parameters() if name not in tied)
+        buffers = sum(buffer.numel() for buffer in model.buffers())
     except Exception as error:  # whatever a library says of sizes that cannot be
-        raise ValueError(f"{folder / 'config.json'} asks for what cannot be: {_first_line(error)}") from error
-    if asked > sum(tensors):
+        raise ValueError(f"{folder / CONFIG} asks for what cannot be: {first_line(error)}") from error
+    if asked > sum(tensors) or buffers > _MOST_INTEGER + sum(tensors):
         raise ValueError(
-            f"{folder / 'config.json'} asks for {asked:,} parameters, but the weights are {sum(tensors):,}: the "
+            f"{folder / CONFIG} asks for {asked:,} parameters, but the weights are {sum(tensors):,}: the "
             "checkpoint is not whole, or of another model"
         )
 
 
+# ---------------------------------------------------------------------------------------------------------- weights
+
+
 def tensor_sizes(path: Path) -> list[int]:
-    """Elements of each tensor of a safetensors file, from its header; the file must be as long as that says."""
+    """Elements of each tensor of a safetensors file, from its header; the file must be as long as that says.
+
+    Tensors that are not of floating-point numbers count as empty: they can be buffers, but not weights.
+    """
     size = path.stat().st_size
     try:
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
             if length > min(size, _MOST_HEADER):
                 raise ValueError(f"a header of {length:,} bytes in a file of {size:,}")
-            header = json.loads(file.read(length))
+            header = parse_json(file.read(length))
         tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
         end = max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
         if 8 + length + end != size:
             raise ValueError(f"{size:,} bytes, but {8 + length + end:,} were written")
-        return [math.prod(entry["shape"]) for entry in tensors.values()]
-    except (struct.error, ValueError, RecursionError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise ValueError(f"{path} is damaged: {_first_line(error)}") from error
+        return [_elements(name, entry) for name, entry in tensors.items()]
+    except (struct.error, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise ValueError(f"{path} is damaged: {first_line(error)}") from error
+
+
+def _elements(name: str, entry: Mapping[str, Any]) -> int:
+    """Elements of a weight, from its entry in the header."""
+    shape, (start, end) = entry["shape"], entry["data_offsets"]
+    if len(shape) > _MOST_DIMENSIONS or not all(type(number) is int and number >= 0 for number in (*shape, start, end)):
+        raise ValueError(f"{name} has a shape or place that is no list of whole numbers")
+    elements = math.prod(shape)
+    width = _BYTES.get(entry["dtype"]) or _OTHER_TYPES.get(entry["dtype"])
+    if width is None:
+        raise ValueError(f"{name} is of {entry['dtype']!r}: weights are of {', '.join(_BYTES)}")
+    if elements * width != end - start:
+        raise ValueError(f"{name} has {elements:,} elements in {end - start:,} bytes")
+    return elements if entry["dtype"] in _BYTES else 0
 
 
 def check_finite(source: object, model: torch.nn.Module) -> None:
@@ -152,7 +281,3 @@ def check_finite(source: object, model: torch.nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
             raise ValueError(f"{source} is damaged: {name} has values that are not finite numbers")
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

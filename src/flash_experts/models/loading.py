@@ -2,57 +2,29 @@
 
 from __future__ import annotations
 
-import socket
 from pathlib import Path
 from typing import Any, cast
-from urllib.parse import urlsplit
-from urllib.request import getproxies
 
 import torch
-from huggingface_hub import constants, try_to_load_from_cache
-from huggingface_hub.errors import HFValidationError
-from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
+from flash_experts.model_files import first_line, local_folder
 from flash_experts.models.flash_attention import ATTENTION_IMPLEMENTATION, keeps_packed_apart
-from flash_experts.models.folder_checks import check_finite, check_folder, check_sizes
+from flash_experts.models.folder_checks import check_finite, check_folder, read_config
 
 # transformers spells GPT-2's activation out in seven elementwise operations; PyTorch has the same function as one.
 FUSED_ACTIVATIONS = {"gelu_new": "gelu_pytorch_tanh"}
-
-
-def _check_hub(model_id: str) -> None:
-    """Says at once that the hub cannot be reached. Its client would try for two minutes."""
-    try:
-        cached = try_to_load_from_cache(model_id, "config.json")
-    except HFValidationError as error:
-        raise ValueError(_unreachable(model_id, error)) from error
-    if isinstance(cached, str) or constants.is_offline_mode() or getproxies():
-        return
-    host = urlsplit(constants.ENDPOINT)
-    try:
-        socket.create_connection((host.hostname or "", host.port or 443), timeout=10).close()
-    except OSError as error:
-        raise ValueError(_unreachable(model_id, error)) from error
 
 
 def load_config(source: str | Path) -> GPT2Config:
     """The configuration of a model folder or hub id.
 
     Raises:
-        ValueError: there is none that transformers can read.
+        ValueError: there is none, it is damaged, or of a family that is not loaded (`any_family`).
     """
-    folder = Path(source)
-    if folder.exists():
-        check_folder(folder)
-    else:
-        _check_hub(str(source))
-    try:
-        config = AutoConfig.from_pretrained(str(source), trust_remote_code=False)
-    except Exception as error:  # whatever a library says of a file that may come from a stranger
-        raise ValueError(_unreachable(source, error)) from error
-    if folder.exists():
-        check_sizes(folder, config)
-    return cast(GPT2Config, config)
+    folder = local_folder(source)
+    check_folder(folder)
+    return cast(GPT2Config, read_config(folder))
 
 
 def load_model(
@@ -78,16 +50,17 @@ def load_model(
         config.activation_function = FUSED_ACTIVATIONS.get(activation, activation)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            str(source),
+            str(local_folder(source)),
             config=config,
+            generation_config=GenerationConfig.from_model_config(config),  # else read from the folder
             dtype=dtype,
             use_safetensors=True,
             trust_remote_code=False,
             attn_implementation=ATTENTION_IMPLEMENTATION if keeps_packed_apart(config) else None,
             output_loading_info=True,
         )
-    except Exception as error:  # as above
-        raise ValueError(_unreachable(source, error)) from error
+    except Exception as error:  # whatever a library says of a file that may come from an untrusted source
+        raise ValueError(_damaged(source, error)) from error
     model, info = loaded
     absent = sorted(info["missing_keys"])
     if absent:
@@ -131,13 +104,8 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
     return resolved
 
 
-def _unreachable(source: str | Path, error: Exception) -> str:
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+def _damaged(source: str | Path, error: Exception) -> str:
+    reason = first_line(error)
     if "ignore_mismatched_sizes" in reason:  # transformers' word for it, in a message for developers
         reason = "a weight has not the shape that config.json gives it"
-    if Path(source).exists():
-        return f"{source} cannot be loaded, its files are damaged or of another model: {reason}"
-    return (
-        f"no model at {source}: there is no such folder, and it could not be had from the hub. Give a folder, or "
-        f"models/mtg-base, which needs no network ({reason})"
-    )
+    return f"{source} cannot be loaded, its files are damaged or of another model: {reason}"
