@@ -101,7 +101,7 @@ def first_colors(row: Row) -> str:
     """Colors of the first face: of its mana cost, or, for a card with colors and no cost, of its identity."""
     if "Devoid" in (row["keywords"] or ()):
         return ""
-    found = colors_of_cost(row["manaCost"] or "")
+    found = colors_of_cost(row["manaCost"] or "") or ()
     back = row["layout"] in ("transform", "meld") and row["manaCost"] is None
     # Without a cost or for {0} a card has its color by an indicator. Moxen and lands have an identity, no
     # color.

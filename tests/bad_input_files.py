@@ -54,7 +54,7 @@ _NAMES = """
 empty.txt :: no card names in it
 blank.txt :: no card names in it
 binary.txt :: binary.txt:1: not UTF-8
-utf16.txt :: utf16.txt:1: not UTF-8
+utf16.txt :: give 200 names or more
 latin1.txt :: latin1.txt:2: not UTF-8
 gzip.txt :: gzip.txt:1: not UTF-8
 xz.txt :: xz.txt:1: not UTF-8
@@ -69,6 +69,10 @@ binary.csv :: binary.csv:1: not UTF-8
 latin1.csv :: latin1.csv:2: not UTF-8
 zip.csv :: zip.csv:1: not UTF-8
 unnamed.csv :: unnamed.csv:1: no column 'name'
+numbers.csv :: numbers.csv:1: no column 'name' in the heading (idProduct, groupCount, price): numbers
+script.txt :: script.txt:1: this is a card script of Forge
+page.txt :: page.txt:1: this is XML or HTML
+cards.xml :: cards.xml is XML
 ragged.csv :: ragged.csv:2: 1 cells
 quote.csv :: quote.csv
 empty.json :: no card names in it
@@ -85,12 +89,6 @@ nameless.jsonl :: nameless.jsonl:1: a card needs a name
 nested.jsonl :: nested.jsonl:1: a card needs a name
 surrogate.jsonl :: surrogate.jsonl:1: half a character
 digits.jsonl :: digits.jsonl:1: not JSON of a card
-nan.jsonl :: nan.jsonl:1: mana_value
-negative.jsonl :: negative.jsonl:1: mana_value
-color.jsonl :: color.jsonl:1: unknown color
-rarity.jsonl :: rarity.jsonl:1: unknown rarity
-set.jsonl :: set.jsonl:1: a set is told by its code
-released.jsonl :: released.jsonl:1: a release is told by its date or year
 deep.jsonl :: deep.jsonl:1: not JSON of a card
 latin1.jsonl :: latin1.jsonl:
 long.yaml :: cards are read from .csv

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flash_experts.data.cards import Card, join_type_line, known_names, split_type_line
-from flash_experts.data.cleaning import Cleaned, clean, colors_of_cost, mana_value
+from flash_experts.data.cleaning import Cleaned, clean, colors_of_cost, mana_value, read_cost
 from flash_experts.data.names import faces_of, normal_form, shown_form
 from flash_experts.data.sources import RawCard, embedded_table, read_embedded
 
@@ -84,6 +84,28 @@ def test_the_shown_form_of_a_name_has_its_normal_form(name: str) -> None:
 def test_mana_costs(cost: str, value: int, colors: str) -> None:
     assert mana_value(cost) == value
     assert colors_of_cost(cost) == tuple(colors)
+
+
+@pytest.mark.parametrize(
+    ("cost", "symbols"),
+    [
+        *(("4W", "4 W"), ("(4)(W)", "4 W"), ("2 W W", "2 W W"), ("4WU", "4 W U"), ("xrr", "X R R"), ("10gg", "10 G G")),
+        *(("{2/W}{W/P}", "2/W W/P"), ("2/W2/W", "2/W 2/W"), ("{2w}{wu}", "2/W W/U"), ("(w/u)3", "W/U 3")),
+        *(("wp", "W/P"), ("1 BP BP", "1 B/P B/P"), ("1 GW GW", "1 G/W G/W"), ("W2 W2", "W/2 W/2"), ("1H/W", "1 H/W")),
+        *(("-3", "3"), ("3.0", "3"), ("{4W}", "4 W"), ("2{W}{W}", "2 W W"), ("{1}, {R}", "1 R"), ("", "")),
+    ],
+)
+def test_mana_costs_in_other_spellings(cost: str, symbols: str) -> None:
+    assert read_cost(cost) == symbols.split()
+
+
+@pytest.mark.parametrize("cost", ["two red", "$0.25", "{}", "{4}{?}", "P", "Free", "W" * 200, "9" * 50, "٣", "{W"])
+def test_a_cost_that_cannot_be_read_is_unknown(cost: str) -> None:
+    assert read_cost(cost) is mana_value(cost) is colors_of_cost(cost) is None
+    cleaned = clean([RawCard("Mire", "Sorcery", cost, mana_value=3, source_id="a.csv:2")])
+    (card,) = cleaned.cards
+    assert (card.colors, card.mana_value) == (None, 3)
+    assert cleaned.unread["mana_cost"]["count"] == 1
 
 
 def test_a_card_is_read_from_its_row() -> None:

@@ -24,6 +24,11 @@ def summary(meta: dict[str, Any], out: str) -> str:
     """What is where, what was left out, and what changed."""
     counts = ", ".join(f"{count:,} {split}" for split, count in meta["counts"].items())
     lines = [f"{out}: {counts}", f"source: {meta['source']}, {meta['version']}"]
+    if meta["dropped"]:
+        lines.append("left out: " + ", ".join(f"{count:,} {reason}" for reason, count in meta["dropped"].items()))
+    for column, entry in meta["unread"].items():
+        what = "rows without a name" if column == "name" else f"unknown, because {column} could not be read"
+        lines.append(f"{entry['count']:,} {what} (first: {entry['first']})")
     if meta["up_to_date"]:
         lines.append("nothing to do: the files are there, byte for byte")
     elif changes := meta["changes"]:
@@ -44,7 +49,7 @@ def _some(count: int, verb: str, names: list[str]) -> str:
 
 def make_parser() -> CommandParser:
     parser = command_parser("prepare", run)
-    sources = "embedded, scryfall, mtgjson, mtgjson-printings (with rarities), or a csv, json, jsonl or txt file"
+    sources = "embedded, scryfall, mtgjson, mtgjson-printings (with rarities), or a csv, tsv, json, jsonl or txt file"
     parser.add_argument("--source", default="embedded", help=sources)
     parser.add_argument("--out", default="data/mtg", help="folder to write")
     parser.add_argument("--include", type=list[str], default=[], help="[jokes,franchises]: keep what is left out")

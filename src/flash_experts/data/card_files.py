@@ -1,60 +1,81 @@
-"""Cards of a file of one's own: txt, csv, json, jsonl. Read as a stream, with bounds, and named by line if bad."""
+"""Cards of a user's own file: txt, csv, tsv, json, jsonl. Read as a stream, with bounds; errors name file and line."""
 
 from __future__ import annotations
 
+import codecs
 import csv
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator
+import re
+from collections.abc import Iterable, Iterator
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from flash_experts.data.cards import parse_colors, parse_date, parse_rarity, parse_set_code
-from flash_experts.data.sources import FILE_KINDS, UNKNOWN, CardSource, RawCard
+from flash_experts.data.card_columns import MAX_NAME, known_columns, raw_card
+from flash_experts.data.deck_lists import DeckList
+from flash_experts.data.sources import FILE_KINDS, CardSource, RawCard, Unread
 
 MAX_LINE_BYTES = 2**20  # a card with all its rulings has some thousand
 MAX_JSON_BYTES = 64 * 2**20  # a json file is parsed whole, in several times its size of memory
 MAX_CARDS = 1_000_000
-MAX_NAME = 300  # characters; the longest real name has 141
-_NO_RARITY = ("special", "bonus")  # what Scryfall and MTGJSON call cards outside of the four
-# What a column may be called: our name, MTGJSON's and Scryfall's, in lower case without "_" and spaces.
-_COLUMNS = {
-    "name": ("name", "cardname"),
-    "type_line": ("typeline", "type"),
-    "mana_cost": ("manacost",),
-    "mana_value": ("manavalue", "cmc", "convertedmanacost"),
-    "colors": ("colors", "color"),
-    "layout": ("layout",),
-    "flag": ("flag",),
-    "source_id": ("sourceid", "oracleid", "uuid", "id"),
-    "rarity": ("rarity",),
-    "set_code": ("setcode", "set"),
-    "released": ("released", "releasedat", "releasedate"),
+_SAMPLE = 200  # lines that show whether a text is a deck list, and a csv one of names
+_SEPARATORS = ",;\t|"
+_SEPARATOR_LINE = re.compile(r'"?sep=([,;\t|:^~ ]|\\t)"?[,;\t ]*', re.IGNORECASE)  # Excel's and Dragon Shield's
+_SAVE_AS = "save the file as UTF-8 (in Excel: CSV UTF-8)"
+_LINE_ENDS = re.compile(r"(?<=\n)|(?<=\r)(?!\n)")
+_BINARY = {
+    b"PK\x03\x04": "a zip archive or a spreadsheet: save the sheet as CSV",
+    b"\xd0\xcf\x11\xe0": "an Excel workbook: save the sheet as CSV",
+    b"\x1f\x8b": "compressed: unpack it first",
+    b"\xfd7zXZ": "compressed: unpack it first",
+    b"SQLite": "a database: export its table of cards as CSV",
+}
+_FOREIGN = {
+    r"<": "XML or HTML (Cockatrice and MTGO write XML): export the cards as CSV or plain text",
+    r"(Name|ManaCost|Types|Oracle):\S": "a card script of Forge, one card each: write the names into one txt file",
+    r"mse[ _]version:": "a set of Magic Set Editor: export it there as CSV or plain text",
+}
+_OTHER_KINDS = {
+    ".xml": _FOREIGN["<"],
+    ".cod": "a deck of Cockatrice: save it there as plain text (.txt)",
+    ".dek": "a deck of MTGO in XML: export it as text (.txt) or CSV",
+    ".dec": "a deck list: rename it to .txt",
+    ".mwdeck": "a deck list: rename it to .txt",
+    ".mse-set": _FOREIGN["mse[ _]version:"],
+    ".ndjson": "JSON lines: rename it to .jsonl",
+    ".xlsx": _BINARY[b"PK\x03\x04"],
+    ".xls": _BINARY[b"\xd0\xcf\x11\xe0"],
+    ".ods": _BINARY[b"PK\x03\x04"],
 }
 
 
 def read_file(path: Path) -> CardSource:
-    """Cards of a csv, json, jsonl or txt file; the suffix says which.
+    """Cards of a csv, tsv, json, jsonl or txt file; the suffix says which.
 
     A list of names is enough: one a line in txt, an array of texts in json, a column ``name`` in csv (or a
-    single column without a heading). Other columns become attributes where they are called as here, in
-    MTGJSON or in Scryfall: type_line, mana_cost, colors, mana_value, rarity, set, released (type, manaCost, cmc, ...).
-    A set is its code, released a date or a year.
+    single column without a heading). Other columns become attributes: see `flash_experts.data.card_columns`. A csv may
+    be separated by commas, semicolons, tabs or bars; a txt may be a deck list. Values that cannot be read are unknown,
+    and counted in ``unread``.
 
     Raises:
-        ValueError: the file is empty, not UTF-8, of another kind or too large, or a line is malformed
+        ValueError: the file is empty, not UTF-8 or UTF-16, of another kind or too large, or a line is malformed
             (``file:line``).
     """
-    readers = {".csv": _csv_rows, ".json": _json_rows, ".jsonl": _jsonl_rows, ".txt": _txt_rows}
-    reader = readers.get(path.suffix.lower())
-    if reader is None:
+    readers = {".csv": _csv_rows, ".tsv": _csv_rows, ".json": _json_rows, ".jsonl": _jsonl_rows, ".txt": _txt_rows}
+    suffix = path.suffix.lower()
+    if suffix in _OTHER_KINDS:
+        raise ValueError(f"{path} is {_OTHER_KINDS[suffix]}; cards are read from {FILE_KINDS} files")
+    if suffix not in readers:
         raise ValueError(f"{path}: cards are read from {FILE_KINDS} files, not {path.suffix or 'this'}")
-    lines = _Lines(path)
-    rows = _bounded(path, reader(lines))
+    lines, unread = _Lines(path), Unread()
+    rows = _bounded(path, readers[suffix](lines, unread))
+    if not rows and "name" in unread.counts:
+        raise ValueError(f"{unread.counts['name']['first'].rpartition(': ')[0]}: a card needs a name")
     if not rows:
         raise ValueError(f"{path}: no card names in it: the file is empty")
     digest = lines.digest.hexdigest()
-    return CardSource(path.name, f"sha256:{digest[:12]}", digest, tuple(rows))
+    return CardSource(path.name, f"sha256:{digest[:12]}", digest, tuple(rows), unread.counts)
 
 
 def read_text(path: Path) -> list[RawCard]:
@@ -63,7 +84,7 @@ def read_text(path: Path) -> list[RawCard]:
     Raises:
         ValueError: as `read_file`.
     """
-    return _bounded(path, _txt_rows(_Lines(path)))
+    return _bounded(path, _txt_rows(_Lines(path), Unread()))
 
 
 def _bounded(path: Path, cards: Iterator[RawCard]) -> list[RawCard]:
@@ -75,12 +96,11 @@ def _bounded(path: Path, cards: Iterator[RawCard]) -> list[RawCard]:
     return rows
 
 
-class _Lines:
-    """Lines of a text file, one at a time; at the end, ``digest`` is that of the whole file.
+# -------------------------------------------------------------------------------------------------------------- text
 
-    Args:
-        path: of the file.
-    """
+
+class _Lines:
+    """Lines of a text file with their ends, one at a time; at the end, ``digest`` is that of the whole file."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -88,88 +108,223 @@ class _Lines:
 
     def __iter__(self) -> Iterator[str]:
         with open(self.path, "rb") as file:
+            if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+                yield from _parts(self.whole())
+                return
+            file.seek(0)
             number = 0
             while line := file.readline(MAX_LINE_BYTES + 1):
                 number += 1
                 if len(line) > MAX_LINE_BYTES:
                     raise ValueError(f"{self.path}:{number}: a line of more than {MAX_LINE_BYTES:,} bytes is no card")
                 self.digest.update(line)
-                yield _decoded(line, f"{self.path}:{number}", "utf-8-sig" if number == 1 else "utf-8")
+                yield from _parts(_decoded(line, f"{self.path}:{number}", number == 1))
+
+    def whole(self) -> str:
+        """The whole text of a small file."""
+        size = self.path.stat().st_size
+        if size > MAX_JSON_BYTES:
+            kind, instead = ("UTF-16 text", "UTF-8 text beyond")
+            if self.path.suffix.lower() == ".json":
+                kind, instead = ("json", "jsonl (a card a line) beyond")
+            most = MAX_JSON_BYTES // 2**20
+            raise ValueError(f"{self.path}: {size // 2**20:,} MB: {kind} is read up to {most} MB, {instead}")
+        data = self.path.read_bytes()
+        self.digest.update(data)
+        if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            text = data.decode("utf-16", errors="replace")
+            if "\0" not in text and "\ufffd" not in text:
+                return text
+        try:
+            return data.decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            line = 1 + data[: error.start].count(10)
+            raise ValueError(f"{self.path}:{line}: not UTF-8 text: {_SAVE_AS}") from error
 
 
-def _decoded(data: bytes, where: str, encoding: str) -> str:
+def _parts(text: str) -> Iterator[str]:
+    """Lines of a text, old Macs' line ends included."""
+    return filter(None, _LINE_ENDS.split(text))
+
+
+def _decoded(data: bytes, where: str, is_first: bool) -> str:
     try:
         if b"\0" in data:  # valid UTF-8, but in no text: an archive, a spreadsheet, UTF-16
             raise ValueError
-        return data.decode(encoding)
+        return data.decode("utf-8-sig" if is_first else "utf-8")
     except ValueError as error:
-        raise ValueError(f"{where}: not UTF-8 text: save the file as UTF-8") from error
+        kinds = [kind for start, kind in _BINARY.items() if is_first and data.startswith(start)]
+        what = f"it is {kinds[0]}" if kinds else _SAVE_AS
+        raise ValueError(f"{where}: not UTF-8 text: {what}") from error
 
 
-def _txt_rows(lines: _Lines) -> Iterator[RawCard]:
-    for number, line in enumerate(lines, start=1):
-        for name in filter(None, map(str.strip, line.split("\r"))):
-            where = f"{lines.path}:{number}"
-            yield RawCard(_name(name, where), source_id=Path(where).name)
+def _refuse_foreign(line: str, where: str) -> None:
+    for start, kind in _FOREIGN.items():
+        if re.match(start, line, re.IGNORECASE):
+            raise ValueError(f"{where}: this is {kind}")
 
 
-def _csv_rows(lines: _Lines) -> Iterator[RawCard]:
-    table = csv.reader(iter(lines), strict=True)
-    header: list[str] = []
+def _txt_rows(lines: _Lines, unread: Unread) -> Iterator[RawCard]:
+    stream = iter(lines)
+    before, first, separator = _heading(stream)
+    where = f"{lines.path}:{before + 1}"
+    _refuse_foreign(first, where)
+    found, cells = _separated(first, where, separator)
+    known = known_columns(cells)
+    is_table = len(cells) > 1 and "name" in known and (len(known) > 1 or found != "," or not _is_one_name(first))
+    stream = chain([first], stream)
+    if separator or is_table:  # saved as text
+        yield from _table_rows(stream, lines.path, unread, before, separator)
+        return
+    numbered = ((f"{lines.path}:{number}", line) for number, line in enumerate(stream, start=before + 1))
+    yield from _name_rows(numbered, unread)
+
+
+def _name_rows(numbered: Iterable[tuple[str, str]], unread: Unread) -> Iterator[RawCard]:
+    """Cards of lines that are names, or of a deck list. A heading in front is passed over."""
+    stream = ((where, line.strip()) for where, line in numbered if line.strip())
+    sample = list(islice(stream, _SAMPLE))
+    if sample and len(sample[0][1]) < MAX_NAME and "name" in known_columns([sample[0][1]]):
+        sample = sample[1:]
+    deck = DeckList.of([line for _, line in sample])
+    for where, line in chain(sample, stream):
+        record: Any = line
+        if deck is not None:
+            entry = deck.read(line)
+            record = entry and {"name": entry.name, "set": entry.set_code, "layout": "token" if entry.is_token else ""}
+        if record and not line.startswith("//") and (card := raw_card(record, where, unread)):
+            yield card
+
+
+# -------------------------------------------------------------------------------------------------------------- csv
+
+
+def _csv_rows(lines: _Lines, unread: Unread) -> Iterator[RawCard]:
+    stream = iter(lines)
+    before, heading, separator = _heading(stream)
+    while heading.count('"') % 2 and len(heading) < MAX_LINE_BYTES and (more := next(stream, "")):
+        heading += more  # a heading with a line break in quotes
+    yield from _table_rows(chain([heading], stream), lines.path, unread, before, separator)
+
+
+def _heading(lines: Iterator[str]) -> tuple[int, str, str]:
+    """How many lines stand before the heading, the heading, and the separator that one of them names."""
+    before, separator = 0, ""
+    for line in lines:
+        named = _SEPARATOR_LINE.fullmatch(line.strip("\r\n"))
+        if named:
+            separator = named[1].replace("\\t", "\t")
+        elif line.strip():
+            return before, line, separator
+        before += 1
+    return before, "", separator
+
+
+def _separated(heading: str, where: str, given: str = "") -> tuple[str, list[str]]:
+    """The separator by which a heading has most of the columns that we know, and its cells; ``given`` comes first."""
+    found = []
+    for separator in dict.fromkeys(given + _SEPARATORS):
+        try:
+            cells = next(csv.reader([heading], delimiter=separator, strict=True, skipinitialspace=True), [])
+            known = known_columns(cells)
+        except csv.Error:
+            continue
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+        found.append((("name" in known, separator == given, len(known), len(cells)), separator, cells))
+    return max(found, key=lambda one: one[0])[1:] if found else (",", [heading.strip()])
+
+
+def _table_rows(lines: Iterator[str], path: Path, unread: Unread, before: int, separator: str) -> Iterator[RawCard]:
+    """Cards of a table. The first of ``lines`` is its heading, ``before`` lines stand before it."""
+    sample = list(islice(lines, _SAMPLE))
+    if not sample[0]:
+        return
+    where = f"{path}:{before + 1}"
+    _refuse_foreign(sample[0], where)
+    separator, header = _separated(sample[0], where, separator)
+    header = header if any(cell.strip() for cell in header[1:]) else header[:1]
+    known = known_columns(header)
+    stream = chain(sample, lines)
+    before += max(sample[0].count("\n") - 1, 0)
+    is_list = len(header) == 1 or (
+        all(map(_is_one_name, sample)) and (separator == "," or not all(separator in line for line in sample))
+    )
+    if "name" not in known and (known or not is_list):
+        hint = ": numbers of products are no names, export the names as well" if "other" in known else ""
+        raise ValueError(f"{where}: no column 'name' in the heading ({', '.join(header)[:MAX_NAME]}){hint}")
+    if len(header) == 1 or "name" not in known:
+        yield from _name_rows(_single_cells(_cells(stream, path, before, ",")), unread)
+        return
+    rows = _cells(stream, path, before, separator, skipinitialspace=True)
+    next(rows)
+    for place, cells in rows:
+        while len(cells) > len(header) and not cells[-1].strip():
+            cells.pop()
+        if len(cells) != len(header):
+            quotes = f": put cells that hold {separator!r} in quotes" if len(cells) > len(header) else ""
+            raise ValueError(f"{place}: {len(cells)} cells, but the heading has {len(header)} columns{quotes}")
+        record: dict[str, str] = {}
+        for column, cell in zip(header, cells, strict=True):
+            record[column] = record.get(column) or cell
+        if card := raw_card(record, place, unread):
+            yield card
+
+
+def _cells(
+    lines: Iterator[str], path: Path, before: int, separator: str, **options: Any
+) -> Iterator[tuple[str, list[str]]]:
+    """``file:line`` and the cells of each row that has any."""
+    table = csv.reader(lines, delimiter=separator, strict=True, **options)
     try:
         for cells in table:
-            where = f"{lines.path}:{table.line_num}"
-            if not any(cell.strip() for cell in cells):
-                continue
-            if not header:
-                header = _header(cells, where)
-                if header is cells:
-                    continue
-            if len(cells) != len(header):
-                raise ValueError(f"{where}: {len(cells)} cells, but the heading has {len(header)} columns")
-            yield _raw_card(dict(zip(header, cells, strict=True)), where)
+            if any(cell.strip() for cell in cells):
+                yield f"{path}:{before + table.line_num}", cells
     except csv.Error as error:
-        raise ValueError(f"{lines.path}:{table.line_num}: {error}") from error
+        raise ValueError(f"{path}:{before + table.line_num}: {error}") from error
 
 
-def _header(cells: list[str], where: str) -> list[str]:
-    """The heading that a first line is; ``["name"]`` if it is itself a name, in a file of one column."""
-    known = _fields(dict.fromkeys(cells, ""))
-    if "name" in known:
-        return cells
-    if known or len(cells) > 1:
-        raise ValueError(f"{where}: no column 'name' in the heading ({', '.join(cells)[:MAX_NAME]})")
-    return ["name"]
+def _is_one_name(line: str) -> bool:
+    """Whether a line without a heading can be one name: "Krenko, Mob Boss" has a space after its comma."""
+    text = line.strip().rstrip(",")
+    return (text[:1] == text[-1:] == '"') or not re.search(r"^,|,(?=\S)|[\t|]", text)
 
 
-def _jsonl_rows(lines: _Lines) -> Iterator[RawCard]:
+def _single_cells(rows: Iterator[tuple[str, list[str]]]) -> Iterator[tuple[str, str]]:
+    """The names of a file of one column, whose commas need no quotes."""
+    for place, cells in rows:
+        while not cells[-1].strip():
+            cells.pop()
+        if not all(cell.startswith(" ") for cell in cells[1:]) or "\t" in cells[0]:
+            raise ValueError(f"{place}: {max(len(cells), 2)} cells, but the heading has 1 columns")
+        yield place, ",".join(cells)
+
+
+# -------------------------------------------------------------------------------------------------------------- json
+
+
+def _jsonl_rows(lines: _Lines, unread: Unread) -> Iterator[RawCard]:
     for number, line in enumerate(lines, start=1):
         if line.strip():
             where = f"{lines.path}:{number}"
-            yield _raw_card(_parsed(line, where), where)
+            if card := raw_card(_parsed(line, where), where, unread):
+                yield card
 
 
-def _json_rows(lines: _Lines) -> Iterator[RawCard]:
+def _json_rows(lines: _Lines, unread: Unread) -> Iterator[RawCard]:
     path = lines.path
-    size = path.stat().st_size
-    if size > MAX_JSON_BYTES:
-        most = MAX_JSON_BYTES // 2**20
-        raise ValueError(f"{path}: {size // 2**20:,} MB: json is read up to {most} MB, jsonl (a card a line) beyond")
-    data = path.read_bytes()
-    lines.digest.update(data)
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path}:{1 + data[: error.start].count(10)}: not UTF-8 text: save the file as UTF-8"
-        ) from error
+    text = lines.whole()
     if not text.strip():
         return
     document = _parsed(text, str(path), whole_file=True)
+    for key in ("data", "cards"):  # what Scryfall answers to a search, and a set of MTGJSON
+        if isinstance(document, dict) and document.get(key):
+            document = document[key]
     if not isinstance(document, list):
         raise ValueError(f"{path}:1: expected an array of names or of cards, not {type(document).__name__}")
     for index, item in enumerate(document):
-        yield _raw_card(item, f"{path}[{index}]")
+        if card := raw_card(item, f"{path}[{index}]", unread):
+            yield card
 
 
 def _parsed(text: str, where: str, whole_file: bool = False) -> Any:
@@ -186,89 +341,3 @@ def _parsed(text: str, where: str, whole_file: bool = False) -> Any:
         raise ValueError(f"{where}: half a character (a lone \\ud... escape)") from error
     except (ValueError, RecursionError) as error:  # a number of 5,000 digits; brackets in brackets in brackets
         raise ValueError(f"{where}: not JSON of a card: {str(error).split(';')[0]}") from error
-
-
-def _fields(record: dict[str, Any]) -> dict[str, Any]:
-    """The columns that we know, under our names; the first spelling that is there wins."""
-    folded = {str(key).lower().replace("_", "").replace(" ", ""): value for key, value in record.items()}
-    return {
-        column: folded[spelling]
-        for column, spellings in _COLUMNS.items()
-        for spelling in reversed(spellings)
-        if spelling in folded
-    }
-
-
-def _raw_card(record: Any, where: str) -> RawCard:
-    """A card of a parsed line: a name or an object. ``where`` is ``file:line``, or ``file[index]``."""
-    if isinstance(record, str):
-        record = {"name": record}
-    if not isinstance(record, dict):
-        raise ValueError(f"{where}: expected a name or a card, not {type(record).__name__}")
-    fields = _fields(record)
-    if type(fields.get("released")) is int:
-        fields["released"] = str(fields["released"])
-    for column in ("type_line", "mana_cost", "layout", "flag", "rarity", "set_code", "released"):
-        if not isinstance(fields.get(column) or "", str):
-            raise ValueError(f"{where}: {column} must be text, not {fields[column]!r}")
-    type_line = (fields.get("type_line") or "").strip() or None
-    return RawCard(
-        name=_name(fields.get("name"), where),
-        type_line=type_line,
-        mana_cost=(fields.get("mana_cost") or "").strip() or None,
-        colors=_colors(fields, type_line, where),
-        mana_value=_mana_value(fields.get("mana_value"), where),
-        layout=fields.get("layout") or "",
-        flag=fields.get("flag") or "",
-        source_id=str(fields.get("source_id") or Path(where).name),
-        rarity=_told(_parse_rarity, fields.get("rarity"), where),
-        set_code=_told(parse_set_code, fields.get("set_code"), where),
-        released=_told(parse_date, fields.get("released"), where),
-    )
-
-
-def _name(value: Any, where: str) -> str:
-    if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"{where}: a card needs a name")
-    if len(value) > MAX_NAME:
-        raise ValueError(f"{where}: {len(value):,} characters are no card name: give one name a line")
-    return value
-
-
-def _colors(fields: dict[str, Any], type_line: str | None, where: str) -> str | None:
-    """Colors as letters. An empty cell means colorless only for a card that has a type line."""
-    if "colors" not in fields:
-        return None
-    value = fields["colors"]
-    if value is None or (not value and type_line is None):
-        return UNKNOWN
-    letters: Iterable[Any] = value if isinstance(value, list) else [value]
-    if not all(isinstance(letter, str) for letter in letters):
-        raise ValueError(f"{where}: colors must be letters of WUBRG, not {value!r}")
-    try:
-        return "".join(parse_colors(" ".join(letters)) or ())
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
-
-
-def _parse_rarity(value: str | None) -> str | None:
-    return None if (value or "").strip().casefold() in _NO_RARITY else parse_rarity(value)
-
-
-def _told(parse: Callable[[str | None], str | None], value: str | None, where: str) -> str | None:
-    try:
-        return parse(value)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
-
-
-def _mana_value(value: Any, where: str) -> int | None:
-    if value is None or value == "":
-        return None
-    try:
-        number = float(value)
-        if not 0 <= number < 10**7 or isinstance(value, bool):
-            raise ValueError
-    except (TypeError, ValueError, OverflowError):
-        raise ValueError(f"{where}: mana_value must be a number, not {str(value)[:50]!r}") from None
-    return int(number)

@@ -8,18 +8,18 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from flash_experts.data.cards import TYPES, Card, in_color_order, join_type_line, split_type_line
 from flash_experts.data.names import FACE_SEPARATOR, faces_of, is_rebalanced, normal_form, shown_form
-from flash_experts.data.sources import UNKNOWN, RawCard
+from flash_experts.data.sources import UNKNOWN, RawCard, Unread
 
-CLEANING_VERSION = 1
+CLEANING_VERSION = 2
 FLAGS = ("jokes", "franchises")  # left out unless asked for
 # Objects that sources list beside the cards: their names are no names of cards, and do not count as known.
 NOT_CARDS = frozenset({"token", "double_faced_token", "emblem", "art_series", "front_card"})
 
-_SYMBOL = re.compile(r"\{([^}]*)\}")
 _BLANK = re.compile(r"_{2,}")
 # Types that no deck holds, subtypes and layouts of such cards: the reason that is counted.
 _TYPES_OUT = {
@@ -59,11 +59,13 @@ class Cleaned:
         cards: one for each name, in the source's order.
         dropped: names left out, by reason.
         faces: names that came in; ``len(cards) + sum(dropped.values())``.
+        unread: mana costs that could not be read, as `flash_experts.data.sources.Unread` counts them.
     """
 
     cards: tuple[Card, ...]
     dropped: dict[str, int]
     faces: int
+    unread: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 def clean(rows: Iterable[RawCard], include: Collection[str] = ()) -> Cleaned:
@@ -87,9 +89,10 @@ def clean(rows: Iterable[RawCard], include: Collection[str] = ()) -> Cleaned:
     rows = tuple(rows)
     face_names = {shown_form(face) for row in rows for face in faces_of(row.name)}
     kept: dict[str, Card] = {}
+    unread = Unread()
     faces = 0
     for row in rows:
-        for card in _faces(row):
+        for card in _faces(row, unread):
             faces += 1
             rebalanced = is_rebalanced(card.name, face_names)
             reason = "rebalanced" if rebalanced else _reason(row, card, include)
@@ -102,29 +105,34 @@ def clean(rows: Iterable[RawCard], include: Collection[str] = ()) -> Cleaned:
                 kept[key] = card
             else:
                 dropped[reason] += 1
-    return Cleaned(tuple(kept.values()), dict(sorted(dropped.items())), faces)
+    return Cleaned(tuple(kept.values()), dict(sorted(dropped.items())), faces, unread.counts)
 
 
-def _faces(row: RawCard) -> Iterator[Card]:
-    """A card for each face. Facts that are told of fewer faces belong to the first ones."""
+def _faces(row: RawCard, unread: Unread) -> Iterator[Card]:
+    """A card for each face. Facts of fewer faces than the name has belong to the first ones."""
     type_lines = faces_of(row.type_line or "")
     costs = (row.mana_cost or "").split(FACE_SEPARATOR)
     colors = (UNKNOWN if row.colors is None else row.colors).split(FACE_SEPARATOR)
     for place, name in enumerate(faces_of(row.name)):
         type_line = type_lines[place] if place < len(type_lines) else ""
         cost = costs[place].strip() if place < len(costs) else ""
-        told = colors[place].strip() if place < len(colors) else UNKNOWN
+        given = colors[place].strip() if place < len(colors) else UNKNOWN
         supertypes, types, subtypes = split_type_line(type_line)
+        symbols = read_cost(cost)
+        if symbols is None:
+            unread.add("mana_cost", row.source_id, cost)
         # A mana value of 0 is what sources give a land: it has no mana cost.
-        told_value = row.mana_value if place == 0 and (row.mana_value or "Land" not in types) else None
+        given_value = row.mana_value if place == 0 and (row.mana_value or "Land" not in types) else None
+        # "2WU" can be three symbols or two: the value in the source decides, where the cost has no braces.
+        from_cost = bool(symbols) and (given_value is None or cost.startswith("{"))
         yield Card(
             name=shown_form(name),
             type_line=join_type_line(supertypes, types, subtypes),
             supertypes=supertypes,
             types=types,
             subtypes=subtypes,
-            colors=_colors(told, cost, types),
-            mana_value=mana_value(cost) if cost else told_value,
+            colors=_colors(given, symbols, types),
+            mana_value=mana_value(cost) if from_cost else given_value,
             source_id=row.source_id,
             rarity=row.rarity,
             set_code=row.set_code,
@@ -132,12 +140,12 @@ def _faces(row: RawCard) -> Iterator[Card]:
         )
 
 
-def _colors(told: str, cost: str, types: tuple[str, ...]) -> tuple[str, ...] | None:
-    if told != UNKNOWN:
-        return in_color_order(told)
-    if cost:
-        return colors_of_cost(cost)
-    return () if types == ("Land",) else None
+def _colors(given: str, symbols: list[str] | None, types: tuple[str, ...]) -> tuple[str, ...] | None:
+    if given != UNKNOWN:
+        return in_color_order(given)
+    if symbols:
+        return in_color_order("".join(symbols))
+    return () if "Land" in types and "Creature" not in types else None
 
 
 def _facts(card: Card) -> int:
@@ -166,25 +174,82 @@ def _reason(row: RawCard, card: Card, include: Collection[str]) -> str | None:
     return None
 
 
-def colors_of_cost(cost: str) -> tuple[str, ...]:
-    """Colors of a mana cost; a hybrid symbol counts both: ``"{1}{W/U}"`` gives ``("W", "U")``."""
-    return in_color_order("".join(_SYMBOL.findall(cost)))
+# ---------------------------------------------------------------------------------------------------- mana costs
+
+_PART = "[WUBRGCSH]"
+_HYBRID = rf"(?:[0-9]{{1,2}}|{_PART})(?:/(?:[0-9]{{1,2}}|[WUBRGCPH]))+"
+_ONE = re.compile(rf"[0-9]{{1,7}}|[WUBRGCSXYZDL]|H[WUBRG]|{_HYBRID}")  # {D} and {L} are on jokes
+_SHORT_HYBRID = re.compile(r"(2|[WUBRG])([WUBRG])(P?)|([WUBRG])([2P])")  # {2W}, {WU}, {WUP}, Forge's W2, WP
+_BRACKETED = re.compile(r"\{([^{}]*)\}|\(([^()]*)\)|\[([^\[\]]*)\]")
+_BARE = re.compile(rf"{_HYBRID}|[0-9]+|[WUBRG]P|H[WUBRG]|[WUBRGCSXYZ]")
+_LONGEST_COST = 100  # characters; the longest real one has 42
+_NEGATIVE = re.compile(r"-([0-9]{1,2})")  # what Excel makes of (3)
+_DECIMAL = re.compile(r"([0-9]{1,7})\.0")  # what pandas makes of 3
 
 
-def mana_value(cost: str) -> int:
-    """What a mana cost adds up to: ``"{X}{2}{R/G}"`` gives 3.
+def read_cost(cost: str) -> list[str] | None:
+    """The symbols of a mana cost, in capitals; ``[]`` for an empty one, None if it cannot be read.
+
+    With braces or without: ``"{4}{W}"``, ``"4W"``, ``"(4)(W)"`` and ``"4 W"`` give ``["4", "W"]``; ``"2/W"``,
+    ``"{2W}"``, ``"W/P"`` and ``"wp"`` are one symbol each. Two colors together are a hybrid symbol in brackets, and as
+    one of several words (Forge's ``"1 GW GW"``); elsewhere (``"4WU"``) they are two symbols.
+    """
+    text = cost.strip().upper().replace("|", "/")
+    if len(text) > _LONGEST_COST:
+        return None
+    if number := _NEGATIVE.fullmatch(text) or _DECIMAL.fullmatch(text):
+        return [number[1]]
+    words = [word for word in re.split(r"[\s,+]+", _BRACKETED.sub(_set_apart, text)) if word]
+    symbols: list[str] = []
+    for word in words:
+        found = [word] if _ONE.fullmatch(word) else _short_hybrid(word) if len(words) > 1 or text[0] in "{([" else None
+        found = found or _bare(word)
+        if found is None:
+            return None
+        symbols += found
+    return symbols
+
+
+def _set_apart(match: re.Match[str]) -> str:
+    """A bracketed symbol as a word of its own; what is empty stays unreadable."""
+    return f" {''.join(next(filter(None, match.groups()), '?').split())} "
+
+
+def _short_hybrid(word: str) -> list[str] | None:
+    match = _SHORT_HYBRID.fullmatch(word)
+    parts = [] if match is None else [part for part in match.groups() if part]
+    return ["/".join(parts)] if parts and len(set(parts)) == len(parts) else None
+
+
+def _bare(word: str) -> list[str] | None:
+    """``"10WW"`` to its symbols."""
+    found: list[str] = _BARE.findall(word)
+    if "".join(found) != word or any(len(symbol) > 7 for symbol in found):
+        return None
+    return [f"{symbol[0]}/P" if symbol[0] != "H" and symbol[1:] == "P" else symbol for symbol in found]
+
+
+def colors_of_cost(cost: str) -> tuple[str, ...] | None:
+    """Colors of a mana cost, None if it cannot be read; a hybrid symbol has both: ``"{W/U}"`` gives ``("W", "U")``."""
+    symbols = read_cost(cost)
+    return None if symbols is None else in_color_order("".join(symbols))
+
+
+def mana_value(cost: str) -> int | None:
+    """What a mana cost adds up to, None if it cannot be read: ``"{X}{2}{R/G}"`` gives 3.
 
     X, Y and Z count 0, a hybrid symbol its larger half (``"{2/R}"`` is 2), a half symbol (``"{HW}"``, on
     jokes) one half, and the sum is rounded down.
     """
-    return int(sum(map(_symbol_value, _SYMBOL.findall(cost))))
+    symbols = read_cost(cost)
+    return None if symbols is None else int(sum(map(_symbol_value, symbols)))
 
 
 def _symbol_value(symbol: str) -> float:
+    if "/" in symbol:
+        return max(map(_symbol_value, symbol.replace("H", "P").split("/")))  # H/W: a Phyrexian symbol
     if symbol.startswith("H"):
         return 0.5
-    if "/" in symbol:
-        return max(map(_symbol_value, symbol.split("/")))
     if symbol.isdecimal():
         return int(symbol)
-    return 0 if symbol in ("X", "Y", "Z", "") else 1
+    return 0 if symbol in ("X", "Y", "Z") else 1

@@ -13,7 +13,8 @@ from typing import Any
 from flash_experts.ctrl_c import held_back
 from flash_experts.data.cards import Card, known_names, load_source, names_on
 from flash_experts.data.cleaning import CLEANING_VERSION, NOT_CARDS, clean
-from flash_experts.data.names import normal_form
+from flash_experts.data.names import faces_of, normal_form, shown_form
+from flash_experts.data.sources import EMBEDDED, LIVE, CardSource
 from flash_experts.data.splits import SPLITS, split_by_family
 from flash_experts.files import temporary_beside
 
@@ -39,7 +40,8 @@ def prepare(
         include: flagged names to keep: ``"jokes"``, ``"franchises"``.
 
     Returns:
-        What meta.json says, and ``"up_to_date"``: whether the files were there already, byte for byte.
+        What meta.json says (``"dropped"``: names left out, by reason; ``"unread"``: values that could not be read and
+        are unknown, by column), and ``"up_to_date"``: whether the files were there already, byte for byte.
 
     Raises:
         ValueError: the source is unknown, malformed or out of reach, or has too few names.
@@ -51,8 +53,7 @@ def prepare(
     if not cleaned.cards:
         raise ValueError(f"{source}: no name is left after cleaning ({_reasons(cleaned.dropped)})")
     split = split_by_family(cleaned.cards)
-    names = names_on(row.name for row in cards.rows if row.layout not in NOT_CARDS)
-    known = dict.fromkeys((*known_names(), *names))
+    known = dict.fromkeys((*known_names(), *_names_of(cards)))
     files = {f"{name}.jsonl": _lines(card.to_json() for card in split.parts[name]) for name in SPLITS}
     files[KNOWN_NAMES] = "".join(f"{name}\n" for name in known).encode("utf-8")
     meta: dict[str, Any] = {
@@ -64,6 +65,7 @@ def prepare(
         "rows": len(cards.rows),
         "faces": cleaned.faces,
         "dropped": cleaned.dropped,
+        "unread": {**cards.unread, **cleaned.unread},
         "names": len(cleaned.cards),
         "counts": {name: len(split.parts[name]) for name in SPLITS},
         "known_names": len(known),
@@ -80,6 +82,13 @@ def prepare(
     if not up_to_date:
         _write_all(out, files)
     return meta | {"up_to_date": up_to_date}
+
+
+def _names_of(source: CardSource) -> Iterable[str]:
+    """Every name of a source that counts as known: of a user's own file all, tokens and doubles included."""
+    if source.name in (EMBEDDED, *LIVE):
+        return names_on(row.name for row in source.rows if row.layout not in NOT_CARDS)
+    return filter(None, (shown_form(face) for row in source.rows for face in faces_of(row.name)))
 
 
 def _changes(out: Path, meta: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any] | None:

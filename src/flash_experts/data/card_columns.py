@@ -1,0 +1,294 @@
+"""One row of a user's own file to a card: what its columns may be called, and how their values may be written."""
+
+from __future__ import annotations
+
+import math
+import re
+import unicodedata
+from collections.abc import Callable, Iterable, Mapping
+from functools import lru_cache
+from pathlib import Path
+from string import capwords
+from typing import Any
+
+from flash_experts.data.cards import SUPERTYPES, TYPES, parse_colors, parse_date, parse_rarity, parse_set_code
+from flash_experts.data.names import FACE_SEPARATOR
+from flash_experts.data.sources import UNKNOWN, RawCard, Unread
+
+MAX_NAME = 300  # characters; the longest real name has 141
+
+# What a column may be called, in lower case, letters and digits alone; the first one that has a value counts. Names are
+# those of this project, MTGJSON and Scryfall, of collection managers (Archidekt, Moxfield, Deckbox, ManaBox, Dragon
+# Shield, TCGplayer, Delver Lens, Urza Gatherer, Cube Cobra, MTGGoldfish, MTGO), and German, French, Spanish, Italian
+# and Portuguese words.
+_COLUMNS = {
+    "name": (
+        *("name", "cardname", "englishname", "nameen", "productname", "card", "simplename", "names", "cardnames"),
+        *("cards", "kartenname", "karte", "nom", "nomdelacarte", "nomcarte", "carte", "nombre", "nombredelacarta"),
+        *("carta", "nomedellacarta", "nomecarta", "nomedacarta", "nome", "cardtitle", "title", "titel", "titre"),
+        "titulo",
+    ),
+    "face_name": ("facename",),
+    "type_line": (
+        *("typeline", "type", "cardtype", "typ", "kartentyp", "typedecarte", "tipo", "tipodecarta", "tipodicarta"),
+        *("tipocarta", "tipodacarta"),
+    ),
+    "supertypes": ("supertypes",),
+    "types": ("types",),
+    "subtypes": ("subtypes",),
+    "mana_cost": (
+        *("manacost", "castingcost", "manakosten", "coutdemana", "coutenmana", "costedemana", "costemana"),
+        *("costodimana", "costomana", "custodemana"),
+    ),
+    "mana_value": (
+        *("manavalue", "cmc", "convertedmanacost", "convertedcost", "mv", "manawert", "valeurdemana", "ccm"),
+        *("valordemana", "costedemanaconvertido", "valoredimana", "umgewandeltemanakosten"),
+    ),
+    "face_mana_value": ("facemanavalue", "faceconvertedmanacost"),
+    "colors": (
+        *("colors", "color", "colours", "colour", "cardcolors", "cardcolor", "farben", "farbe", "couleurs", "couleur"),
+        *("colores", "colori", "colore", "cores", "cor"),
+    ),
+    "layout": ("layout",),
+    "flag": ("flag",),
+    "source_id": ("sourceid", "oracleid", "scryfalloracleid", "uuid", "scryfallid", "id"),
+    "rarity": ("rarity", "seltenheit", "rarete", "rareza", "rarita", "raridade"),
+    "set_code": (
+        *("setcode", "editioncode", "expansioncode", "setid", "editionid", "set", "edition", "expansion"),
+        *("codigodelaedicion", "codeedition", "codicedelset", "codigodacolecao"),
+    ),
+    "released": ("released", "releasedat", "releasedate"),
+}
+_TEXT_COLUMNS = ("type_line", "layout", "flag", "rarity", "set_code", "released")
+# Headings of files that have product numbers and no names, or whose column of names is called something else.
+_OTHER_COLUMNS = ("idproduct", "multiverseid", "quantity", "qty", "collectornumber", "tcgplayerid", "productid", "sku")
+
+_MISSING = frozenset(("", "nan", "none", "<na>", "nat", "null", "n/a", "\\n", "no cost", "-", "\u2014"))
+_MISSING_NAMES = frozenset(("nan", "NaN", "<NA>", "None", "null", "NULL"))
+_FACES = re.compile(r"\s+/{1,3}\s+|(?<=[a-z])//(?=[A-Z])")  # " / " is Moxfield's, " /// " Arena's
+_FACES_OF_COST = re.compile(r"\s*//+\s*|\s+/\s+")
+_NOT_OF_COLORS = re.compile(r"[\s,;|/&+{}()\[\]'\"]+")
+_COLOR_WORDS = {
+    letter: words.split()
+    for letter, words in {
+        "W": "white weiss blanc blanche blanco blanca bianco bianca branco branca",
+        "U": "blue blau bleu bleue azul blu",
+        "B": "black schwarz noir noire negro negra nero nera preto preta",
+        "R": "red rot rouge rojo roja rosso rossa vermelho vermelha",
+        "G": "green grun vert verte verde",
+        "C": "colorless colourless c farblos incolore incoloro incolor artifact art artefakt land lands lnd",
+        "": "and und et y e",
+        "?": "multicolor multicolored multicolour multicoloured multi gold gld mehrfarbig multicolore multicolorido m",
+    }.items()
+}
+_COLOR_OF = {word: letter for letter, words in _COLOR_WORDS.items() for word in words}
+_RARITIES = {
+    word: rarity
+    for rarity, words in {
+        "common": "c common gewohnlich haufig commune comun comune comum",
+        "uncommon": "u uncommon ungewohnlich nichtsohaufig peucommune pococomun infrecuente noncomune incomum",
+        "rare": "r rare selten rara raro",
+        "mythic": "m mythic mythicrare raremythic mr mythisch mythischselten sagenhaftselten mythique raremythique"
+        " mitica raramitica rarorammitico miticorara",
+    }.items()
+    for word in words.split()
+}
+
+
+@lru_cache(maxsize=10_000)
+def _folded(text: str) -> str:
+    """``"Coût de mana"`` to ``"coutdemana"``."""
+    plain = unicodedata.normalize("NFKD", text.casefold())
+    return "".join(filter(str.isalnum, plain))
+
+
+def known_columns(headings: Iterable[str]) -> set[str]:
+    """Which of our columns a heading has; ``"other"`` stands for one that is known not to be of ours.
+
+    Raises:
+        ValueError: two columns claim to be the name.
+    """
+    folded = [_folded(heading) for heading in headings]
+    known = {column for column, spellings in _COLUMNS.items() if not set(spellings).isdisjoint(folded)}
+    name = next((spelling for spelling in _COLUMNS["name"] if spelling in folded), None)
+    if name is not None and folded.count(name) > 1:
+        raise ValueError(f"two columns are called {name!r}: leave one")
+    return known | ({"other"} if not set(_OTHER_COLUMNS).isdisjoint(folded) else set())
+
+
+def raw_card(record: Any, where: str, unread: Unread) -> RawCard | None:
+    """A card of a name or of a row.
+
+    Args:
+        record: a name, or values by column.
+        where: ``file:line``, or ``file[index]``.
+        unread: counts the values that cannot be read.
+
+    Returns:
+        None if the name is empty.
+
+    Raises:
+        ValueError: it is neither, the name is too long, or a value has a type that it cannot have.
+    """
+    if isinstance(record, str):
+        record = {"name": record}
+    if not isinstance(record, dict):
+        raise ValueError(f"{where}: expected a name or a card, not {type(record).__name__}")
+    fields = _fields(record)
+    name = _name(fields, where)
+    if name is None:
+        unread.add("name", where, fields.get("name") or "")
+        return None
+    for column in _TEXT_COLUMNS:
+        value = fields.get(column)
+        if column == "released" and type(value) is int:
+            value = str(value)
+        if not isinstance(value or "", str):
+            raise ValueError(f"{where}: {column} must be text, not {value!r}")
+        fields[column] = (value or "").strip()
+    type_line = _type_line(fields)
+
+    def read(column: str, parse: Callable[[Any], Any]) -> Any:
+        """A value, or None if it is missing or cannot be read."""
+        value = fields.get(column)
+        if _is_missing(value):
+            return None
+        try:
+            return parse(value)
+        except (ValueError, TypeError, OverflowError):
+            unread.add(column, where, value)
+            return None
+
+    is_face = "face_name" in fields and FACE_SEPARATOR in name
+    return RawCard(
+        name=fields["face_name"].strip() if is_face else name,
+        type_line=type_line,
+        mana_cost=_FACES_OF_COST.sub(FACE_SEPARATOR, str(fields.get("mana_cost") or "").strip()) or None,
+        colors=_colors(fields, type_line, read),
+        mana_value=read("face_mana_value" if is_face else "mana_value", _mana_value),
+        layout=fields["layout"],
+        flag=fields["flag"],
+        source_id=str(fields.get("source_id") or Path(where).name),
+        rarity=read("rarity", _rarity),
+        set_code=read("set_code", parse_set_code),
+        released=read("released", lambda date: parse_date(re.sub(r"(?<=^.{10})[T ].*", "", date))),
+    )
+
+
+def _is_missing(value: Any) -> bool:
+    if isinstance(value, str):
+        return value.strip().casefold() in _MISSING
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def _fields(record: Mapping[Any, Any]) -> dict[str, Any]:
+    """The columns that we know, under our names; None where the value is missing."""
+    folded: dict[str, Any] = {}
+    for key, value in record.items():
+        if _is_missing(folded.get(_folded(str(key)))):
+            folded[_folded(str(key))] = value
+    fields = {}
+    for column, spellings in _COLUMNS.items():
+        values = [folded[spelling] for spelling in spellings if spelling in folded]
+        if values:
+            fields[column] = next((value for value in values if not _is_missing(value)), values[0])
+    if "type_line" in fields and "mana_cost" not in fields and "cost" in folded:
+        fields["mana_cost"] = folded["cost"]  # without types beside it, "cost" is as often a price
+    fields |= _of_faces(record.get("card_faces"), fields)
+    if not isinstance(fields.get("face_name"), str) or _is_missing(fields["face_name"]):
+        fields.pop("face_name", None)
+    kept = ("name", "colors")  # where an empty text is not the same as nothing
+    return {column: None if column not in kept and _is_missing(value) else value for column, value in fields.items()}
+
+
+def _of_faces(faces: Any, fields: Mapping[str, Any]) -> dict[str, str]:
+    """What Scryfall's ``card_faces`` have and the card itself has not."""
+    found = {}
+    if isinstance(faces, list) and all(isinstance(face, dict) for face in faces):
+        for column in ("type_line", "mana_cost", "colors"):
+            if _is_missing(fields.get(column)) and any(face.get(column) is not None for face in faces):
+                values = (face.get(column) or "" for face in faces)
+                texts = ("".join(map(str, value)) if isinstance(value, list) else str(value) for value in values)
+                found[column] = FACE_SEPARATOR.join(texts)
+    return found
+
+
+def _name(fields: Mapping[str, Any], where: str) -> str | None:
+    value = fields.get("name")
+    if "name" not in fields or not (value is None or isinstance(value, str) or _is_missing(value)):
+        raise ValueError(f"{where}: a card needs a name")
+    if not isinstance(value, str) or not value.strip() or value.strip() in _MISSING_NAMES:
+        return None
+    if len(value) > MAX_NAME:
+        raise ValueError(f"{where}: {len(value):,} characters are no card name: give one name a line")
+    return _FACES.sub(FACE_SEPARATOR, value)
+
+
+def _items(value: Any) -> list[str]:
+    """``["Elf", "Druid"]`` of that list, of what pandas writes for it, and of ``"Elf, Druid"``."""
+    if isinstance(value, str):
+        return [word for word in re.split(r"[\s,;\[\]'\"(){}]+", value) if word]
+    return [str(item) for item in value] if isinstance(value, list) else []
+
+
+def _type_line(fields: Mapping[str, Any]) -> str | None:
+    """The type line, put together where a file has its parts alone; known types in any case."""
+    line = fields["type_line"]
+    if not line:
+        before = [*_items(fields.get("supertypes")), *_items(fields.get("types"))]
+        after = _items(fields.get("subtypes"))
+        line = " ".join(before) + (f" — {' '.join(after)}" if after and before else "")
+    words = {word.casefold(): word for word in (*TYPES, *SUPERTYPES, "Token")}
+    if line.isupper() or line.islower():
+        line = capwords(line)
+    line = re.sub(r"\w+", lambda match: words.get(match[0].casefold(), match[0]), line)
+    return _FACES.sub(FACE_SEPARATOR, line) or None
+
+
+def _colors(fields: Mapping[str, Any], type_line: str | None, read: Callable[..., Any]) -> str | None:
+    """Colors as letters. An empty cell means colorless only for a card that has a type line and no mana cost."""
+    if "colors" not in fields:
+        return None
+    value = fields["colors"]
+    if isinstance(value, str) and not value.strip():
+        cost = fields.get("mana_cost")
+        return UNKNOWN if type_line is None or cost else ""
+    found = "" if value == [] else read("colors", _color_letters)
+    return UNKNOWN if found is None else found
+
+
+def _color_letters(value: Any) -> str:
+    """``"WU"`` of ``["U", "W"]``, ``"['W', 'U']"``, ``"White/Blue"``; ``"?"`` for several that are not named.
+
+    Raises:
+        ValueError: these are no colors.
+    """
+    if isinstance(value, list):
+        if not all(isinstance(letter, str) for letter in value):
+            raise ValueError
+        value = ",".join(value)
+    if not isinstance(value, str):
+        raise ValueError
+    faces = [face for face in re.split(r"\s+//\s+", value)]
+    return FACE_SEPARATOR.join(map(_colors_of_face, faces))
+
+
+def _colors_of_face(text: str) -> str:
+    words = [word for word in _NOT_OF_COLORS.split(text) if word]
+    letters = [_COLOR_OF.get(_folded(word), word) for word in words]
+    if "?" in letters and set(letters) <= {"?", ""}:
+        return UNKNOWN
+    return "".join(parse_colors(" ".join(letter for letter in letters if letter != "?")) or ())
+
+
+def _rarity(value: str) -> str | None:
+    word = _folded(value)
+    numbered = re.fullmatch(r"([curm])\d+", word)  # C1, U2: how old sets count
+    return _RARITIES.get(numbered[1] if numbered else word) or parse_rarity(value)
+
+
+def _mana_value(value: Any) -> int:
+    number = float(value.replace(",", ".") if isinstance(value, str) else value)
+    if not 0 <= number < 10**7 or isinstance(value, bool):
+        raise ValueError
+    return int(number)
