@@ -111,7 +111,7 @@ def test_requirements_pin_nothing_and_bring_what_the_tests_import() -> None:
     assert lines == ["-e .[test]"], "constraints.txt would replace what `pip install -e .` has just installed"
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["optional-dependencies"]
     brought = " ".join(extras["test"])
-    for package in ("pytest", "hypothesis", "peft", "tensorboard", "gradio", "jupytext", "triton;"):
+    for package in ("pytest", "hypothesis", "peft", "tensorboard", "jupytext", "triton;"):
         assert package in brought
     assert "flash-experts[test]" in extras["dev"]
 

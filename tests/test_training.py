@@ -21,9 +21,11 @@ from flash_experts.data.packing import pack
 from flash_experts.models import GPT2MoEConfig, GPT2MoEForCausalLM
 from flash_experts.models.flash_attention import ATTENTION_IMPLEMENTATION
 from flash_experts.training import Callback, NonFiniteLossError, Trainer, TrainingConfig, reporting
-from flash_experts.training.checkpoint import checkpoint_steps
+from flash_experts.training.checkpoint import TrainerState, checkpoint_steps
 from flash_experts.training.reporting import SpeedMeter
+from flash_experts.training.result import reason_to_end
 from flash_experts.training.run_info import multiplied_parameters, training_flops
+from flash_experts.training.schedule import Schedule
 from flash_experts.training.tracking import read_metrics
 
 FIRST = ["Goblin", "Elf", "Dragon", "Angel", "Storm", "Fire", "Blood", "Night"]
@@ -84,7 +86,7 @@ def test_it_learns_and_leaves_a_loadable_model(
     model = make_model(dense_config)
     result = Trainer(model, tokenizer, TRAIN, VALIDATION, replace(config, max_epochs=6)).train()
     validations = read_metrics(config.run_dir / "metrics.jsonl", "validation")
-    bits = [line["validation/bits_per_char"] for line in validations]
+    bits = [line["validation/bits_per_char_mean"] for line in validations]
     assert [line["step"] for line in validations] == sorted({*range(0, result.step + 1, 4), result.step})
     assert result.best_bits_per_char == min(bits) < 0.6 * bits[0]
     assert result.reason == "steps"
@@ -228,6 +230,46 @@ def test_time_budget_ends_the_run(
     rates = [line["lr"] for line in read_metrics(config.run_dir / "metrics.jsonl", "train")]
     assert rates[-1] < 0.2 * max(rates)
     assert GPT2LMHeadModel.from_pretrained(config.run_dir)
+
+
+def test_the_best_model_is_that_of_the_lowest_mean_and_is_the_one_in_the_folder(
+    dense_config: GPT2Config,
+    tokenizer: PreTrainedTokenizerFast,
+    config: TrainingConfig,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Unconditional names go on improving while those with attributes get worse: the first validation of the two
+    with the lower mean wins."""
+    trainer = Trainer(make_model(dense_config), tokenizer, TRAIN, VALIDATION, replace(config, max_steps=12))
+    assert trainer.validation is not None
+    nats = {0: (30.0, 20.0), 4: (20.0, 20.0), 8: (18.0, 24.0), 12: (17.0, 26.0)}
+    weights: dict[int, torch.Tensor] = {}
+
+    def sums(model: GPT2LMHeadModel, device: torch.device) -> torch.Tensor:
+        weights[trainer.state.step] = model.transformer.wte.weight.detach().clone()
+        return torch.tensor([[figure, 10, 10] for figure in nats[trainer.state.step]], dtype=torch.float64)
+
+    monkeypatch.setattr(trainer.validation, "sums", sums)
+    result = trainer.train()
+    assert result.best_step == 4 and result.best_bits_per_char == pytest.approx(2 / math.log(2))
+    saved = GPT2LMHeadModel.from_pretrained(config.run_dir).transformer.wte.weight
+    assert torch.equal(saved, weights[4]) and not torch.equal(saved, weights[8])
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("validation at")]
+    assert ["best, saved" in line for line in lines] == [True, True, False, False]
+    assert "2.597 bits per character unconditional, 3.462 given all attributes, mean 3.030" in lines[2]
+
+
+def test_the_last_validation_is_within_the_budget() -> None:
+    """Ten minutes with validations of two: training has the six between the first and the last."""
+    schedule = Schedule("linear", 0.0, 0.0, planned_steps=None, planned_seconds=600)
+    shares = [schedule.progress(9, seconds, evaluation_seconds=120) for seconds in (60, 120, 300, 480, 500)]
+    assert shares == [0.0, 0.0, 0.5, 1.0, 1.0]
+    state = TrainerState(step=9, evaluation_seconds=120)
+    assert reason_to_end(replace(state, seconds=479.0), schedule, None) is None
+    assert reason_to_end(replace(state, seconds=480.0), schedule, None) == "time"
+    short = replace(schedule, planned_seconds=100)
+    assert short.progress(1, 121, evaluation_seconds=120) == 1.0, "no time for more than the validations"
 
 
 def test_all_configuration_problems_come_at_once() -> None:

@@ -33,7 +33,10 @@ from flash_experts.training.sharding import part_like
 MANIFEST = "MANIFEST.json"
 STATE = "trainer_state.json"
 TENSORS = "trainer_state.safetensors"
-_FRACTIONS, _NUMBERS = ("seconds", "best_bits_per_char"), (int, float)  # the other values are whole numbers
+_FRACTIONS, _NUMBERS = (
+    ("seconds", "evaluation_seconds", "best_bits_per_char"),
+    (int, float),
+)  # the other values are whole numbers
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 
 
@@ -49,7 +52,8 @@ class TrainerState:
         step: optimizer steps done.
         tokens: tokens multiplied so far.
         seconds: wall-clock time of training so far, without what a kill lost.
-        best_bits_per_char: lowest validation figure yet; None before the first.
+        evaluation_seconds: wall-clock time of the first validation.
+        best_bits_per_char: lowest validation figure yet (`validation.SELECTION`); None before the first.
         best_step: when that was.
         bad_evaluations: validations since then.
         skipped_steps: steps whose loss or gradient was not finite and that were left out (``on_nan: skip``).
@@ -60,6 +64,7 @@ class TrainerState:
     step: int = 0
     tokens: int = 0
     seconds: float = 0.0
+    evaluation_seconds: float = 0.0
     best_bits_per_char: float | None = None
     best_step: int = 0
     bad_evaluations: int = 0
@@ -253,6 +258,7 @@ def read_state(folder: Path) -> tuple[TrainerState, dict[str, Any]]:
     try:
         about = json.loads((folder / STATE).read_text(encoding="utf-8"))
         numbers = about.pop("state")
+        numbers.setdefault("evaluation_seconds", 0.0)  # checkpoints of older versions lack it
         state = TrainerState(**{name: numbers.pop(name) for name in known}, **numbers)
         for name, value in asdict(state).items():
             is_absent = value is None and name == "best_bits_per_char"

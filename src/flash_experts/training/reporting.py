@@ -21,6 +21,7 @@ from flash_experts.training.progress import ProgressDisplay
 from flash_experts.training.run_info import peak_flops, training_flops
 from flash_experts.training.tracking import METRICS_FILE, MetricsFile
 from flash_experts.training.training_config import TrainingConfig
+from flash_experts.training.validation import BITS_PER_CHAR, SELECTION
 
 
 class SpeedMeter:
@@ -112,7 +113,8 @@ def training_metrics(
     if config.on_nan == "skip":
         metrics["skipped_steps"] = state.skipped_steps
     if share > 0:
-        metrics["eta_seconds"] = round(state.seconds * (1 - share) / share, 1)
+        first = state.evaluation_seconds  # the last validation takes as long
+        metrics["eta_seconds"] = round((state.seconds - first) * (1 - share) / share + first, 1)
     return metrics
 
 
@@ -186,11 +188,10 @@ class Reporter:
             self._file.append("validation", metrics)
         for callback in self._callbacks:
             callback.on_eval(int(metrics["step"]), metrics)
-        unconditional = metrics["validation/bits_per_char"]
-        conditional = metrics["validation/bits_per_char_given_attributes"]
         self.say(
-            f"validation at step {metrics['step']:,}: {unconditional:.3f} bits per character, "
-            f"{conditional:.3f} with all attributes given{' (best)' if best else ''}"
+            f"validation at step {metrics['step']:,}: {metrics[BITS_PER_CHAR]:.3f} bits per character unconditional, "
+            f"{metrics[f'{BITS_PER_CHAR}_given_attributes']:.3f} given all attributes, mean {metrics[SELECTION]:.3f}"
+            f"{' (best, saved)' if best else ''}"
         )
 
     def sample(self, step: int, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -16,8 +16,9 @@ class TrainingResult:
     Attributes:
         reason: ``steps``, ``time``, ``early stopping``, or a signal's name.
         step: optimizer steps done in all.
-        best_bits_per_char: lowest validation figure (unconditional), None without validation names.
-        best_step: the step of it, whose weights are in ``run_dir``.
+        best_bits_per_char: lowest mean of the unconditional and the conditional bits per character (see
+            `validation.SELECTION`); None without validation names.
+        best_step: its step, whose weights are in ``run_dir``.
         run_dir: the finished model's folder.
         seconds: training time in all.
     """
@@ -45,7 +46,7 @@ class TrainingResult:
             return f"{self.reason}: stopped after step {self.step:,}, saved in {saved}. Go on with --resume auto"
         best = ""
         if self.best_bits_per_char is not None:
-            best = f", best at step {self.best_step:,}: {self.best_bits_per_char:.3f} bits per character"
+            best = f", best at step {self.best_step:,}: {self.best_bits_per_char:.3f} bits per character on average"
         return f"finished ({self.reason}) after step {self.step:,}{best}: the model is {self.run_dir}"
 
 
@@ -59,7 +60,8 @@ def reason_to_end(state: TrainerState, schedule: Schedule, patience: int | None)
     """
     if schedule.planned_steps is not None and state.step >= schedule.planned_steps:
         return "steps"
-    if schedule.planned_seconds is not None and state.seconds >= schedule.planned_seconds:
+    seconds = state.seconds + state.evaluation_seconds  # with the validation that is still to come
+    if schedule.planned_seconds is not None and seconds >= schedule.planned_seconds:
         return "time"
     if patience is not None and state.bad_evaluations >= patience:
         return "early stopping"

@@ -1,6 +1,7 @@
 """The learning rate over a run, as a pure function of how far the run is.
 
-With p the share of the run that is done (0 to 1, of its steps or of its seconds, whichever is further), w the share of
+With p the share of the training that is done (0 to 1, of its steps or of its seconds between the first validation and
+the last, whichever is further), w the share of
 the warm-up, m the last rate over the highest, and x = (p - w) / (1 - w) the share of what follows the warm-up:
 
     constant  1
@@ -59,16 +60,23 @@ class Schedule:
             decay_share=config.decay_share,
         )
 
-    def progress(self, step: int, seconds: float) -> float:
-        """How much of the run is done after ``step`` steps and ``seconds``: 0 to 1, by whichever ends
-        first."""
-        by_steps = 0.0 if self.planned_steps is None else step / self.planned_steps
-        by_clock = 0.0 if self.planned_seconds is None else seconds / self.planned_seconds
-        return min(1.0, max(by_steps, by_clock))
+    def progress(self, step: int, seconds: float, evaluation_seconds: float = 0.0) -> float:
+        """How much of the training is done, 0 to 1, by whichever limit is nearer.
 
-    def factor(self, step: int, seconds: float) -> float:
-        """The rate of the step that follows ``step`` finished ones, over the highest rate."""
-        progress = self.progress(step, seconds)
+        Args:
+            step: optimizer steps done.
+            seconds: time since the run started, its first validation included.
+            evaluation_seconds: time of that validation; as much is kept free for the one at the end.
+        """
+        by_steps = 0.0 if self.planned_steps is None else step / self.planned_steps
+        by_clock = 0.0
+        if self.planned_seconds is not None:
+            by_clock = (seconds - evaluation_seconds) / max(1e-9, self.planned_seconds - 2 * evaluation_seconds)
+        return min(1.0, max(0.0, by_steps, by_clock))
+
+    def factor(self, step: int, seconds: float, evaluation_seconds: float = 0.0) -> float:
+        """The rate of the step that follows ``step`` finished ones, over the highest rate; arguments of `progress`."""
+        progress = self.progress(step, seconds, evaluation_seconds)
         if self.warmup >= 1:
             warm, warm_end = (step + 1) / self.warmup, self.warmup / (self.planned_steps or math.inf)
         elif self.planned_steps is not None and self.planned_seconds is None:

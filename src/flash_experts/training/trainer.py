@@ -37,7 +37,13 @@ from flash_experts.training.loss import CausalLoss
 from flash_experts.training.optimizer import freeze_parts, make_optimizers, set_rates
 from flash_experts.training.parallel import spread_model
 from flash_experts.training.precision import check_dtype, use_bfloat16
-from flash_experts.training.processes import agree, is_lost_peer, make_accelerator, seed_dropout
+from flash_experts.training.processes import (
+    agree,
+    is_lost_peer,
+    make_accelerator,
+    most_of_all,
+    seed_dropout,
+)
 from flash_experts.training.reporting import Reporter, SpeedMeter, training_metrics
 from flash_experts.training.result import TrainingResult, reason_to_end
 from flash_experts.training.run_lock import RunLock
@@ -46,7 +52,7 @@ from flash_experts.training.signals import StopSignals
 from flash_experts.training.stateful import OptimizerState
 from flash_experts.training.tracking import make_tracker
 from flash_experts.training.training_config import TrainingConfig
-from flash_experts.training.validation import BITS_PER_CHAR, Validation
+from flash_experts.training.validation import SELECTION, Validation
 
 
 class Trainer:
@@ -156,7 +162,7 @@ class Trainer:
         config, state = self.config, self.state
         started = time.monotonic() - state.seconds
         if state.step == 0:
-            self._evaluate()
+            self._evaluate_first(started)
         self.speed.begin()
         reason: str | None = None
         while reason is None:
@@ -164,7 +170,10 @@ class Trainer:
             planned = self.batches.stage_of(state.step)
             if config.stages and planned.first_step == state.step:
                 self.report.stage_begins(self.batches.plan, planned)
-            factor = self.schedule.factor(state.step, state.seconds) * planned.stage.learning_rate_scale
+            factor = (
+                self.schedule.factor(state.step, state.seconds, state.evaluation_seconds)
+                * planned.stage.learning_rate_scale
+            )
             rate = config.learning_rate * factor
             self._step(rate)
             state.step += 1
@@ -254,10 +263,19 @@ class Trainer:
         """Writes the mean loss since the last log, the rate, the speed, and what the routers did."""
         self._check_finite()
         state = self.state
-        share = self.schedule.progress(state.step, state.seconds)
+        share = self.schedule.progress(state.step, state.seconds, state.evaluation_seconds)
         measured = self.interval.metrics() | self.speed.metrics()
         epoch = self.batches.epochs_done(state.step)
         self.report.log(training_metrics(state, self.config, epoch, rate, share, measured), share)
+
+    def _evaluate_first(self, started: float) -> None:
+        """Validates before the first step. The time that it takes is kept free for the validation at the end."""
+        if self.validation is None:
+            return
+        self.report.say(f"validating on {self.validation.num_names:,} names before the first step ...")
+        self._evaluate()
+        (self.state.evaluation_seconds,) = most_of_all(self.accelerator, [time.monotonic() - started])
+        self.report.say("training ...")
 
     def _evaluate(self) -> None:
         """Validates; a new best is written to the run's folder at once."""
@@ -269,9 +287,9 @@ class Trainer:
             autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast)
             with self._averaged(), self.parallel.evaluating(), autocast:
                 metrics = self.validation.score(self.model, self.accelerator)
-            if not math.isfinite(metrics[BITS_PER_CHAR]):
+            if not math.isfinite(metrics[SELECTION]):
                 raise self._not_finite(state.step, ())
-            is_best = state.validated(metrics[BITS_PER_CHAR])
+            is_best = state.validated(metrics[SELECTION])
             if is_best:
                 self._export()
             done = {"step": state.step, "tokens": state.tokens, "seconds": round(state.seconds, 3)}

@@ -41,8 +41,8 @@ class TrainingConfig:
         max_steps: optimizer steps; null for no limit.
         max_epochs: passes over the training names (fractions are fine); null for no limit. Must be null where there
             are stages, which have epochs of their own.
-        max_minutes: wall-clock budget, evaluations included; null for none. The schedule then follows the
-            clock, so two such runs are not equal to the bit.
+        max_minutes: wall-clock budget of training and all validations, the first and the last included; null for
+            none. The schedule then follows the clock, so two such runs are not equal to the bit.
         tokens_per_batch: tokens of one optimizer step, about, over all processes and accumulated parts. Names
             are packed without padding.
         find_batch_size: set tokens_per_batch, before the first step, to the largest power of two that fits into the
@@ -68,7 +68,8 @@ class TrainingConfig:
         ema_decay: validate, sample and keep an average of the weights over about the last 1 / (1 - ema_decay) steps;
             null for the weights themselves.
         log_every: steps between lines of metrics.
-        eval_every: steps between validations; null for one at the start and one at the end.
+        eval_every: steps between validations; null for one at the start and one at the end. The model with the lowest
+            mean of the unconditional bits per character and those given all attributes is the best, and is kept.
         validation_names: how many names a validation scores (a fixed draw); null for all.
         checkpoint_every: steps between checkpoints; null for one at the end.
         keep_checkpoints: newest checkpoints that are kept, besides that of the best validation.
