@@ -113,7 +113,7 @@ def _read_model(gguf: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     model.load_state_dict(read.state_dict())
     # Four bits and two scales a block of 32 weights: the rounding to bfloat16 is far below that of the four bits.
     tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
-    return model.to(torch.bfloat16), tokenizer
+    return model.bfloat16(), tokenizer
 
 
 def _write(out: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
