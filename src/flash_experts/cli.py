@@ -33,6 +33,7 @@ from flash_experts.commands import (
 from flash_experts.commands.common import shortened
 from flash_experts.ctrl_c import CtrlC
 from flash_experts.kernels.cpu_memory import keep_freed_memory
+from flash_experts.plain_text import one_line, say
 
 COMMANDS = {
     "prepare": prepare,
@@ -79,18 +80,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command and returns the exit status: 0, 1 for an error, 2 for a wrong command line, 130 for Ctrl+C."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help"):
-        print(_usage())
+        say(_usage())
         return 0 if arguments else 2
     name = arguments[0]
     if name == "--version":
         from flash_experts import __version__
 
-        print(f"flash-experts {__version__}")
+        say(f"flash-experts {__version__}")
         return 0
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"use one of {', '.join(COMMANDS)}"
-        print(f"flash-experts: no command {name!r}: {hint}", file=sys.stderr)
+        say(one_line(f"flash-experts: no command {name!r}: {hint}"), sys.stderr)
         return 2
     with CtrlC() as ctrl_c:
         try:
@@ -101,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         except BaseException as error:
             ctrl_c.close()
             if ctrl_c.pressed or isinstance(error, KeyboardInterrupt):
-                print(f"flash-experts {name}: interrupted", file=sys.stderr)
+                say(f"flash-experts {name}: interrupted", sys.stderr)
                 status = 130
             elif isinstance(error, SystemExit):
                 status = int(error.code or 0)
@@ -126,7 +127,7 @@ def _run(name: str, arguments: list[str], ctrl_c: CtrlC) -> int:
         mendable = isinstance(error, (ValueError, OSError, RuntimeError, MemoryError))
         if ctrl_c.pressed or args.debug or not mendable:
             raise
-        print(f"flash-experts {name}: {shortened(_explain(error))}", file=sys.stderr)
+        say(f"flash-experts {name}: {shortened(one_line(_explain(error)))}", sys.stderr)
         return 1
 
 
@@ -167,7 +168,7 @@ def _set_up_libraries() -> None:
 def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
     """Our own warnings as one line; those of libraries are for developers."""
     if category is UserWarning:
-        print(f"flash-experts: {message}", file=sys.stderr)
+        say(one_line(f"flash-experts: {message}"), sys.stderr)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from flash_experts import plain_text
 from flash_experts.benchmarks.measuring import Contestant, take_turns
 from flash_experts.files import check_out_file, whole_file
 from flash_experts.models.loading import resolve_device
@@ -106,7 +107,7 @@ def ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
 
 def say(text: str) -> None:
     """A line of progress, on stderr: the result alone goes to stdout."""
-    print(text, file=sys.stderr, flush=True)
+    plain_text.say(text, sys.stderr)
 
 
 # --------------------------------------------------------------------------------------------------- tables and plots
@@ -235,9 +236,9 @@ def main(
     try:
         report = run(args)
     except (ValueError, OSError) as error:
-        print(f"{parser.prog}: {' '.join(str(error).split())}", file=sys.stderr)
+        say(f"{parser.prog}: {' '.join(str(error).split())}")
         return 1
-    print(json.dumps(report.to_json(), indent=2) if args.json else report.text)
+    plain_text.say(json.dumps(report.to_json(), indent=2) if args.json else report.text)
     return 0
 
 

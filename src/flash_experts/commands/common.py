@@ -15,6 +15,7 @@ from typing import Any, Literal, NoReturn, Union, get_args, get_origin
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 
 from flash_experts.data.yaml_files import read_yaml
+from flash_experts.plain_text import one_line, say
 
 Run = Callable[[Namespace], None]
 # The first that is there, where --model is not given.
@@ -91,7 +92,7 @@ class CommandParser(ArgumentParser):
             text += f": did you mean {near[0]!r}?" if near else ""
         elif invalid and (told := self._told(*invalid.groups())):
             text = told
-        print(f"{self.prog.split(' [')[0]}: {shortened(text)} (see --help)", file=sys.stderr)
+        say(f"{self.prog.split(' [')[0]}: {shortened(one_line(text))} (see --help)", sys.stderr)
         raise SystemExit(2)
 
     def _told(self, key: str, value: str | None) -> str | None:
@@ -177,4 +178,4 @@ def check_samples(args: Namespace) -> None:
 
 def print_result(args: Namespace, result: Any, text: str) -> None:
     """The result as JSON with --json, else the text."""
-    print(json.dumps(result, indent=2, ensure_ascii=False) if args.json else text)
+    say(json.dumps(result, indent=2, ensure_ascii=False) if args.json else text)

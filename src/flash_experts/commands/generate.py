@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TextIO
 
@@ -13,6 +14,7 @@ from jsonargparse import Namespace
 
 from flash_experts.commands.common import CommandParser, add_model_family, command_parser, default_model
 from flash_experts.files import check_out_file, whole_file
+from flash_experts.plain_text import one_line, say
 
 if TYPE_CHECKING:
     from flash_experts.generation import GeneratedName
@@ -59,7 +61,7 @@ def run(args: Namespace) -> None:
         path.open("w", encoding="utf-8", newline="") as file,
     ):
         written = writer(counted(names), file)
-    print(f"{written} names written to {args.out}", file=sys.stderr)
+    say(f"{written} names written to {args.out}", sys.stderr)
 
 
 def _run_for_cards(args: Namespace) -> None:
@@ -91,36 +93,36 @@ def _run_for_cards(args: Namespace) -> None:
     known = load_known_names(args.data)
 
     def report(names: int) -> None:
-        print(f"{names:,} of {args.count:,} names", file=sys.stderr)
+        say(f"{names:,} of {args.count:,} names", sys.stderr)
 
     written = write_sampled_names(generator, cards, known, request, out, source, report)
-    print(f"{written} names written to {args.out}", file=sys.stderr)
+    say(f"{written} names written to {args.out}", sys.stderr)
 
 
 # ------------------------------------------------------------------------------------------------------- the formats
 
 
 def _write_lines(names: Iterable[GeneratedName], file: TextIO) -> int:
-    return _each(names, lambda name: print(name.text, file=file, flush=True))
+    return _each(names, lambda name: say(one_line(name.text), file))
 
 
 def _write_jsonl(names: Iterable[GeneratedName], file: TextIO) -> int:
     from flash_experts.generation.tables import row_of
 
-    return _each(names, lambda name: print(json.dumps(row_of(name), ensure_ascii=False), file=file))
+    return _each(names, lambda name: say(json.dumps(row_of(name), ensure_ascii=False), file))
 
 
-def _write_csv(names: Iterable[GeneratedName], file: TextIO) -> int:
+def _write_csv(names: Iterable[GeneratedName], file: TextIO, raw: bool = False) -> int:
     from flash_experts.generation.tables import write_csv
 
-    return write_csv(names, file)
+    return write_csv(names, file, raw)
 
 
 def _write_json(names: Iterable[GeneratedName], file: TextIO) -> int:
     from flash_experts.generation.tables import row_of
 
     rows = [row_of(name) for name in names]
-    print(json.dumps(rows, indent=2, ensure_ascii=False), file=file)
+    say(json.dumps(rows, indent=2, ensure_ascii=False), file)
     return len(rows)
 
 
@@ -135,7 +137,8 @@ def _write_table(names: Iterable[GeneratedName], file: TextIO) -> int:
     for row in map(row_of, names):
         fit = f"{row['fits_type']} {row['fits_probability']:.0%}"
         numbers = f"{row['log_prob']:.1f}", f"{row['score']:.2f}", f"{row['similarity']:.2f}"
-        table.add_row(Text(row["text"]), fit, numbers[0], numbers[1], Text(row["nearest_card"] or ""), numbers[2])
+        name, nearest = (Text(one_line(row[column] or "")) for column in ("text", "nearest_card"))
+        table.add_row(name, Text(fit), numbers[0], numbers[1], nearest, numbers[2])
     Console(file=file).print(table)
     return table.row_count
 
@@ -162,11 +165,11 @@ def _writer_of(args: Namespace) -> Callable[[Iterable[GeneratedName], TextIO], i
             make_parser().error(f"--out {args.out}: the file name must end in {', '.join(_BY_SUFFIX)}")
         if args.json or args.csv:
             make_parser().error("--out chooses the format by its suffix: leave out --json and --csv")
-        return _BY_SUFFIX[suffix]
+        return partial(_write_csv, raw=args.raw_cells) if suffix == ".csv" else _BY_SUFFIX[suffix]
     if args.json:
         return _write_json
     if args.csv:
-        return _write_csv
+        return partial(_write_csv, raw=args.raw_cells)
     return _write_table if sys.stdout.isatty() else _write_lines
 
 
@@ -219,6 +222,11 @@ def make_parser() -> CommandParser:
         help="bfloat16: rounded products, faster on newer CPUs; a seed gives other names",
     )
     parser.add_argument("--csv", action="store_true", help="print a table with commas")
+    parser.add_argument(
+        "--raw_cells",
+        action="store_true",
+        help="CSV cells as they are; otherwise an apostrophe stands before what a spreadsheet takes for a formula",
+    )
     parser.add_argument("--out", type=str | None, default=None, help="file: .csv, .json, .jsonl or .txt")
     return parser
 

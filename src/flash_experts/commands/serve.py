@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from jsonargparse import Namespace
 
 from flash_experts.commands.common import CommandParser, add_model_family, command_parser, default_model
+from flash_experts.plain_text import say
 
 
 def run(args: Namespace) -> None:
@@ -28,13 +29,10 @@ def run(args: Namespace) -> None:
         playground = Playground.load(sources, args.device, args.time_limit)
         host, port = listener.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
-        print(
-            f"The playground: http://{shown}:{port}  (models: {', '.join(playground.models)}; Ctrl+C ends it)",
-            flush=True,
-        )
+        say(f"The playground: http://{shown}:{port}  (models: {', '.join(playground.models)}; Ctrl+C ends it)")
         with suppress(KeyboardInterrupt):  # how one ends it
             make_server(playground).run(sockets=[listener])
-    print("The playground is closed.")
+    say("The playground is closed.")
 
 
 def make_parser() -> CommandParser:

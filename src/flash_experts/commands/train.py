@@ -7,6 +7,7 @@ import json
 from jsonargparse import Namespace
 
 from flash_experts.commands.common import CommandParser, add_model_family, command_parser
+from flash_experts.plain_text import say
 
 
 def run(args: Namespace) -> None:
@@ -43,7 +44,7 @@ def run(args: Namespace) -> None:
     )
     result = trainer.train(resume=args.resume)
     if args.json:
-        print(json.dumps(asdict(result), default=str, indent=2))
+        say(json.dumps(asdict(result), default=str, indent=2))
     if result.interrupted:
         raise KeyboardInterrupt
 

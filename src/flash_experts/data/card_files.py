@@ -15,6 +15,7 @@ from typing import Any
 from flash_experts.data.card_columns import MAX_NAME, known_columns, raw_card
 from flash_experts.data.deck_lists import DeckList
 from flash_experts.data.sources import FILE_KINDS, CardSource, RawCard, Unread
+from flash_experts.plain_text import from_cell
 
 MAX_LINE_BYTES = 2**20  # a card with all its rulings has some thousand
 MAX_JSON_BYTES = 64 * 2**20  # a json file is parsed whole, in several times its size of memory
@@ -279,7 +280,7 @@ def _cells(
     try:
         for cells in table:
             if any(cell.strip() for cell in cells):
-                yield f"{path}:{before + table.line_num}", cells
+                yield f"{path}:{before + table.line_num}", [from_cell(cell) for cell in cells]
     except csv.Error as error:
         raise ValueError(f"{path}:{before + table.line_num}: {error}") from error
 

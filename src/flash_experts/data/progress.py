@@ -7,6 +7,8 @@ import sys
 from types import TracebackType
 from typing import Any
 
+from flash_experts.plain_text import one_line
+
 
 class Bar:
     """How far a file has come.
@@ -30,7 +32,7 @@ class Bar:
 
             columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
             self._bar = Progress("{task.description}", *columns, console=Console(stderr=True), transient=True)
-            self._task = self._bar.add_task(self._label, completed=self._completed, total=self._total)
+            self._task = self._bar.add_task(one_line(self._label), completed=self._completed, total=self._total)
             self._bar.start()
         return self
 

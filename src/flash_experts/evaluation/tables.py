@@ -13,6 +13,7 @@ from flash_experts.evaluation.evaluate import EvaluationResult
 from flash_experts.evaluation.metrics import Estimate
 from flash_experts.evaluation.name_lists import NamesResult
 from flash_experts.evaluation.novelty import NameFigures
+from flash_experts.plain_text import one_line
 
 MISSING = "-"
 _FEWEST = 20  # names of a group: the bits of fewer say nothing
@@ -35,21 +36,21 @@ class Table:
         from rich.table import Table as RichTable
         from rich.text import Text
 
-        table = RichTable(title=Text(self.title), title_justify="left", box=SIMPLE_HEAD)
-        for index, name in enumerate(self.header):
+        table = RichTable(title=Text(one_line(self.title)), title_justify="left", box=SIMPLE_HEAD)
+        for index, name in enumerate(map(one_line, self.header)):
             table.add_column(Text(name), justify="left" if index == 0 else "right", overflow="fold", no_wrap=index == 0)
         for row in self.rows:
-            table.add_row(*map(Text, row))
+            table.add_row(*(Text(one_line(cell)) for cell in row))
         console = Console(file=io.StringIO(), width=width)
         with console.capture() as captured:
             console.print(table)
         return captured.get().rstrip()
 
     def _plain(self) -> str:
-        columns = list(zip(self.header, *self.rows, strict=True))
-        widths = [max(map(len, column)) for column in columns]
-        lines = [self.title] if self.title else []
-        for row in (self.header, *self.rows):
+        table = [tuple(map(one_line, row)) for row in (self.header, *self.rows)]
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        lines = [one_line(self.title)] if self.title else []
+        for row in table:
             cells = [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
             lines.append("  ".join([row[0].ljust(widths[0]), *cells]))
         return "\n".join(lines)

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+from flash_experts.plain_text import one_line, printable, say
+
 
 class ProgressDisplay:
     """Shows how far a run is, on stderr. `rich` draws the bar where it is installed and stderr is a terminal.
@@ -34,7 +36,7 @@ class ProgressDisplay:
             TextColumn("{task.fields[line]}"),
         ]
         self._bar = Progress(*columns, console=Console(stderr=True))
-        self._task = self._bar.add_task(run_name, total=1.0, line="")
+        self._task = self._bar.add_task(one_line(run_name), total=1.0, line="")
         self._bar.start()
 
     def update(self, share: float, metrics: Mapping[str, float]) -> None:
@@ -50,9 +52,9 @@ class ProgressDisplay:
         if not self.enabled:
             return
         if self._bar is not None:
-            self._bar.console.print(text, markup=False, highlight=False)
+            self._bar.console.print(printable(text), markup=False, highlight=False)
         else:
-            print(text, file=sys.stderr, flush=True)
+            say(text, sys.stderr)
 
     def stop(self) -> None:
         """Closes the bar."""
