@@ -164,13 +164,13 @@ def test_a_model_made_to_send_a_type_to_expert_1_shows_it(
 
 def test_tokens_and_their_classes(tokenizer: PreTrainedTokenizerFast, dense: GPT2LMHeadModel) -> None:
     encoded = encode_names(["Jötun, Grunt"], [Attributes.parse("Creature", "R", 3)], tokenizer)
-    tokens = Tokens.of(encoded, NameVocabulary(tokenizer, len(tokenizer)).texts)
-    assert tokens.texts[0] == "[begin]" and "".join(tokens.texts[1:]).startswith("creature,·red,·3:·J")
+    tokens = Tokens.of(encoded, NameVocabulary(tokenizer, len(tokenizer)).prompt_texts)
+    assert tokens.texts[0] == "[BOS]" and "".join(tokens.texts[1:]).startswith("creature,·red,·3:·J")
     shown = "".join(tokens.texts[encoded[0].prompt_length :])
     assert shown in ("·Jötun,·Grunt", "·J\\xc3\\xb6tun,·Grunt"), "bytes of half a letter can be printed"
     shown.encode("utf-8")
     classes = [TOKEN_CLASSES[kind] for kind in tokens.class_T]
-    assert classes[0] == "begin symbol" and classes[1 : encoded[0].prompt_length] == ["prompt"] * (
+    assert classes[0] == "BOS token" and classes[1 : encoded[0].prompt_length] == ["prompt"] * (
         encoded[0].prompt_length - 1
     )
     in_name = list(zip(tokens.texts, classes, tokens.place_T.tolist(), strict=True))[encoded[0].prompt_length :]
@@ -314,7 +314,7 @@ def test_the_command(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     named = json.loads(capsys.readouterr().out)
     assert named == json.loads((folder / "out" / "page.json").read_text("utf-8"))
     assert [each["name"] for each in named["maps"]] == ["Goblin Guide", "Jötun Grunt"]
-    assert named["maps"][0]["tokens"][:2] == ["[begin]", ":"], "names alone have a prompt that tells nothing"
+    assert named["maps"][0]["tokens"][:2] == ["[BOS]", ":"], "names alone have a prompt that tells nothing"
 
 
 @pytest.mark.parametrize(

@@ -90,7 +90,7 @@ show(figure, "01_weights")
 
 # %% [markdown]
 # Of all heads we show those that, in the rows of the name, look most at the token itself, at the piece before, and at the
-# card's attributes. (A head that wants nothing often looks at the begin symbol.) Nobody told them to share the work like
+# card's attributes. (A head that wants nothing often looks at the BOS token.) Nobody told them to share the work like
 # this: it is what training on names left behind. In the upper right there is nothing: no token looks at a later one.
 #
 # ## The formula, with shapes

@@ -76,7 +76,7 @@ after = inspect_router(model, names, validation_cards, tokenizer=tokenizer)
 # %%
 figure, axis = plt.subplots(figsize=(9, 4.6))
 for row, name_map in enumerate(after.maps[:12]):
-    of_name = [place for place, kind in enumerate(name_map.classes) if kind not in ("begin symbol", "prompt")]
+    of_name = [place for place, kind in enumerate(name_map.classes) if kind not in ("BOS token", "prompt")]
     x = 0.0
     for place in of_name:
         expert, gate = name_map.experts[LAST][place][0]
@@ -90,7 +90,7 @@ axis.spines[:].set_visible(False)
 show(figure, "03_choices")
 
 # %% [markdown]
-# Is that more than chance? Count how much the experts of a token tell about its class (begin symbol, prompt, start of a
+# Is that more than chance? Count how much the experts of a token tell about its class (BOS token, prompt, start of a
 # word, continuation, punctuation), its place and its card: the mutual information, in bits. Estimated from a sample it is
 # never quite 0, so the same is counted with shuffled labels.
 

@@ -104,7 +104,7 @@ encoded = encode_name(name, NONE, tokenizer)
 row = pack([encoded])
 with torch.no_grad():
     token_nats = F.cross_entropy(network(**row.inputs).logits[0], row.labels, reduction="none")
-pieces = [tokenizer.decode([token]).replace(" ", "·") for token in row.labels.tolist()[:-1]] + ["[end]"]
+pieces = [tokenizer.decode([token]).replace(" ", "·") for token in row.labels.tolist()[:-1]] + ["[EOS]"]
 table(
     ["token", "bits"],
     [[piece, f"{bits:.2f}"] for piece, bits in zip(pieces, (token_nats / math.log(2)).tolist(), strict=True)],

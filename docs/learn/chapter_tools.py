@@ -79,7 +79,7 @@ def franchise_cards() -> tuple[list[Card], list[Card]]:
 def token_texts(name: EncodedName, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """The text of each token that the model reads, a space shown as "·"."""
     texts = [tokenizer.decode([token]).replace(" ", "·") for token in name.ids[:-1]]
-    return ["[begin]", *texts[1:]]
+    return ["[BOS]", *texts[1:]]
 
 
 # ------------------------------------------------------------------------------------------------- showing

@@ -1,9 +1,10 @@
-"""One visit to the playground in a real browser, from `flash-experts serve` to Ctrl+C."""
+"""Visits to the playground in a real browser, from `flash-experts serve` to Ctrl+C: one server and one browser."""
 
 from __future__ import annotations
 
 import csv
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -35,12 +36,15 @@ pytestmark = [
 ]
 
 
-@pytest.fixture
-def server(tmp_path: Path, experts: NameGenerator) -> Iterator[tuple[subprocess.Popen[str], str]]:
+@pytest.fixture(scope="module")
+def server(
+    tmp_path_factory: pytest.TempPathFactory, experts: NameGenerator
+) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """`flash-experts serve` with a dense model and one with experts, and its address."""
-    experts.model.save_pretrained(tmp_path / "experts")
-    experts.tokenizer.save_pretrained(tmp_path / "experts")
-    command = [sys.executable, "-m", "flash_experts.cli", "serve", "--port", "0", "--model", BASE, tmp_path / "experts"]
+    folder = tmp_path_factory.mktemp("models") / "experts"
+    experts.model.save_pretrained(folder)
+    experts.tokenizer.save_pretrained(folder)
+    command = [sys.executable, "-m", "flash_experts.cli", "serve", "--port", "0", "--model", BASE, folder]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
         list(map(str, command)), env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -53,26 +57,35 @@ def server(tmp_path: Path, experts: NameGenerator) -> Iterator[tuple[subprocess.
     process.wait()
 
 
-@pytest.fixture
-def page(tmp_path: Path) -> Iterator[Any]:
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     with playwright.sync_playwright() as driver:
         context = driver.chromium.launch_persistent_context(
-            tmp_path / "user data", executable_path=CHROMIUM, args=FLAGS, viewport={"width": 1280, "height": 900}
+            tmp_path_factory.mktemp("browser"), executable_path=CHROMIUM, args=FLAGS, viewport={"width": 1280, "height": 900}
         )
         context.set_default_timeout(WAIT)
-        yield context.new_page()
+        yield context
         context.close()
 
 
-def test_a_visit(server: tuple[subprocess.Popen[str], str], page: Any, tmp_path: Path) -> None:
-    process, url = server
+@pytest.fixture
+def page(browser: Any, server: tuple[subprocess.Popen[str], str]) -> Iterator[Any]:
+    """A page that has just been opened. It may log no error and load nothing from elsewhere."""
     asked: list[str] = []
     errors: list[str] = []
+    page = browser.new_page()
     page.on("request", lambda request: asked.append(request.url))
     page.on("pageerror", lambda error: errors.append(str(error)))
     page.on("console", lambda message: message.type == "error" and errors.append(message.text))
-    page.goto(url)
+    page.goto(server[1])
+    page.locator("#fe-make").wait_for()
+    yield page
+    page.close()
+    assert asked and all(address.startswith(("blob:", server[1])) for address in asked), "nothing from elsewhere"
+    assert errors == []
 
+
+def test_a_visit(server: tuple[subprocess.Popen[str], str], page: Any, tmp_path: Path) -> None:
     names = _one_click_gives_names(page)
     _names_are_kept_by_keyboard(page, names[1])
     _more_like_those_that_are_kept(page, names[1])
@@ -82,10 +95,54 @@ def test_a_visit(server: tuple[subprocess.Popen[str], str], page: Any, tmp_path:
     _settings_are_shared(page)
     _evil_settings_are_text(page)
     _two_models_are_compared(page)
-    _it_fits_a_phone_and_the_dark(page, url)
+    _it_fits_a_phone_and_the_dark(page, server[1])
 
-    assert asked and all(address.startswith(("blob:", url)) for address in asked), "nothing from elsewhere"
-    assert errors == []
+
+def test_every_accordion_tab_and_button(page: Any) -> None:
+    """Names can be requested after each is opened or pressed, and nothing has changed a setting."""
+    seeds = {_requested(page)}
+    accordions = page.locator("button.label-wrap")
+    titles = accordions.all_inner_texts()
+    assert len(titles) == 4
+    for place in range(len(titles)):
+        accordions.nth(place).click()
+        page.wait_for_selector(f"button.label-wrap.open >> nth={place}")
+        seeds.add(_requested(page))
+    assert len(seeds) == 5, "a new seed each time"
+    fields = page.locator("#fe-seed, #fe-min_length, #fe-max_length").locator("input, textarea")
+    assert [field.input_value() for field in fields.all()] == ["", "", ""]
+    fields.last.fill("6x")
+    page.locator("#fe-make").click()
+    page.wait_for_selector("#fe-status [role=alert] >> text=Most characters must be a whole number, not '6x'")
+    fields.last.fill("")
+
+    page.get_by_role("button", name=re.compile("^Keep ")).first.click()
+    page.wait_for_selector("#fe-table [aria-pressed=true]")
+    named = page.locator("button:visible:not(.label-wrap):not([data-do]):not([role=tab]):not(footer button)")
+    titles = [text for text in named.all_inner_texts() if text.strip("\n ↺")]
+    assert {"Make names", "Stop", "Red Goblins", "More like the kept ones", "Load these settings"} <= set(titles)
+    for title in titles:
+        page.get_by_role("button", name=title, exact=True).click()
+    page.get_by_role("tab", name="Compare").click()
+    page.locator("#fe-compare").click()
+    for side in "AB":
+        _wait_for(page, 20, f"#fe-side-{side}")
+    page.get_by_role("tab", name="Names").click()
+    _requested(page, kept=1)
+
+
+def _requested(page: Any, kept: int = 0) -> str:
+    """The seed of 20 names requested now, with nothing else in the settings that make them again."""
+    page.locator("#fe-status").evaluate("element => element.querySelector('p')?.remove()")
+    page.locator("#fe-make").click()
+    page.wait_for_selector("#fe-status >> text=/^20 names/")
+    _wait_for(page, kept + 20)
+    return page.locator("#fe-status p").inner_text().rpartition("seed ")[2]
+
+
+def test_ctrl_c_closes_the_playground(server: tuple[subprocess.Popen[str], str], page: Any) -> None:
+    process, _ = server
+    page.goto("about:blank")
     process.send_signal(signal.SIGINT)
     said, failed = process.communicate(timeout=60)
     assert said == "The playground is closed.\n" and failed == "" and process.returncode == 0
@@ -138,7 +195,7 @@ def _a_name_is_looked_into(page: Any) -> None:
     assert title.inner_text() == _texts(page)[3]
     panel = page.locator("#fe-panel")
     assert "dense: it has no experts" in panel.inner_text()
-    assert panel.locator(".fe-steps tbody tr").last.locator("th").inner_text() == "[end]"
+    assert panel.locator(".fe-steps tbody tr").last.locator("th").inner_text() == "[EOS]"
     first = panel.locator(".fe-attention").inner_text()
     panel.get_by_role("group", name="Head of the attention").get_by_role("button", name="2").click()
     page.wait_for_function("first => document.querySelector('.fe-attention').innerText !== first", arg=first)

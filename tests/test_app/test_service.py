@@ -90,9 +90,10 @@ def test_both_sides_have_one_seed(playground: Playground) -> None:
 def test_an_inspection_tells_what_the_model_computes(playground: Playground, base: NameGenerator) -> None:
     name = base.generate(1, type_line="Creature — Goblin", colors="R", seed=3)[0]
     found = inspect_name(playground.model("dense"), name.text, GOBLINS)
-    assert found.prompt == "creature goblin, red:" and found.tokens[0] == "[begin]"
-    told = "".join(found.tokens[found.prompt_length :]).replace("·", " ").strip()
-    assert told == name.text
+    assert found.prompt == "creature goblin, red:" and found.tokens[0] == "[BOS]"
+    read = "".join(found.tokens[1:]).replace("·", " ")
+    assert read == f"{found.prompt} {name.text}", "prompt words that are one token each, too"
+    assert len(found.tokens) == found.prompt_length + len(found.steps) - 1 and found.steps[-1].token == "[EOS]"
     assert sum(np.log(step.probability) for step in found.steps) == pytest.approx(name.log_prob, abs=1e-3)
     for step in found.steps:
         assert len(step.alternatives) == 5
@@ -160,7 +161,7 @@ def test_stars_that_are_pressed_while_names_come(playground: Playground) -> None
     kept, passed, *_ = (row.name.text for row in shown.rows)
     table.press(kept)
     other = deepcopy(table)
-    stream = handlers.make({**values, "seed": 2}, table)
+    stream = handlers.make({**values, "seed": "2"}, table)
     first = next(stream).rows[-1].name.text
     assert passed not in [row.name.text for row in table.rows]
     table.press(first)

@@ -114,7 +114,7 @@ for name, qkv in zip(names, of_names, strict=True):
         place = torch.arange(name.prompt_length, S)  # the name's own tokens
         before[block] += weights_HSS[:, place, place - 1].mean(-1) / len(names)
         prompt[block] += weights_HSS[:, place, 1 : name.prompt_length].sum(-1).mean(-1) / len(names)
-for title, weights in (("the token before", before), ("the prompt, without the begin symbol", prompt)):
+for title, weights in (("the token before", before), ("the prompt, without the BOS token", prompt)):
     print(f"mean weight on {title}:")
     table(
         ["", *(f"head {head}" for head in range(H))],
@@ -125,7 +125,7 @@ for title, weights in (("the token before", before), ("the prompt, without the b
 
 # %% [markdown]
 # A mean of 0.3 to 0.4 on the token before is no pure "previous token head". As the chapter's picture shows, such a head
-# looks one back at some tokens and rests on the begin symbol at others.
+# looks one back at some tokens and rests on the BOS token at others.
 #
 # ## 4. The cache of a large model
 

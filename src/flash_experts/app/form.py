@@ -2,106 +2,154 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import gradio as gr
 
-from flash_experts.app.settings import LARGEST_SEED, MOST_NAMES, Settings
+from flash_experts.app.settings import MOST_NAMES, Settings
 from flash_experts.data.cards import COLORLESS, SUPERTYPES, TYPES, parse_colors
 from flash_experts.data.prompts import SELDOM_TOLD, Conditions, known_subtypes, parse_type_line
 from flash_experts.generation import PRESETS, Sampling
 
 ANY = "any"
+# What the page calls the fields of `Settings`, in its labels and in its errors.
+LABELS = {
+    "types": "Type",
+    "subtypes": "Subtypes",
+    "colors": "Colors",
+    "mana_value": "Mana value",
+    "rarity": "Rarity",
+    "set_code": "Set",
+    "released": "Year of release",
+    "preset": "Style",
+    "model": "Model",
+    "temperature": "Temperature",
+    "top_k": "Top-k",
+    "top_p": "Top-p",
+    "min_p": "Min-p",
+    "repetition_penalty": "Repetition penalty",
+    "guidance": "Guidance",
+    "best_of": "Candidates per name",
+    "best_by": "Keep the candidate that",
+    "starts_with": "Starts with",
+    "contains": "Contains",
+    "ends_with": "Ends with",
+    "min_words": "Fewest words",
+    "max_words": "Most words",
+    "min_length": "Fewest characters",
+    "max_length": "Most characters",
+    "regex": "Regular expression",
+    "banned_words": "Banned words",
+    "like": "Similar to these names",
+    "min_distance": "Distance from real cards",
+    "alliterate": "All words start with the same letter",
+    "count": "Number of names",
+    "seed": "Seed",
+}
 _COLORS = [("White", "W"), ("Blue", "U"), ("Black", "B"), ("Red", "R"), ("Green", "G"), (COLORLESS.capitalize(), "C")]
 CHOICES = ("mana_value", *SELDOM_TOLD)  # dropdowns with "any"
 ATTRIBUTES = ("types", "subtypes", "colors", *CHOICES)
-_BEST = [("the most natural", "score"), ("the truest to type and colors", "fit")]
-TEXTS = ("starts_with", "contains", "ends_with", "regex", "banned_words")  # Enter in them makes names
+_BEST = [("reads most naturally", "score"), ("fits type and colors best", "fit")]
+_OPTIONAL = ("min_length", "max_length", "seed")  # numbers in text fields that may be blank
+TEXTS = ("starts_with", "contains", "ends_with", "regex", "banned_words", *_OPTIONAL)  # Enter in them makes names
 SLIDERS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "guidance")
 _NUMBERS = ("mana_value", "released", "min_words", "max_words")  # dropdowns with "any"
 _SAME = (
-    *("starts_with", "contains", "ends_with", "regex", "min_length", "max_length", "alliterate", "min_distance"),
-    *("best_of", "best_by"),
+    *("starts_with", "contains", "ends_with", "regex", "alliterate", "min_distance", "best_of", "best_by"),
 )
 
 Controls = dict[str, Any]  # Gradio components by name; which events one has depends on its kind
 
 
 def attribute_controls(conditions: Conditions) -> Controls:
-    """What card the names are for: with the rarities, sets and years that a model here knows, if any."""
-    labels = {"rarity": "Rarity", "set_code": "Set", "released": "Year of release"}
-    told = {  # custom values, because settings that are loaded may have others: the model says what it knows
+    """The card that the names are for, with the rarities, sets and years that a model here knows, if any."""
+    printing = {  # custom values, because loaded settings may have others: the model checks them
         name: gr.Dropdown(
             _any_or(conditions.get(name, [])), value=ANY, allow_custom_value=True, visible=name in conditions,
-            label=labels[name], elem_id=f"fe-{name}",
+            label=LABELS[name], elem_id=f"fe-{name}",
         )
         for name in SELDOM_TOLD
     }  # fmt: skip
     return {
-        "types": gr.Dropdown([*SUPERTYPES, *TYPES], multiselect=True, label="Type", elem_id="fe-types"),
-        "subtypes": gr.Dropdown(list(known_subtypes()), multiselect=True, label="Subtypes", elem_id="fe-subtypes"),
-        "colors": gr.CheckboxGroup(_COLORS, label="Colors", elem_id="fe-colors"),
-        "mana_value": gr.Dropdown(_any_or(range(17)), value=ANY, label="Mana value", elem_id="fe-mana"),
-        **told,
+        "types": gr.Dropdown([*SUPERTYPES, *TYPES], multiselect=True, label=LABELS["types"], elem_id="fe-types"),
+        "subtypes": gr.Dropdown(
+            list(known_subtypes()), multiselect=True, label=LABELS["subtypes"], elem_id="fe-subtypes"
+        ),
+        "colors": gr.CheckboxGroup(_COLORS, label=LABELS["colors"], elem_id="fe-colors"),
+        "mana_value": gr.Dropdown(_any_or(range(17)), value=ANY, label=LABELS["mana_value"], elem_id="fe-mana"),
+        **printing,
     }
 
 
 def style_controls() -> Controls:
-    """How bold the names are."""
+    """How varied the names are."""
     sampling = PRESETS["balanced"]
+    ranges = {  # lowest, highest, step, hint
+        "temperature": (0.1, 2, 0.05, "higher: more surprising names"),
+        "top_k": (0, 1000, 10, "only the k most likely tokens; 0: all"),
+        "top_p": (0.05, 1, 0.01, "only the most likely tokens that add up to p; 1: all"),
+        "min_p": (0, 0.5, 0.01, "only tokens at least p times as likely as the best; 0: all"),
+        "repetition_penalty": (0.8, 2, 0.05, "1: no penalty"),
+        "guidance": (1, 3, 0.1, "higher: closer to type and colors; 1: off"),
+    }
     sliders = {
-        "temperature": gr.Slider(0.1, 2, sampling.temperature, step=0.05, label="Temperature"),
-        "top_k": gr.Slider(0, 1000, sampling.top_k, step=10, label="Top-k (0: all tokens)"),
-        "top_p": gr.Slider(0.05, 1, sampling.top_p, step=0.01, label="Top-p"),
-        "min_p": gr.Slider(0, 0.5, sampling.min_p, step=0.01, label="Min-p"),
-        "repetition_penalty": gr.Slider(0.8, 2, sampling.repetition_penalty, step=0.05, label="Repetition penalty"),
-        "guidance": gr.Slider(1, 3, sampling.guidance, step=0.1, label="Guidance", info="sticks to type and colors"),
+        name: gr.Slider(low, high, getattr(sampling, name), step=step, label=LABELS[name], info=hint)
+        for name, (low, high, step, hint) in ranges.items()
     }
     return {
         **sliders,
-        "best_of": gr.Slider(1, 8, 1, step=1, label="Best of", info="names drawn for each: the best is kept"),
-        "best_by": gr.Dropdown(_BEST, value="score", label="The best is", elem_id="fe-best-by"),
+        "best_of": gr.Slider(
+            1, 8, 1, step=1, label=LABELS["best_of"], info="names drawn for each one shown; the best is kept"
+        ),
+        "best_by": gr.Dropdown(_BEST, value="score", label=LABELS["best_by"], elem_id="fe-best-by"),
     }
 
 
 def rule_controls() -> Controls:
-    """What every name must hold."""
+    """Rules that every name follows."""
     with gr.Row():
         texts: Controls = {
-            "starts_with": gr.Textbox(label="Starts with", max_lines=1, max_length=40, elem_id="fe-starts"),
-            "contains": gr.Textbox(label="Contains", max_lines=1, max_length=40),
-            "ends_with": gr.Textbox(label="Ends with", max_lines=1, max_length=40),
+            name: gr.Textbox(label=LABELS[name], max_lines=1, max_length=40, elem_id=f"fe-{name}")
+            for name in ("starts_with", "contains", "ends_with")
         }
     with gr.Row():
         lengths: Controls = {
-            "min_words": gr.Dropdown(_any_or(range(1, 9)), value=ANY, label="Words, at least", min_width=80),
-            "max_words": gr.Dropdown(_any_or(range(1, 9)), value=ANY, label="Words, at most", min_width=80),
-            "min_length": gr.Number(label="Letters, at least", precision=0, min_width=80),
-            "max_length": gr.Number(label="Letters, at most", precision=0, min_width=80),
+            name: gr.Dropdown(_any_or(range(1, 9)), value=ANY, label=LABELS[name], min_width=80)
+            for name in ("min_words", "max_words")
         }
+        lengths |= {name: _optional_number(name, min_width=80) for name in ("min_length", "max_length")}
     return {
         **texts,
         **lengths,
-        "regex": gr.Textbox(label="Regular expression", placeholder=".* of the .*", max_lines=1, max_length=100),
-        "banned_words": gr.Textbox(label="Banned words", placeholder="dragon, fire", max_lines=1),
-        "like": gr.Textbox(label="Like these names", placeholder="Goblin Guide; Lightning Bolt", max_lines=2),
-        "min_distance": gr.Slider(0, 0.8, 0, step=0.05, label="Distance from every real card"),
-        "alliterate": gr.Checkbox(label="All words begin with one letter"),
+        "regex": gr.Textbox(
+            label=LABELS["regex"], info="for the whole name", placeholder=".* of the .*", max_lines=1, max_length=100
+        ),
+        "banned_words": gr.Textbox(label=LABELS["banned_words"], placeholder="dragon, fire", max_lines=1),
+        "like": gr.Textbox(label=LABELS["like"], placeholder="Goblin Guide; Lightning Bolt", max_lines=2),
+        "min_distance": gr.Slider(
+            0, 0.8, 0, step=0.05, label=LABELS["min_distance"], info="share of letters that differ from any real card"
+        ),
+        "alliterate": gr.Checkbox(label=LABELS["alliterate"]),
     }
 
 
 def amount_controls() -> Controls:
-    """How many names, and which."""
+    """How many names, and the seed."""
     return {
-        "count": gr.Slider(1, MOST_NAMES, 20, step=1, label="Names"),
-        "seed": gr.Number(label="Seed", info="the same gives the same names; blank: a new one", precision=0,
-                          minimum=0, maximum=LARGEST_SEED),
-    }  # fmt: skip
+        "count": gr.Slider(1, MOST_NAMES, 20, step=1, label=LABELS["count"]),
+        "seed": _optional_number("seed", info="the same seed gives the same names; blank: a new seed each time"),
+    }
+
+
+def _optional_number(name: str, **look: Any) -> gr.Textbox:
+    """A number that may be blank. `gr.Number` in an accordion sends 0 for a blank field once it is opened (gradio#6728)."""
+    return gr.Textbox(label=LABELS[name], max_lines=1, max_length=10, elem_id=f"fe-{name}", **look)
 
 
 def settings_of(values: Mapping[str, Any]) -> Settings:
-    """The settings that the controls say.
+    """The settings that the controls show.
 
     Args:
         values: by the names of the controls, and "preset".
@@ -109,8 +157,8 @@ def settings_of(values: Mapping[str, Any]) -> Settings:
     Raises:
         ValueError: a value is not allowed.
     """
-    given: dict[str, Any] = {name: values[name] for name in ("preset", "banned_words", "like", "count", "seed", *_SAME)}
-    given |= {name: None if values[name] == ANY else _whole(name, values[name]) for name in _NUMBERS}
+    given: dict[str, Any] = {name: values[name] for name in ("preset", "banned_words", "like", "count", *_SAME)}
+    given |= {name: _whole(name, values[name]) for name in (*_NUMBERS, *_OPTIONAL)}
     given |= {name: None if values[name] == ANY else values[name] for name in ("rarity", "set_code")}
     parts = [" ".join(values["types"] or ()), " ".join(values["subtypes"] or ())]
     given["type_line"] = " — ".join(part for part in parts if part)
@@ -123,7 +171,7 @@ def settings_of(values: Mapping[str, Any]) -> Settings:
 def values_of(settings: Settings) -> dict[str, Any]:
     """What the controls show for settings: the inverse of `settings_of`."""
     supertypes, types, subtypes = parse_type_line(settings.type_line)
-    values: dict[str, Any] = {name: getattr(settings, name) for name in ("preset", "count", "seed", *_SAME)}
+    values: dict[str, Any] = {name: getattr(settings, name) for name in ("preset", "count", *_SAME)}
     values |= {name: values[name] or "" for name in ("starts_with", "contains", "ends_with", "regex")}
     exact = settings.words
     numbers = {
@@ -133,8 +181,9 @@ def values_of(settings: Settings) -> dict[str, Any]:
         "max_words": exact or settings.max_words,
     }
     values |= {name: ANY if number is None else str(number) for name, number in numbers.items()}
-    told = settings.attributes()
-    values |= {"rarity": told.rarity or ANY, "set_code": told.set_code or ANY}
+    values |= {name: "" if (own := getattr(settings, name)) is None else str(own) for name in _OPTIONAL}
+    attributes = settings.attributes()
+    values |= {"rarity": attributes.rarity or ANY, "set_code": attributes.set_code or ANY}
     values["types"], values["subtypes"] = [*(supertypes or ()), *(types or ())], list(subtypes or ())
     values["colors"] = _letters(settings.colors)
     values |= {"banned_words": ", ".join(settings.banned_words), "like": "; ".join(settings.like)}
@@ -159,7 +208,15 @@ def _any_or(values: Iterable[Any]) -> list[str]:
     return [ANY, *map(str, values)]
 
 
-def _whole(name: str, text: Any) -> int:
-    if not isinstance(text, str) or not text.isdecimal() or len(text) > 4:
-        raise ValueError(f"{name} is {text!r:.40}: give a whole number")
+def in_words(message: str) -> str:
+    """An error about fields of `Settings`, with the labels of the page."""
+    return re.sub(r"\b[a-z]+_[a-z]+\b", lambda match: LABELS.get(match[0], match[0]), message)
+
+
+def _whole(name: str, text: Any) -> int | None:
+    """The number in a field; None if it is blank or says "any"."""
+    if text is None or text == ANY or (isinstance(text, str) and not text.strip()):
+        return None
+    if not isinstance(text, str) or not re.fullmatch("[0-9]{1,10}", text.strip()):
+        raise ValueError(f"{LABELS[name]} must be a whole number, not {text!r:.40}")
     return int(text)

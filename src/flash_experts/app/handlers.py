@@ -106,7 +106,7 @@ class Handlers:
                 told = progress.settings.to_string()
                 yield Shown(rendering.names_table(rows, "New names"), rendering.status(progress), rows, told)
         except ValueError as error:
-            yield self._failed(str(error), table.put(()))
+            yield self._failed(form.in_words(str(error)), table.rows)
 
     def _failed(self, message: str, rows: Rows) -> Shown:
         return Shown(table_of(rows), rendering.failure(message), rows, "")
@@ -123,7 +123,7 @@ class Handlers:
             found = inspect_name(loaded, row.name.text, row.settings)
             return rendering.inspection_panel(found, row.model, block, None if head == -1 else head)
         except ValueError as error:
-            return rendering.failure(str(error))
+            return rendering.failure(form.in_words(str(error)))
 
     def compare(self, values: Mapping[str, Any], sides: Sequence[Side]) -> Iterator[list[Shown]]:
         """The same request to all sides."""
@@ -141,7 +141,7 @@ class Handlers:
                     for one in progress
                 ]
         except ValueError as error:
-            yield [Shown("", rendering.failure(str(error)), (), "") for _ in sides]
+            yield [Shown("", rendering.failure(form.in_words(str(error))), (), "") for _ in sides]
 
 
 def picked(rows: Rows, name: Any) -> Row | None:

@@ -3,7 +3,7 @@
 The name is cut as the tokenizer cuts it. A generated name may have been built from other pieces; that one is the
 likeliest.
 
-Letters in the shapes: T tokens that the model reads (begin symbol, prompt, name), V tokens of the vocabulary, H heads.
+Letters in the shapes: T tokens that the model reads (BOS token, prompt, name), V tokens of the vocabulary, H heads.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from flash_experts.models.moe import GPT2MoEForCausalLM
 
 ALTERNATIVES = 5
 LONGEST_NAME = 60  # characters
-END = "[end]"
+EOS_TEXT = "[EOS]"
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +59,7 @@ class Inspection:
         name: as it was read.
         prompt: what stood before it.
         tokens: texts of the T tokens that the model reads.
-        prompt_length: how many of them are begin symbol and prompt.
+        prompt_length: how many of them are BOS token and prompt.
         steps: of the name's tokens and its end.
         attention: by block, (H, T, T) float32: row t is where token t looks; its first t + 1 numbers sum to 1.
         experts: None for a dense model.
@@ -85,8 +85,8 @@ def inspect_name(loaded: LoadedModel, name: str, settings: Settings) -> Inspecti
         settings: of which the attributes and examples make the prompt.
 
     Raises:
-        ValueError: the name is blank or too long, the model tells no attention, or it does not know such a set, year or
-            rarity.
+        ValueError: the name is blank or too long, the model returns no attention weights, or it does not know such a set,
+            year or rarity.
     """
     name = shown_form(name)
     if not normal_form(name):
@@ -99,7 +99,7 @@ def inspect_name(loaded: LoadedModel, name: str, settings: Settings) -> Inspecti
     check_known(attributes, read_conditions(model.config.to_dict()))
     encoded = encode_name(name, attributes, generator.tokenizer)
     check_lengths(model, [name], [encoded])
-    texts = generator.vocabulary.texts
+    texts = generator.vocabulary.prompt_texts
     tokens = Tokens.of([encoded], texts)
     with loaded.lock:
         logits_TV, attention = _read(model, encoded.ids[:-1])
@@ -121,10 +121,10 @@ def _read(model: PreTrainedModel, ids: tuple[int, ...]) -> tuple[torch.Tensor, t
     """(T, V) logits, and the attention of each block."""
     with evaluating(model), torch.inference_mode(), _telling_attention(model):
         ids_1T = torch.tensor([ids], device=model.device)
-        mask_1T = torch.ones_like(ids_1T)  # the begin symbol is also the pad symbol
+        mask_1T = torch.ones_like(ids_1T)  # the BOS token is also the padding token
         out = model(ids_1T, attention_mask=mask_1T, output_attentions=True, use_cache=False)
     if not out.attentions or any(block is None for block in out.attentions):
-        raise ValueError("this model does not tell where it looks")
+        raise ValueError("this model does not return attention weights")
     return out.logits[0].float().cpu(), tuple(block[0].float().cpu().numpy() for block in out.attentions)
 
 
@@ -140,10 +140,10 @@ def _telling_attention(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _steps(logits_SV: torch.Tensor, ids: tuple[int, ...], texts: tuple[str, ...]) -> tuple[Step, ...]:
-    """How likely each of S tokens was, and what else could have come."""
+    """How likely each of S tokens was, the EOS token last, and what else could have come."""
 
     def shown(token: int) -> str:
-        return shown_text(texts[token]) if texts[token] else END
+        return EOS_TEXT if token == ids[-1] else shown_text(texts[token]) or f"[{token}]"
 
     steps = []
     for probs_V, token in zip(logits_SV.softmax(-1), ids, strict=True):

@@ -95,9 +95,11 @@ def _html(name: str, value: str = "", render: bool = True) -> gr.HTML:
 def _left(playground: Playground) -> tuple[form.Controls, gr.Button, gr.Button]:
     """The controls, and the buttons that start and stop."""
     controls = form.attribute_controls(playground.conditions())
-    controls["preset"] = gr.Radio(list(PRESETS), value="balanced", label="Style", elem_id="fe-preset")
+    controls["preset"] = gr.Radio(list(PRESETS), value="balanced", label=form.LABELS["preset"], elem_id="fe-preset")
     models = list(playground.models)
-    controls["model"] = gr.Dropdown(models, value=models[0], label="Model", visible=len(models) > 1, elem_id="fe-model")
+    controls["model"] = gr.Dropdown(
+        models, value=models[0], label=form.LABELS["model"], visible=len(models) > 1, elem_id="fe-model"
+    )
     with gr.Row():
         make = gr.Button("Make names", variant="primary", elem_id="fe-make", scale=3)
         stop = gr.Button("Stop", elem_id="fe-stop", scale=1, min_width=70)

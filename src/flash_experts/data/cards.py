@@ -162,15 +162,17 @@ def parse_colors(text: str | None) -> tuple[str, ...] | None:
             letters.add(letter_of[word])
         elif word in ("c", COLORLESS, "colourless"):
             colorless = True
-        elif set(word.upper()) <= set(COLORS):
-            letters.update(word.upper())
+        elif set(word.upper()) <= {*COLORS, "C"}:
+            letters.update(set(word.upper()) - {"C"})
+            colorless |= "c" in word
         else:
             near = difflib.get_close_matches(word, [*letter_of, COLORLESS], n=1, cutoff=0.5)
-            others = f"take {', '.join(letter_of)}, {COLORLESS}, or letters of {COLORS}"
+            others = f"use {', '.join(letter_of)}, {COLORLESS}, or letters of {COLORS} (C for {COLORLESS})"
             raise ValueError(f"unknown color {word!r}: " + (f"did you mean {near[0]!r}?" if near else others))
     found = in_color_order(letters)
     if colorless and found:
-        raise ValueError(f"a card cannot be colorless and {COLOR_WORDS[found[0]]}: choose one")
+        words = " and ".join(COLOR_WORDS[letter] for letter in found)
+        raise ValueError(f"{COLORLESS} cannot be combined with {words}: leave out one of them")
     return found
 
 

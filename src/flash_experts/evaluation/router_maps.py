@@ -81,7 +81,7 @@ class BlockFigures:
     Attributes:
         block: from 0.
         load: of each expert over the mean, all tokens that the model reads.
-        load_of_names: the same of the names' own tokens, without begin symbol and prompt.
+        load_of_names: the same of the names' own tokens, without BOS token and prompt.
         metrics: ``load_cv``, ``max_load``, ``load_entropy``, ``entropy``, ``top1``, and where there are such
             ``max_pair``, ``pair_entropy``, ``drop_rate`` or ``untaken_rate``.
         together: for each expert the share of its tokens that each other one took too; 1 on the diagonal.
@@ -102,7 +102,7 @@ class NameMap:
 
     Attributes:
         name: as it is shown.
-        tokens: texts of the tokens that are read, begin symbol and prompt among them.
+        tokens: texts of the tokens that are read, BOS token and prompt among them.
         classes: of `TOKEN_CLASSES`, of each token.
         experts: by block, for each token its experts and their gates, the largest gate first.
     """
@@ -205,7 +205,7 @@ def inspect_router(
     encoded = encode_names(names, attributes, tokenizer)
     check_lengths(model, names, encoded)
     routing = route(model, encoded)
-    tokens = Tokens.of(encoded, NameVocabulary(tokenizer, model.config.vocab_size).texts)
+    tokens = Tokens.of(encoded, NameVocabulary(tokenizer, model.config.vocab_size).prompt_texts)
     labels = token_labels(tokens) + ([] if cards is None else card_labels(cards, tokens))
     found = specializations(
         labels, [each.chosen_TE for each in routing], [each.block for each in routing], tokens.name_T, seed=seed

@@ -1,6 +1,6 @@
 """The tokens of names as `flash_experts.evaluation.router_maps` looks at them: their texts, classes and labels.
 
-Letters in the shapes: T tokens of all names that a model reads (begin symbols and prompts, no end symbols).
+Letters in the shapes: T tokens of all names that a model reads (BOS tokens and prompts, no EOS tokens).
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from flash_experts.evaluation.specialization import FEWEST_TOKENS, LabelSet
 
 IntArray = npt.NDArray[np.int64]
 
-TOKEN_CLASSES = ("begin symbol", "prompt", "word start", "continuation", "punctuation")
+TOKEN_CLASSES = ("BOS token", "prompt", "word start", "continuation", "punctuation")
 BEGIN, PROMPT, WORD_START, CONTINUATION, PUNCTUATION = range(5)
 _PLACES = ("1st", "2nd", "3rd", "4th", "5th", "6th", "7th and later")
 _FREQUENT = 16  # the most frequent tokens of names, which are looked at one by one
-_BEGIN_TEXT = "[begin]"
+_BOS_TEXT = "[BOS]"
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,7 @@ class Tokens:
         texts: of each token, ready to be shown: a space at its start is "·", a byte of half a character "\\xc3".
         name_T: (T,) index of the name.
         class_T: (T,) index into `TOKEN_CLASSES`.
-        place_T: (T,) place in the name, from 0; -1 in begin symbol and prompt.
+        place_T: (T,) place in the name, from 0; -1 in BOS token and prompt.
     """
 
     texts: tuple[str, ...]
@@ -43,14 +43,18 @@ class Tokens:
     place_T: IntArray
 
     @classmethod
-    def of(cls, names: Sequence[EncodedName], vocabulary: Sequence[str]) -> Tokens:
-        """The tokens of names; ``vocabulary`` has the text of each id, as the ``texts`` of a
-        `flash_experts.generation.vocabulary.NameVocabulary`."""
+    def of(cls, names: Sequence[EncodedName], prompt_texts: Sequence[str]) -> Tokens:
+        """The tokens of names.
+
+        Args:
+            names: what the model reads.
+            prompt_texts: the text of each id, from `flash_experts.generation.vocabulary.NameVocabulary`.
+        """
         texts: list[str] = []
         rows: list[tuple[int, int, int]] = []
         for index, name in enumerate(names):
             for at, token in enumerate(name.ids[:-1]):
-                text = vocabulary[token]
+                text = prompt_texts[token].lstrip() if at == 1 else prompt_texts[token]
                 place = at - name.prompt_length
                 if at == 0:
                     kind = BEGIN
@@ -58,7 +62,7 @@ class Tokens:
                     kind = PROMPT
                 else:
                     kind = _class_in_name(text, place)
-                texts.append(_BEGIN_TEXT if at == 0 else shown_text(text))
+                texts.append(_BOS_TEXT if at == 0 else shown_text(text))
                 rows.append((index, kind, max(place, -1)))
         name_T, class_T, place_T = np.array(rows, dtype=np.int64).T
         return cls(tuple(texts), name_T, class_T, place_T)

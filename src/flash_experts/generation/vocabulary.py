@@ -31,6 +31,7 @@ class NameVocabulary:
         end_id: the token that ends a name.
         texts: V strings; "" for special tokens, for ids without a token, and for whole words that swallow the space
             before them (`train_tokenizer` has them for prompts): within a name their text would not be what it was.
+        prompt_texts: V strings; `texts`, and " word" for such a whole word.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, size: int | None = None) -> None:
@@ -58,6 +59,11 @@ class NameVocabulary:
         self._backend = tokenizer.backend_tokenizer
         self._pieces = _pieces(tokenizer, self.size)
         self.texts = tuple(piece.decode("utf-8", "surrogateescape") for piece in self._pieces)
+        prompt_texts = list(self.texts)
+        for index, token in tokenizer.added_tokens_decoder.items():
+            if token.lstrip and not token.special:
+                prompt_texts[index] = " " + token.content
+        self.prompt_texts = tuple(prompt_texts)
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text as the tokenizer cuts it, without special tokens."""
