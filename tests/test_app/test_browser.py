@@ -61,7 +61,10 @@ def server(
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     with playwright.sync_playwright() as driver:
         context = driver.chromium.launch_persistent_context(
-            tmp_path_factory.mktemp("browser"), executable_path=CHROMIUM, args=FLAGS, viewport={"width": 1280, "height": 900}
+            tmp_path_factory.mktemp("browser"),
+            executable_path=CHROMIUM,
+            args=FLAGS,
+            viewport={"width": 1280, "height": 900},
         )
         context.set_default_timeout(WAIT)
         yield context

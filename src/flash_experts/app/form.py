@@ -56,9 +56,7 @@ _OPTIONAL = ("min_length", "max_length", "seed")  # numbers in text fields that 
 TEXTS = ("starts_with", "contains", "ends_with", "regex", "banned_words", *_OPTIONAL)  # Enter in them makes names
 SLIDERS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "guidance")
 _NUMBERS = ("mana_value", "released", "min_words", "max_words")  # dropdowns with "any"
-_SAME = (
-    *("starts_with", "contains", "ends_with", "regex", "alliterate", "min_distance", "best_of", "best_by"),
-)
+_SAME = (*("starts_with", "contains", "ends_with", "regex", "alliterate", "min_distance", "best_of", "best_by"),)
 
 Controls = dict[str, Any]  # Gradio components by name; which events one has depends on its kind
 
@@ -144,7 +142,7 @@ def amount_controls() -> Controls:
 
 
 def _optional_number(name: str, **look: Any) -> gr.Textbox:
-    """A number that may be blank. `gr.Number` in an accordion sends 0 for a blank field once it is opened (gradio#6728)."""
+    """A number that may be blank: a blank `gr.Number` becomes 0 when its accordion is opened (gradio#6728)."""
     return gr.Textbox(label=LABELS[name], max_lines=1, max_length=10, elem_id=f"fe-{name}", **look)
 
 
