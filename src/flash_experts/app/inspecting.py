@@ -85,8 +85,8 @@ def inspect_name(loaded: LoadedModel, name: str, settings: Settings) -> Inspecti
         settings: of which the attributes and examples make the prompt.
 
     Raises:
-        ValueError: the name is blank or too long, the model returns no attention weights, or it does not know such a set,
-            year or rarity.
+        ValueError: the name is blank or too long, the model returns no attention weights, or it does not know such a
+            set, year or rarity.
     """
     name = shown_form(name)
     if not normal_form(name):
