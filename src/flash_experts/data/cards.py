@@ -171,8 +171,8 @@ def parse_colors(text: str | None) -> tuple[str, ...] | None:
             raise ValueError(f"unknown color {word!r}: " + (f"did you mean {near[0]!r}?" if near else others))
     found = in_color_order(letters)
     if colorless and found:
-        words = " and ".join(COLOR_WORDS[letter] for letter in found)
-        raise ValueError(f"{COLORLESS} cannot be combined with {words}: leave out one of them")
+        others = " and ".join(COLOR_WORDS[letter] for letter in found)
+        raise ValueError(f"{COLORLESS} cannot be combined with {others}: leave out one of them")
     return found
 
 
