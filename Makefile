@@ -4,13 +4,16 @@ BIN := .venv/bin
 FLASH := $(BIN)/flash-experts
 ONE_THREAD := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: demo test learn docs lint audit bench install clean
+.PHONY: demo test test-peers learn docs lint audit bench install clean
 
 demo: .venv/.installed  ## real cards, a small MoE fine-tuned on them, compared, and names
 	@PATH="$(CURDIR)/$(BIN):$$PATH" sh scripts/demo.sh
 
 test: .venv/.installed-dev  ## all tests
 	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist worksteal
+
+test-peers: .venv/.installed-dev  ## transformers' own tests of models, on ours, with GPT-2 as the control
+	$(ONE_THREAD) $(BIN)/python -m pytest -o addopts=-ra -n 2 --dist worksteal tests/test_models/transformers_mixin.py
 
 learn: .venv/.installed-dev  ## every chapter of the learning path and its solutions, as scripts
 	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 tests/test_learn.py

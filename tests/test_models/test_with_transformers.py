@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
+import subprocess
+import sys
 from functools import partial
 from importlib import resources
 from pathlib import Path
@@ -12,6 +16,7 @@ from peft import LoraConfig, get_peft_model
 from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
     GPT2Config,
@@ -19,22 +24,15 @@ from transformers import (
     PreTrainedTokenizerFast,
     Trainer,
     TrainingArguments,
+    pipeline,
 )
+from transformers.models.auto import modeling_auto
 
+import flash_experts
 from flash_experts import GPT2MoEConfig, GPT2MoEForCausalLM
 from flash_experts.data.tokenizer import gpt2_tokenizer
 from flash_experts.models.loading import load_model
 from flash_experts.models.router_metrics import update_router_biases
-
-
-@pytest.fixture
-def moe(dense: GPT2LMHeadModel) -> GPT2MoEForCausalLM:
-    """Experts that differ from each other, so that routing matters."""
-    model = GPT2MoEForCausalLM.from_dense(dense, 4, 2, 2)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))
-    return model
 
 
 def test_saved_and_loaded_it_is_the_same(moe: GPT2MoEForCausalLM, tmp_path: Path) -> None:
@@ -189,6 +187,66 @@ def test_transformers_trainer_trains_it(
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[-1] < losses[0] - 1
     assert not torch.equal(moe.transformer.h[1].mlp.experts.up_proj, before)
+
+
+def test_the_trainer_passes_on_the_columns_that_gpt2_takes(
+    dense: GPT2LMHeadModel, moe: GPT2MoEForCausalLM, tmp_path: Path
+) -> None:
+    """It drops the columns that forward does not name: without position_ids packed names would see each other."""
+    ids = torch.arange(2, 8)
+    row = {"input_ids": ids, "labels": ids, "position_ids": torch.tensor([0, 1, 2, 0, 1, 2]), "token_type_ids": ids}
+    for model in (dense, moe):
+        seen: set[str] = set()
+        model.register_forward_pre_hook(lambda _module, _args, kwargs, s=seen: s.update(kwargs), with_kwargs=True)
+        arguments = TrainingArguments(
+            output_dir=str(tmp_path), report_to=[], use_cpu=True, max_steps=1, disable_tqdm=True, save_strategy="no"
+        )
+        Trainer(model=model, args=arguments, train_dataset=[row]).train()
+        assert row.keys() <= seen
+
+
+def test_what_forward_names_is_what_gpt2_names() -> None:
+    ours, theirs = (list(inspect.signature(c.forward).parameters) for c in (GPT2MoEForCausalLM, GPT2LMHeadModel))
+    assert [name for name in ours if name != "output_router_logits"] == [
+        {"cache": "past_key_values"}.get(name, name) for name in theirs
+    ]
+
+
+AUTO_CLASSES = """
+import sys
+import flash_experts
+heavy = {"torch", "transformers", "numpy"} & set(sys.modules)
+assert not heavy, heavy
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+config = AutoConfig.from_pretrained(sys.argv[1])
+print(type(config).__name__)
+for auto in (AutoModel, AutoModelForCausalLM):
+    print(type(auto.from_config(config)).__name__)
+"""
+
+
+def test_auto_classes_know_the_model_after_a_quick_import(moe: GPT2MoEForCausalLM, tmp_path: Path) -> None:
+    moe.config.save_pretrained(tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-c", AUTO_CLASSES, str(tmp_path)], capture_output=True, text=True, timeout=300
+    )
+    assert done.stdout.split() == ["GPT2MoEConfig", "GPT2MoEModel", "GPT2MoEForCausalLM"], done.stderr[-3000:]
+
+
+def test_auto_classes_that_were_imported_before_know_the_model_too(moe: GPT2MoEForCausalLM) -> None:
+    del modeling_auto.MODEL_MAPPING._model_mapping["gpt2_moe"]
+    importlib.reload(flash_experts)
+    assert type(AutoModel.from_config(moe.config)).__name__ == "GPT2MoEModel"
+
+
+def test_features_are_those_of_the_language_model(
+    moe: GPT2MoEForCausalLM, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    moe.save_pretrained(tmp_path)
+    features = pipeline("feature-extraction", str(tmp_path), tokenizer=tokenizer)("Goblin Guide", return_tensors=True)
+    ids = torch.tensor([tokenizer("Goblin Guide")["input_ids"]])
+    hidden = moe(ids, output_hidden_states=True).hidden_states
+    torch.testing.assert_close(features, hidden[-1])
 
 
 def test_a_lora_of_peft_trains_on_it(moe: GPT2MoEForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:

@@ -4,19 +4,17 @@ Its making from a dense GPT-2 is in `flash_experts.models.upcycling`, the way ba
 `flash_experts.models.downcycling`.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModelForCausalLM, GPT2LMHeadModel
+from transformers import Cache, GPT2LMHeadModel
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
@@ -53,6 +51,7 @@ class GPT2MoEOutput(MoeCausalLMOutputWithPast):
     """
 
     z_loss: torch.Tensor | None = None
+    cross_attentions: tuple[torch.Tensor, ...] | None = None
 
 
 class GPT2MoEBlock(GPT2Block):
@@ -79,6 +78,7 @@ class GPT2MoEPreTrainedModel(GPT2PreTrainedModel):
     _can_record_outputs = {  # noqa: RUF012
         "hidden_states": GPT2Block,
         "attentions": OutputRecorder(GPT2Attention, layer_name=".attn", index=1),
+        "cross_attentions": OutputRecorder(GPT2Attention, layer_name=".crossattention", index=1),
         "router_logits": OutputRecorder(Router, index=0),
         "router_choices": OutputRecorder(Router, index=2),
     }
@@ -172,22 +172,34 @@ class GPT2MoEForCausalLM(GPT2MoEPreTrainedModel, GPT2LMHeadModel):
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
         attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        encoder_hidden_states: torch.Tensor | None = None,
+        encoder_attention_mask: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
         output_router_logits: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Any,
     ) -> GPT2MoEOutput:
         """As `GPT2LMHeadModel.forward`, and the router's part.
 
+        The arguments are those of `GPT2LMHeadModel.forward`, by name: transformers' ``generate`` and ``Trainer`` pass
+        on only what this signature names.
+
         Args:
             input_ids: (B, S) tokens.
             attention_mask: (B, S), 0 at padding, which the router's losses leave out.
+            position_ids: (B, S). Without a mask and a cache, a position that is not the last one plus one starts
+                another document (a packed sequence).
             labels: (B, S), shifted here; -100 is ignored. With ``num_items_in_batch`` the loss is a sum divided by
                 it, and the balancing losses count by this batch's share of those items.
             output_router_logits: return router_logits, aux_loss and z_loss; None follows the configuration.
             logits_to_keep: positions that get logits: the last n, or the positions in a tensor; 0 is all.
-            **kwargs: ``position_ids``, ``past_key_values``, ``use_cache``, ``cu_seq_lens_q`` and the like.
+            **kwargs: ``cu_seq_lens_q``, ``num_items_in_batch``, ``output_attentions`` and the like.
 
         Raises:
             ValueError: a KV cache with expert choice, unless ``config.allow_noncausal_generation``.
@@ -196,11 +208,18 @@ class GPT2MoEForCausalLM(GPT2MoEPreTrainedModel, GPT2LMHeadModel):
             output_router_logits = self.config.output_router_logits
         trains_router = self.training and labels is not None
         wants_routing = output_router_logits or trains_router
-        mask_T = _padding_mask(attention_mask, kwargs.get("inputs_embeds") if input_ids is None else input_ids)
+        mask_T = _padding_mask(attention_mask, inputs_embeds if input_ids is None else input_ids)
+        if past_key_values is not None:  # transformers 5.24 calls it cache, and refuses both names at once
+            kwargs["past_key_values"] = past_key_values
+        kwargs |= {"position_ids": position_ids, "use_cache": use_cache}
         kwargs |= self._routing_arguments(mask_T, **kwargs)
         outputs = self.transformer(
             input_ids,
             attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            inputs_embeds=inputs_embeds,
+            encoder_hidden_states=encoder_hidden_states,
+            encoder_attention_mask=encoder_attention_mask,
             output_router_logits=wants_routing,
             output_router_choices=wants_routing,
             **kwargs,
@@ -225,6 +244,7 @@ class GPT2MoEForCausalLM(GPT2MoEPreTrainedModel, GPT2LMHeadModel):
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            cross_attentions=outputs.cross_attentions,
             router_logits=outputs.router_logits if output_router_logits else None,
         )
 
@@ -312,7 +332,7 @@ class GPT2MoEForCausalLM(GPT2MoEPreTrainedModel, GPT2LMHeadModel):
         router_init: str = "normal",
         dtype: torch.dtype | None = None,
         **config_fields: Any,
-    ) -> GPT2MoEForCausalLM:
+    ) -> Self:
         """Sparse upcycling (Komatsuzaki et al. 2022): experts made of the dense MLPs.
 
         With ``copy`` the gates of a token sum to one over equal experts, so the new model's logits are the dense
@@ -389,7 +409,3 @@ def _share_of_items(
     if num_items_in_batch is None:
         return 1.0
     return (labels != -100).sum() / num_items_in_batch
-
-
-AutoConfig.register(GPT2MoEConfig.model_type, GPT2MoEConfig)
-AutoModelForCausalLM.register(GPT2MoEConfig, GPT2MoEForCausalLM)
