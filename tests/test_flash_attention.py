@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -77,6 +79,25 @@ def test_packed_row_gives_the_logits_and_gradients_of_its_names(
         assert (mine is None) == (theirs is None)
         if mine is not None:
             torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    "positions",
+    ["012012", "567012", "340101", "123123", "012567", "345678", "000000", "543210"],
+)
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_document_starts_where_positions_jump(dense: GPT2LMHeadModel, positions: str, rows: int) -> None:
+    """As transformers' own eager attention has it: such as a document that a packer cut in two."""
+    model = GPT2MoEForCausalLM.from_dense(dense, 4, 2, 2).double()
+    position_ids = torch.tensor([[int(position) for position in positions]] * rows)
+    ids = torch.arange(6 * rows).view(rows, 6)
+    jumps = [i for i in range(1, 6) if position_ids[0, i] != position_ids[0, i - 1] + 1]
+    pieces = [slice(start, end) for start, end in pairwise([0, *jumps, 6])]
+    alone = torch.cat([model(ids[:, piece], position_ids=position_ids[:, piece]).logits for piece in pieces], dim=1)
+    for attention in ("fe_attention", "eager"):
+        model.set_attn_implementation(attention)
+        packed = model(ids, position_ids=position_ids, use_cache=False).logits
+        torch.testing.assert_close(packed, alone, rtol=0, atol=1e-12)
 
 
 def test_left_padding_changes_nothing(dense: GPT2LMHeadModel) -> None:

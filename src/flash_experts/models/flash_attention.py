@@ -57,7 +57,7 @@ def fe_attention_forward(
         dropout: probability that a weight is dropped.
         cu_seq_lens_q: (N + 1,) starts of the names of a packed row and T at the end.
         max_length_q: M; found from ``cu_seq_lens_q`` (one host synchronisation) if None.
-        position_ids: (B, S); tells a packed row by its zeros where ``cu_seq_lens_q`` is not given.
+        position_ids: (B, S); a jump in them starts another document where ``cu_seq_lens_q`` is not given.
         **kwargs: what transformers hands to every attention function.
 
     Returns:
@@ -146,13 +146,16 @@ def _asks_more(kwargs: dict[str, Any]) -> bool:
 
 
 def packed_starts(position_ids: torch.Tensor | None, rows: int, length: int) -> torch.Tensor | None:
-    """(N + 1,) int32 starts of names, and ``length``, if the positions of a single row start over; else None."""
+    """(N + 1,) int32 starts of the documents of a single row, and ``length``; None where it is one document.
+
+    A document starts wherever a position is not the last one plus one, as in transformers.
+    """
     if position_ids is None or rows != 1 or position_ids.shape[-1] != length:
         return None
-    starts = (position_ids.reshape(-1) == 0).nonzero()[:, 0]
-    if starts.numel() < 2:
+    later = (position_ids.reshape(-1).diff() != 1).nonzero()[:, 0] + 1
+    if not later.numel():
         return None
-    return F.pad(starts, (0, 1), value=length).to(torch.int32)
+    return F.pad(F.pad(later, (1, 0)), (0, 1), value=length).to(torch.int32)
 
 
 def fe_attention_mask(
