@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -181,6 +182,22 @@ def test_rows_of_a_cache_have_their_own_lengths() -> None:
     torch.testing.assert_close(whole, flash_attn_func(q, k_cache, v_cache))
 
 
+@pytest.mark.parametrize(
+    "window",
+    [[3, 2], torch.tensor([3, 2]), np.array([3, 2]), (np.int64(3), 2), (torch.tensor(3), torch.tensor(2))],
+    ids=["list", "tensor", "array", "numpy", "tensors"],
+)
+def test_a_window_is_any_two_integers(window: Any) -> None:
+    """As in the flash-attn package, whose own tests pass a tensor."""
+    assert torch.equal(flash_attn_func(Q, Q, Q, window_size=window), flash_attn_func(Q, Q, Q, window_size=(3, 2)))
+
+
+def test_the_length_of_a_cache_is_any_integer() -> None:
+    assert torch.equal(
+        flash_attn_with_kvcache(Q, Q, Q, cache_seqlens=np.int64(3)), flash_attn_with_kvcache(Q, Q, Q, cache_seqlens=3)
+    )
+
+
 # What is refused.
 
 Q = torch.randn(2, 5, 4, 16)
@@ -208,7 +225,9 @@ REFUSED: list[tuple[str, Callable[[], Any]]] = [
     ("dropout_p is 1.0: give a probability of at least 0 and under 1", lambda: flash_attn_func(Q, Q, Q, 1.0)),
     ("dropout_p is -0.1", lambda: flash_attn_func(Q, Q, Q, -0.1)),
     ("softcap is -1.0", lambda: flash_attn_func(Q, Q, Q, softcap=-1.0)),
-    (r"give \(left, right\)", lambda: flash_attn_func(Q, Q, Q, window_size=(1, 2, 3))),  # type: ignore[arg-type]
+    (r"give two integers \(left, right\)", lambda: flash_attn_func(Q, Q, Q, window_size=(1, 2, 3))),  # type: ignore[arg-type]
+    (r"give two integers \(left, right\)", lambda: flash_attn_func(Q, Q, Q, window_size=(1.5, 2))),  # type: ignore[arg-type]
+    (r"give two integers \(left, right\)", lambda: flash_attn_func(Q, Q, Q, window_size=3)),  # type: ignore[arg-type]
     (r"float32 of shape \(4,\) or \(2, 4\)", lambda: flash_attn_func(Q, Q, Q, alibi_slopes=torch.rand(2))),
     (r"float32 of shape", lambda: flash_attn_func(Q, Q, Q, alibi_slopes=torch.rand(4).double())),
     ("alibi_slopes is on meta", lambda: flash_attn_func(Q, Q, Q, alibi_slopes=torch.rand(4, device="meta"))),

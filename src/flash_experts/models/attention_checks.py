@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import itertools
 import math
+import operator
+from collections.abc import Sequence
+from typing import SupportsIndex
 
 import torch
 
@@ -154,13 +157,22 @@ def _check_lengths(cu_seqlens: torch.Tensor, x: torch.Tensor, max_seqlen: int, n
         raise ValueError(f"max_seqlen_{name} is {max_seqlen}, but a document has {max(lengths)} tokens: pass that")
 
 
+def _window(window_size: Sequence[SupportsIndex] | torch.Tensor) -> tuple[int, int]:
+    """(left, right), -1 for no limit, from any two integers: a tuple, a list, a tensor, an array."""
+    try:
+        left, right = (max(operator.index(limit), -1) for limit in window_size)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"window_size is {window_size}: give two integers (left, right), -1 for no limit") from error
+    return left, right
+
+
 def make_options(
     q: torch.Tensor,
     batch: int,
     dropout_p: float,
     softmax_scale: float | None,
     causal: bool,
-    window_size: tuple[int, int],
+    window_size: Sequence[SupportsIndex] | torch.Tensor,
     softcap: float,
     alibi_slopes: torch.Tensor | None,
 ) -> AttentionOptions:
@@ -169,8 +181,7 @@ def make_options(
         raise ValueError(f"dropout_p is {dropout_p}: give a probability of at least 0 and under 1")
     if softcap < 0 or not math.isfinite(softcap):
         raise ValueError(f"softcap is {softcap}: give a number of 0 (off) or more")
-    if len(window_size) != 2 or not all(isinstance(limit, int) for limit in window_size):
-        raise ValueError(f"window_size is {window_size}: give (left, right), -1 for no limit")
+    left, right = _window(window_size)
     if alibi_slopes is not None:
         H = q.shape[-2]
         if alibi_slopes.shape not in ((H,), (batch, H)) or alibi_slopes.dtype != torch.float32:
@@ -180,7 +191,6 @@ def make_options(
             )
         if alibi_slopes.device != q.device:
             raise ValueError(f"alibi_slopes is on {alibi_slopes.device}, q on {q.device}: move it there")
-    left, right = (max(limit, -1) for limit in window_size)
     seed = torch.randint(2**63 - 1, (1,), device=q.device) if dropout_p > 0 else None
     return AttentionOptions(
         scale=q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale,

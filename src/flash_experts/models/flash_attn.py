@@ -19,6 +19,8 @@ documents in it.
 
 from __future__ import annotations
 
+import operator
+
 import torch
 
 from flash_experts.models.attention_backends import attention, attention_varlen
@@ -295,6 +297,8 @@ def flash_attn_with_kvcache(
         cache_leftpad=cache_leftpad,
         block_table=block_table,
     )
+    if cache_seqlens is not None and not isinstance(cache_seqlens, torch.Tensor):
+        cache_seqlens = operator.index(cache_seqlens)
     check_cache(q, k_cache, v_cache, cache_seqlens, num_splits)
     options = make_options(q, q.shape[0], 0.0, softmax_scale, causal, window_size, softcap, alibi_slopes)
     if k is not None or v is not None:
