@@ -24,6 +24,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, GPT2Model
 from flash_experts.models.moe import GPT2MoEForCausalLM, GPT2MoEModel
 from flash_experts.models.moe_config import GPT2MoEConfig
 
+pytest.importorskip("parameterized", reason="transformers' tests need it: pip install parameterized")
 CACHE = Path(__file__).parents[2] / "build" / "transformers-tests" / transformers.__version__
 PACKAGE = "transformers_tests"
 # Tests that GPT-2 passes and ours cannot, and why.

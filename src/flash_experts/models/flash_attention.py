@@ -158,6 +158,22 @@ def packed_starts(position_ids: torch.Tensor | None, rows: int, length: int) -> 
     return F.pad(F.pad(later, (1, 0)), (0, 1), value=length).to(torch.int32)
 
 
+def sequence_of_tokens(
+    hidden: torch.Tensor,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    position_ids: torch.Tensor | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, int]:
+    """(T,) the sequence of each token, and how many there are: documents of a packed row, or rows of a batch."""
+    num_rows, length = hidden.shape[:2]
+    token_T = torch.arange(num_rows * length, device=hidden.device)
+    if cu_seq_lens_q is None:
+        cu_seq_lens_q = packed_starts(position_ids, num_rows, length)
+    if cu_seq_lens_q is None:
+        return token_T // max(length, 1), num_rows
+    return torch.searchsorted(cu_seq_lens_q[1:].long(), token_T, right=True), len(cu_seq_lens_q) - 1
+
+
 def fe_attention_mask(
     *,
     batch_size: int,

@@ -22,7 +22,7 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2Attention, GPT2Block, GPT
 from transformers.utils import can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder
 
-from flash_experts.models.flash_attention import ATTENTION_IMPLEMENTATION, packed_starts
+from flash_experts.models.flash_attention import ATTENTION_IMPLEMENTATION, sequence_of_tokens
 from flash_experts.models.loading import load_dense
 from flash_experts.models.moe_config import GPT2MoEConfig
 from flash_experts.models.moe_layer import (
@@ -231,7 +231,9 @@ class GPT2MoEForCausalLM(GPT2MoEPreTrainedModel, GPT2LMHeadModel):
         if labels is not None:
             loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
         if wants_routing:
-            sequences = _sequences(hidden, **kwargs) if self.config.router_aux_loss_scope == "sequence" else None
+            sequences = (
+                sequence_of_tokens(hidden, **kwargs) if self.config.router_aux_loss_scope == "sequence" else None
+            )
             aux_loss, z_loss = self._router_losses(outputs.router_logits, outputs.router_choices, mask_T, sequences)
             if loss is not None and labels is not None and trains_router:
                 weighted = self.config.router_aux_loss_coef * aux_loss + self.config.router_z_loss_coef * z_loss
@@ -384,22 +386,6 @@ def _padding_mask(attention_mask: torch.Tensor | None, inputs: torch.Tensor | No
     if attention_mask is None or inputs is None or attention_mask.shape != inputs.shape[:2]:
         return None
     return attention_mask.reshape(-1).bool()
-
-
-def _sequences(
-    hidden: torch.Tensor,
-    cu_seq_lens_q: torch.Tensor | None = None,
-    position_ids: torch.Tensor | None = None,
-    **_: Any,
-) -> tuple[torch.Tensor, int]:
-    """(T,) the sequence of each token, and how many there are: names of a packed row, or rows of a batch."""
-    num_rows, length = hidden.shape[:2]
-    token_T = torch.arange(num_rows * length, device=hidden.device)
-    if cu_seq_lens_q is None:
-        cu_seq_lens_q = packed_starts(position_ids, num_rows, length)
-    if cu_seq_lens_q is None:
-        return token_T // max(length, 1), num_rows
-    return torch.searchsorted(cu_seq_lens_q[1:].long(), token_T, right=True), len(cu_seq_lens_q) - 1
 
 
 def _share_of_items(
