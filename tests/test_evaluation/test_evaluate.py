@@ -18,6 +18,7 @@ from flash_experts.data.prompts import Attributes
 from flash_experts.evaluation import evaluate, evaluate_names, format_evaluation, read_names
 from flash_experts.evaluation import held_out as held_out_module
 from flash_experts.evaluation.costs import costs_of, parameter_counts
+from flash_experts.evaluation.evaluate import _association
 from flash_experts.evaluation.held_out import HeldOut
 from flash_experts.evaluation.novelty import Reference
 from flash_experts.evaluation.scorers import LanguageModel, Prompt
@@ -49,9 +50,34 @@ def test_a_uniform_model_needs_log2_of_the_vocabulary_per_token(
     expected = tokens * math.log2(len(name_tokenizer)) / characters
     figures = result.splits["test"]
     assert figures.unconditional.value == pytest.approx(expected, rel=1e-6)
-    # It cannot listen to its prompt either.
+    # Its words do not know each other, and it cannot listen to its prompt either.
+    assert figures.association is not None
+    assert figures.association.value == pytest.approx(0.0, abs=1e-4)
+    assert "Word association" in format_evaluation(result)
     assert figures.control is not None
     assert figures.control.value == pytest.approx(0.0, abs=1e-6)
+
+
+def test_word_association_swaps_the_second_words_of_pairs(names: dict[str, list[str]]) -> None:
+    """A model that finds every name of its list 3 bits likelier than another, whatever the words."""
+    known, scored = [*names["train"], "Three Word Name", "One"], list[str]()
+
+    class Scorer:
+        def nats(self, asked: list[str], attributes: list[Attributes]) -> np.ndarray:
+            scored.extend(asked)
+            assert set(attributes) == {Attributes()}
+            return np.array([len(name) + (0.0 if name in known else 3 * math.log(2)) for name in asked])
+
+    scorer = Scorer()
+    own = scorer.nats(known, [Attributes()] * len(known))
+    scored.clear()
+    found = _association(scorer, known, own, seed=0)  # type: ignore[arg-type]
+    swapped = [name for name in scored if name not in known]
+    assert len(scored) == 120 and found is not None
+    assert found.value == pytest.approx(3 * len(swapped) / len(scored))
+    count = Counter(word for name in scored for word in name.split())
+    assert count == Counter(word for name in names["train"] for word in name.split())
+    assert _association(scorer, known[:15], own[:15], seed=0) is None  # type: ignore[arg-type]
 
 
 def test_figures_do_not_depend_on_how_names_are_packed(

@@ -20,6 +20,16 @@ def test_bits_per_character_weighs_names_by_their_length() -> None:
     assert metrics.bits_per_character(nats, [2, 8]) == pytest.approx(0.6)
 
 
+def test_word_association_is_what_a_first_word_says_of_a_second() -> None:
+    """Of a model of pairs of words: its mean pointwise mutual information. First words' own costs cancel."""
+    gains = [3.0, 0.0, -1.0]  # bits of each pair of names
+    own = np.array([20.0, 31.0, 25.0])
+    estimate = metrics.word_association(own * math.log(2), (own + gains) * math.log(2))
+    assert estimate.value == pytest.approx(sum(gains) / 6)
+    assert estimate.low > -0.51 and estimate.high < 1.51
+    assert metrics.word_association([1.0] * 9, [1.0] * 9) == metrics.Estimate(0.0, 0.0, 0.0)
+
+
 @pytest.mark.parametrize(
     "measure",
     [

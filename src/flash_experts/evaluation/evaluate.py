@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +29,14 @@ from flash_experts.evaluation.metrics import (
     colors_of,
     paired_bits_difference,
     types_of,
+    word_association,
 )
 from flash_experts.evaluation.novelty import NameFigures, names_of
 from flash_experts.evaluation.scorers import LanguageModel, Scorer
 
 SAMPLES = 10_000  # of fewer, few are real cards, and the hit ratio says little
+ASSOCIATED = 700  # two-word names for word association
+_FEWEST_ASSOCIATED = 16
 EXAMPLES = 40  # samples that are shown
 _CONTROL_SHARE = 4  # names for the control classifiers, one for so many samples
 _PASSES = 3  # over the held-out names: nothing told, attributes told, another card's told
@@ -53,6 +56,7 @@ class SplitFigures:
             prompt.
         by_type: the figures for the cards of each type.
         by_color: the same for each color.
+        association: `word_association` of up to `ASSOCIATED` two-word names, unconditional; None of very few names.
     """
 
     names: int
@@ -62,6 +66,7 @@ class SplitFigures:
     control: Estimate
     by_type: dict[str, GroupBits]
     by_color: dict[str, GroupBits]
+    association: Estimate | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,6 +198,9 @@ def evaluate_scorer(scorer: Scorer, held_out: HeldOut, *, samples: int = SAMPLES
     for split, cards in held_out.splits.items():
         figures[split], nats[split] = _evaluate_split(scorer, cards, seed)
     scored_per_second = _PASSES * sum(map(len, held_out.splits.values())) / (time.perf_counter() - start)
+    for split, cards in held_out.splits.items():
+        association = _association(scorer, names_of(cards), nats[split].unconditional, seed)
+        figures[split] = replace(figures[split], association=association)
     drawn: list[str] = []
     if samples:
         start = time.perf_counter()
@@ -235,3 +243,20 @@ def _evaluate_split(scorer: Scorer, cards: Sequence[Card], seed: int) -> tuple[S
         by_type=bits_by_group(unconditional, conditional, characters, cards, types_of),
         by_color=bits_by_group(unconditional, conditional, characters, cards, colors_of),
     ), NameNats(characters, unconditional, conditional)
+
+
+def _association(scorer: Scorer, names: Sequence[str], nats_N: FloatArray, seed: int) -> Estimate | None:
+    """Word association of two-word names, drawn by ``seed``; ``nats_N`` are those of all names, unconditional."""
+    of_two = [index for index, name in enumerate(names) if len(name.split()) == 2]
+    random.Random(f"word association/{seed}").shuffle(of_two)
+    of_two = of_two[:ASSOCIATED]
+    if len(of_two) < _FEWEST_ASSOCIATED:
+        return None
+    half = len(of_two) // 2
+    pairs = np.array([of_two[:half], of_two[half : 2 * half]]).T
+    swapped = []
+    for one, other in pairs.tolist():
+        (first, second), (third, fourth) = names[one].split(), names[other].split()
+        swapped += [f"{first} {fourth}", f"{third} {second}"]
+    nats_swapped = scorer.nats(swapped, [NONE] * len(swapped)).reshape(-1, 2).sum(axis=1)
+    return word_association(nats_N[pairs].sum(axis=1), nats_swapped, seed=seed)

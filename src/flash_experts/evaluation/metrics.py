@@ -108,6 +108,25 @@ def paired_bits_difference(
     return bits_estimate(nats_a - nats_b, characters_N, seed=seed)
 
 
+def word_association(nats_own_P: npt.ArrayLike, nats_swapped_P: npt.ArrayLike, *, seed: int = 0) -> Estimate:
+    """Bits by which the second word of a two-word name is likelier after its own first word than after another's.
+
+    Names come in pairs that swap their second words. What the first words cost is the same before and after, so it
+    cancels within each pair, and what is left is what the first word says about the second. Zero means that the
+    model's words do not know each other; a word that is common everywhere counts nothing.
+
+    Args:
+        nats_own_P: (P,) nats of both names of each pair together.
+        nats_swapped_P: (P,) the same with their second words swapped.
+        seed: of the bootstrap over pairs.
+
+    Returns:
+        Bits a name, with a 95% interval.
+    """
+    own, swapped = _same_length(nats_own_P, nats_swapped_P)
+    return ratio_of_sums((swapped - own) / NATS_PER_BIT, np.full(own.size, 2.0), seed=seed)
+
+
 def share(hits_N: npt.ArrayLike, *, seed: int = 0) -> Estimate:
     """The share of names of which something is true, with its interval.
 

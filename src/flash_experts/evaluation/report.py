@@ -18,6 +18,7 @@ from flash_experts.evaluation.blind_test import REAL
 from flash_experts.evaluation.compare import ComparisonResult
 from flash_experts.evaluation.plots import all_plots, svg
 from flash_experts.evaluation.tables import (
+    association_table,
     bits_table,
     control_table,
     cost_table,
@@ -54,6 +55,7 @@ def render_report(result: ComparisonResult, title: str = "Models compared", day:
         labels=[model.label for model in result.models],
         bits=bits_table(result.models, result.differences),
         differences=difference_table(result),
+        association=association_table(result.models),
         novelty=novelty_table(result.models),
         variety=variety_table(result.models),
         detection=detection_table(result.models),

@@ -99,6 +99,18 @@ def bits_table(results: Sequence[EvaluationResult], differences: Sequence[Differ
     return Table(f"{title}; * no other model is shown to be better" if differences else title, header, tuple(rows))
 
 
+def association_table(results: Sequence[EvaluationResult]) -> Table:
+    """How well each model knows which words go together."""
+    rows = [
+        (result.label, split, f"{figures.association:+.2f}")
+        for split in (results[0].splits if results else ())
+        for result in results
+        if (figures := result.splits[split]).association is not None
+    ]
+    title = "Word association: bits that the first word of a two-word name saves on the second (95% interval)"
+    return Table(f"{title}; more is better", ("model", "held-out", "bits a name"), tuple(rows))
+
+
 def novelty_table(results: Sequence[EvaluationResult]) -> Table:
     """How many of each model's samples, and of real names, are or resemble cards that exist."""
     header = ("samples of", "names", "real cards", "near a card", "in train", "in test_iid", "hit ratio")
@@ -253,6 +265,7 @@ def format_comparison(result: ComparisonResult, width: int = 120) -> str:
 
 def _common_tables(results: Sequence[EvaluationResult]) -> list[Table]:
     return [
+        association_table(results),
         novelty_table(results),
         variety_table(results),
         detection_table(results),
