@@ -28,7 +28,7 @@ tab.yaml :: tab.yaml:2 is no YAML
 twice.yaml :: twice.yaml:2 is no YAML of settings: 'seed' is there twice
 nullbyte.yaml :: nullbyte.yaml: 'a' has a null character
 again.yaml :: cannot name another
-number-key.yaml :: Key must be a string
+number-key.yaml :: is not the name of a setting
 dots.yaml :: dots.yaml:3 is no YAML
 """
 _EACH = ("binary", "aliases", "tag", "list")  # to each command; the rest to two

@@ -9,12 +9,12 @@ import sys
 from argparse import ArgumentError
 from collections.abc import Callable
 from pathlib import Path
-from types import UnionType
-from typing import Any, Literal, NoReturn, Union, get_args, get_origin
+from typing import Any, Literal, NoReturn
 
+import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 
-from flash_experts.data.yaml_files import read_yaml
+from flash_experts.data.yaml_files import kind_of, read_settings
 from flash_experts.plain_text import one_line, say
 
 Run = Callable[[Namespace], None]
@@ -26,7 +26,6 @@ _UNKNOWN = (
 )
 # Of a value that has not the type of its option; a union tells of each of its types first.
 _INVALID = r'option "([\w.]+)"(?: element \d+)?: (?:Does not validate|Expected a )(?:.*(?:Got|Given) value: ?(.*))?$'
-_KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
 MOST_SEEDS = 2**32
 _MOST_CHARACTERS = 10_000  # of an argument: a value is read as YAML, which calls itself for each bracket
 _MOST_SHOWN = 400  # of a message
@@ -37,15 +36,20 @@ class _ConfigFile(ActionConfigFile):
 
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
         try:
-            settings = read_yaml(values)
+            settings = read_settings(values, parser.hints)
             if "config" in settings:
                 raise ValueError(f"{values}: a file of settings cannot name another with `config`")
-            for group in parser._groups & settings.keys():
-                if not isinstance(settings[group], dict):
-                    raise ValueError(f"{values}: {group} must have settings under it, not {settings[group]!r}")
         except ValueError as error:
             parser.error(str(error))
-        super().__call__(parser, cfg, values, option_string)
+        super().__call__(parser, cfg, yaml.dump(settings, Dumper=_Quoted), option_string)
+        cfg[self.dest][-1] = str(values)
+
+
+class _Quoted(yaml.SafeDumper):
+    """Writes every text in quotes: it must not be taken for a number when jsonargparse reads it."""
+
+
+_Quoted.add_representer(str, lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"'))
 
 
 class CommandParser(ArgumentParser):
@@ -67,6 +71,19 @@ class CommandParser(ArgumentParser):
         if seed is not None and not 0 <= seed < MOST_SEEDS:
             self.error(f"--seed must be from 0 to {MOST_SEEDS - 1:,}, not {seed}")
         return namespace
+
+    @property
+    def hints(self) -> dict[str, Any]:
+        """The type of each option."""
+        found: dict[str, Any] = {}
+        for action in self._actions:
+            hint: Any = getattr(action, "_typehint", None) or action.type
+            if action.nargs == 0 and isinstance(action.default, bool):
+                hint = bool
+            if hint is not None and not action.dest.endswith(".help"):
+                hint = list[hint] if action.nargs in ("+", "*") else hint
+                found[action.dest] = hint | None if action.default is None else hint
+        return found
 
     @property
     def _groups(self) -> set[str]:
@@ -98,7 +115,7 @@ class CommandParser(ArgumentParser):
     def _told(self, key: str, value: str | None) -> str | None:
         """What an option takes, for a value that it does not; None for what only jsonargparse can tell."""
         action = next((action for action in self._actions if action.dest == key), None)
-        kind = None if action is None else _kind_of(getattr(action, "_typehint", None) or action.type)
+        kind = None if action is None else kind_of(getattr(action, "_typehint", None) or action.type)
         if kind is None or value is None:
             return None
         near = difflib.get_close_matches(value, kind.removeprefix("one of ").split(", "), n=1)
@@ -106,18 +123,6 @@ class CommandParser(ArgumentParser):
 
     def format_help(self, *args: Any, **kwargs: Any) -> str:
         return re.sub(r"--[a-z_.]+", lambda match: match[0].replace("_", "-"), super().format_help(*args, **kwargs))
-
-
-def _kind_of(hint: Any) -> str | None:
-    """A type in words."""
-    if get_origin(hint) in (Union, UnionType):
-        kinds = [_kind_of(part) for part in get_args(hint)]
-        return None if None in kinds else " or ".join(dict.fromkeys(filter(None, kinds)))
-    if get_origin(hint) is Literal:
-        return f"one of {', '.join(map(str, get_args(hint)))}"
-    if get_origin(hint) is list and get_args(hint)[0] in (str, int):
-        return "a list, such as [a,b]" if get_args(hint)[0] is str else "a list, such as [1,2]"
-    return _KINDS.get(hint)
 
 
 def shortened(text: str) -> str:
