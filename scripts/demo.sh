@@ -20,10 +20,11 @@ step "3/5  Fine-tune the experts on the names (3 minutes)"
 flash-experts train --config configs/quickstart.yaml --base models/demo-upcycled
 
 step "4/5  Compare on unseen names: the base, the experts after their three minutes, the released ones (1 minute)"
-if [ -f report.html ] && [ report.html -nt models/quickstart/model.safetensors ]; then
-  echo "report.html is newer than the model already"
+report=models/quickstart/report.html
+if [ -f $report ] && [ $report -nt models/quickstart/model.safetensors ]; then
+  echo "$report is newer than the model already"
 else
-  flash-experts compare models/mtg-base models/quickstart models/mtg-names --samples 300 --out report.html
+  flash-experts compare models/mtg-base models/quickstart models/mtg-names --samples 300 --out $report --overwrite
 fi
 
 step "5/5  Twenty names for each of several kinds of cards; none of them is a real card (30 seconds)"
@@ -36,5 +37,5 @@ Try next:
   flash-experts generate --type "Legendary Creature - Dragon" --colors UR --count 10     (the released model's names)
   flash-experts generate --model models/quickstart --type Instant --starts-with Th --preset creative
   flash-experts train --config configs/quickstart.yaml --training.run-name wide --model.num-experts 16
-  flash-experts compare models/quickstart models/wide       (then open report.html)
+  flash-experts compare models/quickstart models/wide       (then open the report that it names)
 END

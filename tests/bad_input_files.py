@@ -110,17 +110,17 @@ FILES += table(1, _LISTS, "evaluate models/base --names ") + table(1, _LISTS, "i
 # --------------------------------------------------------------------------------------------------------- the output
 
 _FOLDERS = """
-'' :: is no folder
-names.txt :: is no folder
-names.txt/new :: names.txt is no folder
-/dev/null :: is no folder
+'' :: is not a directory
+names.txt :: is not a directory
+names.txt/new :: names.txt is not a directory
+/dev/null :: is not a directory
 models/base :: models/base is
 """
 _OUTPUTS = """
-'' :: is a folder
-folder.txt :: is a folder
-names.txt/new{suffix} :: names.txt is no folder
-/dev/null :: is a device
+'' :: is a directory
+folder.txt :: is a directory
+names.txt/new{suffix} :: names.txt is not a directory
+/dev/null :: is not a plain file
 """
 OUTPUT = [
     Case(f"{words} {case.words}", 1, case.answer)
@@ -142,12 +142,12 @@ OUTPUT += table(
     """
 compare models/base --out report.json :: must not end in .json
 inspect models/moe --out report.JSON :: must not end in .json
-compare models/base --png names.txt :: is no folder
-inspect models/moe --png names.txt :: is no folder
+compare models/base --png names.txt :: is not a directory
+inspect models/moe --png names.txt :: is not a directory
 downcycle models/moe --out models/moe :: is the model that is read
 benchmark moe --out nowhere/m.json :: no folder nowhere
-benchmark moe --out folder.txt :: is a folder
-benchmark moe --plot /dev/null :: is a device
+benchmark moe --out folder.txt :: is a directory
+benchmark moe --plot /dev/null :: is not a plain file
 """,
 )
 

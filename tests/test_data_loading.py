@@ -185,7 +185,7 @@ def test_prepare_is_idempotent_and_says_so(names_file: Path, tmp_path: Path) -> 
     assert prepare(names_file, tmp_path)["up_to_date"] is True
     assert before == {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in tmp_path.iterdir()}
     (tmp_path / "test.jsonl").write_text("", encoding="utf-8")
-    assert prepare(names_file, tmp_path)["up_to_date"] is False
+    assert prepare(names_file, tmp_path, overwrite=True)["up_to_date"] is False
     assert before.keys() == {path.name for path in tmp_path.iterdir()}
     assert all(path.read_bytes() == before[path.name][0] for path in tmp_path.iterdir())
 

@@ -91,7 +91,7 @@ def test_a_full_disk(name: str, place: Path) -> None:
     after = contents(place)
     assert len(after) > len(before)
     with small_files():
-        done = run(*COMMANDS[name].split(), cwd=place)
+        done = run(*COMMANDS[name].split(), "--overwrite", cwd=place)
     check(done, name, ("File too large",))
     assert contents(place) == after
 

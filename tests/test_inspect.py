@@ -310,7 +310,7 @@ def test_the_command(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert all((folder / "png" / name).read_bytes().startswith(b"\x89PNG") for name in pictures)
 
     (folder / "names.txt").write_text("Goblin Guide\n\nJötun Grunt\n", "utf-8")
-    assert main(["inspect", *common, "--names", str(folder / "names.txt"), "--json"]) == 0
+    assert main(["inspect", *common, "--names", str(folder / "names.txt"), "--json", "--overwrite"]) == 0
     named = json.loads(capsys.readouterr().out)
     assert named == json.loads((folder / "out" / "page.json").read_text("utf-8"))
     assert [each["name"] for each in named["maps"]] == ["Goblin Guide", "Jötun Grunt"]

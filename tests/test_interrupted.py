@@ -23,7 +23,7 @@ from flash_experts.training import checkpoint as checkpoints
 from flash_experts.training.signals import StopSignals
 
 MOMENTS = ("0.004", "0.06", "0.2")  # seconds of computing
-TEMPORARY = (".tmp-", ".prepare-", ".export", ".new.csv", ".report.html", ".inspect.html", ".curves.json")
+TEMPORARY = (".tmp-", ".flash-experts-")
 
 if not hasattr(signal, "setitimer"):
     pytest.skip("Windows has no timers of a process", allow_module_level=True)

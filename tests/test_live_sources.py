@@ -351,7 +351,7 @@ def test_prepare_from_scryfall_and_what_changed_since(
     assert (changes["added"], changes["removed"], changes["names_before"]) == (2, 1, meta["names"])
     assert prepare("scryfall", out)["up_to_date"], "what the last change was stays written"
     (out / "test.jsonl").write_text("", encoding="utf-8")
-    assert prepare("scryfall", out)["changes"] == changes, "a repair is no change"
+    assert prepare("scryfall", out, overwrite=True)["changes"] == changes, "a repair is no change"
 
 
 def test_prepare_without_a_network_is_one_line(

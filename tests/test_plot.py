@@ -64,7 +64,7 @@ def test_pictures_and_pages_repeat_to_the_byte(runs: list[str], tmp_path: Path, 
     out = tmp_path / f"curves.{ending}"
     contents = []
     for _ in range(2):
-        assert main(["plot", *runs, "--out", str(out)]) == 0
+        assert main(["plot", *runs, "--out", str(out), "--overwrite"]) == 0
         contents.append(out.read_bytes())
     assert contents[0] == contents[1] and contents[0].startswith(begins)
     if ending == "html":

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import os
 import re
 import signal
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +25,7 @@ from flash_experts.training.checkpoint import checkpoint_path, checkpoint_steps
 from flash_experts.training.errors import OutOfMemoryError
 from flash_experts.training.finite import MOST_SKIPS_IN_A_ROW, FiniteGuard
 from flash_experts.training.prepared import check_prepared
+from flash_experts.training.signals import STOPPING, StopSignals
 from flash_experts.training.tracking import read_metrics
 from tests.test_training import TRAIN, VALIDATION, make_model
 
@@ -181,7 +185,16 @@ def test_out_of_memory_names_the_knob(trainer_of: Callable[..., Any], config: Tr
         trainer.train()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.fixture
+def hangup() -> Iterator[None]:
+    """SIGHUP as a shell leaves it, even if the tests run under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.usefixtures("hangup")
+@pytest.mark.parametrize("number", STOPPING)
 def test_a_signal_saves_at_the_next_boundary_and_the_rest_is_the_same(
     trainer_of: Callable[..., Any], config: TrainingConfig, capsys: pytest.CaptureFixture[str], number: signal.Signals
 ) -> None:
@@ -192,12 +205,43 @@ def test_a_signal_saves_at_the_next_boundary_and_the_rest_is_the_same(
     result = trainer.train()
     assert signal.getsignal(number) is handler
     assert result.interrupted and result.step == 3 and checkpoint_steps(config.run_dir) == [3]
-    words = f"{number.name}: stopped after step 3, saved in {checkpoint_path(config.run_dir, 3)}. Go on with --resume"
+    words = f"{number.name}: stopped after step 3, saved in {checkpoint_path(config.run_dir, 3)}. Continue with"
     assert words in capsys.readouterr().err
     model, trainer = trainer_of(config)
     trainer.train("auto")
     assert torch.equal(straight.transformer.wte.weight, model.transformer.wte.weight)
     assert lines_of(config) == lines_of(replace(config, run_name="straight"))
+
+
+@pytest.mark.usefixtures("hangup")
+def test_a_dropped_connection_takes_the_terminal_and_not_the_run(
+    trainer_of: Callable[..., Any], config: TrainingConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever is printed at a terminal that is gone fails with EIO."""
+
+    class HangUp(Callback):
+        def on_log(self, step: int, metrics: Mapping[str, float]) -> None:
+            if step == 2:
+                os.close(terminal)
+                signal.raise_signal(signal.SIGHUP)
+
+    terminal, end = os.openpty()
+    with monkeypatch.context() as patch, contextlib.suppress(OSError), open(end, "w", encoding="utf-8") as stream:
+        patch.setattr(sys, "stderr", stream)
+        result = trainer_of(config, callbacks=[HangUp()])[1].train()
+        with pytest.raises(OSError, match="Input/output"):
+            print("more", file=stream, flush=True)
+    assert result.reason == "SIGHUP" and checkpoint_steps(config.run_dir) == [3]
+
+
+@pytest.mark.usefixtures("hangup")
+def test_under_nohup_a_hangup_stays_ignored() -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with StopSignals() as signals:
+        signal.raise_signal(signal.SIGHUP)
+        assert signals.received is None
+        signal.raise_signal(signal.SIGTERM)
+        assert signals.received == "SIGTERM"
 
 
 def test_a_second_trainer_is_refused_while_the_first_runs(

@@ -273,7 +273,7 @@ def test_the_command(
         (["--granularity", "4"], 1, "take method 'granular'"),
         (["--num-experts", "0"], 1, "--num-experts"),
     ):
-        assert main([*made, *wrong]) == status
+        assert main([*made, "--overwrite", *wrong]) == status
         err = capsys.readouterr().err
         assert said in err and err.count("\n") == 1
     assert main(["upcycle", out, "--out", str(tmp_path / "again")]) == 1

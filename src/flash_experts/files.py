@@ -1,97 +1,206 @@
-"""Where results go: looked at before anything is computed, and written whole or not at all."""
+"""Where results go: looked at before anything is computed, and written whole or not at all.
+
+**The rule of every command: a file that exists and a folder that holds something are not written to without
+``--overwrite``** (`check_replaced`). Two commands may be repeated, since nothing can be lost: `train` resumes the run
+that it wrote, and `prepare` renews its own files as long as their hashes are those in its meta.json. Where ``--out`` is
+left out, a command takes the first free name: report.html, report-2.html, and so on.
+
+Temporary files have names that nobody can guess, and only the process that made them removes them. What a `kill -9`
+leaves of them is never swept up by pattern: it could be another machine's, still being written.
+"""
 
 from __future__ import annotations
 
-import glob
+import errno
 import os
+import secrets
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+import stat
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
 
+from flash_experts.ctrl_c import held_back
 
-@contextmanager
-def whole_file(path: str | Path) -> Iterator[Path]:
-    """A place to write a file to, which gets its name when the block ends, and is gone if the block fails.
+if os.name == "posix":
+    import fcntl
+
+# ------------------------------------------------------------------------------------------------------------ checks
+
+
+def check_replaced(path: str | Path, overwrite: bool, option: str = "--out") -> None:
+    """The rule above. Hidden files of a folder do not count: we write none.
 
     Raises:
-        OSError: it cannot be written.
+        ValueError: something is there, and ``overwrite`` is not given.
     """
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = temporary_beside(target)
-    try:
-        yield temporary
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, target)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    path = Path(path)
+    if overwrite or not os.path.lexists(path):
+        return
+    if path.is_dir():
+        if any(not name.startswith(".") for name in os.listdir(path)):
+            raise ValueError(
+                f"{option} {path} is not empty: give a new folder, or --overwrite to replace files of the same name"
+            )
+    elif path.exists():  # a link to nothing is written through
+        raise ValueError(f"{option} {path} exists already: give another name, or --overwrite to replace it")
 
 
-def temporary_beside(target: Path) -> Path:
-    """A name that only this process uses, of the same suffix; what killed processes left under theirs is removed."""
-    start = f".{target.name[:100]}-"
-    for left in target.parent.glob(f"{glob.escape(start)}[0-9]*"):
-        process = left.name.removeprefix(start).split(".")[0]
-        if process.isdigit() and not _is_alive(int(process)):
-            shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
-    return target.with_name(f"{start}{os.getpid()}{target.suffix}")
-
-
-def _is_alive(process: int) -> bool:
-    if process == os.getpid():
-        return False  # this process is done with what it wrote before
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:  # it is another user's
-        return True
-    return True
-
-
-def check_out_folder(out: str, source: str | None = None, *, option: str = "--out") -> None:
+def check_out_folder(out: str, overwrite: bool, source: str | None = None, *, option: str = "--out") -> None:
     """Looks at a folder that is to be written to before anything is computed.
 
     Raises:
-        ValueError: it is a file, cannot be made, is that of a training run, or of the model that is read (``source``).
+        ValueError: it is a file, cannot be made, holds something, or is that of a training run or of the model that is
+            read (``source``).
     """
     path = Path(out)
     if out == "" or (path.exists() and not path.is_dir()):
-        raise ValueError(f"{option} {out!r} is no folder: give a new one")
+        raise ValueError(f"{option} {out!r} is not a directory: give a new one")
     if source is not None and path.exists() and path.resolve() == Path(source).resolve():
         raise ValueError(f"{option} {out} is the model that is read: give a new folder")
     if (path / "checkpoints").is_dir():
         raise ValueError(f"{option} {out} is the folder of a training run, which is kept as it is: give a new one")
-    _check_parents(path)
+    check_replaced(path, overwrite, option)
+    _check_writable(path, option)
 
 
-def check_out_file(out: str, *, option: str = "--out", never: str | None = None) -> None:
+def check_out_file(out: str, overwrite: bool, *, option: str = "--out", also: Sequence[str] = ()) -> None:
     """Looks at a file that is to be written before anything is computed.
 
     Args:
         out: its path.
+        overwrite: whether it may be replaced.
         option: that named it.
-        never: a suffix that it must not have, since another file is written there.
+        also: suffixes of further files that are written next to it.
 
     Raises:
-        ValueError: it is a folder, has that suffix, or the folder that it is to be in cannot be written.
+        ValueError: it is a folder, exists, has one of those suffixes, or its folder cannot be written.
     """
     path = Path(out)
     if not path.name or path.is_dir():
-        raise ValueError(f"{option} {out!r} is a folder: give a file name")
-    if path.exists() and not path.is_file():  # written by renaming, which would put a plain file in a device's place
-        raise ValueError(f"{option} {out} is a device or a pipe: give a file name")
-    if never is not None and path.suffix.lower() == never:
-        raise ValueError(f"{option} {out} must not end in {never}: the figures are written beside it under that name")
-    _check_parents(path)
+        raise ValueError(f"{option} {out!r} is a directory: give a file name")
+    if path.suffix.lower() in also:
+        raise ValueError(
+            f"{option} {out} must not end in {path.suffix.lower()}: the numbers are written next to it under that name"
+        )
+    for file in (path, *(path.with_suffix(suffix) for suffix in also)):
+        if file.exists() and not file.is_file():  # written by renaming, which would replace the device by a plain file
+            raise ValueError(f"{option} {file} is not a plain file: give another name")
+        check_replaced(file, overwrite, option)
+        _check_writable(file, option)
 
 
-def _check_parents(path: Path) -> None:
-    """Whether the nearest folder that is there can be written."""
+def free_name(name: str, also: Sequence[str] = ()) -> str:
+    """``report.html``, or the first of ``report-2.html``, ``report-3.html``, ... that does not exist.
+
+    Args:
+        name: the default.
+        also: suffixes of further files that are written next to it.
+    """
+    first = Path(name)
+    for number in count(1):
+        path = first if number == 1 else first.with_stem(f"{first.stem}-{number}")
+        if not any(map(os.path.lexists, (path, *(path.with_suffix(suffix) for suffix in also)))):
+            break
+    return str(path)
+
+
+def _check_writable(path: Path, option: str) -> None:
+    """Whether what is there, or the nearest folder that is there, can be written."""
+    if path.exists():
+        if not os.access(path, os.W_OK):
+            raise ValueError(f"cannot write {path}: it is read-only: give another {option}")
+        if path.is_dir():
+            return
     there = next(folder for folder in path.absolute().parents if os.path.lexists(folder))
     if not there.is_dir():
-        raise ValueError(f"cannot write {path}: {there} is no folder: give another --out")
+        raise ValueError(f"cannot write {path}: {there} is not a directory: give another {option}")
     if not os.access(there, os.W_OK):
-        raise ValueError(f"cannot write {path}: {there} is read-only: give another --out")
+        raise ValueError(f"cannot write {path}: {there} is read-only: give another {option}")
+
+
+# ----------------------------------------------------------------------------------------------------------- writing
+
+
+@contextmanager
+def whole_file(path: str | Path) -> Iterator[Path]:
+    """`whole_files` of one."""
+    with whole_files([path]) as (temporary,):
+        yield temporary
+
+
+@contextmanager
+def whole_files(paths: Sequence[str | Path]) -> Iterator[list[Path]]:
+    """Places to write files to, which get their names in this order when the block ends, and are gone if it fails.
+
+    As `open` does it: a link is followed, a file that exists keeps its mode, a new one gets that of the umask.
+
+    Raises:
+        OSError: one cannot be written.
+    """
+    targets = [Path(os.path.realpath(path)) for path in paths]
+    temporaries = [temporary_beside(target) for target in targets]
+    try:
+        for target, temporary in zip(targets, temporaries, strict=True):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if target.exists() and not os.access(target, os.W_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(target))
+            os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+            _take_mode(temporary, target)
+        yield temporaries
+        for temporary in temporaries:
+            flush_file(temporary)
+        with held_back():
+            for target, temporary in zip(targets, temporaries, strict=True):
+                os.replace(temporary, target)
+    except BaseException:
+        for temporary in temporaries:
+            temporary.unlink(missing_ok=True)
+        raise
+
+
+def temporary_beside(target: Path) -> Path:
+    """A name next to ``target`` that nobody else has, of the same suffix."""
+    return target.with_name(f".flash-experts-{secrets.token_hex(8)}{target.suffix[:20]}")
+
+
+def put_file(file: Path, target: Path) -> None:
+    """Gives a finished file its place, as `whole_files` does: links are followed, modes kept."""
+    target = Path(os.path.realpath(target))
+    _take_mode(file, target)
+    try:
+        os.replace(file, target)
+    except OSError as error:
+        if error.errno != errno.EXDEV:  # a link to another disk
+            raise
+        with whole_file(target) as temporary:
+            shutil.copyfile(file, temporary)
+        file.unlink()
+
+
+def _take_mode(file: Path, target: Path) -> None:
+    """Gives a file the mode of the one that it will replace, if there is one."""
+    with suppress(FileNotFoundError):
+        file.chmod(stat.S_IMODE(target.stat().st_mode))
+
+
+@contextmanager
+def folder_lock(folder: Path) -> Iterator[None]:
+    """Only one process at a time is in here for a folder; others wait. It ends with the process and leaves no file."""
+    if os.name != "posix":
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def flush_file(path: Path) -> None:
+    """Has a file's content written to the disk itself."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())

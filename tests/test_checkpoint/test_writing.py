@@ -127,10 +127,10 @@ def test_a_save_in_the_background_writes_the_weights_of_its_step(
     held_up = []
     real, step = checkpoints.with_manifest, Trainer._step
 
-    def slow(target: Path, write: Callable[[Path], None]) -> None:
+    def slow(target: Path, *others: Any) -> None:
         if target.name == "step-000006":
             held_up.append(go_on.wait(timeout=60))
-        real(target, write)
+        real(target, *others)
 
     def last_step(trainer: Trainer, *args: Any) -> None:
         step(trainer, *args)

@@ -157,6 +157,7 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", type=str, default=None, help="cpu, cuda, cuda:1; the best there is")
     parser.add_argument("--out", type=str, default=None, help="JSON file to write the figures into")
     parser.add_argument("--plot", type=str, default=None, help="PNG file to draw them into")
+    parser.add_argument("--overwrite", action="store_true", help="replace files that exist")
 
 
 def run_topic(args: Any, measure: Callable[[Any, torch.device], Report]) -> Report:
@@ -166,12 +167,14 @@ def run_topic(args: Any, measure: Callable[[Any, torch.device], Report]) -> Repo
         ValueError: no such device or folder, a number that must be positive is not, or matplotlib is missing.
     """
     device = resolve_device(args.device)
+    if args.out is not None and args.out == args.plot:
+        raise ValueError(f"--out and --plot are both {args.out}: give each a file of its own")
     for option in ("out", "plot"):
         path = getattr(args, option)
         if path is not None and not Path(path).absolute().parent.is_dir():
             raise ValueError(f"--{option} {path}: there is no folder {Path(path).parent}")
         if path is not None:
-            check_out_file(path, option=f"--{option}")
+            check_out_file(path, args.overwrite, option=f"--{option}")
     if args.plot is not None and importlib.util.find_spec("matplotlib") is None:
         raise ValueError("--plot needs matplotlib: pip install matplotlib, or leave the option out")
     report = measure(args, device)

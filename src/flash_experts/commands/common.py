@@ -7,7 +7,7 @@ import json
 import re
 import sys
 from argparse import ArgumentError
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -15,6 +15,7 @@ import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 
 from flash_experts.data.yaml_files import kind_of, read_settings
+from flash_experts.files import check_out_file, free_name
 from flash_experts.plain_text import one_line, say
 
 Run = Callable[[Namespace], None]
@@ -169,6 +170,32 @@ def add_model_family(parser: CommandParser) -> None:
         default="known",
         help="known: gpt2, gpt2_moe and llama; any: every family of transformers, for models whose source you trust",
     )
+
+
+def add_overwrite(parser: CommandParser) -> None:
+    """--overwrite, of every command that writes files. The rule is in `flash_experts.files`."""
+    parser.add_argument("--overwrite", action="store_true", help="replace files that exist")
+
+
+def add_out_file(parser: CommandParser, default: str, what: str) -> None:
+    """--out of a command that writes one file, under a free name unless one is given, and --overwrite."""
+    numbered = Path(default).with_stem(Path(default).stem + "-2")
+    text = f"{what} (default: {default}; {numbered} and so on where that exists)"
+    parser.add_argument("--out", type=str | None, default=None, help=text)
+    add_overwrite(parser)
+
+
+def out_file(args: Namespace, default: str, also: Sequence[str] = ()) -> Path:
+    """The file of `add_out_file`, looked at before anything is computed.
+
+    Raises:
+        ValueError: it exists, or cannot be written.
+    """
+    name = args.out
+    if name is None:
+        name = default if args.overwrite else free_name(default, also)
+    check_out_file(name, args.overwrite, also=also)
+    return Path(name)
 
 
 def check_samples(args: Namespace) -> None:

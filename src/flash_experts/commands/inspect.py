@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import json
 import random
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from jsonargparse import Namespace
 
-from flash_experts.commands.common import CommandParser, command_parser, print_result
-from flash_experts.files import check_out_file, check_out_folder
+from flash_experts.commands.common import CommandParser, add_out_file, command_parser, out_file, print_result
+from flash_experts.files import check_out_folder
 
 if TYPE_CHECKING:
     from flash_experts.data.cards import Card
 
 _COUNT = 500
+_PAGE = "inspect.html"
 
 
 def run(args: Namespace) -> None:
@@ -24,9 +24,9 @@ def run(args: Namespace) -> None:
         raise ValueError(f"--count must be 1 or more, not {args.count}")
     if args.show < 0:
         raise ValueError(f"--show must be 0 or more, not {args.show}")
-    check_out_file(args.out, never=".json")
+    page = out_file(args, _PAGE, also=(".json",))
     if args.png is not None:
-        check_out_folder(args.png, option="--png")
+        check_out_folder(args.png, args.overwrite, option="--png")
     names, cards = _names(args)
 
     from flash_experts.evaluation.report import write_pages
@@ -37,14 +37,14 @@ def run(args: Namespace) -> None:
     result = inspect_router(
         args.model, names, cards, prompted=prompted, shown=args.show, seed=args.seed, device=args.device
     )
-    page, figures = Path(args.out), json.dumps(result.to_json(), ensure_ascii=False)
-    write_pages({page: render_router_report(result), page.with_suffix(".json"): figures})
-    told = f"The page: {page}"
+    numbers = json.dumps(result.to_json(), ensure_ascii=False)
+    write_pages({page: render_router_report(result), page.with_suffix(".json"): numbers})
+    written = f"The page: {page}"
     if args.png is not None:
         from flash_experts.evaluation.router_plots import write_plots
 
-        told += f"\nPictures: {', '.join(map(str, write_plots(result, args.png)))}"
-    print_result(args, result.to_json(), f"{format_router(result)}\n\n{told}")
+        written += f"\nPictures: {', '.join(map(str, write_plots(result, args.png)))}"
+    print_result(args, result.to_json(), f"{format_router(result)}\n\n{written}")
 
 
 def _names(args: Namespace) -> tuple[list[str], list[Card] | None]:
@@ -76,7 +76,7 @@ def make_parser() -> CommandParser:
         default="all",
         help="all: the prompt tells the card's type, colors and mana value; none: it tells nothing",
     )
-    parser.add_argument("--out", default="inspect.html", help="page to write, with its numbers beside it as .json")
+    add_out_file(parser, _PAGE, "page to write, with its numbers next to it as .json")
     parser.add_argument("--png", type=str | None, default=None, help="folder for pictures (needs matplotlib)")
     parser.add_argument("--seed", type=int, default=0, help="of the draw of names and the shuffles")
     parser.add_argument("--device", type=str | None, default=None, help="cpu, cuda, cuda:1; the best there is")

@@ -7,7 +7,7 @@ from typing import Any
 
 from jsonargparse import Namespace
 
-from flash_experts.commands.common import CommandParser, command_parser, print_result
+from flash_experts.commands.common import CommandParser, add_overwrite, command_parser, print_result
 from flash_experts.files import check_out_folder
 
 
@@ -15,8 +15,8 @@ def run(args: Namespace) -> None:
     """Clean card names and split them into data/mtg/*.jsonl, with meta.json."""
     from flash_experts.data.prepare import prepare
 
-    check_out_folder(args.out)
-    meta = prepare(args.source, Path(args.out), include=args.include)
+    check_out_folder(args.out, overwrite=True)  # prepare itself looks at each file
+    meta = prepare(args.source, Path(args.out), include=args.include, overwrite=args.overwrite)
     print_result(args, meta, summary(meta, args.out))
 
 
@@ -52,5 +52,6 @@ def make_parser() -> CommandParser:
     sources = "embedded, scryfall, mtgjson, mtgjson-printings (with rarities), or a csv, tsv, json, jsonl or txt file"
     parser.add_argument("--source", default="embedded", help=sources)
     parser.add_argument("--out", default="data/mtg", help="folder to write")
+    add_overwrite(parser)
     parser.add_argument("--include", type=list[str], default=[], help="[jokes,franchises]: keep what is left out")
     return parser

@@ -20,8 +20,11 @@ def run(args: Namespace) -> None:
     from flash_experts.training.build import build_model
     from flash_experts.training.prepared import check_prepared
     from flash_experts.training.trainer import Trainer
+    from flash_experts.training.training_config import default_run_name
 
     config = args.training if args.seed is None else replace(args.training, seed=args.seed)
+    named = config.run_name is not None or not args.config
+    config = config if named else replace(config, run_name=default_run_name(str(args.config[-1])))
     config.validate()
     check_prepared(args.data)
     cards = {split: load_split(args.data, split) for split in ("train", "validation")}
@@ -42,7 +45,7 @@ def run(args: Namespace) -> None:
         callbacks=[SampleNames()],
         data_info=load_meta(args.data),
     )
-    result = trainer.train(resume=args.resume)
+    result = trainer.train(args.resume, args.overwrite)
     if args.json:
         say(json.dumps(asdict(result), default=str, indent=2))
     if result.interrupted:
@@ -60,7 +63,10 @@ def make_parser() -> CommandParser:
     parser.add_argument(
         "--extra_names", type=str | None, default=None, help="file of generate --attributes-from, to learn from as well"
     )
-    parser.add_argument("--resume", type=str | None, default="auto", help="auto, a checkpoint, or null: start anew")
+    parser.add_argument(
+        "--resume", type=str | None, default="auto", help="auto, a checkpoint's folder, or null to start over"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="start over, replacing the run or model in the folder")
     parser.add_argument("--seed", type=int | None, default=None, help="short for --training.seed")
     parser.add_class_arguments(ModelConfig, "model")
     parser.add_class_arguments(TrainingConfig, "training")

@@ -8,7 +8,7 @@ from typing import Literal, get_type_hints
 
 from jsonargparse import Namespace
 
-from flash_experts.commands.common import CommandParser, command_parser, print_result
+from flash_experts.commands.common import CommandParser, add_overwrite, command_parser, print_result
 from flash_experts.files import check_out_folder
 
 # Of `flash_experts.training.model_config.ModelConfig`: those that a saved model keeps or that its weights depend on.
@@ -36,7 +36,7 @@ def run(args: Namespace) -> None:
     from flash_experts.training.checkpoint import write_model
     from flash_experts.training.model_config import ModelConfig
 
-    check_out_folder(args.out, args.dense)
+    check_out_folder(args.out, args.overwrite, args.dense)
     if args.num_experts < 1:
         raise ValueError(f"--num-experts must be 1 or more, not {args.num_experts}")
     if load_config(args.dense).model_type != "gpt2":
@@ -46,7 +46,7 @@ def run(args: Namespace) -> None:
     torch.manual_seed(args.seed)
     model = GPT2MoEForCausalLM.from_dense(args.dense, dtype=getattr(torch, args.dtype), **config.moe_fields)
     tokenizer = load_tokenizer(args.dense, model.config.vocab_size)
-    write_model(Path(args.out), model, tokenizer)
+    write_model(Path(args.out), model, tokenizer, args.overwrite)
     total = sum(parameter.numel() for parameter in model.parameters())
     experts = model.config.num_experts
     text = f"{args.out}: {experts} experts by {args.method}, {total / 1e6:.1f}M parameters"
@@ -76,5 +76,6 @@ def make_parser() -> CommandParser:
         help="to compute and save the weights in; bfloat16 takes half the memory and disk",
     )
     parser.add_argument("--out", required=True, help="folder to write")
+    add_overwrite(parser)
     parser.add_argument("--seed", type=int, default=0, help="of the routers' random weights, noise and drawn units")
     return parser

@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,38 +16,46 @@ from flash_experts.data.cleaning import CLEANING_VERSION, NOT_CARDS, clean
 from flash_experts.data.names import faces_of, normal_form, shown_form
 from flash_experts.data.sources import EMBEDDED, LIVE, CardSource
 from flash_experts.data.splits import SPLITS, split_by_family
-from flash_experts.files import temporary_beside
+from flash_experts.files import flush_file, folder_lock, whole_file, whole_files
 
 META = "meta.json"
 KNOWN_NAMES = "known_names.txt"
+FILES = (*(f"{split}.jsonl" for split in SPLITS), KNOWN_NAMES, META)
+_REPLACING = ".prepare.json"  # hashes of the files before and after: a kill between two renames leaves no meta.json
 NAMES_TOLD = 50  # of what changed; the counts tell of all
 _HINT = "run `flash-experts prepare`"
 
 
 def prepare(
-    source: str | Path = "embedded", out: str | Path = Path("data/mtg"), include: Sequence[str] = ()
+    source: str | Path = "embedded",
+    out: str | Path = Path("data/mtg"),
+    include: Sequence[str] = (),
+    overwrite: bool = False,
 ) -> dict[str, Any]:
     """Writes train, validation, test and test_iid .jsonl, known_names.txt and meta.json.
 
-    The same source gives the same bytes, and nothing is written when they are there. Files are written to a temporary
-    folder and moved when all are there; ``meta.json`` goes first and comes last, so a folder that has one is whole.
-    Its ``"changes"`` says what the last run that wrote something changed: names added and removed, and from what.
+    The same source gives the same bytes, and nothing is written when they are there. Files get their names when all are
+    written; ``meta.json`` goes first and comes last, so a folder that has one is whole.
+    Its ``"changes"`` lists what the last run that wrote something changed: names added and removed, and from what.
 
     Args:
         source: ``"embedded"``, ``"scryfall"``, ``"mtgjson"``, ``"mtgjson-printings"``, or a csv, json, jsonl or txt
             file (`flash_experts.data.card_files.read_file`).
         out: folder; other files in it stay.
         include: flagged names to keep: ``"jokes"``, ``"franchises"``.
+        overwrite: replace files of these names that another program wrote, or that were changed since.
 
     Returns:
         What meta.json says (``"dropped"``: names left out, by reason; ``"unread"``: values that could not be read and
         are unknown, by column), and ``"up_to_date"``: whether the files were there already, byte for byte.
 
     Raises:
-        ValueError: the source is unknown, malformed or out of reach, or has too few names.
+        ValueError: the source is unknown, malformed or out of reach, or has too few names; or the folder has files that
+            may not be replaced, the source among them.
         OSError: the folder cannot be written.
     """
     out = Path(out)
+    _check_out(out, source, overwrite)
     cards = load_source(source)
     cleaned = clean(cards.rows, include)
     if not cleaned.cards:
@@ -76,11 +84,7 @@ def prepare(
         },
         "sha256": {name: hashlib.sha256(data).hexdigest() for name, data in files.items()},
     }
-    meta["changes"] = _changes(out, meta, (card.name for card in cleaned.cards))
-    files[META] = (json.dumps(meta, indent=2, ensure_ascii=False) + "\n").encode("utf-8")
-    up_to_date = all(_holds(out / name, data) for name, data in files.items())
-    if not up_to_date:
-        _write_all(out, files)
+    up_to_date = _write(out, source, overwrite, files, meta, [card.name for card in cleaned.cards])
     return meta | {"up_to_date": up_to_date}
 
 
@@ -89,6 +93,70 @@ def _names_of(source: CardSource) -> Iterable[str]:
     if source.name in (EMBEDDED, *LIVE):
         return names_on(row.name for row in source.rows if row.layout not in NOT_CARDS)
     return filter(None, (shown_form(face) for row in source.rows for face in faces_of(row.name)))
+
+
+def _write(
+    out: Path,
+    source: str | Path,
+    overwrite: bool,
+    files: dict[str, bytes],
+    meta: dict[str, Any],
+    names: Sequence[str],
+) -> bool:
+    """Adds what changed to ``meta``, and writes all files unless they are there. Returns whether they were."""
+    made = not out.exists()
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        with folder_lock(out):
+            meta["changes"] = _changes(out, meta, names)
+            files[META] = (json.dumps(meta, indent=2, ensure_ascii=False) + "\n").encode("utf-8")
+            if all(_holds(out / name, data) for name, data in files.items()):
+                return True
+            _check_out(out, source, overwrite)
+            _write_all(out, files, meta["sha256"])
+            return False
+    except BaseException:
+        if made:
+            with suppress(OSError):
+                out.rmdir()
+        raise
+
+
+def _check_out(out: Path, source: str | Path, overwrite: bool) -> None:
+    """Whether the files may be written: those that are there must be what a former run wrote, by their hashes.
+
+    Raises:
+        ValueError: one is not, or is the source.
+    """
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file: give --out a folder")
+    hashes = _hashes_of(out / META)
+    known = [*hashes, *_hashes_of(out / _REPLACING)]
+    for path in (out / name for name in FILES):
+        if Path(source).is_file() and path.exists() and path.samefile(source):
+            raise ValueError(f"--source {source} is one of the files that prepare writes to {out}: give another --out")
+        is_own = bool(hashes) if path.name == META else path.is_file() and (path.name, _sha256(path)) in known
+        if not is_own and os.path.lexists(path) and (path.is_dir() or not overwrite):
+            raise ValueError(
+                f"{path} was not written by prepare, or has changed since: give another --out, or --overwrite to "
+                "replace it"
+            )
+
+
+def _hashes_of(path: Path) -> list[tuple[str, str]]:
+    """Names and SHA-256 of files, as meta.json has them; empty where it is not one of prepare's."""
+    try:
+        meta = json.loads(path.read_text(encoding="utf-8"))
+        hashes = meta["sha256"]
+        pairs = hashes.items() if isinstance(hashes, dict) else hashes
+        return [(str(name), str(digest)) for name, digest in pairs] if "cleaning_version" in meta else []
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return []
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _changes(out: Path, meta: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any] | None:
@@ -124,25 +192,18 @@ def _holds(path: Path, data: bytes) -> bool:
     return path.is_file() and path.stat().st_size == len(data) and path.read_bytes() == data
 
 
-def _write_all(out: Path, files: dict[str, bytes]) -> None:
-    """All files or, if writing fails, none: they change places only when every byte is on the disk."""
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"{out} is a file: give --out a folder")
-    out.mkdir(parents=True, exist_ok=True)
-    temporary = temporary_beside(out / "prepare")
-    try:
-        temporary.mkdir()
-        for name, data in files.items():
-            with open(temporary / name, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-        with held_back():
-            (out / META).unlink(missing_ok=True)
-            for name in files:  # META is the last
-                os.replace(temporary / name, out / name)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+def _write_all(out: Path, files: dict[str, bytes], hashes: Mapping[str, str]) -> None:
+    """All files or, if writing fails, none."""
+    replacing = out / _REPLACING
+    either = {"cleaning_version": CLEANING_VERSION, "sha256": [*_hashes_of(out / META), *hashes.items()]}
+    with held_back(), whole_files([out / name for name in files]) as temporaries:  # META is the last
+        for temporary, data in zip(temporaries, files.values(), strict=True):
+            temporary.write_bytes(data)
+            flush_file(temporary)
+        with whole_file(replacing) as temporary:
+            temporary.write_text(json.dumps(either), encoding="utf-8")
+        Path(os.path.realpath(out / META)).unlink(missing_ok=True)
+    replacing.unlink(missing_ok=True)
 
 
 def load_split(folder: str | Path, split: str) -> list[Card]:

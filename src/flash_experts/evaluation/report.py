@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import hashlib
 from collections.abc import Mapping
-from contextlib import ExitStack
 from datetime import date
 from functools import cache
 from importlib.resources import files
@@ -28,7 +27,7 @@ from flash_experts.evaluation.tables import (
     novelty_table,
     variety_table,
 )
-from flash_experts.files import whole_file
+from flash_experts.files import whole_files
 
 
 def render_report(result: ComparisonResult, title: str = "Models compared", day: date | None = None) -> str:
@@ -101,9 +100,9 @@ def write_pages(pages: Mapping[Path, str]) -> None:
     Raises:
         ValueError: one cannot be written.
     """
-    with ExitStack() as stack:
-        for target, page in pages.items():
-            try:
-                stack.enter_context(whole_file(target)).write_text(page, encoding="utf-8")
-            except OSError as error:
-                raise ValueError(f"cannot write the report {target}: {error.strerror}") from error
+    try:
+        with whole_files(list(pages)) as temporaries:
+            for temporary, page in zip(temporaries, pages.values(), strict=True):
+                temporary.write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"cannot write the report {', '.join(map(str, pages))}: {error.strerror}") from error

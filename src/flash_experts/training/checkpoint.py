@@ -1,11 +1,15 @@
 """Checkpoints that survive a kill at any moment.
 
-A checkpoint is written to a temporary folder beside its place, every file is flushed to the disk, a manifest
+A checkpoint is written to a temporary folder next to its place, every file is flushed to the disk, a manifest
 with the SHA-256 of each is added, and the folder is renamed: it is there whole, or it is not there. On the
 way back every file is checked. Only safetensors and JSON are written or read; a pickle can run code when
 loaded, and is refused.
 
-Random states are not stored: the trainer seeds dropout anew at each step from (seed, step, process).
+The temporary folders of a run have fixed names in ``checkpoints``, which belong to whoever holds the run's lock: the
+next run removes what a killed one left. Those of `write_model` have names that nobody can guess (see
+`flash_experts.files`).
+
+Random states are not stored: the trainer seeds dropout at each step from (seed, step, process).
 
 The functions here write and read folders; what goes into them and when is decided in `checkpointer`.
 """
@@ -15,9 +19,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
+import stat
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +34,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from flash_experts.ctrl_c import held_back
+from flash_experts.files import check_replaced, flush_file, folder_lock, put_file, temporary_beside
 from flash_experts.training.sharding import part_like
+from flash_experts.training.stateful import TrainerState
 
 MANIFEST = "MANIFEST.json"
 STATE = "trainer_state.json"
@@ -42,50 +50,6 @@ PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 
 class CheckpointError(ValueError):
     """A checkpoint that is missing, damaged, of another model, or could not be written."""
-
-
-@dataclass
-class TrainerState:
-    """Where a run stands. Everything but the weights and the optimizer's tensors.
-
-    Attributes:
-        step: optimizer steps done.
-        tokens: tokens multiplied so far.
-        seconds: wall-clock time of training so far, without what a kill lost.
-        evaluation_seconds: wall-clock time of the first validation.
-        best_bits_per_char: lowest validation figure yet (`validation.SELECTION`); None before the first.
-        best_step: when that was.
-        bad_evaluations: validations since then.
-        skipped_steps: steps whose loss or gradient was not finite and that were left out (``on_nan: skip``).
-        skipped_in_a_row: how many of them came one after the other, up to the last of them.
-        last_skipped: the last of them.
-    """
-
-    step: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
-    evaluation_seconds: float = 0.0
-    best_bits_per_char: float | None = None
-    best_step: int = 0
-    bad_evaluations: int = 0
-    skipped_steps: int = 0
-    skipped_in_a_row: int = 0
-    last_skipped: int = 0
-
-    def skip(self, step: int) -> int:
-        """Counts a step that was left out. Returns how many in a row that makes."""
-        self.skipped_in_a_row = self.skipped_in_a_row + 1 if step == self.last_skipped + 1 else 1
-        self.last_skipped = step
-        self.skipped_steps += 1
-        return self.skipped_in_a_row
-
-    def validated(self, bits_per_char: float) -> bool:
-        """Takes in the validation figure of this step. Returns whether it is a new best."""
-        if self.best_bits_per_char is not None and bits_per_char >= self.best_bits_per_char:
-            self.bad_evaluations += 1
-            return False
-        self.best_bits_per_char, self.best_step, self.bad_evaluations = bits_per_char, self.step, 0
-        return True
 
 
 def checkpoint_path(run_dir: Path, step: int) -> Path:
@@ -126,7 +90,9 @@ def save_checkpoint(
         save_file(dict(tensors), folder / TENSORS)
         (folder / STATE).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
 
-    with_manifest(target, write)
+    if target.exists():  # damaged, or of a course that is left
+        remove_folder(target)
+    with_manifest(target, write, _temporary(target.parent, target.name))
 
 
 def export_model(
@@ -141,60 +107,96 @@ def export_model(
         CheckpointError: it could not be written; the model that was there is still whole.
     """
 
-    def write(folder: Path) -> None:
-        _save_model(folder, model, tokenizer, weights)
-
-    staged = run_dir / ".export"
-    try:
-        with_manifest(staged, write)
-        with held_back():
-            for path in sorted(staged.iterdir(), key=lambda path: path.name == MANIFEST):
-                os.replace(path, run_dir / path.name)
-            staged.rmdir()
-    finally:
-        shutil.rmtree(staged, ignore_errors=True)
-    flush_folder(run_dir)
+    _fill_folder(run_dir, _temporary(run_dir / "checkpoints", "export"), model, tokenizer, weights)
 
 
-def write_model(out: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+def write_model(out: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, overwrite: bool = False) -> None:
     """Writes a model and its tokenizer into a folder, where other files stay: whole, or not at all.
 
     Raises:
+        ValueError: the folder is not empty, and ``overwrite`` is not given.
         CheckpointError: it could not be written; what was there is still whole.
     """
-    weights = model.state_dict()
-    if out.is_dir() and any(out.iterdir()):
-        export_model(out, model, tokenizer, weights)
-    else:
+    out, weights = Path(os.path.realpath(out)), model.state_dict()
+    if not out.is_dir():
         with_manifest(out, lambda folder: _save_model(folder, model, tokenizer, weights))
+        return
+    with folder_lock(out):  # two commands at once: the second finds the files of the first
+        check_replaced(out, overwrite)
+        _fill_folder(out, temporary_beside(out / "model"), model, tokenizer, weights)
 
 
-def with_manifest(target: Path, write: Callable[[Path], None]) -> None:
-    """Fills a temporary folder with ``write``, adds the manifest, flushes, and renames it to ``target``."""
-    temporary = target.with_name(f".tmp-{target.name.lstrip('.')}")
+def _fill_folder(
+    folder: Path,
+    temporary: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    weights: Mapping[str, torch.Tensor],
+) -> None:
+    """Writes a model into ``temporary``, then moves its files into a folder that is there."""
     try:
+        _write_staged(folder, lambda staged: _save_model(staged, model, tokenizer, weights), temporary)
+        with held_back():
+            for path in sorted(temporary.iterdir(), key=lambda path: path.name == MANIFEST):
+                put_file(path, folder / path.name)
+            temporary.rmdir()
+    finally:
         shutil.rmtree(temporary, ignore_errors=True)
+    flush_folder(folder)
+
+
+def with_manifest(target: Path, write: Callable[[Path], None], temporary: Path | None = None) -> None:
+    """Fills a temporary folder with ``write``, adds the manifest, flushes, and renames it to ``target``.
+
+    Raises:
+        CheckpointError: it could not be written, or another process has written ``target`` in the meantime.
+    """
+    temporary = temporary or temporary_beside(target)
+    _write_staged(target, write, temporary)
+    try:
+        with held_back():
+            os.rename(temporary, target)
+    except OSError as error:
+        if not target.is_dir():
+            raise _not_written(target, error) from error
+        raise CheckpointError(f"another process has written {target} in the meantime: give a new folder") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    flush_folder(target.parent)
+
+
+def _write_staged(target: Path, write: Callable[[Path], None], temporary: Path) -> None:
+    """Fills the temporary folder of ``target``, which is gone if that fails."""
+    try:
         temporary.mkdir(parents=True)
         write(temporary)
         manifest = {path.name: {"sha256": _sha256(path), "bytes": path.stat().st_size} for path in _files(temporary)}
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+        mode = stat.S_IMODE((temporary / MANIFEST).stat().st_mode)
         for path in _files(temporary):
+            path.chmod(mode)  # safetensors gives its files to their owner alone
             flush_file(path)
         flush_folder(temporary)
-        with held_back():
-            if target.exists():
-                remove_folder(target)
-            os.rename(temporary, target)
-        flush_folder(target.parent)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
         # A full disk is an error of safetensors' own to safetensors, and a plain Exception to tokenizers.
         if not isinstance(error, (OSError, SafetensorError)) and type(error) is not Exception:
             raise
-        raise CheckpointError(
-            f"could not write {target}: {error}. Free some disk space, or write to another folder; "
-            "checkpoints written before are still good"
-        ) from error
+        raise _not_written(target, error) from error
+
+
+def _not_written(target: Path, error: BaseException) -> CheckpointError:
+    return CheckpointError(
+        f"could not write {target}: {error}. Free some disk space, or write to another folder; "
+        "checkpoints written before are still good"
+    )
+
+
+def _temporary(checkpoints: Path, name: str) -> Path:
+    """A temporary folder of the run that holds the lock; what a killed save left there goes."""
+    temporary = checkpoints / f".tmp-{name}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    return temporary
 
 
 def verify_checkpoint(folder: Path) -> None:
@@ -329,9 +331,10 @@ def prune_checkpoints(run_dir: Path, keep: int, best_step: int, warn: Callable[[
 
 
 def remove_leftovers(run_dir: Path) -> None:
-    """Removes what a killed run left half-written or half-removed."""
-    for path in [*run_dir.glob(".tmp-*"), run_dir / ".export", *(run_dir / "checkpoints").glob(".tmp-*")]:
-        shutil.rmtree(path, ignore_errors=True)
+    """Removes what a killed run left half-written or half-removed. The caller holds the run's lock."""
+    for path in (run_dir / "checkpoints").glob(".tmp-*"):
+        if re.fullmatch(r"\.tmp-(export|(removed-)?step-\d{6,})", path.name):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def drop_later(run_dir: Path, step: int) -> None:
@@ -373,12 +376,6 @@ def _files(folder: Path) -> Iterator[Path]:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def flush_file(path: Path) -> None:
-    """Has a file's content written to the disk itself."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
 
 
 def flush_folder(folder: Path) -> None:

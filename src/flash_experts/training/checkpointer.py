@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from flash_experts.files import flush_file
 from flash_experts.training import checkpoint as checkpoints
 from flash_experts.training.background import Background, CpuCopy, gather_each
-from flash_experts.training.checkpoint import CheckpointError, TrainerState
-from flash_experts.training.stateful import Stateful, join_state, split_state
+from flash_experts.training.checkpoint import CheckpointError
+from flash_experts.training.stateful import Stateful, TrainerState, join_state, split_state
 from flash_experts.training.tracking import METRICS_FILE
 from flash_experts.training.training_config import TrainingConfig
 
@@ -173,14 +174,14 @@ class Checkpointer:
     ) -> None:
         metrics = self.run_dir / METRICS_FILE
         if metrics.exists():  # a run that goes on from here relies on the lines up to here
-            checkpoints.flush_file(metrics)
+            flush_file(metrics)
         checkpoints.save_checkpoint(path, self.model, self.tokenizer, weights, tensors, about)
         checkpoints.prune_checkpoints(self.run_dir, self._keep, best_step, self._say)
 
     # ------------------------------------------------------------------------------------------------------ reading
 
-    def restore(self, resume: str | Path | None) -> TrainerState:
-        """Fills the model and what is registered from a checkpoint; see `Trainer.train` for ``resume``.
+    def restore(self, resume: str | Path | None, overwrite: bool = False) -> TrainerState:
+        """Fills the model and what is registered from a checkpoint; see `Trainer.train` for the arguments.
 
         Raises:
             ValueError: ``resume`` is None, and there are checkpoints that a new run would overwrite.
@@ -189,10 +190,10 @@ class Checkpointer:
         if self._is_main:
             checkpoints.remove_leftovers(self.run_dir)
         steps = checkpoints.checkpoint_steps(self.run_dir)
-        if resume is None and steps:
+        if resume is None and steps and not overwrite:
             raise ValueError(
-                f"{self.run_dir} has checkpoints up to step {steps[-1]:,}: go on with --resume auto, or "
-                "choose another run_name"
+                f"{self.run_dir} has checkpoints up to step {steps[-1]:,}: go on with --resume auto, or choose another "
+                "run_name (--overwrite starts over)"
             )
         if resume is None or (resume == "auto" and not steps):
             return TrainerState()

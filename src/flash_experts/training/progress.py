@@ -1,10 +1,16 @@
-"""What a person sees while a run goes on: a bar in a terminal, plain lines elsewhere."""
+"""What a person sees while a run goes on: a bar in a terminal, plain lines elsewhere.
+
+A run outlives its terminal: what cannot be printed there any more must not end it before it has saved.
+"""
 
 from __future__ import annotations
 
 import importlib.util
+import os
+import select
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from flash_experts.plain_text import one_line, printable, say
@@ -42,25 +48,45 @@ class ProgressDisplay:
     def update(self, share: float, metrics: Mapping[str, float]) -> None:
         """A line of metrics, with ``share`` (0 to 1) of the run done."""
         line = metrics_line(metrics)
-        if self._bar is not None:
-            self._bar.update(self._task, completed=share, line=line)
-        else:
+        if self._bar is None:
             self.say(f"{share:4.0%}  {line}")
+            return
+        with _perhaps_unread():
+            self._bar.update(self._task, completed=share, line=line)
 
     def say(self, text: str) -> None:
         """A line that stays."""
         if not self.enabled:
             return
-        if self._bar is not None:
-            self._bar.console.print(printable(text), markup=False, highlight=False)
-        else:
-            say(text, sys.stderr)
+        with _perhaps_unread():
+            if self._bar is not None:
+                self._bar.console.print(printable(text), markup=False, highlight=False)
+            else:
+                say(text, sys.stderr)
 
     def stop(self) -> None:
         """Closes the bar."""
         if self._bar is not None:
-            self._bar.stop()
+            with _perhaps_unread():
+                self._bar.stop()
             self._bar = None
+
+
+@contextmanager
+def _perhaps_unread() -> Iterator[None]:
+    """Where the terminal or the reading program is gone, output goes nowhere from here on."""
+    try:
+        yield
+    except OSError:
+        if not hasattr(select, "poll"):  # Windows
+            return
+        for stream in (1, 2):
+            poll = select.poll()
+            poll.register(stream, select.POLLOUT)
+            if any(event & (select.POLLHUP | select.POLLERR) for _, event in poll.poll(0)):
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, stream)
+                os.close(nowhere)
 
 
 def metrics_line(metrics: Mapping[str, float]) -> str:

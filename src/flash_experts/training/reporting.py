@@ -15,10 +15,10 @@ from flash_experts.data.cards import Card
 from flash_experts.data.names import normal_form
 from flash_experts.training.batches import PlannedStage
 from flash_experts.training.callbacks import Callback
-from flash_experts.training.checkpoint import TrainerState
 from flash_experts.training.optimizer import part_rates
 from flash_experts.training.progress import ProgressDisplay
 from flash_experts.training.run_info import peak_flops, training_flops
+from flash_experts.training.stateful import TrainerState
 from flash_experts.training.tracking import METRICS_FILE, MetricsFile
 from flash_experts.training.training_config import TrainingConfig
 from flash_experts.training.validation import BITS_PER_CHAR, SELECTION

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from flash_experts.training.checkpoint import TrainerState, checkpoint_path
+from flash_experts.training.checkpoint import checkpoint_path
 from flash_experts.training.schedule import Schedule
+from flash_experts.training.stateful import TrainerState
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +44,8 @@ class TrainingResult:
         """One line for the person who watched: where the model is, or how to go on."""
         if self.interrupted:
             saved = checkpoint_path(self.run_dir, self.step)
-            return f"{self.reason}: stopped after step {self.step:,}, saved in {saved}. Go on with --resume auto"
+            stopped = f"{self.reason}: stopped after step {self.step:,}, saved in {saved}"
+            return f"{stopped}. Continue with --resume auto --training.run-name {self.run_dir.name}"
         best = ""
         if self.best_bits_per_char is not None:
             best = f", best at step {self.best_step:,}: {self.best_bits_per_char:.3f} bits per character on average"

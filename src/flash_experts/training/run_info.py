@@ -16,6 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from flash_experts.data.cards import Card
+from flash_experts.files import whole_file
 from flash_experts.models.moe_config import GPT2MoEConfig
 
 _PACKAGES = ("flash-experts", "torch", "transformers", "accelerate", "tokenizers", "safetensors", "numpy")
@@ -126,4 +127,5 @@ def peak_flops(device: torch.device) -> float | None:
 
 def write_run_info(path: Path, info: dict[str, Any]) -> None:
     """Writes run.json."""
-    path.write_text(json.dumps(info, indent=2, default=str) + "\n", encoding="utf-8")
+    with whole_file(path) as temporary:
+        temporary.write_text(json.dumps(info, indent=2, default=str) + "\n", encoding="utf-8")

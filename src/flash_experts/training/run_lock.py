@@ -1,4 +1,4 @@
-"""One trainer for one run folder."""
+"""One trainer for one run folder, and no other folder."""
 
 from __future__ import annotations
 
@@ -8,7 +8,21 @@ from types import TracebackType
 from accelerate import Accelerator
 from filelock import FileLock, Timeout
 
+from flash_experts.files import check_replaced
+from flash_experts.training.checkpoint import checkpoint_steps
 from flash_experts.training.processes import most_of_all
+
+LOCK_FILE = Path("checkpoints", ".lock")
+
+
+def check_run_folder(run_dir: Path, overwrite: bool) -> None:
+    """A run is written into a new folder, an empty one, or that of a run, which has a lock file or checkpoints.
+
+    Raises:
+        ValueError: it holds something else, such as a model, and ``overwrite`` is not given.
+    """
+    if not (run_dir / LOCK_FILE).is_file() and not checkpoint_steps(run_dir):
+        check_replaced(run_dir, overwrite, "the run's folder")
 
 
 class RunLock:
@@ -27,7 +41,7 @@ class RunLock:
 
     def __init__(self, run_dir: Path, accelerator: Accelerator):
         self._run_dir, self._accelerator = run_dir, accelerator
-        self._lock = FileLock(run_dir / "checkpoints" / ".lock", blocking=False)
+        self._lock = FileLock(run_dir / LOCK_FILE, blocking=False)
 
     def __enter__(self) -> RunLock:
         refused = False
@@ -56,7 +70,7 @@ class RunLock:
     def _remove_if_nothing_was_written(self) -> None:
         """A run that failed before its first file leaves no folder."""
         checkpoints = self._run_dir / "checkpoints"
-        if [*self._run_dir.iterdir()] == [checkpoints] and [path.name for path in checkpoints.iterdir()] == [".lock"]:
-            (checkpoints / ".lock").unlink()
+        if [*self._run_dir.iterdir()] == [checkpoints] and [*checkpoints.iterdir()] == [self._run_dir / LOCK_FILE]:
+            (self._run_dir / LOCK_FILE).unlink()
             checkpoints.rmdir()
             self._run_dir.rmdir()

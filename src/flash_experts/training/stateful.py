@@ -7,6 +7,7 @@ model's weights, or an object of the protocol below that is registered with the 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -17,6 +18,50 @@ from flash_experts.training.sharding import part_like
 
 # What an optimizer keeps of a parameter: tensors like it, and a count of steps.
 _SLOTS = {torch.optim.AdamW: {"exp_avg", "exp_avg_sq", "step"}, Muon: {"momentum_buffer"}}
+
+
+@dataclass
+class TrainerState:
+    """Where a run stands. Everything but the weights and the optimizer's tensors.
+
+    Attributes:
+        step: optimizer steps done.
+        tokens: tokens multiplied so far.
+        seconds: wall-clock time of training so far, without what a kill lost.
+        evaluation_seconds: wall-clock time of the first validation.
+        best_bits_per_char: lowest validation figure yet (`validation.SELECTION`); None before the first.
+        best_step: when that was.
+        bad_evaluations: validations since then.
+        skipped_steps: steps whose loss or gradient was not finite and that were left out (``on_nan: skip``).
+        skipped_in_a_row: how many of them came one after the other, up to the last of them.
+        last_skipped: the last of them.
+    """
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    evaluation_seconds: float = 0.0
+    best_bits_per_char: float | None = None
+    best_step: int = 0
+    bad_evaluations: int = 0
+    skipped_steps: int = 0
+    skipped_in_a_row: int = 0
+    last_skipped: int = 0
+
+    def skip(self, step: int) -> int:
+        """Counts a step that was left out. Returns how many in a row that makes."""
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if step == self.last_skipped + 1 else 1
+        self.last_skipped = step
+        self.skipped_steps += 1
+        return self.skipped_in_a_row
+
+    def validated(self, bits_per_char: float) -> bool:
+        """Takes in the validation figure of this step. Returns whether it is a new best."""
+        if self.best_bits_per_char is not None and bits_per_char >= self.best_bits_per_char:
+            self.bad_evaluations += 1
+            return False
+        self.best_bits_per_char, self.best_step, self.bad_evaluations = bits_per_char, self.step, 0
+        return True
 
 
 class Stateful(Protocol):

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from flash_experts.files import whole_file
 from flash_experts.training.callbacks import Callback
 
 METRICS_FILE = "metrics.jsonl"
@@ -47,9 +48,8 @@ class MetricsFile:
                     kept.append(line + "\n")
             except (ValueError, KeyError, TypeError):
                 continue
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(kept), encoding="utf-8")
-        os.replace(temporary, self.path)
+        with whole_file(self.path) as temporary:
+            temporary.write_text("".join(kept), encoding="utf-8")
 
 
 def read_metrics(path: str | Path, event: str | None = None) -> list[dict[str, Any]]:

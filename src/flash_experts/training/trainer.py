@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,7 +26,6 @@ from flash_experts.training import run_info
 from flash_experts.training.batch_size import with_found_batch_size
 from flash_experts.training.batches import NameBatches
 from flash_experts.training.callbacks import Callback
-from flash_experts.training.checkpoint import TrainerState
 from flash_experts.training.checkpointer import Checkpointer
 from flash_experts.training.deterministic import deterministic_algorithms
 from flash_experts.training.ema import WeightAverage
@@ -46,10 +46,10 @@ from flash_experts.training.processes import (
 )
 from flash_experts.training.reporting import Reporter, SpeedMeter, training_metrics
 from flash_experts.training.result import TrainingResult, reason_to_end
-from flash_experts.training.run_lock import RunLock
+from flash_experts.training.run_lock import RunLock, check_run_folder
 from flash_experts.training.schedule import Schedule
 from flash_experts.training.signals import StopSignals
-from flash_experts.training.stateful import OptimizerState
+from flash_experts.training.stateful import OptimizerState, TrainerState
 from flash_experts.training.tracking import make_tracker
 from flash_experts.training.training_config import TrainingConfig
 from flash_experts.training.validation import SELECTION, Validation
@@ -83,6 +83,7 @@ class Trainer:
         data_info: Mapping[str, Any] | None = None,
     ):
         config.validate()
+        config = replace(config, run_name=config.run_dir.name)  # the date stays that of the start
         self.config, self.tokenizer, self.run_dir = config, tokenizer, config.run_dir
         self.accelerator = make_accelerator(config.device)
         self.device = self.accelerator.device
@@ -120,21 +121,25 @@ class Trainer:
         if self.average is not None:
             self.checkpointer.register("ema", self.average)
 
-    def train(self, resume: str | Path | None = None) -> TrainingResult:
-        """Trains to the end of the run, or until Ctrl+C or SIGTERM.
+    def train(self, resume: str | Path | None = None, overwrite: bool = False) -> TrainingResult:
+        """Trains to the end of the run, or until Ctrl+C, SIGTERM or SIGHUP.
 
         Args:
-            resume: ``auto`` goes on from the newest checkpoint that verifies (or starts where there is none);
-                a checkpoint's folder goes on from that one; None starts anew and wants a run folder without
+            resume: ``auto`` resumes from the newest checkpoint that verifies (or starts where there is none);
+                a checkpoint's folder resumes from that one; None starts over and wants a run folder without
                 checkpoints.
+            overwrite: start over in the run's folder, whatever it holds: the run or model there is replaced.
 
         Raises:
             CheckpointError: nothing to resume, or not whole, or it cannot be written.
             TrainingError: the loss is not finite, or memory ran out.
-            ValueError: there are checkpoints already and ``resume`` is None.
+            ValueError: there are checkpoints already and ``resume`` is None, or the folder holds something else.
         """
+        check_run_folder(self.run_dir, overwrite)
+        if overwrite and resume == "auto":
+            resume = None
         with deterministic_algorithms(self.config.deterministic), RunLock(self.run_dir, self.accelerator):
-            self.state = self.checkpointer.restore(resume)
+            self.state = self.checkpointer.restore(resume, overwrite)
             if self.state.step and (ended := self._reason_to_end()):
                 self.report.say(f"{self.run_dir} is finished ({ended}, step {self.state.step:,}): nothing to do")
                 return TrainingResult.of(self.state, ended, self.run_dir)
@@ -142,6 +147,7 @@ class Trainer:
             self.checkpointer.drop_later(self.state.step)
             if self.is_main:
                 run_info.write_run_info(self.run_dir / "run.json", self.info)
+            self.report.say(f"training into {self.run_dir}")
             tracker = make_tracker(self.config.tracker, self.run_dir, self.state.step, self.report.say)
             self.report.start(self.state.step if self.state.step else -1, self.info, tracker)
             reason = "error"

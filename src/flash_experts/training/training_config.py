@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from datetime import date
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,6 +13,11 @@ from flash_experts.training.stages import Stage, stage_problems
 
 _MOST = 10**12  # of steps, tokens and names: more are a slip of the finger
 PARTS = ("router", "experts", "dense")
+
+
+def default_run_name(settings_file: str | Path = "train") -> str:
+    """``2026-11-29-quickstart``: no released model is called that, and the runs of a day's settings find each other."""
+    return f"{date.today()}-{Path(settings_file).stem}"
 
 
 @dataclass(frozen=True)
@@ -36,7 +42,7 @@ class TrainingConfig:
 
     Args:
         output_dir: folder of all runs.
-        run_name: the run is written to ``output_dir/run_name``.
+        run_name: the run is written to ``output_dir/run_name``; null for the date and the name of the settings file.
         seed: of the order of names, of what is dropped from prompts, and of dropout.
         max_steps: optimizer steps; null for no limit.
         max_epochs: passes over the training names (fractions are fine); null for no limit. Must be null where there
@@ -96,7 +102,7 @@ class TrainingConfig:
     """
 
     output_dir: str = "models"
-    run_name: str = "mtg-names"
+    run_name: str | None = None
     seed: int = 0
     max_steps: int | None = None
     max_epochs: float | None = 3.0
@@ -139,7 +145,7 @@ class TrainingConfig:
     @property
     def run_dir(self) -> Path:
         """Where the run is written: the best model, and ``checkpoints/`` below it."""
-        return Path(self.output_dir) / self.run_name
+        return Path(self.output_dir) / (self.run_name or default_run_name())
 
     @property
     def planned_stages(self) -> Sequence[Stage]:
@@ -177,10 +183,11 @@ class TrainingConfig:
             )
         if not self.output_dir:
             problems.append("output_dir is empty: give a folder")
-        if not self.run_name.isprintable():
-            problems.append(f"run_name {self.run_name!r} has a character that cannot be printed")
-        if not self.run_name or Path(self.run_name).name != self.run_name or self.run_name in (".", ".."):
-            problems.append(f"run_name {self.run_name!r} must be one folder name")
+        name = self.run_dir.name if self.run_name is None else self.run_name
+        if not name.isprintable():
+            problems.append(f"run_name {name!r} has a character that cannot be printed")
+        if not name or Path(name).name != name or name in (".", ".."):
+            problems.append(f"run_name {name!r} must be one folder name")
         if self.max_minutes is None and self.max_steps is not None and self.warmup_steps > self.max_steps:
             problems.append(f"warmup_steps {self.warmup_steps} is more than max_steps {self.max_steps}")
         if problems:
