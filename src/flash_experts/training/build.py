@@ -36,13 +36,13 @@ def build_model(
     torch.manual_seed(seed)
     model: PreTrainedModel
     if base is None:
-        tokenizer: PreTrainedTokenizerBase = train_tokenizer(
-            tokenizer_texts(cards), config.vocab_size, prompt_words(cards)
-        )
+        tokenizer = _new_tokenizer(config, cards)
         model = _new_model(config, tokenizer)
         if config.num_experts:
             model = GPT2MoEForCausalLM.from_dense(model, **config.moe_fields)
     else:
+        if config.tokenizer is not None:
+            raise ValueError("model.tokenizer is for a new model: a base has its own, set one of the two to null")
         if config.num_experts and load_config(base).model_type == "gpt2":
             model = GPT2MoEForCausalLM.from_dense(base, **config.moe_fields)  # never two copies in memory
         else:
@@ -71,6 +71,14 @@ def tokenizer_texts(cards: Sequence[Card]) -> list[str]:
     """What a new tokenizer is trained on: every prompt as it is written, and every name as it is learned."""
     prompts = [Attributes.of(card).prompt() for card in cards]
     return [*prompts, *(" " + card.name for card in cards)]
+
+
+def _new_tokenizer(config: ModelConfig, cards: Sequence[Card]) -> PreTrainedTokenizerBase:
+    """One trained on the cards, or another model's, reduced to what the cards need if that is asked for."""
+    if config.tokenizer is None:
+        return train_tokenizer(tokenizer_texts(cards), config.vocab_size, prompt_words(cards))
+    tokenizer = load_tokenizer(config.tokenizer)
+    return trim_tokenizer(tokenizer, texts_of_cards(cards))[0] if config.trim_vocabulary else tokenizer
 
 
 def _new_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> GPT2LMHeadModel:

@@ -27,11 +27,11 @@ class Interval:
     Args:
         model: the plain model, whose routers count for themselves.
         accelerator: adds up over the processes.
-        label_smoothing: of the loss.
+        is_code_length: whether the loss is plain cross-entropy, so that bits per character can be read off it.
     """
 
-    def __init__(self, model: PreTrainedModel, accelerator: Accelerator, label_smoothing: float):
-        self._model, self._accelerator, self._label_smoothing = model, accelerator, label_smoothing
+    def __init__(self, model: PreTrainedModel, accelerator: Accelerator, is_code_length: bool):
+        self._model, self._accelerator, self._is_code_length = model, accelerator, is_code_length
         # This process's part of the losses, how many steps they are of, the last norm of a whole gradient; nats of its
         # names without any balancing loss, their characters, and its parts of the balancing losses.
         self._sums = torch.zeros(7, device=accelerator.device)
@@ -68,7 +68,7 @@ class Interval:
         total, steps, grad_norm, nats, characters, *parts = sums.tolist()
         self._sums[[1, *_PARTS]] = 0
         loss = {"loss": total / steps, "grad_norm": grad_norm} if steps else {}
-        if steps and not self._label_smoothing:  # a smoothed loss is no code length
+        if steps and self._is_code_length:
             loss["bits_per_char"] = nats / math.log(2) / characters
         if steps:
             means = dict(zip(_BALANCING_LOSSES, (part / steps for part in parts), strict=True))

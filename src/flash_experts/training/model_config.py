@@ -79,6 +79,7 @@ class ModelConfig:
         n_head: attention heads of a new model.
         n_positions: longest text of a new model, in tokens.
         vocab_size: tokens of a new model's tokenizer, which is trained on the prepared cards.
+        tokenizer: folder or hub id whose tokenizer a new model takes, such as that of its teacher; null trains one.
     """
 
     num_experts: int = 8
@@ -105,6 +106,7 @@ class ModelConfig:
     n_head: int = 4
     n_positions: int = 128
     vocab_size: int = 4096
+    tokenizer: str | None = None
 
     def validate(self) -> None:
         """Checks every number, those too that a base or ``num_experts: 0`` leaves without use.

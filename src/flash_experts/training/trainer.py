@@ -33,7 +33,7 @@ from flash_experts.training.errors import LostProcessError, NonFiniteLossError, 
 from flash_experts.training.finite import MOST_SKIPS_IN_A_ROW, FiniteGuard, names_in, write_bad_batch
 from flash_experts.training.heartbeat import watch_the_others
 from flash_experts.training.interval import Interval
-from flash_experts.training.loss import CausalLoss
+from flash_experts.training.loss import make_loss
 from flash_experts.training.optimizer import freeze_parts, make_optimizers, set_rates
 from flash_experts.training.parallel import spread_model
 from flash_experts.training.precision import check_dtype, use_bfloat16
@@ -91,7 +91,7 @@ class Trainer:
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         self.autocast = use_bfloat16(config.precision, self.device)
         self.model = check_dtype(model).to(self.device)
-        self.model.loss_function = CausalLoss(config.label_smoothing)
+        self.model.loss_function = self.loss = make_loss(config, self.model, tokenizer, self.device)
         freeze_parts(self.model, config.lr_scale)
         # Training calls `parallel.wrapped`; validation and saving use the plain model inside it.
         self.parallel = spread_model(self.model, self.accelerator, config)
@@ -113,7 +113,7 @@ class Trainer:
         self.guard = FiniteGuard(config.on_nan == "stop", self.device, self.world)
         # All that a step leaves to the next: the weights, `state`, and what is registered. See `stateful`.
         self.state = TrainerState()
-        self.interval = Interval(self.model, self.accelerator, config.label_smoothing)
+        self.interval = Interval(self.model, self.accelerator, not config.label_smoothing and config.teacher is None)
         self.checkpointer = Checkpointer.of(config, self.model, tokenizer, self.info, self.report.say, self.is_main)
         for name, optimizer in self.optimizers.items():
             self.checkpointer.register(name, OptimizerState(self.model, optimizer))
@@ -235,8 +235,10 @@ class Trainer:
 
     def _backward(self, row: PackedBatch, num_labels: int) -> torch.Tensor:
         """Adds a row's gradient; returns its part of the step's loss."""
+        row = row.to(self.device)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
-            output = self.parallel.wrapped(**row.to(self.device).inputs_with_loss(num_labels))
+            self.loss.prepare(row)
+            output = self.parallel.wrapped(**row.inputs_with_loss(num_labels))
         self.parallel.backward(output.loss)
         self.interval.see(output, row, num_labels)
         return cast(torch.Tensor, output.loss.detach())

@@ -71,6 +71,12 @@ class TrainingConfig:
         clip_norm: largest norm of the gradient; null for no clipping.
         label_smoothing: share of each label that is spread over all tokens. The loss that is logged has it, the
             validation has not.
+        teacher: folder or hub id of a larger model with the same tokenizer, whose probabilities the model learns as
+            well (knowledge distillation); null for none. It runs next to the model in every step.
+        distill_weight: share of the teacher in the loss, the rest is the cross-entropy of the names.
+        distill_temperature: over 1 flattens both distributions, so that unlikely tokens count more.
+        distill_kl: forward (the model covers all that the teacher would write) or reverse (it keeps to what the teacher
+            finds likely).
         ema_decay: validate, sample and keep an average of the weights over about the last 1 / (1 - ema_decay) steps;
             null for the weights themselves.
         log_every: steps between lines of metrics.
@@ -123,6 +129,10 @@ class TrainingConfig:
     min_lr_ratio: float = 0.1
     clip_norm: float | None = 1.0
     label_smoothing: float = 0.0
+    teacher: str | None = None
+    distill_weight: float = 0.5
+    distill_temperature: float = 1.0
+    distill_kl: Literal["forward", "reverse"] = "forward"
     ema_decay: float | None = None
     log_every: int = 10
     eval_every: int | None = 200
@@ -174,6 +184,8 @@ class TrainingConfig:
         for name in ("compile", "find_batch_size"):
             if self.parallel != "ddp" and getattr(self, name):
                 problems.append(f"{name} works with parallel: ddp, not with {self.parallel}: set it to false")
+            if self.teacher is not None and getattr(self, name):
+                problems.append(f"{name} does not work with a teacher: set it to false")
         if self.schedule == "wsd" and self.warmup_steps < 1 and self.warmup_steps + self.decay_share > 1:
             problems.append(f"warmup_steps {self.warmup_steps} and decay_share {self.decay_share} overlap")
         if self.gradient_accumulation_steps > self.tokens_per_batch:
@@ -197,6 +209,7 @@ class TrainingConfig:
         choices = {
             "optimizer": ("adamw", "muon"),
             "schedule": ("cosine", "linear", "constant", "wsd"),
+            "distill_kl": ("forward", "reverse"),
             "on_nan": ("stop", "skip"),
             "precision": ("auto", "float32", "bfloat16"),
             "tracker": ("none", "wandb", "tensorboard"),
@@ -222,7 +235,7 @@ class TrainingConfig:
         for name in at_least_one.split():
             value = getattr(self, name)
             check(name, value, value is None or 1 <= value <= _MOST, f"from 1 to {_MOST:,}")
-        for name in ("max_epochs", "max_minutes", "learning_rate", "clip_norm"):
+        for name in ("max_epochs", "max_minutes", "learning_rate", "clip_norm", "distill_temperature"):
             value = getattr(self, name)
             check(name, value, value is None or value > 0, "more than 0")
         check("seed", self.seed, 0 <= self.seed < 2**32, f"from 0 to {2**32 - 1:,}")
@@ -236,7 +249,7 @@ class TrainingConfig:
         for name in ("label_smoothing", "ema_decay", "muon_momentum"):
             value = getattr(self, name)
             check(name, value, value is None or 0 <= value < 1, "from 0 to under 1")
-        for name in ("min_lr_ratio", "attribute_dropout"):
+        for name in ("min_lr_ratio", "attribute_dropout", "distill_weight"):
             check(name, getattr(self, name), 0 <= getattr(self, name) <= 1, "from 0 to 1")
         for index, beta in enumerate(self.betas):
             check(f"betas[{index}]", beta, 0 <= beta < 1, "from 0 to under 1")
