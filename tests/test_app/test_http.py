@@ -81,18 +81,18 @@ def test_comparison_and_inspection(url: str) -> None:
 @pytest.mark.parametrize(
     ("endpoint", "given", "message"),
     [
-        ("generate", {"settings": {"count": 101}}, "1 to 100"),
+        ("generate", {"settings": {"count": 101}}, "from 1 to 100"),
         ("generate", {"settings": {"counts": 3}}, "unknown setting 'counts'"),
         ("generate", {"settings": [1]}, "must be an object"),
         ("generate", {"settings": {"colors": "purple"}}, "purple"),
         ("generate", {"settings": {}, "model": "../../etc/passwd"}, "no model"),
-        ("generate", {"settings": {}, "model": {"path": "x"}}, "must be a text"),
+        ("generate", {"settings": {}, "model": {"path": "x"}}, "must be text"),
         ("generate", {"settings": {"regex": "(((((.{40}){40}){40}){40}){40}){40}"}}, "regex"),
         ("generate", {"settings": {"regex": "x{30}y{30}"}}, "matches no name"),
         ("compare", {"settings": {}, "preset_a": "bold"}, "unknown preset"),
-        ("inspect", {"name": "a" * 61, "settings": {}}, "60 are the most"),
-        ("inspect", {"name": 3, "settings": {}}, "must be a text"),
-        ("settings", {"text": "count=3"}, "begin with"),
+        ("inspect", {"name": "a" * 61, "settings": {}}, "the most is 60"),
+        ("inspect", {"name": 3, "settings": {}}, "must be text"),
+        ("settings", {"text": "count=3"}, "must begin with"),
     ],
 )
 def test_a_bad_request_is_told(url: str, endpoint: str, given: dict[str, Any], message: str) -> None:

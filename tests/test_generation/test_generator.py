@@ -267,6 +267,14 @@ def test_swear_words_come_out_only_when_allowed(
     assert word not in " ".join(texts(quietly(generator, 8, temperature=0.5, seed=0))).lower().split()
 
 
+def test_real_places_come_out_only_when_allowed(
+    parrot: Callable[..., torch.nn.Module], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    generator = NameGenerator(parrot(["Elf of Norway", "Goblin Ring"]), tokenizer, REAL)
+    assert "Elf of Norway" in texts(quietly(generator, 2, temperature=0.5, allow_real_places=True, seed=0))
+    assert "norway" not in " ".join(texts(quietly(generator, 8, temperature=0.5, seed=0))).lower()
+
+
 def test_near_duplicates_are_kept_away(
     parrot: Callable[..., torch.nn.Module], tokenizer: PreTrainedTokenizerFast
 ) -> None:

@@ -122,7 +122,7 @@ def _last(stream: Iterator[Each]) -> Each:
 
 def _text(name: str, value: Any) -> str:
     if not isinstance(value, str):
-        raise ValueError(f"{name} must be a text, not {type(value).__name__}")
+        raise ValueError(f"{name} must be text, not {type(value).__name__}")
     return value
 
 

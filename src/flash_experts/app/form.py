@@ -45,6 +45,8 @@ LABELS = {
     "like": "Similar to these names",
     "min_distance": "Distance from real cards",
     "alliterate": "All words start with the same letter",
+    "allow_profanity": "Allow swear words",
+    "allow_real_places": "Allow places of the real world",
     "count": "Number of names",
     "seed": "Seed",
 }
@@ -56,7 +58,10 @@ _OPTIONAL = ("min_length", "max_length", "seed")  # numbers in text fields that 
 TEXTS = ("starts_with", "contains", "ends_with", "regex", "banned_words", *_OPTIONAL)  # Enter in them makes names
 SLIDERS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "guidance")
 _NUMBERS = ("mana_value", "released", "min_words", "max_words")  # dropdowns with "any"
-_SAME = (*("starts_with", "contains", "ends_with", "regex", "alliterate", "min_distance", "best_of", "best_by"),)
+_SAME = (
+    *("starts_with", "contains", "ends_with", "regex", "alliterate", "min_distance", "best_of", "best_by"),
+    *("allow_profanity", "allow_real_places"),
+)
 
 Controls = dict[str, Any]  # Gradio components by name; which events one has depends on its kind
 
@@ -129,7 +134,7 @@ def rule_controls() -> Controls:
         "min_distance": gr.Slider(
             0, 0.8, 0, step=0.05, label=LABELS["min_distance"], info="share of letters that differ from any real card"
         ),
-        "alliterate": gr.Checkbox(label=LABELS["alliterate"]),
+        **{name: gr.Checkbox(label=LABELS[name]) for name in ("alliterate", "allow_profanity", "allow_real_places")},
     }
 
 

@@ -90,9 +90,9 @@ def inspect_name(loaded: LoadedModel, name: str, settings: Settings) -> Inspecti
     """
     name = shown_form(name)
     if not normal_form(name):
-        raise ValueError("no name to look into: give one with letters")
+        raise ValueError("no name to inspect: give one with letters")
     if len(name) > LONGEST_NAME:
-        raise ValueError(f"the name has {len(name)} characters: {LONGEST_NAME} are the most")
+        raise ValueError(f"the name has {len(name)} characters: the most is {LONGEST_NAME}")
     generator = loaded.generator
     model = generator.model
     attributes = attributes_asked_for(settings.attributes(), settings.like)

@@ -60,7 +60,7 @@ _NUMBERS: dict[str, tuple[float, float]] = {
     "min_distance": (0, 0.8),
 }
 _FLOATS = {"temperature", "top_p", "min_p", "repetition_penalty", "guidance", "min_distance"}
-_FLAGS = {"alliterate"}
+_FLAGS = ("alliterate", "allow_profanity", "allow_real_places")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,7 +75,7 @@ class Settings:
         preset: of `flash_experts.generation.PRESETS`.
         temperature, top_k, top_p, min_p, repetition_penalty, guidance: each over the preset's.
         starts_with, ends_with, contains, regex, words, min_words, max_words, min_length, max_length, banned_words,
-            alliterate, min_distance: see `flash_experts.generation.Constraints`.
+            alliterate, min_distance, allow_profanity, allow_real_places: see `flash_experts.generation.Constraints`.
         like: examples that the names shall resemble.
         count: how many names.
         best_of: names drawn for each that is given.
@@ -111,6 +111,8 @@ class Settings:
     banned_words: tuple[str, ...] = ()
     alliterate: bool = False
     min_distance: float = 0.0
+    allow_profanity: bool = False
+    allow_real_places: bool = False
     like: tuple[str, ...] = ()
     count: int = 20
     best_of: int = 1
@@ -124,8 +126,9 @@ class Settings:
             _check_list(name, getattr(self, name), most, longest)
         for name, bounds in _NUMBERS.items():
             _check_number(name, getattr(self, name), bounds)
-        if not isinstance(self.alliterate, bool):
-            raise ValueError(f"alliterate is {self.alliterate!r}: it is true or false")
+        for name in _FLAGS:
+            if not isinstance(value := getattr(self, name), bool):
+                raise ValueError(f"{name} must be true or false, not {value!r:.40}")
         attributes = self.attributes()
         if not self.like:  # which tells attributes, too
             fitness_of(self.best_by, self.best_of, attributes)
@@ -162,14 +165,14 @@ class Settings:
         """
         text = text.strip()
         if len(text) > LONGEST_STRING:
-            raise ValueError(f"the settings have {len(text)} characters: {LONGEST_STRING} are the most")
+            raise ValueError(f"the settings string has {len(text)} characters: the most is {LONGEST_STRING}")
         if not text.startswith(PREFIX):
-            raise ValueError(f"these are no settings: they begin with {PREFIX}")
+            raise ValueError(f"not a settings string: it must begin with {PREFIX}")
         query = text.removeprefix(PREFIX)
         try:
             pairs = parse_qsl(query, keep_blank_values=True, strict_parsing=True, errors="strict") if query else []
         except ValueError:
-            raise ValueError(f"these are no settings: after {PREFIX} come name=value, joined by &") from None
+            raise ValueError(f"not a settings string: after {PREFIX} there must be name=value, joined by &") from None
         values: dict[str, Any] = {}
         for name, value in pairs:
             if name not in _DEFAULTS:
@@ -191,6 +194,8 @@ class Settings:
         return cls(**{name: read for name, value in values.items() if (read := _tidied(name, value)) is not None})
 
 
+_KINDS_IN_JSON = {str: "text", list: "a list", tuple: "a list", dict: "an object", bool: "true or false",
+                  int: "a number", float: "a number", type(None): "null"}  # fmt: skip
 _DEFAULTS: dict[str, Any] = {field.name: field.default for field in fields(Settings)}
 
 
@@ -201,24 +206,24 @@ def _check_text(name: str, value: Any, longest: int) -> None:
     if value is None and _DEFAULTS[name] is None:
         return
     if not isinstance(value, str):
-        raise ValueError(f"{name} must be a text, not {type(value).__name__}")
+        raise ValueError(f"{name} must be text, not {_KINDS_IN_JSON.get(type(value), 'something else')}")
     if len(value) > longest:
-        raise ValueError(f"{name} has {len(value)} characters: {longest} are the most")
+        raise ValueError(f"{name} has {len(value)} characters: the most is {longest}")
     if not value.isprintable():
-        raise ValueError(f"{name} has a character that cannot be printed: leave it out")
+        raise ValueError(f"{name} has a control character: leave it out")
 
 
 def _check_list(name: str, value: Any, most: int, longest: int) -> None:
     if not isinstance(value, tuple):
-        raise ValueError(f"{name} must be a list, not {type(value).__name__}")
+        raise ValueError(f"{name} must be a list, not {_KINDS_IN_JSON.get(type(value), 'something else')}")
     if len(value) > most:
-        raise ValueError(f"{name} has {len(value)} entries: {most} are the most")
+        raise ValueError(f"{name} has {len(value)} entries: the most is {most}")
     for entry in value:
         _check_text(name, entry, longest)
         if not entry or not entry.strip():
             raise ValueError(f"{name} has a blank entry: leave it out")
         if ";" in entry:
-            raise ValueError(f"{name} has ';' in {entry!r}: it stands between entries")
+            raise ValueError(f"{name} has ';' in {entry!r}: ';' separates entries")
 
 
 def _check_number(name: str, value: Any, bounds: tuple[float, float]) -> None:
@@ -229,7 +234,7 @@ def _check_number(name: str, value: Any, bounds: tuple[float, float]) -> None:
         raise ValueError(f"{name} must be a {kind}, not {value!r:.40}")
     low, high = bounds
     if not low <= value <= high:
-        raise ValueError(f"{name} is {value}: it must be {low:g} to {high:g}")
+        raise ValueError(f"{name} is {value}: it must be from {low:.10g} to {high:.10g}")
 
 
 # --------------------------------------------------------------------------------------------- to and from plain text
@@ -253,7 +258,7 @@ def _reader(name: str) -> Callable[[str, str], Any]:
 
 def _read_flag(name: str, text: str) -> bool:
     if text != "1":
-        raise ValueError(f"{name}={text[:40]!r}: 1 switches it on, and without it it is off")
+        raise ValueError(f"{name}={text[:40]!r}: give 1, or leave it out")
     return True
 
 

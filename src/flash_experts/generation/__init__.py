@@ -24,6 +24,7 @@ from flash_experts.generation.word_filters import (
     Alliterates,
     BannedWords,
     NoProfanity,
+    NoRealPlaces,
     NoRepeatedWords,
     WordFilter,
 )
@@ -50,6 +51,7 @@ __all__ = [
     "NameGenerator",
     "NameVocabulary",
     "NoProfanity",
+    "NoRealPlaces",
     "NoRepeatedWords",
     "NoTokenLeftError",
     "Sampling",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, fields
 from importlib.util import find_spec
 
@@ -18,21 +18,28 @@ from flash_experts.generation.filters import (
 )
 from flash_experts.generation.formatting import DANGLING_WORDS
 from flash_experts.generation.limit_filters import MaxLength, MaxWords, MinLength, MinWords
-from flash_experts.generation.profanity import profane_words
 from flash_experts.generation.regex_filter import MatchesRegex
 from flash_experts.generation.text_filters import Contains, EndsWith, StartsWith
+from flash_experts.generation.unwanted_words import found_in, missing_packages
 from flash_experts.generation.vocabulary import NameVocabulary
 from flash_experts.generation.word_filters import (
     Alliterates,
     BannedWords,
     NoProfanity,
+    NoRealPlaces,
     NoRepeatedWords,
+    UnwantedWords,
     alliterates,
     words_of,
 )
 
 MOST_CHARACTERS = 1000  # that max_length may be
 LONGEST_NAME = 40  # characters; the longest serious card name has 33
+# Filters that are on unless a field allows what they refuse: the field, what it is, the filter, the packages it needs.
+_UNWANTED: tuple[tuple[str, str, type[UnwantedWords], tuple[str, ...]], ...] = (
+    ("allow_profanity", "swear words", NoProfanity, ("better_profanity",)),
+    ("allow_real_places", "places of the real world", NoRealPlaces, ("countryinfo", "tzdata")),
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +58,8 @@ class Constraints:
         max_length: characters at most, and no word is cut for it. If None, names are cut at 40, which a trained
             model hardly ever reaches.
         banned_words: words that no name has.
-        allow_profanity: lets swear words through.
+        allow_profanity: lets swear words and slurs through.
+        allow_real_places: lets countries, nations and large cities of the real world through.
         alliterate: all words begin with one letter, small ones ("of") aside, and there are two or more.
         min_distance: edit distance to every known card / the longer length, at least; 0 to under 1. Names
             nearer than that are dropped when they are finished.
@@ -68,6 +76,7 @@ class Constraints:
     max_length: int | None = None
     banned_words: Sequence[str] = ()
     allow_profanity: bool = False
+    allow_real_places: bool = False
     alliterate: bool = False
     min_distance: float = 0.0
 
@@ -137,7 +146,7 @@ class Constraints:
         ]
         if self.banned_words:
             filters.append(BannedWords(*place, self.banned_words))
-        filters += self._profanity_filter(*place)
+        filters += [unwanted(*place) for unwanted in self._unwanted(warn=True)]
         if self.alliterate:
             filters.append(Alliterates(*place))
         if self.starts_with is not None:
@@ -169,7 +178,7 @@ class Constraints:
             and _spaced(self.contains) in " " + low
             and (not self.alliterate or alliterates(text))
             and not {normal_form(word) for word in self.banned_words}.intersection(words)
-            and (self.allow_profanity or not _profane().intersection(words))
+            and not any(found_in(unwanted.judge, text) for unwanted in self._unwanted())
         )
 
     def told(self) -> str:
@@ -191,6 +200,7 @@ class Constraints:
             raise ValueError(f"{name} {shown!r} has more words than max_words {most}")
         if (found := WellFormed.BAD.search((" " if name == "starts_with" else "") + shown)) is not None:
             raise ValueError(f"{name} {shown!r}: no name has {found[0]!r} in it")
+        self._check_unwanted(name, shown)
         if name == "ends_with":
             last, is_word = shown.split()[-1], _spaced(text)[0] == " " or " " in shown
             if shown[-1] in WellFormed.OPEN_END or (is_word and last.lower() in DANGLING_WORDS):
@@ -198,17 +208,31 @@ class Constraints:
         if self.alliterate and name == "starts_with" and len(shown.split()) > 1 and not alliterates(shown, least=1):
             raise ValueError(f"starts_with {shown!r} does not alliterate")
 
-    def _profanity_filter(self, vocabulary: NameVocabulary, prompt_length: int) -> list[NameFilter]:
-        if self.allow_profanity:
-            return []
-        if not _profane():
-            warnings.warn(
-                "better-profanity is not installed: swear words are not filtered (pip install better-profanity, or "
-                "say allow_profanity)",
-                stacklevel=5,
-            )
-            return []
-        return [NoProfanity(vocabulary, prompt_length)]
+    def _check_unwanted(self, name: str, shown: str) -> None:
+        """Whether a text that names must have holds a word that they must not have."""
+        for field, what, unwanted, packages in _UNWANTED:
+            if getattr(self, field) or missing_packages(*packages):
+                continue
+            # "Ass" may still become "Assassin"; the words before the last are what they are.
+            may_go_on = name != "ends_with" and unwanted.judge(shown) == "refused"
+            if found_in(unwanted.judge, shown.rpartition(" ")[0] if may_go_on else shown):
+                raise ValueError(f"{name} {shown!r} is among the {what}: set {field} to have it in names")
+
+    def _unwanted(self, warn: bool = False) -> Iterator[type[UnwantedWords]]:
+        """The filters of words that nobody wants, without those that are allowed and those whose data is missing."""
+        for field, what, unwanted, packages in _UNWANTED:
+            if getattr(self, field):
+                continue
+            missing = missing_packages(*packages)
+            if not missing:
+                yield unwanted
+            elif warn:
+                install = " ".join(missing).replace("_", "-")
+                warnings.warn(
+                    f"{' and '.join(missing)} not installed: {what} are not filtered (pip install {install}, or set "
+                    f"{field})",
+                    stacklevel=6,
+                )
 
     def _as_regexes(self) -> list[str]:
         """The other constraints as expressions, so that the automaton of ``regex`` sees contradictions."""
@@ -235,7 +259,3 @@ def _spaced(text: str | None) -> str:
 
 def _escaped(text: str) -> str:
     return "".join(f"\\u{{{ord(character):x}}}" for character in text)
-
-
-def _profane() -> frozenset[str]:
-    return profane_words() if find_spec("better_profanity") else frozenset()

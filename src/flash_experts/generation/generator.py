@@ -48,6 +48,7 @@ class Options(TypedDict, total=False):
     max_length: int | None
     banned_words: Sequence[str]
     allow_profanity: bool
+    allow_real_places: bool
     alliterate: bool
     min_distance: float
     filters: Sequence[FilterFactory]

@@ -13,7 +13,7 @@ import torch
 from flash_experts.data.names import normal_form
 from flash_experts.generation.filters import PARTIAL_BYTES, NameFilter
 from flash_experts.generation.formatting import SMALL_WORDS
-from flash_experts.generation.profanity import profane_words
+from flash_experts.generation.unwanted_words import Judge, place_at_end, profanity_at_end
 from flash_experts.generation.vocabulary import NameVocabulary
 
 _WORD = re.compile(r"[^\W_]+")
@@ -66,16 +66,34 @@ class BannedWords(WordFilter):
         return normal_form(words[-1]) in self.words
 
 
-class NoProfanity(BannedWords):
-    """No swear words or slurs: those of the package better-profanity, but for words that real cards print."""
+class UnwantedWords(WordFilter):
+    """Base of filters whose judge looks at the end of a name: a word that cannot be accepted leaves no token at all."""
 
-    def __init__(self, vocabulary: NameVocabulary, prompt_length: int) -> None:
-        """Loads the list.
+    judge: Judge
 
-        Raises:
-            ModuleNotFoundError: better-profanity is not installed.
-        """
-        super().__init__(vocabulary, prompt_length, profane_words())
+    def rule(self, name: str) -> Hashable | None:
+        verdict = type(self).judge(name)
+        return "dropped" if verdict and not name[-1].isalnum() else verdict
+
+    def refuses(self, words: list[str]) -> bool:
+        return type(self).judge(" ".join(words)) is not None
+
+    def forbidden(self, rule: Hashable) -> torch.Tensor:
+        if rule == "dropped":
+            return torch.ones(self.vocabulary.size, dtype=torch.bool)
+        return super().forbidden(rule)
+
+
+class NoProfanity(UnwantedWords):
+    """No swear words or slurs, nor words that have one inside; needs the package better-profanity."""
+
+    judge = staticmethod(profanity_at_end)
+
+
+class NoRealPlaces(UnwantedWords):
+    """No countries, nations or large cities of the real world; needs the packages countryinfo and tzdata."""
+
+    judge = staticmethod(place_at_end)
 
 
 class Alliterates(WordFilter):

@@ -1,0 +1,156 @@
+"""Words that names are kept from: swear words and slurs, and places of the real world."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable
+from functools import cache, lru_cache
+from importlib.resources import files
+from importlib.util import find_spec
+from typing import Literal
+
+from flash_experts.data.names import normal_form
+
+# "refused": the last word must not end as it is. "dropped": no longer word around it can be accepted either.
+Verdict = Literal["refused", "dropped"] | None
+Judge = Callable[[str], Verdict]  # of a text, perhaps unfinished
+
+# On the list, and yet on serious cards ("Wrath of God", "Strip Mine", "Hoar Shade"; 135 names): these stay.
+PRINTED_ON_CARDS = frozenset(
+    """bestial damn dong dummy god hell hoar kill lust murder naked organ pawn revue sadist sandbar slave snatch sniper
+    snuff strip stroke thug tosser weed""".split()
+)
+# Stems that are refused inside words. The lookarounds spare "scrap", "snigger", "congenital" and the like
+# (the Scunthorpe problem); tests hold them to every word of the real cards.
+_INSIDE = r"""bitch|blowjob|bollock|bukkak|circlejerk|clitor|cocksuck|cunnilin|(?<!s)cunt|dildo|ejaculat|faggot|fellat|
+    fuck|gangbang|(?<!con)genital|handjob|hentai|hitler|jackass|jizz|masturbat|menstru|molest|motherf|nipple|orgasm|
+    paedophil|pedophil|penis|pissed|pissing|porn|prostitut|pussy|schlong|scrotum|sexual|slut|smegma|sperm|testicle|
+    uterine|uterus|vagin(?!g)|vulva|whore|(?<!s)crap|(?<!monte)negro|(?<!s)nigg|(?<!ka)shit|(?<!s)wank"""
+# Stems that are refused only where a word starts: "drape", "Essex" and "assassin" are fine.
+_AT_START = r"""arse(?!n)|ass(?:face|hat|hole|munch|wipe)|boob(?!y)|butt(?:fuck|head|hole|ock|plug)|
+    cock(?!at|er|l|ney|pit|roach|sc|sp|sure|t|y)|dick(?!en)|fart(?!h)|homo(?:phob|sex)|horny|incest|kike|labia|nazi|
+    nude|piss|poop|pub(?:es|ic)|puss(?:y|ie)|queer|rape|raping|rapist|rectal|rectum|retard|semen|sex(?!t)|sodom|
+    tampon|tit(?:s$|t[iy])|turd|twat|urin(?:al|e)"""
+_STEMS = re.compile(f"(?:{_INSIDE})|^(?:{_AT_START})", re.VERBOSE)
+
+# On the lists of places, and yet words of fantasy or of everyday English.
+_NO_PLACES = frozenset(
+    """act anchorage arctic baku brokenhill canary casey cayenne center central channelislander currie chile christmasisland
+    cookislander cookislands coralharbour eastern east easter flyingfishcove general goosebay harbin island islander
+    ivorycoast jersey knox lowerprinces midway mountain muscat north oral pacific phoenix polish rainyriver resolute
+    male reunion roadtown sitka sofia south southpole stateof swiftcurrent tellcity thebottom thevalley thunderbay troll
+    turkey virgin virginislands wake wellington west westisland yap""".split()
+)
+_NATIONS = """america american arabia arabian britain england english europe european scotland scottish wales
+    persia persian roman parisian texan californian welsh""".split()  # on no list but within longer names
+_START_OF_WORD = 6  # letters of a place that words must not start with ("Norwaybound"): no real card has one so long
+# Longer words of everyday English that start with a place.
+_NO_STARTS = frozenset("german japan moroni pacific paris shanghai".split())
+_COUNTRY_FACT = re.compile(r'"(?:name|capital|demonym)": "([^"]*)"')
+_USA = "united_states_of_america.json"
+_CONTINENTS = ("Africa", "America", "Asia", "Atlantic", "Australia", "Europe", "Indian", "Pacific")
+_MOST_WORDS = 4  # of a place: "Dar es Salaam"
+_WORD = re.compile(r"[^\W_]+")
+
+
+@cache
+def missing_packages(*names: str) -> tuple[str, ...]:
+    """Those of the packages that are not installed."""
+    return tuple(name for name in names if find_spec(name) is None)
+
+
+def found_in(judge: Judge, name: str) -> bool:
+    """Whether a finished name has a word that a judge refuses."""
+    return any(judge(name[: word.end()]) for word in _WORD.finditer(name))
+
+
+# ---------------------------------------------------------------------------------------------------------- swear words
+
+
+@cache
+def profane_words() -> frozenset[str]:
+    """Normal forms of the single words on better-profanity's list (MIT; about 850), but `PRINTED_ON_CARDS`.
+
+    Raises:
+        ModuleNotFoundError: better-profanity is not installed.
+    """
+    lines = (files("better_profanity") / "profanity_wordlist.txt").read_text("utf-8").splitlines()
+    words = {normal_form(line) for line in lines if line.strip().isalnum()}
+    return frozenset(words - PRINTED_ON_CARDS - {""})
+
+
+def profanity_at_end(name: str) -> Verdict:
+    """Whether the last word of a text, perhaps unfinished, is a swear word or slur, or has one inside.
+
+    Raises:
+        ModuleNotFoundError: better-profanity is not installed.
+    """
+    return _profanity_of(name.rpartition(" ")[2])
+
+
+@lru_cache(maxsize=1 << 16)
+def _profanity_of(word: str) -> Verdict:
+    """As `profanity_at_end`, of a word that may have hyphens and apostrophes: as a whole, and its last part."""
+    parts = {normal_form(word), *map(normal_form, _WORD.findall(word)[-1:])}
+    if any(_STEMS.search(part) for part in parts):
+        return "dropped"
+    return "refused" if any(_listed(part, profane_words()) for part in parts) else None
+
+
+# --------------------------------------------------------------------------------------------------------------- places
+
+
+@cache
+def real_places() -> frozenset[str]:
+    """Normal forms of places, but those that are words of fantasy or of everyday English.
+
+    Countries, capitals, demonyms and the states of the USA are those of countryinfo (MIT); large cities and continents
+    those of the time zones in tzdata (Apache-2.0, the data in the public domain).
+
+    Raises:
+        ModuleNotFoundError: one of the two packages is not installed.
+    """
+    found = set(_NATIONS)
+    for country in (files("countryinfo") / "data").iterdir():
+        if country.name.endswith(".json"):
+            text = country.read_text("utf-8")
+            facts = _COUNTRY_FACT.findall(text)
+            if country.name == _USA:
+                facts += json.loads(text)["provinces"]
+            found |= _normal(part for fact in facts for part in re.split("[,/(]", fact))
+    zones = [zone.split("/") for zone in (files("tzdata") / "zones").read_text("utf-8").split()]
+    found |= _normal(part.replace("_", " ") for zone in zones if zone[0] in _CONTINENTS for part in zone)
+    return frozenset(place for place in found - _NO_PLACES if len(place) > 3)
+
+
+@cache
+def _starts_of_places() -> frozenset[str]:
+    """Places that words must not start with, cut to `_START_OF_WORD` letters or more."""
+    return frozenset(place for place in real_places() - _NO_STARTS if len(place) >= _START_OF_WORD)
+
+
+@lru_cache(maxsize=1 << 16)
+def place_at_end(name: str) -> Verdict:
+    """Whether a text, perhaps unfinished, ends on a place of the real world of up to four words.
+
+    Raises:
+        ModuleNotFoundError: countryinfo or tzdata is not installed.
+    """
+    words = [normal_form(word) for word in _WORD.findall(name.replace("'", ""))[-_MOST_WORDS:]]
+    if not words:
+        return None
+    starts, last = _starts_of_places(), words[-1]
+    if any(last[:length] in starts for length in range(_START_OF_WORD, len(last) + 1)):
+        return "dropped"
+    endings = ("".join(words[-count:]) for count in range(1, len(words) + 1))
+    return "refused" if any(_listed(ending, real_places()) for ending in endings) else None
+
+
+def _normal(texts: Iterable[str]) -> set[str]:
+    return {normal_form(text) for text in texts if text.isascii() or text.isprintable()}
+
+
+def _listed(word: str, words: frozenset[str]) -> bool:
+    """Whether a word, or what it is the plural or the genitive of, is on a list."""
+    return word in words or (len(word) > 4 and word[-1] == "s" and word[:-1] in words)
