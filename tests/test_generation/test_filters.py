@@ -285,7 +285,7 @@ def test_hardly_any_real_name_is_refused() -> None:
             place_at_end,
             ["Furnace of England", "Boneholder of Norway", "Norwaybound Elf", "Norwegian Wood", "Egypt's Wrath",
              "New York Elf", "Witch of Buenos Aires", "Texas Ranger", "Wolves of Tokyo"],
-            ["Turkey of War", "Phoenix of the North", "Polish the Blade", "Waxmane Baku", "Parishioner", "Eastern Troll",
+            ["Turkey of War", "Phoenix of the North", "Polish the Blade", "Waxmane Baku", "Parishioner", "Easter Troll",
              "Germane Reply", "Harbinger", "New Yoke", "Male Easterling"],
         ),
     ],

@@ -37,7 +37,8 @@ _STEMS = re.compile(f"(?:{_INSIDE})|^(?:{_AT_START})", re.VERBOSE)
 # On the lists of places, and yet words of fantasy or of everyday English.
 _NO_PLACES = frozenset(
     """act anchorage arctic baku brokenhill canary casey cayenne center central channelislander currie chile christmasisland
-    cookislander cookislands coralharbour eastern east easter flyingfishcove general goosebay harbin island islander
+    cookislander cookislands coralharbour
+    eastern east easter flyingfishcove general goosebay harbin island islander
     ivorycoast jersey knox lowerprinces midway mountain muscat north oral pacific phoenix polish rainyriver resolute
     male reunion roadtown sitka sofia south southpole stateof swiftcurrent tellcity thebottom thevalley thunderbay troll
     turkey virgin virginislands wake wellington west westisland yap""".split()
