@@ -36,7 +36,8 @@ _STEMS = re.compile(f"(?:{_INSIDE})|^(?:{_AT_START})", re.VERBOSE)
 
 # On the lists of places, and yet words of fantasy or of everyday English.
 _NO_PLACES = frozenset(
-    """act anchorage arctic baku brokenhill canary casey cayenne center central channelislander currie chile christmasisland
+    """act anchorage arctic baku brokenhill canary casey cayenne center central channelislander currie chile
+    christmasisland
     cookislander cookislands coralharbour
     eastern east easter flyingfishcove general goosebay harbin island islander
     ivorycoast jersey knox lowerprinces midway mountain muscat north oral pacific phoenix polish rainyriver resolute
