@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
-from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from flash_experts import GPT2MoEForCausalLM
 from flash_experts.data.packing import EncodedName, encode_name, encode_names, pack, pack_all
@@ -115,6 +117,26 @@ def test_words_of_prompts_are_whole_and_names_are_spelled() -> None:
     assert len(spelling(" Goblin Guide")["input_ids"]) == len(" Goblin Guide")
     assert len(spelling(" hobgoblins")["input_ids"]) == len(" hobgoblins")
     assert len(spelling) == 257 + 3
+
+
+def test_decoding_writes_the_spaces_of_prompts(tmp_path: Path) -> None:
+    words = ["creature", "goblin", "assembly-worker", "urza's", "land"]
+    trained = train_tokenizer(["Wetland", "Dryland"] * 9, 290, words)
+    trained.save_pretrained(tmp_path)
+    assert trained.convert_ids_to_tokens(trained(" Wetland")["input_ids"])[-1].endswith("land")
+    for tokenizer in (trained, load_tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path)):
+        for text in ("creature assembly-worker goblin, red, 3:", "urza's creature: Lim-Dûl, the goblin's Wetland"):
+            ids = tokenizer(text + "<|endoftext|>creature goblin")["input_ids"]
+            assert tokenizer.decode(ids) == text + "<|endoftext|>creature goblin"
+            assert tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=True) == text
+
+
+def test_a_tokenizer_takes_as_much_as_its_model(tmp_path: Path) -> None:
+    trained = train_tokenizer(["Goblin"], 257)
+    trained.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2", "n_positions": 12}')
+    loaded = load_tokenizer(tmp_path)
+    assert loaded.model_max_length == 12 and len(loaded("Goblin " * 9, truncation=True)["input_ids"]) == 12
 
 
 def test_tokenizer_is_lossless_and_reproducible(tokenizer: PreTrainedTokenizerFast, tmp_path: object) -> None:

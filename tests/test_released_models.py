@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import flash_experts  # noqa: F401  registers the mixture with AutoModel
 from flash_experts.data.prepare import load_split, prepare
 from flash_experts.data.prompts import NONE, Attributes
+from flash_experts.data.tokenizer import load_tokenizer
 from flash_experts.evaluation.ngram import NGramMixture
 from flash_experts.evaluation.scorers import LanguageModel
 from flash_experts.models.loading import load_model
@@ -39,6 +40,16 @@ def test_they_learned_from_the_training_split_of_this_cleaning(name: str, data: 
     """A held-out name that they had read would flatter them: their records name the files that they read."""
     run = json.loads((MODELS / name / "run.json").read_text(encoding="utf-8"))
     assert run["data"]["validation_sha256"] == fingerprint(load_split(data, "validation"))
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_their_tokenizers_cut_what_is_too_long_and_write_prompts_as_they_were(name: str) -> None:
+    positions = AutoConfig.from_pretrained(MODELS / name).n_positions
+    for tokenizer in (AutoTokenizer.from_pretrained(MODELS / name), load_tokenizer(MODELS / name)):
+        assert tokenizer.model_max_length == positions
+        assert len(tokenizer("Goblin " * 60, truncation=True)["input_ids"]) == positions
+        prompt = "<|endoftext|>legendary creature human wizard, white blue, 4:"
+        assert tokenizer.decode(tokenizer(prompt)["input_ids"]) == prompt
 
 
 def test_auto_model_loads_the_mixture() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import json
 import subprocess
 import sys
 from functools import partial
@@ -187,6 +188,44 @@ def test_transformers_trainer_trains_it(
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[-1] < losses[0] - 1
     assert not torch.equal(moe.transformer.h[1].mlp.experts.up_proj, before)
+
+
+def test_a_saved_field_that_the_class_lacks_is_left_out_with_a_warning(moe: GPT2MoEForCausalLM, tmp_path: Path) -> None:
+    """Other programs add theirs; the check of spelling is for what a user types."""
+    moe.config.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    saved |= {"num_local_experts": 4, "experts_per_node": 2}
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    with pytest.warns(UserWarning, match="ignored 'num_local_experts'.*'num_experts'"):
+        config = AutoConfig.from_pretrained(tmp_path)
+    assert config.num_experts == 4 and not hasattr(config, "num_local_experts") and config.experts_per_node == 2
+    with pytest.raises(ValueError, match="no field 'num_expert': did you mean 'num_experts'"):
+        GPT2MoEConfig.from_pretrained(tmp_path, num_expert=2)
+
+
+def test_tuples_where_the_configuration_asks_for_them(moe: GPT2MoEForCausalLM) -> None:
+    ids = torch.arange(6)[None]
+    expected = moe(ids).logits
+    moe.config.return_dict = False
+    assert torch.equal(moe(ids)[0], expected) and torch.equal(moe(ids, return_dict=True).logits, expected)
+    assert moe.generate(ids, max_new_tokens=2, do_sample=False).shape == (1, 8)
+
+
+@pytest.mark.parametrize("attention", ["fe_attention", "eager"])
+def test_hidden_states_and_attentions_of_packed_rows_and_batches_are_as_gpt2s(
+    dense: GPT2LMHeadModel, attention: str
+) -> None:
+    moe = GPT2MoEForCausalLM.from_dense(dense, 4, 2, 2)
+    dense.set_attn_implementation(attention)
+    moe.set_attn_implementation(attention)
+    rows = {"input_ids": torch.arange(12).view(2, 6), "attention_mask": torch.ones(2, 6, dtype=torch.long).tril(4)}
+    packed = {"input_ids": torch.arange(6)[None], "position_ids": torch.tensor([[0, 1, 0, 1, 2, 3]])}
+    for inputs in (rows, packed):
+        inputs |= {"use_cache": False, "output_hidden_states": True, "output_attentions": True}
+        ours, theirs = moe(**inputs), dense(**inputs)
+        assert len(ours.hidden_states) == 5 and len(ours.attentions) == (4 if attention == "eager" else 0)
+        torch.testing.assert_close(ours.hidden_states, theirs.hidden_states, rtol=0, atol=2e-5)
+        torch.testing.assert_close(ours.attentions, theirs.attentions, rtol=0, atol=2e-5)
 
 
 def test_the_trainer_passes_on_the_columns_that_gpt2_takes(

@@ -7,14 +7,16 @@ for models trained from scratch: GPT-2's 50,257 embeddings would be most of a sm
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from flash_experts.data.tokenizer_checks import MOST_ADDED, check_tokenizer
+from flash_experts.data.tokenizer_checks import MOST_ADDED, WORD_MARK, before_words, check_tokenizer
 from flash_experts.model_files import (
     CONFIG,
     TOKENIZER,
@@ -43,7 +45,6 @@ def _wrap(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
         pad_token=END_OF_TEXT,
         unk_token=None,
         clean_up_tokenization_spaces=False,
-        model_max_length=1024,
     )
 
 
@@ -86,8 +87,30 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, whole_words: Sequence
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
+    # A word that is a token already ends names as well ("Wetl" + "and"): no space may come before it there.
+    spaced = [word for word in whole_words if tokenizer.token_to_id(word) is None]
     tokenizer.add_tokens([AddedToken(word, single_word=True, lstrip=True, normalized=False) for word in whole_words])
+    tokenizer.decoder = _decoder_with_spaces(spaced)
     return _wrap(tokenizer)
+
+
+def _decoder_with_spaces(words: Sequence[str]) -> decoders.Decoder:
+    """Byte-level decoding that writes the space before whole words, whose tokens hold it without showing it.
+
+    There is none at the beginning of a text, where encoding found none.
+    """
+    plain = [word for word in words if re.fullmatch(r"[\w'-]+", word)]
+    if not plain:
+        return decoders.ByteLevel()
+    return decoders.Sequence(
+        [
+            decoders.Replace(Regex(before_words(plain)), WORD_MARK),
+            decoders.ByteLevel(),
+            decoders.Strip(WORD_MARK, 1, 0),
+            decoders.Replace(END_OF_TEXT + WORD_MARK, END_OF_TEXT),
+            decoders.Replace(WORD_MARK, " "),
+        ]
+    )
 
 
 def gpt2_tokenizer(vocab: str | Path, merges: str | Path) -> PreTrainedTokenizerFast:
@@ -177,7 +200,10 @@ def _check_settings(settings: Mapping[str, Any]) -> None:
 
 
 def _known_settings(folder: Path, settings: Mapping[str, Any], backend: Tokenizer) -> dict[str, Any]:
-    """The special tokens, by name or else by the ids of config.json, and what says how texts are handled."""
+    """The special tokens, by name or else by the ids of config.json, and what tells how texts are handled.
+
+    The longest text is that of the tokenizer or of its model, whichever is shorter.
+    """
     known: dict[str, Any] = {"clean_up_tokenization_spaces": settings.get("clean_up_tokenization_spaces") is True}
     config = _optional(folder / CONFIG)
     for name in ("bos", "eos", "pad", "unk"):
@@ -189,9 +215,9 @@ def _known_settings(folder: Path, settings: Mapping[str, Any], backend: Tokenize
         if token is not None and (not isinstance(token, str) or backend.token_to_id(token) is None):
             raise ValueError(f"its {name}_token {str(token)[:40]!r} is not in the vocabulary")
         known[f"{name}_token"] = token
-    most = settings.get("model_max_length")
-    if isinstance(most, int | float) and most >= 1:
-        known["model_max_length"] = int(most)
+    lengths = [settings.get("model_max_length"), config.get("n_positions"), config.get("max_position_embeddings")]
+    if lengths := [int(most) for most in lengths if isinstance(most, int | float) and 1 <= most < math.inf]:
+        known["model_max_length"] = min(lengths)
     for key in ("padding_side", "truncation_side"):
         if settings.get(key) in ("left", "right"):
             known[key] = settings[key]

@@ -6,7 +6,8 @@ expression that takes hours, a prefix at which its BPE panics. Only parts whose 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 MOST_TOKENS = 300_000  # Llama 3 has 128,256
@@ -29,6 +30,15 @@ _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _TAIL = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 # Regular expressions of known tokenizers: GPT-2, Llama 3 (GPT-4's), Qwen 2. Others may take time without a bound.
 _EXPRESSIONS = {_GPT2, _GPT2_PUBLISHED, *(_CONTRACTIONS + digits + _TAIL for digits in (r"\p{N}{1,3}", r"\p{N}"))}
+
+WORD_MARK = "\ue000"  # of Unicode's private use: what decoding puts before a whole word of a prompt
+_BEFORE_WORDS = re.compile(r"\^\(\?=\(\?:[\w'|-]+\)\$\)")
+_MOST_WORDS = 100_000  # characters
+
+
+def before_words(words: Iterable[str]) -> str:
+    """A regular expression of the empty text before a token that is one of these words, of letters and hyphens."""
+    return f"^(?=(?:{'|'.join(words)})$)"
 
 
 def check_tokenizer(content: dict[str, Any]) -> None:
@@ -72,8 +82,11 @@ def _parts(place: str, value: Any) -> Iterator[dict[str, Any]]:
 
 
 def _check_replace(part: dict[str, Any]) -> None:
-    """A text for one that is not shorter, so that no sequence of these makes a text grow."""
+    """A text for one that is not shorter, so that no sequence of these makes a text grow; or a mark before a word."""
     pattern, new = part.get("pattern"), part.get("content")
+    words = pattern.get("Regex") if isinstance(pattern, dict) else None
+    if isinstance(words, str) and len(words) <= _MOST_WORDS and _BEFORE_WORDS.fullmatch(words) and new == WORD_MARK:
+        return
     old = pattern.get("String") if isinstance(pattern, dict) else None
     if not isinstance(old, str) or not isinstance(new, str) or not old or len(new) > len(old):
         raise ValueError("it replaces text by a longer one, or by a regular expression")

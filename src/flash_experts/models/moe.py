@@ -222,6 +222,7 @@ class GPT2MoEForCausalLM(GPT2MoEPreTrainedModel, GPT2LMHeadModel):
             encoder_attention_mask=encoder_attention_mask,
             output_router_logits=wants_routing,
             output_router_choices=wants_routing,
+            return_dict=True,  # whatever the configuration says
             **kwargs,
         )
         hidden = outputs.last_hidden_state

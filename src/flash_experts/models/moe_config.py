@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import difflib
 import math
+import warnings
+from collections.abc import Iterable
 from dataclasses import fields
 from typing import Any
 
@@ -83,12 +85,31 @@ class GPT2MoEConfig(GPT2Config):
     attention_backend: str = "auto"
 
     def __post_init__(self, **kwargs: Any) -> None:
-        for key in kwargs:
-            near = difflib.get_close_matches(key, self.own_fields(), n=1, cutoff=0.75)
-            if near:
-                raise ValueError(f"GPT2MoEConfig has no field {key!r}: did you mean {near[0]!r}?")
+        for key, near in self._misspelled(kwargs).items():
+            raise ValueError(f"GPT2MoEConfig has no field {key!r}: did you mean {near!r}?")
         super().__post_init__(**kwargs)
         self._check()
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As transformers' own. A saved field that this class lacks but for its spelling is left out with a warning.
+
+        Raises:
+            ValueError: such a field is among ``kwargs``.
+        """
+        for key, near in cls._misspelled(kwargs).items():
+            raise ValueError(f"GPT2MoEConfig has no field {key!r}: did you mean {near!r}?")
+        unknown = cls._misspelled(config_dict)
+        for key, near in unknown.items():
+            warnings.warn(f"config.json: ignored {key!r}, which gpt2_moe does not have (it has {near!r})", stacklevel=2)
+        return super().from_dict({key: config_dict[key] for key in config_dict.keys() - unknown.keys()}, **kwargs)
+
+    @classmethod
+    def _misspelled(cls, names: Iterable[str]) -> dict[str, str]:
+        """Names that are close to a field of this class, but are not fields, and that field."""
+        known = {field.name for field in fields(cls)}
+        near = {name: difflib.get_close_matches(name, cls.own_fields(), 1, 0.75) for name in names if name not in known}
+        return {name: matches[0] for name, matches in near.items() if matches}
 
     def _check(self) -> None:
         check_backend_name(self.attention_backend, "attention_backend")

@@ -363,6 +363,7 @@ def _save_model(
     logging.disable_progress_bar()
     try:
         model.save_pretrained(folder, state_dict=dict(weights))
+        tokenizer.model_max_length = getattr(model.config, "max_position_embeddings", tokenizer.model_max_length)
         tokenizer.save_pretrained(folder)
     finally:
         if had_bars:
