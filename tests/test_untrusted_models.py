@@ -18,6 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrai
 from transformers.models.qwen2 import Qwen2ForCausalLM
 
 from flash_experts.data.tokenizer import load_tokenizer
+from flash_experts.data.tokenizer_checks import WORD_MARK, before_words, check_tokenizer
 from flash_experts.model_files import any_family
 from flash_experts.models.loading import load_model
 
@@ -234,11 +235,20 @@ def test_settings_of_the_tokenizer_are_kept(sound: Path) -> None:
     set_tokenizer_config(name_or_path="/home/somebody/gpt2", padding_side="left", model_max_length=10**30)(sound)
     (sound / "chat_template.jinja").write_text("{{ messages }}", "utf-8")
     tokenizer = load_tokenizer(sound)
-    assert (tokenizer.padding_side, tokenizer.model_max_length) == ("left", 10**30)
+    positions = json.loads((sound / "config.json").read_text("utf-8"))["n_positions"]
+    assert (tokenizer.padding_side, tokenizer.model_max_length) == ("left", positions)
     assert tokenizer.chat_template == "{{ messages }}"
     for name in ("tokenizer_config.json", "chat_template.jinja"):  # then the ids of config.json name the special tokens
         (sound / name).unlink()
     assert load_tokenizer(sound).eos_token == tokenizer.eos_token
+
+
+def test_of_regular_expressions_a_decoder_has_only_that_of_whole_words() -> None:
+    model = {"type": "BPE", "vocab": {}, "merges": []}
+    for expression, mark in (("^(?=(?:(a+)+)$)", WORD_MARK), (before_words(["elf", "urza's"]), WORD_MARK * 2)):
+        replace = {"type": "Replace", "pattern": {"Regex": expression}, "content": mark}
+        with pytest.raises(ValueError, match="by a regular expression"):
+            check_tokenizer({"model": model, "decoder": replace})
 
 
 def test_a_llama_works_in_every_command_and_another_family_where_it_is_allowed(untrusted: Path) -> None:
