@@ -1,49 +1,88 @@
-"""Upcycles the dense GPT-2 of the repository into experts and fine-tunes it on card names, in Python.
+"""Upcycles the dense GPT-2 of this checkout to a mixture of experts (MoE) and fine-tunes it on card names.
 
-    python examples/finetune_mtg_names.py [MINUTES]
+    python examples/finetune_mtg_names.py                       # three minutes on two cores
+    python examples/finetune_mtg_names.py --minutes 30 --base openai-community/gpt2 --run-name gpt2-moe
 
-The command line does the same: ``flash-experts train --config configs/quickstart.yaml``.
+All settings are those of configs/quickstart.yaml. The command line does the same, and continues the same run:
+``flash-experts prepare``, then ``flash-experts train --config configs/quickstart.yaml``.
+docs/monitoring.md explains what wandb records of it, in ./wandb of this checkout.
 """
 
 from __future__ import annotations
 
-import sys
+import argparse
+import os
 from pathlib import Path
 
-from flash_experts import GPT2MoEForCausalLM
-from flash_experts.data.prepare import load_split, prepare
-from flash_experts.data.tokenizer import load_tokenizer
-from flash_experts.models.router_metrics import router_metrics
-from flash_experts.training.trainer import Trainer
-from flash_experts.training.training_config import TrainingConfig
+ROOT = Path(__file__).resolve().parents[1]
 
-ROOT = Path(__file__).parent.parent
-BASE = ROOT / "models/mtg-base"  # any dense GPT-2 does: a folder, or "openai-community/gpt2" from the hub
+
+def finetune(base: str | None, overrides: list[str]) -> None:
+    from flash_experts.cli import parse
+
+    settings = parse("train", ["--config", "configs/quickstart.yaml", *overrides])
+    settings.training.validate()
+    base = base or settings.base
+
+    say("importing PyTorch and transformers")
+    from flash_experts.data.prepare import load_meta, load_split, prepare
+    from flash_experts.samples import SampleNames
+    from flash_experts.training import Trainer
+    from flash_experts.training.build import build_model
+    from flash_experts.training.tracking import read_metrics
+
+    if not Path(settings.data, "meta.json").is_file():
+        say(f"preparing card names in {settings.data}")
+        prepare(out=settings.data)
+    train, validation = load_split(settings.data, "train"), load_split(settings.data, "validation")
+
+    # Every second block's MLP becomes experts and a router that sends each token to two of them. The experts are equal
+    # copies and the gates sum to one: the model computes what the dense one did, until training makes them differ.
+    # `build_model` calls GPT2MoEForCausalLM.from_dense(base, num_experts=8, num_experts_per_tok=2, moe_layer_freq=2).
+    say(f"loading {base} and upcycling its MLPs to {settings.model.num_experts} experts")
+    model, tokenizer = build_model(base, settings.model, train, settings.training.seed)
+
+    trainer = Trainer(
+        model, tokenizer, train, validation, settings.training, [SampleNames()], data_info=load_meta(settings.data)
+    )
+    result = trainer.train(resume="auto")
+    bits = {line["step"]: line for line in read_metrics(result.run_dir / "metrics.jsonl", "validation")}
+    print(f"\n{'bits per character':24}{'unconditional':>16}{'given attributes':>20}{'mean':>8}")
+    for label, step in ("before", 0), (f"best, step {result.best_step}", result.best_step):
+        figures = [bits[step][f"validation/bits_per_char{kind}"] for kind in ("", "_given_attributes", "_mean")]
+        print("{:24}{:16.3f}{:20.3f}{:8.3f}".format(label, *figures))
+    print(f"The best model is in {result.run_dir.resolve()}\nNext: python examples/generate_mtg_names.py")
+
+
+def say(text: str) -> None:
+    print(f"{text} ...", flush=True)
 
 
 def main() -> None:
-    minutes = float(sys.argv[1]) if len(sys.argv) > 1 else 3.0
-    data = ROOT / "data/mtg"
-    prepare(out=data)  # says and does nothing new if it was done before
-
-    # Four copies of each second block's MLP and a router that chooses two of them for each token. The copies are
-    # equal and the gates sum to one, so the model computes what the dense one did, until training parts them.
-    model = GPT2MoEForCausalLM.from_dense(BASE, num_experts=4, num_experts_per_tok=2, moe_layer_freq=2)
-
-    config = TrainingConfig(
-        output_dir=str(ROOT / "models"),
-        run_name="example",
-        max_epochs=None,
-        max_minutes=minutes,
-        tokens_per_batch=2048,
-        learning_rate=5e-4,
-        eval_every=100,
+    more = (
+        "Keys of the YAML file can follow, as on the command line: --training.learning-rate 1e-3 --model.num-experts 4"
     )
-    trainer = Trainer(model, load_tokenizer(BASE), load_split(data, "train"), load_split(data, "validation"), config)
-    result = trainer.train(resume="auto")
-    print(f"{result.step} steps, best {result.best_bits_per_char:.3f} bits per character, in {result.run_dir}")
-    for name, value in router_metrics(model).items():
-        print(f"    {name} {value:.2f}")
+    parser = argparse.ArgumentParser(
+        description="Fine-tune a MoE model on card names.", epilog=more, allow_abbrev=False
+    )
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {' '.join(str(message).split())}\n")
+    parser.add_argument("--minutes", type=float, help="time for training and all validations (default: 3)")
+    parser.add_argument("--base", help="dense GPT-2, a folder or a hub id (default: models/mtg-base)")
+    parser.add_argument("--run-name", help="folder under models/ (default: quickstart); an existing run is continued")
+    options, keys = parser.parse_known_args()
+    if keys and not keys[0].startswith(("--training.", "--model.")):
+        parser.error(f"unknown argument {keys[0]!r}: see --help")
+    given = {"max_minutes": options.minutes, "run_name": options.run_name}
+    keys += [f"--training.{key}={value}" for key, value in given.items() if value is not None]
+    base = os.path.abspath(options.base) if options.base and os.path.exists(options.base) else options.base
+    say(f"fine-tuning with configs/quickstart.yaml in {ROOT}")
+    os.chdir(ROOT)
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # our lines alone, without transformers' in between
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    try:
+        finetune(base, keys)
+    except (ValueError, OSError) as error:
+        parser.error(error)
 
 
 if __name__ == "__main__":

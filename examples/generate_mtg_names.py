@@ -1,16 +1,14 @@
-"""Names for particular cards: the model was told type, colors and cost of each card it learned from.
+"""Names for particular cards, given their type, colors and mana value; two models compared; cleaning and formatting.
 
-python examples/generate_mtg_names.py [MODEL]
+python examples/generate_mtg_names.py                     # your newest run under models/, else models/mtg-names
+python examples/generate_mtg_names.py models/my-run --base models/mtg-base --count 5
 """
 
 from __future__ import annotations
 
-import sys
 import textwrap
 
-from generate_names import default_model
-
-from flash_experts import NameGenerator
+from generate_names import MODELS, find_model, make_parser, print_columns
 
 # What `generate` takes: any part of a type line, colors in the letters of mana costs, a mana value.
 CARDS = (
@@ -22,20 +20,59 @@ CARDS = (
     {"type_line": "Artifact — Equipment"},
     {"type_line": "Land"},
 )
-COUNT = 20
+MESSY = " wrath  Of the reef ,tide-caller "
+
+
+def raw_sample(generator, type_line: str, colors: str, seed: int) -> str:
+    """What the model itself writes after the prompt of a card: transformers' `generate`, without any filter of ours."""
+    import torch
+
+    from flash_experts.data.prompts import Attributes
+
+    tokenizer, model = generator.tokenizer, generator.model
+    prompt = [tokenizer.bos_token_id, *tokenizer.encode(Attributes.parse(type_line, colors, None).prompt())]
+    torch.manual_seed(seed)
+    inputs = torch.tensor([prompt], device=model.device)
+    ids = model.generate(inputs, attention_mask=torch.ones_like(inputs), do_sample=True, max_new_tokens=24)
+    return tokenizer.decode(ids[0, len(prompt) :], skip_special_tokens=True)
 
 
 def main() -> None:
+    parser = make_parser("Names for particular cards, two models compared, cleaning and formatting.")
+    parser.add_argument("--base", default=str(MODELS / "mtg-base"), help="model to compare with (default: mtg-base)")
+    options = parser.parse_args()
+    source = find_model(options.model)
+    from flash_experts import NameGenerator
+    from flash_experts.data.names import shown_form
+    from flash_experts.generation.formatting import format_name
+
+    def names(generator: NameGenerator, count: int, **settings: object) -> list[str]:
+        return [name.text for name in generator.generate(count, **settings, seed=options.seed)]
+
     try:
-        generator = NameGenerator.from_pretrained(sys.argv[1] if len(sys.argv) > 1 else default_model())
+        model, base = NameGenerator.from_pretrained(source), NameGenerator.from_pretrained(options.base)
+        print("\n== Names for cards")
         for card in CARDS:
-            # The same seed gives the same names again; another seed gives others.
-            names = generator.generate(COUNT, **card, seed=0)
             print(", ".join(f"{key.replace('_', ' ')} {value}" for key, value in card.items()))
-            print(textwrap.indent(textwrap.fill("; ".join(name.text for name in names), 105), "    "))
-            print()
-    except ValueError as error:
-        raise SystemExit(f"error: {error}") from None
+            print(textwrap.indent(textwrap.fill("; ".join(names(model, options.count, **card)), 105), "    "), "\n")
+
+        print("== Sampling settings: a red Goblin, the same seed")
+        temperatures = {
+            f"temperature {value}": names(model, 6, **CARDS[0], temperature=value) for value in (0.5, 1, 1.5)
+        }
+        print_columns(temperatures | {"top-k 5": names(model, 6, **CARDS[0], top_k=5)})
+
+        print(f"== Two models, the same prompts and seed; base: {options.base}")
+        for card in CARDS[:3]:
+            print(card["type_line"])
+            print_columns({"fine-tuned": names(model, 5, **card), "base": names(base, 5, **card)})
+
+        print("== Cleaning (Unicode, spaces) and formatting (capitals, commas): a raw sample, and a messy text")
+        raw = [raw_sample(model, "Creature — Angel", "W", options.seed), MESSY]
+        cleaned, formatted = [shown_form(text) for text in raw], [format_name(text) for text in raw]
+        print_columns({"raw": list(map(repr, raw)), "cleaned": list(map(repr, cleaned)), "formatted": formatted})
+    except (ValueError, OSError) as error:
+        parser.error(error)
 
 
 if __name__ == "__main__":

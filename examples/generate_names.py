@@ -1,59 +1,79 @@
-"""New card names from any model folder.
+"""New card names from your own fine-tuned model, or from the released one, with several sampling settings.
 
-python examples/generate_names.py                        # the best model that is here
+python examples/generate_names.py                        # the newest run under models/, else models/mtg-names
 python examples/generate_names.py models/my-run --count 10 --starts-with Storm --seed 7
 """
 
 from __future__ import annotations
 
 import argparse
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from flash_experts import NameGenerator
-
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 MODELS = Path(__file__).resolve().parents[1] / "models"
-# Your own fine-tuned models first, then the one that comes with the repository.
-CANDIDATES = (MODELS / "mtg-names", MODELS / "quickstart", MODELS / "mtg-base")
+RELEASED = "mtg-names", "mtg-base"  # what comes with the repository
+FILES = "config.json", "model.safetensors", "tokenizer.json", "run.json"
+PRESETS = "conservative", "balanced", "creative"
 
 
-def default_model() -> Path:
-    """The first model folder that exists."""
-    for folder in CANDIDATES:
-        if (folder / "config.json").is_file():
-            return folder
-    raise SystemExit("no model here yet: run `make demo`, or give a model folder as the argument")
+def find_model(given: str | None = None) -> str:
+    """The model given, else the newest complete run of your own, else the released model. Prints which one it is."""
+    found = [folder for folder in MODELS.glob("*") if all((folder / name).is_file() for name in FILES)]
+    own = [folder for folder in found if folder.name not in RELEASED]
+    newest = max(own, key=lambda folder: (folder / "model.safetensors").stat().st_mtime, default=None)
+    model, source = given, "given"
+    if model is None and newest is not None:
+        model, source = str(newest), "your newest run"
+    elif model is None:
+        model, source = str(MODELS / RELEASED[0]), "released with the repository; no run of your own is in models/"
+    print(f"model: {model} ({source})", flush=True)
+    return model
+
+
+def make_parser(description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description)
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {' '.join(str(message).split())}\n")
+    parser.add_argument("model", nargs="?", help="folder or hub id (default: your newest run under models/)")
+    parser.add_argument("--count", type=int, default=20, help="how many names (default: 20)")
+    parser.add_argument("--seed", type=int, default=0, help="another seed gives other names (default: 0)")
+    return parser
+
+
+def print_columns(columns: Mapping[str, Sequence[str]]) -> None:
+    """Lists side by side, each under its label."""
+    widths = [max(map(len, (label, *values))) + 3 for label, values in columns.items()]
+    for row in (tuple(columns), *zip(*columns.values(), strict=False)):
+        print("    " + "".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
+    print()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="New card names, none of them a real card")
-    parser.add_argument("model", nargs="?", help="a folder that save_pretrained wrote, or a hub id")
-    parser.add_argument("--count", type=int, default=20)
-    parser.add_argument("--preset", default="balanced", help="conservative, balanced or creative")
-    parser.add_argument("--starts-with")
-    parser.add_argument("--max-words", type=int)
+    parser = make_parser("New card names, none of them a real card.")
+    parser.add_argument("--starts-with", help="first characters of each name")
+    parser.add_argument("--max-words", type=int, help="most words of a name")
     parser.add_argument("--like", help='examples: "Goblin Guide; Lightning Bolt"')
-    parser.add_argument("--best-of", type=int, default=1, help="draw so many for each name, keep the most natural")
-    parser.add_argument("--seed", type=int)
     options = parser.parse_args()
+    source = find_model(options.model)
+    from flash_experts import NameGenerator
 
+    wishes = {"starts_with": options.starts_with, "max_words": options.max_words, "like": options.like}
     try:
-        # Loads the model and its tokenizer; every real card's name is known to it, so none comes out.
-        generator = NameGenerator.from_pretrained(options.model or default_model())
-        names = generator.generate(
-            options.count,
-            preset=options.preset,
-            starts_with=options.starts_with,
-            max_words=options.max_words,
-            like=options.like,
-            best_of=options.best_of,
-            seed=options.seed,
-        )
-    except ValueError as error:  # says what is wrong and what to do
-        raise SystemExit(f"error: {error}") from None
+        # Loads the model and its tokenizer. It knows the name of every real card, so none comes out.
+        generator = NameGenerator.from_pretrained(source)
+        names = generator.generate(options.count, seed=options.seed, **wishes)
+        settings = {preset: generator.generate(8, preset=preset, seed=options.seed, **wishes) for preset in PRESETS}
+    except (ValueError, OSError) as error:
+        parser.error(error)
 
+    print(f"\n{'name':<42}{'log-probability':>15}   nearest real card")
     for name in names:
-        # log_prob: how natural the model finds the name. similarity: how near it is to a card that exists.
-        print(f"{name.text:<42}{name.log_prob:8.1f}   {name.similarity:4.0%} like {name.nearest_card}")
+        print(f"{name.text:<42}{name.log_prob:15.1f}   {name.nearest_card} ({name.similarity:.0%} alike)")
+    print(
+        "\nThe same seed with each preset, from likely to surprising (temperature, top-p and min-p; see presets.yaml):"
+    )
+    print_columns({preset: [name.text for name in column] for preset, column in settings.items()})
 
 
 if __name__ == "__main__":

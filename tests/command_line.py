@@ -33,7 +33,7 @@ def run(*arguments: str | Path, cwd: Path) -> Done:
 
     An exception that the program does not catch becomes a traceback and the status 1, as Python itself has it.
     """
-    with _streams() as (out, err), chdir(cwd), mock.patch.dict(os.environ), _quiet_libraries():
+    with _streams() as (out, err), chdir(cwd), mock.patch.dict(os.environ), quiet_libraries():
         try:
             status = main([str(argument) for argument in arguments])
         except Exception:
@@ -84,7 +84,7 @@ def _streams() -> Iterator[tuple[Path, Path]]:
 
 
 @contextmanager
-def _quiet_libraries() -> Iterator[None]:
+def quiet_libraries() -> Iterator[None]:
     """What the program's environment variables do before transformers is imported, where it is imported already."""
     verbosity, had_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()

@@ -12,7 +12,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 from jsonargparse import Namespace
 
@@ -111,11 +111,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     return status
 
 
+def parse(name: str, arguments: Sequence[str]) -> Namespace:
+    """The settings that a command reads from its arguments, checked: defaults, then ``--config``, then the rest.
+
+        parse("train", ["--config", "configs/quickstart.yaml", "--training.max-steps", "100"]).training
+
+    Raises:
+        SystemExit: with status 2, after one line on stderr, where an argument is wrong.
+    """
+    parser = COMMANDS[name].make_parser()
+    return cast(Namespace, parser.instantiate(parser.parse_args([_dashes_to_underscores(text) for text in arguments])))
+
+
 def _run(name: str, arguments: list[str], ctrl_c: CtrlC) -> int:
     """Runs a command; a failure becomes one line on stderr."""
     command = COMMANDS[name]
-    parser = command.make_parser()
-    args = parser.instantiate(parser.parse_args([_dashes_to_underscores(text) for text in arguments]))
+    args = parse(name, arguments)
     try:
         with _model_families(args):
             command.run(args)

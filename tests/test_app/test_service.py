@@ -10,6 +10,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+pytest.importorskip("gradio", reason="the playground's extra is not installed: pip install -e '.[app]'")
+
 from flash_experts import NameGenerator
 from flash_experts.app import rendering
 from flash_experts.app.comparing import Side, compare
