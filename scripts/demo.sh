@@ -16,7 +16,7 @@ else
   flash-experts upcycle models/mtg-base --num-experts 8 --out models/demo-upcycled
 fi
 
-step "3/5  Fine-tune the experts on the names (3 minutes)"
+step "3/5  Fine-tune the experts on the names (3 minutes of training and validation); wandb records it in ./wandb, offline without a key"
 flash-experts train --config configs/quickstart.yaml --base models/demo-upcycled
 
 step "4/5  Compare on unseen names: the base, the experts after their three minutes, the released ones (1 minute)"
@@ -27,7 +27,7 @@ else
   flash-experts compare models/mtg-base models/quickstart models/mtg-names --samples 300 --out $report --overwrite
 fi
 
-step "5/5  Twenty names for each of several kinds of cards; none of them is a real card (30 seconds)"
+step "5/5  Names for several kinds of cards, none of them a real card; sampling settings, and the base next to it (30 seconds)"
 python examples/generate_mtg_names.py models/quickstart
 
 cat <<'END'
