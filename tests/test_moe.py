@@ -10,9 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 from transformers import GPT2LMHeadModel
+from transformers.activations import ACT2FN
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from flash_experts import GPT2MoEConfig, GPT2MoEForCausalLM
+from flash_experts.kernels import grouped_mlp as grouped_mlp_module
+from flash_experts.kernels.cpu_linear import linear
 from flash_experts.kernels.grouped_mlp import grouped_mlp
 from flash_experts.models.moe_layer import MoELayer, TopKRouter, load_balancing_loss, router_z_loss
 from flash_experts.models.router_metrics import router_metrics, update_router_biases
@@ -107,6 +110,65 @@ def test_grouped_mlp_equals_eager_for_any_routing(
         inputs = [x_TD, gates_TK, *weights]
         for mine, plain in zip(gradients(experts, ours, inputs), gradients(experts, eager, inputs), strict=True):
             torch.testing.assert_close(mine, plain, rtol=0, atol=1e-11)
+
+
+def test_a_token_is_multiplied_as_one_row_and_as_eager_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step of decoding: rows that fill up an expert's would cost several times as much."""
+    rows: list[int] = []
+
+    def counted(x_ND: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
+        rows.append(len(x_ND))
+        return linear(x_ND, *others)
+
+    monkeypatch.setattr(grouped_mlp_module, "linear", counted)
+    torch.manual_seed(0)
+    layer = make_layer(4, 2).eval()
+    for activation in ("gelu_pytorch_tanh", "relu"):
+        layer.experts.activation, layer.experts.act_fn = activation, ACT2FN[activation]
+        for tokens in (1, 2):
+            x_TD = torch.randn(tokens, 12, dtype=torch.float64)
+            expected = plain_layer(layer, x_TD) if activation != "relu" else layer(x_TD)
+            layer.experts.config._experts_implementation = "fe_experts"
+            with torch.no_grad():
+                torch.testing.assert_close(layer(x_TD), expected, rtol=0, atol=1e-12)
+            layer.experts.config._experts_implementation = "eager"
+    assert rows and max(rows) <= 2, rows
+
+
+def test_where_onednn_multiplies_many_rows_are_filled_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grouped_mlp_module, "takes_onednn", lambda x_ND: True)
+    torch.manual_seed(0)
+    experts = make_layer(3, 1).experts
+    experts_TK = torch.tensor([0] * 40 + [2] * 5 + [0] * 3)[:, None]
+    groups = grouped_mlp_module._Groups.of(experts_TK, torch.tensor([43, 0, 5]), fills=True)
+    assert (groups.counts, groups.filled) == ([43, 0, 5], [64, 0, 5])
+    x_TD = torch.randn(48, 12, dtype=torch.float64, requires_grad=True)
+    gates_TK = torch.rand(48, 1, dtype=torch.float64, requires_grad=True)
+    weights = (experts.up_proj, experts.up_proj_bias, experts.down_proj, experts.down_proj_bias)
+    eager = type(experts).forward.__wrapped__(experts, x_TD, experts_TK, gates_TK)
+    ours = grouped_mlp(x_TD, experts_TK, gates_TK, *weights, experts.act_fn, batched=False)
+    torch.testing.assert_close(ours, eager, rtol=0, atol=1e-12)
+    inputs = [x_TD, gates_TK, *weights]
+    for mine, plain in zip(gradients(experts, ours, inputs), gradients(experts, eager, inputs), strict=True):
+        torch.testing.assert_close(mine, plain, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("fields", [{}, {"experts_implementation": "eager"}])
+def test_a_layer_by_itself_has_the_default_implementation(
+    fields: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called: list[str] = []
+    ours = ALL_EXPERTS_FUNCTIONS["fe_experts"]
+    monkeypatch.setitem(
+        ALL_EXPERTS_FUNCTIONS._local_mapping, "fe_experts", lambda *given: called.append("fe_experts") or ours(*given)
+    )
+    config = GPT2MoEConfig(n_embd=12, n_head=2, **fields)
+    layer = MoELayer(config)
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter)
+    layer(torch.randn(3, 12))
+    assert called == ([] if fields else ["fe_experts"])
+    assert "experts_implementation" not in config.to_json_string()
 
 
 @pytest.mark.parametrize("batched", [True, False])

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from flash_experts.kernels.cpu_linear import linear
+from flash_experts.kernels.cpu_linear import linear, linear_gelu_tanh, takes_onednn
 
 Activation = Callable[[torch.Tensor], torch.Tensor]
 
@@ -36,9 +36,8 @@ _FEW_ROWS = 96
 _MOST_EXPERTS = 0.75
 _MOST_PADDED = 4
 
-
-# oneDNN generates code for each new shape of a product (0.2 to 0.5 ms), and experts get other numbers of rows at every
-# step. Rows are filled up to a multiple of this, so that the same few shapes come again.
+# oneDNN generates code for each new shape of a product, and experts get other numbers of rows at every step. Where it
+# is used, more rows than this are filled up to a multiple of it, so that the same few shapes come again.
 _ROWS_MULTIPLE = 32
 
 
@@ -53,24 +52,29 @@ class _Groups:
     token_of_P: torch.Tensor
     place_of_S: torch.Tensor  # where each sorted pair is among the filled-up rows
     counts: list[int]
+    filled: list[int]
 
     @classmethod
-    def of(cls, experts_TK: torch.Tensor, counts_E: torch.Tensor) -> _Groups:
+    def of(cls, experts_TK: torch.Tensor, counts_E: torch.Tensor, fills: bool) -> _Groups:
         expert_of_pair = experts_TK.reshape(-1)
         pair_of_S = torch.argsort(expert_of_pair, stable=True)
-        filled_E = (counts_E + _ROWS_MULTIPLE - 1) // _ROWS_MULTIPLE * _ROWS_MULTIPLE
+        token_of_S, place_of_S = pair_of_S // experts_TK.shape[1], torch.arange(len(pair_of_S))
+        counts = counts_E.tolist()
+        if not fills:
+            return cls(pair_of_S, token_of_S, place_of_S, counts, counts)
+        multiple_E = (counts_E + _ROWS_MULTIPLE - 1) // _ROWS_MULTIPLE * _ROWS_MULTIPLE
+        filled_E = torch.where(counts_E > _ROWS_MULTIPLE, multiple_E, counts_E)
         shift_E = (filled_E - counts_E).cumsum(0) - (filled_E - counts_E)
-        place_of_S = torch.arange(len(pair_of_S)) + shift_E[expert_of_pair[pair_of_S]]
+        place_of_S += shift_E[expert_of_pair[pair_of_S]]
         token_of_P = pair_of_S.new_zeros(int(filled_E.sum()))
-        token_of_P[place_of_S] = pair_of_S // experts_TK.shape[1]
-        return cls(pair_of_S, token_of_P, place_of_S, counts_E.tolist())
+        token_of_P[place_of_S] = token_of_S
+        return cls(pair_of_S, token_of_P, place_of_S, counts, filled_E.tolist())
 
     def __iter__(self) -> Iterator[tuple[int, slice, torch.Tensor]]:
         """For each expert that got a token: its number, its filled-up rows, and its pairs (the first of those rows)."""
         pair = row = 0
-        for expert, count in enumerate(self.counts):
+        for expert, (count, filled) in enumerate(zip(self.counts, self.filled, strict=True)):
             if count:
-                filled = -(-count // _ROWS_MULTIPLE) * _ROWS_MULTIPLE
                 yield expert, slice(row, row + filled), self.pair_of_S[pair : pair + count]
                 pair, row = pair + count, row + filled
 
@@ -90,7 +94,7 @@ class _GroupedMLP(torch.autograd.Function):
         counts_E: torch.Tensor,
     ) -> torch.Tensor:
         (T, K), D = experts_TK.shape, x_TD.shape[1]
-        groups = _Groups.of(experts_TK, counts_E)
+        groups = _Groups.of(experts_TK, counts_E, takes_onednn(x_TD))
         y_pairs_D = x_TD.new_empty(T * K, D)  # row t * K + k: expert k of token t, before its gate
         kept = []
         for e, rows, pairs in groups:
@@ -192,6 +196,27 @@ class _BatchedMLP(torch.autograd.Function):
         return dx_TD, None, dgates_TK, dup_EDF, dup_bias_EF, ddown_EFD, ddown_bias_ED, None, None
 
 
+def _one_token(
+    x_1D: torch.Tensor,
+    experts_1K: torch.Tensor,
+    gates_1K: torch.Tensor,
+    up_EDF: torch.Tensor,
+    up_bias_EF: torch.Tensor,
+    down_EFD: torch.Tensor,
+    down_bias_ED: torch.Tensor,
+    activation: Activation,
+) -> torch.Tensor:
+    """The forward of a step of decoding: its experts one by one, nothing to sort and nothing kept. (1, D)"""
+    rows = []
+    for e in experts_1K[0].tolist():
+        if activation is gelu_tanh:
+            act_1F = linear_gelu_tanh(x_1D, up_EDF[e], up_bias_EF[e])
+        else:
+            act_1F = activation(linear(x_1D, up_EDF[e], up_bias_EF[e]))
+        rows.append(linear(act_1F, down_EFD[e], down_bias_ED[e]))
+    return gates_1K @ torch.cat(rows)
+
+
 def _in_slots(rows_PD: torch.Tensor, slot_of_pair: torch.Tensor, E: int, M: int) -> torch.Tensor:
     """One row a pair to (E, M, D), each in its slot, zeros in the others."""
     slots = rows_PD.new_zeros(E * M, rows_PD.shape[1])
@@ -247,11 +272,13 @@ def grouped_mlp(
         (T, D), dtype of ``x_TD``.
     """
     num_experts = up_EDF.shape[0]
+    weights = (up_EDF, up_bias_EF, down_EFD, down_bias_ED)
+    if len(x_TD) == 1 and not torch.is_grad_enabled():
+        return _one_token(x_TD, experts_TK, gates_TK, *weights, activation)
     counts_E = torch.bincount(experts_TK.reshape(-1), minlength=num_experts)
     if batched is None:
         most, used, num_pairs = int(counts_E.max()), int(counts_E.count_nonzero()), experts_TK.numel()
         is_mostly_padding = most * num_experts > _MOST_PADDED * num_pairs
         batched = most <= _FEW_ROWS and used >= _MOST_EXPERTS * num_experts and not is_mostly_padding
     function = _BatchedMLP if batched and experts_TK.numel() else _GroupedMLP
-    weights = (up_EDF, up_bias_EF, down_EFD, down_bias_ED)
     return function.apply(x_TD, experts_TK, gates_TK, *weights, activation, counts_E)
