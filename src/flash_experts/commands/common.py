@@ -157,6 +157,12 @@ def add_measuring_options(parser: CommandParser) -> None:
     """The options that evaluate and compare share."""
     parser.add_argument("--data", default="data/mtg", help="folder that prepare wrote")
     parser.add_argument("--samples", type=int, default=10_000, help="names to draw from each model")
+    parser.add_argument(
+        "--max_names",
+        type=int | None,
+        default=None,
+        help="held-out names of each set to score (default: all)",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of drawing and shuffling")
     parser.add_argument("--device", type=str | None, default=None, help="cpu, cuda, cuda:1; the best there is")
     add_model_family(parser)
@@ -199,11 +205,13 @@ def out_file(args: Namespace, default: str, also: Sequence[str] = ()) -> Path:
 
 
 def check_samples(args: Namespace) -> None:
-    """Looks at --samples before anything is loaded.
+    """Looks at --samples and --max-names before anything is loaded.
 
     Raises:
-        ValueError: the number of names to draw cannot be.
+        ValueError: the number of names to draw or to score cannot be.
     """
+    if args.max_names is not None and args.max_names < 1:
+        raise ValueError(f"--max-names must be 1 or more, not {args.max_names}: leave it out to score all")
     if not 0 <= args.samples <= 10_000_000:
         raise ValueError(f"--samples must be from 0 (draws none) to 10,000,000, not {args.samples}")
 

@@ -30,7 +30,9 @@ def run(args: Namespace) -> None:
     check_samples(args)
     if args.png is not None:
         check_out_folder(args.png, args.overwrite, option="--png")
-    result = measure(args.models, args.data, samples=args.samples, seed=args.seed, device=args.device)
+    result = measure(
+        args.models, args.data, samples=args.samples, seed=args.seed, max_names=args.max_names, device=args.device
+    )
     figures = json.dumps(result.to_json(), indent=2, ensure_ascii=False)
     write_pages({report: render_report(result), report.with_suffix(".json"): figures})
     said = f"{format_comparison(result)}\n\nThe report: {report}"

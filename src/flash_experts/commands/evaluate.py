@@ -23,7 +23,9 @@ def run(args: Namespace) -> None:
         named = evaluate_names(read_names(args.names), args.model, args.data, device=args.device)
         print_result(args, named.to_json(), format_names(named))
         return
-    result = measure(args.model, args.data, samples=args.samples, seed=args.seed, device=args.device)
+    result = measure(
+        args.model, args.data, samples=args.samples, seed=args.seed, max_names=args.max_names, device=args.device
+    )
     print_result(args, result.to_json(), format_evaluation(result))
 
 

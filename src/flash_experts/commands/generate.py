@@ -101,7 +101,7 @@ def _run_for_cards(args: Namespace) -> None:
     def report(names: int) -> None:
         say(f"{names:,} of {args.count:,} names", sys.stderr)
 
-    written = write_sampled_names(generator, cards, known, request, out, source, report)
+    written = write_sampled_names(generator, cards, known, request, out, source, report, args.overwrite)
     say(f"{written} names written to {args.out}", sys.stderr)
 
 

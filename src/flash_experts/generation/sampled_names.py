@@ -28,7 +28,7 @@ from flash_experts.data.cards import Card, join_type_line
 from flash_experts.data.names import normal_form
 from flash_experts.data.packing import encode_names
 from flash_experts.data.prompts import Attributes, known_part, read_conditions
-from flash_experts.files import whole_file
+from flash_experts.files import check_replaced, whole_file
 from flash_experts.generation.constraints import Constraints
 from flash_experts.generation.decoding import DecodedName, NameDecoder
 from flash_experts.generation.filters import CARD_ALPHABET, WellFormed
@@ -102,6 +102,7 @@ def write_sampled_names(
     out: Path,
     source: dict[str, Any],
     report: Callable[[int], None] = lambda names: None,
+    overwrite: bool = False,
 ) -> int:
     """Draws names and writes them as prepared lines, each with ``log_prob``: the model's own, in nats, EOS included.
 
@@ -110,9 +111,10 @@ def write_sampled_names(
         cards: whose attributes are drawn.
         known: normal forms of names that must not be in the file.
         request: how many, and how.
-        out: a ``.jsonl`` file that does not exist. Until it is whole, it is called ``out.part``.
+        out: a ``.jsonl`` file. Until it is whole, it is called ``out.part``.
         source: what decides the names besides ``request``: a run is continued only with the same.
         report: called after each piece with the number of names so far.
+        overwrite: replace ``out`` when the new file is whole.
 
     Returns:
         How many names were written.
@@ -120,8 +122,7 @@ def write_sampled_names(
     Raises:
         ValueError: the file exists, another process writes it, or an unfinished one is of other settings or damaged.
     """
-    if out.exists():
-        raise ValueError(f"{out} exists: give another --out, or remove it")
+    check_replaced(out, overwrite)
     out.parent.mkdir(parents=True, exist_ok=True)
     part, state_file = (out.with_name(out.name + suffix) for suffix in (".part", ".part.json"))
     with _locked(out):
