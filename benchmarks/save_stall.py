@@ -50,7 +50,7 @@ def main() -> None:
         if device.type == "cuda":
             torch.cuda.synchronize()
 
-    info = {"config": {}, "data": {}, "processes": 1, "device": str(device)}
+    info = {"config": {}, "data": {}, "processes": 1, "device": str(device), "identity": {}}
     calls: dict[str, list[float]] = {"foreground": [], "background": []}
     lost: dict[str, list[float]] = {"foreground": [], "background": []}
     with tempfile.TemporaryDirectory(dir=args.folder) as temporary:

@@ -6,7 +6,7 @@ import importlib.util
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +16,7 @@ from transformers import GPT2Config, PreTrainedModel, PreTrainedTokenizerFast
 
 from flash_experts.models import GPT2MoEForCausalLM
 from flash_experts.training import Callback, Trainer, TrainingConfig
+from flash_experts.training.model_config import ModelConfig
 from flash_experts.training.tracking import make_tracker, read_metrics, wandb_mode
 from tests.test_training import TRAIN, VALIDATION, make_model
 
@@ -124,6 +125,30 @@ def test_metrics_jsonl_and_run_json_have_everything(train: Any, config: Training
     samples = read_metrics(path, "samples")
     assert [line["names"]["new"] for line in samples] == [["Wholly New 2"], ["Wholly New 4"]]
     check_run_info(json.loads((config.run_dir / "run.json").read_text()))
+
+
+def test_run_json_and_wandb_have_the_whole_resolved_configuration(
+    workplace: Path,
+    dense: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+    wandb_runs: list[FakeRun],
+) -> None:
+    """Of the command line, and of a `Trainer` made in Python."""
+    written = json.loads((workplace / "models/base/run.json").read_text("utf-8"))
+    assert set(written["config"]) == {field.name for field in fields(TrainingConfig)}
+    assert set(written["origin"]["model"]) == {field.name for field in fields(ModelConfig)}
+    assert written["config"]["run_name"] == "base" and written["origin"]["model"]["num_experts"] == 0
+    assert written["origin"]["base"] is None and written["origin"]["data"] == "data/mtg"
+    assert {len(written["data"][f"{split}_sha256"]) for split in ("train", "validation")} == {64}
+    assert written["identity"]["model_config"]["n_embd"] == 32
+    settings = TrainingConfig(output_dir=str(tmp_path), max_steps=1, max_epochs=None, device="cpu", tracker="wandb")
+    origin = {"base": "models/base", "model": asdict(ModelConfig(granularity=2))}
+    trainer = Trainer(dense, tokenizer, TRAIN, [], settings, origin=origin)
+    trainer.train()
+    (run,) = wandb_runs
+    assert run.started["config"] == json.loads((trainer.run_dir / "run.json").read_text("utf-8"))
+    assert run.started["config"]["origin"] == origin
 
 
 def test_wandb_has_all_of_it_offline_and_asks_nothing(

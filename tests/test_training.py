@@ -18,6 +18,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, PreTraine
 
 from flash_experts.data.cards import Card
 from flash_experts.data.packing import pack
+from flash_experts.data.prompts import Attributes
 from flash_experts.models import GPT2MoEConfig, GPT2MoEForCausalLM
 from flash_experts.models.flash_attention import ATTENTION_IMPLEMENTATION
 from flash_experts.training import Callback, NonFiniteLossError, Trainer, TrainingConfig, reporting
@@ -98,6 +99,28 @@ def test_it_learns_and_leaves_a_loadable_model(
     assert (
         info["data"]["train_names"] == 48 and info["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     )
+
+
+def test_names_longer_than_the_context_are_left_out_and_counted(
+    dense_config: GPT2Config,
+    tokenizer: PreTrainedTokenizerFast,
+    config: TrainingConfig,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """One is too long by itself, the other only with its prompt; the longest that fits is learned."""
+    alone, prompt = "x" * 70, len(tokenizer(Attributes.of(TRAIN[0]).prompt())["input_ids"])
+    fits = replace(TRAIN[0], name="x" * (dense_config.n_positions - prompt - 2))  # a BOS token and a space
+    too_long = [replace(TRAIN[0], name=alone), replace(TRAIN[0], name=fits.name + "x")]
+    settings = replace(config, max_epochs=1, eval_every=None)
+    trainer = Trainer(
+        make_model(dense_config), tokenizer, [*TRAIN, *too_long, fits], [*VALIDATION, *too_long], settings
+    )
+    assert trainer.train().reason == "steps"
+    said = capsys.readouterr().err
+    assert f"more than the model's 64 tokens: 2 of 51 training names ('{alone[:40]}', ...), 2 of 18 validation" in said
+    assert fits in trainer.batches.plan[0].cards and len(trainer.batches.plan[0].cards) == 49
+    with pytest.raises(ValueError, match="no training name fits into the model's 64 tokens"):
+        Trainer(make_model(dense_config), tokenizer, too_long, VALIDATION, config)
 
 
 @pytest.mark.parametrize("experts", [False, True])

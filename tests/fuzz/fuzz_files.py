@@ -92,7 +92,11 @@ def tiny_run() -> tuple[Checkpointer, torch.optim.Optimizer, dict[str, bytes]]:
     optimizer.step()
     state = OptimizerState(model, optimizer)
     about: dict[str, Any] = {"config": asdict(TrainingConfig()), "data": {"train_sha256": ""}}
-    about |= {"processes": 1, "device": "cpu"}
+    about |= {
+        "processes": 1,
+        "device": "cpu",
+        "identity": {"tokenizer": "", "validation_names": None, "model_config": {}},
+    }
     tokenizer: Any = None  # what is read has none
     run = Checkpointer(FOLDER / "run", model, tokenizer, 1, about, str, is_main=True, background=False)
     run.register("optimizer", state)

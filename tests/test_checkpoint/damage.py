@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -24,3 +26,12 @@ def flip_a_bit(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
+
+
+def with_right_hashes(folder: Path) -> None:
+    """Makes the manifest of a changed checkpoint right."""
+    manifest = json.loads((folder / checkpoints.MANIFEST).read_text())
+    for name in manifest:
+        content = (folder / name).read_bytes()
+        manifest[name] = {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
+    (folder / checkpoints.MANIFEST).write_text(json.dumps(manifest))

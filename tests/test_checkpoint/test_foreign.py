@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,16 +16,10 @@ from flash_experts.training import TrainingConfig
 from flash_experts.training import checkpoint as checkpoints
 from flash_experts.training.checkpoint import CheckpointError
 
+from .damage import with_right_hashes
+
 WEIGHT = "transformer.h.0.mlp.c_fc.weight"
 Tensors = dict[str, torch.Tensor]
-
-
-def with_right_hashes(folder: Path) -> None:
-    manifest = json.loads((folder / checkpoints.MANIFEST).read_text())
-    for name in manifest:
-        content = (folder / name).read_bytes()
-        manifest[name] = {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
-    (folder / checkpoints.MANIFEST).write_text(json.dumps(manifest))
 
 
 @pytest.fixture

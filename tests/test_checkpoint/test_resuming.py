@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -9,13 +11,15 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import GPT2Config
+from transformers import GPT2Config, PreTrainedTokenizerFast
 
-from flash_experts.training import CheckpointError, TrainingConfig
+from flash_experts.data.tokenizer import train_tokenizer
+from flash_experts.training import CheckpointError, Trainer, TrainingConfig
 from flash_experts.training import checkpoint as checkpoints
 from flash_experts.training.tracking import read_metrics
+from tests.test_training import TRAIN, VALIDATION, make_model
 
-from .damage import flip_a_bit, interrupted_copy
+from .damage import flip_a_bit, interrupted_copy, with_right_hashes
 
 MEASURED = ("seconds", "tokens_per_second", "eta_seconds", "peak_memory_gib")
 
@@ -116,6 +120,44 @@ def test_a_checkpoint_of_another_model_is_refused(
     dense_config.n_embd = 48
     with pytest.raises(CheckpointError, match="another model"):
         train(config, "auto")
+
+
+def test_another_tokenizer_or_validation_is_refused_by_name(
+    train: Callable[..., Any], config: TrainingConfig, dense_config: GPT2Config, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """All of the same sizes: without the comparison the run would go on with them."""
+    short = replace(config, max_steps=3, eval_every=None)
+    model, _ = train(short)
+    other_tokenizer = train_tokenizer([card.name[::-1] for card in TRAIN] * 9, len(tokenizer))
+    other_config = copy.deepcopy(dense_config)
+    other_config.layer_norm_epsilon = 0.01
+    changes: dict[str, dict[str, Any]] = {
+        "its tokenizer is another one": {"tokenizer": other_tokenizer},
+        "it was validated on other names": {"validation_cards": VALIDATION[1:]},
+        "its layer_norm_epsilon is 1e-05, not 0.01": {"model": make_model(other_config)},
+    }
+    for name, change in changes.items():
+        parts = {"model": model, "tokenizer": tokenizer, "validation_cards": VALIDATION} | change
+        trainer = Trainer(train_cards=TRAIN, config=replace(short, max_steps=6), **parts)
+        with pytest.raises(CheckpointError, match=rf"{name}\. Resume with .*another run_name") as caught:
+            trainer.train("auto")
+        assert "\n" not in str(caught.value)
+    other_dropout = make_model(copy.deepcopy(dense_config), dropout=0.3)
+    allowed = Trainer(other_dropout, tokenizer, TRAIN, VALIDATION, replace(short, max_steps=6))
+    assert allowed.train("auto").step == 6
+
+
+def test_a_checkpoint_of_an_older_version_is_resumed_with_a_warning(
+    train: Callable[..., Any], config: TrainingConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(replace(config, max_steps=3, eval_every=None))
+    folder = checkpoints.checkpoint_path(config.run_dir, 3)
+    about = json.loads((folder / checkpoints.STATE).read_text())
+    del about["identity"]
+    (folder / checkpoints.STATE).write_text(json.dumps(about))
+    with_right_hashes(folder)
+    _, result = train(replace(config, max_steps=6, eval_every=None), "auto")
+    assert result.step == 6 and "is of an older version" in capsys.readouterr().err
 
 
 def test_other_data_or_seed_is_said(

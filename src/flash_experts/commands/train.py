@@ -44,6 +44,7 @@ def run(args: Namespace) -> None:
         config,
         callbacks=[SampleNames()],
         data_info=load_meta(args.data),
+        origin={name: args[name] for name in ("base", "data", "extra_names")} | {"model": asdict(args.model)},
     )
     result = trainer.train(args.resume, args.overwrite)
     if args.json:

@@ -149,6 +149,29 @@ def encode_cards(
     return encode_names([card.name for card in cards], [attributes_of(card) for card in cards], tokenizer)
 
 
+def split_by_context(
+    cards: Sequence[Card], tokenizer: PreTrainedTokenizerBase, context: int | None
+) -> tuple[list[Card], list[Card]]:
+    """Cards whose name fits into a model after the prompt of all its attributes, and those whose name does not.
+
+    Args:
+        cards: what to look at.
+        tokenizer: the model's.
+        context: tokens that the model takes at most; None for any number.
+    """
+    if context is None:
+        return list(cards), []
+    # A token is a byte of text or more, so few names need to be tokenized. One more is the BOS token.
+    lengths = [len(f"{Attributes.of(card).prompt()} {card.name}".encode()) + 1 for card in cards]
+    perhaps = [index for index, length in enumerate(lengths) if length > context]
+    encoded = encode_cards([cards[index] for index in perhaps], tokenizer)
+    too_long = {index for index, name in zip(perhaps, encoded, strict=True) if name.num_inputs > context}
+    return (
+        [card for index, card in enumerate(cards) if index not in too_long],
+        [cards[index] for index in sorted(too_long)],
+    )
+
+
 def _token_ids(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     return tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
 

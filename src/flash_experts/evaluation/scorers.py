@@ -14,7 +14,7 @@ from typing import Protocol
 import numpy as np
 import torch
 from torch.nn import functional as F
-from transformers import GPT2Config, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flash_experts.data.names import normal_form
 from flash_experts.data.packing import EncodedName, encode_name, encode_names, pack_all
@@ -30,7 +30,7 @@ from flash_experts.models.loading import load_model
 from flash_experts.models.modes import evaluating
 from flash_experts.models.router_hooks import count_loads
 from flash_experts.models.router_metrics import over_mean
-from flash_experts.models.scoring import name_nats
+from flash_experts.models.scoring import context_length, name_nats
 
 TOKENS_PER_BATCH = 4096
 _SAMPLED_AT_ONCE = 256
@@ -225,12 +225,6 @@ def show_unfiltered(
         new = {normal_form(name): name for name in reversed(drawn) if normal_form(name) not in keys}
         shown.append(list(reversed(new.values()))[:count])
     return shown
-
-
-def context_length(model: PreTrainedModel) -> int | None:
-    """Tokens that a model takes at most; None where its configuration names no limit."""
-    limit = model.config.to_dict().get("max_position_embeddings")
-    return model.config.n_positions if isinstance(model.config, GPT2Config) else limit
 
 
 def check_lengths(model: PreTrainedModel, names: Sequence[str], encoded: Sequence[EncodedName]) -> None:

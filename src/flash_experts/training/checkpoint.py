@@ -309,7 +309,10 @@ def load_tensors(folder: Path) -> dict[str, torch.Tensor]:
 def not_this_run(folder: Path, reason: object) -> CheckpointError:
     """The error of a whole checkpoint that does not fit what is being trained."""
     text = " ".join(str(reason).split())
-    return CheckpointError(f"{folder} is of another model or configuration than the one being trained: {text}")
+    return CheckpointError(
+        f"{folder} is of another model or configuration than the one being trained: {text}. Resume with what it was "
+        "trained with, or choose another run_name"
+    )
 
 
 def prune_checkpoints(run_dir: Path, keep: int, best_step: int, warn: Callable[[str], None]) -> None:

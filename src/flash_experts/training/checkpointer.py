@@ -25,7 +25,11 @@ from flash_experts.training.stateful import Stateful, TrainerState, join_state, 
 from flash_experts.training.tracking import METRICS_FILE
 from flash_experts.training.training_config import TrainingConfig
 
-# A resumed run is the run that was interrupted only if these are what they were.
+# What may differ when a run is resumed:
+# - refused: another tokenizer, other names to validate on, another model configuration (but for `run_info.MAY_CHANGE`),
+#   another kind of optimizer, ema_decay set or unset;
+# - with a warning: the four settings below, the training names, the number of processes, the device, `parallel`;
+# - without: every other setting, such as limits, learning rates, how often something is done, and the tracker.
 _FIELDS_OF_THE_ORDER = ("seed", "tokens_per_batch", "attribute_dropout", "stages")
 
 
@@ -37,8 +41,8 @@ class Checkpointer:
         model: the plain model (no DDP or compiled wrapper); its parts may be spread over processes.
         tokenizer: saved with it.
         keep: newest checkpoints that are kept, besides that of the best validation.
-        info: the run's ``config``, ``data``, ``processes`` and ``device`` (kept in each checkpoint and compared on
-            resuming).
+        info: the run's ``config``, ``data``, ``processes``, ``device`` and ``identity`` (kept in each checkpoint and
+            compared on resuming).
         say: tells the person who watches.
         is_main: whether this process writes; all processes read.
         background: write on a thread, which takes memory for a copy of what is saved.
@@ -57,7 +61,7 @@ class Checkpointer:
     ):
         self.run_dir, self.model, self.tokenizer = run_dir, model, tokenizer
         self._keep, self._say, self._is_main = keep, say, is_main
-        self._about = {name: info[name] for name in ("config", "data", "processes", "device")}
+        self._about = {name: info[name] for name in ("config", "data", "processes", "device", "identity")}
         self._registered: dict[str, Stateful] = {}
         self._saved: Path | None = None
         self._background = Background() if background else None
@@ -199,6 +203,7 @@ class Checkpointer:
             return TrainerState()
         folder = self._find(resume)
         state, about = checkpoints.read_state(folder)
+        self._check_identity(folder, about.get("identity"))
         checkpoints.load_weights(folder, self.model)
         self._load_registered(folder, about["registered"])
         if folder.resolve() == checkpoints.checkpoint_path(self.run_dir, state.step).resolve():
@@ -217,6 +222,24 @@ class Checkpointer:
         again."""
         if self._is_main:
             checkpoints.drop_later(self.run_dir, step)
+
+    def _check_identity(self, folder: Path, then: Any) -> None:
+        """Refuses the checkpoint of another tokenizer, model configuration or set of validation names."""
+        if not isinstance(then, dict):
+            self._say(f"{folder} is of an older version: its tokenizer, model and validation names are not compared")
+            return
+        now = self._about["identity"]
+        changed = []
+        if then.get("tokenizer") != now["tokenizer"]:
+            changed.append("its tokenizer is another one")
+        if then.get("validation_names") != now["validation_names"]:
+            changed.append("it was validated on other names")
+        config: Any = then.get("model_config")
+        for name, value in now["model_config"].items() if isinstance(config, dict) else ():
+            if name in config and config[name] != value:
+                changed.append(f"its {name} is {config[name]}, not {value}")
+        if changed:
+            raise checkpoints.not_this_run(folder, ", ".join(changed))
 
     def _load_registered(self, folder: Path, values: Mapping[str, Any]) -> None:
         if values.keys() != self._registered.keys():

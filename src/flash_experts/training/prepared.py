@@ -1,12 +1,17 @@
-"""The prepared files that a run is about to read: are they as `prepare` wrote them?"""
+"""What a run is about to read: are the files as `prepare` wrote them, and does each name fit into the model?"""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from flash_experts.data.cards import Card
+from flash_experts.data.packing import split_by_context
 from flash_experts.data.prepare import load_meta
+from flash_experts.models.scoring import context_length
 
 
 def check_prepared(folder: str | Path, splits: Sequence[str] = ("train", "validation")) -> None:
@@ -28,3 +33,28 @@ def check_prepared(folder: str | Path, splits: Sequence[str] = ("train", "valida
                 f"`flash-experts prepare --out {folder}` again, or, if you changed it on purpose, remove its line from "
                 "sha256 in meta.json"
             )
+
+
+def fitting_cards(
+    train: Sequence[Card],
+    validation: Sequence[Card],
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    say: Callable[[str], None],
+) -> tuple[list[Card], list[Card]]:
+    """Leaves out the names that are longer than the model's context, and says how many.
+
+    Raises:
+        ValueError: no training name fits.
+    """
+    context, kept, left_out = context_length(model), [], []
+    for kind, cards in (("training", train), ("validation", validation)):
+        fit, too_long = split_by_context(cards, tokenizer, context)
+        kept.append(fit)
+        if too_long:
+            left_out.append(f"{len(too_long):,} of {len(cards):,} {kind} names ({too_long[0].name[:40]!r}, ...)")
+    if train and not kept[0]:
+        raise ValueError(f"no training name fits into the model's {context} tokens: take a model of a longer context")
+    if left_out:
+        say(f"left out, since prompt and name take more than the model's {context} tokens: {', '.join(left_out)}")
+    return kept[0], kept[1]

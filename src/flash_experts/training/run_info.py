@@ -13,13 +13,23 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flash_experts.data.cards import Card
+from flash_experts.data.prompts import CONDITIONS
 from flash_experts.files import whole_file
 from flash_experts.models.moe_config import GPT2MoEConfig
 
 _PACKAGES = ("flash-experts", "torch", "transformers", "accelerate", "tokenizers", "safetensors", "numpy")
+
+# Fields of a model's configuration that may differ when a run is resumed: how it is trained, what it can be conditioned
+# on (which follows from the training names), and what libraries note.
+MAY_CHANGE = {
+    *("resid_pdrop", "embd_pdrop", "attn_pdrop", "attention_dropout", "router_aux_loss_coef", "router_aux_loss_scope"),
+    *("router_z_loss_coef", "router_jitter_noise", "router_bias_update_rate", "allow_noncausal_generation", CONDITIONS),
+    *("transformers_version", "architectures", "dtype", "use_cache", "attention_backend", "name_or_path"),
+    *("output_router_logits", "output_attentions", "output_hidden_states", "return_dict"),
+}
 
 # Dense bfloat16 TFLOP/s by the makers' data sheets, tensor cores, without sparsity.
 _PEAK_TFLOPS = {"H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362, "L4": 121, "A10G": 70}
@@ -42,6 +52,29 @@ def describe_data(train: Sequence[Card], validation: Sequence[Card], meta: Mappi
         "validation_sha256": fingerprint(validation),
     }
     return described if meta is None else described | {"meta": dict(meta)}
+
+
+def identity(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, validation_sha256: str | None
+) -> dict[str, Any]:
+    """What must be the same when a run is resumed: the tokenizer and the validation names, by their SHA-256, and the
+    model's configuration (without `MAY_CHANGE`)."""
+    config = model.config.to_dict()
+    kept = {name: value for name, value in config.items() if name not in MAY_CHANGE and not name.startswith("_")}
+    return {
+        "tokenizer": _sha256_of_tokenizer(tokenizer),
+        "validation_names": validation_sha256,
+        "model_config": json.loads(json.dumps(kept, default=str)),
+    }
+
+
+def _sha256_of_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    about: dict[str, Any] = tokenizer.get_vocab() if backend is None else json.loads(backend.to_str())
+    for name in ("padding", "truncation"):  # of the last call
+        about.pop(name, None)
+    special = [tokenizer.bos_token_id, tokenizer.eos_token_id]
+    return hashlib.sha256(json.dumps([about, special], sort_keys=True).encode()).hexdigest()
 
 
 def describe_run(

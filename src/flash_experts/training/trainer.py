@@ -37,6 +37,7 @@ from flash_experts.training.loss import make_loss
 from flash_experts.training.optimizer import freeze_parts, make_optimizers, set_rates
 from flash_experts.training.parallel import spread_model
 from flash_experts.training.precision import check_dtype, use_bfloat16
+from flash_experts.training.prepared import fitting_cards
 from flash_experts.training.processes import (
     agree,
     is_lost_peer,
@@ -67,6 +68,7 @@ class Trainer:
         config: settings.
         callbacks: listeners; one of them may make sample names.
         data_info: what `prepare` wrote in meta.json, kept with the run.
+        origin: what the model was made from (its base, the options of its experts), kept with the run.
 
     Raises:
         ValueError: the configuration is wrong, or asks for a device that is not there.
@@ -81,6 +83,7 @@ class Trainer:
         config: TrainingConfig,
         callbacks: Sequence[Callback] = (),
         data_info: Mapping[str, Any] | None = None,
+        origin: Mapping[str, Any] | None = None,
     ):
         config.validate()
         config = replace(config, run_name=config.run_dir.name)  # the date stays that of the start
@@ -98,6 +101,10 @@ class Trainer:
         self.optimizers = make_optimizers(self.model, config)
         self.average = None if config.ema_decay is None else WeightAverage(self.model, config.ema_decay)
         self.report = Reporter(self.run_dir, callbacks, train_cards, validation_cards, self.is_main)
+        data = run_info.describe_data(train_cards, validation_cards, data_info)
+        train_cards, validation_cards = fitting_cards(
+            train_cards, validation_cards, self.model, tokenizer, self.report.say
+        )
         self.rows_per_step = config.gradient_accumulation_steps * self.world
         self.batches = NameBatches.of(train_cards, tokenizer, config)
         if config.find_batch_size:
@@ -107,8 +114,9 @@ class Trainer:
             self.batches = NameBatches.of(train_cards, tokenizer, config)
         self.schedule = Schedule.of(config, self.batches.planned_steps)
         self.validation = Validation.of(validation_cards, tokenizer, config, (self.rank, self.world))
-        data = run_info.describe_data(train_cards, validation_cards, data_info)
         self.info = run_info.describe_run(config.to_dict(), data, self.model, self.device, self.world)
+        validated = None if self.validation is None else self.validation.sha256
+        self.info |= {"origin": dict(origin or {}), "identity": run_info.identity(self.model, tokenizer, validated)}
         self.speed = SpeedMeter(self.info["model"]["parameters"], self.device, self.world)
         self.guard = FiniteGuard(config.on_nan == "stop", self.device, self.world)
         # All that a step leaves to the next: the weights, `state`, and what is registered. See `stateful`.

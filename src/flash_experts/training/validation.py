@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import random
 from collections.abc import Sequence
@@ -34,6 +35,10 @@ class Validation:
         tokens_per_row: most tokens of a forward.
         seed: of the draw.
         process: this process and how many there are: each scores its share of the rows.
+
+    Attributes:
+        num_names: how many are scored.
+        sha256: of these names and their prompts; equal for equal sets.
     """
 
     def __init__(
@@ -48,6 +53,8 @@ class Validation:
         if max_names is not None and max_names < len(cards):
             cards = random.Random(f"validation/{seed}").sample(list(cards), max_names)
         self.num_names = len(cards)
+        lines = sorted(f"{Attributes.of(card).prompt()} {card.name}\n" for card in cards)
+        self.sha256 = hashlib.sha256("".join(lines).encode()).hexdigest()
         rank, world = process
         # Names of equal length side by side: attention lays a row out by its longest name.
         self._rows: dict[str, list[tuple[PackedBatch, bool]]] = {}
