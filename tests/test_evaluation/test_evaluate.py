@@ -18,7 +18,7 @@ from flash_experts.data.prompts import Attributes
 from flash_experts.evaluation import evaluate, evaluate_names, format_evaluation, read_names
 from flash_experts.evaluation import held_out as held_out_module
 from flash_experts.evaluation.costs import costs_of, parameter_counts
-from flash_experts.evaluation.evaluate import _association
+from flash_experts.evaluation.evaluate import _association, config_and_tokenizer
 from flash_experts.evaluation.held_out import HeldOut
 from flash_experts.evaluation.novelty import Reference
 from flash_experts.evaluation.scorers import LanguageModel, Prompt
@@ -191,6 +191,28 @@ def test_the_same_seed_gives_the_same_result(model_dirs: list[Path], data_dir: P
     assert first.examples == again.examples != other.examples
     assert first.splits == again.splits
     assert first.splits["test"].unconditional == other.splits["test"].unconditional
+
+
+def test_names_longer_than_the_context_are_left_out_for_all_models(
+    tmp_path: Path, name_tokenizer: PreTrainedTokenizerFast, names: dict[str, list[str]]
+) -> None:
+    """One is too long for the smaller of two models, after its prompt: both are measured on the others."""
+    folder = write_data(tmp_path / "mtg", {**names, "test": [*names["test"], ("Goblin " * 16).strip()]})
+    for name, positions in (("large", 64), ("small", 44)):
+        model = tiny_model(name_tokenizer, seed=0)
+        model.config.n_positions = positions
+        model.transformer.wpe = torch.nn.Embedding(positions, 32)
+        model.save_pretrained(tmp_path / name)
+        name_tokenizer.save_pretrained(tmp_path / name)
+    count, held_out = len(names["test"]), HeldOut.load(folder, ("test",))
+    both = [found for name in ("large", "small") for found in config_and_tokenizer(tmp_path / name)]
+    with pytest.warns(UserWarning, match=rf"1 of {count + 1} names of test are left out"):
+        assert len(held_out.fitting(both, seed=0).splits["test"]) == count
+    assert held_out.fitting(both[:1], seed=0).splits == held_out.splits
+    with pytest.warns(UserWarning, match=rf"1 of {count + 1} names of test are left out"):
+        assert evaluate(tmp_path / "small", folder, ("test",), samples=0).splits["test"].names == count
+    with pytest.raises(ValueError, match="the model's context has 44: shorten it"):
+        evaluate_names(["Jumping " * 12], tmp_path / "small")
 
 
 def test_control_is_what_shuffled_attributes_cost(tmp_path: Path, name_tokenizer: PreTrainedTokenizerFast) -> None:

@@ -67,12 +67,12 @@ def _measured_loads(
     args: Namespace, model: GPT2MoEForCausalLM, tokenizer: PreTrainedTokenizerBase
 ) -> dict[int, torch.Tensor]:
     """The loads over training names with all their attributes given."""
-    from flash_experts.data.packing import encode_cards, pack_all
+    from flash_experts.data.packing import encode_cards, pack_all, split_by_context
     from flash_experts.data.prepare import load_split
     from flash_experts.data.prompts import Attributes
     from flash_experts.models.downcycling import measure_loads
 
-    cards = load_split(args.data, "train")
+    cards, _ = split_by_context(load_split(args.data, "train"), tokenizer, model.config.n_positions)
     cards = random.Random(f"loads/{args.seed}").sample(cards, min(args.names, len(cards)))
     if not cards:
         raise ValueError(f"there are no names in {args.data} to measure the load with: give --loads FILE")

@@ -12,7 +12,13 @@ import torch
 
 from flash_experts.evaluation.blind_test import BlindName, make_blind_test
 from flash_experts.evaluation.curves import CurvePoint, read_curve
-from flash_experts.evaluation.evaluate import SAMPLES, EvaluationResult, evaluate_scorer, load_scorer
+from flash_experts.evaluation.evaluate import (
+    SAMPLES,
+    EvaluationResult,
+    config_and_tokenizer,
+    evaluate_scorer,
+    load_scorer,
+)
 from flash_experts.evaluation.held_out import SPLITS, HeldOut
 from flash_experts.evaluation.metrics import Estimate, paired_bits_difference
 from flash_experts.evaluation.novelty import names_of
@@ -118,6 +124,7 @@ def compare(
         raise ValueError("nothing to compare: give a model folder or more, or ngram")
     labels = unique_labels(models)
     held_out = HeldOut.load(data_dir, splits, max_names, seed)
+    held_out = held_out.fitting([found for model in models for found in config_and_tokenizer(model)], seed)
     results, shown = [], []
     for model, label in zip(models, labels, strict=True):
         scorer = load_scorer(model, held_out, device=device, label=label)

@@ -11,15 +11,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from flash_experts.data.cards import Card
 from flash_experts.data.prompts import NONE, Attributes
+from flash_experts.data.tokenizer import load_tokenizer
 from flash_experts.evaluation.baseline import NGramBaseline
 from flash_experts.evaluation.classifiers import Detection
 from flash_experts.evaluation.control import ControlFigures
 from flash_experts.evaluation.costs import Costs, ModelSize
-from flash_experts.evaluation.held_out import SPLITS, HeldOut
+from flash_experts.evaluation.held_out import SPLITS, HeldOut, shuffled
 from flash_experts.evaluation.metrics import (
     Estimate,
     FloatArray,
@@ -33,6 +34,7 @@ from flash_experts.evaluation.metrics import (
 )
 from flash_experts.evaluation.novelty import NameFigures, names_of
 from flash_experts.evaluation.scorers import LanguageModel, Scorer
+from flash_experts.models.loading import load_config
 
 SAMPLES = 10_000  # of fewer, few are real cards, and the hit ratio says little
 ASSOCIATED = 700  # two-word names for word association
@@ -147,6 +149,18 @@ def load_scorer(
     return language_model(model, tokenizer, device, label)
 
 
+def config_and_tokenizer(
+    model: str | Path | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None
+) -> list[tuple[PretrainedConfig, PreTrainedTokenizerBase]]:
+    """Those of a language model, whose weights need not be read; empty for "ngram", which takes names of any length."""
+    if isinstance(model, PreTrainedModel):
+        return [] if tokenizer is None else [(model.config, tokenizer)]
+    if str(model) == NGRAM:
+        return []
+    config = load_config(model)
+    return [(config, load_tokenizer(model, config.vocab_size))]
+
+
 def language_model(
     model: str | Path | PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
@@ -187,7 +201,7 @@ def evaluate(
     Raises:
         ValueError: the data or the model is not there, or a set is empty.
     """
-    held_out = HeldOut.load(data_dir, splits, max_names, seed)
+    held_out = HeldOut.load(data_dir, splits, max_names, seed).fitting(config_and_tokenizer(model, tokenizer), seed)
     return evaluate_scorer(load_scorer(model, held_out, tokenizer, device), held_out, samples=samples, seed=seed)
 
 
@@ -233,13 +247,13 @@ def _evaluate_split(scorer: Scorer, cards: Sequence[Card], seed: int) -> tuple[S
     attributes = [Attributes.of(card) for card in cards]
     unconditional = scorer.nats(names, [NONE] * len(names))
     conditional = scorer.nats(names, attributes)
-    shuffled = scorer.nats(names, random.Random(seed).sample(attributes, len(attributes)))
+    others = scorer.nats(names, shuffled(attributes, seed))
     return SplitFigures(
         names=len(names),
         unconditional=bits_estimate(unconditional, characters),
         conditional=bits_estimate(conditional, characters),
-        shuffled=bits_estimate(shuffled, characters),
-        control=paired_bits_difference(shuffled, conditional, characters),
+        shuffled=bits_estimate(others, characters),
+        control=paired_bits_difference(others, conditional, characters),
         by_type=bits_by_group(unconditional, conditional, characters, cards, types_of),
         by_color=bits_by_group(unconditional, conditional, characters, cards, colors_of),
     ), NameNats(characters, unconditional, conditional)

@@ -5,19 +5,41 @@ from __future__ import annotations
 import random
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
 from flash_experts.data.cards import Card
 from flash_experts.data.prepare import META, load_meta, load_split
+from flash_experts.data.prompts import Attributes
 from flash_experts.evaluation.classifiers import Detector
 from flash_experts.evaluation.control import ControlJudge
 from flash_experts.evaluation.novelty import IID, Reference, names_of
+from flash_experts.evaluation.scorers import names_fit
 
 SPLITS = (IID, "test")
+
+
+def shuffled(attributes: Sequence[Attributes], seed: int) -> list[Attributes]:
+    """The attributes of cards, each given to another card."""
+    return random.Random(seed).sample(attributes, len(attributes))
+
+
+def _too_long(
+    cards: Sequence[Card], models: Sequence[tuple[PretrainedConfig, PreTrainedTokenizerBase]], seed: int
+) -> set[int]:
+    """Cards whose name is too long after their own attributes, or after those that `shuffled` gives them."""
+    own = [Attributes.of(card) for card in cards]
+    found: set[int] = set()
+    for config, tokenizer in models:
+        for attributes in (own, shuffled(own, seed)):
+            fits = names_fit(config, tokenizer, names_of(cards), attributes)
+            found |= {index for index, fit in enumerate(fits) if not fit}
+    return found
 
 
 @dataclass(frozen=True)
@@ -61,6 +83,29 @@ class HeldOut:
         meta = load_meta(path)
         data: dict[str, Any] = {key: meta[key] for key in ("source", "version", "cleaning_version") if key in meta}
         return cls(chosen, Reference.load(path), data)
+
+    def fitting(self, models: Sequence[tuple[PretrainedConfig, PreTrainedTokenizerBase]], seed: int) -> HeldOut:
+        """Without the names that are longer than the context of any of some models, with a warning that counts them.
+
+        Args:
+            models: the configuration and the tokenizer of each.
+            seed: of `shuffled`, whose prompts must fit as well.
+
+        Raises:
+            ValueError: no name of a set is left.
+        """
+        splits = {}
+        for split, cards in self.splits.items():
+            kept = cards
+            while kept and (too_long := _too_long(kept, models, seed)):
+                kept = [card for index, card in enumerate(kept) if index not in too_long]
+            if not kept:
+                raise ValueError(f"no name of {split} fits into the model's context")
+            if len(kept) < len(cards):
+                left_out = f"{len(cards) - len(kept):,} of {len(cards):,} names of {split} are left out"
+                warnings.warn(f"{left_out}: with their prompts they are longer than a model's context", stacklevel=3)
+            splits[split] = kept
+        return replace(self, splits=splits)
 
     @property
     def real(self) -> list[Card]:

@@ -14,7 +14,7 @@ from typing import Protocol
 import numpy as np
 import torch
 from torch.nn import functional as F
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from flash_experts.data.names import normal_form
 from flash_experts.data.packing import EncodedName, encode_name, encode_names, pack_all
@@ -182,12 +182,10 @@ class LanguageModel:
         return [text for _, text in sorted(zip(order, texts, strict=True))]
 
     def _known(self, attributes: Sequence[Attributes]) -> list[Attributes]:
-        """What the model can know of them: cards of another source than its own may tell more."""
-        conditions = read_conditions(self.model.config.to_dict())
-        return [known_part(each, conditions) for each in attributes]
+        return known_attributes(self.model.config, attributes)
 
     def _most_new_tokens(self, prompt_length: int) -> int:
-        context = context_length(self.model)
+        context = context_length(self.model.config)
         return _MOST_NEW_TOKENS if context is None else min(_MOST_NEW_TOKENS, context - prompt_length)
 
     def _texts(self, names: list[list[int]]) -> list[str]:
@@ -227,13 +225,31 @@ def show_unfiltered(
     return shown
 
 
+def known_attributes(config: PretrainedConfig, attributes: Sequence[Attributes]) -> list[Attributes]:
+    """What a model can be conditioned on: cards of another source than its own may have more."""
+    conditions = read_conditions(config.to_dict())
+    return [known_part(each, conditions) for each in attributes]
+
+
+def names_fit(
+    config: PretrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    names: Sequence[str],
+    attributes: Sequence[Attributes],
+) -> list[bool]:
+    """Whether each name fits into a model's context after its prompt."""
+    context = context_length(config)
+    encoded = encode_names(names, known_attributes(config, attributes), tokenizer)
+    return [context is None or name.num_inputs <= context for name in encoded]
+
+
 def check_lengths(model: PreTrainedModel, names: Sequence[str], encoded: Sequence[EncodedName]) -> None:
     """Refuses names that do not fit into the model's context.
 
     Raises:
         ValueError: the first that does not.
     """
-    context = context_length(model)
+    context = context_length(model.config)
     for name, ids in zip(names, encoded, strict=True):
         if context is not None and ids.num_inputs > context:
             raise ValueError(

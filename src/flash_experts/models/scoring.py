@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 import torch
 from torch.nn import functional as F
-from transformers import GPT2Config, PreTrainedModel
+from transformers import GPT2Config, PretrainedConfig
 
 
 class ScorableBatch(Protocol):
@@ -22,10 +22,10 @@ class ScorableBatch(Protocol):
     def num_names(self) -> int: ...
 
 
-def context_length(model: PreTrainedModel) -> int | None:
+def context_length(config: PretrainedConfig) -> int | None:
     """Tokens that a model takes at most; None where its configuration names no limit."""
-    limit = model.config.to_dict().get("max_position_embeddings")
-    return model.config.n_positions if isinstance(model.config, GPT2Config) else limit
+    limit = config.to_dict().get("max_position_embeddings")
+    return config.n_positions if isinstance(config, GPT2Config) else limit
 
 
 def name_nats(model: torch.nn.Module, batch: ScorableBatch) -> torch.Tensor:

@@ -47,7 +47,7 @@ def fitting_cards(
     Raises:
         ValueError: no training name fits.
     """
-    context, kept, left_out = context_length(model), [], []
+    context, kept, left_out = context_length(model.config), [], []
     for kind, cards in (("training", train), ("validation", validation)):
         fit, too_long = split_by_context(cards, tokenizer, context)
         kept.append(fit)
