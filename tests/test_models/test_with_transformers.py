@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoConfig,
@@ -28,6 +29,7 @@ from transformers import (
     pipeline,
 )
 from transformers.models.auto import modeling_auto
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 import flash_experts
 from flash_experts import GPT2MoEConfig, GPT2MoEForCausalLM
@@ -286,6 +288,38 @@ def test_features_are_those_of_the_language_model(
     ids = torch.tensor([tokenizer("Goblin Guide")["input_ids"]])
     hidden = moe(ids, output_hidden_states=True).hidden_states
     torch.testing.assert_close(features, hidden[-1])
+
+
+class BackboneTrainer(Trainer):
+    """Computes the loss as TRL's SFTTrainer does: from the backbone and the head, with Mixtral's balancing loss."""
+
+    def compute_loss(self, model: GPT2MoEForCausalLM, inputs: dict[str, torch.Tensor], **_: object) -> torch.Tensor:
+        out = model.transformer(inputs["input_ids"], output_router_logits=True)
+        logits = model.lm_head(out.last_hidden_state[:, :-1])
+        config = model.config
+        aux_loss = load_balancing_loss_func(out.router_logits, config.num_experts, config.num_experts_per_tok)
+        return cross_entropy(logits.flatten(0, 1), inputs["labels"][:, 1:].flatten()) + (
+            config.router_aux_loss_coef * aux_loss
+        )
+
+
+class OwnLossTrainer(BackboneTrainer):
+    compute_loss = Trainer.compute_loss  # docs/change_this.md
+
+
+def test_a_trainer_with_a_loss_of_its_own_gets_the_models_by_one_line(dense: GPT2LMHeadModel, tmp_path: Path) -> None:
+    moe = GPT2MoEForCausalLM.from_dense(dense, 4, 2, 4, router_aux_loss_coef=0.5, router_z_loss_coef=0.1).train()
+    ids = torch.arange(24).view(2, 12)
+    inputs = {"input_ids": ids, "labels": ids}
+    arguments = TrainingArguments(output_dir=str(tmp_path), report_to=[], use_cpu=True)
+    moe.apply(lambda module: setattr(module, "p", 0.0) if isinstance(module, torch.nn.Dropout) else None)
+    out = moe(**inputs, output_router_logits=True)
+    assert 1 <= out.aux_loss < 1.5
+    theirs = BackboneTrainer(model=moe, args=arguments).compute_loss(moe, dict(inputs))
+    # k times the balancing loss, here one MoE layer's, and no z-loss.
+    torch.testing.assert_close(theirs, out.loss + 0.5 * out.aux_loss - 0.1 * out.z_loss)
+    ours = OwnLossTrainer(model=moe, args=arguments).compute_loss(moe, dict(inputs))
+    torch.testing.assert_close(ours, out.loss)
 
 
 def test_a_lora_of_peft_trains_on_it(moe: GPT2MoEForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
