@@ -54,20 +54,24 @@ _COLUMNS = {
     "source_id": ("sourceid", "oracleid", "scryfalloracleid", "uuid", "scryfallid", "id"),
     "rarity": ("rarity", "seltenheit", "rarete", "rareza", "rarita", "raridade"),
     "set_code": (
-        *("setcode", "editioncode", "expansioncode", "setid", "editionid", "set", "edition", "expansion"),
+        *("setcode", "editioncode", "expansioncode", "setid", "editionid", "set", "edition", "expansion", "exp"),
         *("codigodelaedicion", "codeedition", "codicedelset", "codigodacolecao"),
     ),
     "released": ("released", "releasedat", "releasedate"),
+}
+_COLUMN_OF = {
+    spelling: (column, place) for column, spellings in _COLUMNS.items() for place, spelling in enumerate(spellings)
 }
 _TEXT_COLUMNS = ("type_line", "layout", "flag", "rarity", "set_code", "released")
 # Headings of files that have product numbers and no names, or whose column of names is called something else.
 _OTHER_COLUMNS = ("idproduct", "multiverseid", "quantity", "qty", "collectornumber", "tcgplayerid", "productid", "sku")
 
+_TYPE_WORDS = {word.casefold(): word for word in (*TYPES, *SUPERTYPES, "Token")}
 _MISSING = frozenset(("", "nan", "none", "<na>", "nat", "null", "n/a", "\\n", "no cost", "-", "\u2014"))
 _MISSING_NAMES = frozenset(("nan", "NaN", "<NA>", "None", "null", "NULL"))
 _FACES = re.compile(r"\s+/{1,3}\s+|(?<=[a-z])//(?=[A-Z])")  # " / " is Moxfield's, " /// " Arena's
 _FACES_OF_COST = re.compile(r"\s*//+\s*|\s+/\s+")
-_NOT_OF_COLORS = re.compile(r"[\s,;|/&+{}()\[\]'\"]+")
+_NOT_OF_COLORS = re.compile(r"[\s,;|/&+{}()\[\]'\"-]+")
 _COLOR_WORDS = {
     letter: words.split()
     for letter, words in {
@@ -77,11 +81,15 @@ _COLOR_WORDS = {
         "R": "red rot rouge rojo roja rosso rossa vermelho vermelha",
         "G": "green grun vert verte verde",
         "C": "colorless colourless c farblos incolore incoloro incolor artifact art artefakt land lands lnd",
-        "": "and und et y e",
-        "?": "multicolor multicolored multicolour multicoloured multi gold gld mehrfarbig multicolore multicolorido m",
+        "": "and und et y e color colour colored coloured",
+        "?": "multicolor multicolored multicolour multicoloured multi gold gld mehrfarbig multicolore multicolorido m"
+        " hybrid",
     }.items()
 }
+_GUILDS = "azorius WU dimir UB rakdos BR gruul RG selesnya GW orzhov WB izzet UR golgari BG boros RW simic GU"
+_SHARDS = "bant GWU esper WUB grixis UBR jund BRG naya RGW abzan WBG jeskai URW sultai BGU mardu RWB temur GUR"
 _COLOR_OF = {word: letter for letter, words in _COLOR_WORDS.items() for word in words}
+_COLOR_OF |= dict(zip(*[iter(f"{_GUILDS} {_SHARDS}".split())] * 2, strict=True))
 _RARITIES = {
     word: rarity
     for rarity, words in {
@@ -183,17 +191,20 @@ def _is_missing(value: Any) -> bool:
 
 def _fields(record: Mapping[Any, Any]) -> dict[str, Any]:
     """The columns that we know, under our names; None where the value is missing."""
-    folded: dict[str, Any] = {}
+    found: dict[str, tuple[tuple[bool, int], Any]] = {}
+    cost = None
     for key, value in record.items():
-        if _is_missing(folded.get(_folded(str(key)))):
-            folded[_folded(str(key))] = value
-    fields = {}
-    for column, spellings in _COLUMNS.items():
-        values = [folded[spelling] for spelling in spellings if spelling in folded]
-        if values:
-            fields[column] = next((value for value in values if not _is_missing(value)), values[0])
-    if "type_line" in fields and "mana_cost" not in fields and "cost" in folded:
-        fields["mana_cost"] = folded["cost"]  # without types beside it, "cost" is as often a price
+        spelling = _folded(str(key))
+        if spelling == "cost":
+            cost = value
+        if spelling in _COLUMN_OF:
+            column, place = _COLUMN_OF[spelling]
+            rank = (_is_missing(value), place)
+            if column not in found or rank < found[column][0]:
+                found[column] = (rank, value)
+    fields = {column: value for column, (_, value) in found.items()}
+    if "type_line" in fields and "mana_cost" not in fields:
+        fields["mana_cost"] = cost  # without types beside it, "cost" is as often a price
     fields |= _of_faces(record.get("card_faces"), fields)
     if not isinstance(fields.get("face_name"), str) or _is_missing(fields["face_name"]):
         fields.pop("face_name", None)
@@ -238,10 +249,9 @@ def _type_line(fields: Mapping[str, Any]) -> str | None:
         before = [*_items(fields.get("supertypes")), *_items(fields.get("types"))]
         after = _items(fields.get("subtypes"))
         line = " ".join(before) + (f" — {' '.join(after)}" if after and before else "")
-    words = {word.casefold(): word for word in (*TYPES, *SUPERTYPES, "Token")}
     if line.isupper() or line.islower():
         line = capwords(line)
-    line = re.sub(r"\w+", lambda match: words.get(match[0].casefold(), match[0]), line)
+    line = re.sub(r"\w+", lambda match: _TYPE_WORDS.get(match[0].casefold(), match[0]), line)
     return _FACES.sub(FACE_SEPARATOR, line) or None
 
 

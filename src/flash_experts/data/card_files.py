@@ -21,9 +21,11 @@ MAX_LINE_BYTES = 2**20  # a card with all its rulings has some thousand
 MAX_JSON_BYTES = 64 * 2**20  # a json file is parsed whole, in several times its size of memory
 MAX_CARDS = 1_000_000
 _SAMPLE = 200  # lines that show whether a text is a deck list, and a csv one of names
+_MOST_TITLES = 4  # lines above a heading
 _SEPARATORS = ",;\t|"
 _SEPARATOR_LINE = re.compile(r'"?sep=([,;\t|:^~ ]|\\t)"?[,;\t ]*', re.IGNORECASE)  # Excel's and Dragon Shield's
 _SAVE_AS = "save the file as UTF-8 (in Excel: CSV UTF-8)"
+_BETWEEN_CELLS = re.compile(r"^,|(?<![0-9]),(?=\S)|,(?=[^\s0-9])|[\t|]")  # not in "Krenko, Mob Boss", "1,000 Eyes"
 _LINE_ENDS = re.compile(r"(?<=\n)|(?<=\r)(?!\n)")
 _BINARY = {
     b"PK\x03\x04": "a zip archive or a spreadsheet: save the sheet as CSV",
@@ -155,7 +157,8 @@ def _decoded(data: bytes, where: str, is_first: bool) -> str:
         return data.decode("utf-8-sig" if is_first else "utf-8")
     except ValueError as error:
         kinds = [kind for start, kind in _BINARY.items() if is_first and data.startswith(start)]
-        what = f"it is {kinds[0]}" if kinds else _SAVE_AS
+        guess = "null characters, as UTF-16 has, " if b"\0" in data else "perhaps Windows-1252: "
+        what = f"it is {kinds[0]}" if kinds else f"{guess}{_SAVE_AS}"
         raise ValueError(f"{where}: not UTF-8 text: {what}") from error
 
 
@@ -187,9 +190,10 @@ def _name_rows(numbered: Iterable[tuple[str, str]], unread: Unread) -> Iterator[
     sample = list(islice(stream, _SAMPLE))
     if sample and len(sample[0][1]) < MAX_NAME and "name" in known_columns([sample[0][1]]):
         sample = sample[1:]
+    quoted = bool(sample) and all(re.fullmatch(r'"[^"]*",?', line) for _, line in sample)
     deck = DeckList.of([line for _, line in sample])
     for where, line in chain(sample, stream):
-        record: Any = line
+        record: Any = line.rstrip(",; ").strip('"' if quoted else "")
         if deck is not None:
             entry = deck.read(line)
             record = entry and {"name": entry.name, "set": entry.set_code, "layout": "token" if entry.is_token else ""}
@@ -244,6 +248,12 @@ def _table_rows(lines: Iterator[str], path: Path, unread: Unread, before: int, s
     where = f"{path}:{before + 1}"
     _refuse_foreign(sample[0], where)
     separator, header = _separated(sample[0], where, separator)
+    titles = 0
+    while "name" not in known_columns(header) and titles < min(_MOST_TITLES, len(sample) - 1):
+        titles += 1
+        found, cells = _separated(sample[titles], where)
+        if {"name"} < known_columns(cells):  # a title stands above the heading
+            separator, header, sample, before = found, cells, sample[titles:], before + titles
     header = header if any(cell.strip() for cell in header[1:]) else header[:1]
     known = known_columns(header)
     stream = chain(sample, lines)
@@ -288,7 +298,7 @@ def _cells(
 def _is_one_name(line: str) -> bool:
     """Whether a line without a heading can be one name: "Krenko, Mob Boss" has a space after its comma."""
     text = line.strip().rstrip(",")
-    return (text[:1] == text[-1:] == '"') or not re.search(r"^,|,(?=\S)|[\t|]", text)
+    return (text[:1] == text[-1:] == '"') or not _BETWEEN_CELLS.search(text)
 
 
 def _single_cells(rows: Iterator[tuple[str, list[str]]]) -> Iterator[tuple[str, str]]:
@@ -296,9 +306,10 @@ def _single_cells(rows: Iterator[tuple[str, list[str]]]) -> Iterator[tuple[str, 
     for place, cells in rows:
         while not cells[-1].strip():
             cells.pop()
-        if not all(cell.startswith(" ") for cell in cells[1:]) or "\t" in cells[0]:
+        name = ",".join(cells)
+        if "\t" in name or (len(cells) > 1 and _BETWEEN_CELLS.search(name)):
             raise ValueError(f"{place}: {max(len(cells), 2)} cells, but the heading has 1 columns")
-        yield place, ",".join(cells)
+        yield place, name
 
 
 # -------------------------------------------------------------------------------------------------------------- json
@@ -318,14 +329,37 @@ def _json_rows(lines: _Lines, unread: Unread) -> Iterator[RawCard]:
     if not text.strip():
         return
     document = _parsed(text, str(path), whole_file=True)
-    for key in ("data", "cards"):  # what Scryfall answers to a search, and a set of MTGJSON
-        if isinstance(document, dict) and document.get(key):
-            document = document[key]
-    if not isinstance(document, list):
+    records = _records(document)
+    if records is None:
         raise ValueError(f"{path}:1: expected an array of names or of cards, not {type(document).__name__}")
-    for index, item in enumerate(document):
+    for index, item in enumerate(records):
         if card := raw_card(item, f"{path}[{index}]", unread):
             yield card
+
+
+def _records(document: Any) -> list[Any] | None:
+    """The names or cards of a document; None if it has none.
+
+    An array of them; what Scryfall answers to a search; MTGJSON's sets (``data.cards``) and atomic cards (by name); or
+    columns, as pandas writes them.
+    """
+    for key in ("data", "cards"):
+        if isinstance(document, dict):
+            document = document.get(key, document)
+    if isinstance(document, list):
+        return document
+    if not isinstance(document, dict) or not document:
+        return None
+    if "name" in known_columns(document) and all(isinstance(column, dict) for column in document.values()):
+        places = next(iter(document.values()))
+        return [{name: column.get(place) for name, column in document.items()} for place in places]
+    found = []
+    for name, value in document.items():
+        items = value if isinstance(value, list) else [value]
+        if not items or not all(isinstance(item, dict) for item in items):
+            return None
+        found += [{"name": name, **item} for item in items]
+    return found
 
 
 def _parsed(text: str, where: str, whole_file: bool = False) -> Any:
@@ -337,7 +371,8 @@ def _parsed(text: str, where: str, whole_file: bool = False) -> Any:
         return record
     except json.JSONDecodeError as error:
         place = f"{where}:{error.lineno}" if whole_file else where
-        raise ValueError(f"{place}: not JSON: {error.msg}") from error
+        hint = ": is it JSON lines? then rename it to .jsonl" if whole_file and error.msg == "Extra data" else ""
+        raise ValueError(f"{place}: not JSON: {error.msg}{hint}") from error
     except UnicodeEncodeError as error:
         raise ValueError(f"{where}: half a character (a lone \\ud... escape)") from error
     except (ValueError, RecursionError) as error:  # a number of 5,000 digits; brackets in brackets in brackets

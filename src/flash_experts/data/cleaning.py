@@ -199,10 +199,13 @@ def read_cost(cost: str) -> list[str] | None:
         return None
     if number := _NEGATIVE.fullmatch(text) or _DECIMAL.fullmatch(text):
         return [number[1]]
-    words = [word for word in re.split(r"[\s,+]+", _BRACKETED.sub(_set_apart, text)) if word]
+    apart = _BRACKETED.sub(_set_apart, text)
+    words = [word for word in re.split(r"[\s,+]+", apart) if word]
     symbols: list[str] = []
-    for word in words:
-        found = [word] if _ONE.fullmatch(word) else _short_hybrid(word) if len(words) > 1 or text[0] in "{([" else None
+    for marked in words:
+        word = marked.removeprefix("\1")
+        may_be_short = word != marked or (len(words) > 1 and apart == text)
+        found = [word] if _ONE.fullmatch(word) else _short_hybrid(word) if may_be_short else None
         found = found or _bare(word)
         if found is None:
             return None
@@ -211,8 +214,8 @@ def read_cost(cost: str) -> list[str] | None:
 
 
 def _set_apart(match: re.Match[str]) -> str:
-    """A bracketed symbol as a word of its own; what is empty stays unreadable."""
-    return f" {''.join(next(filter(None, match.groups()), '?').split())} "
+    """A bracketed symbol as a word of its own, with a mark in front; what is empty stays unreadable."""
+    return f" \1{''.join(next(filter(None, match.groups()), '?').split())} "
 
 
 def _short_hybrid(word: str) -> list[str] | None:

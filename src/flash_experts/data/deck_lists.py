@@ -1,4 +1,4 @@
-"""Deck lists as text: ``4 Lightning Bolt (M10) 146 *F*`` to a name and a set, sections and comments to nothing."""
+"""Deck lists and numbered lists: ``4 Lightning Bolt (M10) 146 *F*`` to a name and a set, sections to nothing."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from flash_experts.data.cards import known_names, parse_set_code
 from flash_experts.data.names import normal_form
 
-_COUNT = re.compile(r"(?:SB:\s*)?(?:\d{1,3}\s*[x×]?|[x×]\d{1,3})\s+(?=\S)", re.IGNORECASE)
+_COUNT = re.compile(r"^(?:SB:\s*)?(?:\d{1,3}\s*[x×]?|[x×]\d{1,3})\s+(?=\S)", re.IGNORECASE)
+_MARK = re.compile(r"^(?:[-*•]|\d{1,4}[.)])\s+(?=\S)")
 _COUNT_AFTER = re.compile(r"\s+[x×]\s?\d{1,3}$", re.IGNORECASE)
 _SIDEBOARD = re.compile(r"SB:\s*", re.IGNORECASE)
 _COMMENT = re.compile(r"//|#")
@@ -26,7 +27,9 @@ _TITLE = re.compile(r"(deck|decklist|main ?deck|main ?board|side ?board|commande
 _BEHIND = re.compile(
     r"\s+(?:\*\S{1,8}\*|#.*|\^[^^]*\^|`[^`]*`|<[^<>]*>|\((?:F|foil|etched)\)|\[[A-Z][^\[\]]*[a-z{][^\[\]]*\])$"
 )
-_SET = re.compile(r"\s+[(\[]([A-Z0-9_]{2,8}|[a-z0-9_]{2,6})(?:[:#]\S+)?[)\]](?:\s+[\w★†\-/]{1,12})?$")
+_SET = re.compile(
+    r"\s+[(\[]([A-Z0-9_]{2,8}|[a-z0-9_]{2,6})(?:[:#]\S+)?[)\]](?:\s+[\w★†\-/]{1,12})?$|\|([A-Z0-9_]{2,8})(?:\|\S+)?$"
+)  # | is Forge's
 _SET_BEFORE = re.compile(r"[(\[]([A-Za-z0-9_]{2,8})(?:[:#]\S+)?[)\]]\s+")
 _SHARE = 0.5  # with counts on more of its lines, a text is a deck list
 _TOKENS = "token"
@@ -56,7 +59,7 @@ class DeckList:
     def of(cls, lines: Sequence[str]) -> DeckList | None:
         """A reader, if the first lines of a file (none of them empty) are those of a deck list, and not names alone."""
         cards = [line for line in lines if not _COMMENT.match(line) and not _SECTION.fullmatch(line)]
-        counted = [line for line in cards if _COUNT.match(line) or _COUNT_AFTER.search(line)]
+        counted = [line for line in cards if _COUNT.match(line) or _MARK.match(line) or _COUNT_AFTER.search(line)]
         titled = bool(lines) and _TITLE.fullmatch(lines[0]) is not None
         if not titled and len(counted) <= _SHARE * len(cards):
             return None
@@ -76,11 +79,11 @@ class DeckList:
         set_code = None
         text = _SIDEBOARD.sub("", line, count=1) if _SIDEBOARD.match(line) else line
         if normal_form(text) not in self.known:
-            text = _COUNT_AFTER.sub("", _COUNT.sub("", text, count=1))
+            text = _COUNT_AFTER.sub("", _COUNT.sub("", _MARK.sub("", text, count=1), count=1))
             if before := _SET_BEFORE.match(text):
                 set_code, text = before[1], text[before.end() :]
             while behind := _BEHIND.search(text) or _SET.search(text):
-                set_code = behind[1] if behind.re is _SET else set_code
+                set_code = behind[1] or behind[2] if behind.re is _SET else set_code
                 text = text[: behind.start()]
         return Entry(text.strip(), _code(set_code), self.section.startswith(_TOKENS))
 
