@@ -11,11 +11,11 @@ import pytest
 import torch
 from command_line import ok
 
-from flash_experts.benchmarks import attention, attention_contestants, generate, moe, train
+from flash_experts.benchmarks import attention, attention_contestants, generate, moe, report, train
 from flash_experts.benchmarks.attention_problems import BatchProblem, DecodeProblem, PackedProblem, name_lengths
 from flash_experts.benchmarks.attention_tables import choices
-from flash_experts.benchmarks.measuring import Contestant, peak_memory, relative_error, take_turns
-from flash_experts.benchmarks.report import Report, main
+from flash_experts.benchmarks.measuring import Contestant, Timing, peak_memory, relative_error, take_turns
+from flash_experts.benchmarks.report import Report, find_recorded, find_worse, machine_facts, main
 from flash_experts.commands import benchmark
 
 ROOT = Path(__file__).parent.parent
@@ -183,6 +183,47 @@ def test_auto_picks_the_fastest_that_is_right_and_can_be_named() -> None:
     assert chosen["pick"] == "triton" and chosen["peer"] == "sdpa_cudnn" and chosen["forward"] == 0.5
     (chosen,) = choices(rows[1:])
     assert chosen["pick"] == "sdpa" and chosen["ours"] is None and chosen["forward"] is None
+
+
+def test_worse_than_recorded_is_found_on_a_second_look(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def row(implementation: str, times_dense: float, tokens: int = 8) -> dict[str, Any]:
+        return {"implementation": implementation, "tokens": tokens, "times_dense": times_dense, "seconds": 1.0}
+
+    here = machine_facts(CPU)
+    old, latest = {"date": "2026-01-01"}, {"date": "2026-02-01"}
+    elsewhere = {"date": "2026-03-01", "cpu_capability": "another"}
+    for name, machine, times in (("b", old, 9.0), ("a", latest, 2.0), ("c", elsewhere, 9.0)):
+        run = {"topic": "moe", "machine": here | machine, "rows": [row("steady", times), row("busy", times)]}
+        (tmp_path / f"{name}.json").write_text(json.dumps(run), "utf-8")
+    (tmp_path / "other.json").write_text(json.dumps({"topic": "train", "machine": here, "rows": []}), "utf-8")
+    recorded = find_recorded(tmp_path, "moe", CPU)
+    assert recorded == [row("steady", 2.0), row("busy", 2.0)]
+    assert not find_worse([row("steady", 2.19), row("new", 9.0), row("steady", 9.0, tokens=16)], recorded)
+    faster, slower = {"name": "ours", "times_peer": 3.0}, {"name": "ours", "times_peer": 2.0}
+    assert find_worse([slower], [faster]) and not find_worse([faster], [slower])
+
+    runs = iter([[row("steady", 2.5), row("busy", 3.0)], [row("steady", 2.5), row("busy", 2.0)]])
+    assert report._topic_of(moe.measure) == "moe"
+    monkeypatch.setattr(moe, "measure", lambda args, device: Report("moe", here, {}, next(runs), "", lambda _: None))
+    monkeypatch.setattr(report, "_topic_of", lambda measure: "moe")
+    measured("moe", "--check", str(tmp_path))
+    assert capsys.readouterr().err.splitlines() == [
+        "2 ratios look worse than recorded: measuring them again",
+        "warning: times_dense is 2.50, recorded were 2.00: steady, tokens 8",
+    ]
+    with pytest.raises(ValueError, match="no results of generate on this machine"):
+        find_recorded(tmp_path, "generate", CPU)
+    (tmp_path / "broken.json").write_text("{", "utf-8")
+    with pytest.raises(ValueError, match=r"broken\.json: not a results file"):
+        find_recorded(tmp_path, "moe", CPU)
+
+
+def test_ratios_are_paired_by_round() -> None:
+    """The machine was ten times slower in the last round: for both."""
+    ours, dense = Timing((), 2.0, None, (2.0, 4.0, 30.0)), Timing((), 1.0, None, (1.0, 2.0, 10.0))
+    assert ours.times(dense) == 2.0
 
 
 def test_turns_and_parts() -> None:

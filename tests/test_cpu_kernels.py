@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -9,8 +10,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from flash_experts.kernels import cpu_linear
+from flash_experts import GPT2MoEConfig
+from flash_experts.kernels import cpu_linear, cpu_memory
 from flash_experts.kernels.cpu_linear import linear, linear_gelu_tanh
+from flash_experts.models import moe_layer
 
 
 @pytest.mark.parametrize("rows", [0, 1, 7, 200])
@@ -44,8 +47,10 @@ def test_memory_that_is_freed_is_kept() -> None:
     """Page faults of taking 64 MB a second time: thousands, unless the process kept it."""
     program = (
         "import resource, sys\n"
-        "from flash_experts.kernels.cpu_memory import keep_freed_memory\n"
-        "assert sys.argv[1] == 'as it is' or keep_freed_memory()\n"
+        "from flash_experts.kernels.cpu_memory import freed_memory_returned, keep_freed_memory\n"
+        "assert sys.argv[1] == 'as it is' or keep_freed_memory() == (sys.argv[1] != 'forbidden')\n"
+        "meanwhile = freed_memory_returned() if sys.argv[1] == 'returned' else None\n"
+        "meanwhile and meanwhile.__enter__()\n"
         "faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
         "bytearray(b'1') * (64 << 20)\n"
         "before = faults()\n"
@@ -53,7 +58,26 @@ def test_memory_that_is_freed_is_kept() -> None:
         "print(faults() - before)\n"
     )
     again = {
-        mode: int(subprocess.check_output([sys.executable, "-c", program, mode], text=True))
-        for mode in ("as it is", "kept")
+        mode: int(subprocess.check_output([sys.executable, "-c", program, mode], text=True, env=environment))
+        for mode, environment in (
+            ("as it is", None),
+            ("kept", None),
+            ("returned", None),
+            ("forbidden", os.environ | {cpu_memory.ENVIRONMENT_VARIABLE: "0"}),
+        )
     }
     assert again["as it is"] > 10_000 and again["kept"] < 100
+    assert again["returned"] > 10_000 and again["forbidden"] > 10_000
+
+
+def test_experts_keep_freed_memory_when_they_train(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[None] = []
+    monkeypatch.setattr(moe_layer, "keep_freed_memory_once", lambda: calls.append(None))
+    layer = moe_layer.MoELayer(GPT2MoEConfig(n_embd=8, n_head=1, num_experts=2))
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter)
+    with torch.no_grad():
+        layer(torch.randn(3, 8))
+    assert not calls
+    layer(torch.randn(3, 8))
+    assert len(calls) == 1

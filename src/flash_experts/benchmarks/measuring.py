@@ -48,11 +48,17 @@ class Timing:
         total: of the whole pass.
         call: of a pass among several that the host starts one after the other without waiting; None on a CPU, where it
             is the same as ``total``.
+        rounds: the median of each round alone.
     """
 
     parts: tuple[float, ...]
     total: float
     call: float | None
+    rounds: tuple[float, ...] = ()
+
+    def times(self, baseline: Timing) -> float:
+        """How many times as long as the baseline: the median over rounds of the ratio within each."""
+        return statistics.median(mine / its for mine, its in zip(self.rounds, baseline.rounds, strict=True))
 
 
 class Clock:
@@ -109,6 +115,7 @@ def take_turns(
     """
     clock = Clock(device)
     parts: dict[str, list[list[float]]] = {name: [] for name in contestants}
+    by_round: dict[str, list[float]] = {name: [] for name in contestants}
     repeats = dict.fromkeys(contestants, 1)
     for turn in range(rounds + 1):
         for name, contestant in contestants.items():
@@ -116,6 +123,7 @@ def take_turns(
                 passes = [clock.parts(contestant.run) for _ in range(repeats[name])]
             if turn:
                 parts[name] += passes
+                by_round[name].append(statistics.median(map(sum, passes)))
             else:
                 share = seconds / rounds / max(sum(passes[0]), 1e-6)
                 repeats[name] = min(max(int(share), 1), _MOST_REPEATS)
@@ -124,7 +132,7 @@ def take_turns(
         medians = tuple(statistics.median(column) for column in zip(*parts[name], strict=True))
         with contestant.context():
             call = clock.call(contestant.run)
-        timings[name] = Timing(medians, statistics.median(sum(passed) for passed in parts[name]), call)
+        timings[name] = Timing(medians, statistics.median(map(sum, parts[name])), call, tuple(by_round[name]))
     return timings
 
 

@@ -13,6 +13,7 @@ import importlib.util
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ from flash_experts.benchmarks.measuring import (
 from flash_experts.benchmarks.moe_contestants import (
     GATED,
     IMPLEMENTATIONS,
+    MEMORY_RETURNED,
     PACKAGES,
     DenseMLP,
     GatedExperts,
@@ -55,6 +57,7 @@ from flash_experts.benchmarks.report import (
     say,
     table,
 )
+from flash_experts.kernels.cpu_memory import freed_memory_returned
 from flash_experts.models.moe_layer import TRITON_EXPERTS_IMPLEMENTATION
 
 _SHAPES = {"gpt2": (768, 3072), "gpt2-medium": (1024, 4096), "gpt2-large": (1280, 5120), "gpt2-xl": (1600, 6400)}
@@ -166,6 +169,10 @@ def _experts(
         return GatedExperts(shape, compute, device, dtype)
     if name == TRITON_EXPERTS_IMPLEMENTATION and device.type != "cuda":
         raise ValueError("needs a GPU")
+    if name == MEMORY_RETURNED:
+        if device.type == "cuda" or section == "decoding":
+            raise ValueError("is about the gradients of training on a CPU")
+        name = "fe_experts"
     if layer is None:
         return using(make_experts(shape, device, dtype), name)
     tokens = layer.x_TD.shape[0]
@@ -227,7 +234,8 @@ def _measure_one(
             own = routed(_experts(name, shape, section, layer, device, dtype), shape, tokens, device, dtype, seed)
             passed = own.run if section == "training" else own.decode
             row["peak_mib"] = peak_memory(lambda run=passed: run(lambda: None), device) / 2**20  # type: ignore[misc]
-            contestants[name] = Contestant(passed)
+            context = freed_memory_returned if name == MEMORY_RETURNED else nullcontext
+            contestants[name] = Contestant(passed, context)
         except Exception as failure:  # as above
             row["reason"] = reason_of(failure)
     timings = take_turns(contestants, device, settings["rounds"])
@@ -237,7 +245,7 @@ def _measure_one(
         row = rows[name]
         row |= {"seconds": timing.total, "call_seconds": timing.call, "forward_seconds": timing.parts[0]}
         row["backward_seconds"] = timing.parts[1] if section == "training" else None
-        row["times_dense"] = timing.total / dense.total if dense else None
+        row["times_dense"] = timing.times(dense) if dense else None
         if section == "training":
             row["tflops"] = flops / timing.total / 1e12
             row["share"] = row["tflops"] / machine["matmul_tflops"]

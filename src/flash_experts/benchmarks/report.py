@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import datetime
 import importlib.metadata
 import importlib.util
 import json
 import os
 import platform
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,8 @@ def machine_facts(device: torch.device) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "date": datetime.date.today().isoformat(),
         "load_average": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         "python": platform.python_version(),
         "cuda": torch.version.cuda if device.type == "cuda" else None,
@@ -157,6 +160,13 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", type=str, default=None, help="cpu, cuda, cuda:1; the best there is")
     parser.add_argument("--out", type=str, default=None, help="JSON file to write the figures into")
     parser.add_argument("--plot", type=str, default=None, help="PNG file to draw them into")
+    parser.add_argument(
+        "--check",
+        type=str,
+        default=None,
+        help="JSON file of an earlier --out, or a folder of them (benchmarks/results): warns of ratios that have got "
+        "worse by more than a tenth on this machine, if a second run finds them so too",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace files that exist")
 
 
@@ -177,12 +187,90 @@ def run_topic(args: Any, measure: Callable[[Any, torch.device], Report]) -> Repo
             check_out_file(path, args.overwrite, option=f"--{option}")
     if args.plot is not None and importlib.util.find_spec("matplotlib") is None:
         raise ValueError("--plot needs matplotlib: pip install matplotlib, or leave the option out")
+    recorded = None if args.check is None else find_recorded(Path(args.check), _topic_of(measure), device)
     report = measure(args, device)
+    if recorded is not None:
+        worse = find_worse(report.rows, recorded)
+        if worse:
+            say(f"{len(worse)} ratios look worse than recorded: measuring them again")
+            worse = find_worse(measure(args, device).rows, recorded, among=worse)
+        for line in worse.values():
+            say(f"warning: {line}")
     if args.out is not None:
         write_json(Path(args.out), report.to_json())
     if args.plot is not None:
         _plot(report, Path(args.plot))
     return report
+
+
+# ------------------------------------------------------------------------------------- against what was recorded
+
+# Figures of rows that compare two implementations within one run, and whether a larger one is better.
+_RATIOS = {"times_dense": False, "times_peer": True}
+_WORSE = 1.1
+_SAME_MACHINE = ("device", "cpu_capability", "threads", "cuda")
+
+Key = tuple[tuple[str, Any], ...]
+
+
+def _topic_of(measure: Callable[[Any, torch.device], Report]) -> str:
+    return Path(sys.modules[measure.__module__].__file__ or "").stem
+
+
+def find_recorded(path: Path, topic: str, device: torch.device) -> list[Row]:
+    """The rows of the latest recorded run of a topic on a machine like this one.
+
+    Args:
+        path: a file that ``--out`` wrote, or a folder of them.
+        topic: attention, moe, train or generate.
+        device: of this run.
+
+    Raises:
+        ValueError: there is none.
+    """
+    here = machine_facts(device)
+    files = sorted(path.glob("*.json")) if path.is_dir() else [path]
+    runs = []
+    for file in files:
+        try:
+            run = json.loads(file.read_text("utf-8"))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"--check {file}: not a results file that can be read ({error})") from error
+        machine = run.get("machine") if isinstance(run, dict) and run.get("topic") == topic else None
+        if machine is not None and all(machine.get(name) == here[name] for name in _SAME_MACHINE):
+            runs.append((machine.get("date") or "", run["rows"]))
+    if not runs:
+        of = ", ".join(f"{name} {here[name]}" for name in _SAME_MACHINE if here[name] is not None)
+        raise ValueError(f"--check {path}: no results of {topic} on this machine ({of}): record some with --out FILE")
+    rows: list[Row] = max(runs, key=lambda dated: dated[0])[1]
+    return rows
+
+
+def find_worse(rows: Sequence[Row], recorded: Sequence[Row], among: Collection[Key] | None = None) -> dict[Key, str]:
+    """The rows whose ratio is worse than recorded by more than 10%, each with a line that says so.
+
+    Args:
+        rows: of this run.
+        recorded: of the earlier one. Rows that only one of them has are left out.
+        among: rows to look at; None for all.
+    """
+    before = {_key(row): row for row in recorded}
+    worse: dict[Key, str] = {}
+    for row in rows:
+        key = _key(row)
+        for name in _RATIOS.keys() & row.keys():
+            old, new = before.get(key, {}).get(name), row[name]
+            if not old or not new or (among is not None and key not in among):
+                continue
+            if (old / new if _RATIOS[name] else new / old) > _WORSE:
+                what = ", ".join(f"{field} {value}" if isinstance(value, int) else value for field, value in key)
+                worse[key] = f"{name} is {new:.2f}, recorded were {old:.2f}: {what}"
+    return worse
+
+
+def _key(row: Row) -> Key:
+    """What a row is of: its names and sizes, without what was measured."""
+    return tuple((name, value) for name, value in row.items() if type(value) in (str, int))
 
 
 def check_positive(**numbers: int | Sequence[int] | float | None) -> None:

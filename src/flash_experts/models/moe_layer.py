@@ -21,6 +21,7 @@ from transformers.activations import ACT2FN
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, use_experts_implementation
 from transformers.pytorch_utils import Conv1D
 
+from flash_experts.kernels.cpu_memory import keep_freed_memory_once
 from flash_experts.kernels.grouped_mlp import gelu_tanh, grouped_mlp
 from flash_experts.models.moe_config import GPT2MoEConfig
 from flash_experts.models.router import ExpertChoiceRouter, Router, TopKRouter, count_choices, make_router
@@ -81,9 +82,11 @@ def fe_experts_forward(
     self: Experts, x_TD: torch.Tensor, experts_TK: torch.Tensor, gates_TK: torch.Tensor
 ) -> torch.Tensor:
     """Our default for `Experts`: one fused operation on a CPU, transformers' grouped_mm elsewhere and in compiled
-    graphs (its operator has no graph break there)."""
+    graphs (its operator has no graph break there). Training on a CPU keeps freed memory (`kernels.cpu_memory`)."""
     if x_TD.device.type != "cpu" or torch.compiler.is_compiling():
         return ALL_EXPERTS_FUNCTIONS["grouped_mm"](self, x_TD, experts_TK, gates_TK)
+    if torch.is_grad_enabled():
+        keep_freed_memory_once()
     x_TD, gates_TK, up, up_bias, down, down_bias = _autocast(self, x_TD, gates_TK)
     activation = gelu_tanh if self.activation in _TANH_GELUS else self.act_fn
     return grouped_mlp(x_TD, experts_TK, gates_TK, up, up_bias, down, down_bias, activation)
