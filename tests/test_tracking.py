@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -125,6 +126,13 @@ def test_metrics_jsonl_and_run_json_have_everything(train: Any, config: Training
     samples = read_metrics(path, "samples")
     assert [line["names"]["new"] for line in samples] == [["Wholly New 2"], ["Wholly New 4"]]
     check_run_info(json.loads((config.run_dir / "run.json").read_text()))
+    page = (Path(__file__).parent.parent / "docs/monitoring.md").read_text("utf-8")
+    explained = set(re.findall(r"`([\w/]+)`", page))
+    for name in {name for line in (*lines, *validations) for name in line} - {"event", "step", "epoch", "tokens"}:
+        general = re.sub(
+            r"^lr/\w+", "lr", re.sub(r"^router/\d+/(load/)?", "router/B/", name).replace("B/0", "B/load/E")
+        )
+        assert general in explained or general.rpartition("/")[2] in explained or "/load/" in name, name
 
 
 def test_run_json_and_wandb_have_the_whole_resolved_configuration(
