@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from dataclasses import asdict
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -43,7 +44,14 @@ def finetune(base: str | None, overrides: list[str]) -> None:
     model, tokenizer = build_model(base, settings.model, train, settings.training.seed)
 
     trainer = Trainer(
-        model, tokenizer, train, validation, settings.training, [SampleNames()], data_info=load_meta(settings.data)
+        model,
+        tokenizer,
+        train,
+        validation,
+        settings.training,
+        callbacks=[SampleNames()],
+        data_info=load_meta(settings.data),
+        origin={"base": base, "data": settings.data, "extra_names": None, "model": asdict(settings.model)},
     )
     result = trainer.train(resume="auto")
     bits = {line["step"]: line for line in read_metrics(result.run_dir / "metrics.jsonl", "validation")}

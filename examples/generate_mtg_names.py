@@ -6,7 +6,9 @@ python examples/generate_mtg_names.py models/my-run --base models/mtg-base --cou
 
 from __future__ import annotations
 
+import json
 import textwrap
+from pathlib import Path
 
 from generate_names import MODELS, find_model, make_parser, print_columns
 
@@ -21,6 +23,14 @@ CARDS = (
     {"type_line": "Land"},
 )
 MESSY = " wrath  Of the reef ,tide-caller "
+
+
+def base_of(model: str) -> str:
+    """The model that a run was fine-tuned from, by its run.json; else the released base."""
+    path, root = Path(model) / "run.json", MODELS.parent
+    origin = json.loads(path.read_text("utf-8")).get("origin", {}) if path.is_file() else {}
+    base = origin.get("base") or "models/mtg-base"
+    return str(root / base) if (root / base).exists() else base
 
 
 def raw_sample(generator, type_line: str, colors: str, seed: int) -> str:
@@ -39,9 +49,10 @@ def raw_sample(generator, type_line: str, colors: str, seed: int) -> str:
 
 def main() -> None:
     parser = make_parser("Names for particular cards, two models compared, cleaning and formatting.")
-    parser.add_argument("--base", default=str(MODELS / "mtg-base"), help="model to compare with (default: mtg-base)")
+    parser.add_argument("--base", help="model to compare with (default: the one that was fine-tuned)")
     options = parser.parse_args()
     source = find_model(options.model)
+    base_source = options.base or base_of(source)
     from flash_experts import NameGenerator
     from flash_experts.data.names import shown_form
     from flash_experts.generation.formatting import format_name
@@ -50,7 +61,7 @@ def main() -> None:
         return [name.text for name in generator.generate(count, **settings, seed=options.seed)]
 
     try:
-        model, base = NameGenerator.from_pretrained(source), NameGenerator.from_pretrained(options.base)
+        model, base = NameGenerator.from_pretrained(source), NameGenerator.from_pretrained(base_source)
         print("\n== Names for cards")
         for card in CARDS:
             print(", ".join(f"{key.replace('_', ' ')} {value}" for key, value in card.items()))
@@ -62,7 +73,7 @@ def main() -> None:
         }
         print_columns(temperatures | {"top-k 5": names(model, 6, **CARDS[0], top_k=5)})
 
-        print(f"== Two models, the same prompts and seed; base: {options.base}")
+        print(f"== Two models, the same prompts and seed; base: {base_source}")
         for card in CARDS[:3]:
             print(card["type_line"])
             print_columns({"fine-tuned": names(model, 5, **card), "base": names(base, 5, **card)})

@@ -78,13 +78,14 @@ def test_finetuning_tracks_the_run_and_is_what_the_command_line_does(
     )
     best = json.loads((run / "metrics.jsonl").read_text("utf-8").splitlines()[0])
     assert figures["before"].split()[2] == f"{best['validation/bits_per_char_mean']:.3f}"
-    ours = json.loads((run / "run.json").read_text("utf-8"))["config"]
+    ours = json.loads((run / "run.json").read_text("utf-8"))
     same = ("--config", "configs/quickstart.yaml", *FINETUNE[1:], "--training.max-minutes", "9")
     done = ok("train", *same, cwd=checkout)
     assert "is finished (steps, step 2): nothing to do" in done.err, "the command line continues the same run"
     done = ok("train", *same, "--training.run-name", "other", "--training.tracker", "none", cwd=checkout)
-    theirs = json.loads((checkout / "models/other/run.json").read_text("utf-8"))["config"]
-    assert ours == theirs | {"run_name": "quickstart", "tracker": "wandb"}
+    theirs = json.loads((checkout / "models/other/run.json").read_text("utf-8"))
+    assert ours["config"] == theirs["config"] | {"run_name": "quickstart", "tracker": "wandb"}
+    assert ours["origin"] == theirs["origin"] and ours["identity"] == theirs["identity"]
     losses = [
         [json.loads(line).get("validation/loss") for line in (checkout / "models" / name / "metrics.jsonl").open()]
         for name in ("quickstart", "other")
@@ -102,6 +103,8 @@ def test_generating_takes_the_newest_run_of_ones_own_and_compares_it_with_its_ba
         )
         os.utime(folder / "model.safetensors", (4e9 + age, 4e9 + age))
     (checkout / "models/incomplete/tokenizer.json").unlink()
+    about = {"origin": {"base": "models/older"}}
+    (checkout / "models/newest/run.json").write_text(json.dumps(about), "utf-8")
     model = f"model: {checkout / 'models/newest'} (your newest run)"
     status, out, _ = example(capsys, "generate_names.py", "--count", "3", root=checkout, cwd=tmp_path)
     assert status == 0 and out.splitlines()[0] == model
@@ -110,6 +113,7 @@ def test_generating_takes_the_newest_run_of_ones_own_and_compares_it_with_its_ba
     assert status == 0 and out.splitlines()[0] == model
     assert re.search(r"temperature 0.5 +temperature 1 +temperature 1.5 +top-k 5", out)
     assert len(re.findall(r"^ +fine-tuned +base$", out, re.M)) == 3
+    assert f"the same prompts and seed; base: {checkout / 'models/older'}" in out
     assert "raw " in out and "Wrath of the Reef, Tide-caller" in out
     for name in ("older", "newest", "incomplete", "upcycled"):
         shutil.rmtree(checkout / "models" / name)
