@@ -226,7 +226,7 @@ def main() -> None:
         for split, of in difference.items():
             print(f"{name} less dense on {split}: {of['mean']:+.4f} bits per character, seeds {args.seeds}")
     released = args.models / f"released-{report['best']}-{args.seeds[0]}"
-    print(f"written to {args.out}; release with scripts/release_model.py {released} models/mtg-names")
+    print(f"written to {args.out}; release with scripts/release_model.py {released} models/mtg-names --overwrite")
 
 
 if __name__ == "__main__":

