@@ -245,7 +245,8 @@ def record_of(run_dir: Path) -> dict[str, Any]:
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     last = checkpoint_path(run_dir, checkpoint_steps(run_dir)[-1])
     about = json.loads((last / "trainer_state.json").read_text(encoding="utf-8"))
-    about["state"].pop("seconds")
+    for measured in ("seconds", "evaluation_seconds"):
+        about["state"].pop(measured)
     return {
         "metrics": [{key: value for key, value in line.items() if key not in MEASURED} for line in lines],
         "model": (run_dir / "model.safetensors").read_bytes(),

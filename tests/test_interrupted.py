@@ -22,6 +22,7 @@ from flash_experts.ctrl_c import CtrlC, held_back
 from flash_experts.training import checkpoint as checkpoints
 from flash_experts.training.signals import StopSignals
 
+NOT_RUN = ("serve", "benchmark", "fetch-teacher")  # endless, of its own parser, in need of a download
 MOMENTS = ("0.004", "0.06", "0.2")  # seconds of computing
 TEMPORARY = (".tmp-", ".flash-experts-")
 
@@ -53,7 +54,7 @@ def is_whole(path: Path, workplace: Path) -> bool:
 
 
 @pytest.mark.parametrize("seconds", MOMENTS)
-@pytest.mark.parametrize("name", [name for name in cli.COMMANDS if name not in ("serve", "benchmark")])
+@pytest.mark.parametrize("name", [name for name in cli.COMMANDS if name not in NOT_RUN])
 def test_one_line_and_nothing_half_written(name: str, seconds: str, ended: dict[Any, Any], workplace: Path) -> None:
     found = ended[name, seconds]
     err, new = found["err"], [Path(path) for path in found["new"]]
