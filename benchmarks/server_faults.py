@@ -89,7 +89,11 @@ class Clients:
 
     def silent(self, count: int) -> int:
         """Sends half a header, or a header and half a body, or nothing, and waits; others are served meanwhile."""
-        starts = [b"", b"GET / HTTP/1.1\r\nHo", b"POST /config HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\nabc"]
+        starts = [
+            b"",
+            b"GET / HTTP/1.1\r\nHo",
+            b"POST /config HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\nabc",
+        ]
         waiting = [self.connect() for _ in range(count)]
         for number, connection in enumerate(waiting):
             connection.sendall(starts[number % len(starts)])
@@ -103,7 +107,7 @@ class Clients:
             connection.settimeout(1)
             try:
                 for _ in range(200):
-                    connection.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+                    connection.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
             except TimeoutError:
                 pass
             connection.settimeout(60)
@@ -114,7 +118,7 @@ class Clients:
     def dropped(self, number: int) -> bool:
         """Leaves amid a request, or as soon as it is sent."""
         body = b'{"settings": {"count": 2}}'
-        head = f"POST {CALL}/generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        head = f"POST {CALL}/generate HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         whole = f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
         with self.connect() as connection:
             connection.sendall(whole[: [5, 60, len(whole) - 4, len(whole)][number % 4]])

@@ -29,7 +29,7 @@ async def serving(playground: Playground) -> AsyncIterator[tuple[httpx.AsyncClie
     app = make_app(playground)
     async with app.router.lifespan_context(app):
         transport = httpx.ASGITransport(app=app)
-        async with httpx.AsyncClient(transport=transport, base_url="http://test", timeout=60) as client:
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost", timeout=60) as client:
             yield client, app.routes[-1].app.get_blocks()  # type: ignore[attr-defined]
 
 

@@ -122,6 +122,68 @@ def test_the_gate(url: str) -> None:
     assert headers["x-content-type-options"] == "nosniff"
 
 
+def test_only_its_own_names_and_pages_are_answered(url: str) -> None:
+    """A page of another site may point its own name at this machine, and ask for it."""
+    join = f"{url}/gradio_api/call/v2/options"
+    port = url.rpartition(":")[2]
+    for host in (
+        "evil.example",
+        f"evil.example:{port}",
+        "localhost.evil.example",
+        "127.0.0.1.evil.example",
+        "10.0.0.1",
+    ):
+        refused = CLIENT.get(url, headers={"host": host})
+        assert refused.status_code == 400 and "--allowed-host" in refused.text, host
+    for host in ("localhost", f"LOCALHOST:{port}", "127.0.0.1", f"[::1]:{port}"):
+        assert CLIENT.get(url, headers={"host": host}).status_code == 200, host
+    for origin in ("https://evil.example", "null", f"http://localhost:{int(port) ^ 1}", f"http://evil.example:{port}"):
+        refused = CLIENT.post(join, json={}, headers={"origin": origin})
+        assert refused.status_code == 403, origin
+    for method in ("OPTIONS", "POST"):
+        headers = {"origin": url, "access-control-request-method": "POST"}
+        own = CLIENT.request(method, join, json={}, headers=headers)
+        assert own.status_code == 200 and not [name for name in own.headers if name.startswith("access-control")]
+
+
+def test_names_that_are_allowed() -> None:
+    async def never(scope: Scope, receive: Receive, send: Send) -> None:
+        raise AssertionError
+
+    gate = server_module.Gate(never, ["Names.example.org:443", "0.0.0.0", "fd00::7"])
+    for host in ("names.example.org", "names.example.org:443", "0.0.0.0:7860", "[fd00::7]:7860", "localhost"):
+        assert gate._is_own(host, {"server": ("127.0.0.1", 7860)}), host
+    assert gate._is_own("192.168.1.5:7860", {"server": ("192.168.1.5", 7860)}), "what was connected to"
+    assert not gate._is_own("evil.example", {"server": ("evil.example", 80)}), "an address, no name"
+    for host in ("example.org", "names.example.org.evil.example", "", "[", "192.168.1.6"):
+        assert not gate._is_own(host, {"server": ("192.168.1.5", 7860)}), host
+    assert gate._is_own_page("https://names.example.org", "127.0.0.1:7860"), "behind a proxy that changes Host"
+
+
+def test_open_pages_leave_connections_for_requests(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server_module, "HEARTBEATS_PER_CLIENT", 3)
+    address = ("127.0.0.1", int(url.rpartition(":")[2]))
+    asked = b"GET /gradio_api/heartbeat/%d HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    pages = [socket.create_connection(address, timeout=20) for _ in range(8)]
+    answers = []
+    for number, page in enumerate(pages):
+        page.sendall(asked % number)
+        answers.append(page.recv(12))
+    assert answers == [b"HTTP/1.1 200"] * 3 + [b"HTTP/1.1 503"] * 5
+    for page in pages[3:]:
+        while page.recv(4096):
+            pass  # until the server ends it: a refused page holds no connection
+    assert ask(url, "generate", settings={"count": 1})["is_over"]
+    for page in pages:
+        page.close()
+    deadline, status = time.monotonic() + 20, 0
+    while status != 200 and time.monotonic() < deadline:  # a page that is closed makes room
+        with CLIENT.stream("GET", f"{url}/gradio_api/heartbeat/9") as answer:
+            status = answer.status_code
+        time.sleep(0.05)
+    assert status == 200
+
+
 def test_nonsense_breaks_nothing(url: str) -> None:
     """Functions of the page, called directly and through the queue, with anything in place of their values."""
     functions = [each["id"] for each in CLIENT.get(f"{url}/config").json()["dependencies"]]
@@ -154,8 +216,8 @@ def test_clients_that_do_nothing_are_left(
     """
     monkeypatch.setattr(server_module, "CLIENT_SECONDS", 0.3)
     server = make_server(Playground({"dense": base}))
-    whole = b"GET /config HTTP/1.1\r\nHost: x\r\n\r\n"
-    starts = [b"", whole[:30], b"POST /config HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\nabc", whole * 40]
+    whole = b"GET /config HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    starts = [b"", whole[:30], b"POST /config HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\nabc", whole * 40]
     with bind("127.0.0.1", 0) as listener:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
@@ -204,7 +266,7 @@ def test_a_client_that_takes_nothing_is_left_while_its_answer_is_still_written(
         thread.start()
         with socket.create_connection(listener.getsockname(), timeout=20) as client:
             client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-            client.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+            client.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
             deadline, state = time.monotonic() + 30, server.server_state
             while not state.connections and time.monotonic() < deadline:
                 time.sleep(0.05)

@@ -9,7 +9,10 @@ import socket
 import struct
 import sys
 from array import array
+from collections import Counter
+from collections.abc import Iterable
 from importlib.resources import files
+from ipaddress import ip_address
 
 import fastapi
 import gradio as gr
@@ -20,13 +23,18 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from flash_experts.app.forgetting import Forgetting
 from flash_experts.app.page import build_page
 from flash_experts.app.service import Playground
+from flash_experts.plain_text import one_line
 
 if sys.platform == "linux":
     import fcntl
     import termios
 
 _LOG = logging.getLogger(__name__)
+LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
 MOST_CONNECTIONS = 512
+MOST_HEARTBEATS = MOST_CONNECTIONS // 2  # connections that open pages hold; the others are for requests
+HEARTBEATS_PER_CLIENT = 64
+_HEARTBEAT = "/gradio_api/heartbeat/"
 CLIENT_SECONDS = 15.0  # a client that owes us something, and does nothing, is left after one to two of these
 _NO_LINGER = struct.pack("ii", 1, 0)
 _BYTES_ACKED = 120  # where tcpi_bytes_acked lies in Linux's struct tcp_info (linux/tcp.h)
@@ -48,8 +56,8 @@ _HEADERS = {
 }
 
 
-def make_app(playground: Playground) -> fastapi.FastAPI:
-    """The application, for any ASGI server."""
+def make_app(playground: Playground, hosts: Iterable[str] = ()) -> fastapi.FastAPI:
+    """The application, for any ASGI server; see `Gate` for the hosts."""
     page = build_page(playground)
     app = fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None, lifespan=Forgetting(page).lifespan)
     app = gr.mount_gradio_app(
@@ -68,7 +76,7 @@ def make_app(playground: Playground) -> fastapi.FastAPI:
         # Given as css=, Gradio would put its own selectors before ours.
         head=f"<style>{files(__package__).joinpath('style.css').read_text('utf-8')}</style>",
     )
-    app.add_middleware(Gate)
+    app.add_middleware(Gate, hosts=tuple(hosts))
     return app
 
 
@@ -102,10 +110,15 @@ def _theme() -> gr.themes.Base:
     )
 
 
-def make_server(playground: Playground) -> uvicorn.Server:
-    """The server; ``run(sockets=[listener])`` serves until SIGINT, SIGTERM, or ``should_exit``."""
+def make_server(playground: Playground, hosts: Iterable[str] = ()) -> uvicorn.Server:
+    """The server; ``run(sockets=[listener])`` serves until SIGINT, SIGTERM, or ``should_exit``.
+
+    Args:
+        playground: what it serves.
+        hosts: names and addresses that clients reach it by, besides `LOCAL_HOSTS` and the address that it listens on.
+    """
     config = uvicorn.Config(
-        make_app(playground),
+        make_app(playground, hosts),
         log_level="critical",  # open connections that end with the server are no news; `Gate` tells of errors
         limit_concurrency=MOST_CONNECTIONS,
         timeout_graceful_shutdown=1,
@@ -184,20 +197,69 @@ def _family(host: str, port: int) -> socket.AddressFamily:
 
 
 class Gate:
-    """Refuses paths that the playground does not need (uploads, files, proxies, ...) and bodies that are too large,
-    and sets the headers of every answer."""
+    """Refuses requests that are not for this server, come from other pages, or ask for what the playground does not
+    need (uploads, files, proxies, ...), and sets the headers of every answer.
 
-    def __init__(self, app: ASGIApp) -> None:
+    A page of another site can point its own name at this machine (DNS rebinding): the names in Host and Origin show it.
+
+    Args:
+        app: what is behind the gate.
+        hosts: names and addresses that this server is reached by, besides `LOCAL_HOSTS`.
+    """
+
+    def __init__(self, app: ASGIApp, hosts: Iterable[str] = ()) -> None:
         self.app = app
+        self._own_hosts = {_host_name(host.lower()) for host in hosts}
+        self._heartbeats: Counter[str] = Counter()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        if not _OPEN.fullmatch(scope["path"]):
+        headers = dict(scope["headers"])
+        length = headers.get(b"content-length", b"0")
+        host, origin = (headers.get(name, b"").decode("latin-1").lower() for name in (b"host", b"origin"))
+        if not self._is_own(host, scope):
+            name = f"not a name of this server: {host[:100]}. Start it with --allowed-host NAME to allow one"
+            await _refuse(send, 400, name.encode("ascii", "replace"))
+        elif origin and not self._is_own_page(origin, host):
+            await _refuse(send, 403, b"pages of other sites may not ask this server")
+        elif not _OPEN.fullmatch(scope["path"]):
             await _refuse(send, 404, b"not found")
+        elif not length.isdigit() or int(length) > LARGEST_BODY:
+            await _refuse(send, 413, b"too large")
+        elif scope["path"].startswith(_HEARTBEAT):
+            await self._heartbeat(scope, receive, send)
+        else:
+            await self._answer(scope, receive, send)
+
+    def _is_own(self, host: str, scope: Scope) -> bool:
+        """Whether a Host header names this server: by an allowed name, or by the address that was connected to."""
+        name = _host_name(host)
+        reached = str((scope.get("server") or ("",))[0])
+        return name in LOCAL_HOSTS or name in self._own_hosts or (name == reached and _is_address(name))
+
+    def _is_own_page(self, origin: str, host: str) -> bool:
+        """Whether a request comes from a page of this server, under the same name or another allowed one."""
+        _, _, place = origin.partition("://")
+        return place == host or _host_name(place) in self._own_hosts
+
+    async def _heartbeat(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """An answer that lasts as long as a page is open: so few that connections are left for requests."""
+        client = str((scope.get("client") or ("",))[0])
+        if self._heartbeats[client] >= HEARTBEATS_PER_CLIENT or self._heartbeats.total() >= MOST_HEARTBEATS:
+            await _refuse(send, 503, b"too many open pages")
             return
-        left = LARGEST_BODY
+        self._heartbeats[client] += 1
+        try:
+            await self._answer(scope, receive, send)
+        finally:
+            self._heartbeats[client] -= 1
+            if not self._heartbeats[client]:
+                del self._heartbeats[client]
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        left, started = LARGEST_BODY, False
 
         async def counted() -> Message:
             nonlocal left
@@ -207,29 +269,39 @@ class Gate:
                 raise _TooLargeError
             return message
 
-        started = False
-
         async def with_headers(message: Message) -> None:
             nonlocal started
             if message["type"] == "http.response.start":
                 started = True
+                kept = [pair for pair in message["headers"] if not pair[0].lower().startswith(b"access-control-")]
                 own = [(name.encode(), value.encode()) for name, value in _HEADERS.items()]
-                message = {**message, "headers": [*message["headers"], *own]}
+                message = {**message, "headers": [*kept, *own]}
             await send(message)
 
-        length = dict(scope["headers"]).get(b"content-length", b"0")
-        if not length.isdigit() or int(length) > LARGEST_BODY:
-            await _refuse(send, 413, b"too large")
-            return
         try:
             await self.app(scope, counted, with_headers)
         except _TooLargeError:
             if not started:
                 await _refuse(send, 413, b"too large")
         except Exception as error:  # a request that makes no sense to Gradio: one line, not its whole traceback
-            _LOG.error("%s %s: %r", scope["method"], scope["path"], error)
+            _LOG.error("%s", one_line(f"{scope['method']} {scope['path']}: {error!r}"))
             if not started:
                 await _refuse(send, 500, b"this request cannot be answered")
+
+
+def _host_name(host: str) -> str:
+    """The name or address in ``name:port`` or ``[address]:port``."""
+    if host.startswith("["):
+        return host[1:].partition("]")[0]
+    return host if _is_address(host) else host.partition(":")[0]
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ip_address(name)
+    except ValueError:
+        return False
+    return True
 
 
 class _TooLargeError(Exception):
@@ -237,6 +309,8 @@ class _TooLargeError(Exception):
 
 
 async def _refuse(send: Send, status: int, text: bytes) -> None:
-    headers = [(b"content-type", b"text/plain"), (b"content-length", str(len(text)).encode())]
+    """A refusal, after which the connection ends: kept open, it would take the place of another client's."""
+    own = {"content-type": "text/plain", "content-length": str(len(text)), "connection": "close", **_HEADERS}
+    headers = [(name.encode(), value.encode()) for name, value in own.items()]
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": text})

@@ -31,7 +31,7 @@ def run(args: Namespace) -> None:
         shown = f"[{host}]" if ":" in host else host
         say(f"The playground: http://{shown}:{port}  (models: {', '.join(playground.models)}; Ctrl+C ends it)")
         with suppress(KeyboardInterrupt):  # how one ends it
-            make_server(playground).run(sockets=[listener])
+            make_server(playground, [args.host, *(args.allowed_host or ())]).run(sockets=[listener])
     say("The playground is closed.")
 
 
@@ -41,6 +41,11 @@ def make_parser() -> CommandParser:
     add_model_family(parser)
     parser.add_argument("--port", type=int, default=7860, help="0 takes any that is free")
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets the network in")
+    parser.add_argument(
+        "--allowed_host",
+        action="append",
+        help="name that clients reach the server by, besides localhost and --host; may be given again",
+    )
     parser.add_argument("--time_limit", type=float, default=20.0, help="seconds that one request may take")
     parser.add_argument("--device", type=str | None, default=None, help="cpu, cuda, cuda:1; the best there is")
     return parser
