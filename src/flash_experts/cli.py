@@ -61,7 +61,8 @@ NO_TELEMETRY = {
 
 def _usage() -> str:
     lines = [f"  {name:15}{(command.run.__doc__ or '').splitlines()[0]}" for name, command in COMMANDS.items()]
-    usage, hint = "usage: flash-experts COMMAND [options]", "flash-experts COMMAND --help: its options"
+    usage = "usage: flash-experts COMMAND [options]"
+    hint = "flash-experts help COMMAND: the options of a command\nflash-experts --version: the version"
     return "\n".join([usage, "", *lines, "", hint])
 
 
@@ -79,7 +80,9 @@ def _dashes_to_underscores(argument: str) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command and returns the exit status: 0, 1 for an error, 2 for a wrong command line, 130 for Ctrl+C."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if not arguments or arguments[0] in ("-h", "--help"):
+    if arguments[:1] == ["help"] and arguments[1:]:  # "help COMMAND TOPIC" is "COMMAND TOPIC --help"
+        arguments = [*arguments[1:], "--help"]
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
         say(_usage())
         return 0 if arguments else 2
     name = arguments[0]

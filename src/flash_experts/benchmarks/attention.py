@@ -71,23 +71,61 @@ def run(args: Any) -> Report:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     add_common_options(parser)
-    parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="what to measure")
     parser.add_argument(
-        "--backends", nargs="+", choices=tuple(CONTESTANTS), default=list(CONTESTANTS), help="who takes part"
+        "--sections",
+        nargs="+",
+        choices=SECTIONS,
+        default=list(SECTIONS),
+        help="parts to measure: batch, packed, decode",
     )
-    parser.add_argument("--head_dims", type=int, nargs="+", default=[64, 128], help="widths of a head")
-    parser.add_argument("--lengths", type=int, nargs="+", default=None, help="tokens of a sequence")
-    parser.add_argument("--tokens", type=int, default=None, help="tokens of a batch: 16384 on a GPU, 1024 on a CPU")
-    parser.add_argument("--width", type=int, default=None, help="of all heads together: 2048 on a GPU, 512 on a CPU")
-    parser.add_argument("--masks", nargs="+", choices=("causal", "full"), default=["causal", "full"], help="of batches")
-    parser.add_argument("--names_tokens", type=int, default=None, help="tokens of the packed names: 32768, 2048")
-    parser.add_argument("--tokenizer", type=str, default="models/mtg-base", help="that makes names into tokens")
-    parser.add_argument("--decode_lengths", type=int, nargs="+", default=None, help="tokens in the cache")
-    parser.add_argument("--decode_batches", type=int, nargs="+", default=None, help="sequences decoded at once")
-    parser.add_argument("--dtype", choices=tuple(_DTYPES), default=None, help="bfloat16 on a GPU, float32 on a CPU")
-    parser.add_argument("--rounds", type=int, default=5, help="turns that each has; medians count")
-    parser.add_argument("--budget", type=float, default=None, help="seconds after which no further size is begun")
-    parser.add_argument("--seed", type=int, default=0, help="of the inputs")
+    parser.add_argument(
+        "--backends",
+        nargs="+",
+        choices=tuple(CONTESTANTS),
+        default=list(CONTESTANTS),
+        help="implementations to measure, by name",
+    )
+    parser.add_argument("--head_dims", type=int, nargs="+", default=[64, 128], help="head dimensions")
+    parser.add_argument(
+        "--lengths", type=int, nargs="+", default=None, help="sequence lengths in tokens (default: by device)"
+    )
+    parser.add_argument(
+        "--tokens", type=int, default=None, help="tokens per batch (default: 16384 on a GPU, 1024 on a CPU)"
+    )
+    parser.add_argument(
+        "--width", type=int, default=None, help="width of all heads together (default: 2048 on a GPU, 512 on a CPU)"
+    )
+    parser.add_argument(
+        "--masks",
+        nargs="+",
+        choices=("causal", "full"),
+        default=["causal", "full"],
+        help="masks of the batches: causal, full",
+    )
+    parser.add_argument(
+        "--names_tokens",
+        type=int,
+        default=None,
+        help="tokens of the packed names (default: 32768 on a GPU, 2048 on a CPU)",
+    )
+    parser.add_argument("--tokenizer", type=str, default="models/mtg-base", help="folder or hub id of the tokenizer")
+    parser.add_argument(
+        "--decode_lengths", type=int, nargs="+", default=None, help="KV cache lengths in tokens (default: by device)"
+    )
+    parser.add_argument(
+        "--decode_batches", type=int, nargs="+", default=None, help="batch sizes of decoding (default: by device)"
+    )
+    parser.add_argument(
+        "--dtype", choices=tuple(_DTYPES), default=None, help="data type (default: bfloat16 on a GPU, float32 on a CPU)"
+    )
+    parser.add_argument("--rounds", type=int, default=5, help="rounds per implementation; the median is reported")
+    parser.add_argument(
+        "--budget",
+        type=float,
+        default=None,
+        help="time in seconds after which no further size is measured (default: no limit)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="random seed of the inputs")
 
 
 def _settings(args: Any, device: torch.device) -> dict[str, Any]:

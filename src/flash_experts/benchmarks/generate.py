@@ -46,9 +46,9 @@ def run(args: Any) -> Report:
 def add_options(parser: argparse.ArgumentParser) -> None:
     add_common_options(parser)
     parser.add_argument("--model", type=str, default="models/mtg-base", help="model folder or hub id")
-    parser.add_argument("--count", type=int, default=512, help="names of each round")
+    parser.add_argument("--count", type=int, default=512, help="names per round")
     parser.add_argument("--batch_size", type=int, default=64, help="names computed at once")
-    parser.add_argument("--rounds", type=int, default=3, help="turns that each has; medians count")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds per implementation; the median is reported")
 
 
 def _ours(generator: NameGenerator, count: int, batch_size: int, seed: int) -> int:

@@ -76,19 +76,47 @@ def run(args: Any) -> Report:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     add_common_options(parser)
-    parser.add_argument("--tokens", type=int, nargs="+", default=None, help="of training: 32768 on a GPU, 2048 256 16")
-    parser.add_argument("--decode_tokens", type=int, nargs="+", default=[1, 4, 16, 64], help="of decoding")
-    parser.add_argument("--shapes", nargs="+", choices=tuple(_SHAPES), default=None, help="widths of which model")
-    parser.add_argument("--width", type=int, default=None, help="a width of your own instead, hidden units 4 times")
-    parser.add_argument("--num_experts", type=int, default=8, help="experts of full size")
-    parser.add_argument("--top_k", type=int, default=2, help="experts of full size that a token is sent to")
     parser.add_argument(
-        "--granularities", type=int, nargs="+", default=None, help="8: eight times the experts, an eighth of the size"
+        "--tokens",
+        type=int,
+        nargs="+",
+        default=None,
+        help="tokens per training step (default: 32768 on a GPU; 2048, 256 and 16 on a CPU)",
     )
-    parser.add_argument("--implementations", nargs="+", choices=_NAMES, default=list(_NAMES), help="who takes part")
-    parser.add_argument("--rounds", type=int, default=5, help="turns that each has; medians count")
-    parser.add_argument("--budget", type=float, default=None, help="seconds after which no further size is begun")
-    parser.add_argument("--seed", type=int, default=0, help="of weights, tokens and choices")
+    parser.add_argument("--decode_tokens", type=int, nargs="+", default=[1, 4, 16, 64], help="tokens per decoding step")
+    parser.add_argument(
+        "--shapes",
+        nargs="+",
+        choices=tuple(_SHAPES),
+        default=None,
+        help="models whose shapes are measured: gpt2, gpt2-medium, gpt2-large, gpt2-xl (default: by device)",
+    )
+    parser.add_argument(
+        "--width",
+        type=int,
+        default=None,
+        help="width instead of --shapes, with 4 times as many hidden units (default: none)",
+    )
+    parser.add_argument("--num_experts", type=int, default=8, help="experts before granularity")
+    parser.add_argument("--top_k", type=int, default=2, help="experts per token before granularity")
+    parser.add_argument(
+        "--granularities",
+        type=int,
+        nargs="+",
+        default=None,
+        help="granularities; 8: eight times the experts, an eighth of the size (default: by device)",
+    )
+    parser.add_argument(
+        "--implementations", nargs="+", choices=_NAMES, default=list(_NAMES), help="implementations to measure, by name"
+    )
+    parser.add_argument("--rounds", type=int, default=5, help="rounds per implementation; the median is reported")
+    parser.add_argument(
+        "--budget",
+        type=float,
+        default=None,
+        help="time in seconds after which no further size is measured (default: no limit)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="random seed of weights, tokens and routing")
 
 
 def _settings(args: Any, device: torch.device) -> dict[str, Any]:

@@ -157,15 +157,15 @@ def draw_bars(axes: Any, labels: Sequence[str], values: Sequence[float], title: 
 
 def add_common_options(parser: argparse.ArgumentParser) -> None:
     """What every topic takes; both the command and ``python -m`` build their parser with it."""
-    parser.add_argument("--device", type=str, default=None, help="cpu, cuda, cuda:1; the best there is")
-    parser.add_argument("--out", type=str, default=None, help="JSON file to write the figures into")
-    parser.add_argument("--plot", type=str, default=None, help="PNG file to draw them into")
+    parser.add_argument("--device", type=str, default=None, help="cpu, cuda or cuda:1 (default: a GPU if there is one)")
+    parser.add_argument("--out", type=str, default=None, help="JSON file for the results (default: none)")
+    parser.add_argument("--plot", type=str, default=None, help="PNG file for a plot (default: none)")
     parser.add_argument(
         "--check",
         type=str,
         default=None,
-        help="JSON file of an earlier --out, or a folder of them (benchmarks/results): warns of ratios that have got "
-        "worse by more than a tenth on this machine, if a second run finds them so too",
+        help="JSON file of an earlier --out, or a folder of them (benchmarks/results), to compare with: warns of ratios "
+        "that are worse by more than 10%% on this machine in two runs (default: none)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace files that exist")
 

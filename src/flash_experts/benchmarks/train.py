@@ -65,11 +65,15 @@ def run(args: Any) -> Report:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     add_common_options(parser)
-    parser.add_argument("--data", type=str, default="data/mtg", help="folder that prepare wrote, or embedded")
-    parser.add_argument("--tokenizer", type=str, default=None, help="a model's; GPT-2's own if left out")
-    parser.add_argument("--names_per_step", type=int, default=64, help="names of a batch")
-    parser.add_argument("--steps", type=int, default=4, help="timed steps, after one of warm-up")
-    parser.add_argument("--experts", type=int, default=8, help="also time ours with so many experts; 0 does not")
+    parser.add_argument("--data", type=str, default="data/mtg", help="folder written by prepare, or embedded")
+    parser.add_argument(
+        "--tokenizer", type=str, default=None, help="folder or hub id of the tokenizer (default: GPT-2's)"
+    )
+    parser.add_argument("--names_per_step", type=int, default=64, help="names per batch")
+    parser.add_argument("--steps", type=int, default=4, help="timed steps after one warm-up step")
+    parser.add_argument(
+        "--experts", type=int, default=8, help="experts of an MoE model that is measured as well; 0: none"
+    )
     parser.add_argument("--layers", type=int, default=12, help="blocks of the model")
 
 

@@ -19,7 +19,7 @@ TOPICS = {
 
 
 def run(args: Namespace) -> None:
-    """Our speed and the peers', both sides in one run: attention, moe, train or generate."""
+    """Measure speed against other implementations in the same run."""
     report = _module(args.topic).run(args)
     print_result(args, report.to_json(), report.text)
 

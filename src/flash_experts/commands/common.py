@@ -6,13 +6,13 @@ import difflib
 import json
 import re
 import sys
-from argparse import ArgumentError
+from argparse import SUPPRESS, Action, ArgumentError
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn, get_args, get_origin
 
 import yaml
-from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
+from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter, Namespace
 
 from flash_experts.data.yaml_files import kind_of, read_settings
 from flash_experts.files import check_out_file, free_name
@@ -28,6 +28,7 @@ _UNKNOWN = (
 # Of a value that has not the type of its option; a union tells of each of its types first.
 _INVALID = r'option "([\w.]+)"(?: element \d+)?: (?:Does not validate|Expected a )(?:.*(?:Got|Given) value: ?(.*))?$'
 MOST_SEEDS = 2**32
+_GENERAL_HELP = {"help": "print this help", "print_config": "print the settings as YAML"}
 _MOST_CHARACTERS = 10_000  # of an argument: a value is read as YAML, which calls itself for each bracket
 _MOST_SHOWN = 400  # of a message
 
@@ -53,15 +54,112 @@ class _Quoted(yaml.SafeDumper):
 _Quoted.add_representer(str, lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"'))
 
 
+class _HelpFormatter(DefaultHelpFormatter):
+    """Help for users: the option, a phrase, and its default; no types of Python."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=30)
+
+    def _format_usage(self, usage: Any, actions: Any, *_: Any) -> str:
+        shown = [self._format_args(each, each.dest) for each in actions if not each.option_strings]
+        shown += [self._format_action_invocation(each) for each in actions if each.option_strings and each.required]
+        return f"usage: {' '.join([self._prog, *shown, '[options]'])}\n\n"
+
+    def _format_action_invocation(self, action: Action) -> str:
+        if not action.option_strings:
+            return self._format_args(action, action.dest)
+        names = ", ".join(name.replace("_", "-") for name in action.option_strings if not name.endswith("+"))
+        return names if action.nargs == 0 else f"{names} {self._format_args(action, '')}"
+
+    def _format_args(self, action: Action, default_metavar: str) -> str:
+        name = action.dest.rpartition(".")[2].upper()
+        if action.dest == "print_config":
+            return ""
+        if _item_of(action) is not None:
+            return "A,B,..." if action.option_strings else f"{name} ..."
+        if action.choices or isinstance(action.metavar, str):
+            return str(action.metavar) if action.metavar else f"{{{','.join(map(str, action.choices or ()))}}}"
+        hint = getattr(action, "_typehint", None) or action.type
+        return "N" if int in (hint, *get_args(hint)) else "X" if float in (hint, *get_args(hint)) else name
+
+    def _get_help_string(self, action: Action) -> str:
+        text = " ".join((action.help or "").replace("``", "").split()).rstrip(".")
+        given = action.default
+        if action.required and action.option_strings:
+            text += " (required)"
+        elif not action.option_strings or "default:" in text or given is SUPPRESS or given is False:
+            pass
+        elif given is not None or "null" in text:
+            text += f" (default: {_shown_default(action)})"
+        return re.sub("%(?![(]|%)", "%%", text)
+
+
+def _item_of(action: Action) -> Any:
+    """The type of the items of an option that takes several; None of any other option."""
+    hint = getattr(action, "_typehint", None) or action.type
+    kinds = (hint, *(get_args(hint) if get_origin(hint) not in (list, tuple) else ()))
+    found = next((get_args(kind)[0] for kind in kinds if get_origin(kind) in (list, tuple)), None)
+    if action.nargs in ("+", "*"):
+        found = str if action.choices else hint
+    return found if found in (str, int, float) else None
+
+
+def _shown_default(action: Action) -> str:
+    given = action.default
+    if isinstance(given, list | tuple):
+        return "all" if given and given == list(action.choices or ()) else ",".join(map(str, given)) or "none"
+    if given is None or isinstance(given, bool):
+        return {None: "null", True: "true", False: "false"}[given]
+    return f"{given:g}" if isinstance(given, float) else str(given)
+
+
 class CommandParser(ArgumentParser):
-    """One-line errors with the nearest name, and options spelled with dashes."""
+    """One-line errors with the nearest name, options spelled with dashes, help in groups, and one way to give lists."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._section: Any = None
+        super().__init__(*args, formatter_class=_HelpFormatter, **kwargs)
+
+    def section(self, title: str) -> None:
+        """Starts a group of the help, to which the options belong that are added next."""
+        self._section = self.add_argument_group(title)
 
     def add_argument(self, *args: Any, **kwargs: Any) -> Any:
         if not kwargs.keys() & {"type", "action"}:
             kwargs["type"] = str  # without a type, a file of settings could give anything
+        if self._section is not None and args[0].startswith("-"):
+            return self._section.add_argument(*args, **kwargs)
         return super().add_argument(*args, **kwargs)
 
+    def _joined_lists(self, arguments: Sequence[str]) -> list[str]:
+        """The arguments, where each list is given once: it may be repeated, and may have commas or be a YAML list."""
+        lists = {each.dest: each for each in self._actions if each.option_strings and _item_of(each) is not None}
+        others: list[str] = []
+        found: dict[str, list[str]] = {}
+        waiting = list(arguments)
+        while waiting:
+            argument = waiting.pop(0)
+            option, equals, value = argument.partition("=")
+            action = lists.get(option.removeprefix("--")) if option.startswith("--") else None
+            values = [value] if equals else []
+            while action and not equals and waiting and not waiting[0].startswith("--"):
+                values.append(waiting.pop(0))
+                if action.nargs not in ("+", "*"):
+                    break
+            if action is None or not values:
+                others.append(argument)
+            else:
+                found.setdefault(action.dest, []).extend(each for text in values for each in _split(text))
+        for dest, items in found.items():
+            if lists[dest].nargs in ("+", "*"):
+                others += [f"--{dest}", *items]
+            else:
+                quoted = _item_of(lists[dest]) is str
+                others.append(f"--{dest}=[{','.join(json.dumps(each) if quoted else each for each in items)}]")
+        return others
+
     def parse_args(self, args: Any = None, *others: Any, **options: Any) -> Namespace:  # type: ignore[override]
+        args = self._joined_lists(args or ())
         for argument in args or ():
             if len(argument) > _MOST_CHARACTERS:
                 self.error(f"{argument[:30]}...: {len(argument):,} characters are too long for an option")
@@ -123,7 +221,28 @@ class CommandParser(ArgumentParser):
         return f"{key} must be {kind}, not {value!r}" + (f": did you mean {near[0]!r}?" if near else "")
 
     def format_help(self, *args: Any, **kwargs: Any) -> str:
-        return re.sub(r"--[a-z_.]+", lambda match: match[0].replace("_", "-"), super().format_help(*args, **kwargs))
+        """The help, with the groups of the command before the options that every command has."""
+        general = self._optionals
+        general.title = "Other options" if self._section else "Options"
+        self._positionals.title = "Arguments"
+        self._action_groups.sort(key=lambda group: group is general)
+        for action in self._actions:
+            group = action.dest in self._groups or action.dest.endswith(".help")
+            action.help = SUPPRESS if group else _GENERAL_HELP.get(action.dest, action.help)
+        return super().format_help(*args, **kwargs)
+
+
+def _split(text: str) -> list[str]:
+    """The items of a list on the command line, as commas or YAML's brackets separate them."""
+    if text.startswith("[") and text.endswith("]"):
+        try:
+            items = yaml.load(text, yaml.BaseLoader)
+        except yaml.YAMLError:
+            items = None
+        if isinstance(items, list) and all(isinstance(item, str) for item in items):
+            return items
+        return [text]
+    return [item.strip() for item in text.split(",") if item.strip()]
 
 
 def shortened(text: str) -> str:
@@ -135,7 +254,7 @@ def shortened(text: str) -> str:
 def command_parser(name: str, run: Run) -> CommandParser:
     """The parser of a command, with the options that every command takes."""
     parser = CommandParser(prog=f"flash-experts {name}", description=run.__doc__, allow_abbrev=False)
-    parser.add_argument("--config", action=_ConfigFile, help="YAML file with any of these options")
+    parser.add_argument("--config", action=_ConfigFile, help="YAML file with any of these options (default: none)")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
@@ -155,7 +274,7 @@ def default_model() -> str:
 
 def add_measuring_options(parser: CommandParser) -> None:
     """The options that evaluate and compare share."""
-    parser.add_argument("--data", default="data/mtg", help="folder that prepare wrote")
+    parser.add_argument("--data", default="data/mtg", help="folder written by prepare")
     parser.add_argument("--samples", type=int, default=10_000, help="names to draw from each model")
     parser.add_argument(
         "--max_names",
@@ -163,9 +282,15 @@ def add_measuring_options(parser: CommandParser) -> None:
         default=None,
         help="held-out names of each set to score (default: all)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of drawing and shuffling")
-    parser.add_argument("--device", type=str | None, default=None, help="cpu, cuda, cuda:1; the best there is")
+    parser.add_argument("--seed", type=int, default=0, help="random seed of drawing and shuffling")
+    add_device(parser)
     add_model_family(parser)
+
+
+def add_device(parser: CommandParser) -> None:
+    """The device of the commands that run a model."""
+    text = "cpu, cuda or cuda:1 (default: a GPU if there is one)"
+    parser.add_argument("--device", type=str | None, default=None, help=text)
 
 
 def add_model_family(parser: CommandParser) -> None:
@@ -174,7 +299,8 @@ def add_model_family(parser: CommandParser) -> None:
         "--model_family",
         type=Literal["known", "any"],
         default="known",
-        help="known: gpt2, gpt2_moe and llama; any: every family of transformers, for models whose source you trust",
+        help="model families to load; any: every family of transformers, for models whose source you trust; known: "
+        "gpt2, gpt2_moe and llama",
     )
 
 

@@ -21,7 +21,7 @@ _REPORT = "report.html"
 
 
 def run(args: Namespace) -> None:
-    """Measure models side by side on the same data, and write a report."""
+    """Compare models on the same data and write a report."""
     from flash_experts.evaluation import compare as measure
     from flash_experts.evaluation import format_comparison, write_plots
     from flash_experts.evaluation.report import render_report, write_pages
@@ -44,7 +44,9 @@ def run(args: Namespace) -> None:
 def make_parser() -> CommandParser:
     parser = command_parser("compare", run)
     parser.add_argument("models", nargs="+", help="model folders, hub ids, or ngram")
-    add_out_file(parser, _REPORT, "report to write, with its numbers next to it as .json")
-    parser.add_argument("--png", type=str | None, default=None, help="folder to write the plots to, as PNG files")
+    add_out_file(parser, _REPORT, "report file, with its numbers next to it as .json")
+    parser.add_argument(
+        "--png", type=str | None, default=None, help="folder for the plots as PNG files (default: none)"
+    )
     add_measuring_options(parser)
     return parser

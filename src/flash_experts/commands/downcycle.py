@@ -22,7 +22,7 @@ _TOKENS_PER_ROW = 2048
 
 
 def run(args: Namespace) -> None:
-    """Average the experts of a model into a dense GPT-2."""
+    """Average the experts of an MoE model to a dense GPT-2."""
     from flash_experts.data.tokenizer import load_tokenizer
     from flash_experts.models.downcycling import to_dense
     from flash_experts.models.loading import load_model
@@ -82,18 +82,20 @@ def _measured_loads(
 
 def make_parser() -> CommandParser:
     parser = command_parser("downcycle", run)
-    parser.add_argument("model", help="folder or hub id of a model with experts")
-    parser.add_argument("--out", required=True, help="folder to write")
+    parser.add_argument("model", help="model folder or hub id of an MoE model")
+    parser.add_argument("--out", required=True, help="output folder")
     add_overwrite(parser)
     parser.add_argument(
         "--weighting",
         type=Literal["mean", "load"],
         default="mean",
-        help="mean: all experts alike; load: by how many tokens go to each",
+        help="weights of the experts in the average; mean: equal; load: by the share of tokens of each",
     )
-    parser.add_argument("--loads", type=str | None, default=None, help="JSON of loads by block; measured if left out")
-    parser.add_argument("--data", default="data/mtg", help="folder that prepare wrote, to measure the load with")
-    parser.add_argument("--names", type=int, default=2000, help="names to measure the load with")
-    parser.add_argument("--granularity", type=int, default=1, help="that a model of granular upcycling was made with")
-    parser.add_argument("--seed", type=int, default=0, help="of the draw of names")
+    parser.add_argument(
+        "--loads", type=str | None, default=None, help="JSON file of loads by block (default: measured)"
+    )
+    parser.add_argument("--data", default="data/mtg", help="folder written by prepare, for measuring loads")
+    parser.add_argument("--names", type=int, default=2000, help="number of names for measuring loads")
+    parser.add_argument("--granularity", type=int, default=1, help="granularity that the model was upcycled with")
+    parser.add_argument("--seed", type=int, default=0, help="random seed of the choice of names")
     return parser

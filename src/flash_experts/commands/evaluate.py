@@ -14,7 +14,7 @@ from flash_experts.commands.common import (
 
 
 def run(args: Namespace) -> None:
-    """Measure a model: bits per character on held-out names, control, novelty, speed."""
+    """Evaluate a model: bits per character on held-out names, control, novelty, speed."""
     from flash_experts.evaluation import evaluate as measure
     from flash_experts.evaluation import evaluate_names, format_evaluation, format_names, read_names
 
@@ -32,6 +32,11 @@ def run(args: Namespace) -> None:
 def make_parser() -> CommandParser:
     parser = command_parser("evaluate", run)
     parser.add_argument("model", help="model folder, hub id, or ngram")
-    parser.add_argument("--names", type=str | None, default=None, help="measure this list, one name a line, instead")
+    parser.add_argument(
+        "--names",
+        type=str | None,
+        default=None,
+        help="file of names to measure instead of a model's, one per line (default: none)",
+    )
     add_measuring_options(parser)
     return parser

@@ -14,6 +14,7 @@ from jsonargparse import Namespace
 
 from flash_experts.commands.common import (
     CommandParser,
+    add_device,
     add_model_family,
     add_overwrite,
     command_parser,
@@ -29,14 +30,23 @@ if TYPE_CHECKING:
 _SAME_NAME = (
     *("count", "colors", "mana_value", "rarity", "like", "preset", "presets", "temperature", "top_k", "top_p", "min_p"),
     *("repetition_penalty", "guidance", "starts_with", "ends_with", "contains", "regex", "min_words", "max_words"),
-    *("words", "min_length", "max_length", "allow_profanity", "alliterate", "min_distance", "seed", "batch_size"),
-    *("best_of", "best_by", "released"),
+    *(
+        "words",
+        "min_length",
+        "max_length",
+        "allow_profanity",
+        "allow_real_places",
+        "alliterate",
+        "min_distance",
+        "seed",
+    ),
+    *("best_of", "best_by", "released", "batch_size"),
 )
 # What --attributes-from does not take: what is asked of one card, and the filters.
 _FOR_ONE_CARD = (
     *("type", "colors", "mana_value", "rarity", "set", "released", "like", "starts_with", "ends_with", "contains"),
     *("regex", "min_words", "max_words", "words", "min_length", "max_length", "allow_profanity", "alliterate"),
-    *("min_distance", "ban", "rank"),
+    *("min_distance", "ban", "rank", "allow_real_places"),
 )
 
 
@@ -198,74 +208,98 @@ def _progress(count: int) -> Iterator[Callable[[Iterable[GeneratedName]], Iterab
 
 def make_parser() -> CommandParser:
     parser = command_parser("generate", run)
-    parser.add_argument("--model", type=str | None, default=None, help="folder or hub id; the released one unless told")
-    add_model_family(parser)
-    parser.add_argument("--count", type=int, default=20, help="how many names")
-    parser.add_argument("--type", type=str | None, default=None, help='such as "Legendary Creature — Goblin"')
-    parser.add_argument("--colors", type=str | None, default=None, help="letters of WUBRG, or C for colorless")
-    parser.add_argument("--mana_value", type=int | None, default=None, help="such as 3")
-    parser.add_argument("--rarity", type=str | None, default=None, help="such as rare, for models that learned it")
-    parser.add_argument("--set", type=str | None, default=None, help="code such as ZEN, for models that learned it")
-    parser.add_argument("--released", type=int | None, default=None, help="year, for models that learned it")
-    parser.add_argument("--like", type=str | None, default=None, help='examples: "Goblin Guide; Lightning Bolt"')
+    _add_card(parser)
     _add_sampling(parser)
     _add_constraints(parser)
-    parser.add_argument("--seed", type=int | None, default=None, help="the same seed gives the same names")
-    parser.add_argument("--batch_size", type=int, default=256, help="names computed at once")
-    parser.add_argument(
-        "--attributes_from",
-        type=str | None,
-        default=None,
-        help="split whose cards names are drawn for, as training data",
-    )
-    parser.add_argument("--attribute_dropout", type=float, default=0.3, help="chance that a part of these is left out")
-    parser.add_argument("--data", default="data/mtg", help="folder that prepare wrote, for --attributes-from")
-    parser.add_argument("--device", type=str | None, default=None, help="cpu, cuda, cuda:1; the best there is")
-    parser.add_argument(
-        "--dtype",
-        type=Literal["float32", "bfloat16"],
-        default="float32",
-        help="bfloat16: rounded products, faster on newer CPUs; a seed gives other names",
-    )
-    parser.add_argument("--csv", action="store_true", help="print a table with commas")
-    parser.add_argument(
-        "--raw_cells",
-        action="store_true",
-        help="CSV cells as they are; otherwise an apostrophe stands before what a spreadsheet takes for a formula",
-    )
-    parser.add_argument("--out", type=str | None, default=None, help="file: .csv, .json, .jsonl or .txt")
-    add_overwrite(parser)
+    _add_output(parser)
+    _add_model(parser)
     return parser
 
 
-def _add_sampling(parser: CommandParser) -> None:
-    parser.add_argument("--preset", default="balanced", help="conservative, balanced, creative, or one of --presets")
-    parser.add_argument("--presets", type=str | None, default=None, help="YAML file of presets of your own")
-    parser.add_argument("--temperature", type=float | None, default=None, help="over the preset's, as the next five")
-    parser.add_argument("--top_k", type=int | None, default=None, help="0 keeps all tokens")
-    parser.add_argument("--top_p", type=float | None, default=None, help="1 keeps all tokens")
-    parser.add_argument("--min_p", type=float | None, default=None, help="0 keeps all tokens")
-    parser.add_argument("--repetition_penalty", type=float | None, default=None, help="1 is none")
-    parser.add_argument("--guidance", type=float | None, default=None, help="over 1: truer to type and colors, slower")
-    parser.add_argument("--best_of", type=int, default=1, help="names drawn for each: the best is kept")
-    best = ("score", "fit")
+def _add_card(parser: CommandParser) -> None:
+    parser.section("The card")
+    line = 'type line, such as "Legendary Creature — Goblin" (default: any)'
+    parser.add_argument("--type", type=str | None, default=None, help=line)
     parser.add_argument(
-        "--best_by", choices=best, default=best[0], help="the best is the most natural one, or fits type and colors"
+        "--colors", type=str | None, default=None, help="letters of WUBRG, or C: colorless (default: any)"
     )
-    parser.add_argument("--rank", action="store_true", help="the most natural (log-probability a character) first")
+    parser.add_argument("--mana_value", type=int | None, default=None, help="mana value (default: any)")
+    learned = "for models that learned it (default: any)"
+    parser.add_argument("--rarity", type=str | None, default=None, help=f"rarity, such as rare, {learned}")
+    parser.add_argument("--set", type=str | None, default=None, help=f"set code, such as ZEN, {learned}")
+    parser.add_argument("--released", type=int | None, default=None, help=f"year of release, {learned}")
+    like = 'names to resemble, separated by ";": "Krenko, Mob Boss; Goblin Guide" (default: none)'
+    parser.add_argument("--like", type=str | None, default=None, help=like)
+    split = "split, such as train, whose cards are the prompts, for training data (default: none)"
+    parser.add_argument("--attributes_from", type=str | None, default=None, help=split)
+    dropout = "probability that an attribute of such a prompt is left out"
+    parser.add_argument("--attribute_dropout", type=float, default=0.3, help=dropout)
+    parser.add_argument("--data", default="data/mtg", help="folder written by prepare, for --attributes-from")
+
+
+def _add_sampling(parser: CommandParser) -> None:
+    parser.section("Sampling")
+    presets = "conservative, balanced, creative, or one of --presets"
+    parser.add_argument("--preset", default="balanced", help=f"preset of the sampling options: {presets}")
+    own = "YAML file with your own presets (default: none)"
+    parser.add_argument("--presets", type=str | None, default=None, help=own)
+    for name, kind, text in (
+        ("temperature", float, "temperature, higher for more surprising names"),
+        ("top_k", int, "number of most likely tokens to draw from; 0: all"),
+        ("top_p", float, "probability mass of the tokens to draw from; 1: all"),
+        ("min_p", float, "lowest probability to draw, as a share of the highest; 0: all"),
+        ("repetition_penalty", float, "penalty of repeated tokens; 1: none"),
+        ("guidance", float, "weight of type and colors over 1, at twice the time; 1: off"),
+    ):
+        parser.add_argument(f"--{name}", type=kind | None, default=None, help=f"{text} (default: the preset's)")
+    parser.add_argument("--best_of", type=int, default=1, help="candidates per name, of which the best is kept")
+    best = "best candidate: score, the most natural; fit, the closest to type and colors"
+    parser.add_argument("--best_by", choices=("score", "fit"), default="score", help=best)
+    parser.add_argument("--rank", action="store_true", help="sort by log-probability per character, most natural first")
+    parser.add_argument("--seed", type=int | None, default=None, help="random seed (default: a new one each run)")
 
 
 def _add_constraints(parser: CommandParser) -> None:
-    parser.add_argument("--starts_with", type=str | None, default=None, help="letters that names begin with")
-    parser.add_argument("--ends_with", type=str | None, default=None, help='letters at the end; " Axe": a whole word')
-    parser.add_argument("--contains", type=str | None, default=None, help="letters somewhere in the name")
-    parser.add_argument("--regex", type=str | None, default=None, help='matches the whole name: ".* of the .*"')
-    parser.add_argument("--words", type=int | None, default=None, help="exactly so many words")
-    parser.add_argument("--min_words", type=int | None, default=None, help="words at least")
-    parser.add_argument("--max_words", type=int | None, default=None, help="words at most")
-    parser.add_argument("--min_length", type=int | None, default=None, help="characters at least")
-    parser.add_argument("--max_length", type=int | None, default=None, help="characters at most; 40 unless told")
-    parser.add_argument("--alliterate", action="store_true", help="all words begin with one letter")
-    parser.add_argument("--min_distance", type=float, default=0.0, help="from every real card: 0.3 is 3 letters of 10")
-    parser.add_argument("--ban", type=list[str], default=[], help="[word,word]: words that no name has")
-    parser.add_argument("--allow_profanity", action="store_true", help="let swear words through")
+    parser.section("Rules for the names")
+    for name, kind, text in (
+        ("starts_with", str, "letters at the start (default: any)"),
+        ("ends_with", str, 'letters at the end; " Axe": a whole word (default: any)'),
+        ("contains", str, 'letters anywhere; " Axe": at the start of a word (default: any)'),
+        ("regex", str, 'regular expression for the whole name, such as ".* of the .*" (default: any)'),
+        ("words", int, "exact number of words (default: any)"),
+        ("min_words", int, "fewest words (default: 1)"),
+        ("max_words", int, "most words (default: no limit)"),
+        ("min_length", int, "fewest characters (default: 1)"),
+        ("max_length", int, "most characters (default: 40)"),
+    ):
+        parser.add_argument(f"--{name}", type=kind | None, default=None, help=text)
+    parser.add_argument("--alliterate", action="store_true", help="start all words with the same letter")
+    distance = "lowest edit distance from every real card, as a share of the length: 0.3 is 3 letters of 10"
+    parser.add_argument("--min_distance", type=float, default=0.0, help=distance)
+    ban = "words that no name has, separated by commas, or --ban once per word"
+    parser.add_argument("--ban", type=list[str], default=[], help=ban)
+    parser.add_argument("--allow_profanity", action="store_true", help="allow swear words")
+    places = "allow countries, nations and large cities of the real world"
+    parser.add_argument("--allow_real_places", action="store_true", help=places)
+
+
+def _add_output(parser: CommandParser) -> None:
+    parser.section("Output")
+    parser.add_argument("--count", type=int, default=20, help="number of names")
+    out = "file to write: .csv, .json, .jsonl or .txt (default: print the names)"
+    parser.add_argument("--out", type=str | None, default=None, help=out)
+    add_overwrite(parser)
+    parser.add_argument("--csv", action="store_true", help="print CSV")
+    raw = "write CSV cells as they are, without the apostrophe before what a spreadsheet takes for a formula"
+    parser.add_argument("--raw_cells", action="store_true", help=raw)
+
+
+def _add_model(parser: CommandParser) -> None:
+    parser.section("The model")
+    model = "model folder or hub id (default: the newest released model in models/)"
+    parser.add_argument("--model", type=str | None, default=None, help=model)
+    add_model_family(parser)
+    add_device(parser)
+    dtype = "data type of the weights; bfloat16 is faster on newer CPUs and rounds, so a seed gives other names"
+    parser.add_argument("--dtype", type=Literal["float32", "bfloat16"], default="float32", help=dtype)
+    parser.add_argument("--batch_size", type=int, default=256, help="names computed at once")

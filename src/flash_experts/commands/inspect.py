@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Literal
 
 from jsonargparse import Namespace
 
-from flash_experts.commands.common import CommandParser, add_out_file, command_parser, out_file, print_result
+from flash_experts.commands.common import (
+    CommandParser,
+    add_device,
+    add_out_file,
+    command_parser,
+    out_file,
+    print_result,
+)
 from flash_experts.files import check_out_folder
 
 if TYPE_CHECKING:
@@ -19,7 +26,7 @@ _PAGE = "inspect.html"
 
 
 def run(args: Namespace) -> None:
-    """Draw which experts take which tokens, and whether more than chance is in it."""
+    """Show which experts take which tokens, and test for specialization."""
     if args.count is not None and args.count < 1:
         raise ValueError(f"--count must be 1 or more, not {args.count}")
     if args.show < 0:
@@ -62,22 +69,32 @@ def _names(args: Namespace) -> tuple[list[str], list[Card] | None]:
 
 def make_parser() -> CommandParser:
     parser = command_parser("inspect", run)
-    parser.add_argument("model", help="folder or hub id of a model with experts")
-    parser.add_argument("--names", type=str | None, default=None, help="names to look at, one a line; no cards then")
-    parser.add_argument("--data", default="data/mtg", help="folder that prepare wrote")
-    parser.add_argument("--split", default="validation", help="of the data: train, validation, test or test_iid")
+    parser.add_argument("model", help="model folder or hub id of an MoE model")
     parser.add_argument(
-        "--count", type=int | None, default=None, help=f"names to look at; {_COUNT} of the data, all of --names"
+        "--names",
+        type=str | None,
+        default=None,
+        help="file of names to inspect instead of cards, one per line (default: none)",
     )
-    parser.add_argument("--show", type=int, default=24, help="names to draw token by token")
+    parser.add_argument("--data", default="data/mtg", help="folder written by prepare")
+    parser.add_argument("--split", default="validation", help="split of the data: train, validation, test or test_iid")
+    parser.add_argument(
+        "--count",
+        type=int | None,
+        default=None,
+        help=f"number of names to inspect (default: {_COUNT} of the data, all of --names)",
+    )
+    parser.add_argument("--show", type=int, default=24, help="number of names shown token by token")
     parser.add_argument(
         "--attributes",
         type=Literal["all", "none"],
         default="all",
-        help="all: the prompt tells the card's type, colors and mana value; none: it tells nothing",
+        help="attributes in the prompts; all: type, colors and mana value; none: unconditional",
     )
-    add_out_file(parser, _PAGE, "page to write, with its numbers next to it as .json")
-    parser.add_argument("--png", type=str | None, default=None, help="folder for pictures (needs matplotlib)")
-    parser.add_argument("--seed", type=int, default=0, help="of the draw of names and the shuffles")
-    parser.add_argument("--device", type=str | None, default=None, help="cpu, cuda, cuda:1; the best there is")
+    add_out_file(parser, _PAGE, "page file, with its numbers next to it as .json")
+    parser.add_argument(
+        "--png", type=str | None, default=None, help="folder for the plots as PNG files (default: none)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="random seed of the choice of names and of shuffling")
+    add_device(parser)
     return parser

@@ -10,7 +10,7 @@ _CURVES = "curves.png"
 
 
 def run(args: Namespace) -> None:
-    """Draw the curves of training runs side by side."""
+    """Plot the metrics of training runs side by side."""
     from flash_experts.training.curves import check_format, read_curves, write_curves
 
     out = out_file(args, _CURVES)
@@ -22,6 +22,6 @@ def run(args: Namespace) -> None:
 
 def make_parser() -> CommandParser:
     parser = command_parser("plot", run)
-    parser.add_argument("runs", nargs="+", help="folders of runs, or metrics.jsonl files")
-    add_out_file(parser, _CURVES, "file to write: .png, .svg, .pdf, .html or .json")
+    parser.add_argument("runs", nargs="+", help="run folders or metrics.jsonl files")
+    add_out_file(parser, _CURVES, "output file: .png, .svg, .pdf, .html or .json")
     return parser

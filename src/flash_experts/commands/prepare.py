@@ -12,7 +12,7 @@ from flash_experts.files import check_out_folder
 
 
 def run(args: Namespace) -> None:
-    """Clean card names and split them into data/mtg/*.jsonl, with meta.json."""
+    """Clean card names and split them into training, validation and test sets."""
     from flash_experts.data.prepare import prepare
 
     check_out_folder(args.out, overwrite=True)  # prepare itself looks at each file
@@ -49,9 +49,13 @@ def _some(count: int, verb: str, names: list[str]) -> str:
 
 def make_parser() -> CommandParser:
     parser = command_parser("prepare", run)
-    sources = "embedded, scryfall, mtgjson, mtgjson-printings (with rarities), or a csv, tsv, json, jsonl or txt file"
+    sources = (
+        "source: embedded, scryfall, mtgjson, mtgjson-printings (with rarities), or a csv, tsv, json, jsonl or txt file"
+    )
     parser.add_argument("--source", default="embedded", help=sources)
-    parser.add_argument("--out", default="data/mtg", help="folder to write")
+    parser.add_argument("--out", default="data/mtg", help="output folder")
     add_overwrite(parser)
-    parser.add_argument("--include", type=list[str], default=[], help="[jokes,franchises]: keep what is left out")
+    parser.add_argument(
+        "--include", type=list[str], default=[], help="cards to keep that are otherwise left out: jokes, franchises"
+    )
     return parser

@@ -9,12 +9,12 @@ from importlib.util import find_spec
 
 from jsonargparse import Namespace
 
-from flash_experts.commands.common import CommandParser, add_model_family, command_parser, default_model
+from flash_experts.commands.common import CommandParser, add_device, add_model_family, command_parser, default_model
 from flash_experts.plain_text import say
 
 
 def run(args: Namespace) -> None:
-    """Open the playground: names in a browser, and over HTTP."""
+    """Serve the playground: names in a browser and over HTTP."""
     if find_spec("gradio") is None:
         raise ValueError("the playground needs Gradio: pip install 'flash-experts[app]'")
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
@@ -37,15 +37,21 @@ def run(args: Namespace) -> None:
 
 def make_parser() -> CommandParser:
     parser = command_parser("serve", run)
-    parser.add_argument("--model", type=str, nargs="+", default=None, help="model folder or hub id; several to compare")
+    parser.add_argument(
+        "--model",
+        type=str,
+        nargs="+",
+        default=None,
+        help="model folders or hub ids, separated by commas or spaces (default: the newest released model in models/)",
+    )
     add_model_family(parser)
-    parser.add_argument("--port", type=int, default=7860, help="0 takes any that is free")
-    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets the network in")
+    parser.add_argument("--port", type=int, default=7860, help="port; 0: any free port")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 admits the network")
     parser.add_argument(
         "--allowed_host",
         action="append",
-        help="name that clients reach the server by, besides localhost and --host; may be given again",
+        help="name that clients reach the server by, once per name (default: only localhost and --host)",
     )
-    parser.add_argument("--time_limit", type=float, default=20.0, help="seconds that one request may take")
-    parser.add_argument("--device", type=str | None, default=None, help="cpu, cuda, cuda:1; the best there is")
+    parser.add_argument("--time_limit", type=float, default=20.0, help="longest time of a request in seconds")
+    add_device(parser)
     return parser

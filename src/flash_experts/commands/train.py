@@ -11,7 +11,7 @@ from flash_experts.plain_text import say
 
 
 def run(args: Namespace) -> None:
-    """Train or fine-tune on the prepared names, into models/RUN. Started again, it goes on."""
+    """Train or fine-tune a model on prepared names; an interrupted run resumes."""
     from dataclasses import asdict, replace
 
     from flash_experts.data.prepare import extra_cards, load_meta, load_split
@@ -58,17 +58,27 @@ def make_parser() -> CommandParser:
     from flash_experts.training.training_config import TrainingConfig
 
     parser = command_parser("train", run)
-    parser.add_argument("--base", type=str | None, default=None, help="GPT-2 to start from; null: a new model")
-    add_model_family(parser)
-    parser.add_argument("--data", default="data/mtg", help="folder that prepare wrote")
     parser.add_argument(
-        "--extra_names", type=str | None, default=None, help="file of generate --attributes-from, to learn from as well"
+        "--base", type=str | None, default=None, help="model folder or hub id to start from; null: a new model"
+    )
+    add_model_family(parser)
+    parser.add_argument("--data", default="data/mtg", help="folder written by prepare")
+    parser.add_argument(
+        "--extra_names",
+        type=str | None,
+        default=None,
+        help="file of additional names, written by generate --attributes-from (default: none)",
     )
     parser.add_argument(
-        "--resume", type=str | None, default="auto", help="auto, a checkpoint's folder, or null to start over"
+        "--resume",
+        type=str | None,
+        default="auto",
+        help="checkpoint to resume from: auto (the newest), a folder, or null to start over",
     )
     parser.add_argument("--overwrite", action="store_true", help="start over, replacing the run or model in the folder")
-    parser.add_argument("--seed", type=int | None, default=None, help="short for --training.seed")
+    parser.add_argument(
+        "--seed", type=int | None, default=None, help="short for --training.seed (default: that of --training.seed)"
+    )
     parser.add_class_arguments(ModelConfig, "model")
     parser.add_class_arguments(TrainingConfig, "training")
     return parser

@@ -13,21 +13,21 @@ from flash_experts.files import check_out_folder
 
 # Of `flash_experts.training.model_config.ModelConfig`: those that a saved model keeps or that its weights depend on.
 _OPTIONS = {
-    "num_experts": "experts in each MoE layer",
-    "num_experts_per_tok": "experts that each token is sent to",
-    "moe_layer_freq": "1: experts in every block, 2: in every other",
-    "granularity": "granular, shared: parts of a layer; there are this many times more experts, smaller",
-    "noise_scale": "noise: as a share of each matrix's standard deviation",
-    "drop_ratio": "drop: share of the hidden units drawn anew",
-    "router_init": "first weights of the routers: normal, zeros or orthogonal",
-    "routing": "token_choice, or expert_choice (not causal)",
-    "scoring_func": "softmax, topk_softmax or sigmoid",
-    "capacity_factor": "most tokens of an expert in training, over the mean; null drops nothing",
+    "num_experts": "experts per MoE layer",
+    "num_experts_per_tok": "experts per token",
+    "moe_layer_freq": "distance between MoE layers in blocks; 1: every block, 2: every other block",
+    "granularity": "parts that each expert is cut into, for --method granular and shared",
+    "noise_scale": "standard deviation of the noise, as a share of that of each matrix, for --method noise",
+    "drop_ratio": "share of the hidden units that are initialized again, for --method drop",
+    "router_init": "initialization of the routers",
+    "routing": "routing: tokens choose experts, or experts choose tokens (not causal)",
+    "scoring_func": "function that turns router logits into gates",
+    "capacity_factor": "capacity of an expert in training, as a multiple of the mean load; null: no token dropping",
 }
 
 
 def run(args: Namespace) -> None:
-    """Turn a dense GPT-2 into a mixture of experts that computes the same."""
+    """Upcycle a dense GPT-2 to an MoE model with the same outputs."""
     import torch
 
     from flash_experts.data.tokenizer import load_tokenizer
@@ -59,13 +59,14 @@ def make_parser() -> CommandParser:
     parser = command_parser("upcycle", run)
     types = get_type_hints(ModelConfig)
     defaults = {field.name: field.default for field in fields(ModelConfig)}
-    parser.add_argument("dense", help="folder or hub id of a dense GPT-2")
+    parser.add_argument("dense", help="model folder or hub id of a dense GPT-2")
     parser.add_argument(
         "--method",
         type=types["upcycling"],
         default=defaults["upcycling"],
-        help="copy; noise: copies that differ a little; drop: some hidden units drawn anew; granular: parts of a "
-        "layer; shared: the dense layer for every token, and silent experts",
+        help="initialization of the experts; copy: copies of the dense layer; noise: copies with noise; drop: copies with "
+        "some hidden units initialized again; granular: parts of the layer; shared: the layer for every token, and "
+        "routed experts that start at zero",
     )
     for name, text in _OPTIONS.items():
         parser.add_argument(f"--{name}", type=types[name], default=defaults[name], help=text)
@@ -73,9 +74,9 @@ def make_parser() -> CommandParser:
         "--dtype",
         type=Literal["float32", "bfloat16"],
         default="float32",
-        help="to compute and save the weights in; bfloat16 takes half the memory and disk",
+        help="data type of the weights; bfloat16 takes half the memory and disk",
     )
-    parser.add_argument("--out", required=True, help="folder to write")
+    parser.add_argument("--out", required=True, help="output folder")
     add_overwrite(parser)
-    parser.add_argument("--seed", type=int, default=0, help="of the routers' random weights, noise and drawn units")
+    parser.add_argument("--seed", type=int, default=0, help="random seed of the routers, the noise and the drawn units")
     return parser
