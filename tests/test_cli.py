@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
+from argparse import SUPPRESS
 from pathlib import Path
 
 import pytest
 from command_line import BASE_RUN, TINY_RUN, ok, run, run_process
 
-from flash_experts.cli import COMMANDS
+from flash_experts.cli import COMMANDS, main
+from flash_experts.commands import benchmark
+from flash_experts.commands.common import CommandParser, HelpFormatter
 
 
 def test_help_lists_every_command(tmp_path: Path) -> None:
@@ -16,8 +20,74 @@ def test_help_lists_every_command(tmp_path: Path) -> None:
     assert done.status == 0
     for command in COMMANDS:
         assert command in done.out
-        assert "--config" in ok(command, "--help", cwd=tmp_path).out
     assert run(cwd=tmp_path).status == 2
+
+
+def every_help() -> dict[str, CommandParser]:
+    """The parser of each command, and of each topic of benchmark."""
+    parsers = {name: command.make_parser() for name, command in COMMANDS.items()}
+    return parsers | {f"benchmark {topic}": benchmark.topic_parser(topic) for topic in benchmark.TOPICS}
+
+
+def test_help_is_in_plain_english() -> None:
+    private = r"\b((un)?told|tells?|says?|said|anew|peers?|the mixture|(begin|end) symbol|figures)\b"
+    internals = r" object at 0x|<function|<class|Union\[|Optional\[|Literal\[|NoneType|\(type: |``|==SUPPRESS=="
+    bad = []
+    for name, parser in every_help().items():
+        text = " ".join(parser.format_help().split())
+        bad += [(name, found[0]) for found in re.finditer(f"{private}|{internals}", text)]
+        assert text.startswith(f"usage: flash-experts {name}")
+        for action in parser._actions:
+            if action.help == SUPPRESS:
+                continue
+            shown = HelpFormatter(parser.prog)._get_help_string(action)
+            takes_value = action.option_strings and action.nargs != 0 and action.dest != "print_config"
+            ends_well = not takes_value or re.search(r"\(default: .+\)$|\(required\)$", shown)
+            if len(shown) < 8 or shown.startswith(("of ", "such as ", "for ")) or not ends_well:
+                bad.append((f"{name} --{action.dest}", shown))
+    assert bad == []
+
+
+def test_options_are_grouped() -> None:
+    text = COMMANDS["generate"].make_parser().format_help()
+    titles = ("The card:", "Sampling:", "Rules for the names:", "Output:", "The model:", "Other options:")
+    assert [line for line in text.splitlines() if line.endswith(":") and line[0] != " "] == list(titles)
+    assert "\n  --seed N                    random seed (default: a new one each run)\n" in text
+
+
+def test_help_and_version_are_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["help"]) == 0 and "fetch-teacher" in capsys.readouterr().out
+    assert main(["help", "generate"]) == 0 and "usage: flash-experts generate" in capsys.readouterr().out
+    assert main(["help", "benchmark", "moe"]) == 0 and "usage: flash-experts benchmark moe" in capsys.readouterr().out
+    assert main(["help", "genrate"]) == 2 and "did you mean 'generate'" in capsys.readouterr().err
+    assert main(["--version"]) == 0 and capsys.readouterr().out.startswith("flash-experts ")
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        ["--ban", "goblin,elf"],
+        ["--ban", "goblin, elf"],
+        ["--ban=goblin,elf"],
+        ["--ban", "[goblin,elf]"],
+        ["--ban", '["goblin", elf]'],
+        ["--ban", "goblin", "--ban", "elf"],
+    ],
+)
+def test_a_list_is_given_in_one_way_everywhere(given: list[str]) -> None:
+    assert COMMANDS["generate"].make_parser().parse_args(given).ban == ["goblin", "elf"]
+    place = [part.replace("--ban", "--model") for part in given]
+    assert COMMANDS["serve"].make_parser().parse_args(place).model == ["goblin", "elf"]
+    numbers = [part.replace("--ban", "--lengths").replace("goblin", "64").replace("elf", "128") for part in given]
+    assert benchmark.topic_parser("attention").parse_args(numbers).lengths == [64, 128]
+
+
+def test_lists_with_spaces_and_with_commas_in_them() -> None:
+    parser = COMMANDS["serve"].make_parser()
+    assert parser.parse_args(["--model", "a", "b", "--port", "1"]).model == ["a", "b"]
+    assert parser.parse_args(["--model", '["a,b", c]']).model == ["a,b", "c"]
+    assert COMMANDS["train"].make_parser().parse_args(["--training.betas", "0.8,0.9"]).training.betas == (0.8, 0.9)
+    assert COMMANDS["generate"].make_parser().parse_args(["--ban", "on,1,null"]).ban == ["on", "1", "null"]
 
 
 def test_what_a_run_leaves(workplace: Path) -> None:

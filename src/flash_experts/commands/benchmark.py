@@ -11,10 +11,10 @@ from jsonargparse import Namespace
 from flash_experts.commands.common import CommandParser, command_parser, print_result
 
 TOPICS = {
-    "attention": "our kernels, PyTorch's SDPA and FlexAttention, transformers' eager attention, flash-attn",
-    "moe": "an MoE layer: ours, transformers' three ways, a dense MLP, packages found installed",
-    "train": "fine-tuning GPT-2 small on names: ours, transformers' Trainer",
-    "generate": "names per second: ours, transformers' generate",
+    "attention": "attention kernels against PyTorch's, transformers' and flash-attn's",
+    "moe": "MoE layers against transformers', a dense MLP and installed packages",
+    "train": "fine-tuning of GPT-2 small against transformers' Trainer",
+    "generate": "names per second against transformers' generate",
 }
 
 
@@ -28,6 +28,14 @@ def _module(topic: str) -> Any:
     return importlib.import_module(f"flash_experts.benchmarks.{topic}")
 
 
+def topic_parser(topic: str) -> CommandParser:
+    """The parser of the options of a topic."""
+    module = _module(topic)
+    parser = command_parser(f"benchmark {topic}", module.run)
+    module.add_options(parser)
+    return parser
+
+
 class _TopicParser(CommandParser):
     """Reads the topic, and with a parser of its own the options of that topic."""
 
@@ -37,10 +45,7 @@ class _TopicParser(CommandParser):
         if topic is None:
             return super().parse_args(arguments, *others, **options)
         arguments.remove(topic)
-        module = _module(topic)
-        parser = command_parser(f"benchmark {topic}", module.run)
-        module.add_options(parser)
-        namespace = parser.parse_args(arguments, *others, **options)
+        namespace = topic_parser(topic).parse_args(arguments, *others, **options)
         namespace.topic = topic
         return namespace
 
@@ -48,8 +53,8 @@ class _TopicParser(CommandParser):
 def make_parser() -> CommandParser:
     parser = _TopicParser(
         prog="flash-experts benchmark",
-        description=f"{run.__doc__} With --config FILE.yaml, --json, --out FILE.json, --plot FILE.png, --device D.",
-        epilog="flash-experts benchmark TOPIC --help: its options",
+        description=run.__doc__,
+        epilog="flash-experts help benchmark TOPIC: the options of a topic",
         allow_abbrev=False,
     )
     help_text = "; ".join(f"{name}: {what}" for name, what in TOPICS.items())

@@ -54,7 +54,7 @@ class _Quoted(yaml.SafeDumper):
 _Quoted.add_representer(str, lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"'))
 
 
-class _HelpFormatter(DefaultHelpFormatter):
+class HelpFormatter(DefaultHelpFormatter):
     """Help for users: the option, a phrase, and its default; no types of Python."""
 
     def __init__(self, prog: str) -> None:
@@ -87,7 +87,7 @@ class _HelpFormatter(DefaultHelpFormatter):
         given = action.default
         if action.required and action.option_strings:
             text += " (required)"
-        elif not action.option_strings or "default:" in text or given is SUPPRESS or given is False:
+        elif not action.option_strings or "default:" in text or given is SUPPRESS or action.nargs == 0:
             pass
         elif given is not None or "null" in text:
             text += f" (default: {_shown_default(action)})"
@@ -116,9 +116,10 @@ def _shown_default(action: Action) -> str:
 class CommandParser(ArgumentParser):
     """One-line errors with the nearest name, options spelled with dashes, help in groups, and one way to give lists."""
 
+    _section: Any = None  # of the help, where options are added now
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self._section: Any = None
-        super().__init__(*args, formatter_class=_HelpFormatter, **kwargs)
+        super().__init__(*args, formatter_class=HelpFormatter, **kwargs)
 
     def section(self, title: str) -> None:
         """Starts a group of the help, to which the options belong that are added next."""
@@ -127,8 +128,9 @@ class CommandParser(ArgumentParser):
     def add_argument(self, *args: Any, **kwargs: Any) -> Any:
         if not kwargs.keys() & {"type", "action"}:
             kwargs["type"] = str  # without a type, a file of settings could give anything
-        if self._section is not None and args[0].startswith("-"):
-            return self._section.add_argument(*args, **kwargs)
+        section = getattr(self, "_section", None)  # jsonargparse copies this method into its groups, which have none
+        if section is not None and args[0].startswith("-"):
+            return section.add_argument(*args, **kwargs)
         return super().add_argument(*args, **kwargs)
 
     def _joined_lists(self, arguments: Sequence[str]) -> list[str]:

@@ -58,6 +58,7 @@ def make_parser() -> CommandParser:
     from flash_experts.training.training_config import TrainingConfig
 
     parser = command_parser("train", run)
+    parser.section("The run")
     parser.add_argument(
         "--base", type=str | None, default=None, help="model folder or hub id to start from; null: a new model"
     )

@@ -64,9 +64,9 @@ def make_parser() -> CommandParser:
         "--method",
         type=types["upcycling"],
         default=defaults["upcycling"],
-        help="initialization of the experts; copy: copies of the dense layer; noise: copies with noise; drop: copies with "
-        "some hidden units initialized again; granular: parts of the layer; shared: the layer for every token, and "
-        "routed experts that start at zero",
+        help="initialization of the experts; copy: copies of the dense layer; noise: copies with noise; drop: "
+        "copies with some hidden units initialized again; granular: parts of the layer; shared: the layer for every "
+        "token, and routed experts that start at zero",
     )
     for name, text in _OPTIONS.items():
         parser.add_argument(f"--{name}", type=types[name], default=defaults[name], help=text)

@@ -49,22 +49,22 @@ _BOUNDS: dict[str, tuple[float, float]] = {
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """What is trained.
+    """The model.
 
     Attributes:
         num_experts: E, experts per MoE layer; 0 trains the model as it is, without upcycling.
         num_experts_per_tok: k, experts that each token is sent to.
-        moe_layer_freq: 1 puts experts in every block, 2 in every other.
-        upcycling: how experts are made of the dense layers: copy, noise (copies that differ a little), drop (a share
-            of the hidden units drawn anew), granular (parts of a layer, more of them per token), or shared (the dense
-            layer for every token, and routed experts that begin silent).
+        moe_layer_freq: distance between MoE layers in blocks; 1: every block, 2: every other block.
+        upcycling: initialization of the experts from the dense layers: copy, noise (copies with noise), drop (copies
+            with a share of the hidden units initialized again), granular (parts of a layer, more of them per token), or
+            shared (the dense layer for every token, and routed experts that start at zero).
         granularity: g, parts that granular and shared cut a layer into; there are g * E experts, g * k per token.
-        noise_scale: of noise, as a share of each matrix's standard deviation.
-        drop_ratio: of drop, the share of hidden units drawn anew.
-        router_init: first weights of the routers: normal, zeros or orthogonal.
+        noise_scale: standard deviation of the noise, as a share of that of each matrix.
+        drop_ratio: share of the hidden units that drop initializes again.
+        router_init: initialization of the routers: normal, zeros or orthogonal.
         routing: token_choice (tokens choose experts), or expert_choice (experts choose tokens; not causal).
-        scoring_func: softmax, topk_softmax or sigmoid.
-        capacity_factor: in training an expert takes at most this many times the mean load; null drops nothing.
+        scoring_func: function that turns router logits into gates: softmax, topk_softmax or sigmoid.
+        capacity_factor: capacity of an expert in training, as a multiple of the mean load; null: no token dropping.
         allow_noncausal_generation: let a model with expert choice generate, though not as it was trained.
         router_aux_loss_coef: weight of the load-balancing loss.
         router_aux_loss_scope: what must balance: micro_batch (each forward), global_batch (each optimizer step over

@@ -25,9 +25,10 @@ class LearningRateScale:
     """Factors of the rate; 0 freezes a part (no gradient is computed for it, and it has no optimizer state).
 
     Attributes:
-        router: of the routers.
-        experts: of the routed experts.
-        dense: of everything else: embeddings, attention, norms, dense layers, shared experts.
+        router: factor of the learning rate of the routers.
+        experts: factor of the learning rate of the routed experts.
+        dense: factor of the learning rate of everything else: embeddings, attention, norms, dense layers,
+            shared experts.
     """
 
     router: float = 1.0
@@ -37,13 +38,14 @@ class LearningRateScale:
 
 @dataclass
 class TrainingConfig:
-    """Settings of one run. At least one of ``max_steps``, ``max_epochs``, ``max_minutes`` ends it; the first
-    wins.
+    """Training.
+
+    At least one of ``max_steps``, ``max_epochs`` and ``max_minutes`` is set; the first that is reached ends the run.
 
     Args:
         output_dir: folder of all runs.
-        run_name: the run is written to ``output_dir/run_name``; null for the date and the name of the settings file.
-        seed: of the order of names, of what is dropped from prompts, and of dropout.
+        run_name: name of the run's folder in output_dir; null for the date and the name of the settings file.
+        seed: random seed of the order of names, of attribute dropout and of dropout.
         max_steps: optimizer steps; null for no limit.
         max_epochs: passes over the training names (fractions are fine); null for no limit. Must be null where there
             are stages, which have epochs of their own.
@@ -55,12 +57,12 @@ class TrainingConfig:
             GPU's memory and leaves eight steps or more in an epoch.
         gradient_accumulation_steps: parts that a step's tokens are computed in, one after the other. More
             parts take less memory and give the same result.
-        learning_rate: the highest of the schedule.
+        learning_rate: peak learning rate.
         optimizer: adamw; or muon, an experiment, for the matrices of the blocks (AdamW has the rest).
-        weight_decay: on matrices alone (biases and norms are left out).
-        betas: AdamW's.
-        muon_momentum: Muon's.
-        lr_scale: factors of the rate of the parts of the model.
+        weight_decay: weight decay of the matrices (biases and norms have none).
+        betas: beta1 and beta2 of AdamW.
+        muon_momentum: momentum of Muon.
+        lr_scale: factors of the learning rate by part of the model.
         layer_decay: factor of the rate from each block to the one below it; 1 is none. The embeddings come below the
             first block.
         schedule: how the rate falls after the warm-up: cosine, linear, constant, or wsd (constant until the last
@@ -74,9 +76,9 @@ class TrainingConfig:
         teacher: folder or hub id of a larger model with the same tokenizer, whose probabilities the model learns as
             well (knowledge distillation); null for none. It runs next to the model in every step.
         distill_weight: share of the teacher in the loss, the rest is the cross-entropy of the names.
-        distill_temperature: over 1 flattens both distributions, so that unlikely tokens count more.
-        distill_kl: forward (the model covers all that the teacher would write) or reverse (it keeps to what the teacher
-            finds likely).
+        distill_temperature: temperature of both distributions; over 1, unlikely tokens count more.
+        distill_kl: KL divergence: forward (the model covers all that the teacher would write) or reverse
+            (it keeps to what the teacher finds likely).
         ema_decay: validate, sample and keep an average of the weights over about the last 1 / (1 - ema_decay) steps;
             null for the weights themselves.
         log_every: steps between lines of metrics.
@@ -85,26 +87,26 @@ class TrainingConfig:
         validation_names: how many names a validation scores (a fixed draw); null for all.
         checkpoint_every: steps between checkpoints; null for one at the end.
         keep_checkpoints: newest checkpoints that are kept, besides that of the best validation.
-        save_in_background: write checkpoints while training goes on, which takes memory for a copy of the weights and
+        save_in_background: write checkpoints while training continues, which takes memory for a copy of the weights and
             of the optimizer's state.
-        on_nan: a loss or gradient that is not a finite number, found before the weights move: stop, or skip the step
+        on_nan: reaction to a NaN or infinite loss or gradient, before the weights change: stop, or skip the step
             (counted and logged).
         early_stopping_patience: validations in a row without a new best that end the run; null for never.
         sample_every: steps between sample names (needs a callback that makes them); null for never.
-        attribute_dropout: chance that a part of a name's prompt (type, colors, mana value) is left out, drawn
-            anew in each epoch, so that any subset may be given at generation.
+        attribute_dropout: probability that an attribute of a prompt (type, colors, mana value) is left out, drawn in
+            each epoch, so that any subset may be given at generation.
         stages: a curriculum, stages one after the other, each with filters of names (types, min_length, max_length,
             rarities), an order, epochs and a factor of the rate; null for all names all the time.
-        precision: bfloat16, float32, or auto (bfloat16 on GPUs that have it).
-        device: auto, cpu, cuda or cuda:N.
-        deterministic: on a GPU, take only operations that give the same bits in every run, which may be slower; on a
+        precision: data type: bfloat16, float32, or auto (bfloat16 on GPUs that have it).
+        device: device: auto, cpu, cuda or cuda:N.
+        deterministic: use only GPU operations that give the same bits in every run, which may be slower; on a
             CPU the bits are the same anyway.
         compile: compile the model (torch.compile); pays off on GPUs and long runs.
-        parallel: with several processes: ddp (each has the whole model), fsdp (each has a part of every weight,
-            gradient and optimizer state), or expert (each has some of the experts, to which tokens travel, and a part
-            of the rest). The same gradients to rounding, and the same checkpoints.
-        tracker: none, wandb (offline unless WANDB_API_KEY is set) or tensorboard. metrics.jsonl is always
-            written.
+        parallel: division of the work among several processes: ddp (each has the whole model), fsdp (each has a part of
+            every weight, gradient and optimizer state), or expert (each has some of the experts, to which tokens
+            travel, and a part of the rest). The same gradients to rounding, and the same checkpoints.
+        tracker: experiment tracker: none, wandb (offline unless WANDB_API_KEY is set) or tensorboard. metrics.jsonl
+            is always written.
     """
 
     output_dir: str = "models"
