@@ -227,7 +227,7 @@ class CommandParser(ArgumentParser):
         general = self._optionals
         general.title = "Other options" if self._section else "Options"
         self._positionals.title = "Arguments"
-        self._action_groups.sort(key=lambda group: group is general)
+        self._action_groups = sorted(self._action_groups, key=lambda group: group is general)
         for action in self._actions:
             group = action.dest in self._groups or action.dest.endswith(".help")
             action.help = SUPPRESS if group else _GENERAL_HELP.get(action.dest, action.help)
