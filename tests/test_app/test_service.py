@@ -189,7 +189,7 @@ def test_so_many_names_are_kept_and_no_more(playground: Playground) -> None:
 def test_a_look_at_no_block_is_told(playground: Playground) -> None:
     handlers = Handlers(playground)
     *_, shown = handlers.make(_values(), Table())
-    assert "Where each token looks" in handlers.look(shown.rows[0], "2", "1")
+    assert "Attention weights in percent" in handlers.look(shown.rows[0], "2", "1")
     for block, head in (("9", "0"), ("0", "9"), ("x", "0"), (None, {}), ("-1", "0"), ("0", "-2")):
         assert "fe-failure" in handlers.look(shown.rows[0], block, head)
 

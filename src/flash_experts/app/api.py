@@ -21,6 +21,7 @@ from flash_experts.app.service import Playground, Progress
 from flash_experts.app.settings import MOST_NAMES, Settings
 from flash_experts.generation import PRESETS
 from flash_experts.generation.tables import row_of
+from flash_experts.plain_text import one_line
 
 Each = TypeVar("Each")
 _FIELDS = tuple(field.name for field in fields(Settings))
@@ -81,21 +82,21 @@ def add_endpoints(playground: Playground, queue: str, at_once: int) -> None:
 
 
 def answering(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, whose ValueErrors reach the client as its message. Any other failure stays on the server."""
+    """The function, whose ValueErrors reach the client as one line. Any other failure stays on the server."""
 
     @wraps(function)
     def called(*args: Any) -> Any:
         try:
             return function(*args)
         except ValueError as error:
-            raise gr.Error(str(error), print_exception=False) from None
+            raise gr.Error(one_line(str(error)), print_exception=False) from None
 
     @wraps(function)
     def streamed(*args: Any) -> Iterator[Any]:
         try:
             yield from function(*args)
         except ValueError as error:
-            raise gr.Error(str(error), print_exception=False) from None
+            raise gr.Error(one_line(str(error)), print_exception=False) from None
 
     return streamed if isgeneratorfunction(function) else called
 

@@ -91,7 +91,7 @@ class Handlers:
         """Names that resemble those that are kept."""
         kept = tuple(row.name.text for row in table.kept)
         if not kept:
-            message = "keep a name first (☆ beside it): the next ones will be like those that are kept"
+            message = "keep a name first: press the ☆ next to it, and the new names will resemble it"
             yield self._failed(message, table.rows)
             return
         yield from self._make({**values, "seed": None}, table, kept[-20:])

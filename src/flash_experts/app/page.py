@@ -128,7 +128,7 @@ def _names_tab(
         download = gr.Button("Download CSV", size="sm", elem_id="fe-csv", min_width=120)
     with gr.Accordion("Share these settings", open=False):
         share = gr.Textbox(
-            label="Settings string", info="it makes the same names again: copy it, or put another here and load it",
+            label="Settings string", info="makes the same names again: copy it, or paste another one and load it",
             max_length=LONGEST_STRING, lines=2, max_lines=4, buttons=["copy"], elem_id="fe-share",
         )  # fmt: skip
         load = gr.Button("Load these settings", size="sm", elem_id="fe-load")

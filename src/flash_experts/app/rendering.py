@@ -52,8 +52,8 @@ def inspection_panel(found: Inspection, model: str, block: int, head: int | None
 def status(progress: Progress) -> str:
     """One line on how far a request has come."""
     count = len(progress.rows)
-    told = f"{count} of {progress.wanted} names" if count < progress.wanted else f"{count} names"
-    parts = [told, f"{progress.seconds:.1f} s", f"seed {progress.seed}", progress.note]
+    counted = f"{count} of {progress.wanted} names" if count < progress.wanted else f"{count} names"
+    parts = [counted, f"{progress.seconds:.1f} s", f"seed {progress.seed}", progress.note]
     return note(" · ".join(filter(None, parts)))
 
 

@@ -134,7 +134,7 @@ class Playground:
         if not name:
             return next(iter(self.models.values()))
         if name not in self.models:
-            raise ValueError(f"no model {name[:60]!r} here: there is {', '.join(self.models)}")
+            raise ValueError(f"no model {name[:60]!r} here: use one of {', '.join(self.models)}")
         return self.models[name]
 
     def names(self, settings: Settings, model: str | None = None, without: Sequence[str] = ()) -> Iterator[Progress]:
@@ -169,10 +169,10 @@ class Playground:
             try:
                 found = self._next(loaded, stream)
             except TimeUpError:
-                note = f"stopped after {self.time_limit:g} s, the longest that a request may take"
+                note = f"stopped after {self.time_limit:g} s, the time limit of a request"
                 break
             if found is None:
-                note = "no more were found: loosen the rules, or take a higher temperature"
+                note = "no more names found: loosen the rules, or raise the temperature"
                 break
             if normal_form(found.text) not in had:
                 rows.append(Row(found, settings, loaded.name))
