@@ -20,8 +20,6 @@ prepare extra :: unrecognized arguments: extra
 prepare --source :: expected one argument
 prepare --json=3 :: --json
 prepare --sauce embedded :: did you mean 'source'
-prepare --include jokes :: include must be a list, such as [a,b], not 'jokes'
-prepare --include 3 :: include must be a list
 fetch-teacher more :: unrecognized arguments: more
 fetch-teacher --weel names.txt :: did you mean 'wheel'
 upcycle models/base :: out
@@ -73,7 +71,6 @@ generate --count x :: count must be a whole number
 generate --count 1 2 :: unrecognized
 generate --temperature hot :: temperature must be a number or null
 generate --temperature nan :: temperature must be a number or null
-generate --ban x :: ban must be a list
 generate --seed -1 :: --seed must be from 0
 generate --csv --json :: choose one
 generate --out names.doc :: must end in .txt

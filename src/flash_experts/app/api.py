@@ -89,14 +89,14 @@ def answering(function: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return function(*args)
         except ValueError as error:
-            raise gr.Error(one_line(str(error)), print_exception=False) from None
+            raise gr.Error(one_line(" ".join(str(error).split())), print_exception=False) from None
 
     @wraps(function)
     def streamed(*args: Any) -> Iterator[Any]:
         try:
             yield from function(*args)
         except ValueError as error:
-            raise gr.Error(one_line(str(error)), print_exception=False) from None
+            raise gr.Error(one_line(" ".join(str(error).split())), print_exception=False) from None
 
     return streamed if isgeneratorfunction(function) else called
 
