@@ -164,8 +164,8 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
         "--check",
         type=str,
         default=None,
-        help="JSON file of an earlier --out, or a folder of them (benchmarks/results), to compare with: warns of ratios "
-        "that are worse by more than 10%% on this machine in two runs (default: none)",
+        help="JSON file of an earlier --out, or a folder of them (benchmarks/results), to compare with: warns of "
+        "ratios that are worse by more than a tenth on this machine in two runs (default: none)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace files that exist")
 
