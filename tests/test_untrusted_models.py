@@ -17,10 +17,13 @@ from spoiled import MODELS, set_config, set_tokenizer_config, spoil_models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, Qwen2Config
 from transformers.models.qwen2 import Qwen2ForCausalLM
 
+from flash_experts.commands.downcycle import _read_loads as read_loads
 from flash_experts.data.tokenizer import load_tokenizer
 from flash_experts.data.tokenizer_checks import WORD_MARK, before_words, check_tokenizer
+from flash_experts.evaluation.curves import read_curve
 from flash_experts.model_files import any_family
 from flash_experts.models.loading import load_model
+from flash_experts.training.curves import read_curves
 
 ANSWERS = {
     "pickled": "is a pickle, which can run code when loaded: refused",
@@ -271,3 +274,27 @@ def test_a_llama_works_in_every_command_and_another_family_where_it_is_allowed(u
     ok("evaluate", "models/own-qwen2", "--names", "names.txt", "--model-family", "any", cwd=untrusted)
     with any_family():
         assert load(untrusted / "models/own-qwen2")[0].config.model_type == "qwen2"
+
+
+def test_metrics_and_loads_of_an_untrusted_run(untrusted: Path, tmp_path: Path) -> None:
+    """Numbers that no float holds, and values that are no numbers, are left out before anything is drawn."""
+    large = "1" + "0" * 400
+    lines = [
+        '{"event": "train", "step": 1, "loss": 2.5, "seconds": 1.0, "router/1/load_cv": {"a": 1}}',
+        f'{{"event": "train", "step": 2, "loss": {large}, "seconds": {large}, "lr": [1], "router/1/load_cv": {large}}}',
+        '{"event": "validation", "step": 2, "bits_per_char": {"a": 1}, "tokens": "many"}',
+        f'{{"event": "train", "step": 3, "loss": NaN, "seconds": 1e999, "tokens": -{large}}}',
+    ]
+    metrics = tmp_path / "metrics.jsonl"
+    metrics.write_text("\n".join([*lines, f'{{"event": "train", "step": {large}}}', "{}"]), "utf-8")
+    points = read_curve(metrics)
+    assert [(point.step, point.train_loss) for point in points] == [(1, 2.5), (2, None), (3, None)]
+    assert not any(point.tokens for point in points)
+    metrics.write_text("\n".join(lines), "utf-8")
+    [panels] = read_curves([metrics]).values()
+    assert panels["loss"] == [(1, 2.5)] and not panels["load_imbalance"] and not panels["lr"]
+    loads = tmp_path / "loads.json"
+    for text in (f'{{"1": [{large}]}}', '{"1": {"a": 1}}', '{"x": [1]}', "[" * 100_000, "3"):
+        loads.write_text(text, "utf-8")
+        with pytest.raises(ValueError, match="has no loads by block"):
+            read_loads(str(loads))

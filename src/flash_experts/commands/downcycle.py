@@ -59,7 +59,7 @@ def _read_loads(path: str) -> dict[int, torch.Tensor]:
         table = json.loads(Path(path).read_text(encoding="utf-8"))
         table = table.get("loads", table)
         return {int(block): torch.tensor(load, dtype=torch.float64) for block, load in table.items()}
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, AttributeError, OverflowError, RuntimeError) as error:
         raise ValueError(f'{path} has no loads by block, such as {{"1": [0.5, 0.2, 0.3]}}: {error}') from error
 
 

@@ -9,7 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from flash_experts.training.curves import finite_number
 from flash_experts.training.validation import BITS_PER_CHAR
+
+_MOST_STEPS = 2**53
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +39,7 @@ def read_records(path: Path) -> list[dict[str, Any]]:
             record = json.loads(line)
         except (ValueError, RecursionError):
             continue
-        if isinstance(record, dict) and isinstance(record.get("step"), int):
+        if isinstance(record, dict) and type(record.get("step")) is int and abs(record["step"]) < _MOST_STEPS:
             records.append(record)
     return records
 
@@ -64,9 +67,8 @@ def read_curve(path: Path) -> list[CurvePoint]:
 
 
 def _number(record: dict[str, Any], key: str) -> Any:
-    """A value of a line if it is a number, else None."""
-    value = record.get(key)
-    return value if isinstance(value, int | float) and not isinstance(value, bool) else None
+    """A value of a line if it is a finite number, else None."""
+    return finite_number(record.get(key))
 
 
 def _seconds_at(step: int, timed: dict[int, float]) -> float | None:

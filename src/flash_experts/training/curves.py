@@ -6,6 +6,7 @@ import html
 import importlib.util
 import io
 import json
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,9 +45,17 @@ class Panel:
     value: Callable[[Line], float | None]
 
 
+def finite_number(value: Any) -> Any:
+    """A value of a line as it is, if a float can hold it and it is finite; else None. Runs can be untrusted."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return None
+    return value if abs(value) <= sys.float_info.max else None
+
+
 def load_imbalance(line: Line) -> float | None:
     """Mean over the MoE layers of the standard deviation of the experts' loads over their mean; 0 is balanced."""
-    layers = [value for name, value in line.items() if name.startswith("router/") and name.endswith("/load_cv")]
+    names = [name for name in line if name.startswith("router/") and name.endswith("/load_cv")]
+    layers = [value for name in names if (value := finite_number(line[name])) is not None]
     return sum(layers) / len(layers) if layers else None
 
 
@@ -163,7 +172,8 @@ def _read(path: Path) -> list[Line]:
 
 def _points(lines: Sequence[Line], panel: Panel) -> Points:
     pairs = [(line.get(panel.x), panel.value(line)) for line in lines if line["event"] == panel.event]
-    return [(x, y) for x, y in pairs if x is not None and y is not None]
+    numbers = [(finite_number(x), finite_number(y)) for x, y in pairs]
+    return [(x, y) for x, y in numbers if x is not None and y is not None]
 
 
 def _picture(figure: Figure, kind: str) -> bytes:
