@@ -21,6 +21,7 @@ from flash_experts.commands.downcycle import _read_loads as read_loads
 from flash_experts.data.tokenizer import load_tokenizer
 from flash_experts.data.tokenizer_checks import WORD_MARK, before_words, check_tokenizer
 from flash_experts.evaluation.curves import read_curve
+from flash_experts.evaluation.router_maps import read_loads as read_training_loads
 from flash_experts.model_files import any_family
 from flash_experts.models.loading import load_model
 from flash_experts.training.curves import read_curves
@@ -293,6 +294,8 @@ def test_metrics_and_loads_of_an_untrusted_run(untrusted: Path, tmp_path: Path) 
     metrics.write_text("\n".join(lines), "utf-8")
     [panels] = read_curves([metrics]).values()
     assert panels["loss"] == [(1, 2.5)] and not panels["load_imbalance"] and not panels["lr"]
+    metrics.write_text(f'{{"event": "train", "step": 1, "router/1/load/0": {large}}}', "utf-8")
+    assert read_training_loads(metrics) is None
     loads = tmp_path / "loads.json"
     for text in (f'{{"1": [{large}]}}', '{"1": {"a": 1}}', '{"x": [1]}', "[" * 100_000, "3"):
         loads.write_text(text, "utf-8")

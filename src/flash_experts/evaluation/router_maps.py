@@ -355,7 +355,7 @@ def read_loads(path: Path) -> TrainingLoads | None:
     for record in read_records(path):
         try:
             loads = _loads_of(record)
-        except (ValueError, KeyError, TypeError):  # no number, or not of every expert
+        except (ValueError, KeyError, TypeError, OverflowError):  # no number, or not of every expert
             continue
         if loads:
             steps[record["step"]] = loads
