@@ -185,29 +185,20 @@ class GPT2MoEForCausalLM(GPT2MoEPreTrainedModel, GPT2LMHeadModel):
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Any,
     ) -> GPT2MoEOutput:
-        """As `GPT2LMHeadModel.forward`, and the router's part.
-
-        The arguments are those of `GPT2LMHeadModel.forward`, by name: transformers' ``generate`` and ``Trainer`` pass
-        on only what this signature names.
+        """As `GPT2LMHeadModel.forward`, whose arguments these are by name: transformers' ``generate`` and ``Trainer``
+        pass on only what this signature names.
 
         Args:
-            input_ids: (B, S) tokens.
             attention_mask: (B, S), 0 at padding, which the router's losses leave out.
             position_ids: (B, S). Without a mask and a cache, a position that is not the last one plus one starts
                 another document (a packed sequence).
             labels: (B, S), shifted here; -100 is ignored. With ``num_items_in_batch`` the loss is a sum divided by
                 it, and the balancing losses count by this batch's share of those items.
             output_router_logits: return router_logits, aux_loss and z_loss; None follows the configuration.
-            logits_to_keep: positions that get logits: the last n, or the positions in a tensor; 0 is all.
-            **kwargs: ``cu_seq_lens_q``, ``num_items_in_batch``, ``output_attentions`` and the like.
-
-        Raises:
-            ValueError: a KV cache with expert choice, unless ``config.allow_noncausal_generation``.
         """
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
-        trains_router = self.training and labels is not None
-        wants_routing = output_router_logits or trains_router
+        wants_routing = output_router_logits or (self.training and labels is not None)
         mask_T = _padding_mask(attention_mask, inputs_embeds if input_ids is None else input_ids)
         if past_key_values is not None:  # transformers 5.24 calls it cache, and refuses both names at once
             kwargs["past_key_values"] = past_key_values
@@ -225,20 +216,9 @@ class GPT2MoEForCausalLM(GPT2MoEPreTrainedModel, GPT2LMHeadModel):
             return_dict=True,  # whatever the configuration says
             **kwargs,
         )
-        hidden = outputs.last_hidden_state
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(hidden[:, kept])
-        aux_loss = z_loss = loss = None
-        if labels is not None:
-            loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
-        if wants_routing:
-            sequences = (
-                sequence_of_tokens(hidden, **kwargs) if self.config.router_aux_loss_scope == "sequence" else None
-            )
-            aux_loss, z_loss = self._router_losses(outputs.router_logits, outputs.router_choices, mask_T, sequences)
-            if loss is not None and labels is not None and trains_router:
-                weighted = self.config.router_aux_loss_coef * aux_loss + self.config.router_z_loss_coef * z_loss
-                loss = loss + weighted * _share_of_items(labels, **kwargs)
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        loss, aux_loss, z_loss = self._losses(outputs, logits, labels, mask_T, wants_routing, **kwargs)
         return GPT2MoEOutput(
             loss=loss,
             logits=logits,
@@ -251,14 +231,33 @@ class GPT2MoEForCausalLM(GPT2MoEPreTrainedModel, GPT2LMHeadModel):
             router_logits=outputs.router_logits if output_router_logits else None,
         )
 
-    def _router_losses(
+    def _losses(
         self,
-        logits: tuple[torch.Tensor, ...],
-        choices: tuple[torch.Tensor, ...],
+        outputs: Any,
+        logits: torch.Tensor,
+        labels: torch.Tensor | None,
         mask_T: torch.Tensor | None,
-        sequences: tuple[torch.Tensor, int] | None,
+        wants_routing: bool,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        """The loss, in training with the weighted losses of the router, then these two by themselves."""
+        loss = aux_loss = z_loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
+        if wants_routing:
+            aux_loss, z_loss = self._router_losses(outputs, mask_T, **kwargs)
+            if loss is not None and labels is not None and self.training:
+                weighted = self.config.router_aux_loss_coef * aux_loss + self.config.router_z_loss_coef * z_loss
+                loss = loss + weighted * _share_of_items(labels, **kwargs)
+        return loss, aux_loss, z_loss
+
+    def _router_losses(
+        self, outputs: Any, mask_T: torch.Tensor | None, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Balancing and z-loss, each the mean over MoE layers; counts the routing of training steps."""
+        logits, choices, sequences = outputs.router_logits, outputs.router_choices, None
+        if self.config.router_aux_loss_scope == "sequence":
+            sequences = sequence_of_tokens(outputs.last_hidden_state, **kwargs)
         z = torch.stack([router_z_loss(logits_TE, mask_T) for logits_TE in logits])
         routers = list(routers_of(self).values())
         if self.training:
