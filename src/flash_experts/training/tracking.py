@@ -130,16 +130,17 @@ class WandbTracker(Callback):
         path = self.run_dir / "wandb_id.txt"
         if not path.exists() or not path.stat().st_size:  # a kill may have come before the id was in it
             path.write_text(secrets.token_hex(4) + "\n", encoding="utf-8")
+        place = Path(os.environ.get("WANDB_DIR") or ".")
+        place.mkdir(parents=True, exist_ok=True)  # else wandb takes another place
         settings: dict[str, Any] = {
             "project": os.environ.get("WANDB_PROJECT", "flash-experts"),
             "name": run_name,
             "id": path.read_text(encoding="utf-8").strip(),
             "config": dict(run_info),
+            "dir": str(place),  # by itself wandb would keep to where the process's first run went
             "settings": wandb.Settings(silent=True),
         }
         mode = wandb_mode(self._say)
-        if os.environ.get("WANDB_DIR"):
-            Path(os.environ["WANDB_DIR"]).mkdir(parents=True, exist_ok=True)  # else wandb takes another place
         try:
             # There is nobody to ask offline; `wandb sync` joins what has one id.
             resume = {} if mode in _OFFLINE else {"resume": "allow"}

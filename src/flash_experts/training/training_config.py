@@ -197,11 +197,11 @@ class TrainingConfig:
             )
         if not self.output_dir:
             problems.append("output_dir is empty: give a folder")
-        name = self.run_dir.name if self.run_name is None else self.run_name
-        if not name.isprintable():
-            problems.append(f"run_name {name!r} has a character that cannot be printed")
-        if not name or Path(name).name != name or name in (".", ".."):
+        name = default_run_name() if self.run_name is None else self.run_name
+        if not isinstance(name, str) or not name or Path(name).name != name or name in (".", ".."):
             problems.append(f"run_name {name!r} must be one folder name")
+        elif not name.isprintable():
+            problems.append(f"run_name {name!r} has a character that cannot be printed")
         if self.max_minutes is None and self.max_steps is not None and self.warmup_steps > self.max_steps:
             problems.append(f"warmup_steps {self.warmup_steps} is more than max_steps {self.max_steps}")
         if problems:
