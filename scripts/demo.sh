@@ -19,7 +19,7 @@ fi
 step "3/5  Fine-tune the experts on the names (3 minutes of training and validation); wandb records it in ./wandb, offline without a key"
 flash-experts train --config configs/quickstart.yaml --base models/demo-upcycled
 
-step "4/5  Compare on unseen names: the base, the experts after their three minutes, the released ones (1 minute)"
+step "4/5  Compare on unseen names: the base, the experts after their three minutes, the released ones (2 to 4 minutes)"
 report=models/quickstart/report.html
 if [ -f $report ] && [ $report -nt models/quickstart/model.safetensors ]; then
   echo "$report is newer than the model already"
