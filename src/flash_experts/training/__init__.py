@@ -9,21 +9,20 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from flash_experts.training.callbacks import Callback
     from flash_experts.training.checkpoint import CheckpointError
-    from flash_experts.training.errors import NonFiniteLossError, TrainingError
-    from flash_experts.training.result import TrainingResult
+    from flash_experts.training.run_state import NonFiniteLossError, TrainingError, TrainingResult
+    from flash_experts.training.tracking import Callback
     from flash_experts.training.trainer import Trainer
     from flash_experts.training.training_config import TrainingConfig
 
 _HOMES = {
-    "Callback": "callbacks",
+    "Callback": "tracking",
     "CheckpointError": "checkpoint",
-    "NonFiniteLossError": "errors",
+    "NonFiniteLossError": "run_state",
     "Trainer": "trainer",
     "TrainingConfig": "training_config",
-    "TrainingError": "errors",
-    "TrainingResult": "result",
+    "TrainingError": "run_state",
+    "TrainingResult": "run_state",
 }
 __all__ = [
     "Callback",

@@ -1,9 +1,8 @@
-"""Which names an optimizer step sees: a pure function of (seed, step), so resuming needs no loader state.
+"""The dataloader: the names of a step are a pure function of (seed, step), so resuming needs no loader state.
 
-A run is a row of stages (one, if it has no curriculum), a stage a row of epochs over its names. In each epoch the names
-are shuffled and the attributes of their prompts are dropped anew, both from (seed, epoch), where epochs are counted
-through all stages. The names in their order are cut into ``steps_per_epoch`` batches of nearly equal numbers of tokens:
-no name is left out, none comes twice, and there is no small last batch.
+A run is a sequence of stages (a curriculum; usually one), a stage a sequence of epochs. In each epoch the names are
+shuffled and the attributes of their prompts dropped at random, both from (seed, epoch). The shuffled names are cut into
+``steps_per_epoch`` batches of nearly equal numbers of tokens, with every name once and no small last batch.
 """
 
 from __future__ import annotations
@@ -11,39 +10,33 @@ from __future__ import annotations
 import math
 import random
 from bisect import bisect_right
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flash_experts.data.cards import Card
-from flash_experts.data.packing import EncodedName, encode_names
+from flash_experts.data.packing import EncodedName, encode_names, split_by_context
 from flash_experts.data.prompts import Attributes
-from flash_experts.training.stages import Stage
-from flash_experts.training.training_config import TrainingConfig
+from flash_experts.models.scoring import context_length
+from flash_experts.models.top_logits import TopLogits
+from flash_experts.training.training_config import Stage, TrainingConfig
 
 ALL_NAMES = Stage("all", epochs=None)
 
 
 def split_evenly(lengths: Sequence[int], parts: int) -> list[range]:
-    """Cuts a sequence into runs of nearly equal total length, none of them empty.
+    """Cuts a sequence into ``parts`` consecutive ranges of nearly equal total length, none of them empty.
 
     ``split_evenly([5, 1, 1, 1, 4], 3) == [range(0, 1), range(1, 4), range(4, 5)]``
-
-    Args:
-        lengths: length of each item, in order.
-        parts: number of runs, at most ``len(lengths)``.
-
-    Returns:
-        Index ranges that follow each other and cover every item.
     """
     assert 1 <= parts <= len(lengths), (parts, len(lengths))
     ends = np.fromiter(accumulate(lengths), dtype=np.int64)
     middles = ends - np.asarray(lengths) / 2
     cuts = np.searchsorted(middles, ends[-1] * np.arange(1, parts) / parts)
-    # Every run keeps at least one item, whatever the lengths.
+    # Every range keeps at least one item, whatever the lengths.
     bounds = [0]
     for part, cut in enumerate(cuts.tolist(), start=1):
         bounds.append(min(max(cut, bounds[-1] + 1), len(lengths) - (parts - part)))
@@ -53,15 +46,13 @@ def split_evenly(lengths: Sequence[int], parts: int) -> list[range]:
 
 @dataclass(frozen=True, slots=True)
 class PlannedStage:
-    """A stage, and where it is in the run.
+    """A stage, and its place in the run.
 
     Attributes:
-        stage: as it was asked for.
-        cards: those whose names it learns.
-        steps_per_epoch: optimizer steps of an epoch.
-        first_step: the step it begins with.
-        first_epoch: the epoch it begins with, counted through all stages.
-        steps: how many it has; None if it goes on until the run ends.
+        cards: cards that pass the stage's filters.
+        first_step: first optimizer step, from 0.
+        first_epoch: first epoch, counted through all stages.
+        steps: number of optimizer steps; None if the stage lasts until the run ends.
     """
 
     stage: Stage
@@ -73,22 +64,16 @@ class PlannedStage:
 
 
 class NameBatches:
-    """The batches of names of every step of every epoch of every stage.
+    """The names of every optimizer step.
 
     Args:
-        cards: what to train on.
-        tokenizer: turns prompts and names into ids.
-        tokens_per_batch: about how many tokens a step has; the steps of an epoch follow from it and the stage's first
-            epoch.
-        attribute_dropout: chance that a part of a prompt is left out.
-        seed: of the order and of what is left out.
-        stages: one after the other.
-
-    Attributes:
-        plan: the stages and where they begin.
+        tokens_per_batch: approximate number of tokens of a step.
+        attribute_dropout: probability that an attribute of a prompt is left out.
+        seed: random seed of the order and of attribute dropout.
+        top_logits: cached logits of a teacher for names that it generated; these keep their prompts.
 
     Raises:
-        ValueError: there are no cards, or a stage takes none of them.
+        ValueError: there are no cards, or none passes the filters of a stage.
     """
 
     def __init__(
@@ -99,12 +84,14 @@ class NameBatches:
         attribute_dropout: float,
         seed: int,
         stages: Sequence[Stage] = (ALL_NAMES,),
+        top_logits: TopLogits | None = None,
     ):
         if not cards:
             raise ValueError("there are no training names: run `flash-experts prepare` or check the data folder")
         self.tokenizer = tokenizer
         self.attribute_dropout = attribute_dropout
         self.seed = seed
+        self.top_logits = top_logits
         self.plan: list[PlannedStage] = []
         self._cached: tuple[int, list[list[EncodedName]]] | None = None
         first_step = first_epoch = 0
@@ -119,65 +106,76 @@ class NameBatches:
                 first_epoch += math.ceil(steps / per_epoch)
 
     @classmethod
-    def of(cls, cards: Sequence[Card], tokenizer: PreTrainedTokenizerBase, config: TrainingConfig) -> NameBatches:
-        """Those of a run."""
+    def of(
+        cls,
+        cards: Sequence[Card],
+        tokenizer: PreTrainedTokenizerBase,
+        config: TrainingConfig,
+        top_logits: TopLogits | None = None,
+    ) -> NameBatches:
+        """The batches of a run."""
         dropout, stages = config.attribute_dropout, config.planned_stages
-        return cls(cards, tokenizer, config.tokens_per_batch, dropout, config.seed, stages)
+        return cls(cards, tokenizer, config.tokens_per_batch, dropout, config.seed, stages, top_logits)
 
     @property
     def planned_steps(self) -> int | None:
-        """Steps of all stages together; None if the last goes on until the run ends."""
+        """Steps of all stages together; None if the last one lasts until the run ends."""
         last = self.plan[-1]
         return None if last.steps is None else last.first_step + last.steps
-
-    def first_epochs(self) -> list[list[EncodedName]]:
-        """The names of the first epoch of each stage, in their order."""
-        return [self._encode(planned.stage, planned.cards, planned.first_epoch) for planned in self.plan]
 
     def stage_of(self, step: int) -> PlannedStage:
         """The stage of optimizer step ``step`` (from 0)."""
         return self.plan[bisect_right(self.plan, step, key=lambda planned: planned.first_step) - 1]
 
     def epochs_done(self, steps: int) -> float:
-        """Passes over names after ``steps`` optimizer steps, those of former stages counted as they are begun."""
+        """Epochs after ``steps`` optimizer steps; a partial epoch at the end of a stage counts as a whole one."""
         planned = self.stage_of(steps)
         return planned.first_epoch + (steps - planned.first_step) / planned.steps_per_epoch
 
     def names_of_step(self, step: int) -> list[EncodedName]:
-        """The names that optimizer step ``step`` (from 0) learns from."""
+        """The names of optimizer step ``step`` (from 0)."""
         planned = self.stage_of(step)
         epoch, batch = divmod(step - planned.first_step, planned.steps_per_epoch)
         epoch += planned.first_epoch
         if self._cached is None or self._cached[0] != epoch:
             names = self._encode(planned.stage, planned.cards, epoch)
-            runs = split_evenly(_lengths(names), planned.steps_per_epoch)
-            self._cached = epoch, [names[run.start : run.stop] for run in runs]
+            ranges = split_evenly(_lengths(names), planned.steps_per_epoch)
+            self._cached = epoch, [names[one.start : one.stop] for one in ranges]
         return self._cached[1][batch]
 
-    def rows_of_step(self, step: int, num_rows: int) -> list[list[EncodedName]]:
-        """The names of a step in rows of nearly equal numbers of tokens.
+    def micro_batches_of_step(self, step: int, num_micro_batches: int) -> list[list[EncodedName]]:
+        """The names of a step in micro-batches of nearly equal numbers of tokens.
 
         Raises:
-            ValueError: there are fewer names than rows.
+            ValueError: there are fewer names than micro-batches.
         """
         names = self.names_of_step(step)
-        if len(names) < num_rows:
+        if len(names) < num_micro_batches:
             raise ValueError(
-                f"a step has {len(names)} names, too few for {num_rows} rows "
+                f"a step has {len(names)} names, too few for {num_micro_batches} micro-batches "
                 "(gradient_accumulation_steps times processes): raise tokens_per_batch"
             )
-        return [names[run.start : run.stop] for run in split_evenly(_lengths(names), num_rows)]
+        return [names[one.start : one.stop] for one in split_evenly(_lengths(names), num_micro_batches)]
 
     def _encode(self, stage: Stage, cards: Sequence[Card], epoch: int) -> list[EncodedName]:
-        """The names of an epoch in its order."""
+        """The encoded names of an epoch in its order."""
         rng = random.Random(f"attributes/{self.seed}/{epoch}")
         attributes = [Attributes.of(card).drop(rng, self.attribute_dropout) for card in cards]
+        if self.top_logits is not None:
+            generated_from = (Attributes.of(card) if card.source_id in self.top_logits else None for card in cards)
+            attributes = [own or drawn for own, drawn in zip(generated_from, attributes, strict=True)]
         encoded = encode_names([card.name for card in cards], attributes, self.tokenizer)
+        if self.top_logits is not None:
+            rows = (
+                self.top_logits.first_row(card.source_id, name.ids[name.prompt_length :])
+                for card, name in zip(cards, encoded, strict=True)
+            )
+            encoded = [replace(name, top_row=row) for name, row in zip(encoded, rows, strict=True)]
         return [encoded[index] for index in order_of_epoch(stage, cards, self.seed, epoch)]
 
 
 def order_of_epoch(stage: Stage, cards: Sequence[Card], seed: int, epoch: int) -> list[int]:
-    """Indices of a stage's cards in the order in which an epoch visits them."""
+    """Indices of a stage's cards in the order of an epoch."""
     indices = list(range(len(cards)))
     random.Random(f"order/{seed}/{epoch}").shuffle(indices)
     if stage.order == "length":
@@ -187,3 +185,29 @@ def order_of_epoch(stage: Stage, cards: Sequence[Card], seed: int, epoch: int) -
 
 def _lengths(names: Sequence[EncodedName]) -> list[int]:
     return [name.num_inputs for name in names]
+
+
+def fitting_cards(
+    train: Sequence[Card],
+    validation: Sequence[Card],
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    notify: Callable[[str], None],
+) -> tuple[list[Card], list[Card]]:
+    """Leaves out the names that are longer than the model's context, and reports how many.
+
+    Raises:
+        ValueError: no training name fits.
+    """
+    context, kept, left_out = context_length(model.config), [], []
+    for kind, cards in (("training", train), ("validation", validation)):
+        fit, too_long = split_by_context(cards, tokenizer, context)
+        kept.append(fit)
+        if too_long:
+            left_out.append(f"{len(too_long):,} of {len(cards):,} {kind} names ({too_long[0].name[:40]!r}, ...)")
+    if train and not kept[0]:
+        raise ValueError(f"no training name fits into the model's {context} tokens: use a model with a longer context")
+    if left_out:
+        notify(f"left out, since prompt and name take more than the model's {context} tokens: {', '.join(left_out)}")
+
+    return kept[0], kept[1]

@@ -1,36 +1,42 @@
-"""The model and tokenizer that a run starts from: a dense base upcycled, a base as it is, or a new model."""
+"""The model and tokenizer that a run starts from: an upcycled dense base, a base as it is, or a new model."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerBase
 
 from flash_experts.data.cards import Card
-from flash_experts.data.prompts import CONDITIONS, Attributes, prompt_words, read_conditions, told_conditions
+from flash_experts.data.prompts import (
+    CONDITIONS,
+    Attributes,
+    collect_conditions,
+    prompt_words,
+    read_conditions,
+    texts_of_cards,
+)
 from flash_experts.data.tokenizer import load_tokenizer, train_tokenizer
-from flash_experts.data.trimming import texts_of_cards, trim_tokenizer
 from flash_experts.models.flash_attention import ATTENTION_IMPLEMENTATION
 from flash_experts.models.loading import load_config, load_model
 from flash_experts.models.moe import GPT2MoEForCausalLM
-from flash_experts.models.trimming import trim_vocabulary
+from flash_experts.models.trimming import trim_tokenizer, trim_vocabulary
 from flash_experts.training.model_config import ModelConfig
 
 
 def build_model(
     base: str | None, config: ModelConfig, cards: Sequence[Card], seed: int
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Makes what a run trains. The same arguments give the same weights.
+    """Builds the model and tokenizer of a run, deterministically.
 
     Args:
-        base: folder or hub id of a GPT-2, dense or with experts; None makes a new one.
-        config: its experts, and its shape if it is new.
-        cards: what a new tokenizer learns from.
-        seed: of the new weights (routers, or everything).
+        base: folder or hub id of a GPT-2, dense or MoE; None for a new model.
+        cards: training cards, for a new tokenizer or a trimmed vocabulary.
+        seed: random seed of new weights.
 
     Raises:
-        ValueError: the base cannot be loaded, has experts already and more are asked for, or a size is wrong.
+        ValueError: the base cannot be loaded, or the configuration is wrong or does not fit it.
     """
     config.validate()
     torch.manual_seed(seed)
@@ -38,47 +44,53 @@ def build_model(
     if base is None:
         tokenizer = _new_tokenizer(config, cards)
         model = _new_model(config, tokenizer)
+        if config.teacher_embeddings and config.tokenizer is not None:
+            _embeddings_from_teacher(
+                model, load_model(config.tokenizer, "cpu"), tokenizer, load_tokenizer(config.tokenizer)
+            )
         if config.num_experts:
             model = GPT2MoEForCausalLM.from_dense(model, **config.moe_fields)
     else:
         if config.tokenizer is not None:
-            raise ValueError("model.tokenizer is for a new model: a base has its own, set one of the two to null")
+            raise ValueError("model.tokenizer is for a new model: a base has its own. Set one of the two to null")
         if config.num_experts and load_config(base).model_type == "gpt2":
-            model = GPT2MoEForCausalLM.from_dense(base, **config.moe_fields)  # never two copies in memory
+            model = GPT2MoEForCausalLM.from_dense(base, **config.moe_fields)  # avoids two copies in memory
         else:
             model = load_model(base, "cpu")
         tokenizer = load_tokenizer(base, model.config.vocab_size)
         if config.trim_vocabulary:
-            tokenizer, kept_ids = trim_tokenizer(tokenizer, texts_of_cards(cards))
+            tokenizer, kept_ids = trim_tokenizer(tokenizer, texts_of_cards(cards), config.keep_words)
             trim_vocabulary(model, kept_ids)
     if config.dropout is not None:
         _set_dropout(model, config.dropout)
     model.loss_type = "ForCausalLM"
-    _tell_conditions(model, cards)
+    _record_conditions(model, cards)
     return model, tokenizer
 
 
-def _tell_conditions(model: PreTrainedModel, cards: Sequence[Card]) -> None:
-    """Adds to the configuration what the model can be asked for, once it has learned these cards, of what only some
-    sources tell."""
-    before, now = read_conditions(model.config.to_dict()), told_conditions(cards)
+def _record_conditions(model: PreTrainedModel, cards: Sequence[Card]) -> None:
+    """Adds to the configuration the attributes of these cards that only some sources have: the model learns to be
+    conditioned on them."""
+    before, now = read_conditions(model.config.to_dict()), collect_conditions(cards)
     if now:
         names = {**before, **now}
         setattr(model.config, CONDITIONS, {name: sorted({*before.get(name, ()), *now.get(name, ())}) for name in names})
 
 
 def tokenizer_texts(cards: Sequence[Card]) -> list[str]:
-    """What a new tokenizer is trained on: every prompt as it is written, and every name as it is learned."""
+    """The texts that a new tokenizer is trained on: all prompts, and all names with a space before them."""
     prompts = [Attributes.of(card).prompt() for card in cards]
     return [*prompts, *(" " + card.name for card in cards)]
 
 
 def _new_tokenizer(config: ModelConfig, cards: Sequence[Card]) -> PreTrainedTokenizerBase:
-    """One trained on the cards, or another model's, reduced to what the cards need if that is asked for."""
+    """A tokenizer trained on the cards, or ``config.tokenizer``, trimmed to the cards' vocabulary if configured."""
     if config.tokenizer is None:
         return train_tokenizer(tokenizer_texts(cards), config.vocab_size, prompt_words(cards))
     tokenizer = load_tokenizer(config.tokenizer)
-    return trim_tokenizer(tokenizer, texts_of_cards(cards))[0] if config.trim_vocabulary else tokenizer
+    if not config.trim_vocabulary:
+        return tokenizer
+    return trim_tokenizer(tokenizer, texts_of_cards(cards), config.keep_words)[0]
 
 
 def _new_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> GPT2LMHeadModel:
@@ -97,8 +109,39 @@ def _new_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> GPT2L
     return GPT2LMHeadModel(gpt2)
 
 
+def _embeddings_from_teacher(
+    model: GPT2LMHeadModel,
+    teacher: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    teacher_tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    """Initializes the token embeddings with the first principal components of the teacher's, rescaled.
+
+    They keep as much of the inner products between tokens as the new width can hold.
+    """
+    ids = teacher_tokenizer.get_vocab()
+
+    tokens = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    with torch.no_grad():
+        weight_VD = _embeddings(teacher).float()[[ids[token] for token, _ in tokens]]
+        new_VW = _embeddings(model)
+        u_VR, s_R, _ = torch.linalg.svd(weight_VD - weight_VD.mean(0), full_matrices=False)
+        rank = min(new_VW.shape[1], s_R.numel())
+        components_VR = u_VR[:, :rank] * s_R[:rank]
+        new_VW[: len(tokens), :rank] = components_VR * (
+            new_VW.std() * math.sqrt(new_VW.shape[1] / rank) / components_VR.std()
+        )
+        new_VW[: len(tokens), rank:] = 0
+
+
+def _embeddings(model: PreTrainedModel) -> torch.Tensor:
+    weight = model.get_input_embeddings().weight
+    assert isinstance(weight, torch.Tensor)
+    return weight
+
+
 def _set_dropout(model: PreTrainedModel, probability: float) -> None:
-    """One probability for every dropout, in the modules and in the configuration that is saved."""
+    """Sets all dropout probabilities, in the modules and in the configuration that is saved."""
     model.config.resid_pdrop = model.config.embd_pdrop = model.config.attn_pdrop = probability
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):

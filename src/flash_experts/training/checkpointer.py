@@ -1,14 +1,9 @@
-"""A run's own checkpoints: when to write, what to resume, what has changed since.
-
-Writing takes the time of hashing and of the disk. So that training does not stand still for it, the main process
-copies what is to be saved into its own memory and a thread writes the copy; the next save waits for the former. What
-a run says and does stays as if everything were written at once: an error comes up at the next step, and the end of
-the run waits for all of it.
-"""
+"""Saving and resuming a run: asynchronous checkpoints, which a thread writes from a copy while training continues."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -18,34 +13,31 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flash_experts.files import flush_file
+from flash_experts.models.saving import CheckpointError, export_model
 from flash_experts.training import checkpoint as checkpoints
-from flash_experts.training.background import Background, CpuCopy, gather_each
-from flash_experts.training.checkpoint import CheckpointError
-from flash_experts.training.stateful import Stateful, TrainerState, join_state, split_state
+from flash_experts.training.run_state import TrainerState, checkpoint_path
+from flash_experts.training.sharding import gather_full
+from flash_experts.training.stateful import Stateful, join_state, split_state
 from flash_experts.training.tracking import METRICS_FILE
 from flash_experts.training.training_config import TrainingConfig
 
-# What may differ when a run is resumed:
-# - refused: another tokenizer, other names to validate on, another model configuration (but for `run_info.MAY_CHANGE`),
-#   another kind of optimizer, ema_decay set or unset;
-# - with a warning: the four settings below, the training names, the number of processes, the device, `parallel`;
-# - without: every other setting, such as limits, learning rates, how often something is done, and the tracker.
-_FIELDS_OF_THE_ORDER = ("seed", "tokens_per_batch", "attribute_dropout", "stages")
+# A resumed run may differ from the checkpoint:
+# - refused: tokenizer, validation names, model configuration (except `run_folder.MAY_CHANGE`), kind of optimizer,
+#   ema_decay set or unset;
+# - accepted with a warning: the four settings below, training names, number of processes, device, `parallel`;
+# - accepted: every other setting, such as limits, learning rates, logging and the tracker.
+_DATA_ORDER_FIELDS = ("seed", "tokens_per_batch", "attribute_dropout", "stages")
 
 
 class Checkpointer:
-    """Saves and restores one run: the weights, a `TrainerState`, and every object that is registered.
+    """Saves and restores a run: the weights, a `TrainerState`, and every registered object.
 
     Args:
-        run_dir: the run's folder.
-        model: the plain model (no DDP or compiled wrapper); its parts may be spread over processes.
-        tokenizer: saved with it.
-        keep: newest checkpoints that are kept, besides that of the best validation.
-        info: the run's ``config``, ``data``, ``processes``, ``device`` and ``identity`` (kept in each checkpoint and
-            compared on resuming).
-        say: tells the person who watches.
+        model: plain model (no DDP or compiled wrapper), which may be sharded.
+        keep: number of newest checkpoints to keep, besides the best one.
+        info: ``config``, ``data``, ``processes``, ``device`` and ``identity`` of the run, compared on resuming.
         is_main: whether this process writes; all processes read.
-        background: write on a thread, which takes memory for a copy of what is saved.
+        background: whether a thread writes, which takes memory for a copy of what is saved.
     """
 
     def __init__(
@@ -55,13 +47,13 @@ class Checkpointer:
         tokenizer: PreTrainedTokenizerBase,
         keep: int,
         info: Mapping[str, Any],
-        say: Callable[[str], None],
+        notify: Callable[[str], None],
         is_main: bool,
         background: bool,
     ):
         self.run_dir, self.model, self.tokenizer = run_dir, model, tokenizer
-        self._keep, self._say, self._is_main = keep, say, is_main
-        self._about = {name: info[name] for name in ("config", "data", "processes", "device", "identity")}
+        self._keep, self._notify, self._is_main = keep, notify, is_main
+        self._metadata = {name: info[name] for name in ("config", "data", "processes", "device", "identity")}
         self._registered: dict[str, Stateful] = {}
         self._saved: Path | None = None
         self._background = Background() if background else None
@@ -74,23 +66,23 @@ class Checkpointer:
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         info: Mapping[str, Any],
-        say: Callable[[str], None],
+        notify: Callable[[str], None],
         is_main: bool,
     ) -> Checkpointer:
-        """That of a run."""
+        """The checkpointer of a run."""
         keep, background = config.keep_checkpoints, config.save_in_background
-        return cls(config.run_dir, model, tokenizer, keep, info, say, is_main, background)
+        return cls(config.run_dir, model, tokenizer, keep, info, notify, is_main, background)
 
     def register(self, name: str, stateful: Stateful) -> None:
-        """Makes an object's state part of every checkpoint, under a name that stays the same."""
+        """Adds an object's state to every checkpoint, under a name that must stay the same."""
         assert name not in self._registered and "/" not in name, name
         self._registered[name] = stateful
 
     # ------------------------------------------------------------------------------------------------------ writing
 
     def save(self, state: TrainerState) -> Path:
-        """Writes the checkpoint of this step, if there is none yet, and removes old ones. All processes call it."""
-        path = checkpoints.checkpoint_path(self.run_dir, state.step)
+        """Writes the checkpoint of this step, unless it exists, and removes old ones. All processes call it."""
+        path = checkpoint_path(self.run_dir, state.step)
         if self._saved == path:
             return path
         self._saved = path
@@ -99,68 +91,59 @@ class Checkpointer:
         for name, stateful in self._registered.items():
             own, values[name] = split_state(name, stateful.state_dict())
             tensors |= own
-        about = {"state": asdict(state), **self._about, "registered": values}
+        metadata = {"state": asdict(state), **self._metadata, "registered": values}
         weights = self._copy("weights", self._weights())
         tensors = self._copy("tensors", tensors)
-        self._do(partial(self._write, path, weights, tensors, about, state.best_step))
+        self._submit(partial(self._write, path, weights, tensors, metadata, state.best_step))
         return path
 
     def export(self) -> None:
-        """Puts the model as it is now into the run's folder, where `load_model` finds it. All processes call it."""
+        """Writes the current model to the run's folder, where `load_model` finds it. All processes call it."""
         weights = self._copy("export", self._weights())
-        self._do(partial(checkpoints.export_model, self.run_dir, self.model, self.tokenizer, weights))
+        self._submit(partial(export_model, self.run_dir, self.model, self.tokenizer, weights))
 
     @property
     def is_writing(self) -> bool:
-        """Whether something asked for is not on the disk yet."""
+        """Whether a write is not finished yet."""
         return self._background is not None and self._background.busy
 
     def check(self) -> None:
-        """Raises the error of a write that has ended in the meantime.
-
-        Raises:
-            CheckpointError: it could not be written.
-        """
+        """Raises the `CheckpointError` of a write that has failed; never waits."""
         if self._background is not None:
             self._background.check()
 
     def wait(self) -> None:
-        """Waits until everything is written.
-
-        Raises:
-            CheckpointError: something could not be.
-        """
+        """Waits until everything is written, and raises the first `CheckpointError`."""
         if self._background is not None:
             self._background.wait()
 
     def close(self) -> None:
-        """Waits at the end of a run that may have failed already: a write that fails too is said, not raised."""
+        """Waits at the end of a run that may have failed already: the error of a write is shown, not raised."""
         try:
             self.wait()
         except CheckpointError as error:
-            self._say(str(error))
+            self._notify(str(error))
 
     def last_good(self) -> Path | None:
         """The newest checkpoint that verifies, after waiting for the one being written."""
         self.close()
-        return checkpoints.latest_checkpoint(self.run_dir, self._say)
+        return checkpoints.latest_checkpoint(self.run_dir, self._notify)
 
     def _copy(self, use: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The whole tensors, gathered from all processes: what the main one's thread may read while training goes on,
-        the tensors themselves where no thread will, and nothing on the other processes."""
-        whole: dict[str, torch.Tensor] = {}
+        """The full tensors on the main process, {} on the others. Copies, if a thread is to read them."""
+        full: dict[str, torch.Tensor] = {}
         if self._is_main and self._background is not None:
             self.wait()
             return self._copies[use].take(tensors)
         for name, first, tensor in gather_each(tensors):
             if self._is_main:
-                whole[name] = whole[first] if tensor is None else tensor.contiguous()
-        return whole
+                full[name] = full[first] if tensor is None else tensor.contiguous()
+        return full
 
     def _weights(self) -> dict[str, torch.Tensor]:
-        return self.model.state_dict(keep_vars=True)  # the parameters themselves: tied ones are told by being the same
+        return self.model.state_dict(keep_vars=True)  # the parameters themselves: tied ones are the same object
 
-    def _do(self, work: Callable[[], None]) -> None:
+    def _submit(self, work: Callable[[], None]) -> None:
         if not self._is_main:
             return
         if self._background is None:
@@ -173,108 +156,183 @@ class Checkpointer:
         path: Path,
         weights: Mapping[str, torch.Tensor],
         tensors: Mapping[str, torch.Tensor],
-        about: Mapping[str, Any],
+        metadata: Mapping[str, Any],
         best_step: int,
     ) -> None:
         metrics = self.run_dir / METRICS_FILE
-        if metrics.exists():  # a run that goes on from here relies on the lines up to here
+        if metrics.exists():  # a run that resumes here needs the lines up to here
             flush_file(metrics)
-        checkpoints.save_checkpoint(path, self.model, self.tokenizer, weights, tensors, about)
-        checkpoints.prune_checkpoints(self.run_dir, self._keep, best_step, self._say)
+        checkpoints.save_checkpoint(path, self.model, self.tokenizer, weights, tensors, metadata)
+        checkpoints.prune_checkpoints(self.run_dir, self._keep, best_step, self._notify)
 
     # ------------------------------------------------------------------------------------------------------ reading
 
     def restore(self, resume: str | Path | None, overwrite: bool = False) -> TrainerState:
-        """Fills the model and what is registered from a checkpoint; see `Trainer.train` for the arguments.
+        """Restores the model and all registered objects from a checkpoint; arguments as in `Trainer.train`.
 
         Raises:
             ValueError: ``resume`` is None, and there are checkpoints that a new run would overwrite.
-            CheckpointError: the checkpoint is missing, damaged, or of another model.
+            CheckpointError: the checkpoint is missing or damaged, or belongs to another model.
         """
         if self._is_main:
             checkpoints.remove_leftovers(self.run_dir)
         steps = checkpoints.checkpoint_steps(self.run_dir)
         if resume is None and steps and not overwrite:
             raise ValueError(
-                f"{self.run_dir} has checkpoints up to step {steps[-1]:,}: go on with --resume auto, or choose another "
-                "run_name (--overwrite starts over)"
+                f"{self.run_dir} has checkpoints up to step {steps[-1]:,}: continue with --resume auto, or choose "
+                "another run_name (--overwrite starts over)"
             )
         if resume is None or (resume == "auto" and not steps):
             return TrainerState()
         folder = self._find(resume)
-        state, about = checkpoints.read_state(folder)
-        self._check_identity(folder, about.get("identity"))
+        state, metadata = checkpoints.read_state(folder)
+        self._check_identity(folder, metadata.get("identity"))
         checkpoints.load_weights(folder, self.model)
-        self._load_registered(folder, about["registered"])
-        if folder.resolve() == checkpoints.checkpoint_path(self.run_dir, state.step).resolve():
-            self._saved = checkpoints.checkpoint_path(self.run_dir, state.step)
+        self._load_registered(folder, metadata["registered"])
+        if folder.resolve() == checkpoint_path(self.run_dir, state.step).resolve():
+            self._saved = checkpoint_path(self.run_dir, state.step)
         elif steps:
             raise ValueError(
-                f"{self.run_dir} has checkpoints of its own, which going on from {folder} would replace: choose "
-                "another run_name"
+                f"{self.run_dir} has checkpoints of its own, which resuming {folder} would replace: choose another "
+                "run_name"
             )
-        self._say(f"resuming {folder} after step {state.step:,}")
-        self._compare(about)
+        self._notify(f"resuming {folder} after step {state.step:,}")
+        self._compare(metadata)
         return state
 
     def drop_later(self, step: int) -> None:
-        """Removes checkpoints after ``step``, damaged or of a course that is left: the run writes them
-        again."""
+        """Removes checkpoints after ``step``, which the run writes again."""
         if self._is_main:
             checkpoints.drop_later(self.run_dir, step)
 
     def _check_identity(self, folder: Path, then: Any) -> None:
-        """Refuses the checkpoint of another tokenizer, model configuration or set of validation names."""
+        """Refuses a checkpoint with another tokenizer, model configuration or set of validation names."""
         if not isinstance(then, dict):
-            self._say(f"{folder} is of an older version: its tokenizer, model and validation names are not compared")
+            self._notify(f"{folder} is of an older version: its tokenizer, model and validation names are not compared")
             return
-        now = self._about["identity"]
+        now = self._metadata["identity"]
         changed = []
         if then.get("tokenizer") != now["tokenizer"]:
-            changed.append("its tokenizer is another one")
+            changed.append("its tokenizer differs")
         if then.get("validation_names") != now["validation_names"]:
-            changed.append("it was validated on other names")
+            changed.append("its validation names differ")
         config: Any = then.get("model_config")
         for name, value in now["model_config"].items() if isinstance(config, dict) else ():
             if name in config and config[name] != value:
                 changed.append(f"its {name} is {config[name]}, not {value}")
         if changed:
-            raise checkpoints.not_this_run(folder, ", ".join(changed))
+            raise checkpoints.mismatch_error(folder, ", ".join(changed))
 
     def _load_registered(self, folder: Path, values: Mapping[str, Any]) -> None:
         if values.keys() != self._registered.keys():
             there, here = ", ".join(sorted(values)), ", ".join(sorted(self._registered))
-            raise checkpoints.not_this_run(folder, f"it has the state of {there}, but this run has {here}")
+            raise checkpoints.mismatch_error(folder, f"it has the state of {there}, but this run has {here}")
         tensors = checkpoints.load_tensors(folder)
         for name, stateful in self._registered.items():
             try:
                 stateful.load_state_dict(join_state(name, tensors, values[name]))
             except (ValueError, KeyError, RuntimeError, AttributeError, TypeError) as error:
-                raise checkpoints.not_this_run(folder, f"{name}: {error}") from error
+                raise checkpoints.mismatch_error(folder, f"{name}: {error}") from error
 
     def _find(self, resume: str | Path) -> Path:
         if resume != "auto":
             checkpoints.verify_checkpoint(Path(resume))
             return Path(resume)
-        folder = checkpoints.latest_checkpoint(self.run_dir, self._say)
+        folder = checkpoints.latest_checkpoint(self.run_dir, self._notify)
         if folder is None:
             raise CheckpointError(
-                f"none of the checkpoints in {self.run_dir} is whole: remove its folder checkpoints to start anew"
+                f"none of the checkpoints in {self.run_dir} is valid: remove its folder checkpoints to start over"
             )
         return folder
 
-    def _compare(self, about: Mapping[str, Any]) -> None:
-        """Says what differs from the run that wrote the checkpoint, where it changes what is learned when."""
-        then, now = about["config"], self._about["config"]
-        changed = [name for name in _FIELDS_OF_THE_ORDER if then.get(name) != now[name]]
-        if about["data"].get("train_sha256") != self._about["data"]["train_sha256"]:
+    def _compare(self, metadata: Mapping[str, Any]) -> None:
+        """Warns of differences from the checkpoint's run that change the order of data or the rounding."""
+        then, now = metadata["config"], self._metadata["config"]
+        changed = [name for name in _DATA_ORDER_FIELDS if then.get(name) != now[name]]
+        if metadata["data"].get("train_sha256") != self._metadata["data"]["train_sha256"]:
             changed.append("the training names")
         if changed:
-            self._say(f"not as in the checkpoint: {', '.join(changed)}. Names come in another order from here on")
+            self._notify(f"not as in the checkpoint: {', '.join(changed)}. The order of names differs from here on")
         for name in ("processes", "device", "parallel"):
-            before, here = (found.get(name, found["config"].get(name)) for found in (about, self._about))
+            before, here = (found.get(name, found["config"].get(name)) for found in (metadata, self._metadata))
             if before != here:
-                self._say(
-                    f"not as in the checkpoint: {name} {here}, formerly {before}. Dropout and rounding differ, so what "
-                    "follows is as good, but not equal to the bit"
+                self._notify(
+                    f"not as in the checkpoint: {name} {here}, formerly {before}. Dropout and rounding differ, so the "
+                    "results are equivalent, but not equal to the bit"
                 )
+
+
+# --------------------------------------------------------------------------------------- copies and the writing thread
+
+
+class CpuCopy:
+    """Copies tensors to CPU buffers that are kept between saves: page faults of fresh memory cost more than the copy.
+
+    For tensors on CUDA the buffers are pinned, for asynchronous copies.
+    """
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, torch.Tensor] = {}
+
+    @torch.no_grad()
+    def take(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Copies of the full tensors, one for tied weights. They overwrite those of the last call."""
+        copies: dict[str, torch.Tensor] = {}
+        for name, first, tensor in gather_each(tensors):
+            if tensor is not None:
+                self._buffer(name, tensor).copy_(tensor, non_blocking=True)
+            copies[name] = self._buffers[first]
+        if any(tensor.is_cuda for tensor in tensors.values()):
+            torch.cuda.synchronize()  # the next step overwrites what the device still copies
+        return copies
+
+    def _buffer(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        buffer = self._buffers.get(name)
+        if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
+            buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+            self._buffers[name] = buffer
+        return buffer
+
+
+def gather_each(tensors: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, str, torch.Tensor | None]]:
+    """Yields each name, the first name of the same tensor (tied weights), and the full tensor if this is the first.
+
+    Sharded tensors are gathered one at a time; every process must iterate over all of them.
+    """
+    first_names: dict[int, str] = {}
+    for name, tensor in tensors.items():
+        first = first_names.setdefault(id(tensor), name)
+        yield name, first, gather_full(tensor) if first == name else None
+
+
+class Background:
+    """A thread that runs queued work in order. The interpreter waits for it when it exits."""
+
+    def __init__(self) -> None:
+        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._pending: list[Future[None]] = []
+
+    def submit(self, work: Callable[[], None]) -> None:
+        """Queues work."""
+        self._pending.append(self._executor.submit(work))
+
+    @property
+    def busy(self) -> bool:
+        """Whether queued work is not done yet."""
+        return any(not future.done() for future in self._pending)
+
+    def check(self) -> None:
+        """Raises the error of finished work; never waits."""
+        while self._pending and self._pending[0].done():
+            self._pending.pop(0).result()
+
+    def wait(self) -> None:
+        """Waits until all is done.
+
+        Raises:
+            Exception: the first error of the work, all of which is done nevertheless.
+        """
+        pending, self._pending = self._pending, []
+        errors = [error for error in [future.exception() for future in pending] if error is not None]
+        if errors:
+            raise errors[0]

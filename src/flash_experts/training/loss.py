@@ -1,4 +1,6 @@
-"""The loss that a run minimizes: cross-entropy, and with a teacher its distribution, too (knowledge distillation)."""
+"""Training losses: cross-entropy with label smoothing, and knowledge distillation from a teacher model or from its
+cached top logits.
+"""
 
 from __future__ import annotations
 
@@ -11,28 +13,68 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTok
 
 from flash_experts.data.packing import PackedBatch
 from flash_experts.data.tokenizer import load_tokenizer
-from flash_experts.models.flash_attention import keeps_packed_apart
+from flash_experts.models.flash_attention import separates_packed_sequences
 from flash_experts.models.loading import load_model
+from flash_experts.models.top_logits import TopLogits, holds_top_logits
 from flash_experts.training.training_config import TrainingConfig
 
 Direction = Literal["forward", "reverse"]
+_NEVER = -20.0  # log-probability
+
+
+def make_loss(
+    config: TrainingConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, device: torch.device
+) -> CausalLoss:
+    """The loss of a run; loads its teacher.
+
+    Raises:
+        ValueError: the teacher cannot be loaded, does not take packed sequences, or has another vocabulary.
+    """
+    if config.teacher is None:
+        return CausalLoss(config.label_smoothing)
+    if holds_top_logits(config.teacher):
+        if config.distill_temperature != 1:
+            raise ValueError("distill_temperature must be 1 with cached top logits: they have no others to flatten")
+        top_logits = TopLogits(config.teacher, tokenizer)
+        return TopLogitsLoss(config.label_smoothing, top_logits, config.distill_weight, config.distill_kl)
+    teacher = load_model(config.teacher, device)
+    if not separates_packed_sequences(teacher.config):
+        raise ValueError(f"teacher {config.teacher} is a {teacher.config.model_type}: it must be a GPT-2 or a Llama")
+    teacher_tokenizer = load_tokenizer(config.teacher, teacher.config.vocab_size)
+    is_same = _vocabulary(teacher_tokenizer) == _vocabulary(tokenizer)
+    if not is_same or teacher.config.vocab_size != model.config.vocab_size:
+        raise ValueError(
+            f"teacher {config.teacher} has another tokenizer than the model ({teacher.config.vocab_size:,} tokens and "
+            f"{model.config.vocab_size:,}): its probabilities are for other tokens. For a new model, set "
+            "model.tokenizer to the teacher's folder"
+        )
+    return DistillationLoss(
+        config.label_smoothing, teacher, config.distill_weight, config.distill_temperature, config.distill_kl
+    )
+
+
+def _vocabulary(tokenizer: PreTrainedTokenizerBase) -> object:
+    """Everything that decides how a text becomes ids."""
+    special_ids = tokenizer.bos_token_id, tokenizer.eos_token_id
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        return type(tokenizer), tokenizer.get_vocab(), special_ids
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    return [state[name] for name in ("normalizer", "pre_tokenizer", "model")], special_ids
 
 
 class CausalLoss:
-    """Cross-entropy with label smoothing, in the place of transformers' ``ForCausalLMLoss``.
+    """Cross-entropy with label smoothing s (0 to under 1); replaces transformers' ``ForCausalLMLoss`` in training.
 
-    ``(1 - s) * nats + s * mean over the vocabulary of -log p`` (Szegedy et al. 2016, section 7). The sum over the
-    labels is divided by ``num_items_in_batch``, as without smoothing. Validation and scoring do not call it.
-
-    Args:
-        smoothing: s, from 0 to under 1.
+    ``(1 - s) * nats + s * mean over the vocabulary of -log p`` (Szegedy et al. 2016, section 7).
     """
+
+    top_logits: TopLogits | None = None  # a teacher's, for names with an `EncodedName.top_row`
 
     def __init__(self, smoothing: float):
         self.smoothing = smoothing
 
-    def prepare(self, row: PackedBatch) -> None:
-        """Called before the forward of a row, on the model's device."""
+    def prepare(self, batch: PackedBatch) -> None:
+        """Called before the forward of each packed batch, which is on the model's device."""
 
     def __call__(
         self,
@@ -44,15 +86,14 @@ class CausalLoss:
         shift_labels: torch.Tensor | None = None,
         **_: Any,
     ) -> torch.Tensor:
-        """Loss of (..., S, vocabulary) logits, a 0-dimensional float32; arguments as transformers' losses have them.
+        """The loss, a 0-dimensional float32 tensor. Arguments as in transformers' losses.
 
         Args:
-            logits: of any floating type; the loss is computed in float32.
+            logits: (..., S, vocab_size), any floating type.
             labels: (..., S) int64, shifted here unless ``shift_labels`` is given.
-            vocab_size: size of the last dimension.
-            num_items_in_batch: what the sum is divided by; None for the number of labels.
-            ignore_index: positions without a label.
-            shift_labels: the label of each position.
+            num_items_in_batch: divisor of the sum; None for the number of labels.
+            ignore_index: label of positions without one.
+            shift_labels: (..., S), labels that are shifted already.
         """
         if shift_labels is None:
             shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
@@ -68,21 +109,16 @@ class CausalLoss:
 
 
 class DistillationLoss(CausalLoss):
-    """``(1 - w) * cross-entropy + w * t^2 * KL`` between the distributions of teacher and student at temperature t.
+    """Knowledge distillation: ``(1 - w) * cross-entropy + w * t^2 * KL`` of teacher and student at temperature t.
 
     Hinton et al. 2015, Distilling the Knowledge in a Neural Network; with the reverse KL, Gu et al. 2024, MiniLLM. The
-    factor t^2 keeps the size of the gradients.
-
-    The teacher runs next to the student, on the same packed rows. Nothing of it is stored: an epoch draws other
-    prompts for the names, so a cache of its logits would be read once, and a resumed run finds the same logits.
+    factor t^2 keeps the scale of the gradients. The teacher runs on the same packed batches as the student.
 
     Args:
-        smoothing: label smoothing of the cross-entropy.
-        teacher: in eval mode, on the model's device, of the student's vocabulary.
+        teacher: model in eval mode, on the student's device and with its vocabulary.
         weight: w, from 0 to 1.
         temperature: t, more than 0.
-        kl: forward is KL(teacher || student), which covers all that the teacher would write; reverse is
-            KL(student || teacher), which keeps to what it finds likely.
+        kl: forward is KL(teacher || student), which is mode-covering; reverse is KL(student || teacher), mode-seeking.
     """
 
     def __init__(
@@ -93,9 +129,9 @@ class DistillationLoss(CausalLoss):
         self.weight, self.temperature, self.kl = weight, temperature, kl
         self._teacher_logits_LV: torch.Tensor | None = None
 
-    def prepare(self, row: PackedBatch) -> None:
+    def prepare(self, batch: PackedBatch) -> None:
         with torch.no_grad():
-            self._teacher_logits_LV = self.teacher(**row.inputs).logits[0]
+            self._teacher_logits_LV = self.teacher(**batch.inputs).logits[0]
 
     def __call__(
         self,
@@ -115,47 +151,67 @@ class DistillationLoss(CausalLoss):
         return (1 - self.weight) * hard + self.weight * self.temperature**2 * divergence_L.sum() / items
 
 
+class TopLogitsLoss(CausalLoss):
+    """`DistillationLoss` from top-K logits that were cached while the teacher generated the names.
+
+    The divergence is over K + 1 outcomes: the teacher's K most likely tokens, and the rest of the vocabulary as one.
+    Labels without cached logits have the cross-entropy alone.
+    """
+
+    def __init__(self, smoothing: float, top_logits: TopLogits, weight: float, kl: Direction) -> None:
+        super().__init__(smoothing)
+        self.top_logits, self.weight, self.kl = top_logits, weight, kl
+        self._rows_L: torch.Tensor | None = None
+
+    def prepare(self, batch: PackedBatch) -> None:
+        self._rows_L = batch.top_rows
+
+    def __call__(
+        self,
+        logits: torch.Tensor,
+        labels: torch.Tensor,
+        vocab_size: int,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        ignore_index: int = -100,
+        shift_labels: torch.Tensor | None = None,
+        **_: Any,
+    ) -> torch.Tensor:
+        rows_L, self._rows_L = self._rows_L, None
+        assert rows_L is not None and shift_labels is not None, "prepare comes before each forward"
+        assert self.top_logits is not None
+        log_probs_LV = logits.reshape(-1, vocab_size).float().log_softmax(-1)
+        nats_L = -log_probs_LV.gather(1, shift_labels.reshape(-1, 1))[:, 0]
+        if self.smoothing:
+            nats_L = (1 - self.smoothing) * nats_L - self.smoothing * log_probs_LV.mean(-1)
+        at = (rows_L >= 0).nonzero()[:, 0]
+        rows = rows_L[at].to(self.top_logits.ids.device)
+        ids_LK, teacher_LK = (each[rows].to(logits.device) for each in (self.top_logits.ids, self.top_logits.log_probs))
+        student_LK = log_probs_LV[at].gather(1, ids_LK.clamp(min=0).long())
+        # Tokens that the student lacks belong to the rest: nearly impossible on both sides, they add nothing.
+        student_LK, teacher_LK = (each.float().masked_fill(ids_LK < 0, _NEVER) for each in (student_LK, teacher_LK))
+        divergence_L = top_divergence(student_LK, teacher_LK, self.kl)
+        total = nats_L.sum() - self.weight * nats_L[at].sum() + self.weight * divergence_L.sum()
+        return total / (nats_L.numel() if num_items_in_batch is None else num_items_in_batch)
+
+
+def top_divergence(student_LK: torch.Tensor, teacher_LK: torch.Tensor, kl: Direction) -> torch.Tensor:
+    """KL divergence in nats, (L,), over K tokens and the rest of the vocabulary."""
+    student, teacher = (torch.cat([each, _log_rest(each)], dim=-1) for each in (student_LK, teacher_LK))
+    first, second = (teacher, student) if kl == "forward" else (student, teacher)
+    return (first.exp() * (first - second)).sum(-1)
+
+
+def _log_rest(log_probs_LK: torch.Tensor) -> torch.Tensor:
+    """Log-probability of the rest of the vocabulary, (L, 1); at least -10, for float16 rounds the sum of the K."""
+    return (1 - log_probs_LK.exp().sum(-1, keepdim=True)).clamp(min=4.5e-5).log()
+
+
 def kl_divergence(
     student_LV: torch.Tensor, teacher_LV: torch.Tensor, temperature: float, kl: Direction
 ) -> torch.Tensor:
-    """(L,) divergence in nats of two rows of logits, both divided by the temperature; at least float32."""
+    """KL divergence in nats, (L,), of logits that are divided by the temperature; computed in at least float32."""
     dtype = torch.promote_types(student_LV.dtype, torch.float32)
     student_LV = (student_LV.to(dtype) / temperature).log_softmax(-1)
     teacher_LV = (teacher_LV.to(dtype) / temperature).log_softmax(-1)
     first, second = (teacher_LV, student_LV) if kl == "forward" else (student_LV, teacher_LV)
     return (first.exp() * (first - second)).sum(-1)
-
-
-def make_loss(
-    config: TrainingConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, device: torch.device
-) -> CausalLoss:
-    """The loss of a run; its teacher is loaded.
-
-    Raises:
-        ValueError: the teacher cannot be loaded, reads no packed rows, or has another vocabulary than the model.
-    """
-    if config.teacher is None:
-        return CausalLoss(config.label_smoothing)
-    teacher = load_model(config.teacher, device)
-    if not keeps_packed_apart(teacher.config):
-        raise ValueError(f"teacher {config.teacher} is a {teacher.config.model_type}: it must be a GPT-2 or a Llama")
-    its_tokenizer = load_tokenizer(config.teacher, teacher.config.vocab_size)
-    is_same = _vocabulary(its_tokenizer) == _vocabulary(tokenizer)
-    if not is_same or teacher.config.vocab_size != model.config.vocab_size:
-        raise ValueError(
-            f"teacher {config.teacher} has another tokenizer than the model ({teacher.config.vocab_size:,} tokens and "
-            f"{model.config.vocab_size:,}): its probabilities are of other tokens. For a new model, give "
-            "model.tokenizer the teacher's folder"
-        )
-    return DistillationLoss(
-        config.label_smoothing, teacher, config.distill_weight, config.distill_temperature, config.distill_kl
-    )
-
-
-def _vocabulary(tokenizer: PreTrainedTokenizerBase) -> object:
-    """All that decides how a text becomes ids."""
-    symbols = tokenizer.bos_token_id, tokenizer.eos_token_id
-    if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        return type(tokenizer), tokenizer.get_vocab(), symbols
-    state = json.loads(tokenizer.backend_tokenizer.to_str())
-    return [state[name] for name in ("normalizer", "pre_tokenizer", "model")], symbols

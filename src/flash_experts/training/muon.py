@@ -1,9 +1,9 @@
-"""Muon (Keller Jordan 2024, https://kellerjordan.github.io/posts/muon/): each update of a matrix is made orthogonal.
+"""The Muon optimizer (Keller Jordan 2024, https://kellerjordan.github.io/posts/muon/): orthogonalized momentum.
 
-torch.optim.Muon takes single matrices alone. The weights of experts are stacked, (E, D, F), and GPT-2's c_attn is three
-matrices side by side, (D, 3 D): here both are batches of matrices, each made orthogonal by itself.
+Unlike torch.optim.Muon it takes stacked matrices: experts' weights, (E, D, F), and GPT-2's c_attn, (D, 3 D), which is
+query, key and value side by side. Each matrix is orthogonalized by itself.
 
-Letters in the shapes: N matrices of a batch, R rows, C columns.
+Shape suffixes: N matrices of a batch, R rows, C columns.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
-from flash_experts.training.sharding import gather_whole, holds_whole_matrices, local_part, part_like
+from flash_experts.training.sharding import gather_full, holds_whole_matrices, local_shard, shard_like
 
-# Of the quintic polynomial a x + b x^3 + c x^5, chosen for a steep slope at 0. Singular values end between about 0.7
-# and 1.2, not at 1, which does no harm.
+# Coefficients of the quintic polynomial a x + b x^3 + c x^5, chosen for a steep slope at 0. Singular values end between
+# about 0.7 and 1.2 instead of at 1, which does no harm.
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
 
@@ -25,18 +25,13 @@ def orthogonalize(matrices_NRC: torch.Tensor, steps: int = 5, dtype: torch.dtype
     """Newton-Schulz iteration: singular vectors stay, singular values go to about 1.
 
     Args:
-        matrices_NRC: a batch of matrices, of any floating type.
-        steps: of the iteration.
-        dtype: what its products are computed in: the type of the matrices, or bfloat16, whose rounding the iteration
-            bears (it ends at singular values between 0.7 and 1.2 in any case).
-
-    Returns:
-        (N, R, C), of the same type.
+        matrices_NRC: floating type, as the result.
+        dtype: type of the matmuls: None for that of the matrices. The iteration tolerates the rounding of bfloat16.
     """
     first, third, fifth = _COEFFICIENTS
     x = matrices_NRC.to(dtype or matrices_NRC.dtype)
     is_tall = x.size(-2) > x.size(-1)
-    x = x.mT if is_tall else x  # the products below are of the shorter side
+    x = x.mT if is_tall else x  # Gram matrices of the shorter side
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)  # no singular value is over 1
     for _ in range(steps):
         gram = x @ x.mT
@@ -45,19 +40,14 @@ def orthogonalize(matrices_NRC: torch.Tensor, steps: int = 5, dtype: torch.dtype
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, made orthogonal, times the rate.
+    """``m = momentum m + g``, ``u = orthogonalize(g + momentum m)`` (Nesterov), ``w = (1 - lr decay) w - lr s u``.
 
-    ``m = momentum m + g``, ``u = orthogonalize(g + momentum m)`` (Nesterov), ``w = (1 - rate decay) w - rate s u`` with
-    ``s = 0.2 sqrt(max(R, C))``. With this s an update is as large as one of AdamW, so that AdamW's rate and decay hold
-    for both (Liu et al. 2025, Muon is scalable for LLM training, section 2.2).
+    ``s = 0.2 sqrt(max(R, C))`` makes updates as large as AdamW's, so both use the same learning rate and weight decay
+    (Liu et al. 2025, Muon is scalable for LLM training, section 2.2).
 
     Args:
-        groups: parameter groups; a group's ``blocks`` says how many matrices lie side by side in each of its
-            parameters, which have two dimensions, or three where they are stacked.
-        lr: rate.
-        weight_decay: decoupled, as AdamW's.
-        momentum: of the gradients' running sum.
-        dtype: of the products that make updates orthogonal, see `orthogonalize`.
+        groups: parameter groups; ``blocks`` is the number of matrices side by side in a parameter of two dimensions.
+        dtype: type of the matmuls in `orthogonalize`.
     """
 
     def __init__(
@@ -89,21 +79,20 @@ class Muon(torch.optim.Optimizer):
                 total = state["momentum_buffer"].mul_(momentum).add_(parameter.grad)
                 update, longest = _direction(parameter.grad.add(total, alpha=momentum), blocks, self._dtype)
                 size = 0.2 * math.sqrt(longest)
-                local_part(parameter).mul_(1 - rate * group["weight_decay"]).add_(update, alpha=-rate * size)
+                local_shard(parameter).mul_(1 - rate * group["weight_decay"]).add_(update, alpha=-rate * size)
 
 
 def _direction(gradient: torch.Tensor, blocks: int, dtype: torch.dtype | None) -> tuple[torch.Tensor, int]:
-    """This process's part of the orthogonal update, and the longer side of its matrices. A matrix that is cut over
-    processes is gathered, since no part of it can be made orthogonal by itself."""
-    is_whole = holds_whole_matrices(gradient)
-    matrices = local_part(gradient) if is_whole else gather_whole(gradient)
+    """This process's shard of the orthogonal update, and the longer side of its matrices."""
+    is_whole = holds_whole_matrices(gradient)  # a shard of a matrix cannot be orthogonalized by itself
+    matrices = local_shard(gradient) if is_whole else gather_full(gradient)
     matrices_NRC = as_matrices(matrices, blocks)
     update = from_matrices(orthogonalize(matrices_NRC, dtype=dtype), matrices)
-    return update if is_whole else local_part(part_like(update, gradient)), max(matrices_NRC.shape[-2:])
+    return update if is_whole else local_shard(shard_like(update, gradient)), max(matrices_NRC.shape[-2:])
 
 
 def as_matrices(tensor: torch.Tensor, blocks: int) -> torch.Tensor:
-    """(R, blocks C) or (N, R, C) as a batch of matrices (N, R, C)."""
+    """Views (R, blocks C) or (N, R, C) as a batch of matrices (N, R, C)."""
     if tensor.ndim == 3:
         return tensor
     return tensor.unflatten(-1, (blocks, -1)).transpose(0, 1)

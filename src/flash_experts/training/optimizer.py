@@ -1,18 +1,12 @@
-"""AdamW as GPT-2 is trained, or Muon for the matrices and AdamW for the rest; each part of the model at its own rate.
-
-A parameter's rate is the schedule's times two factors:
-
-- ``lr_scale`` of its part: the routers, the (routed) experts, or everything else, called dense. 0 freezes a part: no
-  gradient is computed, no optimizer state is kept.
-- ``layer_decay`` to the power of its distance from the output: 0 for what follows the blocks, 1 for the last block, L
-  for the first, L + 1 for the embeddings (Bao et al. 2022, BEiT). The output layer of GPT-2 is its embedding table, and
-  counts as embeddings.
-"""
+"""Optimization: parameter groups for AdamW and Muon, learning-rate schedule, moving average (EMA) of the weights."""
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,25 +14,28 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from flash_experts.training.muon import Muon
-from flash_experts.training.precision import use_bfloat16
+from flash_experts.training.numerics import use_bfloat16
+from flash_experts.training.sharding import local_shard, shard_like
 from flash_experts.training.training_config import PARTS, LearningRateScale, TrainingConfig
 
 _BLOCK = re.compile(r"\bh\.(\d+)\.")
 _EMBEDDINGS = ("wte.weight", "wpe.weight")
 
+# ---------------------------------------------------------------------------------------------------- parameter groups
+
 
 def part_of(name: str) -> str:
-    """Which of `PARTS` a parameter belongs to, by its name. Shared experts see every token: they are dense."""
+    """The part of the model (`PARTS`) that a parameter belongs to. Shared experts get every token: they are dense."""
     if ".router." in name:
         return "router"
     return "experts" if ".experts." in name else "dense"
 
 
 def freeze_parts(model: nn.Module, scale: LearningRateScale) -> None:
-    """Takes the gradient from the parts whose scale is 0. They stay so in the model that was given.
+    """Freezes the parts whose scale is 0, in the model itself.
 
     Raises:
-        ValueError: a scale is of a part that the model has not, or nothing is left to train.
+        ValueError: the model lacks a part that has a scale, or nothing is left to train.
     """
     present = {part_of(name) for name, _ in model.named_parameters()}
     for part in PARTS:
@@ -55,11 +52,9 @@ def freeze_parts(model: nn.Module, scale: LearningRateScale) -> None:
 
 
 def make_optimizers(model: nn.Module, config: TrainingConfig) -> dict[str, torch.optim.Optimizer]:
-    """The optimizers of a run by the names of their states in a checkpoint: ``optimizer`` (AdamW), and ``muon``.
+    """The optimizers by their names in checkpoints: ``optimizer`` (fused AdamW), and ``muon``.
 
-    AdamW is fused (one kernel for all weights). Weight decay is on matrices, not on biases and norms; the experts'
-    biases are stacked, so they have two dimensions: they are told by their names. Each group has a ``scale``, see
-    `set_rates`.
+    Weight decay is on matrices, not on biases and norms. Each group has a ``scale``, see `set_rates`.
 
     Raises:
         ValueError: every parameter is frozen.
@@ -73,7 +68,7 @@ def make_optimizers(model: nn.Module, config: TrainingConfig) -> dict[str, torch
     for name, parameter in trained:
         decay = config.weight_decay if _is_matrix(name, parameter) else 0.0
         if is_muons[name]:
-            blocks = 3 if name.endswith("c_attn.weight") else 1  # query, key and value side by side
+            blocks = 3 if name.endswith("c_attn.weight") else 1  # query, key, value
             for_muon.add(parameter, scale=scales[name], weight_decay=decay, blocks=blocks)
         else:
             for_adamw.add(parameter, scale=scales[name], weight_decay=decay)
@@ -94,21 +89,6 @@ def make_optimizers(model: nn.Module, config: TrainingConfig) -> dict[str, torch
     return optimizers
 
 
-def set_rates(optimizers: Iterable[torch.optim.Optimizer], rate: float) -> None:
-    """Gives each group the rate of the step times its scale."""
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = rate * group["scale"]
-
-
-def part_rates(scale: LearningRateScale, rate: float) -> dict[str, float]:
-    """``lr/router`` and so on, for the log; empty where all parts have the rate of the schedule."""
-    scales = {part: getattr(scale, part) for part in PARTS}
-    if all(factor == 1 for factor in scales.values()):
-        return {}
-    return {f"lr/{part}": rate * factor for part, factor in scales.items()}
-
-
 class _Groups:
     """Parameter groups, one for each distinct set of settings."""
 
@@ -120,14 +100,26 @@ class _Groups:
         return list(self._groups.values())
 
     def add(self, parameter: nn.Parameter, **settings: float) -> None:
-        # One kernel moves a group, and cannot take weights that are spread over processes in different ways.
+        # One fused kernel updates a group, and all its weights must be sharded over the same mesh.
         mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
         group = self._groups.setdefault((mesh, *settings.items()), {"params": [], **settings})
         group["params"].append(parameter)
 
 
+def _is_matrix(name: str, parameter: nn.Parameter) -> bool:
+    return parameter.ndim >= 2 and not name.endswith("bias")  # experts' biases are stacked, so they have 2 dimensions
+
+
+def _is_hidden_matrix(name: str, parameter: nn.Parameter) -> bool:
+    """Whether Muon is for it. Routers and embeddings are tables of vectors, not maps between spaces."""
+    return _is_matrix(name, parameter) and part_of(name) != "router" and _BLOCK.search(name) is not None
+
+
+# ----------------------------------------------------------------------------------------- learning rates of the parts
+
+
 def _scales(model: nn.Module, config: TrainingConfig) -> dict[str, float]:
-    """The factors of each parameter's rate, multiplied."""
+    """Each parameter's factor of the learning rate: the scale of its part times the decay of its layer."""
     names = [name for name, _ in model.named_parameters()]
     blocks = {name: int(match[1]) for name in names if (match := _BLOCK.search(name))}
     num_blocks = 1 + max(blocks.values(), default=-1)
@@ -138,10 +130,151 @@ def _scales(model: nn.Module, config: TrainingConfig) -> dict[str, float]:
     return scales
 
 
-def _is_matrix(name: str, parameter: nn.Parameter) -> bool:
-    return parameter.ndim >= 2 and not name.endswith("bias")
+def set_rates(optimizers: Iterable[torch.optim.Optimizer], rate: float) -> None:
+    """Sets each group's learning rate: the rate of the step times the group's scale."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = rate * group["scale"]
 
 
-def _is_hidden_matrix(name: str, parameter: nn.Parameter) -> bool:
-    """What Muon is for. The rows of routers and embeddings are vectors beside each other, not a map between spaces."""
-    return _is_matrix(name, parameter) and part_of(name) != "router" and _BLOCK.search(name) is not None
+def part_rates(scale: LearningRateScale, rate: float) -> dict[str, float]:
+    """Metrics ``lr/router`` and so on; empty if all parts have the rate of the schedule."""
+    scales = {part: getattr(scale, part) for part in PARTS}
+    if all(factor == 1 for factor in scales.values()):
+        return {}
+    return {f"lr/{part}": rate * factor for part, factor in scales.items()}
+
+
+# ------------------------------------------------------------------------------------------------------------ schedule
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """Learning-rate warmup, then decay to ``min_ratio`` of the peak, by steps or by the clock.
+
+    Attributes:
+        kind: cosine, linear, constant or wsd (warmup-stable-decay).
+        warmup: steps (1 or more) or share of the run (under 1).
+        min_ratio: last rate over the peak.
+        planned_steps: steps of the whole run; None for no limit.
+        planned_seconds: seconds of the whole run; None for no limit.
+        decay_share: last share of the run, in which wsd decays.
+    """
+
+    kind: str
+    warmup: float
+    min_ratio: float
+    planned_steps: int | None
+    planned_seconds: float | None
+    decay_share: float = 0.2
+
+    @classmethod
+    def of(cls, config: TrainingConfig, planned_steps: int | None) -> Schedule:
+        """The schedule of a run; ``planned_steps`` is the number of steps of its epochs, None if they set no limit."""
+        steps = [limit for limit in (config.max_steps, planned_steps) if limit is not None]
+        return cls(
+            kind=config.schedule,
+            warmup=config.warmup_steps,
+            min_ratio=config.min_lr_ratio,
+            planned_steps=min(steps) if steps else None,
+            planned_seconds=None if config.max_minutes is None else config.max_minutes * 60,
+            decay_share=config.decay_share,
+        )
+
+    def progress(self, step: int, seconds: float, evaluation_seconds: float = 0.0) -> float:
+        """Share of the training that is done, 0 to 1, by the nearer limit.
+
+        Args:
+            step: optimizer steps done.
+            seconds: time since the run started, its first validation included.
+            evaluation_seconds: time of that validation; as much is reserved for the last one.
+        """
+        by_steps = 0.0 if self.planned_steps is None else step / self.planned_steps
+        by_clock = 0.0
+        if self.planned_seconds is not None:
+            by_clock = (seconds - evaluation_seconds) / max(1e-9, self.planned_seconds - 2 * evaluation_seconds)
+        return min(1.0, max(0.0, by_steps, by_clock))
+
+    def factor(self, step: int, seconds: float, evaluation_seconds: float = 0.0) -> float:
+        """Learning rate of the step after ``step`` finished ones, over the peak. Arguments as in `progress`."""
+        progress = self.progress(step, seconds, evaluation_seconds)
+        if self.warmup >= 1:
+            warm, warm_end = (step + 1) / self.warmup, self.warmup / (self.planned_steps or math.inf)
+        elif self.planned_steps is not None and self.planned_seconds is None:
+            # A share of a known number of steps is a number of steps; the first is not wasted on a rate of 0.
+            warm, warm_end = (step + 1) / max(1.0, self.warmup * self.planned_steps), self.warmup
+        else:
+            warm, warm_end = (progress / self.warmup if self.warmup else 1.0), self.warmup
+        decay_start = 1 - self.decay_share if self.kind == "wsd" else warm_end
+        decayed = max(0.0, progress - decay_start) / max(1e-12, 1 - decay_start)
+        return min(1.0, warm) * self._decay(min(1.0, decayed))
+
+    def _decay(self, progress: float) -> float:
+        """1 at 0, ``min_ratio`` at 1."""
+        if self.kind == "constant":
+            return 1.0
+        heights = {
+            "linear": 1 - progress,
+            "cosine": 0.5 * (1 + math.cos(math.pi * progress)),
+            "wsd": 1 - math.sqrt(progress),
+        }
+        return self.min_ratio + (1 - self.min_ratio) * heights[self.kind]
+
+
+# ---------------------------------------------------------------------------------------- average of the weights (EMA)
+
+
+class WeightAverage:
+    """Exponential moving average (EMA) of the trained weights: ``a = d a + (1 - d) w`` after each step.
+
+    ``d = min(decay, (1 + n) / (10 + n))`` after n steps, so that the first, bad weights are soon forgotten (the warmup
+    of TensorFlow's ExponentialMovingAverage). About the last 1 / (1 - decay) steps count.
+    """
+
+    def __init__(self, model: nn.Module, decay: float):
+        self._decay = decay
+        self._weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+        self._averages = {name: weight.detach().clone() for name, weight in self._weights.items()}
+
+    def decay_after(self, step: int) -> float:
+        """d after ``step`` optimizer steps."""
+        return min(self._decay, (1 + step) / (10 + step))
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Updates the averages after optimizer step ``step`` (from 1)."""
+        weights = [local_shard(weight) for weight in self._weights.values()]
+        averages = [local_shard(average) for average in self._averages.values()]
+        torch._foreach_lerp_(averages, weights, 1 - self.decay_after(step))
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """While open, the model has the averages; after it its own weights again, to the bit."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        # The values are swapped, not the tensors: a compiled or distributed model keeps references to its tensors.
+        for name, weight in self._weights.items():
+            mine, average = local_shard(weight), local_shard(self._averages[name])
+            kept = mine.clone()
+            mine.copy_(average)
+            average.copy_(kept)
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return dict(self._averages)
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
+        if state.keys() != self._averages.keys():
+            first = sorted(state.keys() ^ self._averages.keys())[0]
+            raise ValueError(f"the averages are for other weights: {first} differs")
+
+        for name, average in self._averages.items():
+            if state[name].shape != average.shape:
+                raise ValueError(f"the average of {name} has another shape")
+            average.copy_(shard_like(state[name], average))

@@ -1,9 +1,8 @@
-"""The training loop.
+"""The training loop, on a CPU, a GPU, or many GPUs under ``torchrun`` or ``accelerate launch``.
 
-One optimizer step: take the names of the step (a pure function of seed and step), cut them into rows for the
-processes and for accumulation, add up the gradients, clip, move the weights. Everything else here happens
-between steps: the log, validation, samples, checkpoints, stopping. The same code runs on a CPU, a GPU, and
-many GPUs under ``torchrun`` or ``accelerate launch``.
+One optimizer step: take the names of the step (a pure function of seed and step), cut them into micro-batches for the
+processes and for gradient accumulation, accumulate the gradients, clip, update the weights. Between steps: logging,
+validation, samples, checkpoints, stopping.
 """
 
 from __future__ import annotations
@@ -22,36 +21,49 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from flash_experts.data.cards import Card
 from flash_experts.data.packing import PackedBatch, pack
 from flash_experts.models.router_metrics import update_router_biases
-from flash_experts.training import run_info
-from flash_experts.training.batch_size import with_found_batch_size
-from flash_experts.training.batches import NameBatches
-from flash_experts.training.callbacks import Callback
+from flash_experts.training.batches import NameBatches, fitting_cards
 from flash_experts.training.checkpointer import Checkpointer
-from flash_experts.training.deterministic import deterministic_algorithms
-from flash_experts.training.ema import WeightAverage
-from flash_experts.training.errors import LostProcessError, NonFiniteLossError, OutOfMemoryError
-from flash_experts.training.finite import MOST_SKIPS_IN_A_ROW, FiniteGuard, names_in, write_bad_batch
-from flash_experts.training.heartbeat import watch_the_others
-from flash_experts.training.interval import Interval
-from flash_experts.training.loss import make_loss
-from flash_experts.training.optimizer import freeze_parts, make_optimizers, set_rates
-from flash_experts.training.parallel import spread_model
-from flash_experts.training.precision import check_dtype, use_bfloat16
-from flash_experts.training.prepared import fitting_cards
-from flash_experts.training.processes import (
+from flash_experts.training.distributed import (
     agree,
-    is_lost_peer,
+    is_lost_process,
     make_accelerator,
-    most_of_all,
+    max_over_processes,
+    parallelize_model,
     seed_dropout,
+    watch_other_processes,
 )
-from flash_experts.training.reporting import Reporter, SpeedMeter, training_metrics
-from flash_experts.training.result import TrainingResult, reason_to_end
-from flash_experts.training.run_lock import RunLock, check_run_folder
-from flash_experts.training.schedule import Schedule
-from flash_experts.training.signals import StopSignals
-from flash_experts.training.stateful import OptimizerState, TrainerState
-from flash_experts.training.tracking import make_tracker
+from flash_experts.training.loss import make_loss
+from flash_experts.training.metrics import LoggingWindow, SpeedMeter, training_metrics
+from flash_experts.training.numerics import (
+    MOST_SKIPS_IN_A_ROW,
+    FiniteGuard,
+    check_dtype,
+    deterministic_algorithms,
+    names_in,
+    use_bfloat16,
+    write_bad_batch,
+)
+from flash_experts.training.optimizer import Schedule, WeightAverage, freeze_parts, make_optimizers, set_rates
+from flash_experts.training.reporting import Reporter
+from flash_experts.training.run_folder import (
+    RunLock,
+    check_run_folder,
+    describe_data,
+    describe_run,
+    identity,
+    write_run_info,
+)
+from flash_experts.training.run_state import (
+    LostProcessError,
+    NonFiniteLossError,
+    OutOfMemoryError,
+    StopSignals,
+    TrainerState,
+    TrainingResult,
+    reason_to_end,
+)
+from flash_experts.training.stateful import OptimizerState
+from flash_experts.training.tracking import Callback, make_tracker
 from flash_experts.training.training_config import TrainingConfig
 from flash_experts.training.validation import SELECTION, Validation
 
@@ -60,18 +72,18 @@ class Trainer:
     """Fine-tunes a causal language model on card names.
 
     Args:
-        model: any causal LM that takes packed rows (`flash_experts.models.loading.load_model` gives one). It
-            is trained in place, and must be in float32 (bfloat16 is a matter of ``config.precision``).
-        tokenizer: the model's.
-        train_cards: the training split.
-        validation_cards: the validation split; empty for none.
-        config: settings.
+        model: causal LM that takes packed sequences (see `flash_experts.models.loading.load_model`), trained in place.
+            Its weights must be float32; ``config.precision`` selects bfloat16 autocast.
+        tokenizer: the model's tokenizer.
+        train_cards: training split.
+        validation_cards: validation split; empty for none.
+        config: run configuration.
         callbacks: listeners; one of them may make sample names.
-        data_info: what `prepare` wrote in meta.json, kept with the run.
-        origin: what the model was made from (its base, the options of its experts), kept with the run.
+        data_info: meta.json of the data, kept with the run.
+        origin: base of the model and options of its experts, kept with the run.
 
     Raises:
-        ValueError: the configuration is wrong, or asks for a device that is not there.
+        ValueError: the configuration is wrong, or its device is not available.
     """
 
     def __init__(
@@ -86,7 +98,7 @@ class Trainer:
         origin: Mapping[str, Any] | None = None,
     ):
         config.validate()
-        config = replace(config, run_name=config.run_dir.name)  # the date stays that of the start
+        config = replace(config, run_name=config.run_dir.name)  # keeps the date of the start
         self.config, self.tokenizer, self.run_dir = config, tokenizer, config.run_dir
         self.accelerator = make_accelerator(config.device)
         self.device = self.accelerator.device
@@ -97,35 +109,30 @@ class Trainer:
         self.model.loss_function = self.loss = make_loss(config, self.model, tokenizer, self.device)
         freeze_parts(self.model, config.lr_scale)
         # Training calls `parallel.wrapped`; validation and saving use the plain model inside it.
-        self.parallel = spread_model(self.model, self.accelerator, config)
+        self.parallel = parallelize_model(self.model, self.accelerator, config)
         self.optimizers = make_optimizers(self.model, config)
         self.average = None if config.ema_decay is None else WeightAverage(self.model, config.ema_decay)
         self.report = Reporter(self.run_dir, callbacks, train_cards, validation_cards, self.is_main)
-        data = run_info.describe_data(train_cards, validation_cards, data_info)
+        data = describe_data(train_cards, validation_cards, data_info)
         train_cards, validation_cards = fitting_cards(
-            train_cards, validation_cards, self.model, tokenizer, self.report.say
+            train_cards, validation_cards, self.model, tokenizer, self.report.notify
         )
-        self.rows_per_step = config.gradient_accumulation_steps * self.world
-        self.batches = NameBatches.of(train_cards, tokenizer, config)
-        if config.find_batch_size:
-            self.config = config = with_found_batch_size(
-                config, self.parallel, self.optimizers.values(), self.accelerator, self.batches, self.report.say
-            )
-            self.batches = NameBatches.of(train_cards, tokenizer, config)
+        self.micro_batches_per_step = config.gradient_accumulation_steps * self.world
+        self.batches = NameBatches.of(train_cards, tokenizer, config, self.loss.top_logits)
         self.schedule = Schedule.of(config, self.batches.planned_steps)
         self.validation = Validation.of(validation_cards, tokenizer, config, (self.rank, self.world))
-        self.info = run_info.describe_run(config.to_dict(), data, self.model, self.device, self.world)
-        validated = None if self.validation is None else self.validation.sha256
-        self.info |= {"origin": dict(origin or {}), "identity": run_info.identity(self.model, tokenizer, validated)}
+        self.info = describe_run(config.to_dict(), data, self.model, self.device, self.world)
+        validation_sha256 = None if self.validation is None else self.validation.sha256
+        self.info |= {"origin": dict(origin or {}), "identity": identity(self.model, tokenizer, validation_sha256)}
         self.speed = SpeedMeter(self.info["model"]["parameters"], self.device, self.world)
         self.guard = FiniteGuard(config.on_nan == "stop", self.device, self.world)
-        # All that a step leaves to the next: the weights, `state`, and what is registered. See `stateful`.
+        # All that a step passes to the next: the weights, `state`, and the registered objects (see `stateful`).
         self.state = TrainerState()
-        self.interval = Interval(self.model, self.accelerator, not config.label_smoothing and config.teacher is None)
-        self.checkpointer = Checkpointer.of(config, self.model, tokenizer, self.info, self.report.say, self.is_main)
+        self.window = LoggingWindow(self.model, self.accelerator, not config.label_smoothing and config.teacher is None)
+        self.checkpointer = Checkpointer.of(config, self.model, tokenizer, self.info, self.report.notify, self.is_main)
         for name, optimizer in self.optimizers.items():
             self.checkpointer.register(name, OptimizerState(self.model, optimizer))
-        self.checkpointer.register("interval", self.interval)
+        self.checkpointer.register("interval", self.window)  # its name in checkpoints since the first version
         if self.average is not None:
             self.checkpointer.register("ema", self.average)
 
@@ -133,37 +140,36 @@ class Trainer:
         """Trains to the end of the run, or until Ctrl+C, SIGTERM or SIGHUP.
 
         Args:
-            resume: ``auto`` resumes from the newest checkpoint that verifies (or starts where there is none);
-                a checkpoint's folder resumes from that one; None starts over and wants a run folder without
-                checkpoints.
-            overwrite: start over in the run's folder, whatever it holds: the run or model there is replaced.
+            resume: ``auto`` for the newest checkpoint that verifies, or a new run if there is none; a checkpoint's
+                folder; None for a new run, in a folder without checkpoints.
+            overwrite: start over, replacing the run or model in the folder.
 
         Raises:
-            CheckpointError: nothing to resume, or not whole, or it cannot be written.
-            TrainingError: the loss is not finite, or memory ran out.
+            CheckpointError: a checkpoint is missing, damaged, or cannot be written.
+            TrainingError: the loss is not finite, memory ran out, or another process is gone.
             ValueError: there are checkpoints already and ``resume`` is None, or the folder holds something else.
         """
-        check_run_folder(self.run_dir, overwrite)
+        check_run_folder(self.run_dir, overwrite, self.accelerator)
         if overwrite and resume == "auto":
             resume = None
         with deterministic_algorithms(self.config.deterministic), RunLock(self.run_dir, self.accelerator):
             self.state = self.checkpointer.restore(resume, overwrite)
             if self.state.step and (ended := self._reason_to_end()):
-                self.report.say(f"{self.run_dir} is finished ({ended}, step {self.state.step:,}): nothing to do")
+                self.report.notify(f"{self.run_dir} is finished ({ended}, step {self.state.step:,}): nothing to do")
                 return TrainingResult.of(self.state, ended, self.run_dir)
-            self.accelerator.wait_for_everyone()  # all have read before anything is dropped
+            self.accelerator.wait_for_everyone()  # all processes have read before checkpoints are removed
             self.checkpointer.drop_later(self.state.step)
             if self.is_main:
-                run_info.write_run_info(self.run_dir / "run.json", self.info)
-            self.report.say(f"training into {self.run_dir}")
-            tracker = make_tracker(self.config.tracker, self.run_dir, self.state.step, self.report.say)
+                write_run_info(self.run_dir / "run.json", self.info)
+            self.report.notify(f"training into {self.run_dir}")
+            tracker = make_tracker(self.config.tracker, self.run_dir, self.state.step, self.report.notify)
             self.report.start(self.state.step if self.state.step else -1, self.info, tracker)
             reason = "error"
             try:
-                with StopSignals() as signals, watch_the_others(self.accelerator):
+                with StopSignals() as signals, watch_other_processes(self.accelerator):
                     reason = self._loop(signals)
             except RuntimeError as error:
-                if self.world == 1 or not is_lost_peer(error):
+                if self.world == 1 or not is_lost_process(error):
                     raise
                 raise LostProcessError(self.state.step + 1, self.checkpointer.last_good()) from error
             finally:
@@ -204,7 +210,7 @@ class Trainer:
             if _due(state.step, config.sample_every) or (reason and config.sample_every):
                 self._sample()
             if reason and self.validation is None:
-                self._export()  # before the checkpoint that says that nothing is left to do
+                self._export()  # before the checkpoint, after which a resumed run has nothing left to do
             if stop and reason is None:
                 reason = signals.received or "SIGTERM"
             if _due(state.step, config.checkpoint_every) or reason:
@@ -214,22 +220,22 @@ class Trainer:
 
     def _step(self, rate: float) -> None:
         """One optimizer step."""
-        rows, num_labels = self._rows_of_step()
+        batches, num_labels = self._micro_batches_of_step()
         seed_dropout(self.config.seed, self.state.step, self.rank)
         set_rates(self.optimizers.values(), rate)
         self.model.train()
         loss = torch.zeros((), device=self.device)  # this process's part
         try:
-            for row in rows[:-1]:
+            for batch in batches[:-1]:
                 with self.parallel.no_sync():
-                    loss += self._backward(row, num_labels)
-            loss += self._backward(rows[-1], num_labels)
+                    loss += self._backward(batch, num_labels)
+            loss += self._backward(batches[-1], num_labels)
         except torch.OutOfMemoryError as error:
             accumulation = self.config.gradient_accumulation_steps
             raise OutOfMemoryError(self.state.step + 1, accumulation) from error
         limit = math.inf if self.config.clip_norm is None else self.config.clip_norm
         grad_norm = self.parallel.clip(limit)
-        is_bad = self.guard.judge(self.state.step + 1, loss, grad_norm)
+        is_bad = self.guard.check(self.state.step + 1, loss, grad_norm)
         for optimizer in self.optimizers.values():
             if self.guard.update(optimizer, is_bad):
                 optimizer.step()
@@ -237,32 +243,32 @@ class Trainer:
         if self.average is not None:
             self.average.update(self.state.step + 1)
         update_router_biases(self.model)
-        self.interval.add(loss, grad_norm, is_bad)
-        if self.device.type == "cpu":  # a look at a GPU's tensor would wait for the GPU
+        self.window.add_step(loss, grad_norm, is_bad)
+        if self.device.type == "cpu":  # on a GPU reading the flag would synchronize
             self._check_finite()
 
-    def _backward(self, row: PackedBatch, num_labels: int) -> torch.Tensor:
-        """Adds a row's gradient; returns its part of the step's loss."""
-        row = row.to(self.device)
+    def _backward(self, batch: PackedBatch, num_labels: int) -> torch.Tensor:
+        """Adds the gradient of a micro-batch; returns its part of the step's loss."""
+        batch = batch.to(self.device)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
-            self.loss.prepare(row)
-            output = self.parallel.wrapped(**row.inputs_with_loss(num_labels))
+            self.loss.prepare(batch)
+            output = self.parallel.wrapped(**batch.inputs_with_loss(num_labels))
         self.parallel.backward(output.loss)
-        self.interval.see(output, row, num_labels)
+        self.window.add_micro_batch(output, batch, num_labels)
         return cast(torch.Tensor, output.loss.detach())
 
-    def _rows_of_step(self) -> tuple[list[PackedBatch], int]:
-        """This process's rows of the next step, and how many labels the rows of all processes have."""
-        rows = self.batches.rows_of_step(self.state.step, self.rows_per_step)
-        names = [name for row in rows for name in row]
+    def _micro_batches_of_step(self) -> tuple[list[PackedBatch], int]:
+        """This process's micro-batches of the next step, and the number of labels over all processes."""
+        batches = self.batches.micro_batches_of_step(self.state.step, self.micro_batches_per_step)
+        names = [name for batch in batches for name in batch]
         tokens = sum(name.num_inputs for name in names)
         num_labels = sum(len(name.ids) - name.prompt_length for name in names)
         self.state.tokens += tokens
         self.speed.add(tokens, num_labels)
-        return [pack(row) for row in rows[self.rank :: self.world]], num_labels
+        return [pack(batch) for batch in batches[self.rank :: self.world]], num_labels
 
     def _check_finite(self) -> None:
-        """Ends the run at a step whose loss or gradient was no number, or counts it as skipped."""
+        """Ends the run at a step whose loss or gradient is NaN or infinite, or counts the step as skipped."""
         for step in self.guard.bad_steps():
             names = names_in(self.batches.names_of_step(step - 1), self.tokenizer)
             if self.config.on_nan == "skip" and self.state.skip(step) <= MOST_SKIPS_IN_A_ROW:
@@ -276,25 +282,25 @@ class Trainer:
         return NonFiniteLossError(step, names, self.checkpointer.last_good(), self.config, self.autocast)
 
     def _log(self, rate: float) -> None:
-        """Writes the mean loss since the last log, the rate, the speed, and what the routers did."""
+        """Reports the metrics of the logging window."""
         self._check_finite()
         state = self.state
         share = self.schedule.progress(state.step, state.seconds, state.evaluation_seconds)
-        measured = self.interval.metrics() | self.speed.metrics()
+        measured = self.window.metrics() | self.speed.metrics()
         epoch = self.batches.epochs_done(state.step)
         self.report.log(training_metrics(state, self.config, epoch, rate, share, measured), share)
 
     def _evaluate_first(self, started: float) -> None:
-        """Validates before the first step. The time that it takes is kept free for the validation at the end."""
+        """Validates before the first step; as much time is reserved for the validation at the end."""
         if self.validation is None:
             return
-        self.report.say(f"validating on {self.validation.num_names:,} names before the first step ...")
+        self.report.notify(f"validating on {self.validation.num_names:,} names before the first step ...")
         self._evaluate()
-        (self.state.evaluation_seconds,) = most_of_all(self.accelerator, [time.monotonic() - started])
-        self.report.say("training ...")
+        (self.state.evaluation_seconds,) = max_over_processes(self.accelerator, [time.monotonic() - started])
+        self.report.notify("training ...")
 
     def _evaluate(self) -> None:
-        """Validates; a new best is written to the run's folder at once."""
+        """Validates, and writes a new best model to the run's folder."""
         if self.validation is None:
             return
         state = self.state
@@ -315,12 +321,12 @@ class Trainer:
         with self.speed.pause():
             self._check_finite()
             with self._averaged():
-                model = self.parallel.whole_model()
+                model = self.parallel.full_model()
                 if model is not None:
                     self.report.sample(self.state.step, model, self.tokenizer)
 
     def _export(self) -> None:
-        """Puts the model, with averaged weights where they are asked for, into the run's folder."""
+        """Writes the model to the run's folder, with averaged weights if ``ema_decay`` is set."""
         with self._averaged():
             self.checkpointer.export()
 
@@ -334,10 +340,10 @@ class Trainer:
             self.checkpointer.save(self.state)
 
     def _finish(self, reason: str) -> None:
-        """The last words of a run, when all that they say is on the disk."""
+        """Reports the end of the run, when everything is written."""
         self.checkpointer.wait()
         self.accelerator.wait_for_everyone()
-        self.report.say(TrainingResult.of(self.state, reason, self.run_dir).last_words())
+        self.report.notify(TrainingResult.of(self.state, reason, self.run_dir).closing_message())
 
     def _reason_to_end(self) -> str | None:
         return reason_to_end(self.state, self.schedule, self.config.early_stopping_patience)

@@ -1,4 +1,7 @@
-"""What a training run is told."""
+"""The training configuration (hyperparameters, schedules, limits), and the stages of a curriculum.
+
+The Args of `TrainingConfig` are the help texts of ``flash-experts train``.
+"""
 
 from __future__ import annotations
 
@@ -9,20 +12,16 @@ from datetime import date
 from pathlib import Path
 from typing import Any, Literal
 
-from flash_experts.training.stages import Stage, stage_problems
+from flash_experts.data.cards import RARITIES, TYPES, Card
+from flash_experts.plain_text import nearest
 
-_MOST = 10**12  # of steps, tokens and names: more are a slip of the finger
+_MOST = 10**12  # steps, tokens or names: more are a typing error
 PARTS = ("router", "experts", "dense")
-
-
-def default_run_name(settings_file: str | Path = "train") -> str:
-    """``2026-11-29-quickstart``: no released model is called that, and the runs of a day's settings find each other."""
-    return f"{date.today()}-{Path(settings_file).stem}"
 
 
 @dataclass(frozen=True)
 class LearningRateScale:
-    """Factors of the rate; 0 freezes a part (no gradient is computed for it, and it has no optimizer state).
+    """Factors of the learning rate; 0 freezes a part (it has no gradient and no optimizer state).
 
     Attributes:
         router: factor of the learning rate of the routers.
@@ -47,64 +46,63 @@ class TrainingConfig:
         run_name: name of the run's folder in output_dir; null for the date and the name of the settings file.
         seed: random seed of the order of names, of attribute dropout and of dropout.
         max_steps: optimizer steps; null for no limit.
-        max_epochs: passes over the training names (fractions are fine); null for no limit. Must be null where there
-            are stages, which have epochs of their own.
+        max_epochs: passes over the training names (fractions are fine); null for no limit. Must be null with stages,
+            which have epochs of their own.
         max_minutes: wall-clock budget of training and all validations, the first and the last included; null for
             none. The schedule then follows the clock, so two such runs are not equal to the bit.
-        tokens_per_batch: tokens of one optimizer step, about, over all processes and accumulated parts. Names
-            are packed without padding.
-        find_batch_size: set tokens_per_batch, before the first step, to the largest power of two that fits into the
-            GPU's memory and leaves eight steps or more in an epoch.
-        gradient_accumulation_steps: parts that a step's tokens are computed in, one after the other. More
-            parts take less memory and give the same result.
+        tokens_per_batch: approximate number of tokens of an optimizer step, over all processes and micro-batches.
+            Names are packed without padding.
+        gradient_accumulation_steps: micro-batches of each process in an optimizer step. More of them take less memory
+            and give the same result.
         learning_rate: peak learning rate.
-        optimizer: adamw; or muon, an experiment, for the matrices of the blocks (AdamW has the rest).
+        optimizer: optimizer: adamw, or muon (an experiment) for the matrices of the blocks, with AdamW for the rest.
         weight_decay: weight decay of the matrices (biases and norms have none).
         betas: beta1 and beta2 of AdamW.
         muon_momentum: momentum of Muon.
         lr_scale: factors of the learning rate by part of the model.
-        layer_decay: factor of the rate from each block to the one below it; 1 is none. The embeddings come below the
-            first block.
-        schedule: how the rate falls after the warm-up: cosine, linear, constant, or wsd (constant until the last
-            decay_share of the run).
-        decay_share: share of the run in which wsd falls.
-        warmup_steps: steps (1 or more) or a share of the run (under 1) in which the rate rises from 0.
-        min_lr_ratio: last rate over the highest.
+        layer_decay: factor of the learning rate from each block to the one below it; 1 for none. The embeddings come
+            below the first block.
+        schedule: learning-rate schedule after the warmup: cosine, linear, constant, or wsd (warmup-stable-decay:
+            constant until the last decay_share of the run).
+        decay_share: share of the run, at its end, in which wsd decays.
+        warmup_steps: warmup of the learning rate from 0: number of steps (1 or more) or share of the run (under 1).
+        min_lr_ratio: last learning rate over the peak.
         clip_norm: largest norm of the gradient; null for no clipping.
-        label_smoothing: share of each label that is spread over all tokens. The loss that is logged has it, the
-            validation has not.
-        teacher: folder or hub id of a larger model with the same tokenizer, whose probabilities the model learns as
-            well (knowledge distillation); null for none. It runs next to the model in every step.
-        distill_weight: share of the teacher in the loss, the rest is the cross-entropy of the names.
+        label_smoothing: share of each label that is spread over all tokens. The logged loss includes it, the
+            validation does not.
+        teacher: larger model from whose probabilities the model learns (knowledge distillation); null for none.
+            Folder or hub id of a model with the same tokenizer, which runs in every step; or the folder that generate
+            --top-logits wrote, for the names of extra_names alone, which costs no time.
+        distill_weight: weight of the teacher in the loss; the rest is the cross-entropy of the names.
         distill_temperature: temperature of both distributions; over 1, unlikely tokens count more.
-        distill_kl: KL divergence: forward (the model covers all that the teacher would write) or reverse
-            (it keeps to what the teacher finds likely).
-        ema_decay: validate, sample and keep an average of the weights over about the last 1 / (1 - ema_decay) steps;
-            null for the weights themselves.
+        distill_kl: KL divergence: forward (covers everything that the teacher would write) or reverse (concentrates on
+            what the teacher finds likely).
+        ema_decay: decay of an exponential moving average of the weights over about the last 1 / (1 - ema_decay) steps,
+            which is validated, sampled and kept; null for the weights themselves.
         log_every: steps between lines of metrics.
-        eval_every: steps between validations; null for one at the start and one at the end. The model with the lowest
-            mean of the unconditional bits per character and those given all attributes is the best, and is kept.
-        validation_names: how many names a validation scores (a fixed draw); null for all.
+        eval_every: steps between validations; null for one at the start and one at the end. The best model is kept, by
+            the lowest mean of the bits per character unconditional and given all attributes.
+        validation_names: number of names that a validation scores (a fixed draw); null for all.
         checkpoint_every: steps between checkpoints; null for one at the end.
-        keep_checkpoints: newest checkpoints that are kept, besides that of the best validation.
+        keep_checkpoints: number of newest checkpoints that are kept, besides that of the best validation.
         save_in_background: write checkpoints while training continues, which takes memory for a copy of the weights and
-            of the optimizer's state.
+            of the optimizer state.
         on_nan: reaction to a NaN or infinite loss or gradient, before the weights change: stop, or skip the step
             (counted and logged).
         early_stopping_patience: validations in a row without a new best that end the run; null for never.
         sample_every: steps between sample names (needs a callback that makes them); null for never.
         attribute_dropout: probability that an attribute of a prompt (type, colors, mana value) is left out, drawn in
             each epoch, so that any subset may be given at generation.
-        stages: a curriculum, stages one after the other, each with filters of names (types, min_length, max_length,
-            rarities), an order, epochs and a factor of the rate; null for all names all the time.
+        stages: stages of a curriculum, in order, each with filters of names (types, min_length, max_length, rarities),
+            an order, epochs and a factor of the learning rate; null for all names all the time.
         precision: data type: bfloat16, float32, or auto (bfloat16 on GPUs that have it).
         device: device: auto, cpu, cuda or cuda:N.
         deterministic: use only GPU operations that give the same bits in every run, which may be slower; on a
             CPU the bits are the same anyway.
         compile: compile the model (torch.compile); pays off on GPUs and long runs.
-        parallel: division of the work among several processes: ddp (each has the whole model), fsdp (each has a part of
-            every weight, gradient and optimizer state), or expert (each has some of the experts, to which tokens
-            travel, and a part of the rest). The same gradients to rounding, and the same checkpoints.
+        parallel: parallel strategy of several processes: ddp (each has the whole model), fsdp (each has a shard of
+            every weight, gradient and optimizer state), or expert (each has some of the experts, to which tokens are
+            sent, and a shard of the rest). All give the same gradients, to rounding, and the same checkpoints.
         tracker: experiment tracker: none, wandb (offline unless WANDB_API_KEY is set) or tensorboard. metrics.jsonl
             is always written.
     """
@@ -116,7 +114,6 @@ class TrainingConfig:
     max_epochs: float | None = 3.0
     max_minutes: float | None = None
     tokens_per_batch: int = 4096
-    find_batch_size: bool = False
     gradient_accumulation_steps: int = 1
     learning_rate: float = 5e-4
     optimizer: Literal["adamw", "muon"] = "adamw"
@@ -156,7 +153,7 @@ class TrainingConfig:
 
     @property
     def run_dir(self) -> Path:
-        """Where the run is written: the best model, and ``checkpoints/`` below it."""
+        """Folder of the best model, with ``checkpoints/`` below it."""
         return Path(self.output_dir) / (self.run_name or default_run_name())
 
     @property
@@ -165,35 +162,32 @@ class TrainingConfig:
         return self.stages or [Stage("all", epochs=self.max_epochs)]
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON knows it (tuples become lists)."""
+        """As JSON values (tuples become lists)."""
         return asdict(self) | {"betas": list(self.betas)}
 
     def validate(self) -> None:
         """Checks every field.
 
         Raises:
-            ValueError: all that is wrong, in one message.
+            ValueError: a message with all problems.
         """
         problems = [*self._number_problems(), *self._choice_problems()]
         if self.stages is not None:
             problems += stage_problems(self.stages)
             if self.max_epochs is not None:
-                problems.append("max_epochs is for runs without stages: set it to null, each stage has its epochs")
+                problems.append("max_epochs is for runs without stages, which have their own epochs: set it to null")
         if self.max_steps is None and self.max_minutes is None and self.planned_stages[-1].epochs is None:
             problems.append("nothing ends the run: set max_steps, max_epochs or max_minutes")
-        # Of find_batch_size: a process that is out of memory would leave the others waiting for its part of the
-        # weights.
-        for name in ("compile", "find_batch_size"):
-            if self.parallel != "ddp" and getattr(self, name):
-                problems.append(f"{name} works with parallel: ddp, not with {self.parallel}: set it to false")
-            if self.teacher is not None and getattr(self, name):
-                problems.append(f"{name} does not work with a teacher: set it to false")
+        if self.compile and self.parallel != "ddp":
+            problems.append(f"compile works with parallel: ddp, not with {self.parallel}: set it to false")
+        if self.compile and self.teacher is not None:
+            problems.append("compile does not work with a teacher: set it to false")
         if self.schedule == "wsd" and self.warmup_steps < 1 and self.warmup_steps + self.decay_share > 1:
             problems.append(f"warmup_steps {self.warmup_steps} and decay_share {self.decay_share} overlap")
         if self.gradient_accumulation_steps > self.tokens_per_batch:
             problems.append(
                 f"gradient_accumulation_steps {self.gradient_accumulation_steps} is more than the "
-                f"{self.tokens_per_batch} tokens_per_batch that it cuts into parts"
+                f"{self.tokens_per_batch} tokens_per_batch that it divides"
             )
         if not self.output_dir:
             problems.append("output_dir is empty: give a folder")
@@ -256,3 +250,105 @@ class TrainingConfig:
         for index, beta in enumerate(self.betas):
             check(f"betas[{index}]", beta, 0 <= beta < 1, "from 0 to under 1")
         return problems
+
+
+def default_run_name(settings_file: str | Path = "train") -> str:
+    """``2026-11-29-quickstart``: never the name of a released model."""
+    return f"{date.today()}-{Path(settings_file).stem}"
+
+
+# ---------------------------------------------------------------------------------------------------------- curriculum
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage of a curriculum. A name must pass all filters; a filter that is null passes all names.
+
+    Attributes:
+        name: name that is shown when the stage begins.
+        epochs: passes over the names of the stage (fractions are fine); null, for the last stage alone: until the run
+            ends by max_steps or max_minutes.
+        learning_rate_scale: factor of the learning rate of the schedule, which covers the whole run.
+        types: card types, of which a card must have one, such as [Creature, Artifact].
+        min_length: shortest name, in characters.
+        max_length: longest name, in characters.
+        rarities: card rarities: common, uncommon, rare, mythic.
+        order: order of the names in each epoch: shuffled, or length (short ones first, equal lengths shuffled).
+    """
+
+    name: str
+    epochs: float | None = 1.0
+    learning_rate_scale: float = 1.0
+    types: list[str] | None = None
+    min_length: int | None = None
+    max_length: int | None = None
+    rarities: list[str] | None = None
+    order: Literal["shuffled", "length"] = "shuffled"
+
+    def takes(self, card: Card) -> bool:
+        """Whether a card passes the filters."""
+        length = len(card.name)
+        return (
+            (self.types is None or not set(self.types).isdisjoint(card.types))
+            and (self.min_length is None or length >= self.min_length)
+            and (self.max_length is None or length <= self.max_length)
+            and (self.rarities is None or card.rarity in self.rarities)
+        )
+
+    def choose(self, cards: Sequence[Card]) -> list[Card]:
+        """The cards that pass the filters, in their order.
+
+        Raises:
+            ValueError: no card passes.
+        """
+        chosen = [card for card in cards if self.takes(card)]
+        if chosen:
+            return chosen
+        if self.rarities is not None and all(card.rarity is None for card in cards):
+            raise ValueError(
+                f"stage {self.name!r} filters by rarities, which this data does not have (the embedded cards do not): "
+                "run `flash-experts prepare --source scryfall`, or leave rarities out"
+            )
+        raise ValueError(f"no training name passes the filters of stage {self.name!r}: loosen them")
+
+    def problems(self, is_last: bool) -> list[str]:
+        """The problems of this stage, for `TrainingConfig.validate`."""
+        found = [
+            *_unknown("types", self.types, TYPES),
+            *_unknown("rarities", self.rarities, RARITIES),
+            *_unknown("order", [self.order], ("shuffled", "length")),
+        ]
+        if self.epochs is None and not is_last:
+            found.append("epochs is null, but only the last stage may have no end")
+        if self.epochs is not None and not 0 < self.epochs < math.inf:
+            found.append(f"epochs is {self.epochs}, but it must be more than 0")
+        if not 0 < self.learning_rate_scale < math.inf:
+            found.append(f"learning_rate_scale is {self.learning_rate_scale}, but it must be more than 0")
+        lengths = [length for length in (self.min_length, self.max_length) if length is not None]
+        if any(length < 1 for length in lengths) or lengths != sorted(lengths):
+            found.append(f"no name has a length from {self.min_length} to {self.max_length}")
+        return [f"stage {self.name!r}: {problem}" for problem in found]
+
+
+def stage_problems(stages: Sequence[Stage]) -> list[str]:
+    """The problems of a curriculum, for `TrainingConfig.validate`."""
+    if not stages:
+        return ["stages is empty: set it to null for a run without stages"]
+    problems = [problem for stage in stages for problem in stage.problems(stage is stages[-1])]
+    names = [stage.name for stage in stages]
+    problems += [f"two stages are named {name!r}" for name in sorted(set(names)) if names.count(name) > 1]
+    return problems
+
+
+def _unknown(field: str, values: Sequence[str] | None, known: Sequence[str]) -> list[str]:
+    if values is None:
+        return []
+    if not values:
+        return [f"{field} is an empty list: leave it out for no filter"]
+    problems = []
+    for value in values:
+        if value not in known:
+            near = nearest(str(value).title(), known) or nearest(value, known)
+            hint = f"did you mean {near!r}?" if near else f"it is one of {', '.join(known)}"
+            problems.append(f"{field} has {value!r}: {hint}")
+    return problems

@@ -1,4 +1,4 @@
-"""Checkpoints are whole or not there: full disks, kills, saves in the background, and what is kept."""
+"""Checkpoints are complete or do not exist: full disks, kills, saves in the background, and what is kept."""
 
 from __future__ import annotations
 
@@ -16,10 +16,12 @@ from typing import Any
 
 import pytest
 
+from flash_experts.models import saving
+from flash_experts.models.saving import with_manifest
 from flash_experts.training import CheckpointError, Trainer, TrainingConfig
 from flash_experts.training import checkpoint as checkpoints
-
-from .damage import interrupted_copy
+from flash_experts.training.run_state import checkpoint_path
+from tests.helpers.damage import interrupted_copy
 
 
 def test_a_full_disk_leaves_nothing_half_written(
@@ -47,7 +49,7 @@ def test_a_kill_while_writing_leaves_no_checkpoint_of_that_step(
 ) -> None:
     """KeyboardInterrupt stands for the kill, after which nothing tidies up: the temporary folder stays as it was."""
     name = "_sha256" if at == "before the manifest" else "flush_folder"
-    real = getattr(checkpoints, name)
+    real = getattr(saving, name)
 
     def killed(path: Path) -> Any:
         if "step-000006" in str(path):
@@ -55,7 +57,7 @@ def test_a_kill_while_writing_leaves_no_checkpoint_of_that_step(
         return real(path)
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoints, name, killed)
+        patch.setattr(saving, name, killed)
         patch.setattr(shutil, "rmtree", lambda *_, **__: None)
         with pytest.raises(KeyboardInterrupt):
             train(config)
@@ -76,7 +78,7 @@ def test_only_the_newest_are_kept_and_hold_no_pickle(train: Callable[..., Any], 
 
 def test_the_manifest_has_the_hash_of_every_file(train: Callable[..., Any], config: TrainingConfig) -> None:
     train(replace(config, max_steps=3))
-    for folder in (config.run_dir, checkpoints.checkpoint_path(config.run_dir, 3)):
+    for folder in (config.run_dir, checkpoint_path(config.run_dir, 3)):
         manifest = json.loads((folder / "MANIFEST.json").read_text())
         files = {path.name for path in folder.iterdir() if path.is_file()}
         assert files - manifest.keys() <= {"MANIFEST.json", "metrics.jsonl", "run.json"}
@@ -117,7 +119,7 @@ def test_files_are_on_the_disk_before_the_folder_has_its_name_and_the_name_after
 def test_a_save_in_the_background_writes_the_weights_of_its_step(
     train: Callable[..., Any], config: TrainingConfig, monkeypatch: pytest.MonkeyPatch, resumed: bool
 ) -> None:
-    """Training goes on while the thread is held up; the files are those of a save in the foreground."""
+    """Training continues while the thread is blocked; the files equal those of a save in the foreground."""
     front = replace(config, run_name="front", save_in_background=False, max_steps=8, eval_every=None)
     train(front)
     behind = replace(front, run_name="behind", save_in_background=True)
@@ -125,7 +127,7 @@ def test_a_save_in_the_background_writes_the_weights_of_its_step(
         behind = replace(interrupted_copy(front, 3, "behind"), save_in_background=True)
     go_on = threading.Event()
     held_up = []
-    real, step = checkpoints.with_manifest, Trainer._step
+    real, step = with_manifest, Trainer._step
 
     def slow(target: Path, *others: Any) -> None:
         if target.name == "step-000006":
@@ -142,7 +144,7 @@ def test_a_save_in_the_background_writes_the_weights_of_its_step(
     train(behind, "auto" if resumed else None)
     assert held_up == [True]
     for name in ("model.safetensors", "trainer_state.safetensors"):
-        one, two = (checkpoints.checkpoint_path(run.run_dir, 6) / name for run in (front, behind))
+        one, two = (checkpoint_path(run.run_dir, 6) / name for run in (front, behind))
         assert one.read_bytes() == two.read_bytes()
 
 
@@ -193,7 +195,7 @@ def test_a_kill_while_removing_leaves_no_half_of_a_checkpoint(
         with pytest.raises(KeyboardInterrupt):
             checkpoints.drop_later(config.run_dir, 3)
     assert checkpoints.checkpoint_steps(config.run_dir) == [3]
-    checkpoints.verify_checkpoint(checkpoints.checkpoint_path(config.run_dir, 3))
+    checkpoints.verify_checkpoint(checkpoint_path(config.run_dir, 3))
 
 
 def test_a_real_full_disk_leaves_the_former_checkpoint_whole(
@@ -213,6 +215,6 @@ def test_a_real_full_disk_leaves_the_former_checkpoint_whole(
         steps = checkpoints.checkpoint_steps(small.run_dir)
         assert steps and not list(small.run_dir.rglob(".tmp-step*"))
         for step in steps:
-            checkpoints.verify_checkpoint(checkpoints.checkpoint_path(small.run_dir, step))
+            checkpoints.verify_checkpoint(checkpoint_path(small.run_dir, step))
     finally:
         subprocess.run(["umount", str(disk)], check=True)

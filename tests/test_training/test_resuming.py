@@ -16,10 +16,10 @@ from transformers import GPT2Config, PreTrainedTokenizerFast
 from flash_experts.data.tokenizer import train_tokenizer
 from flash_experts.training import CheckpointError, Trainer, TrainingConfig
 from flash_experts.training import checkpoint as checkpoints
+from flash_experts.training.run_state import checkpoint_path
 from flash_experts.training.tracking import read_metrics
+from tests.helpers.damage import flip_a_bit, interrupted_copy, with_right_hashes
 from tests.test_training import TRAIN, VALIDATION, make_model
-
-from .damage import flip_a_bit, interrupted_copy, with_right_hashes
 
 MEASURED = ("seconds", "tokens_per_second", "eta_seconds", "peak_memory_gib")
 
@@ -32,7 +32,7 @@ def without_times(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def test_resumed_run_is_the_uninterrupted_run_to_the_bit(
     train: Callable[..., Any], config: TrainingConfig, moe: bool
 ) -> None:
-    """Step 3 is amid an epoch and amid an interval of the log; the new model starts from other weights."""
+    """Step 3 is amid an epoch and a logging window; the new model starts from other weights."""
     model, result = train(config, moe=moe)
     copy = interrupted_copy(config, 3, "resumed")
     with (copy.run_dir / "metrics.jsonl").open("a") as file:
@@ -51,7 +51,7 @@ def test_resumed_run_is_the_uninterrupted_run_to_the_bit(
 
 def test_a_checkpoint_folder_may_be_named_and_later_ones_go(train: Callable[..., Any], config: TrainingConfig) -> None:
     model, _ = train(config)
-    again, _ = train(config, checkpoints.checkpoint_path(config.run_dir, 6), seed=5)
+    again, _ = train(config, checkpoint_path(config.run_dir, 6), seed=5)
     assert torch.equal(model.transformer.wte.weight, again.transformer.wte.weight)
 
 
@@ -91,7 +91,7 @@ def test_a_damaged_checkpoint_is_named_and_skipped(
 ) -> None:
     short = replace(config, max_steps=6, eval_every=None)
     train(short)
-    newest = checkpoints.checkpoint_path(config.run_dir, 6)
+    newest = checkpoint_path(config.run_dir, 6)
     damage(newest / file)
     with pytest.raises(CheckpointError, match=words):
         train(short, newest)
@@ -106,7 +106,7 @@ def test_a_damaged_checkpoint_is_named_and_skipped(
 def test_no_whole_checkpoint_is_an_error_and_not_a_new_start(train: Callable[..., Any], config: TrainingConfig) -> None:
     short = replace(config, max_steps=3)
     train(short)
-    flip_a_bit(checkpoints.checkpoint_path(config.run_dir, 3) / "model.safetensors")
+    flip_a_bit(checkpoint_path(config.run_dir, 3) / "model.safetensors")
     with pytest.raises(CheckpointError, match="none of the checkpoints"):
         train(short, "auto")
 
@@ -125,15 +125,15 @@ def test_a_checkpoint_of_another_model_is_refused(
 def test_another_tokenizer_or_validation_is_refused_by_name(
     train: Callable[..., Any], config: TrainingConfig, dense_config: GPT2Config, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    """All of the same sizes: without the comparison the run would go on with them."""
+    """All of the same sizes: without the comparison the run would continue with them."""
     short = replace(config, max_steps=3, eval_every=None)
     model, _ = train(short)
     other_tokenizer = train_tokenizer([card.name[::-1] for card in TRAIN] * 9, len(tokenizer))
     other_config = copy.deepcopy(dense_config)
     other_config.layer_norm_epsilon = 0.01
     changes: dict[str, dict[str, Any]] = {
-        "its tokenizer is another one": {"tokenizer": other_tokenizer},
-        "it was validated on other names": {"validation_cards": VALIDATION[1:]},
+        "its tokenizer differs": {"tokenizer": other_tokenizer},
+        "its validation names differ": {"validation_cards": VALIDATION[1:]},
         "its layer_norm_epsilon is 1e-05, not 0.01": {"model": make_model(other_config)},
     }
     for name, change in changes.items():
@@ -151,7 +151,7 @@ def test_a_checkpoint_of_an_older_version_is_resumed_with_a_warning(
     train: Callable[..., Any], config: TrainingConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:
     train(replace(config, max_steps=3, eval_every=None))
-    folder = checkpoints.checkpoint_path(config.run_dir, 3)
+    folder = checkpoint_path(config.run_dir, 3)
     about = json.loads((folder / checkpoints.STATE).read_text())
     del about["identity"]
     (folder / checkpoints.STATE).write_text(json.dumps(about))
@@ -160,7 +160,7 @@ def test_a_checkpoint_of_an_older_version_is_resumed_with_a_warning(
     assert result.step == 6 and "is of an older version" in capsys.readouterr().err
 
 
-def test_other_data_or_seed_is_said(
+def test_other_data_or_seed_is_reported(
     train: Callable[..., Any], config: TrainingConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:
     train(replace(config, max_steps=3))
@@ -173,11 +173,11 @@ def test_damaged_newest_checkpoints_do_not_push_out_the_only_good_one(
 ) -> None:
     train(replace(config, max_steps=9, eval_every=None))
     for step in (6, 9):
-        flip_a_bit(checkpoints.checkpoint_path(config.run_dir, step) / "model.safetensors")
-    said: list[str] = []
-    checkpoints.prune_checkpoints(config.run_dir, 2, 0, said.append)
+        flip_a_bit(checkpoint_path(config.run_dir, step) / "model.safetensors")
+    warnings: list[str] = []
+    checkpoints.prune_checkpoints(config.run_dir, 2, 0, warnings.append)
     assert checkpoints.checkpoint_steps(config.run_dir) == [3, 6, 9]
-    assert "step 9" in said[0] and "step 6" in said[1] and "older ones are kept" in said[2]
+    assert "step 9" in warnings[0] and "step 6" in warnings[1] and "older ones are not removed" in warnings[2]
     _, result = train(replace(config, keep_checkpoints=1, eval_every=None), "auto")
     assert result.step == 12 and checkpoints.checkpoint_steps(config.run_dir) == [12]
     assert "step-000003" in capsys.readouterr().err
@@ -186,7 +186,7 @@ def test_damaged_newest_checkpoints_do_not_push_out_the_only_good_one(
 def test_another_runs_checkpoint_does_not_replace_own_ones(train: Callable[..., Any], config: TrainingConfig) -> None:
     short = replace(config, max_steps=3, eval_every=None)
     train(short)
-    folder = checkpoints.checkpoint_path(config.run_dir, 3)
+    folder = checkpoint_path(config.run_dir, 3)
     with pytest.raises(ValueError, match="checkpoints of its own"):
         other = replace(short, run_name="other", max_steps=6)
         train(other)
@@ -196,7 +196,7 @@ def test_another_runs_checkpoint_does_not_replace_own_ones(train: Callable[..., 
     assert result.step == 6
 
 
-def test_patience_goes_on_where_it_was(train: Callable[..., Any], config: TrainingConfig) -> None:
+def test_early_stopping_patience_is_resumed(train: Callable[..., Any], config: TrainingConfig) -> None:
     """A rate so high that it only gets worse: two validations in vain before the kill, the third after it."""
     settings = replace(config, learning_rate=3.0, clip_norm=None, warmup_steps=0, schedule="constant")
     settings = replace(settings, eval_every=1, checkpoint_every=1, early_stopping_patience=3)

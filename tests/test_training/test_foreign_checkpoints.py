@@ -12,11 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from flash_experts.models.saving import CheckpointError
 from flash_experts.training import TrainingConfig
 from flash_experts.training import checkpoint as checkpoints
-from flash_experts.training.checkpoint import CheckpointError
-
-from .damage import with_right_hashes
+from flash_experts.training.run_state import checkpoint_path
+from tests.helpers.damage import with_right_hashes
 
 WEIGHT = "transformer.h.0.mlp.c_fc.weight"
 Tensors = dict[str, torch.Tensor]
@@ -25,7 +25,7 @@ Tensors = dict[str, torch.Tensor]
 @pytest.fixture
 def folder(train: Callable[..., Any], config: TrainingConfig) -> Path:
     train(replace(config, max_steps=3, ema_decay=0.9))
-    return checkpoints.checkpoint_path(config.run_dir, 3)
+    return checkpoint_path(config.run_dir, 3)
 
 
 def refused(train: Callable[..., Any], config: TrainingConfig, folder: Path) -> str:
@@ -47,7 +47,7 @@ def with_other(key: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Call
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
-        (without(f"optimizer/{WEIGHT}|exp_avg"), f"of {WEIGHT} it has exp_avg_sq, step, not exp_avg, exp_avg_sq"),
+        (without(f"optimizer/{WEIGHT}|exp_avg"), f"for {WEIGHT} it has exp_avg_sq, step, not exp_avg, exp_avg_sq"),
         # AdamW's fused kernel would read and write what lies behind it.
         (with_other(f"optimizer/{WEIGHT}|exp_avg", lambda tensor: tensor.new_zeros(0)), "of shape (32, 128)"),
         (with_other(f"optimizer/{WEIGHT}|exp_avg_sq", lambda tensor: tensor.T.contiguous()), "of shape (32, 128)"),
@@ -84,8 +84,8 @@ def test_weights_of_whole_numbers(train: Callable[..., Any], config: TrainingCon
         (lambda about: about["state"].update(seconds=float("nan")), "seconds is nan"),
         (lambda about: about["state"].pop("best_step"), "best_step"),
         (lambda about: about["state"].update(more=1), "more"),
-        (lambda about: about["registered"].update(optimizer=None), "optimizer is no object"),
-        (lambda about: about["registered"].update(interval=3), "interval is no object"),
+        (lambda about: about["registered"].update(optimizer=None), "optimizer is not an object"),
+        (lambda about: about["registered"].update(interval=3), "interval is not an object"),
         (lambda about: about["registered"]["interval"].update(sums=3), "interval"),
         (lambda about: about["registered"]["optimizer"].update({f"{WEIGHT}|exp_avg": "much"}), "floating-point"),
         (lambda about: about["registered"].pop("optimizer"), "this run has"),

@@ -1,0 +1,323 @@
+"""Several processes (GPUs or machines): data parallel (DDP), sharded (FSDP2) and expert parallel models, agreement
+between processes, and a heartbeat that notices a dead machine.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import random
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
+from types import TracebackType
+from typing import Any, cast
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from torch import nn
+from torch.distributed import DistError, PrefixStore, TCPStore
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import Shard
+from transformers import PreTrainedModel
+from transformers import initialization as init
+
+from flash_experts.models.expert_parallel import expert_group, reduce_expert_gradients, shard_experts
+from flash_experts.models.loading import resolve_device
+from flash_experts.models.moe_config import GPT2MoEConfig
+from flash_experts.training.sharding import clip_grad_norm, gather_full
+from flash_experts.training.training_config import TrainingConfig
+
+# Longer than what the main process does alone while the others wait for it (sample names). A process that dies closes
+# its connections, and the others fail at once; one that stops responding is found much earlier by `Heartbeat`.
+_LONGEST_WAIT = timedelta(minutes=10)
+# A process that is silent for this long counts as dead. With the time to notice it, under a minute.
+HEARTBEAT_TIMEOUT_SECONDS = 45.0
+_BEATS_PER_TIMEOUT = 9
+_ENDED = "ended"
+
+
+def make_accelerator(device: str) -> Accelerator:
+    """Joins the process group and selects the device of this process.
+
+    Raises:
+        ValueError: the device is not available.
+    """
+    found = resolve_device(None if device == "auto" else device)
+    # Each router's buffers count its own tokens: DDP would overwrite them with the main process's before each forward.
+    # Gradients that are views of DDP's buckets are not held twice.
+    ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+    handlers = [InitProcessGroupKwargs(timeout=_LONGEST_WAIT), ddp]
+    return Accelerator(cpu=found.type == "cpu", mixed_precision="no", kwargs_handlers=handlers)
+
+
+# ------------------------------------------------------------------------------------------------ parallel strategies
+
+
+def parallelize_model(model: PreTrainedModel, accelerator: Accelerator, config: TrainingConfig) -> Replicated:
+    """Distributes the model by the strategy ``config.parallel``.
+
+    Raises:
+        ValueError: expert parallel, but the model has no experts, or no two processes can share them.
+    """
+    world = accelerator.num_processes
+    if world == 1 or config.parallel == "ddp":
+        return Replicated(model, accelerator, config.compile)
+    if config.parallel == "fsdp":
+        return Sharded(model, accelerator, config.compile)
+    if not isinstance(model.config, GPT2MoEConfig):
+        raise ValueError("parallel: expert distributes experts, but the model has none: use ddp or fsdp")
+    if expert_group(model.config, world) == 1:
+        raise ValueError(
+            f"{world} processes cannot share {model.config.num_experts} experts: start a number of processes that has "
+            "a divisor in common with it, or use parallel: fsdp"
+        )
+    return ExpertParallel(model, accelerator, config.compile)
+
+
+class Replicated:
+    """Data parallel: every process has the whole model (DistributedDataParallel). Base of the other strategies.
+
+    Args:
+        model: plain model, distributed in place: optimizers are made after this.
+
+    Attributes:
+        wrapped: module that training calls. Validation and saving use the plain model.
+    """
+
+    def __init__(self, model: PreTrainedModel, accelerator: Accelerator, compile: bool):
+        self.model, self.accelerator = model, accelerator
+        module = torch.compile(model, dynamic=True) if compile else model
+        self.wrapped = self._wrap(cast(nn.Module, module))
+
+    def _wrap(self, module: nn.Module) -> nn.Module:
+        return cast(nn.Module, self.accelerator.prepare_model(module))
+
+    def no_sync(self) -> AbstractContextManager[Any]:
+        """While open, backwards accumulate this process's gradient without communication."""
+        return self.accelerator.no_sync(self.wrapped)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Adds the gradient of this process's part of the step's loss."""
+        self.accelerator.backward(loss * self.accelerator.num_processes)  # undoes DDP's mean over processes
+
+    def clip(self, limit: float) -> torch.Tensor:
+        """Clips the global gradient norm to ``limit`` after the last backward of a step. Returns the norm before, a
+        0-dimensional tensor equal on all processes."""
+        return clip_grad_norm(self.model.parameters(), limit)
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """While open the plain model may be called in eval mode; equally often on every process if it is sharded."""
+        self.model.eval()
+        yield
+
+    def full_model(self) -> PreTrainedModel | None:
+        """On the main process, an unsharded model with the current weights in eval mode; None on the others. All must
+        call it."""
+        return self.model.eval() if self.accelerator.is_main_process else None
+
+
+class Sharded(Replicated):
+    """Fully sharded data parallel (FSDP2, ZeRO-3): every process has a shard of each weight, gradient and optimizer
+    state. The weights of a block are all-gathered when it is computed, and freed after."""
+
+    def __init__(self, model: PreTrainedModel, accelerator: Accelerator, compile: bool):
+        self._class = type(model)
+        super().__init__(model, accelerator, compile)
+
+    def _wrap(self, module: nn.Module) -> nn.Module:
+        self._shard(set())
+        return module
+
+    def _shard(self, ignored: set[nn.Parameter]) -> None:
+        """Shards each block, and the rest as one more unit."""
+        world = self.accelerator.num_processes
+        mesh = init_device_mesh(self.accelerator.device.type, (world,))
+        stacked = {weight for name, weight in self.model.named_parameters() if ".experts." in name}
+
+        def placement(weight: nn.Parameter) -> Shard | None:
+            """Shards the first dimension, or the second if the processes cannot share the experts evenly."""
+            cut_inside = weight in stacked and weight.shape[0] % world and weight.shape[1] % world == 0
+            return Shard(1) if cut_inside else None
+
+        units = [module for module in self.model.modules() if type(module).__name__ in self._units()]
+        for module in [*units, self.model]:
+            fully_shard(module, mesh=mesh, shard_placement_fn=placement, ignored_params=ignored)
+            unit = cast(FSDPModule, module)
+            unit.set_gradient_divide_factor(1.0)  # a sum over processes, not a mean,
+            unit.set_force_sum_reduction_for_comms(True)  # the only reduction that gloo has
+
+    def _units(self) -> list[str]:
+        return list(self.model._no_split_modules or ())
+
+    @property
+    def _fsdp(self) -> FSDPModule:
+        return cast(FSDPModule, self.model)
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """As with DDP; each process keeps its own unsharded gradients until the last backward of the step."""
+        self._fsdp.set_requires_gradient_sync(False)
+        yield
+        self._fsdp.set_requires_gradient_sync(True)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        self.accelerator.backward(loss)
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        with super().evaluating():
+            yield
+        # A forward leaves the embeddings gathered for its backward. There is none here, and the next forward would use
+        # them although the weights may have changed (averaged weights, a checkpoint).
+        self._fsdp.reshard()
+
+    def full_model(self) -> PreTrainedModel | None:
+        is_main = self.accelerator.is_main_process
+        full = self._empty_copy() if is_main else None
+        targets = {} if full is None else full.state_dict()
+        for name, shard in self.model.state_dict().items():
+            gathered = gather_full(shard)
+            if is_main:
+                targets[name].copy_(gathered)
+        return full
+
+    def _empty_copy(self) -> PreTrainedModel:
+        with init.no_init_weights(), self.accelerator.device:
+            return self._class(copy.deepcopy(self.model.config)).eval()
+
+
+class ExpertParallel(Sharded):
+    """Every process has some whole experts, to which tokens are sent by all-to-all (`models.expert_parallel`); the rest
+    of the model is sharded. Several groups of processes may have all experts each, whose gradients are all-reduced."""
+
+    def _wrap(self, module: nn.Module) -> nn.Module:
+        config, world = self.model.config, self.accelerator.num_processes
+        assert isinstance(config, GPT2MoEConfig)
+        group = expert_group(config, world)
+        mesh = init_device_mesh(self.accelerator.device.type, (world // group, group))
+        self._experts = shard_experts(self.model, config, mesh)
+        self._shard(set(self._experts))
+        return module
+
+    def clip(self, limit: float) -> torch.Tensor:
+        reduce_expert_gradients(self._experts)
+        return super().clip(limit)
+
+
+# -------------------------------------------------------------------------------------- agreement between processes
+
+
+def seed_dropout(seed: int, step: int, rank: int) -> None:
+    """Makes dropout (and router noise) a function of (seed, step, process).
+
+    So a checkpoint needs no random state, and neither validation nor sampling changes what training draws.
+    """
+    torch.manual_seed(random.Random(f"dropout/{seed}/{step}/{rank}").getrandbits(63))
+
+
+def max_over_processes(accelerator: Accelerator, values: list[float]) -> list[float]:
+    """Maximum of each value over the processes, in float64."""
+    mine = torch.tensor([values], device=accelerator.device, dtype=torch.float64)
+    return cast(list[float], cast(torch.Tensor, accelerator.gather(mine)).amax(0).tolist())
+
+
+def agree(accelerator: Accelerator, seconds: float, stop: bool, due: bool, seconds_held: float) -> tuple[float, bool]:
+    """Training time and whether to stop, equal on all processes: signals reach one of them, and clocks differ.
+
+    Args:
+        seconds: training time by this process's clock.
+        stop: whether this process received a stop signal.
+        due: whether this is a log step; on GPUs, where it synchronizes, the exchange happens at those alone.
+        seconds_held: time that was agreed last.
+    """
+    if accelerator.num_processes == 1:
+        return seconds, stop
+    if not due and accelerator.device.type != "cpu":
+        return seconds_held, False
+    most_seconds, any_stop = max_over_processes(accelerator, [seconds, float(stop)])
+    return most_seconds, bool(any_stop)
+
+
+def is_lost_process(error: BaseException) -> bool:
+    """Whether an error means that another process is gone; gloo and NCCL have no class of their own for it."""
+    text = str(error)
+    return isinstance(error, torch.distributed.DistError) or "gloo" in text or "NCCL" in text
+
+
+# ----------------------------------------------------------------------------------------------------------- heartbeat
+
+
+def watch_other_processes(accelerator: Accelerator) -> AbstractContextManager[object]:
+    """A `Heartbeat` of this process, or nothing where it is alone."""
+    if accelerator.num_processes == 1:
+        return nullcontext()
+    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    rank, world = accelerator.process_index, accelerator.num_processes
+    return Heartbeat(rank, world, address, HEARTBEAT_TIMEOUT_SECONDS, _exit_for_lost_process)
+
+
+class Heartbeat:
+    """While open, ends this process when another one has been silent for too long.
+
+    The main thread then most likely waits for the other inside PyTorch, where no exception reaches it. So a thread
+    ends the process, as NCCL's own watchdog does; checkpoints are atomic, so nothing is lost.
+
+    Args:
+        address: host and port of the process group's store.
+        timeout: seconds of silence after which a process counts as lost.
+        end: called with the rank of the lost process.
+    """
+
+    def __init__(self, rank: int, world: int, address: tuple[str, int], timeout: float, end: Callable[[int], None]):
+        self._rank, self._others = rank, [other for other in range(world) if other != rank]
+        self._address, self._timeout, self._end = address, timeout, end
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
+
+    def __enter__(self) -> Heartbeat:
+        host, port = self._address
+        timeout = timedelta(seconds=self._timeout)
+        # A connection of its own: a wait on another thread's would block this one.
+        self._store = PrefixStore("heartbeat", TCPStore(host, port, is_master=False, timeout=timeout))
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._closing.set()
+        self._thread.join(self._timeout)
+
+    def _run(self) -> None:
+        # Silence is counted in this process's own beats: if the whole machine was paused, nobody is blamed.
+        heard = {other: ("", 0) for other in self._others}
+        beat = 0
+        try:
+            while not self._closing.wait(self._timeout / _BEATS_PER_TIMEOUT):
+                beat += 1
+                self._store.set(str(self._rank), str(beat))
+                for other in self._others:
+                    latest = self._store.get(str(other)).decode() if self._store.check([str(other)]) else ""
+                    if latest != heard[other][0] or latest == _ENDED:
+                        heard[other] = latest, beat
+                    elif beat - heard[other][1] > _BEATS_PER_TIMEOUT:
+                        self._end(other)
+            self._store.set(str(self._rank), _ENDED)  # from here on silence is expected
+        except DistError:
+            # The store is gone with the machine that hosts it. At the end of a run the first process may have exited.
+            if not self._closing.is_set():
+                self._end(0)
+
+
+def _exit_for_lost_process(lost: int) -> None:
+    sys.stderr.write(
+        f"flash-experts: process {lost} of this run has been silent for {HEARTBEAT_TIMEOUT_SECONDS:.0f} seconds: its "
+        "machine or the network is gone. Start the run again: it resumes from the last checkpoint (--resume auto)\n"
+    )
+    sys.stderr.flush()
+    os._exit(1)

@@ -1,0 +1,265 @@
+"""Training metrics of a logging window: loss, bits per character, router statistics, tokens/s, MFU, memory."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+
+from flash_experts.data.packing import PackedBatch
+from flash_experts.models.moe_layer import MoELayer
+from flash_experts.models.router import Router
+from flash_experts.models.router_metrics import in_use, router_metrics
+from flash_experts.training.optimizer import part_rates
+from flash_experts.training.run_state import TrainerState
+from flash_experts.training.training_config import TrainingConfig
+
+# Router buffers that are not part of the model: statistics of the logging window.
+_ROUTER_BUFFERS = ("interval_counts_E", "interval_pairs_EE", "interval_sums")
+_BALANCING_LOSSES = ("aux_loss", "z_loss")
+_PARTS = [0, 3, 4, 5, 6]  # those of the sums to which each process adds its own part
+# Dense bfloat16 TFLOP/s by the makers' data sheets, tensor cores, without sparsity.
+_PEAK_TFLOPS = {"H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362, "L4": 121, "A10G": 70}
+
+
+def training_metrics(
+    state: TrainerState,
+    config: TrainingConfig,
+    epoch: float,
+    rate: float,
+    share: float,
+    measured: Mapping[str, float],
+) -> dict[str, float]:
+    """A line of training metrics.
+
+    Args:
+        rate: learning rate of the last step.
+        share: share of the run that is done, 0 to 1, from which the time left is estimated.
+        measured: losses, router statistics and speed of the logging window.
+    """
+    metrics: dict[str, float] = {
+        "step": state.step,
+        "epoch": round(epoch, 4),
+        "tokens": state.tokens,
+        "lr": rate,
+        **part_rates(config.lr_scale, rate),
+        "seconds": round(state.seconds, 3),
+        **measured,
+    }
+    if config.on_nan == "skip":
+        metrics["skipped_steps"] = state.skipped_steps
+    if share > 0:
+        first = state.evaluation_seconds  # the last validation takes as long
+        metrics["eta_seconds"] = round((state.seconds - first) * (1 - share) / share + first, 1)
+    return metrics
+
+
+# ------------------------------------------------------------------------------------------------------ logging window
+
+
+class LoggingWindow:
+    """Sums of losses since the last line of metrics, kept on the device, so that adding to them does not synchronize.
+
+    Args:
+        model: plain model, whose routers keep their own statistics in buffers.
+        is_code_length: whether the loss is plain cross-entropy, from which bits per character follow.
+    """
+
+    def __init__(self, model: PreTrainedModel, accelerator: Accelerator, is_code_length: bool):
+        self._model, self._accelerator, self._is_code_length = model, accelerator, is_code_length
+        # This process's part of the losses, number of steps, norm of the last global gradient; nats of its names
+        # without balancing losses, their characters, and its parts of the balancing losses.
+        self._sums = torch.zeros(7, device=accelerator.device)
+        self._forwards_of_step = torch.zeros(4, device=accelerator.device)
+        self._balancing: list[str] = []  # names of those that the model has
+
+    def add_step(self, loss: torch.Tensor, grad_norm: torch.Tensor, is_bad: torch.Tensor) -> None:
+        """Counts a step, unless it is bad and thus skipped. All arguments are 0-dimensional."""
+        total, steps, _ = self._sums[:3]
+        added = torch.stack([total + loss, steps + 1, grad_norm.to(total.dtype)])
+        added = torch.cat([added, self._sums[3:] + self._forwards_of_step])
+        self._sums = torch.where(is_bad, self._sums, added)
+        self._forwards_of_step = torch.zeros_like(self._forwards_of_step)
+
+    def add_micro_batch(self, output: ModelOutput, batch: PackedBatch, num_labels: int) -> None:
+        """Counts a forward: the nats of its names, and its balancing losses weighted by its share of the step's
+        ``num_labels`` labels. Their sums over micro-batches and processes are the step's means."""
+        count = batch.labels.numel()
+        balancing = {name: output[name].detach() for name in _BALANCING_LOSSES if output.get(name) is not None}
+        nats = output["loss"].detach() * num_labels
+        for name, value in balancing.items():
+            nats = nats - getattr(self._model.config, f"router_{name}_coef") * value * count
+        parts = [balancing.get(name, torch.zeros_like(nats)) * (count / num_labels) for name in _BALANCING_LOSSES]
+        characters = batch.characters.sum().to(nats.device, torch.float32)
+        self._forwards_of_step += torch.stack([nats.float(), characters, *(part.float() for part in parts)])
+        self._balancing = list(balancing)
+
+    def metrics(self) -> dict[str, float]:
+        """The metrics of the window (no losses if every step was skipped), which then starts again. Every process must
+        call it. ``bits_per_char`` is that of the names after their prompts, where the EOS token counts as a character.
+        """
+        sums = self._sums.clone()
+        sums[_PARTS] = cast(torch.Tensor, self._accelerator.reduce(sums[_PARTS], "sum"))
+        total, steps, grad_norm, nats, characters, *parts = sums.tolist()
+        self._sums[[1, *_PARTS]] = 0
+        loss = {"loss": total / steps, "grad_norm": grad_norm} if steps else {}
+        if steps and self._is_code_length:
+            loss["bits_per_char"] = nats / math.log(2) / characters
+        if steps:
+            means = dict(zip(_BALANCING_LOSSES, (part / steps for part in parts), strict=True))
+            loss |= {name: means[name] for name in self._balancing}
+        self._add_up_routers()
+        return loss | router_metrics(self._model)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Sums of every process, (processes, ...): their total would not restore them to the bit."""
+        own = {"sums": self._sums} | self._router_buffers()
+        return {name: cast(torch.Tensor, self._accelerator.gather(value[None])) for name, value in own.items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        sums = state["sums"].to(self._sums.device)
+        if sums.shape[1:] != self._sums.shape:
+            raise ValueError("its sums were written by another version of this program")
+        rank, world = self._accelerator.process_index, self._accelerator.num_processes
+        if len(sums) == world:
+            self._sums = sums[rank].clone()
+        else:  # another number of processes: each takes an equal part of the loss
+            self._sums = sums[0].clone()
+            self._sums[_PARTS] = sums[:, _PARTS].sum(0) / world
+        for name, buffer in self._router_buffers().items():
+            if state[name].shape[1:] != buffer.shape:
+                raise ValueError(f"{name} is for another number of experts")
+            if len(state[name]) == world:
+                buffer.copy_(state[name][rank])
+            else:  # only their total matters
+                buffer.copy_(state[name].sum(0) * (rank == 0))
+
+    def _add_up_routers(self) -> None:
+        """All-reduces the statistics of the routers."""
+        buffers = list(self._router_buffers().values())
+        if self._accelerator.num_processes == 1 or not buffers:
+            return
+        flat = torch.cat([buffer.flatten() for buffer in buffers])
+        total = cast(torch.Tensor, self._accelerator.reduce(flat, "sum"))
+        for buffer, part in zip(buffers, total.split([buffer.numel() for buffer in buffers]), strict=True):
+            buffer.copy_(part.view_as(buffer))
+
+    def _router_buffers(self) -> dict[str, torch.Tensor]:
+        buffers = self._model.named_buffers()
+        return {name: buffer for name, buffer in buffers if name.rpartition(".")[2] in _ROUTER_BUFFERS}
+
+
+# ------------------------------------------------------------------------------------------------ speed, FLOPs, memory
+
+
+class SpeedMeter:
+    """Training speed without pauses (validation, samples, checkpoints).
+
+    Args:
+        counts: parameter and FLOP counts from `multiplied_parameters`.
+        world: number of processes, each on such a device.
+    """
+
+    def __init__(self, counts: dict[str, int], device: torch.device, world: int):
+        self._counts, self._device = counts, device
+        peak = peak_flops(device)
+        self._peak = None if peak is None else peak * world
+        self.begin()
+
+    def begin(self) -> None:
+        """Starts a logging window."""
+        self._tokens = self._labels = 0
+        self._paused = 0.0
+        self._start = time.perf_counter()
+
+    def add(self, tokens: int, labels: int) -> None:
+        """Counts a step."""
+        self._tokens += tokens
+        self._labels += labels
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Time while this is open does not count."""
+        start = time.perf_counter()
+        yield
+        self._paused += time.perf_counter() - start
+
+    def metrics(self) -> dict[str, float]:
+        """``tokens_per_second``, ``peak_memory_gib`` of this process, and ``mfu`` (model FLOPs utilization) if the peak
+        is known; starts a new window."""
+        seconds = max(1e-9, time.perf_counter() - self._start - self._paused)
+        metrics = {"tokens_per_second": round(self._tokens / seconds, 1)} | peak_memory(self._device)
+        if self._peak is not None:
+            metrics["mfu"] = training_flops(self._counts, self._tokens, self._labels) / seconds / self._peak
+        self.begin()
+        return metrics
+
+
+def multiplied_parameters(model: PreTrainedModel) -> dict[str, int]:
+    """Counts weights: ``total``; ``body``, those that multiply a token in the blocks (its k experts alone); ``head``,
+    the output layer's. Embedding tables are looked up, not multiplied.
+
+    ``body_flops`` per token and ``head_flops`` per label are training FLOPs per weight: 2 for the forward, 2 for the
+    gradient of its input, if anything before it is trained, and 2 for its own, if it is trained.
+    """
+    looked_up = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    head = model.get_output_embeddings().weight
+    shares = expert_shares(model)
+    body = body_flops = 0.0
+    trained_before = False  # parameters are named in the order of the forward
+    for parameter in model.parameters():
+        if id(parameter) not in looked_up and parameter is not head:
+            multiplied = parameter.numel() * shares.get(parameter, 1.0)
+            body += multiplied
+            body_flops += 2 * multiplied * (1 + trained_before + parameter.requires_grad)
+        trained_before = trained_before or parameter.requires_grad
+    head_flops = 2 * head.numel() * (1 + trained_before + head.requires_grad)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    counts = {"total": total, "body": round(body), "head": head.numel()}
+    return counts | {"body_flops": round(body_flops), "head_flops": head_flops}
+
+
+def expert_shares(model: nn.Module) -> dict[nn.Parameter, float]:
+    """Maps each parameter of routed experts to the share of it that is active per token (k of E experts)."""
+    shares: dict[nn.Parameter, float] = {}
+    for layer in model.modules():
+        if isinstance(layer, MoELayer):
+            router = in_use(layer.router, Router)
+            shares |= dict.fromkeys(layer.experts.parameters(), router.top_k / router.num_experts)
+    return shares
+
+
+def training_flops(counts: dict[str, int], tokens: int, labels: int) -> float:
+    """FLOPs of forward and backward from `multiplied_parameters`, without attention's own matmuls: names are short."""
+    return float(counts["body_flops"] * tokens + counts["head_flops"] * labels)
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """The device's dense bfloat16 FLOP/s by its data sheet; None if unknown."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((tflops * 1e12 for key, tflops in _PEAK_TFLOPS.items() if key in name), None)
+
+
+def peak_memory(device: torch.device) -> dict[str, float]:
+    """``peak_memory_gib`` since the process began: tensors on a GPU, the whole process on a CPU; empty if unknown."""
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device)
+    elif device.type == "cpu" and sys.platform != "win32":
+        import resource
+
+        # Linux counts in KiB, macOS in bytes.
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    else:
+        return {}
+    return {"peak_memory_gib": round(peak / 2**30, 3)}

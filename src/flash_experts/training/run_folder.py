@@ -1,0 +1,202 @@
+"""The folder of a run: a lock against a second trainer, and run.json, the record of its data, model and versions."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import subprocess
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from filelock import FileLock, Timeout
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from flash_experts.data.cards import Card
+from flash_experts.data.prompts import CONDITIONS
+from flash_experts.files import check_replaced, whole_file
+from flash_experts.training.checkpoint import checkpoint_steps
+from flash_experts.training.distributed import max_over_processes
+from flash_experts.training.metrics import multiplied_parameters
+
+LOCK_FILE = Path("checkpoints", ".lock")
+_PACKAGES = ("flash-experts", "torch", "transformers", "accelerate", "tokenizers", "safetensors", "numpy")
+
+# Fields of a model's configuration that may differ when a run is resumed: how it is trained, what it can be conditioned
+# on (which follows from the training names), and what libraries note.
+MAY_CHANGE = {
+    *("resid_pdrop", "embd_pdrop", "attn_pdrop", "attention_dropout", "router_aux_loss_coef", "router_aux_loss_scope"),
+    *("router_z_loss_coef", "router_jitter_noise", "router_bias_update_rate", "allow_noncausal_generation", CONDITIONS),
+    *("transformers_version", "architectures", "dtype", "use_cache", "attention_backend", "name_or_path"),
+    *("output_router_logits", "output_attentions", "output_hidden_states", "return_dict"),
+}
+
+# ------------------------------------------------------------------------------------------------- the folder, locked
+
+
+def check_run_folder(run_dir: Path, overwrite: bool, accelerator: Accelerator) -> None:
+    """Refuses a folder that is neither new nor empty nor a run's (with a lock file or checkpoints), on all processes.
+
+    Raises:
+        ValueError: the folder holds something else, such as a model, and ``overwrite`` is False.
+    """
+    # The main process decides: a late one would find what the main one has begun.
+    problem: ValueError | None = None
+    is_run = (run_dir / LOCK_FILE).is_file() or checkpoint_steps(run_dir)
+    if accelerator.is_main_process and not is_run:
+        try:
+            check_replaced(run_dir, overwrite, "the run's folder")
+        except ValueError as error:
+            problem = error
+    refused = problem is not None
+    if accelerator.num_processes > 1:
+        refused = max_over_processes(accelerator, [float(refused)]) == [1.0]
+    if refused:
+        raise problem or ValueError(f"the run's folder {run_dir} is refused by the main process, see its error")
+
+
+class RunLock:
+    """While open, no second trainer can use the run's folder, which is created.
+
+    The main process holds an operating system lock (``flock``), which ends with the process: a crash or a kill leaves
+    only an empty file behind.
+
+    Raises:
+        ValueError: on entering, if another process is training into the folder.
+    """
+
+    def __init__(self, run_dir: Path, accelerator: Accelerator):
+        self._run_dir, self._accelerator = run_dir, accelerator
+        self._lock = FileLock(run_dir / LOCK_FILE, blocking=False)
+
+    def __enter__(self) -> RunLock:
+        refused = False
+        if self._accelerator.is_main_process:
+            (self._run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
+            try:
+                self._lock.acquire()
+            except Timeout:
+                refused = True
+        if self._accelerator.num_processes > 1:
+            refused = max_over_processes(self._accelerator, [float(refused)]) == [1.0]
+        if refused:
+            raise ValueError(
+                f"another process is training into {self._run_dir}: wait for its end, stop it, or choose another "
+                "run_name"
+            )
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None and self._lock.is_locked:
+            self._remove_if_nothing_was_written()
+        self._lock.release()
+
+    def _remove_if_nothing_was_written(self) -> None:
+        """Removes the folder of a run that failed before its first file."""
+        checkpoints = self._run_dir / "checkpoints"
+        if [*self._run_dir.iterdir()] == [checkpoints] and [*checkpoints.iterdir()] == [self._run_dir / LOCK_FILE]:
+            (self._run_dir / LOCK_FILE).unlink()
+            checkpoints.rmdir()
+            self._run_dir.rmdir()
+
+
+# ------------------------------------------------------------------------------------- what must be equal to resume
+
+
+def fingerprint(cards: Sequence[Card]) -> str:
+    """SHA-256 of the cards in their order."""
+    digest = hashlib.sha256()
+    for card in cards:
+        digest.update(json.dumps(card.to_json(), sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+def describe_data(train: Sequence[Card], validation: Sequence[Card], meta: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Counts and hashes of the splits, with meta.json."""
+    described: dict[str, Any] = {
+        "train_names": len(train),
+        "train_sha256": fingerprint(train),
+        "validation_names": len(validation),
+        "validation_sha256": fingerprint(validation),
+    }
+    return described if meta is None else described | {"meta": dict(meta)}
+
+
+def identity(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, validation_sha256: str | None
+) -> dict[str, Any]:
+    """What must be equal when a run is resumed: SHA-256 of tokenizer and validation names, and the model configuration
+    without `MAY_CHANGE`."""
+    config = model.config.to_dict()
+    kept = {name: value for name, value in config.items() if name not in MAY_CHANGE and not name.startswith("_")}
+    return {
+        "tokenizer": _sha256_of_tokenizer(tokenizer),
+        "validation_names": validation_sha256,
+        "model_config": json.loads(json.dumps(kept, default=str)),
+    }
+
+
+def _sha256_of_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    about: dict[str, Any] = tokenizer.get_vocab() if backend is None else json.loads(backend.to_str())
+    for name in ("padding", "truncation"):  # settings of the last call
+        about.pop(name, None)
+    special = [tokenizer.bos_token_id, tokenizer.eos_token_id]
+    return hashlib.sha256(json.dumps([about, special], sort_keys=True).encode()).hexdigest()
+
+
+# -------------------------------------------------------------------------------------------------------- run.json
+
+
+def describe_run(
+    config: dict[str, Any], data: dict[str, Any], model: PreTrainedModel, device: torch.device, processes: int
+) -> dict[str, Any]:
+    """The content of run.json."""
+    return {
+        "config": config,
+        "data": data,
+        "model": {"type": model.config.model_type, "parameters": multiplied_parameters(model)},
+        "device": str(device),
+        "processes": processes,
+        "git_commit": git_commit(),
+        "versions": versions(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python, the platform and the packages that can change results."""
+    found = {"python": platform.python_version(), "platform": platform.platform()}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def git_commit() -> str | None:
+    """Commit of this package's source, with "+" if files differ from it; None outside a checkout."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+    try:
+        # A copy installed below some other project's checkout is not that project's commit.
+        git("ls-files", "--error-unmatch", __file__)
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def write_run_info(path: Path, info: dict[str, Any]) -> None:
+    """Writes run.json."""
+    with whole_file(path) as temporary:
+        temporary.write_text(json.dumps(info, indent=2, default=str) + "\n", encoding="utf-8")

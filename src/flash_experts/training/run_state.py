@@ -1,0 +1,210 @@
+"""The state of a run: how far it is, why it ends (limits, early stopping, signals), and the errors that stop it."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType, TracebackType
+
+from flash_experts.training.optimizer import Schedule
+from flash_experts.training.training_config import TrainingConfig
+
+# ------------------------------------------------------------------------------------------------------------ progress
+
+
+@dataclass
+class TrainerState:
+    """How far a run is, as kept in checkpoints.
+
+    Attributes:
+        step: optimizer steps done.
+        tokens: input tokens processed.
+        seconds: wall-clock training time, without what a kill lost.
+        evaluation_seconds: time of the first validation.
+        best_bits_per_char: lowest `validation.SELECTION` so far.
+        bad_evaluations: validations since the best one.
+        skipped_steps: steps skipped for a NaN or infinite loss or gradient (``on_nan: skip``).
+        skipped_in_a_row: number of consecutive ones, up to ``last_skipped``.
+    """
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    evaluation_seconds: float = 0.0
+    best_bits_per_char: float | None = None
+    best_step: int = 0
+    bad_evaluations: int = 0
+    skipped_steps: int = 0
+    skipped_in_a_row: int = 0
+    last_skipped: int = 0
+
+    def skip(self, step: int) -> int:
+        """Counts a skipped step. Returns how many in a row that makes."""
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if step == self.last_skipped + 1 else 1
+        self.last_skipped = step
+        self.skipped_steps += 1
+        return self.skipped_in_a_row
+
+    def validated(self, bits_per_char: float) -> bool:
+        """Records the validation metric of this step. Returns whether it is a new best."""
+        if self.best_bits_per_char is not None and bits_per_char >= self.best_bits_per_char:
+            self.bad_evaluations += 1
+            return False
+        self.best_bits_per_char, self.best_step, self.bad_evaluations = bits_per_char, self.step, 0
+        return True
+
+
+def checkpoint_path(run_dir: Path, step: int) -> Path:
+    """``run_dir/checkpoints/step-000100``."""
+    return run_dir / "checkpoints" / f"step-{step:06d}"
+
+
+# --------------------------------------------------------------------------------------------------------- end of a run
+
+
+def reason_to_end(state: TrainerState, schedule: Schedule, patience: int | None) -> str | None:
+    """Why a run is over, or None. It depends on state and configuration alone, so a resumed run decides alike.
+
+    Args:
+        patience: early-stopping patience: validations in a row without a new best; None for no limit.
+    """
+    if schedule.planned_steps is not None and state.step >= schedule.planned_steps:
+        return "steps"
+    seconds = state.seconds + state.evaluation_seconds  # with the validation that is still to come
+    if schedule.planned_seconds is not None and seconds >= schedule.planned_seconds:
+        return "time"
+    if patience is not None and state.bad_evaluations >= patience:
+        return "early stopping"
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingResult:
+    """How a run ended.
+
+    Attributes:
+        reason: ``steps``, ``time``, ``early stopping``, or a signal's name.
+        best_bits_per_char: lowest `validation.SELECTION`; None without validation names.
+        best_step: its step, whose weights are in ``run_dir``.
+    """
+
+    reason: str
+    step: int
+    best_bits_per_char: float | None
+    best_step: int
+    run_dir: Path
+    seconds: float
+
+    @classmethod
+    def of(cls, state: TrainerState, reason: str, run_dir: Path) -> TrainingResult:
+        """The result of a run that ends at ``state``."""
+        return cls(reason, state.step, state.best_bits_per_char, state.best_step, run_dir, state.seconds)
+
+    @property
+    def interrupted(self) -> bool:
+        return self.reason.startswith("SIG")
+
+    def closing_message(self) -> str:
+        """One line for the user: where the model is, or how to resume."""
+        if self.interrupted:
+            saved = checkpoint_path(self.run_dir, self.step)
+            stopped = f"{self.reason}: stopped after step {self.step:,}, saved in {saved}"
+            return f"{stopped}. Continue with --resume auto --training.run-name {self.run_dir.name}"
+        best = ""
+        if self.best_bits_per_char is not None:
+            best = f", best at step {self.best_step:,}: {self.best_bits_per_char:.3f} bits per character on average"
+        return f"finished ({self.reason}) after step {self.step:,}{best}: the model is {self.run_dir}"
+
+
+STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name))
+
+
+class StopSignals:
+    """While open, the first of `STOP_SIGNALS` sets `received`; a second Ctrl+C interrupts at once.
+
+    A signal that was ignored stays so: SIGHUP under nohup, SIGINT of a shell's background jobs.
+
+    Attributes:
+        received: name of the signal, or None.
+    """
+
+    def __init__(self) -> None:
+        self.received: str | None = None
+        self._previous: dict[signal.Signals, object] = {}
+
+    def __enter__(self) -> StopSignals:
+        # Python lets the main thread alone set handlers.
+        if threading.current_thread() is threading.main_thread():
+            for number in STOP_SIGNALS:
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        name = signal.Signals(number).name
+        previous = self._previous.get(signal.SIGINT)
+        if self.received is not None and name == "SIGINT" and callable(previous):
+            previous(number, frame)
+        self.received = name
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, previous in self._previous.items():
+            signal.signal(number, previous)  # type: ignore[arg-type]
+
+
+# -------------------------------------------------------------------------------------------------------------- errors
+
+
+class TrainingError(RuntimeError):
+    """A run cannot continue."""
+
+
+class NonFiniteLossError(TrainingError):
+    """The loss or its gradient became NaN or infinite.
+
+    Args:
+        step: first such optimizer step, from 1.
+        names: training names of that step; empty if a validation found it.
+        last_good: newest checkpoint that verifies.
+        bfloat16: whether forwards run in bfloat16.
+    """
+
+    def __init__(self, step: int, names: Sequence[str], last_good: Path | None, config: TrainingConfig, bfloat16: bool):
+        where = f"in the validation at step {step}"
+        if names:
+            shown = ", ".join(names[:3])
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            where = f"at step {step} ({shown}{more}, all in bad-batch-{step:06d}.json)"
+        good = f"the last good checkpoint is {last_good}" if last_good else "there is no checkpoint yet"
+        advice = ["halve learning_rate"]
+        advice += [] if config.clip_norm is not None else ["set clip_norm: 1.0"]
+        advice += ["set precision: float32"] if bfloat16 else []
+        advice += [] if config.on_nan == "skip" else ["set on_nan: skip"]
+        super().__init__(
+            f"the loss or its gradient is not a finite number {where}: stopped before the weights changed, nothing was "
+            f"saved after it; {good}. To continue, {', or '.join(advice)}"
+        )
+        self.step = step
+
+
+class LostProcessError(TrainingError):
+    """Another process of the run died, or its machine stopped responding."""
+
+    def __init__(self, step: int, last_good: Path | None):
+        good = f"resume {last_good} with --resume auto" if last_good else "there is no checkpoint yet: start again"
+        super().__init__(f"another process of this run is gone, at step {step}: see its own last lines; {good}")
+
+
+class OutOfMemoryError(TrainingError):
+    """The device's memory ran out in a step."""
+
+    def __init__(self, step: int, accumulation: int):
+        super().__init__(
+            f"out of memory at step {step}: set gradient_accumulation_steps to {2 * accumulation} (now "
+            f"{accumulation}), which learns the same in about half the memory"
+        )

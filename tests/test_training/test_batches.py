@@ -1,0 +1,112 @@
+"""The order of names: a pure function of seed and step, complete, new in each epoch."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerFast
+
+from flash_experts.data.cards import Card
+from flash_experts.training.batches import NameBatches, split_evenly
+from flash_experts.training.training_config import Stage
+
+
+def make_cards(count: int) -> list[Card]:
+    return [
+        Card(
+            name=f"Goblin {'Guide ' * (index % 4)}{index}",
+            type_line="Legendary Creature — Goblin",
+            supertypes=("Legendary",),
+            types=("Creature",),
+            subtypes=("Goblin",),
+            colors=("R",),
+            mana_value=index % 7,
+            source_id=str(index),
+        )
+        for index in range(count)
+    ]
+
+
+def names_of_epoch(batches: NameBatches, epoch: int, tokenizer: PreTrainedTokenizerFast) -> list[str]:
+    """Of a run without stages."""
+    per_epoch = batches.plan[0].steps_per_epoch
+    steps = range(epoch * per_epoch, (epoch + 1) * per_epoch)
+    encoded = [name for step in steps for name in batches.names_of_step(step)]
+    return [tokenizer.decode(name.ids[name.prompt_length : -1]).removeprefix(" ") for name in encoded]
+
+
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=200), st.data())
+def test_split_evenly_covers_all_in_order_and_is_even(lengths: list[int], data: st.DataObject) -> None:
+    parts = data.draw(st.integers(1, len(lengths)))
+    runs = split_evenly(lengths, parts)
+    assert len(runs) == parts and all(len(run) > 0 for run in runs)
+    assert [index for run in runs for index in run] == list(range(len(lengths)))
+    if sum(lengths) / parts >= 2 * max(lengths):
+        assert all(abs(sum(lengths[i] for i in run) - sum(lengths) / parts) <= max(lengths) for run in runs)
+
+
+def test_split_evenly_by_hand() -> None:
+    assert split_evenly([5, 1, 1, 1, 4], 3) == [range(0, 1), range(1, 4), range(4, 5)]
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    count=st.integers(1, 60),
+    tokens=st.integers(10, 400),
+    dropout=st.sampled_from([0.0, 0.5]),
+    seed=st.integers(0, 3),
+    order=st.sampled_from(["shuffled", "length"]),
+)
+def test_each_name_comes_once_in_each_epoch(
+    tokenizer: PreTrainedTokenizerFast, count: int, tokens: int, dropout: float, seed: int, order: Any
+) -> None:
+    cards = make_cards(count)
+    batches = NameBatches(cards, tokenizer, tokens, dropout, seed, [Stage("all", epochs=None, order=order)])
+    for epoch in (0, 1):
+        assert Counter(names_of_epoch(batches, epoch, tokenizer)) == Counter(card.name for card in cards)
+
+
+def test_a_step_depends_on_seed_and_step_alone(tokenizer: PreTrainedTokenizerFast) -> None:
+    cards = make_cards(50)
+    walked = NameBatches(cards, tokenizer, 100, 0.5, seed=3)
+    in_order = [walked.names_of_step(step) for step in range(3 * walked.plan[0].steps_per_epoch)]
+    jumping = NameBatches(cards, tokenizer, 100, 0.5, seed=3)
+    for step in reversed(range(len(in_order))):
+        assert jumping.names_of_step(step) == in_order[step]
+    other_seed = NameBatches(cards, tokenizer, 100, 0.5, seed=4)
+    assert names_of_epoch(other_seed, 0, tokenizer) != names_of_epoch(walked, 0, tokenizer)
+
+
+def test_epochs_differ_in_order_and_in_prompts(tokenizer: PreTrainedTokenizerFast) -> None:
+    batches = NameBatches(make_cards(50), tokenizer, 100, 0.5, seed=0)
+    assert names_of_epoch(batches, 0, tokenizer) != names_of_epoch(batches, 1, tokenizer)
+    per_epoch = batches.plan[0].steps_per_epoch
+    lengths = []
+    for epoch in (0, 1):
+        steps = range(epoch * per_epoch, (epoch + 1) * per_epoch)
+        names = sorted(name.ids for step in steps for name in batches.names_of_step(step))
+        lengths.append(sum(map(len, names)))
+    assert lengths[0] != lengths[1]
+
+
+def test_batches_have_about_the_tokens_asked_for(tokenizer: PreTrainedTokenizerFast) -> None:
+    batches = NameBatches(make_cards(400), tokenizer, 200, 0.3, seed=0)
+    for step in range(2 * batches.plan[0].steps_per_epoch):
+        assert 160 <= sum(name.num_inputs for name in batches.names_of_step(step)) <= 240
+
+
+def test_rows_cut_the_same_names_for_any_number_of_them(tokenizer: PreTrainedTokenizerFast) -> None:
+    batches = NameBatches(make_cards(60), tokenizer, 200, 0.3, seed=0)
+    for rows in (1, 2, 5):
+        assert [name for row in batches.micro_batches_of_step(1, rows) for name in row] == batches.names_of_step(1)
+    with pytest.raises(ValueError, match="raise tokens_per_batch"):
+        batches.micro_batches_of_step(0, 1000)
+
+
+def test_no_names_is_an_error_with_advice(tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(ValueError, match="prepare"):
+        NameBatches([], tokenizer, 200, 0.3, seed=0)

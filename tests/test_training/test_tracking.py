@@ -1,0 +1,317 @@
+"""What a run leaves behind: metrics.jsonl always, wandb or TensorBoard where asked for."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from transformers import GPT2Config, PreTrainedModel, PreTrainedTokenizerFast
+
+from flash_experts.models import GPT2MoEForCausalLM
+from flash_experts.training import Callback, Trainer, TrainingConfig
+from flash_experts.training.model_config import ModelConfig
+from flash_experts.training.tracking import make_tracker, read_metrics, wandb_mode
+from tests.test_training import TRAIN, VALIDATION, make_model
+
+TRAIN_FIELDS = {
+    *("step", "epoch", "tokens", "seconds", "loss", "aux_loss", "z_loss", "lr", "lr/router", "grad_norm"),
+    *("tokens_per_second", "peak_memory_gib", "router/1/load_cv", "router/3/load_entropy", "router/1/top1"),
+}
+VALIDATION_FIELDS = {"validation/loss", "validation/bits_per_char", "validation/bits_per_char_given_attributes"}
+
+
+class Names(Callback):
+    """Two names, one of them memorized."""
+
+    def on_sample(self, step: int, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> Sequence[str]:
+        return [TRAIN[0].name, f"Wholly New {step}"]
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> TrainingConfig:
+    return TrainingConfig(
+        output_dir=str(tmp_path),
+        run_name="run",
+        max_steps=4,
+        max_epochs=None,
+        tokens_per_batch=75,
+        log_every=1,
+        eval_every=2,
+        sample_every=2,
+        checkpoint_every=2,
+        device="cpu",
+    )
+
+
+@pytest.fixture
+def train(dense_config: GPT2Config, tokenizer: PreTrainedTokenizerFast) -> Any:
+    def train(config: TrainingConfig, resume: str | None = None) -> None:
+        model = GPT2MoEForCausalLM.from_dense(make_model(dense_config), num_experts=2)
+        scale = replace(config.lr_scale, router=2.0)
+        data_info = {"source": "embedded"}
+        settings = replace(config, lr_scale=scale)
+        Trainer(model, tokenizer, TRAIN, VALIDATION, settings, [Names()], data_info).train(resume)
+
+    return train
+
+
+class FakeRun:
+    """Remembers what a run of wandb is given."""
+
+    url = "https://wandb.example/run"
+
+    def __init__(self, **started: Any) -> None:
+        self.started = started
+        self.settings = SimpleNamespace(sync_dir=str(Path.cwd() / "wandb/offline run"))
+        self.logged: list[tuple[int, dict[str, Any]]] = []
+        self.summary: dict[str, object] = {}
+        self.is_finished = False
+
+    def log(self, values: dict[str, Any], step: int) -> None:
+        self.logged.append((step, values))
+
+    def finish(self) -> None:
+        self.is_finished = True
+
+
+def no_wandb_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a machine where nobody has used wandb."""
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("NETRC", os.devnull)
+
+
+@pytest.fixture
+def wandb_runs(monkeypatch: pytest.MonkeyPatch) -> list[FakeRun]:
+    """The runs that wandb.init was asked for. There is neither a key nor a network, and a question fails the test."""
+    wandb = pytest.importorskip("wandb")
+    runs: list[FakeRun] = []
+
+    def fake_init(**started: Any) -> FakeRun:
+        runs.append(FakeRun(**started))
+        return runs[-1]
+
+    no_wandb_settings(monkeypatch)
+    monkeypatch.setattr(wandb, "init", fake_init)
+    return runs
+
+
+def check_run_info(info: dict[str, Any]) -> None:
+    """Configuration, commit, versions and hashes of the data."""
+    assert info["config"]["tokens_per_batch"] == 75 and info["config"]["lr_scale"]["router"] == 2.0
+    assert info["data"]["meta"] == {"source": "embedded"} and len(info["data"]["train_sha256"]) == 64
+    assert len(info["data"]["validation_sha256"]) == 64
+    assert info["versions"].keys() >= {"python", "torch", "transformers"} and "git_commit" in info
+
+
+def test_metrics_jsonl_and_run_json_have_everything(train: Any, config: TrainingConfig) -> None:
+    train(config)
+    path = config.run_dir / "metrics.jsonl"
+    lines = read_metrics(path, "train")
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    assert all(line.keys() >= TRAIN_FIELDS for line in lines)
+    assert all(line["lr/router"] == pytest.approx(2 * line["lr"]) for line in lines)
+    assert all(0.05 < line["peak_memory_gib"] < 1000 for line in lines)
+    validations = read_metrics(path, "validation")
+    assert [line["step"] for line in validations] == [0, 2, 4]
+    assert all(line.keys() >= VALIDATION_FIELDS | {"tokens", "seconds"} for line in validations)
+    samples = read_metrics(path, "samples")
+    assert [line["names"]["new"] for line in samples] == [["Wholly New 2"], ["Wholly New 4"]]
+    check_run_info(json.loads((config.run_dir / "run.json").read_text()))
+    page = (Path(__file__).parents[2] / "docs/monitoring.md").read_text("utf-8")
+    explained = set(re.findall(r"`([\w/]+)`", page))
+    for name in {name for line in (*lines, *validations) for name in line} - {"event", "step", "epoch", "tokens"}:
+        general = re.sub(
+            r"^lr/\w+", "lr", re.sub(r"^router/\d+/(load/)?", "router/B/", name).replace("B/0", "B/load/E")
+        )
+        assert general in explained or general.rpartition("/")[2] in explained or "/load/" in name, name
+
+
+def test_run_json_and_wandb_have_the_whole_resolved_configuration(
+    workplace: Path,
+    dense: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+    wandb_runs: list[FakeRun],
+) -> None:
+    """Of the command line, and of a `Trainer` made in Python."""
+    written = json.loads((workplace / "models/base/run.json").read_text("utf-8"))
+    assert set(written["config"]) == {field.name for field in fields(TrainingConfig)}
+    assert set(written["origin"]["model"]) == {field.name for field in fields(ModelConfig)}
+    assert written["config"]["run_name"] == "base" and written["origin"]["model"]["num_experts"] == 0
+    assert written["origin"]["base"] is None and written["origin"]["data"] == "data/mtg"
+    assert {len(written["data"][f"{split}_sha256"]) for split in ("train", "validation")} == {64}
+    assert written["identity"]["model_config"]["n_embd"] == 32
+    settings = TrainingConfig(output_dir=str(tmp_path), max_steps=1, max_epochs=None, device="cpu", tracker="wandb")
+    origin = {"base": "models/base", "model": asdict(ModelConfig(granularity=2))}
+    trainer = Trainer(dense, tokenizer, TRAIN, [], settings, origin=origin)
+    trainer.train()
+    (run,) = wandb_runs
+    assert run.started["config"] == json.loads((trainer.run_dir / "run.json").read_text("utf-8"))
+    assert run.started["config"]["origin"] == origin
+
+
+def test_wandb_has_all_of_it_offline_and_asks_nothing(
+    train: Any, config: TrainingConfig, wandb_runs: list[FakeRun], capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(replace(config, tracker="wandb"))
+    (run,) = wandb_runs
+    lines = capsys.readouterr().err.splitlines()
+    assert "wandb: recording offline in 'wandb/offline run'" in lines
+    assert lines[-1].endswith("wandb sync 'wandb/offline run'")
+    assert run.started["mode"] == "offline" and run.is_finished
+    check_run_info(run.started["config"])
+    assert run.summary == {"reason": "steps", "step": 4}
+    by_step: dict[int, dict[str, Any]] = {}
+    for step, values in run.logged:
+        by_step.setdefault(step, {}).update(values)
+    assert sorted(by_step) == [0, 1, 2, 3, 4] and by_step[4].keys() >= TRAIN_FIELDS | VALIDATION_FIELDS
+    table = by_step[2]["samples"]
+    assert table.columns == ["step", "group", "name"]
+    assert sorted(table.data) == [[2, "in train", TRAIN[0].name], [2, "new", "Wholly New 2"]]
+
+
+def test_a_resumed_run_is_the_same_run_of_wandb(
+    train: Any, config: TrainingConfig, wandb_runs: list[FakeRun], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    train(replace(config, tracker="wandb", max_steps=2))
+    train(replace(config, tracker="wandb"), "auto")
+    first, second = (run.started for run in wandb_runs)
+    assert first["id"] == second["id"] and first["mode"] == second["mode"] == "online"
+    assert first["resume"] == second["resume"] == "allow"
+    assert min(step for step, _ in wandb_runs[1].logged) == 3
+    train(replace(config, tracker="wandb", run_name="other"))
+    assert wandb_runs[2].started["id"] != first["id"]
+
+
+def test_without_a_connection_wandb_goes_on_offline(
+    config: TrainingConfig, wandb_runs: list[FakeRun], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wandb = pytest.importorskip("wandb")
+    fake_init = wandb.init
+
+    def offline_only(mode: str, **started: Any) -> FakeRun:
+        if mode == "online":
+            raise wandb.errors.CommError("connection\nrefused")
+        return fake_init(mode=mode, **started)
+
+    torn_down: list[bool] = []
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setattr(wandb, "init", offline_only)
+    monkeypatch.setattr(wandb, "teardown", lambda: torn_down.append(True))
+    shown: list[str] = []
+    config.run_dir.mkdir(parents=True)
+    tracker = make_tracker("wandb", config.run_dir, 0, shown.append)
+    assert tracker is not None
+    tracker.on_start("run", {})
+    assert shown[0] == "wandb cannot go online (connection refused): recording offline" and torn_down
+    assert wandb_runs[0].started["mode"] == "offline"
+
+
+@pytest.mark.parametrize(
+    ("variables", "netrc_hosts", "mode"),
+    [
+        ({}, (), "offline"),
+        ({"WANDB_API_KEY": "0" * 40}, (), "online"),
+        ({}, ("api.wandb.ai",), "online"),
+        ({}, ("other.example",), "offline"),
+        ({"WANDB_BASE_URL": "http://other.example:8080"}, ("other.example",), "online"),
+        ({"WANDB_MODE": "offline", "WANDB_API_KEY": "0" * 40}, (), "offline"),
+        ({"WANDB_MODE": "disabled"}, (), "disabled"),
+        ({"WANDB_MODE": "online"}, (), "offline"),
+    ],
+)
+def test_wandb_is_online_with_a_key_alone(
+    variables: dict[str, str],
+    netrc_hosts: tuple[str, ...],
+    mode: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    no_wandb_settings(monkeypatch)
+    (tmp_path / "netrc").write_text("".join(f"machine {host} login user password {'0' * 40}\n" for host in netrc_hosts))
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    shown: list[str] = []
+    assert wandb_mode(shown.append) == mode
+    assert bool(shown) == (variables == {"WANDB_MODE": "online"}), (
+        "asked for online without a key: a warning, no prompt"
+    )
+
+
+def test_an_unknown_mode_of_wandb_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "of line")
+    with pytest.raises(ValueError, match="WANDB_MODE is 'of line': set it to online, offline or disabled"):
+        wandb_mode(print)
+
+
+@pytest.mark.slow
+def test_the_real_wandb_writes_a_file_offline(
+    train: Any,
+    config: TrainingConfig,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    wandb = pytest.importorskip("wandb")
+    no_wandb_settings(monkeypatch)
+    place = tmp_path / "not there yet"
+    monkeypatch.setenv("WANDB_DIR", str(place))
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("wandb asked for something"))
+    train(replace(config, tracker="wandb"))
+    wandb.teardown()  # its own process writes the file, and may do so a moment after the run has ended
+    (file,) = place.glob("wandb/offline-run-*/*.wandb")
+    assert f"wandb sync '{file.parent}'" in capsys.readouterr().err
+    content = file.read_bytes()
+    for part in (b"train_sha256", b"validation/bits_per_char", b"router/1/load_cv", b"peak_memory_gib"):
+        assert part in content
+    (table,) = place.glob("wandb/offline-run-*/files/media/table/samples_4_*.json")
+    assert "Wholly New 4" in table.read_text("utf-8")
+
+
+def test_tensorboard_has_all_of_it_and_forgets_what_a_kill_undid(train: Any, config: TrainingConfig) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    settings = replace(config, tracker="tensorboard")
+    train(replace(settings, max_steps=3, checkpoint_every=2))
+    # As a kill after step 3 would leave it: the checkpoint of step 2 is the last.
+    for path in (config.run_dir / "checkpoints/step-000003").iterdir():
+        path.unlink()
+    (config.run_dir / "checkpoints/step-000003").rmdir()
+    train(settings, "auto")
+    events = EventAccumulator(str(config.run_dir / "tensorboard"))
+    events.Reload()
+    assert set(events.Tags()["scalars"]) >= TRAIN_FIELDS | VALIDATION_FIELDS
+    assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4], "no step twice"
+    lines = read_metrics(config.run_dir / "metrics.jsonl", "train")
+    assert [event.value for event in events.Scalars("loss")] == pytest.approx([line["loss"] for line in lines])
+    texts = {tag: events.Tensors(tag) for tag in events.Tags()["tensors"]}
+    info = texts["run/text_summary"][-1].tensor_proto.string_val[0].decode()
+    check_run_info(json.loads(info.removeprefix("```json\n").removesuffix("\n```")))
+    table = texts["samples/text_summary"][-1].tensor_proto.string_val[0].decode()
+    assert "| new | Wholly New 4 |" in table and f"| in train | {TRAIN[0].name} |" in table
+
+
+@pytest.mark.parametrize("name", ["wandb", "tensorboard"])
+def test_a_tracker_that_is_not_installed_is_one_warning(
+    name: Any,
+    train: Any,
+    config: TrainingConfig,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setitem(sys.modules, name, None)
+    train(replace(config, tracker=name, max_steps=2))
+    assert len(read_metrics(config.run_dir / "metrics.jsonl", "train")) == 2
+    assert capsys.readouterr().err.count(f"{name} is not installed") == 1
