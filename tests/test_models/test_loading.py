@@ -1,4 +1,4 @@
-"""Folders that are no model, damaged or dangerous: one line that says what to do."""
+"""Folders that are not a model, damaged or unsafe: one line that says what to do."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_a_checkpoint_of_another_shape_is_refused(folder: Path) -> None:
     one_line(error)
 
 
-def test_upcycling_takes_gpt2_only_and_files_are_no_folders(folder: Path, tmp_path: Path) -> None:
+def test_upcycling_takes_gpt2_only_and_rejects_files(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is a file"):
         load_dense(folder / "config.json")
 
@@ -87,7 +87,7 @@ def test_devices() -> None:
             resolve_device("cuda")
 
 
-def test_an_unreachable_hub_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreachable_hub_is_reported_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """A port on this machine where nobody listens stands for the hub."""
     with socket.socket() as unused:
         unused.bind(("localhost", 0))
@@ -95,6 +95,6 @@ def test_an_unreachable_hub_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         for name in ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
             monkeypatch.delenv(name, raising=False)
-        with pytest.raises(ValueError, match=r"could not be had from the hub.*models/mtg-base") as error:
+        with pytest.raises(ValueError, match=r"is not available from the hub.*models/mtg-base") as error:
             load_dense("openai-community/gpt2-that-nobody-has")
     one_line(error)

@@ -11,17 +11,16 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 from flash_experts import GPT2MoEConfig, GPT2MoEForCausalLM
 from flash_experts.evaluation.costs import parameter_counts
-from flash_experts.generation import gpt2_steps
+from flash_experts.models import decode_step_gpt2
 from flash_experts.models.moe_layer import MoELayer
 from flash_experts.models.router import Router
-from flash_experts.models.router_hooks import count_loads, in_use, routers_of
-from flash_experts.models.router_metrics import router_metrics, update_router_biases
+from flash_experts.models.router_metrics import count_loads, in_use, router_metrics, routers_of, update_router_biases
 
 WAYS: dict[str, dict[str, Any]] = {
     "router copied": {"target_modules": ["c_attn"], "modules_to_save": ["router"]},
     "layer copied": {"target_modules": ["c_attn"], "modules_to_save": ["mlp"]},
     "LoRA on the router": {"target_modules": [], "target_parameters": ["mlp.router.weight"]},
-    # Not c_attn in target_modules: PEFT 0.21 refuses target_parameters beside a Conv1D there.
+    # Not c_attn in target_modules: PEFT 0.21 refuses target_parameters next to a Conv1D there.
     "LoRA on all": {
         "target_modules": [],
         "target_parameters": ["c_attn.weight", "router.weight", "experts.up_proj", "experts.down_proj"],
@@ -108,9 +107,9 @@ def test_the_router_trains_and_is_saved(way: str, routing: str, tmp_path: Path) 
 def test_adapters_of_transformers_itself(way: str) -> None:
     """``add_adapter`` keeps the class of the model; the short way of decoding must see the wrappers all the same."""
     model = make_model().eval()
-    assert gpt2_steps.takes(model)
+    assert decode_step_gpt2.supports(model)
     model.add_adapter(lora(way))
-    assert not gpt2_steps.takes(model)
+    assert not decode_step_gpt2.supports(model)
     assert model.generate(IDS[:1, :5], max_new_tokens=4, do_sample=False, pad_token_id=1).shape == (1, 9)
     model.train()(input_ids=IDS, labels=IDS).loss.backward()
     assert all(weight.grad is not None for name, weight in model.named_parameters() if weight.requires_grad), way

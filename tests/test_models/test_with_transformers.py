@@ -193,7 +193,7 @@ def test_transformers_trainer_trains_it(
 
 
 def test_a_saved_field_that_the_class_lacks_is_left_out_with_a_warning(moe: GPT2MoEForCausalLM, tmp_path: Path) -> None:
-    """Other programs add theirs; the check of spelling is for what a user types."""
+    """Other programs add fields of their own; the spelling check is for what a user types."""
     moe.config.save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "config.json").read_text())
     saved |= {"num_local_experts": 4, "experts_per_node": 2}
@@ -214,7 +214,7 @@ def test_tuples_where_the_configuration_asks_for_them(moe: GPT2MoEForCausalLM) -
 
 
 @pytest.mark.parametrize("attention", ["fe_attention", "eager"])
-def test_hidden_states_and_attentions_of_packed_rows_and_batches_are_as_gpt2s(
+def test_hidden_states_and_attentions_of_packed_sequences_and_batches_are_as_gpt2s(
     dense: GPT2LMHeadModel, attention: str
 ) -> None:
     moe = GPT2MoEForCausalLM.from_dense(dense, 4, 2, 2)

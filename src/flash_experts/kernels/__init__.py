@@ -1,1 +1,1 @@
-"""Fast forms of single operations. Each is held to a plain reference by the tests."""
+"""Kernels for attention and experts, on CPUs and GPUs, tested against plain references."""

@@ -1,34 +1,33 @@
-"""What an attention computes, apart from its tensors: shared by every kernel, checked once.
+"""Options of an attention call, shared by all kernels.
 
-Every mask that flash-attn offers lets a query see one interval of keys. With ``offset = S_k - S_q`` (so that the last
-query meets the last key, bottom-right alignment), query i sees the keys
+Query i attends to one range of keys, aligned to the bottom right by ``offset = S_k - S_q``:
 
     i + offset - left  <=  j  <=  i + offset + right,        0 <= j < S_k
 
-where -1 stands for "no limit", and causal attention is ``right = 0``.
+-1 is no limit; causal attention is ``right = 0``.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 
 @dataclass(frozen=True, slots=True)
 class AttentionOptions:
-    """Options of one attention.
+    """Options of one attention call.
 
     Attributes:
         scale: factor of the scores q . k, usually 1 / sqrt(head_dim).
-        left: keys before its own place that a query sees; -1: all.
-        right: keys after its own place that a query sees; -1: all, 0: causal.
+        left: sliding window to the left; -1 is unlimited.
+        right: sliding window to the right; -1 is unlimited, 0 is causal.
         softcap: scores become ``softcap * tanh(score / softcap)``; 0 is off (Gemma 2).
-        alibi_slopes: (H,) or (B, H) float32, the scores get ``-slope * |i + offset - j|`` (Press et al. 2021); or None.
+        alibi_slopes: (H,) or (B, H) float32; scores get ``-slope * |i + offset - j|`` (Press et al. 2021).
         dropout: probability that a weight is dropped after the softmax.
-        seed: (1,) int64 tensor on the device of the inputs. The weight of query i and key j in head h of sequence b
-            is dropped as a pure function of (seed, b * H + h, i, j), so that the backward replays it. None without
-            dropout.
+        seed: (1,) int64 on the inputs' device; dropout is a pure function of (seed, b * H + h, i, j), which the
+            backward replays. None without dropout.
     """
 
     scale: float
@@ -40,7 +39,7 @@ class AttentionOptions:
     seed: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
-        # A branch, for torch.compile cannot compare two comparisons when the probability is no constant.
+        # A branch: torch.compile cannot compare two comparisons when the probability is not a constant.
         if self.dropout > 0:
             assert self.seed is not None, "dropout needs a seed"
         else:
@@ -48,5 +47,26 @@ class AttentionOptions:
 
     @property
     def causal(self) -> bool:
-        """Whether no query sees past its own place."""
+        """Whether the right window is 0."""
         return self.right == 0
+
+
+class PackedLengths(NamedTuple):
+    """Lengths of the N documents of a packed (variable length) batch.
+
+    Attributes:
+        cu_seqlens_q: (N + 1,) int32 start of each document among the queries, and their number.
+        cu_seqlens_k: likewise for the keys. Passing the same tensor for equal lengths is faster.
+        max_seqlen_q: length of the longest document, in queries.
+        max_seqlen_k: length of the longest document, in keys.
+    """
+
+    cu_seqlens_q: torch.Tensor
+    cu_seqlens_k: torch.Tensor
+    max_seqlen_q: int
+    max_seqlen_k: int
+
+    @classmethod
+    def of(cls, cu_seqlens: torch.Tensor, max_seqlen: int) -> PackedLengths:
+        """Queries and keys of equal lengths."""
+        return cls(cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)

@@ -1,10 +1,9 @@
-"""Attention by the packages of Dao-AILab, where somebody installed one: flash-attn 2, 3 and 4.
+"""Attention by Dao-AILab's packages flash-attn 2, 3 and 4, where installed; imported on first use.
 
-Each is imported when it is called for. What each of them cannot do is written down in
-`flash_experts.models.attention_backends`, which never sends it here.
+`flash_experts.models.attention_backends` knows what each of them does not support.
 
-Letters in the shapes: B sequences, S length, H query heads, G key/value heads, C width of a head, T tokens of a packed
-row, N documents in it.
+Shape suffixes: B sequences, S length, H query heads, G key/value heads, C head dim, T tokens of a packed
+sequence, N documents in it.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from typing import Any
 
 import torch
 
-from flash_experts.kernels.attention_options import AttentionOptions
+from flash_experts.kernels.attention_options import AttentionOptions, PackedLengths
 
 MODULES = {2: "flash_attn", 3: "flash_attn_interface", 4: "flash_attn.cute"}
 
@@ -32,10 +31,10 @@ def attention(
 
     Args:
         version: 2, 3 or 4.
-        q_BSHC: queries, (B, S_q, H, C) float16 or bfloat16 on CUDA.
-        k_BSGC: keys, (B, S_k, G, C).
-        v_BSGC: values, likewise.
-        options: dropout (by torch's generator: the seed is not used) and slopes with version 2 alone.
+        q_BSHC: queries, float16 or bfloat16 on CUDA.
+        k_BSGC: keys.
+        v_BSGC: values.
+        options: dropout (by torch's generator, not the seed) and ALiBi with version 2 only.
         needs_lse: return the log-sum-exp (version 2, without dropout).
         deterministic: sum gradients in a fixed order.
 
@@ -53,47 +52,21 @@ def attention_varlen(
     q_THC: torch.Tensor,
     k_TGC: torch.Tensor,
     v_TGC: torch.Tensor,
-    cu_seqlens_q: torch.Tensor,
-    cu_seqlens_k: torch.Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
+    lengths: PackedLengths,
     options: AttentionOptions,
     needs_lse: bool = False,
     deterministic: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The same for packed documents.
-
-    Args:
-        version: 2, 3 or 4.
-        q_THC: queries of all documents, (T_q, H, C).
-        k_TGC: keys, (T_k, G, C).
-        v_TGC: values, likewise.
-        cu_seqlens_q: (N + 1,) int32, where each document starts in ``q_THC``, and T_q.
-        cu_seqlens_k: likewise for the keys.
-        max_seqlen_q: the most queries that a document has.
-        max_seqlen_k: the most keys.
-        options: see `attention`.
-        needs_lse: see `attention`.
-        deterministic: see `attention`.
-
-    Returns:
-        (T_q, H, C), and the log-sum-exp (H, T_q) float32 or None.
-    """
+    """`attention` of packed documents: outputs (T_q, H, C), and the log-sum-exp (H, T_q) float32 or None."""
     function = importlib.import_module(MODULES[version]).flash_attn_varlen_func
-    lengths = {
-        "cu_seqlens_q": cu_seqlens_q,
-        "cu_seqlens_k": cu_seqlens_k,
-        "max_seqlen_q": max_seqlen_q,
-        "max_seqlen_k": max_seqlen_k,
-    }
     arguments = _arguments(version, options, needs_lse, deterministic)
-    return _outputs(function(q_THC, k_TGC, v_TGC, **lengths, **arguments), needs_lse)
+    return _outputs(function(q_THC, k_TGC, v_TGC, **lengths._asdict(), **arguments), needs_lse)
 
 
 def _arguments(version: int, options: AttentionOptions, needs_lse: bool, deterministic: bool) -> dict[str, Any]:
-    """Our options as keywords of that version."""
+    """Our options as keyword arguments of that version."""
     no_limit = None if version == 4 else -1
-    # They spell causal attention as a flag, which also picks their quicker programs.
+    # Causal attention is a flag there, which also selects faster kernels.
     right = -1 if options.causal else options.right
     left, right_limit = (no_limit if limit < 0 else limit for limit in (options.left, right))
     arguments: dict[str, Any] = {
@@ -113,7 +86,7 @@ def _arguments(version: int, options: AttentionOptions, needs_lse: bool, determi
 def _outputs(
     returned: torch.Tensor | tuple[torch.Tensor, ...], needs_lse: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Some versions return the output alone, some a tuple that begins with it and the log-sum-exp."""
+    """Output and log-sum-exp: some versions return the output alone, some a tuple that begins with both."""
     if isinstance(returned, torch.Tensor):
         return returned, None
     return returned[0], returned[1] if needs_lse else None

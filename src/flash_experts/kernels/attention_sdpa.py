@@ -1,13 +1,10 @@
-"""Attention on PyTorch's fused scaled_dot_product_attention (SDPA), with as few masks and copies as it allows.
+"""Attention on PyTorch's scaled_dot_product_attention (SDPA), with as few masks and copies as possible.
 
-SDPA has no softcap, no ALiBi without a full bias, returns no log-sum-exp, and drops weights by torch's own generator:
-``options.seed`` is not used (activation checkpointing and `torch.manual_seed` replay that generator as well).
+SDPA has no softcap, no ALiBi without a full bias and no log-sum-exp. Dropout uses torch's generator, not
+``options.seed``. Packed documents are padded to the longest for the attention only, which costs little for short names.
 
-Packed documents are laid side by side, as long as the longest, for the attention alone. Names are short, so that
-costs little, and every other layer of a model still sees no padding.
-
-Letters in the shapes: B sequences, S length, H query heads, G key/value heads, R = H / G, C width of a head, T tokens
-of a packed row, N documents in it, M length of the longest.
+Shape suffixes: B sequences, S length, H query heads, G key/value heads, R = H / G, C head dim, T tokens of a packed
+sequence, N documents in it, M length of the longest.
 """
 
 from __future__ import annotations
@@ -18,13 +15,13 @@ from itertools import groupby
 import torch
 from torch.nn import functional as F
 
-from flash_experts.kernels.attention_options import AttentionOptions
+from flash_experts.kernels.attention_options import AttentionOptions, PackedLengths
 
-# Lying side by side, documents of very different lengths are mostly padding. Beyond this many times the tokens that
-# there are, they are sorted by length first (which reads the lengths on the host).
+# Documents of very different lengths are mostly padding. Where padding would multiply the tokens by more than this,
+# they are grouped by length first (which reads the lengths on the host).
 _MOST_PADDING = 8
-# On a CPU in bfloat16, the backward of PyTorch's fused kernel takes many times that of plain products for rows of this
-# length or less (docs/experiments.md); the scores of such rows are few enough to be written out.
+# On a CPU in bfloat16, the backward of PyTorch's fused kernel is many times slower than plain matmuls for sequences up
+# to this length (docs/experiments.md), whose scores fit in memory.
 _SHORT = 128
 
 
@@ -37,34 +34,33 @@ def attention(
 ) -> tuple[torch.Tensor, None]:
     """Attention of a batch, differentiable in q, k and v.
 
-    Causal attention of equal lengths, unlimited attention, and one query against a cache need no mask; what is left
-    (windows, and several queries against more keys) makes one of (S_q, S_k).
+    Windows, and several queries against more keys, need a mask (S_q, S_k); everything else runs without one.
 
     Args:
-        q_BSHC: queries, (B, S_q, H, C), any strides; transposed views of (B, H, S, C) cost nothing.
-        k_BSGC: keys, (B, S_k, G, C); query head h uses key/value head h // (H / G).
-        v_BSGC: values, likewise.
-        options: neither softcap nor slopes.
-        k_lengths_B: (B,) int32, keys of each row in use; the rest of the cache is ignored. Read on the host.
+        q_BSHC: queries, any strides.
+        k_BSGC: keys; query head h uses key/value head h // (H / G).
+        v_BSGC: values.
+        options: without softcap and ALiBi.
+        k_lengths_B: int32 number of keys in use per sequence, read on the host; the rest of the KV cache is ignored.
 
     Returns:
-        (B, S_q, H, C) in the dtype of q, zeros for a query that sees no key; and None for the log-sum-exp.
+        (B, S_q, H, C) in the dtype of q, zeros for a fully masked query; and None for the log-sum-exp.
     """
     if k_lengths_B is not None:
         return _with_lengths(q_BSHC, k_BSGC, v_BSGC, options, k_lengths_B.tolist()), None
     S_q, S_k = q_BSHC.shape[1], k_BSGC.shape[1]
-    if options.left >= 0:  # keys before the first query's window
+    if options.left >= 0:  # cut off the keys before the first query's window
         unseen = max(0, S_k - S_q - options.left)
         k_BSGC, v_BSGC, S_k = k_BSGC[:, unseen:], v_BSGC[:, unseen:], S_k - unseen
-    blind = _blind_queries(S_q, S_k, options)
-    if blind > 0:
-        out_BSHC = _masked(q_BSHC[:, blind:], k_BSGC, v_BSGC, options)
-        return F.pad(out_BSHC, (0, 0, 0, 0, blind, 0)), None
+    fully_masked = _fully_masked_queries(S_q, S_k, options)
+    if fully_masked > 0:
+        out_BSHC = _masked(q_BSHC[:, fully_masked:], k_BSGC, v_BSGC, options)
+        return F.pad(out_BSHC, (0, 0, 0, 0, fully_masked, 0)), None
     return _masked(q_BSHC, k_BSGC, v_BSGC, options), None
 
 
-def _blind_queries(S_q: int, S_k: int, options: AttentionOptions) -> int:
-    """How many of the first queries see no key: their places lie before the first key."""
+def _fully_masked_queries(S_q: int, S_k: int, options: AttentionOptions) -> int:
+    """Number of leading queries without a visible key: they stand before the first key."""
     if S_k == 0:
         return S_q
     return max(0, S_q - S_k - options.right) if options.right >= 0 else 0
@@ -73,7 +69,7 @@ def _blind_queries(S_q: int, S_k: int, options: AttentionOptions) -> int:
 def _with_lengths(
     q_BSHC: torch.Tensor, k_BSGC: torch.Tensor, v_BSGC: torch.Tensor, options: AttentionOptions, lengths: list[int]
 ) -> torch.Tensor:
-    """One call for each run of rows with equal lengths, on views of the cache."""
+    """One call for each run of sequences with equal lengths, on views of the cache."""
     outputs, start = [], 0
     for length, run in groupby(lengths):
         rows = slice(start, start + len(list(run)))
@@ -85,7 +81,7 @@ def _with_lengths(
 def _masked(
     q_BSHC: torch.Tensor, k_BSGC: torch.Tensor, v_BSGC: torch.Tensor, options: AttentionOptions
 ) -> torch.Tensor:
-    """Every query sees a key. Chooses between no mask, SDPA's own causal one, and a full one."""
+    """Chooses between no mask, SDPA's causal one, and a full one; every query must have a visible key."""
     S_q, S_k = q_BSHC.shape[1], k_BSGC.shape[1]
     limited_left = 0 <= options.left < S_k - 1
     limited_right = 0 <= options.right < S_q - 1
@@ -99,7 +95,7 @@ def _masked(
 
 
 def _within(distance: torch.Tensor, options: AttentionOptions) -> torch.Tensor:
-    """Whether a key that lies so far before the query's own place is within the limits."""
+    """Whether a key at this distance before the query's position is within the window."""
     visible = torch.ones_like(distance, dtype=torch.bool)
     if options.left >= 0:
         visible = visible & (distance <= options.left)
@@ -119,7 +115,7 @@ def _sdpa(
     k_BGSC, v_BGSC = k_BSGC.transpose(1, 2), v_BSGC.transpose(1, 2)
     S_q, H, G = q_BSHC.shape[1], q_BSHC.shape[2], k_BSGC.shape[2]
     if S_q == 1 and H != G and visible is None:
-        # The heads of a group are then so many queries of one head, and the cache is not repeated for them.
+        # The heads of a group become the queries of one head, so the cache is not repeated.
         q_BGRC = q_BSHC[:, 0].unflatten(1, (G, H // G))
         out_BGRC = F.scaled_dot_product_attention(
             q_BGRC, k_BGSC, v_BGSC, dropout_p=options.dropout, scale=options.scale
@@ -138,10 +134,10 @@ def _sdpa(
     return out_BHSC.transpose(1, 2)
 
 
-def _causal_products(
+def _unfused_causal(
     q_NMHC: torch.Tensor, k_NMHC: torch.Tensor, v_NMHC: torch.Tensor, options: AttentionOptions
 ) -> torch.Tensor:
-    """Causal attention as its definition says it, the scores in memory."""
+    """Causal attention from plain matmuls, with materialised scores."""
     q_NHMC, k_NHMC, v_NHMC = (x.transpose(1, 2) for x in (q_NMHC, k_NMHC, v_NMHC))
     hidden_MM = torch.full((q_NMHC.shape[1],) * 2, -torch.inf, dtype=q_NMHC.dtype).triu(1)
     scores_NHMM = (q_NHMC @ k_NHMC.mT) * options.scale + hidden_MM
@@ -151,7 +147,7 @@ def _causal_products(
 
 @dataclass(frozen=True, slots=True)
 class _Documents:
-    """Where the tokens of a packed row go when its documents are laid side by side."""
+    """Positions of the tokens of a packed sequence when its documents are padded."""
 
     length_N: torch.Tensor
     longest: int
@@ -166,13 +162,13 @@ class _Documents:
         first_T = longest * document_T - cu_seqlens[document_T]
         return cls(length_N, longest, document_T, torch.arange(total, device=cu_seqlens.device) + first_T)
 
-    def side_by_side(self, x_THC: torch.Tensor) -> torch.Tensor:
+    def pad(self, x_THC: torch.Tensor) -> torch.Tensor:
         """(T, H, C) to (N, M, H, C), zeros after each document's end."""
         N = self.length_N.numel()
         padded = x_THC.new_zeros(N * self.longest, *x_THC.shape[1:]).index_copy(0, self.place_T, x_THC)
         return padded.view(N, self.longest, *x_THC.shape[1:])
 
-    def in_a_row(self, x_NMHC: torch.Tensor) -> torch.Tensor:
+    def unpad(self, x_NMHC: torch.Tensor) -> torch.Tensor:
         return x_NMHC.flatten(0, 1)[self.place_T]
 
 
@@ -180,28 +176,14 @@ def attention_varlen(
     q_THC: torch.Tensor,
     k_TGC: torch.Tensor,
     v_TGC: torch.Tensor,
-    cu_seqlens_q: torch.Tensor,
-    cu_seqlens_k: torch.Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
+    lengths: PackedLengths,
     options: AttentionOptions,
 ) -> tuple[torch.Tensor, None]:
-    """Attention of documents packed one after the other, each seeing itself alone; differentiable in q, k and v.
+    """`attention` of packed documents (variable length), each of which attends to itself only.
 
-    Args:
-        q_THC: queries of all documents, (T_q, H, C).
-        k_TGC: keys, (T_k, G, C).
-        v_TGC: values, likewise.
-        cu_seqlens_q: (N + 1,) int32, where each document starts in ``q_THC``, and T_q.
-        cu_seqlens_k: likewise for the keys. The same tensor twice says that the lengths are the same: causal attention
-            then needs no mask, for padding lies after each document's end, where its queries never look.
-        max_seqlen_q: the most queries that a document has.
-        max_seqlen_k: the most keys.
-        options: neither softcap nor slopes.
-
-    Returns:
-        (T_q, H, C) in the dtype of q, zeros for a query that sees no key; and None for the log-sum-exp.
+    Where queries and keys share one ``cu_seqlens``, causal attention needs no mask: padding comes after each document.
     """
+    cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k = lengths
     total_q, total_k, N = q_THC.shape[0], k_TGC.shape[0], cu_seqlens_q.numel() - 1
     if N * (max_seqlen_q + max_seqlen_k) > _MOST_PADDING * (total_q + total_k) > 0:
         return _by_length(q_THC, k_TGC, v_TGC, cu_seqlens_q, cu_seqlens_k, options), None
@@ -209,22 +191,22 @@ def attention_varlen(
     of_k = of_q
     if cu_seqlens_k is not cu_seqlens_q:
         of_k = _Documents.of(cu_seqlens_k, max_seqlen_k, total_k)
-    q, k, v = of_q.side_by_side(q_THC), of_k.side_by_side(k_TGC), of_k.side_by_side(v_TGC)
+    q, k, v = of_q.pad(q_THC), of_k.pad(k_TGC), of_k.pad(v_TGC)
     limited_left = 0 <= options.left < max_seqlen_k - 1
     if of_k is of_q and options.right == 0 and not limited_left:
         is_short = max_seqlen_q <= _SHORT and q.shape[2] == k.shape[2]
         if is_short and q.device.type == "cpu" and q.dtype == torch.bfloat16 and torch.is_grad_enabled():
-            return of_q.in_a_row(_causal_products(q, k, v, options)), None
-        return of_q.in_a_row(_sdpa(q, k, v, options, is_causal=True)), None
+            return of_q.unpad(_unfused_causal(q, k, v, options)), None
+        return of_q.unpad(_sdpa(q, k, v, options, is_causal=True)), None
     visible_NMM = _visible(of_q, of_k, options)
-    # A query that sees nothing may look at everything instead (no inf - inf), and its output is set to 0.
-    blind_NM1 = ~visible_NMM.any(-1, keepdim=True)
-    out_NMHC = _sdpa(q, k, v, options, visible=(visible_NMM | blind_NM1)[:, None])
-    return of_q.in_a_row(out_NMHC.masked_fill(blind_NM1[..., None], 0)), None
+    # A fully masked query attends to everything instead (no inf - inf), and its output is set to 0.
+    empty_NM1 = ~visible_NMM.any(-1, keepdim=True)
+    out_NMHC = _sdpa(q, k, v, options, visible=(visible_NMM | empty_NM1)[:, None])
+    return of_q.unpad(out_NMHC.masked_fill(empty_NM1[..., None], 0)), None
 
 
 def _visible(of_q: _Documents, of_k: _Documents, options: AttentionOptions) -> torch.Tensor:
-    """(N, M_q or 1, M_k) true where a query may look; M_q is 1 where all of a document's queries see the same."""
+    """Attention mask (N, M_q or 1, M_k), true at visible keys; M_q is 1 where all queries see the same."""
     device = of_q.place_T.device
     column_M = torch.arange(of_k.longest, device=device)
     is_key_N1M = (column_M < of_k.length_N[:, None])[:, None]
@@ -243,7 +225,7 @@ def _by_length(
     cu_seqlens_k: torch.Tensor,
     options: AttentionOptions,
 ) -> torch.Tensor:
-    """Documents whose lengths have as many binary digits go together: no more than half of it is padding."""
+    """Attention by groups of documents with equally many binary digits in their length: at most half is padding."""
     lengths_2N = torch.stack([cu_seqlens_q.diff(), cu_seqlens_k.diff()])
     digits_N = torch.tensor([length.bit_length() for length in lengths_2N.amax(0).tolist()], device=q_THC.device)
     of_q = _Documents.of(cu_seqlens_q, 0, q_THC.shape[0])
@@ -256,9 +238,8 @@ def _by_length(
         cu_q = starts[0]
         cu_k = cu_q if torch.equal(cu_q, starts[1]) else starts[1]
         longest_q, longest_k = lengths_2N[:, chosen_N].amax(1).tolist()
-        out, _ = attention_varlen(
-            q_THC[rows_q], k_TGC[rows_k], v_TGC[rows_k], cu_q, cu_k, longest_q, longest_k, options
-        )
+        lengths = PackedLengths(cu_q, cu_k, longest_q, longest_k)
+        out, _ = attention_varlen(q_THC[rows_q], k_TGC[rows_k], v_TGC[rows_k], lengths, options)
         outputs.append(out)
         rows.append(rows_q)
     return torch.cat(outputs)[torch.cat(rows).argsort()]

@@ -1,14 +1,13 @@
-"""Flash attention in Triton: the backward programs (Dao 2022, algorithm 4; Dao 2023, section 3.1).
+"""Flash attention in Triton: the backward kernels (Dao 2022, algorithm 4; Dao 2023, section 3.1).
 
-Nothing of size (S_q, S_k) was kept, so the weights are computed again from q, k and the log-sum-exp of the forward:
-p = exp(score - lse). With delta_i = sum_c out_ic * dout_ic, the gradient of a score is ds = p * (dout . v - delta).
+The weights are recomputed from q, k and the log-sum-exp: p = exp(score - lse). With delta_i = sum_c out_ic * dout_ic,
+the gradient of a score is ds = p * (dout . v - delta).
 
-Two programs, each owning what it writes: `keys_program` sums over the queries into dk and dv of its keys,
-`queries_program` over the keys into dq of its queries. Scores are thus computed twice, seven products in all where
-five would do, but nothing is added up across programs: no atomics, and the same bits in every run.
+`keys_kernel` sums over queries into dk and dv, `queries_kernel` over keys into dq. Scores are computed twice (seven
+matmuls instead of five), but without atomics, so gradients are bitwise reproducible.
 
-Letters in the shapes: M queries, N keys of a tile, C head dim. The keys' program works on transposed tiles (N, M), so
-that what it multiplies next lies in registers as the tensor cores want it.
+Shape suffixes: M queries, N keys of a tile, C head dim. `keys_kernel` uses transposed tiles (N, M), the register layout
+that the next matmul needs on tensor cores.
 """
 
 from __future__ import annotations
@@ -19,7 +18,6 @@ import triton.language as tl
 from flash_experts.kernels.flash_attention_programs import (
     LOG2E,
     documents_of,
-    interval_of,
     kept,
     load_rows,
     matmul,
@@ -27,15 +25,16 @@ from flash_experts.kernels.flash_attention_programs import (
     scores_of,
     sequence_of,
     store_rows,
+    visible_range,
 )
 
 
 @triton.jit
-def delta_program(
+def delta_kernel(
     OUT, DOUT, DELTA, stride_ob, stride_os, stride_oh, stride_db, stride_ds, stride_dh, stride_lb, stride_lh, S, H,
     C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """DELTA, one number per query and head: the sum over C of out * dout. Grid: (query tiles, B * H)."""
+    """DELTA, the sum over C of out * dout, for each query and head. Grid: (query tiles, B * H)."""
     b, h = tl.cast(tl.program_id(1) // H, tl.int64), tl.program_id(1) % H
     m, m_M = tl.program_id(0) * BLOCK_M, tl.arange(0, BLOCK_M)
     out_MC = load_rows(OUT + b * stride_ob + h * stride_oh, m, m_M, stride_os, S, C, BLOCK_C, True)
@@ -51,7 +50,7 @@ def sum_over_queries(
     C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr, MASKED: tl.constexpr,
     SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, DROPOUT: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Adds what the queries [begin, end) give to dk (before its scale) and dv of a tile of keys."""
+    """Adds the contribution of the queries [begin, end) to dk (unscaled) and dv of a tile of keys."""
     m_M = tl.arange(0, BLOCK_M)
     for m in tl.range(begin, end, BLOCK_M):
         q_MC = load_rows(Q, m, m_M, stride_qs, last, C, BLOCK_C, MASKED)
@@ -81,7 +80,7 @@ def sum_over_queries(
 
 
 @triton.jit
-def keys_program(
+def keys_kernel(
     Q, K, V, DOUT, LSE, DELTA, DK, DV, CU_Q, CU_K, K_LENGTHS, DOC, SLOPES, SEED,
     stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
     stride_db, stride_ds, stride_dh, stride_dkb, stride_dks, stride_dkh, stride_lb, stride_lh, stride_slopes,
@@ -103,14 +102,14 @@ def keys_program(
     j_N = tl.minimum(n + n_N, num_k - 1)
     doc_N, start_N, end_N = documents_of(j_N, tl.cast(b, tl.int32), num_q, CU_Q, DOC, PACKED)
     shift = num_k - num_q
-    low_N, high_N = interval_of(j_N, start_N, end_N, -shift, right, left, PACKED)
+    low_N, high_N = visible_range(j_N, start_N, end_N, -shift, right, left, PACKED)
     first, whole_from, whole_to, last = ranges_of(low_N, high_N, BLOCK_M, LEFT_EDGE)
 
     k_NC = load_rows(K, n, n_N, stride_ks, num_k, C, BLOCK_C, True)
     v_NC = load_rows(V, n, n_N, stride_vs, num_k, C, BLOCK_C, True)
     dk_NC = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
     dv_NC = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
-    for head in range(GROUP):  # all query heads that read this key/value head
+    for head in range(GROUP):  # the query heads that share this key/value head
         h = g * GROUP + head
         q_rows = Q + b * stride_qb + q_start * stride_qs + h * stride_qh
         dout_rows = DOUT + b * stride_db + q_start * stride_ds + h * stride_dh
@@ -137,7 +136,7 @@ def sum_over_keys(
     C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
     SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, DROPOUT: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Adds what the keys [begin, end) give to dq (before its scale) of a tile of queries."""
+    """Adds the contribution of the keys [begin, end) to dq (unscaled) of a tile of queries."""
     n_N = tl.arange(0, BLOCK_N)
     for n in tl.range(begin, end, BLOCK_N):
         k_NC = load_rows(K, n, n_N, stride_ks, last, C, BLOCK_C, MASKED)
@@ -161,7 +160,7 @@ def sum_over_keys(
 
 
 @triton.jit
-def queries_program(
+def queries_kernel(
     Q, K, V, DOUT, LSE, DELTA, DQ, CU_Q, CU_K, K_LENGTHS, DOC, SLOPES, SEED,
     stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
     stride_db, stride_ds, stride_dh, stride_dqb, stride_dqs, stride_dqh, stride_lb, stride_lh, stride_slopes,
@@ -191,7 +190,7 @@ def queries_program(
     i_M = tl.minimum(m + m_M, num_q - 1)
     doc_M, start_M, end_M = documents_of(i_M, tl.cast(b, tl.int32), num_k, CU_K, DOC, PACKED)
     shift = num_k - num_q
-    low_M, high_M = interval_of(i_M, start_M, end_M, shift, left, right, PACKED)
+    low_M, high_M = visible_range(i_M, start_M, end_M, shift, left, right, PACKED)
     first, whole_from, whole_to, last = ranges_of(low_M, high_M, BLOCK_N, LEFT_EDGE)
     slope_M = tl.load(SLOPES + doc_M * stride_slopes + h) if ALIBI else tl.zeros([BLOCK_M], tl.float32)
 

@@ -1,23 +1,21 @@
-"""Flash attention in Triton: the forward program.
+"""Flash attention in Triton: the forward kernel.
 
-One program computes BLOCK_M queries of one head. It walks over the keys that any of them sees, BLOCK_N at a time, with
-the online softmax (Dao 2022, algorithm 1; Dao 2023, section 3.1): a running maximum m, a running sum l, and an output
-that is rescaled when the maximum grows. The (S_q, S_k) scores never leave the chip; what is kept for the backward is
-one number per query, the log-sum-exp.
+A program instance computes BLOCK_M queries of one head. It iterates over the visible keys, BLOCK_N at a time, with the
+online softmax (Dao 2022, algorithm 1; Dao 2023, section 3.1). The (S_q, S_k) scores stay in SRAM; only the log-sum-exp,
+one number per query, is kept for the backward.
 
-Each query sees one interval of keys, [low, high) (`AttentionOptions`), and the intervals move to the right from query
-to query. So the keys of a program fall into three ranges: a ragged left edge, tiles that all its queries see whole (no
-mask is computed there), and a ragged right edge.
+Each query sees one range of keys, [low, high) (`AttentionOptions`), which moves right from query to query. So the keys
+of a tile fall into three ranges: a masked left edge, fully visible tiles that need no mask, and a masked right edge.
 
-Three layouts share the programs:
+Three layouts share the kernels:
 
-- dense: (B, S, H, C), each sequence as long as the others, or its keys cut to ``K_LENGTHS``;
-- ragged: rows of all documents in one (T, H, C), a program works inside one of them (``CU_Q``, ``CU_K``);
-- packed: the same rows, queries and keys of the same documents, and programs that do not care where documents end: the
-  interval of a query is that of its own document (``DOC``). Many five-token documents fill a tile between them.
+- dense: (B, S, H, C), sequences of equal length, or with keys cut to ``K_LENGTHS``;
+- ragged: all documents in one (T, H, C); a program instance works within one of them (``CU_Q``, ``CU_K``);
+- packed: the same, with queries and keys of the same documents and tiles that span documents; each query sees its own
+  document (``DOC``). So many short documents share a tile.
 
-Letters in the shapes: M queries of a tile, N keys of a tile, C head dim (BLOCK_C: the next power of two).
-Scores are kept in units of log 2, since exp2 is what the hardware has.
+Shape suffixes: M queries of a tile, N keys of a tile, C head dim (BLOCK_C: the next power of two).
+Scores are in units of log 2, since the hardware has exp2.
 """
 
 from __future__ import annotations
@@ -31,7 +29,7 @@ LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def load_rows(base, first, rows_R, stride, last, C: tl.constexpr, BLOCK_C: tl.constexpr, MASKED: tl.constexpr):
-    """(R, BLOCK_C) rows ``first + rows_R`` of a matrix; with MASKED those from ``last`` on are zeros."""
+    """(R, BLOCK_C) rows ``first + rows_R`` of a matrix; with MASKED, rows from ``last`` on are zero."""
     c_C = tl.arange(0, BLOCK_C)
     pointers = base + tl.cast(first, tl.int64) * stride + rows_R[:, None] * stride + c_C[None, :]
     if MASKED:
@@ -46,7 +44,7 @@ def load_rows(base, first, rows_R, stride, last, C: tl.constexpr, BLOCK_C: tl.co
 
 @triton.jit
 def store_rows(base, first, rows_R, stride, last, values, C: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Writes (R, BLOCK_C) values to the rows ``first + rows_R`` that lie before ``last``."""
+    """Writes (R, BLOCK_C) values to the rows ``first + rows_R`` before ``last``."""
     c_C = tl.arange(0, BLOCK_C)
     pointers = base + tl.cast(first, tl.int64) * stride + rows_R[:, None] * stride + c_C[None, :]
     inside = (first + rows_R < last)[:, None] & (c_C < C)[None, :]
@@ -55,7 +53,7 @@ def store_rows(base, first, rows_R, stride, last, values, C: tl.constexpr, BLOCK
 
 @triton.jit
 def matmul(a, b, UPCAST: tl.constexpr):
-    """``a @ b`` with float32 sums. The interpreter multiplies bfloat16 wrongly, so there it is widened first."""
+    """``a @ b`` accumulated in float32. UPCAST: Triton's interpreter multiplies bfloat16 wrongly."""
     if UPCAST:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
     return tl.dot(a, b, input_precision="ieee")
@@ -63,7 +61,7 @@ def matmul(a, b, UPCAST: tl.constexpr):
 
 @triton.jit
 def sequence_of(b, CU_Q, CU_K, K_LENGTHS, S_q, S_k, RAGGED: tl.constexpr):
-    """Where document b begins among the rows of queries and of keys, and how many it has of each."""
+    """First query, first key, number of queries and number of keys of document b."""
     q_start, k_start, num_q, num_k = 0, 0, S_q, S_k
     if RAGGED:
         q_start = tl.load(CU_Q + b)
@@ -77,7 +75,7 @@ def sequence_of(b, CU_Q, CU_K, K_LENGTHS, S_q, S_k, RAGGED: tl.constexpr):
 
 @triton.jit
 def documents_of(rows_R, b, num_others, CU, DOC, PACKED: tl.constexpr):
-    """For each row: the number of its document, and the first and last + 1 row on the other side that belongs to it."""
+    """For each row (query or key): its document, and the rows [start, end) of that document on the other side."""
     if PACKED:
         doc_R = tl.load(DOC + rows_R)
         start_R = tl.load(CU + doc_R)
@@ -90,18 +88,18 @@ def documents_of(rows_R, b, num_others, CU, DOC, PACKED: tl.constexpr):
 
 
 @triton.jit
-def interval_of(rows_R, start_R, end_R, shift, before, after, PACKED: tl.constexpr):
-    """[low, high) on the other side that each row meets, where ``row + shift`` is its own place there."""
+def visible_range(rows_R, start_R, end_R, shift, before, after, PACKED: tl.constexpr):
+    """The range [low, high) on the other side that each row attends to (or is attended by), around ``row + shift``."""
     low_R = tl.maximum(rows_R + shift - before, start_R)
     high_R = tl.minimum(rows_R + shift + after + 1, end_R)
-    if PACKED:  # rows after the last document meet nothing
+    if PACKED:  # rows after the last document have an empty range
         high_R = tl.where(rows_R < end_R, high_R, low_R)
     return low_R, high_R
 
 
 @triton.jit
 def ranges_of(low_R, high_R, BLOCK: tl.constexpr, LEFT_EDGE: tl.constexpr):
-    """first, whole_from, whole_to, last: rows meet nothing outside [first, last), and all of [whole_from, whole_to)."""
+    """first, whole_from, whole_to, last: only [first, last) is visible, and [whole_from, whole_to) needs no mask."""
     first = tl.min(low_R, 0)
     last = tl.max(high_R, 0)
     whole_from = first
@@ -119,9 +117,9 @@ def capped(x, softcap):
 
 @triton.jit
 def scores_of(qk, distance, slope, scale, softcap, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr):
-    """Scores, the factor that takes them to units of log 2, and the derivative of the softcap.
+    """Scores, the factor that converts them to units of log 2, and the derivative of the softcap.
 
-    Without softcap and ALiBi the scores stay as they are, and the factor goes into the exponent's multiply-add.
+    Without softcap and ALiBi the factor is fused into the exponent's multiply-add.
     """
     derivative = 1.0
     factor = scale * LOG2E
@@ -140,7 +138,7 @@ def scores_of(qk, distance, slope, scale, softcap, SOFTCAP: tl.constexpr, ALIBI:
 
 @triton.jit
 def kept(SEED, head, i, j, dropout):
-    """Whether the weight of query i and key j survives dropout: a pure function of the seed and the place."""
+    """Dropout mask of query i and key j: a pure function of seed and position."""
     i, j, head = tl.broadcast(i, j)[0], tl.broadcast(i, j)[1], tl.broadcast(head, j)[0]
     bits, _, _, _ = tl.philox(tl.load(SEED), j, i, head, j * 0)
     return tl.uint_to_uniform_float(bits) > dropout
@@ -153,7 +151,7 @@ def attend(
     C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
     SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, DROPOUT: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Takes the keys [begin, end) into the running output, sum and maximum."""
+    """One pass of the online softmax over the keys [begin, end): updates output, sum and maximum."""
     n_N = tl.arange(0, BLOCK_N)
     for n in tl.range(begin, end, BLOCK_N):
         k_NC = load_rows(K, n, n_N, stride_ks, last, C, BLOCK_C, MASKED)
@@ -166,7 +164,7 @@ def attend(
             score_MN = tl.where(visible_MN, score_MN, float("-inf"))
         new_max_M = tl.maximum(max_M, tl.max(score_MN, 1) * factor)
         safe_max_M = new_max_M
-        if MASKED:  # a query that has seen no key yet: exp2(-inf - 0) is 0, where exp2(-inf + inf) is not a number
+        if MASKED:  # no visible key so far: exp2(-inf - 0) is 0, but exp2(-inf + inf) is NaN
             safe_max_M = tl.where(new_max_M == float("-inf"), 0.0, new_max_M)
         p_MN = tl.exp2(score_MN * factor - safe_max_M[:, None])
         rescale_M = tl.exp2(max_M - safe_max_M)
@@ -181,7 +179,7 @@ def attend(
 
 
 @triton.jit
-def forward_program(
+def forward_kernel(
     Q, K, V, OUT, LSE, CU_Q, CU_K, K_LENGTHS, DOC, SLOPES, SEED,
     stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
     stride_ob, stride_os, stride_oh, stride_lb, stride_lh, stride_slopes,
@@ -193,7 +191,7 @@ def forward_program(
     """OUT and LSE of BLOCK_M queries of head h of document b. Grid: (query tiles, B * H)."""
     b, h = tl.program_id(1) // H, tl.program_id(1) % H
     tile = tl.program_id(0)
-    if CAUSAL and not PACKED:  # the last queries see the most keys: begin with them, so that no long one is left over
+    if CAUSAL and not PACKED:  # the last queries see the most keys: start with the longest work
         tile = tl.num_programs(0) - 1 - tile
     q_start, k_start, num_q, num_k = sequence_of(b, CU_Q, CU_K, K_LENGTHS, S_q, S_k, RAGGED)
     m = tile * BLOCK_M
@@ -207,10 +205,10 @@ def forward_program(
     LSE += b * stride_lb + q_start + h * stride_lh
 
     m_M = tl.arange(0, BLOCK_M)
-    i_M = tl.minimum(m + m_M, num_q - 1)  # rows past the end do as the last one does, and are not stored
+    i_M = tl.minimum(m + m_M, num_q - 1)  # rows past the end repeat the last one, and are not stored
     doc_M, start_M, end_M = documents_of(i_M, tl.cast(b, tl.int32), num_k, CU_K, DOC, PACKED)
     shift = num_k - num_q
-    low_M, high_M = interval_of(i_M, start_M, end_M, shift, left, right, PACKED)
+    low_M, high_M = visible_range(i_M, start_M, end_M, shift, left, right, PACKED)
     first, whole_from, whole_to, last = ranges_of(low_M, high_M, BLOCK_N, LEFT_EDGE)
     slope_M = tl.load(SLOPES + doc_M * stride_slopes + h) if ALIBI else tl.zeros([BLOCK_M], tl.float32)
 

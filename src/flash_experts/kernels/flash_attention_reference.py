@@ -1,22 +1,21 @@
-"""Flash attention in plain PyTorch, tile by tile, to be read beside the papers.
+"""Flash attention in plain PyTorch, tile by tile, to read next to the papers.
 
-Dao et al. 2022, "FlashAttention", and Dao 2023, "FlashAttention-2" (Algorithms 1 and 2 there). Attention is
-``softmax(scale * q k^T) v``. The matrix of scores has S_q * S_k entries and is never formed: a tile of it is made,
-used and forgotten. Three ideas make that possible.
+Dao et al. 2022, "FlashAttention", and Dao 2023, "FlashAttention-2" (Algorithms 1 and 2). Attention is
+``softmax(scale * q k^T) v``. The (S_q, S_k) matrix of scores is never materialised, only one tile at a time:
 
-1. Online softmax (`_forward_tile`). Going through the keys, each query keeps the maximum of its scores so far, the
-   sum of exp(score - maximum), and the weighted sum of the values. When a new tile raises the maximum, what was
-   summed before is multiplied by exp(old maximum - new maximum), and all is as if the new one had been known.
-2. One number per query, the log-sum-exp of its scores (LSE), gives back any weight: exp(score - LSE). The backward
-   (`_backward_tile`) makes each tile again from q, k and LSE instead of reading a stored matrix.
-3. The softmax's gradient needs ``sum_j weight_ij * dweight_ij``, a sum over a whole row, before the first tile of
-   that row. It equals ``sum_c dout_ic * out_ic`` (delta), which needs no matrix at all.
+1. Online softmax (`_forward_tile`): going through the keys, each query keeps the running maximum of its scores, the sum
+   of exp(score - maximum), and the weighted sum of the values. When the maximum grows, both sums are rescaled by
+   exp(old maximum - new maximum).
+2. Recomputation (`_backward_tile`): the backward computes each tile of weights again as exp(score - LSE) from the
+   log-sum-exp (LSE), one number per query.
+3. The softmax's gradient needs the row sum ``sum_j weight_ij * dweight_ij``, which equals ``sum_c dout_ic * out_ic``
+   (delta).
 
-A tile that no query of it may see is not computed (`_Mask.keys_seen`, `_Mask.queries_seeing`), and a tile that all of
-them see whole needs no mask: causal attention costs half.
+Fully masked tiles are skipped (`_Mask.keys_seen`, `_Mask.queries_seeing`) and fully visible ones need no mask, so
+causal attention costs half.
 
-Letters in the shapes: B sequences, S length, H query heads, G key/value heads, R = H / G query heads that share a
-key/value head, C width of a head, M queries of a tile, N keys of a tile, T tokens of a packed row.
+Shape suffixes: B sequences, S length, H query heads, G key/value heads, R = H / G query heads that share a
+key/value head, C head dim, M queries of a tile, N keys of a tile, T tokens of a packed sequence.
 """
 
 from __future__ import annotations
@@ -29,18 +28,18 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from flash_experts.kernels.attention_options import AttentionOptions
+from flash_experts.kernels.attention_options import AttentionOptions, PackedLengths
 from flash_experts.kernels.philox import dropout_keep_mask
 
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """Sequences of one length: a whole batch, one row with its own number of keys, or one packed document."""
+    """Sequences of equal length: a whole batch, one sequence with its own number of keys, or one packed document."""
 
     batch: slice
     queries: slice
     keys: slice
-    first: int  # number of the first sequence, for its slopes and its dropout
+    first: int  # number of the first sequence, for ALiBi slopes and dropout
 
     def sequences(self) -> range:
         return range(self.first, self.first + self.batch.stop - self.batch.start)
@@ -48,7 +47,7 @@ class _Part:
 
 @dataclass(frozen=True, slots=True)
 class _Mask:
-    """Query i sees the keys from i + offset - left to i + offset + right; infinities where there is no limit."""
+    """Query i sees keys i + offset - left to i + offset + right; infinity is no limit."""
 
     num_queries: int
     num_keys: int
@@ -62,17 +61,17 @@ class _Mask:
 
     @property
     def offset(self) -> int:
-        """The last query's place is the last key."""
+        """Bottom-right alignment: the last query stands at the last key."""
         return self.num_keys - self.num_queries
 
     def keys_seen(self, queries: range) -> range:
-        """The interval of keys that some of these queries see."""
+        """The range of keys that any of these queries sees."""
         first = max(0, queries.start + self.offset - self.left)
         last = min(self.num_keys - 1, queries.stop - 1 + self.offset + self.right)
         return range(int(first), int(last) + 1)
 
     def queries_seeing(self, keys: range) -> range:
-        """The interval of queries that see some of these keys."""
+        """The range of queries that see any of these keys."""
         first = max(0, keys.start - self.offset - self.right)
         last = min(self.num_queries - 1, keys.stop - 1 - self.offset + self.left)
         return range(int(first), int(last) + 1)
@@ -90,7 +89,7 @@ def _tiles(positions: range, size: int) -> Iterator[range]:
 
 
 class _Scores:
-    """Makes tiles of the scores of one part, the same in the forward and in the backward."""
+    """Computes tiles of scores of one part, for the forward and the backward."""
 
     def __init__(self, part: _Part, options: AttentionOptions, heads: int, groups: int):
         self.part, self.options, self.heads, self.groups = part, options, heads, groups
@@ -99,7 +98,7 @@ class _Scores:
     def tile(
         self, q_BGRMC: torch.Tensor, k_BGNC: torch.Tensor, queries: range, keys: range
     ) -> tuple[torch.Tensor, torch.Tensor | float]:
-        """Scores (B, G, R, M, N), -inf where a query must not look, and their derivative by ``q k^T``."""
+        """Scores (B, G, R, M, N), -inf where masked, and their derivative with respect to ``q k^T``."""
         options = self.options
         score_BGRMN = options.scale * torch.einsum("bgrmc,bgnc->bgrmn", q_BGRMC, k_BGNC)
         derivative: torch.Tensor | float = options.scale
@@ -121,13 +120,13 @@ class _Scores:
         return score_BGRMN, derivative
 
     def _slopes(self, slopes: torch.Tensor) -> torch.Tensor:
-        """(H,) or (B, H) of all sequences to (1 or B, G, R, 1, 1) of this part's."""
+        """ALiBi slopes, (H,) or (B, H), as (1 or B, G, R, 1, 1) of this part."""
         if slopes.dim() == 2:
             slopes = slopes[self.part.sequences().start : self.part.sequences().stop]
         return slopes.reshape(-1, self.groups, self.heads // self.groups, 1, 1)
 
     def drop(self, weight_BGRMN: torch.Tensor, queries: range, keys: range) -> torch.Tensor:
-        """The weights (or their gradients) after dropout: 0 where it takes one, divided by 1 - p where it stays."""
+        """Weights (or their gradients) after dropout; kept ones are divided by 1 - p."""
         p, seed = self.options.dropout, self.options.seed
         if seed is None:
             return weight_BGRMN
@@ -138,7 +137,7 @@ class _Scores:
 def _forward_tile(
     scores: _Scores, q_BGRMC: torch.Tensor, k_BGSC: torch.Tensor, v_BGSC: torch.Tensor, queries: range, block_k: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """FlashAttention-2, Algorithm 1, for one tile of queries: its output and its log-sum-exp."""
+    """FlashAttention-2, Algorithm 1, for one tile of queries: output and log-sum-exp."""
     out_BGRMC = torch.zeros_like(q_BGRMC)
     sum_BGRM = q_BGRMC.new_zeros(q_BGRMC.shape[:-1])
     max_BGRM = torch.full_like(sum_BGRM, -math.inf)
@@ -146,7 +145,7 @@ def _forward_tile(
         k_BGNC, v_BGNC = (x[:, :, keys.start : keys.stop].to(q_BGRMC.dtype) for x in (k_BGSC, v_BGSC))
         score_BGRMN, _ = scores.tile(q_BGRMC, k_BGNC, queries, keys)
         new_max_BGRM = torch.maximum(max_BGRM, score_BGRMN.amax(-1))
-        # A query that saw no key yet has the maximum -inf. Any finite number serves instead: all its terms are 0.
+        # A query without a visible key so far has the maximum -inf; any finite number serves, as all its terms are 0.
         shift_BGRM = new_max_BGRM.masked_fill(new_max_BGRM == -math.inf, 0)
         weight_BGRMN = torch.exp(score_BGRMN - shift_BGRM[..., None])
         rescale_BGRM = torch.exp(max_BGRM - shift_BGRM)
@@ -156,7 +155,7 @@ def _forward_tile(
         max_BGRM = new_max_BGRM
     saw_nothing_BGRM = sum_BGRM == 0
     out_BGRMC = out_BGRMC / sum_BGRM.masked_fill(saw_nothing_BGRM, 1)[..., None]
-    return out_BGRMC, max_BGRM + torch.log(sum_BGRM)  # -inf for those that saw nothing
+    return out_BGRMC, max_BGRM + torch.log(sum_BGRM)  # -inf for fully masked queries
 
 
 def _backward_tile(
@@ -167,15 +166,9 @@ def _backward_tile(
     keys: range,
     block_q: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """FlashAttention-2, Algorithm 2, for one tile of keys: dk and dv; adds its part of dq where that belongs.
+    """FlashAttention-2, Algorithm 2, for one tile of keys: returns dk and dv, and adds to dq in place.
 
-    Args:
-        scores: of the part.
-        q: everything that belongs to queries, (B, G, R, S, C) or (B, G, R, S): q, dq, dout, delta, lse.
-        k_BGNC: the tile's keys.
-        v_BGNC: and values.
-        keys: their positions.
-        block_q: queries taken at once.
+    ``q`` has the tensors of the queries, (B, G, R, S, C) or (B, G, R, S): q, dq, dout, delta, lse.
     """
     dk_BGNC, dv_BGNC = torch.zeros_like(k_BGNC), torch.zeros_like(v_BGNC)
     for queries in _tiles(scores.mask.queries_seeing(keys), block_q):
@@ -194,7 +187,7 @@ def _backward_tile(
 
 
 class _FlashAttention(torch.autograd.Function):
-    """(B, S, H, C) inputs, in parts; products and sums in float32, or float64 for float64 inputs."""
+    """(B, S, H, C) inputs, in parts; computed in float32, or float64 for float64 inputs."""
 
     @staticmethod
     def forward(
@@ -251,7 +244,7 @@ class _FlashAttention(torch.autograd.Function):
 
 
 def _query_heads(x_BSHC: torch.Tensor, groups: int) -> torch.Tensor:
-    """A view (B, G, R, S, C): query head h is head h % R of those that share key/value head h // R."""
+    """A view (B, G, R, S, C): query head h is number h % R in the group of key/value head h // R."""
     return x_BSHC.unflatten(2, (groups, -1)).permute(0, 2, 3, 1, 4)
 
 
@@ -265,20 +258,20 @@ def attention(
     block_q: int = 64,
     block_k: int = 64,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention of a batch, differentiable in q, k and v (once); every option on every device.
+    """Attention of a batch, differentiable once in q, k and v; every option on every device.
 
     Args:
-        q_BSHC: queries, (B, S_q, H, C), any float dtype and strides.
-        k_BSGC: keys, (B, S_k, G, C); query head h uses key/value head h // (H / G).
-        v_BSGC: values, likewise.
-        options: see `AttentionOptions`; S_q and S_k are aligned at their ends.
-        k_lengths_B: (B,) int32, keys of each row in use; the rest of the cache is ignored. Read on the host.
+        q_BSHC: queries, any float dtype and strides.
+        k_BSGC: keys; query head h uses key/value head h // (H / G).
+        v_BSGC: values.
+        options: scale, masks, softcap, ALiBi, dropout.
+        k_lengths_B: int32 number of keys in use per sequence, read on the host; the rest of the KV cache is ignored.
         block_q: M, queries of a tile.
         block_k: N, keys of a tile.
 
     Returns:
-        (B, S_q, H, C) in the dtype of q, and the log-sum-exp of the scores, (B, H, S_q) float32 (float64 for float64
-        input), without gradient. A query that sees no key gets 0 and -inf.
+        (B, S_q, H, C) in the dtype of q, and the log-sum-exp (B, H, S_q) float32 (float64 for float64 input), without
+        gradient. A fully masked query gets 0 and -inf.
     """
     (B, S_q), S_k = q_BSHC.shape[:2], k_BSGC.shape[1]
     parts = [_Part(slice(0, B), slice(0, S_q), slice(0, S_k), 0)]
@@ -292,33 +285,17 @@ def attention_varlen(
     q_THC: torch.Tensor,
     k_TGC: torch.Tensor,
     v_TGC: torch.Tensor,
-    cu_seqlens_q: torch.Tensor,
-    cu_seqlens_k: torch.Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
+    lengths: PackedLengths,
     options: AttentionOptions,
     *,
     block_q: int = 64,
     block_k: int = 64,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention of documents packed one after the other, each seeing itself alone; one by one, on the host's clock.
+    """`attention` of packed documents (variable length), one after the other: (T_q, H, C), log-sum-exp (H, T_q).
 
-    Args:
-        q_THC: queries of all documents, (T_q, H, C).
-        k_TGC: keys, (T_k, G, C).
-        v_TGC: values, likewise.
-        cu_seqlens_q: (N + 1,) int32, where each document starts in ``q_THC``, and T_q. Read on the host.
-        cu_seqlens_k: likewise for the keys.
-        max_seqlen_q: longest document's queries (the other kernels need it; this one does not).
-        max_seqlen_k: longest document's keys.
-        options: see `AttentionOptions`; slopes (N, H) where they differ by document.
-        block_q: queries of a tile.
-        block_k: keys of a tile.
-
-    Returns:
-        (T_q, H, C) in the dtype of q, and the log-sum-exp (H, T_q), as `attention`.
+    The starts are read on the host. ALiBi slopes may be (N, H).
     """
-    starts_q, starts_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+    starts_q, starts_k = lengths.cu_seqlens_q.tolist(), lengths.cu_seqlens_k.tolist()
     parts = [
         _Part(slice(0, 1), slice(*starts_q[n : n + 2]), slice(*starts_k[n : n + 2]), n)
         for n in range(len(starts_q) - 1)

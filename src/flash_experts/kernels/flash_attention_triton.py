@@ -1,13 +1,12 @@
-"""Flash attention on a GPU: our Triton programs as operators of PyTorch.
+"""Flash attention on a GPU: launch, autotuning and PyTorch operators of our Triton kernels.
 
-What runs is in `flash_attention_programs` (forward) and `flash_attention_backward`; here it is launched, tuned and made
-known to autograd and to ``torch.compile`` (``flash_experts::attention_forward`` and ``_backward``).
+The kernels are in `flash_attention_programs` (forward) and `flash_attention_backward`. The custom operators
+``flash_experts::attention_forward`` and ``_backward`` support autograd and ``torch.compile``.
 
-The tile sizes are tuned at the first call for each head dim, bucket of lengths, dtype and kind of mask, and kept on
-disk beside Triton's compiled programs, so the next process starts with them. Under ``TRITON_INTERPRET=1`` the same
-programs run on a CPU, thousands of times slower: that is for tests.
+Tile sizes are autotuned at the first call for each head dim, length bucket, dtype and kind of mask, and cached on disk
+with Triton's compiled kernels. ``TRITON_INTERPRET=1`` runs the kernels on a CPU, for tests only.
 
-Letters in the shapes: B batch, S length, H query heads, G key/value heads, C head dim, T rows of all documents.
+Shape suffixes: B batch, S length, H query heads, G key/value heads, C head dim, T tokens of all documents.
 """
 
 from __future__ import annotations
@@ -19,19 +18,114 @@ import torch
 import triton
 
 from flash_experts.kernels import flash_decode_triton
-from flash_experts.kernels.attention_options import AttentionOptions
-from flash_experts.kernels.flash_attention_tuning import DELTA, FORWARD, INTERPRETED, KEYS, QUERIES, length_bucket
+from flash_experts.kernels.attention_options import AttentionOptions, PackedLengths
+from flash_experts.kernels.flash_attention_backward import delta_kernel, keys_kernel, queries_kernel
+from flash_experts.kernels.flash_attention_programs import forward_kernel
+
+INTERPRETED: bool = triton.knobs.runtime.interpret
+
+
+_SHARED_MEMORY = 227 * 1024  # bytes per thread block on a Hopper GPU; with less, such settings fail to compile
+
+
+_SHORTEST_BUCKET, _LONGEST_BUCKET = 64, 8192
+
+
+def length_bucket(length: int) -> int:
+    """The power of two at or above a length, from 64 to 8192: a key of the autotuner."""
+    return min(max(triton.next_power_of_2(length), _SHORTEST_BUCKET), _LONGEST_BUCKET)
+
+
+def fitting(kernel: str, configs: list[Any], block_c: int, element_size: int) -> list[Any]:
+    """The settings worth tuning: tiles fit in shared memory, accumulators in registers. The smallest if none fits.
+
+    On Hopper, accumulators of up to 128 values per thread in the forward and 160 in the backward hardly spill
+    (scripts/hopper_report.py).
+
+    Args:
+        kernel: "forward", "keys" or "queries".
+        configs: settings to choose from.
+        block_c: head dim, rounded up to a power of two.
+        element_size: bytes of an element of q, k and v.
+    """
+
+    def shared_memory(config: Any) -> int:
+        small, large = sorted(config.kwargs.values())
+        return block_c * element_size * 2 * (large + config.num_stages * small)
+
+    def per_thread(config: Any) -> int:
+        m, n = config.kwargs["BLOCK_M"], config.kwargs["BLOCK_N"]
+        values = {"forward": m * (block_c + n), "keys": 2 * n * (block_c + m), "queries": m * (block_c + 2 * n)}
+        return values[kernel] // (32 * config.num_warps)
+
+    limit = 128 if kernel == "forward" else 160
+    fit = [config for config in configs if per_thread(config) <= limit and shared_memory(config) <= _SHARED_MEMORY]
+    return fit or [min(configs, key=per_thread)]
+
+
+def _tuned(name: str, kernel: Any, tiles: list[tuple[int, int, int, int]]) -> Any:
+    """An autotuned kernel; ``tiles`` are the settings (BLOCK_M, BLOCK_N, warps, stages) to try."""
+
+    def prune(configs: list[Any], named_args: dict[str, Any], **meta: Any) -> list[Any]:
+        return fitting(name, configs, meta["BLOCK_C"], named_args["Q"].element_size())
+
+    if INTERPRETED:
+        tiles = [(32, 32, 4, 1)]
+    return triton.autotune(
+        [triton.Config({"BLOCK_M": m, "BLOCK_N": n}, num_warps=warps, num_stages=s) for m, n, warps, s in tiles],
+        key=["LENGTH_BUCKET", "C", "CAUSAL", "PACKED", "LEFT_EDGE", "DROPOUT"],
+        prune_configs_by={"early_config_prune": prune},
+        cache_results=True,
+    )(kernel)
+
+
+FORWARD = _tuned(
+    "forward",
+    forward_kernel,
+    [
+        (128, 128, 8, 2), (128, 128, 8, 3), (128, 64, 8, 3), (128, 64, 4, 2), (128, 32, 8, 3),
+        (128, 32, 4, 3), (64, 128, 4, 2), (64, 64, 4, 2), (64, 64, 4, 3), (64, 32, 4, 3),
+        (32, 32, 4, 2),
+    ],
+)  # fmt: skip
+
+
+KEYS = _tuned(
+    "keys",
+    keys_kernel,
+    [
+        (64, 128, 8, 2), (64, 128, 8, 3), (32, 128, 8, 2), (32, 128, 8, 3), (64, 64, 8, 2),
+        (64, 64, 4, 2), (64, 64, 4, 3), (32, 64, 4, 2), (32, 64, 4, 3), (32, 32, 4, 2),
+    ],
+)  # fmt: skip
+
+
+QUERIES = _tuned(
+    "queries",
+    queries_kernel,
+    [
+        (128, 128, 8, 2), (128, 64, 8, 2), (128, 64, 8, 3), (128, 32, 8, 3), (64, 64, 4, 2),
+        (64, 64, 4, 3), (64, 32, 4, 3), (32, 32, 4, 2),
+    ],
+)  # fmt: skip
+
+
+DELTA = triton.autotune([triton.Config({"BLOCK_M": 64})], key=[])(delta_kernel)
+
 
 _MIN_HEAD_DIM = 16
-# Documents up to this length are packed: programs take tiles of rows, whatever documents lie in them. Longer ones fill
-# tiles of their own well enough, and then the last tiles of each can go first.
+
+
+# Documents up to this length share tiles (packed layout). Longer ones fill tiles of their own.
 PACKED_UP_TO = 512
+
+
 _NO_LIMIT = 2**30
 
 
 @dataclass(frozen=True, slots=True)
 class _Problem:
-    """The tensors and numbers of one call, in the order in which the programs take them."""
+    """The tensors and numbers of one call, in the order of the kernels' arguments."""
 
     q: torch.Tensor
     k: torch.Tensor
@@ -52,14 +146,14 @@ class _Problem:
 
     @property
     def batch(self) -> int:
-        """Second axis of the grid is this times the heads: sequences, documents, or 1 where rows are packed."""
+        """Sequences, documents, or 1 in the packed layout; times the heads, the second axis of the grid."""
         if self.cu_q is None:
             return self.q.shape[0]
         return 1 if self.packed else self.cu_q.numel() - 1
 
     @property
     def lengths(self) -> tuple[int, int]:
-        """Queries and keys that the first axis of the grid covers."""
+        """Numbers of queries and keys along the first axis of the grid."""
         return (self.q.shape[0], self.k.shape[0]) if self.packed else (self.max_q, self.max_k)
 
     @property
@@ -107,7 +201,7 @@ class _Problem:
 
 
 def _row_strides(x: torch.Tensor) -> tuple[int, int, int]:
-    """Elements from batch to batch, row to row, head to head, of (B, S, H, C) or (T, H, C)."""
+    """Strides of batch, row and head of (B, S, H, C) or (T, H, C), in elements."""
     return (x.stride(0), x.stride(1), x.stride(2)) if x.ndim == 4 else (0, x.stride(0), x.stride(1))
 
 
@@ -115,10 +209,10 @@ def _lse_strides(lse: torch.Tensor) -> tuple[int, int]:
     return (lse.stride(0), lse.stride(1)) if lse.ndim == 3 else (0, lse.stride(0))
 
 
-def _launch(program: Any, tile: str, length: int, sequences: int, *arguments: Any, **flags: Any) -> None:
-    """Runs a program on (tiles of that length, sequences), unless there is nothing to do."""
+def _launch(kernel: Any, tile: str, length: int, sequences: int, *arguments: Any, **flags: Any) -> None:
+    """Launches a kernel on a grid of (tiles of that length, sequences), unless it is empty."""
     if length and sequences:
-        program[lambda meta: (triton.cdiv(length, meta[tile]), sequences)](*arguments, **flags)
+        kernel[lambda meta: (triton.cdiv(length, meta[tile]), sequences)](*arguments, **flags)
 
 
 # The arguments of both operators: the fields of _Problem.
@@ -136,7 +230,7 @@ def _attention_forward(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
     problem = _Problem(*arguments)
     q, k, v = problem.q, problem.k, problem.v
     out, lse = torch.empty_like(q, memory_format=torch.contiguous_format), problem.empty_lse()
-    if problem.cu_q is not None and not problem.packed:  # rows after the last document belong to no program
+    if problem.cu_q is not None and not problem.packed:  # no program instance writes rows after the last document
         out.zero_()
         lse.fill_(float("-inf"))
     strides = (*_row_strides(q), *_row_strides(k), *_row_strides(v), *_row_strides(out), *_lse_strides(lse))
@@ -194,7 +288,7 @@ def _(
 
 
 def _delta(out: torch.Tensor, dout: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
-    """The sum over C of out * dout, shaped as the log-sum-exp, float32."""
+    """Sum over C of out * dout, float32, in the shape of the log-sum-exp."""
     delta = torch.empty_like(lse)
     rows, heads, head_dim = out.shape[-3:]
     _launch(
@@ -229,15 +323,15 @@ def attention(
     """Attention of a batch, differentiable in q, k and v.
 
     Args:
-        q_BSHC: queries, (B, S_q, H, C), float16, bfloat16 or float32; C is 16 to 256; strided views do.
-        k_BSGC: keys, (B, S_k, G, C); query head h reads head h // (H / G).
-        v_BSGC: values, as the keys.
+        q_BSHC: queries, float16, bfloat16 or float32, any strides; C from 16 to 256.
+        k_BSGC: keys; query head h uses key/value head h // (H / G).
+        v_BSGC: values.
         options: scale, masks, softcap, ALiBi, dropout.
-        k_lengths_B: (B,) int32, keys in use of each sequence; None is all. A sequence's queries are its last ones.
+        k_lengths_B: int32 number of keys in use per sequence; None is all. The queries stand at the last ones.
 
     Returns:
-        out (B, S_q, H, C), contiguous, dtype of q; log-sum-exp of the scores (B, H, S_q) float32, which carries no
-        gradient. A query that sees no key gets zeros and minus infinity.
+        (B, S_q, H, C), contiguous, dtype of q; log-sum-exp (B, H, S_q) float32, without gradient. A fully masked query
+        gets 0 and -inf.
     """
     if flash_decode_triton.suits(q_BSHC, k_BSGC, v_BSGC, options):
         return flash_decode_triton.decode(q_BSHC, k_BSGC, v_BSGC, options, k_lengths_B)
@@ -253,28 +347,11 @@ def attention_varlen(
     q_THC: torch.Tensor,
     k_TGC: torch.Tensor,
     v_TGC: torch.Tensor,
-    cu_seqlens_q: torch.Tensor,
-    cu_seqlens_k: torch.Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
+    lengths: PackedLengths,
     options: AttentionOptions,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention of documents that lie one after the other, each for itself; differentiable in q, k and v.
-
-    Args:
-        q_THC: queries of all documents, (T_q, H, C).
-        k_TGC: keys, (T_k, G, C).
-        v_TGC: values, as the keys.
-        cu_seqlens_q: (N + 1,) int32 starts of the documents among the queries, and the end of the last. Passing the
-            same tensor for the keys says that queries and keys are of the same rows, which is quicker.
-        cu_seqlens_k: the same for the keys.
-        max_seqlen_q: the most queries that a document has.
-        max_seqlen_k: the most keys.
-        options: as in `attention`.
-
-    Returns:
-        As `attention`: out (T_q, H, C) and log-sum-exp (H, T_q).
-    """
+    """`attention` of packed documents (variable length): (T_q, H, C), log-sum-exp (H, T_q)."""
+    cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k = lengths
     packed = cu_seqlens_q is cu_seqlens_k and max_seqlen_q <= PACKED_UP_TO
     q, k, v = map(_with_dense_rows, (q_THC, k_TGC, v_TGC))
     out, lse = _attention_forward(

@@ -1,12 +1,11 @@
-"""Flash decoding in Triton: a few new queries against a long cache (Dao et al. 2023, "Flash-Decoding").
+"""Flash decoding in Triton (split-KV): a few queries against a long KV cache (Dao et al. 2023, "Flash-Decoding").
 
-`flash_attention_triton` gives each tile of queries to one program. With one query a sequence that is one program for
-each head, while a GPU has more than a hundred multiprocessors and the cache is what takes time to read. So here the
-keys are split: `decode_program` computes the softmax over its share, `combine_program` joins the shares by their
-log-sum-exps. All query heads that read one key/value head sit in one tile, so that the cache is read once.
+Decoding is memory-bound, and one program instance per head would leave most of a GPU idle. So the keys are split:
+`decode_kernel` attends to one share of the keys, `combine_kernel` merges the shares by their log-sum-exps. The query
+heads of a key/value head share a tile, so that the cache is read once.
 
-Letters in the shapes: B batch, S length, H query heads, G key/value heads, C head dim, P splits; R rows of a tile,
-that is the H / G heads of all queries; N keys of a tile.
+Shape suffixes: B batch, S length, H query heads, G key/value heads, C head dim, P splits; R rows of a tile
+(the H / G heads of all queries); N keys of a tile.
 """
 
 from __future__ import annotations
@@ -18,23 +17,23 @@ import triton
 import triton.language as tl
 
 from flash_experts.kernels.attention_options import AttentionOptions
-from flash_experts.kernels.flash_attention_programs import LN2, attend, interval_of, load_rows, store_rows
+from flash_experts.kernels.flash_attention_programs import LN2, attend, load_rows, store_rows, visible_range
 
 INTERPRETED: bool = triton.knobs.runtime.interpret
-MAX_ROWS = 64  # queries * heads of a key/value head that one tile takes
+MAX_ROWS = 64  # queries times heads per key/value head in one tile
 _BLOCK_N = 32 if INTERPRETED else 64
 _NO_LIMIT = 2**30
 
 
 @triton.jit
-def decode_program(
+def decode_kernel(
     Q, K, V, OUT, LSE, K_LENGTHS, SLOPES,
     stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh, stride_slopes,
     S_q, S_k, H, GROUP, scale, softcap, left, right,
     C: tl.constexpr, BLOCK_C: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """OUT (B, G, P, R, C) and LSE (B, G, P, R), float32: attention over one share of the keys. Grid: (P, B * G)."""
+    """Attention over one share of the keys: OUT (B, G, P, R, C), LSE (B, G, P, R), float32. Grid: (P, B * G)."""
     b, g = tl.program_id(1) // (H // GROUP), tl.program_id(1) % (H // GROUP)
     split, splits = tl.program_id(0), tl.num_programs(0)
     num_k = S_k
@@ -57,9 +56,9 @@ def decode_program(
     )
     start_R = tl.zeros_like(i_R)
     shift = num_k - S_q
-    low_R, high_R = interval_of(i_R, start_R, start_R + num_k, shift, left, right, False)
+    low_R, high_R = visible_range(i_R, start_R, start_R + num_k, shift, left, right, False)
     slope_R = tl.load(SLOPES + b * stride_slopes + h_R) if ALIBI else tl.zeros([BLOCK_R], tl.float32)
-    # Keys before every window are not read. Tiles stay where they lie, so that shares do not overlap.
+    # Keys before every window are skipped, in whole tiles, so that shares do not overlap.
     begin += tl.maximum(tl.min(low_R, 0) - begin, 0) // BLOCK_N * BLOCK_N
     acc_RC, sum_R, max_R = attend(
         tl.zeros([BLOCK_R, BLOCK_C], tl.float32), tl.zeros([BLOCK_R], tl.float32),
@@ -77,11 +76,11 @@ def decode_program(
 
 
 @triton.jit
-def combine_program(
+def combine_kernel(
     PARTS, LSES, OUT, LSE, splits, rows, S_q, H, GROUP,
     C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """OUT (B, S, H, C) and LSE (B, H, S) of one query and head, from the shares. Grid: (R, B * G)."""
+    """Merges the shares of one query and head into OUT (B, S, H, C) and LSE (B, H, S). Grid: (R, B * G)."""
     row, pair = tl.program_id(0), tl.cast(tl.program_id(1), tl.int64)
     p_P = tl.arange(0, BLOCK_P)
     lse_P = tl.load(LSES + (pair * splits + p_P) * rows + row, mask=p_P < splits, other=float("-inf"))
@@ -130,7 +129,7 @@ def _decode(
     lses = q.new_empty(B, G, splits, rows, dtype=torch.float32)
     strides = [stride for x in (q, k, v) for stride in x.stride()[:3]]
     limits = (_NO_LIMIT if limit < 0 else limit for limit in (left, right))
-    decode_program[(splits, B * G)](
+    decode_kernel[(splits, B * G)](
         q, k, v, parts, lses, k_lengths, slopes, *strides,
         slopes.stride(0) if slopes is not None and slopes.ndim == 2 else 0,
         S_q, S_k, H, H // G, scale, softcap, *limits,
@@ -138,7 +137,7 @@ def _decode(
         UPCAST=INTERPRETED and q.dtype == torch.bfloat16,
         BLOCK_R=max(triton.next_power_of_2(rows), 16), BLOCK_N=_BLOCK_N,
     )  # fmt: skip
-    combine_program[(rows, B * G)](
+    combine_kernel[(rows, B * G)](
         parts, lses, out, lse, splits, rows, S_q, H, H // G,
         C=C, BLOCK_C=block_c, BLOCK_P=max(triton.next_power_of_2(splits), 2),
     )  # fmt: skip
@@ -156,7 +155,7 @@ def _empty_outputs(q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def suits(q_BSHC: torch.Tensor, k_BSGC: torch.Tensor, v_BSGC: torch.Tensor, options: AttentionOptions) -> bool:
-    """Whether this is the better way: few queries, more keys than one program should read, and no gradient wanted."""
+    """Whether to use flash decoding: few queries, many keys, no dropout and no gradient."""
     rows = q_BSHC.shape[1] * (q_BSHC.shape[2] // k_BSGC.shape[2])
     wanted = torch.is_grad_enabled() and any(x.requires_grad for x in (q_BSHC, k_BSGC, v_BSGC))
     return 0 < rows <= MAX_ROWS and k_BSGC.shape[1] > 4 * _BLOCK_N and options.dropout == 0 and not wanted
@@ -170,18 +169,10 @@ def decode(
     k_lengths_B: torch.Tensor | None = None,
     splits: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `flash_attention_triton.attention`, for few queries and without gradients.
+    """As `flash_attention_triton.attention`, for few queries (S_q * H / G up to `MAX_ROWS`), without gradients.
 
-    Args:
-        q_BSHC: queries, (B, S_q, H, C) with S_q * H / G up to `MAX_ROWS`.
-        k_BSGC: the cache of keys, (B, S_k, G, C), read in place; only the first ``k_lengths_B`` of each row count.
-        v_BSGC: the cache of values.
-        options: all but dropout.
-        k_lengths_B: (B,) int32 or None.
-        splits: shares of the keys; None: enough to give every multiprocessor two programs.
-
-    Returns:
-        out (B, S_q, H, C) and log-sum-exp (B, H, S_q) float32.
+    ``options`` must have no dropout. ``splits`` is the number of shares of the keys; None gives every multiprocessor
+    two program instances.
     """
     assert options.dropout == 0, "decoding has no dropout"
     if splits is None:

@@ -1,13 +1,12 @@
-"""The products of a mixture of experts in Triton: rows sorted by expert, each group times its own expert's matrix.
+"""Grouped GEMM in Triton: the matmuls of the experts, rows sorted by expert, each group times its expert's matrix.
 
-What PyTorch does in separate passes over memory happens while a tile is on the chip: tokens are gathered as the first
-product reads them, bias and activation are applied to its result, gates and the way back to the tokens' order belong
-to the second product's store, and the activation's gradient and the gates' to the backward's. How many rows an expert
-has is known only on the GPU, and stays there: the grid has room for the most tiles that there can be, and a program
-finds its expert by counting (MegaBlocks, Gale et al. 2022; ScatterMoE, Tan et al. 2024).
+Separate passes over HBM are fused into the matmuls: tokens are gathered as the first matmul reads them, bias and
+activation are applied to its tile, gates and the scatter back to token order to the second's, and likewise in the
+backward. The number of rows per expert stays on the GPU: the grid covers the largest possible number of tiles, and a
+program instance finds its expert by counting (MegaBlocks, Gale et al. 2022; ScatterMoE, Tan et al. 2024).
 
-Letters in the shapes: T tokens, K experts per token, S = T * K pairs of them sorted by expert, E experts, D width,
-F hidden units of an expert; a tile has M rows and N columns and walks over the inner dimension I.
+Shape suffixes: T tokens, K experts per token, S = T * K pairs of them sorted by expert, E experts, D width,
+F hidden units of an expert; a tile has M rows, N columns and the inner dimension I.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ SILU: tl.constexpr = tl.constexpr(3)
 
 @triton.jit
 def matmul(a, b, acc, UPCAST: tl.constexpr):
-    """``acc + a @ b`` in float32. The interpreter multiplies bfloat16 wrongly, so there it is widened first."""
+    """``acc + a @ b`` in float32. UPCAST: Triton's interpreter multiplies bfloat16 wrongly."""
     if UPCAST:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
     return tl.dot(a, b, acc, input_precision="ieee")
@@ -58,9 +57,9 @@ def activated(x, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def place_of(pid, OFFSETS, E, num_n, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr):
-    """Expert, first row, end of the expert's rows and column tile of a program; the expert is E if it has no work.
+    """Expert (E if there is no work), first row, end of the expert's rows and column tile of a program instance.
 
-    Programs that follow each other share an expert's columns, so that its weights come from the cache.
+    Consecutive instances share an expert's columns, so that its weights come from the L2 cache.
     """
     e_E = tl.arange(0, BLOCK_E)
     start_E = tl.load(OFFSETS + e_E, mask=e_E < E, other=0)
@@ -71,18 +70,18 @@ def place_of(pid, OFFSETS, E, num_n, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexp
     e = tl.sum((last_E <= m).to(tl.int32), 0)
     mine_E = e_E == e
     tiles, before = tl.sum(tl.where(mine_E, tiles_E, 0), 0), tl.sum(tl.where(mine_E, last_E - tiles_E, 0), 0)
-    within = pid - before * num_n  # place among the programs of this expert: columns after columns, all rows of each
+    within = pid - before * num_n  # number among the instances of this expert, column by column
     tiles = tl.maximum(tiles, 1)
     row = tl.sum(tl.where(mine_E, start_E, 0), 0) + (within % tiles) * BLOCK_M
     return tl.where(e < E, e, E), row, tl.sum(tl.where(mine_E, end_E, 0), 0), within // tiles
 
 
 @triton.jit
-def product(
+def matmul_tile(
     A, W, a_row_M, inside_M, n_N, size_i, size_n, stride_a, stride_wi, stride_wn,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_I: tl.constexpr, EVEN: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """(M, N) float32: rows of A times W. EVEN: the inner dimension is a multiple of the tile."""
+    """(M, N) float32: a tile of A @ W. EVEN: the inner dimension is a multiple of the tile."""
     i_I = tl.arange(0, BLOCK_I)
     a_rows = A + a_row_M.to(tl.int64)[:, None] * stride_a + i_I[None, :]
     w_rows = W + i_I[:, None] * stride_wi + n_N[None, :] * stride_wn
@@ -101,12 +100,12 @@ def product(
 
 
 @triton.jit
-def up_program(
+def up_kernel(
     X, W, BIAS, TOKEN, OFFSETS, HIDDEN, ACT, E, size_i, size_n, stride_a, stride_we, stride_wi, stride_wn, ROWS_BUCKET,
     ACTIVATION: tl.constexpr, KEEP: tl.constexpr, BLOCK_E: tl.constexpr, EVEN: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_I: tl.constexpr,
 ):  # fmt: skip
-    """ACT (S, F) = activation(X[token] @ W[e] + BIAS[e]); with KEEP also HIDDEN, what the activation was given."""
+    """ACT (S, F) = activation(X[token] @ W[e] + BIAS[e]); with KEEP also HIDDEN, the activation's input."""
     e, row, end, n = place_of(tl.program_id(0), OFFSETS, E, tl.cdiv(size_n, BLOCK_N), BLOCK_E, BLOCK_M)
     if e >= E:
         return
@@ -114,14 +113,14 @@ def up_program(
     inside_M, inside_N = s_M < end, n_N < size_n
     token_M = tl.load(TOKEN + s_M, mask=inside_M, other=0)
     weight = W + e.to(tl.int64) * stride_we
-    hidden_MN = product(
+    hidden_MN = matmul_tile(
         X, weight, token_M, inside_M, n_N, size_i, size_n, stride_a, stride_wi, stride_wn,
         BLOCK_M, BLOCK_N, BLOCK_I, EVEN, UPCAST,
     )  # fmt: skip
     hidden_MN += tl.load(BIAS + e * size_n + n_N, mask=inside_N, other=0.0).to(tl.float32)[None, :]
     here = s_M.to(tl.int64)[:, None] * size_n + n_N[None, :]
     inside = inside_M[:, None] & inside_N[None, :]
-    # The backward computes the activation again from what was stored: from the rounded value, so that both agree.
+    # Rounded first: the backward recomputes the activation from the stored value.
     hidden_MN = hidden_MN.to(ACT.dtype.element_ty)
     if KEEP:
         tl.store(HIDDEN + here, hidden_MN, mask=inside)
@@ -130,19 +129,19 @@ def up_program(
 
 
 @triton.jit
-def down_program(
+def down_kernel(
     A, W, BIAS, GATE, PAIR, OFFSETS, OUT, E, size_i, size_n, stride_a, stride_we, stride_wi, stride_wn, ROWS_BUCKET,
     GATED: tl.constexpr, BLOCK_E: tl.constexpr, EVEN: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_I: tl.constexpr,
 ):  # fmt: skip
-    """OUT[pair] = A[s] @ W[e]; GATED: (A[s] @ W[e] + BIAS[e]) * GATE[pair]. Rows go back to the tokens' order."""
+    """OUT[pair] = A[s] @ W[e], in token order; GATED: (A[s] @ W[e] + BIAS[e]) * GATE[pair]."""
     e, row, end, n = place_of(tl.program_id(0), OFFSETS, E, tl.cdiv(size_n, BLOCK_N), BLOCK_E, BLOCK_M)
     if e >= E:
         return
     s_M, n_N = row + tl.arange(0, BLOCK_M), n * BLOCK_N + tl.arange(0, BLOCK_N)
     inside_M, inside_N = s_M < end, n_N < size_n
     weight = W + e.to(tl.int64) * stride_we
-    y_MN = product(
+    y_MN = matmul_tile(
         A, weight, s_M, inside_M, n_N, size_i, size_n, stride_a, stride_wi, stride_wn,
         BLOCK_M, BLOCK_N, BLOCK_I, EVEN, UPCAST,
     )  # fmt: skip
@@ -155,14 +154,14 @@ def down_program(
 
 
 @triton.jit
-def hidden_gradient_program(
+def hidden_gradient_kernel(
     DOUT, W, HIDDEN, GATE, TOKEN, PAIR, OFFSETS, DHIDDEN, GATED_ACT, DGATE,
     E, S, size_i, size_n, stride_a, stride_we, stride_wi, stride_wn, ROWS_BUCKET,
     ACTIVATION: tl.constexpr, BLOCK_E: tl.constexpr, EVEN: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_I: tl.constexpr,
 ):  # fmt: skip
-    """From DOUT[token] @ W[e]^T, the gradient of the ungated activation: DHIDDEN, gate * act for the weights'
-    gradient, and this tile's share of the gates' gradient, DGATE (F tiles, S) float32."""
+    """From DOUT[token] @ W[e]^T: DHIDDEN, GATED_ACT (for the weight gradients), and DGATE (F tiles, S) float32, this
+    tile's share of the gates' gradient."""
     e, row, end, n = place_of(tl.program_id(0), OFFSETS, E, tl.cdiv(size_n, BLOCK_N), BLOCK_E, BLOCK_M)
     if e >= E:
         return
@@ -170,7 +169,7 @@ def hidden_gradient_program(
     inside_M, inside_N = s_M < end, n_N < size_n
     token_M = tl.load(TOKEN + s_M, mask=inside_M, other=0)
     weight = W + e.to(tl.int64) * stride_we
-    dact_MN = product(
+    dact_MN = matmul_tile(
         DOUT, weight, token_M, inside_M, n_N, size_i, size_n, stride_a, stride_wi, stride_wn,
         BLOCK_M, BLOCK_N, BLOCK_I, EVEN, UPCAST,
     )  # fmt: skip
@@ -186,14 +185,14 @@ def hidden_gradient_program(
 
 
 @triton.jit
-def weight_gradient_program(
+def weight_gradient_kernel(
     A, B, TOKEN, PAIR, GATE, OFFSETS, DW, DBIAS, size_a, size_b, ROWS_BUCKET,
     GATHER_A: tl.constexpr, GATHER_B: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_I: tl.constexpr,
 ):  # fmt: skip
-    """DW[e] (size_a, size_b) = A[rows]^T @ B[rows] over the expert's rows, and DBIAS[e] from the rows of B beside it.
+    """DW[e] (size_a, size_b) = A[rows]^T @ B[rows] over the expert's rows, and DBIAS[e], the sum of these rows of B.
 
-    GATHER_B: B is indexed by token and, for the bias alone, weighted with the gate (A brings the gate for the matrix).
+    GATHER_B: B is indexed by token and, for the bias, multiplied by the gate (for the matrix, A includes the gate).
     Grid: (tiles of size_a * tiles of size_b, E).
     """
     e = tl.program_id(1)

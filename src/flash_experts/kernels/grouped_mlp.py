@@ -1,18 +1,15 @@
-"""Every expert's two-layer MLP over the tokens sent to it, as one differentiable operation for CPUs.
+"""All experts' two-layer MLPs over their tokens, as one differentiable operation for CPUs (grouped or batched GEMM).
 
-The plain way (`flash_experts.models.moe_layer.Experts`) selects, multiplies and adds back expert by expert, and
-autograd then allocates and adds a full-size weight gradient for each of them. Here the (token, expert) pairs are
-sorted once, and what follows depends on how many rows an expert gets:
+The plain loop (`flash_experts.models.moe_layer.Experts`) lets autograd allocate and add a full-size weight gradient per
+expert. Here the (token, expert) pairs are sorted once, and then
 
-- many (`_GroupedMLP`): expert by expert, each product written into its place and each weight gradient multiplied
-  straight into the one buffer that autograd receives. An expert that got no token costs nothing but the zeros of its
-  gradient.
-- few (`_BatchedMLP`): reading the weights takes longer than the arithmetic, and a product of a few rows leaves threads
-  waiting for each other. All experts are multiplied at once, each thread taking whole experts, with every expert's rows
-  padded to the busiest one's.
+- with many rows per expert (`_GroupedMLP`), experts are computed one by one, and each weight gradient is written
+  straight into one buffer. An expert without tokens only costs the zeros of its gradient.
+- with few rows (`_BatchedMLP`), where matmuls are memory-bound, all experts are multiplied at once, each padded to the
+  rows of the busiest one.
 
-Letters in the shapes: T tokens, K experts per token, S = T * K pairs sorted by expert, P the same with each expert's
-rows filled up, E experts, M rows of the busiest expert, D width, F hidden units of an expert.
+Shape suffixes: T tokens, K experts per token, S = T * K pairs sorted by expert, P the same with each expert's
+rows padded, E experts, M rows of the busiest expert, D width, F hidden units of an expert.
 """
 
 from __future__ import annotations
@@ -24,33 +21,31 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from flash_experts.kernels.cpu_linear import linear, linear_gelu_tanh, takes_onednn
+from flash_experts.kernels.cpu_linear import linear, linear_gelu_tanh, uses_onednn
 
 Activation = Callable[[torch.Tensor], torch.Tensor]
 
-# Up to this many rows for the busiest expert, and from this share of the experts in use, the batched way is faster
-# (measured with two cores, D 768, F 3072). Not where most of what it multiplies is padding, as in decoding, where the
-# tokens of many names are alike: with 32 experts of 256 x 256 and 64 tokens of 4 experts each, both ways take about as
-# long at 4 rows a pair.
+# Batched is faster up to this many rows for the busiest expert, from this share of the experts in use, and with at most
+# this many padded rows per pair.
 _FEW_ROWS = 96
 _MOST_EXPERTS = 0.75
 _MOST_PADDED = 4
 
-# oneDNN generates code for each new shape of a product, and experts get other numbers of rows at every step. Where it
-# is used, more rows than this are filled up to a multiple of it, so that the same few shapes come again.
+# oneDNN generates code for each new shape, and experts get other numbers of rows at every step. So with oneDNN, more
+# rows than this are padded to a multiple of it.
 _ROWS_MULTIPLE = 32
 
 
 @dataclass(frozen=True, slots=True)
 class _Groups:
-    """The pairs sorted by expert, and the same with each expert's rows filled up (P of them) for the products.
+    """The pairs sorted by expert, without and with each expert's rows padded for the matmuls.
 
-    What fills up is token 0 with a gate of zero: it adds nothing to any gradient, and its outputs are not read.
+    Padding is token 0 with a gate of zero: it adds nothing to any gradient, and its outputs are not read.
     """
 
     pair_of_S: torch.Tensor
     token_of_P: torch.Tensor
-    place_of_S: torch.Tensor  # where each sorted pair is among the filled-up rows
+    place_of_S: torch.Tensor  # index of each sorted pair among the padded rows
     counts: list[int]
     filled: list[int]
 
@@ -71,7 +66,7 @@ class _Groups:
         return cls(pair_of_S, token_of_P, place_of_S, counts, filled_E.tolist())
 
     def __iter__(self) -> Iterator[tuple[int, slice, torch.Tensor]]:
-        """For each expert that got a token: its number, its filled-up rows, and its pairs (the first of those rows)."""
+        """For each expert with tokens: its number, its padded rows, and its pairs (the first of those rows)."""
         pair = row = 0
         for expert, (count, filled) in enumerate(zip(self.counts, self.filled, strict=True)):
             if count:
@@ -94,7 +89,7 @@ class _GroupedMLP(torch.autograd.Function):
         counts_E: torch.Tensor,
     ) -> torch.Tensor:
         (T, K), D = experts_TK.shape, x_TD.shape[1]
-        groups = _Groups.of(experts_TK, counts_E, takes_onednn(x_TD))
+        groups = _Groups.of(experts_TK, counts_E, uses_onednn(x_TD))
         y_pairs_D = x_TD.new_empty(T * K, D)  # row t * K + k: expert k of token t, before its gate
         kept = []
         for e, rows, pairs in groups:
@@ -206,7 +201,7 @@ def _one_token(
     down_bias_ED: torch.Tensor,
     activation: Activation,
 ) -> torch.Tensor:
-    """The forward of a step of decoding: its experts one by one, nothing to sort and nothing kept. (1, D)"""
+    """The forward of a single token (decoding), (1, D): no sorting, nothing saved for the backward."""
     rows = []
     for e in experts_1K[0].tolist():
         if activation is gelu_tanh:
@@ -218,24 +213,24 @@ def _one_token(
 
 
 def _in_slots(rows_PD: torch.Tensor, slot_of_pair: torch.Tensor, E: int, M: int) -> torch.Tensor:
-    """One row a pair to (E, M, D), each in its slot, zeros in the others."""
+    """One row per pair to (E, M, D), each in its slot, zeros elsewhere."""
     slots = rows_PD.new_zeros(E * M, rows_PD.shape[1])
     return slots.index_copy_(0, slot_of_pair, rows_PD).view(E, M, -1)
 
 
 def _combine(y_pairs_D: torch.Tensor, gates_TK: torch.Tensor) -> torch.Tensor:
-    """(T * K, D) outputs in the tokens' order and (T, K) gates to the (T, D) weighted sums."""
+    """Weighted sums (T, D) of outputs (T * K, D) in token order."""
     T, K = gates_TK.shape
     return torch.bmm(gates_TK[:, None, :], y_pairs_D.view(T, K, y_pairs_D.shape[1]))[:, 0]
 
 
 def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
-    """GPT-2's activation, the tanh form of GELU, in one operation."""
+    """GPT-2's activation, the tanh approximation of GELU."""
     return F.gelu(x, approximate="tanh")
 
 
 def _activation_gradient(activation: Activation, hidden: torch.Tensor, dact: torch.Tensor) -> torch.Tensor:
-    """The gradient that the activation passes down; one that is not known here is computed again for it."""
+    """The gradient of the activation's input; other activations than GELU are recomputed under autograd."""
     if activation is gelu_tanh:
         return torch.ops.aten.gelu_backward(dact, hidden, approximate="tanh")
     with torch.enable_grad():
@@ -255,21 +250,18 @@ def grouped_mlp(
     activation: Activation,
     batched: bool | None = None,
 ) -> torch.Tensor:
-    """``sum_k gates[t, k] * MLP_{experts[t, k]}(x[t])`` for each token t, differentiable in every float input.
+    """``sum_k gates[t, k] * MLP_{experts[t, k]}(x[t])``, (T, D), differentiable in every float input.
 
     Args:
-        x_TD: tokens, (T, D), any float dtype.
-        experts_TK: chosen experts, (T, K) integers in [0, E).
-        gates_TK: weights of the choices, (T, K), dtype of ``x_TD``.
-        up_EDF: first matrices, (E, D, F), with their biases (E, F).
+        x_TD: tokens, any float dtype.
+        experts_TK: chosen experts, integers in [0, E).
+        gates_TK: weights of the choices, dtype of ``x_TD``.
+        up_EDF: first matrices.
         up_bias_EF: biases of the first matrices.
-        down_EFD: second matrices, (E, F, D), with their biases (E, D).
+        down_EFD: second matrices.
         down_bias_ED: biases of the second matrices.
         activation: elementwise function between them.
-        batched: all experts at once, padded to the busiest one's rows; None: where that is the faster way.
-
-    Returns:
-        (T, D), dtype of ``x_TD``.
+        batched: force the batched or the grouped way; None chooses the faster one.
     """
     num_experts = up_EDF.shape[0]
     weights = (up_EDF, up_bias_EF, down_EFD, down_bias_ED)

@@ -1,12 +1,10 @@
-"""Every expert's two-layer MLP over the tokens sent to it, as one differentiable operation for GPUs.
+"""All experts' two-layer MLPs over their tokens, as one differentiable operation for GPUs (grouped GEMM).
 
-The same function as `flash_experts.kernels.grouped_mlp`, on the Triton programs of `grouped_gemm_triton`: two products
-forward, four backward, and between them only what they hand to each other. Nothing waits for the GPU, so it can be
-captured in a CUDA graph; as operators of PyTorch (``flash_experts::grouped_mlp``) it makes no break in a compiled one.
+The same function as `flash_experts.kernels.grouped_mlp`, on the Triton kernels of `grouped_gemm_triton`: two matmuls in
+the forward, four in the backward. There is no host synchronisation, so CUDA graphs can capture it, and as a custom
+operator (``flash_experts::grouped_mlp``) no graph break. The backward recomputes the activation.
 
-Kept for the backward are the inputs and the hidden units before their activation, which is computed again.
-
-Letters in the shapes: T tokens, K experts per token, S = T * K pairs sorted by expert, E experts, D width, F hidden
+Shape suffixes: T tokens, K experts per token, S = T * K pairs sorted by expert, E experts, D width, F hidden
 units of an expert.
 """
 
@@ -18,31 +16,31 @@ from typing import Any
 import torch
 import triton
 
-from flash_experts.kernels import grouped_gemm_triton as programs
+from flash_experts.kernels import grouped_gemm_triton as gemm_kernels
 
 INTERPRETED: bool = triton.knobs.runtime.interpret
-# The activations that are fused, by the names of transformers.
+# The fused activations, by transformers' names.
 ACTIVATIONS = {
-    "gelu_new": programs.GELU_TANH.value,
-    "gelu_pytorch_tanh": programs.GELU_TANH.value,
-    "gelu_fast": programs.GELU_TANH.value,
-    "gelu": programs.GELU_ERF.value,
-    "relu": programs.RELU.value,
-    "silu": programs.SILU.value,
-    "swish": programs.SILU.value,
+    "gelu_new": gemm_kernels.GELU_TANH.value,
+    "gelu_pytorch_tanh": gemm_kernels.GELU_TANH.value,
+    "gelu_fast": gemm_kernels.GELU_TANH.value,
+    "gelu": gemm_kernels.GELU_ERF.value,
+    "relu": gemm_kernels.RELU.value,
+    "silu": gemm_kernels.SILU.value,
+    "swish": gemm_kernels.SILU.value,
 }
 _SMALLEST_COLUMNS = 32 if INTERPRETED else 64  # the narrowest tile below
 
 
-def _tuned(program: Any, key: list[str], tiles: list[tuple[int, int, int, int, int]]) -> Any:
-    """A program with the settings (BLOCK_M, BLOCK_N, BLOCK_I, warps, stages) that it is to try."""
+def _tuned(kernel: Any, key: list[str], tiles: list[tuple[int, int, int, int, int]]) -> Any:
+    """An autotuned kernel; ``tiles`` are the settings (BLOCK_M, BLOCK_N, BLOCK_I, warps, stages) to try."""
     if INTERPRETED:
         tiles = [(32, 32, 32, 4, 1)]
     configs = [
         triton.Config({"BLOCK_M": m, "BLOCK_N": n, "BLOCK_I": i}, num_warps=warps, num_stages=stages)
         for m, n, i, warps, stages in tiles
     ]
-    return triton.autotune(configs, key=key, cache_results=True)(program)
+    return triton.autotune(configs, key=key, cache_results=True)(kernel)
 
 
 _ROW_TILES = [
@@ -53,30 +51,30 @@ _WEIGHT_TILES = [
     (128, 256, 64, 8, 3), (256, 128, 64, 8, 3), (128, 128, 64, 8, 3), (128, 128, 64, 4, 4), (64, 128, 64, 4, 4),
     (64, 64, 64, 4, 3),
 ]  # fmt: skip
-_UP = _tuned(programs.up_program, ["size_i", "size_n", "ROWS_BUCKET"], _ROW_TILES)
-_DOWN = _tuned(programs.down_program, ["size_i", "size_n", "GATED", "ROWS_BUCKET"], _ROW_TILES)
+_UP = _tuned(gemm_kernels.up_kernel, ["size_i", "size_n", "ROWS_BUCKET"], _ROW_TILES)
+_DOWN = _tuned(gemm_kernels.down_kernel, ["size_i", "size_n", "GATED", "ROWS_BUCKET"], _ROW_TILES)
 _HIDDEN_GRADIENT = _tuned(
-    programs.hidden_gradient_program,
+    gemm_kernels.hidden_gradient_kernel,
     ["size_i", "size_n", "ROWS_BUCKET"],
     [(128, 128, 64, 8, 3), (128, 64, 64, 8, 3), (128, 64, 64, 4, 3), (64, 128, 64, 8, 3), (64, 64, 64, 4, 4)],
-)  # its last step holds three tiles at a time
-_WEIGHT_GRADIENT = _tuned(programs.weight_gradient_program, ["size_a", "size_b", "ROWS_BUCKET"], _WEIGHT_TILES)
+)  # the kernel's last step holds three tiles at a time
+_WEIGHT_GRADIENT = _tuned(gemm_kernels.weight_gradient_kernel, ["size_a", "size_b", "ROWS_BUCKET"], _WEIGHT_TILES)
 
 
 def _rows_bucket(rows: int) -> int:
-    """What the choice of tiles knows of the number of rows."""
+    """The number of rows as a key of the autotuner: a power of two."""
     return min(triton.next_power_of_2(max(rows, 16)), 2**16)
 
 
-def _launch_rows(program: Any, x: torch.Tensor, w_EIN: torch.Tensor, rows: int, *tensors: Any, **flags: Any) -> None:
-    """A program over tiles of rows: ``tensors`` are its first arguments, up to E."""
+def _launch_rows(kernel: Any, x: torch.Tensor, w_EIN: torch.Tensor, rows: int, *tensors: Any, **flags: Any) -> None:
+    """Launches a kernel over tiles of rows; ``tensors`` are its first arguments, up to E."""
     E, size_i, size_n = w_EIN.shape
 
-    def grid(meta: dict[str, Any]) -> tuple[int]:  # each expert's last tile may be a part of one
+    def grid(meta: dict[str, Any]) -> tuple[int]:  # each expert's last tile may be partial
         return ((triton.cdiv(rows, meta["BLOCK_M"]) + min(E, rows)) * triton.cdiv(size_n, meta["BLOCK_N"]),)
 
     if rows:
-        program[grid](
+        kernel[grid](
             *tensors, size_i, size_n, x.stride(0), *w_EIN.stride(), ROWS_BUCKET=_rows_bucket(rows),
             BLOCK_E=max(triton.next_power_of_2(E), 2), EVEN=size_i % 64 == 0,
             UPCAST=INTERPRETED and x.dtype == torch.bfloat16, **flags,
@@ -84,7 +82,7 @@ def _launch_rows(program: Any, x: torch.Tensor, w_EIN: torch.Tensor, rows: int, 
 
 
 def _sorted_pairs(experts_TK: torch.Tensor, E: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Pairs t * K + k in the order of their experts (S,), their tokens (S,), each expert's start (E + 1,); int32."""
+    """Pairs t * K + k sorted by expert (S,), their tokens (S,), each expert's start (E + 1,); int32."""
     expert_S, pair_S = experts_TK.reshape(-1).sort(stable=True)
     starts = torch.searchsorted(expert_S, torch.arange(E + 1, device=expert_S.device, dtype=expert_S.dtype))
     pair_S = pair_S.to(torch.int32)
@@ -124,7 +122,7 @@ def _(x: torch.Tensor, experts: torch.Tensor, gates: torch.Tensor, up: torch.Ten
 
 
 def _over_experts(pairs_PD: torch.Tensor, K: int) -> torch.Tensor:
-    """(T * K, D) in the tokens' order to the sums (T, D)."""
+    """Sums (T, D) of (T * K, D) in token order."""
     return pairs_PD if K == 1 else pairs_PD.view(-1, K, pairs_PD.shape[1]).sum(1)
 
 
@@ -144,7 +142,7 @@ def _backward_op(
     activation: int,
     weights_too: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """dx, dgates, and, unless the weights are frozen, the gradients of up, its bias, down, its bias."""
+    """dx, dgates, and the gradients of up, its bias, down, its bias (empty for frozen weights)."""
     (T, K), (E, D, F) = experts.shape, up.shape
     dout = dout.contiguous()
     dhidden, gated_act = torch.empty_like(hidden), torch.empty_like(hidden)
@@ -179,7 +177,7 @@ def _weight_gradients(
     starts: torch.Tensor,
     wanted: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Of up, its bias, down and its bias; empty tensors if they are not wanted."""
+    """Gradients of up, its bias, down and its bias; empty tensors if not wanted."""
     E, D, F = up.shape
     if not wanted:
         return up.new_empty(0), up.new_empty(0), up.new_empty(0), up.new_empty(0)
@@ -243,20 +241,19 @@ def grouped_mlp(
     down_bias_ED: torch.Tensor,
     activation: str,
 ) -> torch.Tensor:
-    """``sum_k gates[t, k] * MLP_{experts[t, k]}(x[t])`` for each token t, differentiable in every float input.
+    """``sum_k gates[t, k] * MLP_{experts[t, k]}(x[t])``, (T, D), differentiable in every float input.
+
+    All floats have one dtype, float16, bfloat16 or float32; matmuls accumulate in float32.
 
     Args:
-        x_TD: tokens, (T, D), float16, bfloat16 or float32, as all floats here. Products add up in float32.
-        experts_TK: chosen experts, (T, K) int64 in [0, E); E itself stands for none.
-        gates_TK: weights of the choices, (T, K).
-        up_EDF: first matrices, (E, D, F), with their biases (E, F).
+        x_TD: tokens.
+        experts_TK: chosen experts, int64 in [0, E); E stands for none.
+        gates_TK: weights of the choices.
+        up_EDF: first matrices.
         up_bias_EF: biases of the first matrices.
-        down_EFD: second matrices, (E, F, D), with their biases (E, D).
+        down_EFD: second matrices.
         down_bias_ED: biases of the second matrices.
         activation: one of `ACTIVATIONS`.
-
-    Returns:
-        (T, D), dtype of ``x_TD``.
     """
     inputs = (x_TD, gates_TK, up_EDF, up_bias_EF, down_EFD, down_bias_ED)
     keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)

@@ -1,24 +1,20 @@
-"""Which kernel computes an attention: a registry, a choice, and one log line that says why.
+"""Attention backends: a registry, and the choice of a kernel for each call, logged once with its reason.
 
-The names, each with the same two functions behind it:
-
-    reference            flash attention in plain PyTorch, to be read; every option, any device
+    reference            flash attention in plain PyTorch, for reading; every option, any device
     triton               our kernel for GPUs
     sdpa                 PyTorch's scaled_dot_product_attention
     flash_attention_2, flash_attention_3, flash_attention_4       Dao-AILab's packages, where they are installed
-    auto                 the first of `preferences` that can do the call
+    auto                 the first of `preferences` that supports the call
 
-A name is taken from, first to last: the context manager `attention_backend`, the environment variable
-``FLASH_EXPERTS_ATTENTION``, a model's ``config.attention_backend``, ``auto``. Under ``torch.compile`` the choice is
-made while tracing and becomes part of the compiled graph.
+The context manager `attention_backend` overrides the environment variable ``FLASH_EXPERTS_ATTENTION``, which overrides
+the model's ``config.attention_backend``. ``torch.compile`` traces the choice.
 
-Letters in the shapes: B sequences, S length, H query heads, G key/value heads, C width of a head, T tokens of a packed
-row, N documents in it.
+Shape suffixes: B sequences, S length, H query heads, G key/value heads, C head dim, T tokens of a packed
+sequence, N documents in it.
 """
 
 from __future__ import annotations
 
-import difflib
 import importlib.util
 import logging
 import os
@@ -31,7 +27,8 @@ from functools import lru_cache
 import torch
 
 from flash_experts.kernels import attention_packages, attention_sdpa, flash_attention_reference
-from flash_experts.kernels.attention_options import AttentionOptions
+from flash_experts.kernels.attention_options import AttentionOptions, PackedLengths
+from flash_experts.plain_text import nearest
 
 ENVIRONMENT_VARIABLE = "FLASH_EXPERTS_ATTENTION"
 
@@ -44,13 +41,13 @@ _ODD_SCALE = "scales of zero and below"
 
 @dataclass(frozen=True, slots=True)
 class Backend:
-    """What one kernel can do.
+    """What one kernel supports.
 
     Attributes:
-        dtypes: of the inputs.
-        lacks: what it cannot do, in the words of `_asked`.
-        devices: types of device that it runs on; None is any.
-        package: the package (or module) that must be installed, or None.
+        dtypes: supported input dtypes.
+        lacks: unsupported features, named as in `_requested_features`.
+        devices: supported device types; None is any.
+        package: module that must be installed, or None.
     """
 
     dtypes: frozenset[torch.dtype]
@@ -58,25 +55,25 @@ class Backend:
     devices: frozenset[str] | None = None
     package: str | None = None
 
-    def obstacle(self, device_type: str, dtype: torch.dtype, asked: tuple[str, ...]) -> str | None:
-        """Why it cannot do a call, or None if it can."""
+    def obstacle(self, device_type: str, dtype: torch.dtype, features: tuple[str, ...]) -> str | None:
+        """Why the backend does not support a call; None if it does."""
         if self.devices is not None and device_type not in self.devices:
             return f"it runs on {_listed(self.devices)}, not on {device_type}"
         if dtype not in self.dtypes:
             return f"it takes {_listed(map(_plain, self.dtypes))}, not {_plain(dtype)}"
-        lacking = [feature for feature in asked if feature in self.lacks]
+        lacking = [feature for feature in features if feature in self.lacks]
         if lacking:
-            return f"it does not do {_listed(lacking)}"
+            return f"it does not support {_listed(lacking)}"
         if self.package is not None and not _is_installed(self.package):
             return f"the package that has {self.package} is not installed"
         return None
 
 
 class _TritonBackend(Backend):
-    """On a CPU it needs Triton's interpreter, which Triton reads from the environment when it is first imported."""
+    """On a CPU it needs Triton's interpreter, which must be set before Triton is first imported."""
 
-    def obstacle(self, device_type: str, dtype: torch.dtype, asked: tuple[str, ...]) -> str | None:
-        obstacle = Backend.obstacle(self, device_type, dtype, asked)
+    def obstacle(self, device_type: str, dtype: torch.dtype, features: tuple[str, ...]) -> str | None:
+        obstacle = Backend.obstacle(self, device_type, dtype, features)
         if obstacle is None and device_type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
             return "on a CPU it runs only in Triton's interpreter: set TRITON_INTERPRET=1 before Python starts"
         return obstacle
@@ -90,7 +87,7 @@ def _is_installed(module: str) -> bool:
 
 
 def _package(version: int, *lacks: str) -> Backend:
-    common = {"key lengths", _PADDING_MASK, _ODD_SCALE, "head dims that are no multiple of 8", "head dims over 256"}
+    common = {"key lengths", _PADDING_MASK, _ODD_SCALE, "head dims that are not a multiple of 8", "head dims over 256"}
     return Backend(_HALF, frozenset(lacks) | common, frozenset({"cuda"}), attention_packages.MODULES[version])
 
 
@@ -116,11 +113,10 @@ NAMES = (*BACKENDS, "auto")
 
 
 def preferences(device_type: str, dtype: torch.dtype, packed: bool = False) -> tuple[str, ...]:
-    """The order in which ``auto`` asks the backends; the first that can do the call does it.
+    """The order in which ``auto`` tries the backends.
 
-    On a GPU our kernel comes first where PyTorch's would multiply padding, for packed rows, and where they do not
-    reach. For plain batches it has to be measured faster first: where ``flash-experts benchmark attention`` shows
-    that for a head dim or a length, this is the place to say so.
+    On a GPU our kernel comes first for packed sequences, where PyTorch's would compute padding. For plain batches SDPA
+    stays first until ``flash-experts benchmark attention`` shows otherwise.
     """
     if device_type != "cuda":
         return "sdpa", "reference"
@@ -128,21 +124,17 @@ def preferences(device_type: str, dtype: torch.dtype, packed: bool = False) -> t
 
 
 def check_name(name: str, source: str) -> str:
-    """The name of a backend as it is, or a ValueError that says where it came from and what is near it."""
+    """Returns a known backend name; ValueError, with the source and the nearest name, for an unknown one."""
     if name in NAMES:
         return name
-    near = difflib.get_close_matches(name, NAMES, n=1, cutoff=0.4)
-    hint = f"did you mean {near[0]!r}? " if near else ""
+    near = nearest(name, NAMES, cutoff=0.4)
+    hint = f"did you mean {near!r}? " if near else ""
     raise ValueError(f"{source}: there is no attention backend {name!r}; {hint}Known: {', '.join(NAMES)}")
 
 
 @contextmanager
 def attention_backend(name: str) -> Iterator[None]:
-    """Every attention within this context goes to the named backend; ``auto`` undoes what is set outside.
-
-    Raises:
-        ValueError: an unknown name; and, from the attention itself, a call that the backend cannot do.
-    """
+    """Forces a backend within this context; ``auto`` undoes an outer one. ValueError for an unknown name."""
     token = _forced.set(check_name(name, "attention_backend"))
     try:
         yield
@@ -151,51 +143,46 @@ def attention_backend(name: str) -> Iterator[None]:
 
 
 def forced_backend() -> str | None:
-    """What the innermost `attention_backend` context asks for."""
+    """The backend that the innermost `attention_backend` context forces."""
     return _forced.get()
 
 
 @torch.compiler.assume_constant_result
 def choose(
-    config_backend: str, device_type: str, dtype: torch.dtype, asked: tuple[str, ...] = (), packed: bool = False
+    config_backend: str, device_type: str, dtype: torch.dtype, features: tuple[str, ...] = (), packed: bool = False
 ) -> str:
-    """The name of the backend for a call.
-
-    Args:
-        config_backend: what the model's configuration says.
-        device_type: of the inputs.
-        dtype: of the inputs.
-        asked: what the call asks beyond plain attention, in the words of `_asked`.
-        packed: whether it is one of packed documents.
+    """The name of the backend for a call with these input properties and `_requested_features`.
 
     Raises:
-        ValueError: an unknown name, or a forced backend that cannot do the call.
+        ValueError: an unknown name, or a forced backend that does not support the call.
     """
     name, source = _forced.get(), "attention_backend()"
     if name is None:
         name, source = os.environ.get(ENVIRONMENT_VARIABLE), ENVIRONMENT_VARIABLE
     if not name:
         name, source = config_backend, "config.attention_backend"
-    return _choose(name, source, device_type, dtype, asked, packed)
+    return _choose(name, source, device_type, dtype, features, packed)
 
 
 @lru_cache(maxsize=1024)
-def _choose(name: str, source: str, device_type: str, dtype: torch.dtype, asked: tuple[str, ...], packed: bool) -> str:
+def _choose(
+    name: str, source: str, device_type: str, dtype: torch.dtype, features: tuple[str, ...], packed: bool
+) -> str:
     """Cached, so each choice is made and logged once."""
     check_name(name, source)
     call = f"{'packed ' if packed else ''}{_plain(dtype)} on {device_type}"
-    call += f" with {_listed(asked)}" if asked else ""
+    call += f" with {_listed(features)}" if features else ""
     obstacles: list[str] = []
     for candidate in preferences(device_type, dtype, packed) if name == "auto" else (name,):
-        obstacle = BACKENDS[candidate].obstacle(device_type, dtype, asked)
+        obstacle = BACKENDS[candidate].obstacle(device_type, dtype, features)
         if obstacle is None:
             reason = f"forced by {source}" if name != "auto" else "; ".join(obstacles) or "first choice there"
             _logger.info("attention of %s: %s (%s)", call, candidate, reason)
             return candidate
         obstacles.append(f"{candidate}: {obstacle}")
-    able = [known for known, other in BACKENDS.items() if other.obstacle(device_type, dtype, asked) is None]
+    able = [known for known, other in BACKENDS.items() if other.obstacle(device_type, dtype, features) is None]
     advice = f"use {' or '.join(able)}" if able else "no backend can"
-    raise ValueError(f"{source} = {name!r} cannot do attention of {call} ({'; '.join(obstacles)}): {advice}")
+    raise ValueError(f"{source} = {name!r} cannot compute attention of {call} ({'; '.join(obstacles)}): {advice}")
 
 
 def _plain(dtype: torch.dtype) -> str:
@@ -206,16 +193,16 @@ def _listed(words: Iterable[str]) -> str:
     return ", ".join(sorted(words))
 
 
-def _asked(
+def _requested_features(
     q: torch.Tensor, options: AttentionOptions, has_lengths: bool, needs_lse: bool, deterministic: bool
 ) -> tuple[str, ...]:
-    """What a call asks beyond plain attention. Comparisons, no numbers: under torch.compile they are constants."""
+    """The features that a call needs beyond plain attention. Comparisons only, which torch.compile folds."""
     head_dim = q.shape[-1]
     features = (
         ("head dims under 16", head_dim < 16),
         ("head dims over 128", head_dim > 128),
         ("head dims over 256", head_dim > 256),
-        ("head dims that are no multiple of 8", head_dim % 8 != 0),
+        ("head dims that are not a multiple of 8", head_dim % 8 != 0),
         (_ODD_SCALE, options.scale <= 0),
         ("softcap", options.softcap > 0),
         ("ALiBi", options.alibi_slopes is not None),
@@ -226,7 +213,7 @@ def _asked(
         ("the log-sum-exp with dropout", needs_lse and options.dropout > 0),
         ("deterministic gradients on CUDA", deterministic and q.device.type == "cuda"),
     )
-    return tuple(name for name, is_asked in features if is_asked)
+    return tuple(name for name, is_needed in features if is_needed)
 
 
 def attention(
@@ -240,26 +227,24 @@ def attention(
     needs_lse: bool = False,
     deterministic: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Attention of a batch by the backend that is chosen for it, differentiable in q, k and v.
+    """Attention of a batch by the chosen backend, differentiable in q, k and v.
+
+    With fewer key/value heads, query head h uses head h // (H / G) (grouped-query attention).
 
     Args:
-        q_BSHC: queries, (B, S_q, H, C), any strides.
-        k_BSGC: keys, (B, S_k, G, C); query head h uses key/value head h // (H / G).
-        v_BSGC: values, likewise.
-        options: see `AttentionOptions`.
-        k_lengths_B: (B,) int32, keys of each row in use; the rest of the cache is ignored.
-        backend: the name that a configuration gives; context manager and environment override it.
-        needs_lse: the log-sum-exp is wanted, too.
-        deterministic: gradients must be the same, bit for bit, every time.
+        k_lengths_B: int32 number of keys in use per sequence; the rest of the KV cache is ignored.
+        backend: name from the configuration; context manager and environment override it.
+        needs_lse: return the log-sum-exp as well.
+        deterministic: bitwise reproducible gradients.
 
     Returns:
-        (B, S_q, H, C) in the dtype of q; the log-sum-exp (B, H, S_q) if it was asked for, else perhaps None.
+        (B, S_q, H, C) in the dtype of q; the log-sum-exp (B, H, S_q) if ``needs_lse``, else possibly None.
 
     Raises:
-        ValueError: an unknown name, or a forced backend that cannot do the call.
+        ValueError: an unknown name, or a forced backend that does not support the call.
     """
-    asked = _asked(q_BSHC, options, k_lengths_B is not None, needs_lse, deterministic)
-    name = choose(backend, q_BSHC.device.type, q_BSHC.dtype, asked)
+    features = _requested_features(q_BSHC, options, k_lengths_B is not None, needs_lse, deterministic)
+    name = choose(backend, q_BSHC.device.type, q_BSHC.dtype, features)
     if name == "sdpa":
         return attention_sdpa.attention(q_BSHC, k_BSGC, v_BSGC, options, k_lengths_B)
     if name == "triton":
@@ -276,40 +261,21 @@ def attention_varlen(
     q_THC: torch.Tensor,
     k_TGC: torch.Tensor,
     v_TGC: torch.Tensor,
-    cu_seqlens_q: torch.Tensor,
-    cu_seqlens_k: torch.Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
+    lengths: PackedLengths,
     options: AttentionOptions,
     *,
     backend: str = "auto",
     needs_lse: bool = False,
     deterministic: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The same for packed documents, each seeing itself alone.
-
-    Args:
-        q_THC: queries of all documents, (T_q, H, C).
-        k_TGC: keys, (T_k, G, C).
-        v_TGC: values, likewise.
-        cu_seqlens_q: (N + 1,) int32, where each document starts in ``q_THC``, and T_q.
-        cu_seqlens_k: likewise for the keys; the same tensor where the lengths are the same, which is quicker.
-        max_seqlen_q: the most queries that a document has.
-        max_seqlen_k: the most keys.
-        options: see `AttentionOptions`.
-        backend: see `attention`.
-        needs_lse: see `attention`.
-        deterministic: see `attention`.
+    """`attention` of packed documents (variable length), each of which attends to itself only.
 
     Returns:
-        (T_q, H, C) in the dtype of q; the log-sum-exp (H, T_q) if it was asked for, else perhaps None.
-
-    Raises:
-        ValueError: as `attention`.
+        (T_q, H, C) in the dtype of q; the log-sum-exp (H, T_q) if ``needs_lse``, else possibly None.
     """
-    asked = _asked(q_THC, options, False, needs_lse, deterministic)
-    name = choose(backend, q_THC.device.type, q_THC.dtype, asked, packed=True)
-    packed = (q_THC, k_TGC, v_TGC, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, options)
+    features = _requested_features(q_THC, options, False, needs_lse, deterministic)
+    name = choose(backend, q_THC.device.type, q_THC.dtype, features, packed=True)
+    packed = (q_THC, k_TGC, v_TGC, lengths, options)
     if name == "sdpa":
         return attention_sdpa.attention_varlen(*packed)
     if name == "triton":
@@ -323,5 +289,5 @@ def attention_varlen(
 
 
 def choose_for_mask(config_backend: str, device_type: str, dtype: torch.dtype) -> str:
-    """As `choose`, for a padded batch with a mask of any shape: SDPA alone takes one."""
+    """As `choose`, for a padded batch with a padding mask, which only SDPA supports."""
     return choose(config_backend, device_type, dtype, (_PADDING_MASK,))

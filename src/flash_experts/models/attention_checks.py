@@ -1,6 +1,6 @@
-"""What the functional attention API refuses, each with one line that says what to do. Nothing here waits for a device.
+"""Argument checks of the functional attention API, without a host synchronisation.
 
-Letters in the shapes: B batch, S length, H query heads, G key/value heads, C head dim, T tokens of a packed row, N
+Shape suffixes: B batch, S length, H query heads, G key/value heads, C head dim, T tokens of a packed sequence, N
 documents in it.
 """
 
@@ -14,7 +14,7 @@ from typing import SupportsIndex
 
 import torch
 
-from flash_experts.kernels.attention_options import AttentionOptions
+from flash_experts.kernels.attention_options import AttentionOptions, PackedLengths
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _MAX_HEAD_DIM = 256
@@ -23,7 +23,7 @@ _MAX_HEAD_DIM = 256
 def check_cache(
     q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, seqlens: int | torch.Tensor | None, num_splits: int
 ) -> None:
-    """Queries and a cache of keys and values fit each other, and so does what the cache is said to hold."""
+    """Checks that queries, KV cache and the cache's lengths match."""
     if num_splits not in (0, 1):
         raise ValueError(f"num_splits is {num_splits}: 0 and 1 are supported")
     check_qkv(q, k_cache, v_cache, "(batch, seqlen, heads, head_dim)", 4)
@@ -45,7 +45,7 @@ def check_cache(
 def check_new_keys(
     k_cache: torch.Tensor, k: torch.Tensor | None, v: torch.Tensor | None, seqlens: int | torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, int | torch.Tensor]:
-    """New keys and values fit the cache and have a place in it: all three are returned."""
+    """Checks that new keys and values fit the cache; returns them and the lengths, none of them None."""
     if k is None or v is None:
         raise ValueError("new keys and new values come together: give both k and v, or neither")
     B, S_cache = k_cache.shape[:2]
@@ -57,7 +57,7 @@ def check_new_keys(
     if any(x.dtype != k_cache.dtype or x.device != k_cache.device for x in (k, v)):
         raise ValueError("k and v must have the cache's dtype and device: convert them with .to(k_cache)")
     if seqlens is None:
-        raise ValueError("new keys need a place: give cache_seqlens, the tokens that the cache holds before them")
+        raise ValueError("new keys need a position: give cache_seqlens, the number of tokens already in the cache")
     for length in _known_lengths(seqlens):
         if length + k.shape[1] > S_cache:
             raise ValueError(
@@ -67,28 +67,28 @@ def check_new_keys(
 
 
 def _known_lengths(seqlens: int | torch.Tensor | None) -> list[int]:
-    """Lengths whose values can be looked at without waiting for a device."""
+    """Lengths whose values can be read without a host synchronisation."""
     if not isinstance(seqlens, torch.Tensor):
         return [] if seqlens is None else [seqlens]
     return [] if seqlens.device.type != "cpu" or torch.compiler.is_compiling() else seqlens.tolist()
 
 
 def refuse(function: str, **arguments: torch.Tensor | None) -> None:
-    """Arguments of the peer's that are not supported here must be None."""
+    """Raises a ValueError for arguments of flash-attn that are not supported, unless they are None."""
     for name, value in arguments.items():
         if value is not None:
             raise ValueError(f"{function} does not support {name}: leave it None")
 
 
 def unpacked(packed: torch.Tensor, name: str, layout: str, ndim: int) -> tuple[torch.Tensor, ...]:
-    """Views of the queries (of ``qkv``), keys and values in one tensor; their axis is the third from the end."""
+    """Views of queries, keys and values packed in one tensor, along the third axis from the end."""
     if packed.ndim != ndim or packed.shape[-3] != len(name):
         raise ValueError(f"{name} must be {layout}, not {tuple(packed.shape)}")
     return packed.unbind(-3)
 
 
 def check_qkv(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: str, ndim: int) -> None:
-    """Shapes, dtypes and devices: nothing that waits for the device."""
+    """Checks shapes, dtypes and devices of queries, keys and values."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.ndim != ndim:
             raise ValueError(f"{name} must be {layout}, not {tuple(x.shape)}")
@@ -110,15 +110,9 @@ def check_qkv(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: str, nd
         )
 
 
-def check_documents(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    cu_seqlens_q: torch.Tensor,
-    cu_seqlens_k: torch.Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-) -> int:
-    """N, the number of packed documents, after a look at how they are told."""
+def check_documents(q: torch.Tensor, k: torch.Tensor, lengths: PackedLengths) -> int:
+    """Checks the ``cu_seqlens`` of packed documents; returns their number N."""
+    cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k = lengths
     for name, max_seqlen in (("q", max_seqlen_q), ("k", max_seqlen_k)):
         if isinstance(max_seqlen, torch.Tensor):
             raise ValueError(f"max_seqlen_{name} is a tensor: pass a number (int(max_seqlen), once per batch)")
@@ -129,14 +123,14 @@ def check_documents(
         raise ValueError(f"q has {q.shape[0]} tokens and k {k.shape[0]}: they cannot share one cu_seqlens")
     if cu_seqlens_k.shape != cu_seqlens_q.shape:
         raise ValueError(
-            f"cu_seqlens_q tells of {cu_seqlens_q.numel() - 1} documents and cu_seqlens_k of "
-            f"{cu_seqlens_k.numel() - 1}: give each document queries and keys, be it none"
+            f"cu_seqlens_q has {cu_seqlens_q.numel() - 1} documents and cu_seqlens_k has "
+            f"{cu_seqlens_k.numel() - 1}: give both an entry for each document, even for an empty one"
         )
     return cu_seqlens_q.numel() - 1
 
 
 def _check_lengths(cu_seqlens: torch.Tensor, x: torch.Tensor, max_seqlen: int, name: str) -> None:
-    """Of one ``cu_seqlens``; its values are looked at only where that costs no wait for a device."""
+    """Checks one ``cu_seqlens``; its values only on a CPU, where they can be read at once."""
     if cu_seqlens.dtype != torch.int32 or cu_seqlens.ndim != 1 or not cu_seqlens.numel():
         raise ValueError(
             f"cu_seqlens_{name} must be int32 of shape (documents + 1,), not {cu_seqlens.dtype} "
@@ -150,7 +144,7 @@ def _check_lengths(cu_seqlens: torch.Tensor, x: torch.Tensor, max_seqlen: int, n
     lengths = [after - before for before, after in itertools.pairwise(starts)]
     if starts[0] != 0 or starts[-1] != x.shape[0] or min(lengths, default=0) < 0:
         raise ValueError(
-            f"cu_seqlens_{name} must go from 0 to the {x.shape[0]} tokens of {name} and never fall, but it starts "
+            f"cu_seqlens_{name} must go from 0 to the {x.shape[0]} tokens of {name} and never decrease, but it starts "
             f"with {starts[0]} and ends with {starts[-1]}"
         )
     if max(lengths, default=0) > max_seqlen:
@@ -158,7 +152,7 @@ def _check_lengths(cu_seqlens: torch.Tensor, x: torch.Tensor, max_seqlen: int, n
 
 
 def _window(window_size: Sequence[SupportsIndex] | torch.Tensor) -> tuple[int, int]:
-    """(left, right), -1 for no limit, from any two integers: a tuple, a list, a tensor, an array."""
+    """(left, right) from any two integers; -1 is no limit."""
     try:
         left, right = (max(operator.index(limit), -1) for limit in window_size)
     except (TypeError, ValueError) as error:
@@ -176,11 +170,11 @@ def make_options(
     softcap: float,
     alibi_slopes: torch.Tensor | None,
 ) -> AttentionOptions:
-    """The arguments that all functions share, checked."""
+    """Checks the arguments that all functions share, and collects them."""
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p is {dropout_p}: give a probability of at least 0 and under 1")
     if softcap < 0 or not math.isfinite(softcap):
-        raise ValueError(f"softcap is {softcap}: give a number of 0 (off) or more")
+        raise ValueError(f"softcap is {softcap}: give 0 (off) or a positive number")
     left, right = _window(window_size)
     if alibi_slopes is not None:
         H = q.shape[-2]

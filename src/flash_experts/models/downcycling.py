@@ -1,13 +1,10 @@
-"""The way back from experts to a dense GPT-2: each layer's experts averaged, weight by weight.
+"""Downcycling: an MoE model back to a dense GPT-2, by averaging the weights of each layer's experts.
 
-The mean of a model's experts is a baseline for what experts are worth beyond more weights (Wortsman et al. 2022, model
-soups; Li et al. 2022, branch-train-merge), and as large and fast as the model that was upcycled. The mean may be
-weighted by the load, the share of the tokens that the router sends to each expert, so that idle experts count little.
+It is a baseline for the value of separate experts (Wortsman et al. 2022, model soups; Li et al. 2022,
+branch-train-merge). The mean may be weighted by load. An upcycled model that was not trained gives back the dense
+weights, bit by bit for copies: the mean is the first expert plus the mean difference of the others from it.
 
-An upcycled model that was not trained gives back the dense weights, bit by bit for copies: the mean is taken as the
-first expert plus the weighted mean of the others' differences from it, and differences of copies are zero.
-
-Letters in the shapes: E experts, R = E / g groups of g experts (granular upcycling; g is 1 otherwise).
+Shape suffixes: E experts, R = E / g groups of g experts (granular upcycling; g is 1 otherwise).
 """
 
 from __future__ import annotations
@@ -19,38 +16,34 @@ import torch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from flash_experts.models.modes import evaluating
 from flash_experts.models.moe import GPT2MoEForCausalLM
 from flash_experts.models.moe_layer import MoELayer
-from flash_experts.models.router_hooks import count_loads
+from flash_experts.models.router_metrics import count_loads
+from flash_experts.models.scoring import evaluating
 
-_OF_THE_CLASS = ("model_type", "architectures", "transformers_version")  # of what a configuration tells of itself
+_CLASS_FIELDS = ("model_type", "architectures", "transformers_version")  # set by the configuration's class
 
 
 @torch.no_grad()
 def to_dense(
     moe: GPT2MoEForCausalLM, loads: Mapping[int, torch.Tensor] | None = None, granularity: int = 1
 ) -> GPT2LMHeadModel:
-    """A dense GPT-2 whose MLPs are the means of the experts.
+    """A dense GPT-2 whose MLPs are the means of the experts, in eval mode; ``moe`` is not changed.
 
     Args:
-        moe: left as it is.
-        loads: for each block with experts (from 0), how much each of its experts counts, (E,); None for all alike. With
-            granularity the loads of a group are added up.
-        granularity: g, for a model of granular upcycling: expert ``r * g + s`` is shard s of group r. The shards are
-            put side by side again, and the second matrix divided by g.
-
-    Returns:
-        In eval mode, on the device and with the dtype of ``moe``.
+        moe: model without shared experts.
+        loads: weights (E,) of the experts, by block number from 0; None is equal weights.
+        granularity: g of granular upcycling: the g shards of a group are concatenated, and the second matrix is divided
+            by g.
 
     Raises:
-        ValueError: the model has shared experts, experts that do not fill a dense layer, or loads that do not fit.
+        ValueError: shared experts, experts that do not fill a dense layer, or loads of the wrong shape.
     """
     config = moe.config
     if config.num_shared_experts:
         raise ValueError(
-            "a model with shared experts has no dense layer of the same width: the shared experts and the mean of the "
-            "routed ones are two sums of hidden units. Only models without them can be downcycled"
+            "a model with shared experts has no dense layer of the same width, since the shared experts come on top of "
+            "the routed ones. Only models without shared experts can be downcycled"
         )
     dense_size = config.n_inner if config.n_inner is not None else 4 * config.n_embd
     if config.expert_size * granularity != dense_size or config.num_experts % granularity:
@@ -58,7 +51,7 @@ def to_dense(
             f"{granularity} of the {config.num_experts} experts, of {config.expert_size} hidden units each, do not "
             f"make a layer of {dense_size}: for a model of granular upcycling give the granularity it was made with"
         )
-    dropped = {*config.own_fields(), *_OF_THE_CLASS}
+    dropped = {*config.own_fields(), *_CLASS_FIELDS}
     kept = {name: value for name, value in config.to_dict().items() if name not in dropped}
     dense_config = GPT2Config(**kept)
     dense_config._attn_implementation = config._attn_implementation
@@ -79,7 +72,7 @@ def to_dense(
 
 
 def _shares(index: int, loads: Mapping[int, torch.Tensor] | None, num_experts: int, granularity: int) -> torch.Tensor:
-    """(R,) float64 weights of the groups of a block, which sum to one."""
+    """(R,) float64 weights of the groups of a block, normalised."""
     if loads is None:
         load_E = torch.ones(num_experts, dtype=torch.float64)
     elif index not in loads:
@@ -95,9 +88,9 @@ def _shares(index: int, loads: Mapping[int, torch.Tensor] | None, num_experts: i
 
 
 def _mean_layer(layer: MoELayer, share_R: torch.Tensor, granularity: int) -> dict[str, torch.Tensor]:
-    """The mean of a layer's experts under the names of GPT-2's MLP."""
+    """The mean of a layer's experts, named as GPT-2's MLP."""
     experts = layer.experts
-    # Group by group: (R, g, ...) to (g, ...), then the shards side by side along the hidden units.
+    # Mean over groups, (R, g, ...) to (g, ...); then the shards are concatenated along the hidden units.
     up, up_bias, down, down_bias = (
         _mean(stacked.unflatten(0, (-1, granularity)), share_R)
         for stacked in (experts.up_proj, experts.up_proj_bias, experts.down_proj, experts.down_proj_bias)
@@ -106,27 +99,22 @@ def _mean_layer(layer: MoELayer, share_R: torch.Tensor, granularity: int) -> dic
         "c_fc.weight": torch.cat(list(up), dim=1),
         "c_fc.bias": up_bias.reshape(-1),
         "c_proj.weight": torch.cat(list(down), dim=0) / granularity,
-        # Every shard of a group has the whole bias, and the gates add up to one.
+        # Every shard of a group has the whole bias, and the gates sum to one.
         "c_proj.bias": down_bias[0] + (down_bias - down_bias[0]).mean(0),
     }
 
 
 def _mean(stacked_R: torch.Tensor, share_R: torch.Tensor) -> torch.Tensor:
-    """Weighted mean over the first dimension; exactly the first where all are equal."""
+    """Weighted mean over the first dimension; exact where all are equal."""
     first = stacked_R[0]
     return first + torch.tensordot(share_R.to(first.dtype), stacked_R - first, dims=1)
 
 
 @torch.no_grad()
 def measure_loads(moe: GPT2MoEForCausalLM, rows: Iterable[Mapping[str, Any]]) -> dict[int, torch.Tensor]:
-    """How many tokens the router of each block sends to each expert.
+    """Expert loads (E,) float64 by block number, over forwards in eval mode.
 
-    Args:
-        moe: any mode; it is evaluated, and its mode put back.
-        rows: arguments of forwards without padding, for example `flash_experts.data.packing.PackedBatch.inputs`.
-
-    Returns:
-        For each block with experts (from 0) its loads, (E,) float64 on the CPU.
+    ``rows`` are arguments of forwards without padding, such as `flash_experts.data.packing.PackedBatch.inputs`.
     """
 
     def forwards() -> None:

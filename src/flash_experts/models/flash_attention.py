@@ -1,12 +1,12 @@
 """The attention function that GPT-2's blocks call, registered with transformers as ``fe_attention``.
 
-Three kinds of input come here: a padded batch (with a mask where there is padding), one or more new queries against
-a KV cache, and a packed row, many names in one row, whose boundaries come as ``cu_seq_lens_q`` (or are read off
-``position_ids``) and whose names must not attend to each other. A mask goes to PyTorch's scaled_dot_product_attention;
-the rest goes, without mask and without copy, to the backend that `flash_experts.models.attention_backends` chooses.
+It handles padded batches (with a padding mask), queries against a KV cache, and packed sequences: many names in one
+row that must not attend to each other, with their boundaries in ``cu_seq_lens_q`` or read off ``position_ids``. A
+mask goes to PyTorch's SDPA; the rest goes, without mask or copy, to the backend that
+`flash_experts.models.attention_backends` chooses.
 
-Letters in the shapes: B batch, H heads, S length, T tokens of a packed row, N names in it, M length of the longest,
-C width of a head.
+Shape suffixes: B batch, H heads, S length, T tokens of a packed sequence, N names in it, M length of the longest,
+C head dim.
 """
 
 from __future__ import annotations
@@ -19,16 +19,15 @@ from transformers import AttentionInterface, GPT2Config, LlamaConfig, Pretrained
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from flash_experts.kernels.attention_options import AttentionOptions
+from flash_experts.kernels.attention_options import AttentionOptions, PackedLengths
 from flash_experts.models.attention_backends import attention, attention_varlen, choose_for_mask
 from flash_experts.models.moe_config import GPT2MoEConfig
 
 ATTENTION_IMPLEMENTATION = "fe_attention"  # a name with "flash" in it would be looked up on the hub
 
 
-def keeps_packed_apart(config: PretrainedConfig) -> bool:
-    """Whether a model with this attention keeps the names of a packed row apart: its blocks hand the row's boundaries
-    on to the attention function."""
+def separates_packed_sequences(config: PretrainedConfig) -> bool:
+    """Whether the model's blocks pass the boundaries of a packed sequence on to the attention function."""
     return isinstance(config, GPT2Config | LlamaConfig)
 
 
@@ -45,33 +44,29 @@ def fe_attention_forward(
     position_ids: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Causal attention as transformers' blocks call it.
+    """Attention with the signature of transformers' attention functions.
 
     Args:
-        module: the attention module. Read of it: ``is_causal`` for unpacked input, and ``config.attention_backend``.
-        query: (B, H, S, C); key and value (B, H, S_k, C).
-        key: see ``query``.
-        value: see ``query``.
-        attention_mask: (B, 1, S, S_k) true where a query may look, or None for plain causal.
-        scaling: factor of the scores, 1 / sqrt(C) if None.
-        dropout: probability that a weight is dropped.
-        cu_seq_lens_q: (N + 1,) starts of the names of a packed row and T at the end.
-        max_length_q: M; found from ``cu_seq_lens_q`` (one host synchronisation) if None.
-        position_ids: (B, S); a jump in them starts another document where ``cu_seq_lens_q`` is not given.
-        **kwargs: what transformers hands to every attention function.
+        module: attention module; its ``is_causal`` and ``config.attention_backend`` are read.
+        query: (B, H, S, C); key and value are (B, H, S_k, C).
+        attention_mask: (B, 1, S, S_k), true where a query attends; None for causal attention.
+        scaling: factor of the scores; None is 1 / sqrt(C).
+        cu_seq_lens_q: (N + 1,) starts of the names of a packed sequence, and T.
+        max_length_q: M; None reads it from ``cu_seq_lens_q`` (one host synchronisation).
+        position_ids: (B, S); without ``cu_seq_lens_q``, a jump in them starts another document.
 
     Returns:
-        (B, S, H, C), and None for the weights, which are never formed.
+        (B, S, H, C), and None for the attention weights, which are never materialised.
 
     Raises:
-        ValueError: a packed row with a batch or a cache, or a forced backend that cannot do the call.
+        ValueError: a packed sequence in a batch or with a cache, or a forced backend that does not support the call.
     """
     backend = _configured_backend(module)
     if cu_seq_lens_q is None and attention_mask is None and query.shape[2] == key.shape[2] > 1:
         cu_seq_lens_q = packed_starts(position_ids, query.shape[0], query.shape[2])
     if cu_seq_lens_q is not None:
         return _packed(query, key, value, cu_seq_lens_q, max_length_q, scaling, dropout, backend), None
-    if attention_mask is not None or _asks_more(kwargs):
+    if attention_mask is not None or _needs_sdpa_function(kwargs):
         choose_for_mask(backend, query.device.type, query.dtype)
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
@@ -81,7 +76,7 @@ def fe_attention_forward(
     if is_causal is None:
         is_causal = module.is_causal
     if is_causal and 1 < S < key.shape[2]:
-        # The first tokens of a static cache: what lies after them is not written yet.
+        # Prefill of a static cache: the entries after these tokens are not written yet.
         key, value = key[:, :, :S], value[:, :, :S]
     options = _options(query, -1 if not is_causal else 0, scaling, dropout)
     heads_last = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
@@ -99,11 +94,11 @@ def _packed(
     dropout: float,
     backend: str,
 ) -> torch.Tensor:
-    """(1, H, T, C) three times to (1, T, H, C), each name attending to itself alone."""
+    """Attention of a packed sequence: q, k and v (1, H, T, C) to (1, T, H, C)."""
     if query.shape[0] != 1 or query.shape[2] != key.shape[2]:
         raise ValueError(
-            f"a packed row has batch size 1 and no KV cache, but query is {tuple(query.shape)} and key "
-            f"{tuple(key.shape)}: pass use_cache=False and one row"
+            f"a packed sequence has batch size 1 and no KV cache, but query is {tuple(query.shape)} and key "
+            f"{tuple(key.shape)}: pass use_cache=False and one sequence"
         )
     if max_length is None:
         max_length = int(cu_seq_lens.diff().max())
@@ -113,10 +108,7 @@ def _packed(
         q_THC,
         k_THC,
         v_THC,
-        cu_seq_lens,
-        cu_seq_lens,
-        max_length,
-        max_length,
+        PackedLengths.of(cu_seq_lens, max_length),
         options,
         backend=backend,
         deterministic=_deterministic(),
@@ -128,27 +120,27 @@ def _options(query: torch.Tensor, right: int, scaling: float | None, dropout: fl
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if dropout == 0:
         return AttentionOptions(scale, right=right)
-    # Drawn on the device, without a wait for it; torch.manual_seed and activation checkpointing replay it.
+    # Drawn on the device, without a synchronisation; torch.manual_seed and activation checkpointing replay it.
     seed = torch.randint(2**63 - 1, (1,), device=query.device)
     return AttentionOptions(scale, right=right, dropout=dropout, seed=seed)
 
 
 def _configured_backend(module: torch.nn.Module) -> str:
-    """What the model's configuration says; a dense GPT-2's says nothing."""
+    """The configured backend; a dense GPT-2 has no such field."""
     config = getattr(module, "config", None)
     return config.attention_backend if isinstance(config, GPT2MoEConfig) else "auto"
 
 
-def _asks_more(kwargs: dict[str, Any]) -> bool:
-    """Whether transformers asks for what only its own SDPA function does or refuses: other models than GPT-2 do."""
+def _needs_sdpa_function(kwargs: dict[str, Any]) -> bool:
+    """Whether the call uses features that only transformers' SDPA function supports (models other than GPT-2)."""
     more = ("position_bias", "softcap", "sliding_window", "cache")
     return bool(kwargs.get("output_attentions")) or any(kwargs.get(name) is not None for name in more)
 
 
 def packed_starts(position_ids: torch.Tensor | None, rows: int, length: int) -> torch.Tensor | None:
-    """(N + 1,) int32 starts of the documents of a single row, and ``length``; None where it is one document.
+    """(N + 1,) int32 starts of the documents of a packed sequence, and ``length``; None for a single document.
 
-    A document starts wherever a position is not the last one plus one, as in transformers.
+    A document starts wherever a position is not its predecessor plus one, as in transformers.
     """
     if position_ids is None or rows != 1 or position_ids.shape[-1] != length:
         return None
@@ -164,7 +156,7 @@ def sequence_of_tokens(
     position_ids: torch.Tensor | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, int]:
-    """(T,) the sequence of each token, and how many there are: documents of a packed row, or rows of a batch."""
+    """(T,) number of each token's sequence, and their count: documents of a packed sequence, or rows of a batch."""
     num_rows, length = hidden.shape[:2]
     token_T = torch.arange(num_rows * length, device=hidden.device)
     if cu_seq_lens_q is None:
@@ -183,10 +175,9 @@ def fe_attention_mask(
     allow_is_causal_skip: bool = True,
     **kwargs: Any,
 ) -> torch.Tensor | None:
-    """The mask that transformers builds for `fe_attention_forward`: none for a packed row, else that of SDPA.
+    """The mask that transformers builds for `fe_attention_forward`: SDPA's, but none for a packed sequence.
 
-    Transformers asks for a full (T, T) mask of a packed row (it takes away the leave to skip the mask); we keep the
-    names apart without one.
+    For a packed sequence transformers sets ``allow_is_causal_skip=False`` to get a full (T, T) mask, which we avoid.
     """
     is_packed = attention_mask is None and not allow_is_causal_skip and batch_size == 1 and q_length == kv_length > 1
     if is_packed:
@@ -202,7 +193,7 @@ def fe_attention_mask(
 
 
 def _deterministic() -> bool:
-    """Whether `torch.use_deterministic_algorithms` is on, which our own kernels have to look up for themselves."""
+    """Whether `torch.use_deterministic_algorithms` is on: custom kernels must check it themselves."""
     return torch.are_deterministic_algorithms_enabled()
 
 

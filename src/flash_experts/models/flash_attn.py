@@ -1,28 +1,31 @@
-"""The flash-attn package's functions on our kernels: code written for that package runs by changing the import.
+"""The API of the flash-attn package on our kernels: code written for that package runs after changing the import.
 
     from flash_experts.models.flash_attn import flash_attn_func, flash_attn_varlen_func
 
-Names, argument order, layouts, defaults and semantics are those of ``flash_attn`` 2.8 (Dao-AILab). Where ours do more
-(CPUs, float32 and float64, dropout together with softcap, any head dim from 1 to 256, strides as they come) that is no
-error; what ours do not support raises a ValueError. Which kernel runs is `flash_experts.models.attention_backends`'
-choice. With ``return_attn_probs=True`` the third element, the package's matrix of probabilities for its own tests, is
-always None: that matrix is never formed.
+Names, argument order, layouts, defaults and semantics are those of ``flash_attn`` 2.8 (Dao-AILab). Ours also support
+CPUs, float32 and float64, dropout with softcap, head dims from 1 to 256 and any strides. Unsupported arguments raise a
+ValueError. `flash_experts.models.attention_backends` chooses the kernel. With ``return_attn_probs=True`` the third
+element is always None, since the matrix of probabilities is never materialised.
 
-- ``causal=True`` is aligned to the bottom right: query i sees the keys up to i + S_k - S_q. So are ``window_size``
-  (left, right) and ``alibi_slopes``. A query that sees no key gets zeros.
-- Fewer key/value heads than query heads: query head h uses key/value head h // (H / G).
+- ``causal=True``, ``window_size`` (left, right) and ``alibi_slopes`` are aligned to the bottom right: query i stands at
+  key i + S_k - S_q. A fully masked query gets zeros.
+- Grouped-query attention: query head h uses key/value head h // (H / G).
 - Dropout takes its seed from torch's generator of the device.
 
-Letters in the shapes: B batch, S length, H query heads, G key/value heads, C head dim, T tokens of a packed row, N
+Shape suffixes: B batch, S length, H query heads, G key/value heads, C head dim, T tokens of a packed sequence, N
 documents in it.
 """
 
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
+from inspect import signature
+from typing import Any
 
 import torch
 
+from flash_experts.kernels.attention_options import PackedLengths
 from flash_experts.models.attention_backends import attention, attention_varlen
 from flash_experts.models.attention_checks import (
     check_cache,
@@ -35,6 +38,22 @@ from flash_experts.models.attention_checks import (
 )
 
 Result = torch.Tensor | tuple[torch.Tensor, torch.Tensor | None, None]
+Forward = Callable[..., Result]
+
+
+def _with_rest_of(
+    target: Callable[..., Result], first: str
+) -> Callable[[Callable[..., Result]], Callable[..., Result]]:
+    """Shows a function that forwards to ``target`` with the parameters of ``target`` from ``first`` on."""
+
+    def show(function: Forward) -> Forward:
+        own = [each for each in signature(function).parameters.values() if each.kind is each.POSITIONAL_OR_KEYWORD]
+        names = [name for name in signature(target).parameters if name != "block_table"]
+        rest = [signature(target).parameters[name] for name in names[names.index(first) :]]
+        function.__signature__ = signature(target).replace(parameters=[*own, *rest])  # type: ignore[attr-defined]
+        return function
+
+    return show
 
 
 def flash_attn_func(
@@ -54,22 +73,21 @@ def flash_attn_func(
 
     Args:
         q: (B, S_q, H, C) float16, bfloat16, float32 or float64.
-        k: (B, S_k, G, C); H is a multiple of G.
-        v: (B, S_k, G, C).
+        k: (B, S_k, G, C), as ``v``; H is a multiple of G.
         dropout_p: probability that a weight is dropped, in [0, 1); 0 in evaluation.
         softmax_scale: factor of the scores; None is 1 / sqrt(C).
-        causal: no query sees past its own place. It overrides the right side of the window.
-        window_size: keys to the left and to the right of its place that a query sees; negative is all.
+        causal: causal mask; overrides the right side of the window.
+        window_size: keys to the left and right of its position that a query attends to; negative is unlimited.
         softcap: scores become ``softcap * tanh(score / softcap)``; 0 is off.
         alibi_slopes: (H,) or (B, H) float32; the scores get ``-slope * |i + S_k - S_q - j|``.
-        deterministic: the gradients are the same, bit for bit, every time.
+        deterministic: bitwise reproducible gradients.
         return_attn_probs: return the log-sum-exp as well.
 
     Returns:
         (B, S_q, H, C), dtype of q; with ``return_attn_probs`` (output, log-sum-exp (B, H, S_q), None).
 
     Raises:
-        ValueError: shapes, dtypes, devices or numbers that do not fit, or a forced backend that cannot do it.
+        ValueError: shapes, dtypes, devices or numbers that do not match, or a forced backend without support.
     """
     check_qkv(q, k, v, "(batch, seqlen, heads, head_dim)", 4)
     if q.shape[0] != k.shape[0]:
@@ -79,41 +97,18 @@ def flash_attn_func(
     return (out, lse, None) if return_attn_probs else out
 
 
-def flash_attn_kvpacked_func(
-    q: torch.Tensor,
-    kv: torch.Tensor,
-    dropout_p: float = 0.0,
-    softmax_scale: float | None = None,
-    causal: bool = False,
-    window_size: tuple[int, int] = (-1, -1),
-    softcap: float = 0.0,
-    alibi_slopes: torch.Tensor | None = None,
-    deterministic: bool = False,
-    return_attn_probs: bool = False,
-) -> Result:
-    """`flash_attn_func` of keys and values in one tensor ``kv``, (B, S_k, 2, G, C)."""
+@_with_rest_of(flash_attn_func, "dropout_p")
+def flash_attn_kvpacked_func(q: torch.Tensor, kv: torch.Tensor, *args: Any, **kwargs: Any) -> Result:
+    """`flash_attn_func` with ``kv`` (B, S_k, 2, G, C); all further arguments are the same."""
     k, v = unpacked(kv, "kv", "(batch, seqlen, 2, heads_k, head_dim)", 5)
-    return flash_attn_func(
-        q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
-    )
+    return flash_attn_func(q, k, v, *args, **kwargs)
 
 
-def flash_attn_qkvpacked_func(
-    qkv: torch.Tensor,
-    dropout_p: float = 0.0,
-    softmax_scale: float | None = None,
-    causal: bool = False,
-    window_size: tuple[int, int] = (-1, -1),
-    softcap: float = 0.0,
-    alibi_slopes: torch.Tensor | None = None,
-    deterministic: bool = False,
-    return_attn_probs: bool = False,
-) -> Result:
-    """`flash_attn_func` of queries, keys and values in one tensor ``qkv``, (B, S, 3, H, C)."""
+@_with_rest_of(flash_attn_func, "dropout_p")
+def flash_attn_qkvpacked_func(qkv: torch.Tensor, *args: Any, **kwargs: Any) -> Result:
+    """`flash_attn_func` with ``qkv`` (B, S, 3, H, C); all further arguments are the same."""
     q, k, v = unpacked(qkv, "qkv", "(batch, seqlen, 3, heads, head_dim)", 5)
-    return flash_attn_func(
-        q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
-    )
+    return flash_attn_func(q, k, v, *args, **kwargs)
 
 
 def flash_attn_varlen_func(
@@ -134,116 +129,44 @@ def flash_attn_varlen_func(
     return_attn_probs: bool = False,
     block_table: torch.Tensor | None = None,
 ) -> Result:
-    """`flash_attn_func` of documents packed one after the other, each seeing itself alone.
+    """`flash_attn_func` of packed documents (variable length), each of which attends to itself only.
 
     Args:
-        q: (T_q, H, C), the queries of all documents.
-        k: (T_k, G, C).
-        v: (T_k, G, C).
-        cu_seqlens_q: (N + 1,) int32 on the device of q: 0, where each next document starts, and T_q. On a GPU its
-            values are trusted, since reading them would wait for the device.
-        cu_seqlens_k: likewise for the keys; the same tensor where the lengths are the same, which is quicker.
-        max_seqlen_q: the most queries that a document has.
-        max_seqlen_k: the most keys.
-        dropout_p, softmax_scale, causal, window_size, softcap, deterministic, return_attn_probs: see `flash_attn_func`;
-            each document is aligned at its end.
+        q: (T_q, H, C); ``k`` and ``v`` are (T_k, G, C).
+        cu_seqlens_q: (N + 1,) int32 start of each document, and T_q. Its values are not checked on a GPU, which would
+            need a host synchronisation.
+        cu_seqlens_k: likewise for the keys; passing the same tensor for equal lengths is faster.
+        max_seqlen_q: length of the longest document, in queries.
+        max_seqlen_k: length of the longest document, in keys.
         alibi_slopes: (H,) or (N, H) float32.
-        block_table: paged keys and values are not supported: None.
+        block_table: must be None (a paged KV cache is not supported).
 
     Returns:
         (T_q, H, C), dtype of q; with ``return_attn_probs`` (output, log-sum-exp (H, T_q), None).
-
-    Raises:
-        ValueError: as `flash_attn_func`.
     """
     refuse("flash_attn_varlen_func", block_table=block_table)
     check_qkv(q, k, v, "(total tokens, heads, head_dim)", 3)
-    documents = check_documents(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    lengths = PackedLengths(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    documents = check_documents(q, k, lengths)
     options = make_options(q, documents, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes)
-    out, lse = attention_varlen(
-        q,
-        k,
-        v,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        max_seqlen_q,
-        max_seqlen_k,
-        options,
-        needs_lse=return_attn_probs,
-        deterministic=deterministic,
-    )
+    out, lse = attention_varlen(q, k, v, lengths, options, needs_lse=return_attn_probs, deterministic=deterministic)
     return (out, lse, None) if return_attn_probs else out
 
 
-def flash_attn_varlen_kvpacked_func(
-    q: torch.Tensor,
-    kv: torch.Tensor,
-    cu_seqlens_q: torch.Tensor,
-    cu_seqlens_k: torch.Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    dropout_p: float = 0.0,
-    softmax_scale: float | None = None,
-    causal: bool = False,
-    window_size: tuple[int, int] = (-1, -1),
-    softcap: float = 0.0,
-    alibi_slopes: torch.Tensor | None = None,
-    deterministic: bool = False,
-    return_attn_probs: bool = False,
-) -> Result:
-    """`flash_attn_varlen_func` of keys and values in one tensor ``kv``, (T_k, 2, G, C)."""
+@_with_rest_of(flash_attn_varlen_func, "cu_seqlens_q")
+def flash_attn_varlen_kvpacked_func(q: torch.Tensor, kv: torch.Tensor, *args: Any, **kwargs: Any) -> Result:
+    """`flash_attn_varlen_func` with ``kv`` (T_k, 2, G, C); all further arguments are the same."""
     k, v = unpacked(kv, "kv", "(total tokens, 2, heads_k, head_dim)", 4)
-    return flash_attn_varlen_func(
-        q,
-        k,
-        v,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        max_seqlen_q,
-        max_seqlen_k,
-        dropout_p,
-        softmax_scale,
-        causal,
-        window_size,
-        softcap,
-        alibi_slopes,
-        deterministic,
-        return_attn_probs,
-    )
+    return flash_attn_varlen_func(q, k, v, *args, **kwargs)
 
 
+@_with_rest_of(flash_attn_varlen_func, "dropout_p")
 def flash_attn_varlen_qkvpacked_func(
-    qkv: torch.Tensor,
-    cu_seqlens: torch.Tensor,
-    max_seqlen: int,
-    dropout_p: float = 0.0,
-    softmax_scale: float | None = None,
-    causal: bool = False,
-    window_size: tuple[int, int] = (-1, -1),
-    softcap: float = 0.0,
-    alibi_slopes: torch.Tensor | None = None,
-    deterministic: bool = False,
-    return_attn_probs: bool = False,
+    qkv: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int, *args: Any, **kwargs: Any
 ) -> Result:
-    """`flash_attn_varlen_func` of queries, keys and values in one tensor ``qkv``, (T, 3, H, C)."""
+    """`flash_attn_varlen_func` with ``qkv`` (T, 3, H, C); all further arguments are the same."""
     q, k, v = unpacked(qkv, "qkv", "(total tokens, 3, heads, head_dim)", 4)
-    return flash_attn_varlen_func(
-        q,
-        k,
-        v,
-        cu_seqlens,
-        cu_seqlens,
-        max_seqlen,
-        max_seqlen,
-        dropout_p,
-        softmax_scale,
-        causal,
-        window_size,
-        softcap,
-        alibi_slopes,
-        deterministic,
-        return_attn_probs,
-    )
+    return flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, *args, **kwargs)
 
 
 @torch.no_grad()
@@ -268,26 +191,24 @@ def flash_attn_with_kvcache(
     num_splits: int = 0,
     return_softmax_lse: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor | None]:
-    """Writes new keys and values into the cache, in place, and attends to all of it. For generation: no gradients.
+    """Appends new keys and values to the KV cache in place, and attends to it. For generation, without gradients.
+
+    ``rotary_cos``, ``rotary_sin``, ``cache_batch_idx``, ``cache_leftpad`` and ``block_table`` are not supported and
+    must be None.
 
     Args:
-        q: (B, S_q, H, C).
-        k_cache, v_cache: (B, S_cache, G, C).
-        k: (B, S_new, G, C) to be written from ``cache_seqlens`` on, or None. The cache must have room for them.
-        v: likewise.
-        rotary_cos, rotary_sin: not supported: None (rotate q and k before); ``rotary_interleaved`` has no effect then.
-        cache_seqlens: tokens that the cache holds before the call: a number, or (B,) int32; None is all of it.
-        cache_batch_idx, cache_leftpad, block_table: not supported: None (index the cache before).
-        softmax_scale, causal, window_size, softcap, alibi_slopes: see `flash_attn_func`; the last query meets the last
-            key in use.
-        num_splits: 0 or 1; how a kernel divides the keys is its own business.
+        q: (B, S_q, H, C); the last query stands at the last key in use.
+        k_cache: (B, S_cache, G, C), as ``v_cache``.
+        k: (B, S_new, G, C), as ``v``: written from ``cache_seqlens`` on. None writes nothing.
+        cache_seqlens: tokens in the cache before the call: an int, or (B,) int32; None is all of it.
+        num_splits: 0 or 1; the kernel chooses.
         return_softmax_lse: return the log-sum-exp as well.
 
     Returns:
         (B, S_q, H, C), dtype of q; with ``return_softmax_lse`` (output, log-sum-exp (B, H, S_q)).
 
     Raises:
-        ValueError: as `flash_attn_func`; an argument that is not supported; new keys without room or place for them.
+        ValueError: as `flash_attn_func`; an unsupported argument; new keys that do not fit the cache.
     """
     refuse(
         "flash_attn_with_kvcache",
@@ -317,7 +238,7 @@ def _append(
     v: torch.Tensor | None,
     seqlens: int | torch.Tensor | None,
 ) -> int | torch.Tensor:
-    """Writes k and v behind what the cache holds; returns what it holds now."""
+    """Appends k and v to the cache; returns its new lengths."""
     k, v, seqlens = check_new_keys(k_cache, k, v, seqlens)
     B, S_new = k.shape[:2]
     if isinstance(seqlens, int):

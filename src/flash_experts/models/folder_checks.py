@@ -1,7 +1,7 @@
-"""A model folder checked before anything of it is loaded: it may come from an untrusted source.
+"""Checks of a model folder from an untrusted source, before it is loaded.
 
-Nothing in it is run, no file outside of it is read, and what its files claim is compared with what they hold, so that
-a kilobyte cannot ask for a gigabyte. Only fields that are known to describe a model reach transformers.
+No code in it runs, no file outside of it is read, and claimed sizes are compared with actual ones, so that a small file
+cannot allocate gigabytes. Only known configuration fields reach transformers.
 """
 
 from __future__ import annotations
@@ -32,28 +32,29 @@ from flash_experts.model_files import (
     read_object,
 )
 from flash_experts.models.moe_config import GPT2MoEConfig
+from flash_experts.released import model_folder
 
 FAMILIES: dict[str, type[PretrainedConfig]] = {"gpt2": GPT2Config, "gpt2_moe": GPT2MoEConfig, "llama": LlamaConfig}
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _MOST_HEADER = 2**24  # bytes; 100,000 tensors take 12 million
 _MOST_DIMENSIONS = 8
 _MOST_LAYERS = 512
-_MOST_INTEGER = 10**7  # of settings that are not a model's size
-_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # of a weight, by its type
-_OTHER_TYPES = {"BOOL": 1, "U8": 1, "I8": 1, "I16": 2, "U16": 2, "I32": 4, "U32": 4, "I64": 8, "U64": 8}  # of buffers
+_MOST_INTEGER = 10**7  # for settings that are not a model's size
+_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # per element of a weight
+_OTHER_TYPES = {"BOOL": 1, "U8": 1, "I8": 1, "I16": 2, "U16": 2, "I32": 4, "U32": 4, "I64": 8, "U64": 8}  # buffers only
 _DTYPES = (None, "auto", "float32", "bfloat16", "float16", "float64")
 _FILE_NAME = re.compile(r"[/\\]|\.\.|\.(safetensors|bin|pt|pth|ckpt|pkl|json|py|so|gguf|jinja|model|txt)$")
-# Fields of config.json that make transformers run or fetch something besides this folder's weights.
+# Fields of config.json that make transformers run or fetch something other than this folder's weights.
 _REFUSED = {
-    "auto_map": "names code of its own to run: this program runs none, and takes models of transformers' own classes",
+    "auto_map": "names code of its own to run, which is never run: use a model of transformers' own classes",
     "quantization_config": "is quantized, which needs other packages: save the model in float32 or bfloat16",
     "transformers_weights": "names other files of weights, which are not read: remove transformers_weights",
     "configuration_files": "names other files of settings, which are not read: remove configuration_files",
 }
-# Fields that the classes of `FAMILIES` do not declare: older names, and our own.
+# Known fields that the classes of `FAMILIES` do not declare: older names, and our own.
 _OWN_FIELDS = {"dtype", "torch_dtype", "tie_word_embeddings", "rope_theta", "rope_scaling", "conditions"}
 _ROPE_TYPES = {"default", "linear", "dynamic", "yarn", "longrope", "llama3"}
-# Fields that describe no model's size or function: ignored without a warning, as are those that begin with "_".
+# Fields without effect on a model's size or function: ignored without a warning, as are those that begin with "_".
 _WITHOUT_EFFECT = {field.name for field in fields(PretrainedConfig)} | set(
     "model_type task_specific_params num_labels torchscript pruned_heads n_ctx gradient_checkpointing unk_token_id "
     "output_attentions is_decoder use_bfloat16 resid_pdrop embd_pdrop attn_pdrop problem_type sep_token_id "
@@ -62,16 +63,16 @@ _WITHOUT_EFFECT = {field.name for field in fields(PretrainedConfig)} | set(
 
 
 def check_folder(folder: Path) -> None:
-    """Checks the files of a folder before transformers reads them (its messages name hub options).
+    """Checks the files of a folder before transformers reads them.
 
     Raises:
         ValueError: it is not a directory, a file is missing, too large or not JSON, the weights are pickled or
-            somewhere else, or the configuration asks for code to run.
+            elsewhere, or the configuration names code to run.
     """
     if not folder.is_dir():
         raise ValueError(f"{folder} is a file: give the folder that save_pretrained wrote")
     if not (folder / CONFIG).is_file():
-        raise ValueError(f"{folder} is no model: config.json is missing (a checkpoint folder has one)")
+        raise ValueError(f"{folder} is not a model: config.json is missing (a checkpoint folder has one)")
     check_files(folder)
     config = read_object(folder / CONFIG)
     for key, reason in _REFUSED.items():
@@ -79,9 +80,9 @@ def check_folder(folder: Path) -> None:
             raise ValueError(f"{folder / CONFIG} {reason}")
     for key, value in config.items():
         if key.endswith("_implementation") and isinstance(value, str) and "/" in value:
-            raise ValueError(f"{folder / CONFIG} names kernels of a hub to run, {value}: this program runs none")
+            raise ValueError(f"{folder / CONFIG} names kernels of a hub to run, {value}, which are never run")
     if (folder / "adapter_config.json").exists():
-        raise ValueError(f"{folder} is an adapter to another model: merge the two first (PEFT: merge_and_unload)")
+        raise ValueError(f"{folder} is an adapter for another model: merge the two first (PEFT: merge_and_unload)")
     for path in weight_files(folder):
         if path.parent != folder or not path.is_file():
             raise ValueError(f"{folder / INDEX} names weights that are not in its folder: {path}")
@@ -91,10 +92,10 @@ def check_folder(folder: Path) -> None:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files of the weights, by name: not looked for yet.
+    """Paths of the weight files, by the index; they may not exist.
 
     Raises:
-        ValueError: there are none, or pickles alone.
+        ValueError: there are none, or only pickles.
     """
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
@@ -113,9 +114,9 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def weights_sha256(source: str | Path) -> str:
-    """What tells one model's weights from another's: the SHA-256 of a folder's weight files; a hub id as it is."""
-    folder = Path(source)
-    if not folder.is_dir():
+    """Identifies a model's weights: the SHA-256 of a folder's weight files, or a hub id as it is."""
+    folder = model_folder(source)
+    if folder is None or not folder.is_dir():
         return str(source)
     digests = []
     for path in weight_files(folder):
@@ -128,11 +129,11 @@ def weights_sha256(source: str | Path) -> str:
 
 
 def read_config(folder: Path) -> PretrainedConfig:
-    """The configuration of a folder that `check_folder` has checked, made of known fields alone.
+    """The configuration of a folder that `check_folder` has checked, from its known fields only.
 
     Raises:
-        ValueError: it is not of `FAMILIES` (see `any_family`), a field is not what it should be, or it asks for more
-            than the weights are.
+        ValueError: the model is not of `FAMILIES` (see `any_family`), a field is invalid, or the sizes do not match the
+            weights.
     """
     path = folder / CONFIG
     values = read_object(path)
@@ -141,28 +142,28 @@ def read_config(folder: Path) -> PretrainedConfig:
         if any_family_is_allowed():
             return _made(folder, lambda: AutoConfig.from_pretrained(str(folder), trust_remote_code=False))
         raise ValueError(
-            f"{path}: models of {', '.join(FAMILIES)} are loaded, and this one is of {str(family)[:40]!r}. If you "
+            f"{path}: only models of {', '.join(FAMILIES)} are loaded, and this is {str(family)[:40]!r}. If you "
             "trust its source, add --model-family any"
         )
     known, left_out = _known_fields(path, family, values)
     _check_values(path, known)
     config = _made(folder, lambda: FAMILIES[family](**known))
     if left_out:
-        warnings.warn(f"{path}: ignored what no {family} model has: {', '.join(left_out[:5])}", stacklevel=3)
+        warnings.warn(f"{path}: ignored unknown fields of a {family} model: {', '.join(left_out[:5])}", stacklevel=3)
     return config
 
 
 def _made(folder: Path, make: Callable[[], PretrainedConfig]) -> PretrainedConfig:
     try:
         config = make()
-    except Exception as error:  # whatever a library says of a file that may come from an untrusted source
+    except Exception as error:  # any error of a library on a file from an untrusted source
         raise ValueError(f"{folder / CONFIG} cannot be loaded: {first_line(error)}") from error
     check_sizes(folder, config)
     return config
 
 
 def _known_fields(path: Path, family: str, values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """The fields that describe a model of this family, and the names of others, of which nobody knows the effect."""
+    """The known fields of this model family, and the names of unknown ones."""
     kind = FAMILIES[family]
     names = {field.name for field in fields(kind)} - _WITHOUT_EFFECT | {*kind.attribute_map, *_OWN_FIELDS}
     if issubclass(kind, GPT2Config):
@@ -173,7 +174,7 @@ def _known_fields(path: Path, family: str, values: Mapping[str, Any]) -> tuple[d
             known[name] = value
             continue
         if type(value) is int and value > _MOST_INTEGER:
-            raise ValueError(f"{path} asks for what cannot be: {name} is {value:,}")
+            raise ValueError(f"{path} asks for the impossible: {name} is {value:,}")
         if name in _WITHOUT_EFFECT or name.startswith("_"):
             continue
         if file := next(filter(_FILE_NAME.search, _texts(value)), None):
@@ -183,7 +184,7 @@ def _known_fields(path: Path, family: str, values: Mapping[str, Any]) -> tuple[d
 
 
 def _texts(value: Any) -> Iterator[str]:
-    """The texts in a JSON value, to a depth that strict JSON has bounded."""
+    """The strings in a JSON value."""
     waiting = [value]
     while waiting:
         one = waiting.pop()
@@ -194,43 +195,43 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def _check_values(path: Path, known: dict[str, Any]) -> None:
-    """Checks fields whose values could be large or call something; transformers checks the types of the others."""
+    """Checks fields whose values could be large or call code; transformers checks the types of the others."""
     for name in ("dtype", "torch_dtype"):
         if known.get(name) not in _DTYPES:
-            raise ValueError(f"{path} cannot be loaded: {name} {known[name]!r} is not of a model's weights")
+            raise ValueError(f"{path} cannot be loaded: {name} {known[name]!r} is not a dtype of weights")
     for name, value in known.items():
         if name in ("rope_parameters", "rope_scaling") and value is not None:
             if not isinstance(value, dict) or any(isinstance(part, dict) for part in value.values()):
-                raise ValueError(f"{path} is damaged: {name} holds no settings of rotary positions")
+                raise ValueError(f"{path} is damaged: {name} does not hold settings of rotary positions")
             kind = value.get("rope_type", value.get("type", "default"))
             if str(kind) not in _ROPE_TYPES:
                 raise ValueError(f"{path}: rope_type is one of {', '.join(sorted(_ROPE_TYPES))}, not {kind!r}")
         elif isinstance(value, dict) and name != "conditions":
-            raise ValueError(f"{path} is damaged: {name} holds settings, where a value belongs")
+            raise ValueError(f"{path} is damaged: {name} holds settings instead of a value")
 
 
 def check_sizes(folder: Path, config: PretrainedConfig) -> None:
-    """Compares what a configuration asks for with the weights that are there.
+    """Compares the size of the configured model with the weights in the folder.
 
     Raises:
-        ValueError: the weights are fewer, or their files are damaged.
+        ValueError: weights are missing, or their files are damaged.
     """
     tensors = [size for path in weight_files(folder) for size in tensor_sizes(path)]
-    layers = getattr(config, "num_hidden_layers", 1)  # some classes of transformers have none
-    if not 1 <= layers <= min(max(1, len(tensors)), _MOST_LAYERS):  # else making the empty model would take long
-        raise ValueError(f"{folder / CONFIG} asks for {layers:,} layers, but the weights are {len(tensors):,}")
+    layers = getattr(config, "num_hidden_layers", 1)  # some classes of transformers do not have it
+    if not 1 <= layers <= min(max(1, len(tensors)), _MOST_LAYERS):  # the empty model would take long to make
+        raise ValueError(f"{folder / CONFIG} asks for {layers:,} layers, but there are only {len(tensors):,} tensors")
     try:
         with initialization.no_init_weights(), torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-        tied = model.all_tied_weights_keys  # second names of weights that are saved once
+        tied = model.all_tied_weights_keys  # tied weights are saved once
         asked = sum(parameter.numel() for name, parameter in model.named_parameters() if name not in tied)
         buffers = sum(buffer.numel() for buffer in model.buffers())
-    except Exception as error:  # whatever a library says of sizes that cannot be
-        raise ValueError(f"{folder / CONFIG} asks for what cannot be: {first_line(error)}") from error
+    except Exception as error:  # any error of a library on impossible sizes
+        raise ValueError(f"{folder / CONFIG} asks for the impossible: {first_line(error)}") from error
     if asked > sum(tensors) or buffers > _MOST_INTEGER + sum(tensors):
         raise ValueError(
-            f"{folder / CONFIG} asks for {asked:,} parameters, but the weights are {sum(tensors):,}: the "
-            "checkpoint is not whole, or of another model"
+            f"{folder / CONFIG} asks for {asked:,} parameters, but the files have {sum(tensors):,}: the "
+            "checkpoint is incomplete, or of another model"
         )
 
 
@@ -238,9 +239,9 @@ def check_sizes(folder: Path, config: PretrainedConfig) -> None:
 
 
 def tensor_sizes(path: Path) -> list[int]:
-    """Elements of each tensor of a safetensors file, from its header; the file must be as long as that says.
+    """Number of elements of each tensor in a safetensors file, from its header, whose lengths are checked.
 
-    Tensors that are not of floating-point numbers count as empty: they can be buffers, but not weights.
+    Tensors without floating-point numbers count as 0: they can be buffers, but not weights.
     """
     size = path.stat().st_size
     try:
@@ -252,32 +253,28 @@ def tensor_sizes(path: Path) -> list[int]:
         tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
         end = max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
         if 8 + length + end != size:
-            raise ValueError(f"{size:,} bytes, but {8 + length + end:,} were written")
+            raise ValueError(f"{size:,} bytes instead of {8 + length + end:,}")
         return [_elements(name, entry) for name, entry in tensors.items()]
     except (struct.error, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise ValueError(f"{path} is damaged: {first_line(error)}") from error
 
 
 def _elements(name: str, entry: Mapping[str, Any]) -> int:
-    """Elements of a weight, from its entry in the header."""
+    """Number of elements of a weight, from its entry in the header."""
     shape, (start, end) = entry["shape"], entry["data_offsets"]
     if len(shape) > _MOST_DIMENSIONS or not all(type(number) is int and number >= 0 for number in (*shape, start, end)):
-        raise ValueError(f"{name} has a shape or place that is no list of whole numbers")
+        raise ValueError(f"{name} has a shape or offsets that are not whole numbers")
     elements = math.prod(shape)
     width = _BYTES.get(entry["dtype"]) or _OTHER_TYPES.get(entry["dtype"])
     if width is None:
-        raise ValueError(f"{name} is of {entry['dtype']!r}: weights are of {', '.join(_BYTES)}")
+        raise ValueError(f"{name} has dtype {entry['dtype']!r}: weights have {', '.join(_BYTES)}")
     if elements * width != end - start:
         raise ValueError(f"{name} has {elements:,} elements in {end - start:,} bytes")
     return elements if entry["dtype"] in _BYTES else 0
 
 
 def check_finite(source: object, model: torch.nn.Module) -> None:
-    """Refuses a model with a weight that is NaN or infinite.
-
-    Raises:
-        ValueError: the first such weight; ``source`` names the model.
-    """
+    """A NaN/Inf check: ValueError for the first weight that is not finite; ``source`` names the model."""
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
             raise ValueError(f"{source} is damaged: {name} has values that are not finite numbers")

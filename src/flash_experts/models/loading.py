@@ -1,4 +1,4 @@
-"""Models from folders or the hub: safetensors only, every failure one line that says what to do."""
+"""Loads models from folders or the hub: safetensors only, and every failure is one line that says what to do."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from flash_experts.model_files import first_line, local_folder
-from flash_experts.models.flash_attention import ATTENTION_IMPLEMENTATION, keeps_packed_apart
+from flash_experts.models.flash_attention import ATTENTION_IMPLEMENTATION, separates_packed_sequences
 from flash_experts.models.folder_checks import check_finite, check_folder, read_config
 
-# transformers spells GPT-2's activation out in seven elementwise operations; PyTorch has the same function as one.
+# transformers computes GPT-2's activation in seven elementwise operations; PyTorch has it as one.
 FUSED_ACTIVATIONS = {"gelu_new": "gelu_pytorch_tanh"}
 
 
@@ -20,7 +20,7 @@ def load_config(source: str | Path) -> GPT2Config:
     """The configuration of a model folder or hub id.
 
     Raises:
-        ValueError: there is none, it is damaged, or of a family that is not loaded (`any_family`).
+        ValueError: it is missing, damaged, or of a model family that is not allowed (`any_family`).
     """
     folder = local_folder(source)
     check_folder(folder)
@@ -30,17 +30,17 @@ def load_config(source: str | Path) -> GPT2Config:
 def load_model(
     source: str | Path, device: str | torch.device | None = None, dtype: torch.dtype = torch.float32
 ) -> PreTrainedModel:
-    """A causal language model in eval mode: ours, or any dense one of transformers.
+    """Loads a causal language model in eval mode: ours, or a dense one of transformers.
 
-    A GPT-2 gets our attention and the fused form of its activation: the same numbers to rounding.
+    A GPT-2 gets our attention and the fused form of its activation: the same numbers up to rounding.
 
     Args:
-        source: a folder that `save_pretrained` wrote, or a hub id.
-        device: where to put it; CUDA if there is one, when None.
-        dtype: of its weights, whatever they were saved in.
+        source: folder that `save_pretrained` wrote, or a hub id.
+        device: target device; None is CUDA if available, else the CPU.
+        dtype: dtype to convert the weights to.
 
     Raises:
-        ValueError: missing, damaged, a pickle, no causal LM, or CUDA asked for where there is none.
+        ValueError: missing, damaged, a pickle, not a causal LM, or CUDA requested but not available.
     """
     target = resolve_device(device)
     config = load_config(source)
@@ -56,27 +56,23 @@ def load_model(
             dtype=dtype,
             use_safetensors=True,
             trust_remote_code=False,
-            attn_implementation=ATTENTION_IMPLEMENTATION if keeps_packed_apart(config) else None,
+            attn_implementation=ATTENTION_IMPLEMENTATION if separates_packed_sequences(config) else None,
             output_loading_info=True,
         )
-    except Exception as error:  # whatever a library says of a file that may come from an untrusted source
+    except Exception as error:  # any error of a library on a file from an untrusted source
         raise ValueError(_damaged(source, error)) from error
     model, info = loaded
     absent = sorted(info["missing_keys"])
     if absent:
-        raise ValueError(f"{source} lacks {len(absent)} weights, {absent[0]} first: the checkpoint is not whole")
+        raise ValueError(f"{source} lacks {len(absent)} weights, {absent[0]} first: the checkpoint is incomplete")
     check_finite(source, model)
     if model.config.model_type == "gpt2":
-        model.loss_type = "ForCausalLM"  # transformers does not find it by the class's name, and warns
+        model.loss_type = "ForCausalLM"  # transformers cannot infer it from the class's name, and warns
     return cast(PreTrainedModel, model.to(target).eval())
 
 
 def load_dense(source: str | Path, dtype: torch.dtype = torch.float32) -> GPT2LMHeadModel:
-    """A dense GPT-2 to upcycle, on the CPU. See `load_model`.
-
-    Raises:
-        ValueError: as `load_model`, or the model is not a dense GPT-2.
-    """
+    """Loads a dense GPT-2 to upcycle, on the CPU; ValueError as `load_model`, or for any other model."""
     model = load_model(source, "cpu", dtype)
     if model.config.model_type != "gpt2" or not isinstance(model, GPT2LMHeadModel):
         raise ValueError(f"{source} is a {model.config.model_type} model: upcycling takes a dense gpt2")
@@ -84,10 +80,10 @@ def load_dense(source: str | Path, dtype: torch.dtype = torch.float32) -> GPT2LM
 
 
 def resolve_device(device: str | torch.device | None) -> torch.device:
-    """The device asked for, or the best there is.
+    """The named device, or for None CUDA if available, else the CPU.
 
     Raises:
-        ValueError: CUDA is asked for and there is none, or the name is unknown.
+        ValueError: the name is unknown, or CUDA is not available.
     """
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -96,16 +92,16 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
     except RuntimeError as error:
         raise ValueError(f"unknown device {device!r}: use cpu, cuda or cuda:N") from error
     if resolved.type not in ("cpu", "cuda"):
-        raise ValueError(f"device {device!r} is not one that this program computes on: use cpu, cuda or cuda:N")
+        raise ValueError(f"device {device!r} is not supported: use cpu, cuda or cuda:N")
     if resolved.type == "cuda" and resolved.index is not None and resolved.index >= torch.cuda.device_count() > 0:
-        raise ValueError(f"no device {device!r} here: the last is cuda:{torch.cuda.device_count() - 1}")
+        raise ValueError(f"device {device!r} does not exist: the last is cuda:{torch.cuda.device_count() - 1}")
     if resolved.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError("no CUDA device here: use --device cpu, or install a CUDA build of PyTorch")
+        raise ValueError("no CUDA device is available: use --device cpu, or install a CUDA build of PyTorch")
     return resolved
 
 
 def _damaged(source: str | Path, error: Exception) -> str:
     reason = first_line(error)
-    if "ignore_mismatched_sizes" in reason:  # transformers' word for it, in a message for developers
-        reason = "a weight has not the shape that config.json gives it"
+    if "ignore_mismatched_sizes" in reason:  # part of transformers' message, which is for developers
+        reason = "the shape of a weight does not match config.json"
     return f"{source} cannot be loaded, its files are damaged or of another model: {reason}"

@@ -1,7 +1,6 @@
-"""GPT-2 with a mixture of experts in some of its blocks.
+"""The MoE model: GPT-2 with a mixture of experts in some of its blocks.
 
-Its making from a dense GPT-2 is in `flash_experts.models.upcycling`, the way back in
-`flash_experts.models.downcycling`.
+`flash_experts.models.upcycling` makes it from a dense GPT-2, `flash_experts.models.downcycling` turns it back.
 """
 
 import warnings
@@ -35,19 +34,21 @@ from flash_experts.models.moe_layer import (
     router_z_loss,
     sequence_balancing_loss,
 )
-from flash_experts.models.router_hooks import counts_of_all_processes, in_use, routers_of
+from flash_experts.models.moe_options import Method, UpcyclingOptions
+from flash_experts.models.router_metrics import counts_of_all_processes, in_use, routers_of
 from flash_experts.models.upcycling import Upcycling, fill_from_dense
+from flash_experts.options import options_of
 
 
 @dataclass
 class GPT2MoEOutput(MoeCausalLMOutputWithPast):
-    """What `GPT2MoEForCausalLM` returns: transformers' MoE output and the router z-loss.
+    """Output of `GPT2MoEForCausalLM`: transformers' MoE output and the router z-loss.
 
     Attributes:
-        loss: cross-entropy (nats) and, in training, the weighted balancing and z-losses.
-        aux_loss: load-balancing loss, mean over MoE layers, unweighted; 1 at perfect balance and with expert choice.
-        z_loss: router z-loss, mean over MoE layers, unweighted.
-        router_logits: one (tokens, E) float32 tensor for each MoE layer.
+        loss: cross-entropy (nats), in training plus the weighted load-balancing loss and z-loss.
+        aux_loss: load-balancing loss, unweighted mean over MoE layers; 1 at perfect balance and with expert choice.
+        z_loss: router z-loss, unweighted mean over MoE layers.
+        router_logits: one (tokens, E) float32 tensor per MoE layer.
     """
 
     z_loss: torch.Tensor | None = None
@@ -64,13 +65,13 @@ class GPT2MoEBlock(GPT2Block):
         self.mlp = MoELayer(config)
 
     def forward(self, *args: Any, token_mask_T: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor:
-        """As `GPT2Block.forward`; ``token_mask_T`` (T,) tells the router which tokens are no padding."""
-        in_use(self.mlp, MoELayer).mask_T = token_mask_T  # GPT-2's block hands its MLP the hidden states alone
+        """As `GPT2Block.forward`; ``token_mask_T`` is the router's padding mask."""
+        in_use(self.mlp, MoELayer).mask_T = token_mask_T  # GPT-2's block passes only hidden states to its MLP
         return super().forward(*args, **kwargs)
 
 
 class GPT2MoEPreTrainedModel(GPT2PreTrainedModel):
-    """What transformers asks of our classes: configuration, initialisation, defaults, what may be recorded."""
+    """Base class with the hooks of transformers: configuration, initialisation, defaults, recordable outputs."""
 
     config: GPT2MoEConfig
     config_class = GPT2MoEConfig
@@ -83,7 +84,7 @@ class GPT2MoEPreTrainedModel(GPT2PreTrainedModel):
         "router_choices": OutputRecorder(Router, index=2),
     }
     _keep_in_fp32_modules_strict = {"selection_bias_E"}  # noqa: RUF012
-    # transformers finds this out by reading the source of the class's module, and keeps a parent's answer.
+    # transformers would read this from the source of the class's module, and inherit the parent's answer.
     _can_set_experts_implementation_cached_value = True
     _can_set_attn_implementation_cached_value = True
 
@@ -91,7 +92,7 @@ class GPT2MoEPreTrainedModel(GPT2PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         std = self.config.initializer_range
-        # GPT-2's projections onto the residual stream are smaller by the root of their number.
+        # GPT-2 scales projections onto the residual stream by 1 / sqrt(their number).
         onto_residual = std / (2 * self.config.n_layer) ** 0.5
         if isinstance(module, Router):
             init.normal_(module.weight, mean=0.0, std=std)
@@ -132,10 +133,10 @@ class GPT2MoEPreTrainedModel(GPT2PreTrainedModel):
 
 
 class GPT2MoEModel(GPT2MoEPreTrainedModel, GPT2Model):
-    """The transformer without its head. Its forward is GPT-2's own."""
+    """The transformer without its head, with GPT-2's forward."""
 
     def __init__(self, config: GPT2MoEConfig):
-        # Not GPT2Model.__init__: that would build every block dense before ours replace some.
+        # Not GPT2Model.__init__, which would build every block dense first.
         GPT2PreTrainedModel.__init__(self, config)
         self.embed_dim = config.hidden_size
         self.wte = nn.Embedding(config.vocab_size, self.embed_dim)
@@ -155,11 +156,11 @@ class GPT2MoEModel(GPT2MoEPreTrainedModel, GPT2Model):
 
 
 class GPT2MoEForCausalLM(GPT2MoEPreTrainedModel, GPT2LMHeadModel):
-    """`GPT2LMHeadModel` with experts: generation, caches, checkpoints, PEFT and trainers are transformers' own.
+    """`GPT2LMHeadModel` with experts. Generation, KV caches, checkpoints, PEFT and trainers of transformers work.
 
-    PEFT trains the routers by ``modules_to_save=["router"]`` or ``target_parameters=["router.weight"]``, the experts by
-    ``target_parameters=["experts.up_proj", "experts.down_proj"]``. Beside these, name the attention ``"c_attn.weight"``
-    in ``target_parameters`` too: PEFT takes GPT-2's ``Conv1D`` in ``target_modules`` only without them.
+    PEFT trains routers by ``modules_to_save=["router"]`` or ``target_parameters=["router.weight"]``, experts by
+    ``target_parameters=["experts.up_proj", "experts.down_proj"]``. With these, name the attention ``"c_attn.weight"``
+    in ``target_parameters`` too: PEFT accepts GPT-2's ``Conv1D`` in ``target_modules`` only without them.
     """
 
     def __init__(self, config: GPT2MoEConfig):
@@ -185,22 +186,20 @@ class GPT2MoEForCausalLM(GPT2MoEPreTrainedModel, GPT2LMHeadModel):
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Any,
     ) -> GPT2MoEOutput:
-        """As `GPT2LMHeadModel.forward`, whose arguments these are by name: transformers' ``generate`` and ``Trainer``
-        pass on only what this signature names.
+        """As `GPT2LMHeadModel.forward`. transformers' ``generate`` and ``Trainer`` need every argument by name.
 
         Args:
-            attention_mask: (B, S), 0 at padding, which the router's losses leave out.
-            position_ids: (B, S). Without a mask and a cache, a position that is not the last one plus one starts
-                another document (a packed sequence).
+            attention_mask: (B, S), 0 at padding, which the router's losses ignore.
+            position_ids: (B, S); in a packed sequence (no mask, no cache) each document restarts its positions.
             labels: (B, S), shifted here; -100 is ignored. With ``num_items_in_batch`` the loss is a sum divided by
-                it, and the balancing losses count by this batch's share of those items.
+                it, and the router's losses are weighted by this micro-batch's share of the items.
             output_router_logits: return router_logits, aux_loss and z_loss; None follows the configuration.
         """
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
         wants_routing = output_router_logits or (self.training and labels is not None)
         mask_T = _padding_mask(attention_mask, inputs_embeds if input_ids is None else input_ids)
-        if past_key_values is not None:  # transformers 5.24 calls it cache, and refuses both names at once
+        if past_key_values is not None:  # transformers 5.24 calls it cache, and rejects both names at once
             kwargs["past_key_values"] = past_key_values
         kwargs |= {"position_ids": position_ids, "use_cache": use_cache}
         kwargs |= self._routing_arguments(mask_T, **kwargs)
@@ -240,7 +239,7 @@ class GPT2MoEForCausalLM(GPT2MoEPreTrainedModel, GPT2LMHeadModel):
         wants_routing: bool,
         **kwargs: Any,
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-        """The loss, in training with the weighted losses of the router, then these two by themselves."""
+        """The total loss, the auxiliary loss and the z-loss."""
         loss = aux_loss = z_loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
@@ -254,7 +253,7 @@ class GPT2MoEForCausalLM(GPT2MoEPreTrainedModel, GPT2LMHeadModel):
     def _router_losses(
         self, outputs: Any, mask_T: torch.Tensor | None, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Balancing and z-loss, each the mean over MoE layers; counts the routing of training steps."""
+        """Load-balancing loss and z-loss, means over MoE layers; records the routing of training steps."""
         logits, choices, sequences = outputs.router_logits, outputs.router_choices, None
         if self.config.router_aux_loss_scope == "sequence":
             sequences = sequence_of_tokens(outputs.last_hidden_state, **kwargs)
@@ -291,7 +290,7 @@ class GPT2MoEForCausalLM(GPT2MoEPreTrainedModel, GPT2LMHeadModel):
     @property
     def may_generate(self) -> bool:
         """False with expert choice, unless ``config.allow_noncausal_generation``."""
-        return self.config.routing != "expert_choice" or self.config.allow_noncausal_generation
+        return self.config.has_causal_routing or self.config.allow_noncausal_generation
 
     def _check_generation(self) -> None:
         if not self.may_generate:
@@ -306,15 +305,14 @@ class GPT2MoEForCausalLM(GPT2MoEPreTrainedModel, GPT2LMHeadModel):
         mask_T: torch.Tensor | None,
         use_cache: bool | None = None,
         past_key_values: Any = None,
-        cache: Any = None,  # what past_key_values is called from transformers 5.24 on
+        cache: Any = None,  # past_key_values from transformers 5.24 on
         **_: Any,
     ) -> dict[str, Any]:
-        """What the blocks are told where tokens compete for experts: padding, and no cache unless it is allowed."""
-        is_expert_choice = self.config.routing == "expert_choice"
+        """Arguments for blocks where tokens compete for experts: the padding mask, and no KV cache unless allowed."""
         arguments: dict[str, Any] = {}
-        if mask_T is not None and (is_expert_choice or self.config.capacity_factor is not None):
+        if mask_T is not None and (not self.config.has_causal_routing or self.config.capacity_factor is not None):
             arguments["token_mask_T"] = mask_T
-        if is_expert_choice and (use_cache or past_key_values is not None or cache is not None):
+        if not self.config.has_causal_routing and (use_cache or past_key_values is not None or cache is not None):
             self._check_generation()
         if not self.may_generate:
             arguments["use_cache"] = False
@@ -327,52 +325,44 @@ class GPT2MoEForCausalLM(GPT2MoEPreTrainedModel, GPT2LMHeadModel):
         num_experts: int = 8,
         num_experts_per_tok: int = 2,
         moe_layer_freq: int = 2,
-        method: str = "copy",
-        granularity: int = 1,
-        noise_scale: float = 1e-3,
-        drop_ratio: float = 0.5,
-        router_init: str = "normal",
+        method: Method = "copy",
         dtype: torch.dtype | None = None,
-        **config_fields: Any,
+        **options: Any,
     ) -> Self:
-        """Sparse upcycling (Komatsuzaki et al. 2022): experts made of the dense MLPs.
+        """Sparse upcycling (Komatsuzaki et al. 2022): an MoE model whose experts come from the MLPs of a dense one.
 
         With ``copy`` the gates of a token sum to one over equal experts, so the new model's logits are the dense
         model's, to rounding (at most 1e-5 apart in float32), for every number of experts and of experts per token.
-        `flash_experts.models.upcycling` describes the other methods, what each keeps of the dense model's output, and
-        the fields from ``method`` to ``router_init``.
+        `flash_experts.models.upcycling` describes the other methods and what each keeps of the dense model's output.
 
         Args:
             dense: a GPT-2, which is left as it is; or a folder that `save_pretrained` wrote or a hub id, of which never
-                more than one layer is in memory beside the new model.
+                more than one layer is in memory next to the new model.
             num_experts: E, or E / g for experts of granularity g.
             num_experts_per_tok: k, or k / g.
             moe_layer_freq: 1 for experts in every block, 2 for every other.
             method: ``copy``, ``noise``, ``drop``, ``granular`` or ``shared``.
-            granularity: g, parts that the hidden units of a dense layer are cut into (``granular`` and ``shared``).
-            noise_scale: of ``noise``.
-            drop_ratio: of ``drop``.
-            router_init: ``normal``, ``zeros`` or ``orthogonal``.
             dtype: of the new weights; None for that of a given model, and float32 for a folder or hub id. A folder is
                 read in it too. In bfloat16, steps between numbers are up to 0.8% of them: ``noise_scale`` under 0.01
                 mostly rounds away.
                 A folder of GPT-2 xl's shape in bfloat16 (3.1 GB) becomes 5.0 billion weights (10.0 GB) with a peak of
                 10.5 GB of memory of the process's own, besides the folder's file, which is mapped.
-            **config_fields: more fields of `GPT2MoEConfig`.
+            **options: fields of `UpcyclingOptions` and of `GPT2MoEConfig`.
 
         Raises:
-            ValueError: ``dense`` is no dense GPT-2, cannot be loaded, or a field is wrong.
+            ValueError: ``dense`` is not a dense GPT-2, cannot be loaded, or a field is wrong.
         """
-        upcycling = Upcycling(method, granularity, noise_scale, drop_ratio, router_init)
+        own = {name: options.pop(name) for name in options_of(UpcyclingOptions).keys() & options.keys()}
+        upcycling = Upcycling(method=method, **own)
         is_loaded_here = not isinstance(dense, GPT2LMHeadModel)
         if not isinstance(dense, GPT2LMHeadModel):
             dense = load_dense(dense, dtype or torch.float32)
         if isinstance(dense, GPT2MoEForCausalLM):
             raise ValueError("the model has experts already: from_dense takes a dense GPT-2")
         sizes = {"num_experts": num_experts, "num_experts_per_tok": num_experts_per_tok}
-        config = upcycling.config(dense.config, moe_layer_freq=moe_layer_freq, **sizes, **config_fields)
+        config = upcycling.config(dense.config, moe_layer_freq=moe_layer_freq, **sizes, **options)
         was_training, generation_config = dense.training, dense.generation_config
-        # Nothing is drawn or written here, so the memory of the weights is first touched when they are filled.
+        # No initialisation here, so the memory of the weights is first touched when they are filled.
         with init.no_init_weights(), torch.device(dense.device):
             model = cls(config)
         model = nn.Module.to(model, dtype=dtype or dense.dtype)
@@ -382,7 +372,7 @@ class GPT2MoEForCausalLM(GPT2MoEPreTrainedModel, GPT2LMHeadModel):
 
 
 def _padding_mask(attention_mask: torch.Tensor | None, inputs: torch.Tensor | None) -> torch.Tensor | None:
-    """(T,) true at tokens that are no padding; None if the mask does not tell (with a cache it covers the past too)."""
+    """Padding mask (T,), true at real tokens; None if the mask has another shape (with a cache it covers the past)."""
     if attention_mask is None or inputs is None or attention_mask.shape != inputs.shape[:2]:
         return None
     return attention_mask.reshape(-1).bool()
@@ -391,7 +381,7 @@ def _padding_mask(attention_mask: torch.Tensor | None, inputs: torch.Tensor | No
 def _share_of_items(
     labels: torch.Tensor, num_items_in_batch: int | torch.Tensor | None = None, **_: Any
 ) -> torch.Tensor | float:
-    """This batch's part of the labels of an optimizer step, so that accumulated router losses average."""
+    """This micro-batch's share of the step's labels: router losses average under gradient accumulation."""
     if num_items_in_batch is None:
         return 1.0
     return (labels != -100).sum() / num_items_in_batch

@@ -1,9 +1,8 @@
-"""The mixture-of-experts layer: a router that chooses experts for each token, the experts, and their balance.
+"""The mixture-of-experts (MoE) layer: a router that chooses experts for each token, the experts, load-balancing losses.
 
-Read top to bottom: the router (`flash_experts.models.router`) chooses, `Experts` compute, `MoELayer` joins them, and
-the losses at the end keep the router from sending everything to one expert.
+Auxiliary losses prevent routing collapse. Routers are in `flash_experts.models.router`.
 
-Letters in the shapes: T tokens (batch and sequence flattened), D width, E experts, K experts per token, F hidden
+Shape suffixes: T tokens (batch and sequence flattened), D width, E experts, K experts per token, F hidden
 units of an expert, C tokens per expert, S (token, expert) pairs, N sequences.
 
 Sources: Shazeer et al. 2017 (sparsely gated experts), Fedus et al. 2021 (Switch Transformer), Zoph et al. 2022
@@ -25,7 +24,7 @@ from flash_experts.kernels.cpu_memory import keep_freed_memory_once
 from flash_experts.kernels.grouped_mlp import gelu_tanh, grouped_mlp
 from flash_experts.models.moe_config import GPT2MoEConfig
 from flash_experts.models.router import ExpertChoiceRouter, Router, TopKRouter, count_choices, make_router
-from flash_experts.models.router_hooks import in_use
+from flash_experts.models.router_metrics import in_use
 
 __all__ = [
     "EXPERTS_IMPLEMENTATION",
@@ -47,16 +46,15 @@ _TANH_GELUS = ("gelu_new", "gelu_pytorch_tanh", "gelu_python_tanh")  # transform
 
 @use_experts_implementation(is_transposed=True, has_bias=True, has_gate=False)
 class Experts(nn.Module):
-    """E two-layer MLPs. The weights lie as in GPT-2's Conv1D, (in, out), stacked over experts.
+    """E two-layer MLPs. Weights are stored as in GPT-2's Conv1D, (in, out), stacked over experts.
 
-    The decorator lets ``config._experts_implementation`` choose how they are computed: ``eager`` is the loop below,
-    for reading; ``batched_mm`` and ``grouped_mm`` are transformers'; ``fe_experts`` is `fe_experts_forward`, the
-    default; ``fe_experts_triton`` our kernels for GPUs.
+    ``config._experts_implementation`` chooses how they are computed: ``eager`` (the loop below), transformers'
+    ``batched_mm`` or ``grouped_mm``, ``fe_experts`` (the default) or ``fe_experts_triton``.
     """
 
     def __init__(self, config: GPT2MoEConfig):
         super().__init__()
-        if config._experts_implementation is None:  # a model has set it by now; a layer by itself has the same default
+        if config._experts_implementation is None:  # a layer outside of a model: the same default
             config._experts_implementation = EXPERTS_IMPLEMENTATION
         E, D, F_ = config.num_experts, config.n_embd, config.expert_size
         self.num_experts = E
@@ -81,8 +79,8 @@ class Experts(nn.Module):
 def fe_experts_forward(
     self: Experts, x_TD: torch.Tensor, experts_TK: torch.Tensor, gates_TK: torch.Tensor
 ) -> torch.Tensor:
-    """Our default for `Experts`: one fused operation on a CPU, transformers' grouped_mm elsewhere and in compiled
-    graphs (its operator has no graph break there). Training on a CPU keeps freed memory (`kernels.cpu_memory`)."""
+    """The default for `Experts`: one fused operation on a CPU; transformers' grouped_mm elsewhere and in compiled
+    graphs (no graph break)."""
     if x_TD.device.type != "cpu" or torch.compiler.is_compiling():
         return ALL_EXPERTS_FUNCTIONS["grouped_mm"](self, x_TD, experts_TK, gates_TK)
     if torch.is_grad_enabled():
@@ -95,8 +93,7 @@ def fe_experts_forward(
 def fe_experts_triton_forward(
     self: Experts, x_TD: torch.Tensor, experts_TK: torch.Tensor, gates_TK: torch.Tensor
 ) -> torch.Tensor:
-    """Our kernels for GPUs (`flash_experts.kernels.grouped_mlp_triton`): gather, bias, activation, gates and scatter
-    fused into the products, nothing waits for the device.
+    """`Experts` by our Triton kernels: gather, bias, activation, gates and scatter are fused into the matmuls.
 
     Raises:
         ValueError: an activation that is not fused.
@@ -114,7 +111,7 @@ def fe_experts_triton_forward(
 
 
 def _autocast(experts: Experts, x_TD: torch.Tensor, gates_TK: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Tokens, gates and weights in autocast's dtype, if it is on: it casts no operator of our own."""
+    """Tokens, gates and weights in autocast's dtype, if it is on: autocast does not cast custom operators."""
     tensors = (x_TD, gates_TK, experts.up_proj, experts.up_proj_bias, experts.down_proj, experts.down_proj_bias)
     device = x_TD.device.type
     if not torch.is_autocast_enabled(device):
@@ -128,9 +125,9 @@ ALL_EXPERTS_FUNCTIONS.register(TRITON_EXPERTS_IMPLEMENTATION, fe_experts_triton_
 
 
 class SharedExperts(nn.Module):
-    """The experts that every token goes through (Dai et al. 2024, section 3.2), side by side in one MLP.
+    """The shared experts, which every token goes through (Dai et al. 2024, section 3.2).
 
-    The sum of S two-layer MLPs is one of S times the hidden units, whose second bias is the sum of theirs.
+    The sum of S two-layer MLPs is one MLP with S times the hidden units, whose second bias is the sum of theirs.
     """
 
     def __init__(self, config: GPT2MoEConfig):
@@ -146,14 +143,11 @@ class SharedExperts(nn.Module):
 
 
 class MoELayer(nn.Module):
-    """The feed-forward part of a block as a mixture of experts: ``shared(x) + sum_e g_e(x) MLP_e(x)``, and one
-    dropout after the combination (where GPT-2's MLP has it).
+    """The feed-forward part of a block as a mixture of experts: ``dropout(shared(x) + sum_e g_e(x) MLP_e(x))``.
 
-    Whatever the routing, the experts are called as ``experts(x_TD, experts_TK, gates_TK)``. With expert choice a
-    token may have any number of experts, so there each taken (token, expert) pair is handed over as a token of its own
-    with K = 1, E * C of them and no more, and the results are added up at their tokens. Choices dropped over
-    capacity have a gate of zero. On a CPU the others are handed over as pairs too: at 60% dropped that takes half the
-    time. Elsewhere the dropped are multiplied for nothing, since leaving them out would wait for their count.
+    With expert choice a token may have any number of experts, so each (token, expert) pair is passed to the experts as
+    a token with K = 1, and the results are summed. Dropped tokens have a gate of zero; on a CPU they are not computed
+    at all, elsewhere they are, since their number is not known without a host synchronisation.
     """
 
     def __init__(self, config: GPT2MoEConfig):
@@ -162,7 +156,7 @@ class MoELayer(nn.Module):
         self.experts = Experts(config)
         self.shared_experts = SharedExperts(config) if config.num_shared_experts else None
         self.dropout = nn.Dropout(config.resid_pdrop)
-        # (T,) true at tokens that are no padding. The block sets it, and only for routings in which tokens compete.
+        # Padding mask, (T,), true at real tokens. The block sets it, and only where tokens compete for experts.
         self.mask_T: torch.Tensor | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -186,13 +180,13 @@ class MoELayer(nn.Module):
     def _combine_pairs(
         self, x_TD: torch.Tensor, token_S: torch.Tensor, expert_S: torch.Tensor, gate_S: torch.Tensor
     ) -> torch.Tensor:
-        """(T, D): for each token the weighted outputs of its S / T experts on average, zero if it has none."""
+        """(T, D): the sum of each token's weighted expert outputs, zero for a token without experts."""
         y_SD = self.experts(x_TD[token_S], expert_S[:, None], gate_S[:, None])
         return torch.zeros_like(x_TD, dtype=y_SD.dtype).index_add(0, token_S, y_SD)
 
 
 def _probabilities(logits_TE: torch.Tensor, scoring_func: str) -> torch.Tensor:
-    """(T, E) scores over their sum: the softmax, or normalised sigmoids (DeepSeek-V3, eq. 19)."""
+    """(T, E) scores divided by their sum: the softmax, or normalised sigmoids (DeepSeek-V3, eq. 19)."""
     return (F.logsigmoid(logits_TE) if scoring_func == "sigmoid" else logits_TE).softmax(-1)
 
 
@@ -203,30 +197,13 @@ def load_balancing_loss(
     scoring_func: str = "softmax",
     counts_E: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """``E * sum_e f_e * P_e`` of one layer (Fedus et al. 2021, eq. 4-6), 1 at perfect balance.
+    """The load-balancing auxiliary loss of one layer, ``E * sum_e f_e * P_e`` (Fedus et al. 2021, eq. 4-6).
 
-    f_e is the share of the choices that went to expert e (so that the f_e sum to one for every K), P_e the mean
-    probability of e: the softmax, or the sigmoid over the sum of all. Only P carries a gradient. Choices that a
-    capacity drops count: they are what is to be balanced.
+    f_e is the share of the choices that went to expert e, dropped ones included; P_e is its mean probability. The loss
+    is 1 at perfect balance. Only P carries a gradient. ``mask_T`` is true where a token counts.
 
-    f is of these tokens, unless ``counts_E`` gives it. With ``router_aux_loss_scope`` ``global_batch`` (Qiu et al.
-    2025) the counts are those of all processes and of all forwards of the optimizer step up to this one, so a
-    micro-batch of one kind of names is not pressed to use all experts. P stays that of these tokens. It is linear, so
-    with one forward per process and step, of equal sizes, the mean over processes is the loss of the global batch;
-    under accumulation the earlier forwards of a step see the counts so far.
-
-    In ``.loss`` each forward's balancing loss is weighted by its share of the step's labels, so a step's is their
-    weighted mean.
-
-    Args:
-        logits_TE: router logits, (T, E) float32.
-        experts_TK: chosen experts, (T, K).
-        mask_T: (T,) true where a token counts; None counts all. Padding must not.
-        scoring_func: of the router.
-        counts_E: (E,) choices of each expert, over more than these tokens.
-
-    Returns:
-        Scalar float32.
+    With ``router_aux_loss_scope="global_batch"`` (Qiu et al. 2025) ``counts_E`` has the choices of all processes and
+    micro-batches of the step so far, so a micro-batch of similar names need not use every expert.
     """
     num_experts = logits_TE.shape[-1]
     probs_TE = _probabilities(logits_TE, scoring_func)
@@ -246,21 +223,11 @@ def sequence_balancing_loss(
     mask_T: torch.Tensor | None = None,
     scoring_func: str = "softmax",
 ) -> torch.Tensor:
-    """The mean over sequences of each one's own ``E * sum_e f_e * P_e`` (DeepSeek-V3, eq. 17-20), 1 at balance.
+    """The sequence-wise load-balancing loss (DeepSeek-V3, eq. 17-20): the mean of each sequence's own loss, 1 at
+    balance.
 
-    Stricter than `load_balancing_loss`: every single name must spread over the experts. A sequence counts once,
-    however long it is.
-
-    Args:
-        logits_TE: router logits, (T, E) float32.
-        experts_TK: chosen experts, (T, K).
-        sequence_T: (T,) which sequence each token is of, from 0.
-        num_sequences: N.
-        mask_T: (T,) true where a token counts; None counts all.
-        scoring_func: of the router.
-
-    Returns:
-        Scalar float32.
+    Stricter than `load_balancing_loss`, whose arguments it takes: the tokens of each name must use all experts. Every
+    sequence has equal weight. ``sequence_T`` numbers each token's sequence from 0.
     """
     num_experts, top_k = logits_TE.shape[-1], experts_TK.shape[1]
     probs_TE = _probabilities(logits_TE, scoring_func)
@@ -275,14 +242,9 @@ def sequence_balancing_loss(
 
 
 def router_z_loss(logits_TE: torch.Tensor, mask_T: torch.Tensor | None = None) -> torch.Tensor:
-    """Mean over tokens of ``logsumexp(logits)^2`` (Zoph et al. 2022, eq. 5): keeps logits small, so exact.
+    """The router z-loss, the mean of ``logsumexp(logits)^2`` (Zoph et al. 2022, eq. 5), a float32 scalar.
 
-    Args:
-        logits_TE: router logits, (T, E) float32.
-        mask_T: (T,) true where a token counts; None counts all.
-
-    Returns:
-        Scalar float32.
+    It keeps the (T, E) logits small, which keeps the softmax precise. ``mask_T`` is true where a token counts.
     """
     z_T = logits_TE.logsumexp(-1).square()
     if mask_T is None:

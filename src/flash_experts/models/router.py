@@ -1,18 +1,15 @@
-"""The two ways to send tokens to experts: each token chooses experts, or each expert chooses tokens.
+"""Routers: token choice (top-k routing) and expert choice.
 
-Both score every (token, expert) pair, in float32: ``logits = W x`` and then, by ``scoring_func``,
+Both score every (token, expert) pair in float32: ``logits = W x``, then by ``scoring_func``
 
     softmax       s = softmax(logits) over the experts, then the K largest (Shazeer et al. 2017, Fedus et al. 2021)
     topk_softmax  the K largest logits, then a softmax over those K (Mixtral: Jiang et al. 2024, section 2.1)
     sigmoid       s = sigmoid(logits), each expert by itself (DeepSeek-V3, 2024, eq. 13-16)
 
-With ``norm_topk_prob`` the gates of the chosen are divided by their sum, and then the first two are the same
-mathematics: ``exp(l_i) / sum_chosen exp(l_j)``, in value and gradient. They differ in two places. Without
-``norm_topk_prob`` the gates of ``softmax`` are the s themselves and sum to less than one, which ``topk_softmax`` cannot
-do. And the bias of loss-free balancing is added to s in ``softmax`` and ``sigmoid``, but to the logits in
-``topk_softmax``.
+With ``norm_topk_prob`` gates are divided by their sum, and ``softmax`` and ``topk_softmax`` are equal in value and
+gradient. They differ in the bias of loss-free balancing, which is added to s, but in ``topk_softmax`` to the logits.
 
-Letters in the shapes: T tokens, D width, E experts, K experts per token, C tokens per expert, S = T * K choices.
+Shape suffixes: T tokens, D width, E experts, K experts per token, C tokens per expert, S = T * K choices.
 """
 
 from __future__ import annotations
@@ -30,7 +27,7 @@ from flash_experts.models.moe_config import GPT2MoEConfig
 
 
 class Router(nn.Module, ABC):
-    """What both routers share: scores, the balancing bias, and the counts that metrics read."""
+    """Base class of the routers: scores, the load-balancing bias, and the counts that metrics read."""
 
     selection_bias_E: torch.Tensor
     step_counts_E: torch.Tensor
@@ -48,20 +45,20 @@ class Router(nn.Module, ABC):
         self.jitter_noise = config.router_jitter_noise
         self.bias_update_rate = config.router_bias_update_rate
         self.weight = nn.Parameter(torch.empty(config.num_experts, config.n_embd))
-        # The balancing bias is learned (not by gradient), so it is saved; the counts are measurements of a run.
+        # The balancing bias is part of the model, so it is saved; the counts are measurements of a run.
         E = config.num_experts
         sizes: dict[str, tuple[int, ...]] = {
             "selection_bias_E": (E,),
             "step_counts_E": (E,),
             "interval_counts_E": (E,),
-            "interval_pairs_EE": (E, E),  # how many tokens went to both of two experts; its diagonal is the load
-            "interval_sums": (4,),  # over tokens: one, the entropy of p, the largest p, what was left out (`left_out`)
+            "interval_pairs_EE": (E, E),  # co-activation: tokens that went to both experts; the diagonal is the load
+            "interval_sums": (4,),  # sums over tokens: 1, entropy of p, largest p, dropped choices (`left_out`)
         }
         for name, size in sizes.items():
             self.register_buffer(name, torch.zeros(size, dtype=torch.float32), persistent=name == "selection_bias_E")
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Router:
-        """Moves and casts the weights; the buffers are moved and stay float32 (bfloat16 counts no further than 256)."""
+        """Moves and casts the weights; buffers stay float32 (bfloat16 cannot count beyond 256)."""
         before = dict(self._buffers)
         super()._apply(fn, recurse)
         for name, buffer in before.items():
@@ -72,12 +69,12 @@ class Router(nn.Module, ABC):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         name = prefix + "selection_bias_E"
-        if name in state_dict:  # load_state_dict(assign=True) would take the dtype that it was saved in
+        if name in state_dict:  # load_state_dict(assign=True) would keep the saved dtype
             state_dict[name] = state_dict[name].float()
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def logits(self, x_TD: torch.Tensor) -> torch.Tensor:
-        """(T, E) logits. In float32 (or float64), autocast or not: near ties must not turn on bfloat16's rounding."""
+        """(T, E) router logits, in float32 or float64 even under autocast: bfloat16 rounding would decide near ties."""
         with torch.autocast(x_TD.device.type, enabled=False):
             dtype = torch.float64 if x_TD.dtype == torch.float64 else torch.float32
             x_TD = x_TD.to(dtype)
@@ -86,7 +83,7 @@ class Router(nn.Module, ABC):
             return F.linear(x_TD, self.weight.to(dtype))
 
     def log_scores(self, logits_TE: torch.Tensor) -> torch.Tensor:
-        """log s up to a constant of the token, which no normalised gate sees."""
+        """log s, up to a constant per token that cancels in normalised gates."""
         return F.logsigmoid(logits_TE) if self.scoring_func == "sigmoid" else logits_TE
 
     def scores(self, logits_TE: torch.Tensor) -> torch.Tensor:
@@ -94,38 +91,39 @@ class Router(nn.Module, ABC):
         return logits_TE.sigmoid() if self.scoring_func == "sigmoid" else logits_TE.softmax(-1)
 
     def capacity(self, tokens: int) -> int:
-        """``ceil(capacity_factor * tokens * K / E)``, the most that an expert takes (Fedus et al. 2021, eq. 3)."""
+        """Expert capacity, ``ceil(capacity_factor * tokens * K / E)`` (Fedus et al. 2021, eq. 3)."""
         factor = 1.0 if self.capacity_factor is None else self.capacity_factor
-        # Rounded first: 1.1 * 10 is 11.000000000000002, which is no twelfth token.
+        # Rounded first: 1.1 * 10 is 11.000000000000002, which must not become 12.
         return min(tokens, math.ceil(round(factor * tokens * self.top_k / self.num_experts, 6)))
 
     @abstractmethod
     def count(self, choices: torch.Tensor, weight_T: torch.Tensor) -> torch.Tensor:
-        """(E,) tokens of each expert, each token counted by its weight (0 for padding)."""
+        """(E,) load of each expert, tokens counted by their weight (0 for padding)."""
 
     @abstractmethod
     def membership(self, choices: torch.Tensor, tokens: int) -> torch.Tensor:
-        """(T, E) float32, 1 where the token is one of the expert's."""
+        """(T, E) float32, 1 where the token is assigned to the expert."""
 
     @abstractmethod
     def left_out(self, logits_TE: torch.Tensor, choices: torch.Tensor, mask_T: torch.Tensor | None) -> torch.Tensor:
-        """Scalar: choices dropped over capacity (token choice), or tokens that no expert took (expert choice)."""
+        """Scalar: choices dropped over capacity (token choice), or tokens without an expert (expert choice)."""
+
+    @abstractmethod
+    def left_out_rate(self, left_out: float, tokens: float) -> dict[str, float]:
+        """The metric of a sum of `left_out` over tokens, by its name; empty where nothing can be left out."""
+
+    @abstractmethod
+    def dense_gates(self, gates: torch.Tensor, choices: torch.Tensor, tokens: int) -> torch.Tensor:
+        """(T, E) float32 gates, 0 where the token is not assigned to the expert."""
 
     @torch.no_grad()
     def record(self, logits_TE: torch.Tensor, choices: torch.Tensor, mask_T: torch.Tensor | None) -> None:
-        """Adds a training forward's routing to the counts that metrics and the balancing bias read.
-
-        A forward that activation checkpointing runs again during the backward has been counted.
-
-        Args:
-            logits_TE: first of what `forward` returned.
-            choices: third of what `forward` returned.
-            mask_T: (T,) true at tokens that are no padding; None if all count.
-        """
-        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:  # within a backward
+        """Adds the routing of a training forward (its logits and choices) to the counts."""
+        # Activation checkpointing runs a forward again within the backward: that one is counted already.
+        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
             return
         for buffer in self.buffers():
-            if buffer.dtype != torch.float32:  # DeepSpeed's zero.Init casts whatever a model makes
+            if buffer.dtype != torch.float32:  # DeepSpeed's zero.Init casts buffers
                 buffer.data = buffer.data.float()
         logprobs_TE = self.log_scores(logits_TE).log_softmax(-1)
         probs_TE = logprobs_TE.exp()
@@ -138,40 +136,31 @@ class Router(nn.Module, ABC):
         self.step_counts_E += counts_E
         self.interval_counts_E += counts_E
         member_TE = self.membership(choices, len(logits_TE))
-        with torch.autocast(logits_TE.device.type, enabled=False):  # bfloat16 counts no further than 256
+        with torch.autocast(logits_TE.device.type, enabled=False):  # bfloat16 cannot count beyond 256
             self.interval_pairs_EE += (member_TE * weight_T[:, None].to(member_TE.dtype)).T @ member_TE
 
 
 class TopKRouter(Router):
-    """Token choice: each token is sent to the K experts whose scores are highest (Shazeer et al. 2017).
+    """Token choice, or top-k routing: each token goes to the K experts with the highest scores (Shazeer et al. 2017).
 
-    The K largest ``s + bias`` are chosen (the bias is that of loss-free balancing, zero unless it is used); their
-    gates are s over the sum of the chosen (``norm_topk_prob``), or s.
+    The K largest ``s + bias`` are chosen (the bias is that of loss-free balancing). Their gates are s, with
+    ``norm_topk_prob`` divided by its sum over the chosen. Normalised gates of identical experts give the router no
+    gradient, as right after upcycling, so the gate is straight-through: ``g = s / sum(s) + (s - stop_gradient(s))``.
 
-    Normalised gates of identical experts add up to the same output whatever the router says, so right after
-    upcycling the router would get no gradient. The gate therefore passes the gradient of s straight through:
-    ``g = s / sum(s) + (s - stop_gradient(s))``, which has the value of the first term alone.
-
-    With ``capacity_factor`` an expert takes at most ``ceil(capacity_factor * T * K / E)`` of the choices of a forward
-    (Fedus et al. 2021, section 2.2), those with the highest s first (batch-prioritised routing, Riquelme et al. 2021,
-    section 4.1) and, of equal ones, those of earlier tokens. The others are dropped: their gates become zero and
-    the remaining gates of the token are left as they are, so a token that is dropped everywhere passes the layer by
-    its residual connection alone. This happens in training only. Which choices are dropped depends on the other
-    tokens, also on later ones, so an evaluation with drops would score a name by its company.
+    In training an expert takes at most ``ceil(capacity_factor * T * K / E)`` choices (Fedus et al. 2021, section 2.2):
+    the highest s first (batch-prioritised routing, Riquelme et al. 2021, section 4.1), then earlier tokens. Token
+    dropping sets the gates of the others to zero. It is off in evaluation, where a name's score must not depend on the
+    rest of the batch.
     """
 
     def forward(
         self, x_TD: torch.Tensor, mask_T: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Routes tokens.
-
-        Args:
-            x_TD: (T, D), any float dtype.
-            mask_T: (T,) true at tokens that are no padding; only a capacity asks for it. None if all count.
+        """Routes tokens (T, D); ``mask_T`` is false at padding, which takes no capacity.
 
         Returns:
             logits (T, E) float32; gates (T, K) in the dtype of ``x_TD``, zero where a choice was dropped; chosen
-            experts (T, K) int64, best first, the dropped among them.
+            experts (T, K) int64, best first, dropped choices included.
         """
         logits_TE = self.logits(x_TD)
         scores_TE = self.scores(logits_TE)
@@ -180,7 +169,7 @@ class TopKRouter(Router):
         scores_TK = scores_TE.gather(-1, experts_TK)
         gates_TK = scores_TK
         if self.norm_topk_prob:
-            # s over their sum, by way of the logarithms: sigmoids that are all zero to rounding divide as well.
+            # s divided by its sum, computed from log s: sigmoids that all underflow to zero still divide.
             gates_TK = self.log_scores(logits_TE).gather(-1, experts_TK).softmax(-1)
             if self.training:
                 gates_TK = gates_TK + (scores_TK - scores_TK.detach())
@@ -191,7 +180,7 @@ class TopKRouter(Router):
     def within_capacity(
         self, scores_TK: torch.Tensor, experts_TK: torch.Tensor, mask_T: torch.Tensor | None
     ) -> torch.Tensor:
-        """(T, K) true where the choice finds a place at its expert. Padding takes no places."""
+        """(T, K) true where a choice is within its expert's capacity. Padding takes none."""
         T, K = experts_TK.shape
         expert_S = experts_TK.reshape(-1)
         if mask_T is not None:
@@ -218,31 +207,31 @@ class TopKRouter(Router):
         dropped_TK = ~self.within_capacity(self.scores(logits_TE).gather(-1, choices), choices, mask_T)
         return (dropped_TK if mask_T is None else dropped_TK & mask_T[:, None]).sum()
 
+    def left_out_rate(self, left_out: float, tokens: float) -> dict[str, float]:
+        return {} if self.capacity_factor is None else {"drop_rate": left_out / (tokens * self.top_k)}
+
+    def dense_gates(self, gates: torch.Tensor, choices: torch.Tensor, tokens: int) -> torch.Tensor:
+        return torch.zeros(tokens, self.num_experts, device=gates.device).scatter_(1, choices, gates.float())
+
 
 class ExpertChoiceRouter(Router):
     """Expert choice: each expert takes the C tokens that score highest for it (Zhou et al. 2022, section 3.2).
 
-    ``C = ceil(T * K / E)`` times ``capacity_factor``: a token has K experts on average, but some have more and some
-    none, and every expert has the same load without any balancing loss. The paper's gate is s, the softmax over the
-    experts; with ``norm_topk_prob`` it is divided by the sum over the experts that took the token, so that gates sum
-    to one for every token that was taken at all (and the gradient of s passes straight through, as in `TopKRouter`).
+    ``C = ceil(capacity_factor * T * K / E)``: a token has K experts on average, some more and some none, and the load
+    is balanced by construction. The gate is s, with ``norm_topk_prob`` divided by its sum over the token's experts
+    (straight-through, as in `TopKRouter`).
 
-    This is **not causal**: whether an expert takes a token depends on all other tokens of the forward, later ones
-    and those of other names among them. A model trained so can look ahead a little, scores names too well, and
-    cannot be run token by token as it was trained. Study and compare it; to generate, use token choice.
+    This is **not causal**: an expert's choice depends on all tokens of the forward, also later ones. Such a model
+    scores names too well, and cannot generate token by token as it was trained. To generate, use token choice.
     """
 
     def forward(
         self, x_TD: torch.Tensor, mask_T: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Routes tokens.
-
-        Args:
-            x_TD: (T, D), any float dtype.
-            mask_T: (T,) true at tokens that are no padding, which no expert takes; None if all count.
+        """Routes tokens (T, D); ``mask_T`` is false at padding, which no expert takes.
 
         Returns:
-            logits (T, E) float32; gates (E, C) in the dtype of ``x_TD``; taken tokens (E, C) int64, best first.
+            logits (T, E) float32; gates (E, C) in the dtype of ``x_TD``; chosen tokens (E, C) int64, best first.
         """
         logits_TE = self.logits(x_TD)
         scores_TE = self.scores(logits_TE)
@@ -269,6 +258,12 @@ class ExpertChoiceRouter(Router):
         untaken_T[choices.reshape(-1)] = False
         return untaken_T.sum()
 
+    def left_out_rate(self, left_out: float, tokens: float) -> dict[str, float]:
+        return {"untaken_rate": left_out / tokens}
+
+    def dense_gates(self, gates: torch.Tensor, choices: torch.Tensor, tokens: int) -> torch.Tensor:
+        return torch.zeros(self.num_experts, tokens, device=gates.device).scatter_(1, choices, gates.float()).T
+
 
 def make_router(config: GPT2MoEConfig) -> Router:
     """The router that ``config.routing`` names."""
@@ -276,6 +271,6 @@ def make_router(config: GPT2MoEConfig) -> Router:
 
 
 def count_choices(experts_TK: torch.Tensor, weight_T: torch.Tensor, num_experts: int) -> torch.Tensor:
-    """(E,) how often each expert was chosen, by tokens of the given weights. No host synchronisation."""
+    """(E,) choices of each expert, weighted by token, without a host synchronisation."""
     counts_E = weight_T.new_zeros(num_experts)
     return counts_E.scatter_add_(0, experts_TK.reshape(-1), weight_T.repeat_interleave(experts_TK.shape[1]))

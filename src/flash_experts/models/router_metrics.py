@@ -1,45 +1,136 @@
-"""What the routers did since the last look, a warning where experts die, and the balancing bias that is moved by it.
+"""Router metrics: load balance per expert, warnings about dead experts and routing collapse, loss-free balancing.
 
-A router counts in tensors on its own device (`Router.record`): nothing waits for it until `router_metrics` reads.
+Routers count on their own device (`Router.record`); only `router_metrics` synchronises with the host.
 
-Letters in the shapes: E experts, K experts per token.
+Shape suffixes: E experts, K experts per token.
 """
 
 from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 
 from flash_experts.models.moe_config import GPT2MoEConfig
-from flash_experts.models.router import ExpertChoiceRouter, Router
-from flash_experts.models.router_hooks import routers_of
+from flash_experts.models.router import Router
+
+# Called with the block's number, its router, and the router's outputs: logits (T, E), gates and choices.
+Listener = Callable[[int, Router, torch.Tensor, torch.Tensor, torch.Tensor], None]
+
+
+def modules_in_use(module: nn.Module, kind: type[nn.Module], name: str = "") -> Iterator[tuple[str, Any]]:
+    """The modules of a class that a forward runs, with their names, seen through the wrappers of other libraries.
+
+    Of the two copies that PEFT's ``modules_to_save`` keeps, only the active one counts.
+    """
+    if isinstance(module, kind):
+        yield name, module
+        return
+    for child_name, child in _children_in_use(module):
+        yield from modules_in_use(child, kind, f"{name}.{child_name}")
+
+
+def in_use(module: nn.Module, kind: type[nn.Module]) -> Any:
+    """The module itself, or the one of this class that it wraps."""
+    return module if isinstance(module, kind) else next(found for _, found in modules_in_use(module, kind))
+
+
+def _children_in_use(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    copies: Any = module._modules.get("modules_to_save")
+    if copies is None or "original_module" not in module._modules:
+        yield from module.named_children()
+        return
+    wrapper: Any = module
+    adapters = wrapper.active_adapters
+    has_copy = adapters and not wrapper.disable_adapters and all(adapter in copies for adapter in adapters)
+    yield "", copies[adapters[0]] if has_copy else wrapper.original_module
+
+
+def routers_of(model: nn.Module) -> dict[int, Router]:
+    """The active routers of a model by block number, from 0 (the next free number where the name has none)."""
+    routers: dict[int, Router] = {}
+    for name, router in modules_in_use(model, Router):
+        block = next((int(part) for part in name.split(".") if part.isdigit()), 0)
+        while block in routers:
+            block += 1
+        routers[block] = router
+    return routers
+
+
+def counts_of_all_processes(routers: list[Router]) -> torch.Tensor:
+    """(layers, E) choices since the last optimizer step, over all processes."""
+    counts_LE = torch.stack([router.step_counts_E for router in routers])
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(counts_LE)
+    return counts_LE
+
+
+@contextmanager
+def listening(model: nn.Module, listener: Listener) -> Iterator[None]:
+    """Calls ``listener`` at every forward of every router, before the experts compute."""
+
+    def hook_of(block: int) -> Callable[[Router, object, tuple[torch.Tensor, torch.Tensor, torch.Tensor]], None]:
+        return lambda router, _, output: listener(block, router, *output)
+
+    with ExitStack() as handles:
+        for block, router in routers_of(model).items():
+            handles.callback(router.register_forward_hook(hook_of(block)).remove)
+        yield
+
+
+def count_loads(model: nn.Module, forward: Callable[[], object]) -> dict[int, torch.Tensor]:
+    """Counts how many tokens each expert is chosen for while ``forward`` runs. Every token counts, padding too.
+
+    Returns:
+        Loads (E,) float64 on the CPU, by block number from 0. Empty for a dense model.
+    """
+    loads = {
+        block: torch.zeros(router.num_experts, dtype=torch.float64, device=router.weight.device)
+        for block, router in routers_of(model).items()
+    }
+
+    def count(block: int, router: Router, logits_TE: torch.Tensor, _: torch.Tensor, choices: torch.Tensor) -> None:
+        loads[block] += router.count(choices, logits_TE.new_ones(len(logits_TE)))
+
+    with listening(model, count):
+        forward()
+    return {block: load_E.cpu() for block, load_E in loads.items()}
+
 
 # An expert is dead when its load is under this share of the mean: even 64 experts badly balanced stay above it.
 DEAD_LOAD = 0.01
-# A router has collapsed when its load is that of no more experts than this share of the way from K, the fewest that
-# there can be, to E. Halfway, with 8 experts and 2 per token, is the load of 5.
+
+
+# Routing has collapsed when the effective number of experts is under this share of the way from K to E: under 5 with
+# 8 experts and 2 per token.
 COLLAPSED = 0.5
-# Both must be so at this many reads in a row, since routers begin unbalanced and mend in the first steps; a read
-# with fewer choices per expert than `FEWEST_CHOICES` says nothing, and is not counted.
-PATIENCE = 5
+
+
+# Warning threshold, in logging windows in a row: routers start unbalanced and recover in the first steps. A window
+# with fewer choices per expert than `FEWEST_CHOICES` does not count.
+READS_BEFORE_WARNING = 5
+
+
 FEWEST_CHOICES = 100
 
-# Reads in a row at which a router was in trouble, and whether that was said. Of no use to the model, so not in it.
-_troubles: WeakKeyDictionary[Router, int] = WeakKeyDictionary()
+
+# Bad logging windows in a row of each router; it stays at the threshold once the warning was given.
+_bad_reads: WeakKeyDictionary[Router, int] = WeakKeyDictionary()
 
 
 @torch.no_grad()
 def update_router_biases(model: nn.Module) -> None:
-    """Loss-free balancing (Wang et al. 2024, algorithm 1): call once after each optimizer step in training.
+    """Auxiliary-loss-free load balancing (Wang et al. 2024, algorithm 1): call once after each optimizer step.
 
-    ``bias += rate * sign(mean load - load)``, then centred. The bias takes part in the choice of experts alone, never
-    in their gates, so it does not change what the loss pulls at. Models without a rate are left as they are. The
-    loads of all processes count, so every process moves its copy alike. The counts of the step begin anew, which the
-    global-batch balancing loss relies on too.
+    ``bias += rate * sign(mean load - load)``, then centred, with the loads of all processes. The bias affects the
+    choice of experts, never their gates. Resets the counts of the step, on which the global-batch balancing loss
+    relies.
     """
     for router in routers_of(model).values():
         if router.bias_update_rate > 0:
@@ -53,20 +144,17 @@ def update_router_biases(model: nn.Module) -> None:
 
 @torch.no_grad()
 def router_metrics(model: nn.Module) -> dict[str, float]:
-    """Statistics of each MoE layer over this process's training forwards since the last call. A dense model has none.
+    """Statistics of each MoE layer over this process's training forwards since the last call; resets them.
 
-    Warns (`UserWarning`, once for each layer of a model) where experts have died or a router has collapsed: see
-    `DEAD_LOAD`, `COLLAPSED` and `PATIENCE`.
+    Warns once per layer (`UserWarning`) about dead experts or routing collapse: see `DEAD_LOAD`, `COLLAPSED` and
+    `READS_BEFORE_WARNING`.
 
     Returns:
-        For block ``i``, ``router/i/...``: ``load/e`` (load of expert e over the mean, 1 is balanced), ``load_cv``
-        (standard deviation over mean of the loads, 0 is balanced), ``max_load`` (the largest of ``load/e``),
-        ``load_entropy`` (of the loads, as a share of log E, 1 is balanced), ``entropy`` (mean entropy of a token's
-        probabilities, as a share of log E), ``top1`` (mean probability of a token's best expert). Where tokens have
-        several of three or more experts ``max_pair`` (tokens of the pair of experts most often chosen together, over
-        the mean of all pairs) and ``pair_entropy`` (of all pairs, as a share of its largest; 1: all alike). With a
-        capacity ``drop_rate`` (share of the choices that were dropped), with expert choice ``untaken_rate`` (share of
-        the tokens that no expert took). Loads and pairs count a dropped choice.
+        For block ``i``, under ``router/i/``: ``load/e`` (load of expert e over the mean), ``load_cv`` (coefficient of
+        variation), ``max_load``, ``load_entropy`` and ``entropy`` (of the loads, and of the router's probabilities,
+        over log E), ``top1`` (mean probability of the best expert); with K > 1 and E > 2 the co-activation ``max_pair``
+        (most frequent pair of experts over the mean) and ``pair_entropy``; ``drop_rate`` with a capacity,
+        ``untaken_rate`` (tokens without an expert) with expert choice. Loads and pairs include dropped choices.
     """
     metrics: dict[str, float] = {}
     for block, router in routers_of(model).items():
@@ -80,10 +168,7 @@ def router_metrics(model: nn.Module) -> dict[str, float]:
             continue
         values = load_metrics(load_E) | pair_metrics(pairs.view(router.num_experts, -1))
         values |= {"entropy": entropy / tokens / math.log(router.num_experts), "top1": top1 / tokens}
-        if isinstance(router, ExpertChoiceRouter):
-            values["untaken_rate"] = left_out / tokens
-        elif router.capacity_factor is not None:
-            values["drop_rate"] = left_out / (tokens * router.top_k)
+        values |= router.left_out_rate(left_out, tokens)
         values |= {f"load/{expert}": round(load, 4) for expert, load in enumerate(over_mean(load_E))}
         metrics |= {f"router/{block}/{name}": value for name, value in values.items()}
         _watch(model, block, router, load_E)
@@ -91,13 +176,12 @@ def router_metrics(model: nn.Module) -> dict[str, float]:
 
 
 def over_mean(load_E: torch.Tensor) -> tuple[float, ...]:
-    """Each expert's load over the mean load: 1 everywhere is balanced; all 0 where nothing was chosen."""
+    """Each expert's load over the mean load; all 0 where nothing was chosen."""
     return tuple((load_E / load_E.mean().clamp(min=1e-12)).tolist())
 
 
 def load_metrics(load_E: torch.Tensor) -> dict[str, float]:
-    """``load_cv``, ``max_load`` and ``load_entropy`` of loads, (E,) with E > 1 and not all zero. See
-    `router_metrics`."""
+    """``load_cv``, ``max_load`` and ``load_entropy`` of `router_metrics`; E > 1, loads not all zero."""
     share_E = load_E.double() / load_E.sum()
     return {
         "load_cv": float(share_E.std(correction=0) / share_E.mean()),
@@ -107,8 +191,7 @@ def load_metrics(load_E: torch.Tensor) -> dict[str, float]:
 
 
 def pair_metrics(pairs_EE: torch.Tensor) -> dict[str, float]:
-    """``max_pair`` and ``pair_entropy`` of counted pairs, (E, E); {} without pairs, or with one at most. See
-    `router_metrics`."""
+    """``max_pair`` and ``pair_entropy`` of `router_metrics`; empty with fewer than two pairs."""
     above = torch.ones_like(pairs_EE, dtype=torch.bool).triu(1)
     pairs_P = pairs_EE[above].double()
     if len(pairs_P) < 2 or not pairs_P.any():
@@ -120,28 +203,14 @@ def pair_metrics(pairs_EE: torch.Tensor) -> dict[str, float]:
     }
 
 
-def coactivation(model: nn.Module) -> dict[str, torch.Tensor]:
-    """How many tokens of the training forwards since the last `router_metrics` went to both of two experts.
-
-    Returns:
-        For each block, by its number: (E, E) float32 on the model's device, the loads on the diagonal. Copies; nothing
-        is reset, and nothing waits for the device.
-    """
-    return {str(block): router.interval_pairs_EE.clone() for block, router in routers_of(model).items()}
-
-
 # ------------------------------------------------------------------------------------------------- dead and collapsed
 
 
-def find_trouble(load_E: torch.Tensor, top_k: int) -> str | None:
-    """What is wrong with the loads of a router, in words; None if nothing is.
+def diagnose_loads(load_E: torch.Tensor, top_k: int) -> str | None:
+    """Describes routing collapse or dead experts in the loads of a router (not all zero); None if there are none.
 
-    Collapsed is told by the number of experts that the load is that of, ``exp(entropy of the shares)`` (Hill 1973): E
-    when all have the same, K when every token goes to the same K.
-
-    Args:
-        load_E: (E,) choices of each expert, of any number of tokens; not all zero.
-        top_k: K, experts per token (with expert choice: on average).
+    Collapse is measured by the effective number of experts, ``exp(entropy of the load shares)`` (Hill 1973): E when
+    balanced, K when every token goes to the same K.
     """
     share_E = load_E.double() / load_E.sum()
     E = len(share_E)
@@ -157,7 +226,7 @@ def find_trouble(load_E: torch.Tensor, top_k: int) -> str | None:
 
 
 def advice(config: GPT2MoEConfig) -> str:
-    """The setting to change where experts die, with the value that it has."""
+    """The setting to change where experts die, with its present value."""
     coefficient, rate = config.router_aux_loss_coef, config.router_bias_update_rate
     if rate > 0:
         return f"raise router_bias_update_rate (now {rate:g}) or router_aux_loss_coef (now {coefficient:g})"
@@ -167,12 +236,12 @@ def advice(config: GPT2MoEConfig) -> str:
 
 
 def _watch(model: nn.Module, block: int, router: Router, load_E: torch.Tensor) -> None:
-    """Warns the first time that a router has been in trouble at `PATIENCE` reads in a row."""
-    if load_E.mean() < FEWEST_CHOICES or _troubles.get(router, 0) >= PATIENCE:
+    """Warns once, after `READS_BEFORE_WARNING` bad logging windows in a row."""
+    if load_E.mean() < FEWEST_CHOICES or _bad_reads.get(router, 0) >= READS_BEFORE_WARNING:
         return
-    trouble = find_trouble(load_E, router.top_k)
-    _troubles[router] = _troubles.get(router, 0) + 1 if trouble else 0
-    if trouble is None or _troubles[router] < PATIENCE or not _is_first_process():
+    trouble = diagnose_loads(load_E, router.top_k)
+    _bad_reads[router] = _bad_reads.get(router, 0) + 1 if trouble else 0
+    if trouble is None or _bad_reads[router] < READS_BEFORE_WARNING or not _is_first_process():
         return
     hint = "raise router_aux_loss_coef or router_bias_update_rate"
     config = getattr(model, "config", None)

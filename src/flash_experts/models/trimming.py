@@ -1,30 +1,99 @@
-"""A model without the tokens that its data never uses.
-
-Letters in the shapes: V tokens before, W tokens after, D width.
-"""
+"""Vocabulary trimming: removes unused tokens from a tokenizer and from a model's embeddings."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+import json
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
+from tokenizers import Tokenizer, pre_tokenizers
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+# A capitalized word after a space, which byte-level BPE writes as Ġ, or a piece of a word.
+_WORD = re.compile("Ġ[A-Z][a-z]+|[a-z]+")
+
+
+def trim_tokenizer(
+    tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], keep_words: bool = False
+) -> tuple[PreTrainedTokenizerFast, list[int]]:
+    """Reduces a byte-level BPE tokenizer to the tokens that some texts need; their tokenization does not change.
+
+    Args:
+        tokenizer: byte-level BPE, as GPT-2's.
+        texts: texts whose tokens are kept.
+        keep_words: also keep the tokens of capitalized words and of parts of words, so that new words in names are not
+            split into smaller pieces than the model was trained on.
+
+    Returns:
+        The new tokenizer, and the old id of each of its ids, ascending: the embedding rows to keep.
+
+    Raises:
+        ValueError: another kind of tokenizer.
+    """
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise ValueError("trimming needs a byte-level BPE tokenizer with a tokenizer.json, as GPT-2's")
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    if state["model"]["type"] != "BPE" or (state["pre_tokenizer"] or {}).get("type") != "ByteLevel":
+        raise ValueError(f"trimming needs a byte-level BPE tokenizer as GPT-2's, not {state['model']['type']}")
+    vocabulary: dict[str, int] = state["model"]["vocab"]
+    text_of = {token: text for text, token in vocabulary.items()}
+    merges = [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in state["model"]["merges"]]
+    parts_of = {left + right: (left, right) for left, right in merges}
+
+    kept = {byte for byte in pre_tokenizers.ByteLevel.alphabet() if byte in vocabulary}
+    used = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+    waiting = [text_of[token] for token in set(itertools.chain.from_iterable(used)) if token in text_of]
+    if keep_words:
+        waiting += filter(_WORD.fullmatch, vocabulary)
+    while waiting:
+        text = waiting.pop()
+        if text not in kept:
+            kept.add(text)
+            waiting.extend(parts_of.get(text, ()))
+    specials = [token["id"] for token in state["added_tokens"]]
+    old_ids = sorted({vocabulary[text] for text in kept} | set(specials))
+    new_id = {old: new for new, old in enumerate(old_ids)}
+
+    state["model"]["vocab"] = {text: new_id[old] for text, old in vocabulary.items() if old in new_id}
+    state["model"]["merges"] = [list(merge) for merge in merges if "".join(merge) in kept]
+    for token in state["added_tokens"]:
+        token["id"] = new_id[token["id"]]
+    _renumber_template(state["post_processor"], new_id)
+    trimmed = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(state)),
+        bos_token=tokenizer.bos_token,
+        eos_token=tokenizer.eos_token,
+        pad_token=tokenizer.pad_token,
+        unk_token=None,
+        clean_up_tokenization_spaces=False,
+        model_max_length=tokenizer.model_max_length,
+    )
+    return trimmed, old_ids
+
+
+def _renumber_template(processor: dict[str, Any] | None, new_id: dict[int, int]) -> None:
+    """Renumbers the special tokens in the post-processor's template."""
+    if processor is not None and processor["type"] == "TemplateProcessing":
+        for token in processor["special_tokens"].values():
+            token["ids"] = [new_id[old] for old in token["ids"]]
 
 
 @torch.no_grad()
 def trim_vocabulary(model: PreTrainedModel, kept_ids: Sequence[int]) -> None:
-    """Keeps some tokens of a model, in place: what it says of them stays the same, renormalised over them.
+    """Shrinks a model's input and output embeddings from (V, D) to (W, D), in place.
 
-    The logits of the kept tokens do not change, so their probabilities are the former ones divided by the sum of those
-    kept. Input and output embeddings shrink from (V, D) to (W, D).
+    The logits of the kept tokens do not change, so their probabilities are renormalised.
 
     Args:
-        model: a causal language model, its output embedding tied to the input's or of its own.
-        kept_ids: the W old ids, in the order of the new ones (`flash_experts.data.trimming.trim_tokenizer`).
+        model: causal language model, with tied embeddings or not.
+        kept_ids: the W old ids, in the order of the new ones (`trim_tokenizer`).
 
     Raises:
-        ValueError: an id that the model does not have, or a begin, end or padding symbol that is not kept.
+        ValueError: an id that the model does not have, or a BOS, EOS or padding token that is not kept.
     """
     before_VD, head = model.get_input_embeddings().weight, model.get_output_embeddings()
     assert isinstance(before_VD, torch.Tensor)

@@ -1,33 +1,29 @@
-"""Sparse upcycling: the experts of a mixture made of the MLPs of a dense GPT-2, and what that does to its output.
+"""Sparse upcycling: an MoE model whose experts are initialised from the MLPs of a dense GPT-2.
 
-Write the dense layer as ``W2 act(W1 x + b1) + b2`` and the new layer as ``sum_e g_e MLP_e(x)``, with gates that sum to
-one over the k chosen. Then, before any training and for every token, k and E:
+Write the dense layer as ``W2 act(W1 x + b1) + b2`` and the MoE layer as ``sum_e g_e MLP_e(x)``, with gates that sum to
+one over the k chosen. Before any training, for every token, k and E:
 
-    copy      every expert is the dense layer (Komatsuzaki et al. 2022). Exact.
-    noise     copies plus N(0, (noise_scale * std(W))^2) on both matrices, so that experts differ from the start. The
-              output differs in proportion to noise_scale; 0 is a copy.
-    drop      each expert has a share ``drop_ratio`` of its hidden units drawn anew: their columns of W1, their b1 and
-              their rows of W2, each from a normal distribution with the mean and standard deviation of the dense W1, b1
-              and W2 (Nakamura et al. 2025, Drop-Upcycling; one set of units for both matrices). The output differs by
-              exactly what those units add now and added before, weighted by the gates; 0 is a copy.
-    granular  virtual groups (He et al. 2024): the hidden units are cut into g shards, there are g * E experts of one
-              shard each, g * k of them per token. Expert ``r * g + s`` of group r holds shard s, and the g experts of
-              a group share one row of the router, so a token takes whole groups. Their gates are equal, 1/g of what one
-              expert's would be, so W2 is multiplied by g, and b2, which the gates add up to once, is not. Exact.
-    shared    a shared expert is the dense layer, and the routed ones, with its W1, have W2 = 0 and b2 = 0: they are
-              silent until they learn. With granularity g, g shared experts together are the dense layer and routed ones
-              have a shard of W1. Exact, with any gates. The router gets no gradient until the experts speak.
+    copy      Every expert is the dense layer (Komatsuzaki et al. 2022). Exact.
+    noise     Copies plus N(0, (noise_scale * std(W))^2) on both matrices. The output differs in proportion to
+              noise_scale.
+    drop      Each expert redraws a share ``drop_ratio`` of its hidden units: their columns of W1, b1 and rows of W2,
+              from normal distributions with the mean and standard deviation of the dense W1, b1 and W2 (Nakamura et al.
+              2025, Drop-Upcycling). The output differs by what those units contributed.
+    granular  Virtual groups (He et al. 2024): g * E experts of ff / g hidden units, g * k per token. Expert
+              ``r * g + s`` of group r holds shard s. The g experts of a group share one row of the router, so a token
+              takes whole groups with equal gates, 1/g of one expert's: W2 is multiplied by g, b2 is not. Exact.
+    shared    The shared expert is the dense layer. Routed experts copy W1 and have W2 = 0, b2 = 0, so they are silent
+              until trained. With granularity g, g shared experts make up the dense layer, and routed ones have a shard
+              of W1. Exact with any gates. The router gets no gradient while the routed experts are silent.
 
-Exact means to rounding: logits at most 1e-5 apart in float32. With ``routing="expert_choice"`` it holds for the layer's
-output at the tokens that some expert took; the others pass by the residual connection alone. With ``capacity_factor`` a
-training forward loses what is dropped.
+Exact means up to rounding: logits at most 1e-5 apart in float32. With ``routing="expert_choice"`` it holds for tokens
+with an expert; with ``capacity_factor``, for tokens without dropped choices.
 
-Letters in the shapes: E experts, D width, F hidden units of the dense layer.
+Shape suffixes: E experts, D width, F hidden units of the dense layer.
 """
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,42 +35,23 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
 from flash_experts.models.loading import FUSED_ACTIVATIONS
 from flash_experts.models.moe_config import GPT2MoEConfig
 from flash_experts.models.moe_layer import MoELayer
+from flash_experts.models.moe_options import EXPERTS, METHOD_HELP, Method, UpcyclingOptions
+from flash_experts.options import option, problems_of
 
-METHODS = ("copy", "noise", "drop", "granular", "shared")
-ROUTER_INITS = ("normal", "zeros", "orthogonal")
 
-
-@dataclass(frozen=True)
-class Upcycling:
+@dataclass(kw_only=True)
+class Upcycling(UpcyclingOptions):
     """How experts are made of a dense layer. The module's text describes the methods.
 
-    Attributes:
-        method: ``copy``, ``noise``, ``drop``, ``granular`` or ``shared``.
-        granularity: g, parts that the hidden units are cut into, for ``granular`` and ``shared``.
-        noise_scale: of ``noise``, as a share of each matrix's standard deviation.
-        drop_ratio: of ``drop``, the share of hidden units that is drawn anew.
-        router_init: the routers' first weights: ``normal`` (standard deviation ``initializer_range``), ``orthogonal``
-            (rows at right angles, as long as those of ``normal`` are on average; at most as many as the width), or
-            ``zeros`` (all scores tie, and the top k are the same few experts for every token until the first step).
-
     Raises:
-        ValueError: a name or a number that cannot be, or a granularity that the method has no use for.
+        ValueError: an unknown name, a number out of bounds, or a granularity that the method has no use for.
     """
 
-    method: str = "copy"
-    granularity: int = 1
-    noise_scale: float = 1e-3
-    drop_ratio: float = 0.5
-    router_init: str = "normal"
+    method: Method = option("copy", METHOD_HELP, EXPERTS)
 
     def __post_init__(self) -> None:
-        for name, value, choices in (("method", self.method, METHODS), ("router_init", self.router_init, ROUTER_INITS)):
-            if value not in choices:
-                near = difflib.get_close_matches(value, choices, n=1)
-                hint = f": did you mean {near[0]!r}?" if near else ""
-                raise ValueError(f"{name} of upcycling is {value!r}, but it is one of {', '.join(choices)}{hint}")
-        if self.granularity < 1:
-            raise ValueError(f"granularity must be 1 or more, not {self.granularity}")
+        if problems := problems_of(self, Upcycling):
+            raise ValueError("; ".join(problems))
         if self.granularity > 1 and self.method not in ("granular", "shared"):
             raise ValueError(
                 f"granularity {self.granularity} cuts a layer into parts, of which method {self.method!r} has no use: "
@@ -84,15 +61,11 @@ class Upcycling:
             raise ValueError(
                 "granular upcycling needs groups that score differently: router_init 'zeros' ties them all"
             )
-        if self.noise_scale < 0:
-            raise ValueError(f"noise_scale must not be negative, but is {self.noise_scale}")
-        if not 0 <= self.drop_ratio <= 1:
-            raise ValueError(f"drop_ratio must be from 0 to 1, not {self.drop_ratio}")
 
     def config(
         self, dense: GPT2Config, num_experts: int, num_experts_per_tok: int, **config_fields: Any
     ) -> GPT2MoEConfig:
-        """The dense model's configuration with experts; its slow spelling of the activation gives way to the fused one.
+        """The dense model's configuration with experts, and with the fused form of its activation.
 
         Raises:
             ValueError: a field is wrong, or would change the dense model's output.
@@ -118,7 +91,7 @@ class Upcycling:
         return config
 
     def _check(self, config: GPT2MoEConfig, dense_size: int) -> None:
-        """Says which field would make the new layer another function than the old one."""
+        """Rejects fields that would change the layer's function."""
         if config.expert_size * self.granularity != dense_size:
             raise ValueError(
                 f"the experts have {dense_size // self.granularity} of the dense layer's {dense_size} hidden units, "
@@ -140,14 +113,14 @@ class Upcycling:
 
 @torch.no_grad()
 def fill_from_dense(model: PreTrainedModel, dense: GPT2LMHeadModel, upcycling: Upcycling, take: bool) -> None:
-    """Writes every weight of a new `GPT2MoEForCausalLM`, block by block.
+    """Fills every weight of a new `GPT2MoEForCausalLM` from a dense model, block by block.
 
     Args:
-        model: of the configuration that ``upcycling.config`` made; its weights may be anything.
-        dense: where they come from.
-        upcycling: how.
-        take: let go of each part of ``dense`` when it is copied, so that no second copy of the model is ever in memory.
-            It is of no use afterwards. Otherwise it is left as it is.
+        model: model with the configuration of ``upcycling.config``, weights uninitialised.
+        dense: source of the weights.
+        upcycling: method and its settings.
+        take: free each part of ``dense`` once copied, so that memory never holds two whole models; ``dense`` is
+            unusable afterwards.
     """
     old: Any = dense.transformer
     new: Any = model.transformer
@@ -173,7 +146,7 @@ def fill_from_dense(model: PreTrainedModel, dense: GPT2LMHeadModel, upcycling: U
 
 
 def _fill_experts(layer: MoELayer, mlp: GPT2MLP, upcycling: Upcycling) -> None:
-    """The experts of one layer, each from the dense layer's weights by the method."""
+    """Fills the experts of one layer by the method."""
     experts, granularity = layer.experts, upcycling.granularity
     up_DF, up_bias_F, down_FD, down_bias_D = mlp.c_fc.weight, mlp.c_fc.bias, mlp.c_proj.weight, mlp.c_proj.bias
     hidden_units = experts.up_proj.shape[2]
@@ -181,7 +154,7 @@ def _fill_experts(layer: MoELayer, mlp: GPT2MLP, upcycling: Upcycling) -> None:
         shard = slice(e % granularity * hidden_units, (e % granularity + 1) * hidden_units)
         experts.up_proj[e] = up_DF[:, shard]
         experts.up_proj_bias[e] = up_bias_F[shard]
-        # The chosen gates sum to one over g times as many experts: each part counts g times, the bias once.
+        # The gates sum to one over g times as many experts: each shard counts g times, the bias once.
         experts.down_proj[e] = down_FD[shard] * granularity if granularity > 1 else down_FD
         experts.down_proj_bias[e] = down_bias_D
         if upcycling.method == "noise":
@@ -201,15 +174,15 @@ def _fill_experts(layer: MoELayer, mlp: GPT2MLP, upcycling: Upcycling) -> None:
 
 
 def _alike(source: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Random numbers of the shape of ``like`` with the mean and standard deviation of ``source``."""
+    """Normal random numbers in the shape of ``like`` with the mean and standard deviation of ``source``."""
     return torch.randn_like(like) * source.std() + source.mean()
 
 
 def _fill_router(layer: MoELayer, upcycling: Upcycling, std: float) -> None:
-    """The router's first weights; virtual groups share a row."""
+    """Initialises the router; virtual groups share a row."""
     weight_ED = layer.router.weight
     repeats = upcycling.granularity if upcycling.method == "granular" else 1
-    drawn_in = torch.promote_types(weight_ED.dtype, torch.float32)  # bfloat16 has no orthogonal rows in PyTorch
+    drawn_in = torch.promote_types(weight_ED.dtype, torch.float32)  # PyTorch cannot orthogonalise bfloat16
     rows_D = weight_ED.new_zeros(len(weight_ED) // repeats, weight_ED.shape[1], dtype=drawn_in)
     if upcycling.router_init == "normal":
         rows_D.normal_(std=std)

@@ -1,4 +1,4 @@
-"""Our functions are the flash-attn package's: the same arguments, layouts, semantics; what is not supported is said."""
+"""Our functions are the flash-attn package's: the same arguments, layouts, semantics; unsupported arguments raise."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flash_experts.kernels.attention_options import AttentionOptions
+from flash_experts.kernels.attention_options import AttentionOptions, PackedLengths
 from flash_experts.models import flash_attn
 from flash_experts.models.attention_backends import attention_backend
 from flash_experts.models.attention_checks import check_documents, check_qkv, make_options
@@ -25,9 +25,8 @@ from flash_experts.models.flash_attn import (
     flash_attn_varlen_qkvpacked_func,
     flash_attn_with_kvcache,
 )
-
-from .cases import Batch, Packed, assert_same, batches, cumulative, packed_rows
-from .oracle import oracle, oracle_varlen
+from tests.helpers.attention_cases import Batch, Packed, assert_same, batches, cumulative, packed_rows
+from tests.helpers.attention_oracle import oracle, oracle_varlen
 
 # From flash_attn/flash_attn_interface.py, version 2.8.
 OPTIONS = (
@@ -51,7 +50,7 @@ SIGNATURES = {
 
 
 @pytest.mark.parametrize("name", SIGNATURES)
-def test_the_signature_is_the_packages(name: str) -> None:
+def test_signatures_match_the_package(name: str) -> None:
     parameters = inspect.signature(getattr(flash_attn, name)).parameters.values()
     ours = [p.name if p.default is p.empty else f"{p.name}={str(p.default).replace(' ', '')}" for p in parameters]
     assert ours == SIGNATURES[name].split()
@@ -234,10 +233,10 @@ REFUSED: list[tuple[str, Callable[[], Any]]] = [
     (r"pass .to\(torch.int32\)", lambda: varlen(cu_seqlens_q=STARTS.long())),
     ("cu_seqlens_k is on meta", lambda: varlen(cu_seqlens_k=STARTS.to("meta"))),
     ("must go from 0 to the 10 tokens of q", lambda: varlen(cu_seqlens_q=cumulative([4, 5]))),
-    ("never fall", lambda: varlen(cu_seqlens_k=torch.tensor([0, 12, 10], dtype=torch.int32))),
+    ("never decrease", lambda: varlen(cu_seqlens_k=torch.tensor([0, 12, 10], dtype=torch.int32))),
     ("max_seqlen_q is 5, but a document has 6", lambda: varlen(max_seqlen_q=5)),
     (r"pass a number \(int\(max_seqlen\)", lambda: varlen(max_seqlen_k=torch.tensor(6))),
-    ("2 documents and cu_seqlens_k of 3", lambda: varlen(cu_seqlens_k=cumulative([4, 3, 3]))),
+    ("2 documents and cu_seqlens_k has 3", lambda: varlen(cu_seqlens_k=cumulative([4, 3, 3]))),
     ("does not support block_table", lambda: varlen(block_table=torch.zeros(1))),
     (r"qkv must be \(batch, seqlen, 3, heads", lambda: flash_attn_qkvpacked_func(torch.zeros(1, 2, 2, 1, 8))),
     (r"kv must be \(total tokens, 2", lambda: flash_attn_varlen_kvpacked_func(ROW, ROW, STARTS, STARTS, 6, 6)),
@@ -247,7 +246,7 @@ REFUSED: list[tuple[str, Callable[[], Any]]] = [
     ("does not support cache_leftpad", lambda: flash_attn_with_kvcache(Q, Q, Q, cache_leftpad=torch.zeros(1))),
     ("num_splits is 4: 0 and 1 are supported", lambda: flash_attn_with_kvcache(Q, Q, Q, num_splits=4)),
     ("give both k and v", lambda: flash_attn_with_kvcache(Q, Q, Q, k=Q, cache_seqlens=0)),
-    ("new keys need a place", lambda: flash_attn_with_kvcache(Q, Q, Q, Q, Q)),
+    ("new keys need a position", lambda: flash_attn_with_kvcache(Q, Q, Q, Q, Q)),
     ("1 new keys after 5 do not fit into a cache of 5", lambda: flash_attn_with_kvcache(
         Q, Q, Q, Q[:, :1], Q[:, :1], cache_seqlens=5)),
     ("1 new keys after 5 do not fit into a cache of 5", lambda: flash_attn_with_kvcache(
@@ -263,7 +262,7 @@ REFUSED: list[tuple[str, Callable[[], Any]]] = [
 
 
 @pytest.mark.parametrize("case", range(len(REFUSED)))
-def test_what_does_not_fit_is_said_in_one_line(case: int) -> None:
+def test_invalid_arguments_are_reported_in_one_line(case: int) -> None:
     message, call = REFUSED[case]
     with pytest.raises(ValueError, match=message) as error:
         call()
@@ -275,6 +274,6 @@ def test_the_checks_read_no_values() -> None:
     q, row = (x.to("meta") for x in (Q, ROW))
     starts = STARTS.to("meta")
     check_qkv(q, q, q, "", 4)
-    assert check_documents(row, row, starts, starts.clone(), 6, 6) == 2
+    assert check_documents(row, row, PackedLengths(starts, starts.clone(), 6, 6)) == 2
     options = make_options(q, 2, 0.1, None, True, (3, 3), 1.0, torch.rand(2, 4, device="meta"))
     assert (options.left, options.right, options.scale) == (3, 0, 0.25)

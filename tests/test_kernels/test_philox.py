@@ -38,7 +38,7 @@ import triton.language as tl
 from flash_experts.kernels.philox import dropout_keep_mask
 
 @triton.jit
-def keep_program(seed_ptr, out_ptr, head, p, M: tl.constexpr, N: tl.constexpr):
+def keep_kernel(seed_ptr, out_ptr, head, p, M: tl.constexpr, N: tl.constexpr):
     i = tl.arange(0, M).to(tl.uint32)[:, None] + tl.zeros([M, N], tl.uint32)
     j = tl.arange(0, N).to(tl.uint32)[None, :] + tl.zeros([M, N], tl.uint32)
     none = tl.zeros([M, N], tl.uint32)
@@ -52,7 +52,7 @@ for seed in (0, 7, 2**32 + 5, 2**62 + 123456789):
         ours = dropout_keep_mask(seed_1, range(2, 3), 3, 32, 64, p)[0]
         for head in range(3):
             theirs = torch.empty(32, 64, dtype=torch.int8)
-            keep_program[(1,)](seed_1, theirs, 2 * 3 + head, p, M=32, N=64)
+            keep_kernel[(1,)](seed_1, theirs, 2 * 3 + head, p, M=32, N=64)
             assert torch.equal(ours[head], theirs.bool()), (seed, p, head)
 print("equal")
 """
@@ -60,7 +60,7 @@ print("equal")
 
 def test_equals_triton(tmp_path: object) -> None:
     pytest.importorskip("triton")
-    script = os.path.join(str(tmp_path), "program.py")  # Triton reads a program's source from its file
+    script = os.path.join(str(tmp_path), "program.py")  # Triton reads a kernel's source from its file
     with open(script, "w", encoding="utf-8") as file:
         file.write(TRITON_PROGRAM)
     environment = os.environ | {"TRITON_INTERPRET": "1"}

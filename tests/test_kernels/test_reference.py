@@ -14,11 +14,18 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from flash_experts.kernels.attention_options import AttentionOptions
+from flash_experts.kernels.attention_options import AttentionOptions, PackedLengths
 from flash_experts.kernels.flash_attention_reference import attention, attention_varlen
-
-from .cases import Batch, Packed, assert_low_precision_rule, assert_same, batches, cumulative, packed_rows
-from .oracle import oracle, oracle_varlen
+from tests.helpers.attention_cases import (
+    Batch,
+    Packed,
+    assert_low_precision_rule,
+    assert_same,
+    batches,
+    cumulative,
+    packed_rows,
+)
+from tests.helpers.attention_oracle import oracle, oracle_varlen
 
 BLOCKS = st.sampled_from([1, 2, 3, 5, 64])
 
@@ -36,7 +43,9 @@ def test_a_batch_equals_the_definition(batch: Batch, block_q: int, block_k: int)
 @settings(max_examples=80, deadline=None)
 @given(packed=packed_rows(), block_q=BLOCKS, block_k=BLOCKS)
 def test_packed_documents_equal_the_definition(packed: Packed, block_q: int, block_k: int) -> None:
-    out, lse = attention_varlen(*packed.qkv, *packed.varlen(), packed.options, block_q=block_q, block_k=block_k)
+    out, lse = attention_varlen(
+        *packed.qkv, PackedLengths(*packed.varlen()), packed.options, block_q=block_q, block_k=block_k
+    )
     expected, expected_lse = oracle_varlen(*packed.qkv, *packed.starts(), packed.options)
     assert_same(out, expected, packed.qkv)
     torch.testing.assert_close(lse, expected_lse, rtol=0, atol=1e-12)
@@ -63,7 +72,7 @@ def test_gradcheck(dropout: float) -> None:
     starts = cumulative([2, 0, 1]), cumulative([3, 1, 1])
     packed = tuple(x.detach()[0].requires_grad_() for x in (q, k, v))
     assert torch.autograd.gradcheck(
-        lambda *qkv: attention_varlen(*qkv, *starts, 2, 3, options, block_q=2, block_k=3)[0], packed
+        lambda *qkv: attention_varlen(*qkv, PackedLengths(*starts, 2, 3), options, block_q=2, block_k=3)[0], packed
     )
 
 
@@ -81,7 +90,7 @@ def test_large_scores_do_not_overflow(dtype: torch.dtype, sign: int) -> None:
     assert all(x.isfinite().all() for x in torch.autograd.grad(out.sum(), (q, k, v)))
 
 
-def test_a_query_that_sees_nothing_gets_zeros() -> None:
+def test_a_fully_masked_query_gets_zeros() -> None:
     q, k, v = (torch.randn(1, S, 2, 4, requires_grad=True) for S in (5, 2, 2))
     out, lse = attention(q, k, v, AttentionOptions(0.5, right=0), block_q=2, block_k=2)
     assert (out[:, :3] == 0).all() and (lse[:, :, :3] == -torch.inf).all() and lse[:, :, 3:].isfinite().all()
@@ -129,20 +138,20 @@ def test_dropout_follows_its_seed() -> None:
     kept, plain_lse = attention(q, k, v, AttentionOptions(0.3))
     torch.testing.assert_close(lse, plain_lse)  # it knows nothing of dropout
     draws = [attention(q, k, v, replace(options, seed=torch.tensor([seed])))[0] for seed in range(200)]
-    spread = torch.stack(draws).std(0) / len(draws) ** 0.5
-    assert ((torch.stack(draws).mean(0) - kept).abs() < 6 * spread + 1e-6).all(), "in the mean it changes nothing"
+    error = torch.stack(draws).std(0) / len(draws) ** 0.5
+    assert ((torch.stack(draws).mean(0) - kept).abs() < 6 * error + 1e-6).all(), "in the mean it changes nothing"
 
 
 class _Watch(TorchDispatchMode):
-    """Counts matrix products, and the elements of the largest tensor that any operation made."""
+    """Counts matmuls, and the elements of the largest tensor that any operation made."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.products = self.largest = 0
+        self.matmuls = self.largest = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        self.products += func.overloadpacket is torch.ops.aten.bmm
+        self.matmuls += func.overloadpacket is torch.ops.aten.bmm
         sizes = [leaf.numel() for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)]
         self.largest = max(self.largest, *sizes, 0)
         return out
@@ -164,8 +173,8 @@ def test_memory_grows_linearly_with_length() -> None:
 
 
 def test_tiles_outside_the_mask_are_not_computed() -> None:
-    """Of n x n tiles, n (n + 1) / 2 under a causal mask, 2 n - 1 under a window of one tile; 7 products each."""
+    """Of n x n tiles, n (n + 1) / 2 under a causal mask, 2 n - 1 under a window of one tile; 7 matmuls each."""
     n, S = 8, 8 * 64
-    assert watched(attention, S, AttentionOptions(0.3)).products == 7 * n * n
-    assert watched(attention, S, AttentionOptions(0.3, right=0)).products == 7 * n * (n + 1) // 2
-    assert watched(attention, S, AttentionOptions(0.3, left=64, right=0)).products == 7 * (2 * n - 1)
+    assert watched(attention, S, AttentionOptions(0.3)).matmuls == 7 * n * n
+    assert watched(attention, S, AttentionOptions(0.3, right=0)).matmuls == 7 * n * (n + 1) // 2
+    assert watched(attention, S, AttentionOptions(0.3, left=64, right=0)).matmuls == 7 * (2 * n - 1)

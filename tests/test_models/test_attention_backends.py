@@ -1,4 +1,4 @@
-"""The choice between the backends is the one that was asked for and said once, and a model runs on it."""
+"""Attention backends are chosen by preference or by name, the choice is logged once, and a model runs on it."""
 
 from __future__ import annotations
 
@@ -18,9 +18,8 @@ from flash_experts.models import attention_backends
 from flash_experts.models.attention_backends import attention, attention_backend, choose
 from flash_experts.models.flash_attention import fe_attention_forward
 from flash_experts.models.flash_attn import flash_attn_func
-
-from .cases import cumulative
-from .oracle import oracle
+from tests.helpers.attention_cases import cumulative
+from tests.helpers.attention_oracle import oracle
 
 CAUSAL = AttentionOptions(0.5, right=0)
 
@@ -32,7 +31,7 @@ def _nothing_forced(monkeypatch: pytest.MonkeyPatch) -> None:
     attention_backends._choose.cache_clear()
 
 
-def test_auto_takes_the_fastest_that_can() -> None:
+def test_auto_takes_the_first_that_supports_the_call() -> None:
     assert choose("auto", "cpu", torch.float32) == "sdpa"
     assert choose("auto", "cpu", torch.float64, ("softcap",)) == "reference"
     assert choose("auto", "cpu", torch.float32, ("a padding mask",)) == "sdpa"
@@ -61,7 +60,7 @@ def test_auto_on_a_gpu(
 
 
 @pytest.mark.parametrize(("has_triton", "expected"), [(True, "triton"), (False, "sdpa")])
-def test_packed_rows_go_to_our_kernel_on_a_gpu(
+def test_packed_sequences_use_our_kernel_on_a_gpu(
     monkeypatch: pytest.MonkeyPatch, has_triton: bool, expected: str
 ) -> None:
     monkeypatch.setattr(attention_backends, "_is_installed", lambda module: has_triton)
@@ -87,7 +86,9 @@ def messages(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.message for record in caplog.records if record.name == attention_backends.__name__]
 
 
-def test_the_choice_is_said_once_and_why(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_choice_is_logged_once_with_its_reason(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(attention_backends, "_is_installed", lambda module: False)
     with caplog.at_level(logging.INFO, logger="flash_experts"):
         for _ in range(3):
@@ -106,12 +107,12 @@ def test_the_choice_is_said_once_and_why(caplog: pytest.LogCaptureFixture, monke
     [
         ("triton", torch.float64, (), "it takes bfloat16, float16, float32, not float64"),
         ("triton", torch.float32, (), "set TRITON_INTERPRET=1 before Python starts"),
-        ("sdpa", torch.float32, ("softcap", "ALiBi"), r"it does not do ALiBi, softcap\): use reference$"),
+        ("sdpa", torch.float32, ("softcap", "ALiBi"), r"it does not support ALiBi, softcap\): use reference$"),
         ("flash_attention_2", torch.float16, (), "it runs on cuda, not on cpu.*: use reference or sdpa$"),
-        ("reference", torch.float32, ("a padding mask",), "it does not do a padding mask.*: use sdpa$"),
+        ("reference", torch.float32, ("a padding mask",), "it does not support a padding mask.*: use sdpa$"),
     ],
 )
-def test_a_forced_backend_that_cannot_says_why_and_what_can(
+def test_a_forced_backend_without_support_names_those_with_it(
     monkeypatch: pytest.MonkeyPatch, name: str, dtype: torch.dtype, asked: tuple[str, ...], message: str
 ) -> None:
     monkeypatch.setattr(attention_backends, "_is_installed", lambda module: True)
@@ -179,7 +180,7 @@ def test_a_model_runs_on_the_backend_of_its_configuration(
     assert GPT2MoEForCausalLM.from_pretrained(tmp_path).config.attention_backend == "reference"
     mask = torch.ones_like(ids)
     mask[0, 0] = 0
-    with pytest.raises(ValueError, match=r"it does not do a padding mask.*: use sdpa"):
+    with pytest.raises(ValueError, match=r"it does not support a padding mask.*: use sdpa"):
         moe(ids, attention_mask=mask)
 
 
@@ -241,7 +242,7 @@ def test_a_static_cache_is_read_up_to_what_is_written() -> None:
     torch.testing.assert_close(out, oracle(*heads_last, AttentionOptions(8**-0.5, right=0))[0])
 
 
-def test_dispatch_gives_what_was_asked_for() -> None:
+def test_dispatch_returns_what_was_requested() -> None:
     q = torch.randn(1, 5, 2, 8)
     out, lse = attention(q, q, q, CAUSAL, needs_lse=True)
     expected, expected_lse = oracle(q, q, q, CAUSAL)

@@ -10,16 +10,15 @@ import pytest
 import torch
 
 from flash_experts.kernels import attention_packages, flash_attention_reference
-from flash_experts.kernels.attention_options import AttentionOptions
-
-from .cases import assert_same, cumulative
-from .oracle import oracle, oracle_varlen
+from flash_experts.kernels.attention_options import AttentionOptions, PackedLengths
+from tests.helpers.attention_cases import assert_same, cumulative
+from tests.helpers.attention_oracle import oracle, oracle_varlen
 
 
 def fake_package(version: int) -> types.ModuleType:
     def run(q: Any, k: Any, v: Any, options: AttentionOptions, cu: tuple[Any, ...]) -> Any:
         if cu:
-            return flash_attention_reference.attention_varlen(q, k, v, *cu, options)
+            return flash_attention_reference.attention_varlen(q, k, v, PackedLengths(*cu), options)
         return flash_attention_reference.attention(q, k, v, options)
 
     def make(
@@ -74,5 +73,5 @@ def test_the_packages_get_our_options(monkeypatch: pytest.MonkeyPatch, version: 
     if lse is not None:
         torch.testing.assert_close(lse, expected_lse)
     starts = cumulative([2, 0, 4])
-    out, _ = attention_packages.attention_varlen(version, q[0], k[0], v[0], starts, starts, 4, 4, options)
+    out, _ = attention_packages.attention_varlen(version, q[0], k[0], v[0], PackedLengths.of(starts, 4), options)
     assert_same(out, oracle_varlen(q[0], k[0], v[0], starts, starts, options)[0], (q, k, v))

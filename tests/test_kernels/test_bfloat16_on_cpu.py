@@ -1,4 +1,4 @@
-"""Short packed names in bfloat16 on a CPU: plain products, since the fused kernel's backward is slow there."""
+"""Short packed names in bfloat16 on a CPU: plain matmuls, since the fused kernel's backward is slow there."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ import torch
 from torch.nn import functional as F
 
 from flash_experts.kernels import attention_sdpa
-from flash_experts.kernels.attention_options import AttentionOptions
-
-from .cases import Tensors, assert_low_precision_rule, cumulative
-from .oracle import oracle_varlen
+from flash_experts.kernels.attention_options import AttentionOptions, PackedLengths
+from tests.helpers.attention_cases import Tensors, assert_low_precision_rule, cumulative
+from tests.helpers.attention_oracle import oracle_varlen
 
 LENGTHS = [3, 1, 0, 17, 32, 1, 9]
 CAUSAL = AttentionOptions(0.125, right=0)
@@ -27,7 +26,7 @@ def test_it_is_as_exact_as_pytorch_in_bfloat16() -> None:
     cu = cumulative(LENGTHS)
 
     def attend(qkv: Tensors) -> torch.Tensor:
-        return attention_sdpa.attention_varlen(*qkv, cu, cu, max(LENGTHS), max(LENGTHS), CAUSAL)[0]
+        return attention_sdpa.attention_varlen(*qkv, PackedLengths.of(cu, max(LENGTHS)), CAUSAL)[0]
 
     def exact(qkv: Tensors) -> torch.Tensor:
         return oracle_varlen(*qkv, cu, cu, CAUSAL)[0]
@@ -57,5 +56,5 @@ def test_the_fused_kernel_has_the_rest(longest: int, dtype: torch.dtype, needs_g
 
     cu = cumulative(lengths)
     with Watch(), torch.set_grad_enabled(needs_grad):
-        attention_sdpa.attention_varlen(*qkv, cu, cu, longest, longest, CAUSAL)
+        attention_sdpa.attention_varlen(*qkv, PackedLengths.of(cu, longest), CAUSAL)
     assert bool(calls) == is_fused

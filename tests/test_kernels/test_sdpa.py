@@ -10,10 +10,9 @@ from hypothesis import given, settings
 from torch.nn import functional as F
 
 from flash_experts.kernels import attention_sdpa
-from flash_experts.kernels.attention_options import AttentionOptions
-
-from .cases import Batch, Packed, assert_same, batches, packed_rows
-from .oracle import oracle, oracle_varlen
+from flash_experts.kernels.attention_options import AttentionOptions, PackedLengths
+from tests.helpers.attention_cases import Batch, Packed, assert_same, batches, packed_rows
+from tests.helpers.attention_oracle import oracle, oracle_varlen
 
 CAUSAL = AttentionOptions(0.5, right=0)
 
@@ -29,7 +28,7 @@ def test_sdpa_equals_the_definition(batch: Batch) -> None:
 @settings(max_examples=80, deadline=None)
 @given(packed=packed_rows(is_plain=True))
 def test_sdpa_of_packed_documents_equals_the_definition(packed: Packed) -> None:
-    out, _ = attention_sdpa.attention_varlen(*packed.qkv, *packed.varlen(), packed.options)
+    out, _ = attention_sdpa.attention_varlen(*packed.qkv, PackedLengths(*packed.varlen()), packed.options)
     assert_same(out, oracle_varlen(*packed.qkv, *packed.starts(), packed.options)[0], packed.qkv)
 
 
@@ -51,7 +50,7 @@ def test_one_long_document_does_not_pad_the_short_ones(options: AttentionOptions
             return func(*args, **(kwargs or {}))
 
     with Watch():
-        out, _ = attention_sdpa.attention_varlen(*qkv, *packed.varlen(), options)
+        out, _ = attention_sdpa.attention_varlen(*qkv, PackedLengths(*packed.varlen()), options)
     assert_same(out, oracle_varlen(*qkv, *packed.starts(), options)[0], qkv)
     assert 0 < largest <= (70 if same_keys else 4 * 70)
 

@@ -1,4 +1,4 @@
-"""The Triton programs compiled for a Hopper GPU, which needs none: what the interpreter would let pass shows here."""
+"""The Triton kernels compiled for a Hopper GPU (none is needed), which finds what the interpreter accepts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SCRIPT = Path(__file__).parents[2] / "scripts/hopper_report.py"
     [(64, ["causal", "packed", "ragged", "packed dropout", "softcap", "alibi"]), (128, ["causal"]), (40, ["window"])],
     ids=str,
 )
-def test_programs_reach_the_tensor_cores_and_hardly_spill(head_dim: int, variants: list[str]) -> None:
+def test_kernels_reach_the_tensor_cores_and_hardly_spill(head_dim: int, variants: list[str]) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, SCRIPT, "--first", "--json", "--head-dims", str(head_dim), "--variants", *variants]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)

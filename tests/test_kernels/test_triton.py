@@ -1,4 +1,4 @@
-"""Our Triton programs, under Triton's interpreter where there is no GPU, against softmax attention in float64.
+"""Our Triton kernels, under Triton's interpreter where there is no GPU, against softmax attention in float64.
 
 The interpreter uses tiles of 32 x 32, so lengths of 70 have whole tiles and edges. The wide sweep is for a GPU:
 ``pytest -m gpu``.
@@ -15,11 +15,10 @@ import torch
 from hypothesis import strategies as st
 
 pytest.importorskip("triton")
-from flash_experts.kernels.attention_options import AttentionOptions
+from flash_experts.kernels.attention_options import AttentionOptions, PackedLengths
 from flash_experts.kernels.flash_attention_triton import INTERPRETED, attention, attention_varlen
 from flash_experts.kernels.flash_decode_triton import decode
-
-from .oracle import oracle, oracle_varlen
+from tests.helpers.attention_oracle import oracle, oracle_varlen
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 needs_gpu = [
@@ -94,14 +93,14 @@ def test_a_cache_is_read_up_to_each_rows_length() -> None:
 
 @pytest.mark.parametrize("kind", [*OPTIONS, "alibi"])
 @pytest.mark.parametrize("packed", [True, False], ids=["packed", "ragged"])
-def test_documents_of_one_row(kind: str, packed: bool) -> None:
-    """Empty, one-token and many-token documents, in both ways that the programs have."""
+def test_documents_of_a_packed_sequence(kind: str, packed: bool) -> None:
+    """Empty, one-token and many-token documents, in both layouts of the kernels."""
     cu = torch.tensor([0, 5, 5, 6, 38, 39, 103, 110, 110], dtype=torch.int32, device=DEVICE)
     slopes = torch.rand(8, 2, generator=torch.Generator().manual_seed(3)).to(DEVICE)
     options = replace(CAUSAL, alibi_slopes=slopes) if kind == "alibi" else OPTIONS[kind]
     qkv = make((110, 2, 16), (110, 1, 16), (110, 1, 16))
     cu_k = cu if packed else cu.clone()
-    check(attention_varlen(*qkv, cu, cu_k, 64, 64, options), oracle_varlen(*qkv, cu, cu, options), qkv)
+    check(attention_varlen(*qkv, PackedLengths(cu, cu_k, 64, 64), options), oracle_varlen(*qkv, cu, cu, options), qkv)
 
 
 @hypothesis.settings(max_examples=12, deadline=None, derandomize=True)
@@ -114,7 +113,7 @@ def test_any_documents_with_their_own_queries_and_keys(lengths: list[tuple[int, 
     longest_q, longest_k = (max(side) for side in zip(*lengths, strict=True))
     qkv = make((int(cu_q[-1]), 1, 16), (int(cu_k[-1]), 1, 16), (int(cu_k[-1]), 1, 16))
     truth = oracle_varlen(*qkv, cu_q, cu_k, OPTIONS[kind])
-    check(attention_varlen(*qkv, cu_q, cu_k, longest_q, longest_k, OPTIONS[kind]), truth, qkv)
+    check(attention_varlen(*qkv, PackedLengths(cu_q, cu_k, longest_q, longest_k), OPTIONS[kind]), truth, qkv)
 
 
 @hypothesis.settings(max_examples=10, deadline=None, derandomize=True)
@@ -122,14 +121,14 @@ def test_any_documents_with_their_own_queries_and_keys(lengths: list[tuple[int, 
 def test_any_short_documents_packed(lengths: list[int]) -> None:
     cu = torch.tensor([0, *lengths]).cumsum(0).to(DEVICE, torch.int32)
     qkv = make(*[(sum(lengths), 1, 16)] * 3)
-    check(attention_varlen(*qkv, cu, cu, 12, 12, CAUSAL), oracle_varlen(*qkv, cu, cu, CAUSAL), qkv)
+    check(attention_varlen(*qkv, PackedLengths.of(cu, 12), CAUSAL), oracle_varlen(*qkv, cu, cu, CAUSAL), qkv)
 
 
 @pytest.mark.parametrize("packed", [True, False], ids=["packed", "ragged"])
 def test_rows_after_the_last_document_get_zeros(packed: bool) -> None:
     cu = torch.tensor([0, 3, 40], dtype=torch.int32, device=DEVICE)
     q, k, v = make(*[(50, 1, 16)] * 3)
-    out, lse = attention_varlen(q, k, v, cu, cu if packed else cu.clone(), 37, 37, CAUSAL)
+    out, lse = attention_varlen(q, k, v, PackedLengths(cu, cu if packed else cu.clone(), 37, 37), CAUSAL)
     assert (out[40:] == 0).all() and (lse[:, 40:] == -torch.inf).all()
     for gradient in gradients(out, [q, k, v]):
         assert gradient[:40].abs().sum() > 0 and (gradient[40:] == 0).all()
@@ -159,7 +158,7 @@ def test_large_scores_do_not_overflow() -> None:
     assert all(gradient.isfinite().all() for gradient in gradients(ours[0], [q, k, v]))
 
 
-def test_a_query_that_sees_nothing_gives_zeros_and_takes_no_gradient() -> None:
+def test_a_fully_masked_query_gives_zeros_and_no_gradient() -> None:
     q, k, v = make((1, 70, 1, 16), (1, 30, 1, 16), (1, 30, 1, 16))  # bottom right: the first 40 queries see no key
     out, lse = attention(q, k, v, CAUSAL)
     assert (out[:, :40] == 0).all() and (lse[..., :40] == -torch.inf).all() and (out[:, 40:] != 0).any()
@@ -294,5 +293,5 @@ class TestOnAGpu:
         cu = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).to(DEVICE, torch.int32)
         qkv = make(*[(int(cu[-1]), 2, 64)] * 3)
         options = replace(CAUSAL, scale=0.125)
-        ours = attention_varlen(*qkv, cu, cu if packed else cu.clone(), 29, 29, options)
+        ours = attention_varlen(*qkv, PackedLengths(cu, cu if packed else cu.clone(), 29, 29), options)
         check(ours, oracle_varlen(*qkv, cu, cu, options), qkv)

@@ -1,0 +1,249 @@
+"""A model folder that transformers loads without flash-experts: ``trust_remote_code=True`` and files of its own.
+
+The files are the sources of this package, reduced to what the model classes use: every top-level statement that they
+reach, in files next to each other. Left out are upcycling and our kernels; attention and experts are transformers' own
+(``sdpa`` and the plain loop), so logits agree up to rounding.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from importlib.util import find_spec
+from pathlib import Path
+
+from flash_experts.model_files import CONFIG, WEIGHTS, check_files, local_folder, read_object
+from flash_experts.models.folder_checks import check_folder, read_config, weight_files
+from flash_experts.models.saving import write_folder
+
+_PACKAGE = "flash_experts"
+_CONFIGURATION, _MODELING = f"{_PACKAGE}.models.moe_config", f"{_PACKAGE}.models.moe"
+_FILES = {_CONFIGURATION: "configuration_gpt2_moe", _MODELING: "modeling_gpt2_moe"}  # others keep their name
+_ROOTS = {_CONFIGURATION: ("GPT2MoEConfig",), _MODELING: ("GPT2MoEModel", "GPT2MoEForCausalLM")}
+_AUTO_MAP = {
+    "AutoConfig": "configuration_gpt2_moe.GPT2MoEConfig",
+    "AutoModel": "modeling_gpt2_moe.GPT2MoEModel",
+    "AutoModelForCausalLM": "modeling_gpt2_moe.GPT2MoEForCausalLM",
+}
+# What is another thing there: the kernels are transformers' own.
+_REPLACED = {
+    (f"{_PACKAGE}.models.flash_attention", "ATTENTION_IMPLEMENTATION"): 'ATTENTION_IMPLEMENTATION = "sdpa"',
+    (f"{_PACKAGE}.models.moe_layer", "EXPERTS_IMPLEMENTATION"): 'EXPERTS_IMPLEMENTATION = "eager"',
+    (f"{_PACKAGE}.models.attention_backends", "check_name"): (
+        'def check_name(name: str, where: str) -> None:\n    """Any name: transformers computes the attention here."""'
+    ),
+}
+_DOCSTRINGS = {
+    f"{_PACKAGE}.models.flash_attention": "The attention that blocks call, and the sequences that tokens belong to.",
+    f"{_PACKAGE}.models.attention_backends": "The check of config.attention_backend, which has no effect here.",
+}
+_LEFT_OUT = {"GPT2MoEForCausalLM": ("from_dense",)}  # methods
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
+_HEADER = "# Part of flash-experts (MIT), written by `flash-experts export hub`: reduced to what this model uses.\n"
+_LOADING = """
+## Load it
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)  # this folder, or the id of its repository
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+```
+
+The Python files of the folder are those of flash-experts, which need not be installed.
+"""
+
+
+def export_for_hub(source: str | Path, out: Path, overwrite: bool = False) -> list[str]:
+    """Writes a folder with the weights, tokenizer and model card of an MoE model, and the code that they need.
+
+    Returns:
+        The names of its Python files.
+
+    Raises:
+        ValueError: it is not an MoE model, is damaged, or ``out`` is not empty and ``overwrite`` is not given.
+    """
+    folder = local_folder(source)
+    check_folder(folder)
+    model_type = read_config(folder).model_type
+    if model_type != "gpt2_moe":
+        raise ValueError(f"{source} is a {model_type}, which transformers loads as it is: export hub is for MoE models")
+    check_files(folder)
+    code = sources()
+
+    def write(target: Path) -> None:
+        config = {**read_object(folder / CONFIG), "auto_map": _AUTO_MAP}
+        (target / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
+        weights = {WEIGHTS + ".index.json", *(path.name for path in weight_files(folder))}
+        for name in (*sorted(weights), *_TOKENIZER_FILES):
+            if (folder / name).is_file():
+                shutil.copyfile(folder / name, target / name)
+        for name, text in code.items():
+            (target / name).write_text(text, "utf-8")
+        (target / "README.md").write_text(_card(folder), "utf-8")
+
+    write_folder(out, write, overwrite)
+    return list(code)
+
+
+def _card(folder: Path) -> str:
+    """The folder's model card with the library's name and how to load it."""
+    card = folder / "README.md"
+    text = card.read_text("utf-8") if card.is_file() else f"---\n---\n\n# {folder.name}\n"
+    if "\nlibrary_name:" not in text:
+        text = re.sub(r"\A---\n", "---\nlibrary_name: transformers\n", text)
+    return text.rstrip() + "\n" + _LOADING
+
+
+# ------------------------------------------------------------------------------------------------------- the sources
+
+
+@dataclass
+class _Module:
+    """A module of this package: its statements, and which of them the model uses."""
+
+    name: str
+    used: set[int] = field(default_factory=set)
+
+    @cached_property
+    def text(self) -> str:
+        spec = find_spec(self.name)
+        assert spec is not None and spec.origin is not None
+        return Path(spec.origin).read_text("utf-8")
+
+    @cached_property
+    def tree(self) -> ast.Module:
+        return _without_methods(ast.parse(self.text))
+
+    @cached_property
+    def defined(self) -> dict[str, int]:
+        """Name to the place of the statement that defines it."""
+        return {name: place for place, node in enumerate(self.tree.body) for name in _defined_by(node)}
+
+    @cached_property
+    def imported(self) -> dict[str, tuple[str, str]]:
+        """Name to module and name there, for what is imported from this package."""
+        return {
+            alias.asname or alias.name: (node.module or "", alias.name)
+            for node in self.tree.body
+            if isinstance(node, ast.ImportFrom) and _is_ours(node.module)
+            for alias in node.names
+        }
+
+    @property
+    def file(self) -> str:
+        return _FILES.get(self.name, self.name.rpartition(".")[2])
+
+    def code_of(self, place: int) -> str:
+        """A statement as it is written, with the comments above it, or what replaces it."""
+        node = self.tree.body[place]
+        for name in _defined_by(node):
+            if (self.name, name) in _REPLACED:
+                return _REPLACED[self.name, name]
+        lines = self.text.splitlines()
+        decorators = getattr(node, "decorator_list", [])
+        first = min([node.lineno, *(each.lineno for each in decorators)]) - 1
+        while lines[first - 1].startswith("# ") and not lines[first - 1].startswith("# ---"):
+            first -= 1
+        removed = [span for start, end in getattr(node, "removed", ()) for span in range(start - 1, end)]
+        kept = [lines[place] for place in range(first, node.end_lineno or 0) if place not in removed]
+        return "\n".join(kept).rstrip()
+
+
+def sources() -> dict[str, str]:
+    """The Python files of an exported model, by name."""
+    modules: dict[str, _Module] = {}
+    waiting = [(module, name) for module, names in _ROOTS.items() for name in names]
+    while waiting:
+        module_name, name = waiting.pop()
+        module = modules.setdefault(module_name, _Module(module_name))
+        if name in module.imported:
+            waiting.append(module.imported[name])
+            continue
+        place = module.defined.get(name)
+        if place is None or place in module.used:
+            continue
+        module.used.add(place)
+        waiting += [(module_name, used) for used in _names_in(ast.parse(module.code_of(place)))]
+    files = {f"{module.file}.py": _written(module, modules) for module in modules.values() if module.used}
+    assert len(files) == sum(1 for module in modules.values() if module.used), "two modules of one name"
+    return dict(sorted(files.items()))
+
+
+def _written(module: _Module, modules: dict[str, _Module]) -> str:
+    """A module's file: its docstring, the imports that it needs, and the statements that are used."""
+    code = [module.code_of(place) for place in sorted(module.used)]
+    needed = set(_names_in(ast.parse("\n".join(code))))
+    found: dict[str, list[str]] = {}  # from which module, which names; "" for imports of modules
+    for node in module.tree.body:
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            for source, name in _imports(node, needed, modules):
+                found.setdefault(source, []).append(name)
+    lines = {"__future__": "", "other": "".join(f"import {name}\n" for name in found.pop("", [])), "ours": ""}
+    for source, names in found.items():
+        group = source if source == "__future__" else "ours" if source.startswith(".") else "other"
+        lines[group] += f"from {source} import {', '.join(dict.fromkeys(names))}\n"
+    groups = [group.rstrip() for group in lines.values() if group]
+    docstring = _DOCSTRINGS.get(module.name) or ast.get_docstring(module.tree) or ""
+    end = "\n" if "\n" in docstring else ""
+    head = f'{_HEADER}"""{docstring}{end}"""'
+    return "\n\n".join([head, *groups]) + "\n\n\n" + "\n\n\n".join(code) + "\n"
+
+
+def _imports(
+    node: ast.Import | ast.ImportFrom, needed: set[str], modules: dict[str, _Module]
+) -> Iterator[tuple[str, str]]:
+    """What an import takes from where, of what is needed; of this package, from the file next to it."""
+    source = (node.module or "") if isinstance(node, ast.ImportFrom) else ""
+    for alias in node.names:
+        if source != "__future__" and (alias.asname or alias.name).partition(".")[0] not in needed:
+            continue
+        module, name, shown = source, alias.name, alias.asname or alias.name
+        if _is_ours(source):
+            while name in modules[module].imported:  # imported there too: from where it is defined
+                module, name = modules[module].imported[name]
+            module = f".{modules[module].file}"
+        yield module, name if name == shown else f"{name} as {shown}"
+
+
+def _without_methods(tree: ast.Module) -> ast.Module:
+    """Takes the methods of `_LEFT_OUT` out of their classes, and keeps their lines in ``removed``."""
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef) and node.name in _LEFT_OUT:
+            gone = [each for each in node.body if getattr(each, "name", None) in _LEFT_OUT[node.name]]
+            node.removed = [  # type: ignore[attr-defined]
+                (min(each.lineno, *(mark.lineno for mark in each.decorator_list)), each.end_lineno or each.lineno)
+                for each in gone
+                if isinstance(each, ast.FunctionDef)
+            ]
+            node.body = [each for each in node.body if each not in gone]
+    return tree
+
+
+def _defined_by(node: ast.stmt) -> list[str]:
+    if isinstance(node, ast.FunctionDef | ast.ClassDef):
+        return [node.name]
+    targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+    return [each.id for target in targets for each in ast.walk(target) if isinstance(each, ast.Name)]
+
+
+def _names_in(tree: ast.AST) -> Iterator[str]:
+    """The names that code reads.
+
+    Raises:
+        ValueError: it imports from this package inside a function, which a file of a hub cannot.
+    """
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and _is_ours(node.module):
+            raise ValueError(f"the exported code imports {node.module} inside a function: import it at the top")
+        if isinstance(node, ast.Name):
+            yield node.id
+
+
+def _is_ours(module: str | None) -> bool:
+    return module is not None and module.split(".")[0] == _PACKAGE

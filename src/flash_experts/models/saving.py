@@ -1,0 +1,178 @@
+"""Atomic saving of model folders: complete, or not at all.
+
+A folder is written under an unguessable temporary name, flushed to disk, given a manifest with the SHA-256 of each
+file, and renamed. Only safetensors and JSON are written.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import stat
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from flash_experts.ctrl_c import deferred_ctrl_c
+from flash_experts.files import check_replaced, flush_file, folder_lock, move_into_place, temporary_next_to
+
+MANIFEST = "MANIFEST.json"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is missing, damaged, of another model, or could not be written."""
+
+
+def export_model(
+    run_dir: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    weights: Mapping[str, torch.Tensor],
+) -> None:
+    """Writes the model into the run's folder, each file by rename, the manifest last.
+
+    Raises:
+        CheckpointError: it could not be written; the former model is intact.
+    """
+    temporary = _temporary(run_dir / "checkpoints", "export")
+    _fill_folder(run_dir, temporary, lambda folder: _save_model(folder, model, tokenizer, weights))
+
+
+def write_model(out: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, overwrite: bool = False) -> None:
+    """Writes a model and its tokenizer into a folder atomically; other files there stay.
+
+    Raises:
+        ValueError: the folder is not empty, and ``overwrite`` is not given.
+        CheckpointError: it could not be written; what was there is intact.
+    """
+    weights = model.state_dict()
+    write_folder(out, lambda folder: _save_model(folder, model, tokenizer, weights), overwrite)
+
+
+def write_folder(out: Path, write: Callable[[Path], None], overwrite: bool = False) -> None:
+    """Writes a folder of files atomically, as `write_model` does; ``write`` fills the folder that it is given."""
+    out = Path(os.path.realpath(out))
+    if not out.is_dir():
+        with_manifest(out, write)
+        return
+    with folder_lock(out):  # of two commands at once, the second finds the files of the first
+        check_replaced(out, overwrite)
+        _fill_folder(out, temporary_next_to(out / "model"), write)
+
+
+def _fill_folder(folder: Path, temporary: Path, write: Callable[[Path], None]) -> None:
+    """Fills ``temporary`` with ``write``, then moves its files into an existing folder."""
+    try:
+        _write_staged(folder, write, temporary)
+        with deferred_ctrl_c():
+            for path in sorted(temporary.iterdir(), key=lambda path: path.name == MANIFEST):
+                move_into_place(path, folder / path.name)
+            temporary.rmdir()
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    flush_folder(folder)
+
+
+def with_manifest(target: Path, write: Callable[[Path], None], temporary: Path | None = None) -> None:
+    """Fills a temporary folder with ``write``, adds the manifest, flushes, and renames it to ``target``.
+
+    Raises:
+        CheckpointError: it could not be written, or another process wrote ``target`` in the meantime.
+    """
+    temporary = temporary or temporary_next_to(target)
+    _write_staged(target, write, temporary)
+    try:
+        with deferred_ctrl_c():
+            os.rename(temporary, target)
+    except OSError as error:
+        if not target.is_dir():
+            raise _not_written(target, error) from error
+        raise CheckpointError(f"another process has written {target} in the meantime: give a new folder") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    flush_folder(target.parent)
+
+
+def _write_staged(target: Path, write: Callable[[Path], None], temporary: Path) -> None:
+    """Fills the temporary folder of ``target``, and removes it on failure."""
+    try:
+        temporary.mkdir(parents=True)
+        write(temporary)
+        manifest = {path.name: {"sha256": _sha256(path), "bytes": path.stat().st_size} for path in _files(temporary)}
+        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+        mode = stat.S_IMODE((temporary / MANIFEST).stat().st_mode)
+        for path in _files(temporary):
+            path.chmod(mode)  # safetensors makes its files readable by their owner only
+            flush_file(path)
+        flush_folder(temporary)
+    except BaseException as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        # On a full disk safetensors raises SafetensorError, and tokenizers a plain Exception.
+        if not isinstance(error, (OSError, SafetensorError)) and type(error) is not Exception:
+            raise
+        raise _not_written(target, error) from error
+
+
+def _not_written(target: Path, error: BaseException) -> CheckpointError:
+    return CheckpointError(
+        f"could not write {target}: {error}. Free some disk space, or write to another folder; "
+        "checkpoints written before are intact"
+    )
+
+
+def _temporary(checkpoints: Path, name: str) -> Path:
+    """A temporary folder of the run that holds the lock; removes what a killed save left there."""
+    temporary = checkpoints / f".tmp-{name}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    return temporary
+
+
+def remove_folder(folder: Path) -> None:
+    """Removes a folder. Renamed first, so that a kill halfway leaves no partial checkpoint under its name."""
+    doomed = folder.with_name(f".tmp-removed-{folder.name}")
+    shutil.rmtree(doomed, ignore_errors=True)
+    os.rename(folder, doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _save_model(
+    folder: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    weights: Mapping[str, torch.Tensor],
+) -> None:
+    """`save_pretrained` of model and tokenizer, without transformers' progress bars."""
+    had_bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        model.save_pretrained(folder, state_dict=dict(weights))
+        tokenizer.model_max_length = getattr(model.config, "max_position_embeddings", tokenizer.model_max_length)
+        tokenizer.save_pretrained(folder)
+    finally:
+        if had_bars:
+            logging.enable_progress_bar()
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    return (path for path in sorted(folder.iterdir()) if path.is_file())
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def flush_folder(folder: Path) -> None:
+    """Flushes the folder itself, so that a rename survives a power cut (POSIX only)."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

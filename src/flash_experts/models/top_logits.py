@@ -1,0 +1,146 @@
+"""A teacher's top-K logits for the names that it sampled, stored for knowledge distillation.
+
+They are saved while the teacher samples, so distillation needs no teacher forward. For each label of a name (its tokens
+and the EOS token) a shard holds ids and log-probabilities of the K most likely tokens; the rest of the vocabulary
+counts as one outcome.
+
+A folder has safetensors shards, one per piece of the sampled names, and ``index.json`` with their SHA-256.
+
+Shape suffixes: N names, L labels of all names, K tokens kept per label.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedTokenizerBase
+
+from flash_experts.files import whole_file
+
+INDEX = "index.json"
+SUFFIX = ".top-logits"  # NAMES.jsonl has its logits in the folder NAMES.top-logits
+
+
+@dataclass(frozen=True, slots=True)
+class NameLogits:
+    """The teacher's top-K logits of one name.
+
+    Attributes:
+        labels: token ids of the name, and the EOS token.
+        ids: (len(labels), K) int32, the most likely tokens.
+        log_probs: (len(labels), K) float16, in nats.
+    """
+
+    labels: tuple[int, ...]
+    ids: torch.Tensor
+    log_probs: torch.Tensor
+
+
+def write_shard(folder: Path, number: int, names: dict[int, NameLogits]) -> None:
+    """Writes or replaces one shard; ``names`` is keyed by NUMBER in the source id ``sampled:NUMBER``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {
+        "names": torch.tensor(list(names), dtype=torch.int64),
+        "lengths": torch.tensor([len(name.labels) for name in names.values()], dtype=torch.int64),
+        "labels": torch.tensor([label for name in names.values() for label in name.labels], dtype=torch.int32),
+    }
+    if names:
+        tensors["ids"] = torch.cat([name.ids for name in names.values()]).contiguous()
+        tensors["log_probs"] = torch.cat([name.log_probs for name in names.values()]).contiguous()
+    with whole_file(folder / _shard_name(number)) as temporary:
+        save_file(tensors, temporary)
+
+
+def write_index(folder: Path, shards: int, tokenizer: PreTrainedTokenizerBase, source: dict[str, Any]) -> None:
+    """Completes the folder, after all its shards."""
+    hashes = {_shard_name(number): _sha256(folder / _shard_name(number)) for number in range(shards)}
+    tokens = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().__getitem__)
+    index = {"tokens": tokens, "source": source, "sha256": hashes}
+    with whole_file(folder / INDEX) as temporary:
+        temporary.write_text(json.dumps(index, indent=1), encoding="utf-8")
+
+
+def holds_top_logits(folder: str | Path) -> bool:
+    """Whether the folder was completed by `write_index`."""
+    return (Path(folder) / INDEX).is_file()
+
+
+class TopLogits:
+    """The folder's top-K logits in memory, with the token ids of a student whose vocabulary is a subset.
+
+    Attributes:
+        ids: (L, K) int32; -1 for tokens that the student does not have.
+        log_probs: (L, K) float16, in nats.
+    """
+
+    def __init__(self, folder: str | Path, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Reads and checks the shards.
+
+        Raises:
+            ValueError: a shard is missing or changed, or the tokenizer has tokens that the teacher's lacks.
+        """
+        folder = Path(folder)
+        try:
+            index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+            tokens, hashes = list(index["tokens"]), dict(index["sha256"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{folder / INDEX} is not an index of top logits: write them again") from error
+        student = tokenizer.get_vocab()
+        if not student.keys() <= set(tokens):
+            raise ValueError(
+                f"{folder} has logits of another tokenizer than the model's. For a new model, set model.tokenizer to "
+                "the teacher's folder"
+            )
+        shards = [self._shard(folder / Path(name).name, found) for name, found in sorted(hashes.items())]
+        shards = [shard for shard in shards if len(shard["names"])]
+        if not shards:
+            raise ValueError(f"{folder} has no logits: write them again")
+        student_id_of_V = torch.tensor([student.get(token, -1) for token in tokens], dtype=torch.int32)
+        self.ids = student_id_of_V[torch.cat([shard["ids"] for shard in shards])]
+        self.log_probs = torch.cat([shard["log_probs"] for shard in shards])
+        labels = student_id_of_V[torch.cat([shard["labels"] for shard in shards])].tolist()
+        self._rows: dict[int, tuple[int, tuple[int, ...]]] = {}
+        start = 0
+        for shard in shards:
+            for name, length in zip(shard["names"].tolist(), shard["lengths"].tolist(), strict=True):
+                self._rows[name] = start, tuple(labels[start : start + length])
+                start += length
+
+    @staticmethod
+    def _shard(path: Path, sha256: str) -> dict[str, torch.Tensor]:
+        if not path.is_file() or _sha256(path) != sha256:
+            raise ValueError(f"{path} is missing or was changed: write the top logits again")
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise ValueError(f"{path} cannot be read: write the top logits again") from error
+
+    def __contains__(self, source_id: str) -> bool:
+        return _number(source_id) in self._rows
+
+    def first_row(self, source_id: str, labels: Sequence[int]) -> int:
+        """Index in ``ids`` of a name's first label; -1 where the name is missing or has other tokens."""
+        row, known = self._rows.get(_number(source_id), (-1, ()))
+        return row if known == tuple(labels) else -1
+
+
+def _number(source_id: str) -> int:
+    kind, _, number = source_id.partition(":")
+    return int(number) if kind == "sampled" and number.isdecimal() else -1
+
+
+def _shard_name(number: int) -> str:
+    return f"{number:06}.safetensors"
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
