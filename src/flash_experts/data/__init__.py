@@ -1,7 +1,7 @@
-"""Card names: their sources, how they are cleaned and split, and how attributes become a prompt.
+"""The dataset of card names: sources, cleaning, splits, tokenizer, prompts for conditioning, and sequence packing.
 
-The way of a name::
+Data flow::
 
     source (cards, sources) -> clean (cleaning) -> split by family (splits) -> data/mtg/*.jsonl (prepare)
-    data/mtg/*.jsonl -> Attributes.prompt() + " " + name (prompts) -> rows without padding (packing)
+    data/mtg/*.jsonl -> Attributes.prompt() + " " + name (prompts) -> padding-free batches (packing)
 """

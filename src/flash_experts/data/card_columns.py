@@ -1,4 +1,4 @@
-"""One row of a user's own file to a card: what its columns may be called, and how their values may be written."""
+"""Parses one record of a user's file into a card: known column names and spellings of values."""
 
 from __future__ import annotations
 
@@ -11,14 +11,23 @@ from pathlib import Path
 from string import capwords
 from typing import Any
 
-from flash_experts.data.cards import SUPERTYPES, TYPES, parse_colors, parse_date, parse_rarity, parse_set_code
+from flash_experts.data.cards import (
+    SUPERTYPES,
+    TYPES,
+    UNKNOWN,
+    RawCard,
+    Unread,
+    parse_colors,
+    parse_date,
+    parse_rarity,
+    parse_set_code,
+)
 from flash_experts.data.names import FACE_SEPARATOR
-from flash_experts.data.sources import UNKNOWN, RawCard, Unread
 
 MAX_NAME = 300  # characters; the longest real name has 141
 
-# What a column may be called, in lower case, letters and digits alone; the first one that has a value counts. Names are
-# those of this project, MTGJSON and Scryfall, of collection managers (Archidekt, Moxfield, Deckbox, ManaBox, Dragon
+# Names of columns, in lower case, letters and digits alone; the first one with a value counts. They come from this
+# project, MTGJSON and Scryfall, from collection managers (Archidekt, Moxfield, Deckbox, ManaBox, Dragon
 # Shield, TCGplayer, Delver Lens, Urza Gatherer, Cube Cobra, MTGGoldfish, MTGO), and German, French, Spanish, Italian
 # and Portuguese words.
 _COLUMNS = {
@@ -63,9 +72,8 @@ _COLUMN_OF = {
     spelling: (column, place) for column, spellings in _COLUMNS.items() for place, spelling in enumerate(spellings)
 }
 _TEXT_COLUMNS = ("type_line", "layout", "flag", "rarity", "set_code", "released")
-# Headings of files that have product numbers and no names, or whose column of names is called something else.
+# Headings of files with product numbers instead of names, or with another name for the column of names.
 _OTHER_COLUMNS = ("idproduct", "multiverseid", "quantity", "qty", "collectornumber", "tcgplayerid", "productid", "sku")
-
 _TYPE_WORDS = {word.casefold(): word for word in (*TYPES, *SUPERTYPES, "Token")}
 _MISSING = frozenset(("", "nan", "none", "<na>", "nat", "null", "n/a", "\\n", "no cost", "-", "\u2014"))
 _MISSING_NAMES = frozenset(("nan", "NaN", "<NA>", "None", "null", "NULL"))
@@ -105,38 +113,35 @@ _RARITIES = {
 
 @lru_cache(maxsize=10_000)
 def _folded(text: str) -> str:
-    """``"Coût de mana"`` to ``"coutdemana"``."""
+    """Lower case letters and digits without accents: ``"Coût de mana"`` becomes ``"coutdemana"``."""
     plain = unicodedata.normalize("NFKD", text.casefold())
     return "".join(filter(str.isalnum, plain))
 
 
 def known_columns(headings: Iterable[str]) -> set[str]:
-    """Which of our columns a heading has; ``"other"`` stands for one that is known not to be of ours.
+    """The known columns in a heading; ``"other"`` stands for columns of `_OTHER_COLUMNS`.
 
     Raises:
-        ValueError: two columns claim to be the name.
+        ValueError: two columns are called the name.
     """
     folded = [_folded(heading) for heading in headings]
     known = {column for column, spellings in _COLUMNS.items() if not set(spellings).isdisjoint(folded)}
     name = next((spelling for spelling in _COLUMNS["name"] if spelling in folded), None)
     if name is not None and folded.count(name) > 1:
-        raise ValueError(f"two columns are called {name!r}: leave one")
+        raise ValueError(f"two columns are called {name!r}: keep one")
     return known | ({"other"} if not set(_OTHER_COLUMNS).isdisjoint(folded) else set())
 
 
 def raw_card(record: Any, where: str, unread: Unread) -> RawCard | None:
-    """A card of a name or of a row.
+    """Parses a record; None if its name is empty.
 
     Args:
         record: a name, or values by column.
         where: ``file:line``, or ``file[index]``.
-        unread: counts the values that cannot be read.
-
-    Returns:
-        None if the name is empty.
+        unread: counts unreadable values.
 
     Raises:
-        ValueError: it is neither, the name is too long, or a value has a type that it cannot have.
+        ValueError: the record is neither, its name is too long, or a value has a wrong type.
     """
     if isinstance(record, str):
         record = {"name": record}
@@ -157,7 +162,7 @@ def raw_card(record: Any, where: str, unread: Unread) -> RawCard | None:
     type_line = _type_line(fields)
 
     def read(column: str, parse: Callable[[Any], Any]) -> Any:
-        """A value, or None if it is missing or cannot be read."""
+        """A parsed value; None if it is missing or unreadable."""
         value = fields.get(column)
         if _is_missing(value):
             return None
@@ -190,7 +195,7 @@ def _is_missing(value: Any) -> bool:
 
 
 def _fields(record: Mapping[Any, Any]) -> dict[str, Any]:
-    """The columns that we know, under our names; None where the value is missing."""
+    """The known columns of a record under our names; None where a value is missing."""
     found: dict[str, tuple[tuple[bool, int], Any]] = {}
     cost = None
     for key, value in record.items():
@@ -204,16 +209,16 @@ def _fields(record: Mapping[Any, Any]) -> dict[str, Any]:
                 found[column] = (rank, value)
     fields = {column: value for column, (_, value) in found.items()}
     if "type_line" in fields and "mana_cost" not in fields:
-        fields["mana_cost"] = cost  # without types beside it, "cost" is as often a price
+        fields["mana_cost"] = cost  # without a type column, "cost" is as often a price
     fields |= _of_faces(record.get("card_faces"), fields)
     if not isinstance(fields.get("face_name"), str) or _is_missing(fields["face_name"]):
         fields.pop("face_name", None)
-    kept = ("name", "colors")  # where an empty text is not the same as nothing
+    kept = ("name", "colors")  # an empty text differs from a missing value
     return {column: None if column not in kept and _is_missing(value) else value for column, value in fields.items()}
 
 
 def _of_faces(faces: Any, fields: Mapping[str, Any]) -> dict[str, str]:
-    """What Scryfall's ``card_faces`` have and the card itself has not."""
+    """Values that Scryfall's ``card_faces`` have and the card itself lacks."""
     found = {}
     if isinstance(faces, list) and all(isinstance(face, dict) for face in faces):
         for column in ("type_line", "mana_cost", "colors"):
@@ -231,19 +236,19 @@ def _name(fields: Mapping[str, Any], where: str) -> str | None:
     if not isinstance(value, str) or not value.strip() or value.strip() in _MISSING_NAMES:
         return None
     if len(value) > MAX_NAME:
-        raise ValueError(f"{where}: {len(value):,} characters are no card name: give one name a line")
+        raise ValueError(f"{where}: {len(value):,} characters are not a card name: give one name per line")
     return _FACES.sub(FACE_SEPARATOR, value)
 
 
 def _items(value: Any) -> list[str]:
-    """``["Elf", "Druid"]`` of that list, of what pandas writes for it, and of ``"Elf, Druid"``."""
+    """Parses a list, its text as pandas writes it, or ``"Elf, Druid"`` into ``["Elf", "Druid"]``."""
     if isinstance(value, str):
         return [word for word in re.split(r"[\s,;\[\]'\"(){}]+", value) if word]
     return [str(item) for item in value] if isinstance(value, list) else []
 
 
 def _type_line(fields: Mapping[str, Any]) -> str | None:
-    """The type line, put together where a file has its parts alone; known types in any case."""
+    """The type line, joined from its parts if need be; known types may be in any case."""
     line = fields["type_line"]
     if not line:
         before = [*_items(fields.get("supertypes")), *_items(fields.get("types"))]
@@ -256,7 +261,7 @@ def _type_line(fields: Mapping[str, Any]) -> str | None:
 
 
 def _colors(fields: Mapping[str, Any], type_line: str | None, read: Callable[..., Any]) -> str | None:
-    """Colors as letters. An empty cell means colorless only for a card that has a type line and no mana cost."""
+    """Colors as letters. An empty cell means colorless only for a card with a type line and without a mana cost."""
     if "colors" not in fields:
         return None
     value = fields["colors"]
@@ -268,10 +273,10 @@ def _colors(fields: Mapping[str, Any], type_line: str | None, read: Callable[...
 
 
 def _color_letters(value: Any) -> str:
-    """``"WU"`` of ``["U", "W"]``, ``"['W', 'U']"``, ``"White/Blue"``; ``"?"`` for several that are not named.
+    """``"WU"`` of ``["U", "W"]``, ``"['W', 'U']"``, ``"White/Blue"``; ``"?"`` for unnamed ones ("multicolor").
 
     Raises:
-        ValueError: these are no colors.
+        ValueError: these are not colors.
     """
     if isinstance(value, list):
         if not all(isinstance(letter, str) for letter in value):
@@ -293,7 +298,7 @@ def _colors_of_face(text: str) -> str:
 
 def _rarity(value: str) -> str | None:
     word = _folded(value)
-    numbered = re.fullmatch(r"([curm])\d+", word)  # C1, U2: how old sets count
+    numbered = re.fullmatch(r"([curm])\d+", word)  # C1, U2: numbering of old sets
     return _RARITIES.get(numbered[1] if numbered else word) or parse_rarity(value)
 
 

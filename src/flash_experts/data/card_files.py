@@ -1,4 +1,4 @@
-"""Cards of a user's own file: txt, csv, tsv, json, jsonl. Read as a stream, with bounds; errors name file and line."""
+"""Reads cards from a user's txt, csv, tsv, json or jsonl file, as a stream with size limits."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from flash_experts.data.card_columns import MAX_NAME, known_columns, raw_card
+from flash_experts.data.cards import FILE_KINDS, CardSource, RawCard, Unread
 from flash_experts.data.deck_lists import DeckList
-from flash_experts.data.sources import FILE_KINDS, CardSource, RawCard, Unread
 from flash_experts.plain_text import from_cell
 
-MAX_LINE_BYTES = 2**20  # a card with all its rulings has some thousand
-MAX_JSON_BYTES = 64 * 2**20  # a json file is parsed whole, in several times its size of memory
+MAX_LINE_BYTES = 2**20  # a card with all its rulings has a few thousand
+MAX_JSON_BYTES = 64 * 2**20  # a json file is parsed at once, in several times its size of memory
 MAX_CARDS = 1_000_000
-_SAMPLE = 200  # lines that show whether a text is a deck list, and a csv one of names
-_MOST_TITLES = 4  # lines above a heading
+_SAMPLE = 200  # lines for detecting deck lists and csv files of names alone
+_MAX_TITLES = 4  # lines above a heading
 _SEPARATORS = ",;\t|"
 _SEPARATOR_LINE = re.compile(r'"?sep=([,;\t|:^~ ]|\\t)"?[,;\t ]*', re.IGNORECASE)  # Excel's and Dragon Shield's
 _SAVE_AS = "save the file as UTF-8 (in Excel: CSV UTF-8)"
@@ -36,7 +36,7 @@ _BINARY = {
 }
 _FOREIGN = {
     r"<": "XML or HTML (Cockatrice and MTGO write XML): export the cards as CSV or plain text",
-    r"(Name|ManaCost|Types|Oracle):\S": "a card script of Forge, one card each: write the names into one txt file",
+    r"(Name|ManaCost|Types|Oracle):\S": "a card script of Forge, one card per file: write the names into one txt file",
     r"mse[ _]version:": "a set of Magic Set Editor: export it there as CSV or plain text",
 }
 _OTHER_KINDS = {
@@ -54,12 +54,12 @@ _OTHER_KINDS = {
 
 
 def read_file(path: Path) -> CardSource:
-    """Cards of a csv, tsv, json, jsonl or txt file; the suffix says which.
+    """Reads cards from a csv, tsv, json, jsonl or txt file, chosen by its suffix.
 
-    A list of names is enough: one a line in txt, an array of texts in json, a column ``name`` in csv (or a
-    single column without a heading). Other columns become attributes: see `flash_experts.data.card_columns`. A csv may
-    be separated by commas, semicolons, tabs or bars; a txt may be a deck list. Values that cannot be read are unknown,
-    and counted in ``unread``.
+    A list of names is enough: one per line in txt, an array of texts in json, a column ``name`` in csv (or a single
+    column without a heading). Other columns become attributes: see `flash_experts.data.card_columns`. A csv may be
+    separated by commas, semicolons, tabs or bars; a txt may be a deck list. Unreadable values are unknown, and counted
+    in ``unread``.
 
     Raises:
         ValueError: the file is empty, not UTF-8 or UTF-16, of another kind or too large, or a line is malformed
@@ -82,7 +82,7 @@ def read_file(path: Path) -> CardSource:
 
 
 def read_text(path: Path) -> list[RawCard]:
-    """Cards of a file of any suffix that has one name a line; there may be none.
+    """Reads cards from a file of any suffix with one name per line; there may be none.
 
     Raises:
         ValueError: as `read_file`.
@@ -103,7 +103,7 @@ def _bounded(path: Path, cards: Iterator[RawCard]) -> list[RawCard]:
 
 
 class _Lines:
-    """Lines of a text file with their ends, one at a time; at the end, ``digest`` is that of the whole file."""
+    """Iterates over lines of a text file with their ends; ``digest`` is complete after the last one."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -119,7 +119,9 @@ class _Lines:
             while line := file.readline(MAX_LINE_BYTES + 1):
                 number += 1
                 if len(line) > MAX_LINE_BYTES:
-                    raise ValueError(f"{self.path}:{number}: a line of more than {MAX_LINE_BYTES:,} bytes is no card")
+                    raise ValueError(
+                        f"{self.path}:{number}: a line of more than {MAX_LINE_BYTES:,} bytes is not a card"
+                    )
                 self.digest.update(line)
                 yield from _parts(_decoded(line, f"{self.path}:{number}", number == 1))
 
@@ -129,7 +131,7 @@ class _Lines:
         if size > MAX_JSON_BYTES:
             kind, instead = ("UTF-16 text", "UTF-8 text beyond")
             if self.path.suffix.lower() == ".json":
-                kind, instead = ("json", "jsonl (a card a line) beyond")
+                kind, instead = ("json", "jsonl (one card per line) beyond")
             most = MAX_JSON_BYTES // 2**20
             raise ValueError(f"{self.path}: {size // 2**20:,} MB: {kind} is read up to {most} MB, {instead}")
         data = self.path.read_bytes()
@@ -146,13 +148,13 @@ class _Lines:
 
 
 def _parts(text: str) -> Iterator[str]:
-    """Lines of a text, old Macs' line ends included."""
+    """Lines of a text, with classic Mac OS line ends too."""
     return filter(None, _LINE_ENDS.split(text))
 
 
 def _decoded(data: bytes, where: str, is_first: bool) -> str:
     try:
-        if b"\0" in data:  # valid UTF-8, but in no text: an archive, a spreadsheet, UTF-16
+        if b"\0" in data:  # valid UTF-8, but not text: an archive, a spreadsheet, UTF-16
             raise ValueError
         return data.decode("utf-8-sig" if is_first else "utf-8")
     except ValueError as error:
@@ -177,7 +179,7 @@ def _txt_rows(lines: _Lines, unread: Unread) -> Iterator[RawCard]:
     known = known_columns(cells)
     is_table = len(cells) > 1 and "name" in known and (len(known) > 1 or found != "," or not _is_one_name(first))
     stream = chain([first], stream)
-    if separator or is_table:  # saved as text
+    if separator or is_table:  # a csv saved as txt
         yield from _table_rows(stream, lines.path, unread, before, separator)
         return
     numbered = ((f"{lines.path}:{number}", line) for number, line in enumerate(stream, start=before + 1))
@@ -185,7 +187,7 @@ def _txt_rows(lines: _Lines, unread: Unread) -> Iterator[RawCard]:
 
 
 def _name_rows(numbered: Iterable[tuple[str, str]], unread: Unread) -> Iterator[RawCard]:
-    """Cards of lines that are names, or of a deck list. A heading in front is passed over."""
+    """Cards of a list of names or a deck list, without the heading."""
     stream = ((where, line.strip()) for where, line in numbered if line.strip())
     sample = list(islice(stream, _SAMPLE))
     if sample and len(sample[0][1]) < MAX_NAME and "name" in known_columns([sample[0][1]]):
@@ -213,7 +215,7 @@ def _csv_rows(lines: _Lines, unread: Unread) -> Iterator[RawCard]:
 
 
 def _heading(lines: Iterator[str]) -> tuple[int, str, str]:
-    """How many lines stand before the heading, the heading, and the separator that one of them names."""
+    """Number of lines before the heading, the heading, and the separator that a ``sep=`` line names."""
     before, separator = 0, ""
     for line in lines:
         named = _SEPARATOR_LINE.fullmatch(line.strip("\r\n"))
@@ -226,7 +228,7 @@ def _heading(lines: Iterator[str]) -> tuple[int, str, str]:
 
 
 def _separated(heading: str, where: str, given: str = "") -> tuple[str, list[str]]:
-    """The separator by which a heading has most of the columns that we know, and its cells; ``given`` comes first."""
+    """The separator that gives a heading the most known columns, and its cells; ``given`` is preferred."""
     found = []
     for separator in dict.fromkeys(given + _SEPARATORS):
         try:
@@ -241,7 +243,7 @@ def _separated(heading: str, where: str, given: str = "") -> tuple[str, list[str
 
 
 def _table_rows(lines: Iterator[str], path: Path, unread: Unread, before: int, separator: str) -> Iterator[RawCard]:
-    """Cards of a table. The first of ``lines`` is its heading, ``before`` lines stand before it."""
+    """Cards of a table. The first of ``lines`` is its heading, ``before`` lines precede it."""
     sample = list(islice(lines, _SAMPLE))
     if not sample[0]:
         return
@@ -249,7 +251,7 @@ def _table_rows(lines: Iterator[str], path: Path, unread: Unread, before: int, s
     _refuse_foreign(sample[0], where)
     separator, header = _separated(sample[0], where, separator)
     titles = 0
-    while "name" not in known_columns(header) and titles < min(_MOST_TITLES, len(sample) - 1):
+    while "name" not in known_columns(header) and titles < min(_MAX_TITLES, len(sample) - 1):
         titles += 1
         found, cells = _separated(sample[titles], where)
         if {"name"} < known_columns(cells):  # a title stands above the heading
@@ -262,7 +264,7 @@ def _table_rows(lines: Iterator[str], path: Path, unread: Unread, before: int, s
         all(map(_is_one_name, sample)) and (separator == "," or not all(separator in line for line in sample))
     )
     if "name" not in known and (known or not is_list):
-        hint = ": numbers of products are no names, export the names as well" if "other" in known else ""
+        hint = ": product numbers are not names, export the names as well" if "other" in known else ""
         raise ValueError(f"{where}: no column 'name' in the heading ({', '.join(header)[:MAX_NAME]}){hint}")
     if len(header) == 1 or "name" not in known:
         yield from _name_rows(_single_cells(_cells(stream, path, before, ",")), unread)
@@ -285,7 +287,7 @@ def _table_rows(lines: Iterator[str], path: Path, unread: Unread, before: int, s
 def _cells(
     lines: Iterator[str], path: Path, before: int, separator: str, **options: Any
 ) -> Iterator[tuple[str, list[str]]]:
-    """``file:line`` and the cells of each row that has any."""
+    """``file:line`` and cells of each non-empty row."""
     table = csv.reader(lines, delimiter=separator, strict=True, **options)
     try:
         for cells in table:
@@ -296,13 +298,13 @@ def _cells(
 
 
 def _is_one_name(line: str) -> bool:
-    """Whether a line without a heading can be one name: "Krenko, Mob Boss" has a space after its comma."""
+    """Whether a line can be a single name: "Krenko, Mob Boss" has a space after its comma."""
     text = line.strip().rstrip(",")
     return (text[:1] == text[-1:] == '"') or not _BETWEEN_CELLS.search(text)
 
 
 def _single_cells(rows: Iterator[tuple[str, list[str]]]) -> Iterator[tuple[str, str]]:
-    """The names of a file of one column, whose commas need no quotes."""
+    """Names of a single-column file, whose commas need no quotes."""
     for place, cells in rows:
         while not cells[-1].strip():
             cells.pop()
@@ -340,8 +342,8 @@ def _json_rows(lines: _Lines, unread: Unread) -> Iterator[RawCard]:
 def _records(document: Any) -> list[Any] | None:
     """The names or cards of a document; None if it has none.
 
-    An array of them; what Scryfall answers to a search; MTGJSON's sets (``data.cards``) and atomic cards (by name); or
-    columns, as pandas writes them.
+    Accepts an array, a Scryfall search result, MTGJSON's sets (``data.cards``) and atomic cards (by name), and columns
+    as pandas writes them.
     """
     for key in ("data", "cards"):
         if isinstance(document, dict):
@@ -363,17 +365,17 @@ def _records(document: Any) -> list[Any] | None:
 
 
 def _parsed(text: str, where: str, whole_file: bool = False) -> Any:
-    """A JSON document. ``where`` is ``file:line``, or the file if the text is all of it."""
+    """Parses JSON. ``where`` is ``file:line``, or the file if the text is its whole content."""
     try:
         record = json.loads(text)
-        if "\\ud" in text.lower():  # half a surrogate pair can be written in JSON, but not in UTF-8
+        if "\\ud" in text.lower():  # JSON allows a lone surrogate, UTF-8 does not
             json.dumps(record, ensure_ascii=False).encode("utf-8")
         return record
     except json.JSONDecodeError as error:
         place = f"{where}:{error.lineno}" if whole_file else where
-        hint = ": is it JSON lines? then rename it to .jsonl" if whole_file and error.msg == "Extra data" else ""
+        hint = ": if these are JSON lines, rename it to .jsonl" if whole_file and error.msg == "Extra data" else ""
         raise ValueError(f"{place}: not JSON: {error.msg}{hint}") from error
     except UnicodeEncodeError as error:
         raise ValueError(f"{where}: half a character (a lone \\ud... escape)") from error
-    except (ValueError, RecursionError) as error:  # a number of 5,000 digits; brackets in brackets in brackets
-        raise ValueError(f"{where}: not JSON of a card: {str(error).split(';')[0]}") from error
+    except (ValueError, RecursionError) as error:  # a number of 5,000 digits; deep nesting
+        raise ValueError(f"{where}: not the JSON of a card: {str(error).split(';')[0]}") from error

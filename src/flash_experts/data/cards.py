@@ -1,27 +1,87 @@
-"""A card as this project knows it: its name and the attributes that a name can be asked for by."""
+"""Card records: a name and the attributes that generation can be conditioned on."""
 
 from __future__ import annotations
 
-import difflib
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from flash_experts.data.names import faces_of, is_rebalanced, shown_form
+from flash_experts.plain_text import did_you_mean
 
-if TYPE_CHECKING:
-    from flash_experts.data.sources import CardSource
+UNKNOWN = "?"  # in the colors of a face
+FILE_SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".txt")
+FILE_KINDS = ", ".join(FILE_SUFFIXES)
 
-COLORS = "WUBRG"  # the order in which Magic writes them
+
+@dataclass(frozen=True, slots=True)
+class RawCard:
+    """One card as a source lists it. Values of several faces are joined by " // ", as the names are.
+
+    Attributes:
+        type_line: None if unknown. With fewer faces than the name, the other faces are unknown.
+        mana_cost: e.g. ``"{1}{R}"`` (see `flash_experts.data.cleaning.read_cost`); None if unknown or absent.
+        colors: letters, e.g. ``"WU"``; ``""`` for colorless, ``"?"`` for unknown; None to take the mana cost's.
+        mana_value: used where there is no mana cost.
+        flag: ``"jokes"``, ``"franchises"`` or ``""``.
+        excluded: reason why the source itself rules the card out, e.g. ``"memorabilia"``; else ``""``.
+    """
+
+    name: str
+    type_line: str | None = None
+    mana_cost: str | None = None
+    colors: str | None = None
+    mana_value: int | None = None
+    layout: str = ""
+    flag: str = ""
+    source_id: str = ""
+    rarity: str | None = None
+    set_code: str | None = None
+    released: str | None = None
+    excluded: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class CardSource:
+    """Raw cards and their provenance.
+
+    Attributes:
+        name: ``"embedded"``, a live source such as ``"scryfall"``, or the file's name.
+        rows: cards in the source's order.
+        unread: counts of `Unread`.
+    """
+
+    name: str
+    version: str
+    sha256: str
+    rows: tuple[RawCard, ...]
+    unread: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+class Unread:
+    """Counts values that could not be read, by column, with the first example of each.
+
+    Attributes:
+        counts: e.g. ``{"rarity": {"count": 3, "first": "mine.csv:7: 'Promo'"}}``; ready for JSON.
+    """
+
+    def __init__(self) -> None:
+        self.counts: dict[str, dict[str, Any]] = {}
+
+    def add(self, column: str, where: str, value: object) -> None:
+        """Counts one value of a column; ``where`` is its ``file:line``."""
+        entry = self.counts.setdefault(column, {"count": 0, "first": f"{Path(where).name}: {str(value)[:50]!r}"})
+        entry["count"] += 1
+
+
+COLORS = "WUBRG"  # in the order that Magic uses
 COLOR_WORDS = {"W": "white", "U": "blue", "B": "black", "R": "red", "G": "green"}
 COLORLESS = "colorless"
 RARITIES = ("common", "uncommon", "rare", "mythic")
 _RARITY_WORDS = {"c": "common", "u": "uncommon", "r": "rare", "m": "mythic", "mythic rare": "mythic"}
 SUPERTYPES = ("Basic", "Legendary", "World", "Snow")
-# In the order in which a type line has them: "Kindred Instant", "Artifact Land", "Enchantment Artifact Creature".
+
+# In the order of a type line: "Kindred Instant", "Artifact Land", "Enchantment Artifact Creature".
 TYPES = (
     *("Kindred", "Enchantment", "Artifact", "Land", "Planeswalker"),
     *("Battle", "Creature", "Instant", "Sorcery"),
@@ -29,27 +89,23 @@ TYPES = (
 _OLD_TYPES = {"Tribal": "Kindred"}  # renamed by Wizards of the Coast in 2023
 _DASH = re.compile(r"\s*(?:—|–|--)\s*|\s+-\s+")
 _SUBTYPES_OF_TWO_WORDS = ("Time Lord",)
-_SET_CODE = re.compile(r"(?=.*[A-Z])[A-Z0-9_]{2,10}", re.ASCII)  # with a letter: no mana value, no year
+_SET_CODE = re.compile(r"(?=.*[A-Z])[A-Z0-9_]{2,10}", re.ASCII)  # a letter tells it from a mana value or a year
 _DATE = re.compile(r"(?:19|20)\d\d(?:-\d\d(?:-\d\d)?)?", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """One name and what is known of the card (of the face, where a card has two).
+    """One name and the attributes of its card (of the face, where a card has two).
 
     Attributes:
-        name: as it is shown.
         type_line: e.g. ``"Legendary Creature — Goblin Warrior"``; ``""`` if unknown.
-        supertypes: e.g. ``("Legendary",)``.
         types: e.g. ``("Creature",)``; ``()`` if unknown.
-        subtypes: e.g. ``("Goblin", "Warrior")``.
         colors: letters in the order WUBRG; ``()`` is colorless, None unknown.
-        mana_value: what its mana cost adds up to, X counting 0; None without a mana cost, or if unknown.
-        source_id: where it comes from: ``"embedded:123"`` (row), ``"mine.csv:7"`` (line), or the source's id.
-        rarity: one of `RARITIES`; None if the source does not tell it (the embedded table has none).
-        set_code: of a printing, in capitals, e.g. ``"ZEN"``; None if unknown. A card has many printings: MTGJSON tells
-            of the first, Scryfall of the one that it takes for the best known.
-        released: the date of that printing, ``"2009-10-02"``, or its year alone; None if unknown.
+        mana_value: total of the mana cost with X as 0; None without a mana cost, or if unknown.
+        source_id: ``"embedded:123"`` (row), ``"mine.csv:7"`` (line), or the source's id.
+        rarity: one of `RARITIES`; None if unknown, as in the embedded table.
+        set_code: set of one printing, e.g. ``"ZEN"``: MTGJSON gives the first, Scryfall the best-known one.
+        released: date of that printing, ``"2009-10-02"``, or its year alone.
     """
 
     name: str
@@ -65,8 +121,8 @@ class Card:
     released: str | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """The object of a prepared line. What only some sources tell is there where it is told."""
-        told = {name: value for name in _TOLD_BY_SOME if (value := getattr(self, name)) is not None}
+        """The JSON object of a prepared line. Optional fields are left out where they are unknown."""
+        optional = {name: value for name in _OPTIONAL_FIELDS if (value := getattr(self, name)) is not None}
         return {
             "name": self.name,
             "type_line": self.type_line,
@@ -76,23 +132,19 @@ class Card:
             "colors": None if self.colors is None else list(self.colors),
             "mana_value": self.mana_value,
             "source_id": self.source_id,
-            **told,
+            **optional,
         }
 
     @classmethod
     def from_json(cls, fields: dict[str, Any], where: str) -> Card:
-        """The card of a prepared line.
-
-        Args:
-            fields: what `to_json` gave.
-            where: ``file:line``, for the error.
+        """The card of a prepared line; ``where`` is its ``file:line``, for errors.
 
         Raises:
             ValueError: a field is missing or has a wrong type.
         """
         if not isinstance(fields, dict):
             raise ValueError(f"{where}: a card must be a JSON object, not {type(fields).__name__}")
-        missing = [name for name in cls.__slots__ if name not in fields and name not in _TOLD_BY_SOME]
+        missing = [name for name in cls.__slots__ if name not in fields and name not in _OPTIONAL_FIELDS]
         if missing:
             raise ValueError(f"{where}: no {missing[0]!r} (run `flash-experts prepare` again)")
         colors, mana_value = fields["colors"], fields["mana_value"]
@@ -113,14 +165,14 @@ class Card:
             colors=None if colors is None else in_color_order(colors),
             mana_value=mana_value,
             source_id=fields["source_id"],
-            **{name: _told(fields.get(name), name, where) for name in _TOLD_BY_SOME},
+            **{name: _parse_optional(fields.get(name), name, where) for name in _OPTIONAL_FIELDS},
         )
 
 
-_TOLD_BY_SOME = ("rarity", "set_code", "released")
+_OPTIONAL_FIELDS = ("rarity", "set_code", "released")  # only some sources have them
 
 
-def _told(value: Any, field: str, where: str) -> str | None:
+def _parse_optional(value: Any, field: str, where: str) -> str | None:
     if value is not None and not isinstance(value, str):
         raise ValueError(f"{where}: {field} must be text or null, not {value!r}")
     if field == "rarity" and value not in (None, *RARITIES):
@@ -138,18 +190,17 @@ def _texts(value: Any, field: str, where: str) -> tuple[str, ...]:
 
 
 def in_color_order(letters: list[str] | tuple[str, ...] | set[str] | str) -> tuple[str, ...]:
-    """Distinct color letters in the order WUBRG; other letters are left out."""
+    """Distinct color letters in the order WUBRG, without other letters."""
     return tuple(color for color in COLORS if color in letters)
 
 
 def parse_colors(text: str | None) -> tuple[str, ...] | None:
-    """Color letters in the order WUBRG of what a person wrote; ``()`` for colorless, None for nothing.
+    """Parses colors into letters in the order WUBRG; ``()`` for colorless, None for an empty text.
 
-    ``"R"``, ``"WU"``, ``"red"``, ``"white and blue"``, ``"{W}{U}"``, ``"colorless"`` and ``"C"`` are
-    understood.
+    ``"R"``, ``"WU"``, ``"red"``, ``"white and blue"``, ``"{W}{U}"``, ``"colorless"`` and ``"C"`` are understood.
 
     Raises:
-        ValueError: a word is no color; the nearest is offered.
+        ValueError: a word is not a color (with a suggestion).
     """
     letter_of = {word: letter for letter, word in COLOR_WORDS.items()}
     words = [word for word in re.split(r"[\s,/{}&+]+|\band\b", (text or "").casefold()) if word]
@@ -166,9 +217,9 @@ def parse_colors(text: str | None) -> tuple[str, ...] | None:
             letters.update(set(word.upper()) - {"C"})
             colorless |= "c" in word
         else:
-            near = difflib.get_close_matches(word, [*letter_of, COLORLESS], n=1, cutoff=0.5)
             others = f"use {', '.join(letter_of)}, {COLORLESS}, or letters of {COLORS} (C for {COLORLESS})"
-            raise ValueError(f"unknown color {word!r}: " + (f"did you mean {near[0]!r}?" if near else others))
+            hint = did_you_mean(word, [*letter_of, COLORLESS], others, cutoff=0.5)
+            raise ValueError(f"unknown color {word!r}: {hint}")
     found = in_color_order(letters)
     if colorless and found:
         others = " and ".join(COLOR_WORDS[letter] for letter in found)
@@ -177,48 +228,35 @@ def parse_colors(text: str | None) -> tuple[str, ...] | None:
 
 
 def parse_rarity(text: str | None) -> str | None:
-    """One of `RARITIES` of what a person wrote: ``"Rare"``, ``"mythic rare"``, ``"M"``; None for nothing.
-
-    Raises:
-        ValueError: there is no such rarity; the nearest is offered.
-    """
+    """Parses a rarity (``"Rare"``, ``"mythic rare"``, ``"M"``); None for an empty text, ValueError for others."""
     word = " ".join((text or "").casefold().split())
     if not word:
         return None
     rarity = _RARITY_WORDS.get(word, word)
     if rarity not in RARITIES:
-        near = difflib.get_close_matches(word, RARITIES, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}?" if near else f"take {', '.join(RARITIES)}"
+        hint = did_you_mean(word, RARITIES, f"use {', '.join(RARITIES)}", cutoff=0.5)
         raise ValueError(f"unknown rarity {word!r}: {hint}")
     return rarity
 
 
 def parse_set_code(text: str | None) -> str | None:
-    """A set's code in capitals, ``"ZEN"``, of what a person or a source wrote; None for nothing.
-
-    Raises:
-        ValueError: it is no code.
-    """
+    """Parses a set code into capitals, ``"ZEN"``; None for an empty text, ValueError for a malformed one."""
     code = (text or "").strip().upper()
     if code and not _SET_CODE.fullmatch(code):
-        raise ValueError(f"a set is told by its code, 2 to 10 letters and digits such as ZEN, not {code[:50]!r}")
+        raise ValueError(f"a set is given by its code, 2 to 10 letters and digits such as ZEN, not {code[:50]!r}")
     return code or None
 
 
 def parse_date(text: str | None) -> str | None:
-    """A date of release, ``"2009-10-02"``, or a year, as it is written; None for nothing.
-
-    Raises:
-        ValueError: it is neither.
-    """
+    """Checks a release date (``"2009-10-02"``) or year; None for an empty text, ValueError for a malformed one."""
     date = (text or "").strip()
     if date and not _DATE.fullmatch(date):
-        raise ValueError(f"a release is told by its date or year, such as 2009-10-02 or 2009, not {date[:50]!r}")
+        raise ValueError(f"a release is given by its date or year, such as 2009-10-02 or 2009, not {date[:50]!r}")
     return date or None
 
 
 def split_type_line(type_line: str) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
-    """Supertypes, types and subtypes of one face's type line. Nothing is checked against the known types.
+    """Splits one face's type line into supertypes, types and subtypes, without checking types or subtypes.
 
     ``"Legendary Creature — Goblin Warrior"`` gives ``("Legendary",), ("Creature",), ("Goblin", "Warrior")``.
     """
@@ -229,7 +267,7 @@ def split_type_line(type_line: str) -> tuple[tuple[str, ...], tuple[str, ...], t
 
 
 def join_type_line(supertypes: tuple[str, ...], types: tuple[str, ...], subtypes: tuple[str, ...]) -> str:
-    """The type line as cards print it; the inverse of `split_type_line`."""
+    """The type line as printed on cards; the inverse of `split_type_line`."""
     line = " ".join((*supertypes, *types))
     return f"{line} — {' '.join(subtypes)}" if subtypes else line
 
@@ -238,36 +276,3 @@ def _subtypes(text: str) -> tuple[str, ...]:
     for pair in _SUBTYPES_OF_TWO_WORDS:
         text = text.replace(pair, pair.replace(" ", "\0"))
     return tuple(word.replace("\0", " ") for word in text.split())
-
-
-def load_source(source: str | Path) -> CardSource:
-    """Raw cards: ``"embedded"``, one of `flash_experts.data.sources.LIVE`, or a csv, json, jsonl or txt file.
-
-    Raises:
-        ValueError: there is no such source (the nearest is named), a file is malformed (file and line), or a live
-            source can be had neither from the network nor from the cache.
-    """
-    from flash_experts.data.sources import read_source
-
-    return read_source(source)
-
-
-@cache
-def _embedded_names() -> tuple[str, ...]:
-    from flash_experts.data.sources import read_embedded
-
-    return names_on(row.name for row in read_embedded().rows)
-
-
-def names_on(row_names: Iterable[str]) -> tuple[str, ...]:
-    """Every distinct face name among names of cards, in order.
-
-    Rebalanced doubles ("A-" before a name that is there too) are not names of their own.
-    """
-    faces = dict.fromkeys(shown_form(face) for name in row_names for face in faces_of(name))
-    return tuple(face for face in faces if face and not is_rebalanced(face, faces))
-
-
-def known_names() -> list[str]:
-    """Every name that is already a card in the embedded table, jokes and franchises and all."""
-    return list(_embedded_names())

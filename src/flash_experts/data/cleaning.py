@@ -1,6 +1,6 @@
-"""From raw cards to names worth learning: one pure function with a version.
+"""Data cleaning: a pure function from raw cards to the names of the dataset.
 
-Change the version with any change of what comes out, so that figures of different data are not compared.
+Increase `CLEANING_VERSION` with any change of the output, so that metrics of different data are not compared.
 """
 
 from __future__ import annotations
@@ -11,18 +11,25 @@ from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from flash_experts.data.cards import TYPES, Card, in_color_order, join_type_line, split_type_line
+from flash_experts.data.cards import (
+    TYPES,
+    UNKNOWN,
+    Card,
+    RawCard,
+    Unread,
+    in_color_order,
+    join_type_line,
+    split_type_line,
+)
 from flash_experts.data.names import FACE_SEPARATOR, faces_of, is_rebalanced, normal_form, shown_form
-from flash_experts.data.sources import UNKNOWN, RawCard, Unread
 
 CLEANING_VERSION = 2
 FLAGS = ("jokes", "franchises")  # left out unless asked for
-# Objects that sources list beside the cards: their names are no names of cards, and do not count as known.
+# Layouts of objects that are not cards: their names do not count as known.
 NOT_CARDS = frozenset({"token", "double_faced_token", "emblem", "art_series", "front_card"})
-
 _BLANK = re.compile(r"_{2,}")
-# Types that no deck holds, subtypes and layouts of such cards: the reason that is counted.
-_TYPES_OUT = {
+# Types, subtypes and layouts of cards that cannot be in a deck, with the reason that is counted.
+_EXCLUDED_TYPES = {
     "plane": "plane",
     "phenomenon": "phenomenon",
     "scheme": "scheme",
@@ -35,8 +42,8 @@ _TYPES_OUT = {
     "emblem": "token",
     "card": "token",
 }
-_SUBTYPES_OUT = {"Attraction": "attraction", "Contraption": "contraption"}
-_LAYOUTS_OUT = {
+_EXCLUDED_SUBTYPES = {"Attraction": "attraction", "Contraption": "contraption"}
+_EXCLUDED_LAYOUTS = {
     "host": "host",
     "augment": "augment",
     "planar": "plane",
@@ -53,13 +60,13 @@ _LAYOUTS_OUT = {
 
 @dataclass(frozen=True, slots=True)
 class Cleaned:
-    """What came out.
+    """The cleaned cards and what was dropped.
 
     Attributes:
         cards: one for each name, in the source's order.
-        dropped: names left out, by reason.
-        faces: names that came in; ``len(cards) + sum(dropped.values())``.
-        unread: mana costs that could not be read, as `flash_experts.data.sources.Unread` counts them.
+        dropped: number of names left out, by reason.
+        faces: number of input names: ``len(cards) + sum(dropped.values())``.
+        unread: unreadable mana costs, as in `flash_experts.data.cards.Unread`.
     """
 
     cards: tuple[Card, ...]
@@ -69,11 +76,11 @@ class Cleaned:
 
 
 def clean(rows: Iterable[RawCard], include: Collection[str] = ()) -> Cleaned:
-    """Names worth learning from raw cards.
+    """Turns raw cards into the names of the dataset.
 
-    Each face is a name of its own. Cards that no deck holds, rebalanced doubles ("A-"), names with blanks,
-    flagged names and names that were there already are dropped and counted. Of two faces with one name the
-    one that more is known of stays, at the place of the first. Cleaning what came out changes nothing.
+    Each face is a name of its own. Cards that cannot be in a deck, rebalanced duplicates ("A-"), names with blanks,
+    flagged names and repeated names are dropped and counted. Of two faces with the same name the one with more known
+    attributes stays, at the position of the first. Idempotent.
 
     Args:
         rows: raw cards of any source.
@@ -84,7 +91,7 @@ def clean(rows: Iterable[RawCard], include: Collection[str] = ()) -> Cleaned:
     """
     unknown = sorted(set(include) - set(FLAGS))
     if unknown:
-        raise ValueError(f"cannot include {unknown[0]!r}: take {' or '.join(FLAGS)}")
+        raise ValueError(f"cannot include {unknown[0]!r}: use {' or '.join(FLAGS)}")
     dropped: Counter[str] = Counter()
     rows = tuple(rows)
     face_names = {shown_form(face) for row in rows for face in faces_of(row.name)}
@@ -99,7 +106,7 @@ def clean(rows: Iterable[RawCard], include: Collection[str] = ()) -> Cleaned:
             key = normal_form(card.name)
             if reason is None and key in kept:
                 reason = "repeated"
-                if _facts(card) > _facts(kept[key]):
+                if _completeness(card) > _completeness(kept[key]):
                     kept[key] = card
             if reason is None:
                 kept[key] = card
@@ -109,7 +116,7 @@ def clean(rows: Iterable[RawCard], include: Collection[str] = ()) -> Cleaned:
 
 
 def _faces(row: RawCard, unread: Unread) -> Iterator[Card]:
-    """A card for each face. Facts of fewer faces than the name has belong to the first ones."""
+    """One card per face. Values of fewer faces than the name has belong to the first faces."""
     type_lines = faces_of(row.type_line or "")
     costs = (row.mana_cost or "").split(FACE_SEPARATOR)
     colors = (UNKNOWN if row.colors is None else row.colors).split(FACE_SEPARATOR)
@@ -121,9 +128,9 @@ def _faces(row: RawCard, unread: Unread) -> Iterator[Card]:
         symbols = read_cost(cost)
         if symbols is None:
             unread.add("mana_cost", row.source_id, cost)
-        # A mana value of 0 is what sources give a land: it has no mana cost.
+        # Sources give lands, which have no mana cost, a mana value of 0.
         given_value = row.mana_value if place == 0 and (row.mana_value or "Land" not in types) else None
-        # "2WU" can be three symbols or two: the value in the source decides, where the cost has no braces.
+        # "2WU" can be three symbols or two: without braces the source's mana value takes precedence.
         from_cost = bool(symbols) and (given_value is None or cost.startswith("{"))
         yield Card(
             name=shown_form(name),
@@ -148,27 +155,27 @@ def _colors(given: str, symbols: list[str] | None, types: tuple[str, ...]) -> tu
     return () if "Land" in types and "Creature" not in types else None
 
 
-def _facts(card: Card) -> int:
-    """How much is known of a card."""
+def _completeness(card: Card) -> int:
+    """Rank by how many attributes are known: types, then mana value, then colors."""
     return 4 * bool(card.types) + 2 * (card.mana_value is not None) + (card.colors is not None)
 
 
 def _reason(row: RawCard, card: Card, include: Collection[str]) -> str | None:
-    """Why a face is left out; None if it stays."""
+    """Reason to drop a face; None to keep it."""
     if _BLANK.search(card.name):
         return "blank"
     if not normal_form(card.name):
         return "no_letters"
-    if row.layout in _LAYOUTS_OUT:
-        return _LAYOUTS_OUT[row.layout]
+    if row.layout in _EXCLUDED_LAYOUTS:
+        return _EXCLUDED_LAYOUTS[row.layout]
     for kind in card.types:
         if kind not in TYPES:
-            return _TYPES_OUT.get(kind.lower(), "odd_type")
+            return _EXCLUDED_TYPES.get(kind.lower(), "odd_type")
     for kind in card.subtypes:
-        if kind in _SUBTYPES_OUT:
-            return _SUBTYPES_OUT[kind]
-    if row.out:
-        return row.out
+        if kind in _EXCLUDED_SUBTYPES:
+            return _EXCLUDED_SUBTYPES[kind]
+    if row.excluded:
+        return row.excluded
     if row.flag in FLAGS and row.flag not in include:
         return row.flag
     return None
@@ -188,10 +195,10 @@ _DECIMAL = re.compile(r"([0-9]{1,7})\.0")  # what pandas makes of 3
 
 
 def read_cost(cost: str) -> list[str] | None:
-    """The symbols of a mana cost, in capitals; ``[]`` for an empty one, None if it cannot be read.
+    """Parses a mana cost into symbols in capitals; ``[]`` for an empty one, None if it cannot be read.
 
     With braces or without: ``"{4}{W}"``, ``"4W"``, ``"(4)(W)"`` and ``"4 W"`` give ``["4", "W"]``; ``"2/W"``,
-    ``"{2W}"``, ``"W/P"`` and ``"wp"`` are one symbol each. Two colors together are a hybrid symbol in brackets, and as
+    ``"{2W}"``, ``"W/P"`` and ``"wp"`` are one symbol each. Two adjacent colors are a hybrid symbol in brackets, and as
     one of several words (Forge's ``"1 GW GW"``); elsewhere (``"4WU"``) they are two symbols.
     """
     text = cost.strip().upper().replace("|", "/")
@@ -214,7 +221,7 @@ def read_cost(cost: str) -> list[str] | None:
 
 
 def _set_apart(match: re.Match[str]) -> str:
-    """A bracketed symbol as a word of its own, with a mark in front; what is empty stays unreadable."""
+    """A bracketed symbol as a word with a mark in front; an empty one stays unreadable."""
     return f" \1{''.join(next(filter(None, match.groups()), '?').split())} "
 
 
@@ -225,7 +232,7 @@ def _short_hybrid(word: str) -> list[str] | None:
 
 
 def _bare(word: str) -> list[str] | None:
-    """``"10WW"`` to its symbols."""
+    """Symbols of a cost without brackets, such as ``"10WW"``."""
     found: list[str] = _BARE.findall(word)
     if "".join(found) != word or any(len(symbol) > 7 for symbol in found):
         return None
@@ -233,16 +240,16 @@ def _bare(word: str) -> list[str] | None:
 
 
 def colors_of_cost(cost: str) -> tuple[str, ...] | None:
-    """Colors of a mana cost, None if it cannot be read; a hybrid symbol has both: ``"{W/U}"`` gives ``("W", "U")``."""
+    """Colors of a mana cost, None if it cannot be read; a hybrid symbol has two: ``"{W/U}"`` gives ``("W", "U")``."""
     symbols = read_cost(cost)
     return None if symbols is None else in_color_order("".join(symbols))
 
 
 def mana_value(cost: str) -> int | None:
-    """What a mana cost adds up to, None if it cannot be read: ``"{X}{2}{R/G}"`` gives 3.
+    """Total of a mana cost, None if it cannot be read: ``"{X}{2}{R/G}"`` gives 3.
 
-    X, Y and Z count 0, a hybrid symbol its larger half (``"{2/R}"`` is 2), a half symbol (``"{HW}"``, on
-    jokes) one half, and the sum is rounded down.
+    X, Y and Z count 0, a hybrid symbol its larger half (``"{2/R}"`` is 2), a half symbol (``"{HW}"``, on jokes) one
+    half; the sum is rounded down.
     """
     symbols = read_cost(cost)
     return None if symbols is None else int(sum(map(_symbol_value, symbols)))

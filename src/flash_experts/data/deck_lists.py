@@ -1,4 +1,4 @@
-"""Deck lists and numbered lists: ``4 Lightning Bolt (M10) 146 *F*`` to a name and a set, sections to nothing."""
+"""Parser for deck lists and numbered lists: ``4 Lightning Bolt (M10) 146 *F*`` becomes a name and a set code."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from flash_experts.data.cards import known_names, parse_set_code
+from flash_experts.data.card_table import known_names
+from flash_experts.data.cards import parse_set_code
 from flash_experts.data.names import normal_form
 
 _COUNT = re.compile(r"^(?:SB:\s*)?(?:\d{1,3}\s*[x×]?|[x×]\d{1,3})\s+(?=\S)", re.IGNORECASE)
@@ -23,7 +24,7 @@ _SECTION = re.compile(
     re.IGNORECASE,
 )
 _TITLE = re.compile(r"(deck|decklist|main ?deck|main ?board|side ?board|commander|about)\s*:?", re.IGNORECASE)
-# What stands behind a name, from the right: foil marks, tags, categories, the set and the number in it.
+# Suffixes of a name, removed from the right: foil marks, tags, categories, set and collector number.
 _BEHIND = re.compile(
     r"\s+(?:\*\S{1,8}\*|#.*|\^[^^]*\^|`[^`]*`|<[^<>]*>|\((?:F|foil|etched)\)|\[[A-Z][^\[\]]*[a-z{][^\[\]]*\])$"
 )
@@ -31,7 +32,7 @@ _SET = re.compile(
     r"\s+[(\[]([A-Z0-9_]{2,8}|[a-z0-9_]{2,6})(?:[:#]\S+)?[)\]](?:\s+[\w★†\-/]{1,12})?$|\|([A-Z0-9_]{2,8})(?:\|\S+)?$"
 )  # | is Forge's
 _SET_BEFORE = re.compile(r"[(\[]([A-Za-z0-9_]{2,8})(?:[:#]\S+)?[)\]]\s+")
-_SHARE = 0.5  # with counts on more of its lines, a text is a deck list
+_SHARE = 0.5  # a text with counts on more than this share of its lines is a deck list
 _TOKENS = "token"
 
 
@@ -48,7 +49,7 @@ class DeckList:
     """Reads a deck list line by line.
 
     Args:
-        known: real names in normal form: lines that are one are left as they are, as "50 Feet of Rope" is.
+        known: normal forms of real names. A line that is one stays whole, such as "50 Feet of Rope".
     """
 
     def __init__(self, known: frozenset[str]) -> None:
@@ -57,7 +58,7 @@ class DeckList:
 
     @classmethod
     def of(cls, lines: Sequence[str]) -> DeckList | None:
-        """A reader, if the first lines of a file (none of them empty) are those of a deck list, and not names alone."""
+        """A reader, if these first non-empty lines of a file look like a deck list; None if they are names alone."""
         cards = [line for line in lines if not _COMMENT.match(line) and not _SECTION.fullmatch(line)]
         counted = [line for line in cards if _COUNT.match(line) or _MARK.match(line) or _COUNT_AFTER.search(line)]
         titled = bool(lines) and _TITLE.fullmatch(lines[0]) is not None

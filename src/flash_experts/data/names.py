@@ -1,4 +1,4 @@
-"""What a name is: how it is shown, when two names are the same, and its words. Strings alone."""
+"""Normalization of card names: display form, key for duplicate detection, faces and words."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Container
 
 FACE_SEPARATOR = " // "
 
-# Characters that look like another one, to the one that is meant. Letters with accents stay.
+# Look-alike characters, mapped to the intended one. Letters with accents stay.
 _LOOK_ALIKES = str.maketrans(
     dict.fromkeys("\u2018\u2019\u02bc\u2032\u00b4\u0060\uff07", "'")
     | dict.fromkeys("\u201c\u201d\u2033\uff02", '"')
@@ -16,7 +16,7 @@ _LOOK_ALIKES = str.maketrans(
     | dict.fromkeys("\ua789\u02d0\uff1a\ufe55", ":")  # modifier letter colon, length mark, full-width, small
     | {"\u2026": "...", "\uff0c": ",", "\u00ae": "", "\u2122": ""}
 )
-_INVISIBLE = frozenset(("Cc", "Cf", "Cs", "Co", "Cn"))  # control, format (zero width), no character at all
+_INVISIBLE = frozenset(("Cc", "Cf", "Cs", "Co", "Cn"))  # control, format (zero width), surrogate, private, unassigned
 # Letters that NFKD leaves whole although readers take them for plain ones.
 _WHOLE_LETTERS = str.maketrans(
     {"æ": "ae", "œ": "oe", "ø": "o", "đ": "d", "ð": "d", "ł": "l", "þ": "th", "ı": "i", "ħ": "h"}
@@ -25,7 +25,7 @@ _POSSESSIVE = re.compile(r"'s$|'$")
 
 
 def shown_form(name: str) -> str:
-    """A name as it is shown and learned: NFC, one kind of apostrophe, quote, dash and space, no stray spaces.
+    """The form of a name for display and training: NFC, one kind of apostrophe, quote, dash and space.
 
     ``"Ratonhnhaké꞉ton"`` (modifier letter colon) becomes ``"Ratonhnhaké:ton"``; accents stay. Idempotent.
     """
@@ -33,8 +33,8 @@ def shown_form(name: str) -> str:
         return name.strip()
     spaced = "".join(" " if character.isspace() else character for character in name)
     seen = "".join(character for character in spaced if unicodedata.category(character) not in _INVISIBLE)
-    # Composed first, so that a sign with a mark on it becomes one letter before signs are looked up; and again
-    # afterwards, because a sign that goes away can bring a letter and a mark together.
+    # Compose before looking up look-alikes, since a base and a mark may form one letter; and again afterwards, since a
+    # removed sign can bring a letter and a mark together.
     composed = unicodedata.normalize("NFC", seen)
     while (folded := unicodedata.normalize("NFC", composed.translate(_LOOK_ALIKES))) != composed:
         composed = folded
@@ -42,10 +42,10 @@ def shown_form(name: str) -> str:
 
 
 def normal_form(name: str) -> str:
-    """The key for "is this already a card": letters and digits alone, lower case, without accents.
+    """The key for comparing names: letters and digits alone, lower case, without accents.
 
     ``"Lim-Dûl's Vault"``, ``"lim dul's vault"`` and ``"LimDûls Vault"`` are one: ``"limdulsvault"``.
-    Idempotent. A name of marks alone gives ``""``, which stands for no card.
+    Idempotent. A name without letters or digits gives ``""``.
     """
     if name.isascii():
         return "".join(filter(str.isalnum, name.casefold()))
@@ -58,17 +58,17 @@ def normal_form(name: str) -> str:
 
 
 def faces_of(name: str) -> list[str]:
-    """The names on a card: ``"Fire // Ice"`` has two. (``"SP//dr"`` is one.)"""
+    """The face names of a card: ``"Fire // Ice"`` has two, ``"SP//dr"`` one."""
     return [face.strip() for face in name.split(FACE_SEPARATOR) if face.strip()] or [name.strip()]
 
 
 def is_rebalanced(name: str, names: Container[str]) -> bool:
-    """Whether a name is another card's, rebalanced for digital play: "A-" before a name that is there."""
+    """Whether a name is "A-" before another one of ``names``: a card rebalanced for digital play."""
     return name.startswith("A-") and name.removeprefix("A-") in names
 
 
 def family_words(name: str) -> frozenset[str]:
-    """Words of a name by which it has relatives, in normal form and without possessive endings.
+    """Words of a name that can link it to a family, in normal form and without possessive endings.
 
     ``"Lim-Dûl's Vault"`` has ``limdul`` and ``vault``.
     """

@@ -1,11 +1,11 @@
-"""Names to token ids, and many names to one padding-free row.
+"""Tokenization of names, and sequence packing: many names in one padding-free batch.
 
-A name is learned as the text ``<|endoftext|> + prompt + " " + name + <|endoftext|>``. The loss is on the name and
-its end symbol alone. A batch is one row of such names, one after the other, with the positions starting again at
-each (the layout of transformers' ``DataCollatorWithFlattening``), so no padding token is ever multiplied. The
-final end symbol is a target and never an input: nothing follows it, so the row leaves it out.
+The training text is ``<|endoftext|> + prompt + " " + name + <|endoftext|>`` (BOS, prompt, name, EOS), with the loss on
+the name and its EOS alone. A batch is one packed sequence, laid out as by transformers' ``DataCollatorWithFlattening``:
+positions start again at each name, so there are no padding tokens and no padding mask. The EOS token is a label and
+never an input.
 
-Letters in the shapes: T tokens of the row, L labelled positions, N names.
+Shape suffixes: T tokens of the packed sequence, L labels, N names.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+from torch import nn
+from torch.nn import functional
 from transformers import PreTrainedTokenizerBase
 
 from flash_experts.data.cards import Card
@@ -27,34 +29,37 @@ class EncodedName:
     """One name as token ids.
 
     Attributes:
-        ids: begin symbol, prompt, name, end symbol.
-        prompt_length: how many of ``ids`` come before the name (the begin symbol counts).
-        characters: letters of the name plus one for the end symbol.
+        ids: BOS, prompt, name, EOS.
+        prompt_length: number of ids before the name, BOS included.
+        characters: characters of the name plus one for EOS.
+        top_row: row of its first label in a teacher's `TopLogits`; -1 without a teacher.
     """
 
     ids: tuple[int, ...]
     prompt_length: int
     characters: int
+    top_row: int = -1
 
     @property
     def num_inputs(self) -> int:
-        """Tokens that this name adds to a packed row (all but the end symbol)."""
+        """Tokens that this name adds to a packed sequence (all but EOS)."""
         return len(self.ids) - 1
 
 
 @dataclass(frozen=True, slots=True)
 class PackedBatch:
-    """Names in one row without padding, and where the loss is.
+    """A packed sequence of names without padding, and its labels.
 
     Attributes:
         input_ids: (1, T) int64.
         position_ids: (1, T) int64, from 0 in each name.
-        cu_seq_lens: (N + 1,) int32, where each name starts, and T at the end.
+        cu_seq_lens: (N + 1,) int32, start of each name, and T.
         max_length: tokens of the longest name.
-        keep: (L,) int64, the positions whose next token is a label.
+        keep: (L,) int64, positions whose next token is a label.
         labels: (L,) int64, those next tokens.
-        name_index: (L,) int64, the name that each label belongs to.
-        characters: (N,) int64, letters of each name plus one for its end symbol.
+        name_index: (L,) int64, name of each label.
+        characters: (N,) int64, characters of each name plus one for EOS.
+        top_rows: (L,) int64, row of each label in a teacher's `TopLogits`; -1 without a teacher.
     """
 
     input_ids: torch.Tensor
@@ -65,6 +70,7 @@ class PackedBatch:
     labels: torch.Tensor
     name_index: torch.Tensor
     characters: torch.Tensor
+    top_rows: torch.Tensor
 
     @property
     def num_names(self) -> int:
@@ -72,12 +78,12 @@ class PackedBatch:
 
     @property
     def num_tokens(self) -> int:
-        """T: the tokens that the model multiplies. None of them is padding."""
+        """T, the tokens that the model processes."""
         return self.input_ids.numel()
 
     @property
     def inputs(self) -> dict[str, Any]:
-        """Arguments of a causal LM's forward; its logits come out as (1, L, vocabulary)."""
+        """Arguments of a causal LM's forward, whose logits are (1, L, vocabulary)."""
         return {
             "input_ids": self.input_ids,
             "position_ids": self.position_ids,
@@ -90,11 +96,11 @@ class PackedBatch:
         }
 
     def inputs_with_loss(self, num_items: int | torch.Tensor) -> dict[str, Any]:
-        """As `inputs`, and the forward's ``.loss`` is the summed cross-entropy (nats) divided by ``num_items``.
+        """`inputs` plus labels: the forward's ``.loss`` is the summed cross-entropy (nats) divided by ``num_items``.
 
         Args:
-            num_items: labels of the whole optimizer step, over all its micro-batches and processes. With it the
-                sum of the micro-batches' losses is the loss of one large batch.
+            num_items: labels of the whole optimizer step over all micro-batches and processes, so that the losses of
+                gradient accumulation add up to that of one large batch.
         """
         return self.inputs | {
             "labels": self.labels[None],
@@ -103,7 +109,7 @@ class PackedBatch:
         }
 
     def to(self, device: torch.device | str) -> PackedBatch:
-        """The same batch on another device."""
+        """Copies the batch to a device."""
         moved: dict[str, Any] = {
             name: value.to(device, non_blocking=True)
             for name in self.__slots__
@@ -113,7 +119,7 @@ class PackedBatch:
 
 
 def encode_name(name: str, attributes: Attributes, tokenizer: PreTrainedTokenizerBase) -> EncodedName:
-    """Token ids of one name after the prompt of its attributes. See `encode_names`."""
+    """`encode_names` of one name."""
     return encode_names([name], [attributes], tokenizer)[0]
 
 
@@ -122,21 +128,20 @@ def encode_names(
 ) -> list[EncodedName]:
     """Token ids of names, each after the prompt of its attributes.
 
-    Prompt and name are tokenized apart, so that the boundary is the same when a name is generated after a prompt.
-    The same prompt comes often (there are few colors and types): each distinct one is tokenized once.
+    Prompt and name are tokenized separately, so that the boundary is the same as in generation.
     """
     assert len(names) == len(attributes)
     if not names:
         return []
     prompts = [attribute.prompt() for attribute in attributes]
-    distinct = list(dict.fromkeys(prompts))
+    distinct = list(dict.fromkeys(prompts))  # few combinations of types and colors: tokenize each once
     ids_of_prompt = dict(zip(distinct, _token_ids(distinct, tokenizer), strict=True))
     ids_of_names = _token_ids([" " + name for name in names], tokenizer)
-    begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     encoded = []
     for name, prompt, name_ids in zip(names, prompts, ids_of_names, strict=True):
         prompt_ids = ids_of_prompt[prompt]
-        encoded.append(EncodedName((begin, *prompt_ids, *name_ids, end), 1 + len(prompt_ids), len(name) + 1))
+        encoded.append(EncodedName((bos, *prompt_ids, *name_ids, eos), 1 + len(prompt_ids), len(name) + 1))
     return encoded
 
 
@@ -145,27 +150,21 @@ def encode_cards(
     tokenizer: PreTrainedTokenizerBase,
     attributes_of: Callable[[Card], Attributes] = Attributes.of,
 ) -> list[EncodedName]:
-    """`encode_names` of cards; ``attributes_of`` says what the prompt of each tells (default: all of it)."""
+    """`encode_names` of cards; ``attributes_of`` picks the attributes of each prompt (default: all that are known)."""
     return encode_names([card.name for card in cards], [attributes_of(card) for card in cards], tokenizer)
 
 
 def split_by_context(
     cards: Sequence[Card], tokenizer: PreTrainedTokenizerBase, context: int | None
 ) -> tuple[list[Card], list[Card]]:
-    """Cards whose name fits into a model after the prompt of all its attributes, and those whose name does not.
-
-    Args:
-        cards: what to look at.
-        tokenizer: the model's.
-        context: tokens that the model takes at most; None for any number.
-    """
+    """Splits cards into those whose prompt and name fit into ``context`` tokens (None: no limit), and the others."""
     if context is None:
         return list(cards), []
-    # A token is a byte of text or more, so few names need to be tokenized. One more is the BOS token.
+    # A token is at least one byte, so few names need to be tokenized. Plus one for BOS.
     lengths = [len(f"{Attributes.of(card).prompt()} {card.name}".encode()) + 1 for card in cards]
-    perhaps = [index for index, length in enumerate(lengths) if length > context]
-    encoded = encode_cards([cards[index] for index in perhaps], tokenizer)
-    too_long = {index for index, name in zip(perhaps, encoded, strict=True) if name.num_inputs > context}
+    candidates = [index for index, length in enumerate(lengths) if length > context]
+    encoded = encode_cards([cards[index] for index in candidates], tokenizer)
+    too_long = {index for index, name in zip(candidates, encoded, strict=True) if name.num_inputs > context}
     return (
         [card for index, card in enumerate(cards) if index not in too_long],
         [cards[index] for index in sorted(too_long)],
@@ -177,9 +176,9 @@ def _token_ids(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[lis
 
 
 def pack(names: Sequence[EncodedName]) -> PackedBatch:
-    """Puts names into one row.
+    """Packs names into one sequence.
 
-    Two names of ids ``[b p | a e]`` and ``[b | c d e]`` (``b`` begin, ``p`` prompt, ``e`` end) become::
+    Two names of ids ``[b p | a e]`` and ``[b | c d e]`` (``b`` BOS, ``p`` prompt, ``e`` EOS) become::
 
         input_ids     b p a   b c d
         position_ids  0 1 2   0 1 2
@@ -193,13 +192,16 @@ def pack(names: Sequence[EncodedName]) -> PackedBatch:
     keep: list[int] = []
     labels: list[int] = []
     name_index: list[int] = []
+    top_rows: list[int] = []
     for index, name in enumerate(names):
         start, length = starts[-1], name.num_inputs
         input_ids.extend(name.ids[:-1])
         position_ids.extend(range(length))
         keep.extend(range(start + name.prompt_length - 1, start + length))
         labels.extend(name.ids[name.prompt_length :])
-        name_index.extend([index] * (len(name.ids) - name.prompt_length))
+        num_labels = len(name.ids) - name.prompt_length
+        name_index.extend([index] * num_labels)
+        top_rows.extend(range(name.top_row, name.top_row + num_labels) if name.top_row >= 0 else [-1] * num_labels)
         starts.append(start + length)
     return PackedBatch(
         input_ids=torch.tensor([input_ids]),
@@ -210,20 +212,31 @@ def pack(names: Sequence[EncodedName]) -> PackedBatch:
         labels=torch.tensor(labels),
         name_index=torch.tensor(name_index),
         characters=torch.tensor([name.characters for name in names]),
+        top_rows=torch.tensor(top_rows),
     )
 
 
 def pack_all(names: Sequence[EncodedName], tokens_per_batch: int) -> list[PackedBatch]:
-    """All names, in their order, in rows of at most ``tokens_per_batch`` tokens (a longer name has its own row)."""
+    """Packs names in order into batches of at most ``tokens_per_batch`` tokens (a longer name is a batch by itself)."""
     batches: list[PackedBatch] = []
-    row: list[EncodedName] = []
+    pending: list[EncodedName] = []
     tokens = 0
     for name in names:
-        if row and tokens + name.num_inputs > tokens_per_batch:
-            batches.append(pack(row))
-            row, tokens = [], 0
-        row.append(name)
+        if pending and tokens + name.num_inputs > tokens_per_batch:
+            batches.append(pack(pending))
+            pending, tokens = [], 0
+        pending.append(name)
         tokens += name.num_inputs
-    if row:
-        batches.append(pack(row))
+    if pending:
+        batches.append(pack(pending))
     return batches
+
+
+def name_nats(model: nn.Module, batch: PackedBatch) -> torch.Tensor:
+    """Negative log-likelihood in nats of each name of a packed sequence, EOS token included: (N,) float32.
+
+    Of the tokenizer's one tokenization, so an upper bound. The model must use ``fe_attention``.
+    """
+    logits_LV = model(**batch.inputs).logits[0]
+    nats_L = functional.cross_entropy(logits_LV.float(), batch.labels, reduction="none")
+    return nats_L.new_zeros(batch.num_names).index_add_(0, batch.name_index, nats_L)

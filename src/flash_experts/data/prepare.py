@@ -1,28 +1,30 @@
-"""From a source to the files that training reads: clean, split, write; and reading them back."""
+"""Prepares the dataset: cleans a source, splits it and writes JSON lines; and loads prepared files."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import lzma
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from flash_experts.ctrl_c import held_back
-from flash_experts.data.cards import Card, known_names, load_source, names_on
-from flash_experts.data.cleaning import CLEANING_VERSION, NOT_CARDS, clean
+from flash_experts.ctrl_c import deferred_ctrl_c
+from flash_experts.data.card_table import EMBEDDED, face_names, known_names
+from flash_experts.data.cards import Card, CardSource, RawCard
+from flash_experts.data.cleaning import CLEANING_VERSION, FLAGS, NOT_CARDS, clean
 from flash_experts.data.names import faces_of, normal_form, shown_form
-from flash_experts.data.sources import EMBEDDED, LIVE, CardSource
+from flash_experts.data.sources import LIVE, load_source
 from flash_experts.data.splits import SPLITS, split_by_family
 from flash_experts.files import flush_file, folder_lock, whole_file, whole_files
 
 META = "meta.json"
 KNOWN_NAMES = "known_names.txt"
 FILES = (*(f"{split}.jsonl" for split in SPLITS), KNOWN_NAMES, META)
-_REPLACING = ".prepare.json"  # hashes of the files before and after: a kill between two renames leaves no meta.json
-NAMES_TOLD = 50  # of what changed; the counts tell of all
+_REPLACING = ".prepare.json"  # old and new hashes: a kill between two renames leaves no meta.json
+NAMES_LISTED = 50  # changed names in meta.json; the counts are of all
 _HINT = "run `flash-experts prepare`"
 
 
@@ -31,35 +33,34 @@ def prepare(
     out: str | Path = Path("data/mtg"),
     include: Sequence[str] = (),
     overwrite: bool = False,
+    only: str | None = None,
 ) -> dict[str, Any]:
     """Writes train, validation, test and test_iid .jsonl, known_names.txt and meta.json.
 
-    The same source gives the same bytes, and nothing is written when they are there. Files get their names when all are
-    written; ``meta.json`` goes first and comes last, so a folder that has one is whole.
-    Its ``"changes"`` lists what the last run that wrote something changed: names added and removed, and from what.
+    The same source gives the same bytes, and nothing is written if they exist already. ``meta.json`` is written last,
+    so a folder that has one is complete. Its ``"changes"`` lists the names that the last run added and removed.
 
     Args:
-        source: ``"embedded"``, ``"scryfall"``, ``"mtgjson"``, ``"mtgjson-printings"``, or a csv, json, jsonl or txt
-            file (`flash_experts.data.card_files.read_file`).
-        out: folder; other files in it stay.
+        source: see `flash_experts.data.sources.load_source`.
+        out: output folder; other files in it stay.
         include: flagged names to keep: ``"jokes"``, ``"franchises"``.
-        overwrite: replace files of these names that another program wrote, or that were changed since.
+        overwrite: replace existing files that prepare did not write, or that were changed since.
+        only: use the cards with this flag alone.
 
     Returns:
-        What meta.json says (``"dropped"``: names left out, by reason; ``"unread"``: values that could not be read and
-        are unknown, by column), and ``"up_to_date"``: whether the files were there already, byte for byte.
+        The content of meta.json, and ``"up_to_date"``: whether identical files existed already.
 
     Raises:
-        ValueError: the source is unknown, malformed or out of reach, or has too few names; or the folder has files that
-            may not be replaced, the source among them.
+        ValueError: the source is unknown, malformed or unreachable, or ``out`` has files that must not be replaced.
         OSError: the folder cannot be written.
     """
     out = Path(out)
     _check_out(out, source, overwrite)
     cards = load_source(source)
-    cleaned = clean(cards.rows, include)
+    rows = cards.rows if only is None else _flagged(cards.rows, only)
+    cleaned = clean(rows, include if only is None else [only])
     if not cleaned.cards:
-        raise ValueError(f"{source}: no name is left after cleaning ({_reasons(cleaned.dropped)})")
+        raise ValueError(f"{source}: no name is left after cleaning ({_reasons(cleaned.dropped) or 'no such cards'})")
     split = split_by_family(cleaned.cards)
     known = dict.fromkeys((*known_names(), *_names_of(cards)))
     files = {f"{name}.jsonl": _lines(card.to_json() for card in split.parts[name]) for name in SPLITS}
@@ -70,7 +71,8 @@ def prepare(
         "source_sha256": cards.sha256,
         "cleaning_version": CLEANING_VERSION,
         "include": sorted(set(include)),
-        "rows": len(cards.rows),
+        **({} if only is None else {"only": only}),
+        "rows": len(rows),
         "faces": cleaned.faces,
         "dropped": cleaned.dropped,
         "unread": {**cards.unread, **cleaned.unread},
@@ -88,10 +90,16 @@ def prepare(
     return meta | {"up_to_date": up_to_date}
 
 
+def _flagged(rows: Iterable[RawCard], flag: str) -> tuple[RawCard, ...]:
+    if flag not in FLAGS:
+        raise ValueError(f"no cards have the flag {flag!r}: use {' or '.join(FLAGS)}")
+    return tuple(row for row in rows if row.flag == flag)
+
+
 def _names_of(source: CardSource) -> Iterable[str]:
-    """Every name of a source that counts as known: of a user's own file all, tokens and doubles included."""
+    """Names of a source that count as known: all names of a user's file, tokens and duplicates included."""
     if source.name in (EMBEDDED, *LIVE):
-        return names_on(row.name for row in source.rows if row.layout not in NOT_CARDS)
+        return face_names(row.name for row in source.rows if row.layout not in NOT_CARDS)
     return filter(None, (shown_form(face) for row in source.rows for face in faces_of(row.name)))
 
 
@@ -103,7 +111,7 @@ def _write(
     meta: dict[str, Any],
     names: Sequence[str],
 ) -> bool:
-    """Adds what changed to ``meta``, and writes all files unless they are there. Returns whether they were."""
+    """Adds the changes to ``meta`` and writes all files. Returns whether identical files existed already."""
     made = not out.exists()
     out.mkdir(parents=True, exist_ok=True)
     try:
@@ -123,10 +131,10 @@ def _write(
 
 
 def _check_out(out: Path, source: str | Path, overwrite: bool) -> None:
-    """Whether the files may be written: those that are there must be what a former run wrote, by their hashes.
+    """Checks by hash that existing files were written by a previous run.
 
     Raises:
-        ValueError: one is not, or is the source.
+        ValueError: one was not, or is the source.
     """
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file: give --out a folder")
@@ -144,7 +152,7 @@ def _check_out(out: Path, source: str | Path, overwrite: bool) -> None:
 
 
 def _hashes_of(path: Path) -> list[tuple[str, str]]:
-    """Names and SHA-256 of files, as meta.json has them; empty where it is not one of prepare's."""
+    """Names and SHA-256 of files listed in a meta.json; empty if prepare did not write it."""
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
         hashes = meta["sha256"]
@@ -160,7 +168,7 @@ def _sha256(path: Path) -> str:
 
 
 def _changes(out: Path, meta: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any] | None:
-    """What is new since the files that are there; what they say themselves if nothing is; None without any."""
+    """Names added and removed since the existing files; their own record if nothing changed; None without files."""
     try:
         before = load_meta(out)
         if {**before, "changes": None} == {**meta, "changes": None}:
@@ -175,8 +183,8 @@ def _changes(out: Path, meta: Mapping[str, Any], names: Iterable[str]) -> dict[s
         "names_before": len(old),
         "added": len(added),
         "removed": len(removed),
-        "added_names": added[:NAMES_TOLD],
-        "removed_names": removed[:NAMES_TOLD],
+        "added_names": added[:NAMES_LISTED],
+        "removed_names": removed[:NAMES_LISTED],
     }
 
 
@@ -193,10 +201,10 @@ def _holds(path: Path, data: bytes) -> bool:
 
 
 def _write_all(out: Path, files: dict[str, bytes], hashes: Mapping[str, str]) -> None:
-    """All files or, if writing fails, none."""
+    """Writes all files or, if one fails, none."""
     replacing = out / _REPLACING
     either = {"cleaning_version": CLEANING_VERSION, "sha256": [*_hashes_of(out / META), *hashes.items()]}
-    with held_back(), whole_files([out / name for name in files]) as temporaries:  # META is the last
+    with deferred_ctrl_c(), whole_files([out / name for name in files]) as temporaries:  # META is the last
         for temporary, data in zip(temporaries, files.values(), strict=True):
             temporary.write_bytes(data)
             flush_file(temporary)
@@ -207,11 +215,7 @@ def _write_all(out: Path, files: dict[str, bytes], hashes: Mapping[str, str]) ->
 
 
 def load_split(folder: str | Path, split: str) -> list[Card]:
-    """The cards of a prepared split.
-
-    Args:
-        folder: what `prepare` wrote.
-        split: ``"train"``, ``"validation"``, ``"test"`` or ``"test_iid"``.
+    """Loads one of `SPLITS` from a folder that `prepare` wrote.
 
     Raises:
         ValueError: there is no such split or file, it is empty, or a line is malformed (``file:line``).
@@ -224,16 +228,19 @@ def load_split(folder: str | Path, split: str) -> list[Card]:
 
 
 def load_cards(path: str | Path) -> list[Card]:
-    """The cards of one file of prepared lines.
+    """Loads a file of prepared lines, which may be compressed (``.jsonl.xz``).
 
     Raises:
         ValueError: there is no such file, it is empty, or a line is malformed (``file:line``).
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"no file {path}: give one of prepared lines, such as generate --attributes-from writes")
-    with open(path, "rb") as file:
-        cards = [_card(line, f"{path}:{number}") for number, line in enumerate(file, start=1) if line.strip()]
+        raise ValueError(f"no file {path}: give a file of prepared lines, such as generate --attributes-from writes")
+    try:
+        with lzma.open(path) if path.suffix == ".xz" else open(path, "rb") as file:
+            cards = [_card(line, f"{path}:{number}") for number, line in enumerate(file, start=1) if line.strip()]
+    except (lzma.LZMAError, EOFError) as error:
+        raise ValueError(f"{path} is not a whole xz file ({error})") from error
     if not cards:
         raise ValueError(f"{path} is empty: {_HINT} again")
     return cards
@@ -250,7 +257,7 @@ def _card(line: bytes, where: str) -> Card:
 
 
 def load_known_names(folder: str | Path) -> frozenset[str]:
-    """Normal forms of every name in a prepared folder: all known cards, and the names of the splits.
+    """Normal forms of all names in a prepared folder: known cards and the names of the splits.
 
     Raises:
         ValueError: a file is missing or malformed.
@@ -263,28 +270,24 @@ def load_known_names(folder: str | Path) -> frozenset[str]:
 
 
 def extra_cards(path: str | Path, folder: str | Path) -> list[Card]:
-    """Cards of a file to train on besides a folder's training split, such as names that a teacher made.
+    """Loads cards to train on in addition to a folder's training split, such as names that a teacher generated.
 
     Raises:
-        ValueError: as `load_cards`, or a name of a held-out split is among them.
+        ValueError: as `load_cards`, or a name is in a held-out split.
     """
     cards = load_cards(path)
     held_out = {normal_form(card.name) for split in SPLITS if split != "train" for card in load_split(folder, split)}
     for number, card in enumerate(cards, start=1):
         if normal_form(card.name) in held_out:
             raise ValueError(
-                f"{path}: name {number:,}, {card.name!r}, is held out in {folder}: a model that learned it could not "
-                "be evaluated there. Remove its line"
+                f"{path}: name {number:,}, {card.name!r}, is held out in {folder}: a model trained on it could not be "
+                "evaluated there. Remove its line"
             )
     return cards
 
 
 def load_meta(folder: str | Path) -> dict[str, Any]:
-    """What `prepare` wrote to meta.json.
-
-    Raises:
-        ValueError: it is missing or malformed.
-    """
+    """Loads the meta.json that `prepare` wrote. Raises ValueError if it is missing or malformed."""
     path = Path(folder) / META
     _check_there(path)
     try:
@@ -301,3 +304,24 @@ def _check_there(path: Path) -> None:
         raise ValueError(f"no prepared names in {path.parent}: {_HINT} --out {path.parent}")
     if not path.is_file():
         raise ValueError(f"no {path.name} in {path.parent}: {_HINT} --out {path.parent}")
+
+
+def check_prepared(folder: str | Path, splits: Sequence[str] = ("train", "validation")) -> None:
+    """Compares each split's file with its SHA-256 in meta.json, if there is one.
+
+    Raises:
+        ValueError: meta.json is missing, or a file was changed.
+    """
+    recorded = load_meta(folder).get("sha256", {})
+    for split in splits:
+        path = Path(folder) / f"{split}.jsonl"
+        if path.name not in recorded or not path.is_file():  # `load_split` reports a missing file
+            continue
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != recorded[path.name]:
+            raise ValueError(
+                f"{path} is not the file that was prepared (its SHA-256 is not the one in meta.json): run "
+                f"`flash-experts prepare --out {folder}` again, or, if you changed it on purpose, remove its line from "
+                "sha256 in meta.json"
+            )

@@ -1,13 +1,13 @@
-"""What a name is asked for by: attributes, and the prompt that stands before a name in their place."""
+"""Attributes that generation is conditioned on, and the text prompt that carries them to the model."""
 
 from __future__ import annotations
 
-import difflib
+import itertools
 import random
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from functools import cache
 from typing import Any
 
@@ -25,25 +25,23 @@ from flash_experts.data.cards import (
     split_type_line,
 )
 from flash_experts.data.names import normal_form
+from flash_experts.plain_text import nearest
 
-MOST_MANA = 10**7  # the dearest card costs a million (Gleemax)
+MAX_MANA_VALUE = 10**7  # the most expensive card costs a million (Gleemax)
 _DASH = re.compile(r"—|–|--|(?:^|\s)-(?=\s|$)")
 
 
 @dataclass(frozen=True, slots=True)
 class Attributes:
-    """Attributes of a card, any of them left open.
+    """Attributes that a name is conditioned on; None leaves one unspecified.
+
+    The embedded table has no ``rarity``, ``set_code`` and ``released``: they need a model trained on another source.
 
     Attributes:
-        supertypes: None if not given; ``()`` says that it has none, and reads the same in the prompt.
-        types: as ``supertypes``.
-        subtypes: as ``supertypes``.
-        colors: letters in the order WUBRG; None if not given; ``()`` says colorless.
-        mana_value: None if not given.
-        rarity: one of `flash_experts.data.cards.RARITIES`; None if not given. Cards of the embedded table have none,
-            nor the two below: a model listens to them only if it was trained on a source that tells them.
-        set_code: of the printing that a source tells of (`flash_experts.data.cards.Card`), such as ``"ZEN"``.
-        released: the year of that printing.
+        supertypes: ``()`` for none, which reads the same in the prompt as None; so for ``types`` and ``subtypes``.
+        colors: letters in the order WUBRG; ``()`` for colorless.
+        set_code: e.g. ``"ZEN"``.
+        released: year.
     """
 
     supertypes: tuple[str, ...] | None = None
@@ -57,7 +55,7 @@ class Attributes:
 
     @classmethod
     def of(cls, card: Card) -> Attributes:
-        """All that is known of a card."""
+        """All known attributes of a card."""
         year = None if card.released is None else int(card.released[:4])
         facts = (card.colors, card.mana_value, card.rarity, card.set_code, year)
         if not card.type_line:
@@ -74,44 +72,37 @@ class Attributes:
         set_code: str | None = None,
         released: int | None = None,
     ) -> Attributes:
-        """Attributes as a person writes them; None (or an empty text) leaves one open.
+        """Parses attributes as users write them; None (or an empty text) leaves one unspecified.
 
         Args:
-            type_line: ``"Legendary Creature — Goblin"``, with "-" or "--" for the dash, or ``"goblin
-                creature"``.
-            colors: ``"R"``, ``"WU"``, ``"red"``, ``"white blue"``, ``"colorless"``, ``"C"``.
-            mana_value: 0 or more.
-            rarity: ``"rare"``, ``"mythic rare"``, ``"M"``.
-            set_code: ``"ZEN"``, in any case.
+            type_line: ``"Legendary Creature — Goblin"``, with "-" or "--" for the dash, or ``"goblin creature"``.
+            colors: see `flash_experts.data.cards.parse_colors`.
+            mana_value: from 0 to `MAX_MANA_VALUE`.
             released: a year.
 
         Raises:
-            ValueError: a type, color or rarity is unknown (the nearest is offered), or a mana value, set or year cannot
-                be. Which sets and years a model knows is another question: `check_known`.
+            ValueError: a value is unknown (with a suggestion) or malformed. `check_known` checks what a model knows.
         """
-        if mana_value is not None and (isinstance(mana_value, bool) or not 0 <= mana_value <= MOST_MANA):
-            raise ValueError(f"the mana value must be from 0 to {MOST_MANA:,}, not {mana_value}")
+        if mana_value is not None and (isinstance(mana_value, bool) or not 0 <= mana_value <= MAX_MANA_VALUE):
+            raise ValueError(f"the mana value must be from 0 to {MAX_MANA_VALUE:,}, not {mana_value}")
         supertypes, types, subtypes = parse_type_line(type_line)
         year = None if released is None else int(parse_date(str(released)) or 0)
-        told = (parse_rarity(rarity), parse_set_code(set_code), year)
-        return cls(supertypes, types, subtypes, parse_colors(colors), mana_value, *told)
+        optional = (parse_rarity(rarity), parse_set_code(set_code), year)
+        return cls(supertypes, types, subtypes, parse_colors(colors), mana_value, *optional)
 
     def drop(self, rng: random.Random, probability: float) -> Attributes:
-        """Leaves attributes open at random, so that a model learns to serve any subset of them.
+        """Drops attributes at random (condition dropout), so that a model learns any subset of them, or none.
 
-        Each is left open with the probability, and all together with half of it besides. The same number of
-        draws is taken from ``rng`` whatever is given.
-
-        Args:
-            rng: where chance comes from.
-            probability: 0 keeps all, 1 drops all.
+        Each attribute is dropped with ``probability`` (0 to 1), and all of them together with half of it. The number
+        of draws from ``rng`` does not depend on which attributes are given.
         """
         *single, everything = (rng.random() for _ in range(6))
         if everything < probability / 2:
-            return NONE
-        # What only some sources tell goes by the lower digits of the first draws, which say nothing of the upper ones:
-        # a seventh draw would change what is dropped of the other cards, and with it every run on the embedded table.
-        keep = [draw >= probability for draw in (*single, *(draw * 2**20 % 1 for draw in single[: len(SELDOM_TOLD)]))]
+            return UNCONDITIONAL
+        # Optional attributes use the low bits of the first draws, which are independent of the high bits: more draws
+        # would change what is dropped from all other cards, and with it every run on the embedded table.
+        optional = (draw * 2**20 % 1 for draw in single[: len(OPTIONAL_ATTRIBUTES)])
+        keep = [draw >= probability for draw in (*single, *optional)]
         return Attributes(
             supertypes=self.supertypes if keep[0] else None,
             types=self.types if keep[1] else None,
@@ -124,11 +115,10 @@ class Attributes:
         )
 
     def prompt(self) -> str:
-        """Plain English: ``"legendary creature goblin warrior, red, 3, rare, ZEN, 2009:"``; ``":"`` for nothing.
+        """Plain text: ``"legendary creature goblin warrior, red, 3, rare, ZEN, 2009:"``; ``":"`` for unconditional.
 
-        The text that is learned is begin + prompt + " " + name + end. Types are in lower case and sets in capitals, as
-        names never have them: so a tokenizer can have one token for each word of prompts and spell names letter by
-        letter.
+        The training text is BOS + prompt + " " + name + EOS. Types are in lower case and sets in capitals, as names
+        never have them: so a tokenizer can have one token per prompt word and spell names character by character.
         """
         parts = [" ".join((*(self.supertypes or ()), *(self.types or ()), *(self.subtypes or ()))).lower()]
         if self.colors is not None:
@@ -144,48 +134,47 @@ class Attributes:
         return ", ".join(part for part in parts if part) + ":"
 
 
-NONE = Attributes()
+UNCONDITIONAL = Attributes()
 
 
 def prompt_words(cards: Iterable[Card], at_least: int = 3) -> list[str]:
-    """The words that prompts of cards are made of, as prompts write them; of numbers, the years of release alone.
+    """The vocabulary of prompts: words of types, colors, rarities, subtypes, sets and years of release.
 
     Args:
-        cards: whose subtypes, sets and years count.
-        at_least: cards that must have a subtype, set or year. A set or year that is a word of some name is left out.
+        at_least: least number of cards with a subtype, set or year. Sets and years that are words of names are omitted.
     """
     cards = list(cards)
     counts = Counter(name for card in cards for name in card.subtypes)
     subtypes = sorted(name for name, count in counts.items() if count >= at_least)
     words = " ".join((*SUPERTYPES, *TYPES, *COLOR_WORDS.values(), COLORLESS, *RARITIES, *subtypes)).lower().split()
-    told = [(one.set_code, one.released) for one in map(Attributes.of, cards)]
+    printings = [(one.set_code, one.released) for one in map(Attributes.of, cards)]
     words_of_names = {word for card in cards for word in re.findall(r"\w+", card.name)}
-    for values in zip(*told, strict=True):
+    for values in zip(*printings, strict=True):
         seen = Counter(str(value) for value in values if value is not None)
         words += sorted(word for word, count in seen.items() if count >= at_least and word not in words_of_names)
     return list(dict.fromkeys(words))
 
 
 Conditions = dict[str, list[Any]]
-CONDITIONS = "conditions"  # in a model's configuration
-SELDOM_TOLD = {"rarity": "rarities", "set_code": "sets", "released": "years of release"}  # attributes, and their plural
+CONDITIONS = "conditions"  # key in a model's configuration
+OPTIONAL_ATTRIBUTES = {"rarity": "rarities", "set_code": "sets", "released": "years of release"}  # and their plurals
 
 
-def told_conditions(cards: Iterable[Card]) -> Conditions:
-    """What cards tell of the attributes that only some sources have: every value, sorted, of each that is told."""
+def collect_conditions(cards: Iterable[Card]) -> Conditions:
+    """The values of optional attributes that occur in cards: attribute -> sorted values, where there are any."""
     attributes = [Attributes.of(card) for card in cards]
-    told = {name: sorted({getattr(one, name) for one in attributes} - {None}) for name in SELDOM_TOLD}
-    return {name: values for name, values in told.items() if values}
+    found = {name: sorted({getattr(one, name) for one in attributes} - {None}) for name in OPTIONAL_ATTRIBUTES}
+    return {name: values for name, values in found.items() if values}
 
 
 def read_conditions(config: Mapping[str, Any]) -> Conditions:
-    """The `told_conditions` in a model's configuration, where training writes them; {} if it has none.
+    """The conditions (`collect_conditions`) that training wrote into a model's configuration; {} if there are none.
 
     Raises:
-        ValueError: they are no lists of texts and years.
+        ValueError: they are malformed.
     """
     conditions = config.get(CONDITIONS, {})
-    kinds = {name: int if name == "released" else str for name in SELDOM_TOLD}
+    kinds = {name: int if name == "released" else str for name in OPTIONAL_ATTRIBUTES}
     if not isinstance(conditions, dict) or not all(
         name in kinds and isinstance(values, list) and all(type(value) is kinds[name] for value in values)
         for name, values in conditions.items()
@@ -195,32 +184,28 @@ def read_conditions(config: Mapping[str, Any]) -> Conditions:
 
 
 def check_known(attributes: Attributes, conditions: Conditions) -> None:
-    """Whether a model that learned from these `told_conditions` knows what only some sources tell.
-
-    Raises:
-        ValueError: it never read of such a thing, or not of this value (the nearest is offered).
-    """
-    for name, plural in SELDOM_TOLD.items():
+    """Raises ValueError for optional attributes or values (with a suggestion) that a model was not trained with."""
+    for name, plural in OPTIONAL_ATTRIBUTES.items():
         value, known = getattr(attributes, name), conditions.get(name, [])
         if value is None or value in known:
             continue
         if not known:
             raise ValueError(
-                f"this model was not trained with {plural}: leave {value!r} out, or train on a source that tells them "
+                f"this model was not trained with {plural}: leave {value!r} out, or train on a source that has them "
                 "(`flash-experts prepare --source scryfall`)"
             )
         if isinstance(value, int):
-            near = [min(known, key=lambda year: abs(year - value))]
+            near = min(known, key=lambda year: abs(year - value))
         else:
-            near = difflib.get_close_matches(value, known, n=1, cutoff=0.0)
+            near = nearest(value, known, cutoff=0.0)
         raise ValueError(
-            f"{value!r} is none of the {plural} that this model was trained with: the nearest is {near[0]!r}"
+            f"{value!r} is not among the {plural} that this model was trained with: the nearest is {near!r}"
         )
 
 
-def known_part(attributes: Attributes, conditions: Conditions) -> Attributes:
-    """The attributes without those that `check_known` refuses: to a model that never read of them they are noise."""
-    unknown = [name for name in SELDOM_TOLD if getattr(attributes, name) not in conditions.get(name, [])]
+def drop_unknown(attributes: Attributes, conditions: Conditions) -> Attributes:
+    """Drops the attributes that `check_known` refuses: for a model that was not trained with them they are noise."""
+    unknown = [name for name in OPTIONAL_ATTRIBUTES if getattr(attributes, name) not in conditions.get(name, [])]
     return replace(attributes, **dict.fromkeys(unknown)) if unknown else attributes
 
 
@@ -228,14 +213,13 @@ Parts = tuple[tuple[str, ...] | None, tuple[str, ...] | None, tuple[str, ...] | 
 
 
 def parse_type_line(text: str | None) -> Parts:
-    """Supertypes, types and subtypes of a type line that a person wrote; three times None for nothing.
+    """Parses a user's type line, in any case, into supertypes, types and subtypes; three None for an empty text.
 
-    Case does not matter. Supertypes and types come out in the order of real cards; subtypes stay as they were
-    after a dash, and without one come in the order of real cards too (``"warrior goblin"`` is a Goblin
-    Warrior).
+    Supertypes and types are put into the order of real cards; so are subtypes without a dash before them
+    (``"warrior goblin"`` is a Goblin Warrior).
 
     Raises:
-        ValueError: a word is no known type; the nearest is offered.
+        ValueError: a word is not a known type (with a suggestion).
     """
     if text is None or not text.strip():
         return None, None, None
@@ -257,7 +241,7 @@ def parse_type_line(text: str | None) -> Parts:
 
 
 def known_subtypes() -> tuple[str, ...]:
-    """All subtypes that `parse_type_line` knows, in the order of the alphabet."""
+    """All subtypes that `parse_type_line` knows, sorted."""
     return tuple(sorted(set(_type_vocabulary().names.values()) - {*SUPERTYPES, *TYPES}))
 
 
@@ -266,10 +250,9 @@ class _Vocabulary:
     """Known words of type lines.
 
     Attributes:
-        names: normal form -> as cards write it.
-        pairs: normal forms of subtypes of two words.
-        place: mean place of each subtype among a card's subtypes, 0 (first) to 1 (last): Goblin before
-            Warrior.
+        names: normal form -> printed form.
+        pairs: normal forms of two-word subtypes.
+        place: mean position of each subtype among a card's subtypes, from 0 (first) to 1 (last).
     """
 
     names: dict[str, str]
@@ -279,8 +262,8 @@ class _Vocabulary:
 
 @cache
 def _type_vocabulary() -> _Vocabulary:
-    """Of all playable type lines in the embedded table."""
-    from flash_experts.data.sources import read_embedded
+    """The vocabulary of all playable type lines in the embedded table."""
+    from flash_experts.data.card_table import read_embedded
 
     places: dict[str, list[float]] = {}
     for row in read_embedded().rows:
@@ -289,7 +272,7 @@ def _type_vocabulary() -> _Vocabulary:
             if types and set(types) <= set(TYPES):
                 for place, name in enumerate(subtypes):
                     places.setdefault(name, []).append(place / max(1, len(subtypes) - 1))
-    # The commoner of two spellings wins: jokes have a "Human?".
+    # The more common of two spellings wins: jokes have a "Human?".
     names = {normal_form(name): name for name in sorted(places, key=lambda name: len(places[name]))}
     names |= {normal_form(name): name for name in (*SUPERTYPES, *TYPES)} | {"tribal": "Kindred"}
     pairs = frozenset(normal_form(name) for name in places if " " in name)
@@ -299,8 +282,24 @@ def _type_vocabulary() -> _Vocabulary:
 def _known_type(word: str, vocabulary: _Vocabulary) -> str:
     known = vocabulary.names.get(normal_form(word))
     if known is None:
-        near = difflib.get_close_matches(normal_form(word), vocabulary.names, n=1)
+        near = nearest(normal_form(word), vocabulary.names)
         others = 'a type line is like "Legendary Creature — Goblin"'
-        hint = f"did you mean {vocabulary.names[near[0]]!r}?" if near else others
+        hint = f"did you mean {vocabulary.names[near]!r}?" if near else others
         raise ValueError(f"unknown type {word!r}: {hint}")
     return known
+
+
+def texts_of_cards(cards: Sequence[Card]) -> list[str]:
+    """Texts that cover all that a model reads or writes: names, and prompts of all, two, one and no attributes.
+
+    Prompts of other subsets consist of pieces of these, split at the same spaces and commas.
+    """
+    texts = {" " + card.name for card in cards}
+    names = tuple(field.name for field in fields(Attributes))
+    for attributes in {Attributes.of(card) for card in cards}:
+        given = [name for name in names if getattr(attributes, name) is not None]
+        texts.add(attributes.prompt())
+        for count in range(min(2, len(given)) + 1):
+            for subset in itertools.combinations(given, count):
+                texts.add(Attributes(**{name: getattr(attributes, name) for name in subset}).prompt())
+    return sorted(texts)

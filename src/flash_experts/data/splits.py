@@ -1,9 +1,8 @@
-"""Splits by family, so that the test measures invention and not recall.
+"""Train, validation and test splits by family, so that the test does not reward memorized relatives.
 
-Names that look like relatives stay on one side: those that share a rare word, a legend's name before the
-comma, or are within a few edits of each other. A split by name alone has relatives on both sides and flatters
-every model by about 0.3 bits per character. Where a family goes is a hash of its first name, so it does not
-depend on the order of the cards, and a card that is added moves no family but its own.
+Names of one family stay in one split: those that share a rare word or a legend's name before the comma, or are within
+a small edit distance. A hash of the family's first name picks the split, so it does not depend on the order of cards,
+and a new card moves no family but its own.
 """
 
 from __future__ import annotations
@@ -18,11 +17,11 @@ from flash_experts.data.cards import Card
 from flash_experts.data.names import family_words, normal_form, shown_form
 
 SPLITS = ("train", "validation", "test", "test_iid")
-RARE_WORD = range(2, 6)  # a word in so many names makes them a family
-LETTERS_PER_EDIT = 5  # so does one edit in so many letters of the longer: a normalized distance of 0.2
-VALIDATION_FROM, TEST_FROM = 0.8, 0.9  # of the hash of a family's first name, 0 to 1
-IID_SHARE = 0.06  # of the training side
-LARGEST_HELD_OUT = 0.05  # a family with more of the names than this would be half a test by itself: it trains
+RARE_WORD = range(2, 6)  # number of names with a word that makes them a family
+CHARACTERS_PER_EDIT = 5  # one edit per this many also does: a normalized distance of 0.2
+VALIDATION_FROM, TEST_FROM = 0.8, 0.9  # bounds for the hash of a family's first name, 0 to 1
+IID_SHARE = 0.06  # share of the training side
+LARGEST_HELD_OUT = 0.05  # a larger share of the names in one family would dominate a test split: it trains
 _ROWS_AT_ONCE = 512
 
 
@@ -32,9 +31,9 @@ class Split:
 
     Attributes:
         parts: the four splits, each in the order of the cards.
-        families: how many.
+        families: number of families.
         largest_family: names in the largest.
-        oversized: families kept in training for their size (`LARGEST_HELD_OUT`); their hash was not asked.
+        oversized: families kept in training for their size (`LARGEST_HELD_OUT`).
     """
 
     parts: dict[str, tuple[Card, ...]]
@@ -44,13 +43,10 @@ class Split:
 
 
 def split_by_family(cards: Sequence[Card]) -> Split:
-    """80/10/10 of the families to train, validation and test; 6% of the training side, by name, to test_iid.
-
-    Args:
-        cards: with distinct names.
+    """Splits cards of distinct names 80/10/10 by family; 6% of the training names, by name, become test_iid.
 
     Raises:
-        ValueError: there are so few names that a split stays empty.
+        ValueError: a split stays empty because there are too few names.
     """
     groups = families([card.name for card in cards])
     limit = max(1, LARGEST_HELD_OUT * len(cards))
@@ -68,7 +64,7 @@ def split_by_family(cards: Sequence[Card]) -> Split:
     empty = [name for name in SPLITS if not parts[name]]
     if empty:
         raise ValueError(
-            f"{len(cards)} names in {len(groups)} families are too few, none falls to {' and '.join(empty)}: "
+            f"{len(cards)} names in {len(groups)} families are too few to fill {' and '.join(empty)}: "
             "give 200 names or more"
         )
     largest = max(map(len, groups))
@@ -81,18 +77,13 @@ def _side(first_name: str) -> str:
 
 
 def _hash(purpose: str, name: str) -> float:
-    """A number from 0 to under 1 that is always the same for a name. Another purpose gives another number."""
+    """A reproducible number in [0, 1) of a name, independent for each purpose."""
     digest = hashlib.sha256(f"{purpose}/{name}".encode()).digest()
     return int.from_bytes(digest[:6], "big") / 2**48
 
 
 def families(names: Sequence[str]) -> list[list[int]]:
-    """Groups of the indices of related names; a name without relatives is a group of its own.
-
-    Relation is passed on: if A is near B and B shares a rare word with C, then all three are one family.
-
-    Args:
-        names: distinct.
+    """Groups indices of related names (connected components); a name without relatives is a group by itself.
 
     Returns:
         Ascending indices, groups in the order of their first one.
@@ -114,7 +105,7 @@ def families(names: Sequence[str]) -> list[list[int]]:
 
 
 def _relations(names: Sequence[str]) -> Iterator[tuple[int, int]]:
-    """Pairs of related names, enough of them to connect every family."""
+    """Pairs of related names, enough to connect every family."""
     by_word: dict[str, list[int]] = defaultdict(list)
     by_legend: dict[str, list[int]] = defaultdict(list)
     for index, name in enumerate(names):
@@ -132,28 +123,19 @@ def _relations(names: Sequence[str]) -> Iterator[tuple[int, int]]:
 
 
 def near_pairs(keys: Sequence[str]) -> Iterator[tuple[int, int]]:
-    """Pairs of texts whose edit distance is at most a fifth of the longer one's length.
+    """Pairs of normal forms whose Levenshtein distance is at most a fifth of the longer one's length.
 
-    Only texts of like length are compared, with the distance cut off: 30,000 names take about 5 s on one
-    core.
-
-    Args:
-        keys: names in `normal_form`.
-
-    Raises:
-        ValueError: rapidfuzz is not installed.
+    Only texts of similar length are compared, with a cut-off distance.
     """
-    try:
-        import numpy as np
-        from rapidfuzz.distance import Levenshtein
-        from rapidfuzz.process import cdist
-    except ImportError as error:
-        raise ValueError("the split by family needs rapidfuzz: pip install rapidfuzz") from error
+    import numpy as np
+    from rapidfuzz.distance import Levenshtein
+    from rapidfuzz.process import cdist
+
     by_length: dict[int, list[int]] = defaultdict(list)
     for index, key in enumerate(keys):
         by_length[len(key)].append(index)
     for length, longer in sorted(by_length.items()):
-        edits = length // LETTERS_PER_EDIT
+        edits = length // CHARACTERS_PER_EDIT
         if not edits:
             continue
         shorter = [index for near in range(length - edits, length + 1) for index in by_length.get(near, ())]

@@ -1,7 +1,7 @@
-"""Tokenizers: GPT-2's own, and small ones of the same kind trained on card names.
+"""Trains byte-level BPE tokenizers, and loads tokenizers after checks, since their files may be untrusted.
 
-Both are byte-level BPE (Radford et al. 2019, section 2.2) behind one transformers class. A small vocabulary matters
-for models trained from scratch: GPT-2's 50,257 embeddings would be most of a small model, and nearly all its time.
+The tokenizers library executes whatever a tokenizer.json asks for: a normalizer that doubles a text thirty times, a
+regular expression that takes hours, a prefix at which its BPE panics. Only components of bounded cost are accepted.
 """
 
 from __future__ import annotations
@@ -9,14 +9,13 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from flash_experts.data.tokenizer_checks import MOST_ADDED, WORD_MARK, before_words, check_tokenizer
 from flash_experts.model_files import (
     CONFIG,
     TOKENIZER,
@@ -28,16 +27,131 @@ from flash_experts.model_files import (
     read_object,
 )
 
+MAX_TOKENS = 300_000  # Llama 3 has 128,256
+MAX_ADDED_TOKENS = 10_000
+_MAX_PARTS = 16  # parts of a sequence
+_MAX_TEXT = 64  # characters of a prefix
+_KINDS = {
+    "normalizer": {"NFC", "NFD", "NFKC", "NFKD", "Lowercase", "Strip", "StripAccents", "Prepend", "Replace"},
+    "pre_tokenizer": {
+        *("ByteLevel", "Digits", "Split", "Metaspace", "Punctuation", "Whitespace", "WhitespaceSplit"),
+    },
+    "post_processor": {"ByteLevel", "TemplateProcessing"},
+    "decoder": {"ByteLevel", "ByteFallback", "Fuse", "Metaspace", "Replace", "Strip", "BPEDecoder"},
+}
+_ONCE = ("ByteLevel", "Metaspace")  # each makes a text longer
+_PARTS = {"normalizer": "normalizers", "pre_tokenizer": "pretokenizers", "post_processor": "processors"}
+_GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_GPT2_PUBLISHED = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+_TAIL = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+# Regular expressions of known tokenizers: GPT-2, Llama 3 (GPT-4's), Qwen 2. The run time of others is unbounded.
+_EXPRESSIONS = {_GPT2, _GPT2_PUBLISHED, *(_CONTRACTIONS + digits + _TAIL for digits in (r"\p{N}{1,3}", r"\p{N}"))}
+WORD_MARK = "\ue000"  # private-use character that decoding puts before a whole word of a prompt
+_BEFORE_WORDS = re.compile(r"\^\(\?=\(\?:[\w'|-]+\)\$\)")
+_MAX_PATTERN = 100_000  # characters
+
+
+def before_words(words: Iterable[str]) -> str:
+    """A regular expression for the empty text before a token that is one of these words (letters and hyphens)."""
+    return f"^(?=(?:{'|'.join(words)})$)"
+
+
+def check_tokenizer(content: dict[str, Any]) -> None:
+    """Checks that a tokenizer.json is a BPE of known components and bounded size.
+
+    Raises:
+        ValueError: it is not.
+    """
+    model = content.get("model")
+    if not isinstance(model, dict) or model.get("type", "BPE") != "BPE":
+        raise ValueError("its model is not a BPE, the kind of GPT-2 and Llama")
+    for key in ("continuing_subword_prefix", "end_of_word_suffix", "dropout"):
+        if model.get(key):
+            raise ValueError(f"a BPE with {key} is not one of GPT-2's or Llama's kind")
+    vocab, merges, added = model.get("vocab"), model.get("merges"), content.get("added_tokens") or []
+    if not isinstance(vocab, dict) or not isinstance(merges, list) or not isinstance(added, list):
+        raise ValueError("its vocabulary is damaged")
+    if len(vocab) > MAX_TOKENS or len(merges) > 2 * MAX_TOKENS or len(added) > MAX_ADDED_TOKENS:
+        raise ValueError(f"it has more than {MAX_TOKENS:,} tokens, or {MAX_ADDED_TOKENS:,} added ones")
+    ids = [*vocab.values(), *(token.get("id") if isinstance(token, dict) else None for token in added)]
+    if not all(type(index) is int and 0 <= index < MAX_TOKENS + MAX_ADDED_TOKENS for index in ids):
+        raise ValueError("a token has no id, or one that is larger than any vocabulary")
+    for place, kinds in _KINDS.items():
+        parts = list(_parts(place, content.get(place)))
+        if any(sum(part.get("type") == once for part in parts) > 1 for once in _ONCE):
+            raise ValueError(f"its {place} makes text longer more than once")
+        for part in parts:
+            if part.get("type") not in kinds:
+                raise ValueError(f"its {place} {str(part.get('type'))[:40]!r} is not one of {', '.join(sorted(kinds))}")
+            _CHECKS.get(str(part["type"]), _check_nothing)(part)
+
+
+def _parts(place: str, value: Any) -> Iterator[dict[str, Any]]:
+    """The parts of a component: all of a sequence, else the component itself, if any."""
+    parts: Any = [] if value is None else [value]
+    if isinstance(value, dict) and value.get("type") == "Sequence":
+        parts = value.get(_PARTS.get(place, f"{place}s"))
+    if not isinstance(parts, list) or len(parts) > _MAX_PARTS or not all(isinstance(part, dict) for part in parts):
+        raise ValueError(f"its {place} is damaged, or has more than {_MAX_PARTS} parts")
+    yield from parts
+
+
+def _check_replace(part: dict[str, Any]) -> None:
+    """Accepts a replacement that is not longer, so that no sequence makes a text grow; or a mark before a word."""
+    pattern, new = part.get("pattern"), part.get("content")
+    words = pattern.get("Regex") if isinstance(pattern, dict) else None
+    if isinstance(words, str) and len(words) <= _MAX_PATTERN and _BEFORE_WORDS.fullmatch(words) and new == WORD_MARK:
+        return
+    old = pattern.get("String") if isinstance(pattern, dict) else None
+    if not isinstance(old, str) or not isinstance(new, str) or not old or len(new) > len(old):
+        raise ValueError("it replaces text by a longer one, or by a regular expression")
+
+
+def _check_prepend(part: dict[str, Any]) -> None:
+    if not isinstance(part.get("prepend"), str) or len(part["prepend"]) > _MAX_TEXT:
+        raise ValueError("it puts a long text before each")
+
+
+def _check_split(part: dict[str, Any]) -> None:
+    pattern = part.get("pattern")
+    if not isinstance(pattern, dict) or ("String" not in pattern and pattern.get("Regex") not in _EXPRESSIONS):
+        raise ValueError("it splits text at a regular expression other than those of GPT-2, Llama 3 and Qwen 2")
+
+
+def _check_template(part: dict[str, Any]) -> None:
+    templates, special = (part.get("single"), part.get("pair")), part.get("special_tokens")
+    tokens = list(special.values()) if isinstance(special, dict) else []
+    if (
+        not all(isinstance(pieces, list) and len(pieces) <= _MAX_PARTS for pieces in templates)
+        or len(tokens) > _MAX_PARTS
+        or not all(isinstance(token, dict) and len(token.get("ids") or ()) <= _MAX_PARTS for token in tokens)
+    ):
+        raise ValueError(f"its template adds more than {_MAX_PARTS} tokens")
+
+
+def _check_nothing(part: dict[str, Any]) -> None:
+    """Accepts a part without texts of its own."""
+
+
+_CHECKS: dict[str, Callable[[dict[str, Any]], None]] = {
+    "Replace": _check_replace,
+    "Prepend": _check_prepend,
+    "Split": _check_split,
+    "TemplateProcessing": _check_template,
+}
 END_OF_TEXT = "<|endoftext|>"
-SMALLEST_VOCABULARY = 256 + 1  # every byte, and the end of text
-# Classes of transformers whose tokenizer.json holds all that they do.
+SMALLEST_VOCABULARY = 256 + 1  # all bytes, and the end of text
+
+# Classes of transformers that tokenizer.json describes completely.
 _CLASSES = {"PreTrainedTokenizerFast", "TokenizersBackend"} | {
     f"{name}Tokenizer{fast}" for name in ("GPT2", "Llama", "CodeLlama", "Qwen2") for fast in ("", "Fast")
 }
 
 
 def _wrap(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
-    """One special token begins, ends and pads a text, as in GPT-2."""
+    """A tokenizer with one special token as BOS, EOS and padding, as in GPT-2."""
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=END_OF_TEXT,
@@ -58,18 +172,16 @@ def _byte_level(model: models.BPE) -> Tokenizer:
 def train_tokenizer(texts: Iterable[str], vocab_size: int, whole_words: Sequence[str] = ()) -> PreTrainedTokenizerFast:
     """Trains a byte-level BPE like GPT-2's on texts.
 
-    The same texts, in any order, give the same tokenizer byte for byte, although the library keeps words and pairs in
-    hash maps whose order changes from run to run: words are counted, the alphabet is sorted, and candidates are
-    ordered by frequency and then by ids, so that only two candidates of one pair could be taken in either order, and a
-    pair becomes a candidate once. (Merges never cross the ends of what will be a token, so each token has one way of
-    coming about, and all its places come about in one step; a pair is new in the step that makes its later half.)
+    The same texts, in any order, give the same tokenizer byte for byte, although the library's hash maps change their
+    order between runs: words are counted, the alphabet is sorted, candidates are ordered by frequency and then by ids,
+    and each pair becomes a candidate only once.
 
     Args:
-        texts: what to learn merges from.
-        vocab_size: tokens at most, with the 256 bytes and the end of text among them. 257 learns no merges: a letter
-            is a token (one with an accent two).
-        whole_words: words that are one token each wherever they stand alone, with the space before them. They come
-            besides, after ``vocab_size``.
+        texts: training texts for the merges.
+        vocab_size: most tokens, with the 256 bytes and the end of text. 257 learns no merges: a character is a token
+            (an accented one two).
+        whole_words: words that are one token each wherever they stand alone, with the space before them. These tokens
+            come in addition to ``vocab_size``.
 
     Raises:
         ValueError: ``vocab_size`` is under 257.
@@ -87,7 +199,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, whole_words: Sequence
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    # A word that is a token already ends names as well ("Wetl" + "and"): no space may come before it there.
+    # A word that is already a BPE token also ends names ("Wetl" + "and"): it gets no space on decoding.
     spaced = [word for word in whole_words if tokenizer.token_to_id(word) is None]
     tokenizer.add_tokens([AddedToken(word, single_word=True, lstrip=True, normalized=False) for word in whole_words])
     tokenizer.decoder = _decoder_with_spaces(spaced)
@@ -95,10 +207,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, whole_words: Sequence
 
 
 def _decoder_with_spaces(words: Sequence[str]) -> decoders.Decoder:
-    """Byte-level decoding that writes the space before whole words, whose tokens hold it without showing it.
-
-    There is none at the beginning of a text, where encoding found none.
-    """
+    """Byte-level decoding that restores the space before whole words, except at the beginning of a text."""
     plain = [word for word in words if re.fullmatch(r"[\w'-]+", word)]
     if not plain:
         return decoders.ByteLevel()
@@ -114,21 +223,20 @@ def _decoder_with_spaces(words: Sequence[str]) -> decoders.Decoder:
 
 
 def gpt2_tokenizer(vocab: str | Path, merges: str | Path) -> PreTrainedTokenizerFast:
-    """GPT-2's own tokenizer from its two files (``encoder.json`` and ``vocab.bpe`` as OpenAI named them)."""
+    """GPT-2's tokenizer from its vocabulary and merges (OpenAI's ``encoder.json`` and ``vocab.bpe``)."""
     tokenizer = _byte_level(models.BPE.from_file(str(vocab), str(merges)))
     tokenizer.add_special_tokens([END_OF_TEXT])
     return _wrap(tokenizer)
 
 
 def load_tokenizer(source: str | Path, vocab_size: int | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer saved in a checkpoint folder, or that of a hub id.
+    """Loads the tokenizer of a checkpoint folder or hub id.
 
     Args:
-        source: the folder or hub id.
-        vocab_size: tokens that the model knows, if that is to be checked.
+        vocab_size: the model's vocabulary size, to check that they fit.
 
     Raises:
-        ValueError: there is none, it lacks a begin or end symbol, or it has more tokens than the model.
+        ValueError: there is no tokenizer, it lacks a BOS or EOS token, or it has more tokens than the model.
     """
     try:
         folder = local_folder(source)
@@ -136,17 +244,17 @@ def load_tokenizer(source: str | Path, vocab_size: int | None = None) -> PreTrai
         tokenizer = _read_tokenizer(folder)
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:  # whatever a library reports of an untrusted file; a panic in Rust is no Exception
+    except BaseException as error:  # any failure on an untrusted file; a panic in Rust is not an Exception
         raise ValueError(
             f"no tokenizer at {source} (tokenizer.json is missing or damaged): {first_line(error)}"
         ) from error
     if vocab_size is not None and (most := max(tokenizer.get_vocab().values(), default=0)) >= vocab_size:
         raise ValueError(
-            f"the tokenizer at {source} has a token {most:,}, but its model {vocab_size:,} tokens: they do not "
+            f"the tokenizer at {source} has a token id {most:,}, but its model only {vocab_size:,} tokens: they do not "
             "belong together"
         )
     if tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:
-        raise ValueError(f"the tokenizer at {source} has no begin or end symbol: names need both")
+        raise ValueError(f"the tokenizer at {source} has no BOS or no EOS token: names need both")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -156,10 +264,10 @@ def load_tokenizer(source: str | Path, vocab_size: int | None = None) -> PreTrai
 
 
 def _read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder whose files `check_files` has checked; of its settings, those that are known.
+    """Reads the tokenizer of a folder that `check_files` accepted, with known settings alone.
 
     Raises:
-        ValueError: it is not of GPT-2's or Llama's kind, and `any_family` is not on.
+        ValueError: it is not of GPT-2's or Llama's kind, and `any_family` is off.
     """
     settings = {**_optional(folder / "special_tokens_map.json"), **_optional(folder / TOKENIZER_CONFIG)}
     if any_family_is_allowed():
@@ -185,9 +293,9 @@ def _optional(path: Path) -> dict[str, Any]:
 
 
 def _check_settings(settings: Mapping[str, Any]) -> None:
-    """Refuses settings that name code, files, or a tokenizer of another kind."""
+    """Refuses settings that name code, other files, or an unknown tokenizer class."""
     if settings.get("auto_map"):
-        raise ValueError("auto_map names code of its own to run: this program runs none")
+        raise ValueError("auto_map names code of its own to run: remote code is never run")
     kind = settings.get("tokenizer_class")
     if kind is not None and kind not in _CLASSES:
         raise ValueError(f"its tokenizer_class is {str(kind)[:40]!r}, not one of {', '.join(sorted(_CLASSES))}")
@@ -195,14 +303,14 @@ def _check_settings(settings: Mapping[str, Any]) -> None:
         if (value := settings.get(key)) and (not isinstance(value, str) or Path(value).name != value):
             raise ValueError(f"{key} names a file that is not in the folder: remove it from tokenizer_config.json")
     extra = [settings.get("extra_special_tokens") or (), settings.get("additional_special_tokens") or ()]
-    if any(len(tokens) > MOST_ADDED if isinstance(tokens, dict | list) else tokens for tokens in extra):
-        raise ValueError(f"its special tokens are no list, or more than {MOST_ADDED:,}")
+    if any(len(tokens) > MAX_ADDED_TOKENS if isinstance(tokens, dict | list) else tokens for tokens in extra):
+        raise ValueError(f"its special tokens are not a list, or more than {MAX_ADDED_TOKENS:,}")
 
 
 def _known_settings(folder: Path, settings: Mapping[str, Any], backend: Tokenizer) -> dict[str, Any]:
-    """The special tokens, by name or else by the ids of config.json, and what tells how texts are handled.
+    """Special tokens (by name, or by the ids of config.json) and settings such as padding side and chat template.
 
-    The longest text is that of the tokenizer or of its model, whichever is shorter.
+    The maximum length is the smaller one of the tokenizer's and the model's.
     """
     known: dict[str, Any] = {"clean_up_tokenization_spaces": settings.get("clean_up_tokenization_spaces") is True}
     config = _optional(folder / CONFIG)

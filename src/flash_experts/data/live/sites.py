@@ -1,15 +1,14 @@
-"""The newest cards, from Scryfall or MTGJSON: from the cache while it is a day young, else over the network.
+"""The newest cards from Scryfall or MTGJSON, from a cache for a day.
 
-Without a network an older cache serves, and a warning says of when it is. Environment variables:
+Without a network an older cache is used, with a warning. Environment variables:
 
-    FLASH_EXPERTS_CACHE           folder of the cache
+    FLASH_EXPERTS_CACHE           cache folder
     FLASH_EXPERTS_SCRYFALL_URL    instead of https://api.scryfall.com
     FLASH_EXPERTS_MTGJSON_URL     instead of https://mtgjson.com/api/v5
 """
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import warnings
 from collections.abc import Callable, Mapping
@@ -17,26 +16,28 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Protocol, TypeVar
 
-from flash_experts.data import mtgjson, scryfall
-from flash_experts.data.download import Downloader, DownloadError, Partial
-from flash_experts.data.download_cache import Cache, Held, cache_folder, sha256_of
-from flash_experts.data.sources import EMBEDDED, CardSource, RawCard
-from flash_experts.data.unpack import DamagedError
+from flash_experts.data.card_table import EMBEDDED
+from flash_experts.data.cards import CardSource, RawCard
+from flash_experts.data.live import mtgjson, scryfall
+from flash_experts.data.live.cache import Cache, CachedFiles, cache_folder, sha256_of
+from flash_experts.data.live.download import Downloader, DownloadError, Partial
+from flash_experts.data.live.unpack import DamagedError
+from flash_experts.extras import require
 
 T = TypeVar("T")
 
 
 class Site(Protocol):
-    """Where cards can be had."""
+    """A live source of cards."""
 
     name: str
     title: str
 
-    def refresh(self, downloader: Downloader, cache: Cache, held: Held | None, now: datetime) -> CardSource:
-        """Brings the cache to the newest state, and reads it."""
+    def refresh(self, downloader: Downloader, cache: Cache, cached: CachedFiles | None, now: datetime) -> CardSource:
+        """Updates the cache and reads it."""
 
     def read(self, files: Mapping[str, Path], version: str) -> CardSource:
-        """Reads the files of a state."""
+        """Reads cached or downloaded files."""
 
 
 def _base(variable: str, usual: str) -> str:
@@ -48,10 +49,10 @@ class Scryfall:
 
     name, title = "scryfall", "Scryfall"
 
-    def refresh(self, downloader: Downloader, cache: Cache, held: Held | None, now: datetime) -> CardSource:
+    def refresh(self, downloader: Downloader, cache: Cache, cached: CachedFiles | None, now: datetime) -> CardSource:
         file = scryfall.bulk_file(downloader, _base("FLASH_EXPERTS_SCRYFALL_URL", "https://api.scryfall.com"))
-        if held is not None and held.version == file.updated:
-            return self.read(cache.touch(held, now).files, file.updated)
+        if cached is not None and cached.version == file.updated:
+            return self.read(cache.touch(cached, now).files, file.updated)
         part = cache.part(scryfall.BULK_TYPE)
         try:
             source = self._fetch(downloader, file, part)
@@ -61,7 +62,7 @@ class Scryfall:
         return source
 
     def _fetch(self, downloader: Downloader, file: scryfall.BulkFile, part: Path) -> CardSource:
-        """The whole file, read to its end. (Scryfall tells no checksum of it, but gzip holds one.)"""
+        """Downloads and reads the file. (Scryfall publishes no checksum, but gzip contains one.)"""
         downloader.file(file.url, part, file.size)
         return _checked(file.url, part, lambda: self.read({scryfall.BULK_TYPE: part}, file.updated))
 
@@ -74,7 +75,7 @@ class Mtgjson:
     """https://mtgjson.com
 
     Args:
-        with_printings: fetches all printings as well, for rarities.
+        with_printings: download all printings too, for rarities.
     """
 
     title = "MTGJSON"
@@ -83,17 +84,17 @@ class Mtgjson:
         self.name = "mtgjson-printings" if with_printings else "mtgjson"
         self._names = (mtgjson.CARDS, mtgjson.SETS, *((mtgjson.PRINTINGS,) if with_printings else ()))
 
-    def refresh(self, downloader: Downloader, cache: Cache, held: Held | None, now: datetime) -> CardSource:
+    def refresh(self, downloader: Downloader, cache: Cache, cached: CachedFiles | None, now: datetime) -> CardSource:
         base = _base("FLASH_EXPERTS_MTGJSON_URL", "https://mtgjson.com/api/v5")
         urls = {name: f"{base}/{name}" for name in self._names}
         digests = {name: mtgjson.checksum(downloader, url) for name, url in urls.items()}
-        if held is not None and held.sha256 == digests:
-            return self.read(cache.touch(held, now).files, held.version)
+        if cached is not None and cached.sha256 == digests:
+            return self.read(cache.touch(cached, now).files, cached.version)
         parts = {name: cache.part(name) for name in urls}
         for name, url in urls.items():
             try:
                 _fetch(downloader, url, parts[name], digests[name])
-            except DamagedError:  # the site builds its files anew each day: perhaps it just did
+            except DamagedError:  # the site rebuilds its files each day, perhaps just now
                 digests[name] = mtgjson.checksum(downloader, url)
                 _fetch(downloader, url, parts[name], digests[name])
         source = _checked(urls[mtgjson.CARDS], parts[mtgjson.CARDS], lambda: self.read(parts, ""))
@@ -119,7 +120,7 @@ def _source(name: str, version: str, path: Path, rows: tuple[RawCard, ...]) -> C
 
 
 def _checked(url: str, part: Path, read: Callable[[], T]) -> T:
-    """What is read of a file that has come; a damaged one is thrown away, and named."""
+    """Reads a downloaded file; deletes it and names it in the error if it is damaged."""
     try:
         return read()
     except DamagedError as error:
@@ -128,7 +129,7 @@ def _checked(url: str, part: Path, read: Callable[[], T]) -> T:
 
 
 def _fetch(downloader: Downloader, url: str, part: Path, digest: str) -> None:
-    """A file that has a checksum."""
+    """Downloads a file and verifies its SHA-256."""
     downloader.file(url, part)
     found = sha256_of(part)
     if found != digest:
@@ -137,32 +138,29 @@ def _fetch(downloader: Downloader, url: str, part: Path, digest: str) -> None:
 
 
 def read_live(name: str, downloader: Downloader | None = None, now: datetime | None = None) -> CardSource:
-    """The cards of a live source.
+    """Loads the cards of a live source, one of `SITES`.
 
     Args:
-        name: one of `SITES`.
-        downloader: one with other patience.
-        now: with a time zone; for tests.
+        downloader: replacement with another `RetryPolicy`.
+        now: current time with a time zone, for tests.
 
     Raises:
-        ValueError: they can be had neither from the network nor from the cache.
+        ValueError: they are available neither from the network nor from the cache.
         OSError: the cache cannot be written.
     """
-    for package in ("httpx", "ijson"):
-        if importlib.util.find_spec(package) is None:
-            raise ValueError(f"--source {name} needs {package} (pip install {package}): or take --source {EMBEDDED}")
+    require(f"--source {name}", "httpx", "ijson")
     site, now = SITES[name], now or datetime.now(UTC)
     downloader = downloader or Downloader()
     cache = Cache(cache_folder() / name)
-    with cache.lock(downloader.patience.total_seconds):
-        held = cache.held()
-        if held is not None and held.is_fresh(now):
-            return site.read(held.files, held.version)
+    with cache.lock(downloader.policy.total_seconds):
+        cached = cache.load()
+        if cached is not None and cached.is_fresh(now):
+            return site.read(cached.files, cached.version)
         try:
-            return site.refresh(downloader, cache, held, now)
+            return site.refresh(downloader, cache, cached, now)
         except (DownloadError, DamagedError) as error:
-            if held is None:
-                raise ValueError(f"no cards from {site.title}: {error}; take --source {EMBEDDED}") from error
-            date = held.fetched.astimezone().date().isoformat()
-            warnings.warn(f"{error}; {site.title}'s cards of {date} serve, from the cache", stacklevel=2)
-            return site.read(held.files, held.version)
+            if cached is None:
+                raise ValueError(f"no cards from {site.title}: {error}; use --source {EMBEDDED}") from error
+            date = cached.fetched.astimezone().date().isoformat()
+            warnings.warn(f"{error}; using {site.title}'s cards of {date} from the cache", stacklevel=2)
+            return site.read(cached.files, cached.version)

@@ -1,10 +1,8 @@
-"""MTGJSON's atomic cards, its list of sets for their dates, and its printings for their rarities.
+"""Reads MTGJSON files: atomic cards, the list of sets (for dates) and all printings (for rarities).
 
-``AtomicCards.json`` has one entry for a card whatever its printings: so it tells the set where a card was first
-printed, and with ``SetList.json`` the date of it, but no rarity, which is a printing's. It has no mark of other
-franchises either; see `flash_experts.data.exclusions.FRANCHISE_SETS`. The file has 160 MB when unpacked, and is parsed
-as a stream: all at once it took half a GB of memory and five times as long. ``AllPrintings.json`` is several times as
-large: it is read where rarities are asked for, one set at a time.
+``AtomicCards.json`` has one entry per card, with the set of its first printing but without a rarity or a mark of
+franchises (see `flash_experts.data.card_table.FRANCHISE_SETS`). ``AllPrintings.json`` is several times as large and is
+read for rarities alone. Both are parsed as streams.
 Fields: https://mtgjson.com/data-models/card/card-atomic/ and card-set/
 """
 
@@ -15,38 +13,32 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from flash_experts.data.cards import RARITIES, in_color_order, parse_date, parse_set_code
-from flash_experts.data.download import Downloader, DownloadError
-from flash_experts.data.exclusions import FRANCHISE_SETS, FRANCHISES, JOKES
+from flash_experts.data.card_table import FRANCHISE_SETS, FRANCHISES, JOKES, embedded_flags
+from flash_experts.data.cards import RARITIES, RawCard, in_color_order, parse_date, parse_set_code
+from flash_experts.data.live.download import Downloader, DownloadError
+from flash_experts.data.live.unpack import DamagedError, unpacked
 from flash_experts.data.names import FACE_SEPARATOR, normal_form
-from flash_experts.data.sources import RawCard, embedded_flags
-from flash_experts.data.unpack import DamagedError, unpacked
 
 CARDS, SETS, PRINTINGS = "AtomicCards.json.gz", "SetList.json.gz", "AllPrintings.json.gz"
-_SETS_OUT = ("memorabilia", "minigame", "token")
-
+_EXCLUDED_SET_TYPES = ("memorabilia", "minigame", "token")
 Set = dict[str, Any]
 
 
 def checksum(downloader: Downloader, url: str) -> str:
-    """What the file at ``url`` should have, from the ``.sha256`` beside it.
+    """Downloads the SHA-256 of the file at ``url``, from its ``.sha256`` file.
 
     Raises:
-        DownloadError: there is no answer, or it is no checksum.
+        DownloadError: there is no response, or it is not a checksum.
     """
     text = downloader.text(f"{url}.sha256")
     found = re.match(r"\s*([0-9a-fA-F]{64})\b", text)
     if found is None:
-        raise DownloadError(f"{url}.sha256: no checksum, but {text.strip()[:40]!r}")
+        raise DownloadError(f"{url}.sha256: not a checksum but {text.strip()[:40]!r}")
     return found[1].lower()
 
 
 def read_version(path: Path) -> str:
-    """The version in a downloaded file, e.g. ``"5.3.0+20261101"``.
-
-    Raises:
-        DamagedError: it has none.
-    """
+    """The version of a downloaded file, e.g. ``"5.3.0+20261101"``. Raises `DamagedError` without one."""
     import ijson
 
     with unpacked(path) as file:
@@ -57,11 +49,7 @@ def read_version(path: Path) -> str:
 
 
 def read_sets(path: Path) -> dict[str, Set]:
-    """Sets by code, of the downloaded list.
-
-    Raises:
-        DamagedError: it is no such file.
-    """
+    """Dates and types of sets, by set code. Raises `DamagedError` for another file."""
     import ijson
 
     with unpacked(path) as file:
@@ -70,13 +58,10 @@ def read_sets(path: Path) -> dict[str, Set]:
 
 
 def read_rarities(path: Path) -> dict[str, str]:
-    """Scryfall's oracle id -> the rarity of a card's first printing, of the downloaded printings.
+    """Scryfall's oracle id -> rarity of the card's first printing.
 
-    Of several on the first day (a set and its promos) the lowest counts, as the one that most people open. Printings
-    that are none of the four rarities (``special``, ``bonus``) do not count, nor sets of what is no card to play with.
-
-    Raises:
-        DamagedError: it is no such file.
+    Of several printings on the first day (a set and its promos) the most common one counts. Other rarities
+    (``special``, ``bonus``) and sets that are not playable are ignored. Raises `DamagedError` for another file.
     """
     import ijson
 
@@ -94,8 +79,8 @@ def read_rarities(path: Path) -> dict[str, str]:
 
 
 def _printings(of_set: dict[str, Any]) -> Iterator[tuple[str, int]]:
-    """The oracle id and the place in `RARITIES` of each card of a set that has both."""
-    if of_set.get("type") not in _SETS_OUT:
+    """Oracle id and index into `RARITIES` of each card of a set that has both."""
+    if of_set.get("type") not in _EXCLUDED_SET_TYPES:
         for card in of_set["cards"]:
             oracle_id = (card.get("identifiers") or {}).get("scryfallOracleId")
             if card["rarity"] in RARITIES and oracle_id:
@@ -103,15 +88,14 @@ def _printings(of_set: dict[str, Any]) -> Iterator[tuple[str, int]]:
 
 
 def read_cards(path: Path, sets: dict[str, Set], rarities: Mapping[str, str]) -> Iterator[RawCard]:
-    """The cards of a downloaded file.
+    """The cards of a downloaded ``AtomicCards.json``.
 
     Args:
-        path: of the file.
         sets: see `read_sets`.
-        rarities: see `read_rarities`; empty where they are not known.
+        rarities: see `read_rarities`; may be empty.
 
     Raises:
-        DamagedError: it is no such file.
+        DamagedError: it is not such a file.
     """
     import ijson
 
@@ -125,10 +109,10 @@ def read_cards(path: Path, sets: dict[str, Set], rarities: Mapping[str, str]) ->
 
 
 def raw_cards(entries: list[dict[str, Any]], sets: dict[str, Set], rarities: Mapping[str, str]) -> Iterator[RawCard]:
-    """Our rows of what stands under one name: one card for its faces, or several cards of that name.
+    """Raw cards of the entries of one name: one card for its faces, or several cards of that name.
 
     Raises:
-        KeyError, TypeError, AttributeError, ValueError: it is something else.
+        KeyError, TypeError, AttributeError, ValueError: an entry is malformed.
     """
     by_side = {entry["side"]: entry for entry in reversed(entries) if entry.get("side")}  # the first of each
     if by_side:
@@ -145,18 +129,18 @@ def _raw_card(faces: list[dict[str, Any]], sets: dict[str, Set], rarities: Mappi
     oracle_id = (front.get("identifiers") or {}).get("scryfallOracleId")
     first_set = front.get("firstPrinting")
     of_set = sets.get(first_set or "", {})
-    told = JOKES if front.get("isFunny") else FRANCHISES if first_set in FRANCHISE_SETS else ""
-    out = str(of_set["type"]) if of_set.get("type") in _SETS_OUT else ""
+    flag = JOKES if front.get("isFunny") else FRANCHISES if first_set in FRANCHISE_SETS else ""
+    excluded = str(of_set["type"]) if of_set.get("type") in _EXCLUDED_SET_TYPES else ""
     return RawCard(
         name=FACE_SEPARATOR.join(names),
         type_line=FACE_SEPARATOR.join(face["type"] for face in faces),
         mana_cost=FACE_SEPARATOR.join(face.get("manaCost") or "" for face in faces) or None,
         colors=FACE_SEPARATOR.join("".join(in_color_order(face["colors"])) for face in faces),
         layout=front["layout"],
-        flag=told if known is None else known,
+        flag=flag if known is None else known,
         source_id=f"mtgjson:{oracle_id or names[0]}",
         rarity=rarities.get(oracle_id or ""),
         set_code=parse_set_code(first_set),
         released=parse_date(of_set.get("releaseDate")),
-        out=out if known is None else "",
+        excluded=excluded if known is None else "",
     )

@@ -1,8 +1,8 @@
-"""Scryfall's bulk file of oracle cards: where it is, and what its fields are to us.
+"""Finds and reads Scryfall's bulk file of oracle cards.
 
-The index (``/bulk-data``) names a gzip file of JSON lines, ``jsonl_download_uri``; until July 2026 it named a JSON
-array, ``download_uri``. One object is one card, told by the printing that Scryfall takes for its best known: rarity,
-set and date are that printing's, not always the first one's.
+The index (``/bulk-data``) lists a gzip file of JSON lines, ``jsonl_download_uri``; until July 2026 it listed a JSON
+array, ``download_uri``. An object is one card with the rarity, set and date of the printing that Scryfall considers the
+most recognizable, not always the first.
 Fields: https://scryfall.com/docs/api/cards
 """
 
@@ -14,27 +14,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flash_experts.data.cards import RARITIES, in_color_order, parse_date, parse_set_code
-from flash_experts.data.download import Downloader, DownloadError, checked_url
-from flash_experts.data.exclusions import FRANCHISE_SETS, FRANCHISES, JOKES
+from flash_experts.data.card_table import FRANCHISE_SETS, FRANCHISES, JOKES, embedded_flags
+from flash_experts.data.cards import RARITIES, UNKNOWN, RawCard, in_color_order, parse_date, parse_set_code
+from flash_experts.data.live.download import Downloader, DownloadError, checked_url
+from flash_experts.data.live.unpack import DamagedError, json_lines, unpacked
 from flash_experts.data.names import FACE_SEPARATOR, normal_form
-from flash_experts.data.sources import UNKNOWN, RawCard, embedded_flags
-from flash_experts.data.unpack import DamagedError, json_lines, unpacked
 
 BULK_TYPE = "oracle_cards"
 _JOKE_STAMPS = ("acorn", "heart")
-_SETS_OUT = ("memorabilia", "minigame", "token")  # of what is no card to play with
+_EXCLUDED_SET_TYPES = ("memorabilia", "minigame", "token")  # not playable cards
 
 
 @dataclass(frozen=True, slots=True)
 class BulkFile:
-    """An entry of the index.
-
-    Attributes:
-        url: of the file.
-        updated: when Scryfall made it.
-        size: bytes to fetch, for the progress bar; None if the index does not say.
-    """
+    """An entry of the index. ``updated`` is the time of the export, ``size`` in bytes."""
 
     url: str
     updated: str
@@ -42,10 +35,10 @@ class BulkFile:
 
 
 def bulk_file(downloader: Downloader, base: str) -> BulkFile:
-    """Asks the index at ``base`` for the newest file.
+    """Looks up the newest file in the index of ``base``.
 
     Raises:
-        DownloadError: there is no answer, or none that names the file.
+        DownloadError: there is no response, or it does not list the file.
     """
     address = f"{base}/bulk-data"
     text = downloader.text(address, accept="application/json")
@@ -59,16 +52,12 @@ def bulk_file(downloader: Downloader, base: str) -> BulkFile:
     except (ValueError, KeyError, TypeError, StopIteration, RecursionError) as error:
         if isinstance(error, DownloadError):
             raise
-        page = " (a web page: does the network ask for a login?)" if text.lstrip().startswith("<") else ""
-        raise DownloadError(f"{address}: the answer names no file of {BULK_TYPE}{page}") from error
+        page = " (a web page: does the network require a login?)" if text.lstrip().startswith("<") else ""
+        raise DownloadError(f"{address}: the response lists no file of {BULK_TYPE}{page}") from error
 
 
 def read_cards(path: Path) -> Iterator[RawCard]:
-    """The cards of a downloaded file, of JSON lines or (as of old) a JSON array with a card a line.
-
-    Raises:
-        DamagedError: it is no such file.
-    """
+    """The cards of a file of JSON lines, or of a JSON array with one card per line. Raises `DamagedError`."""
     with unpacked(path) as file:
         for number, record in json_lines(file):
             try:
@@ -78,10 +67,10 @@ def read_cards(path: Path) -> Iterator[RawCard]:
 
 
 def raw_card(card: dict[str, Any]) -> RawCard:
-    """Our row of Scryfall's card object.
+    """Converts Scryfall's card object.
 
     Raises:
-        KeyError, TypeError, AttributeError, ValueError: it is none.
+        KeyError, TypeError, AttributeError, ValueError: it is malformed.
     """
     faces = card.get("card_faces") or [card]
     name = FACE_SEPARATOR.join(face["name"] for face in faces)
@@ -95,15 +84,15 @@ def raw_card(card: dict[str, Any]) -> RawCard:
         layout=card["layout"],
         flag=_flag(card) if known is None else known,
         source_id=f"scryfall:{card.get('oracle_id') or faces[0].get('oracle_id') or card['id']}",
-        rarity=rarity if rarity in RARITIES else None,  # "special" and "bonus" are none of the four
+        rarity=rarity if rarity in RARITIES else None,  # not "special" or "bonus"
         set_code=parse_set_code(card.get("set")),
         released=parse_date(card.get("released_at")),
-        out=_out(card) if known is None else "",
+        excluded=_exclusion(card) if known is None else "",
     )
 
 
 def _colors(face: dict[str, Any], card: dict[str, Any]) -> str:
-    """Colors of a face: its own, else those of its cost, else (a flipped half) those of the card."""
+    """Colors of a face: its own, else unknown (taken from its cost), else (a flipped half) those of the card."""
     if face.get("colors") is not None:
         return "".join(in_color_order(face["colors"]))
     if face.get("mana_cost") or card.get("colors") is None:
@@ -112,7 +101,7 @@ def _colors(face: dict[str, Any], card: dict[str, Any]) -> str:
 
 
 def _flag(card: dict[str, Any]) -> str:
-    """What the marks of a printing say of a card that the embedded table does not have."""
+    """Flag of a card that is not in the embedded table, by the marks of its printing."""
     promo_types, stamp = card.get("promo_types") or (), card.get("security_stamp")
     if card.get("set_type") == "funny" or stamp in _JOKE_STAMPS or "playtest" in promo_types:
         return JOKES
@@ -121,9 +110,9 @@ def _flag(card: dict[str, Any]) -> str:
     return ""
 
 
-def _out(card: dict[str, Any]) -> str:
-    """Why a card that the embedded table does not have is none to learn from. Digital cards have real names."""
+def _exclusion(card: dict[str, Any]) -> str:
+    """Reason to exclude a card that is not in the embedded table, or ``""``. Digital cards stay."""
     set_type = card.get("set_type")
-    if set_type in _SETS_OUT:
+    if set_type in _EXCLUDED_SET_TYPES:
         return str(set_type)
     return "oversized" if card.get("oversized") else ""

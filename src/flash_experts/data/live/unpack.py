@@ -1,4 +1,4 @@
-"""Downloaded files, plain or gzip, read as a stream with bounds; whatever is wrong with one is one error."""
+"""Reads downloaded files, plain or gzip, as a bounded stream; any damage is a `DamagedError`."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-MAX_UNPACKED_BYTES = 2**30  # six times what the sources have; a small file that unpacks to more is a bomb
-MAX_LINE_BYTES = 4 * 2**20  # of JSON lines
+MAX_UNPACKED_BYTES = 2**30  # six times the size of the sources; guards against decompression bombs
+MAX_LINE_BYTES = 4 * 2**20  # limit for a line of JSON
 _GZIP = b"\x1f\x8b"
 
 
 class DamagedError(ValueError):
-    """A file is not what it should be: cut off, altered, or something else altogether."""
+    """A file is truncated, altered, or of another kind."""
 
 
 class _Bounded(io.RawIOBase):
-    """Reads from another file, and gives up after `MAX_UNPACKED_BYTES`."""
+    """Reads from another file and raises after `MAX_UNPACKED_BYTES`."""
 
     def __init__(self, file: BinaryIO):
         self._file = file
@@ -41,10 +41,10 @@ class _Bounded(io.RawIOBase):
 
 @contextmanager
 def unpacked(path: Path) -> Iterator[BinaryIO]:
-    """The content of a file, unpacked if its first bytes say that it is gzip, read to its end and its checksum.
+    """Opens a file, decompressed if it starts as gzip does, and reads it to its end to verify the checksum.
 
     Raises:
-        DamagedError: it is cut off or altered, unpacks to too much, or the block under ``with`` met no JSON.
+        DamagedError: it is truncated or altered, unpacks to too much, or the ``with`` block found invalid JSON.
     """
     from ijson import JSONError
 
@@ -55,12 +55,12 @@ def unpacked(path: Path) -> Iterator[BinaryIO]:
             content = gzip.GzipFile(fileobj=file) if magic == _GZIP else file
             stream = io.BufferedReader(_Bounded(content), 2**16)  # type: ignore[arg-type]
             yield stream
-            while stream.read(2**20):  # gzip checks its CRC at the end, so the end is always read
+            while stream.read(2**20):  # gzip verifies its CRC at the end
                 pass
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             raise DamagedError(f"its gzip is damaged: {error}") from error
         except (JSONError, json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-            what = "a web page" if _is_page(path) else "no JSON"
+            what = "a web page" if _is_page(path) else "not JSON"
             raise DamagedError(f"it is {what}: {' '.join(str(error).split())[:100]}") from error
 
 
@@ -70,9 +70,7 @@ def _is_page(path: Path) -> bool:
 
 
 def json_lines(file: BinaryIO) -> Iterator[tuple[int, Any]]:
-    """Line numbers, from 1, and the value of each line that is not empty.
-
-    Lines of one array, with brackets around and commas between them, are read as well.
+    """Numbers (from 1) and values of non-empty JSON lines, or of a JSON array with one item per line.
 
     Raises:
         DamagedError: a line has more than `MAX_LINE_BYTES`.

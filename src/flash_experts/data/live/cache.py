@@ -1,10 +1,10 @@
-"""The folder where downloaded files are kept: whole and checked, or not there.
+"""The download cache: a file in it is complete and verified, or absent.
 
-    <cache>/scryfall/manifest.json              what is there: names, SHA-256, version, when it was fetched
-    <cache>/scryfall/oracle_cards-1f0c9a2b      the bytes
-    <cache>/scryfall/oracle_cards.part(.json)   a file on its way
+    <cache>/scryfall/manifest.json              names, SHA-256, version, time of download
+    <cache>/scryfall/oracle_cards-1f0c9a2b      content
+    <cache>/scryfall/oracle_cards.part(.json)   an unfinished download
 
-The manifest is replaced after the files that it names, at once, so a reader sees the old state or the new one.
+The manifest is replaced atomically after the files that it names, so a reader sees the old state or the new one.
 """
 
 from __future__ import annotations
@@ -18,31 +18,30 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
 
+from flash_experts.extras import require
+
 CACHE_VARIABLE = "FLASH_EXPERTS_CACHE"
-KEEP = timedelta(hours=24)  # Scryfall asks for this at least; MTGJSON is built once a day
+MAX_AGE = timedelta(hours=24)  # Scryfall asks for this at least; MTGJSON is built once a day
 _MANIFEST = "manifest.json"
 
 
 def cache_folder() -> Path:
-    """``$FLASH_EXPERTS_CACHE``, or the place where this system keeps a user's caches."""
+    """``$FLASH_EXPERTS_CACHE``, or the user's cache folder on this system."""
     if chosen := os.environ.get(CACHE_VARIABLE):
         return Path(chosen).expanduser()
-    try:
-        from platformdirs import user_cache_path
-    except ImportError as error:
-        raise ValueError(f"a cache needs platformdirs (pip install platformdirs), or set {CACHE_VARIABLE}") from error
+    require(f"a cache outside of ${CACHE_VARIABLE}", "platformdirs")
+    from platformdirs import user_cache_path
+
     return user_cache_path("flash-experts", appauthor=False)
 
 
 @dataclass(frozen=True, slots=True)
-class Held:
-    """What the cache holds of a source.
+class CachedFiles:
+    """The cached files of a source.
 
     Attributes:
-        version: what the source called it, to ask whether there is something newer.
-        fetched: when, with its time zone.
-        files: where each file is, by name.
-        sha256: of each file, by name.
+        version: the source's own version, to check for updates.
+        fetched: time of the download or last check, with a time zone.
     """
 
     version: str
@@ -51,26 +50,22 @@ class Held:
     sha256: dict[str, str]
 
     def is_fresh(self, now: datetime) -> bool:
-        """Whether it is young enough to ask nobody. A date in the future is a wrong clock, and not fresh."""
-        return timedelta(0) <= now - self.fetched < KEEP
+        """Whether no check for updates is needed. A date in the future, from a wrong clock, is not fresh."""
+        return timedelta(0) <= now - self.fetched < MAX_AGE
 
 
 class Cache:
-    """The files of one source.
-
-    Args:
-        folder: made if it is not there.
-    """
+    """The cache folder of one source, created when needed."""
 
     def __init__(self, folder: Path):
         self.folder = folder
 
     @contextmanager
     def lock(self, seconds: float) -> Iterator[None]:
-        """One process at a time.
+        """Locks the folder for one process.
 
         Raises:
-            ValueError: another one has it for longer than ``seconds``.
+            ValueError: another process holds the lock for longer than ``seconds``.
         """
         from filelock import FileLock, Timeout
 
@@ -82,11 +77,11 @@ class Cache:
             raise ValueError(f"another process is downloading to {self.folder}: wait for it to end") from error
 
     def part(self, name: str) -> Path:
-        """Where a file grows until it is whole."""
+        """Path of an unfinished download."""
         return self.folder / f"{name}.part"
 
-    def held(self) -> Held | None:
-        """What is there, if every file has the bytes that were checked when it came; else None."""
+    def load(self) -> CachedFiles | None:
+        """The cached files, if every file still has its SHA-256; else None."""
         try:
             manifest = json.loads((self.folder / _MANIFEST).read_text(encoding="utf-8"))
             digests = {name: entry["sha256"] for name, entry in manifest["files"].items()}
@@ -95,41 +90,39 @@ class Cache:
             whole = all(sha256_of(file) == digests[name] for name, file in files.items())
             if fetched.tzinfo is None or not files or not whole:
                 return None
-            return Held(manifest["version"], fetched, files, digests)
+            return CachedFiles(manifest["version"], fetched, files, digests)
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
 
-    def store(self, parts: Mapping[str, Path], digests: Mapping[str, str], version: str, now: datetime) -> Held:
-        """Takes in whole files that were checked. Either all change places or, for a reader, none.
+    def store(self, parts: Mapping[str, Path], digests: Mapping[str, str], version: str, now: datetime) -> CachedFiles:
+        """Moves complete, verified files into the cache. For a reader, all files change or none.
 
         Args:
-            parts: name -> file, which is moved.
-            digests: name -> SHA-256 of it.
-            version: the source's word for it.
-            now: with a time zone.
+            parts: name -> file to move.
+            digests: name -> SHA-256.
         """
         files = {}
         for name, part in parts.items():
             files[name] = self.folder / f"{name}-{digests[name][:8]}"
             os.replace(part, files[name])
             part.with_name(part.name + ".json").unlink(missing_ok=True)
-        held = Held(version, now, files, dict(digests))
-        self._write_manifest(held)
+        cached = CachedFiles(version, now, files, dict(digests))
+        self._write_manifest(cached)
         for name, path in files.items():
             for old in self.folder.glob(f"{name}-{'[0-9a-f]' * 8}"):
                 if old != path:
                     old.unlink(missing_ok=True)
-        return held
+        return cached
 
-    def touch(self, held: Held, now: datetime) -> Held:
-        """Notes that what is there was still the newest."""
-        held = Held(held.version, now, held.files, held.sha256)
-        self._write_manifest(held)
-        return held
+    def touch(self, cached: CachedFiles, now: datetime) -> CachedFiles:
+        """Records that the cached files are still the newest."""
+        cached = CachedFiles(cached.version, now, cached.files, cached.sha256)
+        self._write_manifest(cached)
+        return cached
 
-    def _write_manifest(self, held: Held) -> None:
-        files = {name: {"file": path.name, "sha256": held.sha256[name]} for name, path in held.files.items()}
-        manifest = {"version": held.version, "fetched": held.fetched.isoformat(), "files": files}
+    def _write_manifest(self, cached: CachedFiles) -> None:
+        files = {name: {"file": path.name, "sha256": cached.sha256[name]} for name, path in cached.files.items()}
+        manifest = {"version": cached.version, "fetched": cached.fetched.isoformat(), "files": files}
         temporary = self.folder / f"{_MANIFEST}.new"
         with open(temporary, "w", encoding="utf-8") as file:
             json.dump(manifest, file, indent=2)
@@ -139,6 +132,6 @@ class Cache:
 
 
 def sha256_of(path: Path) -> str:
-    """Of a file's bytes."""
+    """SHA-256 of a file, as hexadecimal text."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
