@@ -1,4 +1,4 @@
-"""Models that want to say something definite, for tests of what they are kept from saying."""
+"""A model that prefers given names, for tests of the filters that forbid them."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from flash_experts.generation import NameVocabulary
 
 
 class Parrot(PreTrainedModel):
-    """Says given names and nothing else, as long as the tokens so far are the beginning of one.
+    """Generates the given names and nothing else, while the tokens so far are a prefix of one.
 
-    Its cache holds the token ids and their positions, so that whatever is done to rows and columns is put to the test
-    too: each row must see its prompt and its own tokens, each once, at places without a gap.
+    Its cache has token ids and their positions, which tests operations on rows and columns, too: each row must see its
+    prompt and its own tokens, each once, at consecutive positions.
     """
 
     config_class = GPT2Config
@@ -30,7 +30,7 @@ class Parrot(PreTrainedModel):
                 self.next_tokens.setdefault(tuple(script[:place]), set()).add(token)
         generator = torch.Generator().manual_seed(0)
         noise = torch.randn(config.vocab_size, generator=generator)
-        noise[config.eos_token_id] = 2.0  # off its script it soon ends
+        noise[config.eos_token_id] = 2.0  # without a matching name it soon ends
         self.noise = torch.nn.Parameter(noise)
 
     def forward(
@@ -52,8 +52,8 @@ class Parrot(PreTrainedModel):
                 columns = columns[attention_mask[row, 0, -1]]
             seen = sorted(columns.tolist())
             assert [position for position, _ in seen] == list(range(len(seen)))
-            said = tuple(token for _, token in seen[self.prompt_length :])
-            for token in self.next_tokens.get(said, ()):
+            given = tuple(token for _, token in seen[self.prompt_length :])
+            for token in self.next_tokens.get(given, ()):
                 logits[row, token] += 12.0
         return CausalLMOutputWithPast(logits=logits[:, None], past_key_values=past_key_values)
 
@@ -65,7 +65,7 @@ def vocabulary(tokenizer: PreTrainedTokenizerFast) -> NameVocabulary:
 
 @pytest.fixture
 def parrot(tokenizer: PreTrainedTokenizerFast) -> Callable[..., Parrot]:
-    """Makes a model that says these texts after the prompt ":"."""
+    """Makes a model that generates these texts after the prompt ":"."""
 
     def make(names: Sequence[str]) -> Parrot:
         end = tokenizer.eos_token_id

@@ -1,4 +1,4 @@
-"""The decoding loop: same names in any company, the model's own probabilities, the model left as it was."""
+"""The decoding loop: independence of the batch, the model's own probabilities, the model unchanged afterwards."""
 
 from __future__ import annotations
 
@@ -9,13 +9,11 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
-from flash_experts.generation import gpt2_steps, llama_steps
-from flash_experts.generation.decoding import DecodedName, NameDecoder
+from flash_experts.generation.decoding import DecodedName, NameDecoder, PromptRows, Prompts
 from flash_experts.generation.presets import Sampling
-from flash_experts.generation.prompt_rows import PromptRows, Prompts
-from flash_experts.models import GPT2MoEConfig, GPT2MoEForCausalLM
+from flash_experts.models import GPT2MoEConfig, GPT2MoEForCausalLM, decode_step_gpt2, decode_step_llama
 from flash_experts.models.attention_backends import attention_backend
-from flash_experts.models.modes import evaluating
+from flash_experts.models.scoring import evaluating
 
 END = 0
 
@@ -55,7 +53,7 @@ def test_log_prob_is_that_of_a_forward_without_cache(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["dense", "moe"])
-def test_a_name_is_the_same_in_any_company(kind: str) -> None:
+def test_a_name_does_not_depend_on_its_batch(kind: str) -> None:
     model = _tiny(kind)
     sampling = Sampling(0.9, top_k=20, top_p=0.95, repetition_penalty=1.2)
     together = _decode(model, range(30), sampling)
@@ -102,7 +100,7 @@ def _probability(model: torch.nn.Module, outcome: tuple[int, ...]) -> float:
 
 
 def test_repetition_penalty_leaves_the_prompt_and_the_end_alone() -> None:
-    """The end symbol is the begin symbol too: a penalty on the prompt's tokens would make names longer."""
+    """The EOS token is also the BOS token: a penalty on the prompt's tokens would make names longer."""
     model = _tiny("dense")
     strong = _decode(model, range(40), Sampling(repetition_penalty=1e6), steps=12)
     first_of = {name.index: (*name.ids, END)[0] for name in strong}
@@ -134,7 +132,7 @@ def test_bfloat16_weights_round_products_alone(kind: str) -> None:
             rows.advance(tokens_B.tolist(), {})
             rows.advance(tokens_B.flip(0).tolist(), {})
             by_dtype.append(rows.logits_BV)
-    assert gpt2_steps.dtype_between_products(model) == by_dtype[0].dtype == torch.float32
+    assert decode_step_gpt2.activation_dtype(model) == by_dtype[0].dtype == torch.float32
     rounded, near = by_dtype
     assert 0 < (rounded - near).norm() / near.norm() < 0.1
 
@@ -143,14 +141,14 @@ def test_bfloat16_weights_round_products_alone(kind: str) -> None:
 def test_steps_of_a_plain_gpt2_are_those_of_its_own_forward(kind: str) -> None:
     """A hook is what makes the decoder call the model itself."""
     model = _tiny(kind)
-    assert gpt2_steps.takes(model)
+    assert decode_step_gpt2.supports(model)
     short = _decode(model, range(30), Sampling(temperature=0.9, top_k=20))
     hook = model.transformer.h[1].register_forward_hook(lambda *_: None)
-    assert not gpt2_steps.takes(model)
+    assert not decode_step_gpt2.supports(model)
     by_model = _decode(model, range(30), Sampling(temperature=0.9, top_k=20))
     hook.remove()
     model(torch.tensor([[1, 2]]), output_hidden_states=True)  # transformers leaves hooks of its own, which lie idle
-    assert gpt2_steps.takes(model)
+    assert decode_step_gpt2.supports(model)
     assert [name.ids for name in short] == [name.ids for name in by_model]
     assert [name.log_prob for name in short] == pytest.approx([name.log_prob for name in by_model], abs=1e-4)
 
@@ -158,16 +156,16 @@ def test_steps_of_a_plain_gpt2_are_those_of_its_own_forward(kind: str) -> None:
 def test_what_is_no_plain_gpt2_keeps_its_own_forward(monkeypatch: pytest.MonkeyPatch) -> None:
     model = _tiny("dense")
     with attention_backend("sdpa"):
-        assert not gpt2_steps.takes(model)
+        assert not decode_step_gpt2.supports(model)
     monkeypatch.setenv("FLASH_EXPERTS_ATTENTION", "reference")
-    assert not gpt2_steps.takes(model)
+    assert not decode_step_gpt2.supports(model)
     monkeypatch.delenv("FLASH_EXPERTS_ATTENTION")
-    assert gpt2_steps.takes(model)
+    assert decode_step_gpt2.supports(model)
     projection = model.transformer.h[0].attn.c_attn
     projection.__class__ = type("Adapted", (type(projection),), {})  # as an adapter would take its place
-    assert not gpt2_steps.takes(model)
+    assert not decode_step_gpt2.supports(model)
     config = GPT2MoEConfig(vocab_size=40, n_embd=16, n_layer=2, n_head=2, num_experts=4, routing="expert_choice")
-    assert not gpt2_steps.takes(GPT2MoEForCausalLM(config).eval())
+    assert not decode_step_gpt2.supports(GPT2MoEForCausalLM(config).eval())
 
 
 def test_evaluating_restores_each_modules_mode() -> None:
@@ -224,14 +222,15 @@ def test_rows_of_different_prompts_decode_together(kind: str) -> None:
 def test_steps_of_a_llama_are_those_of_its_own_forward() -> None:
     """A hook is what makes the decoder call the model itself."""
     model = _tiny("llama")
-    assert llama_steps.takes(model) and not llama_steps.takes(_tiny("mistral")) and not gpt2_steps.takes(model)
+    assert decode_step_llama.supports(model) and not decode_step_gpt2.supports(model)
+    assert not decode_step_llama.supports(_tiny("mistral"))
     by_steps = _decode(model, range(30), Sampling(temperature=0.9, top_k=20))
     hook = model.model.layers[1].register_forward_hook(lambda *_: None)
-    assert not llama_steps.takes(model)
+    assert not decode_step_llama.supports(model)
     by_model = _decode(model, range(30), Sampling(temperature=0.9, top_k=20))
     hook.remove()
     assert [name.ids for name in by_steps] == [name.ids for name in by_model]
     assert [name.log_prob for name in by_steps] == pytest.approx([name.log_prob for name in by_model], abs=1e-4)
     projection = model.model.layers[0].self_attn.q_proj
     projection.__class__ = type("Adapted", (type(projection),), {})  # as an adapter would take its place
-    assert not llama_steps.takes(model)
+    assert not decode_step_llama.supports(model)

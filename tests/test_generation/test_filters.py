@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from flash_experts.data.cards import known_names
+from flash_experts.data.card_table import known_names
 from flash_experts.data.names import normal_form
 from flash_experts.generation import (
     Alliterates,
@@ -38,7 +38,7 @@ from flash_experts.generation import (
     StartsWith,
     WellFormed,
 )
-from flash_experts.generation.word_filters import alliterates
+from flash_experts.generation.text_rules import alliterates
 
 REAL_NAMES = [
     "Goblin Guide", "Lim-Dûl's Vault", "Jötun Grunt", "Niv-Mizzet, Parun", "Will-o'-the-Wisp", "Wrath of God",
@@ -47,10 +47,10 @@ REAL_NAMES = [
 
 
 def admits(name_filter: NameFilter, text: str, ids: list[int] | None = None) -> bool:
-    """Whether a filter lets a model say a text to its end, in the tokenizer's own tokens or in given ones."""
+    """Whether a filter admits a whole text, in the tokenizer's own tokens or in given ones."""
     vocabulary = name_filter.vocabulary
     ids = vocabulary.encode(text) if ids is None else ids
-    for place, token in enumerate([*ids, vocabulary.end_id]):
+    for place, token in enumerate([*ids, vocabulary.eos_id]):
         wants = torch.zeros(1, vocabulary.size)
         wants[0, token] = 20.0
         if name_filter.mask(torch.tensor([ids[:place]], dtype=torch.long), wants)[0, token] == -torch.inf:
@@ -59,7 +59,7 @@ def admits(name_filter: NameFilter, text: str, ids: list[int] | None = None) -> 
 
 
 def byte_ids(vocabulary: NameVocabulary, text: str) -> list[int]:
-    """Another tokenization of the text: one token a byte."""
+    """Another tokenization of the text: one token per byte."""
     single = {vocabulary._pieces[index]: index for index in range(vocabulary.size)}
     return [single[bytes([byte])] for byte in text.encode()]
 
@@ -100,7 +100,7 @@ def test_alphabet_is_of_characters_not_bytes(tokenizer: PreTrainedTokenizerFast,
     assert admits(name_filter, text, byte_ids(vocabulary, text)) == set(text).issubset("aZ û-'")
 
 
-def test_a_character_cannot_be_left_half_said(vocabulary: NameVocabulary) -> None:
+def test_a_character_cannot_be_left_incomplete(vocabulary: NameVocabulary) -> None:
     half = byte_ids(vocabulary, " Dandâ")[:-1]
     assert not admits(AllowedCharacters(vocabulary, 0), "", half)
 
@@ -121,7 +121,7 @@ def test_starts_with_allows_exactly_texts_with_the_prefix(tokenizer: PreTrainedT
     shown = prefix[0].upper() + prefix[1:]
     for ending in ("", "lin", "lin Guide", "ide"):
         text = " " + shown + ending
-        # Said as the tokenizer cuts the prefix, then on with any bytes.
+        # The prefix as the tokenizer cuts it, then any bytes.
         ids = vocabulary.encode(" " + shown.rstrip()) + byte_ids(vocabulary, text[1 + len(shown.rstrip()) :])
         assert admits(name_filter, "", ids) == text.startswith(" " + shown)
     assert not admits(name_filter, " Serra Angel")
@@ -160,7 +160,7 @@ def test_length_limit_counts_characters(tokenizer: PreTrainedTokenizerFast, name
         assert not admits(MaxLength(vocabulary, 0, limit), "", byte_ids(vocabulary, " " + name))
 
 
-def test_refused_words_may_go_on_but_not_end(vocabulary: NameVocabulary) -> None:
+def test_refused_words_may_continue_but_not_end(vocabulary: NameVocabulary) -> None:
     twice = NoRepeatedWords(vocabulary, 0)
     assert not admits(twice, " Goblin goblin")
     assert not admits(twice, " Goblin Goblin Guide")
@@ -210,13 +210,13 @@ def test_lower_limits(vocabulary: NameVocabulary) -> None:
 
 
 def test_a_whole_word_is_not_stretched_to_a_lower_limit(vocabulary: NameVocabulary) -> None:
-    """A model that wants the end, next to it the letter "s", has to begin another word."""
+    """A model that prefers the EOS token, then the letter "s", has to start another word."""
     ids = torch.tensor([vocabulary.encode(" Goblin")])
     scores = torch.zeros(1, vocabulary.size)
-    scores[0, vocabulary.end_id], scores[0, vocabulary.encode("s")[0]] = 9.0, 8.0
+    scores[0, vocabulary.eos_id], scores[0, vocabulary.encode("s")[0]] = 9.0, 8.0
     for one in (MinWords(vocabulary, 0, 2), MinLength(vocabulary, 0, 12), Contains(vocabulary, 0, "elf", 30)):
         best = int(one.mask(ids, scores).argmax())
-        assert best != vocabulary.end_id and not vocabulary.texts[best][0].isalnum()
+        assert best != vocabulary.eos_id and not vocabulary.texts[best][0].isalnum()
         wants_more = scores.clone()
         wants_more[0, vocabulary.encode("s")[0]] = 10.0
         assert int(one.mask(ids, wants_more).argmax()) == vocabulary.encode("s")[0]
@@ -245,7 +245,7 @@ def test_alliteration(vocabulary: NameVocabulary) -> None:
 
 
 def test_inside_model_generate(model: GPT2LMHeadModel, vocabulary: NameVocabulary) -> None:
-    prompt = torch.tensor([[vocabulary.end_id, *vocabulary.encode(":")]])
+    prompt = torch.tensor([[vocabulary.eos_id, *vocabulary.encode(":")]])
     length = prompt.shape[1]
     torch.manual_seed(0)
     out = model.generate(
@@ -269,8 +269,8 @@ def test_inside_model_generate(model: GPT2LMHeadModel, vocabulary: NameVocabular
 
 
 def test_words_that_alliterate_inside_model_generate(model: GPT2LMHeadModel, vocabulary: NameVocabulary) -> None:
-    """What a random model ends keeps to both; without them it hardly ever does."""
-    prompt = torch.tensor([[vocabulary.end_id, *vocabulary.encode(":")]])
+    """Names that a random model ends satisfy both filters; without them they hardly ever do."""
+    prompt = torch.tensor([[vocabulary.eos_id, *vocabulary.encode(":")]])
     base = [AllowedCharacters(vocabulary, 2), WellFormed(vocabulary, 2)]
     asked = [*base, Alliterates(vocabulary, 2), MinWords(vocabulary, 2, 3)]
     shares = []
@@ -278,7 +278,7 @@ def test_words_that_alliterate_inside_model_generate(model: GPT2LMHeadModel, voc
         torch.manual_seed(0)
         out = model.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=True, max_new_tokens=60,
                              num_return_sequences=24, logits_processor=filters)  # fmt: skip
-        names = [vocabulary.decode(row) for row in out[:, 2:].tolist() if vocabulary.end_id in row]
+        names = [vocabulary.decode(row) for row in out[:, 2:].tolist() if vocabulary.eos_id in row]
         kept = [alliterates(name) and len(name.split()) >= 3 for name in names]
         assert len(kept) >= 4
         shares.append(sum(kept) / len(kept))
@@ -298,7 +298,7 @@ def test_filters_of_every_constraint_inside_model_generate(
     model: GPT2LMHeadModel, vocabulary: NameVocabulary, asked: dict
 ) -> None:
     constraints = Constraints(max_length=24, **asked)
-    prompt = torch.tensor([[vocabulary.end_id, *vocabulary.encode(":")]])
+    prompt = torch.tensor([[vocabulary.eos_id, *vocabulary.encode(":")]])
     filters = constraints.filters(vocabulary, prompt.shape[1], {"goblin guide"})
     torch.manual_seed(0)
     out = model.generate(
@@ -306,7 +306,7 @@ def test_filters_of_every_constraint_inside_model_generate(
         logits_processor=list(filters),
     )  # fmt: skip
     rows = out[:, prompt.shape[1] :]
-    ended = [vocabulary.decode(row) for row in rows.tolist() if vocabulary.end_id in row]
+    ended = [vocabulary.decode(row) for row in rows.tolist() if vocabulary.eos_id in row]
     assert ended and all(constraints.held_by(name.strip()) for name in ended)
 
 
@@ -318,16 +318,16 @@ def test_generate_never_gets_a_row_without_a_token(model: GPT2LMHeadModel, vocab
         def forbidden(self, rule: object) -> torch.Tensor:
             return torch.ones(self.vocabulary.size, dtype=torch.bool)
 
-    prompt = torch.tensor([[vocabulary.end_id]])
+    prompt = torch.tensor([[vocabulary.eos_id]])
     with pytest.raises(NoTokenLeftError, match="Nothing leaves no token after"):
         model.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=True, max_new_tokens=20,
                        min_new_tokens=9, logits_processor=[Nothing(vocabulary, 1)])  # fmt: skip
 
 
-def test_a_limit_that_another_filter_leaves_nothing_is_told(vocabulary: NameVocabulary) -> None:
-    ids = torch.tensor([[vocabulary.end_id, *vocabulary.encode(" Goblin")]])
+def test_a_limit_that_leaves_no_token_with_another_filter_is_an_error(vocabulary: NameVocabulary) -> None:
+    ids = torch.tensor([[vocabulary.eos_id, *vocabulary.encode(" Goblin")]])
     scores = torch.zeros(1, vocabulary.size)
-    scores[0, vocabulary.end_id] = -torch.inf  # as a regex does where a name is not whole yet
+    scores[0, vocabulary.eos_id] = -torch.inf  # as a regex does where a name is not whole yet
     with pytest.raises(NoTokenLeftError, match="MaxLength leaves no token after 'Goblin'"):
         MaxLength(vocabulary, 1, 6)(ids, scores)
 
@@ -351,7 +351,7 @@ def test_scores_are_not_changed_in_place(vocabulary: NameVocabulary) -> None:
         (lambda v: Contains(v, 0, " ", 20), "blank"),
         (lambda v: EndsWith(v, 0, "Goblin", 5), "more than max_length 5"),
         (lambda v: MatchesRegex(v, 0, "x{9}", 8), "matches no name"),
-        (lambda v: AllowedCharacters(v, 0)(torch.zeros(1, 0, dtype=torch.long), torch.zeros(1, 7)), "7 wide"),
+        (lambda v: AllowedCharacters(v, 0)(torch.zeros(1, 0, dtype=torch.long), torch.zeros(1, 7)), "7 tokens"),
     ],
 )
 def test_bad_arguments(vocabulary: NameVocabulary, make: Callable[[NameVocabulary], object], message: str) -> None:
@@ -368,7 +368,7 @@ def test_a_padded_vocabulary_and_a_foreign_tokenizer(tokenizer: PreTrainedTokeni
 
 
 def test_nearly_all_real_names_pass_all_filters(vocabulary: NameVocabulary) -> None:
-    """What `NameGenerator` always applies must not bend the distribution of names."""
+    """The filters that `NameGenerator` always applies must not distort the distribution of names."""
     names = [name for name in random.Random(0).sample(known_names(), 400) if len(name) <= 40]
     filters = [
         AllowedCharacters(vocabulary, 0),

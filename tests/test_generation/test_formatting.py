@@ -1,4 +1,4 @@
-"""Formatting: what is right stays, what is wrong is put right once and for all."""
+"""Formatting: correct names stay unchanged, others are corrected, and twice gives the same as once."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flash_experts.data.cards import known_names, load_source
+from flash_experts.data.card_table import known_names
 from flash_experts.data.cleaning import clean
+from flash_experts.data.sources import load_source
 from flash_experts.generation import format_name
 
 _NAMES = st.text(st.sampled_from("abAZzé û,:;-'/.!?&\"’— of the123\u0301İßǆﬁ"), max_size=30) | st.text(max_size=20)

@@ -5,6 +5,10 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
+import subprocess
+import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -12,7 +16,7 @@ from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from flash_experts.cli import main
 
-COLUMNS = {"text", "fits_type", "fits_probability", "log_prob", "score", "nearest_card", "similarity"}
+COLUMNS = {"text", "log_prob", "score", "nearest_card", "similarity"}
 
 
 @pytest.fixture
@@ -29,14 +33,14 @@ def test_the_same_names_in_every_format(command: list[str], tmp_path: Path, caps
     assert main([*command, "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
     assert [row["text"] for row in rows] == lines and set(rows[0]) == COLUMNS
-    assert main([*command, "--csv"]) == 0
+    assert main([*command, "--format", "csv"]) == 0
     table = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
     assert [row["text"] for row in table] == lines and set(table[0]) == COLUMNS
     for suffix in ("txt", "csv", "json", "jsonl"):
         file = tmp_path / "new" / f"names.{suffix}"
         assert main([*command, "--out", str(file)]) == 0
-        said = capsys.readouterr()
-        assert said.out == "" and "6 names written" in said.err
+        captured = capsys.readouterr()
+        assert captured.out == "" and "6 names written" in captured.err
         text = file.read_text("utf-8")
         if suffix == "jsonl":
             assert [json.loads(line) for line in text.splitlines()] == rows
@@ -81,7 +85,10 @@ def test_every_constraint_is_an_option(command: list[str], capsys: pytest.Captur
     ("options", "status", "message"),
     [
         ("--out names.pdf", 2, "must end in"),
-        ("--json --csv", 2, "choose one"),
+        ("--json --format csv", 2, "choose one"),
+        ("--format mse", 2, "give --out NAMES.mse-set"),
+        ("--cards set.csv --type Land --out names.csv", 2, "leave out --type"),
+        ("--cards set.csv", 2, "give --out"),
         ("--out names.csv --json", 2, "leave out"),
         ("--words two", 2, "words"),
         ("--min-words 3 --max-words 2", 1, "more than max_words"),
@@ -94,27 +101,51 @@ def test_every_constraint_is_an_option(command: list[str], capsys: pytest.Captur
         ("--released 2019", 1, "not trained with years"),
     ],
 )
-def test_bad_values_are_told_in_one_line(
+def test_bad_values_are_reported_in_one_line(
     command: list[str], options: str, status: int, message: str, capsys: pytest.CaptureFixture[str],
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.chdir(tmp_path)
     assert main([*command, *options.split()]) == status
-    said = capsys.readouterr()
-    ours = said.err[said.err.index("flash-experts") :]  # after transformers' bar, which a process of its own has not
-    assert said.out == "" and message in ours and ours.count("\n") == 1
+    captured = capsys.readouterr()
+    ours = captured.err[
+        captured.err.index("flash-experts") :
+    ]  # after transformers' progress bar, which a separate process does not show
+    assert captured.out == "" and message in ours and ours.count("\n") == 1
     assert not list(tmp_path.glob("names*"))
 
 
 def test_an_interrupted_file_is_not_there(command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from flash_experts.generation import NameGenerator
 
-    stream = NameGenerator.stream
+    answer = NameGenerator.answer
 
     def stopped(self: NameGenerator, *args: object, **options: object):
-        yield next(stream(self, *args, **options))
+        yield next(answer(self, *args, **options))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(NameGenerator, "stream", stopped)
+    monkeypatch.setattr(NameGenerator, "answer", stopped)
     assert main([*command, "--out", str(tmp_path / "names.csv")]) == 130
     assert not list(tmp_path.glob("names*"))
+
+
+@pytest.mark.parametrize(("options", "counted"), [([], True), (["--json"], True), (["--format", "csv"], False)])
+def test_a_terminal_shows_how_many_names_there_are(command: list[str], options: list[str], counted: bool) -> None:
+    """Where the names come all at once; a bar between lines that are printed one by one would tear them."""
+    pty = pytest.importorskip("pty", reason="a terminal of its own needs POSIX")
+    controller, terminal = pty.openpty()
+    environment = os.environ | {"TERM": "xterm", "COLUMNS": "100", "OMP_NUM_THREADS": "1"}
+    program = [sys.executable, "-m", "flash_experts", *command, *options]
+    output = subprocess.PIPE if options else terminal
+    done = subprocess.Popen(program, stdout=output, stderr=terminal, env=environment)
+    os.close(terminal)
+    shown = b""
+    with suppress(OSError):  # the end of a terminal, on Linux
+        while part := os.read(controller, 4096):
+            shown += part
+    os.close(controller)
+    piped = done.communicate()[0]
+    assert done.returncode == 0
+    assert (b"6/6" in shown) == counted
+    assert (b"per character" in shown) != bool(options)
+    assert not piped or b"6/6" not in piped

@@ -1,4 +1,4 @@
-"""Guidance: the prompt counts for more, by the rule of the literature; at 1 nothing is done."""
+"""Classifier-free guidance: the published formula; 1 changes nothing."""
 
 from __future__ import annotations
 
@@ -7,12 +7,11 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.generation.logits_process import UnbatchedClassifierFreeGuidanceLogitsProcessor
 
-from flash_experts.generation.decoding import DecodedName, NameDecoder
+from flash_experts.generation.decoding import DecodedName, NameDecoder, guided
 from flash_experts.generation.presets import Sampling
-from flash_experts.generation.prompt_rows import guided
 
 END = 0
-TOLD, UNTOLD = [END, 5, 9, 7], [END, 7]
+CONDITIONAL, UNCONDITIONAL = [END, 5, 9, 7], [END, 7]
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +23,9 @@ def model() -> GPT2LMHeadModel:
 
 def decode(model: GPT2LMHeadModel, sampling: Sampling, indices: range = range(20)) -> list[DecodedName]:
     with torch.no_grad():
-        return list(NameDecoder(model, TOLD, END, sampling, [], 30, 3, UNTOLD).stream(indices, len(indices)))
+        return list(
+            NameDecoder(model, CONDITIONAL, END, sampling, [], 30, 3, UNCONDITIONAL).stream(indices, len(indices))
+        )
 
 
 def logits_after(model: GPT2LMHeadModel, ids: list[int]) -> torch.Tensor:
@@ -32,32 +33,35 @@ def logits_after(model: GPT2LMHeadModel, ids: list[int]) -> torch.Tensor:
         return model(torch.tensor([ids]), use_cache=False).logits[:, -1]
 
 
-def test_the_rule_is_transformers(model: GPT2LMHeadModel) -> None:
-    told_1V, untold_1V = logits_after(model, TOLD), logits_after(model, UNTOLD)
-    processor = UnbatchedClassifierFreeGuidanceLogitsProcessor(2.5, model, torch.tensor([UNTOLD]))
-    expected_1V = processor(torch.tensor([TOLD]), told_1V)
-    torch.testing.assert_close(guided(told_1V, untold_1V, 2.5), expected_1V)
+def test_the_formula_is_that_of_transformers(model: GPT2LMHeadModel) -> None:
+    conditional_1V, unconditional_1V = logits_after(model, CONDITIONAL), logits_after(model, UNCONDITIONAL)
+    processor = UnbatchedClassifierFreeGuidanceLogitsProcessor(2.5, model, torch.tensor([UNCONDITIONAL]))
+    expected_1V = processor(torch.tensor([CONDITIONAL]), conditional_1V)
+    torch.testing.assert_close(guided(conditional_1V, unconditional_1V, 2.5), expected_1V)
 
 
 def test_each_token_is_the_likeliest_under_guidance(model: GPT2LMHeadModel) -> None:
-    """Greedy, so every step is held to a forward of both texts without a cache; log_prob is the told model's."""
+    """Compares every greedy step with a forward of both texts without a cache; log_prob is the conditional one."""
     [name] = decode(model, Sampling(top_k=1, guidance=3.0), range(1))
     assert len(name.ids) > 3
     ids, log_prob = list[int](), 0.0
     for token in [*name.ids, END][: len(name.ids) + name.is_whole]:
-        told_1V, untold_1V = logits_after(model, [*TOLD, *ids]), logits_after(model, [*UNTOLD, *ids])
-        assert guided(told_1V, untold_1V, 3.0).argmax() == token
-        log_prob += float(told_1V.log_softmax(-1)[0, token])
+        conditional_1V, unconditional_1V = (
+            logits_after(model, [*CONDITIONAL, *ids]),
+            logits_after(model, [*UNCONDITIONAL, *ids]),
+        )
+        assert guided(conditional_1V, unconditional_1V, 3.0).argmax() == token
+        log_prob += float(conditional_1V.log_softmax(-1)[0, token])
         ids.append(token)
     assert name.log_prob == pytest.approx(log_prob, abs=1e-4)
     assert name.ids != decode(model, Sampling(top_k=1), range(1))[0].ids
 
 
-def test_guided_names_are_the_same_in_any_company(model: GPT2LMHeadModel) -> None:
+def test_guided_names_do_not_depend_on_their_batch(model: GPT2LMHeadModel) -> None:
     sampling = Sampling(guidance=1.7)
     apart = [name for start in range(0, 20, 7) for name in decode(model, sampling, range(start, min(start + 7, 20)))]
     with torch.no_grad():
-        decoder = NameDecoder(model, TOLD, END, sampling, [], 30, 3, UNTOLD)
+        decoder = NameDecoder(model, CONDITIONAL, END, sampling, [], 30, 3, UNCONDITIONAL)
         streamed = list(decoder.stream(range(20), batch_size=6))  # rows come and go
     together = decode(model, sampling)
     assert [name.ids for name in apart] == [name.ids for name in together] == [name.ids for name in streamed]
@@ -65,6 +69,8 @@ def test_guided_names_are_the_same_in_any_company(model: GPT2LMHeadModel) -> Non
 
 def test_without_guidance_one_prompt_is_computed(model: GPT2LMHeadModel) -> None:
     with torch.no_grad():
-        assert len(NameDecoder(model, TOLD, END, Sampling(), [], 30, 3, UNTOLD).prompts) == 1
-        assert len(NameDecoder(model, UNTOLD, END, Sampling(guidance=2.0), [], 30, 3, UNTOLD).prompts) == 1
-        assert len(NameDecoder(model, TOLD, END, Sampling(guidance=2.0), [], 30, 3, UNTOLD).prompts) == 2
+        assert len(NameDecoder(model, CONDITIONAL, END, Sampling(), [], 30, 3, UNCONDITIONAL).prompts) == 1
+        assert (
+            len(NameDecoder(model, UNCONDITIONAL, END, Sampling(guidance=2.0), [], 30, 3, UNCONDITIONAL).prompts) == 1
+        )
+        assert len(NameDecoder(model, CONDITIONAL, END, Sampling(guidance=2.0), [], 30, 3, UNCONDITIONAL).prompts) == 2

@@ -1,4 +1,4 @@
-"""Names like examples."""
+"""Names that resemble examples."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from flash_experts.generation.likeness import Resembles, examples_of, filled_in,
         (["My Own, Name"], ["My Own, Name"]),
     ],
 )
-def test_a_comma_within_a_cards_name_separates_nothing(text: str | list[str], names: list[str]) -> None:
+def test_a_comma_within_a_cards_name_is_no_separator(text: str | list[str], names: list[str]) -> None:
     assert examples_of(text) == names
 
 
@@ -31,13 +31,13 @@ def test_attributes_are_those_that_most_examples_share() -> None:
     assert shared_attributes(["A Name of My Own"]) == Attributes()
 
 
-def test_what_is_given_stands() -> None:
+def test_given_attributes_have_priority() -> None:
     given = Attributes.parse("Elf", None, 3)
     assert filled_in(given, Attributes.parse("Goblin Creature", "R", None)) == Attributes.parse("Elf", "R", 3)
     assert filled_in(Attributes(), Attributes.parse("Goblin", "R", None)) == Attributes.parse("Goblin", "R", None)
 
 
-def test_sub_words_of_examples_are_favored_until_they_are_said(vocabulary: NameVocabulary) -> None:
+def test_sub_words_of_examples_are_favored_until_a_name_has_them(vocabulary: NameVocabulary) -> None:
     one = Resembles(vocabulary, 0, ["Goblin Guide", "Goblin King"], strength=2.0)
     goblin = vocabulary.encode(" Goblin")[0]
     scores = torch.zeros(2, vocabulary.size)
@@ -48,7 +48,7 @@ def test_sub_words_of_examples_are_favored_until_they_are_said(vocabulary: NameV
 
 
 def test_names_come_nearer_to_the_examples(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Even of a random model; how much nearer a trained one comes is told in the module."""
+    """Even for a random model."""
     generator = NameGenerator(model, tokenizer, [])
 
     def share(**options: object) -> float:

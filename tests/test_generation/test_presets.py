@@ -1,4 +1,4 @@
-"""Presets of one's own."""
+"""User-defined presets."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def test_a_file_of_presets_adds_to_ours_and_may_replace_them(tmp_path: Path) -> 
     assert sampling_of("wild", file, top_k=3) == Sampling(1.5, 3, min_p=0.05)
     assert sampling_of("balanced", file) == Sampling(top_k=9)
     assert sampling_of("creative", file) == PRESETS["creative"]
-    assert sampling_of("balanced") == PRESETS["balanced"] == Sampling(0.95, 200, 0.97)
+    assert sampling_of("balanced") == PRESETS["balanced"] == Sampling(0.8, top_p=0.9)
 
 
 @pytest.mark.parametrize(
@@ -30,12 +30,12 @@ def test_a_file_of_presets_adds_to_ours_and_may_replace_them(tmp_path: Path) -> 
         ("wild: 3", "presets are written"),
         ("- wild", "holds no settings"),
         ("", "holds no settings"),
-        ("wild: {", "no YAML"),
+        ("wild: {", "is not valid YAML"),
         (b"\xff\xfe\x00", "not UTF-8"),
         (None, "there is no file"),
     ],
 )
-def test_bad_files_are_told_in_one_line(tmp_path: Path, content: str | bytes | None, message: str) -> None:
+def test_bad_files_are_reported_in_one_line(tmp_path: Path, content: str | bytes | None, message: str) -> None:
     file = tmp_path / "mine.yaml"
     if content is not None:
         file.write_bytes(content.encode() if isinstance(content, str) else content)

@@ -1,8 +1,9 @@
-"""Names for the attributes of a split's cards, written as training data in pieces that resume."""
+"""Sampled names as training data for distillation: written in pieces, resumed after an interruption."""
 
 from __future__ import annotations
 
 import json
+import lzma
 from pathlib import Path
 
 import pytest
@@ -12,12 +13,14 @@ from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
 from flash_experts.cli import main
 from flash_experts.data.cards import Card
 from flash_experts.data.names import normal_form
+from flash_experts.data.packing import encode_cards
 from flash_experts.data.prepare import extra_cards, load_cards, load_known_names
 from flash_experts.data.prompts import Attributes
 from flash_experts.data.tokenizer import load_tokenizer
 from flash_experts.generation import sampled_names
-from flash_experts.generation.vocabulary import NameVocabulary
+from flash_experts.generation.filters.vocabulary import NameVocabulary
 from flash_experts.models.loading import load_model
+from flash_experts.models.top_logits import TopLogits
 
 _TRAIN = [f"{first} {second}" for first in ("Goblin", "Elvish", "Angelic") for second in ("Guide", "Bolt", "Growth")]
 _TYPES = (("Creature",), ("Instant",), ("Artifact", "Creature"))
@@ -72,7 +75,7 @@ def test_names_are_new_and_trainable_with_the_models_log_probability(command: li
     assert [path.name for path in out.parent.iterdir()] == ["names.jsonl"]
     assert extra_cards(out, tmp_path / "data") == cards
     model, vocabulary = load_model(tmp_path / "model", "cpu"), NameVocabulary(load_tokenizer(tmp_path / "model"))
-    end = vocabulary.end_id
+    end = vocabulary.eos_id
     for line, card in list(zip(lines, cards, strict=True)):
         prompt = [end, *vocabulary.encode(Attributes.of(card).prompt())]
         # The tokens that were drawn are not in the file: of names of one token a word they are the tokenizer's.
@@ -104,7 +107,7 @@ def test_a_stopped_run_continues_to_the_same_names(
     monkeypatch.setattr(sampled_names, "_piece", pieces)
     assert not stopped.exists()
     assert main([*command, "--out", str(stopped), "--temperature", "0.5"]) == 1
-    assert "of other settings (sampling)" in capsys.readouterr().err
+    assert "has other settings (sampling)" in capsys.readouterr().err
     assert main([*command, "--out", str(stopped)]) == 0
     assert stopped.read_bytes() == whole.read_bytes()
     assert not list(tmp_path.glob("*.part*")) and not list(tmp_path.glob("*.lock"))
@@ -133,3 +136,51 @@ def test_a_held_out_name_is_not_trained_on(tmp_path: Path) -> None:
     names.write_bytes((data / "train.jsonl").read_bytes() + (data / "test_iid.jsonl").read_bytes())
     with pytest.raises(ValueError, match=r"name 10, 'Grave Thief', is held out"):
         extra_cards(names, data)
+
+
+def test_the_teachers_likely_tokens_are_kept_and_resumed(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "names.jsonl"
+    command = [*command, "--top-logits", "5", "--out", str(out)]
+    real, calls = sampled_names.write_shard, list[int]()
+
+    def stop_at_the_second(folder: Path, number: int, *rest: object) -> None:
+        calls.append(number)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        real(folder, number, *rest)
+
+    monkeypatch.setattr(sampled_names, "write_shard", stop_at_the_second)
+    assert main(command) == 130
+    monkeypatch.setattr(sampled_names, "write_shard", real)
+    assert main(command) == 0
+    tokenizer, model = load_tokenizer(tmp_path / "model"), load_model(tmp_path / "model", "cpu")
+    logits = TopLogits(tmp_path / "names.top-logits", tokenizer)
+    kept = matched = 0
+    for name in encode_cards(cards := load_cards(out), tokenizer):
+        card = cards[kept]
+        kept += 1
+        row = logits.first_row(card.source_id, labels := name.ids[name.prompt_length :])
+        assert card.source_id in logits
+        if row < 0:  # drawn as other tokens than the tokenizer's
+            continue
+        with torch.no_grad():
+            log_probs = model(torch.tensor([name.ids[:-1]])).logits[0, name.prompt_length - 1 :].log_softmax(-1)
+        top = log_probs.topk(5)
+        found = logits.log_probs[row : row + len(labels)].float()
+        torch.testing.assert_close(found, top.values, atol=1e-2, rtol=1e-2)
+        matched += 1
+    assert kept > 20 and matched >= 2 and len(logits.ids) == len(logits.log_probs)
+    assert main(command) == 1, "it exists"
+
+
+def test_extra_names_may_be_compressed(command: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "names.jsonl"
+    assert main([*command, "--out", str(out)]) == 0
+    packed = tmp_path / "names.jsonl.xz"
+    packed.write_bytes(lzma.compress(out.read_bytes()))
+    assert extra_cards(packed, tmp_path / "data") == extra_cards(out, tmp_path / "data")
+    packed.write_bytes(packed.read_bytes()[:-9])
+    with pytest.raises(ValueError, match="is not a whole xz file"):
+        extra_cards(packed, tmp_path / "data")

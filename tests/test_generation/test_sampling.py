@@ -85,7 +85,7 @@ def test_draws_follow_the_distribution(sampling: Sampling) -> None:
     assert chi_squared < 35  # 11 degrees of freedom at most: one in 4,000 by chance, and the seed is fixed
 
 
-def test_rows_without_a_token_are_reported_and_harm_no_other() -> None:
+def test_rows_without_a_token_are_reported_and_do_not_affect_others() -> None:
     scores = torch.randn(3, 9)
     scores[1] = float("-inf")
     for sampling in (Sampling(), Sampling(top_k=3), Sampling(top_p=0.5, min_p=0.1)):
@@ -103,7 +103,7 @@ def test_noise_of_a_name_depends_on_seed_and_index_alone() -> None:
 
 
 def test_explicit_settings_override_the_preset_and_none_does_not() -> None:
-    assert sampling_of("balanced", temperature=None, top_k=7) == Sampling(0.95, 7, 0.97)
+    assert sampling_of("balanced", temperature=None, top_k=7) == Sampling(0.8, 7, 0.9)
     assert sampling_of("creative", top_k=0, top_p=1.0, min_p=0.0, temperature=1.0) == Sampling()
 
 

@@ -9,7 +9,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_filters import admits, byte_ids
 from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from flash_experts.data.tokenizer import train_tokenizer
@@ -23,6 +22,7 @@ from flash_experts.generation import (
     NameVocabulary,
     WellFormed,
 )
+from tests.test_generation.test_filters import admits, byte_ids
 
 TEXTS = [
     "Goblin Storm",
@@ -57,11 +57,11 @@ def test_the_state_is_the_longest_beginning_at_the_end(
 
 @pytest.mark.parametrize("make", [Contains, EndsWith])
 @pytest.mark.parametrize("limit", [5, 6, 9, 17])
-def test_every_name_has_them_in_time(
+def test_every_name_has_the_letters_in_time(
     model: GPT2LMHeadModel, vocabulary: NameVocabulary, make: type[Contains], limit: int
 ) -> None:
-    """Inside transformers' generate, by a random model, up to a wanted text as long as the name may be."""
-    prompt = torch.tensor([[vocabulary.end_id, *vocabulary.encode(":")]])
+    """Inside transformers' generate, with a random model, for texts up to the length limit."""
+    prompt = torch.tensor([[vocabulary.eos_id, *vocabulary.encode(":")]])
     filters = [AllowedCharacters(vocabulary, 2), make(vocabulary, 2, "storm", limit), MaxLength(vocabulary, 2, limit)]
     torch.manual_seed(0)
     out = model.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=True, max_new_tokens=40,
@@ -71,11 +71,11 @@ def test_every_name_has_them_in_time(
     assert all(name.endswith("storm") if make is EndsWith else "storm" in name for name in names)
 
 
-def test_wanted_letters_are_favored_where_the_tokenizer_would_begin_them(vocabulary: NameVocabulary) -> None:
+def test_wanted_letters_are_favored_where_the_tokenizer_would_start_them(vocabulary: NameVocabulary) -> None:
     first = vocabulary.encode(" Goblin")[0]
     scores = torch.zeros(1, vocabulary.size)
-    said = torch.tensor([vocabulary.encode(" Serra")])
-    raised = Contains(vocabulary, 0, "goblin", 30).mask(said, scores)
+    name_ids = torch.tensor([vocabulary.encode(" Serra")])
+    raised = Contains(vocabulary, 0, "goblin", 30).mask(name_ids, scores)
     assert raised[0, first] > 0 and raised[0, vocabulary.encode(" Serra")[0]] == 0
     done = torch.tensor([vocabulary.encode(" Goblin")])
     assert torch.equal(Contains(vocabulary, 0, "goblin", 30).mask(done, scores), scores)
@@ -107,10 +107,10 @@ READ_AGAIN = [*PATTERNS, r"(Goblin|Giant) (Guide|Growth)", r".*[aeiou].{8}[bcd].
 
 @settings(max_examples=60)
 @given(data=st.data(), pattern=st.sampled_from(READ_AGAIN))
-def test_what_a_regex_says_of_a_text_depends_on_no_other_text(
+def test_the_mask_of_a_regex_depends_on_one_text_alone(
     tokenizer: PreTrainedTokenizerFast, data: st.DataObject, pattern: str
 ) -> None:
-    """One matcher reads all texts, whichever way rows come and go: beginnings, continuations, and what cannot be."""
+    """One matcher reads all texts in any order: prefixes, continuations, and texts that cannot match."""
     vocabulary = NameVocabulary(tokenizer)
     one = MatchesRegex(vocabulary, 0, pattern, 20)
     names = [""]
@@ -121,7 +121,7 @@ def test_what_a_regex_says_of_a_text_depends_on_no_other_text(
         free = (~one.mask_of(rule)).nonzero()[:, 0].tolist()
         anything = st.integers(0, vocabulary.size - 1).filter(lambda token: vocabulary.texts[token] != "")
         token = data.draw(st.sampled_from(free) if free and data.draw(st.integers(0, 5)) else anything)
-        names.append(vocabulary.extend(name, token) if token != vocabulary.end_id else name)
+        names.append(vocabulary.extend(name, token) if token != vocabulary.eos_id else name)
 
 
 def test_a_regex_reads_words_that_prompts_have_as_one_token() -> None:
@@ -132,8 +132,8 @@ def test_a_regex_reads_words_that_prompts_have_as_one_token() -> None:
 
 @pytest.mark.parametrize("pattern", [r".*storm", r"[A-Z]\w{3,} of \w{3,}", r"(Go|Ba)+x"])
 def test_a_regex_is_always_completed(model: GPT2LMHeadModel, vocabulary: NameVocabulary, pattern: str) -> None:
-    """No token is offered from which the expression cannot be completed in time: a random model meets no dead end."""
-    prompt = torch.tensor([[vocabulary.end_id, *vocabulary.encode(":")]])
+    """Every token offered can lead to a match in time: a random model reaches no dead end."""
+    prompt = torch.tensor([[vocabulary.eos_id, *vocabulary.encode(":")]])
     one = MatchesRegex(vocabulary, 2, pattern, 16)
     torch.manual_seed(0)
     out = model.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=True, max_new_tokens=60,
@@ -149,14 +149,14 @@ def test_a_regex_is_always_completed(model: GPT2LMHeadModel, vocabulary: NameVoc
         (r"x{21}", 20, (), "matches no name"),
         (r"[0-9]+", 20, (), "matches no name"),  # not in the alphabet
         (r"[a-z]+", 20, (), "matches no name"),  # names begin with a capital
-        (r"Goblin.*", 20, (".*x", "[^x]*"), "holds the other constraints"),
+        (r"Goblin.*", 20, (".*x", "[^x]*"), "satisfies the other constraints"),
         (r"(", 20, (), "unclosed group"),
         (r"(a)\1", 20, (), "backreferences"),
-        ("a\nb", 20, (), "no regular expression"),
+        ("a\nb", 20, (), "not a regular expression"),
         ("A{2000}{2000}", 20, (), "matches no name"),  # millions of states, were they built
     ],
 )
-def test_a_regex_that_no_name_can_match_is_told_at_once(
+def test_a_regex_that_no_name_can_match_is_refused_at_once(
     vocabulary: NameVocabulary, pattern: str, limit: int, also: tuple[str, ...], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message) as error:

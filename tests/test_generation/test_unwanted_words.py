@@ -1,23 +1,24 @@
-"""Swear words and places of the real world: which names hold them, and the filters that keep them out."""
+"""Swear words and places of the real world: which names have them, and the filters against them."""
 
 from __future__ import annotations
 
 import pytest
-from test_filters import admits, byte_ids
 
-from flash_experts.data.cards import known_names, load_source
+from flash_experts.data.card_table import known_names
 from flash_experts.data.cleaning import clean
+from flash_experts.data.sources import load_source
 from flash_experts.generation import Constraints, NameFilter, NameVocabulary, NoProfanity, NoRealPlaces
-from flash_experts.generation.unwanted_words import (
+from flash_experts.generation.text_rules import (
     PRINTED_ON_CARDS,
-    Judge,
+    Check,
     found_in,
     place_at_end,
     profane_words,
     profanity_at_end,
     real_places,
+    words_of,
 )
-from flash_experts.generation.word_filters import words_of
+from tests.test_generation.test_filters import admits, byte_ids
 
 
 def test_no_serious_card_counts_as_profane() -> None:
@@ -39,7 +40,7 @@ def test_hardly_any_real_name_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("judge", "refused", "allowed"),
+    ("check", "refused", "allowed"),
     [
         (
             profanity_at_end,
@@ -56,9 +57,9 @@ def test_hardly_any_real_name_is_refused() -> None:
         ),
     ],
 )  # fmt: skip
-def test_unwanted_words(judge: Judge, refused: list[str], allowed: list[str]) -> None:
-    assert [name for name in refused if not found_in(judge, name)] == []
-    assert [name for name in allowed if found_in(judge, name)] == []
+def test_unwanted_words(check: Check, refused: list[str], allowed: list[str]) -> None:
+    assert [name for name in refused if not found_in(check, name)] == []
+    assert [name for name in allowed if found_in(check, name)] == []
 
 
 @pytest.mark.parametrize(

@@ -1,34 +1,79 @@
-"""New card names: token filters, sampling, decoding, formatting, and how near they are to real cards."""
+"""New card names: token filters, sampling, decoding, formatting, and how near they are to real cards.
 
-from flash_experts.generation.constraints import Constraints
-from flash_experts.generation.filters import (
-    CARD_ALPHABET,
-    AllOf,
-    AllowedCharacters,
-    KnownNameFilter,
-    NameFilter,
-    NoTokenLeftError,
-    WellFormed,
-)
-from flash_experts.generation.formatting import format_name
-from flash_experts.generation.generator import NameGenerator
-from flash_experts.generation.limit_filters import MaxLength, MaxWords, MinLength, MinWords
-from flash_experts.generation.presets import PRESETS, Sampling, load_presets
-from flash_experts.generation.regex_filter import MatchesRegex
-from flash_experts.generation.search import GeneratedName
-from flash_experts.generation.similarity import KnownNames
-from flash_experts.generation.text_filters import Contains, EndsWith, StartsWith
-from flash_experts.generation.type_fit import TypeFit, TypeJudge
-from flash_experts.generation.vocabulary import NameVocabulary
-from flash_experts.generation.word_filters import (
-    Alliterates,
-    BannedWords,
-    NoProfanity,
-    NoRealPlaces,
-    NoRepeatedWords,
-    WordFilter,
-)
+The names below are imported when they are first used: showing the options of ``generate`` needs no PyTorch.
+"""
 
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from flash_experts.generation.constraints import Constraints
+    from flash_experts.generation.filters import (
+        Alliterates,
+        AllOf,
+        AllowedCharacters,
+        BannedWords,
+        Contains,
+        EndsWith,
+        KnownNameFilter,
+        MatchesRegex,
+        MaxLength,
+        MaxWords,
+        MinLength,
+        MinWords,
+        NameFilter,
+        NameVocabulary,
+        NoProfanity,
+        NoRealPlaces,
+        NoRepeatedWords,
+        NoTokenLeftError,
+        StartsWith,
+        WellFormed,
+        WordFilter,
+    )
+    from flash_experts.generation.formatting import format_name
+    from flash_experts.generation.generator import NameGenerator
+    from flash_experts.generation.presets import PRESETS, Sampling, load_presets
+    from flash_experts.generation.request import NameRequest
+    from flash_experts.generation.search import GeneratedName
+    from flash_experts.generation.similarity import KnownNames
+    from flash_experts.generation.text_rules import CARD_ALPHABET
+
+_HOMES = {
+    "CARD_ALPHABET": "text_rules",
+    "PRESETS": "presets",
+    "AllOf": "filters",
+    "Alliterates": "filters",
+    "AllowedCharacters": "filters",
+    "BannedWords": "filters",
+    "Constraints": "constraints",
+    "Contains": "filters",
+    "EndsWith": "filters",
+    "GeneratedName": "search",
+    "KnownNameFilter": "filters",
+    "KnownNames": "similarity",
+    "MatchesRegex": "filters",
+    "MaxLength": "filters",
+    "MaxWords": "filters",
+    "MinLength": "filters",
+    "MinWords": "filters",
+    "NameFilter": "filters",
+    "NameGenerator": "generator",
+    "NameRequest": "request",
+    "NameVocabulary": "filters",
+    "NoProfanity": "filters",
+    "NoRealPlaces": "filters",
+    "NoRepeatedWords": "filters",
+    "NoTokenLeftError": "filters",
+    "Sampling": "presets",
+    "StartsWith": "filters",
+    "WellFormed": "filters",
+    "WordFilter": "filters",
+    "format_name": "formatting",
+    "load_presets": "presets",
+}
 __all__ = [
     "CARD_ALPHABET",
     "PRESETS",
@@ -49,6 +94,7 @@ __all__ = [
     "MinWords",
     "NameFilter",
     "NameGenerator",
+    "NameRequest",
     "NameVocabulary",
     "NoProfanity",
     "NoRealPlaces",
@@ -56,10 +102,14 @@ __all__ = [
     "NoTokenLeftError",
     "Sampling",
     "StartsWith",
-    "TypeFit",
-    "TypeJudge",
     "WellFormed",
     "WordFilter",
     "format_name",
     "load_presets",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,90 +1,103 @@
-"""What names are asked to hold, checked for contradictions, and the filters that make them hold it."""
+"""The rules that names follow, checked for contradictions, and the token filters that enforce them."""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Collection, Iterator, Sequence
+import re
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields
-from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
 from flash_experts.data.names import normal_form, shown_form
-from flash_experts.generation.filters import (
-    CARD_ALPHABET,
-    AllowedCharacters,
-    KnownNameFilter,
-    NameFilter,
-    WellFormed,
-    at_least,
-)
 from flash_experts.generation.formatting import DANGLING_WORDS
-from flash_experts.generation.limit_filters import MaxLength, MaxWords, MinLength, MinWords
-from flash_experts.generation.regex_filter import MatchesRegex
-from flash_experts.generation.text_filters import Contains, EndsWith, StartsWith
-from flash_experts.generation.unwanted_words import found_in, missing_packages
-from flash_experts.generation.vocabulary import NameVocabulary
-from flash_experts.generation.word_filters import (
-    Alliterates,
-    BannedWords,
-    NoProfanity,
-    NoRealPlaces,
-    NoRepeatedWords,
-    UnwantedWords,
+from flash_experts.generation.text_rules import (
+    BAD_MARKS,
+    CARD_ALPHABET,
+    OPEN_END,
+    Check,
     alliterates,
+    found_in,
+    place_at_end,
+    profanity_at_end,
     words_of,
 )
+from flash_experts.options import at_least, option
 
-MOST_CHARACTERS = 1000  # that max_length may be
+if TYPE_CHECKING:
+    from flash_experts.generation.filters import NameFilter, NameVocabulary
+
+RULES = "Rules for the names"
+MOST_CHARACTERS = 1000  # highest max_length
 LONGEST_NAME = 40  # characters; the longest serious card name has 33
-# Filters that are on unless a field allows what they refuse: the field, what it is, the filter, the packages it needs.
-_UNWANTED: tuple[tuple[str, str, type[UnwantedWords], tuple[str, ...]], ...] = (
-    ("allow_profanity", "swear words", NoProfanity, ("better_profanity",)),
-    ("allow_real_places", "places of the real world", NoRealPlaces, ("countryinfo", "tzdata")),
+_GAP = re.compile("___+")
+# Words that no name has unless a field allows them: field, description, check.
+_UNWANTED: tuple[tuple[str, str, Check], ...] = (
+    ("allow_profanity", "swear words", profanity_at_end),
+    ("allow_real_places", "places of the real world", place_at_end),
 )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Constraints:
-    """What every name of a `NameGenerator.generate` call holds; None leaves one open. Case never matters.
+    """The rules that every name of a request follows; None leaves one open. Case never matters.
 
-    Attributes:
-        starts_with: letters that names begin with, the last word perhaps unfinished.
-        ends_with: letters that names end with; with a space before them, a word of their own.
-        contains: letters that names have somewhere; with a space before them, at a word's start.
-        regex: an expression that matches the whole name; see `MatchesRegex` for its syntax.
-        min_words: words at least, counted by spaces.
-        max_words: words at most.
-        words: exactly so many; instead of the two before.
-        min_length: characters at least.
-        max_length: characters at most, and no word is cut for it. If None, names are cut at 40, which a trained
-            model hardly ever reaches.
-        banned_words: words that no name has.
-        allow_profanity: lets swear words and slurs through.
-        allow_real_places: lets countries, nations and large cities of the real world through.
-        alliterate: all words begin with one letter, small ones ("of") aside, and there are two or more.
-        min_distance: edit distance to every known card / the longer length, at least; 0 to under 1. Names
-            nearer than that are dropped when they are finished.
+    A new rule is a field here, its filter in `filters`, and its last check in `held_by`.
     """
 
-    starts_with: str | None = None
-    ends_with: str | None = None
-    contains: str | None = None
-    regex: str | None = None
-    min_words: int | None = None
-    max_words: int | None = None
-    words: int | None = None
-    min_length: int | None = None
-    max_length: int | None = None
-    banned_words: Sequence[str] = ()
-    allow_profanity: bool = False
-    allow_real_places: bool = False
-    alliterate: bool = False
-    min_distance: float = 0.0
+    starts_with: str | None = option(
+        None, "letters at the start (default: any)", RULES, label="Starts with", page_bounds=(0, 40)
+    )
+    contains: str | None = option(
+        None, 'letters anywhere; " Axe": at the start of a word (default: any)', RULES, label="Contains",
+        page_bounds=(0, 40),
+    )  # fmt: skip
+    ends_with: str | None = option(
+        None, 'letters at the end; " Axe": a whole word (default: any)', RULES, label="Ends with", page_bounds=(0, 40)
+    )
+    regex: str | None = option(
+        None, 'regular expression for the whole name, such as ".* of the .*" (default: any)', RULES,
+        label="Regular expression", placeholder=".* of the .*", hint="for the whole name", page_bounds=(0, 100),
+    )  # fmt: skip
+    pattern: str | None = option(
+        None, 'name with gaps, each three or more "_", such as "___, the Storm ___" (default: none)', RULES,
+        label="Name with gaps", placeholder="___, the Storm ___", hint="___ stands for what is to be filled in",
+        page_bounds=(0, 60),
+    )  # fmt: skip
+    words: int | None = option(
+        None, "exact number of words (default: any)", RULES, label="Exact number of words", page_bounds=(1, 8)
+    )
+    min_words: int | None = option(None, "fewest words (default: 1)", RULES, label="Fewest words", page_bounds=(1, 8))
+    max_words: int | None = option(
+        None, "most words (default: no limit)", RULES, label="Most words", page_bounds=(1, 8)
+    )
+    min_length: int | None = option(
+        None, "fewest characters (default: 1)", RULES, label="Fewest characters", page_bounds=(1, 40)
+    )
+    max_length: int | None = option(
+        None, "most characters (default: 40)", RULES, label="Most characters", page_bounds=(1, 40)
+    )
+    banned_words: Sequence[str] = option(
+        (), "words that no name has, separated by commas, or --ban once per word", RULES, flag="ban",
+        label="Banned words", placeholder="dragon, fire", page_bounds=(50, 30),
+    )  # fmt: skip
+    min_distance: float = option(
+        0.0, "lowest edit distance from every real card, as a share of the length: 0.3 is 3 letters of 10", RULES,
+        label="Distance from real cards", hint="share of letters that differ from any real card",
+        page_bounds=(0, 0.8), slider=(0, 0.8, 0.05),
+    )  # fmt: skip
+    alliterate: bool = option(
+        False, "start all words with the same letter", RULES, label="All words start with the same letter"
+    )
+    allow_profanity: bool = option(False, "allow swear words", RULES, label="Allow swear words")
+    allow_real_places: bool = option(
+        False, "allow countries, nations and large cities of the real world", RULES,
+        label="Allow places of the real world",
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
-        """Looks for contradictions.
+        """Checks the rules for contradictions.
 
         Raises:
-            ValueError: a value is out of range, or no name can hold two of them.
+            ValueError: a value is out of range, or no name can follow two of the rules.
         """
         if self.words is not None:
             if self.min_words is not None or self.max_words is not None:
@@ -97,8 +110,6 @@ class Constraints:
             raise ValueError(f"max_length {self.longest} is more than a name can have: give {MOST_CHARACTERS} or less")
         if not 0 <= self.min_distance < 1:
             raise ValueError(f"min_distance is {self.min_distance}: it must be 0 or more, and under 1")
-        if self.min_distance and find_spec("rapidfuzz") is None:
-            raise ValueError("min_distance needs the package rapidfuzz: pip install rapidfuzz")
         least, most = self.word_limits
         if most is not None and least > most:
             raise ValueError(f"min_words {least} is more than max_words {most}")
@@ -110,6 +121,15 @@ class Constraints:
             raise ValueError("alliterate needs two words: max_words is 1")
         for name in ("starts_with", "ends_with", "contains"):
             self._check_text(name, getattr(self, name))
+        self._check_pattern()
+
+    @property
+    def whole_regex(self) -> str | None:
+        """``regex``, or ``pattern`` as a regular expression."""
+        if self.pattern is None:
+            return self.regex
+        parts = (_escaped(part) for part in _GAP.split(shown_form(self.pattern)))
+        return "(?i)" + ".+".join(parts)
 
     @property
     def longest(self) -> int:
@@ -124,50 +144,54 @@ class Constraints:
         return self.min_words or 1, self.max_words
 
     def filters(self, vocabulary: NameVocabulary, prompt_length: int, known: Collection[str]) -> list[NameFilter]:
-        """The filters of every name and those asked for.
+        """The filters that every name has, and those of the rules.
 
         Args:
-            vocabulary: as in `NameFilter`.
-            prompt_length: as in `NameFilter`.
-            known: normal forms of names that must not come out.
+            vocabulary: texts of the tokens.
+            prompt_length: tokens of the prompt, BOS token included.
+            known: normal forms of names that are never generated.
 
         Raises:
             ValueError: a filter cannot be made, such as for a regex that matches no name.
         """
+        from flash_experts.generation import filters as make
+
         place = vocabulary, prompt_length
-        given = "".join(filter(None, (self.starts_with, self.ends_with, self.contains)))
+        given = "".join(
+            filter(None, (self.starts_with, self.ends_with, self.contains, _GAP.sub("", self.pattern or "")))
+        )
         alphabet = CARD_ALPHABET | set(shown_form(given)) | set(given.lower())
         least, most = self.word_limits
-        filters: list[NameFilter] = [
-            AllowedCharacters(*place, alphabet),
-            WellFormed(*place),
-            NoRepeatedWords(*place),
-            KnownNameFilter(*place, known),
+        found: list[NameFilter] = [
+            make.AllowedCharacters(*place, alphabet),
+            make.WellFormed(*place),
+            make.NoRepeatedWords(*place),
+            make.KnownNameFilter(*place, known),
         ]
         if self.banned_words:
-            filters.append(BannedWords(*place, self.banned_words))
-        filters += [unwanted(*place) for unwanted in self._unwanted(warn=True)]
+            found.append(make.BannedWords(*place, self.banned_words))
+        found += [make.UNWANTED[check](*place) for check in self._unwanted()]
         if self.alliterate:
-            filters.append(Alliterates(*place))
+            found.append(make.Alliterates(*place))
         if self.starts_with is not None:
-            filters.append(StartsWith(*place, self.starts_with))
-        if self.regex is not None:
-            filters.append(MatchesRegex(*place, self.regex, self.longest, alphabet, self._as_regexes()))
+            found.append(make.StartsWith(*place, self.starts_with))
+        if self.whole_regex is not None:
+            found.append(make.MatchesRegex(*place, self.whole_regex, self.longest, alphabet, self._as_regexes()))
         if self.contains is not None:
-            filters.append(Contains(*place, self.contains, self.longest))
+            found.append(make.Contains(*place, self.contains, self.longest))
         if self.ends_with is not None:
-            filters.append(EndsWith(*place, self.ends_with, self.longest))
+            found.append(make.EndsWith(*place, self.ends_with, self.longest))
         if least > 1:
-            filters.append(MinWords(*place, least))
+            found.append(make.MinWords(*place, least))
         if self.min_length is not None:
-            filters.append(MinLength(*place, self.min_length))
+            found.append(make.MinLength(*place, self.min_length))
         if most is not None:
-            filters.append(MaxWords(*place, most))
-        # A model at the start of its training ends no name: without a limit asked for, all of them would be dropped.
-        return [*filters, MaxLength(*place, self.longest, drops=self.max_length is not None)]
+            found.append(make.MaxWords(*place, most))
+        # A barely trained model never ends a name: with drops=True, its names would all be dropped.
+        return [*found, make.MaxLength(*place, self.longest, drops=self.max_length is not None)]
 
     def held_by(self, text: str) -> bool:
-        """The last check, on the finished and formatted name, of all but ``regex`` and ``min_distance``."""
+        """Whether a formatted name follows all rules but ``regex``, ``pattern`` and ``min_distance``."""
         low, (least, most), num_words = text.lower(), self.word_limits, len(text.split())
         words = words_of(text)
         return (
@@ -178,15 +202,28 @@ class Constraints:
             and _spaced(self.contains) in " " + low
             and (not self.alliterate or alliterates(text))
             and not {normal_form(word) for word in self.banned_words}.intersection(words)
-            and not any(found_in(unwanted.judge, text) for unwanted in self._unwanted())
+            and not any(found_in(check, text) for check in self._unwanted())
         )
 
-    def told(self) -> str:
-        """The constraints in words, for messages."""
-        given = {one.name: getattr(self, one.name) for one in fields(self)}
-        defaults = {one.name: one.default for one in fields(self)}
-        told = [f"{name}={value!r}" for name, value in given.items() if value != defaults[name] and value != []]
-        return ", ".join([*told, *(() if self.max_length else (f"max_length={self.longest}",)), "no known card's name"])
+    def describe(self) -> str:
+        """The rules as text, for messages."""
+        rules = {each.name: (getattr(self, each.name), each.default) for each in fields(Constraints)}
+        given = [f"{name}={value!r}" for name, (value, default) in rules.items() if value not in (default, [])]
+        return ", ".join(
+            [*given, *(() if self.max_length else (f"max_length={self.longest}",)), "no known card's name"]
+        )
+
+    def _check_pattern(self) -> None:
+        if self.pattern is None:
+            return
+        if self.regex is not None:
+            raise ValueError("pattern and regex both describe the whole name: give one of them")
+        if not _GAP.search(self.pattern):
+            raise ValueError(f"pattern {self.pattern!r} has no gap: write ___ where words are to be filled in")
+        for part in filter(None, _GAP.split(shown_form(self.pattern))):
+            if (found := BAD_MARKS.search(part)) is not None:
+                raise ValueError(f"pattern {self.pattern!r}: no name has {found[0]!r} in it")
+            self._check_unwanted("pattern", part)
 
     def _check_text(self, name: str, text: str | None) -> None:
         if text is None:
@@ -198,44 +235,32 @@ class Constraints:
             raise ValueError(f"{name} {shown!r} has {len(shown)} characters, more than max_length {self.longest}")
         if most is not None and len(shown.split()) > most:
             raise ValueError(f"{name} {shown!r} has more words than max_words {most}")
-        if (found := WellFormed.BAD.search((" " if name == "starts_with" else "") + shown)) is not None:
+        if (found := BAD_MARKS.search((" " if name == "starts_with" else "") + shown)) is not None:
             raise ValueError(f"{name} {shown!r}: no name has {found[0]!r} in it")
         self._check_unwanted(name, shown)
         if name == "ends_with":
             last, is_word = shown.split()[-1], _spaced(text)[0] == " " or " " in shown
-            if shown[-1] in WellFormed.OPEN_END or (is_word and last.lower() in DANGLING_WORDS):
+            if shown[-1] in OPEN_END or (is_word and last.lower() in DANGLING_WORDS):
                 raise ValueError(f"ends_with {shown!r}: no name ends on {last!r}")
         if self.alliterate and name == "starts_with" and len(shown.split()) > 1 and not alliterates(shown, least=1):
             raise ValueError(f"starts_with {shown!r} does not alliterate")
 
     def _check_unwanted(self, name: str, shown: str) -> None:
-        """Whether a text that names must have holds a word that they must not have."""
-        for field, what, unwanted, packages in _UNWANTED:
-            if getattr(self, field) or missing_packages(*packages):
-                continue
-            # "Ass" may still become "Assassin"; the words before the last are what they are.
-            may_go_on = name != "ends_with" and unwanted.judge(shown) == "refused"
-            if found_in(unwanted.judge, shown.rpartition(" ")[0] if may_go_on else shown):
-                raise ValueError(f"{name} {shown!r} is among the {what}: set {field} to have it in names")
-
-    def _unwanted(self, warn: bool = False) -> Iterator[type[UnwantedWords]]:
-        """The filters of words that nobody wants, without those that are allowed and those whose data is missing."""
-        for field, what, unwanted, packages in _UNWANTED:
+        """Refuses a required text that has an unwanted word in it."""
+        for field, what, check in _UNWANTED:
             if getattr(self, field):
                 continue
-            missing = missing_packages(*packages)
-            if not missing:
-                yield unwanted
-            elif warn:
-                install = " ".join(missing).replace("_", "-")
-                warnings.warn(
-                    f"{' and '.join(missing)} not installed: {what} are not filtered (pip install {install}, or set "
-                    f"{field})",
-                    stacklevel=6,
-                )
+            # "Ass" may still become "Assassin"; the words before the last are final.
+            is_unfinished = name != "ends_with" and check(shown) == "refused"
+            if found_in(check, shown.rpartition(" ")[0] if is_unfinished else shown):
+                raise ValueError(f"{name} {shown!r} is among the {what}: set {field} to have it in names")
+
+    def _unwanted(self) -> list[Check]:
+        """The checks for unwanted words that are switched on."""
+        return [check for field, _, check in _UNWANTED if not getattr(self, field)]
 
     def _as_regexes(self) -> list[str]:
-        """The other constraints as expressions, so that the automaton of ``regex`` sees contradictions."""
+        """The other constraints as regular expressions, so that the automaton of ``regex`` detects contradictions."""
         least, most = self.word_limits
         found = []
         if least > 1 or most is not None:
@@ -253,7 +278,7 @@ class Constraints:
 
 
 def _spaced(text: str | None) -> str:
-    """Lower case, with the space before it if there was one."""
+    """Lower case, with its leading space if it has one."""
     return "" if text is None else (" " if text[:1].isspace() else "") + shown_form(text).lower()
 
 

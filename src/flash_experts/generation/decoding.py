@@ -1,25 +1,140 @@
-"""The decoding loop: many names at once, with a KV cache.
+"""The decoding loop: batched generation with a KV cache, shared prompts and continuous batching.
 
-Where ``model.generate`` runs every row to the end of the longest, here a prompt is computed once for all its names, a
-row whose name ends goes to the next name (continuous batching), and no row of the vocabulary is ever sorted whole.
+A prompt is computed once for all its names, and a row whose name ends goes to the next name.
 
-Letters in the shapes: B rows, T tokens of prompt and name so far, S tokens that a name may have, V tokens of the
+Shape suffixes: B batch rows, T tokens of prompt and name so far, S tokens that a name may have, V tokens of the
 vocabulary, K columns of the cache.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
+from typing import Any
 
 import torch
-from transformers import LogitsProcessor, PreTrainedModel, RepetitionPenaltyLogitsProcessor
+from transformers import DynamicCache, LogitsProcessor, PreTrainedModel, RepetitionPenaltyLogitsProcessor
 
-from flash_experts.generation.filters import AllOf, NameFilter
+from flash_experts.generation.filters.base import AllOf, NameFilter
 from flash_experts.generation.presets import Sampling
-from flash_experts.generation.prompt_rows import PromptRows, Prompts, guided
 from flash_experts.generation.sampling import draw, noise
+from flash_experts.models import decode_step_gpt2, decode_step_llama
+from flash_experts.models.ring_cache import RingCache
+
+_COMPUTED_AHEAD = 128  # prompts computed together where each name has its own: full matmuls within little memory
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A prompt's KV cache (one row) and the float32 logits of the first token after it."""
+
+    cache: DynamicCache
+    first_V: torch.Tensor
+
+
+class Prompts:
+    """The prompts of a stream of names, computed in small batches when they are first needed."""
+
+    def __init__(self, model: PreTrainedModel, ids: Sequence[Sequence[int]]) -> None:
+        """Takes BOS token and prompt of each name, by the name's index; one entry serves all names."""
+        self.model = model
+        self.longest = max(map(len, ids))
+        self._ids = ids
+        self._computed: dict[tuple[int, ...], Prompt] = {}
+        self._steps = next((steps for steps in (decode_step_gpt2, decode_step_llama) if steps.supports(model)), None)
+
+    def of(self, name: int) -> Prompt:
+        """The prompt of a name. Names must be requested in the order of their indices: earlier prompts are dropped."""
+        place = 0 if len(self._ids) == 1 else name
+        ids = tuple(self._ids[place])
+        if ids not in self._computed:
+            coming = dict.fromkeys(tuple(one) for one in islice(self._ids, place, place + 8 * _COMPUTED_AHEAD))
+            by_length: dict[int, list[tuple[int, ...]]] = {}
+            for one in islice(coming, _COMPUTED_AHEAD):
+                by_length.setdefault(len(one), []).append(one)
+            self._computed = {}
+            for together in by_length.values():  # equal lengths: no padding
+                self._computed.update(zip(together, self._compute(together), strict=True))
+        return self._computed[ids]
+
+    def next_logits(self, tokens_B: torch.Tensor, cache: RingCache) -> torch.Tensor:
+        """(B, V) float32 logits after one more token of each row."""
+        if self._steps is not None:
+            return self._steps.next_logits(self.model, tokens_B, cache)
+        mask_BK, positions_B1 = cache.step(tokens_B.device)
+        out = self.model(
+            tokens_B[:, None],
+            attention_mask=mask_BK[:, None, None],
+            position_ids=positions_B1,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        logits_BV: torch.Tensor = out.logits[:, -1].float()
+        return logits_BV
+
+    def _compute(self, ids: Sequence[Sequence[int]]) -> list[Prompt]:
+        """Computes prompts of equal length."""
+        cache = DynamicCache(config=self.model.config)
+        ids_BT = torch.tensor(ids, device=self.model.device)
+        # The BOS token is also the padding token: without a mask transformers would warn about padding.
+        mask = torch.ones_like(ids_BT)
+        out = self.model(ids_BT, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        first_BV = out.logits[:, -1].float()
+        layer: Any
+        if self._steps is not None:
+            dtype = self._steps.activation_dtype(self.model)
+            for layer in cache.layers:
+                layer.keys, layer.values = layer.keys.to(dtype), layer.values.to(dtype)
+        prompts = []
+        for row in range(len(ids)):
+            one: Any = DynamicCache(config=self.model.config)
+            for index, layer in enumerate(cache.layers):
+                one.update(layer.keys[row : row + 1], layer.values[row : row + 1], index)
+            prompts.append(Prompt(one, first_BV[row]))
+        return prompts
+
+
+class PromptRows:
+    """Batch rows that continue their prompts, with float32 next-token logits in ``logits_BV``."""
+
+    def __init__(self, prompts: Prompts, names: Sequence[int]) -> None:
+        """Starts at the end of the prompts of these names (by index), one per row."""
+        self._prompts = prompts
+        self._begin(names)
+
+    def _begin(self, names: Sequence[int]) -> None:
+        rows = [self._prompts.of(name) for name in names]
+        self._cache = RingCache([row.cache for row in rows], self._prompts.longest)
+        is_one = all(row is rows[0] for row in rows)
+        first = rows[0].first_V.expand(len(rows), -1) if is_one else torch.stack([row.first_V for row in rows])
+        self.logits_BV = first
+
+    def select(self, rows: torch.Tensor) -> None:
+        """Keeps some rows, in this order."""
+        self._cache.select(rows)
+
+    def advance(self, tokens: Sequence[int], new: Mapping[int, int]) -> None:
+        """Appends a token to each row; ``new`` maps rows that start again to their name's index (token ignored)."""
+        if len(new) == len(tokens):
+            self._begin([new[place] for place in range(len(tokens))])
+            return
+        prompts = [self._prompts.of(name) for name in new.values()]
+        self._cache.replace(list(new), [prompt.cache for prompt in prompts])
+        self.logits_BV = self._prompts.next_logits(torch.tensor(tokens, device=self.logits_BV.device), self._cache)
+        if new:
+            self.logits_BV[list(new)] = torch.stack([prompt.first_V for prompt in prompts])
+
+
+def guided(conditional_BV: torch.Tensor, unconditional_BV: torch.Tensor, guidance: float) -> torch.Tensor:
+    """Classifier-free guidance (Ho and Salimans 2022; for language models Sanchez et al. 2023).
+
+    ``unconditional + guidance (conditional - unconditional)``, of log-probabilities.
+    """
+    unconditional_BV = unconditional_BV.log_softmax(dim=-1)
+    return unconditional_BV + guidance * (conditional_BV.log_softmax(dim=-1) - unconditional_BV)
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,56 +142,59 @@ class DecodedName:
     """One name as tokens.
 
     Attributes:
-        index: which name of its seed's stream it is.
-        ids: tokens after the prompt, without the end symbol.
-        log_prob: the model's own log-probability of them and the end symbol, in nats, at temperature 1.
-        is_whole: false if the filters left no token, or the end did not come in time.
+        index: place in the seed's stream of names.
+        ids: tokens after the prompt, without the EOS token.
+        log_prob: log-probability of ``ids`` and the EOS token, in nats, without sampling settings and filters.
+        is_whole: false if the filters left no token, or the EOS token did not come in time.
+        top: for each of ``ids`` and the EOS token, the most likely tokens: ids (K,) and their log-probabilities (K,),
+            float16. Empty unless requested.
     """
 
     index: int
     ids: tuple[int, ...]
     log_prob: float
     is_whole: bool
+    top: tuple[tuple[torch.Tensor, torch.Tensor], ...] = ()
 
 
 class NameDecoder:
-    """Decodes names that follow one prompt, or each its own.
+    """Decodes names from one prompt, or each from its own.
 
-    For use within `flash_experts.models.modes.evaluating` and ``torch.no_grad``.
+    For use within `flash_experts.models.scoring.evaluating` and ``torch.no_grad``.
     """
 
     def __init__(
         self,
         model: PreTrainedModel,
         prompt_ids: Sequence[int],
-        end_id: int,
+        eos_id: int,
         sampling: Sampling,
         processors: Sequence[LogitsProcessor],
         max_new_tokens: int,
         seed: int,
-        untold_ids: Sequence[int] | None = None,
+        unconditional_ids: Sequence[int] | None = None,
         prompts: Sequence[Sequence[int]] | None = None,
+        top_logits: int = 0,
     ) -> None:
         """Stores what all names share.
 
         Args:
             model: a causal LM of transformers that takes a `DynamicCache`.
-            prompt_ids: begin symbol and prompt.
-            end_id: the token that ends a name.
-            sampling: how tokens are drawn.
-            processors: filters, before the sampling: those that are no `NameFilter` first, then the others as one.
-            max_new_tokens: names without an end by then are given up.
-            seed: of all names of this decoder.
-            untold_ids: begin symbol and the prompt that tells nothing, for ``sampling.guidance``.
-            prompts: a prompt for each index of the stream, in the place of ``prompt_ids``. Names of one prompt should
-                follow each other: it is computed once for them.
+            prompt_ids: BOS token and prompt.
+            processors: logits processors; each `NameFilter` comes after the others.
+            max_new_tokens: names without an EOS token by then are dropped.
+            unconditional_ids: BOS token and the prompt without attributes, for ``sampling.guidance``.
+            prompts: a prompt for each index of the stream, instead of ``prompt_ids``; equal ones should be adjacent,
+                since they are computed once.
+            top_logits: K, number of most likely tokens to record per position.
 
         Raises:
-            ValueError: different prompts, and a repetition penalty or a filter that looks at token ids.
+            ValueError: different prompts with a repetition penalty or with a processor that is not a `NameFilter`.
         """
         self.device = model.device
-        self.prompt_ids, self.end_id = prompt_ids, end_id
+        self.prompt_ids, self.eos_id = prompt_ids, eos_id
         self.sampling, self.max_new_tokens, self.seed = sampling, max_new_tokens, seed
+        self.top_logits = top_logits
         filters = [one for one in processors if isinstance(one, NameFilter)]
         self.filters = AllOf(filters) if filters else None
         self.processors = [one for one in processors if not isinstance(one, NameFilter)]
@@ -84,22 +202,17 @@ class NameDecoder:
             penalty = RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty, len(prompt_ids))
             self.processors.insert(0, penalty)
         if prompts is not None and self.processors:
-            raise ValueError("names of different prompts take filters of the text alone, and no repetition_penalty")
+            raise ValueError("names of different prompts need text filters (NameFilter), without repetition_penalty")
         self.prompts = [Prompts(model, [prompt_ids] if prompts is None else prompts)]
-        if sampling.guidance != 1 and (prompts is not None or prompt_ids != untold_ids):
-            assert untold_ids is not None, "guidance leads away from a prompt"
-            self.prompts.append(Prompts(model, [untold_ids]))
+        if sampling.guidance != 1 and (prompts is not None or prompt_ids != unconditional_ids):
+            assert unconditional_ids is not None, "guidance needs the unconditional prompt"
+            self.prompts.append(Prompts(model, [unconditional_ids]))
 
     def stream(self, indices: range, batch_size: int) -> Iterator[DecodedName]:
-        """The names of these indices in order, each as soon as it and all before it are done.
+        """The names of these indices of the stream, in order; the batch composition does not change them.
 
-        A row whose name ends is given to the next name at once, so the batch stays full to the last
-        (continuous batching; Yu et al. 2022). Logits processors that are no `NameFilter` want rows of equal length:
-        with them a batch ends before the next begins. A name is the same in any company.
-
-        Args:
-            indices: which names of the seed's stream.
-            batch_size: rows computed at once.
+        A row whose name ends is given to the next name at once (continuous batching, Yu et al. 2022), except with
+        processors other than `NameFilter`, which need rows of equal length.
         """
         waiting = deque(indices)
         done: dict[int, DecodedName] = {}
@@ -114,7 +227,7 @@ class NameDecoder:
             batch.advance(waiting)
 
     def filtered(self, rows: Sequence[_Row], logits_BV: torch.Tensor) -> torch.Tensor:
-        """(B, V) scores after all processors. A row without a token is no error here: another name is tried."""
+        """(B, V) scores after all processors. A row may be left without a token: its name is dropped later."""
         scores_BV = logits_BV
         if self.processors:
             tokens_BT = torch.tensor([[*self.prompt_ids, *row.ids] for row in rows], device=self.device)
@@ -125,15 +238,16 @@ class NameDecoder:
 
 @dataclass(slots=True)
 class _Row:
-    """A name in the making."""
+    """An unfinished name."""
 
     index: int
     ids: list[int] = field(default_factory=list)
     text: str = ""
+    top: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
 
 
 class _Batch:
-    """The rows that are computed together, and how they come and go."""
+    """The rows that are computed together; ended names make room for waiting ones."""
 
     def __init__(self, decoder: NameDecoder, size: int, waiting: deque[int]) -> None:
         self._decoder = decoder
@@ -146,38 +260,43 @@ class _Batch:
         self._draw_noise(list(range(size)))
 
     def draw(self) -> list[DecodedName]:
-        """Draws a token for each row; returns the names that end with it."""
+        """Draws a token for each row and returns the names that end with it."""
         decoder, rows = self._decoder, self.rows
-        logits_BV, *untold = (after.logits_BV for after in self._after)
+        logits_BV, *unconditional = (after.logits_BV for after in self._after)
         ages = [len(row.ids) for row in rows]
-        guided_BV = guided(logits_BV, untold[0], decoder.sampling.guidance) if untold else logits_BV
+        guided_BV = guided(logits_BV, unconditional[0], decoder.sampling.guidance) if unconditional else logits_BV
         scores_BV = decoder.filtered(rows, guided_BV)
         noise_B2 = self._noise_BS2[torch.arange(len(rows)), ages]
         chosen_B, dead_B = draw(scores_BV, noise_B2, decoder.sampling)
-        log_prob_B1 = logits_BV.log_softmax(-1).gather(1, chosen_B[:, None])
-        self._log_prob_B = self._log_prob_B + log_prob_B1[:, 0].double()
+        log_probs_BV = logits_BV.log_softmax(-1)
+        self._log_prob_B = self._log_prob_B + log_probs_BV.gather(1, chosen_B[:, None])[:, 0].double()
+        if decoder.top_logits:
+            top_BK = log_probs_BV.topk(decoder.top_logits)
+            ids_BK, values_BK = top_BK.indices.to("cpu", torch.int32), top_BK.values.to("cpu", torch.float16)
+            for row, ids_K, values_K in zip(rows, ids_BK, values_BK, strict=True):
+                row.top.append((ids_K, values_K))
         names: list[DecodedName] = []
         self._ended = []
         drawn = zip(rows, chosen_B.tolist(), dead_B.tolist(), strict=True)
         for place, (row, token, is_dead) in enumerate(drawn):
-            is_whole = token == decoder.end_id and not is_dead
+            is_whole = token == decoder.eos_id and not is_dead
             if not is_whole and not is_dead:
                 row.ids.append(token)
                 if decoder.filters is not None:
                     row.text = decoder.filters.vocabulary.extend(row.text, token)
             if is_whole or is_dead or len(row.ids) == decoder.max_new_tokens:
                 self._ended.append(place)
-                names.append(DecodedName(row.index, tuple(row.ids), 0.0, is_whole))
+                names.append(DecodedName(row.index, tuple(row.ids), 0.0, is_whole, tuple(row.top)))
         if names:
             log_probs = self._log_prob_B[self._ended].tolist()
             names = [replace(name, log_prob=value) for name, value in zip(names, log_probs, strict=True)]
         return names
 
     def advance(self, waiting: deque[int]) -> None:
-        """Gives the rows that ended to names that wait, drops what is left of them, and computes the next logits."""
+        """Gives rows that ended to waiting names, drops the remaining ones, and computes the next logits."""
         decoder = self._decoder
-        everyone = len(self._ended) == len(self.rows)
-        refill = self._ended if everyone or not decoder.processors else []
+        all_ended = len(self._ended) == len(self.rows)
+        refill = self._ended if all_ended or not decoder.processors else []
         new = refill[: len(waiting)]
         for place in new:
             self.rows[place] = _Row(waiting.popleft())
@@ -194,13 +313,13 @@ class _Batch:
                 after.select(index)
         if not self.rows:
             return
-        # A row that is new has no token yet: it takes part with any.
-        tokens = [row.ids[-1] if row.ids else decoder.end_id for row in self.rows]
+        # A new row has no token yet: any token will do.
+        tokens = [row.ids[-1] if row.ids else decoder.eos_id for row in self.rows]
         for after in self._after:
             after.advance(tokens, {place: self.rows[place].index for place in new})
 
     def _draw_noise(self, places: Sequence[int]) -> None:
-        """Random numbers for the names that begin in these places; they depend on the names' indices alone."""
+        """Draws random numbers for the names that start in these rows; they depend on the names' indices alone."""
         if places:
             numbers = [self.rows[place].index for place in places]
             steps = self._decoder.max_new_tokens

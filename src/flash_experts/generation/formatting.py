@@ -1,7 +1,6 @@
-"""Names as they stand on cards: capitals, small words, marks and spaces.
+"""Card-style formatting of names: capitals, small words, punctuation and spaces.
 
-The model learned its capitals from real names, so they stay unless they are wrong. A name without any capital says
-nothing of them: it gets all that cards would print.
+The model's capitals stay unless they are wrong. A name without any capital gets all that cards would print.
 """
 
 from __future__ import annotations
@@ -10,16 +9,16 @@ import re
 
 from flash_experts.data.names import shown_form
 
-# Written low within a name ("Wrath of the Reef"); high as first or last word and after a colon.
+# Lower case within a name ("Wrath of the Reef"), capitalized as first or last word and after a colon.
 SMALL_WORDS = frozenset(
     ("a", "an", "and", "as", "at", "but", "by", "for", "from", "in", "into", "of",
      "on", "or", "the", "to", "with")
 )  # fmt: skip
 # No name ends on one of these. ("Soldier On", "Barge In" and "Squeak By" are cards.)
 DANGLING_WORDS = SMALL_WORDS - {"by", "in", "on"}
-# Low as prepositions, high where they belong to a verb ("Journey On Foot"): the model's choice stays.
+# Lower case as prepositions, capitalized as part of a verb ("Journey On Foot"): the model's choice stays.
 _EITHER = frozenset({"in", "on", "by", "as", "but"})
-# Particles of names and languages that stay low where they are low ("Starke en-Vec", "Fearless l'Cie").
+# Particles of names that stay lower case where they are ("Starke en-Vec", "Fearless l'Cie").
 _PARTICLE = re.compile(r"(?:en|il|bin)-|(?:de|da|del|di|du|van|von|der|den|le|la|el|al|yn|upon|l|d)(?:'|$)")
 
 # In names without capitals. After a dash: "Two-Headed", but "Will-o'-the-Wisp" (of real names 887 and 14).
@@ -32,12 +31,9 @@ _LOOSE_END = " ,:;-/&"
 
 
 def format_name(text: str) -> str:
-    """A name as it would stand on a card. Formatting twice changes nothing more.
+    """A name as it would be printed on a card; of "one // other" only the first face is kept. Idempotent.
 
-        " wrath  Of the reef ,tide-caller "  ->  "Wrath of the Reef, Tide-caller"
-
-    Args:
-        text: a name as generated. Of "one // other" only the first face is kept.
+    " wrath  Of the reef ,tide-caller "  ->  "Wrath of the Reef, Tide-caller"
     """
     text = shown_form(text)
     face = next((face for face in re.split(r"/{2,}", text) if face.strip(_LOOSE_START)), "")
@@ -58,7 +54,7 @@ def format_name(text: str) -> str:
 
 
 def _word(word: str, is_last: bool, after_comma: bool) -> str:
-    """A word that does not begin a name. After a comma both are printed: "Aang, the Last", "Aang, A Lot"."""
+    """A word after the first. After a comma, cards have both cases: "Aang, the Last", "Aang, A Lot"."""
     low = word.lower()
     if low in SMALL_WORDS and not is_last:
         return word if after_comma or low in _EITHER else low
@@ -66,7 +62,7 @@ def _word(word: str, is_last: bool, after_comma: bool) -> str:
 
 
 def _without_capitals(word: str) -> str:
-    """The capitals of a word that has none, but for its first letter: "two-headed" -> "two-Headed"."""
+    """A word without capitals with those that it needs after its first letter: "two-headed" -> "two-Headed"."""
     if _ROMAN.match(word):
         return word.upper()
     parts = _PART.sub(lambda part: part[0] if part[0] in SMALL_WORDS | {"o"} else _capital(part[0]), word)
@@ -75,7 +71,7 @@ def _without_capitals(word: str) -> str:
 
 
 def _capital(word: str) -> str:
-    """Its first letter high, the rest as it is ("lava-Axe" -> "Lava-Axe", "'em" -> "'Em")."""
+    """Its first letter as a capital, the rest unchanged ("lava-Axe" -> "Lava-Axe", "'em" -> "'Em")."""
     for place, character in enumerate(word):
         if character.isalnum():
             high = character.upper()

@@ -2,36 +2,48 @@
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from flash_experts.data.yaml_files import read_yaml
+from flash_experts.options import option
+from flash_experts.plain_text import did_you_mean
+from flash_experts.settings_files import read_yaml
 
+SAMPLING = "Sampling"  # heading of its options
 _MOST_GUIDANCE = 10
 
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How the next token is drawn, applied in this order.
+    """How the next token is drawn. Applied in this order: guidance, repetition penalty, temperature, top-k, top-p
+    (nucleus sampling, Holtzman et al. 2020), min-p (Nguyen et al. 2024)."""
 
-    Attributes:
-        guidance: how much the prompt counts: over 1 names show more of what was told, and vary less; twice the work
-            (`flash_experts.generation.prompt_rows.guided`).
-        repetition_penalty: over 1 makes tokens that the name already has less likely (Keskar et al. 2019).
-        temperature: over 1 flattens the distribution, under 1 sharpens it.
-        top_k: only the k most likely tokens; 0 = all.
-        top_p: only the likeliest tokens that together reach this probability (Holtzman et al. 2020); 1 = all.
-        min_p: only tokens at least this likely relative to the likeliest (Nguyen et al. 2024); 0 = all.
-    """
-
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    guidance: float = 1.0
+    temperature: float = option(
+        1.0, "temperature, higher for more surprising names (default: the preset's)", SAMPLING, label="Temperature",
+        hint="higher: more surprising names", page_bounds=(0.05, 3), slider=(0.1, 2, 0.05),
+    )  # fmt: skip
+    top_k: int = option(
+        0, "number of most likely tokens to draw from; 0: all (default: the preset's)", SAMPLING, label="Top-k",
+        hint="only the k most likely tokens; 0: all", page_bounds=(0, 10_000), slider=(0, 1000, 10),
+    )  # fmt: skip
+    top_p: float = option(
+        1.0, "probability mass of the tokens to draw from; 1: all (default: the preset's)", SAMPLING, label="Top-p",
+        hint="only the most likely tokens that add up to p; 1: all", page_bounds=(0.01, 1), slider=(0.05, 1, 0.01),
+    )  # fmt: skip
+    min_p: float = option(
+        0.0, "lowest probability to draw, as a share of the highest; 0: all (default: the preset's)", SAMPLING,
+        label="Min-p", hint="only tokens at least p times as likely as the best; 0: all", page_bounds=(0, 1),
+        slider=(0, 0.5, 0.01),
+    )  # fmt: skip
+    repetition_penalty: float = option(
+        1.0, "penalty of repeated tokens; 1: none (default: the preset's)", SAMPLING, label="Repetition penalty",
+        hint="1: no penalty", page_bounds=(0.5, 3), slider=(0.8, 2, 0.05),
+    )  # fmt: skip
+    guidance: float = option(
+        1.0, "weight of type and colors over 1, at twice the time; 1: off (default: the preset's)", SAMPLING,
+        label="Guidance", hint="higher: closer to type and colors; 1: off", page_bounds=(0, 5), slider=(1, 3, 0.1),
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         if not 0 < self.temperature < float("inf"):
@@ -49,16 +61,16 @@ class Sampling:
             raise ValueError(f"repetition_penalty is {self.repetition_penalty}: it must be over 0")
         if not 0 <= self.guidance <= _MOST_GUIDANCE:
             raise ValueError(
-                f"guidance is {self.guidance}: it must be from 0 (nothing told counts) to {_MOST_GUIDANCE} "
+                f"guidance is {self.guidance}: it must be from 0 (unconditional) to {_MOST_GUIDANCE} "
                 "(1 is the model as it is)"
             )
 
 
 def load_presets(path: str | Path) -> dict[str, Sampling]:
-    """Presets of a YAML file: names, and under each the settings of `Sampling` that it has.
+    """Presets of a YAML file that maps names to settings of `Sampling`.
 
     Raises:
-        ValueError: there is no such file, it is no such YAML, or a setting is unknown or out of range.
+        ValueError: the file is missing or not such YAML, or a setting is unknown or out of range.
     """
     content = read_yaml(path)
     if not all(isinstance(one, dict) for one in content.values()):
@@ -70,8 +82,7 @@ def _sampling(settings: dict[str, Any], where: str) -> Sampling:
     known = [field.name for field in fields(Sampling)]
     for name, value in settings.items():
         if name not in known:
-            near = difflib.get_close_matches(str(name), known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}"
+            hint = did_you_mean(str(name), known, f"there are {', '.join(known)}")
             raise ValueError(f"{where}: unknown setting {name!r}: {hint}")
         if isinstance(value, bool) or not isinstance(value, int if name == "top_k" else int | float):
             raise ValueError(f"{where}: {name} must be a number, not {value!r}")
@@ -85,20 +96,19 @@ PRESETS = load_presets(Path(__file__).with_name("presets.yaml"))
 
 
 def sampling_of(preset: str, presets: str | Path | None = None, **overrides: float | int | None) -> Sampling:
-    """A preset's settings with those of ``overrides`` that are not None in their place.
+    """A preset's settings, replaced by ``overrides`` that are not None.
 
     Args:
-        preset: its name.
-        presets: a YAML file of more presets; see `load_presets`.
+        preset: a name of `PRESETS` or of ``presets``.
+        presets: YAML file of more presets; see `load_presets`.
         **overrides: settings of `Sampling`.
 
     Raises:
-        ValueError: no such preset (the nearest is named), or a setting out of range.
+        ValueError: the preset is unknown, or a setting is out of range.
     """
     known = PRESETS if presets is None else PRESETS | load_presets(presets)
     if preset not in known:
-        near = difflib.get_close_matches(preset, known, n=1, cutoff=0.3)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ValueError(f"unknown preset {preset!r}: {hint}There are {', '.join(known)}")
+        hint = did_you_mean(preset, known, prefix=" ", cutoff=0.3)
+        raise ValueError(f"unknown preset {preset!r}:{hint} There are {', '.join(known)}")
     given: dict[str, Any] = {name: value for name, value in overrides.items() if value is not None}
     return replace(known[preset], **given)

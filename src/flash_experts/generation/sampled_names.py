@@ -1,12 +1,9 @@
-"""Names for the attributes of many cards, as training data: what sequence-level knowledge distillation learns from.
+"""Data for sequence-level knowledge distillation (Kim and Rush 2016): a teacher's names for many attribute sets.
 
-The attribute sets are those of real cards, with parts left out at random as in training (Kim and Rush 2016 let a
-teacher write the training targets of a student; here it also gets the student's prompts). The names are the model's
-own samples: nothing is masked while they are drawn. What is a real card, a duplicate, or not a name is drawn again for
-the same attributes, a few times.
+The attribute sets are those of real cards, with attribute dropout as in training. Names are sampled without filters;
+real cards, duplicates and other texts are drawn again for the same attributes, a few times.
 
-The file grows in pieces. Next to it lies what the next piece needs, so a process that is killed costs one piece, and
-the names are the same as without a stop.
+The file is written in pieces, with the state next to it: a killed run loses one piece, and resumes to the same names.
 """
 
 from __future__ import annotations
@@ -27,33 +24,33 @@ from transformers import PreTrainedModel
 from flash_experts.data.cards import Card, join_type_line
 from flash_experts.data.names import normal_form
 from flash_experts.data.packing import encode_names
-from flash_experts.data.prompts import Attributes, known_part, read_conditions
-from flash_experts.files import check_replaced, whole_file
+from flash_experts.data.prompts import Attributes, drop_unknown, read_conditions
+from flash_experts.files import check_out_folder, check_replaced, whole_file
 from flash_experts.generation.constraints import Constraints
 from flash_experts.generation.decoding import DecodedName, NameDecoder
-from flash_experts.generation.filters import CARD_ALPHABET, WellFormed
 from flash_experts.generation.formatting import format_name
 from flash_experts.generation.generator import NameGenerator
 from flash_experts.generation.presets import Sampling
 from flash_experts.generation.sampling import stream_seed
-from flash_experts.models.modes import evaluating
+from flash_experts.generation.text_rules import BAD_MARKS, CARD_ALPHABET
+from flash_experts.models.scoring import evaluating
+from flash_experts.models.top_logits import INDEX, SUFFIX, NameLogits, write_index, write_shard
 
 _PIECE = 2048  # names between two saves
 _ATTEMPTS = 4  # for each attribute set
-_RUN = 64  # names of one prompt in a row: they share its keys, and a popular prompt still comes all over the file
+_RUN = 64  # adjacent names of one prompt share its KV cache; common prompts are still spread over the file
 _MOST_TOKENS = 48
 
 
 @dataclass(frozen=True, slots=True)
 class SampledNames:
-    """What is asked for.
+    """The settings of a run.
 
     Attributes:
-        count: names; a few less are found where attribute sets run out of new ones.
-        seed: of the attribute sets and the names.
-        attribute_dropout: chance that a part of a card's attributes is left out.
-        sampling: how tokens are drawn.
-        batch_size: names computed at once; it changes the speed, and the names by rounding at most.
+        count: number of names; slightly fewer are written if attribute sets run out of new ones.
+        seed: random seed of the attribute sets and the names.
+        attribute_dropout: probability that each part of a card's attributes is left out.
+        top_logits: most likely tokens per position whose log-probabilities are kept for distillation; 0 for none.
     """
 
     count: int
@@ -61,6 +58,7 @@ class SampledNames:
     attribute_dropout: float
     sampling: Sampling
     batch_size: int
+    top_logits: int = 0
 
     def __post_init__(self) -> None:
         if not 1 <= self.count <= 10_000_000:
@@ -69,20 +67,22 @@ class SampledNames:
             raise ValueError(f"attribute_dropout is {self.attribute_dropout}: it must be from 0 to 1")
         if not 1 <= self.batch_size <= 65_536:
             raise ValueError(f"batch_size is {self.batch_size}: it must be from 1 to 65,536")
+        if not 0 <= self.top_logits <= 1024:
+            raise ValueError(f"top_logits is {self.top_logits}: it must be from 0 to 1,024")
         if self.sampling.repetition_penalty != 1 or self.sampling.guidance != 1:
-            raise ValueError("repetition_penalty and guidance are for one prompt: leave them out with attributes_from")
+            raise ValueError(
+                "repetition_penalty and guidance need a single prompt: leave them out with attributes_from"
+            )
 
 
 @dataclass(slots=True)
 class _State:
-    """What the next piece needs.
+    """The state from which a run is resumed.
 
     Attributes:
-        settings: of the run: another run must not continue the file.
-        planned: attribute sets that had their first attempt.
-        again: attribute sets whose last name was not accepted, and how many attempts they had.
-        pieces: how many are written.
-        names: how many are written.
+        settings: settings of the run, which a resumed run must have, too.
+        planned: number of attribute sets that had their first attempt.
+        again: attribute sets whose last name was rejected, and their number of attempts.
         bytes: length of the file.
     """
 
@@ -104,27 +104,29 @@ def write_sampled_names(
     report: Callable[[int], None] = lambda names: None,
     overwrite: bool = False,
 ) -> int:
-    """Draws names and writes them as prepared lines, each with ``log_prob``: the model's own, in nats, EOS included.
+    """Samples names and writes them as prepared lines with ``log_prob`` (nats, EOS token included).
 
     Args:
-        generator: the model; its own known names are left out of the file as well.
-        cards: whose attributes are drawn.
-        known: normal forms of names that must not be in the file.
-        request: how many, and how.
-        out: a ``.jsonl`` file. Until it is whole, it is called ``out.part``.
-        source: what decides the names besides ``request``: a run is continued only with the same.
+        generator: the model; the file has none of its known names.
+        cards: cards whose attributes are drawn.
+        known: normal forms of more names that the file must not have.
+        out: a ``.jsonl`` file, written as ``out.part`` until it is complete.
+        source: further inputs that decide the names: only a run with the same ones is resumed.
         report: called after each piece with the number of names so far.
-        overwrite: replace ``out`` when the new file is whole.
 
     Returns:
-        How many names were written.
+        Number of names written.
 
     Raises:
-        ValueError: the file exists, another process writes it, or an unfinished one is of other settings or damaged.
+        ValueError: the file exists, another process writes it, or an unfinished one is damaged or has other settings.
     """
+    logits = out.with_suffix(SUFFIX) if request.top_logits else None
     check_replaced(out, overwrite)
     out.parent.mkdir(parents=True, exist_ok=True)
     part, state_file = (out.with_name(out.name + suffix) for suffix in (".part", ".part.json"))
+    if logits is not None and not state_file.exists():
+        check_out_folder(str(logits), overwrite)
+        (logits / INDEX).unlink(missing_ok=True)
     with _locked(out):
         settings = json.loads(json.dumps(source | asdict(request)))
         state, seen = _resumed(part, state_file, settings)
@@ -132,23 +134,27 @@ def write_sampled_names(
             report(state.names)
         forbidden = generator.known.normal_forms | set(known)
         plan = _plan(cards, request)
-        draw = _Drawing(generator, request, plan)
+        draw = _Sampler(generator, request, plan)
         with part.open("ab") as file:
             while state.planned < len(plan) or state.again:
-                lines, state = _piece(draw, state, forbidden, seen)
+                lines, drawn, state = _piece(draw, state, forbidden, seen)
+                if logits is not None:
+                    write_shard(logits, state.pieces - 1, drawn)
                 file.write(lines)
                 file.flush()
                 os.fsync(file.fileno())
                 with whole_file(state_file) as temporary:
                     temporary.write_text(json.dumps(asdict(state)), encoding="utf-8")
                 report(state.names)
+        if logits is not None:
+            write_index(logits, state.pieces, generator.tokenizer, settings)
         os.replace(part, out)
         state_file.unlink()
     return state.names
 
 
 def _plan(cards: Sequence[Card], request: SampledNames) -> list[Attributes]:
-    """The attributes that names are drawn for, equal ones next to each other in runs, the runs in random order."""
+    """Attribute sets to sample names for: equal ones are grouped in runs, and the runs shuffled."""
     rng = random.Random(f"attribute sets/{request.seed}")
     drawn: dict[str, list[Attributes]] = {}
     for _ in range(request.count):
@@ -159,8 +165,8 @@ def _plan(cards: Sequence[Card], request: SampledNames) -> list[Attributes]:
     return [attributes for run in runs for attributes in run]
 
 
-class _Drawing:
-    """Draws one name for each of some attribute sets."""
+class _Sampler:
+    """Samples one name for each attribute set."""
 
     def __init__(self, generator: NameGenerator, request: SampledNames, plan: Sequence[Attributes]) -> None:
         self.plan = plan
@@ -170,44 +176,64 @@ class _Drawing:
         self._conditions = read_conditions(model.config.to_dict())
 
     def names(self, places: Sequence[int], piece: int) -> Iterator[DecodedName]:
-        """A name for each place of the plan, in this order."""
+        """A name for each of these places of the plan."""
         model, tokenizer = self._generator.model, self._generator.tokenizer
-        attributes = [known_part(self.plan[place], self._conditions) for place in places]
+        attributes = [drop_unknown(self.plan[place], self._conditions) for place in places]
         encoded = encode_names([""] * len(places), attributes, tokenizer)
         prompts = [one.ids[: one.prompt_length] for one in encoded]
         longest = max(map(len, prompts))
         most = min(_MOST_TOKENS, model.config.max_position_embeddings - longest)
         if most < 2:
-            raise ValueError(f"a prompt takes {longest} tokens, the model's context has {longest + most}")
+            raise ValueError(f"the longest prompt has {longest} tokens, but the model's context only {longest + most}")
         seed = stream_seed(self._request.seed, (piece,))
         sampling, size = self._request.sampling, self._request.batch_size
         with evaluating(model), torch.no_grad():
-            decoder = NameDecoder(model, (), tokenizer.eos_token_id, sampling, [], most, seed, prompts=prompts)
+            decoder = NameDecoder(
+                model,
+                (),
+                tokenizer.eos_token_id,
+                sampling,
+                [],
+                most,
+                seed,
+                prompts=prompts,
+                top_logits=min(self._request.top_logits, model.config.vocab_size),
+            )
             yield from decoder.stream(range(len(prompts)), size)
 
+    def logits(self, name: DecodedName) -> NameLogits:
+        """The top logits of a complete name."""
+        ids_SK, log_probs_SK = (torch.stack(each) for each in zip(*name.top, strict=True))
+        return NameLogits((*name.ids, self._generator.tokenizer.eos_token_id), ids_SK, log_probs_SK)
+
     def text(self, name: DecodedName) -> str:
-        """The name as cards would write it, or "" where it is not one."""
+        """The formatted name, or "" if the text is not a name."""
         text = self._generator.vocabulary.decode(name.ids) if name.is_whole else ""
         if not text.isprintable() or not text.startswith(" "):
             return ""
         text = format_name(text)
-        is_name = CARD_ALPHABET.issuperset(text) and not WellFormed.BAD.search(" " + text)
+        is_name = CARD_ALPHABET.issuperset(text) and not BAD_MARKS.search(" " + text)
         return text if text and is_name and self._constraints.held_by(text) else ""
 
 
-def _piece(draw: _Drawing, state: _State, forbidden: Collection[str], seen: set[str]) -> tuple[bytes, _State]:
-    """The lines of the next piece, and the state after it. ``seen`` gets its names."""
+def _piece(
+    draw: _Sampler, state: _State, forbidden: Collection[str], seen: set[str]
+) -> tuple[bytes, dict[int, NameLogits], _State]:
+    """Lines and logits of the next piece, and the state after it. Adds the new names to ``seen``."""
     retried = sorted(state.again[:_PIECE], key=lambda one: draw.plan[one[0]].prompt())
     first = range(state.planned, min(state.planned + _PIECE - len(retried), len(draw.plan)))
     attempts = dict.fromkeys(first, 0) | dict(retried)
     places = list(attempts)
     again, lines = state.again[_PIECE:], []
+    logits: dict[int, NameLogits] = {}
     for place, name in zip(places, draw.names(places, state.pieces), strict=True):
         text = draw.text(name)
         key = normal_form(text)
         if key and key not in forbidden and key not in seen:
             seen.add(key)
             card = _card(text, draw.plan[place], f"sampled:{place}").to_json()
+            if name.top:
+                logits[place] = draw.logits(name)
             lines.append(json.dumps(card | {"log_prob": round(name.log_prob, 4)}, ensure_ascii=False) + "\n")
         elif attempts[place] + 1 < _ATTEMPTS:
             again.append((place, attempts[place] + 1))
@@ -220,11 +246,11 @@ def _piece(draw: _Drawing, state: _State, forbidden: Collection[str], seen: set[
         names=state.names + len(lines),
         bytes=state.bytes + len(text_of_piece),
     )
-    return text_of_piece, after
+    return text_of_piece, logits, after
 
 
 def _card(name: str, attributes: Attributes, source_id: str) -> Card:
-    """A card of which only the attributes are known: its prompt is theirs."""
+    """A card with these attributes and nothing else."""
     supertypes, types, subtypes = attributes.supertypes or (), attributes.types or (), attributes.subtypes or ()
     released = None if attributes.released is None else str(attributes.released)
     return Card(
@@ -248,7 +274,7 @@ def _locked(out: Path) -> Iterator[None]:
     try:
         lock.acquire()
     except Timeout:
-        raise ValueError(f"another process is writing {out}: wait for it, or give another --out") from None
+        raise ValueError(f"another process is writing {out}: wait for it, or choose another --out") from None
     try:
         yield
     finally:
@@ -257,9 +283,9 @@ def _locked(out: Path) -> Iterator[None]:
 
 
 def _resumed(part: Path, state_file: Path, settings: dict[str, Any]) -> tuple[_State, set[str]]:
-    """Where an unfinished file stopped, cut to its last whole piece, and the normal forms of its names."""
+    """The state of an unfinished file, truncated to its last complete piece, and the normal forms of its names."""
     if not state_file.exists():
-        part.unlink(missing_ok=True)  # its first piece was never whole
+        part.unlink(missing_ok=True)  # its first piece was never complete
         return _State(settings), set()
     hint = f"remove {part} and {state_file.name} to start again"
     try:
@@ -267,12 +293,14 @@ def _resumed(part: Path, state_file: Path, settings: dict[str, Any]) -> tuple[_S
         state.again = [(int(place), int(attempts)) for place, attempts in state.again]
         if state.settings != settings:
             changed = [name for name in settings if state.settings.get(name) != settings[name]]
-            raise ValueError(f"{part} is unfinished, of other settings ({', '.join(changed)}): take those, or {hint}")
+            raise ValueError(
+                f"{part} is unfinished and has other settings ({', '.join(changed)}): use those, or {hint}"
+            )
         with part.open("r+b") as file:
             if file.seek(0, os.SEEK_END) < state.bytes:
-                raise ValueError(f"{part} is shorter than {state_file.name} says: {hint}")
+                raise ValueError(f"{part} is shorter than {state_file.name} records: {hint}")
             file.truncate(state.bytes)
         names = [json.loads(line)["name"] for line in part.read_text(encoding="utf-8").splitlines()]
     except (OSError, KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{part} cannot be continued ({type(error).__name__}): {hint}") from error
+        raise ValueError(f"{part} cannot be resumed ({type(error).__name__}): {hint}") from error
     return state, set(map(normal_form, names))

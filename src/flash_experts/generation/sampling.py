@@ -1,6 +1,6 @@
-"""Drawing tokens: many rows at once, each with a random number of its own.
+"""Token sampling: temperature, top-k, top-p (nucleus) and min-p on a batch, with a random number per row.
 
-Letters in the shapes: B rows, V tokens of the vocabulary, K candidates that are left to draw from.
+Shape suffixes: B batch rows, V tokens of the vocabulary, K candidates, A rows that are drawn again.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ import torch
 
 from flash_experts.generation.presets import Sampling
 
-_FIRST_CANDIDATES = 512  # top-p alone: a sort of so many tokens usually reaches p, a sort of all is slow
+_FIRST_CANDIDATES = 512  # top-p alone: the mass of this many tokens usually reaches p, and sorting all is slow
 
 
 def stream_seed(seed: int, prompt_ids: Sequence[int]) -> int:
-    """The seed of a prompt's own stream of names, so that lists for several prompts do not all begin alike."""
+    """The seed of a prompt's own stream of names, so that lists for several prompts do not all start alike."""
     entropy = [seed, len(prompt_ids), *prompt_ids]  # the length, because zeros at the end would not count
     return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0])
 
@@ -24,37 +24,34 @@ def stream_seed(seed: int, prompt_ids: Sequence[int]) -> int:
 def noise(seed: int, indices: Sequence[int], steps: int) -> torch.Tensor:
     """(len(indices), steps, 2) float64 uniform in [0, 1): row i depends on ``seed`` and ``indices[i]`` alone.
 
-    So a name does not depend on which others share its batch, nor on the device. No global generator is
-    touched. The second number of a step is for a token that has to be drawn again.
+    So a name depends neither on the batch composition nor on the device. The second number of a step is for a token
+    that has to be drawn again.
     """
     rows = [np.random.default_rng((seed, index)).random((steps, 2)) for index in indices]
     return torch.from_numpy(np.stack(rows))
 
 
 def draw(scores_BV: torch.Tensor, noise_B2: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draws one token a row from the distribution that temperature, top-k, top-p and min-p leave.
+    """Draws one token per row with temperature, top-k, top-p and min-p.
 
-    A token is drawn from all, and then asked whether it is among those that are left: how many tokens are likelier, and
-    how much they weigh together. Only rows that drew another look for their candidates, which takes sorting, and draw
-    once more among them. The outcome has the same distribution: a draw that is among the candidates follows it
-    already.
+    Rejection sampling avoids most sorting: a token is drawn from the whole vocabulary, and only rows whose token is not
+    a candidate draw again from their candidates. The distribution is the same.
 
-    By inversion: of the cumulated probabilities in the order of token ids, the first over the row's random
-    number. That order does not change when rounding swaps two nearly equal logits, so a name survives another
-    batch size.
+    Draws invert the cumulative distribution in the order of token ids, which does not change when rounding swaps nearly
+    equal logits: a name is the same with another batch size.
 
     Args:
         scores_BV: float32 logits, minus infinity where a token is forbidden.
         noise_B2: uniform in [0, 1).
-        sampling: repetition penalty excepted, which needs the row's tokens.
+        sampling: settings; the repetition penalty is ignored.
 
     Returns:
-        (B,) int64 tokens, and (B,) bool: rows that have no token at all (their token means nothing).
+        (B,) int64 tokens, and (B,) bool: rows without any possible token.
     """
     dead_B = scores_BV.amax(-1) == -torch.inf
     probs_BV = (scores_BV if sampling.temperature == 1 else scores_BV / sampling.temperature).softmax(-1)
     tokens_B = _invert(probs_BV, noise_B2[:, 0])
-    is_out_B, is_unsure_B = _judge(probs_BV, tokens_B, sampling)
+    is_out_B, is_unsure_B = _rejected(probs_BV, tokens_B, sampling)
     again = (is_out_B | is_unsure_B).nonzero()[:, 0]
     if len(again):
         probs_AK, ids_AK = candidates(scores_BV[again], sampling)
@@ -69,17 +66,16 @@ def draw(scores_BV: torch.Tensor, noise_B2: torch.Tensor, sampling: Sampling) ->
 
 
 def _invert(probs_BK: torch.Tensor, noise_B: torch.Tensor) -> torch.Tensor:
-    """(B,) places: the first at which the cumulated probabilities, up to a factor a row, exceed the random number."""
+    """(B,) first places at which the cumulative probabilities (up to a factor per row) exceed the random number."""
     cumulated_BK = probs_BK.cumsum(dim=-1, dtype=torch.float64)
     target_B1 = noise_B[:, None].to(cumulated_BK) * cumulated_BK[:, -1:]
     return torch.searchsorted(cumulated_BK, target_B1, right=True)[:, 0].clamp_(max=probs_BK.shape[-1] - 1)
 
 
-def _judge(probs_BV: torch.Tensor, tokens_B: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor, torch.Tensor]:
-    """(B,) bool twice: drawn tokens that are surely none of the candidates, and those of which only sorting can tell.
+def _rejected(probs_BV: torch.Tensor, tokens_B: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor, torch.Tensor]:
+    """(B,) bool twice: drawn tokens that are certainly not candidates, and those for which only sorting can decide.
 
-    The latter are where top-p is a share of what top-k left, whose mass is known within bounds only: it is at most 1,
-    and at least that of the tokens over a threshold, if they are no more than k.
+    The latter occur where top-p is a share of the top-k mass, for which only bounds are known.
     """
     own_B1 = probs_BV.gather(1, tokens_B[:, None])
     is_out_B = own_B1[:, 0] < sampling.min_p * probs_BV.amax(-1)
@@ -100,11 +96,11 @@ def _judge(probs_BV: torch.Tensor, tokens_B: torch.Tensor, sampling: Sampling) -
 
 
 def candidates(scores_BV: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """What is left to draw from.
+    """The tokens that top-k, top-p and min-p keep.
 
     Returns:
-        (B, K) float32 probabilities up to a factor a row, 0 for tokens that are out (all of a row if none is
-        left), and (B, K) their token ids in ascending order, or None where K is V.
+        (B, K) float32 probabilities up to a factor per row, 0 for tokens that are not kept, and (B, K) their token ids
+        in ascending order, or None where K is V.
     """
     vocab_size = scores_BV.shape[-1]
     kept = top_k = min(sampling.top_k or vocab_size, vocab_size)
@@ -129,7 +125,7 @@ def candidates(scores_BV: torch.Tensor, sampling: Sampling) -> tuple[torch.Tenso
 
 
 def _cut(probs_BK: torch.Tensor, total_B1: torch.Tensor, sampling: Sampling) -> torch.Tensor:
-    """Zeros for what top-p and min-p leave out; ``total_B1`` is the mass that top-p is a share of."""
+    """Sets to zero what top-p and min-p remove; ``total_B1`` is the mass that top-p is a share of."""
     if sampling.top_p < 1:
         sorted_BK, order_BK = probs_BK.sort(dim=-1, descending=True)
         before_BK = sorted_BK.cumsum(dim=-1) - sorted_BK  # mass of the likelier ones: the first always stays
@@ -142,7 +138,7 @@ def _cut(probs_BK: torch.Tensor, total_B1: torch.Tensor, sampling: Sampling) -> 
 
 
 def _softmax(scores_BV: torch.Tensor) -> torch.Tensor:
-    """Softmax that gives zeros, not NaN, where a row is minus infinity throughout."""
+    """Unnormalized softmax that gives zeros, not NaN, where a whole row is minus infinity."""
     return (scores_BV - _finite(scores_BV.amax(-1, keepdim=True))).exp()
 
 

@@ -1,11 +1,10 @@
-"""Which real card a name is nearest to."""
+"""Nearest real card of a name, by edit distance (Levenshtein)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from importlib.util import find_spec
 
 import torch
 
@@ -16,21 +15,17 @@ _ROWS_AT_ONCE = 64  # with 35,000 cards: 9 MB of similarities
 
 @dataclass(frozen=True)
 class KnownNames:
-    """Names that are cards already.
-
-    Attributes:
-        names: as they stand on the cards.
-    """
+    """Names that are already on cards, in printed form."""
 
     names: tuple[str, ...]
 
     @cached_property
     def _name_of(self) -> dict[str, str]:
-        """Normal form -> the first name that has it, in order."""
+        """Normal form to the first name that has it."""
         forms: dict[str, str] = {}
         for name in self.names:
             forms.setdefault(normal_form(name), name)
-        forms.pop("", None)  # names of marks alone: nothing to compare
+        forms.pop("", None)  # names without letters or digits
         return forms
 
     @cached_property
@@ -38,16 +33,16 @@ class KnownNames:
         return frozenset(self._name_of)
 
     def nearest(self, names: Sequence[str]) -> list[tuple[str | None, float]]:
-        """The nearest known name of each, and how similar it is.
+        """The nearest known name of each, and their similarity.
 
-        Similarity is 1 - edit distance / the longer length, of the normal forms (Levenshtein): 1 means that
-        the name *is* that card. Of equally near names the first is given.
+        Similarity is 1 - edit distance / the longer length, of the normal forms: 1 is a name of a real card. Ties go to
+        the first.
 
         Returns:
-            One (name, similarity between 0 and 1) each; (None, 0.0) if nothing is known, or rapidfuzz is missing.
+            (name, similarity from 0 to 1) for each; (None, 0.0) if no name is known.
         """
         shown = list(self._name_of.values())
-        if not shown or find_spec("rapidfuzz") is None:
+        if not shown:
             return [(None, 0.0)] * len(names)
         from rapidfuzz.distance import Levenshtein
         from rapidfuzz.process import cdist

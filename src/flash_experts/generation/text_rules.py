@@ -1,28 +1,37 @@
-"""Words that names are kept from: swear words and slurs, and places of the real world."""
+"""Rules on the text of a name, shared by the token filters and the final check: pure functions on strings.
+
+Swear words and slurs, places of the real world, punctuation and spaces, alliteration.
+"""
 
 from __future__ import annotations
 
 import json
 import re
+import string
 from collections.abc import Callable, Iterable
 from functools import cache, lru_cache
 from importlib.resources import files
-from importlib.util import find_spec
 from typing import Literal
 
 from flash_experts.data.names import normal_form
+from flash_experts.generation.formatting import SMALL_WORDS
 
-# "refused": the last word must not end as it is. "dropped": no longer word around it can be accepted either.
+# Letters and punctuation of real cards. Digits, "&", "." and quotes are rare and mostly from other franchises: pass an
+# alphabet to allow them. Each letter has its capital, because formatting capitalizes names.
+_ACCENTED = "áàâäéèêëíîïñóôöúûü"
+CARD_ALPHABET = frozenset(string.ascii_letters + " ,'-:!?" + _ACCENTED + _ACCENTED.upper())
+# Bytes of incomplete characters, as `NameVocabulary` decodes them.
+PARTIAL_BYTES = "".join(map(chr, range(0xDC80, 0xDD00)))
+# "refused": the last word must not end here. "dropped": no longer word that starts with it is acceptable either.
 Verdict = Literal["refused", "dropped"] | None
-Judge = Callable[[str], Verdict]  # of a text, perhaps unfinished
-
-# On the list, and yet on serious cards ("Wrath of God", "Strip Mine", "Hoar Shade"; 135 names): these stay.
+Check = Callable[[str], Verdict]  # takes a text, perhaps unfinished
+# On the profanity list but also on serious cards ("Wrath of God", "Strip Mine", "Hoar Shade"; 135 names): allowed.
 PRINTED_ON_CARDS = frozenset(
     """bestial damn dong dummy god hell hoar kill lust murder naked organ pawn revue sadist sandbar slave snatch sniper
     snuff strip stroke thug tosser weed""".split()
 )
 # Stems that are refused inside words. The lookarounds spare "scrap", "snigger", "congenital" and the like
-# (the Scunthorpe problem); tests hold them to every word of the real cards.
+# (the Scunthorpe problem); tests check them against every word of the real cards.
 _INSIDE = r"""bitch|blowjob|bollock|bukkak|circlejerk|clitor|cocksuck|cunnilin|(?<!s)cunt|dildo|ejaculat|faggot|fellat|
     fuck|gangbang|(?<!con)genital|handjob|hentai|hitler|jackass|jizz|masturbat|menstru|molest|motherf|nipple|orgasm|
     paedophil|pedophil|penis|pissed|pissing|porn|prostitut|pussy|schlong|scrotum|sexual|slut|smegma|sperm|testicle|
@@ -33,8 +42,7 @@ _AT_START = r"""arse(?!n)|ass(?:face|hat|hole|munch|wipe)|boob(?!y)|butt(?:fuck|
     nude|piss|poop|pub(?:es|ic)|puss(?:y|ie)|queer|rape|raping|rapist|rectal|rectum|retard|semen|sex(?!t)|sodom|
     tampon|tit(?:s$|t[iy])|turd|twat|urin(?:al|e)"""
 _STEMS = re.compile(f"(?:{_INSIDE})|^(?:{_AT_START})", re.VERBOSE)
-
-# On the lists of places, and yet words of fantasy or of everyday English.
+# On the lists of places but also words of fantasy or everyday English: allowed.
 _NO_PLACES = frozenset(
     """act anchorage arctic baku brokenhill canary casey cayenne center central channelislander currie chile
     christmasisland
@@ -45,26 +53,23 @@ _NO_PLACES = frozenset(
     turkey virgin virginislands wake wellington west westisland yap""".split()
 )
 _NATIONS = """america american arabia arabian britain england english europe european scotland scottish wales
-    persia persian roman parisian texan californian welsh""".split()  # on no list but within longer names
-_START_OF_WORD = 6  # letters of a place that words must not start with ("Norwaybound"): no real card has one so long
+    persia persian roman parisian texan californian welsh""".split()  # on the lists only within longer names
+_START_OF_WORD = 6  # letters of a place that no word may start with ("Norwaybound")
 # Longer words of everyday English that start with a place.
 _NO_STARTS = frozenset("german japan moroni pacific paris shanghai".split())
 _COUNTRY_FACT = re.compile(r'"(?:name|capital|demonym)": "([^"]*)"')
 _USA = "united_states_of_america.json"
 _CONTINENTS = ("Africa", "America", "Asia", "Atlantic", "Australia", "Europe", "Indian", "Pacific")
-_MOST_WORDS = 4  # of a place: "Dar es Salaam"
-_WORD = re.compile(r"[^\W_]+")
+_MOST_WORDS = 4  # words of a place: "Dar es Salaam"
+WORD = re.compile(r"[^\W_]+")
+# Spaces and punctuation that no name has.
+BAD_MARKS = re.compile(rf" [ ,:;!?.\-]|[,:;][^ ]|-[^\w{PARTIAL_BYTES}]|''|[!?][\w']")
+OPEN_END = " ,:;-'&"  # no name ends with one of these
 
 
-@cache
-def missing_packages(*names: str) -> tuple[str, ...]:
-    """Those of the packages that are not installed."""
-    return tuple(name for name in names if find_spec(name) is None)
-
-
-def found_in(judge: Judge, name: str) -> bool:
-    """Whether a finished name has a word that a judge refuses."""
-    return any(judge(name[: word.end()]) for word in _WORD.finditer(name))
+def found_in(check: Check, name: str) -> bool:
+    """Whether a finished name has a word that a check refuses."""
+    return any(check(name[: word.end()]) for word in WORD.finditer(name))
 
 
 # ---------------------------------------------------------------------------------------------------------- swear words
@@ -72,29 +77,21 @@ def found_in(judge: Judge, name: str) -> bool:
 
 @cache
 def profane_words() -> frozenset[str]:
-    """Normal forms of the single words on better-profanity's list (MIT; about 850), but `PRINTED_ON_CARDS`.
-
-    Raises:
-        ModuleNotFoundError: better-profanity is not installed.
-    """
+    """Normal forms of the single words on better-profanity's list (MIT; about 850), except `PRINTED_ON_CARDS`."""
     lines = (files("better_profanity") / "profanity_wordlist.txt").read_text("utf-8").splitlines()
     words = {normal_form(line) for line in lines if line.strip().isalnum()}
     return frozenset(words - PRINTED_ON_CARDS - {""})
 
 
 def profanity_at_end(name: str) -> Verdict:
-    """Whether the last word of a text, perhaps unfinished, is a swear word or slur, or has one inside.
-
-    Raises:
-        ModuleNotFoundError: better-profanity is not installed.
-    """
+    """Whether the last word of a text, perhaps unfinished, is or contains a swear word or slur."""
     return _profanity_of(name.rpartition(" ")[2])
 
 
 @lru_cache(maxsize=1 << 16)
 def _profanity_of(word: str) -> Verdict:
-    """As `profanity_at_end`, of a word that may have hyphens and apostrophes: as a whole, and its last part."""
-    parts = {normal_form(word), *map(normal_form, _WORD.findall(word)[-1:])}
+    """`profanity_at_end` for a word as a whole and for its part after the last hyphen or apostrophe."""
+    parts = {normal_form(word), *map(normal_form, WORD.findall(word)[-1:])}
     if any(_STEMS.search(part) for part in parts):
         return "dropped"
     return "refused" if any(_listed(part, profane_words()) for part in parts) else None
@@ -105,13 +102,10 @@ def _profanity_of(word: str) -> Verdict:
 
 @cache
 def real_places() -> frozenset[str]:
-    """Normal forms of places, but those that are words of fantasy or of everyday English.
+    """Normal forms of places, except words of fantasy or everyday English.
 
-    Countries, capitals, demonyms and the states of the USA are those of countryinfo (MIT); large cities and continents
-    those of the time zones in tzdata (Apache-2.0, the data in the public domain).
-
-    Raises:
-        ModuleNotFoundError: one of the two packages is not installed.
+    Countries, capitals, demonyms and states of the USA are from countryinfo (MIT); large cities and continents from the
+    time zones in tzdata (Apache-2.0, data in the public domain).
     """
     found = set(_NATIONS)
     for country in (files("countryinfo") / "data").iterdir():
@@ -128,18 +122,14 @@ def real_places() -> frozenset[str]:
 
 @cache
 def _starts_of_places() -> frozenset[str]:
-    """Places that words must not start with, cut to `_START_OF_WORD` letters or more."""
+    """Places of `_START_OF_WORD` letters or more, which no word may start with."""
     return frozenset(place for place in real_places() - _NO_STARTS if len(place) >= _START_OF_WORD)
 
 
 @lru_cache(maxsize=1 << 16)
 def place_at_end(name: str) -> Verdict:
-    """Whether a text, perhaps unfinished, ends on a place of the real world of up to four words.
-
-    Raises:
-        ModuleNotFoundError: countryinfo or tzdata is not installed.
-    """
-    words = [normal_form(word) for word in _WORD.findall(name.replace("'", ""))[-_MOST_WORDS:]]
+    """Whether a text, perhaps unfinished, ends with a place of the real world of up to four words."""
+    words = [normal_form(word) for word in WORD.findall(name.replace("'", ""))[-_MOST_WORDS:]]
     if not words:
         return None
     starts, last = _starts_of_places(), words[-1]
@@ -154,5 +144,16 @@ def _normal(texts: Iterable[str]) -> set[str]:
 
 
 def _listed(word: str, words: frozenset[str]) -> bool:
-    """Whether a word, or what it is the plural or the genitive of, is on a list."""
+    """Whether a word or its singular is on a list."""
     return word in words or (len(word) > 4 and word[-1] == "s" and word[:-1] in words)
+
+
+def alliterates(text: str, least: int = 2) -> bool:
+    """Whether a text has ``least`` words or more, all starting with the same letter; small words do not count."""
+    forms = [normal_form(word) for word in text.split() if word.lower() not in SMALL_WORDS]
+    return len(forms) >= least and len({form[:1] for form in forms}) == 1 and all(forms)
+
+
+def words_of(text: str) -> list[str]:
+    """The words of a text as `BannedWords` compares them: letters and digits, in normal form."""
+    return [normal_form(word) for word in WORD.findall(text)]

@@ -1,6 +1,6 @@
-"""Filters on the letters of a name: what it begins with, contains, ends with.
+"""Filters on the letters that a name starts with, contains or ends with.
 
-See `flash_experts.generation.filters` for what a filter is. Letters in the shapes: B rows, V tokens.
+`flash_experts.generation.filters.base` defines a filter. Shape suffix: V tokens of the vocabulary.
 """
 
 from __future__ import annotations
@@ -12,38 +12,36 @@ from typing import cast
 import torch
 
 from flash_experts.data.names import shown_form
-from flash_experts.generation.filters import NameFilter, room
+from flash_experts.generation.filters.base import NameFilter, room
+from flash_experts.generation.filters.limits import LowerLimit
+from flash_experts.generation.filters.vocabulary import NameVocabulary
 from flash_experts.generation.formatting import SMALL_WORDS
-from flash_experts.generation.limit_filters import LowerLimit
-from flash_experts.generation.vocabulary import NameVocabulary
 
-_FAVOR = 4.0  # nats: the wanted letters are in about one of e^4 = 55 places where a model could say them
-_FAVOR_PER_CHARACTER = 0.5  # more of them after a name's usual length, or rare letters would come too late
+_FAVOR = 4.0  # nats: the wanted letters come in about one of e^4 = 55 places where they could
+_FAVOR_PER_CHARACTER = 0.5  # nats past a name's usual length, or rare letters would come too late
 _USUAL_LENGTH = 12
-_FORCE = 50.0  # nats: nothing else comes
-_MUCH = 3  # letters
+_FORCE = 50.0  # nats: practically certain
+_MUCH = 3  # letters of the wanted text
 
 
 class StartsWith(NameFilter):
-    """Names that begin with a prefix, also where a token straddles its end (" Dragon" fits "Drag").
+    """Names that start with a prefix, also where a token crosses its end (" Dragon" for "Drag").
 
-    Within the prefix only the tokens that the tokenizer itself would choose are allowed. Otherwise the mask
-    would favor odd cuts: after " D" every name with a D contributes, though the model saw " Dragon" as one
-    token and knows nothing of "ragon" after " D". The price: of the names that go on within the prefix's last
-    word, those that are cut elsewhere inside the prefix are not reached. The last word is tried as given and
+    Within the prefix only the tokenizer's own tokens are allowed, since the model never saw other cuts in training. So
+    names that the tokenizer cuts elsewhere inside the prefix are not reached. The last word is tried as given and
     capitalized.
     """
 
     def __init__(self, vocabulary: NameVocabulary, prompt_length: int, prefix: str) -> None:
-        """Works out the ways through the prefix.
+        """Finds the token paths through the prefix.
 
         Raises:
             ValueError: the prefix is blank.
         """
         super().__init__(vocabulary, prompt_length)
         if not prefix.strip():
-            raise ValueError("starts_with is blank: leave it out, or give the letters that names begin with")
-        # Text at a boundary of the tokenizer within the prefix -> tokens that it would put there.
+            raise ValueError("starts_with is blank: leave it out, or give the letters that names start with")
+        # Text up to a token boundary within the prefix -> the tokenizer's next tokens.
         self._next: dict[str, set[int]] = {}
         self._forms = tuple(dict.fromkeys(_prefix_forms(prefix)))
         for form in self._forms:
@@ -65,12 +63,12 @@ class StartsWith(NameFilter):
         ids = self.vocabulary.encode(form.rstrip())
         for place, token in enumerate(ids):
             self._next.setdefault(self.vocabulary.decode(ids[:place]), set()).add(token)
-        if self.vocabulary.decode(ids) != form:  # a trailing space: the next token brings it with its word
+        if self.vocabulary.decode(ids) != form:  # a trailing space belongs to the next token
             self._next.setdefault(self.vocabulary.decode(ids), set())
 
 
 def _prefix_forms(prefix: str) -> list[str]:
-    """The texts that a name may begin with: " " and the prefix, its last word as it is and capitalized."""
+    """The texts that a name may start with: " " and the prefix, its last word as given and capitalized."""
     words = shown_form(prefix).split()
     words = [
         word if place and word.lower() in SMALL_WORDS else word[0].upper() + word[1:]
@@ -84,25 +82,21 @@ def _prefix_forms(prefix: str) -> list[str]:
 
 
 class WantedText(LowerLimit):
-    """Base of `Contains` and `EndsWith`: a name cannot end before it has the wanted letters.
+    """Base class of `Contains` and `EndsWith`: a name cannot end before it has the wanted letters. Ignores case.
 
-    Two things keep that from spoiling names. Tokens that begin the letters, as the tokenizer itself cuts them,
-    are *favored* by some nats: a model that is only kept from ending would ramble until it happens to say them.
-    The weight is that of the exact posterior if the letters were equally likely to come later from everywhere
-    (Lew et al. 2023, "Sequential Monte Carlo steering", call it a twist). A word so begun is finished with
-    them. And near the length limit only tokens are left after which the rest of the letters still fits.
-
-    Letters count whatever their case.
+    Tokens that start the letters get a bias; otherwise names would grow until the letters come by chance. It is that of
+    the exact posterior if the letters were equally likely to follow every prefix (a twist function, Lew et al. 2023,
+    "Sequential Monte Carlo steering"). Letters once started are completed. Near the length limit only tokens are left
+    after which the remaining letters fit.
     """
 
     def __init__(self, vocabulary: NameVocabulary, prompt_length: int, text: str, max_length: int) -> None:
-        """Works out how the tokenizer would say the text.
+        """Cuts the text into tokens.
 
         Args:
-            vocabulary: as in `NameFilter`.
-            prompt_length: as in `NameFilter`.
-            text: the letters, with a space before them if they must begin a word.
-            max_length: characters that a name has at most.
+            vocabulary, prompt_length: see `NameFilter`.
+            text: wanted letters, with a leading space if they must start a word.
+            max_length: most characters of a name.
 
         Raises:
             ValueError: the text is blank, or longer than a name.
@@ -117,19 +111,19 @@ class WantedText(LowerLimit):
         self.limit = max_length
         self._longest_token = int(vocabulary.lengths.max())
         self._states: dict[int, torch.Tensor] = {}
-        # As a word of its own: what was said of it -> the next token. Within a word: a token to begin with, if
-        # it says much of the text; single letters would be said again and again.
+        # As a separate word: the part so far -> the next token. Within a word: the first token, if it has enough of
+        # the text; single letters would be repeated.
         start, *within = _forms_within(words, text[0].isspace())
         ids = vocabulary.encode(start)
         self._first = ids[0]
         self._next = {vocabulary.decode(ids[:place]): token for place, token in enumerate(ids) if place}
         self._within = [vocabulary.encode(form)[0] for form in within]
         self._within = [one for one in self._within if len(vocabulary.texts[one]) >= min(len(words), _MUCH)]
-        self._goes_on[self._within] = False  # such a token may follow a whole word
+        self._continues_word[self._within] = False  # such a token may follow a whole word
 
     @abstractmethod
     def state(self, text: str) -> int:
-        """Characters of the wanted text that stand at the end of ``text`` (lower case), or all if it is there."""
+        """Number of wanted characters matched at the end of ``text`` (lower case), or all if the text is complete."""
 
     def is_short(self, name: str) -> bool:
         return self.state(name.lower()) < len(self.text)
@@ -146,7 +140,7 @@ class WantedText(LowerLimit):
             forbidden = torch.zeros(self.vocabulary.size, dtype=torch.bool)
         else:
             forbidden = self.vocabulary.lengths + len(self.text) - self._states_after(state) > left
-        forbidden[self.vocabulary.end_id] = state < len(self.text)
+        forbidden[self.vocabulary.eos_id] = state < len(self.text)
         return forbidden
 
     def apply(self, names: Sequence[str], scores: torch.Tensor) -> torch.Tensor:
@@ -165,20 +159,20 @@ class WantedText(LowerLimit):
         return masked.index_put_((places[0], places[1]), values, accumulate=True)
 
     def favored(self, name: str) -> list[tuple[int, float]]:
-        """Tokens that begin or go on with the wanted text after ``name``, each with its weight in nats."""
+        """Tokens that start or continue the wanted text after ``name``, each with its bias in nats."""
         if not self.is_short(name):
             return []
-        begun = [(token, _FORCE) for said, token in self._next.items() if name.endswith(said)]
+        begun = [(token, _FORCE) for part, token in self._next.items() if name.endswith(part)]
         if begun or not (name == "" or name[-1].isalpha()):
             return begun
         weight = _FAVOR + max(0, len(name) - _USUAL_LENGTH) * _FAVOR_PER_CHARACTER
         return [(token, weight) for token in [self._first, *(self._within if name else ())]]
 
     def _states_after(self, state: int) -> torch.Tensor:
-        """(V,) int64: the state after each token, which the letters said so far decide (Knuth, Morris, Pratt)."""
+        """(V,) int64: the state after each token, which depends on the matched letters alone (Knuth-Morris-Pratt)."""
         if state not in self._states:
-            said = self.text[:state]
-            self._states[state] = torch.tensor([self.state(said + text.lower()) for text in self.vocabulary.texts])
+            matched = self.text[:state]
+            self._states[state] = torch.tensor([self.state(matched + text.lower()) for text in self.vocabulary.texts])
         return self._states[state]
 
     def _overlap(self, text: str) -> int:
@@ -186,24 +180,24 @@ class WantedText(LowerLimit):
 
 
 class Contains(WantedText):
-    """Names that have the letters somewhere, at a word's start or within one."""
+    """Names that have the letters anywhere."""
 
     def state(self, text: str) -> int:
         return len(self.text) if self.text in text else self._overlap(text)
 
 
 class EndsWith(WantedText):
-    """Names whose last letters are these, a word of their own or the end of one."""
+    """Names that end with the letters, as a separate word or the end of one."""
 
     def state(self, text: str) -> int:
         return self._overlap(text)
 
     def favored(self, name: str) -> list[tuple[int, float]]:
-        return super().favored(name) if self.is_short(name) else [(self.vocabulary.end_id, _FAVOR)]
+        return super().favored(name) if self.is_short(name) else [(self.vocabulary.eos_id, _FAVOR)]
 
 
 def _forms_within(words: str, begins_word: bool) -> list[str]:
-    """The wanted text as cards write it: as words of their own, and as the rest of a word."""
+    """The wanted text in card capitals: as separate words, and as the rest of a word."""
     cased = [word if word in SMALL_WORDS else word[0].upper() + word[1:] for word in words.split()]
     start = " " + " ".join(cased)
     return [start] if begins_word else [start, " ".join([words.split()[0], *cased[1:]])]

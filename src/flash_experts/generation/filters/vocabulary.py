@@ -1,10 +1,9 @@
-"""What each token of a vocabulary says: the strings that filters check.
+"""Texts of the tokens of a byte-level BPE vocabulary: the strings that filters check.
 
-A byte-level BPE token is a run of bytes, which need not be whole characters: a rare "û" is two tokens of one
-byte each. Texts here are decoded with ``surrogateescape``, so a byte that does not complete a character is
-kept as one surrogate (U+DC80 to U+DCFF) and nothing is lost when the next token brings the rest.
+A token is a sequence of bytes that need not be whole characters: a rare "û" is two tokens of one byte. Texts are
+decoded with ``surrogateescape``, so each byte of an incomplete character is kept as one surrogate (U+DC80 to U+DCFF).
 
-Letters in the shapes: V tokens of the vocabulary (of the model's logits), B rows, T tokens of a row.
+Shape suffixes: V tokens of the vocabulary (of the model's logits), B batch rows, T tokens of a row.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 
 def _byte_of_character() -> dict[str, int]:
-    """Inverse of GPT-2's table that shows every byte as one visible character (its ``encoder.py``)."""
+    """Inverse of GPT-2's table of bytes as visible characters (its ``encoder.py``)."""
     visible = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     hidden = [byte for byte in range(256) if byte not in set(visible)]
     return {chr(byte): byte for byte in visible} | {chr(256 + rank): byte for rank, byte in enumerate(hidden)}
@@ -28,34 +27,35 @@ class NameVocabulary:
 
     Attributes:
         size: V, the width of the model's logits. Ids that the tokenizer lacks (padding) have no text.
-        end_id: the token that ends a name.
-        texts: V strings; "" for special tokens, for ids without a token, and for whole words that swallow the space
-            before them (`train_tokenizer` has them for prompts): within a name their text would not be what it was.
-        prompt_texts: V strings; `texts`, and " word" for such a whole word.
+        eos_id: id of the EOS token.
+        texts: V strings; "" for special tokens, for ids without a token, and for whole-word tokens that absorb the
+            space before them (`train_tokenizer` has them for prompts), which names do not have.
+        prompt_texts: V strings; `texts`, and " word" for a whole-word token.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, size: int | None = None) -> None:
-        """Reads the vocabulary once (about 0.1 s for GPT-2's 50,257 tokens).
+        """Reads the vocabulary.
 
         Args:
-            tokenizer: byte-level BPE with an end symbol, such as GPT-2's.
-            size: V, the model's ``config.vocab_size``; the tokenizer's own size if None.
+            tokenizer: byte-level BPE tokenizer, such as GPT-2's.
+            size: V, the model's ``config.vocab_size`` (default: the tokenizer's size).
 
         Raises:
-            ValueError: no end symbol, more tokens than the model has, or no byte-level tokenizer of the tokenizers
-                library.
+            ValueError: the tokenizer has no EOS token, has more tokens than the model, or is of another kind.
         """
         self.size = len(tokenizer) if size is None else size
         if not isinstance(tokenizer, PreTrainedTokenizerFast):
-            raise ValueError(f"{type(tokenizer).__name__} is not of the tokenizers library: load it with AutoTokenizer")
+            raise ValueError(
+                f"{type(tokenizer).__name__} is not from the tokenizers library: load it with AutoTokenizer"
+            )
         if tokenizer.eos_token_id is None:
-            raise ValueError("the tokenizer has no end symbol: set tokenizer.eos_token to that of training")
+            raise ValueError("the tokenizer has no EOS token: set tokenizer.eos_token to that of training")
         if len(tokenizer) > self.size:
             raise ValueError(
                 f"the tokenizer has {len(tokenizer)} tokens but the model only {self.size}: they do not "
-                "belong together, load both from one folder"
+                "belong together; load both from the same folder"
             )
-        self.end_id: int = tokenizer.eos_token_id
+        self.eos_id: int = tokenizer.eos_token_id
         self._backend = tokenizer.backend_tokenizer
         self._pieces = _pieces(tokenizer, self.size)
         self.texts = tuple(piece.decode("utf-8", "surrogateescape") for piece in self._pieces)
@@ -67,28 +67,28 @@ class NameVocabulary:
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text as the tokenizer cuts it, without special tokens."""
-        # As the tokenizer itself does when it is called, which takes three times as long: it finds out more than ids.
+        # What calling the tokenizer does, without the outputs other than ids that make it slow.
         self._backend.no_truncation()
         self._backend.no_padding()
         return self._backend.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text up to the end symbol. A name begins with the space that separates it from its prompt."""
+        """Text up to the EOS token. A name starts with the space that separates it from its prompt."""
         pieces = []
         for token in ids:
-            if token == self.end_id:
+            if token == self.eos_id:
                 break
             pieces.append(self._pieces[token])
         return b"".join(pieces).decode("utf-8", "surrogateescape")
 
     def names(self, input_ids_BT: torch.Tensor, prompt_length: int) -> list[str]:
-        """B names so far: the texts after the first ``prompt_length`` tokens."""
+        """B texts after the first ``prompt_length`` tokens."""
         return [self.decode(row) for row in input_ids_BT[:, prompt_length:].tolist()]
 
     def extend(self, name: str, token: int) -> str:
-        """``name`` and one more token, as `decode` of all its tokens would give it."""
+        """``name`` and one more token, equal to `decode` of all its tokens."""
         piece = self._pieces[token]
-        if name and "\udc80" <= name[-1] <= "\udcff":  # a character that waits for its last bytes
+        if name and "\udc80" <= name[-1] <= "\udcff":  # an incomplete character
             return (name.encode("utf-8", "surrogateescape") + piece).decode("utf-8", "surrogateescape")
         return name + self.texts[token]
 
@@ -97,9 +97,9 @@ class NameVocabulary:
         """(V,) int64: characters of each token's text."""
         return torch.tensor([len(text) for text in self.texts])
 
-    def where(self, says: Callable[[str], bool]) -> torch.Tensor:
-        """(V,) bool on the CPU: tokens whose text satisfies ``says``; never those without text (the end)."""
-        return torch.tensor([text != "" and says(text) for text in self.texts])
+    def where(self, condition: Callable[[str], bool]) -> torch.Tensor:
+        """(V,) bool on the CPU: tokens whose text satisfies the condition; false for tokens without text (EOS)."""
+        return torch.tensor([text != "" and condition(text) for text in self.texts])
 
 
 def _pieces(tokenizer: PreTrainedTokenizerBase, size: int) -> tuple[bytes, ...]:
@@ -117,7 +117,7 @@ def _pieces(tokenizer: PreTrainedTokenizerBase, size: int) -> tuple[bytes, ...]:
             pieces[index] = bytes(byte_of[character] for character in token)
         except KeyError:
             raise ValueError(
-                f"token {index} ({token!r}) is not byte-level: name generation takes byte-level BPE "
-                "tokenizers, as GPT-2's and those of train_tokenizer"
+                f"token {index} ({token!r}) is not byte-level: name generation needs a byte-level BPE tokenizer, "
+                "such as GPT-2's or one from train_tokenizer"
             ) from None
     return tuple(pieces)

@@ -1,40 +1,33 @@
-r"""A regular expression as a filter. See `flash_experts.generation.filters` for what a filter is.
+"""Regular expressions as a filter (constrained decoding); `flash_experts.generation.filters.base` defines a filter.
 
-llguidance (of the guidance-ai project) compiles the expression to an automaton, lazily, and walks it
-together with a trie of the vocabulary. Unlike an index built ahead it intersects languages: the expression with
-"at most so many characters" and "letters of the alphabet", so no token is ever offered from which the expression
-cannot be completed in time, and an expression that no name can match is seen before the first token. Where it leaves
-one text alone, it offers the tokenizer's own cut of it: masks push towards odd tokens otherwise.
+llguidance compiles the expression lazily to an automaton, which walks a trie of the vocabulary. The expression is
+intersected with the length limit and the alphabet, so every token offered can lead to a match in time, and an
+expression that no name matches is refused at once. Where only one text can follow, the tokenizer's own cut is offered.
 
-Each text is read from its start, by one matcher that is set back: the states that it has built stay, and to read a
-name costs it 5 us, no more than to copy a matcher that stands at the end of the name before. What cost six times that
-was to cut the name into tokens, so the cuts of words are remembered.
-
-outlines-core was tried beside it, with GPT-2's vocabulary: it builds an index ahead (0.59 s for "(\w+ ){2,3}\w+",
-against 5 ms here), cannot intersect, and took 87 s for "a{2000}{2000}", which is refused here at once.
+One matcher is reset and reads each text from its start: its states stay cached, and so do the token ids of words.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Collection, Hashable, Sequence
-from importlib.util import find_spec
 from typing import Any, cast
 
 import numpy as np
 import torch
 
-from flash_experts.generation.filters import CARD_ALPHABET, NameFilter
-from flash_experts.generation.vocabulary import NameVocabulary
+from flash_experts.generation.filters.base import NameFilter
+from flash_experts.generation.filters.vocabulary import NameVocabulary
+from flash_experts.generation.text_rules import CARD_ALPHABET
 
-_REMEMBERED_TEXTS = 10_000
+_CACHED_TEXTS = 10_000
 _WORD = re.compile("^[^ ]+| [^ ]*")  # with the space before it: a byte-level tokenizer's tokens end before a space
 
 
 class MatchesRegex(NameFilter):
-    """Names that a regular expression matches from their first letter to their last.
+    """Names that a regular expression matches as a whole.
 
-    The syntax is that of Rust's ``regex`` crate: no look-around and no back references; ``(?i)`` at the start
+    The syntax is that of Rust's ``regex`` crate, without look-around and back references; ``(?i)`` at the start
     ignores case.
     """
 
@@ -50,20 +43,16 @@ class MatchesRegex(NameFilter):
         """Compiles the expression.
 
         Args:
-            vocabulary: as in `NameFilter`.
-            prompt_length: as in `NameFilter`.
-            pattern: the expression; ``^`` and ``$`` around it change nothing.
-            max_length: characters that a name has at most.
+            vocabulary, prompt_length: see `NameFilter`.
+            pattern: the expression; ``^`` and ``$`` around it have no effect.
+            max_length: most characters of a name.
             alphabet: characters that a name may have.
             also: more expressions that must match.
 
         Raises:
-            ValueError: it is no regular expression, no name of that length and alphabet matches it, or
-                llguidance is missing.
+            ValueError: ``pattern`` is not a regular expression, or no name of that length and alphabet matches it.
         """
         super().__init__(vocabulary, prompt_length)
-        if find_spec("llguidance") is None:
-            raise ValueError("regex needs the package llguidance: pip install llguidance")
         from llguidance import LLMatcher, LLTokenizer
         from llguidance._tokenizer import TokenizerWrapper
 
@@ -72,10 +61,10 @@ class MatchesRegex(NameFilter):
         source = _slashed(pattern.removeprefix("^").removesuffix("$"))
         alone = LLMatcher(self.tokenizer, f"start: NAME\nNAME: /{source}/", log_level=0)
         if not pattern or "\n" in pattern or alone.is_error():
-            raise ValueError(f"regex {pattern!r} is no regular expression: {_reason(alone.get_error())}")
+            raise ValueError(f"regex {pattern!r} is not a regular expression: {_reason(alone.get_error())}")
         letters = "".join(f"\\u{{{ord(character):x}}}" for character in sorted(alphabet))
         parts = [*(f" (?:{one})" for one in (source, *also)), f".{{2,{max_length + 1}}}", f"[{letters}]*"]
-        parts.append(r" [^\p{Ll} ].*")  # as a finished name begins
+        parts.append(r" [^\p{Ll} ].*")  # how a finished name starts
         grammar = "start: NAME\nNAME: " + " & ".join(f"/{part}/" for part in parts)
         self._start = LLMatcher(self.tokenizer, grammar, log_level=0)
         if self._start.is_error():
@@ -85,14 +74,14 @@ class MatchesRegex(NameFilter):
         self._bits: dict[str, bytes] = {}
         if not self._unpacked(self._bits_after("")).any():
             raise ValueError(
-                f"regex {pattern!r} matches no name of at most {max_length} characters in the letters of cards"
-                + (" that holds the other constraints" if also else "")
+                f"regex {pattern!r} matches no name of at most {max_length} characters in the alphabet of cards"
+                + (" that satisfies the other constraints" if also else "")
             )
 
     def rule(self, name: str) -> Hashable | None:
         bits = self._bits.get(name)
         if bits is None:
-            if len(self._bits) > _REMEMBERED_TEXTS:
+            if len(self._bits) > _CACHED_TEXTS:
                 self._bits.clear()
             bits = self._bits[name] = self._bits_after(name)
         return bits
@@ -102,13 +91,13 @@ class MatchesRegex(NameFilter):
 
     def matches(self, text: str) -> bool:
         """Whether the expression matches a finished name."""
-        return bool(self._unpacked(self._bits_after(" " + text))[self.vocabulary.end_id])
+        return bool(self._unpacked(self._bits_after(" " + text))[self.vocabulary.eos_id])
 
     def _bits_after(self, name: str) -> bytes:
-        """One bit a token: what may follow. Empty if ``name`` is no beginning of a match."""
+        """One bit per token: whether it may follow. Empty if no match starts with ``name``."""
         ids = [token for word in _WORD.findall(name) for token in self._ids_of(word)]
         bits = self._read(ids)
-        if self._matcher.is_error():  # it stays in it; after many texts it may have built more states than it may
+        if self._matcher.is_error():  # permanent; after many texts it may exceed its limit of states
             self._matcher = self._start.deep_copy()
             bits = self._read(ids)
         return bits
@@ -121,10 +110,10 @@ class MatchesRegex(NameFilter):
         return b"" if self._matcher.is_error() else bits
 
     def _ids_of(self, word: str) -> list[int]:
-        """A word as the tokenizer cuts it, though not as one of the whole words that only prompts have."""
+        """Token ids of a word as the tokenizer cuts it, without the whole-word tokens that only prompts have."""
         ids = self._ids.get(word)
         if ids is None:
-            if len(self._ids) > _REMEMBERED_TEXTS:
+            if len(self._ids) > _CACHED_TEXTS:
                 self._ids.clear()
             ids = self.tokenizer.tokenize_bytes(word.encode("utf-8", "surrogateescape"))
             if not all(self.vocabulary.texts[token] for token in ids):
@@ -133,7 +122,7 @@ class MatchesRegex(NameFilter):
         return ids
 
     def _unpacked(self, bits: bytes) -> torch.Tensor:
-        """(V,) bool of one bit a token."""
+        """(V,) bool from one bit per token."""
         allowed_V = torch.zeros(self.vocabulary.size, dtype=torch.bool)
         flags = np.unpackbits(np.frombuffer(bits, dtype=np.uint8), bitorder="little")[: self.vocabulary.size]
         allowed_V[: len(flags)] = torch.from_numpy(flags).bool()
@@ -141,12 +130,12 @@ class MatchesRegex(NameFilter):
 
 
 class _Bytes:
-    """The vocabulary as llguidance reads one: the bytes of each token."""
+    """The vocabulary in the form that llguidance reads: the bytes of each token."""
 
     bos_token_id = None
 
     def __init__(self, vocabulary: NameVocabulary) -> None:
-        self.eos_token_id = vocabulary.end_id
+        self.eos_token_id = vocabulary.eos_id
         self.special_token_ids = [token for token, text in enumerate(vocabulary.texts) if not text]
         self.tokens = [text.encode("utf-8", "surrogateescape") for text in vocabulary.texts]
         self._vocabulary = vocabulary
@@ -156,12 +145,12 @@ class _Bytes:
 
 
 def _slashed(pattern: str) -> str:
-    """A pattern between slashes: slashes of its own are escaped."""
+    """A pattern with escaped slashes, to stand between slashes."""
     return re.sub(r"(\\.)|/", lambda found: found[1] or r"\/", pattern)
 
 
 def _reason(error: str) -> str:
-    """What llguidance says, in one line: the parser's own words if there are some."""
+    """One line of llguidance's error message: that of its parser if there is one."""
     lines = [line.strip() for line in error.splitlines() if line.strip()]
-    said: Any = next((line.removeprefix("error: ") for line in lines if line.startswith("error: ")), None)
-    return said or (lines[0] if lines else "it is blank")
+    reason: Any = next((line.removeprefix("error: ") for line in lines if line.startswith("error: ")), None)
+    return reason or (lines[0] if lines else "it is blank")

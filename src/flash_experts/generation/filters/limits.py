@@ -1,11 +1,10 @@
-"""Filters on how long a name is, in characters and words. See `flash_experts.generation.filters` for the idea.
+"""Filters on the length of names, in characters and words; `flash_experts.generation.filters.base` defines a filter.
 
-A hard limit bends names: where a model wants the end and must not have it, it goes on with the word instead
-("Raiderirefur"); where it wants more letters or words than there is room for, it stops short ("Goblin Gui",
-"Lord of"). So these filters ask the model, at the limit, which of three things it wants: to go on with the word, to
-begin another, or to end the name.
+A plain mask distorts names at a limit: without the EOS token the last word grows ("Raiderirefur"), and without room a
+name is cut ("Goblin Gui", "Lord of"). So at the limit these filters look at what the model prefers: to continue the
+word, to start another, or to end the name.
 
-Letters in the shapes: B rows, N of them near a limit, V tokens of the vocabulary.
+Shape suffixes: B batch rows, N of them near a limit, V tokens of the vocabulary.
 """
 
 from __future__ import annotations
@@ -17,34 +16,35 @@ from typing import cast
 
 import torch
 
-from flash_experts.generation.filters import PARTIAL_BYTES, NameFilter, at_least, room
+from flash_experts.generation.filters.base import NameFilter, room
+from flash_experts.generation.filters.vocabulary import NameVocabulary
 from flash_experts.generation.formatting import SMALL_WORDS
-from flash_experts.generation.vocabulary import NameVocabulary
+from flash_experts.generation.text_rules import PARTIAL_BYTES
+from flash_experts.options import at_least
 
-_SHORTEST_NEW_WORD = 2  # letters that must fit, or no new word is begun
-_NEAR = 16  # characters before the limit from which on a word may not fit any more
-_KEPT = math.log(0.5)  # log of the share of the model's probability that a limit must leave
+_SHORTEST_NEW_WORD = 2  # letters: a new word needs room for this many
+_NEAR = 16  # characters before the limit within which a word may no longer fit
+_MIN_LOG_SHARE = math.log(0.5)  # log of the probability mass that a limit must leave to the model
 
 
 class _Limit(NameFilter):
-    """Base: knows the tokens that go on with a word."""
+    """Base class that knows the tokens that continue a word."""
 
     def __init__(self, vocabulary: NameVocabulary, prompt_length: int) -> None:
         super().__init__(vocabulary, prompt_length)
-        self._goes_on = vocabulary.where(lambda text: text[0].isalnum() or text[0] in "-'" + PARTIAL_BYTES)
+        self._continues_word = vocabulary.where(lambda text: text[0].isalnum() or text[0] in "-'" + PARTIAL_BYTES)
 
 
 class UpperLimit(_Limit):
-    """Base of upper limits: drops the names that would be cut.
+    """Base class of upper limits, which drop names that would be cut.
 
-    A name is cut where more than half of the model's probability is on tokens that the limit forbids. `mask`
-    leaves such a row no token, so that `NameGenerator` drops it and tries another; ``model.generate`` cannot drop
-    a row, so there the name ends where it is.
+    A name would be cut if more than half of the model's probability is on tokens that the limit forbids. `mask` leaves
+    such a row no token, so `NameGenerator` drops it; ``model.generate`` cannot drop a row, so there the name ends.
     """
 
     @abstractmethod
     def is_near(self, name: str) -> bool:
-        """Whether the limit may cut the name now."""
+        """Whether the limit may cut the name here."""
 
     def apply(self, names: Sequence[str], scores: torch.Tensor) -> torch.Tensor:
         masked = super().apply(names, scores)
@@ -53,7 +53,7 @@ class UpperLimit(_Limit):
             return masked
         near_N = torch.tensor(near, device=scores.device)
         kept_N = masked[near_N].logsumexp(dim=-1) - scores[near_N].logsumexp(dim=-1)
-        return masked.index_fill_(0, near_N[kept_N < _KEPT], -torch.inf)
+        return masked.index_fill_(0, near_N[kept_N < _MIN_LOG_SHARE], -torch.inf)
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         masked = super().apply(self.vocabulary.names(input_ids, self.prompt_length), scores)
@@ -61,23 +61,13 @@ class UpperLimit(_Limit):
 
 
 class MaxLength(UpperLimit):
-    """At most so many characters, and no word cut short to keep to it.
+    """At most ``limit`` characters, without cutting a word.
 
-    At the limit only the end is left, and no new word is begun where fewer than two letters of it would fit.
+    At the limit only the EOS token is left, and no word starts where fewer than two of its letters would fit.
     """
 
     def __init__(self, vocabulary: NameVocabulary, prompt_length: int, limit: int, drops: bool = True) -> None:
-        """Stores the limit.
-
-        Args:
-            vocabulary: as in `NameFilter`.
-            prompt_length: as in `NameFilter`.
-            limit: characters at most.
-            drops: whether names that would be cut are dropped; if not, they end where they are.
-
-        Raises:
-            ValueError: the limit is under 1.
-        """
+        """Sets the limit, 1 or more. ``drops``: whether names that would be cut are dropped instead of ended."""
         super().__init__(vocabulary, prompt_length)
         self.drops = drops
         self.limit = at_least("max_length", limit, 1, "a name has one character or more")
@@ -98,18 +88,14 @@ class MaxLength(UpperLimit):
 
 
 class MaxWords(UpperLimit):
-    """At most so many words, counted by spaces ("Lava-Axe" is one), and no name cut short to keep to it.
+    """At most ``limit`` words, separated by spaces ("Lava-Axe" is one), without cutting a name.
 
-    At the limit only tokens that go on with the last word are left, and the end. A small word ("of") may not
-    be the last one allowed, since a name must not end on it.
+    At the limit only tokens that continue the last word and the EOS token are left. A small word ("of") cannot be
+    the last allowed word, since no name ends with it.
     """
 
     def __init__(self, vocabulary: NameVocabulary, prompt_length: int, limit: int) -> None:
-        """Stores the limit.
-
-        Raises:
-            ValueError: the limit is under 1.
-        """
+        """Sets the limit, 1 or more."""
         super().__init__(vocabulary, prompt_length)
         self.limit = at_least("max_words", limit, 1, "a name has one word or more")
         self._most_words_of_token = max(len(text.split()) for text in vocabulary.texts)
@@ -123,7 +109,7 @@ class MaxWords(UpperLimit):
 
         def too_many(text: str) -> bool:
             begun = len(text.split()) - (not at_word_start and not text[0].isspace())
-            if left == 1 and begun == 1 and text.strip() in SMALL_WORDS:  # low: " An" may become "Angel"
+            if left == 1 and begun == 1 and text.strip() in SMALL_WORDS:  # lower case only: " An" may become "Angel"
                 return True
             return begun > left or (left == begun and text[-1].isspace())
 
@@ -134,9 +120,9 @@ class MaxWords(UpperLimit):
 
 
 class LowerLimit(_Limit):
-    """Base of lower limits: until then a name cannot end.
+    """Base class of lower limits, below which a name cannot end.
 
-    Where the end is what the model finds likeliest, the word is whole: another has to be begun.
+    Where the model prefers the EOS token, the word is complete: the name continues with a new word.
     """
 
     @abstractmethod
@@ -147,31 +133,27 @@ class LowerLimit(_Limit):
         return "too short" if self.is_short(name) else None
 
     def forbidden(self, rule: Hashable) -> torch.Tensor:
-        return self._end()
+        return self._eos_only()
 
     def apply(self, names: Sequence[str], scores: torch.Tensor) -> torch.Tensor:
         masked = super().apply(names, scores)
         short = [name[-1:].isalnum() and self.is_short(name) for name in names]
         if any(short):
             is_whole_B = torch.tensor(short, device=scores.device)
-            is_whole_B &= scores[:, self.vocabulary.end_id] == scores.amax(dim=-1)
+            is_whole_B &= scores[:, self.vocabulary.eos_id] == scores.amax(dim=-1)
             rows = is_whole_B.nonzero()[:, 0]
             if len(rows):
-                ended = masked[rows].masked_fill(self._goes_on.to(scores.device), -torch.inf)
-                is_possible = (ended > -torch.inf).any(dim=-1)  # no room for another word: the word goes on after all
+                ended = masked[rows].masked_fill(self._continues_word.to(scores.device), -torch.inf)
+                is_possible = (ended > -torch.inf).any(dim=-1)  # without room for another word, this one continues
                 masked[rows[is_possible]] = ended[is_possible]
         return masked
 
 
 class MinLength(LowerLimit):
-    """At least so many characters."""
+    """At least ``least`` characters."""
 
     def __init__(self, vocabulary: NameVocabulary, prompt_length: int, least: int) -> None:
-        """Stores the limit.
-
-        Raises:
-            ValueError: it is under 1.
-        """
+        """Sets the limit, 1 or more."""
         super().__init__(vocabulary, prompt_length)
         self.least = at_least("min_length", least, 1, "leave it out for none")
 
@@ -180,14 +162,10 @@ class MinLength(LowerLimit):
 
 
 class MinWords(LowerLimit):
-    """At least so many words, counted by spaces."""
+    """At least ``least`` words, separated by spaces."""
 
     def __init__(self, vocabulary: NameVocabulary, prompt_length: int, least: int) -> None:
-        """Stores the limit.
-
-        Raises:
-            ValueError: it is under 1.
-        """
+        """Sets the limit, 1 or more."""
         super().__init__(vocabulary, prompt_length)
         self.least = at_least("min_words", least, 1, "a name has one word or more")
 

@@ -1,8 +1,7 @@
-"""Filters on words. See `flash_experts.generation.filters` for what a filter is."""
+"""Filters on words: repeated and banned words, swear words, places of the real world, and alliteration."""
 
 from __future__ import annotations
 
-import re
 from abc import abstractmethod
 from collections.abc import Hashable, Iterable
 from functools import lru_cache
@@ -11,26 +10,25 @@ from typing import cast
 import torch
 
 from flash_experts.data.names import normal_form
-from flash_experts.generation.filters import PARTIAL_BYTES, NameFilter
+from flash_experts.generation.filters.base import NameFilter
+from flash_experts.generation.filters.vocabulary import NameVocabulary
 from flash_experts.generation.formatting import SMALL_WORDS
-from flash_experts.generation.unwanted_words import Judge, place_at_end, profanity_at_end
-from flash_experts.generation.vocabulary import NameVocabulary
+from flash_experts.generation.text_rules import PARTIAL_BYTES, WORD, Check, alliterates, place_at_end, profanity_at_end
 
-_WORD = re.compile(r"[^\W_]+")
-_SHORTEST_COUNTED_WORD = 4  # "of the ... of the" and the "s" after apostrophes may come twice
+_SHORTEST_COUNTED_WORD = 4  # letters: "of the ... of the" and the "s" after apostrophes may repeat
 
 
-@lru_cache(maxsize=1024)  # several filters ask for the words of the same rows
+@lru_cache(maxsize=1024)  # several filters need the words of the same rows
 def _words(name: str) -> list[str]:
-    return _WORD.findall(name.casefold())
+    return WORD.findall(name.casefold())
 
 
 class WordFilter(NameFilter):
-    """Base of filters that refuse words: while the last word is refused, it cannot end, only go on."""
+    """Base class of filters that refuse words: a refused last word cannot end, only become longer."""
 
     @abstractmethod
     def refuses(self, words: list[str]) -> bool:
-        """Whether the last of ``words`` (lower case, the last perhaps unfinished) must not stand."""
+        """Whether the last of ``words`` (lower case, perhaps unfinished) is refused."""
 
     def rule(self, name: str) -> Hashable | None:
         if not name or not name[-1].isalnum():
@@ -40,24 +38,24 @@ class WordFilter(NameFilter):
 
     def forbidden(self, rule: Hashable) -> torch.Tensor:
         ends_word = self.vocabulary.where(lambda text: not text[0].isalnum() and text[0] not in PARTIAL_BYTES)
-        return ends_word | self._end()
+        return ends_word | self._eos_only()
 
 
 class NoRepeatedWords(WordFilter):
-    """No word of four letters or more twice in a name."""
+    """No word of four letters or more occurs twice in a name."""
 
     def refuses(self, words: list[str]) -> bool:
         return len(words[-1]) >= _SHORTEST_COUNTED_WORD and words[-1] in words[:-1]
 
 
 class BannedWords(WordFilter):
-    """Words that must not be in a name, whatever their case or accents; longer words around them may be."""
+    """Words that must not be in a name, whatever their case or accents. Longer words may include them."""
 
     def __init__(self, vocabulary: NameVocabulary, prompt_length: int, words: Iterable[str]) -> None:
-        """Stores the words.
+        """Takes the words.
 
         Raises:
-            ValueError: one of them is not a single word.
+            ValueError: an entry is not a single word.
         """
         super().__init__(vocabulary, prompt_length)
         self.words = frozenset(normal_form(_single(word)) for word in words)
@@ -67,16 +65,16 @@ class BannedWords(WordFilter):
 
 
 class UnwantedWords(WordFilter):
-    """Base of filters whose judge looks at the end of a name: a word that cannot be accepted leaves no token at all."""
+    """Base class of filters with a `Check`: a word that cannot become acceptable leaves no token."""
 
-    judge: Judge
+    check: Check
 
     def rule(self, name: str) -> Hashable | None:
-        verdict = type(self).judge(name)
+        verdict = type(self).check(name)
         return "dropped" if verdict and not name[-1].isalnum() else verdict
 
     def refuses(self, words: list[str]) -> bool:
-        return type(self).judge(" ".join(words)) is not None
+        return type(self).check(" ".join(words)) is not None
 
     def forbidden(self, rule: Hashable) -> torch.Tensor:
         if rule == "dropped":
@@ -85,22 +83,22 @@ class UnwantedWords(WordFilter):
 
 
 class NoProfanity(UnwantedWords):
-    """No swear words or slurs, nor words that have one inside; needs the package better-profanity."""
+    """No swear words or slurs, nor words that contain one. Needs the package better-profanity."""
 
-    judge = staticmethod(profanity_at_end)
+    check = staticmethod(profanity_at_end)
 
 
 class NoRealPlaces(UnwantedWords):
-    """No countries, nations or large cities of the real world; needs the packages countryinfo and tzdata."""
+    """No countries, nations or large cities of the real world. Needs the packages countryinfo and tzdata."""
 
-    judge = staticmethod(place_at_end)
+    check = staticmethod(place_at_end)
+
+
+UNWANTED: dict[Check, type[UnwantedWords]] = {profanity_at_end: NoProfanity, place_at_end: NoRealPlaces}
 
 
 class Alliterates(WordFilter):
-    """Names of two words or more that all begin with one letter, small words ("of", "the") left aside.
-
-    Accents and case do not matter: "Elvish Éminence" alliterates.
-    """
+    """Names of two words or more with the same first letter. Ignores small words ("of", "the"), accents and case."""
 
     def rule(self, name: str) -> Hashable | None:
         words = name.split()
@@ -118,11 +116,11 @@ class Alliterates(WordFilter):
         forbidden = self.vocabulary.where(lambda text: not self._fits(text, letter, begins_word))
         if unfinished:  # "o" may still become "of"
             forbidden |= super().forbidden(rule)
-        forbidden[self.vocabulary.end_id] = not whole
+        forbidden[self.vocabulary.eos_id] = not whole
         return forbidden
 
     def _fits(self, text: str, letter: str, begins_word: bool) -> bool:
-        """Whether all words that begin in a token may stand in a name whose first letter is ``letter``."""
+        """Whether all words that start in a token may be in a name whose first letter is ``letter``."""
         begun = text.split() if begins_word or text[0].isspace() else text.split()[1:]
         if not letter:
             return len({normal_form(word)[:1] for word in begun}) < 2
@@ -131,18 +129,7 @@ class Alliterates(WordFilter):
         return all(start in (letter, "") or low for start, low in zip(starts, small, strict=True))
 
 
-def alliterates(text: str, least: int = 2) -> bool:
-    """Whether the words of a text, small ones aside, begin with one letter, and are ``least`` or more."""
-    forms = [normal_form(word) for word in text.split() if word.lower() not in SMALL_WORDS]
-    return len(forms) >= least and len({form[:1] for form in forms}) == 1 and all(forms)
-
-
-def words_of(text: str) -> list[str]:
-    """The words of a text as `BannedWords` compares them: runs of letters and digits, in normal form."""
-    return [normal_form(word) for word in _WORD.findall(text)]
-
-
 def _single(word: str) -> str:
-    if not _WORD.fullmatch(word.strip()):
+    if not WORD.fullmatch(word.strip()):
         raise ValueError(f"banned word {word!r} is not a single word of letters: ban its words one by one")
     return word.strip()

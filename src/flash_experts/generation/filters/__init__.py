@@ -1,0 +1,48 @@
+"""Token filters: which tokens may come next in a name. `base` defines a filter; the other modules are by topic."""
+
+from flash_experts.generation.filters.base import (
+    AllOf,
+    AllowedCharacters,
+    KnownNameFilter,
+    NameFilter,
+    NoTokenLeftError,
+    WellFormed,
+)
+from flash_experts.generation.filters.limits import MaxLength, MaxWords, MinLength, MinWords
+from flash_experts.generation.filters.regex import MatchesRegex
+from flash_experts.generation.filters.text import Contains, EndsWith, StartsWith
+from flash_experts.generation.filters.vocabulary import NameVocabulary
+from flash_experts.generation.filters.words import (
+    UNWANTED,
+    Alliterates,
+    BannedWords,
+    NoProfanity,
+    NoRealPlaces,
+    NoRepeatedWords,
+    WordFilter,
+)
+
+__all__ = [
+    "UNWANTED",
+    "AllOf",
+    "Alliterates",
+    "AllowedCharacters",
+    "BannedWords",
+    "Contains",
+    "EndsWith",
+    "KnownNameFilter",
+    "MatchesRegex",
+    "MaxLength",
+    "MaxWords",
+    "MinLength",
+    "MinWords",
+    "NameFilter",
+    "NameVocabulary",
+    "NoProfanity",
+    "NoRealPlaces",
+    "NoRepeatedWords",
+    "NoTokenLeftError",
+    "StartsWith",
+    "WellFormed",
+    "WordFilter",
+]

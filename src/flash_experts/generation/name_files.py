@@ -1,0 +1,225 @@
+"""Files of names: text, CSV, JSON, JSON lines, Markdown, and the set files of Magic Set Editor and Cockatrice.
+
+Magic Set Editor's format is described in docs/file/format.rst of its repository, Cockatrice's by the schema
+doc/carddatabase_v4/cards.xsd of its own.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import zipfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal, TextIO
+from xml.etree import ElementTree as Xml
+
+from flash_experts.data.cards import join_type_line
+from flash_experts.data.prompts import Attributes
+from flash_experts.plain_text import one_line, say, to_cell
+
+if TYPE_CHECKING:
+    from flash_experts.generation.search import GeneratedName
+
+COLUMNS = ("text", "log_prob", "score", "nearest_card", "similarity")
+Format = Literal["text", "csv", "json", "jsonl", "markdown", "mse", "cockatrice"]
+BY_SUFFIX: dict[str, Format] = {
+    ".txt": "text", ".csv": "csv", ".json": "json", ".jsonl": "jsonl", ".md": "markdown", ".mse-set": "mse",
+    ".xml": "cockatrice",
+}  # fmt: skip
+_SET = "NEW"  # code of the set that Cockatrice lists the cards in
+_RARITIES = {"mythic": "mythic rare"}  # Magic Set Editor's words
+_LANDS, _OTHERS, _CREATURES, _SPELLS = range(4)  # rows of Cockatrice's table
+
+
+@dataclass(frozen=True, slots=True)
+class NamedCard:
+    """A name and what is known of the card that it is for."""
+
+    text: str
+    card: Attributes
+
+
+def write_names(
+    names: Iterable[GeneratedName], card: Attributes, file: TextIO, format: Format, raw_cells: bool = False
+) -> int:
+    """Writes names for one card in a format of text; returns their number.
+
+    Args:
+        raw_cells: write CSV cells as they are (see `write_csv`).
+
+    Raises:
+        ValueError: the format is "mse", which is binary (see `write_mse`).
+    """
+    if format == "csv":
+        return write_csv(names, file, raw_cells)
+    if format == "jsonl":
+        return _write_lines((json.dumps(row_of(name), ensure_ascii=False) for name in names), file)
+    if format == "json":
+        rows = [row_of(name) for name in names]
+        say(json.dumps(rows, indent=2, ensure_ascii=False), file)
+        return len(rows)
+    return write_cards((NamedCard(name.text, card) for name in names), file, format)
+
+
+def write_cards(cards: Iterable[NamedCard], file: TextIO, format: Format) -> int:
+    """Writes names with or without their cards, as text, Markdown or a set of Cockatrice; returns their number.
+
+    Raises:
+        ValueError: another format.
+    """
+    if format == "text":
+        return _write_lines((one_line(one.text) for one in cards), file)
+    if format == "markdown":
+        return _write_lines((f"- {_escaped(one.text)}" for one in cards), file)
+    if format != "cockatrice":
+        raise ValueError(f"{format} is not a format of cards as text: choose text, markdown or cockatrice")
+    found = list(cards)
+    say(cockatrice_set(found), file)
+    return len(found)
+
+
+def _write_lines(lines: Iterable[str], file: TextIO) -> int:
+    written = 0
+    for line in lines:
+        say(line, file)
+        written += 1
+    return written
+
+
+def row_of(name: GeneratedName) -> dict[str, Any]:
+    """The name as a dictionary of `COLUMNS`, for JSON and CSV."""
+    return {
+        "text": name.text,
+        "log_prob": round(name.log_prob, 4),
+        "score": round(name.score, 4),
+        "nearest_card": name.nearest_card,
+        "similarity": round(name.similarity, 4),
+    }
+
+
+def write_csv(names: Iterable[GeneratedName], file: TextIO, raw: bool = False) -> int:
+    """Writes CSV with a header; returns the number of names. Unless ``raw``, formulas are escaped (see `to_cell`)."""
+    table = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+    table.writeheader()
+    written = 0
+    for name in names:
+        table.writerow({key: cell(value, raw) for key, value in row_of(name).items()})
+        written += 1
+    return written
+
+
+def cell(value: Any, raw: bool = False) -> Any:
+    """A value as it stands in a CSV file."""
+    if not isinstance(value, str):
+        return value
+    return one_line(value) if raw else to_cell(one_line(value))
+
+
+def _escaped(text: str) -> str:
+    return "".join("\\" + character if character in "\\`*_[]<>" else character for character in one_line(text))
+
+
+# --------------------------------------------------------------------------------------------------- Magic Set Editor
+
+
+def write_mse(cards: Iterable[NamedCard], file: BinaryIO) -> int:
+    """Writes a set of Magic Set Editor (.mse-set), a zip archive with a text file; returns the number of cards."""
+    lines = ["mse version: 2.0.2", "game: magic", "stylesheet: m15", "set info:", "\ttitle: New names"]
+    count = 0
+    for one in cards:
+        lines += ["card:", *(f"\t{key}: {value}" for key, value in _mse_fields(one).items())]
+        count += 1
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        # A fixed date: the same names give the same file.
+        archive.writestr(zipfile.ZipInfo("set", (2000, 1, 1, 0, 0, 0)), "\n".join(lines) + "\n")
+    return count
+
+
+def _mse_fields(one: NamedCard) -> dict[str, str]:
+    card = one.card
+    fields = {"has styling": "false", "name": _mse_text(one.text), "casting cost": mana_cost(card)}
+    if card.types or card.supertypes:
+        words = [*(card.supertypes or ()), *(card.types or ())]
+        fields["super type"] = " ".join(f"<word-list-type>{word}</word-list-type>" for word in words)
+        kind = _mse_kind(card.types or ())
+        subtypes = (f"<word-list-{kind}>{word}</word-list-{kind}>" for word in card.subtypes or ())
+        fields["sub type"] = " ".join(subtypes)
+    if card.rarity:
+        fields["rarity"] = _RARITIES.get(card.rarity, card.rarity)
+    return fields
+
+
+def _mse_kind(types: Iterable[str]) -> str:
+    """The word list of subtypes that the editor has for a card's types."""
+    kinds = {"Creature": "race", "Instant": "spell", "Sorcery": "spell", "Artifact": "artifact",
+             "Enchantment": "enchantment", "Land": "land", "Planeswalker": "planeswalker"}  # fmt: skip
+    return next((kind for word, kind in kinds.items() if word in types), "race")
+
+
+def _mse_text(text: str) -> str:
+    return one_line(text).replace("<", "&lt;")
+
+
+def mana_cost(card: Attributes) -> str:
+    """A mana cost of this mana value and these colors, such as ``2R``; "" where either is unknown or the card is a
+    land."""
+    if card.mana_value is None or card.colors is None or "Land" in (card.types or ()):
+        return ""
+    colors = "".join(card.colors)
+    if len(colors) > max(card.mana_value, 0):
+        return "/".join(card.colors) if card.mana_value == 1 and len(colors) == 2 else colors
+    generic = card.mana_value - len(colors)
+    return (str(generic) if generic or not colors else "") + colors
+
+
+# --------------------------------------------------------------------------------------------------------- Cockatrice
+
+
+def cockatrice_set(cards: Iterable[NamedCard]) -> str:
+    """The XML of a card database of Cockatrice, version 4."""
+    root = Xml.Element("cockatrice_carddatabase", version="4")
+    one_set = Xml.SubElement(Xml.SubElement(root, "sets"), "set")
+    Xml.SubElement(one_set, "name").text = _SET
+    Xml.SubElement(one_set, "longname").text = "New names"
+    Xml.SubElement(one_set, "settype").text = "Custom"
+    listed = Xml.SubElement(root, "cards")
+    for one in cards:
+        _add_cockatrice_card(listed, one)
+    Xml.indent(root, "  ")
+    file = io.StringIO()
+    Xml.ElementTree(root).write(file, encoding="unicode", xml_declaration=False)
+    return '<?xml version="1.0" encoding="UTF-8"?>\n' + file.getvalue()
+
+
+def _add_cockatrice_card(listed: Xml.Element, one: NamedCard) -> None:
+    card = one.card
+    element = Xml.SubElement(listed, "card")
+    Xml.SubElement(element, "name").text = one_line(one.text)
+    properties = {
+        "layout": "normal",
+        "side": "front",
+        "type": type_line_of(card),
+        "maintype": (card.types or ("",))[-1],
+        "manacost": mana_cost(card),
+        "cmc": "" if card.mana_value is None else str(card.mana_value),
+        "colors": "".join(card.colors or ()),
+    }
+    prop = Xml.SubElement(element, "prop")
+    for name, value in properties.items():
+        if value:
+            Xml.SubElement(prop, name).text = value
+    Xml.SubElement(element, "set", {"rarity": card.rarity} if card.rarity else {}).text = _SET
+    Xml.SubElement(element, "tablerow").text = str(_table_row(card.types or ()))
+
+
+def type_line_of(card: Attributes) -> str:
+    """The type line, such as ``Legendary Creature — Goblin``; "" where it is unknown."""
+    line = join_type_line(card.supertypes or (), card.types or (), card.subtypes or ())
+    return line.removeprefix(" — ")  # subtypes alone
+
+
+def _table_row(types: Iterable[str]) -> int:
+    rows = {"Land": _LANDS, "Creature": _CREATURES, "Instant": _SPELLS, "Sorcery": _SPELLS}
+    return next((row for word, row in rows.items() if word in types), _OTHERS)

@@ -1,0 +1,92 @@
+"""The Kneser-Ney baseline."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flash_experts.generation.reranking.ngram import EOS, KneserNey, NGramMixture
+from tests.helpers.evaluation import FIRST, SECOND
+
+LETTERS = st.text("abc ", min_size=1, max_size=8)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(LETTERS, min_size=1, max_size=12), st.integers(2, 6), st.text("abcz", max_size=7))
+def test_probabilities_sum_to_one_after_any_prefix(names: list[str], order: int, prefix: str) -> None:
+    following = KneserNey(names, order).next_symbol([prefix, ""])
+    assert (following > 0).all()
+    np.testing.assert_allclose(following.sum(axis=1), 1.0, atol=1e-12)
+
+
+def test_order_two_by_hand() -> None:
+    """Counts too small for estimated discounts, so the fallback: 0.5 off a count of one, 1 off two."""
+    model = KneserNey(["aa", "ab"], order=2)
+    # Symbols: end, unknown, a, b. Distinct bigrams: (begin a) x 2, (a a), (a b), (a end), (b end).
+    # Unigrams count the distinct symbols before: a has BOS and a, b has a, the end has a and b; 5 in all.
+    left_over = (1.0 + 0.5 + 1.0) / 5
+    unigram = {"a": (2 - 1.0) / 5 + left_over / 4, "b": (1 - 0.5) / 5 + left_over / 4}
+    # After begin: a twice of two, discount 1.
+    first = model.next_symbol([""])[0]
+    assert first[2] == pytest.approx((2 - 1.0) / 2 + (1.0 / 2) * unigram["a"])
+    assert first[3] == pytest.approx((1.0 / 2) * unigram["b"])
+    # After a: a, b and the end once each, discount 0.5 of each.
+    second = model.next_symbol(["a"])[0]
+    assert second[3] == pytest.approx((1 - 0.5) / 3 + (1.5 / 3) * unigram["b"])
+
+
+def test_nats_are_the_product_of_the_symbols() -> None:
+    model = KneserNey(["Goblin King", "Goblin Guide"], order=4)
+    name = "Gob"
+    steps = model.next_symbol(["", "G", "Go", "Gob"])
+    symbols = [2 + model.alphabet.index(letter) for letter in name] + [EOS]
+    expected = -sum(math.log(row[symbol]) for row, symbol in zip(steps, symbols, strict=True))
+    assert model.nats([name])[0] == pytest.approx(expected)
+
+
+def test_scores_do_not_depend_on_the_batch_composition() -> None:
+    model = NGramMixture(["Goblin King", "Elvish Guide"], orders=(3, 4))
+    together = model.nats(["Goblin Guide", "Elf", "Ω"])
+    alone = [model.nats([name])[0] for name in ("Goblin Guide", "Elf", "Ω")]
+    np.testing.assert_allclose(together, alone)
+
+
+def test_a_higher_order_and_the_mixture_beat_a_lower_one() -> None:
+    every = [f"{first} {second}" for first in FIRST for second in SECOND]
+    random.Random(1).shuffle(every)
+    train, held_out = every[:150], every[150:]
+    bigram, fourgram = (KneserNey(train, order).nats(held_out).sum() for order in (2, 4))
+    mixed = NGramMixture(train, (3, 4, 5)).nats(held_out).sum()
+    assert fourgram < 0.7 * bigram
+    assert mixed < bigram
+
+
+def test_an_unknown_character_is_uniform_over_all_unknown_ones() -> None:
+    model = KneserNey(["abc"], order=3)
+    known, unknown = model.nats(["b", "Ω"])
+    assert math.isfinite(unknown)
+    assert unknown - known > math.log(100_000)
+
+
+def test_samples_follow_the_model() -> None:
+    """Each of the likeliest names is drawn as often as the mixture's own probability of it says."""
+    model = NGramMixture(["ab"] * 40 + ["ba"] * 30 + ["bab"] * 20 + ["c"] * 10, orders=(2, 3, 4))
+    drawn = model.sample(4000, seed=0)
+    for name in ("ab", "ba", "bab", "c", "abab"):
+        expected = math.exp(-model.nats([name])[0])
+        error = math.sqrt(expected * (1 - expected) / 4000)
+        assert drawn.count(name) / 4000 == pytest.approx(expected, abs=4 * error)
+    assert drawn == model.sample(4000, seed=0)
+    assert drawn != model.sample(4000, seed=1)
+
+
+def test_bad_arguments() -> None:
+    with pytest.raises(ValueError, match="no names"):
+        KneserNey([])
+    with pytest.raises(ValueError, match=r"order 1 is not in 2\.\.8"):
+        KneserNey(["a"], order=1)
