@@ -1,4 +1,4 @@
-"""A small prepared folder and models beside it."""
+"""A small prepared folder and small models."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from flash_experts.data.tokenizer import train_tokenizer
-
-from .helpers import FIRST, SECOND, tiny_model, write_data
+from tests.helpers.evaluation import FIRST, SECOND, tiny_model, write_data
 
 
 @pytest.fixture(scope="session")
@@ -39,7 +38,7 @@ def name_tokenizer(names: dict[str, list[str]]) -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="session")
 def model_dirs(tmp_path_factory: pytest.TempPathFactory, name_tokenizer: PreTrainedTokenizerFast) -> list[Path]:
-    """Two models as training leaves them, one with a record of its training."""
+    """Two model folders, one with a metrics.jsonl."""
     folders = []
     for seed, name in enumerate(("one", "two")):
         folder = tmp_path_factory.mktemp("models") / name

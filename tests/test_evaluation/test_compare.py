@@ -1,4 +1,4 @@
-"""Models side by side, and the report of it."""
+"""Comparison of models, and its report."""
 
 from __future__ import annotations
 
@@ -13,8 +13,14 @@ from pathlib import Path
 import pytest
 
 from flash_experts.evaluation import compare, format_comparison, write_report
-from flash_experts.evaluation.blind_test import REAL, BlindName, make_blind_test
-from flash_experts.evaluation.compare import ComparisonResult, PromptNames, unique_labels
+from flash_experts.evaluation.compare import (
+    REAL,
+    BlindName,
+    ComparisonResult,
+    PromptNames,
+    make_blind_test,
+    unique_labels,
+)
 from flash_experts.evaluation.curves import CurvePoint, read_curve
 from flash_experts.evaluation.plots import write_plots
 from flash_experts.evaluation.report import render_report
@@ -28,24 +34,24 @@ def result(model_dirs: list[Path], data_dir: Path) -> ComparisonResult:
 
 def test_each_pair_is_compared_on_each_set(result: ComparisonResult) -> None:
     pairs = {(d.first, d.second, d.split, d.conditional) for d in result.differences}
-    assert len(pairs) == len(result.differences) == 2 * 3 * 2  # three pairs, told and not told the attributes
+    assert len(pairs) == len(result.differences) == 2 * 3 * 2  # three pairs, unconditional and conditional
     assert ("one", "two", "test", True) in pairs
     assert ("one", "ngram", "test_iid", False) in pairs
     for difference in result.differences:
-        if difference.second == "ngram":  # random weights against letter statistics
+        if difference.second == "ngram":  # random weights against character statistics
             assert difference.significant and difference.bits.low > 0
 
 
-def test_difference_is_that_of_the_figures(result: ComparisonResult) -> None:
+def test_difference_is_that_of_the_bits(result: ComparisonResult) -> None:
     figures = {model.label: model.splits["test"].unconditional.value for model in result.models}
     difference = next(d for d in result.differences if d.split == "test" and not d.conditional)
     assert difference.bits.value == pytest.approx(figures[difference.first] - figures[difference.second])
 
 
 def test_names_side_by_side(result: ComparisonResult) -> None:
-    nothing_given = result.prompts[0]
-    assert nothing_given.prompt == "nothing given"
-    assert all(nothing_given.names[label] for label in ("one", "two", "ngram"))
+    unconditional = result.prompts[0]
+    assert unconditional.prompt == "unconditional"
+    assert all(unconditional.names[label] for label in ("one", "two", "ngram"))
     assert any(prompt.names["ngram"] for prompt in result.prompts[1:])
     assert any(prompt.names["one"] != prompt.names["two"] for prompt in result.prompts)
 
@@ -67,7 +73,7 @@ def test_a_step_repeated_after_a_resume_counts_once(tmp_path: Path) -> None:
     assert read_curve(tmp_path / "absent.jsonl") == []
 
 
-def test_what_is_no_number_in_the_record_of_a_stranger_counts_as_missing(tmp_path: Path) -> None:
+def test_invalid_values_of_an_untrusted_metrics_file_count_as_missing(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     nested = "[" * 10**5
     path.write_text(f'{{"step": 1, "loss": "x", "tokens": [2], "seconds": "3"}}\n{nested}\n', encoding="utf-8")
@@ -93,10 +99,7 @@ def test_json_is_plain(result: ComparisonResult) -> None:
     assert len(plain["differences"]) == len(result.differences)
 
 
-@pytest.mark.parametrize("rich_there", [True, False])
-def test_table_for_the_terminal(result: ComparisonResult, monkeypatch: pytest.MonkeyPatch, rich_there: bool) -> None:
-    if not rich_there:
-        monkeypatch.setattr("flash_experts.evaluation.tables.find_spec", lambda name: None)
+def test_table_for_the_terminal(result: ComparisonResult) -> None:
     text = format_comparison(result, width=160)
     for label in ("one", "two", "ngram", "real names"):
         assert label in text
@@ -109,7 +112,7 @@ def test_text_of_a_table_is_not_taken_for_markup() -> None:
     assert "[red]x[/red]" in table.to_text()
 
 
-def test_labels_tell_models_apart() -> None:
+def test_labels_are_unique() -> None:
     assert unique_labels(["runs/a", "runs/b", "ngram"]) == ["a", "b", "ngram"]
     assert unique_labels(["x/best", "y/best", "z"]) == ["x/best", "y/best", "z"]
     assert unique_labels(["best", "y/best"]) == ["best", "y/best"]
@@ -141,7 +144,7 @@ class Page(HTMLParser):
         self.text += data
 
 
-def test_report_escapes_what_models_say(result: ComparisonResult) -> None:
+def test_report_escapes_text_of_models(result: ComparisonResult) -> None:
     pytest.importorskip("matplotlib")
     evil = '<script>alert(1)</script> & "$x$" <img src=http://a.b/c>'
     models = tuple(replace(model, label=f"{evil}{index}") for index, model in enumerate(result.models))
@@ -165,7 +168,7 @@ def test_report_stands_alone(result: ComparisonResult, tmp_path: Path) -> None:
     page = Page(text)
     assert all(address.startswith("#") for address in page.addresses)
     assert page.tags.count("svg") == 3  # bits, speed and quality, training; no model has experts
-    assert "nothing given" in page.text
+    assert "unconditional" in page.text
     assert [file.name for file in path.parent.iterdir()] == ["report.html"]  # no temporary file stays
     for name in result.prompts[0].names["two"]:
         assert name in page.text

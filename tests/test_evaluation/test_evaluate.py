@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -23,8 +24,7 @@ from flash_experts.evaluation.held_out import HeldOut
 from flash_experts.evaluation.novelty import Reference
 from flash_experts.evaluation.scorers import LanguageModel, Prompt
 from flash_experts.models.moe import GPT2MoEForCausalLM
-
-from .helpers import tiny_model, write_data
+from tests.helpers.evaluation import tiny_model, write_data
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def model(name_tokenizer: PreTrainedTokenizerFast) -> GPT2LMHeadModel:
 
 
 @pytest.fixture
-def told(names: dict[str, list[str]]) -> list[Attributes]:
+def attributes(names: dict[str, list[str]]) -> list[Attributes]:
     return [Attributes(types=("Creature",), colors=("R",))] * len(names["test"])
 
 
@@ -50,7 +50,7 @@ def test_a_uniform_model_needs_log2_of_the_vocabulary_per_token(
     expected = tokens * math.log2(len(name_tokenizer)) / characters
     figures = result.splits["test"]
     assert figures.unconditional.value == pytest.approx(expected, rel=1e-6)
-    # Its words do not know each other, and it cannot listen to its prompt either.
+    # Its words are independent, and it ignores its prompt.
     assert figures.association is not None
     assert figures.association.value == pytest.approx(0.0, abs=1e-4)
     assert "Word association" in format_evaluation(result)
@@ -59,7 +59,7 @@ def test_a_uniform_model_needs_log2_of_the_vocabulary_per_token(
 
 
 def test_word_association_swaps_the_second_words_of_pairs(names: dict[str, list[str]]) -> None:
-    """A model that finds every name of its list 3 bits likelier than another, whatever the words."""
+    """A model that gives every name of its list 3 bits more than others, whatever the words."""
     known, scored = [*names["train"], "Three Word Name", "One"], list[str]()
 
     class Scorer:
@@ -80,15 +80,15 @@ def test_word_association_swaps_the_second_words_of_pairs(names: dict[str, list[
     assert _association(scorer, known[:15], own[:15], seed=0) is None  # type: ignore[arg-type]
 
 
-def test_figures_do_not_depend_on_how_names_are_packed(
+def test_nats_do_not_depend_on_packing(
     model: GPT2LMHeadModel,
     name_tokenizer: PreTrainedTokenizerFast,
     names: dict[str, list[str]],
-    told: list[Attributes],
+    attributes: list[Attributes],
 ) -> None:
     scorer = LanguageModel(model, name_tokenizer, "tiny")
-    one_row = scorer.nats(names["test"], told)
-    one_each = scorer.nats(names["test"], told, tokens_per_batch=1)
+    one_row = scorer.nats(names["test"], attributes)
+    one_each = scorer.nats(names["test"], attributes, tokens_per_batch=1)
     np.testing.assert_allclose(one_each, one_row, rtol=1e-5)
 
 
@@ -117,7 +117,7 @@ def test_scoring_leaves_the_model_as_it_was(model: GPT2LMHeadModel, name_tokeniz
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_dropout_plays_no_part(name_tokenizer: PreTrainedTokenizerFast) -> None:
+def test_scoring_has_no_dropout(name_tokenizer: PreTrainedTokenizerFast) -> None:
     model = tiny_model(name_tokenizer, seed=0).train()
     scorer = LanguageModel(model, name_tokenizer, "tiny")
     assert scorer.nats(["Goblin"], [Attributes()]) == scorer.nats(["Goblin"], [Attributes()])
@@ -134,14 +134,14 @@ def test_only_the_experts_that_a_token_is_sent_to_are_active(dense: GPT2LMHeadMo
     assert size.active == dense_size.total + layers * (expert + router)
 
 
-def test_a_copy_of_the_training_set_is_caught(data_dir: Path, names: dict[str, list[str]]) -> None:
+def test_a_copy_of_the_training_set_is_detected(data_dir: Path, names: dict[str, list[str]]) -> None:
     reference = Reference.load(data_dir)
-    copied = reference.figures(names["train"])
+    copied = reference.measure(names["train"])
     assert copied.known is not None and copied.known.value == 1.0
     assert copied.in_train.value == 1.0
     assert copied.memorization is not None and copied.memorization.ratio is not None
     assert copied.memorization.ratio.low > 1.0
-    fresh = reference.figures(["Umbral Choir", "Kelp Regent"])
+    fresh = reference.measure(["Umbral Choir", "Kelp Regent"])
     assert fresh.known is not None and fresh.known.value == 0.0
     assert fresh.memorization is not None and fresh.memorization.ratio is None
     assert fresh.words.unseen_share == 1.0
@@ -153,7 +153,7 @@ def test_names_like_real_ones_are_near_as_many_cards_as_real_ones(data_dir: Path
     reference = Reference.load(data_dir)
     known = {name for some in names.values() for name in some}
     lonely = next(name for name in names["test"] if not any(_is_near(name, other) for other in known - {name}))
-    as_real, as_sample = reference.figures([lonely], real=True), reference.figures([lonely])
+    as_real, as_sample = reference.measure([lonely], real=True), reference.measure([lonely])
     assert as_real.near_known is not None and as_real.near_known.value == 0.0
     assert as_sample.near_known is not None and as_sample.near_known.value == 1.0
 
@@ -165,7 +165,7 @@ def _is_near(first: str, second: str) -> bool:
 
 
 def test_spelling_does_not_hide_a_copy(data_dir: Path, names: dict[str, list[str]]) -> None:
-    shouted = Reference.load(data_dir).figures([names["train"][0].upper()])
+    shouted = Reference.load(data_dir).measure([names["train"][0].upper()])
     assert shouted.in_train.value == 1.0
 
 
@@ -183,7 +183,7 @@ def test_result_is_whole_and_plain(model_dirs: list[Path], data_dir: Path) -> No
     text = format_evaluation(result)
     for wanted in ("one", "test_iid", "Creature", f"{result.splits['test'].unconditional.value:.3f}"):
         assert wanted in text
-    assert "multicolor" not in text  # ten names say nothing in a table
+    assert "multicolor" not in text  # too few names for a table
 
 
 def test_the_same_seed_gives_the_same_result(model_dirs: list[Path], data_dir: Path) -> None:
@@ -207,8 +207,8 @@ def test_names_longer_than_the_context_are_left_out_for_all_models(
     count, held_out = len(names["test"]), HeldOut.load(folder, ("test",))
     both = [found for name in ("large", "small") for found in config_and_tokenizer(tmp_path / name)]
     with pytest.warns(UserWarning, match=rf"1 of {count + 1} names of test are left out"):
-        assert len(held_out.fitting(both, seed=0).splits["test"]) == count
-    assert held_out.fitting(both[:1], seed=0).splits == held_out.splits
+        assert len(held_out.within_context(both, seed=0).splits["test"]) == count
+    assert held_out.within_context(both[:1], seed=0).splits == held_out.splits
     with pytest.warns(UserWarning, match=rf"1 of {count + 1} names of test are left out"):
         assert evaluate(tmp_path / "small", folder, ("test",), samples=0).splits["test"].names == count
     with pytest.raises(ValueError, match="the model's context has 44: shorten it"):
@@ -216,7 +216,7 @@ def test_names_longer_than_the_context_are_left_out_for_all_models(
 
 
 def test_control_is_what_shuffled_attributes_cost(tmp_path: Path, name_tokenizer: PreTrainedTokenizerFast) -> None:
-    """A model trained for a moment on names that follow from their attributes listens to them."""
+    """A model trained briefly on names determined by their attributes has a control above zero."""
     names = [("Goblin", "Bolt", "Blade")[index % 3] for index in range(60)]
     folder = write_data(tmp_path / "mtg", {split: names for split in ("train", "validation", "test", "test_iid")})
     model = tiny_model(name_tokenizer, seed=0)
@@ -250,11 +250,11 @@ def test_the_baseline_is_a_model_like_others(data_dir: Path) -> None:
     assert evaluate_names(names, "ngram", data_dir).bits == figures.unconditional
 
 
-def test_without_scikit_learn_the_rest_is_measured(
+def test_without_scikit_learn_the_rest_is_evaluated(
     model_dirs: list[Path], data_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(held_out_module, "find_spec", lambda name: None)
-    with pytest.warns(UserWarning, match="pip install scikit-learn"):
+    monkeypatch.setattr(held_out_module, "is_installed", lambda name: False)
+    with pytest.warns(UserWarning, match=r'pip install "flash-experts\[eval\]"'):
         result = evaluate(model_dirs[0], data_dir, samples=10)
     assert result.detection is None and result.control == ()
     assert result.samples is not None
@@ -274,17 +274,17 @@ def test_costs_are_those_of_the_folder(model_dirs: list[Path], model: GPT2LMHead
     assert costs_of(model, None).training_flops is None
 
 
-def test_figures_of_another_architecture_are_those_of_its_own_loss(name_tokenizer: PreTrainedTokenizerFast) -> None:
-    """A Llama takes no packed rows of ours: names are padded, and score as they do alone."""
+def test_nats_of_another_architecture_are_those_of_its_own_loss(name_tokenizer: PreTrainedTokenizerFast) -> None:
+    """A Llama does not support our packed sequences: names are padded, and score as they do alone."""
     torch.manual_seed(0)
     size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = LlamaConfig(vocab_size=len(name_tokenizer), max_position_embeddings=64, initializer_range=0.2, **size)
     llama = LlamaForCausalLM(config).eval()
     names = ["Goblin Guide", "Zx", "Elvish Warden of the Long Name"]
-    told = [Attributes(types=("Creature",)), Attributes(), Attributes(colors=("R",))]
+    attributes = [Attributes(types=("Creature",)), Attributes(), Attributes(colors=("R",))]
     scorer = LanguageModel(llama, name_tokenizer, "llama")
-    nats = scorer.nats(names, told)
-    for encoded, measured in zip(encode_names(names, told, name_tokenizer), nats, strict=True):
+    nats = scorer.nats(names, attributes)
+    for encoded, measured in zip(encode_names(names, attributes, name_tokenizer), nats, strict=True):
         ids = torch.tensor([encoded.ids])
         labels = ids.clone()
         labels[:, : encoded.prompt_length] = -100
@@ -298,7 +298,7 @@ def test_figures_of_another_architecture_are_those_of_its_own_loss(name_tokenize
 def test_one_name_for_each_card_is_drawn_from_its_own_prompt(
     model: GPT2LMHeadModel, name_tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    """Rows of prompts of all lengths: each first token is as likely as its own prompt says."""
+    """Batches of prompts of all lengths: each first token has the distribution of its own prompt."""
     scorer = LanguageModel(model, name_tokenizer, "tiny")
     prompts = [Attributes(), Attributes(types=("Creature",), subtypes=("Goblin",), colors=("R",))]
     drawn = scorer.sample_each(prompts * 400, seed=0)
@@ -345,7 +345,7 @@ def test_names_of_a_file(tmp_path: Path, model_dirs: list[Path]) -> None:
     assert json.loads(json.dumps(result.to_json()))["names"] == names
 
 
-def test_bad_input_is_one_line_that_says_what_to_do(
+def test_bad_input_is_one_line_with_a_fix(
     tmp_path: Path, model_dirs: list[Path], data_dir: Path, names: dict[str, list[str]]
 ) -> None:
     empty = tmp_path / "empty.txt"
@@ -360,7 +360,7 @@ def test_bad_input_is_one_line_that_says_what_to_do(
         (lambda: evaluate(tmp_path / "no-model", data_dir), "no-model"),
         (lambda: evaluate(model_dirs[0], hollow), "test.jsonl is empty"),
         (lambda: evaluate(model_dirs[0], torn), "known_names.txt is missing"),
-        (lambda: read_names(empty), "holds no name"),
+        (lambda: read_names(empty), "has no names"),
         (lambda: read_names(binary), "UTF-8"),
         (lambda: read_names(tmp_path / "absent.txt"), "absent.txt"),
         (lambda: evaluate_names([], model_dirs[0]), "no names"),
@@ -375,3 +375,25 @@ def test_bad_input_is_one_line_that_says_what_to_do(
 def test_a_model_without_its_tokenizer_is_refused(model: GPT2LMHeadModel, data_dir: Path) -> None:
     with pytest.raises(ValueError, match="tokenizer="):
         evaluate(model, data_dir)
+
+
+def test_cards_since_2025_are_measured_apart(
+    name_tokenizer: PreTrainedTokenizerFast, data_dir: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(data_dir, tmp_path / "data")
+    lines = [json.loads(line) for line in (folder / "test.jsonl").read_text("utf-8").splitlines()]
+    for number, line in enumerate(lines):
+        line["source_id"] = f"embedded:{11236 if number % 3 else 100}"
+    (folder / "test.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    model = tiny_model(name_tokenizer, seed=0)
+    result = evaluate(model, folder, ("test",), samples=0, tokenizer=name_tokenizer)
+    groups, nats = result.splits["test"].by_year, result.nats["test"]
+    new = np.arange(len(lines)) % 3 > 0
+    for group, rows in (("since 2025", new), ("until 2024", ~new)):
+        assert groups[group].names == rows.sum()
+        expected = nats.conditional[rows].sum() / math.log(2) / nats.characters[rows].sum()
+        assert groups[group].conditional.value == pytest.approx(expected)
+    assert "Contamination" in format_evaluation(result)
+    assert "Contamination" not in format_evaluation(
+        evaluate(model, data_dir, ("test",), samples=0, tokenizer=name_tokenizer)
+    )

@@ -7,13 +7,13 @@ import random
 
 import pytest
 
-from flash_experts.evaluation.memorization import hit_ratio
+from flash_experts.evaluation.novelty import hit_ratio
 
 TRAIN = {f"t{index}" for index in range(1000)}
 HELD_OUT = {f"h{index}" for index in range(100)}
 
 
-def test_guessing_both_alike_is_one() -> None:
+def test_equal_hit_rates_give_one() -> None:
     """One name in ten of either side: 100 of 1,000 and 10 of 100."""
     samples = {f"t{index}" for index in range(100)} | {f"h{index}" for index in range(10)} | {"new"}
     found = hit_ratio(samples, TRAIN, HELD_OUT)
@@ -25,14 +25,14 @@ def test_guessing_both_alike_is_one() -> None:
     assert found.ratio.high == pytest.approx(found.ratio.value * math.exp(spread))
 
 
-def test_a_copy_machine_is_caught() -> None:
+def test_a_copy_is_detected() -> None:
     found = hit_ratio(set(TRAIN), TRAIN, HELD_OUT)
     assert found.ratio is not None
     assert found.ratio.value == pytest.approx((1000.5 / 1000) / (0.5 / 100))
     assert found.ratio.low > 10
 
 
-def test_a_model_that_hits_nothing_tells_nothing() -> None:
+def test_no_hits_give_none() -> None:
     assert hit_ratio({"new"}, TRAIN, HELD_OUT).ratio is None
     assert hit_ratio(set(), TRAIN, HELD_OUT).ratio is None
     assert hit_ratio({"t1"}, TRAIN, set()).ratio is None

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 from flash_experts.evaluation.compare import ComparisonResult, compare
-from flash_experts.evaluation.evaluate import EvaluationResult, evaluate
-from flash_experts.evaluation.name_lists import NamesResult, evaluate_names, read_names
+from flash_experts.evaluation.evaluate import EvaluationResult, NamesResult, evaluate, evaluate_names, read_names
+from flash_experts.evaluation.lists import ListMetrics, evaluate_lists
 from flash_experts.evaluation.plots import write_plots
 from flash_experts.evaluation.report import write_report
-from flash_experts.evaluation.tables import format_comparison, format_evaluation, format_names
+from flash_experts.evaluation.tables import format_comparison, format_evaluation, format_lists, format_names
 
 __all__ = [
     "ComparisonResult",
     "EvaluationResult",
+    "ListMetrics",
     "NamesResult",
     "compare",
     "evaluate",
+    "evaluate_lists",
     "evaluate_names",
     "format_comparison",
     "format_evaluation",
+    "format_lists",
     "format_names",
     "read_names",
     "write_plots",

@@ -1,5 +1,5 @@
 "use strict";
-// The blind test: counts what the reader marked, then says where each name is from.
+// The blind test: scores the marked names, then shows the source of each name.
 (() => {
   const form = document.getElementById("blind-test");
   if (!form) return;
@@ -8,7 +8,7 @@
   const sourceOf = (box) => box.closest("label").querySelector(".source");
   const isReal = (box) => box.dataset.real === "yes";
 
-  // The chance of at least `right` of `all` by a coin: sums of binomial terms, each from the one before.
+  // The probability of at least `right` of `all` by chance: a sum of binomial terms, each from the previous one.
   const chanceOf = (right, all) => {
     let term = Math.pow(0.5, all), sum = 0;
     for (let hits = 0; hits <= all; hits++) {
@@ -37,7 +37,7 @@
     }
     const chance = chanceOf(right, boxes.length);
     const lines = [
-      `${right} of ${boxes.length} right. A coin does as well or better in ` +
+      `${right} of ${boxes.length} right. Guessing does as well or better in ` +
         (chance < 0.005 ? "fewer than 1" : String(Math.round(100 * chance))) + " of 100 tries.",
     ];
     for (const [source, [marked, all]] of taken) lines.push(`Taken for real: ${marked} of ${all} (${source}).`);

@@ -1,15 +1,11 @@
-"""Real or generated? Two classifiers try to tell, on names that they were not trained on.
+"""Real or generated: a classifier two-sample test of generated names, with two cross-validated classifiers.
 
-The weak one, a logistic regression on character n-grams, is fooled by anything that spells well: samples of an n-gram
-model pass it. The strong one, gradient boosting, is told what spelling hides: how surprising a letter model finds the
-name and its most surprising letters, whether its words are words, how rare they are, how long. The area under the ROC
-curve (AUC) is the chance that a generated name scores higher than a real one: 0.5 is that of a coin.
+The weak classifier, a logistic regression on character n-grams, detects spelling only. The strong classifier, gradient
+boosting, also has bits under character n-gram models and the number, rarity and length of words. An area under the ROC
+curve (AUC) of 0.5 is chance; real names against other real names show the noise. A copy of the training set passes the
+weak classifier, so read the AUC together with the hit ratio of memorization.
 
-Real names against real names are always judged too: what they score beside 0.5 is the noise of the judge. A copy of
-the training set passes the weak one (the strong one knows the training names' letters and words), so a memorization
-figure belongs beside them.
-
-Letters in the shapes: N names, F features.
+Shape suffixes: N names, F features.
 """
 
 from __future__ import annotations
@@ -25,24 +21,23 @@ import numpy as np
 import numpy.typing as npt
 
 from flash_experts.evaluation.metrics import NATS_PER_BIT, Estimate, FloatArray, auc_estimate, words
-from flash_experts.evaluation.ngram import KneserNey
+from flash_experts.generation.reranking.ngram import KneserNey
 
 FOLDS = 5
 _INNER_FOLDS = 4
-_HALVINGS = 3  # of the real names
-_ORDERS = (3, 6)  # of the letter models
+_HALVINGS = 3  # random halvings of the real names
+_ORDERS = (3, 6)  # of the character n-gram models
 _SMALL_WORDS = frozenset("a an and as at by for from in into of on or the to with".split())
-_FEWEST = 40  # names of each side; fewer say nothing
+_FEWEST = 40  # names of each side, at least
 
 
 @dataclass(frozen=True, slots=True)
 class Separation:
-    """How well two lists of names are told apart: AUC of the weak and of the strong classifier.
+    """Separability of two lists of names.
 
     Attributes:
-        names: of each list.
-        weak: logistic regression on character n-grams.
-        strong: gradient boosting on n-gram bits, words, lengths and the score of the weak one.
+        weak: AUC of logistic regression on character n-grams.
+        strong: AUC of gradient boosting on n-gram bits, words, lengths and the weak classifier's score.
     """
 
     names: int
@@ -52,22 +47,21 @@ class Separation:
 
 @dataclass(frozen=True, slots=True)
 class Detection:
-    """A model's names against real held-out ones, and two halves of the real ones against each other."""
+    """Generated against real held-out names, and two halves of the real names against each other."""
 
     generated: Separation
     real: Separation
 
 
 class Detector:
-    """Tells names from real ones."""
+    """Classifies names as real or generated."""
 
     def __init__(self, train: Sequence[str], real: Sequence[str], seed: int = 0) -> None:
-        """Sets up the features.
+        """Fits the features.
 
         Args:
-            train: training names; they tell what letters and words are usual.
+            train: training names, for the n-gram models and word counts.
             real: held-out names of the same families, none of them in ``train``.
-            seed: of the folds, and of the halves of the real names.
         """
         self._models = [KneserNey(train, order) for order in _ORDERS]
         self._word_counts = Counter(word for name in train for word in words(name))
@@ -75,10 +69,10 @@ class Detector:
         self._seed = seed
 
     def detect(self, generated: Sequence[str]) -> Detection | None:
-        """Tries to tell generated names from as many real ones.
+        """Classifies generated names against equally many real ones.
 
         Returns:
-            None where there are fewer than 40 names of either.
+            None for fewer than 40 generated or 80 real names.
 
         Raises:
             ModuleNotFoundError: scikit-learn is not installed.
@@ -86,19 +80,20 @@ class Detector:
         count = min(len(generated), len(self._real))
         if count < _FEWEST or len(self._real) < 2 * _FEWEST:
             return None
-        return Detection(self._separate(self._real[:count], generated[:count]), self._halves)
+        return Detection(self.separate(self._real[:count], generated[:count]), self._halves)
 
     @cached_property
     def _halves(self) -> Separation:
-        """Real names against real names: the mean over some ways to halve them, since one may be unlucky."""
+        """Separates halves of the real names, averaged over random halvings."""
         rng, half = np.random.default_rng(self._seed), len(self._real) // 2
         found = []
         for _ in range(_HALVINGS):
             shuffled = [self._real[index] for index in rng.permutation(len(self._real))]
-            found.append(self._separate(shuffled[:half], shuffled[half : 2 * half]))
+            found.append(self.separate(shuffled[:half], shuffled[half : 2 * half]))
         return Separation(half, _mean([one.weak for one in found]), _mean([one.strong for one in found]))
 
-    def _separate(self, real: Sequence[str], other: Sequence[str]) -> Separation:
+    def separate(self, real: Sequence[str], other: Sequence[str]) -> Separation:
+        """The cross-validated AUC of both classifiers on two lists of names."""
         from sklearn.model_selection import StratifiedKFold
 
         names = [*real, *other]
@@ -108,7 +103,7 @@ class Detector:
         weak_N, strong_N = np.empty(len(names)), np.empty(len(names))
         for train, test in StratifiedKFold(FOLDS, shuffle=True, random_state=self._seed).split(grams, labels_N):
             weak_N[test] = _weak_scores(grams[train], labels_N[train], grams[test])
-            # The strong one learns from scores that the weak one gave to names it had not seen.
+            # The strong classifier is trained on out-of-fold scores of the weak one (stacking).
             inner = np.empty(len(train))
             folds = StratifiedKFold(_INNER_FOLDS, shuffle=True, random_state=self._seed)
             for fit, score in folds.split(train, labels_N[train]):
@@ -121,14 +116,14 @@ class Detector:
         return Separation(len(real), auc_estimate(weak_N, labels_N), auc_estimate(strong_N, labels_N))
 
     def _features(self, names: Sequence[str]) -> FloatArray:
-        """(N, F) what a name looks like."""
+        """Computes features, (N, F)."""
         columns = [self._bits(model, names) for model in self._models]
         columns.append(np.array([self._of_words(name) for name in names]))
         return np.concatenate(columns, axis=1)
 
     @staticmethod
     def _bits(model: KneserNey, names: Sequence[str]) -> FloatArray:
-        """Bits of a name in all, a letter, of its three worst letters, and of its end."""
+        """Computes total and mean bits of each name, bits of its three worst characters and of its EOS."""
         rows = []
         for probability in model.symbol_probabilities(names):
             bits = -np.log(probability) / NATS_PER_BIT
@@ -137,7 +132,7 @@ class Detector:
         return np.array(rows)
 
     def _of_words(self, name: str) -> list[float]:
-        """Numbers of words and letters, and how usual the words are."""
+        """Computes counts and lengths of words, and how common they are."""
         found = words(name)
         counts = [self._word_counts[word] for word in found if word not in _SMALL_WORDS] or [0]
         lengths = [len(word) for word in found] or [0]
@@ -159,13 +154,13 @@ class Detector:
 
 
 def _mean(estimates: Sequence[Estimate]) -> Estimate:
-    """The mean of figures, with intervals as wide as each has: halves of one list share their names."""
+    """Averages estimates and their bounds: the halves share names, so the interval does not shrink."""
     value, low, high = np.mean([[one.value, one.low, one.high] for one in estimates], axis=0).tolist()
     return Estimate(value, low, high)
 
 
 def _grams(names: Sequence[str]) -> Any:
-    """(N, n-grams) sparse: character n-grams of names, begin and end marked. No label takes part."""
+    """Computes sparse TF-IDF features of character n-grams, with markers for BOS and EOS. It uses no labels."""
     from sklearn.feature_extraction.text import TfidfVectorizer
 
     grams = TfidfVectorizer(

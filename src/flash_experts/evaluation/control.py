@@ -1,11 +1,11 @@
-"""Control: can one tell from a name alone what it was asked for?
+"""Control accuracy: attribute classifiers recognize from a name alone the attributes that it was conditioned on.
 
-A classifier of character n-grams learns to tell card types, colors and legends from the names of training cards. Then
-it reads the names of held-out cards, names that a model made for those same cards, and names that a model made when it
-was told a type or color and nothing else. A model that names as Wizards does is recognized as often as Wizards.
+Classifiers on character n-grams learn card type, color and legendary from training names. They then classify held-out
+names, names that a model generated for those cards, and names conditioned on one attribute alone. A good model is
+recognized as often as real names: exaggerated names are recognized more often, and n-gram samples beat real ones.
+`flash_experts.evaluation.evaluate.SplitMetrics.control`, in bits, cannot be gamed that way.
 
-More often is no better: a caricature is easy to recognize, and n-gram samples beat real names. The figure that cannot
-be gamed is `flash_experts.evaluation.evaluate.SplitFigures.control`, in bits.
+Shape suffixes: R resamples, C classes.
 """
 
 from __future__ import annotations
@@ -18,30 +18,29 @@ import numpy as np
 import numpy.typing as npt
 
 from flash_experts.data.cards import COLOR_WORDS, Card
-from flash_experts.data.prompts import NONE, Attributes
+from flash_experts.data.prompts import UNCONDITIONAL, Attributes
 from flash_experts.evaluation.metrics import Estimate
 
-# An artifact creature is named as a creature; of the others the first of these decides.
+# The first matching type is the label: an artifact creature is named like a creature.
 _TYPES = ("Creature", "Planeswalker", "Land", "Instant", "Sorcery", "Artifact", "Enchantment")
-_FEWEST = 8  # held-out names of a class that is judged
+_FEWEST = 8  # held-out names of a class, at least
 _RESAMPLES = 1000
 
 
-class Samples(Protocol):
-    """What control asks of a model."""
+class NameSampler(Protocol):
+    """A model that generates names for attributes."""
 
-    def sample(self, count: int, seed: int, attributes: Attributes = NONE) -> list[str]: ...
+    def sample(self, count: int, seed: int, attributes: Attributes = UNCONDITIONAL) -> list[str]: ...
     def sample_each(self, attributes: Sequence[Attributes], seed: int) -> list[str]: ...
 
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """One thing to tell from a name.
+    """One classification task.
 
     Attributes:
-        name: what it is.
-        label_of: the label of a card; None for cards that are not asked about.
-        prompt_of: what a model is told to make a name of a label.
+        label_of: returns the label of a card, or None to leave the card out.
+        prompt_of: returns the attributes that a model is conditioned on for a label.
     """
 
     name: str
@@ -77,13 +76,10 @@ TASKS = (
 
 @dataclass(frozen=True, slots=True)
 class Recognition:
-    """How often the classifier finds what was asked for.
+    """Accuracy of a classifier.
 
     Attributes:
-        names: how many were read.
-        plain: share of names recognized, each class weighted as it is among held-out cards.
-        balanced: mean over the classes of the share recognized.
-        by_class: share recognized of each class.
+        plain: accuracy, each class weighted by its share of the held-out cards.
     """
 
     names: int
@@ -93,15 +89,14 @@ class Recognition:
 
 
 @dataclass(frozen=True, slots=True)
-class ControlFigures:
-    """One task.
+class ControlMetrics:
+    """Accuracy on one task.
 
     Attributes:
-        task: what is told from the names.
-        model: names made for held-out cards, all of whose attributes were told.
-        alone: names made when this one attribute was told.
-        real: the names of those cards.
-        majority: what always saying the commonest class would give.
+        model: on names conditioned on all attributes of held-out cards.
+        alone: on names conditioned on this attribute only.
+        real: on the real names of the held-out cards.
+        majority: accuracy of always predicting the most common class.
     """
 
     task: str
@@ -111,39 +106,34 @@ class ControlFigures:
     majority: float
 
 
-class ControlJudge:
-    """Classifiers for every task, trained once and used on any number of models."""
+class AttributeClassifiers:
+    """One attribute classifier per task, trained once and used for any number of models."""
 
-    def __init__(self, train: Sequence[Card], held_out: Sequence[Card]) -> None:
-        """Trains the classifiers.
-
-        Args:
-            train: cards whose names are learned from.
-            held_out: cards that no model was trained on, of the same families as ``train``.
+    def __init__(self, train: Sequence[Card], held_out: Sequence[Card], tasks: Sequence[Task] = TASKS) -> None:
+        """Trains the classifiers on ``train``. ``held_out`` has cards of the same families.
 
         Raises:
             ModuleNotFoundError: scikit-learn is not installed.
         """
         self._held_out = held_out
-        self._classifiers = {task.name: _fit(train, task) for task in TASKS}
+        self.tasks = tasks
+        self._classifiers = {task.name: _fit(train, task) for task in tasks}
 
-    def judge(self, model: Samples, samples: int, seed: int) -> list[ControlFigures]:
-        """Has a model make names for each class of each task, and reads them.
+    def measure(self, model: NameSampler, samples: int, seed: int) -> list[ControlMetrics]:
+        """Generates names for each class of each task and classifies them.
 
         Args:
-            model: what makes them, at temperature 1.
-            samples: names in all, half of them for held-out cards (or for all of these), half for one attribute alone.
-            seed: of the drawing.
+            samples: total number of names: half for held-out cards (or all of those), half for one attribute alone.
 
         Returns:
-            A task each; a task with under two classes among the held-out cards is left out.
+            Metrics of each task with at least two classes among the held-out cards.
         """
-        classes = {task.name: self._classes(task) for task in TASKS}
+        classes = {task.name: self._classes(task) for task in self.tasks}
         of_each = max(1, samples // 2 // max(1, sum(map(len, classes.values()))))
         cards = self._held_out[: max(_FEWEST, samples // 2)]
-        told = model.sample_each([Attributes.of(card) for card in cards], seed)
-        figures = []
-        for task in TASKS:
+        names = model.sample_each([Attributes.of(card) for card in cards], seed)
+        metrics = []
+        for task in self.tasks:
             shares = classes[task.name]
             if len(shares) < 2:
                 continue
@@ -153,11 +143,11 @@ class ControlJudge:
             for card in self._held_out:
                 if (label := task.label_of(card)) in real:
                     real[label].append(card.name)
-            for card, name in zip(cards, told, strict=True):
+            for card, name in zip(cards, names, strict=True):
                 if (label := task.label_of(card)) in made:
                     made[label].append(name)
-            figures.append(
-                ControlFigures(
+            metrics.append(
+                ControlMetrics(
                     task=task.name,
                     model=self._recognition(task, made, shares),
                     alone=self._recognition(task, alone, shares),
@@ -165,13 +155,13 @@ class ControlJudge:
                     majority=max(shares.values()),
                 )
             )
-        return figures
+        return metrics
 
     def _recognition(self, task: Task, names: dict[str, list[str]], shares: dict[str, float]) -> Recognition:
-        return recognition({label: self._hits(task, label, some) for label, some in names.items() if some}, shares)
+        return recognition({label: self.hits(task, label, some) for label, some in names.items() if some}, shares)
 
     def _classes(self, task: Task) -> dict[str, float]:
-        """Labels that the classifier knows and enough held-out cards have, with their shares of these cards."""
+        """Returns the labels that the classifier knows and enough held-out cards have, with their shares."""
         classifier = self._classifiers[task.name]
         if classifier is None:
             return {}
@@ -180,19 +170,20 @@ class ControlJudge:
         kept = {label: count for label, count in counts.items() if count >= _FEWEST}
         return {label: count / sum(kept.values()) for label, count in kept.items()}
 
-    def _hits(self, task: Task, label: str, names: Sequence[str]) -> npt.NDArray[np.bool_]:
+    def hits(self, task: Task, label: str, names: Sequence[str]) -> npt.NDArray[np.bool_]:
+        """Whether each name (N,) is classified as ``label``."""
         return np.asarray(self._classifiers[task.name].predict(names) == label)
 
 
 def recognition(hits: dict[str, npt.NDArray[np.bool_]], shares: dict[str, float]) -> Recognition:
-    """Figures of what was recognized, with 95% bootstrap intervals over the names of each class.
+    """Computes accuracies with 95% bootstrap intervals over the names of each class.
 
     Args:
-        hits: for each class, of each of its names whether it was recognized.
-        shares: weight of each class in the plain figure.
+        hits: whether each name was classified correctly, by class.
+        shares: weight of each class in the plain accuracy.
     """
     rng = np.random.default_rng(0)
-    # Resampling n names of which a share p is recognized recognizes a binomial number of them.
+    # The number of hits among n resampled names with accuracy p is binomial.
     drawn_RC = np.stack(
         [rng.binomial(some.size, some.mean(), size=_RESAMPLES) / some.size for some in hits.values()], axis=1
     )
@@ -213,7 +204,7 @@ def recognition(hits: dict[str, npt.NDArray[np.bool_]], shares: dict[str, float]
 
 
 def _fit(cards: Sequence[Card], task: Task) -> Any:
-    """A linear classifier (a support vector machine) of the character n-grams of words; None for under two classes."""
+    """Trains a linear support vector machine on character n-grams of words; None for fewer than two classes."""
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.pipeline import make_pipeline
     from sklearn.svm import LinearSVC
@@ -222,7 +213,7 @@ def _fit(cards: Sequence[Card], task: Task) -> Any:
     if len({label for _, label in labelled}) < 2:
         return None
     grams = TfidfVectorizer(analyzer="char_wb", ngram_range=(1, 5), sublinear_tf=True, min_df=2, dtype=np.float32)
-    # Classes weigh alike: instants are few, and should be found all the same.
+    # Balanced class weights, so that rare types such as instants are predicted too.
     classifier = make_pipeline(grams, LinearSVC(C=0.1, class_weight="balanced", random_state=0))
     names, labels = zip(*labelled, strict=True)
     return classifier.fit(names, labels)

@@ -1,4 +1,4 @@
-"""Everything that is measured of one model."""
+"""Evaluates one model: held-out bits per character (normalized perplexity), control, novelty, cost."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ import numpy as np
 import torch
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from flash_experts.data.card_files import read_text
 from flash_experts.data.cards import Card
-from flash_experts.data.prompts import NONE, Attributes
+from flash_experts.data.prompts import UNCONDITIONAL, Attributes
 from flash_experts.data.tokenizer import load_tokenizer
-from flash_experts.evaluation.baseline import NGramBaseline
 from flash_experts.evaluation.classifiers import Detection
-from flash_experts.evaluation.control import ControlFigures
+from flash_experts.evaluation.control import ControlMetrics
 from flash_experts.evaluation.costs import Costs, ModelSize
 from flash_experts.evaluation.held_out import SPLITS, HeldOut, shuffled
 from flash_experts.evaluation.metrics import (
+    NATS_PER_BIT,
     Estimate,
     FloatArray,
     GroupBits,
@@ -31,34 +32,45 @@ from flash_experts.evaluation.metrics import (
     paired_bits_difference,
     types_of,
     word_association,
+    years_of,
 )
-from flash_experts.evaluation.novelty import NameFigures, names_of
-from flash_experts.evaluation.scorers import LanguageModel, Scorer
+from flash_experts.evaluation.mixed import MixedWithNGrams, without_suffix
+from flash_experts.evaluation.novelty import NameMetrics, names_of
+from flash_experts.evaluation.scorers import LanguageModel, NGramBaseline, Scorer
 from flash_experts.models.loading import load_config
 
-SAMPLES = 10_000  # of fewer, few are real cards, and the hit ratio says little
-ASSOCIATED = 700  # two-word names for word association
+SAMPLES = 10_000  # with fewer, too few are real cards for a reliable hit ratio
+
+
+ASSOCIATED = 700  # two-word names for word association, at most
+
+
 _FEWEST_ASSOCIATED = 16
-EXAMPLES = 40  # samples that are shown
-_CONTROL_SHARE = 4  # names for the control classifiers, one for so many samples
-_PASSES = 3  # over the held-out names: nothing told, attributes told, another card's told
-NGRAM = "ngram"  # the name under which the baseline is asked for
+
+
+EXAMPLES = 40  # samples that the report shows
+
+
+_CONTROL_SHARE = 4  # samples per name for the attribute classifiers
+
+
+_PASSES = 3  # over the held-out names: unconditional, conditional, with another card's attributes
+
+
+NGRAM = "ngram"  # stands for the n-gram baseline in place of a model
 
 
 @dataclass(frozen=True, slots=True)
-class SplitFigures:
+class SplitMetrics:
     """Bits per character of one held-out set.
 
     Attributes:
-        names: how many.
-        unconditional: nothing is told of the card.
-        conditional: type line, colors and mana value are told.
-        shuffled: the same attributes, each told of another card.
-        control: shuffled - conditional, paired: how much the model listens. Zero means that it ignores its
-            prompt.
-        by_type: the figures for the cards of each type.
-        by_color: the same for each color.
-        association: `word_association` of up to `ASSOCIATED` two-word names, unconditional; None of very few names.
+        conditional: bits conditioned on type line, colors and mana value.
+        shuffled: bits conditioned on another card's attributes.
+        control: shuffled - conditional, paired. Zero means that the model ignores its prompt.
+        by_year: bits of cards first printed until 2024 and since 2025 (embedded table only): a check for contamination,
+            since a teacher pretrained on the web of 2024 cannot have read the latter.
+        association: `word_association` of up to `ASSOCIATED` two-word names, unconditional; None for very few names.
     """
 
     names: int
@@ -68,12 +80,13 @@ class SplitFigures:
     control: Estimate
     by_type: dict[str, GroupBits]
     by_color: dict[str, GroupBits]
+    by_year: dict[str, GroupBits] = field(default_factory=dict)
     association: Estimate | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class NameNats:
-    """What `SplitFigures` are made of, kept for paired comparisons: nats of each name, (N,) each."""
+    """Nats and characters of each name, (N,) each, for paired comparisons."""
 
     characters: FloatArray
     unconditional: FloatArray
@@ -82,34 +95,25 @@ class NameNats:
 
 @dataclass(frozen=True, slots=True)
 class EvaluationResult:
-    """All figures of one model.
+    """All metrics of one model.
 
     Attributes:
-        label: the model's name in tables.
-        size: its parameters.
-        costs: memory, and its training where that is recorded.
-        splits: bits per character of each held-out set.
-        samples: figures of names drawn from the model as it is (temperature 1, nothing held back), or None.
-        real: the same figures of real held-out names, to compare with.
-        detection: whether its samples are told from real names; None without samples or scikit-learn.
-        control: whether what was asked for is recognized from its names; empty without samples or scikit-learn.
-        expert_loads: load of each expert over the mean on held-out names, by the number of the block.
-        scored_per_second: names a second, conditional and unconditional alike. Measured: it differs from run to run.
-        sampled_per_second: names a second, or None. Measured.
-        seed: of the shuffling and the sampling.
-        data: source and version of the data, as meta.json has them.
-        examples: the first of the samples.
-        nats: nats of each name, by split. Not in the JSON.
+        samples: metrics of names drawn unfiltered at temperature 1.
+        real: metrics of real held-out names.
+        detection: AUC of samples against real names.
+        control: accuracy of attribute classifiers on its names.
+        expert_loads: load of each expert over the mean on held-out names, by block.
+        nats: nats of each name by split, not in the JSON.
     """
 
     label: str
     size: ModelSize
     costs: Costs
-    splits: dict[str, SplitFigures]
-    samples: NameFigures | None
-    real: NameFigures
+    splits: dict[str, SplitMetrics]
+    samples: NameMetrics | None
+    real: NameMetrics
     detection: Detection | None
-    control: tuple[ControlFigures, ...]
+    control: tuple[ControlMetrics, ...]
     expert_loads: dict[str, tuple[float, ...]]
     scored_per_second: float
     sampled_per_second: float | None
@@ -119,7 +123,7 @@ class EvaluationResult:
     nats: dict[str, NameNats] = field(repr=False, compare=False)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, ready for json.dumps."""
+        """Returns plain values, ready for json.dumps."""
         fields = {name: getattr(self, name) for name in self.__slots__ if name != "nats"}
         return {name: _plain(value) for name, value in fields.items()}
 
@@ -139,24 +143,29 @@ def load_scorer(
     device: str | torch.device | None = None,
     label: str | None = None,
 ) -> Scorer:
-    """A model to measure: a folder or hub id, "ngram" for the baseline, or a model with its tokenizer.
+    """Loads what is evaluated: a folder or hub id, either with "+ngram" to mix it with the baseline, "ngram" for the
+    baseline, or a model with its tokenizer.
 
     Raises:
-        ValueError: there is no such model, or a model came without tokenizer.
+        ValueError: the model does not exist, or a model object came without a tokenizer.
     """
     if isinstance(model, (str, Path)) and str(model) == NGRAM:
         return NGramBaseline(held_out.reference.train)
+    if isinstance(model, (str, Path)) and (alone := without_suffix(str(model))) is not None:
+        baseline = NGramBaseline(held_out.reference.train)
+        return MixedWithNGrams(language_model(alone, tokenizer, device, label), baseline, held_out.reference.validation)
     return language_model(model, tokenizer, device, label)
 
 
 def config_and_tokenizer(
     model: str | Path | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> list[tuple[PretrainedConfig, PreTrainedTokenizerBase]]:
-    """Those of a language model, whose weights need not be read; empty for "ngram", which takes names of any length."""
+    """Loads configuration and tokenizer without weights; empty for "ngram", which takes names of any length."""
     if isinstance(model, PreTrainedModel):
         return [] if tokenizer is None else [(model.config, tokenizer)]
     if str(model) == NGRAM:
         return []
+    model = without_suffix(str(model)) or model
     config = load_config(model)
     return [(config, load_tokenizer(model, config.vocab_size))]
 
@@ -167,7 +176,7 @@ def language_model(
     device: str | torch.device | None,
     label: str | None = None,
 ) -> LanguageModel:
-    """A language model with its tokenizer. See `load_scorer`."""
+    """Wraps or loads a language model with its tokenizer. See `load_scorer`."""
     if not isinstance(model, PreTrainedModel):
         return LanguageModel.load(model, device, label)
     if tokenizer is None:
@@ -186,51 +195,51 @@ def evaluate(
     tokenizer: PreTrainedTokenizerBase | None = None,
     device: str | torch.device | None = None,
 ) -> EvaluationResult:
-    """Measures a model on held-out names.
+    """Evaluates a model on held-out names.
 
     Args:
-        model: a folder, a hub id, "ngram", or a model (then with ``tokenizer``).
-        data_dir: what `flash-experts prepare` wrote.
-        splits: held-out sets.
-        samples: names to draw for novelty and distributions; 0 draws none.
-        seed: of shuffling, sampling and ``max_names``.
-        max_names: at most so many names of each set; None is all.
-        tokenizer: the model's, where ``model`` is no path.
-        device: where to load a model to; CUDA if there is one, when None.
+        model: folder, hub id, "ngram", "MODEL+ngram", or a model object (then with ``tokenizer``).
+        data_dir: folder written by `flash-experts prepare`.
+        max_names: maximum number of names per set; None for all.
+        device: by default CUDA if available.
 
     Raises:
-        ValueError: the data or the model is not there, or a set is empty.
+        ValueError: the data or the model does not exist, or a set is empty.
     """
-    held_out = HeldOut.load(data_dir, splits, max_names, seed).fitting(config_and_tokenizer(model, tokenizer), seed)
+    held_out = HeldOut.load(data_dir, splits, max_names, seed).within_context(
+        config_and_tokenizer(model, tokenizer), seed
+    )
     return evaluate_scorer(load_scorer(model, held_out, tokenizer, device), held_out, samples=samples, seed=seed)
 
 
 def evaluate_scorer(scorer: Scorer, held_out: HeldOut, *, samples: int = SAMPLES, seed: int = 0) -> EvaluationResult:
-    """`evaluate` on data and a model that are loaded already."""
-    figures, nats = {}, {}
+    """Runs `evaluate` on loaded data and a loaded model."""
+    metrics, nats = {}, {}
     start = time.perf_counter()
     for split, cards in held_out.splits.items():
-        figures[split], nats[split] = _evaluate_split(scorer, cards, seed)
+        metrics[split], nats[split] = _evaluate_split(scorer, cards, seed)
     scored_per_second = _PASSES * sum(map(len, held_out.splits.values())) / (time.perf_counter() - start)
     for split, cards in held_out.splits.items():
         association = _association(scorer, names_of(cards), nats[split].unconditional, seed)
-        figures[split] = replace(figures[split], association=association)
+        metrics[split] = replace(metrics[split], association=association)
     drawn: list[str] = []
     if samples:
         start = time.perf_counter()
         drawn = scorer.sample(samples, seed)
         sampled_per_second = samples / (time.perf_counter() - start)
-    detector, judge = (held_out.detector, held_out.control_judge) if drawn else (None, None)
+    detector, classifiers = (held_out.detector, held_out.attribute_classifiers) if drawn else (None, None)
     real = held_out.real
     return EvaluationResult(
         label=scorer.label,
         size=scorer.size,
         costs=scorer.costs,
-        splits=figures,
-        samples=held_out.reference.figures(drawn) if drawn else None,
-        real=held_out.reference.figures(names_of(real), real=True),
+        splits=metrics,
+        samples=held_out.reference.measure(drawn) if drawn else None,
+        real=held_out.reference.measure(names_of(real), real=True),
         detection=None if detector is None else detector.detect(drawn),
-        control=() if judge is None else tuple(judge.judge(scorer, max(1, samples // _CONTROL_SHARE), seed)),
+        control=()
+        if classifiers is None
+        else tuple(classifiers.measure(scorer, max(1, samples // _CONTROL_SHARE), seed)),
         expert_loads=scorer.expert_loads(names_of(real), [Attributes.of(card) for card in real]),
         scored_per_second=scored_per_second,
         sampled_per_second=sampled_per_second if drawn else None,
@@ -241,14 +250,14 @@ def evaluate_scorer(scorer: Scorer, held_out: HeldOut, *, samples: int = SAMPLES
     )
 
 
-def _evaluate_split(scorer: Scorer, cards: Sequence[Card], seed: int) -> tuple[SplitFigures, NameNats]:
+def _evaluate_split(scorer: Scorer, cards: Sequence[Card], seed: int) -> tuple[SplitMetrics, NameNats]:
     names = names_of(cards)
     characters = np.array([len(name) + 1 for name in names], dtype=np.float64)
     attributes = [Attributes.of(card) for card in cards]
-    unconditional = scorer.nats(names, [NONE] * len(names))
+    unconditional = scorer.nats(names, [UNCONDITIONAL] * len(names))
     conditional = scorer.nats(names, attributes)
     others = scorer.nats(names, shuffled(attributes, seed))
-    return SplitFigures(
+    return SplitMetrics(
         names=len(names),
         unconditional=bits_estimate(unconditional, characters),
         conditional=bits_estimate(conditional, characters),
@@ -256,11 +265,12 @@ def _evaluate_split(scorer: Scorer, cards: Sequence[Card], seed: int) -> tuple[S
         control=paired_bits_difference(others, conditional, characters),
         by_type=bits_by_group(unconditional, conditional, characters, cards, types_of),
         by_color=bits_by_group(unconditional, conditional, characters, cards, colors_of),
+        by_year=bits_by_group(unconditional, conditional, characters, cards, years_of),
     ), NameNats(characters, unconditional, conditional)
 
 
 def _association(scorer: Scorer, names: Sequence[str], nats_N: FloatArray, seed: int) -> Estimate | None:
-    """Word association of two-word names, drawn by ``seed``; ``nats_N`` are those of all names, unconditional."""
+    """Computes the word association of two-word names; ``nats_N`` are the unconditional nats of all names."""
     of_two = [index for index, name in enumerate(names) if len(name.split()) == 2]
     random.Random(f"word association/{seed}").shuffle(of_two)
     of_two = of_two[:ASSOCIATED]
@@ -272,5 +282,66 @@ def _association(scorer: Scorer, names: Sequence[str], nats_N: FloatArray, seed:
     for one, other in pairs.tolist():
         (first, second), (third, fourth) = names[one].split(), names[other].split()
         swapped += [f"{first} {fourth}", f"{third} {second}"]
-    nats_swapped = scorer.nats(swapped, [NONE] * len(swapped)).reshape(-1, 2).sum(axis=1)
+    nats_swapped = scorer.nats(swapped, [UNCONDITIONAL] * len(swapped)).reshape(-1, 2).sum(axis=1)
     return word_association(nats_N[pairs].sum(axis=1), nats_swapped, seed=seed)
+
+
+@dataclass(frozen=True, slots=True)
+class NamesResult:
+    """Bits per character of a list of names, and of each name."""
+
+    bits: Estimate
+    names: tuple[str, ...]
+    bits_of_each: tuple[float, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns plain values, ready for json.dumps."""
+        return asdict(self)
+
+
+def read_names(path: str | Path) -> list[str]:
+    """Reads names from a text file, one per line; skips blank lines.
+
+    Raises:
+        ValueError: the file does not exist, is not UTF-8 text, has no names, or is too large (``file:line``).
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"cannot read the names in {path}: it is a folder: give a text file with one name per line")
+    try:
+        names = [row.name.strip() for row in read_text(path)]
+    except OSError as error:
+        raise ValueError(f"cannot read the names in {path}: {error.strerror}") from error
+    if not names:
+        raise ValueError(f"{path} has no names: write one per line")
+    return names
+
+
+def evaluate_names(
+    names: Sequence[str],
+    model: str | Path | PreTrainedModel,
+    data_dir: str | Path = "data/mtg",
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    device: str | torch.device | None = None,
+) -> NamesResult:
+    """Computes unconditional bits per character of any names.
+
+    Args:
+        model: see `evaluate`.
+        data_dir: data of "ngram" and "MODEL+ngram"; other models do not read it.
+
+    Raises:
+        ValueError: there are no names, or the model does not exist.
+    """
+    if not names:
+        raise ValueError("no names to measure: give at least one")
+    scorer: Scorer
+    if isinstance(model, (str, Path)) and str(model).endswith(NGRAM):
+        scorer = load_scorer(model, HeldOut.load(data_dir, ()))
+    else:
+        scorer = language_model(model, tokenizer, device)
+    nats = scorer.nats(names, [UNCONDITIONAL] * len(names))
+    characters = np.array([len(name) + 1 for name in names], dtype=np.float64)
+    each = nats / NATS_PER_BIT / characters
+    return NamesResult(bits_estimate(nats, characters), tuple(names), tuple(float(bits) for bits in each))

@@ -1,4 +1,4 @@
-"""Prepared data as evaluation uses it, and the judges that learn from it, made once for any number of models."""
+"""Held-out data and the classifiers trained on prepared data, shared by all evaluated models."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,40 +16,38 @@ from flash_experts.data.cards import Card
 from flash_experts.data.prepare import META, load_meta, load_split
 from flash_experts.data.prompts import Attributes
 from flash_experts.evaluation.classifiers import Detector
-from flash_experts.evaluation.control import ControlJudge
+from flash_experts.evaluation.control import AttributeClassifiers
 from flash_experts.evaluation.novelty import IID, Reference, names_of
-from flash_experts.evaluation.scorers import names_fit
+from flash_experts.evaluation.scorers import fits_context
+from flash_experts.extras import is_installed, missing
 
 SPLITS = (IID, "test")
 
 
 def shuffled(attributes: Sequence[Attributes], seed: int) -> list[Attributes]:
-    """The attributes of cards, each given to another card."""
+    """Permutes attributes among cards."""
     return random.Random(seed).sample(attributes, len(attributes))
 
 
 def _too_long(
     cards: Sequence[Card], models: Sequence[tuple[PretrainedConfig, PreTrainedTokenizerBase]], seed: int
 ) -> set[int]:
-    """Cards whose name is too long after their own attributes, or after those that `shuffled` gives them."""
+    """Finds cards whose name exceeds a context after their own attributes or those from `shuffled`."""
     own = [Attributes.of(card) for card in cards]
     found: set[int] = set()
     for config, tokenizer in models:
         for attributes in (own, shuffled(own, seed)):
-            fits = names_fit(config, tokenizer, names_of(cards), attributes)
-            found |= {index for index, fit in enumerate(fits) if not fit}
+            found |= {
+                index
+                for index, fits in enumerate(fits_context(config, tokenizer, names_of(cards), attributes))
+                if not fits
+            }
     return found
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Held-out cards, and what names are held against.
-
-    Attributes:
-        splits: the held-out sets by name.
-        reference: all real names.
-        data: source and version, as meta.json has them.
-    """
+    """Held-out cards by split, the real names to compare with, and source and version from meta.json."""
 
     splits: dict[str, list[Card]]
     reference: Reference
@@ -60,16 +57,10 @@ class HeldOut:
     def load(
         cls, folder: str | Path, splits: Sequence[str] = SPLITS, max_names: int | None = None, seed: int = 0
     ) -> HeldOut:
-        """Reads a folder that `flash-experts prepare` wrote.
-
-        Args:
-            folder: where it is.
-            splits: the held-out sets.
-            max_names: at most so many names of each, drawn at random by ``seed``; None is all.
-            seed: of that draw.
+        """Loads a folder written by `flash-experts prepare`, with at most ``max_names`` random names per set.
 
         Raises:
-            ValueError: it is not there, or a set has no name.
+            ValueError: there is no prepared data, or a set is empty.
         """
         path = Path(folder)
         if not (path / META).is_file():
@@ -84,12 +75,8 @@ class HeldOut:
         data: dict[str, Any] = {key: meta[key] for key in ("source", "version", "cleaning_version") if key in meta}
         return cls(chosen, Reference.load(path), data)
 
-    def fitting(self, models: Sequence[tuple[PretrainedConfig, PreTrainedTokenizerBase]], seed: int) -> HeldOut:
-        """Without the names that are longer than the context of any of some models, with a warning that counts them.
-
-        Args:
-            models: the configuration and the tokenizer of each.
-            seed: of `shuffled`, whose prompts must fit as well.
+    def within_context(self, models: Sequence[tuple[PretrainedConfig, PreTrainedTokenizerBase]], seed: int) -> HeldOut:
+        """Leaves out names that exceed the context of any model, with a warning. ``seed`` is that of `shuffled`.
 
         Raises:
             ValueError: no name of a set is left.
@@ -109,32 +96,28 @@ class HeldOut:
 
     @property
     def real(self) -> list[Card]:
-        """Held-out cards whose names are what a model's are compared with.
+        """Held-out cards whose names are the reference for generated names.
 
-        Names of the family split have no near relative in train by construction; those of the other are what real
-        names are like to somebody who knows the training names.
+        It prefers ``test_iid``: names of the family split have no similar training name by construction.
         """
         return self.splits[IID] if IID in self.splits else next(iter(self.splits.values()))
 
     @cached_property
     def detector(self) -> Detector | None:
-        """Tells real names from generated ones; None, with a warning, without scikit-learn."""
+        """Real-vs-generated classifier; None, with a warning, without scikit-learn."""
         if not self._has_sklearn:
             return None
         return Detector(names_of(self.reference.train), names_of(self.real))
 
     @cached_property
-    def control_judge(self) -> ControlJudge | None:
-        """Tells from a name what was asked for; None without scikit-learn."""
-        return ControlJudge(self.reference.train, self.real) if self._has_sklearn else None
+    def attribute_classifiers(self) -> AttributeClassifiers | None:
+        """Attribute classifiers; None without scikit-learn."""
+        return AttributeClassifiers(self.reference.train, self.real) if self._has_sklearn else None
 
     @cached_property
     def _has_sklearn(self) -> bool:
-        if find_spec("sklearn") is not None:
+        if is_installed("sklearn"):
             return True
-        warnings.warn(
-            "scikit-learn is not installed: going on without the classifiers (real or generated, control); to have "
-            "them: pip install scikit-learn",
-            stacklevel=2,
-        )
+        left_out = "evaluating without the classifiers (real or generated, control)"
+        warnings.warn(f"{left_out}: {missing('sklearn', 'that part')}", stacklevel=2)
         return False

@@ -1,6 +1,6 @@
-"""What is measured of names, as pure functions on numbers and strings.
+"""Metrics of names as pure functions: bits per character, bootstrap intervals, near-duplicates, diversity, AUC.
 
-Letters in the shapes: N names, R resamples.
+Shape suffixes: N names, P pairs of names, R resamples.
 """
 
 from __future__ import annotations
@@ -10,24 +10,24 @@ import re
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 
 import numpy as np
 import numpy.typing as npt
 
+from flash_experts.data.card_table import is_since_2025
 from flash_experts.data.cards import Card
 
 FloatArray = npt.NDArray[np.float64]
 NATS_PER_BIT = math.log(2.0)
 _WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")
-NEAR = 0.2  # edits per letter: at most this far apart, two names are near-duplicates
-_COMPARED_AT_ONCE = 64  # names against all known ones: 9 MB of distances
+NEAR = 0.2  # edits per character of the longer name, at most, between near-duplicates
+_COMPARED_AT_ONCE = 64  # names against all known ones, to bound the memory of the distances
 _RESAMPLED_AT_ONCE = 2**22  # numbers drawn at a time: 32 MiB
 
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A figure of a sample, and the interval in which that of the population lies with 95% confidence."""
+    """A point estimate with its 95% confidence interval."""
 
     value: float
     low: float
@@ -35,7 +35,7 @@ class Estimate:
 
     @property
     def excludes_zero(self) -> bool:
-        """Whether the figure differs from zero significantly (at the 5% level, two-sided)."""
+        """Whether the estimate differs from zero significantly (5% level, two-sided)."""
         return self.low > 0.0 or self.high < 0.0
 
     def __format__(self, spec: str) -> str:
@@ -44,17 +44,16 @@ class Estimate:
 
 
 def bits_per_character(nats_N: npt.ArrayLike, characters_N: npt.ArrayLike) -> float:
-    """Bits that a model needs per character of names: sum of nats / ln 2 / sum of characters.
+    """Computes bits per character: sum of nats / ln 2 / sum of characters.
 
-    It does not depend on the tokenizer, so models with different vocabularies compare. Summed over the one
-    tokenization that a tokenizer gives, it is an upper bound of the true figure.
+    It does not depend on the vocabulary. Over one tokenization of each name, it is an upper bound of the true value.
 
     Args:
-        nats_N: (N,) negative log-likelihood of each name and its end symbol, in nats.
-        characters_N: (N,) letters of each name, plus one for the end symbol.
+        nats_N: negative log-likelihood of each name and its EOS token, in nats.
+        characters_N: characters of each name, plus one for the EOS token.
 
     Raises:
-        ValueError: there is no name.
+        ValueError: there are no names.
     """
     nats, characters = _same_length(nats_N, characters_N)
     return float(nats.sum() / NATS_PER_BIT / characters.sum())
@@ -63,19 +62,12 @@ def bits_per_character(nats_N: npt.ArrayLike, characters_N: npt.ArrayLike) -> fl
 def ratio_of_sums(
     numerators_N: npt.ArrayLike, denominators_N: npt.ArrayLike, *, resamples: int = 1000, seed: int = 0
 ) -> Estimate:
-    """sum(numerators) / sum(denominators), with a 95% percentile bootstrap interval over names.
+    """Computes sum(numerators) / sum(denominators), with a 95% percentile bootstrap interval over names (Efron 1979).
 
-    Names are taken as independent draws. Those of one family are not quite, so on a split by family the
-    interval is somewhat narrow.
-
-    Args:
-        numerators_N: (N,) what is summed: bits, or 0 and 1.
-        denominators_N: (N,) what it is divided by: characters, or ones.
-        resamples: bootstrap samples (Efron 1979).
-        seed: of the resampling. The same seed and N resample the same names.
+    Names of one family are not independent, so on a split by family the interval is somewhat narrow.
 
     Raises:
-        ValueError: there is no name.
+        ValueError: there are no names.
     """
     numerators, denominators = _same_length(numerators_N, denominators_N)
     count = numerators.size
@@ -92,47 +84,40 @@ def ratio_of_sums(
 
 
 def bits_estimate(nats_N: npt.ArrayLike, characters_N: npt.ArrayLike, *, seed: int = 0) -> Estimate:
-    """`bits_per_character` with its interval."""
+    """Computes `bits_per_character` with its interval."""
     return ratio_of_sums(np.asarray(nats_N, dtype=np.float64) / NATS_PER_BIT, characters_N, seed=seed)
 
 
 def paired_bits_difference(
     nats_a_N: npt.ArrayLike, nats_b_N: npt.ArrayLike, characters_N: npt.ArrayLike, *, seed: int = 0
 ) -> Estimate:
-    """Bits per character of ``a`` less those of ``b`` on the same names, by a paired bootstrap over names.
+    """Computes bits per character of ``a`` minus those of ``b`` on the same names, by a paired bootstrap over names.
 
-    Both models find the same names hard, so their difference is known far better than either figure. The
-    ratio is linear in its numerator: the bootstrap of the difference is that of the names' own differences.
+    The difference has a much narrower interval than either value, since both find the same names hard.
     """
     nats_a, nats_b = _same_length(nats_a_N, nats_b_N)
     return bits_estimate(nats_a - nats_b, characters_N, seed=seed)
 
 
 def word_association(nats_own_P: npt.ArrayLike, nats_swapped_P: npt.ArrayLike, *, seed: int = 0) -> Estimate:
-    """Bits by which the second word of a two-word name is likelier after its own first word than after another's.
+    """Computes how many bits the first word of a two-word name saves on the second word.
 
-    Names come in pairs that swap their second words. What the first words cost is the same before and after, so it
-    cancels within each pair, and what is left is what the first word says about the second. Zero means that the
-    model's words do not know each other; a word that is common everywhere counts nothing.
+    Pairs of names swap their second words. The first words cancel, which leaves the pointwise mutual information of the
+    two words: zero if they are independent.
 
     Args:
-        nats_own_P: (P,) nats of both names of each pair together.
-        nats_swapped_P: (P,) the same with their second words swapped.
-        seed: of the bootstrap over pairs.
+        nats_own_P: nats of both names of each pair.
+        nats_swapped_P: the same with second words swapped.
 
     Returns:
-        Bits a name, with a 95% interval.
+        Bits per name.
     """
     own, swapped = _same_length(nats_own_P, nats_swapped_P)
     return ratio_of_sums((swapped - own) / NATS_PER_BIT, np.full(own.size, 2.0), seed=seed)
 
 
 def share(hits_N: npt.ArrayLike, *, seed: int = 0) -> Estimate:
-    """The share of names of which something is true, with its interval.
-
-    Where none or all are, resampling sees no variation; Wilson's (1927) interval is used, which does not
-    collapse.
-    """
+    """Computes a proportion with its 95% interval: bootstrap, or Wilson's (1927) where none or all are hits."""
     hits = np.asarray(hits_N, dtype=np.float64)
     total = hits.size
     if total and hits.min() == hits.max():
@@ -143,33 +128,25 @@ def share(hits_N: npt.ArrayLike, *, seed: int = 0) -> Estimate:
 
 
 def words(name: str) -> list[str]:
-    """Words of a name in lower case: ``"Lim-Dûl's Vault"`` has ``lim-dûl's`` and ``vault``."""
+    """Splits a name into words in lower case: ``"Lim-Dûl's Vault"`` gives ``lim-dûl's`` and ``vault``."""
     return [word.casefold().replace("’", "'") for word in _WORD.findall(name)]
 
 
 def exact_known_rate(keys: Sequence[str], known: frozenset[str] | set[str]) -> Estimate:
-    """Share of names that are known.
-
-    Args:
-        keys: names in `flash_experts.data.names.normal_form`.
-        known: known names in the same form.
-    """
+    """Computes the share of names that are known, all in `flash_experts.data.names.normal_form`."""
     return share([key in known for key in keys])
 
 
-def near_duplicates(keys: Sequence[str], known: Sequence[str], at_least: int = 1) -> npt.NDArray[np.bool_] | None:
-    """Of each name, whether a known one is within `NEAR` edits per letter of the longer (copies are).
+def near_duplicates(keys: Sequence[str], known: Sequence[str], at_least: int = 1) -> npt.NDArray[np.bool_]:
+    """Finds near-duplicates: names with a known name within a normalized edit distance of `NEAR`. Copies count.
 
     Args:
-        keys: names in `flash_experts.data.names.normal_form`.
-        known: known names in the same form, each once.
-        at_least: how many must be: 2 for names that are known themselves.
+        keys: names in `flash_experts.data.names.normal_form`, as ``known``.
+        at_least: number of near known names: 2 for names that are known themselves.
 
     Returns:
-        (N,), or None where rapidfuzz is not installed.
+        (N,).
     """
-    if find_spec("rapidfuzz") is None:
-        return None
     from rapidfuzz.distance import Levenshtein
     from rapidfuzz.process import cdist
 
@@ -178,17 +155,17 @@ def near_duplicates(keys: Sequence[str], known: Sequence[str], at_least: int = 1
         return near
     for start in range(0, len(keys), _COMPARED_AT_ONCE):
         some = slice(start, start + _COMPARED_AT_ONCE)
-        # Those over the cutoff come out as 1.
+        # Distances over the cutoff are returned as 1.
         distances = cdist(keys[some], known, scorer=Levenshtein.normalized_distance, score_cutoff=NEAR)
         near[some] = (distances <= NEAR).sum(axis=1) >= at_least
     return near
 
 
 def distinct_share(keys: Sequence[Hashable]) -> float:
-    """Distinct items / items. It falls with the number of items: compare equal numbers.
+    """Computes distinct items / items. It falls with the number of items, so compare lists of equal length.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there are no items.
     """
     if not keys:
         raise ValueError("no names to measure: give at least one")
@@ -196,9 +173,9 @@ def distinct_share(keys: Sequence[Hashable]) -> float:
 
 
 def distinct_in(items: Sequence[Hashable], count: int) -> float | None:
-    """Distinct items to expect in a draw of ``count`` of them without replacement (rarefaction, Hurlbert 1971).
+    """Computes the expected number of distinct items among ``count`` drawn without replacement.
 
-    It makes lists of different lengths comparable. None where there are fewer.
+    Rarefaction (Hurlbert 1971) makes lists of different lengths comparable. None if there are fewer items.
     """
     total = len(items)
     if total < count:
@@ -213,28 +190,24 @@ def distinct_in(items: Sequence[Hashable], count: int) -> float | None:
 
 
 @dataclass(frozen=True, slots=True)
-class WordFigures:
-    """Words of a list of names: how many, how many distinct, and the share that ``seen`` does not hold."""
+class WordMetrics:
+    """Words of a list of names: total, distinct, and the share that no training name has."""
 
     total: int
     distinct: int
     unseen_share: float
 
 
-def word_figures(names: Iterable[str], seen: frozenset[str] | set[str]) -> WordFigures:
-    """Counts words; ``seen`` holds the words of the training names as `words` gives them."""
+def word_metrics(names: Iterable[str], seen: frozenset[str] | set[str]) -> WordMetrics:
+    """Counts words. ``seen`` holds the words of the training names, from `words`."""
     counts = Counter(word for name in names for word in words(name))
     total = sum(counts.values())
     unseen = sum(count for word, count in counts.items() if word not in seen)
-    return WordFigures(total, len(counts), unseen / total if total else 0.0)
+    return WordMetrics(total, len(counts), unseen / total if total else 0.0)
 
 
 def jensen_shannon(first: Mapping[int, float], second: Mapping[int, float]) -> float:
-    """Jensen-Shannon divergence of two histograms (Lin 1991): 0 bits for one shape, 1 bit for disjoint ones.
-
-    Args:
-        first: a count for each value.
-        second: the same. They need not add up to the same sum.
+    """Computes the Jensen-Shannon divergence of two histograms in bits (Lin 1991): 0 for equal, 1 for disjoint ones.
 
     Raises:
         ValueError: a histogram is empty.
@@ -251,24 +224,21 @@ def jensen_shannon(first: Mapping[int, float], second: Mapping[int, float]) -> f
 
 
 def length_divergence(names: Sequence[str], real: Sequence[str]) -> float:
-    """`jensen_shannon` of the numbers of characters."""
+    """Computes `jensen_shannon` of the lengths in characters."""
     return jensen_shannon(Counter(map(len, names)), Counter(map(len, real)))
 
 
 def word_count_divergence(names: Sequence[str], real: Sequence[str]) -> float:
-    """`jensen_shannon` of the numbers of words."""
+    """Computes `jensen_shannon` of the numbers of words."""
     counts, real_counts = (Counter(len(name.split()) for name in some) for some in (names, real))
     return jensen_shannon(counts, real_counts)
 
 
 def auc_estimate(scores_N: npt.ArrayLike, labels_N: npt.ArrayLike) -> Estimate:
-    """Area under the ROC curve: the chance that a name of label 1 scores higher than one of label 0, ties half.
-
-    The interval is that of DeLong et al. (1988), by midranks (Sun and Xu 2014).
+    """Computes the area under the ROC curve with DeLong et al.'s (1988) interval, by midranks (Sun and Xu 2014).
 
     Args:
-        scores_N: (N,) higher for label 1.
-        labels_N: (N,) 0 and 1, both there.
+        scores_N: classifier scores, higher for label 1.
 
     Raises:
         ValueError: one of the labels is missing.
@@ -287,19 +257,19 @@ def auc_estimate(scores_N: npt.ArrayLike, labels_N: npt.ArrayLike) -> Estimate:
 
 
 def _midranks(values: FloatArray) -> FloatArray:
-    """Ranks from 1, equal values sharing the mean of theirs."""
+    """Computes ranks from 1; equal values share their mean rank."""
     _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
     last = np.cumsum(counts)
     return (last - (counts - 1) / 2.0)[inverse]
 
 
 def types_of(card: Card) -> tuple[str, ...]:
-    """Groups of a card by type: each of its types (an artifact creature counts in both)."""
+    """Returns the types of a card (an artifact creature counts in both groups)."""
     return card.types
 
 
 def colors_of(card: Card) -> tuple[str, ...]:
-    """The group of a card by color: its letter, ``multicolor`` or ``colorless``; none where it is unknown."""
+    """Returns the color group of a card: its letter, ``multicolor`` or ``colorless``; empty if unknown."""
     if card.colors is None:
         return ()
     if not card.colors:
@@ -309,11 +279,20 @@ def colors_of(card: Card) -> tuple[str, ...]:
 
 @dataclass(frozen=True, slots=True)
 class GroupBits:
-    """Bits per character of one group of names, nothing told and all attributes told."""
+    """Bits per character of one group of names, unconditional and conditioned on all attributes."""
 
     names: int
     bits: Estimate
     conditional: Estimate
+
+
+UNTIL_2024, SINCE_2025 = "until 2024", "since 2025"
+
+
+def years_of(card: Card) -> tuple[str, ...]:
+    """Returns when a card of the embedded table was first printed; empty for other cards."""
+    is_recent = is_since_2025(card.source_id)
+    return () if is_recent is None else (SINCE_2025 if is_recent else UNTIL_2024,)
 
 
 def bits_by_group(
@@ -323,7 +302,7 @@ def bits_by_group(
     cards: Sequence[Card],
     groups_of: Callable[[Card], tuple[str, ...]],
 ) -> dict[str, GroupBits]:
-    """Bits per character of the names of each group, the largest group first."""
+    """Computes bits per character of each group of names, the largest group first."""
     nats, characters = _same_length(nats_N, characters_N)
     conditional, _ = _same_length(conditional_nats_N, characters_N)
     assert len(cards) == nats.size
@@ -343,7 +322,7 @@ def bits_by_group(
 
 
 def _same_length(first: npt.ArrayLike, second: npt.ArrayLike) -> tuple[FloatArray, FloatArray]:
-    """Both as float64 vectors of one length, not empty."""
+    """Converts both to float64 vectors of equal length; raises ValueError if they are empty."""
     a, b = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
     if a.size == 0:
         raise ValueError("no names to measure: give at least one")

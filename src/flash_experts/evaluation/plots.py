@@ -1,4 +1,4 @@
-"""The plots of a comparison, for the report (SVG that takes the page's colors) and as PNG files."""
+"""Plots of a comparison, as SVG for the report and as PNG files."""
 
 from __future__ import annotations
 
@@ -22,23 +22,22 @@ if TYPE_CHECKING:
 
 _PALETTE = ("#2f7ebc", "#d9730d", "#2e9e6b", "#b4509e", "#c03b3b", "#8a7a1f", "#5a6fd8", "#7a7a7a")
 _MARKERS = "osD^vPX*"
-_INK = "#010203"  # stands for the page's text color, which differs between light and dark
+_INK = "#010203"  # placeholder for the text color of the page, light or dark
 _PNG_DPI = 160
 
 
 def all_plots(result: ComparisonResult) -> dict[str, tuple[Callable[[], Figure], str]]:
-    """How to draw each plot that the comparison has something for, and its caption, by name."""
+    """Returns a drawing function and a caption for each plot that has data, by name."""
     models = result.models
     plots: dict[str, tuple[Callable[[], Figure], str]] = {
         "bits": (
             lambda: _plot_bits(models),
-            "Bits per character of held-out names, with 95% intervals. Less is better.",
+            "Bits per character of held-out names, with 95% intervals. Lower is better.",
         ),
         "speed_quality": (
             lambda: _plot_speed_quality(models),
-            "Quality against cost: bits per character with nothing told, against names sampled a second on the machine "
-            "that measured, and against the parameters that work on one token. Lower is better; faster is to the "
-            "right, smaller to the left.",
+            "Quality against cost: unconditional bits per character, against names sampled per second on this machine, "
+            "and against active parameters per token. Lower is better; faster is to the right, smaller to the left.",
         ),
     }
     if any(point.validation_bits or point.train_loss for points in result.curves.values() for point in points):
@@ -46,20 +45,20 @@ def all_plots(result: ComparisonResult) -> dict[str, tuple[Callable[[], Figure],
         flops = {model.label: model.costs.flops_per_token for model in models}
         plots["training"] = (
             lambda: _plot_curves(result.curves, flops),
-            f"Training: {what}, per optimizer step, per floating-point operation, and per second of the machine that "
-            "trained. Each run alone: what the model it began from had cost is not in it.",
+            f"Training: {what}, by optimizer steps, FLOPs, and seconds on the machine that trained. Each run alone, "
+            "without the cost of the model that it started from.",
         )
     if any(model.expert_loads for model in models):
         plots["experts"] = (
             lambda: _plot_experts(models),
-            "Router maps: the load of each expert (columns) in each block with experts (rows) on held-out names with "
-            "their prompts, over the mean load. 1 is balanced, 0 is an expert that nothing is sent to.",
+            "Router maps: the load of each expert (columns) in each MoE block (rows) on held-out names with their "
+            "prompts, over the mean load. 1 is balanced, 0 is an unused expert.",
         )
     return plots
 
 
 def svg(figure: Figure, caption: str) -> Markup:
-    """A figure inline. matplotlib escapes the text in it; ids are made the same each time."""
+    """Renders a figure as inline SVG, reproducibly. matplotlib escapes its text."""
     from matplotlib import rc_context
 
     buffer = io.StringIO()
@@ -96,7 +95,7 @@ def write_plots(result: ComparisonResult, folder: str | Path) -> list[Path]:
 
 
 def _figure(width: float, height: float, rows: int, columns: int) -> tuple[Figure, list[Axes]]:
-    # Not pyplot: it keeps global state and may look for a display.
+    # Not pyplot: it has global state and may need a display.
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
@@ -113,7 +112,7 @@ def _figure(width: float, height: float, rows: int, columns: int) -> tuple[Figur
 
 
 def _text(label: str) -> str:
-    """A label that matplotlib shows as it is, where a pair of dollars would be mathematics; cut if very long."""
+    """Escapes a label, since matplotlib reads a pair of dollars as mathematics, and shortens long ones."""
     short = label if len(label) <= 28 else label[:13] + "…" + label[-14:]
     return short.replace("$", r"\$")
 
@@ -125,13 +124,13 @@ def _legend(figure: Figure, axes: Axes, columns: int) -> None:
 
 
 def _plot_bits(models: Sequence[EvaluationResult]) -> Figure:
-    """A panel for each held-out set: the figures of each model with their intervals."""
+    """Draws a panel per held-out set: bits of each model with intervals."""
     splits = list(models[0].splits)
     figure, panels = _figure(4.6 * len(splits), 1.4 + 0.5 * len(models), 1, len(splits))
     kinds: list[tuple[str, str, Callable[[EvaluationResult, str], Estimate]]] = [
-        ("nothing told", "o", lambda model, split: model.splits[split].unconditional),
-        ("attributes told", "s", lambda model, split: model.splits[split].conditional),
-        ("another card's attributes told", "x", lambda model, split: model.splits[split].shuffled),
+        ("unconditional", "o", lambda model, split: model.splits[split].unconditional),
+        ("given attributes", "s", lambda model, split: model.splits[split].conditional),
+        ("given another card's attributes", "x", lambda model, split: model.splits[split].shuffled),
     ]
     for column, (split, axes) in enumerate(zip(splits, panels, strict=True)):
         for shift, (name, marker, of) in enumerate(kinds):
@@ -159,11 +158,11 @@ def _plot_bits(models: Sequence[EvaluationResult]) -> Figure:
 
 
 def _plot_speed_quality(models: Sequence[EvaluationResult]) -> Figure:
-    """Bits per character against speed and against active parameters."""
+    """Draws bits per character against speed and active parameters."""
     splits = list(models[0].splits)
     figure, panels = _figure(9.2, 3.6, 1, 2)
     costs: list[tuple[str, Callable[[EvaluationResult], float | None]]] = [
-        ("names sampled a second", lambda model: model.sampled_per_second),
+        ("names sampled per second", lambda model: model.sampled_per_second),
         ("active parameters", lambda model: float(model.size.active)),
     ]
     for axes, (unit, cost_of) in zip(panels, costs, strict=True):
@@ -194,7 +193,7 @@ def _validated(curves: Mapping[str, Sequence[CurvePoint]]) -> bool:
 
 
 def _plot_curves(curves: Mapping[str, Sequence[CurvePoint]], flops_per_token: Mapping[str, float]) -> Figure:
-    """Validation bits (or, where no run has them, training loss) per step, per operation and per second."""
+    """Draws validation bits (or training loss, if no run has them) by steps, FLOPs and seconds."""
     validated = _validated(curves)
     figure, panels = _figure(9.2, 3.6, 1, 3)
     units: list[tuple[str, Callable[[str, CurvePoint], float | None]]] = [
@@ -206,7 +205,7 @@ def _plot_curves(curves: Mapping[str, Sequence[CurvePoint]], flops_per_token: Ma
         for index, (label, points) in enumerate(curves.items()):
             values = [point.validation_bits if validated else point.train_loss for point in points]
             pairs = [(of(label, point), value) for point, value in zip(points, values, strict=True)]
-            # Before its first step a model knows nothing: that point would flatten all others.
+            # The point before the first step would compress the axis.
             known = [(x, y) for x, y in pairs if x and y is not None]
             style = "-o" if len(known) < 40 else "-"
             color = _PALETTE[index % len(_PALETTE)]
@@ -220,12 +219,12 @@ def _plot_curves(curves: Mapping[str, Sequence[CurvePoint]], flops_per_token: Ma
 
 
 def _plot_experts(models: Sequence[EvaluationResult]) -> Figure:
-    """A heat map for each model with experts."""
-    mixtures = [model for model in models if model.expert_loads]
-    rows = sum(1.3 + 0.34 * len(model.expert_loads) for model in mixtures)
-    figure, panels = _figure(9.2, rows, len(mixtures), 1)
-    highest = max(load for model in mixtures for loads in model.expert_loads.values() for load in loads)
-    for axes, model in zip(panels, mixtures, strict=True):
+    """Draws a heat map of expert loads for each MoE model."""
+    moe_models = [model for model in models if model.expert_loads]
+    rows = sum(1.3 + 0.34 * len(model.expert_loads) for model in moe_models)
+    figure, panels = _figure(9.2, rows, len(moe_models), 1)
+    highest = max(load for model in moe_models for loads in model.expert_loads.values() for load in loads)
+    for axes, model in zip(panels, moe_models, strict=True):
         loads = np.array(list(model.expert_loads.values()))
         image = axes.imshow(loads, aspect="auto", cmap="viridis", vmin=0.0, vmax=max(2.0, highest))
         axes.set_yticks(range(len(loads)), [f"block {block}" for block in model.expert_loads])

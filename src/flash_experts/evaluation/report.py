@@ -1,4 +1,4 @@
-"""A comparison as one HTML file that needs nothing else: no font, no script, no picture from elsewhere."""
+"""HTML report of a comparison: one self-contained file without external fonts, scripts or images."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ from pathlib import Path
 from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup
 
-from flash_experts.evaluation.blind_test import REAL
-from flash_experts.evaluation.compare import ComparisonResult
+from flash_experts.evaluation.compare import REAL, ComparisonResult
 from flash_experts.evaluation.plots import all_plots, svg
 from flash_experts.evaluation.tables import (
     association_table,
@@ -31,15 +30,9 @@ from flash_experts.files import whole_files
 
 
 def render_report(result: ComparisonResult, title: str = "Models compared", day: date | None = None) -> str:
-    """The comparison as an HTML page. All text of models, names and data is escaped.
+    """Renders a comparison as an HTML page. All text of models, names and data is escaped.
 
-    Args:
-        result: what `compare` found. The same result on the same day gives the same bytes.
-        title: of the page.
-        day: what it says it was made on; today if None.
-
-    Raises:
-        ModuleNotFoundError: matplotlib is not installed.
+    The same result with the same ``day`` (default: today) gives the same bytes.
     """
     script = _resource("blind_test.js")
     first = result.models[0]
@@ -70,7 +63,7 @@ def render_report(result: ComparisonResult, title: str = "Models compared", day:
 
 @cache
 def load_template(package: str, name: str) -> Template:
-    """A page of a package, ``name.html.jinja``. Every text put into it is escaped; what it lacks is an error."""
+    """Loads the template ``name.html.jinja`` of a package, with escaping and strict variables."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     return environment.from_string(files(package).joinpath(f"{name}.html.jinja").read_text(encoding="utf-8"))
 
@@ -85,7 +78,7 @@ def write_report(result: ComparisonResult, path: str | Path, title: str = "Model
 
 
 def write_page(page: str, path: str | Path) -> Path:
-    """Writes a text to a file, whole or not at all. Returns its path.
+    """Writes a text file atomically and returns its path.
 
     Raises:
         ValueError: the file cannot be written.
@@ -95,10 +88,10 @@ def write_page(page: str, path: str | Path) -> Path:
 
 
 def write_pages(pages: Mapping[Path, str]) -> None:
-    """Writes several texts, each to its file: all of them, or none.
+    """Writes several text files, all or none.
 
     Raises:
-        ValueError: one cannot be written.
+        ValueError: a file cannot be written.
     """
     try:
         with whole_files(list(pages)) as temporaries:

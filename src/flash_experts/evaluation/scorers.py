@@ -1,13 +1,13 @@
-"""What is evaluated, behind one face, and language models behind it (`baseline` has the n-grams).
+"""The interface of evaluated models (`Scorer`), and its implementations: language models and the n-gram baseline.
 
-Letters in the shapes: N names, B names of a batch, T tokens, V tokens of the vocabulary.
+Shape suffixes: N names, B batch, T tokens, V vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -16,31 +16,38 @@ import torch
 from torch.nn import functional as F
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from flash_experts.data.cards import Card
 from flash_experts.data.names import normal_form
-from flash_experts.data.packing import EncodedName, encode_name, encode_names, pack_all
-from flash_experts.data.prompts import NONE, Attributes, known_part, read_conditions
+from flash_experts.data.packing import EncodedName, encode_name, encode_names, name_nats, pack_all
+from flash_experts.data.prompts import UNCONDITIONAL, Attributes, drop_unknown, read_conditions
 from flash_experts.data.tokenizer import load_tokenizer
 from flash_experts.evaluation.costs import Costs, ModelSize, costs_of, parameter_counts
 from flash_experts.evaluation.metrics import FloatArray
 from flash_experts.generation.decoding import NameDecoder
 from flash_experts.generation.generator import NameGenerator
 from flash_experts.generation.presets import Sampling
-from flash_experts.models.flash_attention import ATTENTION_IMPLEMENTATION, keeps_packed_apart
+from flash_experts.generation.reranking.conditional_ngram import ConditionalNGrams
+from flash_experts.models.flash_attention import ATTENTION_IMPLEMENTATION, separates_packed_sequences
 from flash_experts.models.loading import load_model
-from flash_experts.models.modes import evaluating
-from flash_experts.models.router_hooks import count_loads
-from flash_experts.models.router_metrics import over_mean
-from flash_experts.models.scoring import context_length, name_nats
+from flash_experts.models.router_metrics import count_loads, over_mean
+from flash_experts.models.scoring import context_length, evaluating
+from flash_experts.released import model_folder
 
 TOKENS_PER_BATCH = 4096
+
+
 _SAMPLED_AT_ONCE = 256
+
+
 _MOST_NEW_TOKENS = 64
-_MOST_LOGITS = 2**27  # at once: 512 MiB
+
+
+_MOST_LOGITS = 2**27  # logits in memory at once: 512 MiB
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """What names are asked for, in the words of `NameGenerator.generate`."""
+    """Attributes of requested names, as `NameGenerator.generate` takes them."""
 
     type_line: str | None = None
     colors: str | None = None
@@ -48,38 +55,38 @@ class Prompt:
 
     def __str__(self) -> str:
         mana = None if self.mana_value is None else f"mana value {self.mana_value}"
-        return ", ".join(part for part in (self.type_line, self.colors, mana) if part) or "nothing given"
+        return ", ".join(part for part in (self.type_line, self.colors, mana) if part) or "unconditional"
 
 
 class Scorer(Protocol):
-    """What evaluation asks of a model."""
+    """A model that evaluation can score and sample."""
 
     @property
     def label(self) -> str:
-        """What tables and plots call the model."""
+        """Name of the model in tables and plots."""
 
     @property
     def size(self) -> ModelSize: ...
     @property
     def costs(self) -> Costs: ...
     def nats(self, names: Sequence[str], attributes: Sequence[Attributes]) -> FloatArray:
-        """(N,) negative log-likelihood of each name with its end symbol after its attributes, in nats."""
+        """Computes the negative log-likelihood (N,) of each name and EOS given its attributes, in nats."""
 
-    def sample(self, count: int, seed: int, attributes: Attributes = NONE) -> list[str]:
-        """Names drawn from the model as it is: temperature 1, nothing cut off, known names not held back."""
+    def sample(self, count: int, seed: int, attributes: Attributes = UNCONDITIONAL) -> list[str]:
+        """Samples names from the unmodified distribution: temperature 1, no truncation, no filters."""
 
     def sample_each(self, attributes: Sequence[Attributes], seed: int) -> list[str]:
-        """One such name for each of many cards."""
+        """Samples one such name per card."""
 
     def show(self, prompts: Sequence[Prompt], count: int, seed: int, known: Sequence[str]) -> list[list[str]]:
-        """Names as a user gets them, none known, for each prompt."""
+        """Generates names for each prompt with the default sampling and filters, without known names."""
 
     def expert_loads(self, names: Sequence[str], attributes: Sequence[Attributes]) -> dict[str, tuple[float, ...]]:
-        """Load of each expert over the mean, by the number of the block; empty without experts."""
+        """Computes the load of each expert over the mean, by block; empty without experts."""
 
 
 class LanguageModel:
-    """A causal language model of transformers with its tokenizer."""
+    """A causal language model with its tokenizer."""
 
     def __init__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, label: str, folder: Path | None = None
@@ -93,8 +100,8 @@ class LanguageModel:
     def load(
         cls, source: str | Path, device: str | torch.device | None = None, label: str | None = None
     ) -> LanguageModel:
-        """From a model folder or a hub id; raises ValueError as `load_model` and `load_tokenizer` do."""
-        folder = Path(source) if Path(source).is_dir() else None
+        """Loads a folder or hub id; raises ValueError as `load_model` and `load_tokenizer` do."""
+        folder = model_folder(source)
         model = load_model(source, device)
         tokenizer = load_tokenizer(source, model.config.vocab_size)
         return cls(model, tokenizer, label or Path(source).name, folder)
@@ -114,23 +121,20 @@ class LanguageModel:
         *,
         tokens_per_batch: int = TOKENS_PER_BATCH,
     ) -> FloatArray:
-        """See `Scorer.nats`.
+        """See `Scorer.nats`. Attributes that the model was not trained on are left out.
 
-        Args:
-            names: what to score.
-            attributes: the prompt before each. Sets, years and rarities that the model never read of are left out.
-            tokens_per_batch: length of a packed row. It changes the speed, never the figures.
+        ``tokens_per_batch`` is the length of a packed sequence: it changes the speed, not the result.
 
         Raises:
             ValueError: a name is longer than the model's context.
         """
         encoded = encode_names(names, self._known(attributes), self.tokenizer)
         check_lengths(self.model, names, encoded)
-        # Rows of names of like length: on a CPU attention works on a row unpacked to its longest name.
+        # Packs names of similar length: on a CPU, attention pads a packed sequence to its longest name.
         order = sorted(range(len(encoded)), key=lambda index: encoded[index].num_inputs)
         ordered = [encoded[index] for index in order]
         with scoring(self.model):
-            if keeps_packed_apart(self.model.config):
+            if separates_packed_sequences(self.model.config):
                 rows = pack_all(ordered, tokens_per_batch)
                 scored = [name_nats(self.model, row.to(self.model.device)).cpu() for row in rows]
             else:
@@ -140,7 +144,7 @@ class LanguageModel:
         return nats
 
     def _nats_of_padded(self, encoded: Sequence[EncodedName]) -> list[torch.Tensor]:
-        """Nats of names of a model that is not known to keep the names of a packed row apart."""
+        """Scores padded names, for models whose attention may not separate packed names."""
         longest = max(name.num_inputs for name in encoded)
         together = max(1, _MOST_LOGITS // (longest * self.model.config.vocab_size))
         scored = []
@@ -157,10 +161,10 @@ class LanguageModel:
             scored.append(nats_BT.where((place_T >= starts_B1) & (place_T < ends_B1), 0.0).sum(dim=1).cpu())
         return scored
 
-    def sample(self, count: int, seed: int, attributes: Attributes = NONE) -> list[str]:
-        """See `Scorer.sample`. What has not ended after 64 tokens is cut off there."""
-        (told,) = self._known([attributes])
-        prompt = encode_name("", told, self.tokenizer)
+    def sample(self, count: int, seed: int, attributes: Attributes = UNCONDITIONAL) -> list[str]:
+        """See `Scorer.sample`. Names have at most 64 tokens."""
+        (known,) = self._known([attributes])
+        prompt = encode_name("", known, self.tokenizer)
         prompt_ids = prompt.ids[: prompt.prompt_length]
         most = self._most_new_tokens(len(prompt_ids))
         with scoring(self.model):
@@ -174,7 +178,9 @@ class LanguageModel:
         encoded = encode_names([""] * len(attributes), self._known(attributes), self.tokenizer)
         prompts = [prompt.ids[: prompt.prompt_length] for prompt in encoded]
         most, end_id = self._most_new_tokens(max(map(len, prompts))), self.tokenizer.eos_token_id
-        order = sorted(range(len(prompts)), key=lambda index: prompts[index])  # equal prompts are computed once
+        order = sorted(
+            range(len(prompts)), key=lambda index: prompts[index]
+        )  # so that equal prompts are adjacent and computed once
         with scoring(self.model):
             ordered = [prompts[index] for index in order]
             decoder = NameDecoder(self.model, (), end_id, Sampling(), [], most, seed, prompts=ordered)
@@ -192,18 +198,12 @@ class LanguageModel:
         return [text.strip() for text in self.tokenizer.batch_decode(names, skip_special_tokens=True)]
 
     def show(self, prompts: Sequence[Prompt], count: int, seed: int, known: Sequence[str]) -> list[list[str]]:
-        """See `Scorer.show`. Without the filters where the tokenizer is of a kind that they do not know."""
+        """See `Scorer.show`. Without filters if they do not support the tokenizer."""
         try:
             generator = NameGenerator(self.model, self.tokenizer, known)
         except ValueError:
             return show_unfiltered(self, prompts, count, seed, known)
-        return [
-            [
-                name.text
-                for name in generator.generate(count, prompt.type_line, prompt.colors, prompt.mana_value, seed=seed)
-            ]
-            for prompt in prompts
-        ]
+        return [[name.text for name in generator.generate(count, **asdict(prompt), seed=seed)] for prompt in prompts]
 
     def expert_loads(self, names: Sequence[str], attributes: Sequence[Attributes]) -> dict[str, tuple[float, ...]]:
         """See `Scorer.expert_loads`."""
@@ -214,7 +214,7 @@ class LanguageModel:
 def show_unfiltered(
     scorer: Scorer, prompts: Sequence[Prompt], count: int, seed: int, known: Sequence[str]
 ) -> list[list[str]]:
-    """Distinct samples for each prompt that are no known name; fewer than ``count`` if so many are not found soon."""
+    """Samples distinct names per prompt that are not known, up to ``count`` of 4 * ``count`` draws."""
     keys = {normal_form(name) for name in known} | {""}
     shown = []
     for prompt in prompts:
@@ -226,28 +226,28 @@ def show_unfiltered(
 
 
 def known_attributes(config: PretrainedConfig, attributes: Sequence[Attributes]) -> list[Attributes]:
-    """What a model can be conditioned on: cards of another source than its own may have more."""
+    """Keeps the attributes that a model was trained on; cards of another source may have more."""
     conditions = read_conditions(config.to_dict())
-    return [known_part(each, conditions) for each in attributes]
+    return [drop_unknown(each, conditions) for each in attributes]
 
 
-def names_fit(
+def fits_context(
     config: PretrainedConfig,
     tokenizer: PreTrainedTokenizerBase,
     names: Sequence[str],
     attributes: Sequence[Attributes],
 ) -> list[bool]:
-    """Whether each name fits into a model's context after its prompt."""
+    """Returns whether each name with its prompt fits into the context."""
     context = context_length(config)
     encoded = encode_names(names, known_attributes(config, attributes), tokenizer)
     return [context is None or name.num_inputs <= context for name in encoded]
 
 
 def check_lengths(model: PreTrainedModel, names: Sequence[str], encoded: Sequence[EncodedName]) -> None:
-    """Refuses names that do not fit into the model's context.
+    """Checks that names fit into the model's context.
 
     Raises:
-        ValueError: the first that does not.
+        ValueError: a name does not fit.
     """
     context = context_length(model.config)
     for name, ids in zip(names, encoded, strict=True):
@@ -259,13 +259,51 @@ def check_lengths(model: PreTrainedModel, names: Sequence[str], encoded: Sequenc
 
 @contextmanager
 def scoring(model: PreTrainedModel) -> Iterator[None]:
-    """Eval and inference mode, and attention that keeps the names of a row apart; put back afterwards."""
+    """Sets eval mode, inference mode and packed attention, and restores them afterwards."""
     attention = model.config._attn_implementation
-    if keeps_packed_apart(model.config):
+    if separates_packed_sequences(model.config):
         model.set_attn_implementation(ATTENTION_IMPLEMENTATION)
     try:
         with evaluating(model), torch.inference_mode():
             yield
     finally:
-        if keeps_packed_apart(model.config):
+        if separates_packed_sequences(model.config):
             model.set_attn_implementation(attention)
+
+
+class NGramBaseline:
+    """`ConditionalNGrams` fitted on the training cards. It ignores mana values."""
+
+    label = "ngram"
+
+    def __init__(self, train: Sequence[Card]) -> None:
+        self._model = ConditionalNGrams(train)
+
+    @property
+    def size(self) -> ModelSize:
+        return ModelSize(self._model.num_parameters, self._model.num_active_parameters)
+
+    @property
+    def costs(self) -> Costs:
+        """Eight bytes per parameter, and no training."""
+        return Costs(8 * self._model.num_parameters, None, None, None, 0.0)
+
+    def nats(self, names: Sequence[str], attributes: Sequence[Attributes]) -> FloatArray:
+        """See `Scorer.nats`."""
+        return self._model.nats(names, attributes)
+
+    def sample(self, count: int, seed: int, attributes: Attributes = UNCONDITIONAL) -> list[str]:
+        """See `Scorer.sample`."""
+        return self._model.sample(count, seed, attributes)
+
+    def sample_each(self, attributes: Sequence[Attributes], seed: int) -> list[str]:
+        """See `Scorer.sample_each`."""
+        return self._model.sample_each(attributes, seed)
+
+    def show(self, prompts: Sequence[Prompt], count: int, seed: int, known: Sequence[str]) -> list[list[str]]:
+        """See `Scorer.show`."""
+        return show_unfiltered(self, prompts, count, seed, known)
+
+    def expert_loads(self, names: Sequence[str], attributes: Sequence[Attributes]) -> dict[str, tuple[float, ...]]:
+        """See `Scorer.expert_loads`: no experts."""
+        return {}

@@ -1,36 +1,33 @@
-"""Results as text for a terminal, and the rows that the HTML report shows as well."""
+"""Result tables, for the terminal and for the HTML report."""
 
 from __future__ import annotations
 
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 
 from flash_experts.evaluation.compare import ComparisonResult, Difference
 from flash_experts.evaluation.control import Recognition
-from flash_experts.evaluation.evaluate import EvaluationResult
-from flash_experts.evaluation.metrics import Estimate
-from flash_experts.evaluation.name_lists import NamesResult
-from flash_experts.evaluation.novelty import NameFigures
+from flash_experts.evaluation.evaluate import EvaluationResult, NamesResult
+from flash_experts.evaluation.lists import ListMetrics
+from flash_experts.evaluation.metrics import SINCE_2025, UNTIL_2024, Estimate, GroupBits
+from flash_experts.evaluation.novelty import NameMetrics
 from flash_experts.plain_text import one_line
 
 MISSING = "-"
-_FEWEST = 20  # names of a group: the bits of fewer say nothing
+_FEWEST = 20  # names of a group, at least
 
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """Cells as text; the first column is left-aligned, the others right-aligned."""
+    """A table of text cells; the first column is left-aligned, the others right-aligned."""
 
     title: str
     header: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
 
     def to_text(self, width: int = 120) -> str:
-        """Drawn by rich where it is installed, otherwise aligned with spaces."""
-        if find_spec("rich") is None:
-            return self._plain()
+        """Formats the table with rich."""
         from rich.box import SIMPLE_HEAD
         from rich.console import Console
         from rich.table import Table as RichTable
@@ -46,15 +43,6 @@ class Table:
             console.print(table)
         return captured.get().rstrip()
 
-    def _plain(self) -> str:
-        table = [tuple(map(one_line, row)) for row in (self.header, *self.rows)]
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        lines = [one_line(self.title)] if self.title else []
-        for row in table:
-            cells = [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
-            lines.append("  ".join([row[0].ljust(widths[0]), *cells]))
-        return "\n".join(lines)
-
 
 def _bits(estimate: Estimate) -> str:
     return f"{estimate.value:.3f} ± {(estimate.high - estimate.low) / 2:.3f}"
@@ -65,11 +53,9 @@ def _percent(estimate: Estimate | None) -> str:
 
 
 def bits_table(results: Sequence[EvaluationResult], differences: Sequence[Difference] = ()) -> Table:
-    """Bits per character of each model on each held-out set.
+    """Tabulates bits per character of each model on each held-out set.
 
-    Args:
-        results: of each model.
-        differences: of each pair. With them a star marks the best, and each model not shown to be worse.
+    With ``differences``, a star marks each model that is not significantly worse than another.
     """
     beaten = {
         (difference.split, difference.conditional, difference.second if difference.bits.value < 0 else difference.first)
@@ -80,49 +66,50 @@ def bits_table(results: Sequence[EvaluationResult], differences: Sequence[Differ
     rows = []
     for split in splits:
         for result in results:
-            figures = result.splits[split]
+            metrics = result.splits[split]
             stars = [
-                " *" if len(results) > 1 and (split, told, result.label) not in beaten else "" for told in (False, True)
+                " *" if len(results) > 1 and (split, given, result.label) not in beaten else ""
+                for given in (False, True)
             ]
             rows.append(
                 (
                     result.label,
                     split,
-                    _bits(figures.unconditional) + stars[0],
-                    _bits(figures.conditional) + stars[1],
-                    _bits(figures.shuffled),
-                    _bits(figures.control),
+                    _bits(metrics.unconditional) + stars[0],
+                    _bits(metrics.conditional) + stars[1],
+                    _bits(metrics.shuffled),
+                    _bits(metrics.control),
                 )
             )
     header = ("model", "held-out", "bits/char", "given attributes", "another card's", "control")
-    title = "Bits per character of held-out names (95% interval; less is better)"
+    title = "Bits per character of held-out names (95% interval; lower is better)"
     return Table(f"{title}; * no other model is shown to be better" if differences else title, header, tuple(rows))
 
 
 def association_table(results: Sequence[EvaluationResult]) -> Table:
-    """How well each model knows which words go together."""
+    """Tabulates word association."""
     rows = [
-        (result.label, split, f"{figures.association:+.2f}")
+        (result.label, split, f"{metrics.association:+.2f}")
         for split in (results[0].splits if results else ())
         for result in results
-        if (figures := result.splits[split]).association is not None
+        if (metrics := result.splits[split]).association is not None
     ]
     title = "Word association: bits that the first word of a two-word name saves on the second (95% interval)"
     return Table(f"{title}; more is better", ("model", "held-out", "bits a name"), tuple(rows))
 
 
 def novelty_table(results: Sequence[EvaluationResult]) -> Table:
-    """How many of each model's samples, and of real names, are or resemble cards that exist."""
+    """Tabulates copies and near-duplicates of real cards among samples and real names."""
     header = ("samples of", "names", "real cards", "near a card", "in train", "in test_iid", "hit ratio")
     rows = [
-        (label, f"{figures.names:,}", _percent(figures.known), _percent(figures.near_known), *_memorization(figures))
-        for label, figures in _names_of_all(results)
+        (label, f"{metrics.names:,}", _percent(metrics.known), _percent(metrics.near_known), *_memorization(metrics))
+        for label, metrics in _names_of_all(results)
     ]
-    return Table("Novelty of names drawn at temperature 1, nothing held back", header, tuple(rows))
+    return Table("Novelty of names sampled at temperature 1, without filters", header, tuple(rows))
 
 
-def _memorization(figures: NameFigures) -> tuple[str, ...]:
-    found = figures.memorization
+def _memorization(metrics: NameMetrics) -> tuple[str, ...]:
+    found = metrics.memorization
     if found is None:
         return (MISSING,) * 3
     ratio = MISSING if found.ratio is None else f"{found.ratio:.1f}"
@@ -130,26 +117,26 @@ def _memorization(figures: NameFigures) -> tuple[str, ...]:
 
 
 def variety_table(results: Sequence[EvaluationResult]) -> Table:
-    """How varied each model's samples are, and how like real names in length."""
-    header: tuple[str, ...] = ("samples of", "distinct", "in 10,000", "words in 10,000", "new words", "letters")
+    """Tabulates the diversity of samples, and divergences from the lengths of real names."""
+    header: tuple[str, ...] = ("samples of", "distinct", "in 10,000", "words in 10,000", "new words", "characters")
     header += ("length JS", "words JS")
     rows = [
         (
             label,
-            f"{100 * figures.distinct:.1f}%",
-            _count(figures.distinct_names),
-            _count(figures.distinct_words),
-            f"{100 * figures.words.unseen_share:.1f}%",
-            f"{figures.mean_length:.1f}",
-            f"{figures.length_divergence:.3f}",
-            f"{figures.word_count_divergence:.3f}",
+            f"{100 * metrics.distinct:.1f}%",
+            _count(metrics.distinct_names),
+            _count(metrics.distinct_words),
+            f"{100 * metrics.words.unseen_share:.1f}%",
+            f"{metrics.mean_length:.1f}",
+            f"{metrics.length_divergence:.3f}",
+            f"{metrics.word_count_divergence:.3f}",
         )
-        for label, figures in _names_of_all(results)
+        for label, metrics in _names_of_all(results)
     ]
-    return Table("Variety of the same names", header, tuple(rows))
+    return Table("Diversity of the same names", header, tuple(rows))
 
 
-def _names_of_all(results: Sequence[EvaluationResult]) -> list[tuple[str, NameFigures]]:
+def _names_of_all(results: Sequence[EvaluationResult]) -> list[tuple[str, NameMetrics]]:
     found = [(result.label, result.samples) for result in results if result.samples is not None]
     return [*found, ("real names", results[0].real)] if results else []
 
@@ -159,7 +146,7 @@ def _count(value: float | None) -> str:
 
 
 def detection_table(results: Sequence[EvaluationResult]) -> Table:
-    """Whether each model's names are told from real ones, and real ones from each other."""
+    """Tabulates the AUC of generated against real names, and of real names against each other."""
     rows = []
     found = [(result.label, result.detection) for result in results if result.detection is not None]
     pairs = [(label, detection.generated) for label, detection in found]
@@ -172,18 +159,20 @@ def detection_table(results: Sequence[EvaluationResult]) -> Table:
 
 
 def control_table(results: Sequence[EvaluationResult]) -> Table:
-    """How often what was asked for is recognized from names alone."""
+    """Tabulates the accuracy of the attribute classifiers."""
     rows = []
     tasks = next((result.control for result in results if result.control), ())
     for index, task in enumerate(tasks):
         for result in results:
             if result.control:
                 found = result.control[index]
-                rows.append((task.task, result.label, "the whole card", *_recognized(found.model)))
-                rows.append((task.task, result.label, "this alone", *_recognized(found.alone)))
-        rows.append((task.task, "real names", f"(commonest: {100 * task.majority:.0f}%)", *_recognized(task.real)))
-    header = ("asked for", "names of", "told", "names", "recognized, classes alike", "as classes are")
-    return Table("Control: a classifier of char n-grams reads what was asked for (95% interval)", header, tuple(rows))
+                rows.append((task.task, result.label, "all attributes", *_recognized(found.model)))
+                rows.append((task.task, result.label, "this only", *_recognized(found.alone)))
+        rows.append((task.task, "real names", f"(most common: {100 * task.majority:.0f}%)", *_recognized(task.real)))
+    header = ("attribute", "names of", "given", "names", "balanced accuracy", "accuracy")
+    return Table(
+        "Control: accuracy of attribute classifiers on char n-grams of the names (95% interval)", header, tuple(rows)
+    )
 
 
 def _recognized(found: Recognition) -> tuple[str, ...]:
@@ -195,7 +184,7 @@ def _percent_interval(estimate: Estimate) -> str:
 
 
 def cost_table(results: Sequence[EvaluationResult]) -> Table:
-    """Parameters, memory, speed and training of each model."""
+    """Tabulates parameters, memory, speed and training of each model."""
     rows = []
     for result in results:
         costs = result.costs
@@ -215,14 +204,14 @@ def cost_table(results: Sequence[EvaluationResult]) -> Table:
         )
     header: tuple[str, ...] = ("model", "parameters", "active", "MB", "on disk", "scored/s", "sampled/s")
     header += ("trained on", "FLOPs", "minutes")
-    title = "Size, speed (names a second) and training (tokens, operations, minutes)"
+    title = "Size, speed (names per second) and training (tokens, FLOPs, minutes)"
     return Table(title, header, tuple(rows))
 
 
 def group_table(result: EvaluationResult, split: str) -> Table:
-    """Bits per character of one model by card type and color, of groups large enough to say something."""
-    figures = result.splits[split]
-    every = {**figures.by_type, **figures.by_color}
+    """Tabulates bits per character by card type and color, for groups of at least 20 names."""
+    metrics = result.splits[split]
+    every = {**metrics.by_type, **metrics.by_color}
     groups = {name: group for name, group in every.items() if group.names >= _FEWEST}
     rows = tuple(
         (name, str(group.names), _bits(group.bits), _bits(group.conditional)) for name, group in groups.items()
@@ -231,12 +220,33 @@ def group_table(result: EvaluationResult, split: str) -> Table:
     return Table(f"{result.label} on {split}, by type and color", header, rows)
 
 
+def year_table(results: Sequence[EvaluationResult]) -> Table:
+    """Tabulates bits of cards that pretraining data may contain, and of cards printed since."""
+    rows = [
+        (
+            result.label,
+            split,
+            *(value for group in (metrics.by_year[UNTIL_2024], metrics.by_year[SINCE_2025]) for value in _group(group)),
+        )
+        for result in results
+        for split, metrics in result.splits.items()
+        if metrics.by_year.keys() == {UNTIL_2024, SINCE_2025}
+    ]
+    header: tuple[str, ...] = ("model", "held-out", UNTIL_2024, "bits/char", "given attributes")
+    header += (SINCE_2025, "bits/char", "given attributes")
+    return Table("Contamination: names of cards first printed until 2024 and since 2025", header, tuple(rows))
+
+
+def _group(group: GroupBits) -> tuple[str, str, str]:
+    return str(group.names), _bits(group.bits), _bits(group.conditional)
+
+
 def difference_table(result: ComparisonResult) -> Table:
-    """Which differences are more than chance."""
+    """Tabulates paired differences and their significance."""
     rows = []
     for difference in result.differences:
         better = difference.first if difference.bits.value < 0 else difference.second
-        shown = f"{difference.bits.value:.3f}" not in ("0.000", "-0.000")  # two loads of one model differ by rounding
+        shown = f"{difference.bits.value:.3f}" not in ("0.000", "-0.000")  # two copies of one model differ by rounding
         rows.append(
             (
                 f"{difference.first} - {difference.second}",
@@ -251,21 +261,43 @@ def difference_table(result: ComparisonResult) -> Table:
 
 
 def format_evaluation(result: EvaluationResult, width: int = 120) -> str:
-    """One model's figures as text."""
+    """Formats the metrics of one model as text."""
     tables = [bits_table([result]), *(group_table(result, split) for split in result.splits)]
     return _text([*tables, *_common_tables([result])], width)
 
 
 def format_comparison(result: ComparisonResult, width: int = 120) -> str:
-    """Several models' figures as text."""
+    """Formats the metrics of several models as text."""
     return _text(
         [bits_table(result.models, result.differences), *_common_tables(result.models), difference_table(result)], width
     )
 
 
+def format_lists(results: Sequence[ListMetrics], width: int = 120) -> str:
+    """Formats the metrics of lists of names as text: one row for the real names and each quality."""
+    tasks = list(results[0].recognized)
+    rows = []
+    for one in results:
+        strong = MISSING if one.separation is None else f"{one.separation.strong.value:.2f}"
+        rows.append((
+            one.label,
+            *(_percent(one.recognized.get(task)) for task in tasks),
+            strong,
+            *(f"{100 * value:.0f}%" for value in (one.distinct_words, one.distinct_heads)),
+            _percent(one.unknown_words),
+            _percent(one.near_known),
+            MISSING if one.per_second is None else f"{one.per_second:.0f}",
+        ))  # fmt: skip
+    header = ("lists", *tasks, "AUC", "words", "last words", "unknown", "near a card", "names/s")
+    return Table(
+        "Lists of names: attributes recognized, distinct words, names with an unknown word", header, tuple(rows)
+    ).to_text(width)
+
+
 def _common_tables(results: Sequence[EvaluationResult]) -> list[Table]:
     return [
         association_table(results),
+        year_table(results),
         novelty_table(results),
         variety_table(results),
         detection_table(results),
@@ -279,7 +311,7 @@ def _text(tables: Sequence[Table], width: int) -> str:
 
 
 def format_names(result: NamesResult, width: int = 120) -> str:
-    """The bits of each name of a list, the likeliest first."""
+    """Formats the bits of each name, the most likely first."""
     ordered = sorted(zip(result.bits_of_each, result.names, strict=True))
     rows = tuple((name, f"{bits:.2f}") for bits, name in ordered)
     title = f"{len(result.names)} names: {result.bits} bits per character"

@@ -1,22 +1,19 @@
-"""Whether experts take tokens of a kind, told apart from chance.
+"""Expert specialization: permutation tests of whether a router's choices depend on token and card labels.
 
-A table of "expert by card type" shows a pattern even for a router that throws dice, and the more so the fewer tokens
-there are. So every figure here stands beside the same figure after the labels were shuffled:
+Even a random router shows a pattern, so each statistic is compared with that after shuffling the labels:
 
-    information   I(expert; label) in bits, over the (token, expert) choices: 0 if the expert tells nothing about the
-                  label. Estimated from counts it is biased upwards by about (E - 1)(G - 1) / (2 n ln 2) bits (Miller
-                  1955), and by more where tokens hang together; the mean over shuffles is that bias, measured.
-    p-value       how often a shuffle is as extreme, over all layers and labels of the page together (the largest
-                  standardised figure of each shuffle: Westfall and Young 1993, section 2.5). With p <= 0.05 the chance
-                  that a page of pure noise calls anything specialised is 5%.
-    marks         cells whose share no more than 5% of the shuffles exceed in any cell of their label; only in tables
-                  that pass the test as a whole.
+    information   mutual information I(expert; label) in bits over the (token, expert) choices. Estimated from counts it
+                  is biased upwards by about (E - 1)(G - 1) / (2 n ln 2) bits (Miller 1955), and by more for dependent
+                  tokens; the mean over shuffles measures that bias.
+    p-value       share of shuffles that are as extreme, corrected over all layers and labels by the largest
+                  standardized statistic of each shuffle (Westfall and Young 1993, section 2.5).
+    marks         cells whose share at most 5% of the shuffles exceed in any cell of the label; only in tables that are
+                  significant as a whole.
 
-What is shuffled must be exchangeable. A card's type belongs to all tokens of its name, which are not independent: types
-change places between names. The class or place of a token changes places within its name.
+Shuffled units must be exchangeable. All tokens of a name share its card type, so types are shuffled between names;
+classes and positions of tokens are shuffled within each name.
 
-Letters in the shapes: T tokens, E experts, G groups of a label, L layers with experts, U units that are shuffled,
-B shuffles.
+Shape suffixes: T tokens, E experts, G groups of a label, L MoE layers, U shuffled units, B shuffles.
 """
 
 from __future__ import annotations
@@ -29,10 +26,17 @@ import numpy as np
 import numpy.typing as npt
 
 FloatArray = npt.NDArray[np.float64]
+
+
 IntArray = npt.NDArray[np.int64]
 
+
 SHUFFLES = 199
+
+
 SIGNIFICANT = 0.05
+
+
 # Smaller groups are left out: their shares are noise.
 FEWEST_TOKENS, FEWEST_NAMES = 20, 10
 
@@ -42,10 +46,8 @@ class LabelSet:
     """A label for each token.
 
     Attributes:
-        title: for example ``card type``.
-        groups: names of the G groups.
-        label_T: (T,) which group, -1 for none.
-        shuffled: what changes places: ``names`` (all tokens of a name have one label), ``within names`` or ``tokens``.
+        label_T: group of each token, -1 for none.
+        shuffled: unit of shuffling: ``names`` (all tokens of a name share a label), ``within names`` or ``tokens``.
     """
 
     title: str
@@ -56,19 +58,13 @@ class LabelSet:
 
 @dataclass(frozen=True, slots=True)
 class Specialization:
-    """What the experts of one layer have to do with one label.
+    """Dependence between the experts of one layer and one label.
 
     Attributes:
-        title: of the label.
-        block: of the layer, from 0.
-        groups: names of the groups that have tokens enough.
-        tokens: of each group.
-        share: for each group the share of its choices that went to each expert.
-        marks: for each group and expert 1 (more than chance), -1 (less) or 0; all 0 if the whole is chance.
-        information: bits.
-        shuffled: mean of the information after shuffling: what chance gives.
-        shuffled_high: what 95% of the shuffles stay under.
-        p_value: corrected for everything that is tested together.
+        share: share of the choices that went to each expert, by group.
+        marks: 1 (more than chance), -1 (less) or 0, by group and expert; all 0 if the table is not significant.
+        shuffled: mean information of the shuffles.
+        shuffled_high: 95% quantile of the shuffles.
     """
 
     title: str
@@ -84,16 +80,16 @@ class Specialization:
 
     @property
     def is_specialized(self) -> bool:
-        """Whether more than chance is at work."""
+        """Whether the dependence is significant."""
         return self.p_value <= SIGNIFICANT
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, ready for json.dumps."""
+        """Returns plain values, ready for json.dumps."""
         return {name: getattr(self, name) for name in self.__slots__} | {"is_specialized": self.is_specialized}
 
 
 def mutual_information(counts_GE: npt.ArrayLike) -> FloatArray:
-    """Bits that one of two variables tells of the other, from (..., G, E) counts; 0 where there are none."""
+    """Computes the mutual information in bits of (..., G, E) counts; 0 for empty tables."""
     counts = np.asarray(counts_GE, dtype=np.float64)
     total = np.maximum(counts.sum((-2, -1), keepdims=True), 1.0)
     joint = counts / total
@@ -114,15 +110,13 @@ def specializations(
     """Tests every label against the experts of every layer.
 
     Args:
-        labels: those with fewer than two groups of enough tokens (`FEWEST_TOKENS`, `FEWEST_NAMES`) are left out.
-        chosen_LTE: for each layer (T, E), true where the token is one of the expert's.
-        blocks: the number of each layer.
-        name_T: (T,) the name that each token belongs to, ascending.
-        shuffles: B; the least p-value is 1 / (B + 1).
-        seed: of the shuffles.
+        labels: labels; those with fewer than two large groups (`FEWEST_TOKENS`, `FEWEST_NAMES`) are left out.
+        chosen_LTE: (T, E) of each layer, true where the token goes to the expert.
+        name_T: name of each token, ascending.
+        shuffles: B; the smallest p-value is 1 / (B + 1).
 
     Returns:
-        For each label that is left all layers, in the order of both.
+        All layers of each remaining label, in the order of both.
     """
     if not blocks:
         return []
@@ -138,24 +132,24 @@ def specializations(
     ]
     if not tables:
         return []
-    # (B + 1, labels * L), the first of the B + 1 as it is
+    # (B + 1, labels * L); the first of the B + 1 is not shuffled
     information = np.concatenate([mutual_information(table.swapaxes(1, 2)) for table in tables], axis=1)
     largest = _standardized(information).max(axis=1)
     found = []
     for index, (label, table) in enumerate(zip(kept, tables, strict=True)):
         marks_GLE = _marks(table)
         for layer, block in enumerate(blocks):
-            told = information[:, index * len(blocks) + layer]
-            exceeded = int((largest[1:] >= _standardized(told)[0]).sum())
+            own = information[:, index * len(blocks) + layer]
+            exceeded = int((largest[1:] >= _standardized(own)[0]).sum())
             p_value = (1 + exceeded) / (shuffles + 1)
-            found.append(_specialization(label, block, table[0, :, layer], marks_GLE[:, layer], told, p_value))
+            found.append(_specialization(label, block, table[0, :, layer], marks_GLE[:, layer], own, p_value))
     return found
 
 
 def _specialization(
     label: LabelSet, block: int, counts_GE: FloatArray, marks_GE: IntArray, information: FloatArray, p_value: float
 ) -> Specialization:
-    """The figures of one layer; ``information`` (B + 1,) is that of the counts and then of each shuffle."""
+    """Summarizes one layer. ``information`` is (B + 1,): of the counts, then of each shuffle."""
     share_GE = counts_GE / np.maximum(counts_GE.sum(1, keepdims=True), 1.0)
     sizes_G = np.bincount(label.label_T[label.label_T >= 0], minlength=len(label.groups))
     return Specialization(
@@ -173,7 +167,7 @@ def _specialization(
 
 
 def _large_groups(label: LabelSet, name_T: IntArray) -> LabelSet | None:
-    """The label with its large groups alone; None if fewer than two are left."""
+    """Keeps the large groups of a label; None if fewer than two are left."""
     kept = []
     for group in range(len(label.groups)):
         mine = label.label_T == group
@@ -182,7 +176,7 @@ def _large_groups(label: LabelSet, name_T: IntArray) -> LabelSet | None:
             kept.append(group)
     if len(kept) < 2:
         return None
-    new_of_old = np.full(len(label.groups) + 1, -1)  # the last is for no label, -1
+    new_of_old = np.full(len(label.groups) + 1, -1)  # the last entry maps -1 (no label)
     new_of_old[kept] = np.arange(len(kept))
     return LabelSet(label.title, tuple(label.groups[g] for g in kept), new_of_old[label.label_T], label.shuffled)
 
@@ -190,7 +184,7 @@ def _large_groups(label: LabelSet, name_T: IntArray) -> LabelSet | None:
 def _shuffled_tables(
     label: LabelSet, choices: npt.NDArray[np.float32], name_T: IntArray, shuffles: int, rng: np.random.Generator
 ) -> FloatArray:
-    """(B + 1, G, L * E) choices of each group by expert: as they are, then after each shuffle."""
+    """Counts choices by group and expert, (B + 1, G, L * E): unshuffled, then after each shuffle."""
     labelled = label.label_T >= 0
     label_U, units, names_U = label.label_T[labelled], choices[labelled], name_T[labelled]
     if label.shuffled == "names":
@@ -200,7 +194,7 @@ def _shuffled_tables(
     def shuffled_order() -> IntArray:
         if label.shuffled != "within names":
             return rng.permutation(len(label_U))
-        # Sorted by name, as they are already, and at random within each.
+        # Keeps the order of the names and shuffles within each.
         return np.lexsort((rng.random(len(label_U)), names_U))
 
     one_hot = np.eye(len(label.groups), dtype=np.float32)
@@ -209,15 +203,15 @@ def _shuffled_tables(
 
 
 def _standardized(values: FloatArray) -> FloatArray:
-    """Values (B + 1, ...) less the mean of the shuffles, over their standard deviation; 0 where they do not vary."""
+    """Standardizes values (B + 1, ...) by mean and deviation of the shuffles; 0 where they do not vary."""
     mean, deviation = values[1:].mean(0), values[1:].std(0)
     return np.divide(values - mean, deviation, out=np.zeros_like(values), where=deviation > 1e-12)
 
 
 def _marks(table: FloatArray) -> IntArray:
-    """(G, L, E) 1, -1 or 0 of counts (B + 1, G, L, E): shares beyond what 95% of the shuffles reach in any cell.
+    """Marks significant cells of counts (B + 1, G, L, E) with 1 or -1, others with 0. Returns (G, L, E).
 
-    Shares and not counts, since names differ in length, and a group's tokens with the names that it is dealt.
+    It tests shares, since a group's number of tokens changes with the names that a shuffle gives it.
     """
     z = _standardized(table / np.maximum(table.sum(-1, keepdims=True), 1.0))
     limit = np.quantile(np.abs(z[1:]).max(axis=(1, 2, 3)), 0.95)

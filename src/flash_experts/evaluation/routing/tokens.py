@@ -1,6 +1,6 @@
-"""The tokens of names as `flash_experts.evaluation.router_maps` looks at them: their texts, classes and labels.
+"""Texts, classes and labels of the tokens of names, for `flash_experts.evaluation.routing.maps`.
 
-Letters in the shapes: T tokens of all names that a model reads (BOS tokens and prompts, no EOS tokens).
+Shape suffixes: T input tokens of all names (with BOS tokens and prompts, without EOS tokens).
 """
 
 from __future__ import annotations
@@ -15,26 +15,35 @@ import numpy.typing as npt
 from flash_experts.data.cards import COLOR_WORDS, TYPES, Card
 from flash_experts.data.packing import EncodedName
 from flash_experts.evaluation.metrics import colors_of
-from flash_experts.evaluation.specialization import FEWEST_TOKENS, LabelSet
+from flash_experts.evaluation.routing.specialization import FEWEST_TOKENS, LabelSet
 
 IntArray = npt.NDArray[np.int64]
 
+
 TOKEN_CLASSES = ("BOS token", "prompt", "word start", "continuation", "punctuation")
-BEGIN, PROMPT, WORD_START, CONTINUATION, PUNCTUATION = range(5)
+
+
+BOS, PROMPT, WORD_START, CONTINUATION, PUNCTUATION = range(5)
+
+
 _PLACES = ("1st", "2nd", "3rd", "4th", "5th", "6th", "7th and later")
-_FREQUENT = 16  # the most frequent tokens of names, which are looked at one by one
+
+
+_FREQUENT = 16  # most frequent tokens, tested individually
+
+
 _BOS_TEXT = "[BOS]"
 
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """All tokens that the model reads, one name after the other.
+    """All input tokens, one name after the other.
 
     Attributes:
-        texts: of each token, ready to be shown: a space at its start is "·", a byte of half a character "\\xc3".
-        name_T: (T,) index of the name.
-        class_T: (T,) index into `TOKEN_CLASSES`.
-        place_T: (T,) place in the name, from 0; -1 in BOS token and prompt.
+        texts: printable texts, see `shown_text`.
+        name_T: index of the name.
+        class_T: index into `TOKEN_CLASSES`.
+        place_T: position in the name, from 0; -1 for BOS token and prompt.
     """
 
     texts: tuple[str, ...]
@@ -44,11 +53,9 @@ class Tokens:
 
     @classmethod
     def of(cls, names: Sequence[EncodedName], prompt_texts: Sequence[str]) -> Tokens:
-        """The tokens of names.
+        """Lists the tokens of encoded names.
 
-        Args:
-            names: what the model reads.
-            prompt_texts: the text of each id, from `flash_experts.generation.vocabulary.NameVocabulary`.
+        ``prompt_texts`` has the text of each id, from `flash_experts.generation.filters.vocabulary.NameVocabulary`.
         """
         texts: list[str] = []
         rows: list[tuple[int, int, int]] = []
@@ -57,7 +64,7 @@ class Tokens:
                 text = prompt_texts[token].lstrip() if at == 1 else prompt_texts[token]
                 place = at - name.prompt_length
                 if at == 0:
-                    kind = BEGIN
+                    kind = BOS
                 elif place < 0:
                     kind = PROMPT
                 else:
@@ -69,21 +76,21 @@ class Tokens:
 
 
 def _class_in_name(text: str, place: int) -> int:
-    said = text.strip()
-    # A surrogate is a byte of half a character, which is a letter.
-    if said and not any(character.isalnum() or "\udc80" <= character <= "\udcff" for character in said):
+    visible = text.strip()
+    # A surrogate is a byte of an incomplete character, which counts as a letter.
+    if visible and not any(character.isalnum() or "\udc80" <= character <= "\udcff" for character in visible):
         return PUNCTUATION
     return WORD_START if place == 0 or text.startswith(" ") else CONTINUATION
 
 
 def shown_text(text: str) -> str:
-    """A token's text as it can be printed: spaces become "·", bytes of half a character ``\\xc3``."""
+    """Makes a token printable: spaces become "·", bytes of incomplete characters ``\\xc3``."""
     shown = (f"\\x{ord(c) - 0xDC00:02x}" if "\udc80" <= c <= "\udcff" else c for c in text.replace(" ", "·"))
     return "".join(shown)
 
 
 def token_labels(tokens: Tokens) -> list[LabelSet]:
-    """Labels by class, by place in the name, and by the token itself (the most frequent ones in names)."""
+    """Labels tokens by class, by position in the name, and by the token itself (the most frequent ones)."""
     in_name_T = tokens.place_T >= 0
     place_T = np.where(in_name_T, np.minimum(tokens.place_T, len(_PLACES) - 1), -1)
     counted = Counter(text for text, inside in zip(tokens.texts, in_name_T, strict=True) if inside)
@@ -99,7 +106,7 @@ def token_labels(tokens: Tokens) -> list[LabelSet]:
 
 
 def card_labels(cards: Sequence[Card], tokens: Tokens) -> list[LabelSet]:
-    """Labels of the names' own tokens by the card's type (an Artifact Creature is a Creature) and its color."""
+    """Labels the tokens within names by card type (an Artifact Creature is a Creature) and color."""
     in_name_T = tokens.place_T >= 0
     types = [next((name for name in reversed(TYPES) if name in card.types), None) for card in cards]
     colors = [next(iter(colors_of(card)), None) for card in cards]

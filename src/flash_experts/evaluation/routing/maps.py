@@ -1,12 +1,12 @@
-"""Which expert took which token of given names, as numbers. `router_report` draws them.
+"""Router maps: which expert processes which token of given names, with load balance and entropy of each router.
 
-Names are packed into rows and go through the blocks alone: no logits are computed. The end symbol of a name is
-predicted and never read, so no expert takes it; the last token of the name is where it is predicted.
+Packed names pass through the transformer blocks without the output layer. The EOS token is predicted and never read, so
+it has no expert.
 
-With expert choice a token's experts depend on the tokens that stand in the same row, here `TOKENS_PER_BATCH` of them. A
-capacity drops nothing outside of training; what a training forward of such a row would drop is counted.
+With expert choice, the experts of a token depend on the batch composition, here `TOKENS_PER_BATCH` tokens. Token
+dropping by a capacity factor happens in training only; it is counted here.
 
-Letters in the shapes: T tokens of all names, E experts, K experts per token, L layers with experts.
+Shape suffixes: T tokens of all names, E experts, K experts per token, L MoE layers.
 """
 
 from __future__ import annotations
@@ -24,28 +24,31 @@ from transformers import PreTrainedTokenizerBase
 
 from flash_experts.data.cards import Card
 from flash_experts.data.packing import EncodedName, encode_names, pack_all
-from flash_experts.data.prompts import NONE, Attributes, known_part, read_conditions
+from flash_experts.data.prompts import UNCONDITIONAL, Attributes, drop_unknown, read_conditions
 from flash_experts.data.tokenizer import load_tokenizer
-from flash_experts.evaluation.curves import read_records
-from flash_experts.evaluation.router_tokens import TOKEN_CLASSES, Tokens, card_labels, token_labels
+from flash_experts.evaluation.routing.specialization import Specialization, specializations
+from flash_experts.evaluation.routing.tokens import TOKEN_CLASSES, Tokens, card_labels, token_labels
 from flash_experts.evaluation.scorers import TOKENS_PER_BATCH, check_lengths, scoring
-from flash_experts.evaluation.specialization import Specialization, specializations
-from flash_experts.generation.vocabulary import NameVocabulary
+from flash_experts.generation.filters.vocabulary import NameVocabulary
 from flash_experts.models.loading import load_model
 from flash_experts.models.moe import GPT2MoEForCausalLM
-from flash_experts.models.router import ExpertChoiceRouter, Router
-from flash_experts.models.router_hooks import listening, routers_of
+from flash_experts.models.router import Router
 from flash_experts.models.router_metrics import (
     FEWEST_CHOICES,
     advice,
-    find_trouble,
+    diagnose_loads,
+    listening,
     load_metrics,
     over_mean,
     pair_metrics,
+    routers_of,
 )
-from flash_experts.training.tracking import METRICS_FILE
+from flash_experts.released import model_folder
+from flash_experts.training.tracking import METRICS_FILE, read_untrusted_metrics
 
-_MOMENTS = 12  # of a training, at most, whose loads are shown
+_MOMENTS = 12  # points in training whose loads are shown, at most
+
+
 _SETTINGS = (
     *("num_experts", "num_experts_per_tok", "num_shared_experts", "routing", "scoring_func", "capacity_factor"),
     *("router_aux_loss_coef", "router_bias_update_rate"),
@@ -54,16 +57,15 @@ _SETTINGS = (
 
 @dataclass(frozen=True, slots=True)
 class BlockRouting:
-    """What the router of one block did with T tokens.
+    """Routing of T tokens in one block.
 
     Attributes:
-        block: from 0.
-        chosen_TE: (T, E) true where the token is one of the expert's.
-        gates_TE: (T, E) float32, 0 where it is not.
-        entropy: mean entropy of a token's probabilities, as a share of log E.
+        chosen_TE: true where the token goes to the expert.
+        gates_TE: gates, 0 where it does not.
+        entropy: mean entropy of a token's routing probabilities / log E.
         top1: mean probability of a token's best expert.
-        left_out: share of the choices that a capacity would drop in training, or of the tokens that no expert took
-            (expert choice); None where neither can be.
+        left_out: by its name, the share of choices that the capacity factor would drop in training, or of tokens
+            without an expert (expert choice); empty if neither applies.
     """
 
     block: int
@@ -71,21 +73,20 @@ class BlockRouting:
     gates_TE: npt.NDArray[np.float32]
     entropy: float
     top1: float
-    left_out: float | None
+    left_out: dict[str, float]
 
 
 @dataclass(frozen=True, slots=True)
-class BlockFigures:
-    """Numbers of one block. Those of `flash_experts.models.router_metrics.router_metrics`, and what a run does not log.
+class BlockMetrics:
+    """Router metrics of one block; see `flash_experts.models.router_metrics.router_metrics`.
 
     Attributes:
-        block: from 0.
-        load: of each expert over the mean, all tokens that the model reads.
-        load_of_names: the same of the names' own tokens, without BOS token and prompt.
-        metrics: ``load_cv``, ``max_load``, ``load_entropy``, ``entropy``, ``top1``, and where there are such
-            ``max_pair``, ``pair_entropy``, ``drop_rate`` or ``untaken_rate``.
-        together: for each expert the share of its tokens that each other one took too; 1 on the diagonal.
-        trouble: what is wrong and the setting to change, or None.
+        load: load of each expert over the mean, on all tokens.
+        load_of_names: the same without BOS token and prompt.
+        metrics: ``load_cv``, ``max_load``, ``load_entropy``, ``entropy``, ``top1``, and if they apply ``max_pair``,
+            ``pair_entropy``, ``drop_rate`` or ``untaken_rate``.
+        together: coactivation: for each expert the share of its tokens that also go to each other expert.
+        trouble: problem (such as routing collapse) and the setting to change, or None.
     """
 
     block: int
@@ -98,13 +99,12 @@ class BlockFigures:
 
 @dataclass(frozen=True, slots=True)
 class NameMap:
-    """Which experts took the tokens of one name.
+    """Experts of the tokens of one name.
 
     Attributes:
-        name: as it is shown.
-        tokens: texts of the tokens that are read, BOS token and prompt among them.
-        classes: of `TOKEN_CLASSES`, of each token.
-        experts: by block, for each token its experts and their gates, the largest gate first.
+        tokens: texts of the input tokens, with BOS token and prompt.
+        classes: class of each token, from `TOKEN_CLASSES`.
+        experts: (expert, gate) pairs of each token by block, the largest gate first.
     """
 
     name: str
@@ -115,7 +115,7 @@ class NameMap:
 
 @dataclass(frozen=True, slots=True)
 class TrainingLoads:
-    """Load over a training: of each block, for some moments, of each expert, over the mean."""
+    """Loads over the mean during training: by block, for some steps, of each expert."""
 
     steps: tuple[int, ...]
     loads: dict[int, tuple[tuple[float, ...], ...]]
@@ -123,19 +123,12 @@ class TrainingLoads:
 
 @dataclass(frozen=True, slots=True)
 class RouterMap:
-    """All that `inspect_router` found.
+    """Result of `inspect_router`.
 
     Attributes:
-        model: its name.
-        settings: of the configuration, what routing depends on.
-        names: how many.
-        tokens: how many were read.
-        seed: of the shuffles.
-        blocks: figures of each block with experts.
-        specializations: label by label, block by block.
-        left_out_labels: labels that have too few tokens to tell anything.
-        maps: of the first names.
-        training: None without a record of it.
+        settings: configuration fields that routing depends on.
+        left_out_labels: labels with too few tokens.
+        training: loads during training, or None without metrics.jsonl.
     """
 
     model: str
@@ -143,7 +136,7 @@ class RouterMap:
     names: int
     tokens: int
     seed: int
-    blocks: tuple[BlockFigures, ...]
+    blocks: tuple[BlockMetrics, ...]
     specializations: tuple[Specialization, ...]
     left_out_labels: tuple[str, ...]
     maps: tuple[NameMap, ...]
@@ -151,17 +144,17 @@ class RouterMap:
 
     @property
     def has_pairs(self) -> bool:
-        """Whether a token may have several experts."""
+        """Whether a token can have several experts."""
         return self.settings["num_experts_per_tok"] > 1 or self.settings["routing"] == "expert_choice"
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, ready for json.dumps."""
+        """Returns plain values, ready for json.dumps."""
         own = {name: getattr(self, name) for name in ("model", "settings", "names", "tokens", "seed")}
         maps = [{key: getattr(each, key) for key in NameMap.__slots__} for each in self.maps]
         training = self.training and {key: getattr(self.training, key) for key in TrainingLoads.__slots__}
         return {
             **own,
-            "blocks": [{key: getattr(each, key) for key in BlockFigures.__slots__} for each in self.blocks],
+            "blocks": [{key: getattr(each, key) for key in BlockMetrics.__slots__} for each in self.blocks],
             "specializations": [each.to_json() for each in self.specializations],
             "left_out_labels": list(self.left_out_labels),
             "maps": maps,
@@ -180,28 +173,23 @@ def inspect_router(
     tokenizer: PreTrainedTokenizerBase | None = None,
     device: str | torch.device | None = None,
 ) -> RouterMap:
-    """Sends names through a model and looks at its routers.
+    """Runs names through a model (folder, hub id, or object with ``tokenizer``) and analyzes its routers.
 
     Args:
-        source: a folder, a hub id, or a model (then with ``tokenizer``).
-        names: to look at.
-        cards: of the names, in their order, for labels by type and color; None if unknown.
-        prompted: tell the cards' attributes in the prompt; otherwise, and without cards, the prompt tells nothing.
-        shown: make maps of this many names, the first.
-        seed: of the shuffles.
-        tokenizer: the model's, where ``source`` is a model.
-        device: where to load a model to; CUDA if there is one, when None.
+        cards: cards of the names in the same order, for labels by type and color, or None.
+        prompted: condition on the attributes of ``cards``; otherwise unconditional.
+        shown: number of names, from the first, to make maps of.
 
     Raises:
-        ValueError: no names, a name that is too long, a model without experts or with one alone, no such model.
+        ValueError: there are no names, a name is too long, the model does not exist or has fewer than two experts.
     """
     if not names:
-        raise ValueError("no names to look at: give at least one")
+        raise ValueError("no names to inspect: give at least one")
     model, tokenizer, label = _load(source, tokenizer, device)
-    attributes = [NONE] * len(names)
+    attributes = [UNCONDITIONAL] * len(names)
     if cards is not None and prompted:
         conditions = read_conditions(model.config.to_dict())
-        attributes = [known_part(Attributes.of(card), conditions) for card in cards]
+        attributes = [drop_unknown(Attributes.of(card), conditions) for card in cards]
     encoded = encode_names(names, attributes, tokenizer)
     check_lengths(model, names, encoded)
     routing = route(model, encoded)
@@ -210,18 +198,19 @@ def inspect_router(
     found = specializations(
         labels, [each.chosen_TE for each in routing], [each.block for each in routing], tokens.name_T, seed=seed
     )
-    told = {each.title for each in found}
+    tested = {each.title for each in found}
+    folder = None if isinstance(source, GPT2MoEForCausalLM) else model_folder(source)
     return RouterMap(
         model=label,
         settings={field: getattr(model.config, field) for field in _SETTINGS},
         names=len(names),
         tokens=len(tokens.name_T),
         seed=seed,
-        blocks=tuple(_figures(each, tokens, model) for each in routing),
+        blocks=tuple(_metrics(each, tokens, model) for each in routing),
         specializations=tuple(found),
-        left_out_labels=tuple(label.title for label in labels if label.title not in told),
+        left_out_labels=tuple(label.title for label in labels if label.title not in tested),
         maps=name_maps(names[:shown], tokens, routing),
-        training=None if isinstance(source, GPT2MoEForCausalLM) else read_loads(Path(source) / METRICS_FILE),
+        training=None if folder is None else read_loads(folder / METRICS_FILE),
     )
 
 
@@ -237,7 +226,7 @@ def _load(
     else:
         loaded = load_model(source, device)
         if not isinstance(loaded, GPT2MoEForCausalLM):
-            raise ValueError(f"{source} has no experts, so no router: inspect takes what upcycle or train wrote")
+            raise ValueError(f"{source} has no experts, so no router: give an MoE model from upcycle or train")
         model, label, tokenizer = loaded, str(source), load_tokenizer(source, loaded.config.vocab_size)
     if model.config.num_experts == 1:
         raise ValueError(f"{label} has one expert in each layer: its router has nothing to choose")
@@ -250,12 +239,9 @@ def _load(
 def route(
     model: GPT2MoEForCausalLM, names: Sequence[EncodedName], tokens_per_batch: int = TOKENS_PER_BATCH
 ) -> list[BlockRouting]:
-    """Which expert took which token, block by block.
+    """Records the routing of each block for encoded names.
 
-    Args:
-        model: any mode; it is evaluated.
-        names: T tokens in all, the end symbols not counted.
-        tokens_per_batch: of a row. It matters to expert choice and to capacities alone.
+    ``tokens_per_batch``, the length of a packed sequence, matters only to expert choice and capacity factors.
     """
     routers = routers_of(model)
     seen: dict[int, list[tuple[torch.Tensor, ...]]] = {block: [] for block in routers}
@@ -266,7 +252,7 @@ def route(
     with scoring(model), listening(model, note):
         for row in pack_all(names, tokens_per_batch):
             inputs = row.to(model.device).inputs
-            del inputs["logits_to_keep"]  # of the head, which is not asked
+            del inputs["logits_to_keep"]  # an argument of the output layer
             model.transformer(**inputs)
     return [_block_routing(block, routers[block], rows) for block, rows in seen.items()]
 
@@ -274,11 +260,9 @@ def route(
 def _routing_of(
     router: Router, logits_TE: torch.Tensor, gates: torch.Tensor, choices: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Of one forward, on its device: (T, E) choices, (T, E) gates, and sums of entropy, best probability, left out."""
+    """Returns (T, E) choices, (T, E) gates, and sums of entropy, best probability and left-out tokens of a forward."""
     member_TE = router.membership(choices, len(logits_TE))
-    gates_TE = torch.zeros_like(member_TE)
-    by_choice = gates_TE.T if isinstance(router, ExpertChoiceRouter) else gates_TE
-    by_choice.scatter_(1, choices, gates.to(gates_TE.dtype))
+    gates_TE = router.dense_gates(gates, choices, len(logits_TE))
     logprobs_TE = router.log_scores(logits_TE).log_softmax(-1)
     entropy_T = -(logprobs_TE.exp() * logprobs_TE).sum(-1)
     left_out = router.left_out(logits_TE, choices, None)
@@ -289,28 +273,22 @@ def _block_routing(block: int, router: Router, rows: Sequence[tuple[torch.Tensor
     member, gates, sums = zip(*rows, strict=True)
     chosen_TE = torch.cat(member).cpu().numpy()
     entropy, top1, left_out = (torch.stack(sums).double().sum(0) / len(chosen_TE)).tolist()
-    left: float | None = None
-    if isinstance(router, ExpertChoiceRouter):
-        left = left_out
-    elif router.capacity_factor is not None:
-        left = left_out / router.top_k
+    left = router.left_out_rate(left_out, 1)
     return BlockRouting(
         block, chosen_TE, torch.cat(gates).cpu().numpy(), entropy / math.log(router.num_experts), top1, left
     )
 
 
-def _figures(routing: BlockRouting, tokens: Tokens, model: GPT2MoEForCausalLM) -> BlockFigures:
+def _metrics(routing: BlockRouting, tokens: Tokens, model: GPT2MoEForCausalLM) -> BlockMetrics:
     chosen = routing.chosen_TE.astype(np.float64)
     pairs_EE = chosen.T @ chosen
     load_E = torch.from_numpy(chosen.sum(0))
     metrics = load_metrics(load_E) | pair_metrics(torch.from_numpy(pairs_EE))
-    metrics |= {"entropy": routing.entropy, "top1": routing.top1}
-    if routing.left_out is not None:
-        metrics["untaken_rate" if model.config.routing == "expert_choice" else "drop_rate"] = routing.left_out
+    metrics |= {"entropy": routing.entropy, "top1": routing.top1} | routing.left_out
     trouble = None
     if load_E.mean() >= FEWEST_CHOICES:
-        trouble = find_trouble(load_E, model.config.num_experts_per_tok)
-    return BlockFigures(
+        trouble = diagnose_loads(load_E, model.config.num_experts_per_tok)
+    return BlockMetrics(
         block=routing.block,
         load=over_mean(load_E),
         load_of_names=over_mean(torch.from_numpy(chosen[tokens.place_T >= 0].sum(0))),
@@ -321,7 +299,7 @@ def _figures(routing: BlockRouting, tokens: Tokens, model: GPT2MoEForCausalLM) -
 
 
 def name_maps(names: Sequence[str], tokens: Tokens, routing: Sequence[BlockRouting]) -> tuple[NameMap, ...]:
-    """Token by token, the experts of the first names: ``names`` are those of ``tokens``, or fewer."""
+    """Maps each token of the first names to its experts; ``names`` may be fewer than those of ``tokens``."""
     maps = []
     for index, name in enumerate(names):
         mine = np.flatnonzero(tokens.name_T == index).tolist()
@@ -346,16 +324,15 @@ def _experts_of(routing: BlockRouting, token: int) -> tuple[tuple[int, float], .
 
 
 def read_loads(path: Path) -> TrainingLoads | None:
-    """Loads over a training, at up to 12 moments, from its metrics.jsonl; None where they are not recorded.
+    """Reads expert loads during training, averaged over up to 12 intervals, from metrics.jsonl; None if not recorded.
 
-    Each moment is the mean of the lines since the one before. A step that a resumed run repeated counts as the last
-    time.
+    Of a step repeated after a resume, the last values count.
     """
     steps: dict[int, dict[int, list[float]]] = {}
-    for record in read_records(path):
+    for record in read_untrusted_metrics(path):
         try:
             loads = _loads_of(record)
-        except (ValueError, KeyError, TypeError, OverflowError):  # no number, or not of every expert
+        except (ValueError, KeyError, TypeError, OverflowError):  # not a number, or experts are missing
             continue
         if loads:
             steps[record["step"]] = loads
@@ -373,7 +350,7 @@ def read_loads(path: Path) -> TrainingLoads | None:
 
 
 def _loads_of(record: dict[str, Any]) -> dict[int, list[float]]:
-    """``router/3/load/0``, ``router/3/load/1``, ... of a line, by block."""
+    """Collects ``router/3/load/0``, ``router/3/load/1``, ... of a line, by block."""
     found: dict[int, dict[int, float]] = {}
     for key, value in record.items():
         match key.split("/"):

@@ -1,6 +1,6 @@
-"""What `flash_experts.evaluation.router_maps` found, for a terminal and as one HTML page that needs nothing else.
+"""Router report of `flash_experts.evaluation.routing.maps`: text for a terminal, and a self-contained HTML page.
 
-The page has no script, and nothing in it comes from elsewhere. Every color stands beside its number.
+The page has no script and loads nothing. Every color is next to its number.
 """
 
 from __future__ import annotations
@@ -10,11 +10,13 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from flash_experts.evaluation.report import load_template
-from flash_experts.evaluation.router_maps import BlockFigures, NameMap, RouterMap
-from flash_experts.evaluation.specialization import Specialization
+from flash_experts.evaluation.routing.maps import BlockMetrics, NameMap, RouterMap
+from flash_experts.evaluation.routing.specialization import Specialization
 from flash_experts.evaluation.tables import MISSING, Table
 
-_GATES_SHOWN = 3  # experts of a token whose gates find room beside their numbers
+_GATES_SHOWN = 3  # experts of a token for which a cell has room for gates
+
+
 _METRICS = {
     "load_cv": "load: deviation / mean",
     "max_load": "load: largest / mean",
@@ -30,7 +32,7 @@ _METRICS = {
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """A number in a shaded cell: ``shade`` from 0 to 100, ``small`` below it, ``mark`` beside it."""
+    """A number in a shaded cell: ``shade`` from 0 to 100, ``mark`` next to it, ``small`` below it."""
 
     text: str
     shade: int
@@ -40,7 +42,7 @@ class Cell:
 
 @dataclass(frozen=True, slots=True)
 class HeatTable:
-    """A table of shaded numbers. ``weight`` tells which of several is shown first."""
+    """A table of shaded numbers. Of several, the one with the largest ``weight`` is open at first."""
 
     title: str
     corner: str
@@ -51,13 +53,12 @@ class HeatTable:
 
 @dataclass(frozen=True, slots=True)
 class MapCell:
-    """The experts of a token in one block.
+    """Experts of a token in one block.
 
     Attributes:
-        experts: their numbers, "–" if there is none.
-        gates: in percent, "" where there are too many.
-        classes: for color and highlighting.
-        split: percent of the cell that the first expert's color takes.
+        gates: gates in percent, "" if there are too many.
+        classes: CSS classes for color and highlighting.
+        split: percent of the cell with the first expert's color.
     """
 
     experts: str
@@ -67,10 +68,10 @@ class MapCell:
 
 
 def render_router_report(result: RouterMap) -> str:
-    """The page. All text of models, names and tokens is escaped."""
+    """Renders the page. All text of models, names and tokens is escaped."""
     num_experts: int = result.settings["num_experts"]
     by_label = groupby(result.specializations, key=lambda each: each.title)
-    return load_template(__package__, "router_report").render(
+    return load_template(__package__, "report").render(
         result=result,
         expert_range=range(num_experts),
         hues=expert_hues(num_experts),
@@ -87,15 +88,15 @@ def render_router_report(result: RouterMap) -> str:
 
 
 def format_router(result: RouterMap, width: int = 120) -> str:
-    """The figures for a terminal."""
+    """Formats the router metrics for a terminal."""
     lines = [f"{result.model}: {result.names:,} names, {result.tokens:,} tokens"]
     lines += [metrics_table(result.blocks).to_text(width), *verdicts(result)]
     lines += [f"block {each.block}: {each.trouble}" for each in result.blocks if each.trouble]
     return "\n".join(lines)
 
 
-def metrics_table(blocks: Sequence[BlockFigures]) -> Table:
-    """A row for each figure, a column for each block."""
+def metrics_table(blocks: Sequence[BlockMetrics]) -> Table:
+    """Makes a table with one row per metric and one column per block."""
     names = [name for name in _METRICS if name in blocks[0].metrics or any(name in each.metrics for each in blocks)]
     rows = tuple(
         (_METRICS[name], *(f"{each.metrics[name]:.3f}" if name in each.metrics else MISSING for each in blocks))
@@ -105,7 +106,7 @@ def metrics_table(blocks: Sequence[BlockFigures]) -> Table:
 
 
 def verdicts(result: RouterMap) -> list[str]:
-    """One sentence for each label: whether its tokens go to experts of their own."""
+    """Writes one sentence per label: whether experts specialize in it."""
     sentences = []
     for title, group in groupby(result.specializations, key=lambda each: each.title):
         each = list(group)
@@ -116,11 +117,11 @@ def verdicts(result: RouterMap) -> list[str]:
         best = max(real, key=lambda one: one.information - one.shuffled)
         where = "every block" if len(real) == len(each) else f"{len(real)} of {len(each)} blocks"
         sentences.append(
-            f"{title}: more than chance in {where}, most in block {best.block}: the expert tells "
-            f"{best.information:.3f} bits of it, where shuffled labels give {best.shuffled:.3f}."
+            f"{title}: more than chance in {where}, most in block {best.block}: the expert has "
+            f"{best.information:.3f} bits of information on it, where shuffled labels give {best.shuffled:.3f}."
         )
     for title in result.left_out_labels:
-        sentences.append(f"{title}: too few tokens in two groups or more to tell anything.")
+        sentences.append(f"{title}: too few tokens for a test (two groups with enough tokens are needed).")
     return sentences
 
 
@@ -132,7 +133,7 @@ def _shade(value: float, highest: float) -> int:
 
 
 def _in_order(tables: Sequence[HeatTable]) -> list[tuple[HeatTable, bool]]:
-    """Tables, and whether each is the one that is shown first."""
+    """Returns tables, and whether each is the one that is open at first."""
     heaviest = max(range(len(tables)), key=lambda index: tables[index].weight, default=0)
     return [(table, index == heaviest) for index, table in enumerate(tables)]
 
@@ -154,7 +155,7 @@ def _information_table(found: Sequence[Specialization]) -> HeatTable | None:
         )
         rows.append((title, cells))
     blocks = list(dict.fromkeys(each.block for each in found))
-    return HeatTable("Bits that the expert tells of a label", "label", _blocks(blocks), tuple(rows))
+    return HeatTable("Mutual information of expert and label, in bits", "label", _blocks(blocks), tuple(rows))
 
 
 def _blocks(blocks: Sequence[int]) -> tuple[str, ...]:
@@ -165,9 +166,9 @@ def _load_cells(loads: Sequence[float]) -> tuple[Cell, ...]:
     return tuple(Cell(f"{load:.2f}", _shade(load, 3.0)) for load in loads)
 
 
-def _load_table(blocks: Sequence[BlockFigures], of_names: bool) -> HeatTable:
+def _load_table(blocks: Sequence[BlockMetrics], of_names: bool) -> HeatTable:
     loads = [each.load_of_names if of_names else each.load for each in blocks]
-    what = "tokens of the names alone" if of_names else "all tokens that the model reads"
+    what = "tokens of the names only" if of_names else "all input tokens"
     rows = tuple(zip(_blocks([each.block for each in blocks]), map(_load_cells, loads), strict=True))
     return HeatTable(f"Load over the mean, {what}", "expert", _numbers(len(loads[0])), rows)
 
@@ -177,7 +178,7 @@ def _numbers(count: int) -> tuple[str, ...]:
 
 
 def _share_table(found: Specialization) -> HeatTable:
-    """Shares of each group in percent; shaded by them, marked where chance is ruled out."""
+    """Makes a table of the shares of each group in percent, with marks where they are significant."""
     highest = max(max(row) for row in found.share)
     rows = []
     for group, tokens, share, marks in zip(found.groups, found.tokens, found.share, found.marks, strict=True):
@@ -197,18 +198,18 @@ def _share_table(found: Specialization) -> HeatTable:
     )
 
 
-def _together_table(figures: BlockFigures) -> HeatTable:
-    others = [share for i, row in enumerate(figures.together) for j, share in enumerate(row) if i != j]
+def _together_table(block: BlockMetrics) -> HeatTable:
+    others = [share for i, row in enumerate(block.together) for j, share in enumerate(row) if i != j]
     rows = []
-    for expert, row in enumerate(figures.together):
+    for expert, row in enumerate(block.together):
         cells = tuple(
             Cell("·", 0) if other == expert else Cell(f"{100 * share:.0f}", _shade(share, max(others)))
             for other, share in enumerate(row)
         )
         rows.append((str(expert), cells))
-    weight = figures.metrics.get("max_pair", 0.0)
-    title = f"Block {figures.block}: percent of the row's tokens that go to the column's expert too"
-    return HeatTable(title, "expert", _numbers(len(figures.together)), tuple(rows), weight)
+    weight = block.metrics.get("max_pair", 0.0)
+    title = f"Block {block.block}: percent of the row's tokens that go to the column's expert too"
+    return HeatTable(title, "expert", _numbers(len(block.together)), tuple(rows), weight)
 
 
 def _training_tables(result: RouterMap) -> list[tuple[HeatTable, bool]]:
@@ -224,12 +225,12 @@ def _training_tables(result: RouterMap) -> list[tuple[HeatTable, bool]]:
 
 
 def expert_hues(num_experts: int) -> list[int]:
-    """A hue for each expert, in degrees, as far from each other as can be."""
+    """Returns evenly spaced hues of the experts, in degrees."""
     return [round(20 + 360 * expert / num_experts) for expert in range(num_experts)]
 
 
 def map_rows(found: NameMap) -> tuple[NameMap, list[tuple[str, list[MapCell]]]]:
-    """A row of cells for each block."""
+    """Makes one row of cells per block."""
     rows = []
     for block, experts_of_tokens in found.experts.items():
         rows.append((f"block {block}", [_map_cell(experts) for experts in experts_of_tokens]))
