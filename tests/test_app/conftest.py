@@ -1,4 +1,4 @@
-"""The released model and a mixture of experts made of it, loaded once for all tests of the playground."""
+"""The released model and an MoE model upcycled from it, loaded once for all tests of the playground."""
 
 from __future__ import annotations
 

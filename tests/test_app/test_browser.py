@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -12,11 +12,14 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote_plus
 
 import pytest
 
 from flash_experts import NameGenerator
+from flash_experts.app.exporting import FORMATS
 from flash_experts.app.settings import PREFIX, Settings
+from tests.helpers.playground_page import WAIT, copied, downloaded, load, press_load, texts, unlabeled, wait_for
 
 pytest.importorskip("gradio", reason="the playground's extra is not installed: pip install -e '.[app]'")
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install -e '.[dev]'")
@@ -28,7 +31,6 @@ FLAGS = (
 ).split()
 BASE = Path(__file__).parent.parent.parent / "models/mtg-base"
 EVIL = "<script>window.evil=1</script>"
-WAIT = 30_000  # ms
 
 pytestmark = [
     pytest.mark.slow,
@@ -65,6 +67,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
             executable_path=CHROMIUM,
             args=FLAGS,
             viewport={"width": 1280, "height": 900},
+            permissions=["clipboard-read", "clipboard-write"],
         )
         context.set_default_timeout(WAIT)
         yield context
@@ -83,6 +86,8 @@ def page(browser: Any, server: tuple[subprocess.Popen[str], str]) -> Iterator[An
     page.goto(server[1])
     page.locator("#fe-make").wait_for()
     yield page
+    if page.url.startswith(server[1]):
+        page.evaluate("localStorage.clear()")
     page.close()
     assert asked and all(address.startswith(("blob:", server[1])) for address in asked), "nothing from elsewhere"
     assert errors == []
@@ -92,10 +97,15 @@ def test_a_visit(server: tuple[subprocess.Popen[str], str], page: Any, tmp_path:
     names = _one_click_gives_names(page)
     _names_are_kept_by_keyboard(page, names[1])
     _more_like_those_that_are_kept(page, names[1])
-    _a_name_is_looked_into(page)
+    _a_name_opens_as_a_card_and_is_inspected(page)
     _a_star_that_is_pressed_while_names_come(page, names[1])
-    _the_table_is_downloaded(page, tmp_path)
+    _names_are_downloaded(page, tmp_path)
     _settings_are_shared(page)
+    _names_are_copied(page, names[1])
+    _an_earlier_request_is_opened(page)
+    _a_reload_and_a_link_restore_the_session(page, names[1])
+    _several_cards_are_named(page)
+    _settings_are_reset(page, server[1])
     _evil_settings_are_text(page)
     _two_models_are_compared(page)
     _it_fits_a_phone_and_the_dark(page, server[1])
@@ -105,42 +115,45 @@ def test_every_accordion_tab_and_button(page: Any) -> None:
     """Names can be requested after each is opened or pressed, and nothing has changed a setting."""
     seeds = {_requested(page)}
     accordions = page.locator("button.label-wrap")
-    titles = accordions.all_inner_texts()
-    assert len(titles) == 4
-    for place in range(len(titles)):
-        accordions.nth(place).click()
-        page.wait_for_selector(f"button.label-wrap.open >> nth={place}")
-        seeds.add(_requested(page))
-    assert len(seeds) == 5, "a new seed each time"
+    assert [text.split("\n")[0] for text in accordions.all_inner_texts()] == [
+        "More options", "How many", "Rules for the names", "Sampling", "Several cards at once", "History",
+        "Share these settings",
+    ]  # fmt: skip
+    for accordion in accordions.all()[1:]:
+        accordion.click()
+    page.wait_for_function("document.querySelectorAll('button.label-wrap.open').length === 7")
+    assert unlabeled(page) == []
+    seeds.add(_requested(page))
+    assert len(seeds) == 2, "a new seed each time"
     fields = page.locator("#fe-seed, #fe-min_length, #fe-max_length").locator("input, textarea")
     assert [field.input_value() for field in fields.all()] == ["", "", ""]
     fields.last.fill("6x")
-    page.locator("#fe-make").click()
+    fields.last.press("Enter")
     page.wait_for_selector("#fe-status [role=alert] >> text=Most characters must be a whole number, not '6x'")
     fields.last.fill("")
 
-    page.get_by_role("button", name=re.compile("^Keep ")).first.click()
-    page.wait_for_selector("#fe-table [aria-pressed=true]")
     others = page.locator("button.label-wrap, button[data-do], footer button").all_inner_texts()
     titles = [text for text in page.get_by_role("button").all_inner_texts() if text.strip("\n ↺")]
     titles = [text for text in titles if text not in others]
-    assert {"Make names", "Stop", "Red Goblins", "More like the kept ones", "Load these settings"} <= set(titles)
+    assert {"Make names", "Stop", "Reset", "Red Goblins", "More like the kept ones", "Copy kept names", "Copy link",
+            "Release all", "Copy these settings", "Download kept names", "Download all", "Make names for each card",
+            "Load these settings"} <= set(titles)  # fmt: skip
     for title in titles:
         page.get_by_role("button", name=title, exact=True).click()
     page.get_by_role("tab", name="Compare").click()
     page.locator("#fe-compare").click()
     for side in "AB":
-        _wait_for(page, 20, f"#fe-side-{side}")
+        wait_for(page, 20, f"#fe-side-{side}")
     page.get_by_role("tab", name="Names").click()
-    _requested(page, kept=1)
+    _requested(page)
 
 
-def _requested(page: Any, kept: int = 0) -> str:
+def _requested(page: Any) -> str:
     """The seed of 20 names requested now, with nothing else in the settings that make them again."""
     page.locator("#fe-status").evaluate("element => element.querySelector('p')?.remove()")
     page.locator("#fe-make").click()
     page.wait_for_selector("#fe-status >> text=/^20 names/")
-    _wait_for(page, kept + 20)
+    wait_for(page, 20)
     return page.locator("#fe-status p").inner_text().rpartition("seed ")[2]
 
 
@@ -148,25 +161,14 @@ def test_ctrl_c_closes_the_playground(server: tuple[subprocess.Popen[str], str],
     process, _ = server
     page.goto("about:blank")
     process.send_signal(signal.SIGINT)
-    said, failed = process.communicate(timeout=60)
-    assert said == "The playground is closed.\n" and failed == "" and process.returncode == 0
-
-
-def _texts(page: Any, table: str = "#fe-table") -> list[str]:
-    return page.locator(f"{table} .fe-name").all_inner_texts()
-
-
-def _wait_for(page: Any, count: int, table: str = "#fe-table") -> list[str]:
-    """The names of a table, once it has so many and the request is over."""
-    page.wait_for_function(
-        "([table, count]) => document.querySelectorAll(`${table} .fe-name`).length === count", arg=[table, count]
-    )
-    return _texts(page, table)
+    out, failed = process.communicate(timeout=60)
+    assert out == "The playground is closed.\n" and failed == "" and process.returncode == 0
 
 
 def _one_click_gives_names(page: Any) -> list[str]:
-    page.get_by_role("button", name="Make names").click()
-    names = _wait_for(page, 20)
+    assert page.get_by_label("Quality").input_value() == "good: the best of 8"
+    page.get_by_role("button", name="Make names", exact=True).click()
+    names = wait_for(page, 20)
     assert len(set(names)) == 20 and all(names)
     assert page.locator("#fe-table .fe-card").count() == 20
     status = page.locator("#fe-status [role=status]").inner_text()
@@ -175,7 +177,13 @@ def _one_click_gives_names(page: Any) -> list[str]:
 
 
 def _names_are_kept_by_keyboard(page: Any, name: str) -> None:
-    """The focus stays on the button though the table is written anew, and Tab goes on from there."""
+    """The focus is visible, stays on the button although the table is replaced, and Tab continues from there."""
+    page.locator("#fe-colors input").last.focus()
+    for button in ("fe-make", "fe-stop", "fe-reset"):
+        page.keyboard.press("Tab")
+        assert page.evaluate("[document.activeElement.id, getComputedStyle(document.activeElement).outlineStyle]") == [
+            button, "solid",
+        ]  # fmt: skip
     page.get_by_role("button", name=f"Keep {name}", exact=True).focus()
     page.keyboard.press("Enter")
     page.wait_for_selector(f'#fe-table [data-key="lock {name}"][aria-pressed=true]')
@@ -187,108 +195,198 @@ def _names_are_kept_by_keyboard(page: Any, name: str) -> None:
 
 def _more_like_those_that_are_kept(page: Any, name: str) -> None:
     page.get_by_role("button", name="More like the kept ones").click()
-    names = _wait_for(page, 21)
+    names = wait_for(page, 21)
     assert names[0] == name and name not in names[1:]
     page.get_by_role("button", name="Share these settings").click()
-    assert f"like={name.split()[0]}" in page.locator("#fe-share textarea").input_value()
+    assert f"like={quote_plus(name.split()[0])}" in page.locator("#fe-share textarea").input_value()
 
 
-def _a_name_is_looked_into(page: Any) -> None:
-    page.locator("#fe-table .fe-name").nth(3).click()
-    title = page.locator("#fe-looked")
-    assert title.inner_text() == _texts(page)[3]
+def _a_name_opens_as_a_card_and_is_inspected(page: Any) -> None:
+    """Next to the names; Escape closes it, and the focus returns to the name."""
+    name = texts(page)[3]
+    page.locator("#fe-table .fe-name").nth(3).focus()
+    page.keyboard.press("Enter")
+    page.wait_for_function("document.activeElement.id === 'fe-looked'")
     panel = page.locator("#fe-panel")
+    assert panel.locator(".fe-frame h2").inner_text() == name
+    table, side = (page.locator(each).bounding_box() for each in ("#fe-table", "#fe-side"))
+    assert side["x"] >= table["x"] + table["width"] and side["y"] < 900, "next to the names, without scrolling"
+    page.evaluate("scrollTo(0, 300)")
+    assert 0 <= page.locator("#fe-side").bounding_box()["y"] < 50, "and it stays there"
     assert "dense: it has no experts" in panel.inner_text()
     assert panel.locator(".fe-steps tbody tr").last.locator("th").inner_text() == "[EOS]"
     first = panel.locator(".fe-attention").inner_text()
     panel.get_by_role("group", name="Head of the attention").get_by_role("button", name="2").click()
     page.wait_for_function("first => document.querySelector('.fe-attention').innerText !== first", arg=first)
+    panel.get_by_role("button", name="Copy this name").click()
+    assert copied(page, f"Copied {name}") == name
+    page.keyboard.press("Escape")
+    page.wait_for_function("name => document.activeElement.dataset.key === name", arg=f"name {name}")
+    assert panel.locator(".fe-frame").count() == 0 and not page.locator("#fe-side").is_visible()
 
 
 def _a_star_that_is_pressed_while_names_come(page: Any, kept: str) -> None:
     """It is there when all have come, and lets go for what follows."""
-    _load(page, Settings(count=40, seed=987654321).to_string())
-    page.wait_for_selector("text=Settings loaded")
-    page.get_by_role("button", name="Make names").click()
+    load(page, Settings(count=40, seed=987654321))
+    page.locator("#fe-make").click()
     page.wait_for_selector("#fe-status >> text=seed 987654321")
-    name = _texts(page)[1]
+    name = texts(page)[1]
     star = page.get_by_role("button", name=f"Keep {name}", exact=True)
     star.click()
-    assert _wait_for(page, 1 + 40)[:2] == [kept, name]
+    assert wait_for(page, 1 + 40)[:2] == [kept, name]
     page.wait_for_selector("#fe-status >> text=/^40 names/")
     page.wait_for_selector(f'#fe-table [data-key="lock {name}"][aria-pressed=true]')
     star.click()
     page.wait_for_selector(f'#fe-table [data-key="lock {name}"][aria-pressed=false]')
 
 
-def _the_table_is_downloaded(page: Any, folder: Path) -> None:
-    with page.expect_download() as download:
-        page.get_by_role("button", name="Download CSV").click()
-    assert download.value.suggested_filename == "names.csv"
-    download.value.save_as(folder / "names.csv")
-    with (folder / "names.csv").open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert [row["text"] for row in rows] == _texts(page)
+def _names_are_downloaded(page: Any, folder: Path) -> None:
+    """All of them or the kept ones, in each format."""
+    kept = [*page.locator("#fe-table .fe-kept .fe-name").all_inner_texts()]
+    rows = list(csv.DictReader(downloaded(page, "Download all", folder / "names.csv").splitlines()))
+    assert [row["text"] for row in rows] == texts(page) and len(rows) > len(kept) == 1
     assert all(0 < float(row["similarity"]) < 1 for row in rows)
+    for title, suffix in FORMATS.items():
+        page.get_by_label("File format").click()
+        page.get_by_role("option", name=title).click()
+        text = downloaded(page, "Download kept names", folder / f"names.{suffix}")
+        assert kept[0] in text and rows[1]["text"] not in text
+        assert suffix != "json" or [row["text"] for row in json.loads(text)] == kept
 
 
 def _settings_are_shared(page: Any) -> None:
-    """A string fills the controls; what they then say makes the same string again."""
+    """A string fills the controls, whose values give the same string again."""
     settings = Settings(type_line="Legendary Creature — Goblin", colors="BR", mana_value=3, preset="creative",
                         temperature=1.3, contains="ar", max_words=3, banned_words=("fire",), count=3,
                         seed=5)  # fmt: skip
-    _load(page, settings.to_string())
-    page.wait_for_selector("text=Settings loaded")
-    page.get_by_role("button", name="Make names").click()
-    names = _wait_for(page, 1 + 3)[1:]
+    load(page, settings)
+    page.locator("#fe-make").click()
+    names = wait_for(page, 1 + 3)[1:]
     assert all("ar" in name.lower() for name in names)
     assert page.locator("#fe-share textarea").input_value() == settings.to_string()
-    _load(page, PREFIX + "cuont=3")
+    page.get_by_role("button", name="Copy these settings").click()
+    assert copied(page, "Copied the settings") == settings.to_string()
+    press_load(page, PREFIX + "cuont=3")
     page.wait_for_selector("#fe-status [role=alert] >> text=did you mean 'count'")
 
 
-def _load(page: Any, text: str) -> None:
-    page.locator("#fe-share textarea").fill(text)
-    page.get_by_role("button", name="Load these settings").click()
+def _names_are_copied(page: Any, kept: str) -> None:
+    name = texts(page)[2]
+    page.get_by_role("button", name=f"Copy {name}", exact=True).click()
+    assert copied(page, f"Copied {name}") == name
+    page.get_by_role("button", name="Copy kept names").click()
+    assert copied(page, "Copied 1 name") == kept + "\n"
+
+
+def _an_earlier_request_is_opened(page: Any) -> None:
+    """The first one: its names, and its settings without the seed that was drawn."""
+    names = texts(page)
+    page.get_by_role("button", name="History").click()
+    page.locator("#fe-history [data-do=open]").last.click()
+    page.wait_for_selector("#fe-status >> text=20 names of an earlier request")
+    assert len(wait_for(page, 20)) == 20 and texts(page) != names
+    assert page.get_by_label("Mana value", exact=True).input_value() == "any"
+    page.wait_for_url(lambda address: address.endswith("?v=1&model=mtg-base"))
+    page.locator("#fe-history [data-do=open]").first.click()
+    assert wait_for(page, 4) == names
+
+
+def _a_reload_and_a_link_restore_the_session(page: Any, kept: str) -> None:
+    names = texts(page)
+    page.get_by_role("button", name="Copy link").click()
+    link = copied(page, "Copied the link")
+    page.reload()
+    page.wait_for_selector("#fe-status >> text=Settings of the link")
+    assert wait_for(page, 1) == [kept] and page.get_by_label("Mana value", exact=True).input_value() == "3"
+    page.get_by_role("button", name="Reset").click()
+    page.wait_for_selector("#fe-status >> text=All settings are at their defaults")
+    page.goto(link)
+    page.wait_for_selector("#fe-status >> text=Settings of the link")
+    page.locator("#fe-make").click()
+    assert wait_for(page, 1 + 3) == names, "the link has the seed"
+    page.goto(f"{link}&{quote_plus(EVIL)}=1")
+    page.wait_for_selector(f"#fe-status [role=alert] >> text={EVIL}")
+    page.get_by_role("button", name="Share these settings").click()
+
+
+def _several_cards_are_named(page: Any) -> None:
+    page.get_by_role("button", name="Several cards at once").click()
+    page.get_by_label("Names for each").click()
+    page.get_by_role("option", name="2", exact=True).click()
+    page.locator("#fe-cards textarea").fill("Creature — Angel, W\nInstant, U")
+    page.get_by_role("button", name="Make names for each card").click()
+    page.wait_for_selector("#fe-status >> text=/^4 names/")
+    assert page.locator("#fe-table .fe-group").all_inner_texts() == ["Creature — Angel · white", "Instant · blue"]
+    page.locator("#fe-table .fe-name").last.click()
+    page.wait_for_selector("#fe-panel .fe-type >> text=Instant")
+    words = page.get_by_label("Words of the prompt").get_by_role("listitem").all_inner_texts()
+    assert [word.split()[0] for word in words] == ["instant", "blue"]
+    page.get_by_role("button", name="Close the card").click()
+    page.locator("#fe-side").wait_for(state="hidden")
+
+
+def _settings_are_reset(page: Any, url: str) -> None:
+    load(page, Settings(colors="R", mana_value=2, quality="best", count=100))
+    page.locator("#fe-make").click()
+    page.wait_for_selector("#fe-status >> text=of 100 names")
+    page.get_by_role("button", name="Stop").click()
+    page.wait_for_function("() => location.search.includes('quality=best')")
+    assert 0 < len(texts(page)) < 100, "names that came before it stopped"
+    page.get_by_role("button", name="Reset").click()
+    page.wait_for_selector("#fe-status >> text=All settings are at their defaults")
+    assert (
+        not page.get_by_label("Red", exact=True).is_checked()
+        and page.get_by_label("Mana value", exact=True).input_value() == "any"
+    )
+    assert page.get_by_label("Quality").input_value() == "good: the best of 8"
+    page.wait_for_url(lambda address: "?" not in address)
+    page.get_by_role("button", name="Release all").click()
+    page.wait_for_function("() => !document.querySelector('#fe-table .fe-kept')")
+    page.reload()
+    page.wait_for_selector(".fe-empty")
+    page.get_by_role("button", name="Share these settings").click()
 
 
 def _evil_settings_are_text(page: Any) -> None:
     """In a name, in an error, and in the panel of a name."""
-    _load(page, Settings(starts_with="<script>", count=1, seed=2).to_string())
-    page.wait_for_selector("text=Settings loaded")
-    page.get_by_role("button", name="Make names").click()
-    name = _wait_for(page, 2)[1]
+    load(page, Settings(starts_with="<script>", count=1, seed=2))
+    page.locator("#fe-make").click()
+    name = wait_for(page, 1)[0]
     assert name.lower().startswith("<script>")
-    page.locator("#fe-table .fe-name").nth(1).click()
-    page.wait_for_function("name => document.querySelector('#fe-looked').innerText === name", arg=name)
-    _load(page, Settings(regex=EVIL).to_string())
-    page.wait_for_selector("text=Settings loaded")
-    page.get_by_role("button", name="Make names").click()
+    page.locator("#fe-table .fe-name").first.click()
+    page.wait_for_function("name => document.querySelector('#fe-looked')?.innerText === name", arg=name)
+    load(page, Settings(regex=EVIL))
+    page.locator("#fe-make").click()
     page.wait_for_selector(f"#fe-status [role=alert] >> text={EVIL}")
     assert page.evaluate("window.evil === undefined")
     assert page.locator("#fe-table script, #fe-status script, #fe-panel script").count() == 0
 
 
 def _two_models_are_compared(page: Any) -> None:
-    _load(page, Settings(count=5).to_string())
-    page.wait_for_selector("text=Settings loaded")
+    load(page, Settings(count=5))
     page.get_by_role("tab", name="Compare").click()
     page.locator("#fe-compare").click()
-    left, right = (_wait_for(page, 5, f"#fe-side-{side}") for side in "AB")
+    left, right = (wait_for(page, 5, f"#fe-side-{side}") for side in "AB")
     assert left == right, "experts that were copied make the dense model's names, seed for seed"
     page.locator("#fe-side-B .fe-name").first.click()
     page.wait_for_selector("#fe-panel .fe-map")
-    assert "Of 4 experts in each of 2 blocks" in page.locator("#fe-panel").inner_text()
+    assert "Of 4 experts in each of 3 blocks" in page.locator("#fe-panel").inner_text()
 
 
 def _it_fits_a_phone_and_the_dark(page: Any, url: str) -> None:
+    """At 360 x 640 the button and the first names are visible at once, and the card does not cover its name."""
     page.emulate_media(color_scheme="dark")
-    page.set_viewport_size({"width": 390, "height": 844})
+    page.set_viewport_size({"width": 360, "height": 640})
     page.goto(url)
+    page.locator("#fe-options > button:not(.open)").wait_for()
     page.locator("#fe-make").click()
-    _wait_for(page, 20)
-    page.locator("#fe-table .fe-name").first.click()
-    page.wait_for_selector("#fe-looked")
-    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    page.wait_for_selector("#fe-status >> text=/^20 names/")
+    third = page.locator("#fe-table .fe-name").nth(2).bounding_box()
+    assert page.evaluate("scrollY") == 0 and third["y"] + third["height"] < 640
+    page.locator("#fe-table .fe-name").nth(9).click()
+    page.wait_for_function("document.activeElement.id === 'fe-looked'")
+    row, side = (page.locator(each).bounding_box() for each in ("tr.fe-chosen", "#fe-side"))
+    assert row["y"] >= 0 and row["y"] + row["height"] <= side["y"] < 640
+    assert page.evaluate("document.documentElement.scrollWidth") <= 360
     background = page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert max(map(int, background.removeprefix("rgb(").rstrip(")").split(",")[:3])) < 64, background

@@ -1,4 +1,4 @@
-"""Names within limits, comparing, looking into a model, and the pieces of HTML."""
+"""Requests with limits, comparison, inspection, and HTML."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ pytest.importorskip("gradio", reason="the playground's extra is not installed: p
 
 from flash_experts import NameGenerator
 from flash_experts.app import rendering
-from flash_experts.app.comparing import Side, compare
-from flash_experts.app.handlers import MOST_KEPT, Handlers, Table, csv_of
+from flash_experts.app.handlers import Handlers
 from flash_experts.app.inspecting import inspect_name
-from flash_experts.app.service import Playground, Progress, Row
+from flash_experts.app.service import Playground, Progress, Row, Side, compare
+from flash_experts.app.session import MOST_KEPT, Session
 from flash_experts.app.settings import Settings
 from flash_experts.generation import GeneratedName
 
@@ -35,13 +35,13 @@ def test_names_are_those_of_the_generator(playground: Playground, base: NameGene
     assert found.is_over and not found.note and found.seed == 3
 
 
-def test_names_that_are_kept_do_not_come_again(playground: Playground) -> None:
+def test_kept_names_are_not_repeated(playground: Playground) -> None:
     first = [row.name.text for row in last(playground, GOBLINS).rows]
     *_, again = playground.names(GOBLINS, without=first[:2])
     assert [row.name.text for row in again.rows][:4] == first[2:] and len(again.rows) == 6
 
 
-def test_a_seed_is_drawn_and_told(playground: Playground) -> None:
+def test_a_seed_is_drawn_and_returned(playground: Playground) -> None:
     drawn = last(playground, Settings(count=2))
     again = last(playground, Settings.from_string(drawn.settings.to_string()))
     assert again.rows == drawn.rows
@@ -51,10 +51,10 @@ def test_the_time_limit_is_kept_while_nothing_is_found(base: NameGenerator) -> N
     began = time.monotonic()
     found = last(Playground({"a": base}, time_limit=0.5), Settings(min_distance=0.8, count=100))
     assert found.is_over and "stopped after 0.5 s" in found.note and len(found.rows) < 100
-    assert time.monotonic() - began < 60  # for ever, without it
+    assert time.monotonic() - began < 60  # forever without it
 
 
-def test_constraints_that_leave_nothing_are_told(playground: Playground) -> None:
+def test_constraints_that_leave_no_name_are_reported(playground: Playground) -> None:
     with pytest.raises(ValueError, match="matches no name"):
         last(playground, Settings(regex="x{20}y{30}"))
     with pytest.raises(ValueError, match="no model 'x' here"):
@@ -89,7 +89,7 @@ def test_both_sides_have_one_seed(playground: Playground) -> None:
 # ---------------------------------------------------------------------------------------------------------- inspection
 
 
-def test_an_inspection_tells_what_the_model_computes(playground: Playground, base: NameGenerator) -> None:
+def test_an_inspection_shows_what_the_model_computes(playground: Playground, base: NameGenerator) -> None:
     name = base.generate(1, type_line="Creature — Goblin", colors="R", seed=3)[0]
     found = inspect_name(playground.model("dense"), name.text, GOBLINS)
     assert found.prompt == "creature goblin, red:" and found.tokens[0] == "[BOS]"
@@ -104,22 +104,46 @@ def test_an_inspection_tells_what_the_model_computes(playground: Playground, bas
         if step.rank <= 5:
             assert step.alternatives[step.rank - 1] == (step.token, pytest.approx(step.probability))
     T = len(found.tokens)
-    assert [block.shape for block in found.attention] == [(4, T, T)] * 4
+    assert [block.shape for block in found.attention] == [(5, T, T)] * 6
     assert np.allclose(found.attention[1].sum(-1), 1, atol=1e-5) and not np.triu(found.attention[1], 1).any()
     assert found.experts is None
 
 
-def test_an_inspection_tells_the_experts(playground: Playground) -> None:
+def test_an_inspection_shows_the_experts(playground: Playground) -> None:
     found = inspect_name(playground.model("experts"), "Goblin Warfang", GOBLINS)
-    assert found.num_experts == 4 and found.experts is not None and list(found.experts.experts) == [1, 3]
+    assert found.num_experts == 4 and found.experts is not None and list(found.experts.experts) == [1, 3, 5]
     for tokens in found.experts.experts.values():
         assert len(tokens) == len(found.tokens)
         assert all(len(pairs) == 2 and sum(gate for _, gate in pairs) == pytest.approx(1, abs=1e-3) for pairs in tokens)
-    panel = rendering.inspection_panel(found, "experts", 1, None)
+    panel = rendering.inspection(found, "experts", 1, None)
     assert "block 3" in panel and "dense" not in panel
 
 
-def test_a_name_that_cannot_be_looked_into(playground: Playground) -> None:
+def test_an_inspection_shows_the_words_of_the_prompt(playground: Playground) -> None:
+    found = inspect_name(playground.model("dense"), "Goblin Warfang", GOBLINS)
+    weights_TT = found.attention[0].mean(0)
+    words = dict(rendering._prompt_words(found, weights_TT))
+    assert list(words) == ["creature", "goblin", "red"]
+    of_prompt = 100 * weights_TT[found.prompt_length - 1 :, 1 : found.prompt_length].mean(0).sum()
+    assert 0 < sum(words.values()) <= of_prompt + len(words)
+    unconditional = inspect_name(playground.model("dense"), "Goblin Warfang", Settings())
+    assert "no attribute of the card was given" in rendering.inspection(unconditional, "dense", 0, None)
+
+
+def test_a_card_is_drawn_with_what_is_known_of_it(playground: Playground) -> None:
+    name = GeneratedName("Ann <b>", -1.0, None, 0.0)
+    card = Settings(type_line="Legendary Creature — Elf", colors="GW", mana_value=3)
+    drawn = rendering.panel(Row(name, card, "dense"), card.attributes(), "")
+    assert "Legendary Creature — Elf" in drawn and "white and green · mana value 3" in drawn
+    assert ">W</span>" in drawn and ">G</span>" in drawn and ">3</span>" in drawn and "Ann &lt;b&gt;" in drawn
+    colorless = rendering.panel(Row(name, Settings(colors="C"), "dense"), Settings(colors="C").attributes(), "")
+    assert "Any type" in colorless and ">C</span>" in colorless
+    assert "fe-dot" not in rendering.panel(Row(name, Settings(), "dense"), Settings().attributes(), "")
+    like = Row(name, Settings(like=("Goblin Guide", "Goblin King")), "dense")
+    assert "Creature — Goblin" in Handlers(playground).inspect(like), "what the similar names share"
+
+
+def test_a_name_that_cannot_be_inspected(playground: Playground) -> None:
     for name, message in (("", "no name"), ("?!", "no name"), ("a" * 61, "the most is 60")):
         with pytest.raises(ValueError, match=message):
             inspect_name(playground.model(), name, GOBLINS)
@@ -134,17 +158,18 @@ EVIL = '<script>alert("x")</script>${1+1}{{1}}'
 def test_all_text_is_escaped(playground: Playground) -> None:
     row = Row(GeneratedName(EVIL, -1.0, EVIL, 0.5), GOBLINS, EVIL)
     table = rendering.names_table([row], EVIL)
-    panel = rendering.inspection_panel(inspect_name(playground.model(), EVIL, GOBLINS), EVIL, 0, 1)
+    inspected = rendering.inspection(inspect_name(playground.model(), EVIL, GOBLINS), EVIL, 0, 1)
+    panel = rendering.panel(row, GOBLINS.attributes(), inspected)
     for piece in (table, panel, rendering.failure(EVIL), rendering.note(EVIL)):
         assert "<script" not in piece and "&lt;" in piece
 
 
 def test_keeping_and_likeness(playground: Playground) -> None:
     handlers = Handlers(playground)
-    values, table = _values(), Table()
+    values, table = _values(), Session()
     *_, shown = handlers.make(values, table)
-    (told,) = handlers.more_like(values, table)
-    assert "keep a name first" in told.status
+    (failed,) = handlers.more_like(values, table)
+    assert "keep a name first" in failed.status
     rows = table.press(shown.rows[1].name.text)
     assert [row.locked for row in rows].count(True) == 1 and rows[1].locked
     for nonsense in (None, "x", 1, {}, "1" * 5000):
@@ -152,13 +177,11 @@ def test_keeping_and_likeness(playground: Playground) -> None:
     *_, refined = handlers.more_like(values, table)
     assert refined.rows[0] == rows[1] and len(refined.rows) == 1 + 4
     assert refined.rows[1].settings.like == (rows[1].name.text,)
-    assert csv_of(table).splitlines()[0] == "text,fits_type,fits_probability,log_prob,score,nearest_card,similarity"
-    assert len(csv_of(table).splitlines()) == 6
 
 
 def test_stars_that_are_pressed_while_names_come(playground: Playground) -> None:
     handlers = Handlers(playground)
-    values, table = _values(), Table()
+    values, table = _values(), Session()
     *_, shown = handlers.make(values, table)
     kept, passed, *_ = (row.name.text for row in shown.rows)
     table.press(kept)
@@ -172,26 +195,26 @@ def test_stars_that_are_pressed_while_names_come(playground: Playground) -> None
     assert [row.name.text for row in table.kept] == [first]
     assert last.rows == table.rows and len(last.rows) == 4 and last.table.count('aria-pressed="true"') == 1
     assert [row.name.text for row in other.kept] == [kept] and len(other.rows) == 4, "of another session"
-    late = Table(shown.rows)
+    late = Session(shown.rows)
     late.press(kept)  # after the request was sent, and before its first name
     assert [row.name.text for row in late.put(last.rows[:1])] == [kept, first]
 
 
-def test_so_many_names_are_kept_and_no_more(playground: Playground) -> None:
+def test_the_number_of_kept_names_is_limited(playground: Playground) -> None:
     name = next(playground.names(GOBLINS)).rows[0]
     rows = tuple(replace(name, name=replace(name.name, text=str(number))) for number in range(MOST_KEPT + 1))
-    table = Table(rows)
+    table = Session(rows)
     for row in rows:
         table.press(row.name.text)
     assert table.kept == tuple(replace(row, locked=True) for row in rows[:MOST_KEPT])
 
 
-def test_a_look_at_no_block_is_told(playground: Playground) -> None:
+def test_an_inspection_of_no_block_is_an_error(playground: Playground) -> None:
     handlers = Handlers(playground)
-    *_, shown = handlers.make(_values(), Table())
-    assert "Attention weights in percent" in handlers.look(shown.rows[0], "2", "1")
+    *_, shown = handlers.make(_values(), Session())
+    assert "Attention weights in percent" in handlers.inspect(shown.rows[0], "2", "1")
     for block, head in (("9", "0"), ("0", "9"), ("x", "0"), (None, {}), ("-1", "0"), ("0", "-2")):
-        assert "fe-failure" in handlers.look(shown.rows[0], block, head)
+        assert "fe-failure" in handlers.inspect(shown.rows[0], block, head)
 
 
 def _values() -> dict[str, object]:

@@ -1,14 +1,12 @@
-"""Settings of the playground: what goes into the string comes out, and nothing else comes in."""
+"""Settings of the playground: the settings string round-trips, and invalid values are refused."""
 
 from __future__ import annotations
-
-from dataclasses import fields
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flash_experts.app.settings import LONGEST_STRING, PREFIX, Settings
+from flash_experts.app.settings import LONGEST_STRING, OPTIONS, PREFIX, Settings
 
 FULL = Settings(
     type_line="Legendary Creature — Goblin Warrior",
@@ -39,8 +37,7 @@ FULL = Settings(
     allow_real_places=True,
     like=("Goblin Guide", "Krenko, Mob Boss"),
     count=3,
-    best_of=2,
-    best_by="fit",
+    quality="best",
     seed=2**31 - 1,
 )  # fmt: skip
 
@@ -48,9 +45,10 @@ FULL = Settings(
 def test_every_setting_goes_through_the_string() -> None:
     text = FULL.to_string()
     assert Settings.from_string(text) == FULL
-    left_out = {"words", "alliterate"}  # they contradict others of FULL
-    assert {field.name for field in fields(Settings) if f"&{field.name}=" not in text.replace("?", "&")} == left_out
+    left_out = {"words", "alliterate", "pattern"}  # they contradict others of FULL
+    assert {name for name in OPTIONS if f"&{name}=" not in text.replace("?", "&")} == left_out
     assert Settings.from_string(Settings(words=2, alliterate=True).to_string()) == Settings(words=2, alliterate=True)
+    assert Settings.from_string(Settings(pattern="___ & ___").to_string()) == Settings(pattern="___ & ___")
     assert Settings.from_string(PREFIX) == Settings() and Settings().to_string() == PREFIX
 
 
@@ -79,8 +77,8 @@ def test_the_string_round_trips(value: Settings) -> None:
         (PREFIX + "count=101", "from 1 to 100"),
         (PREFIX + "count=0", "from 1 to 100"),
         (PREFIX + "count=3.5", "whole number"),
-        (PREFIX + "best_by=luck", "score .* or fit"),
-        (PREFIX + "best_by=fit&best_of=4", "tell its type or colors"),
+        (PREFIX + "quality=luck", "one of fast, good, best"),
+        (PREFIX + "quality=bests", "did you mean 'best'"),
         (PREFIX + "count=-3", "whole number"),
         (PREFIX + "count=٣", "whole number"),
         (PREFIX + "count=" + "9" * 400, "whole number"),

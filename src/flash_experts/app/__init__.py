@@ -1,1 +1,1 @@
-"""The playground: names in a browser and over HTTP. Everything but `page` and `server` works without Gradio."""
+"""The playground: name generation in a browser and over HTTP, with Gradio."""

@@ -1,13 +1,9 @@
-"""The same functions over HTTP, by name: `/generate`, `/compare`, `/inspect` and `/options`.
-
-Gradio makes a POST endpoint, a page of documentation and an OpenAPI description of each. See docs/playground.md.
-"""
+"""The HTTP API: `/generate`, `/stream`, `/compare`, `/inspect`, `/settings` and `/options`. See docs/playground.md."""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import fields
 from functools import wraps
 from inspect import isgeneratorfunction
 from typing import Any, TypeVar
@@ -15,30 +11,28 @@ from typing import Any, TypeVar
 import gradio as gr
 import numpy as np
 
-from flash_experts.app.comparing import Side, compare
 from flash_experts.app.inspecting import Inspection, inspect_name
-from flash_experts.app.service import Playground, Progress
-from flash_experts.app.settings import MOST_NAMES, Settings
+from flash_experts.app.service import Playground, Progress, Side, compare
+from flash_experts.app.settings import MOST_NAMES, OPTIONS, Settings
 from flash_experts.generation import PRESETS
-from flash_experts.generation.tables import row_of
+from flash_experts.generation.name_files import row_of
 from flash_experts.plain_text import one_line
 
 Each = TypeVar("Each")
-_FIELDS = tuple(field.name for field in fields(Settings))
 
 
-def add_endpoints(playground: Playground, queue: str, at_once: int) -> None:
-    """Adds the endpoints to the `gr.Blocks` that is open."""
+def add_endpoints(playground: Playground, queue: str, concurrency: int) -> None:
+    """Adds the endpoints to the open `gr.Blocks`."""
 
     def generate(settings: dict[str, Any], model: str = "") -> dict[str, Any]:
-        """New names. settings has any of the fields of /options; {} is fine. With the seed that comes back the same
-        names come again."""
-        return _told(_last(playground.names(_settings(settings), _text("model", model))))
+        """New names. settings may have any of the fields of /options, or be {}. The returned seed reproduces the
+        names."""
+        return _progress_json(_last(playground.names(_settings(settings), _text("model", model))))
 
     def stream(settings: dict[str, Any], model: str = "") -> Iterator[dict[str, Any]]:
-        """As /generate, and each name as soon as it is found."""
+        """As /generate, with a result for each name as soon as it is found."""
         for progress in playground.names(_settings(settings), _text("model", model)):
-            yield _told(progress)
+            yield _progress_json(progress)
 
     def compare_sides(
         settings: dict[str, Any], model_a: str = "", preset_a: str = "", model_b: str = "", preset_b: str = ""
@@ -48,16 +42,18 @@ def add_endpoints(playground: Playground, queue: str, at_once: int) -> None:
             Side(_text("model_a", model_a), _text("preset_a", preset_a)),
             Side(_text("model_b", model_b), _text("preset_b", preset_b)),
         ]
-        return [_told(side) for side in _last(compare(playground, _settings(settings), sides)) if side is not None]
+        return [
+            _progress_json(side) for side in _last(compare(playground, _settings(settings), sides)) if side is not None
+        ]
 
     def inspect(name: str, settings: dict[str, Any], model: str = "") -> dict[str, Any]:
         """How a model reads a name: the likeliest tokens at each step, the experts of each token by block (null for a
         dense model), and attention[block][head][from][to]."""
         loaded = playground.model(_text("model", model))
-        return _inspection(inspect_name(loaded, _text("name", name), _settings(settings)))
+        return _inspection_json(inspect_name(loaded, _text("name", name), _settings(settings)))
 
     def read_settings(text: str) -> dict[str, Any]:
-        """The fields that a settings string holds."""
+        """The fields of a settings string."""
         return Settings.from_string(_text("text", text)).options()
 
     def options() -> dict[str, Any]:
@@ -69,20 +65,20 @@ def add_endpoints(playground: Playground, queue: str, at_once: int) -> None:
             "settings": Settings().options(),
         }
 
-    limits: dict[str, Any] = {"concurrency_id": queue, "concurrency_limit": at_once}
-    gr.api(answering(generate), api_name="generate", **limits)
-    gr.api(answering(stream), api_name="stream", **limits)
-    gr.api(answering(compare_sides), api_name="compare", **limits)
-    gr.api(answering(inspect), api_name="inspect", **limits)
-    gr.api(answering(read_settings), api_name="settings", **limits)
+    limits: dict[str, Any] = {"concurrency_id": queue, "concurrency_limit": concurrency}
+    gr.api(with_client_errors(generate), api_name="generate", **limits)
+    gr.api(with_client_errors(stream), api_name="stream", **limits)
+    gr.api(with_client_errors(compare_sides), api_name="compare", **limits)
+    gr.api(with_client_errors(inspect), api_name="inspect", **limits)
+    gr.api(with_client_errors(read_settings), api_name="settings", **limits)
     gr.api(options, api_name="options", **limits)
 
 
-# ------------------------------------------------------------------------------------------------- in and out of JSON
+# -------------------------------------------------------------------------------------------------------- JSON
 
 
-def answering(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, whose ValueErrors reach the client as one line. Any other failure stays on the server."""
+def with_client_errors(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function with its ValueErrors reported to the client in one line. Other errors stay on the server."""
 
     @wraps(function)
     def called(*args: Any) -> Any:
@@ -102,21 +98,21 @@ def answering(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _settings(given: Any) -> Settings:
-    """Settings of a client's JSON object.
+    """Settings from a client's JSON object.
 
     Raises:
-        ValueError: it is no object, or says something that settings do not have.
+        ValueError: not an object, or it has unknown or invalid settings.
     """
     if not isinstance(given, dict):
         raise ValueError('settings must be an object such as {"colors": "R"}')
-    unknown = given.keys() - _FIELDS
+    unknown = given.keys() - OPTIONS.keys()
     if unknown:
-        raise ValueError(f"unknown setting {min(unknown)[:40]!r}: there are {', '.join(_FIELDS)}")
+        raise ValueError(f"unknown setting {min(unknown)[:40]!r}: use {', '.join(OPTIONS)}")
     return Settings.from_values(given)
 
 
 def _last(stream: Iterator[Each]) -> Each:
-    """The last of one or more."""
+    """The last item of a stream that is not empty."""
     [last] = deque(stream, maxlen=1)
     return last
 
@@ -127,7 +123,7 @@ def _text(name: str, value: Any) -> str:
     return value
 
 
-def _told(progress: Progress) -> dict[str, Any]:
+def _progress_json(progress: Progress) -> dict[str, Any]:
     return {
         "names": [row_of(row.name) for row in progress.rows],
         "seed": progress.seed,
@@ -138,7 +134,7 @@ def _told(progress: Progress) -> dict[str, Any]:
     }
 
 
-def _inspection(found: Inspection) -> dict[str, Any]:
+def _inspection_json(found: Inspection) -> dict[str, Any]:
     experts = None
     if found.experts is not None:
         experts = {

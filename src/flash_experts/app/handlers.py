@@ -1,42 +1,34 @@
-"""What the page does when something is pressed: plain functions from values to pieces of HTML.
+"""Event handlers of the page, without Gradio: from values of controls to HTML.
 
-What a person did wrong becomes a line on the page. State that the page keeps is in `Row`s, which the server made
-itself: what a browser sends is only compared with their names, or is the number of a block or a head.
+Invalid input is reported on the page. The server keeps the state in `Row`s. Input from the browser is untrusted: it is
+only compared with their names, or is the number of a block or a head.
 """
 
 from __future__ import annotations
 
-import io
-import threading
+import json
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from flash_experts.app import form, rendering
-from flash_experts.app.comparing import Side, compare
+from flash_experts.app.exporting import exported
 from flash_experts.app.inspecting import inspect_name
-from flash_experts.app.service import Playground, Row
+from flash_experts.app.service import Playground, Row, Side, compare
+from flash_experts.app.session import Request, Rows, Session, link_of, read_link, restored, stored
 from flash_experts.app.settings import Settings
-from flash_experts.generation.tables import write_csv
+from flash_experts.generation.generator import completed_attributes
 
-MOST_KEPT = 50
 EMPTY = (
-    '<p class="fe-empty">Press <strong>Make names</strong>: nothing need be chosen. '
-    "None of the names will be a real card's.</p>"
+    '<p class="fe-empty">Press <strong>Make names</strong>: all settings are optional. '
+    "No name will be that of a real card.</p>"
 )
-Rows = tuple[Row, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Shown:
-    """What the page shows of names.
-
-    Attributes:
-        table: HTML.
-        status: HTML.
-        rows: behind the table.
-        settings: string to share, "" where there is none yet.
-    """
+class TableView:
+    """A table of names: its HTML, status line (HTML), rows, and settings string ("" if there is none yet)."""
 
     table: str
     status: str
@@ -44,95 +36,167 @@ class Shown:
     settings: str
 
 
-class Table:
-    """The names that one session sees: a request adds to them while their stars are pressed, each in its own thread."""
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """What is shown when settings are opened.
 
-    def __init__(self, rows: Rows = ()) -> None:
-        self.rows = rows
-        self._turn = threading.Lock()
+    Attributes:
+        values: values of the controls by name; those without a value stay.
+        status: status line (HTML); "" for none.
+        settings: settings string; "" for none.
+    """
 
-    def __deepcopy__(self, _: dict[int, Any]) -> Table:
-        """As Gradio makes one for each session."""
-        return Table(self.rows)
-
-    @property
-    def kept(self) -> Rows:
-        return tuple(row for row in self.rows if row.locked)
-
-    def put(self, found: Rows) -> Rows:
-        """Puts what a request has found so far below the rows that are kept by now, and returns all of them."""
-        with self._turn:
-            kept = {row.name.text: row for row in self.kept}
-            below = tuple(kept.pop(row.name.text, row) for row in found)
-            self.rows = (*kept.values(), *below)
-            return self.rows
-
-    def press(self, name: Any) -> Rows:
-        """Keeps the row of a name, or lets it go, and returns all of them."""
-        with self._turn:
-            row = picked(self.rows, name)
-            if row is not None and (row.locked or len(self.kept) < MOST_KEPT):
-                pressed = replace(row, locked=not row.locked)
-                self.rows = tuple(pressed if each is row else each for each in self.rows)
-            return self.rows
+    values: Mapping[str, Any]
+    status: str
+    settings: str = ""
 
 
 class Handlers:
-    """The answers of one playground's page."""
+    """The event handlers of one playground's page."""
 
     def __init__(self, playground: Playground) -> None:
         self.playground = playground
 
-    def make(self, values: Mapping[str, Any], table: Table) -> Iterator[Shown]:
-        """New names below those that are kept."""
-        yield from self._make(values, table, ())
+    def make(self, values: Mapping[str, Any], session: Session) -> Iterator[TableView]:
+        """Makes new names below the kept ones."""
+        yield from self._make(values, session, ())
 
-    def more_like(self, values: Mapping[str, Any], table: Table) -> Iterator[Shown]:
-        """Names that resemble those that are kept."""
-        kept = tuple(row.name.text for row in table.kept)
+    def more_like(self, values: Mapping[str, Any], session: Session) -> Iterator[TableView]:
+        """Makes names that resemble the kept ones."""
+        kept = tuple(row.name.text for row in session.kept)
         if not kept:
             message = "keep a name first: press the ☆ next to it, and the new names will resemble it"
-            yield self._failed(message, table.rows)
+            yield self._failed(message, session.rows)
             return
-        yield from self._make({**values, "seed": None}, table, kept[-20:])
+        yield from self._make({**values, "seed": None}, session, kept[-20:])
 
-    def _make(self, values: Mapping[str, Any], table: Table, like: Sequence[str]) -> Iterator[Shown]:
+    def make_several(self, values: Mapping[str, Any], lines: str, count: Any, session: Session) -> Iterator[TableView]:
+        """Makes a few names for each of several cards, given one on each line: type line, colors, mana value."""
+        found: Rows = ()
+        try:
+            cards = form.cards_of(values, lines, count)
+            had = [row.name.text for row in session.kept]
+            start = time.monotonic()
+            for settings in cards:
+                seconds = self.playground.time_limit - (time.monotonic() - start)
+                before = [*had, *(row.name.text for row in found)]
+                new: Rows = ()
+                for progress in self.playground.names(settings, values["model"], before, max(seconds, 0.0)):
+                    new, shared = progress.rows, progress.settings.to_string()
+                    rows = session.put(new, settings, found)
+                    all_of_them = replace(progress, wanted=len(cards) * settings.count, rows=(*found, *new))
+                    yield TableView(
+                        rendering.names_table(rows, "New names"), rendering.status(all_of_them), rows, shared
+                    )
+                found += new
+        except ValueError as error:
+            yield self._failed(form.with_labels(str(error)), session.rows)
+
+    def _make(self, values: Mapping[str, Any], session: Session, like: Sequence[str]) -> Iterator[TableView]:
         try:
             settings = form.settings_of(values)
             settings = replace(settings, like=tuple(like)) if like else settings
-            had = [row.name.text for row in table.kept]
+            had = [row.name.text for row in session.kept]
             for progress in self.playground.names(settings, values["model"], had):
-                rows = table.put(progress.rows)
-                told = progress.settings.to_string()
-                yield Shown(rendering.names_table(rows, "New names"), rendering.status(progress), rows, told)
+                rows = session.put(progress.rows, settings)
+                shared = progress.settings.to_string()
+                yield TableView(rendering.names_table(rows, "New names"), rendering.status(progress), rows, shared)
         except ValueError as error:
-            yield self._failed(form.in_words(str(error)), table.rows)
+            yield self._failed(form.with_labels(str(error)), session.rows)
 
-    def _failed(self, message: str, rows: Rows) -> Shown:
-        return Shown(table_of(rows), rendering.failure(message), rows, "")
+    def _failed(self, message: str, rows: Rows) -> TableView:
+        return TableView(table_of(rows), rendering.failure(message), rows, "")
 
-    def look(self, row: Row | None, block: Any = 0, head: Any = -1) -> str:
-        """The panel of one name; ``head`` -1 is the mean of all."""
+    # ------------------------------------------------------------------------- what the session shows and remembers
+
+    def open_page(self, kept: Any, query: Any, session: Session) -> Opened:
+        """Restores the kept names that a browser stored, and reads the settings of the page's address."""
+        for row in restored(kept):
+            session.add_kept(row)
+        try:
+            found = read_link(query)
+            if found is None:
+                return Opened({}, "")
+            settings, model = found
+            values = form.values_of(settings) | {"model": self.playground.model(model).name}
+        except ValueError as error:
+            return Opened({}, rendering.failure(f"the settings of the link: {error}"))
+        return Opened(values, rendering.note("Settings of the link: press Make names."))
+
+    def open_request(self, number: Any, session: Session) -> Opened:
+        """Shows an earlier request: its names, and its settings in the controls."""
+        request = session.open(number)
+        if request is None:
+            return Opened({}, rendering.failure("this request is no longer in the history"))
+        values = form.values_of(request.asked) | {"model": request.rows[0].model}
+        made = request.rows[0].settings
+        status = rendering.note(f"{len(request.rows)} names of an earlier request · seed {made.seed}")
+        return Opened(values, status, made.to_string())
+
+    def load(self, text: str | None) -> Opened:
+        """Reads a settings string."""
+        try:
+            values = form.values_of(Settings.from_string(text or ""))
+        except ValueError as error:
+            return Opened({}, rendering.failure(str(error)))
+        return Opened(values, rendering.note("Settings loaded: press Make names."))
+
+    def defaults(self) -> Opened:
+        """The default settings."""
+        values = form.values_of(Settings()) | {"model": self.playground.model().name}
+        return Opened(values, rendering.note("All settings are at their defaults. Kept names stay."))
+
+    def history(self, session: Session) -> str:
+        """The requests of the session as HTML, the newest first."""
+        return rendering.history([(each, self._title(each)) for each in reversed(session.history)])
+
+    def _title(self, request: Request) -> str:
+        parts = [rendering.title_of(request.asked)]
+        for name, value in request.asked.changed().items():
+            if name not in ("type_line", "colors", *form.CHOICES, "count", "seed"):
+                text = ", ".join(value) if isinstance(value, tuple) else "" if value is True else str(value)
+                parts.append(f"{form.LABELS[name]} {text}".strip())
+        return " · ".join(parts)[:160]
+
+    def finished(self, session: Session) -> tuple[str, str, str]:
+        """What a request leaves on the page: table, history, and what the page's script remembers."""
+        address = link = None
+        if session.shown is not None:
+            row = session.shown.rows[0]
+            model = row.model if len(self.playground.models) > 1 else ""
+            address, link = link_of(session.shown.asked, model), link_of(row.settings, model)
+        return table_of(session.rows), self.history(session), for_browser(session, address, link)
+
+    def export(self, session: Session, suffix: str, is_kept: bool) -> str:
+        """The file of all names or of the kept ones, for the page's script."""
+        rows = session.kept if is_kept else session.rows
+        return exported(rows, suffix)
+
+    # ------------------------------------------------------------------------------------ inspection and comparison
+
+    def inspect(self, row: Row | None, block: Any = 0, head: Any = -1) -> str:
+        """The panel of a name: its card, and how the model reads it; ``head`` -1 is the mean of all heads."""
         if row is None:
             return ""
         block, head = _integer(block), _integer(head)
         if block is None or head is None:
-            return rendering.failure("no such block or head")
-        loaded = self.playground.model(row.model)
+            return rendering.failure("block and head must be whole numbers")
         try:
-            found = inspect_name(loaded, row.name.text, row.settings)
-            return rendering.inspection_panel(found, row.model, block, None if head == -1 else head)
+            found = inspect_name(self.playground.model(row.model), row.name.text, row.settings)
+            inspection = rendering.inspection(found, row.model, block, None if head == -1 else head)
         except ValueError as error:
-            return rendering.failure(form.in_words(str(error)))
+            inspection = rendering.failure(form.with_labels(str(error)))
+        card = completed_attributes(row.settings)
+        return rendering.panel(row, card, inspection)
 
-    def compare(self, values: Mapping[str, Any], sides: Sequence[Side]) -> Iterator[list[Shown]]:
-        """The same request to all sides."""
+    def compare(self, values: Mapping[str, Any], sides: Sequence[Side]) -> Iterator[list[TableView]]:
+        """Makes names for all sides from the same settings."""
         try:
             for progress in compare(self.playground, form.settings_of(values), sides):
                 yield [
-                    Shown("", "", (), "")
+                    TableView("", "", (), "")
                     if one is None
-                    else Shown(
+                    else TableView(
                         rendering.names_table(one.rows, "Names of one side", lockable=False),
                         rendering.status(one),
                         one.rows,
@@ -141,33 +205,18 @@ class Handlers:
                     for one in progress
                 ]
         except ValueError as error:
-            yield [Shown("", rendering.failure(form.in_words(str(error))), (), "") for _ in sides]
+            yield [TableView("", rendering.failure(form.with_labels(str(error))), (), "") for _ in sides]
 
 
-def picked(rows: Rows, name: Any) -> Row | None:
-    """The row of a name that a browser sent; None if there is none."""
-    return next((row for row in rows if row.name.text == name), None)
+def for_browser(session: Session, address: str | None = None, link: str | None = None) -> str:
+    """What the page's script remembers: the kept names; unless None, the query of the page's address, and the one that
+    makes the names on the table again."""
+    return json.dumps({"address": address, "link": link, "kept": stored(session.kept)})
 
 
 def table_of(rows: Rows) -> str:
-    """The table as HTML."""
+    """The rows as an HTML table."""
     return rendering.names_table(rows, "Names") or EMPTY
-
-
-def csv_of(table: Table) -> str:
-    """The table as a file's text."""
-    file = io.StringIO()
-    write_csv((row.name for row in table.rows), file)
-    return file.getvalue()
-
-
-def read_settings(text: str | None) -> dict[str, Any]:
-    """Values of the controls for a settings string.
-
-    Raises:
-        ValueError: it is no such string.
-    """
-    return form.values_of(Settings.from_string(text or ""))
 
 
 def _integer(value: Any) -> int | None:

@@ -1,9 +1,9 @@
-"""Why a model makes a name: the likeliest tokens at each step, what each token looks at, and which expert took it.
+"""Inspection of a model on one name: next-token probabilities, attention weights, and the experts of each token.
 
-The name is cut as the tokenizer cuts it. A generated name may have been built from other pieces; that one is the
-likeliest.
+The tokens are those of the tokenizer. A generated name may have been made from others, which is rare.
 
-Letters in the shapes: T tokens that the model reads (BOS token, prompt, name), V tokens of the vocabulary, H heads.
+Shape suffixes: T tokens that the model reads (BOS token, prompt, name), V tokens of the vocabulary, H heads, S tokens
+of the name and its EOS token.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from flash_experts.app.settings import Settings
 from flash_experts.data.names import normal_form, shown_form
 from flash_experts.data.packing import encode_name
 from flash_experts.data.prompts import check_known, read_conditions
-from flash_experts.evaluation.router_maps import NameMap, name_maps, route
-from flash_experts.evaluation.router_tokens import Tokens, shown_text
+from flash_experts.evaluation.routing.maps import NameMap, name_maps, route
+from flash_experts.evaluation.routing.tokens import Tokens, shown_text
 from flash_experts.evaluation.scorers import check_lengths
-from flash_experts.generation.generator import attributes_asked_for
-from flash_experts.models.modes import evaluating
+from flash_experts.generation.generator import completed_attributes
 from flash_experts.models.moe import GPT2MoEForCausalLM
+from flash_experts.models.scoring import evaluating
 
 ALTERNATIVES = 5
 LONGEST_NAME = 60  # characters
@@ -36,13 +36,13 @@ EOS_TEXT = "[EOS]"
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One token of the name, or its end, as the model predicted it.
+    """The model's prediction of one token of the name, or of its EOS token.
 
     Attributes:
-        token: as it can be shown.
-        probability: that the model gave it, at temperature 1, before filters.
-        rank: 1 is the likeliest.
-        alternatives: the likeliest tokens and their probabilities.
+        token: printable text.
+        probability: at temperature 1, before filters.
+        rank: 1 for the most likely token.
+        alternatives: the most likely tokens and their probabilities.
     """
 
     token: str
@@ -56,13 +56,13 @@ class Inspection:
     """What `inspect_name` found.
 
     Attributes:
-        name: as it was read.
-        prompt: what stood before it.
-        tokens: texts of the T tokens that the model reads.
-        prompt_length: how many of them are BOS token and prompt.
-        steps: of the name's tokens and its end.
-        attention: by block, (H, T, T) float32: row t is where token t looks; its first t + 1 numbers sum to 1.
-        experts: None for a dense model.
+        name: the name in Unicode normal form, as the model read it.
+        prompt: text of the attributes before the name.
+        tokens: T texts.
+        prompt_length: number of ``tokens`` before the name, BOS token included.
+        steps: predictions of the name's tokens and its EOS token.
+        attention: per block (H, T, T) float32; row t has the weights of query t, the first t + 1 of which sum to 1.
+        experts: the experts of each token; None for a dense model.
         num_experts: 0 for a dense model.
     """
 
@@ -77,16 +77,16 @@ class Inspection:
 
 
 def inspect_name(loaded: LoadedModel, name: str, settings: Settings) -> Inspection:
-    """Looks into a model while it reads a name.
+    """Inspects a model on a name. Locks the model.
 
     Args:
-        loaded: the model; it serves nothing else meanwhile.
+        loaded: the model.
         name: any name.
-        settings: of which the attributes and examples make the prompt.
+        settings: settings whose attributes and examples make the prompt.
 
     Raises:
-        ValueError: the name is blank or too long, the model returns no attention weights, or it does not know such a
-            set, year or rarity.
+        ValueError: the name is blank or too long, the model does not return attention weights, or it has not learned
+            the set, year or rarity.
     """
     name = shown_form(name)
     if not normal_form(name):
@@ -95,7 +95,7 @@ def inspect_name(loaded: LoadedModel, name: str, settings: Settings) -> Inspecti
         raise ValueError(f"the name has {len(name)} characters: the most is {LONGEST_NAME}")
     generator = loaded.generator
     model = generator.model
-    attributes = attributes_asked_for(settings.attributes(), settings.like)
+    attributes = completed_attributes(settings)
     check_known(attributes, read_conditions(model.config.to_dict()))
     encoded = encode_name(name, attributes, generator.tokenizer)
     check_lengths(model, [name], [encoded])
@@ -118,8 +118,8 @@ def inspect_name(loaded: LoadedModel, name: str, settings: Settings) -> Inspecti
 
 
 def _read(model: PreTrainedModel, ids: tuple[int, ...]) -> tuple[torch.Tensor, tuple[npt.NDArray[np.float32], ...]]:
-    """(T, V) logits, and the attention of each block."""
-    with evaluating(model), torch.inference_mode(), _telling_attention(model):
+    """(T, V) float32 logits, and (H, T, T) attention weights of each block."""
+    with evaluating(model), torch.inference_mode(), _eager_attention(model):
         ids_1T = torch.tensor([ids], device=model.device)
         mask_1T = torch.ones_like(ids_1T)  # the BOS token is also the padding token
         out = model(ids_1T, attention_mask=mask_1T, output_attentions=True, use_cache=False)
@@ -129,8 +129,8 @@ def _read(model: PreTrainedModel, ids: tuple[int, ...]) -> tuple[torch.Tensor, t
 
 
 @contextmanager
-def _telling_attention(model: PreTrainedModel) -> Iterator[None]:
-    """While it is open, attention is computed step by step, since the fused kernels never form its weights."""
+def _eager_attention(model: PreTrainedModel) -> Iterator[None]:
+    """Switches to eager attention, since fused kernels never materialize the attention weights."""
     implementation = model.config._attn_implementation
     model.set_attn_implementation("eager")
     try:
@@ -140,7 +140,7 @@ def _telling_attention(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _steps(logits_SV: torch.Tensor, ids: tuple[int, ...], texts: tuple[str, ...]) -> tuple[Step, ...]:
-    """How likely each of S tokens was, the EOS token last, and what else could have come."""
+    """The predictions of S tokens, the EOS token last, with alternatives."""
 
     def shown(token: int) -> str:
         return EOS_TEXT if token == ids[-1] else shown_text(texts[token]) or f"[{token}]"

@@ -1,36 +1,81 @@
-"""Names and inspections as pieces of HTML. Every text is escaped here: nothing else puts text on the page."""
+"""HTML of names and inspections. All text on the page is escaped here."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
 
 import numpy as np
-from markupsafe import escape
+import numpy.typing as npt
+from markupsafe import Markup, escape
 
 from flash_experts.app.inspecting import Inspection
 from flash_experts.app.service import Progress, Row
+from flash_experts.app.session import Request
+from flash_experts.app.settings import Settings
+from flash_experts.data.cards import COLOR_WORDS, COLORLESS
+from flash_experts.data.prompts import Attributes
 from flash_experts.evaluation.report import load_template
-from flash_experts.evaluation.router_report import expert_hues, map_rows
+from flash_experts.evaluation.routing.report import expert_hues, map_rows
+from flash_experts.generation.name_files import type_line_of
 
 
 def names_table(rows: Sequence[Row], caption: str, lockable: bool = True) -> str:
-    """The table of names; "" without any."""
+    """The table of names; "" if there are none."""
     if not rows:
         return ""
-    return load_template(__package__, "names").render(rows=rows, caption=caption, lockable=lockable)
+    titles = {id(row.settings): title_of(row.settings) for row in rows if not row.locked}
+    groups = [("", list(rows))]
+    if len(set(titles.values())) > 1:
+        runs = groupby(rows, lambda row: "" if row.locked else titles[id(row.settings)])
+        groups = [(title, list(run)) for title, run in runs]
+    return load_template(__package__, "names").render(groups=groups, caption=caption, lockable=lockable)
 
 
-def inspection_panel(found: Inspection, model: str, block: int, head: int | None) -> str:
-    """What was found of a name.
+def title_of(settings: Settings) -> str:
+    """The card of a request in a few words."""
+    card = settings.attributes()
+    return " · ".join([type_line_of(card) or "Any type", *_facts(card)])
+
+
+def history(requests: Sequence[tuple[Request, str]]) -> str:
+    """The list of a session's requests, each with its title."""
+    return load_template(__package__, "history").render(requests=requests)
+
+
+def panel(row: Row, card: Attributes, inspection: str) -> str:
+    """The panel of a name: its card in a frame, and the inspection (HTML)."""
+    letters = card.colors or ("C",) * (card.colors == ())
+    stops = [f"var(--fe-{letter})" for letter in letters] or ["var(--fe-any)"]
+    paint = ", ".join(stops * (2 if len(stops) == 1 else 1))
+    return load_template(__package__, "card").render(
+        row=row,
+        card=card,
+        letters=letters,
+        paint=f"linear-gradient(100deg, {paint})",
+        type_line=type_line_of(card),
+        facts=_facts(card),
+        inspection=Markup(inspection),  # made by `inspection` or `failure`, which escape
+    )
+
+
+def _facts(card: Attributes) -> list[str]:
+    colors = None if card.colors is None else " and ".join(COLOR_WORDS[each] for each in card.colors) or COLORLESS
+    value = None if card.mana_value is None else f"mana value {card.mana_value}"
+    return [str(fact) for fact in (colors, value, card.rarity, card.set_code, card.released) if fact is not None]
+
+
+def inspection(found: Inspection, model: str, block: int, head: int | None) -> str:
+    """How a model reads a name.
 
     Args:
-        found: of the name.
-        model: its name.
-        block: of the attention to show.
-        head: of it; the mean of all if None.
+        found: the inspection.
+        model: name of the model.
+        block: index of the block whose attention is shown.
+        head: index of the head; None for the mean of all heads.
 
     Raises:
-        ValueError: there is no such block or head.
+        ValueError: block or head is out of range.
     """
     if not 0 <= block < len(found.attention):
         raise ValueError(f"no block {block}: the model has {len(found.attention)}")
@@ -43,6 +88,7 @@ def inspection_panel(found: Inspection, model: str, block: int, head: int | None
         model=model,
         block=block,
         head=head,
+        prompt_words=_prompt_words(found, weights_TT),
         rows=[] if found.experts is None else _expert_rows(found),
         weights=np.rint(100 * weights_TT).astype(int).tolist(),
         percent=percent,
@@ -50,7 +96,7 @@ def inspection_panel(found: Inspection, model: str, block: int, head: int | None
 
 
 def status(progress: Progress) -> str:
-    """One line on how far a request has come."""
+    """The status line of a request."""
     count = len(progress.rows)
     counted = f"{count} of {progress.wanted} names" if count < progress.wanted else f"{count} names"
     parts = [counted, f"{progress.seconds:.1f} s", f"seed {progress.seed}", progress.note]
@@ -58,18 +104,31 @@ def status(progress: Progress) -> str:
 
 
 def note(message: str) -> str:
-    """One line on how things stand."""
+    """A status line."""
     return f'<p class="fe-status" role="status">{escape(message)}</p>'
 
 
 def failure(message: str) -> str:
-    """One line on what went wrong."""
+    """An error line."""
     return f'<p class="fe-status fe-failure" role="alert">{escape(message)}</p>'
 
 
 def percent(share: float) -> str:
-    """Such as "42%", and "<1%" where nothing would be left of it."""
+    """A share such as "42%"; "<1%" where it would round to 0."""
     return "<1%" if 0 < share < 0.01 else f"{100 * share:.0f}%"
+
+
+def _prompt_words(found: Inspection, weights_TT: npt.NDArray[np.float32]) -> list[tuple[str, int]]:
+    """The words of the prompt, without BOS token and punctuation, and the name's mean attention to each in percent."""
+    shares_T = 100 * weights_TT[found.prompt_length - 1 :].mean(0)
+    words: list[tuple[str, float]] = []
+    for token, share in list(zip(found.tokens, shares_T.tolist(), strict=True))[1 : found.prompt_length]:
+        text = token.strip("·")
+        if words and not token.startswith("·") and text.isalnum():
+            words[-1] = words[-1][0] + text, words[-1][1] + share
+        else:
+            words.append((text, share))
+    return [(word, round(share)) for word, share in words if any(map(str.isalnum, word))]
 
 
 def _expert_rows(found: Inspection) -> list[tuple[str, list[dict[str, object]]]]:

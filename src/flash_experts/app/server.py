@@ -1,4 +1,4 @@
-"""The web server: Gradio's app behind a gate that lets through what the page and the endpoints need, and no more."""
+"""The web server: Gradio's app behind middleware that allows only what the page and the endpoints need."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ import logging
 import re
 import socket
 import struct
-import sys
-from array import array
 from collections import Counter
 from collections.abc import Iterable
 from importlib.resources import files
@@ -20,31 +18,25 @@ import uvicorn
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from flash_experts.app.forgetting import Forgetting
 from flash_experts.app.page import build_page
 from flash_experts.app.service import Playground
 from flash_experts.plain_text import one_line
 
-if sys.platform == "linux":
-    import fcntl
-    import termios
-
 _LOG = logging.getLogger(__name__)
 LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
 MOST_CONNECTIONS = 512
-MOST_HEARTBEATS = MOST_CONNECTIONS // 2  # connections that open pages hold; the others are for requests
+MOST_HEARTBEATS = MOST_CONNECTIONS // 2  # connections of open pages; the others are for requests
 HEARTBEATS_PER_CLIENT = 64
 _HEARTBEAT = "/gradio_api/heartbeat/"
-CLIENT_SECONDS = 15.0  # a client that owes us something, and does nothing, is left after one to two of these
+CLIENT_SECONDS = 15.0  # an idle client is disconnected after one to two times this
 _NO_LINGER = struct.pack("ii", 1, 0)
-_BYTES_ACKED = 120  # where tcpi_bytes_acked lies in Linux's struct tcp_info (linux/tcp.h)
-LARGEST_BODY = 64 * 1024  # bytes of a request
+LARGEST_BODY = 64 * 1024  # bytes of a request's body
 _OPEN = re.compile(
     r"/(|config/?|theme\.css|favicon\.ico|robots\.txt|manifest\.json|pwa_icon(/\d+)?|(assets|static|svelte)/.*"
     r"|gradio_api/(info/?|openapi\.json|startup-events|app_id/?|theme\.css|queue/join|queue/data|cancel|reset/?"
     r"|heartbeat/\w+|run/predict|call/[\w/]+))"
 )
-# The page may load and ask nothing but its own origin. Gradio's scripts are inline and compile templates.
+# The page may load only from its own origin. Gradio's scripts are inline and compile templates, hence the unsafe-*.
 _HEADERS = {
     "content-security-policy": (
         "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
@@ -57,9 +49,9 @@ _HEADERS = {
 
 
 def make_app(playground: Playground, hosts: Iterable[str] = ()) -> fastapi.FastAPI:
-    """The application, for any ASGI server; see `Gate` for the hosts."""
+    """The ASGI application; see `Gate` for the hosts."""
     page = build_page(playground)
-    app = fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None, lifespan=Forgetting(page).lifespan)
+    app = fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     app = gr.mount_gradio_app(
         app,
         page,
@@ -73,15 +65,19 @@ def make_app(playground: Playground, hosts: Iterable[str] = ()) -> fastapi.FastA
         mcp_server=False,
         max_file_size=1,
         theme=_theme(),
-        # Given as css=, Gradio would put its own selectors before ours.
-        head=f"<style>{files(__package__).joinpath('style.css').read_text('utf-8')}</style>",
+        # As css=, Gradio would prefix our selectors with its own.
+        head=f"<style>{_resource('style.css')}</style><script>{_resource('page.js')}</script>",
     )
     app.add_middleware(Gate, hosts=tuple(hosts))
     return app
 
 
+def _resource(name: str) -> str:
+    return files(__package__).joinpath(name).read_text("utf-8")
+
+
 def _theme() -> gr.themes.Base:
-    """Gradio's soft theme with the machine's own fonts: its usual ones would come from elsewhere."""
+    """Gradio's soft theme with system fonts, since its default fonts are downloaded."""
     theme = gr.themes.Soft(
         primary_hue="indigo",
         neutral_hue="slate",
@@ -113,82 +109,62 @@ def _theme() -> gr.themes.Base:
 def make_server(playground: Playground, hosts: Iterable[str] = ()) -> uvicorn.Server:
     """The server; ``run(sockets=[listener])`` serves until SIGINT, SIGTERM, or ``should_exit``.
 
-    Args:
-        playground: what it serves.
-        hosts: names and addresses that clients reach it by, besides `LOCAL_HOSTS` and the address that it listens on.
+    ``hosts``: names and addresses of this server for clients, besides `LOCAL_HOSTS` and the address it listens on.
     """
     config = uvicorn.Config(
         make_app(playground, hosts),
-        log_level="critical",  # open connections that end with the server are no news; `Gate` tells of errors
+        log_level="critical",  # connections that end with the server are not errors; `Gate` logs errors
         limit_concurrency=MOST_CONNECTIONS,
         timeout_graceful_shutdown=1,
         timeout_keep_alive=30,
-        http=ImpatientProtocol,
+        http=TimeoutProtocol,
     )
     return uvicorn.Server(config)
 
 
-class ImpatientProtocol(H11Protocol):
-    """HTTP that ends a connection whose client neither sends the rest of its request nor takes its answer.
+class TimeoutProtocol(H11Protocol):
+    """HTTP with timeouts for clients that neither complete their request nor read its answer (slowloris attacks).
 
-    uvicorn waits for such clients for ever: as many as `MOST_CONNECTIONS` of them, and nobody else is let in. What they
-    do not take is dropped with them: after an ordinary end, the kernel would hold up to 4 MB for each, for minutes.
+    uvicorn waits for such clients forever, and `MOST_CONNECTIONS` of them would block the server. TCP_USER_TIMEOUT (on
+    Linux) ends connections whose client reads nothing.
     """
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._look_again(None)
+        if hasattr(socket, "TCP_USER_TIMEOUT"):
+            milliseconds = int(2 * CLIENT_SECONDS * 1000)
+            transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
+        self._check(None)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._look.cancel()
+        self._next_check.cancel()
         super().connection_lost(exc)
 
-    def _look_again(self, before: object) -> None:
-        """Ends the connection if it waits for the client, who has not come further since it was last looked at."""
-        connection, cycle = self.transport.get_extra_info("socket"), self.cycle
-        unsent = self.transport.get_write_buffer_size() + _untaken(connection)
-        now: object = None
-        if unsent:  # which may grow meanwhile: an answer that we still write, to a client that takes none of it
-            now = ("answer", _taken(connection, unsent))
-        elif cycle is None or cycle.response_complete or cycle.more_body:
-            now = ("request", cycle)
+    def _check(self, before: object) -> None:
+        """Ends the connection if it has been waiting for the same request since the last check."""
+        cycle = self.cycle
+        is_waiting = cycle is None or cycle.response_complete or cycle.more_body
+        now = ("request", cycle) if is_waiting else None
         if now is not None and now == before:
-            if unsent:
-                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _NO_LINGER)
+            # Without this the system would keep unread data for minutes.
+            self.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _NO_LINGER)
             self.transport.abort()
-        self._look = self.loop.call_later(CLIENT_SECONDS, self._look_again, now)
-
-
-def _untaken(connection: socket.socket) -> int:
-    """Bytes that the kernel has from us and the client has not received; 0 where the system does not say."""
-    if sys.platform != "linux":
-        return 0
-    count = array("i", [0])
-    fcntl.ioctl(connection.fileno(), termios.TIOCOUTQ, count)
-    return count[0]
-
-
-def _taken(connection: socket.socket, unsent: int) -> int:
-    """How far the client is: bytes that it has received; what is left to send where the system does not say."""
-    if sys.platform != "linux":
-        return -unsent
-    told = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _BYTES_ACKED + 8)
-    return int.from_bytes(told[_BYTES_ACKED:], sys.byteorder)
+        self._next_check = self.loop.call_later(CLIENT_SECONDS, self._check, now)
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket that listens.
+    """A listening socket.
 
     Raises:
-        ValueError: the port is taken or not allowed, or the host is none of this machine.
+        ValueError: the port is taken or not allowed, or the host is not an address of this machine.
     """
     if not 0 <= port <= 65535:
-        raise ValueError(f"port {port}: it must be 0 (any that is free) to 65535")
+        raise ValueError(f"port {port}: it must be from 0 (any free port) to 65535")
     try:
         return socket.create_server((host, port), backlog=MOST_CONNECTIONS, family=_family(host, port))
     except OSError as error:
         raise ValueError(
-            f"cannot listen on {host}, port {port}: {error.strerror or error}. Take another --port"
+            f"cannot listen on {host}, port {port}: {error.strerror or error}. Choose another --port"
         ) from None
 
 
@@ -197,14 +173,14 @@ def _family(host: str, port: int) -> socket.AddressFamily:
 
 
 class Gate:
-    """Refuses requests that are not for this server, come from other pages, or ask for what the playground does not
-    need (uploads, files, proxies, ...), and sets the headers of every answer.
+    """Middleware that refuses requests for other hosts, from other sites' pages, or for paths that the playground does
+    not need (uploads, files, proxies, ...), and sets the security headers of every answer.
 
-    A page of another site can point its own name at this machine (DNS rebinding): the names in Host and Origin show it.
+    Checking Host and Origin prevents DNS rebinding, where another site points its name at this machine.
 
     Args:
-        app: what is behind the gate.
-        hosts: names and addresses that this server is reached by, besides `LOCAL_HOSTS`.
+        app: the application behind it.
+        hosts: names and addresses of this server, besides `LOCAL_HOSTS`.
     """
 
     def __init__(self, app: ASGIApp, hosts: Iterable[str] = ()) -> None:
@@ -234,18 +210,18 @@ class Gate:
             await self._answer(scope, receive, send)
 
     def _is_own(self, host: str, scope: Scope) -> bool:
-        """Whether a Host header names this server: by an allowed name, or by the address that was connected to."""
+        """Whether a Host header is an allowed name, or the address that the client connected to."""
         name = _host_name(host)
         reached = str((scope.get("server") or ("",))[0])
         return name in LOCAL_HOSTS or name in self._own_hosts or (name == reached and _is_address(name))
 
     def _is_own_page(self, origin: str, host: str) -> bool:
-        """Whether a request comes from a page of this server, under the same name or another allowed one."""
+        """Whether a request comes from a page of this server, under this or another allowed name."""
         _, _, place = origin.partition("://")
         return place == host or _host_name(place) in self._own_hosts
 
     async def _heartbeat(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """An answer that lasts as long as a page is open: so few that connections are left for requests."""
+        """Answers for as long as a page is open. Their number is limited, so that connections are left for requests."""
         client = str((scope.get("client") or ("",))[0])
         if self._heartbeats[client] >= HEARTBEATS_PER_CLIENT or self._heartbeats.total() >= MOST_HEARTBEATS:
             await _refuse(send, 503, b"too many open pages")
@@ -283,7 +259,7 @@ class Gate:
         except _TooLargeError:
             if not started:
                 await _refuse(send, 413, b"too large")
-        except Exception as error:  # a request that makes no sense to Gradio: one line, not its whole traceback
+        except Exception as error:  # an invalid request for Gradio: log one line instead of a traceback
             _LOG.error("%s", one_line(f"{scope['method']} {scope['path']}: {error!r}"))
             if not started:
                 await _refuse(send, 500, b"this request cannot be answered")
@@ -309,7 +285,7 @@ class _TooLargeError(Exception):
 
 
 async def _refuse(send: Send, status: int, text: bytes) -> None:
-    """A refusal, after which the connection ends: kept open, it would take the place of another client's."""
+    """Sends a refusal and closes the connection, which makes room for another client."""
     own = {"content-type": "text/plain", "content-length": str(len(text)), "connection": "close", **_HEADERS}
     headers = [(name.encode(), value.encode()) for name, value in own.items()]
     await send({"type": "http.response.start", "status": status, "headers": headers})

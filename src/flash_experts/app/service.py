@@ -1,8 +1,7 @@
-"""Names for requests, within limits. Nothing here knows of Gradio or of HTTP.
+"""Requests to the models of a playground, with a time limit; independent of Gradio and HTTP.
 
-A model serves one step at a time: threads that make names, or look into one, take turns at its lock, so that twenty
-requests of a few names are not held up by one of a hundred. The time limit is a filter among the others, so it is kept
-even while no name is found at all.
+Threads share a model through its lock, one batch at a time, so a long request does not block short ones. The time limit
+is a token filter, so it also holds while no name is found.
 """
 
 from __future__ import annotations
@@ -13,22 +12,24 @@ import time
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
+from typing import Any
 
 import torch
 
 from flash_experts.app.settings import LARGEST_SEED, Settings
 from flash_experts.data.names import normal_form
-from flash_experts.data.prompts import SELDOM_TOLD, Conditions, read_conditions
-from flash_experts.generation import GeneratedName, NameFilter, NameGenerator, NameVocabulary
+from flash_experts.data.prompts import OPTIONAL_ATTRIBUTES, Conditions, read_conditions
+from flash_experts.generation import GeneratedName, NameFilter, NameGenerator, NameRequest, NameVocabulary, Sampling
+from flash_experts.options import options_of
+from flash_experts.released import model_folder
 
-TIME_LIMIT = 20.0  # seconds of one request
-_BATCH = 16  # names computed at once: they come in such groups. 64 would be 1.1 x as fast, and stutter
+TIME_LIMIT = 20.0  # seconds per request
+_BATCH = 16  # names computed at once; larger batches are hardly faster, and names would appear less steadily
 
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """A model that was named when the playground started; clients know it by its name alone."""
+    """A served model; clients refer to it by its name."""
 
     name: str
     generator: NameGenerator
@@ -37,14 +38,7 @@ class LoadedModel:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A name on the table, and what made it.
-
-    Attributes:
-        name: with its nearest card.
-        settings: with the seed that was drawn.
-        model: the model's name.
-        locked: kept while other names come and go.
-    """
+    """A name on the table, with the model and settings (seed included) that made it; a locked row is kept."""
 
     name: GeneratedName
     settings: Settings
@@ -54,15 +48,15 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far a request has come.
+    """The progress of a request.
 
     Attributes:
         rows: all names so far.
-        wanted: how many were asked for.
-        seconds: since the request began.
-        settings: of the request, with the seed.
-        is_over: nothing more comes.
-        note: why there are fewer than were wanted, or "".
+        wanted: number of names requested.
+        seconds: time since the request started.
+        settings: settings of the request, seed included.
+        is_over: whether this is the last update.
+        note: why there are fewer names than requested, or "".
     """
 
     rows: tuple[Row, ...]
@@ -74,7 +68,7 @@ class Progress:
 
     @property
     def seed(self) -> int:
-        """Of the names."""
+        """Random seed of the names."""
         assert self.settings.seed is not None
         return self.settings.seed
 
@@ -83,32 +77,33 @@ class Playground:
     """The models of one server, and requests to them."""
 
     def __init__(self, models: Mapping[str, NameGenerator], time_limit: float = TIME_LIMIT) -> None:
-        """Takes the models.
+        """Wraps loaded models.
 
         Args:
-            models: by the name that clients see; the first is the default.
-            time_limit: seconds that one request may take.
+            models: models by the name that clients see; the first is the default.
+            time_limit: seconds per request.
 
         Raises:
-            ValueError: there is no model, or no time.
+            ValueError: there is no model, or the time limit is not positive.
         """
         if not models:
-            raise ValueError("no model to serve: name at least one")
+            raise ValueError("no model to serve: give at least one")
         if not 0 < time_limit < float("inf"):
-            raise ValueError(f"the time limit is {time_limit} s: it must be over 0")
+            raise ValueError(f"the time limit is {time_limit} s: it must be more than 0")
         self.models = {name: LoadedModel(name, generator) for name, generator in models.items()}
         self.time_limit = time_limit
 
     @classmethod
     def load(cls, sources: Sequence[str], device: str | None = None, time_limit: float = TIME_LIMIT) -> Playground:
-        """Loads models and makes a name with each, so that the first client waits for nothing.
+        """Loads models and warms each up with one name.
 
         Raises:
             ValueError: a model cannot be loaded.
         """
         loaded: dict[str, NameGenerator] = {}
         for source in sources:
-            stem = name = Path(source).resolve().name if Path(source).exists() else source
+            folder = model_folder(source)
+            stem = name = source if folder is None else folder.resolve().name
             number = 1
             while name in loaded:
                 number += 1
@@ -120,16 +115,18 @@ class Playground:
         return playground
 
     def conditions(self) -> Conditions:
-        """The rarities, sets and years that at least one of the models learned."""
+        """The rarities, sets and years that at least one model has learned."""
         each = [read_conditions(one.generator.model.config.to_dict()) for one in self.models.values()]
-        found = {name: sorted({value for known in each for value in known.get(name, [])}) for name in SELDOM_TOLD}
+        found = {
+            name: sorted({value for known in each for value in known.get(name, [])}) for name in OPTIONAL_ATTRIBUTES
+        }
         return {name: values for name, values in found.items() if values}
 
     def model(self, name: str | None = None) -> LoadedModel:
         """A model by its name; the first if None or blank.
 
         Raises:
-            ValueError: there is none of that name here.
+            ValueError: no model has that name.
         """
         if not name:
             return next(iter(self.models.values()))
@@ -137,34 +134,37 @@ class Playground:
             raise ValueError(f"no model {name[:60]!r} here: use one of {', '.join(self.models)}")
         return self.models[name]
 
-    def names(self, settings: Settings, model: str | None = None, without: Sequence[str] = ()) -> Iterator[Progress]:
-        """Names as they are found.
+    def names(
+        self,
+        settings: Settings,
+        model: str | None = None,
+        without: Sequence[str] = (),
+        seconds: float | None = None,
+    ) -> Iterator[Progress]:
+        """Generates names.
 
         Args:
-            settings: what is asked for.
-            model: its name.
-            without: names that the caller has already; they are passed over.
+            settings: settings of the request.
+            model: name of the model (default: the first).
+            without: names to leave out.
+            seconds: what is left of the time limit (default: all of it).
 
         Yields:
-            After each name, and once more at the end.
+            The progress after each name, and once more at the end.
 
         Raises:
-            ValueError: no such model, or the constraints leave no name.
+            ValueError: the model is unknown, or no name satisfies the constraints.
         """
         loaded = self.model(model)
-        began = time.monotonic()
+        start = time.monotonic()
         seed = secrets.randbelow(LARGEST_SEED + 1) if settings.seed is None else settings.seed
         settings = replace(settings, seed=seed)
-        had = {normal_form(name) for name in without}
+        excluded = {normal_form(name) for name in without}
         rows: list[Row] = []
         note = ""
-        time_limit = partial(TimeLimit, deadline=began + self.time_limit)
-        options = settings.options() | {
-            "count": settings.count + len(had),
-            "filters": [time_limit],
-            "batch_size": _BATCH,
-        }
-        stream = loaded.generator.stream(**options)
+        time_limit = partial(TimeLimit, deadline=start + (self.time_limit if seconds is None else seconds))
+        request = NameRequest.of(**settings.options() | {"count": settings.count + len(excluded), "batch_size": _BATCH})
+        stream = loaded.generator.answer(request, filters=[time_limit])
         while len(rows) < settings.count:
             try:
                 found = self._next(loaded, stream)
@@ -174,10 +174,10 @@ class Playground:
             if found is None:
                 note = "no more names found: loosen the rules, or raise the temperature"
                 break
-            if normal_form(found.text) not in had:
+            if normal_form(found.text) not in excluded:
                 rows.append(Row(found, settings, loaded.name))
-                yield Progress(tuple(rows), settings.count, time.monotonic() - began, settings)
-        yield Progress(tuple(rows), settings.count, time.monotonic() - began, settings, is_over=True, note=note)
+                yield Progress(tuple(rows), settings.count, time.monotonic() - start, settings)
+        yield Progress(tuple(rows), settings.count, time.monotonic() - start, settings, is_over=True, note=note)
 
     def _next(self, loaded: LoadedModel, stream: Iterator[GeneratedName]) -> GeneratedName | None:
         with loaded.lock:
@@ -188,11 +188,11 @@ class Playground:
 
 
 class TimeUpError(Exception):
-    """The time of a request is over."""
+    """A request has reached its time limit."""
 
 
 class TimeLimit(NameFilter):
-    """Forbids nothing, and raises `TimeUpError` when the time is over: it is asked at every step of the decoding."""
+    """Raises `TimeUpError` after the deadline, at the next decoding step; forbids no token."""
 
     def __init__(self, vocabulary: NameVocabulary, prompt_length: int, deadline: float) -> None:
         super().__init__(vocabulary, prompt_length)
@@ -208,3 +208,44 @@ class TimeLimit(NameFilter):
         if time.monotonic() > self.deadline:
             raise TimeUpError
         return scores
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    """Model and preset of one side; None for the first model or the preset of the settings."""
+
+    model: str | None = None
+    preset: str | None = None
+
+
+def compare(playground: Playground, settings: Settings, sides: Sequence[Side]) -> Iterator[list[Progress | None]]:
+    """Generates names for two or more sides from the same seed.
+
+    A side's own preset replaces all sampling settings.
+
+    Yields:
+        The progress of each side; None where a side has no name yet.
+
+    Raises:
+        ValueError: a model or preset is unknown, or no name satisfies the constraints.
+    """
+    seed = secrets.randbelow(LARGEST_SEED + 1) if settings.seed is None else settings.seed
+    settings = replace(settings, seed=seed)
+    streams = [playground.names(_of_side(settings, side), side.model) for side in sides]
+    progress: list[Progress | None] = [None] * len(sides)
+    running = set(range(len(sides)))
+    while running:
+        for place in sorted(running):
+            found = next(streams[place], None)
+            if found is None:
+                running.discard(place)
+            else:
+                progress[place] = found
+                yield list(progress)
+
+
+def _of_side(settings: Settings, side: Side) -> Settings:
+    if not side.preset:
+        return settings
+    own: dict[str, Any] = dict.fromkeys(options_of(Sampling))
+    return replace(settings, preset=side.preset, **own)

@@ -1,167 +1,71 @@
-"""What one request asks for, checked, and the string that shares it.
+"""Validated settings of a request, and the settings string that shares them.
 
-A request comes from anywhere on a network, so all that costs time or memory is bounded here, before a model sees it.
-What a value means is checked where it is used anyway: `Attributes`, `Sampling` and `Constraints`.
+Requests are untrusted, so the `page_bounds` of each option limit time and memory before a model runs. `NameRequest`
+checks what values mean.
 
-The string is a query as in a web address, with a version before it and only what is not the default::
+A settings string is a version and a URL query of the settings that differ from the defaults::
 
     flash-experts:1?type_line=Creature+%E2%80%94+Goblin&colors=R&preset=creative&seed=7
 """
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 from urllib.parse import parse_qsl, urlencode
 
-from flash_experts.data.prompts import Attributes
-from flash_experts.generation import Constraints, Sampling
-from flash_experts.generation.attribute_fit import fitness_of
-from flash_experts.generation.presets import sampling_of
+from flash_experts.generation.request import NameRequest
+from flash_experts.options import Kind, defaults_of, kind_of, options_of
+from flash_experts.plain_text import did_you_mean
 
 PREFIX = "flash-experts:1?"
-MOST_NAMES = 100
 LONGEST_STRING = 2_000  # characters of a settings string
-LARGEST_SEED = 2**31 - 1
-_SAMPLING = tuple(field.name for field in fields(Sampling))
-_TEXTS = {
-    "type_line": 120,
-    "colors": 40,
-    "rarity": 20,
-    "set_code": 10,
-    "preset": 40,
-    "best_by": 10,
-    "starts_with": 40,
-    "ends_with": 40,
-    "contains": 40,
-    "regex": 100,
-}
-_LISTS = {"banned_words": (50, 30), "like": (20, 60)}  # how many, and how long each
-_NUMBERS: dict[str, tuple[float, float]] = {
-    "mana_value": (0, 20),
-    "released": (1993, 2100),
-    "count": (1, MOST_NAMES),
-    "best_of": (1, 8),
-    "seed": (0, LARGEST_SEED),
-    "temperature": (0.05, 3),
-    "top_k": (0, 10_000),
-    "top_p": (0.01, 1),
-    "min_p": (0, 1),
-    "repetition_penalty": (0.5, 3),
-    "guidance": (0, 5),
-    "words": (1, 8),
-    "min_words": (1, 8),
-    "max_words": (1, 8),
-    "min_length": (1, 40),
-    "max_length": (1, 40),
-    "min_distance": (0, 0.8),
-}
-_FLOATS = {"temperature", "top_p", "min_p", "repetition_penalty", "guidance", "min_distance"}
-_FLAGS = ("alliterate", "allow_profanity", "allow_real_places")
+# The options that clients can set: those with a label.
+OPTIONS = {name: known for name, known in options_of(NameRequest).items() if known.label is not None}
+KINDS: dict[str, Kind] = {name: kind_of(NameRequest, name) for name in OPTIONS}
+DEFAULTS: dict[str, Any] = {name: defaults_of(NameRequest)[name] for name in OPTIONS}
+# Lists are tuples here, since settings are immutable.
+DEFAULTS |= {name: () for name, kind in KINDS.items() if kind == "list"}
+MOST_NAMES, LARGEST_SEED = (int(OPTIONS[name].page_bounds[1]) for name in ("count", "seed"))  # type: ignore[index]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Settings:
-    """One request for names; fields are those of `flash_experts.NameGenerator.generate`, and None leaves one open.
-
-    Attributes:
-        type_line: such as "Legendary Creature — Goblin".
-        colors: such as "R" or "WU"; "C" is colorless.
-        mana_value: 0 to 20.
-        rarity, set_code, released: such as "rare", "ZEN" and 2009, for models that learned them.
-        preset: of `flash_experts.generation.PRESETS`.
-        temperature, top_k, top_p, min_p, repetition_penalty, guidance: each over the preset's.
-        starts_with, ends_with, contains, regex, words, min_words, max_words, min_length, max_length, banned_words,
-            alliterate, min_distance, allow_profanity, allow_real_places: see `flash_experts.generation.Constraints`.
-        like: examples that the names shall resemble.
-        count: how many names.
-        best_of: names drawn for each that is given.
-        best_by: which of them is best: "score", the most natural, or "fit", the truest to the card.
-        seed: the same gives the same names; drawn if None.
+class Settings(NameRequest):
+    """A `NameRequest` from a client of the playground, within the narrower bounds of the page.
 
     Raises:
-        ValueError: a value is out of its bounds, of the wrong type, or contradicts another.
+        ValueError: a value is out of range, of the wrong type, or contradicts another.
     """
 
-    type_line: str | None = None
-    colors: str | None = None
-    mana_value: int | None = None
-    rarity: str | None = None
-    set_code: str | None = None
-    released: int | None = None
-    preset: str = "balanced"
-    temperature: float | None = None
-    top_k: int | None = None
-    top_p: float | None = None
-    min_p: float | None = None
-    repetition_penalty: float | None = None
-    guidance: float | None = None
-    starts_with: str | None = None
-    ends_with: str | None = None
-    contains: str | None = None
-    regex: str | None = None
-    words: int | None = None
-    min_words: int | None = None
-    max_words: int | None = None
-    min_length: int | None = None
-    max_length: int | None = None
-    banned_words: tuple[str, ...] = ()
-    alliterate: bool = False
-    min_distance: float = 0.0
-    allow_profanity: bool = False
-    allow_real_places: bool = False
-    like: tuple[str, ...] = ()
-    count: int = 20
-    best_of: int = 1
-    best_by: str = "score"
-    seed: int | None = None
-
     def __post_init__(self) -> None:
-        for name, longest in _TEXTS.items():
-            _check_text(name, getattr(self, name), longest)
-        for name, (most, longest) in _LISTS.items():
-            _check_list(name, getattr(self, name), most, longest)
-        for name, bounds in _NUMBERS.items():
-            _check_number(name, getattr(self, name), bounds)
-        for name in _FLAGS:
-            if not isinstance(value := getattr(self, name), bool):
-                raise ValueError(f"{name} must be true or false, not {value!r:.40}")
-        attributes = self.attributes()
-        if not self.like:  # which tells attributes, too
-            fitness_of(self.best_by, self.best_of, attributes)
-        sampling_of(self.preset, **{name: getattr(self, name) for name in _SAMPLING})
-        Constraints(
-            **{field.name: getattr(self, field.name) for field in fields(Constraints) if hasattr(self, field.name)}
-        )
-
-    def attributes(self) -> Attributes:
-        """Of the card that the names are for.
-
-        Raises:
-            ValueError: a type, color, rarity, set or year cannot be.
-        """
-        printing = (self.rarity, self.set_code, self.released)
-        return Attributes.parse(self.type_line, self.colors, self.mana_value, *printing)
+        if self.like is None:
+            object.__setattr__(self, "like", ())
+        for name in OPTIONS:
+            _check(name, getattr(self, name))
+        NameRequest.__post_init__(self)
+        self.attributes()
+        self.sampling()
 
     def options(self) -> dict[str, Any]:
-        """Arguments of `flash_experts.NameGenerator.stream`."""
-        return asdict(self)
+        """The options that clients can set, by name."""
+        return {name: getattr(self, name) for name in OPTIONS}
+
+    def changed(self) -> dict[str, Any]:
+        """Those of `options` that differ from the defaults."""
+        return {name: value for name, value in self.options().items() if value != DEFAULTS[name]}
 
     def to_string(self) -> str:
-        """The settings that are not the defaults, as one line to share. `from_string` reads it."""
-        given = [(field.name, getattr(self, field.name)) for field in fields(self)]
-        changed = [(name, value) for name, value in given if value != _DEFAULTS[name]]
-        return PREFIX + urlencode([(name, _written(value)) for name, value in changed])
+        """The settings string."""
+        return PREFIX + urlencode([(name, _written(value)) for name, value in self.changed().items()])
 
     @classmethod
     def from_string(cls, text: str) -> Settings:
         """Reads what `to_string` wrote.
 
         Raises:
-            ValueError: it is no such string, a setting is unknown or twice in it, or a value is not allowed.
+            ValueError: not a settings string, a setting is unknown or repeated, or a value is not allowed.
         """
         text = text.strip()
         if len(text) > LONGEST_STRING:
@@ -175,9 +79,8 @@ class Settings:
             raise ValueError(f"not a settings string: after {PREFIX} there must be name=value, joined by &") from None
         values: dict[str, Any] = {}
         for name, value in pairs:
-            if name not in _DEFAULTS:
-                near = difflib.get_close_matches(name, _DEFAULTS, n=1)
-                raise ValueError(f"unknown setting {name[:40]!r}" + (f": did you mean {near[0]!r}?" if near else ""))
+            if name not in DEFAULTS:
+                raise ValueError(f"unknown setting {name[:40]!r}" + did_you_mean(name, DEFAULTS, prefix=": "))
             if name in values:
                 raise ValueError(f"the setting {name} is given twice")
             values[name] = _reader(name)(name, value)
@@ -185,26 +88,38 @@ class Settings:
 
     @classmethod
     def from_values(cls, values: Mapping[str, Any]) -> Settings:
-        """Settings of a form or of JSON: blank texts and None are the defaults, whole floats are integers, and lists
-        may be texts with ";" (or, for words, ",") between.
+        """Settings from a form or JSON: blank texts and None stand for the defaults, whole floats for integers, and
+        texts with ";" (for words also ",") for lists.
 
         Raises:
-            ValueError: as the constructor.
+            ValueError: as for the constructor.
         """
         return cls(**{name: read for name, value in values.items() if (read := _tidied(name, value)) is not None})
 
 
 _KINDS_IN_JSON = {str: "text", list: "a list", tuple: "a list", dict: "an object", bool: "true or false",
                   int: "a number", float: "a number", type(None): "null"}  # fmt: skip
-_DEFAULTS: dict[str, Any] = {field.name: field.default for field in fields(Settings)}
 
 
 # ------------------------------------------------------------------------------------------------------------- checks
 
 
-def _check_text(name: str, value: Any, longest: int) -> None:
-    if value is None and _DEFAULTS[name] is None:
+def _check(name: str, value: Any) -> None:
+    kind, bounds = KINDS[name], OPTIONS[name].page_bounds or (0, 0)
+    if value is None and DEFAULTS[name] is None:
         return
+    if kind in ("text", "choice"):
+        _check_text(name, value, 10 if kind == "choice" else bounds[1])
+    elif kind == "list":
+        _check_list(name, value, *bounds)
+    elif kind == "flag":
+        if not isinstance(value, bool):
+            raise ValueError(f"{name} must be true or false, not {value!r:.40}")
+    else:
+        _check_number(name, value, bounds)
+
+
+def _check_text(name: str, value: Any, longest: float) -> None:
     if not isinstance(value, str):
         raise ValueError(f"{name} must be text, not {_KINDS_IN_JSON.get(type(value), 'something else')}")
     if len(value) > longest:
@@ -213,7 +128,7 @@ def _check_text(name: str, value: Any, longest: int) -> None:
         raise ValueError(f"{name} has a control character: leave it out")
 
 
-def _check_list(name: str, value: Any, most: int, longest: int) -> None:
+def _check_list(name: str, value: Any, most: float, longest: float) -> None:
     if not isinstance(value, tuple):
         raise ValueError(f"{name} must be a list, not {_KINDS_IN_JSON.get(type(value), 'something else')}")
     if len(value) > most:
@@ -227,11 +142,9 @@ def _check_list(name: str, value: Any, most: int, longest: int) -> None:
 
 
 def _check_number(name: str, value: Any, bounds: tuple[float, float]) -> None:
-    if value is None and _DEFAULTS[name] is None:
-        return
-    if isinstance(value, bool) or not isinstance(value, int | float if name in _FLOATS else int):
-        kind = "number" if name in _FLOATS else "whole number"
-        raise ValueError(f"{name} must be a {kind}, not {value!r:.40}")
+    is_whole = KINDS[name] == "integer"
+    if isinstance(value, bool) or not isinstance(value, int if is_whole else int | float):
+        raise ValueError(f"{name} must be a {'whole number' if is_whole else 'number'}, not {value!r:.40}")
     low, high = bounds
     if not low <= value <= high:
         raise ValueError(f"{name} is {value}: it must be from {low:.10g} to {high:.10g}")
@@ -247,13 +160,10 @@ def _written(value: Any) -> str:
 
 
 def _reader(name: str) -> Callable[[str, str], Any]:
-    if name in _LISTS:
-        return lambda _, text: tuple(text.split(";"))
-    if name in _FLAGS:
-        return _read_flag
-    if name in _NUMBERS:
-        return _read_float if name in _FLOATS else _read_int
-    return lambda _, text: text
+    readers: dict[Kind, Callable[[str, str], Any]] = {
+        "list": lambda _, text: tuple(text.split(";")), "flag": _read_flag, "integer": _read_int, "number": _read_float
+    }  # fmt: skip
+    return readers.get(KINDS[name], lambda _, text: text)
 
 
 def _read_flag(name: str, text: str) -> bool:
@@ -275,8 +185,9 @@ def _read_float(name: str, text: str) -> float:
 
 
 def _tidied(name: str, value: Any) -> Any:
-    """A value of a form as `Settings` has it; None for the default."""
-    if name in _LISTS:
+    """A form's value in the type of `Settings`; None for the default."""
+    kind = KINDS.get(name)
+    if kind == "list":
         if isinstance(value, str):
             value = re.split("[;\n]" if name == "like" else "[;,\n]", value[: 10 * LONGEST_STRING])
         if isinstance(value, Sequence):
@@ -285,6 +196,6 @@ def _tidied(name: str, value: Any) -> Any:
         return value or None
     if isinstance(value, str):
         return value if value.strip() else None
-    if isinstance(value, float) and value.is_integer() and name not in _FLOATS:
+    if isinstance(value, float) and value.is_integer() and kind != "number":
         return int(value)
     return value

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import pytest
-from test_told_printings import SMALL, cards
 
 from flash_experts import NameGenerator
 from flash_experts.app.service import Playground
 from flash_experts.app.settings import Settings
 from flash_experts.training.build import build_model
+from tests.test_data.test_printings import SMALL, cards
 
 pytest.importorskip("gradio", reason="the playground's extra is not installed: pip install -e '.[app]'")
 from flash_experts.app import form
-from flash_experts.app.handlers import Handlers, Table
+from flash_experts.app.handlers import Handlers
 from flash_experts.app.page import build_page
+from flash_experts.app.session import Session
 
 
 @pytest.fixture(scope="module")
 def both(base: NameGenerator) -> Playground:
-    told = NameGenerator(*build_model(None, SMALL, cards(told=True), seed=0), known_names=[])
-    return Playground({"dense": base, "told": told})
+    printings = NameGenerator(*build_model(None, SMALL, cards(printed=True), seed=0), known_names=[])
+    return Playground({"dense": base, "printings": printings})
 
 
 def test_what_a_model_learned_is_offered(both: Playground, base: NameGenerator) -> None:
@@ -42,14 +43,14 @@ def test_names_of_a_set_and_a_year(both: Playground) -> None:
     values = form.values_of(settings)
     assert (values["set_code"], values["released"], values["rarity"]) == ("ZEN", "2009", "any")
     assert form.settings_of(values).attributes() == settings.attributes()
-    *_, last = both.names(settings, "told")
-    *_, other = both.names(Settings(count=2, seed=1, max_length=12), "told")
+    *_, last = both.names(settings, "printings")
+    *_, other = both.names(Settings(count=2, seed=1, max_length=12), "printings")
     assert [row.name for row in last.rows] != [row.name for row in other.rows], "the prompt is another"
 
 
-def test_a_model_that_knows_none_says_so(both: Playground) -> None:
+def test_a_model_that_knows_none_reports_it(both: Playground) -> None:
     values = form.values_of(Settings(set_code="ZEN", count=1, seed=1))
-    *_, shown = Handlers(both).make(values | {"model": "dense"}, Table())
+    *_, shown = Handlers(both).make(values | {"model": "dense"}, Session())
     assert "not trained with sets" in shown.status
-    *_, shown = Handlers(both).make(values | {"model": "told", "set_code": "ZEM"}, Table())
+    *_, shown = Handlers(both).make(values | {"model": "printings", "set_code": "ZEM"}, Session())
     assert "nearest is &#39;ZEN&#39;" in shown.status or "nearest is 'ZEN'" in shown.status

@@ -1,0 +1,123 @@
+// The page's own script: what only a browser can do. Text of the server is shown as text, never as markup.
+window.flashExperts = {
+  KEY: 'flash-experts:kept',
+  link: null,      // the query that makes the names on the table again
+  pressed: null,   // the last button pressed in our HTML
+  chosen: null,    // the name whose card is open
+
+  // Called when the page opens: what the server needs to restore it.
+  opened(kept, query) {
+    const options = document.querySelector('#fe-options > button.label-wrap.open');
+    if (options && matchMedia('(max-width: 640px)').matches) options.click();
+    try { kept = localStorage.getItem(this.KEY) || ''; } catch { kept = ''; }
+    return [kept.length < 60000 ? kept : '', location.search];
+  },
+
+  // Puts settings into the address and kept names into the storage.
+  remember(text) {
+    if (!text) return;
+    const {address, link, kept} = JSON.parse(text);
+    if (link !== null) this.link = link;
+    if (address !== null) history.replaceState(null, '', location.pathname + (address ? '?' + address : ''));
+    try { localStorage.setItem(this.KEY, JSON.stringify(kept)); } catch { /* storage is full or not allowed */ }
+  },
+
+  announce(message) {
+    let place = document.getElementById('fe-announced');
+    if (!place) {
+      place = document.body.appendChild(document.createElement('div'));
+      place.id = 'fe-announced';
+      place.setAttribute('role', 'status');
+    }
+    place.textContent = message;
+    clearTimeout(this.timer);
+    this.timer = setTimeout(() => { place.textContent = ''; }, 2500);
+  },
+
+  async copy(text, message) {
+    try {
+      await navigator.clipboard.writeText(text);
+    } catch { // pages over plain HTTP have no clipboard, but this old command
+      const focused = document.activeElement;
+      const field = document.body.appendChild(document.createElement('textarea'));
+      field.value = text;
+      field.select();
+      const done = document.execCommand('copy');
+      field.remove();
+      focused?.focus({preventScroll: true});
+      if (!done) return this.announce('The browser does not allow copying: select the text instead');
+    }
+    this.announce(message);
+  },
+
+  copyKept() {
+    const names = [...document.querySelectorAll('#fe-table .fe-kept .fe-name')].map((name) => name.textContent);
+    if (!names.length) return this.announce('Keep a name first: press the ☆ next to it');
+    this.copy(names.join('\n') + '\n', names.length === 1 ? 'Copied 1 name' : `Copied ${names.length} names`);
+  },
+
+  copyLink() {
+    const query = this.link === null ? location.search.slice(1) : this.link;
+    this.copy(location.origin + location.pathname + (query ? '?' + query : ''), 'Copied the link');
+  },
+
+  download(text) {
+    const {name, text: written, base64} = JSON.parse(text);
+    const content = written ?? Uint8Array.from(atob(base64), (character) => character.charCodeAt(0));
+    const link = document.createElement('a');
+    link.href = URL.createObjectURL(new Blob([content], {type: 'text/plain;charset=utf-8'}));
+    link.download = name;
+    link.click();
+    setTimeout(() => URL.revokeObjectURL(link.href), 1000);
+  },
+
+  // Buttons in our HTML carry their action as data attributes. Each answer replaces the HTML, so focus is restored.
+  watch(element, trigger) {
+    let key = null;
+    element.addEventListener('click', (event) => {
+      const button = event.target.closest('button[data-do]');
+      if (!button) return;
+      key = button.dataset.key;
+      const {do: action, name} = button.dataset;
+      if (action === 'copy') { this.copy(name, `Copied ${name}`); return; }
+      this.pressed = action;
+      if (action === 'inspect') { this.chosen = name; this.from = element; this.mark(); }
+      trigger('click', {...button.dataset});
+    });
+    new MutationObserver(() => {
+      this.mark();
+      if (key === null || document.activeElement !== document.body) return;
+      const button = element.querySelector(`[data-key="${CSS.escape(key)}"]`);
+      if (button) button.focus({preventScroll: true});
+    }).observe(element, {childList: true, subtree: true});
+  },
+
+  mark() {
+    for (const row of document.querySelectorAll('.fe-names tr[data-row]'))
+      row.classList.toggle('fe-chosen', row.dataset.row === this.chosen);
+  },
+
+  // After a name was pressed: its card gets the focus, and does not cover the name.
+  showPanel() {
+    if (this.pressed !== 'inspect') return;
+    setTimeout(() => {
+      document.getElementById('fe-looked')?.focus({preventScroll: true});
+      const side = document.getElementById('fe-side'), row = this.from.querySelector('tr.fe-chosen');
+      if (!row || getComputedStyle(side).position !== 'fixed') return;
+      const hidden = row.getBoundingClientRect().bottom - side.getBoundingClientRect().top;
+      if (hidden > 0) window.scrollBy(0, hidden + 8);
+    }, 50);
+  },
+
+  // After the card was closed: the focus returns to the name.
+  closePanel() {
+    if (this.pressed !== 'close') return;
+    const key = this.chosen;
+    this.chosen = null;
+    this.mark();
+    this.from?.querySelector(`.fe-name[data-name="${CSS.escape(key)}"]`)?.focus({preventScroll: true});
+  },
+};
+document.addEventListener('keydown', (event) => {
+  if (event.key === 'Escape' && !event.target.closest('input, textarea')) document.querySelector('#fe-panel [data-do=close]')?.click();
+});

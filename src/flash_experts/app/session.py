@@ -1,0 +1,205 @@
+"""The names of one session: the table, the kept names, and the history of its requests.
+
+The browser stores the kept names, and the page's address the settings. What comes back from there is untrusted, as any
+input of a client: it is read by `restored` and `read_link`.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+from urllib.parse import unquote_plus, urlencode
+
+from flash_experts.app.service import Row
+from flash_experts.app.settings import PREFIX, Settings
+from flash_experts.generation import GeneratedName
+from flash_experts.generation.name_files import row_of
+
+MOST_KEPT = 50
+MOST_IN_HISTORY = 400  # names of all requests in the history
+_LINK = "v=1"  # the version of a link, its first parameter; other queries are not ours
+_OTHERS = ("__", "view=")  # parameters of Gradio
+_LONGEST_NAME = 100  # characters of a stored name
+_LONGEST_STORED = 500  # characters of a kept name's settings string; longer ones are not stored
+_MOST_STORED = 60_000  # characters of the browser's storage that are read
+Rows = tuple[Row, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A request of the history.
+
+    Attributes:
+        number: counts the requests of a session from 0.
+        asked: its settings, without the seed that was drawn.
+        rows: the names that it gave, with the seed in their settings.
+    """
+
+    number: int
+    asked: Settings
+    rows: Rows
+
+
+class Session:
+    """The names of one session; a lock protects them, as requests add rows while other threads keep some."""
+
+    def __init__(self, rows: Rows = ()) -> None:
+        self.rows = rows
+        self.history: tuple[Request, ...] = ()
+        self.shown: Request | None = None  # whose names are on the table
+        self._lock = threading.Lock()
+
+    def __deepcopy__(self, _: dict[int, Any]) -> Session:
+        """Gradio copies the initial state for each session."""
+        copied = Session(self.rows)
+        copied.history, copied.shown = self.history, self.shown
+        return copied
+
+    @property
+    def kept(self) -> Rows:
+        return tuple(row for row in self.rows if row.locked)
+
+    def put(self, found: Rows, asked: Settings | None = None, before: Rows = ()) -> Rows:
+        """Replaces all rows but the kept ones by what a request has found so far; returns all rows.
+
+        Args:
+            asked: settings of the request, for the history.
+            before: rows of other requests, which stay above.
+        """
+        with self._lock:
+            if asked is not None and found:
+                self._remember(asked, found)
+            return self._put((*before, *found))
+
+    def _put(self, found: Rows) -> Rows:
+        kept = {row.name.text: row for row in self.kept}
+        below = tuple(kept.pop(row.name.text, row) for row in found)
+        self.rows = (*kept.values(), *below)
+        return self.rows
+
+    def _remember(self, asked: Settings, found: Rows) -> None:
+        number = 0
+        if self.history:
+            last = self.history[-1]
+            is_last = (last.rows[0].settings, last.rows[0].model) == (found[0].settings, found[0].model)
+            number = last.number + (not is_last)
+        others = [each for each in self.history if each.number != number]
+        while others and sum(len(each.rows) for each in others) + len(found) > MOST_IN_HISTORY:
+            del others[0]
+        self.shown = Request(number, asked, found)
+        self.history = (*others, self.shown)
+
+    def add_kept(self, row: Row) -> None:
+        """Adds a kept name that is not there yet."""
+        with self._lock:
+            if picked(self.rows, row.name.text) is None and len(self.kept) < MOST_KEPT:
+                self.rows = (*self.rows, row)
+
+    def press(self, name: Any) -> Rows:
+        """Toggles whether the row of a name is kept; returns all rows."""
+        with self._lock:
+            row = picked(self.rows, name)
+            if row is not None and (row.locked or len(self.kept) < MOST_KEPT):
+                pressed = replace(row, locked=not row.locked)
+                self.rows = tuple(pressed if each is row else each for each in self.rows)
+            return self.rows
+
+    def release(self) -> Rows:
+        """Keeps no name; returns all rows, which stay until others replace them."""
+        with self._lock:
+            self.rows = tuple(replace(row, locked=False) for row in self.rows)
+            return self.rows
+
+    def reset(self) -> None:
+        """Forgets whose names are on the table: the page's address has no settings then."""
+        with self._lock:
+            self.shown = None
+
+    def open(self, number: Any) -> Request | None:
+        """Shows the names of an earlier request below the kept ones; None if the history does not have it."""
+        with self._lock:
+            request = next((each for each in self.history if str(each.number) == str(number)[:10]), None)
+            if request is not None:
+                self.shown = request
+                self._put(request.rows)
+            return request
+
+
+def picked(rows: Rows, name: Any) -> Row | None:
+    """The row of a name that a browser sent; None if no row has it."""
+    return next((row for row in rows if row.name.text == name), None)
+
+
+# ---------------------------------------------------------------------------------------------------------- the links
+
+
+def link_of(settings: Settings, model: str = "") -> str:
+    """The query of a link to the page with these settings, and a model if one is given."""
+    parts = [_LINK, settings.to_string().removeprefix(PREFIX), urlencode({"model": model}) if model else ""]
+    return "&".join(filter(None, parts))
+
+
+def read_link(query: Any) -> tuple[Settings, str] | None:
+    """The settings and the model ("" for none) of a page's query; None for a query without settings.
+
+    Raises:
+        ValueError: a setting is unknown, or a value is not allowed.
+    """
+    text = query if isinstance(query, str) else ""
+    first, *others = text.removeprefix("?").split("&")
+    if first != _LINK:
+        return None
+    models = [unquote_plus(part.removeprefix("model=")) for part in others if part.startswith("model=")]
+    parts = [part for part in others if part and not part.startswith((*_OTHERS, "model="))]
+    return Settings.from_string(PREFIX + "&".join(parts)), models[0] if models else ""
+
+
+# ------------------------------------------------------------------------------------------------ the browser's storage
+
+
+def stored(rows: Rows) -> list[dict[str, Any]]:
+    """The kept names as the browser stores them."""
+    strings = [row.settings.to_string() for row in rows]
+    return [
+        row_of(row.name) | {"model": row.model, "settings": text if len(text) <= _LONGEST_STORED else PREFIX}
+        for row, text in zip(rows, strings, strict=True)
+    ]
+
+
+def restored(text: Any) -> Rows:
+    """The kept names that a browser stored. What cannot be read is left out."""
+    if not isinstance(text, str) or len(text) > _MOST_STORED:
+        return ()
+    try:
+        entries = json.loads(text)
+    except (ValueError, RecursionError):
+        return ()
+    rows = [_row(entry) for entry in entries[:MOST_KEPT]] if isinstance(entries, list) else []
+    return tuple({row.name.text: row for row in rows if row is not None}.values())
+
+
+def _row(entry: Any) -> Row | None:
+    if not isinstance(entry, Mapping):
+        return None
+    texts = [entry.get(name) or "" for name in ("text", "model", "nearest_card", "settings")]
+    if not all(isinstance(text, str) and text.isprintable() for text in texts):
+        return None
+    name, model, nearest, settings = texts
+    if not name.strip() or max(map(len, (name, model, nearest))) > _LONGEST_NAME:
+        return None
+    try:
+        known = Settings.from_string(settings)
+    except ValueError:  # of another version: the name stays
+        known = Settings()
+    log_prob, similarity = (_number(entry.get(name)) for name in ("log_prob", "similarity"))
+    similarity = min(max(similarity, 0.0), 1.0)
+    return Row(GeneratedName(name, log_prob, nearest or None, similarity), known, model, locked=True)
+
+
+def _number(value: Any) -> float:
+    """The number in JSON within a million; 0 for anything else."""
+    is_number = isinstance(value, int | float) and abs(value) < 1e6  # which NaN is not
+    return float(value) if is_number else 0.0

@@ -1,0 +1,238 @@
+"""What a session remembers: kept names in the browser, links, history, files; and requests for several cards."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import zipfile
+
+import pytest
+
+pytest.importorskip("gradio", reason="the playground's extra is not installed: pip install -e '.[app]'")
+
+from flash_experts.app import form
+from flash_experts.app.exporting import FORMATS, exported
+from flash_experts.app.handlers import Handlers
+from flash_experts.app.service import Playground, Row
+from flash_experts.app.session import MOST_IN_HISTORY, MOST_KEPT, Session, link_of, read_link, restored, stored
+from flash_experts.app.settings import PREFIX, Settings
+from flash_experts.generation import GeneratedName
+
+ANGEL = Settings(type_line="Creature — Angel", colors="W", seed=3, count=2)
+EVIL = '<script>alert("x")</script>'
+
+
+def row(text: str, settings: Settings = ANGEL, locked: bool = False) -> Row:
+    return Row(GeneratedName(text, -12.5, "Serra Angel", 0.25), settings, "dense", locked)
+
+
+def values(settings: Settings) -> dict[str, object]:
+    return form.values_of(settings) | {"model": "dense"}
+
+
+# -------------------------------------------------------------------------------------------------------- the browser
+
+
+def test_kept_names_survive_the_browser() -> None:
+    kept = (row("Dawn Herald", locked=True), row("Vow, the Kind", Settings(), locked=True))
+    assert restored(json.dumps(stored(kept))) == kept
+
+
+def test_settings_that_are_too_long_to_be_stored_are_left_out() -> None:
+    long = Settings(banned_words=tuple(f"word{number}{'x' * 20}" for number in range(50)))
+    kept = tuple(row(f"Name {number} " + "é" * 50, long, locked=True) for number in range(MOST_KEPT))
+    text = json.dumps(stored(kept))
+    assert len(text) < 60_000 and {each.settings for each in restored(text)} == {Settings()}
+    assert len(restored(text)) == MOST_KEPT
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        None, 3, "", "{", "[" * 5000, "3", "{}", "[1]", '[{"text": 1}]', '[{"text": ""}]', '[{"text": "a\\u0000"}]',
+        '[{"text": ["a"]}]', json.dumps([{"text": "a" * 101}]), "[" + "9" * 5000 + "]", " " * 60_001,
+    ],
+)  # fmt: skip
+def test_nonsense_in_the_browser_is_left_out(text: object) -> None:
+    assert restored(text) == ()
+
+
+def test_numbers_and_settings_from_the_browser_are_checked() -> None:
+    entries = [
+        {"text": "A", "log_prob": float("nan"), "similarity": 7, "settings": "flash-experts:9?x=1", "model": "gone"},
+        {"text": "B", "log_prob": 10**400, "similarity": "x", "settings": PREFIX + "colors=R"},
+        {"text": "B"},
+    ]
+    first, second = restored(json.dumps(entries))
+    assert (first.name.log_prob, first.name.similarity, first.settings, first.model) == (0, 1, Settings(), "gone")
+    assert (second.name.log_prob, second.name.similarity, second.settings) == (0, 0, Settings())
+    assert first.locked and second.name.nearest_card is None
+
+
+def test_a_page_is_restored(playground: Playground) -> None:
+    handlers, session = Handlers(playground), Session()
+    kept = json.dumps(stored((row("Dawn Herald", locked=True), row(EVIL, locked=True))))
+    opened = handlers.open_page(kept, "?" + link_of(ANGEL, "experts"), session)
+    assert form.settings_of(opened.values) == ANGEL and opened.values["model"] == "experts"
+    assert [each.name.text for each in session.kept] == ["Dawn Herald", EVIL]
+    table, _, remembered = handlers.finished(session)
+    assert "<script" not in table
+    assert json.loads(remembered) == {"address": None, "link": None, "kept": json.loads(kept)}
+    assert handlers.open_page("", "", Session()).values == {}
+
+
+def test_a_name_of_a_model_that_is_not_served_any_more_keeps_its_card(playground: Playground) -> None:
+    panel = Handlers(playground).inspect(Row(GeneratedName("Dawn Herald", -1, None, 0), ANGEL, "gone", True))
+    assert "Creature — Angel" in panel and "no model" in panel
+
+
+# ----------------------------------------------------------------------------------------------------------- the links
+
+
+def test_a_link_brings_settings_and_model_back() -> None:
+    full = Settings(type_line="Creature — Angel", contains="a&b=c+d", like=("Serra Angel",), colors="W", seed=7)
+    for model in ("", "a b&c=d"):
+        assert read_link("?" + link_of(full, model) + "&__theme=dark&view=api") == (full, model)
+    assert read_link("?" + link_of(Settings())) == (Settings(), "")
+
+
+@pytest.mark.parametrize("query", [None, 3, "", "?", "?view=api", "?__theme=dark", "?count=3", "?v=2&count=3"])
+def test_other_queries_are_no_links(query: object) -> None:
+    assert read_link(query) is None
+
+
+@pytest.mark.parametrize("query", ["?v=1&cuont=3", "?v=1&count=999", "?v=1&" + "x" * 3000, "?v=1&model=../../etc"])
+def test_a_bad_link_is_reported(playground: Playground, query: str) -> None:
+    opened = Handlers(playground).open_page("", query, Session())
+    assert opened.values == {} and "fe-failure" in opened.status and "the settings of the link" in opened.status
+
+
+def test_the_address_has_the_settings_and_the_link_the_seed(playground: Playground) -> None:
+    handlers, session = Handlers(playground), Session()
+    *_, shown = handlers.make(values(Settings(colors="W", count=2)), session)
+    remembered = json.loads(handlers.finished(session)[2])
+    assert read_link(remembered["address"]) == (Settings(colors="W", count=2), "dense")
+    settings, _ = read_link(remembered["link"]) or (None, "")
+    assert settings is not None and settings.to_string() == shown.settings and settings.seed is not None
+
+
+# --------------------------------------------------------------------------------------------------------- the history
+
+
+def test_an_earlier_request_is_opened_again(playground: Playground) -> None:
+    handlers, session = Handlers(playground), Session()
+    first = [*handlers.make(values(ANGEL), session)][-1].rows
+    session.press(first[1].name.text)
+    asked = Settings(colors="R", count=3, contains="a")
+    [*handlers.make(values(asked), session)]
+    shown = handlers.history(session)
+    assert shown.index("Any type · red · Contains a") < shown.index("Creature — Angel · white")
+    opened = handlers.open_request("0", session)
+    assert form.settings_of(opened.values) == ANGEL and opened.settings == ANGEL.to_string()
+    assert {each.name.text for each in session.rows} == {each.name.text for each in first}
+    assert [each.name.text for each in session.kept] == [first[1].name.text]
+    opened = handlers.open_request(1, session)
+    assert form.settings_of(opened.values) == asked and len(session.rows) == 1 + 3, "with the seed that was asked for"
+    for nonsense in (None, "2", -1, [], "x" * 5000):
+        assert "fe-failure" in handlers.open_request(nonsense, session).status
+
+
+def test_the_same_request_is_remembered_once_and_old_ones_go() -> None:
+    session = Session()
+    for seed in (1, 1, 2):
+        settings = Settings(seed=seed)
+        for count in (1, 2, 3):
+            session.put(tuple(row(str(number), settings) for number in range(count)), settings)
+    assert [(each.number, each.asked.seed, len(each.rows)) for each in session.history] == [(0, 1, 3), (1, 2, 3)]
+    for seed in range(10, 20):
+        session.put(tuple(row(str(number), Settings(seed=seed)) for number in range(100)), Settings())
+    assert sum(len(each.rows) for each in session.history) == MOST_IN_HISTORY
+    assert session.history[-1].number == 11
+
+
+def test_all_kept_names_are_released_and_settings_reset(playground: Playground) -> None:
+    session = Session((row("Dawn Herald", locked=True), row("Vow")))
+    assert not any(each.locked for each in session.release()) and len(session.rows) == 2
+    session.put((row("Dawn Herald"),), ANGEL)
+    session.reset()
+    remembered = json.loads(Handlers(playground).finished(session)[2])
+    assert remembered == {"address": None, "link": None, "kept": []} and len(session.history) == 1
+    opened = Handlers(playground).defaults()
+    assert form.settings_of(opened.values) == Settings() and opened.values["model"] == "dense"
+
+
+# --------------------------------------------------------------------------------------------------------------- files
+
+
+def test_files_of_names(playground: Playground) -> None:
+    session = Session((row("=cmd(), the *Bold*", locked=True), row("Vow <i>")))
+
+    def text(suffix: str) -> str:
+        return json.loads(exported(session.rows, suffix))["text"]
+
+    assert text("txt") == "=cmd(), the *Bold*\nVow <i>\n"
+    assert text("md") == "- =cmd(), the \\*Bold\\*\n- Vow \\<i\\>\n"
+    header, first, _ = text("csv").splitlines()
+    assert header == "text,log_prob,score,nearest_card,similarity" and first.startswith('"\'=cmd(), the *Bold*",')
+    assert [each["text"] for each in json.loads(text("json"))] == ["=cmd(), the *Bold*", "Vow <i>"]
+    assert "<name>Vow &lt;i&gt;</name>" in text("xml")
+    for suffix in FORMATS.values():
+        file = json.loads(Handlers(playground).export(session, suffix, is_kept=True))
+        content = file["text"] if suffix != "mse-set" else unzipped(file["base64"])
+        assert file["name"] == f"names.{suffix}" and "Vow" not in content and "Bold" in content
+    with pytest.raises(ValueError, match="no format"):
+        exported(session.rows, "../x")
+
+
+def unzipped(content: str) -> str:
+    with zipfile.ZipFile(io.BytesIO(base64.b64decode(content))) as archive:
+        return archive.read("set").decode("utf-8")
+
+
+# ------------------------------------------------------------------------------------------------------- several cards
+
+
+def test_names_for_several_cards(playground: Playground) -> None:
+    handlers, session = Handlers(playground), Session()
+    lines = "Creature — Angel, W, 5\n\n  Instant,U \nLand"
+    *_, shown = handlers.make_several(values(Settings(seed=1, quality="fast")), lines, "2", session)
+    asked = [each.settings for each in shown.rows]
+    assert [each.type_line for each in asked] == ["Creature — Angel"] * 2 + ["Instant"] * 2 + ["Land"] * 2
+    assert [(each.colors, each.mana_value) for each in asked[::2]] == [("W", 5), ("U", None), (None, None)]
+    assert len({each.name.text for each in shown.rows}) == 6 and "6 names" in shown.status
+    assert shown.table.count("fe-group") == 3 and "Creature — Angel · white · mana value 5" in shown.table
+    assert len(session.history) == 3
+
+
+@pytest.mark.parametrize(
+    ("lines", "count", "message"),
+    [
+        ("", "5", "0 cards: write 1 to 10"),
+        ("Land\n" * 11, "5", "11 cards"),
+        (None, "5", "0 cards"),
+        ("Land", "11", "the most is 10"),
+        ("Land", "x", "whole number"),
+        ("Goblinn", "1", "Goblinn"),
+        ("Land, W, 3, x", "1", "type line, colors and a mana value"),
+        (EVIL, "1", "&lt;script&gt;"),
+    ],
+)
+def test_bad_cards_are_reported(playground: Playground, lines: str, count: str, message: str) -> None:
+    (shown,) = Handlers(playground).make_several(values(Settings()), lines, count, Session())
+    assert "fe-failure" in shown.status and message in shown.status
+
+
+def test_several_cards_share_one_time_limit(playground: Playground) -> None:
+    limited = Playground({"dense": playground.model("dense").generator}, time_limit=0.6)
+    *_, shown = Handlers(limited).make_several(
+        values(Settings(quality="best")), "Land\nInstant\nSorcery", "10", Session()
+    )
+    assert "the time limit of a request" in shown.status
+
+
+def test_the_time_limit_leaves_names_of_good_quality(playground: Playground) -> None:
+    limited, session = Playground({"dense": playground.model("dense").generator}, time_limit=1.0), Session()
+    *_, shown = Handlers(limited).make(values(Settings(count=100)), session)
+    assert 0 < len(shown.rows) < 100 and "stopped after 1 s" in shown.status
+    assert shown.rows == session.rows and shown.table.count('class="fe-name"') == len(shown.rows)
