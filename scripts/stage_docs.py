@@ -1,10 +1,10 @@
-"""Makes of docs/ what the site builder reads: build/docs, Markdown alone.
+"""Converts docs/ to Markdown for the site builder, in build/docs.
 
-    python scripts/stage_docs.py          the chapters without what they print
-    python scripts/stage_docs.py --run    runs the chapters that changed, and shows their numbers and figures
+    python scripts/stage_docs.py          chapters without their output
+    python scripts/stage_docs.py --run    runs the chapters that changed, and includes output and figures
 
-Pages are copied. On the way names such as `flash_experts.cli.main` become links into the API reference, links to
-chapters links to their pages, and formulas MathML, which browsers show without any script.
+Names such as `flash_experts.cli.main` become links into the API reference, links to chapters become links to their
+pages, and formulas become MathML, which browsers show without scripts.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _FIGURE = re.compile(r"^\[figure: (\w+)\]\n?", re.MULTILINE)
 
 
 def markdown_page(text: str) -> str:
-    """A page as the site has it."""
+    """Converts a page for the site."""
     text = _FORMULA.sub(lambda found: f'\n<div class="formula">{convert(found[1].strip(), "block")}</div>\n', text)
     text = _DOTTED.sub(r"[`\1`][flash_experts.\1]", text)
     text = _PACKAGE.sub(lambda found: "\n\n".join(f"::: {module}" for module in modules_of(found[1])), text)
@@ -44,30 +44,38 @@ def markdown_page(text: str) -> str:
 
 
 def modules_of(part: str) -> list[str]:
-    """The modules of a package, or the one that there is."""
+    """Lists the modules of a package, or the single module."""
     folder = ROOT / "src/flash_experts" / part
-    found = sorted(path.stem for path in folder.glob("[a-z]*.py"))
-    return [f"flash_experts.{part}.{name}" for name in found] or [f"flash_experts.{part}"]
+    found = sorted(path.relative_to(folder).with_suffix("") for path in folder.rglob("[a-z]*.py"))
+    return [f"flash_experts.{part}.{'.'.join(path.parts)}" for path in found] or [f"flash_experts.{part}"]
 
 
 def chapter_page(chapter: Path, outputs: list[str] | None) -> str:
-    """A chapter as a page: its prose, its code, and what the code printed, if it was run."""
+    """Converts a chapter to a page: prose, code, and output if it was run."""
     parts, printed = [], iter(outputs or [])
+    up = "../" * len(chapter.relative_to(DOCS / "learn").parts)
+    picture = _FIGURE.search("\n".join(outputs or []))
     for cell in jupytext.read(chapter, fmt="py:percent").cells:
         if cell.cell_type == "markdown":
             parts.append(markdown_page(cell.source))
+            if picture and len(parts) == 1:  # a chapter begins with its picture, before any code
+                parts.append(figure(picture[1], up))
             continue
         parts.append(f"```python\n{cell.source}\n```")
-        parts += output_parts(next(printed, ""), "../" * len(chapter.relative_to(DOCS / "learn").parts))
+        parts += output_parts(next(printed, ""), up)
     return "\n\n".join(parts) + "\n"
 
 
+def figure(name: str, up: str) -> str:
+    return f'<figure markdown="span">![{name}]({up}figures/{name}.png)</figure>'
+
+
 def output_parts(text: str, up: str) -> list[str]:
-    """Texts and figures in the order in which they came."""
+    """Splits output into texts and figures, in order."""
     parts = []
     for place, piece in enumerate(_FIGURE.split(text)):
         if place % 2:
-            parts.append(f'<figure markdown="span">![{piece}]({up}figures/{piece}.png)</figure>')
+            parts.append(figure(piece, up))
         elif piece.strip():
             last_of_line = "\n".join(line.rpartition("\r")[2].rstrip() for line in piece.rstrip().splitlines())
             parts.append(f'```text title="prints"\n{last_of_line.strip(chr(10))}\n```')
@@ -75,10 +83,12 @@ def output_parts(text: str, up: str) -> list[str]:
 
 
 def outputs_of(chapter: Path) -> list[str]:
-    """What a chapter's cells print: remembered, or run now if the chapter or its tools changed."""
+    """Returns the output of a chapter's cells, cached until the chapter, its tools or its data change."""
     name = "_".join(chapter.relative_to(DOCS / "learn").with_suffix("").parts)
     tools = b"".join(path.read_bytes() for path in sorted((DOCS / "learn").glob("[a-z]*.py")))
-    digest = hashlib.sha256(chapter.read_bytes() + tools).hexdigest()[:16]
+    data = [*(ROOT / "benchmarks/results").glob("*.json"), *(ROOT / "models").glob("*/metrics.jsonl")]
+    read = b"".join(path.read_bytes() for path in sorted(data))
+    digest = hashlib.sha256(chapter.read_bytes() + tools + read).hexdigest()[:16]
     found = OUTPUTS / f"{name}-{digest}.json"
     if not found.is_file():
         print(f"running {chapter.relative_to(ROOT)} ...", flush=True)
@@ -90,7 +100,7 @@ def outputs_of(chapter: Path) -> list[str]:
 
 
 def stage(run: bool) -> None:
-    """Writes build/docs anew."""
+    """Replaces build/docs."""
     shutil.rmtree(STAGE, ignore_errors=True)
     for page in sorted(DOCS.rglob("*.md")):
         target = STAGE / page.relative_to(DOCS)
@@ -109,5 +119,5 @@ def stage(run: bool) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", action="store_true")
+    parser.add_argument("--run", action="store_true", help="run changed chapters and include their output")
     stage(parser.parse_args().run)

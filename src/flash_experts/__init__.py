@@ -1,7 +1,7 @@
 """GPT-2 with a Mixture of Experts and Flash Attention, fine-tuned to name Magic: The Gathering cards.
 
-The three names below are imported when they are first used, so that ``import flash_experts`` is quick. transformers'
-AutoConfig, AutoModel, AutoModelForCausalLM and pipelines know the model type from then on.
+The public names are imported on first use, so that ``import flash_experts`` is fast. It also registers the model type
+``gpt2_moe`` with transformers' AutoConfig, AutoModel, AutoModelForCausalLM and pipelines.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _HOMES = {
     "NameGenerator": "flash_experts.generation.generator",
 }
 _MODEL_TYPE = "gpt2_moe"
-# transformers' modules of the Auto classes, their mappings, and our class in each.
+# transformers' modules with the Auto classes, their mappings, and our class in each.
 _AUTO_CLASSES = {
     "transformers.models.auto.configuration_auto": {"CONFIG_MAPPING": "GPT2MoEConfig"},
     "transformers.models.auto.modeling_auto": {
@@ -45,9 +45,9 @@ def __getattr__(name: str) -> Any:
 
 
 def _register(auto: ModuleType) -> None:
-    """Enters our classes into transformers' mappings by name, as its own are: each is imported when it is asked for.
+    """Registers our classes in transformers' mappings by name, so that they are imported on first use.
 
-    The public ``AutoModel.register`` takes the class itself, and importing it takes seconds.
+    The public ``AutoModel.register`` needs the class itself, which takes seconds to import.
     """
     for mapping_name, class_name in _AUTO_CLASSES[auto.__name__].items():
         mapping = getattr(auto, mapping_name)
@@ -60,7 +60,7 @@ def _register(auto: ModuleType) -> None:
 
 
 class _RegisterWhenImported(MetaPathFinder):
-    """Registers our classes right after transformers' Auto classes are imported, which is slow, and not before."""
+    """An import hook: registers our classes right after transformers' Auto classes are imported."""
 
     def find_spec(self, name: str, path: Any, target: ModuleType | None = None) -> ModuleSpec | None:
         if name not in _AUTO_CLASSES:

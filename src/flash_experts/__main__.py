@@ -1,4 +1,4 @@
-"""The program ``flash-experts``: hears Ctrl+C while everything else is imported, and after the last word."""
+"""The entry point of ``flash-experts``: handles Ctrl+C during imports and at exit."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from types import FrameType
 
 
 def main() -> int:
-    """Runs `flash_experts.cli.main` as a process: returns its exit status."""
-    heeded = callable(signal.getsignal(signal.SIGINT))  # under nohup it is not
-    if heeded:
+    """Runs `flash_experts.cli.main`; returns its exit status."""
+    handled = callable(signal.getsignal(signal.SIGINT))  # under nohup SIGINT is ignored
+    if handled:
         signal.signal(signal.SIGINT, _leave)
     from flash_experts.cli import main
 
     status = main()
-    if heeded:  # Python, while it ends, would print a traceback
+    if handled:  # while Python exits, Ctrl+C would print a traceback
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     return status
 

@@ -1,12 +1,11 @@
-"""The command line, ``flash-experts COMMAND``: finds the command, runs it, and answers failures in one line.
+"""The command line, ``flash-experts COMMAND``: finds and runs the command, and reports failures in one line.
 
-Every failure that a user can mend is a ValueError somewhere below; here it becomes one line and an exit status (2 for
-a wrong command line, 1 for the rest). ``--debug`` shows the traceback as well.
+Failures that a user can fix are ValueErrors below; here they become one line and an exit status (2 for a wrong command
+line, 1 for the rest). ``--debug`` shows the traceback as well.
 """
 
 from __future__ import annotations
 
-import difflib
 import os
 import sys
 import warnings
@@ -19,8 +18,11 @@ from jsonargparse import Namespace
 from flash_experts.commands import (
     benchmark,
     compare,
+    completion,
+    configs,
     downcycle,
     evaluate,
+    export,
     fetch_teacher,
     generate,
     inspect,
@@ -33,13 +35,14 @@ from flash_experts.commands import (
 from flash_experts.commands.common import shortened
 from flash_experts.ctrl_c import CtrlC
 from flash_experts.kernels.cpu_memory import keep_freed_memory
-from flash_experts.plain_text import one_line, say
+from flash_experts.plain_text import did_you_mean, one_line, say
 
 COMMANDS = {
     "prepare": prepare,
     "fetch-teacher": fetch_teacher,
     "upcycle": upcycle,
     "downcycle": downcycle,
+    "export": export,
     "train": train,
     "evaluate": evaluate,
     "compare": compare,
@@ -48,9 +51,11 @@ COMMANDS = {
     "serve": serve,
     "plot": plot,
     "benchmark": benchmark,
+    "configs": configs,
+    "completion": completion,
 }
 
-# What keeps libraries from reporting to their makers. Whoever sets one of these to something else has their way.
+# Turns off the telemetry of libraries. Values that are set in the environment take precedence.
 NO_TELEMETRY = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "GRADIO_ANALYTICS_ENABLED": "False",
@@ -67,7 +72,7 @@ def _usage() -> str:
 
 
 def _dashes_to_underscores(argument: str) -> str:
-    """``--top-k=5`` to ``--top_k=5``: both spellings are taken."""
+    """``--top-k=5`` to ``--top_k=5``: both spellings are accepted."""
     if not argument.startswith("--"):
         return argument
     option, equals, value = argument.partition("=")
@@ -92,9 +97,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         say(f"flash-experts {__version__}")
         return 0
     if name not in COMMANDS:
-        near = difflib.get_close_matches(name, COMMANDS, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"use one of {', '.join(COMMANDS)}"
-        say(one_line(f"flash-experts: no command {name!r}: {hint}"), sys.stderr)
+        hint = did_you_mean(name, COMMANDS, f"use one of {', '.join(COMMANDS)}")
+        say(one_line(f"flash-experts: unknown command {name!r}: {hint}"), sys.stderr)
         return 2
     with CtrlC() as ctrl_c:
         try:
@@ -115,12 +119,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse(name: str, arguments: Sequence[str]) -> Namespace:
-    """The settings that a command reads from its arguments, checked: defaults, then ``--config``, then the rest.
+    """The checked settings of a command: defaults, then ``--config``, then the other arguments.
 
         parse("train", ["--config", "configs/quickstart.yaml", "--training.max-steps", "100"]).training
 
     Raises:
-        SystemExit: with status 2, after one line on stderr, where an argument is wrong.
+        SystemExit: status 2, after one line on stderr, for a wrong argument.
     """
     parser = COMMANDS[name].make_parser()
     return cast(Namespace, parser.instantiate(parser.parse_args([_dashes_to_underscores(text) for text in arguments])))
@@ -134,19 +138,24 @@ def _run(name: str, arguments: list[str], ctrl_c: CtrlC) -> int:
         with _model_families(args):
             command.run(args)
         return 0
-    except BrokenPipeError:  # the reader of our output left
+    except BrokenPipeError:  # the reader of our output closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except ModuleNotFoundError as error:
+        if args.debug or str(error.name).startswith("flash_experts"):
+            raise
+        say(f"flash-experts {name}: the package {error.name} is not installed: pip install flash-experts", sys.stderr)
+        return 1
     except Exception as error:
-        mendable = isinstance(error, (ValueError, OSError, RuntimeError, MemoryError))
-        if ctrl_c.pressed or args.debug or not mendable:
+        fixable = isinstance(error, (ValueError, OSError, RuntimeError, MemoryError))
+        if ctrl_c.pressed or args.debug or not fixable:
             raise
         say(f"flash-experts {name}: {shortened(one_line(_explain(error)))}", sys.stderr)
         return 1
 
 
 def _model_families(args: Namespace) -> AbstractContextManager[None]:
-    """Where --model-family any is given: models of every family are loaded."""
+    """Allows models of every family with ``--model-family any``."""
     if args.get("model_family") != "any":
         return nullcontext()
     from flash_experts.model_files import any_family
@@ -158,7 +167,7 @@ def _explain(error: BaseException) -> str:
     """An error as one line that says what to do."""
     text = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text:
-        return "out of memory: lower --training.tokens-per-batch (or --batch-size), or take a smaller model"
+        return "out of memory: lower --training.tokens-per-batch (or --batch-size), or use a smaller model"
     if isinstance(error, OSError) and error.strerror:
         place = f": {error.filename}" if error.filename else ""
         return f"{error.strerror}{place}"
@@ -166,21 +175,21 @@ def _explain(error: BaseException) -> str:
 
 
 def _set_up_libraries() -> None:
-    """No progress bars and warnings of libraries between our lines, no telemetry, and memory that is kept."""
+    """Turns off libraries' progress bars, warnings and telemetry, and keeps freed memory for the next step."""
     for name, value in NO_TELEMETRY.items():
         os.environ.setdefault(name, value)
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # Gradients of hundreds of megabytes are allocated anew in every step, and to touch fresh memory page by page can
-    # take as long as computing them: PyTorch then asks Linux for pages of 2 MB, and what is freed stays ours.
+    # Large gradients are allocated again in every step, and mapping fresh memory page by page is slow: use huge pages
+    # of 2 MB, and keep freed memory (see `kernels.cpu_memory`).
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     keep_freed_memory()
     warnings.showwarning = _show_warning
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
-    """Our own warnings as one line; those of libraries are for developers."""
+    """Shows our own warnings in one line, and hides those of libraries."""
     if category is UserWarning:
         say(one_line(f"flash-experts: {message}"), sys.stderr)
 

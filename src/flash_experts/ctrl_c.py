@@ -1,4 +1,4 @@
-"""Ctrl+C, which Python raises between any two instructions: heard always, and where it would harm, later."""
+"""Ctrl+C handling: a KeyboardInterrupt is never lost, and is deferred where it would do harm."""
 
 from __future__ import annotations
 
@@ -6,79 +6,67 @@ import _thread
 import signal
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
 
-_AGAIN_SECONDS = 0.01
+_AGAIN_SECONDS = 0.05
 
 
 class CtrlC:
     """While open and listening, Ctrl+C raises KeyboardInterrupt and is remembered.
 
-    In a ``__del__`` or a callback from C nobody can catch the exception: Python prints a traceback and goes on. Here
-    nothing is printed, and it is raised again in a moment. And a library that is interrupted while it tidies up may
-    raise an error of its own, which says nothing to a user: ``pressed`` tells what it comes of.
+    In a ``__del__`` or a callback from C the exception cannot be caught: Python would print a traceback and continue.
+    Here the signal comes again shortly after instead.
 
     Attributes:
-        pressed: whether Ctrl+C came.
+        pressed: whether Ctrl+C came. An interrupted library may raise an error of its own instead.
     """
 
     def __init__(self) -> None:
         self.pressed = False
         self._listening = False
-        self._in_vain = self._in_hook = False
-        self._again: threading.Thread | None = None
+        self._again: threading.Timer | None = None
         self._previous: Any = None
         self._hook = sys.unraisablehook
 
     def __enter__(self) -> CtrlC:
-        sys.unraisablehook = self._raised_in_vain
-        # Where it is to be ignored, as under nohup, it still is.
+        sys.unraisablehook = self._on_unraisable
+        # An ignored SIGINT, as under nohup, stays ignored.
         if _in_main_thread() and callable(signal.getsignal(signal.SIGINT)):
             self._previous = signal.signal(signal.SIGINT, self._handle)
         return self
 
     def listen(self) -> None:
-        """From here on it is raised."""
+        """From here on Ctrl+C raises KeyboardInterrupt, also one that came before."""
         self._listening = True
         if self.pressed:
             raise KeyboardInterrupt
 
     def close(self) -> None:
-        """From here on it is not raised: the outcome is certain, and about to be told."""
+        """From here on Ctrl+C raises nothing: the outcome is decided, and about to be reported."""
         self._listening = False
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.pressed = True
-        if self._listening and not self._in_hook:
-            self._in_vain = False
+        if self._listening:
             raise KeyboardInterrupt
 
-    def _raised_in_vain(self, about: sys.UnraisableHookArgs) -> None:
+    def _on_unraisable(self, about: sys.UnraisableHookArgs) -> None:
         if not isinstance(about.exc_value, KeyboardInterrupt):
             self._hook(about)
         elif self._listening:
-            self._in_hook = self._in_vain = True  # raised in here, it would be in vain again
-            if self._again is None:
-                self._again = threading.Thread(target=self._press_again, daemon=True)
-                self._again.start()
-            self._in_hook = False
-
-    def _press_again(self) -> None:
-        """Until it is heard: a signal that comes just before a wait begins does not end it."""
-        while self._listening:
-            time.sleep(_AGAIN_SECONDS)
-            if self._in_vain and self._listening:
-                _interrupt_main_thread()
+            self._again = threading.Timer(_AGAIN_SECONDS, _interrupt_main_thread)
+            self._again.daemon = True
+            self._again.start()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
         if self._again is not None:
+            self._again.cancel()
             self._again.join()
         if self._previous is not None:
             signal.signal(signal.SIGINT, self._previous)
@@ -86,8 +74,8 @@ class CtrlC:
 
 
 @contextmanager
-def held_back() -> Iterator[None]:
-    """Puts Ctrl+C off to the end of the block: for a few renames that belong together."""
+def deferred_ctrl_c() -> Iterator[None]:
+    """Defers Ctrl+C to the end of the block, for a few renames that belong together."""
     if not _in_main_thread() or not callable(signal.getsignal(signal.SIGINT)):
         yield
         return
@@ -102,7 +90,7 @@ def held_back() -> Iterator[None]:
 
 
 def _interrupt_main_thread() -> None:
-    """As a key does: out of a wait as well."""
+    """Sends SIGINT as the key does, which also ends a wait."""
     if sys.platform == "win32":
         _thread.interrupt_main()
     else:
@@ -110,5 +98,5 @@ def _interrupt_main_thread() -> None:
 
 
 def _in_main_thread() -> bool:
-    """Python lets that one alone set handlers."""
+    """Whether this is the main thread, the only one that may set signal handlers."""
     return threading.current_thread() is threading.main_thread()

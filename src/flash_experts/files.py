@@ -1,12 +1,11 @@
-"""Where results go: looked at before anything is computed, and written whole or not at all.
+"""Output paths, checked before anything is computed, and atomic writes: complete, or not at all.
 
-**The rule of every command: a file that exists and a folder that holds something are not written to without
-``--overwrite``** (`check_replaced`). Two commands may be repeated, since nothing can be lost: `train` resumes the run
-that it wrote, and `prepare` renews its own files as long as their hashes are those in its meta.json. Where ``--out`` is
-left out, a command takes the first free name: report.html, report-2.html, and so on.
+**No command writes to an existing file or a folder with content without ``--overwrite``** (`check_replaced`). Two may
+be repeated, since nothing is lost: `train` resumes its own run, and `prepare` renews its own files while their hashes
+match meta.json. Without ``--out`` a command uses the first free name: report.html, report-2.html, and so on.
 
-Temporary files have names that nobody can guess, and only the process that made them removes them. What a `kill -9`
-leaves of them is never swept up by pattern: it could be another machine's, still being written.
+Temporary files have unguessable names, and only the process that made them removes them. Those that a `kill -9` leaves
+behind are never deleted by pattern: another machine may still be writing them.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
 
-from flash_experts.ctrl_c import held_back
+from flash_experts.ctrl_c import deferred_ctrl_c
 
 if os.name == "posix":
     import fcntl
@@ -30,10 +29,10 @@ if os.name == "posix":
 
 
 def check_replaced(path: str | Path, overwrite: bool, option: str = "--out") -> None:
-    """The rule above. Hidden files of a folder do not count: we write none.
+    """Checks the rule above. Hidden files in a folder do not count: we write none.
 
     Raises:
-        ValueError: something is there, and ``overwrite`` is not given.
+        ValueError: something exists, and ``overwrite`` is not given.
     """
     path = Path(path)
     if overwrite or not os.path.lexists(path):
@@ -48,11 +47,11 @@ def check_replaced(path: str | Path, overwrite: bool, option: str = "--out") -> 
 
 
 def check_out_folder(out: str, overwrite: bool, source: str | None = None, *, option: str = "--out") -> None:
-    """Looks at a folder that is to be written to before anything is computed.
+    """Checks an output folder before anything is computed.
 
     Raises:
-        ValueError: it is a file, cannot be made, holds something, or is that of a training run or of the model that is
-            read (``source``).
+        ValueError: it is a file, cannot be made, has content, or is the folder of a training run or of the model that
+            is read (``source``).
     """
     path = Path(out)
     if out == "" or (path.exists() and not path.is_dir()):
@@ -66,13 +65,7 @@ def check_out_folder(out: str, overwrite: bool, source: str | None = None, *, op
 
 
 def check_out_file(out: str, overwrite: bool, *, option: str = "--out", also: Sequence[str] = ()) -> None:
-    """Looks at a file that is to be written before anything is computed.
-
-    Args:
-        out: its path.
-        overwrite: whether it may be replaced.
-        option: that named it.
-        also: suffixes of further files that are written next to it.
+    """Checks an output file before anything is computed; ``also`` are suffixes of files written next to it.
 
     Raises:
         ValueError: it is a folder, exists, has one of those suffixes, or its folder cannot be written.
@@ -85,8 +78,8 @@ def check_out_file(out: str, overwrite: bool, *, option: str = "--out", also: Se
             f"{option} {out} must not end in {path.suffix.lower()}: the numbers are written next to it under that name"
         )
     for file in (path, *(path.with_suffix(suffix) for suffix in also)):
-        if file.exists() and not file.is_file():  # written by renaming, which would replace the device by a plain file
-            raise ValueError(f"{option} {file} is not a plain file: give another name")
+        if file.exists() and not file.is_file():  # the rename would replace a device by a regular file
+            raise ValueError(f"{option} {file} is not a regular file: give another name")
         check_replaced(file, overwrite, option)
         _check_writable(file, option)
 
@@ -94,9 +87,7 @@ def check_out_file(out: str, overwrite: bool, *, option: str = "--out", also: Se
 def free_name(name: str, also: Sequence[str] = ()) -> str:
     """``report.html``, or the first of ``report-2.html``, ``report-3.html``, ... that does not exist.
 
-    Args:
-        name: the default.
-        also: suffixes of further files that are written next to it.
+    ``also`` are suffixes of files written next to it, which must not exist either.
     """
     first = Path(name)
     for number in count(1):
@@ -107,7 +98,7 @@ def free_name(name: str, also: Sequence[str] = ()) -> str:
 
 
 def _check_writable(path: Path, option: str) -> None:
-    """Whether what is there, or the nearest folder that is there, can be written."""
+    """Checks that the path, or its nearest existing folder, can be written."""
     if path.exists():
         if not os.access(path, os.W_OK):
             raise ValueError(f"cannot write {path}: it is read-only: give another {option}")
@@ -125,22 +116,22 @@ def _check_writable(path: Path, option: str) -> None:
 
 @contextmanager
 def whole_file(path: str | Path) -> Iterator[Path]:
-    """`whole_files` of one."""
+    """`whole_files` for a single file."""
     with whole_files([path]) as (temporary,):
         yield temporary
 
 
 @contextmanager
 def whole_files(paths: Sequence[str | Path]) -> Iterator[list[Path]]:
-    """Places to write files to, which get their names in this order when the block ends, and are gone if it fails.
+    """Atomic writes: temporary paths, renamed in this order when the block ends, removed if it fails.
 
-    As `open` does it: a link is followed, a file that exists keeps its mode, a new one gets that of the umask.
+    As with `open`, links are followed, an existing file keeps its mode, and a new one gets that of the umask.
 
     Raises:
         OSError: one cannot be written.
     """
     targets = [Path(os.path.realpath(path)) for path in paths]
-    temporaries = [temporary_beside(target) for target in targets]
+    temporaries = [temporary_next_to(target) for target in targets]
     try:
         for target, temporary in zip(targets, temporaries, strict=True):
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -151,7 +142,7 @@ def whole_files(paths: Sequence[str | Path]) -> Iterator[list[Path]]:
         yield temporaries
         for temporary in temporaries:
             flush_file(temporary)
-        with held_back():
+        with deferred_ctrl_c():
             for target, temporary in zip(targets, temporaries, strict=True):
                 os.replace(temporary, target)
     except BaseException:
@@ -160,19 +151,19 @@ def whole_files(paths: Sequence[str | Path]) -> Iterator[list[Path]]:
         raise
 
 
-def temporary_beside(target: Path) -> Path:
-    """A name next to ``target`` that nobody else has, of the same suffix."""
+def temporary_next_to(target: Path) -> Path:
+    """An unguessable path next to ``target``, with the same suffix."""
     return target.with_name(f".flash-experts-{secrets.token_hex(8)}{target.suffix[:20]}")
 
 
-def put_file(file: Path, target: Path) -> None:
-    """Gives a finished file its place, as `whole_files` does: links are followed, modes kept."""
+def move_into_place(file: Path, target: Path) -> None:
+    """Renames a finished file to its place, as `whole_files` does: links are followed, modes kept."""
     target = Path(os.path.realpath(target))
     _take_mode(file, target)
     try:
         os.replace(file, target)
     except OSError as error:
-        if error.errno != errno.EXDEV:  # a link to another disk
+        if error.errno != errno.EXDEV:  # a link to another file system: copy instead
             raise
         with whole_file(target) as temporary:
             shutil.copyfile(file, temporary)
@@ -180,14 +171,14 @@ def put_file(file: Path, target: Path) -> None:
 
 
 def _take_mode(file: Path, target: Path) -> None:
-    """Gives a file the mode of the one that it will replace, if there is one."""
+    """Gives a file the mode of the one that it will replace, if any."""
     with suppress(FileNotFoundError):
         file.chmod(stat.S_IMODE(target.stat().st_mode))
 
 
 @contextmanager
 def folder_lock(folder: Path) -> Iterator[None]:
-    """Only one process at a time is in here for a folder; others wait. It ends with the process and leaves no file."""
+    """An exclusive lock of a folder: other processes wait. It ends with the process and leaves no file."""
     if os.name != "posix":
         yield
         return
@@ -201,6 +192,6 @@ def folder_lock(folder: Path) -> Iterator[None]:
 
 
 def flush_file(path: Path) -> None:
-    """Has a file's content written to the disk itself."""
+    """Flushes a file's content to the disk (fsync)."""
     with path.open("rb") as file:
         os.fsync(file.fileno())

@@ -1,4 +1,4 @@
-"""Files of model folders, which may come from untrusted sources: found, bounded, and read as strict JSON."""
+"""Finds, bounds and reads the files of model folders, which may come from untrusted sources, as strict JSON."""
 
 from __future__ import annotations
 
@@ -19,18 +19,21 @@ from urllib.request import getproxies
 from huggingface_hub import constants, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 
+from flash_experts.extras import install_command
+from flash_experts.released import is_released, model_folder
+
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 TOKENIZER = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 _MEGABYTE = 2**20
-# Every file besides the weights that a library may read, and the most bytes that it may have.
+# Every file except the weights that a library may read, and its maximum size in bytes.
 _MOST_BYTES = {
     CONFIG: _MEGABYTE,
     "generation_config.json": _MEGABYTE,
     INDEX: 16 * _MEGABYTE,
-    TOKENIZER: 24 * _MEGABYTE,  # that of Llama 3, indented, has 17
+    TOKENIZER: 24 * _MEGABYTE,  # Llama 3's, indented, has 17
     TOKENIZER_CONFIG: 4 * _MEGABYTE,
     "special_tokens_map.json": _MEGABYTE,
     "added_tokens.json": 4 * _MEGABYTE,
@@ -50,9 +53,9 @@ _ANY_FAMILY: ContextVar[bool] = ContextVar("any_family", default=False)
 
 @contextmanager
 def any_family() -> Iterator[None]:
-    """Within it, models of every family that transformers knows are loaded, not only gpt2, gpt2_moe and llama.
+    """Within it, models of every family of transformers may be loaded, not only gpt2, gpt2_moe and llama.
 
-    Their configuration and tokenizer are read by transformers, so that a bad folder can cost time and memory.
+    transformers reads their configuration and tokenizer, so a malicious folder can cost time and memory.
     """
     token = _ANY_FAMILY.set(True)
     try:
@@ -70,13 +73,17 @@ def any_family_is_allowed() -> bool:
 
 
 def local_folder(source: str | Path) -> Path:
-    """A model folder as it is, or the folder that a hub id is downloaded to.
+    """A model folder as it is, that of a released model, or the one that a hub id is downloaded to.
 
     Raises:
-        ValueError: there is neither.
+        ValueError: there is none of them, or the name is empty.
     """
-    folder = Path(source)
-    return folder if folder.exists() else _downloaded(str(source))
+    if not str(source):
+        raise ValueError("no model: its name is empty: give a folder or a hub id")
+    folder = model_folder(source)
+    if folder is None and is_released(source):  # on a hub that name would be somebody else's
+        raise ValueError(f"no model at {source}: {install_command('models')} brings the released ones")
+    return folder or _downloaded(str(source))
 
 
 @cache
@@ -84,12 +91,12 @@ def _downloaded(model_id: str) -> Path:
     _check_hub(model_id)
     try:
         return Path(snapshot_download(model_id, allow_patterns=["*.safetensors", *_MOST_BYTES], ignore_patterns="*/*"))
-    except Exception as error:  # whatever the client reports
+    except Exception as error:  # any error of the hub client
         raise ValueError(_unreachable(model_id, error)) from error
 
 
 def _check_hub(model_id: str) -> None:
-    """Reports at once that the hub cannot be reached. Its client would try for two minutes."""
+    """Fails at once if the hub cannot be reached; its client would retry for two minutes."""
     try:
         cached = try_to_load_from_cache(model_id, CONFIG)
     except HFValidationError as error:
@@ -105,13 +112,13 @@ def _check_hub(model_id: str) -> None:
 
 def _unreachable(source: str | Path, error: Exception) -> str:
     return (
-        f"no model at {source}: there is no such folder, and it could not be had from the hub. Give a folder, or "
-        f"models/mtg-base, which needs no network ({first_line(error)})"
+        f"no model at {source}: there is no such folder, and it is not available from the hub. Give a folder, or "
+        f"models/mtg-base, which needs no hub ({first_line(error)})"
     )
 
 
 def check_files(folder: Path) -> None:
-    """Checks kind, place and size of every file besides the weights that a library may read.
+    """Checks type, location and size of every file that a library may read, except the weights.
 
     Raises:
         ValueError: one is too large, is not a regular file, or is a link that leads out of the folder.
@@ -128,26 +135,26 @@ def check_files(folder: Path) -> None:
         if not path.is_file():
             raise ValueError(f"{path} is not a regular file")
         if size > most:
-            raise ValueError(f"{path} is damaged: {size:,} bytes, where {most:,} are plenty")
+            raise ValueError(f"{path} is damaged: {size:,} bytes, where at most {most:,} are allowed")
 
 
 def check_place(folder: Path, path: Path) -> None:
-    """Checks that a file lies in its folder, links followed. The hub's cache keeps files next to its snapshots.
+    """Checks that a file is in its folder, links followed. The hub's cache keeps files next to its snapshots.
 
     Raises:
-        ValueError: it is a link that leads out of the folder, or nowhere.
+        ValueError: it is a link that leads out of the folder, or a broken link.
     """
     try:
         real, root = path.resolve(strict=True), folder.resolve()
     except (OSError, RuntimeError) as error:
-        raise ValueError(f"{path} is a link that leads nowhere") from error
+        raise ValueError(f"{path} is a broken link") from error
     blobs = root.parent.parent / "blobs" if root.parent.name == "snapshots" else None
     if not real.is_relative_to(root) and real.parent != blobs:
         raise ValueError(f"{path} is a link that leads out of its folder: copy the file into the folder")
 
 
 def has_holes(path: Path) -> bool:
-    """Whether more than half of a file was never written: it takes no disk, but memory when it is read."""
+    """Whether more than half of a sparse file was never written: it takes no disk, but memory when read."""
     if not hasattr(os, "SEEK_HOLE"):
         return False
     size, holes, place = path.stat().st_size, 0, 0
@@ -166,32 +173,28 @@ def has_holes(path: Path) -> bool:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """A JSON file that holds an object. `check_files` has bounded its size.
-
-    Raises:
-        ValueError: it does not.
-    """
+    """A JSON file that holds an object, else ValueError. `check_files` must have bounded its size."""
     try:
         content = parse_json(path.read_bytes())
     except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} is damaged: it holds no settings")
+        raise ValueError(f"{path} is damaged: it does not hold settings")
     return content
 
 
 def parse_json(data: bytes) -> Any:
-    """JSON from an untrusted source: UTF-8, finite numbers of at most 40 digits, no key twice, at bounded cost.
+    """Parses JSON from an untrusted source: UTF-8, finite numbers of at most 40 digits, no duplicate keys.
 
     Raises:
-        ValueError: why it is not, in one line.
+        ValueError: the first violation, in one line.
     """
     if data.count(b"[") + data.count(b"{") > _MOST_CONTAINERS:
         raise ValueError(f"more than {_MOST_CONTAINERS:,} lists and objects")
     try:
         return _DECODER.decode(data.decode("utf-8"))
     except RecursionError:
-        raise ValueError("lists in lists, too deep to be read") from None
+        raise ValueError("lists or objects are nested too deeply") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8 text at byte {error.start}") from None
     except json.JSONDecodeError as error:
@@ -202,7 +205,7 @@ def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) < len(pairs):
         [(double, _)] = Counter(key for key, _ in pairs).most_common(1)
-        raise ValueError(f"the key {double[:40]!r} is there twice")
+        raise ValueError(f"the key {double[:40]!r} occurs twice")
     return values
 
 

@@ -1,12 +1,14 @@
-"""Text of files, models and labels, made safe for terminals and spreadsheets. Everything printed goes through `say`."""
+"""Text output: escaping for terminals and spreadsheets, and spelling suggestions. All printing goes through `say`."""
 
 from __future__ import annotations
 
+import difflib
 import sys
 import unicodedata
+from collections.abc import Iterable
 from typing import TextIO
 
-# What makes a spreadsheet take a cell for a formula (OWASP, "CSV Injection"), full-width forms included.
+# First characters of a formula in spreadsheets (OWASP, "CSV Injection"), full-width forms included.
 _FORMULA = tuple("=+-@\t\r\n＝＋－＠")
 
 
@@ -14,8 +16,8 @@ def printable(text: str, keep: str = "\n\t") -> str:
     """Text without control characters: escape codes, changes of direction and the like are written as ``\\u001b``.
 
     Args:
-        text: of any source. JSON stays JSON of the same value.
-        keep: control characters that are left as they are; none for what must be one line.
+        text: any text. JSON stays JSON of the same value.
+        keep: control characters to leave as they are.
     """
     if text.isprintable():
         return text
@@ -32,20 +34,33 @@ def _escaped(character: str) -> str:
 
 
 def one_line(text: str) -> str:
-    """As `printable`, in one line."""
+    """`printable` text without line breaks and tabs."""
     return printable(text, keep="")
 
 
 def say(text: str, file: TextIO | None = None) -> None:
-    """Prints text with its control characters escaped; to stdout where no file is given."""
+    """Prints text, to stdout by default, with its control characters escaped."""
     print(printable(text), file=sys.stdout if file is None else file, flush=True)
 
 
+def nearest(word: str, choices: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """The choice most similar to a word; None if no similarity reaches ``cutoff`` (0 to 1, see `difflib`)."""
+    return next(iter(difflib.get_close_matches(word, choices, n=1, cutoff=cutoff)), None)
+
+
+def did_you_mean(
+    word: str, choices: Iterable[str], otherwise: str = "", *, prefix: str = "", cutoff: float = 0.6
+) -> str:
+    """``prefix`` and ``did you mean 'X'?`` for a misspelled word; ``otherwise`` if no choice is similar."""
+    near = nearest(word, choices, cutoff)
+    return otherwise if near is None else f"{prefix}did you mean {near!r}?"
+
+
 def to_cell(text: str) -> str:
-    """A cell of a CSV file that no spreadsheet takes for a formula: an apostrophe before what would begin one."""
+    """A CSV cell that no spreadsheet reads as a formula: an apostrophe precedes what would start one."""
     return f"'{text}" if text.lstrip("'").startswith(_FORMULA) else text
 
 
 def from_cell(cell: str) -> str:
-    """The text that `to_cell` made a cell of."""
+    """The inverse of `to_cell`."""
     return cell[1:] if cell.startswith("'") and cell.lstrip("'").startswith(_FORMULA) else cell

@@ -1,7 +1,7 @@
-"""Attention: our kernels, PyTorch's SDPA backends, FlexAttention, transformers' eager attention, flash-attn packages.
+"""Attention benchmark: our kernels, SDPA backends, FlexAttention, transformers' eager attention, flash-attn packages.
 
-Three kinds of work: batches of one length (forward and backward; the tokens in all stay the same while the length
-grows), card names packed in one row (forward and backward), and one new token against a cache (forward).
+Three kinds of work: batches of one length (forward and backward; the number of tokens is constant as the length grows),
+card names in one packed sequence (forward and backward), and one new token against a KV cache (forward).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from flash_experts.benchmarks.attention_contestants import CONTESTANTS, PACKED_ALONE, Unavailable
+from flash_experts.benchmarks.attention_baselines import IMPLEMENTATIONS, PACKED_ONLY, Unavailable
 from flash_experts.benchmarks.attention_problems import (
     BatchProblem,
     DecodeProblem,
@@ -26,30 +26,30 @@ from flash_experts.benchmarks.attention_problems import (
     name_lengths,
 )
 from flash_experts.benchmarks.attention_tables import draw, format_report
-from flash_experts.benchmarks.measuring import (
-    TOLERANCES,
-    Contestant,
-    Deadline,
-    Timing,
-    peak_memory,
-    reason_of,
-    relative_error,
-    take_turns,
-)
 from flash_experts.benchmarks.report import (
     Report,
     Row,
     add_common_options,
     ceilings,
     check_positive,
-    keep_so_far,
     machine_facts,
     main,
     run_topic,
     say,
+    write_partial,
+)
+from flash_experts.benchmarks.timing import (
+    TOLERANCES,
+    Deadline,
+    Implementation,
+    Timing,
+    peak_memory,
+    reason_of,
+    relative_error,
+    time_in_rounds,
 )
 
-# On a GPU the sizes of the published figures: 16k tokens, 2048 wide.
+# On a GPU the sizes of the FlashAttention papers: 16k tokens, width 2048.
 _SIZES: dict[str, dict[str, Any]] = {
     "cuda": {
         "dtype": "bfloat16", "width": 2048, "tokens": 16384, "lengths": [512, 1024, 2048, 4096, 8192, 16384],
@@ -70,66 +70,67 @@ def run(args: Any) -> Report:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    add_common_options(parser)
-    parser.add_argument(
+    measured = parser.add_argument_group("What is measured")
+    measured.add_argument(
         "--sections",
         nargs="+",
         choices=SECTIONS,
         default=list(SECTIONS),
         help="parts to measure: batch, packed, decode",
     )
-    parser.add_argument(
+    measured.add_argument(
         "--backends",
         nargs="+",
-        choices=tuple(CONTESTANTS),
-        default=list(CONTESTANTS),
+        choices=tuple(IMPLEMENTATIONS),
+        default=list(IMPLEMENTATIONS),
         help="implementations to measure, by name",
     )
-    parser.add_argument("--head_dims", type=int, nargs="+", default=[64, 128], help="head dimensions")
-    parser.add_argument(
+    measured.add_argument("--head_dims", type=int, nargs="+", default=[64, 128], help="head dimensions")
+    measured.add_argument(
         "--lengths", type=int, nargs="+", default=None, help="sequence lengths in tokens (default: by device)"
     )
-    parser.add_argument(
+    measured.add_argument(
         "--tokens", type=int, default=None, help="tokens per batch (default: 16384 on a GPU, 1024 on a CPU)"
     )
-    parser.add_argument(
+    measured.add_argument(
         "--width", type=int, default=None, help="width of all heads together (default: 2048 on a GPU, 512 on a CPU)"
     )
-    parser.add_argument(
+    measured.add_argument(
         "--masks",
         nargs="+",
         choices=("causal", "full"),
         default=["causal", "full"],
         help="masks of the batches: causal, full",
     )
-    parser.add_argument(
+    measured.add_argument(
         "--names_tokens",
         type=int,
         default=None,
         help="tokens of the packed names (default: 32768 on a GPU, 2048 on a CPU)",
     )
-    parser.add_argument("--tokenizer", type=str, default="models/mtg-base", help="folder or hub id of the tokenizer")
-    parser.add_argument(
+    measured.add_argument("--tokenizer", type=str, default="models/mtg-base", help="folder or hub id of the tokenizer")
+    measured.add_argument(
         "--decode_lengths", type=int, nargs="+", default=None, help="KV cache lengths in tokens (default: by device)"
     )
-    parser.add_argument(
+    measured.add_argument(
         "--decode_batches", type=int, nargs="+", default=None, help="batch sizes of decoding (default: by device)"
     )
-    parser.add_argument(
+    measured.add_argument(
         "--dtype", choices=tuple(_DTYPES), default=None, help="data type (default: bfloat16 on a GPU, float32 on a CPU)"
     )
-    parser.add_argument("--rounds", type=int, default=5, help="rounds per implementation; the median is reported")
-    parser.add_argument(
+    measured.add_argument("--rounds", type=int, default=5, help="rounds per implementation; the median is reported")
+    measured.add_argument(
         "--budget",
         type=float,
         default=None,
         help="time in seconds after which no further size is measured (default: no limit)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="random seed of the inputs")
+    measured.add_argument("--seed", type=int, default=0, help="random seed of the inputs")
+    add_common_options(parser)
 
 
 def _settings(args: Any, device: torch.device) -> dict[str, Any]:
-    """The options, with the sizes that were left open filled in for the device."""
+    """Returns the options, with default sizes of the device."""
     settings = {name: getattr(args, name) for name in ("sections", "backends", "head_dims", "masks", "tokenizer")}
     settings |= {"rounds": args.rounds, "budget": args.budget, "seed": args.seed}
     for name, default in _SIZES["cuda" if device.type == "cuda" else "cpu"].items():
@@ -147,33 +148,33 @@ def _settings(args: Any, device: torch.device) -> dict[str, Any]:
 
 
 def measure(args: Any, device: torch.device) -> Report:
-    """Every contestant at every size.
+    """Measures every implementation at every size.
 
     Raises:
-        ValueError: sizes that do not divide, or no tokenizer.
+        ValueError: sizes that do not divide, or there is no tokenizer.
     """
     settings = _settings(args, device)
     deadline = Deadline(args.budget)
     machine = machine_facts(device) | ceilings(device, _DTYPES[settings["dtype"]])
     rows: list[Row] = []
     for what, make in _problems(settings, device):
-        backends = [name for name in settings["backends"] if what["section"] == "packed" or name not in PACKED_ALONE]
+        backends = [name for name in settings["backends"] if what["section"] == "packed" or name not in PACKED_ONLY]
         if deadline.is_over():
             rows += [what | {"backend": name, "reason": "out of time (--budget)"} for name in backends]
             continue
-        say(f"attention: {_words(what)}")
+        say(f"attention: {_describe(what)}")
         rows += _measure_one(what, make, backends, settings["rounds"], device, machine)
-        keep_so_far(args, "attention", machine, settings, rows)
+        write_partial(args, "attention", machine, settings, rows)
     return Report("attention", machine, settings, rows, format_report(rows, machine, settings), lambda f: draw(rows, f))
 
 
-def _words(what: Row) -> str:
+def _describe(what: Row) -> str:
     kind = {"batch": "causal" if what["causal"] else "full", "packed": "packed names", "decode": "decoding"}
     return f"{kind[what['section']]}, head dim {what['head_dim']}, batch {what['batch']}, length {what['length']}"
 
 
 def _problems(settings: dict[str, Any], device: torch.device) -> Iterator[tuple[Row, Callable[[], Problem]]]:
-    """What each problem is, and how to make its tensors."""
+    """Yields the description of each problem and a function that makes its tensors."""
     dtype, width = _DTYPES[settings["dtype"]], settings["width"]
     wanted = settings["sections"]
     lengths = name_lengths(settings["names_tokens"], settings["tokenizer"]) if "packed" in wanted else []
@@ -188,7 +189,7 @@ def _problems(settings: dict[str, Any], device: torch.device) -> Iterator[tuple[
                     _maker(BatchProblem, batch, length, heads, head_dim, causal, device, dtype),
                 )
 
-    # What matters most comes first, in case the time does not suffice.
+    # The most important comes first, in case --budget runs out.
     for mask in settings["masks"] if "batch" in wanted else ():
         yield from batches(mask)
     for head_dim, heads in heads_of.items() if "packed" in wanted else ():
@@ -219,7 +220,7 @@ def _maker(kind: Callable[..., Problem], *arguments: Any) -> Callable[[], Proble
 def _measure_one(
     what: Row, make: Callable[[], Problem], backends: list[str], rounds: int, device: torch.device, machine: Row
 ) -> list[Row]:
-    """The rows of one problem."""
+    """Measures all backends on one problem."""
     torch.manual_seed(0)
     rows = {name: what | {"backend": name, "reason": None} for name in backends}
     try:
@@ -232,20 +233,22 @@ def _measure_one(
         trial = _first_run(name, problem, truth, row)
         if trial is not None:
             trials[name] = trial
-    timings = take_turns({name: Contestant(trial.run, trial.context) for name, trial in trials.items()}, device, rounds)
+    timings = time_in_rounds(
+        {name: Implementation(trial.run, trial.context) for name, trial in trials.items()}, device, rounds
+    )
     for name, timing in timings.items():
-        rows[name] |= _figures(problem, timing, machine)
+        rows[name] |= _metrics(problem, timing, machine)
     del problem, truth, trials
     _free(device)
     return list(rows.values())
 
 
 def _first_run(name: str, problem: Problem, truth: Tensors, row: Row) -> Trial | None:
-    """Compiles and tunes, checks the result, measures memory; or notes in the row why it cannot be."""
-    with warnings.catch_warnings(record=True) as noted:  # PyTorch says there why a backend refuses
+    """Compiles, tunes, checks the result and measures memory; writes the reason of a failure into the row."""
+    with warnings.catch_warnings(record=True) as noted:  # PyTorch warns why a backend is not available
         warnings.simplefilter("always")
         try:
-            trial = CONTESTANTS[name](problem)
+            trial = IMPLEMENTATIONS[name](problem)
             with trial.context():
                 found = trial.picked()
                 row["error_forward"] = relative_error(found[:1], truth[:1])
@@ -256,7 +259,7 @@ def _first_run(name: str, problem: Problem, truth: Tensors, row: Row) -> Trial |
             return trial
         except Unavailable as error:
             row["reason"] = str(error)
-        except Exception as error:  # of a compiler, a driver, a package: the others go on
+        except Exception as error:  # from a compiler, driver or package: the others still run
             details = [str(note.message) for note in noted if "kernel" in str(note.message).lower()]
             row["reason"] = reason_of(error, details)
             del error
@@ -265,14 +268,14 @@ def _first_run(name: str, problem: Problem, truth: Tensors, row: Row) -> Trial |
 
 
 def _free(device: torch.device) -> None:
-    """So that what the next contestant finds does not depend on this one."""
+    """Frees memory, so that the next implementation starts from the same state."""
     if device.type == "cuda":
         gc.collect()
         torch.cuda.empty_cache()
 
 
-def _figures(problem: Problem, timing: Timing, machine: Row) -> Row:
-    """Milliseconds, and what they are of the machine's own rates: of its matrix product, or of its copy."""
+def _metrics(problem: Problem, timing: Timing, machine: Row) -> Row:
+    """Returns milliseconds, TFLOP/s or GB/s, and their share of the machine's peak (roofline): matmul or copy."""
     passes = {"forward": timing.parts[0]}
     if len(timing.parts) > 1:
         passes |= {"backward": timing.parts[1], "both": timing.total}
@@ -285,7 +288,7 @@ def _figures(problem: Problem, timing: Timing, machine: Row) -> Row:
             row[f"{name}_share"] = row[f"{name}_tflops"] / machine["matmul_tflops"]
     else:
         row["forward_gb_per_s"] = problem.bytes / passes["forward"] / 1e9
-        on_gpu = problem.device.type == "cuda"  # on a CPU small inputs lie in its caches, and the share says nothing
+        on_gpu = problem.device.type == "cuda"  # on a CPU small inputs fit into caches, so the share has no meaning
         row["forward_share"] = row["forward_gb_per_s"] / machine["copy_gb_per_s"] if on_gpu else None
     return row
 

@@ -1,7 +1,7 @@
-"""What the attention benchmark computes: batches, packed card names, decoding; and the right answers in float64.
+"""Problems of the attention benchmark: batches, packed card names, decoding; with exact results in float64.
 
-Letters in the shapes: B sequences, S length, H heads, C head dim, T tokens of a packed row, N names in it, M length of
-the longest, R tokens of the names that are compared with float64.
+Shape suffixes: B batch, S sequence length, H heads, C head dim, T tokens of a packed sequence, N names in it, M longest
+name, R tokens of the names that are compared with float64.
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from flash_experts.benchmarks.measuring import Lap
+from flash_experts.benchmarks.timing import Lap
 from flash_experts.kernels.attention_options import AttentionOptions
 
 Tensors = tuple[torch.Tensor, ...]
-_CHECKED_NAMES = 32  # of the first and of the last names of a packed row
+_CHECKED_NAMES = 32  # first and last names of a packed sequence
 
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """One contestant at one problem.
+    """One implementation on one problem.
 
     Attributes:
-        attend: q, k and v to the output, in any layout.
+        attend: attention function of q, k and v, in any layout.
         inputs: q, k and v.
-        dout: gradient of the output; None runs the forward alone, without autograd.
-        pick: the part of the output, or of a gradient, that is compared with the problem's truth.
-        context: entered around several passes.
+        dout: gradient of the output; None runs only the forward, without autograd.
+        pick: selects the part of output and gradients that is compared with the exact result.
+        context: context manager around several passes.
     """
 
     attend: Callable[..., torch.Tensor]
@@ -41,7 +41,7 @@ class Trial:
     context: Callable[[], AbstractContextManager[Any]] = nullcontext
 
     def run(self, lap: Lap) -> Tensors:
-        """The output and the gradients of q, k and v; a lap after the forward, another after the backward."""
+        """Returns the output and the gradients of q, k and v; calls ``lap`` after forward and backward."""
         with torch.set_grad_enabled(self.dout is not None):
             out = self.attend(*self.inputs)
         lap()
@@ -56,7 +56,7 @@ class Trial:
 
 
 def exact(q_BSHC: torch.Tensor, k_BSHC: torch.Tensor, v_BSHC: torch.Tensor, causal: bool, dout: Any = None) -> Tensors:
-    """Softmax attention by its definition in float64, a head at a time: the output, and with ``dout`` the gradients."""
+    """Computes softmax attention in float64, one head at a time: the output, and with ``dout`` the gradients."""
     heads = []
     for h in range(q_BSHC.shape[2]):
         q, k, v = (x[:, :, h].detach().double().requires_grad_(dout is not None) for x in (q_BSHC, k_BSHC, v_BSHC))
@@ -72,14 +72,13 @@ def exact(q_BSHC: torch.Tensor, k_BSHC: torch.Tensor, v_BSHC: torch.Tensor, caus
 
 
 def _leaves(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensors:
-    """q, k, v that need gradients, and a gradient of the output."""
+    """Makes q, k, v that require gradients, and a gradient of the output."""
     q, k, v, dout = (torch.randn(shape, device=device, dtype=dtype) for _ in range(4))
     return (*(x.requires_grad_() for x in (q, k, v)), dout)
 
 
 class BatchProblem:
-    """Self-attention of B sequences of one length, as in training. q, k and v are (B, S, H, C), as their projection
-    makes them."""
+    """Self-attention of B sequences of one length, as in training; q, k and v are (B, S, H, C)."""
 
     section = "batch"
 
@@ -94,12 +93,12 @@ class BatchProblem:
 
     @property
     def flops(self) -> float:
-        """Of the forward, by the usual count; the backward has 2.5 times as many."""
+        """FLOPs of the forward; the backward has 2.5 times as many."""
         return 4 * self.batch * self.length**2 * self.heads * self.head_dim / (2 if self.causal else 1)
 
     @staticmethod
     def pick(x_BSHC: torch.Tensor) -> torch.Tensor:
-        """The first and the last head of the last sequence."""
+        """Selects the first and the last head of the last sequence."""
         return x_BSHC[-1:, :, [0, -1]]
 
     def truth(self) -> Tensors:
@@ -115,10 +114,10 @@ class BatchProblem:
 
 
 class DecodeProblem:
-    """One new token for each of B sequences against its cache, which lies as transformers keeps it: (B, H, S, C)."""
+    """One new token for each of B sequences against its KV cache, in the layout of transformers: (B, H, S, C)."""
 
     section = "decode"
-    causal = False  # one query sees all of its cache
+    causal = False  # one query attends to its whole cache
 
     def __init__(self, batch: int, length: int, heads: int, head_dim: int, device: torch.device, dtype: torch.dtype):
         self.batch, self.length, self.heads, self.head_dim = batch, length, heads, head_dim
@@ -129,7 +128,7 @@ class DecodeProblem:
 
     @property
     def bytes(self) -> int:
-        """The least that the forward moves: the cache, read once."""
+        """Minimum memory traffic of the forward: the KV cache, read once."""
         return self.qkv[1].nbytes + self.qkv[2].nbytes
 
     @staticmethod
@@ -149,8 +148,9 @@ class DecodeProblem:
 
 @dataclass(eq=False)
 class PackedProblem:
-    """Card names, each attending to itself alone, causally: packed in one row, and padded to the longest for those who
-    cannot do that. The padded tensors are made before the clock starts, which is in the peers' favour.
+    """Causal attention within each of many card names: one packed sequence, or padded for baselines that need it.
+
+    Padding is not timed, in favor of the baselines.
     """
 
     lengths: list[int]
@@ -180,7 +180,7 @@ class PackedProblem:
 
     @property
     def bytes(self) -> int:
-        """The least that the forward moves: q, k and v read once, the output written."""
+        """Minimum memory traffic of the forward: q, k and v read once, the output written."""
         return 4 * self.qkv[0].nbytes
 
     def _padded(self, x_THC: torch.Tensor) -> torch.Tensor:
@@ -215,18 +215,14 @@ Problem = BatchProblem | DecodeProblem | PackedProblem
 
 
 def name_lengths(tokens: int, tokenizer: str) -> list[int]:
-    """How long real names are, each with the prompt of all that is known of its card, as a model sees them.
-
-    Args:
-        tokens: of all names together, about: the first names of the embedded table, shuffled, that have so many.
-        tokenizer: folder of a model, or hub id.
+    """Returns the lengths in tokens of real names with full prompts, about ``tokens`` in total.
 
     Raises:
-        ValueError: there is no tokenizer.
+        ValueError: there is no tokenizer, or ``tokens`` is too small.
     """
-    from flash_experts.data.cards import load_source
     from flash_experts.data.cleaning import clean
     from flash_experts.data.packing import encode_cards
+    from flash_experts.data.sources import load_source
     from flash_experts.data.tokenizer import load_tokenizer
 
     loaded = load_tokenizer(tokenizer)
@@ -238,5 +234,5 @@ def name_lengths(tokens: int, tokenizer: str) -> list[int]:
             break
         lengths.append(name.num_inputs)
     if not lengths:
-        raise ValueError(f"--names-tokens {tokens} holds no name: give 100 or more")
+        raise ValueError(f"--names-tokens {tokens} is less than one name: give 100 or more")
     return lengths

@@ -1,20 +1,20 @@
-"""The attention benchmark's tables and plot, made of its rows alone."""
+"""Tables and plot of the attention benchmark."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from flash_experts.benchmarks.attention_contestants import OURS, SELECTABLE
+from flash_experts.benchmarks.attention_baselines import OURS, SELECTABLE
 from flash_experts.benchmarks.report import Row, draw_bars, not_run, table
 
 
 def format_report(rows: Sequence[Row], machine: Row, settings: Row) -> str:
-    """Speed and memory by length, packed names, decoding, errors, what did not run, and what `auto` should pick."""
+    """Formats speed and memory, packed names, decoding, errors, what did not run, and what `auto` should pick."""
     done = [row for row in rows if row["reason"] is None]
     head = (
         f"{machine['device']}, {settings['dtype']}, {settings['width']} wide, {machine['threads']} threads, load "
-        f"{machine['load_average']}; a matrix product reaches {machine['matmul_tflops']:.3g} TFLOP/s, a copy "
+        f"{machine['load_average']}; a matmul reaches {machine['matmul_tflops']:.3g} TFLOP/s, a copy "
         f"{machine['copy_gb_per_s']:.3g} GB/s"
     )
     parts = [head, *_batch_tables(done), *_packed_tables(done), *_decode_tables(done)]
@@ -27,12 +27,12 @@ def _of(rows: Iterable[Row], **wanted: Any) -> list[Row]:
 
 
 def _values(rows: Iterable[Row], name: str) -> list[Any]:
-    """Distinct values in their order."""
+    """Returns the distinct values in order."""
     return list(dict.fromkeys(row[name] for row in rows))
 
 
 def _grid(rows: Sequence[Row], across: str, cell: Callable[[Row], str], corner: str) -> str:
-    """A row for each backend, a column for each value of ``across``."""
+    """Makes a table with one row per backend and one column per value of ``across``."""
     columns = _values(rows, across)
     lines = []
     for backend in _values(rows, "backend"):
@@ -72,13 +72,13 @@ def _packed_tables(rows: Sequence[Row]) -> list[str]:
     packed = _of(rows, section="packed")
     for head_dim in _values(packed, "head_dim"):
         chosen = _of(packed, head_dim=head_dim)
-        peer = min((row["both_ms"] for row in chosen if _is_sdpa(row)), default=None)
+        baseline = min((row["both_ms"] for row in chosen if _is_sdpa(row)), default=None)
         lines = [
             [
                 row["backend"],
                 *(f"{row[name]:.4g}" for name in ("forward_ms", "backward_ms", "both_ms")),
                 f"{row['call_ms']:.4g}" if row["call_ms"] is not None else "-",
-                f"{peer / row['both_ms']:.2f} x" if peer else "-",
+                f"{baseline / row['both_ms']:.2f} x" if baseline else "-",
                 _share(row),
                 f"{row['peak_mib']:.4g}",
             ]
@@ -109,7 +109,7 @@ def _decode_tables(rows: Sequence[Row]) -> list[str]:
 
 
 def _wrong(rows: Sequence[Row]) -> str:
-    """The largest errors against float64, and every wrong result by name."""
+    """Tabulates the largest errors against float64, and wrong results."""
     lines = []
     for backend in _values(rows, "backend"):
         own = _of(rows, backend=backend)
@@ -142,14 +142,11 @@ def _time(row: Row) -> float:
 
 
 def choices(rows: Sequence[Row]) -> list[Row]:
-    """For each size the backend that `auto` should pick, of those that a configuration can name and that were right.
-
-    Args:
-        rows: of the benchmark.
+    """Finds the backend that `auto` should pick at each size: the fastest selectable one with a correct result.
 
     Returns:
-        Rows with the size, ``pick``, ``pick_ms``, the fastest of PyTorch's SDPA (``peer``, ``peer_ms``), and how many
-        times as fast as the fastest of SDPA in the forward and in the backward ours is (None without one of them).
+        Rows with the size, ``pick``, ``pick_ms``, the fastest SDPA (``baseline``, ``baseline_ms``), and the speedup of
+        ours over it in ``forward`` and ``backward`` (None without one of them).
     """
     size = ("section", "head_dim", "batch", "length", "causal")
     good = [row for row in rows if row["reason"] is None and row["right"]]
@@ -160,13 +157,14 @@ def choices(rows: Sequence[Row]) -> list[Row]:
         if not candidates:
             continue
         pick = min(candidates, key=_time)
-        peers = [row for row in own if _is_sdpa(row)]
+        baselines = [row for row in own if _is_sdpa(row)]
         ours = min((row for row in own if row["backend"] in OURS), key=_time, default=None)
-        peer = min(peers, key=_time, default=None)
+        fastest = min(baselines, key=_time, default=None)
         entry = dict(zip(size, key, strict=True)) | {"pick": pick["backend"], "pick_ms": _time(pick)}
-        entry |= {"peer": peer and peer["backend"], "peer_ms": peer and _time(peer), "ours": ours and ours["backend"]}
+        entry |= {"baseline": fastest and fastest["backend"], "baseline_ms": fastest and _time(fastest)}
+        entry |= {"ours": ours and ours["backend"]}
         for part in ("forward_ms", "backward_ms"):
-            best = min((row[part] for row in peers if part in row), default=None)
+            best = min((row[part] for row in baselines if part in row), default=None)
             entry[part.removesuffix("_ms")] = best / ours[part] if best and ours and part in ours else None
         found.append(entry)
     return found
@@ -177,9 +175,9 @@ def _auto_table(rows: Sequence[Row]) -> str:
     for entry in choices(rows):
         shape = {"batch": _mask(entry["causal"]), "packed": "names", "decode": f"decode {entry['batch']}"}
         ratios = (f"{entry[part]:.2f} x" if entry[part] else "-" for part in ("forward", "backward"))
-        peer = f"{entry['peer']} {entry['peer_ms']:.4g}" if entry["peer"] else "-"
+        baseline = f"{entry['baseline']} {entry['baseline_ms']:.4g}" if entry["baseline"] else "-"
         head = (str(entry["head_dim"]), shape[entry["section"]], str(entry["length"]))
-        lines.append([*head, entry["pick"], f"{entry['pick_ms']:.4g}", peer, entry["ours"] or "-", *ratios])
+        lines.append([*head, entry["pick"], f"{entry['pick_ms']:.4g}", baseline, entry["ours"] or "-", *ratios])
     if not lines:
         return ""
     header = ("head dim", "work", "length", "auto: pick", "ms", "fastest SDPA, ms", "ours", "forward", "backward")
@@ -190,7 +188,7 @@ def _auto_table(rows: Sequence[Row]) -> str:
 
 
 def draw(rows: Sequence[Row], figure: Any) -> None:
-    """TFLOP/s by length, forward and backward, a row of panels for each head dim and mask; below, the packed names."""
+    """Plots TFLOP/s by length for each head dim and mask, then packed names and decoding."""
     done = [row for row in rows if row["reason"] is None]
     batches, packed = _of(done, section="batch"), _of(done, section="packed")
     kinds = [
@@ -217,8 +215,8 @@ def draw(rows: Sequence[Row], figure: Any) -> None:
     for head_dim, batch in decoding:
         chosen = _of(done, section="decode", head_dim=head_dim, batch=batch)
         _lines(next(axes), chosen, "forward_gb_per_s", f"decoding {batch}, head dim {head_dim}", "GB/s of the cache")
-    for left_over in axes:
-        left_over.set_visible(False)
+    for unused in axes:
+        unused.set_visible(False)
 
 
 def _lines(axes: Any, rows: Sequence[Row], value: str, title: str, unit: str) -> None:

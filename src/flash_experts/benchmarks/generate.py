@@ -1,8 +1,8 @@
-"""Names per second: our generator's decoder, and transformers' `generate`, on one checkpoint with the same sampling.
+"""Generation throughput: names per second of our decoder and of transformers' `generate`, with the same sampling.
 
-Both draw from the model as it is (temperature 1, top-k 200, no filter) after the same prompt, in batches of one size,
-taking turns, in float32 and both again with bfloat16 weights. `NameGenerator` with its filters (no real card,
-well-formed, distinct) is timed besides: it does more.
+Both sample one checkpoint (temperature 1, top-k 200, no logits processors of ours) after the same prompt, with the same
+batch size, in alternating rounds, with float32 and with bfloat16 weights. `NameGenerator` with its filters (no real
+card, well-formed, distinct) is timed too; it does more work.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ from flash_experts.benchmarks.report import (
 from flash_experts.generation.decoding import NameDecoder
 from flash_experts.generation.generator import NameGenerator
 from flash_experts.generation.presets import Sampling
-from flash_experts.models.modes import evaluating
+from flash_experts.models.scoring import evaluating
 
 PROMPT = "legendary creature goblin, red, 3:"
-LONGEST, TOP_K = 48, 200  # tokens of the longest name: in letters, nearly all real names
+LONGEST, TOP_K = 48, 200  # maximum tokens of a name; top-k
 
 
 def run(args: Any) -> Report:
@@ -44,24 +44,25 @@ def run(args: Any) -> Report:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
+    measured = parser.add_argument_group("What is measured")
+    measured.add_argument("--model", type=str, default="models/mtg-base", help="model folder or hub id")
+    measured.add_argument("--count", type=int, default=512, help="names per round")
+    measured.add_argument("--batch_size", type=int, default=64, help="names computed at once")
+    measured.add_argument("--rounds", type=int, default=3, help="rounds per implementation; the median is reported")
     add_common_options(parser)
-    parser.add_argument("--model", type=str, default="models/mtg-base", help="model folder or hub id")
-    parser.add_argument("--count", type=int, default=512, help="names per round")
-    parser.add_argument("--batch_size", type=int, default=64, help="names computed at once")
-    parser.add_argument("--rounds", type=int, default=3, help="rounds per implementation; the median is reported")
 
 
 def _ours(generator: NameGenerator, count: int, batch_size: int, seed: int) -> int:
-    """Finished names of our decoder."""
+    """Counts finished names of our decoder."""
     prompt_ids = [generator.tokenizer.bos_token_id, *generator.vocabulary.encode(PROMPT)]
-    end = generator.vocabulary.end_id
+    end = generator.vocabulary.eos_id
     with evaluating(generator.model), torch.no_grad():
         decoder = NameDecoder(generator.model, prompt_ids, end, Sampling(top_k=TOP_K), (), LONGEST, seed)
         return sum(name.is_whole for name in decoder.stream(range(count), batch_size))
 
 
 def _transformers_generate(generator: NameGenerator, count: int, batch_size: int, seed: int) -> int:
-    """Finished names of `model.generate`."""
+    """Counts finished names of `model.generate`."""
     tokenizer, model = generator.tokenizer, generator.model
     ids = [tokenizer.bos_token_id, *generator.vocabulary.encode(PROMPT)]
     prompt = torch.tensor([ids] * batch_size, device=model.device)
@@ -82,7 +83,7 @@ def _transformers_generate(generator: NameGenerator, count: int, batch_size: int
 
 
 def _with_filters(generator: NameGenerator, count: int, batch_size: int, seed: int) -> int:
-    """Names that a user gets: new, distinct, well-formed, with the nearest card of each."""
+    """Counts names as they come with all filters: new, distinct, well-formed, with the nearest card of each."""
     names = generator.generate(
         count,
         type_line="Legendary Creature — Goblin",
@@ -91,25 +92,26 @@ def _with_filters(generator: NameGenerator, count: int, batch_size: int, seed: i
         top_k=TOP_K,
         seed=seed,
         batch_size=batch_size,
+        quality="fast",
     )
     return len(names)
 
 
-PEER = "transformers generate"
-CONTESTANTS: dict[str, tuple[Callable[[NameGenerator, int, int, int], int], torch.dtype]] = {
-    PEER: (_transformers_generate, torch.float32),
+BASELINE = "transformers generate"
+IMPLEMENTATIONS: dict[str, tuple[Callable[[NameGenerator, int, int, int], int], torch.dtype]] = {
+    BASELINE: (_transformers_generate, torch.float32),
     "ours, the same sampling": (_ours, torch.float32),
     "ours, with filters and nearest cards": (_with_filters, torch.float32),
-    f"{PEER}, bfloat16": (_transformers_generate, torch.bfloat16),
+    f"{BASELINE}, bfloat16": (_transformers_generate, torch.bfloat16),
     "ours, bfloat16": (_ours, torch.bfloat16),
 }
 
 
 def measure(args: Any, device: torch.device) -> Report:
-    """Each in turn, round after round.
+    """Measures all implementations in rounds.
 
     Raises:
-        ValueError: no model, or a count that is not a multiple of the batch.
+        ValueError: the model does not exist, or the count is not a multiple of the batch size.
     """
     check_positive(count=args.count, batch_size=args.batch_size, rounds=args.rounds)
     if args.count % args.batch_size:
@@ -118,18 +120,18 @@ def measure(args: Any, device: torch.device) -> Report:
         dtype: NameGenerator.from_pretrained(args.model, device, dtype) for dtype in (torch.float32, torch.bfloat16)
     }
     machine = machine_facts(device)
-    rates: dict[str, list[float]] = {name: [] for name in CONTESTANTS}
-    for turn in range(args.rounds + 1):  # the first, of one batch, warms up
+    rates: dict[str, list[float]] = {name: [] for name in IMPLEMENTATIONS}
+    for turn in range(args.rounds + 1):  # the first, with one batch, is a warm-up
         say(f"generate: round {turn} of {args.rounds}")
         count = args.count if turn else args.batch_size
-        for name, (contestant, dtype) in CONTESTANTS.items():
+        for name, (implementation, dtype) in IMPLEMENTATIONS.items():
             start = time.perf_counter()
-            made = contestant(generators[dtype], count, args.batch_size, turn)
+            made = implementation(generators[dtype], count, args.batch_size, turn)
             if turn:
                 rates[name].append(made / (time.perf_counter() - start))
     medians = {name: statistics.median(values) for name, values in rates.items()}
     rows: list[Row] = [
-        {"name": name, "names_per_second": rate, "times_peer": rate / medians[PEER], "reason": None}
+        {"name": name, "names_per_second": rate, "times_peer": rate / medians[BASELINE], "reason": None}
         for name, rate in medians.items()
     ]
     settings = {key: getattr(args, key) for key in ("model", "count", "batch_size", "rounds")}
@@ -143,7 +145,7 @@ def _format(rows: list[Row], machine: Row, settings: Row) -> str:
         f"{machine['device']}, {machine['threads']} threads, load {machine['load_average']}; {settings['model']}, "
         f"{settings['count']} names, batches of {settings['batch_size']}"
     )
-    return f"{head}\n\n{table(('', 'names/s', 'times the peer'), lines)}"
+    return f"{head}\n\n{table(('', 'names/s', 'times the baseline'), lines)}"
 
 
 def _draw(rows: list[Row], figure: Any) -> None:

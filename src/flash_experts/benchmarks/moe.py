@@ -1,8 +1,8 @@
-"""One MoE layer: our experts, transformers' eager, grouped_mm and batched_mm, a dense MLP, packages found installed.
+"""MoE layer benchmark: our experts, transformers' eager, grouped_mm and batched_mm, a dense MLP, installed packages.
 
-Training (forward and backward) is compared with a dense MLP of the same arithmetic: T * k rows through one pair of
-matrices of an expert's size, none of the routing, an E-th of the weights. Decoding (forward of few tokens) is compared
-with a dense MLP that reads the same weights: as many pairs of matrices side by side as experts were chosen.
+Training (forward and backward) is compared with a dense MLP with the same FLOPs: T * k rows through the two matrices of
+one expert, without routing. Decoding (forward of few tokens) is memory-bound, so it is compared with a dense MLP that
+reads as many weights as the chosen experts have.
 """
 
 from __future__ import annotations
@@ -19,16 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from flash_experts.benchmarks.measuring import (
-    TOLERANCES,
-    Contestant,
-    Deadline,
-    peak_memory,
-    reason_of,
-    relative_error,
-    take_turns,
-)
-from flash_experts.benchmarks.moe_contestants import (
+from flash_experts.benchmarks.moe_baselines import (
     GATED,
     IMPLEMENTATIONS,
     MEMORY_RETURNED,
@@ -49,13 +40,22 @@ from flash_experts.benchmarks.report import (
     ceilings,
     check_positive,
     draw_bars,
-    keep_so_far,
     machine_facts,
     main,
     not_run,
     run_topic,
     say,
     table,
+    write_partial,
+)
+from flash_experts.benchmarks.timing import (
+    TOLERANCES,
+    Deadline,
+    Implementation,
+    peak_memory,
+    reason_of,
+    relative_error,
+    time_in_rounds,
 )
 from flash_experts.kernels.cpu_memory import freed_memory_returned
 from flash_experts.models.moe_layer import TRITON_EXPERTS_IMPLEMENTATION
@@ -66,7 +66,7 @@ _SIZES: dict[str, dict[str, Any]] = {
     "cpu": {"shapes": ["gpt2"], "tokens": [2048, 256, 16], "granularities": [1]},
 }
 _NAMES = ("dense", *IMPLEMENTATIONS, *PACKAGES)
-_CHECK = {"width": 64, "hidden": 128, "tokens": 48}  # the size at which everything is compared with float64
+_CHECK = {"width": 64, "hidden": 128, "tokens": 48}  # size of the comparison with float64
 
 
 def run(args: Any) -> Report:
@@ -75,48 +75,51 @@ def run(args: Any) -> Report:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    add_common_options(parser)
-    parser.add_argument(
+    measured = parser.add_argument_group("What is measured")
+    measured.add_argument(
         "--tokens",
         type=int,
         nargs="+",
         default=None,
         help="tokens per training step (default: 32768 on a GPU; 2048, 256 and 16 on a CPU)",
     )
-    parser.add_argument("--decode_tokens", type=int, nargs="+", default=[1, 4, 16, 64], help="tokens per decoding step")
-    parser.add_argument(
+    measured.add_argument(
+        "--decode_tokens", type=int, nargs="+", default=[1, 4, 16, 64], help="tokens per decoding step"
+    )
+    measured.add_argument(
         "--shapes",
         nargs="+",
         choices=tuple(_SHAPES),
         default=None,
         help="models whose shapes are measured: gpt2, gpt2-medium, gpt2-large, gpt2-xl (default: by device)",
     )
-    parser.add_argument(
+    measured.add_argument(
         "--width",
         type=int,
         default=None,
         help="width instead of --shapes, with 4 times as many hidden units (default: none)",
     )
-    parser.add_argument("--num_experts", type=int, default=8, help="experts before granularity")
-    parser.add_argument("--top_k", type=int, default=2, help="experts per token before granularity")
-    parser.add_argument(
+    measured.add_argument("--num_experts", type=int, default=8, help="experts before granularity")
+    measured.add_argument("--top_k", type=int, default=2, help="experts per token before granularity")
+    measured.add_argument(
         "--granularities",
         type=int,
         nargs="+",
         default=None,
         help="granularities; 8: eight times the experts, an eighth of the size (default: by device)",
     )
-    parser.add_argument(
+    measured.add_argument(
         "--implementations", nargs="+", choices=_NAMES, default=list(_NAMES), help="implementations to measure, by name"
     )
-    parser.add_argument("--rounds", type=int, default=5, help="rounds per implementation; the median is reported")
-    parser.add_argument(
+    measured.add_argument("--rounds", type=int, default=5, help="rounds per implementation; the median is reported")
+    measured.add_argument(
         "--budget",
         type=float,
         default=None,
         help="time in seconds after which no further size is measured (default: no limit)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="random seed of weights, tokens and routing")
+    measured.add_argument("--seed", type=int, default=0, help="random seed of weights, tokens and routing")
+    add_common_options(parser)
 
 
 def _settings(args: Any, device: torch.device) -> dict[str, Any]:
@@ -147,10 +150,10 @@ def _shapes(settings: dict[str, Any]) -> Iterator[Shape]:
 
 
 def measure(args: Any, device: torch.device) -> Report:
-    """Every contestant at every size.
+    """Measures every implementation at every size.
 
     Raises:
-        ValueError: sizes that cannot be.
+        ValueError: the sizes are not valid.
     """
     settings = _settings(args, device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -174,14 +177,14 @@ def measure(args: Any, device: torch.device) -> Report:
                 continue
             say(f"moe: {section}, {shape.name}, {shape.num_experts} experts of {shape.hidden}, {tokens} tokens")
             rows += _measure_one(what, shape, errors, settings, device, dtype, machine)
-            keep_so_far(args, "moe", machine, settings, rows)
+            write_partial(args, "moe", machine, settings, rows)
     return Report("moe", machine, settings, rows, _format(rows, machine, settings), lambda figure: _draw(rows, figure))
 
 
 def _experts(
     name: str, shape: Shape, section: str, layer: Layer | None, device: torch.device, dtype: torch.dtype
 ) -> nn.Module:
-    """The experts of a contestant; ours and transformers' share the weights of ``layer``."""
+    """Makes the experts of an implementation; ours and transformers' share the weights of ``layer``."""
     if name == "dense":
         assert layer is not None
         if section == "decoding":
@@ -199,20 +202,20 @@ def _experts(
         raise ValueError("needs a GPU")
     if name == MEMORY_RETURNED:
         if device.type == "cuda" or section == "decoding":
-            raise ValueError("is about the gradients of training on a CPU")
+            raise ValueError("applies only to training on a CPU")
         name = "fe_experts"
     if layer is None:
         return using(make_experts(shape, device, dtype), name)
     tokens = layer.x_TD.shape[0]
     needed = batched_bytes(shape, tokens, dtype)
     if name == "batched_mm" and needed > _memory(device) / 8:
-        raise ValueError(f"it would copy {needed / 1e9:.0f} GB of weights, each token's experts for itself")
+        raise ValueError(f"it would copy {needed / 1e9:.0f} GB of weights: the experts of each token")
     assert not isinstance(layer.experts, GatedExperts | DenseMLP)
     return using(layer.experts, name)  # type: ignore[arg-type]
 
 
 def _memory(device: torch.device) -> int:
-    """Bytes of the device, or of the machine."""
+    """Returns the memory of the device in bytes."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -221,7 +224,7 @@ def _memory(device: torch.device) -> int:
 def _errors(
     shape: Shape, names: Sequence[str], device: torch.device, dtype: torch.dtype, seed: int
 ) -> dict[str, tuple[float, float] | str]:
-    """Largest error of output and gradients of each, against the plain loop in float64, at a small size."""
+    """Computes the largest errors of output and gradients against a loop over experts in float64, at a small size."""
     small = Shape("check", _CHECK["width"], _CHECK["hidden"], shape.num_experts, shape.top_k)
     found: dict[str, tuple[float, float] | str] = {}
     torch.manual_seed(seed)
@@ -233,7 +236,7 @@ def _errors(
             layer = routed(experts, small, _CHECK["tokens"], device, dtype, seed)
             mine, truth = layer.run(lambda: None), layer.exact()
             found[name] = relative_error(mine[:1], truth[:1]), relative_error(mine[1:], truth[1:])
-        except Exception as error:  # of a package or a compiler: the others go on
+        except Exception as error:  # from a package or compiler: the others still run
             found[name] = reason_of(error)
     return found
 
@@ -250,7 +253,7 @@ def _measure_one(
     section, tokens, seed = what["section"], what["tokens"], settings["seed"]
     rows = {name: what | {"implementation": name, "reason": None} for name in settings["implementations"]}
     layer = routed(make_experts(shape, device, dtype), shape, tokens, device, dtype, seed)
-    contestants = {}
+    implementations = {}
     for name, row in rows.items():
         error = errors.get(name)
         if isinstance(error, str):
@@ -263,10 +266,10 @@ def _measure_one(
             passed = own.run if section == "training" else own.decode
             row["peak_mib"] = peak_memory(lambda run=passed: run(lambda: None), device) / 2**20  # type: ignore[misc]
             context = freed_memory_returned if name == MEMORY_RETURNED else nullcontext
-            contestants[name] = Contestant(passed, context)
+            implementations[name] = Implementation(passed, context)
         except Exception as failure:  # as above
             row["reason"] = reason_of(failure)
-    timings = take_turns(contestants, device, settings["rounds"])
+    timings = time_in_rounds(implementations, device, settings["rounds"])
     dense = timings.get("dense")
     for name, timing in timings.items():
         flops = shape.flops(tokens) * (3 if section == "training" else 1)
@@ -277,7 +280,7 @@ def _measure_one(
         if section == "training":
             row["tflops"] = flops / timing.total / 1e12
             row["share"] = row["tflops"] / machine["matmul_tflops"]
-    del layer, contestants
+    del layer, implementations
     if device.type == "cuda":
         gc.collect()
         torch.cuda.empty_cache()
@@ -290,12 +293,12 @@ def _measure_one(
 def _format(rows: Sequence[Row], machine: Row, settings: Row) -> str:
     parts = [
         f"{machine['device']}, {settings['dtype']}, {machine['threads']} threads, load {machine['load_average']}; a "
-        f"matrix product reaches {machine['matmul_tflops']:.3g} TFLOP/s"
+        f"matmul reaches {machine['matmul_tflops']:.3g} TFLOP/s"
     ]
     done = [row for row in rows if row["reason"] is None]
     titles = {
-        "training": "forward and backward; dense: a dense MLP of the same arithmetic",
-        "decoding": "forward; dense: a dense MLP that reads the same weights",
+        "training": "forward and backward; dense: a dense MLP with the same FLOPs",
+        "decoding": "forward; dense: a dense MLP that reads as many weights",
     }
     for group, own in _groups(done).items():
         section, name, num_experts, hidden, top_k = group
@@ -316,7 +319,7 @@ def _format(rows: Sequence[Row], machine: Row, settings: Row) -> str:
     if checked:
         lines = [[name, f"{o:.1e}", f"{g:.1e}", "right" if ok else "WRONG"] for name, (o, g, ok) in checked.items()]
         header = ("implementation", "output", "gradients", "")
-        parts.append(f"Largest error against the plain loop in float64, at a small size\n{table(header, lines)}")
+        parts.append(f"Largest error against a loop over experts in float64, at a small size\n{table(header, lines)}")
     parts.append(not_run(rows, "implementation"))
     return "\n\n".join(part for part in parts if part)
 
@@ -337,7 +340,7 @@ def _cell(row: Row | None) -> str:
 
 
 def _draw(rows: Sequence[Row], figure: Any) -> None:
-    """Milliseconds of each, a panel for each size."""
+    """Plots milliseconds of each implementation, one panel per size."""
     panels: dict[tuple[Any, ...], list[Row]] = {}
     for group, own in _groups([row for row in rows if row["reason"] is None]).items():
         for row in own:
@@ -351,8 +354,8 @@ def _draw(rows: Sequence[Row], figure: Any) -> None:
         ]
         title = f"{section}, {name}, {num_experts} experts, {tokens} tokens"
         draw_bars(next(axes), labels, [row["seconds"] * 1e3 for row in own], title, "ms")
-    for left_over in axes:
-        left_over.set_visible(False)
+    for unused in axes:
+        unused.set_visible(False)
 
 
 if __name__ == "__main__":

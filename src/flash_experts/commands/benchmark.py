@@ -29,7 +29,7 @@ def _module(topic: str) -> Any:
 
 
 def topic_parser(topic: str) -> CommandParser:
-    """The parser of the options of a topic."""
+    """Parser for the options of a topic."""
     module = _module(topic)
     parser = command_parser(f"benchmark {topic}", module.run)
     module.add_options(parser)
@@ -37,7 +37,7 @@ def topic_parser(topic: str) -> CommandParser:
 
 
 class _TopicParser(CommandParser):
-    """Reads the topic, and with a parser of its own the options of that topic."""
+    """Reads the topic, then its options with the topic's parser."""
 
     def parse_args(self, args: Sequence[str] | None = None, *others: Any, **options: Any) -> Namespace:  # type: ignore[override]
         arguments = list(args or ())

@@ -1,8 +1,7 @@
-"""What every command shares: its parser with one-line errors, and how a result is printed."""
+"""Shared parts of the commands: parser, one-line errors, common options, and printing of results."""
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 import sys
@@ -14,31 +13,31 @@ from typing import Any, Literal, NoReturn, get_args, get_origin
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter, Namespace
 
-from flash_experts.data.yaml_files import kind_of, read_settings
 from flash_experts.files import check_out_file, free_name
-from flash_experts.plain_text import one_line, say
+from flash_experts.options import options_of
+from flash_experts.plain_text import did_you_mean, one_line, say
+from flash_experts.released import configuration
+from flash_experts.settings_files import kind_of, read_settings
 
 Run = Callable[[Namespace], None]
-# The first that is there, where --model is not given.
-RELEASED_MODELS = ("models/mtg-names", "models/mtg-base")
-# Of an option, of a key in YAML, and of a key in a list in YAML.
+# Messages for an unknown option, key in YAML, and key in a list in YAML.
 _UNKNOWN = (
     r"does not accept (?:option|key) '([^']+)'|unrecognized arguments?: --(\S+)|^Option '([^']+)' is not accepted"
 )
-# Of a value that has not the type of its option; a union tells of each of its types first.
+# Message for a value of a wrong type; for a union it lists each type first.
 _INVALID = r'option "([\w.]+)"(?: element \d+)?: (?:Does not validate|Expected a )(?:.*(?:Got|Given) value: ?(.*))?$'
-MOST_SEEDS = 2**32
+MAX_SEEDS = 2**32
 _GENERAL_HELP = {"help": "print this help", "print_config": "print the settings as YAML"}
-_MOST_CHARACTERS = 10_000  # of an argument: a value is read as YAML, which calls itself for each bracket
-_MOST_SHOWN = 400  # of a message
+_MAX_CHARACTERS = 10_000  # limit for an argument: the YAML parser recurses for each bracket
+_MAX_MESSAGE = 400  # characters of a message
 
 
 class _ConfigFile(ActionConfigFile):
-    """--config: a YAML file of settings, looked at before anything is made of it."""
+    """--config: a YAML file of settings or the name of one of ours, checked before jsonargparse reads it."""
 
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
         try:
-            settings = read_settings(values, parser.hints)
+            settings = read_settings(configuration(values), parser.hints)
             if "config" in settings:
                 raise ValueError(f"{values}: a file of settings cannot name another with `config`")
         except ValueError as error:
@@ -48,14 +47,14 @@ class _ConfigFile(ActionConfigFile):
 
 
 class _Quoted(yaml.SafeDumper):
-    """Writes every text in quotes: it must not be taken for a number when jsonargparse reads it."""
+    """Quotes every text, so that jsonargparse does not read it as a number."""
 
 
 _Quoted.add_representer(str, lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"'))
 
 
 class HelpFormatter(DefaultHelpFormatter):
-    """Help for users: the option, a phrase, and its default; no types of Python."""
+    """Formats help as option, phrase and default, without Python types."""
 
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=30)
@@ -95,7 +94,7 @@ class HelpFormatter(DefaultHelpFormatter):
 
 
 def _item_of(action: Action) -> Any:
-    """The type of the items of an option that takes several; None of any other option."""
+    """Item type of an option that takes a list; None for other options."""
     hint = getattr(action, "_typehint", None) or action.type
     kinds = (hint, *(get_args(hint) if get_origin(hint) not in (list, tuple) else ()))
     found = next((get_args(kind)[0] for kind in kinds if get_origin(kind) in (list, tuple)), None)
@@ -114,16 +113,25 @@ def _shown_default(action: Action) -> str:
 
 
 class CommandParser(ArgumentParser):
-    """One-line errors with the nearest name, options spelled with dashes, help in groups, and one way to give lists."""
+    """Argument parser with one-line errors and suggestions, options with dashes, grouped help, and uniform lists."""
 
-    _section: Any = None  # of the help, where options are added now
+    _section: Any = None  # current group of the help
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, formatter_class=HelpFormatter, **kwargs)
 
     def section(self, title: str) -> None:
-        """Starts a group of the help, to which the options belong that are added next."""
+        """Starts a group of the help for the options that are added next."""
         self._section = self.add_argument_group(title)
+
+    def add_options_of(self, cls: type, group: str) -> None:
+        """Adds the fields of a dataclass as ``--GROUP.FIELD``, with the help of each `flash_experts.options.Option`."""
+        self.add_class_arguments(cls, group)
+        known = options_of(cls)
+        for action in self._actions:
+            prefix, _, name = action.dest.partition(".")
+            if prefix == group and name in known:
+                action.help = known[name].help
 
     def add_argument(self, *args: Any, **kwargs: Any) -> Any:
         if not kwargs.keys() & {"type", "action"}:
@@ -134,18 +142,18 @@ class CommandParser(ArgumentParser):
         return super().add_argument(*args, **kwargs)
 
     def _joined_lists(self, arguments: Sequence[str]) -> list[str]:
-        """The arguments, where each list is given once: it may be repeated, and may have commas or be a YAML list."""
+        """Joins each list into one argument: lists may be repeated, separated by commas, or YAML."""
         lists = {each.dest: each for each in self._actions if each.option_strings and _item_of(each) is not None}
         others: list[str] = []
         found: dict[str, list[str]] = {}
-        waiting = list(arguments)
-        while waiting:
-            argument = waiting.pop(0)
+        remaining = list(arguments)
+        while remaining:
+            argument = remaining.pop(0)
             option, equals, value = argument.partition("=")
             action = lists.get(option.removeprefix("--")) if option.startswith("--") else None
             values = [value] if equals else []
-            while action and not equals and waiting and not waiting[0].startswith("--"):
-                values.append(waiting.pop(0))
+            while action and not equals and remaining and not remaining[0].startswith("--"):
+                values.append(remaining.pop(0))
                 if action.nargs not in ("+", "*"):
                     break
             if action is None or not values:
@@ -163,14 +171,14 @@ class CommandParser(ArgumentParser):
     def parse_args(self, args: Any = None, *others: Any, **options: Any) -> Namespace:  # type: ignore[override]
         args = self._joined_lists(args or ())
         for argument in args or ():
-            if len(argument) > _MOST_CHARACTERS:
+            if len(argument) > _MAX_CHARACTERS:
                 self.error(f"{argument[:30]}...: {len(argument):,} characters are too long for an option")
             if argument.partition("=")[0].removeprefix("--") in self._groups:
-                self.error(f"{argument.partition('=')[0]} is a group of options, with no value of its own")
+                self.error(f"{argument.partition('=')[0]} is a group of options and takes no value")
         namespace = super().parse_args(args, *others, **options)
         seed = namespace.get("seed")
-        if seed is not None and not 0 <= seed < MOST_SEEDS:
-            self.error(f"--seed must be from 0 to {MOST_SEEDS - 1:,}, not {seed}")
+        if seed is not None and not 0 <= seed < MAX_SEEDS:
+            self.error(f"--seed must be from 0 to {MAX_SEEDS - 1:,}, not {seed}")
         return namespace
 
     @property
@@ -193,7 +201,7 @@ class CommandParser(ArgumentParser):
         return {dest.rpartition(".")[0] for dest in dests} - {""}
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        if not self.exit_on_error:  # the parser of a part, such as a stage of training: the whole one tells it
+        if not self.exit_on_error:  # a nested parser, such as of a training stage: the outer one reports
             raise ArgumentError(None, message) from ex
         text = " ".join(str(message).split()).replace("Parser key", "option")
         unknown = re.search(_UNKNOWN, text)
@@ -203,30 +211,29 @@ class CommandParser(ArgumentParser):
         if wrong:
             key = wrong.split("=")[0].replace("-", "_")
             options = [option.lstrip("-").replace("-", "_") for option in self._option_string_actions]
-            near = difflib.get_close_matches(key, options, n=1)
-            text = f"unknown option {wrong!r}" + (f": did you mean {near[0]!r}?" if near else "")
+            text = f"unknown option {wrong!r}{did_you_mean(key, options, prefix=': ')}"
         elif choice:
-            near = difflib.get_close_matches(choice[1], re.findall(r"[\w-]+", choice[2]), n=1)
-            text += f": did you mean {near[0]!r}?" if near else ""
-        elif invalid and (told := self._told(*invalid.groups())):
-            text = told
+            text += did_you_mean(choice[1], re.findall(r"[\w-]+", choice[2]), prefix=": ")
+        elif invalid and (expected := self._expected_kind(*invalid.groups())):
+            text = expected
         say(f"{self.prog.split(' [')[0]}: {shortened(one_line(text))} (see --help)", sys.stderr)
         raise SystemExit(2)
 
-    def _told(self, key: str, value: str | None) -> str | None:
-        """What an option takes, for a value that it does not; None for what only jsonargparse can tell."""
+    def _expected_kind(self, key: str, value: str | None) -> str | None:
+        """Error message with the kind of value that an option takes; None to keep jsonargparse's message."""
         action = next((action for action in self._actions if action.dest == key), None)
         kind = None if action is None else kind_of(getattr(action, "_typehint", None) or action.type)
         if kind is None or value is None:
             return None
-        near = difflib.get_close_matches(value, kind.removeprefix("one of ").split(", "), n=1)
-        return f"{key} must be {kind}, not {value!r}" + (f": did you mean {near[0]!r}?" if near else "")
+        hint = did_you_mean(value, kind.removeprefix("one of ").split(", "), prefix=": ")
+        return f"{key} must be {kind}, not {value!r}{hint}"
 
     def format_help(self, *args: Any, **kwargs: Any) -> str:
-        """The help, with the groups of the command before the options that every command has."""
+        """The help, with the command's own groups before the general options."""
         general = self._optionals
-        general.title = "Other options" if self._section else "Options"
         self._positionals.title = "Arguments"
+        grouped = any(group not in (general, self._positionals) for group in self._action_groups)
+        general.title = "Other options" if grouped else "Options"
         self._action_groups = sorted(self._action_groups, key=lambda group: group is general)
         for action in self._actions:
             group = action.dest in self._groups or action.dest.endswith(".help")
@@ -235,7 +242,7 @@ class CommandParser(ArgumentParser):
 
 
 def _split(text: str) -> list[str]:
-    """The items of a list on the command line, as commas or YAML's brackets separate them."""
+    """Splits a list argument at commas, or as a YAML list."""
     if text.startswith("[") and text.endswith("]"):
         try:
             items = yaml.load(text, yaml.BaseLoader)
@@ -248,34 +255,23 @@ def _split(text: str) -> list[str]:
 
 
 def shortened(text: str) -> str:
-    """One line for a person: the middle of a very long one is left out."""
-    half = _MOST_SHOWN // 2
-    return text if len(text) <= _MOST_SHOWN else f"{text[:half]} ... {text[-half:]}"
+    """Shortens a very long line by leaving out its middle."""
+    half = _MAX_MESSAGE // 2
+    return text if len(text) <= _MAX_MESSAGE else f"{text[:half]} ... {text[-half:]}"
 
 
 def command_parser(name: str, run: Run) -> CommandParser:
-    """The parser of a command, with the options that every command takes."""
+    """Creates a command's parser with the general options."""
     parser = CommandParser(prog=f"flash-experts {name}", description=run.__doc__, allow_abbrev=False)
-    parser.add_argument("--config", action=_ConfigFile, help="YAML file with any of these options (default: none)")
+    settings = "YAML file with any of these options, or a name that flash-experts configs lists (default: none)"
+    parser.add_argument("--config", action=_ConfigFile, help=settings)
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
 
-def default_model() -> str:
-    """The newest released model that is here.
-
-    Raises:
-        ValueError: none is.
-    """
-    for source in RELEASED_MODELS:
-        if Path(source).is_dir():
-            return source
-    raise ValueError(f"no model: give --model DIR (there is no {' and no '.join(RELEASED_MODELS)} here)")
-
-
 def add_measuring_options(parser: CommandParser) -> None:
-    """The options that evaluate and compare share."""
+    """Adds the options that evaluate and compare share."""
     parser.add_argument("--data", default="data/mtg", help="folder written by prepare")
     parser.add_argument("--samples", type=int, default=10_000, help="names to draw from each model")
     parser.add_argument(
@@ -285,18 +281,19 @@ def add_measuring_options(parser: CommandParser) -> None:
         help="held-out names of each set to score (default: all)",
     )
     parser.add_argument("--seed", type=int, default=0, help="random seed of drawing and shuffling")
+    parser.section("The model")
     add_device(parser)
     add_model_family(parser)
 
 
 def add_device(parser: CommandParser) -> None:
-    """The device of the commands that run a model."""
+    """Adds --device."""
     text = "cpu, cuda or cuda:1 (default: a GPU if there is one)"
     parser.add_argument("--device", type=str | None, default=None, help=text)
 
 
 def add_model_family(parser: CommandParser) -> None:
-    """The option of the commands that take models of other families than GPT-2 and Llama."""
+    """Adds --model-family, for model families other than GPT-2 and Llama."""
     parser.add_argument(
         "--model_family",
         type=Literal["known", "any"],
@@ -307,12 +304,12 @@ def add_model_family(parser: CommandParser) -> None:
 
 
 def add_overwrite(parser: CommandParser) -> None:
-    """--overwrite, of every command that writes files. The rule is in `flash_experts.files`."""
+    """Adds --overwrite; see `flash_experts.files` for the rule."""
     parser.add_argument("--overwrite", action="store_true", help="replace files that exist")
 
 
 def add_out_file(parser: CommandParser, default: str, what: str) -> None:
-    """--out of a command that writes one file, under a free name unless one is given, and --overwrite."""
+    """Adds --out, whose default is a free file name, and --overwrite."""
     numbered = Path(default).with_stem(Path(default).stem + "-2")
     text = f"{what} (default: {default}; {numbered} and so on where that exists)"
     parser.add_argument("--out", type=str | None, default=None, help=text)
@@ -320,10 +317,10 @@ def add_out_file(parser: CommandParser, default: str, what: str) -> None:
 
 
 def out_file(args: Namespace, default: str, also: Sequence[str] = ()) -> Path:
-    """The file of `add_out_file`, looked at before anything is computed.
+    """Picks and checks the output file of `add_out_file` before anything is computed.
 
     Raises:
-        ValueError: it exists, or cannot be written.
+        ValueError: it exists already, or cannot be written.
     """
     name = args.out
     if name is None:
@@ -333,17 +330,17 @@ def out_file(args: Namespace, default: str, also: Sequence[str] = ()) -> Path:
 
 
 def check_samples(args: Namespace) -> None:
-    """Looks at --samples and --max-names before anything is loaded.
+    """Checks --samples and --max-names before anything is loaded.
 
     Raises:
-        ValueError: the number of names to draw or to score cannot be.
+        ValueError: a number is out of range.
     """
     if args.max_names is not None and args.max_names < 1:
         raise ValueError(f"--max-names must be 1 or more, not {args.max_names}: leave it out to score all")
     if not 0 <= args.samples <= 10_000_000:
-        raise ValueError(f"--samples must be from 0 (draws none) to 10,000,000, not {args.samples}")
+        raise ValueError(f"--samples must be from 0 (draw none) to 10,000,000, not {args.samples}")
 
 
 def print_result(args: Namespace, result: Any, text: str) -> None:
-    """The result as JSON with --json, else the text."""
+    """Prints the result as JSON with --json, else the text."""
     say(json.dumps(result, indent=2, ensure_ascii=False) if args.json else text)

@@ -15,6 +15,7 @@ from flash_experts.commands.common import (
     out_file,
     print_result,
 )
+from flash_experts.extras import require
 from flash_experts.files import check_out_folder
 
 _REPORT = "report.html"
@@ -28,25 +29,28 @@ def run(args: Namespace) -> None:
 
     report = out_file(args, _REPORT, also=(".json",))
     check_samples(args)
+    require("the report of compare", "matplotlib")
     if args.png is not None:
         check_out_folder(args.png, args.overwrite, option="--png")
     result = measure(
         args.models, args.data, samples=args.samples, seed=args.seed, max_names=args.max_names, device=args.device
     )
-    figures = json.dumps(result.to_json(), indent=2, ensure_ascii=False)
-    write_pages({report: render_report(result), report.with_suffix(".json"): figures})
-    said = f"{format_comparison(result)}\n\nThe report: {report}"
+    metrics = json.dumps(result.to_json(), indent=2, ensure_ascii=False)
+    write_pages({report: render_report(result), report.with_suffix(".json"): metrics})
+    text = f"{format_comparison(result)}\n\nThe report: {report}"
     if args.png is not None:
-        said += "\nIts plots: " + ", ".join(map(str, write_plots(result, args.png)))
-    print_result(args, result.to_json(), said)
+        text += "\nIts plots: " + ", ".join(map(str, write_plots(result, args.png)))
+    print_result(args, result.to_json(), text)
 
 
 def make_parser() -> CommandParser:
     parser = command_parser("compare", run)
-    parser.add_argument("models", nargs="+", help="model folders, hub ids, or ngram")
+    parser.add_argument("models", nargs="+", help="model folders, hub ids, MODEL+ngram, or ngram")
+    parser.section("What is measured")
+    add_measuring_options(parser)
+    parser.section("Output")
     add_out_file(parser, _REPORT, "report file, with its numbers next to it as .json")
     parser.add_argument(
         "--png", type=str | None, default=None, help="folder for the plots as PNG files (default: none)"
     )
-    add_measuring_options(parser)
     return parser

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from flash_experts.models.moe import GPT2MoEForCausalLM
 
-_TOKENS_PER_ROW = 2048
+_TOKENS_PER_BATCH = 2048
 
 
 def run(args: Namespace) -> None:
@@ -27,7 +27,7 @@ def run(args: Namespace) -> None:
     from flash_experts.models.downcycling import to_dense
     from flash_experts.models.loading import load_model
     from flash_experts.models.moe import GPT2MoEForCausalLM
-    from flash_experts.training.checkpoint import write_model
+    from flash_experts.models.saving import write_model
 
     check_out_folder(args.out, args.overwrite, args.model)
     if args.names < 1:
@@ -36,7 +36,7 @@ def run(args: Namespace) -> None:
         raise ValueError("--loads is for --weighting load")
     model = load_model(args.model, "cpu")
     if not isinstance(model, GPT2MoEForCausalLM):
-        raise ValueError(f"{args.model} has no experts: downcycle takes what upcycle or train wrote")
+        raise ValueError(f"{args.model} has no experts: give an MoE model that upcycle or train wrote")
     tokenizer = load_tokenizer(args.model, model.config.vocab_size)
     loads = None
     if args.weighting == "load":
@@ -52,7 +52,7 @@ def run(args: Namespace) -> None:
 
 
 def _read_loads(path: str) -> dict[int, torch.Tensor]:
-    """A JSON file of loads by block, as this command prints them: ``{"1": [0.5, 0.2, ...], ...}``."""
+    """Reads a JSON file of expert loads by block, as this command prints them: ``{"1": [0.5, 0.2, ...], ...}``."""
     import torch
 
     try:
@@ -66,7 +66,7 @@ def _read_loads(path: str) -> dict[int, torch.Tensor]:
 def _measured_loads(
     args: Namespace, model: GPT2MoEForCausalLM, tokenizer: PreTrainedTokenizerBase
 ) -> dict[int, torch.Tensor]:
-    """The loads over training names with all their attributes given."""
+    """Measures expert loads on training names with all their attributes in the prompt."""
     from flash_experts.data.packing import encode_cards, pack_all, split_by_context
     from flash_experts.data.prepare import load_split
     from flash_experts.data.prompts import Attributes
@@ -76,15 +76,14 @@ def _measured_loads(
     cards = random.Random(f"loads/{args.seed}").sample(cards, min(args.names, len(cards)))
     if not cards:
         raise ValueError(f"there are no names in {args.data} to measure the load with: give --loads FILE")
-    rows = pack_all(encode_cards(cards, tokenizer, Attributes.of), _TOKENS_PER_ROW)
-    return measure_loads(model, (row.inputs for row in rows))
+    batches = pack_all(encode_cards(cards, tokenizer, Attributes.of), _TOKENS_PER_BATCH)
+    return measure_loads(model, (batch.inputs for batch in batches))
 
 
 def make_parser() -> CommandParser:
     parser = command_parser("downcycle", run)
     parser.add_argument("model", help="model folder or hub id of an MoE model")
-    parser.add_argument("--out", required=True, help="output folder")
-    add_overwrite(parser)
+    parser.section("The average")
     parser.add_argument(
         "--weighting",
         type=Literal["mean", "load"],
@@ -98,4 +97,7 @@ def make_parser() -> CommandParser:
     parser.add_argument("--names", type=int, default=2000, help="number of names for measuring loads")
     parser.add_argument("--granularity", type=int, default=1, help="granularity that the model was upcycled with")
     parser.add_argument("--seed", type=int, default=0, help="random seed of the choice of names")
+    parser.section("Output")
+    parser.add_argument("--out", required=True, help="output folder")
+    add_overwrite(parser)
     return parser

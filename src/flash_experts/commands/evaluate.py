@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from functools import partial
+
 from jsonargparse import Namespace
 
 from flash_experts.commands.common import (
@@ -11,6 +14,7 @@ from flash_experts.commands.common import (
     command_parser,
     print_result,
 )
+from flash_experts.plain_text import say
 
 
 def run(args: Namespace) -> None:
@@ -19,6 +23,9 @@ def run(args: Namespace) -> None:
     from flash_experts.evaluation import evaluate_names, format_evaluation, format_names, read_names
 
     check_samples(args)
+    if args.lists:
+        _evaluate_lists(args)
+        return
     if args.names is not None:
         named = evaluate_names(read_names(args.names), args.model, args.data, device=args.device)
         print_result(args, named.to_json(), format_names(named))
@@ -29,14 +36,31 @@ def run(args: Namespace) -> None:
     print_result(args, result.to_json(), format_evaluation(result))
 
 
+def _evaluate_lists(args: Namespace) -> None:
+    from flash_experts.evaluation import evaluate_lists, format_lists
+
+    if args.names is not None:
+        make_parser().error("--lists measures the model's own lists: leave out --names")
+    if args.model.endswith("ngram"):
+        make_parser().error("--lists needs a model that `generate` can use, not the n-gram baseline")
+    report = partial(say, file=sys.stderr)
+    found = evaluate_lists(args.model, args.data, seed=args.seed, device=args.device, progress=report)
+    print_result(args, [one.to_json() for one in found], format_lists(found))
+
+
 def make_parser() -> CommandParser:
     parser = command_parser("evaluate", run)
-    parser.add_argument("model", help="model folder, hub id, or ngram")
+    parser.add_argument(
+        "model", help="model folder or hub id, with +ngram to mix it with the n-gram baseline; or ngram"
+    )
+    parser.section("What is measured")
     parser.add_argument(
         "--names",
         type=str | None,
         default=None,
         help="file of names to measure instead of a model's, one per line (default: none)",
     )
+    lists = "measure lists of 20 names for 50 requests at each quality of generate, next to real names"
+    parser.add_argument("--lists", action="store_true", help=lists)
     add_measuring_options(parser)
     return parser

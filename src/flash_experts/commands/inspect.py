@@ -16,7 +16,6 @@ from flash_experts.commands.common import (
     out_file,
     print_result,
 )
-from flash_experts.files import check_out_folder
 
 if TYPE_CHECKING:
     from flash_experts.data.cards import Card
@@ -32,13 +31,11 @@ def run(args: Namespace) -> None:
     if args.show < 0:
         raise ValueError(f"--show must be 0 or more, not {args.show}")
     page = out_file(args, _PAGE, also=(".json",))
-    if args.png is not None:
-        check_out_folder(args.png, args.overwrite, option="--png")
     names, cards = _names(args)
 
     from flash_experts.evaluation.report import write_pages
-    from flash_experts.evaluation.router_maps import inspect_router
-    from flash_experts.evaluation.router_report import format_router, render_router_report
+    from flash_experts.evaluation.routing.maps import inspect_router
+    from flash_experts.evaluation.routing.report import format_router, render_router_report
 
     prompted = args.attributes == "all"
     result = inspect_router(
@@ -46,16 +43,11 @@ def run(args: Namespace) -> None:
     )
     numbers = json.dumps(result.to_json(), ensure_ascii=False)
     write_pages({page: render_router_report(result), page.with_suffix(".json"): numbers})
-    written = f"The page: {page}"
-    if args.png is not None:
-        from flash_experts.evaluation.router_plots import write_plots
-
-        written += f"\nPictures: {', '.join(map(str, write_plots(result, args.png)))}"
-    print_result(args, result.to_json(), f"{format_router(result)}\n\n{written}")
+    print_result(args, result.to_json(), f"{format_router(result)}\n\nThe page: {page}")
 
 
 def _names(args: Namespace) -> tuple[list[str], list[Card] | None]:
-    """The names to look at, and their cards where they are known."""
+    """The names to inspect, and their cards if known."""
     if args.names is not None:
         from flash_experts.evaluation import read_names
 
@@ -70,6 +62,7 @@ def _names(args: Namespace) -> tuple[list[str], list[Card] | None]:
 def make_parser() -> CommandParser:
     parser = command_parser("inspect", run)
     parser.add_argument("model", help="model folder or hub id of an MoE model")
+    parser.section("The names")
     parser.add_argument(
         "--names",
         type=str | None,
@@ -91,10 +84,9 @@ def make_parser() -> CommandParser:
         default="all",
         help="attributes in the prompts; all: type, colors and mana value; none: unconditional",
     )
-    add_out_file(parser, _PAGE, "page file, with its numbers next to it as .json")
-    parser.add_argument(
-        "--png", type=str | None, default=None, help="folder for the plots as PNG files (default: none)"
-    )
     parser.add_argument("--seed", type=int, default=0, help="random seed of the choice of names and of shuffling")
+    parser.section("Output")
+    add_out_file(parser, _PAGE, "page file, with its numbers next to it as .json")
+    parser.section("The device")
     add_device(parser)
     return parser

@@ -11,7 +11,7 @@ _CURVES = "curves.png"
 
 def run(args: Namespace) -> None:
     """Plot the metrics of training runs side by side."""
-    from flash_experts.training.curves import check_format, read_curves, write_curves
+    from flash_experts.evaluation.curves import check_format, read_curves, write_curves
 
     out = out_file(args, _CURVES)
     check_format(out)
@@ -23,5 +23,6 @@ def run(args: Namespace) -> None:
 def make_parser() -> CommandParser:
     parser = command_parser("plot", run)
     parser.add_argument("runs", nargs="+", help="run folders or metrics.jsonl files")
-    add_out_file(parser, _CURVES, "output file: .png, .svg, .pdf, .html or .json")
+    parser.section("Output")
+    add_out_file(parser, _CURVES, "output file: .png, .svg or .pdf")
     return parser

@@ -15,13 +15,13 @@ def run(args: Namespace) -> None:
     """Clean card names and split them into training, validation and test sets."""
     from flash_experts.data.prepare import prepare
 
-    check_out_folder(args.out, overwrite=True)  # prepare itself looks at each file
-    meta = prepare(args.source, Path(args.out), include=args.include, overwrite=args.overwrite)
+    check_out_folder(args.out, overwrite=True)  # prepare itself checks each file
+    meta = prepare(args.source, Path(args.out), include=args.include, overwrite=args.overwrite, only=args.only)
     print_result(args, meta, summary(meta, args.out))
 
 
 def summary(meta: dict[str, Any], out: str) -> str:
-    """What is where, what was left out, and what changed."""
+    """Text summary: counts, dropped names, unreadable values and changes."""
     counts = ", ".join(f"{count:,} {split}" for split, count in meta["counts"].items())
     lines = [f"{out}: {counts}", f"source: {meta['source']}, {meta['version']}"]
     if meta["dropped"]:
@@ -30,7 +30,7 @@ def summary(meta: dict[str, Any], out: str) -> str:
         what = "rows without a name" if column == "name" else f"unknown, because {column} could not be read"
         lines.append(f"{entry['count']:,} {what} (first: {entry['first']})")
     if meta["up_to_date"]:
-        lines.append("nothing to do: the files are there, byte for byte")
+        lines.append("nothing to do: the files are up to date")
     elif changes := meta["changes"]:
         since = changes["since"]
         lines.append(
@@ -52,10 +52,14 @@ def make_parser() -> CommandParser:
     sources = (
         "source: embedded, scryfall, mtgjson, mtgjson-printings (with rarities), or a csv, tsv, json, jsonl or txt file"
     )
+    parser.section("The cards")
     parser.add_argument("--source", default="embedded", help=sources)
-    parser.add_argument("--out", default="data/mtg", help="output folder")
-    add_overwrite(parser)
     parser.add_argument(
         "--include", type=list[str], default=[], help="cards to keep that are otherwise left out: jokes, franchises"
     )
+    only = "cards to take alone: franchises (Universes Beyond) or jokes (default: all but those)"
+    parser.add_argument("--only", type=str | None, default=None, help=only)
+    parser.section("Output")
+    parser.add_argument("--out", default="data/mtg", help="output folder")
+    add_overwrite(parser)
     return parser

@@ -5,21 +5,21 @@ from __future__ import annotations
 import os
 import warnings
 from contextlib import suppress
-from importlib.util import find_spec
 
 from jsonargparse import Namespace
 
-from flash_experts.commands.common import CommandParser, add_device, add_model_family, command_parser, default_model
+from flash_experts.commands.common import CommandParser, add_device, add_model_family, command_parser
+from flash_experts.extras import require
 from flash_experts.plain_text import say
+from flash_experts.released import default_model
 
 
 def run(args: Namespace) -> None:
     """Serve the playground: names in a browser and over HTTP."""
-    if find_spec("gradio") is None:
-        raise ValueError("the playground needs Gradio: pip install 'flash-experts[app]'")
+    require("the playground", "gradio")
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
-    warnings.filterwarnings("ignore", message=r"found \d+ of \d+ names")  # the page says so itself
+    warnings.filterwarnings("ignore", message=r"found \d+ of \d+ names")  # the page shows it
     sources = args.model or [default_model()]
 
     from flash_experts.app.server import bind, make_server
@@ -30,21 +30,24 @@ def run(args: Namespace) -> None:
         host, port = listener.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
         say(f"The playground: http://{shown}:{port}  (models: {', '.join(playground.models)}; Ctrl+C ends it)")
-        with suppress(KeyboardInterrupt):  # how one ends it
+        with suppress(KeyboardInterrupt):  # the user ends it
             make_server(playground, [args.host, *(args.allowed_host or ())]).run(sockets=[listener])
     say("The playground is closed.")
 
 
 def make_parser() -> CommandParser:
     parser = command_parser("serve", run)
+    parser.section("The models")
     parser.add_argument(
         "--model",
         type=str,
         nargs="+",
         default=None,
-        help="model folders or hub ids, separated by commas or spaces (default: the newest released model in models/)",
+        help="model folders or hub ids, separated by commas or spaces (default: the newest released model)",
     )
     add_model_family(parser)
+    add_device(parser)
+    parser.section("The server")
     parser.add_argument("--port", type=int, default=7860, help="port; 0: any free port")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 admits the network")
     parser.add_argument(
@@ -53,5 +56,4 @@ def make_parser() -> CommandParser:
         help="name that clients reach the server by, once per name (default: only localhost and --host)",
     )
     parser.add_argument("--time_limit", type=float, default=20.0, help="longest time of a request in seconds")
-    add_device(parser)
     return parser

@@ -14,11 +14,10 @@ def run(args: Namespace) -> None:
     """Train or fine-tune a model on prepared names; an interrupted run resumes."""
     from dataclasses import asdict, replace
 
-    from flash_experts.data.prepare import extra_cards, load_meta, load_split
+    from flash_experts.commands.sample_names import SampleNames
+    from flash_experts.data.prepare import check_prepared, extra_cards, load_meta, load_split
     from flash_experts.models.moe import GPT2MoEForCausalLM
-    from flash_experts.samples import SampleNames
     from flash_experts.training.build import build_model
-    from flash_experts.training.prepared import check_prepared
     from flash_experts.training.trainer import Trainer
     from flash_experts.training.training_config import default_run_name
 
@@ -80,6 +79,6 @@ def make_parser() -> CommandParser:
     parser.add_argument(
         "--seed", type=int | None, default=None, help="short for --training.seed (default: that of --training.seed)"
     )
-    parser.add_class_arguments(ModelConfig, "model")
+    parser.add_options_of(ModelConfig, "model")
     parser.add_class_arguments(TrainingConfig, "training")
     return parser

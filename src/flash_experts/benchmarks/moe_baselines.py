@@ -1,10 +1,10 @@
-"""Who takes part in the MoE benchmark: our experts, transformers' ways to compute them, and packages found installed.
+"""Implementations in the MoE benchmark: our experts, transformers' implementations, and installed packages.
 
-All but the packages compute the same function from the same weights (`flash_experts.models.moe_layer.Experts`). The
-packages' experts are gated (SwiGLU) and have no biases: they get hidden units for the same arithmetic, and are compared
-with their own function.
+All but the packages compute the same function with the same weights (`flash_experts.models.moe_layer.Experts`). The
+experts of the packages are gated (SwiGLU) without biases: their hidden size is set for the same FLOPs, and their
+results are compared with a loop over gated experts.
 
-Letters in the shapes: T tokens, K experts per token, E experts, D width, F hidden units of an expert.
+Shape suffixes: T tokens, K experts per token, E experts, D width, F hidden units of an expert.
 """
 
 from __future__ import annotations
@@ -18,27 +18,25 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from flash_experts.benchmarks.measuring import Lap
+from flash_experts.benchmarks.timing import Lap
 from flash_experts.models.moe_config import GPT2MoEConfig
 from flash_experts.models.moe_layer import Experts
 
-MEMORY_RETURNED = "fe_experts_memory_returned"  # ours, when freed memory goes back to the system after each step
+MEMORY_RETURNED = "fe_experts_memory_returned"  # ours, with freed memory returned to the system after each step
+
+
 IMPLEMENTATIONS = ("fe_experts", MEMORY_RETURNED, "fe_experts_triton", "grouped_mm", "batched_mm", "eager")
+
+
 PACKAGES = ("sonic_moe", "liger_kernel")
+
+
 _STD = 0.02
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """Sizes of one MoE layer.
-
-    Attributes:
-        name: such as ``gpt2``.
-        width: D.
-        hidden: F.
-        num_experts: E.
-        top_k: K.
-    """
+    """Sizes of one MoE layer: width D, hidden F, num_experts E, top_k K."""
 
     name: str
     width: int
@@ -47,12 +45,12 @@ class Shape:
     top_k: int
 
     def flops(self, tokens: int) -> float:
-        """Of the forward; the backward has twice as many."""
+        """FLOPs of the forward; the backward has twice as many."""
         return 4 * tokens * self.top_k * self.width * self.hidden
 
 
 class Layer(nn.Module):
-    """Experts and what they are given: tokens, choices and gates that stay the same."""
+    """Experts with fixed inputs: tokens, choices and gates."""
 
     def __init__(self, experts: nn.Module, x_TD: torch.Tensor, choices_TK: torch.Tensor, gates_TK: torch.Tensor):
         super().__init__()
@@ -63,7 +61,7 @@ class Layer(nn.Module):
         self.dout_TD = torch.randn(rows, x_TD.shape[1], generator=torch.Generator().manual_seed(1)).to(x_TD)
 
     def run(self, lap: Lap) -> list[torch.Tensor]:
-        """Forward and backward, a lap after each: the output, then the gradients of tokens, gates and weights."""
+        """Runs forward and backward; returns the output and the gradients of tokens, gates and weights."""
         inputs = (self.x_TD, self.gates_TK, *self.experts.parameters())
         out_TD = self.experts(self.x_TD, self.choices_TK, self.gates_TK)
         lap()
@@ -72,14 +70,14 @@ class Layer(nn.Module):
         return [out_TD.detach(), *(gradient for gradient in gradients if gradient is not None)]
 
     def decode(self, lap: Lap) -> torch.Tensor:
-        """The forward alone."""
+        """Runs only the forward."""
         with torch.no_grad():
             out_TD = self.experts(self.x_TD, self.choices_TK, self.gates_TK)
         lap()
         return out_TD
 
     def exact(self) -> list[torch.Tensor]:
-        """The same of the plain loop over experts, in float64."""
+        """Computes the results of `run` with a loop over experts in float64."""
         layer = copy.deepcopy(self).double()
         for name in ("x_TD", "gates_TK", "dout_TD"):
             setattr(layer, name, getattr(self, name).detach().double().requires_grad_(name != "dout_TD"))
@@ -92,7 +90,7 @@ class Layer(nn.Module):
 
 
 def routed(experts: nn.Module, shape: Shape, tokens: int, device: torch.device, dtype: torch.dtype, seed: int) -> Layer:
-    """Experts with tokens that choose at random, all gates 1 / K."""
+    """Makes a layer with random tokens and choices, all gates 1 / K."""
     generator = torch.Generator().manual_seed(seed)
     x_TD = torch.randn(tokens, shape.width, generator=generator).to(device, dtype)
     choices_TK = torch.rand(tokens, shape.num_experts, generator=generator).topk(shape.top_k).indices.to(device)
@@ -117,7 +115,7 @@ def make_experts(shape: Shape, device: torch.device, dtype: torch.dtype) -> Expe
 
 
 def using(experts: Experts, implementation: str) -> Experts:
-    """The same weights, computed in a way of their own."""
+    """Returns experts with the same weights and another implementation."""
     other = copy.copy(experts)
     config = copy.copy(cast(GPT2MoEConfig, experts.config))
     config._experts_implementation = implementation
@@ -126,15 +124,14 @@ def using(experts: Experts, implementation: str) -> Experts:
 
 
 def batched_bytes(shape: Shape, tokens: int, dtype: torch.dtype) -> int:
-    """What batched_mm holds at once: each token's own copy of both matrices of each of its experts."""
+    """Returns the memory of batched_mm: it copies both matrices of each token's experts."""
     return 2 * tokens * shape.top_k * shape.width * shape.hidden * dtype.itemsize
 
 
 class DenseMLP(nn.Module):
-    """Two matrices that all tokens go through, called as experts are.
+    """A dense MLP with the interface of experts.
 
-    With ``repeat`` it takes the tokens so many times, and so does the arithmetic of as many experts per token without
-    any routing.
+    It processes all tokens ``repeat`` times: the FLOPs of that many experts per token, without routing.
     """
 
     def __init__(self, width: int, hidden: int, repeat: int, device: torch.device, dtype: torch.dtype):
@@ -146,7 +143,7 @@ class DenseMLP(nn.Module):
         )
 
     def forward(self, x_TD: torch.Tensor, choices_TK: torch.Tensor, gates_TK: torch.Tensor) -> torch.Tensor:
-        """(T, D) to (repeat * T, D)."""
+        """Maps (T, D) to (repeat * T, D)."""
         x = x_TD.repeat(self.repeat, 1) if self.repeat > 1 else x_TD
         hidden = F.gelu(torch.addmm(self.up_bias, x, self.up), approximate="tanh")
         return torch.addmm(self.down_bias, hidden, self.down)
@@ -158,11 +155,11 @@ Gated = Callable[["GatedExperts", torch.Tensor, torch.Tensor, torch.Tensor], tor
 
 
 class GatedExperts(nn.Module):
-    """E experts ``down(silu(gate(x)) * up(x))``, laid out as both packages want them: (E, 2 F, D) and (E, D, F)."""
+    """E experts ``down(silu(gate(x)) * up(x))`` in the layout of both packages: (E, 2 F, D) and (E, D, F)."""
 
     def __init__(self, shape: Shape, compute: Gated, device: torch.device, dtype: torch.dtype):
         super().__init__()
-        # Three matrices instead of two: two thirds of the hidden units are the same arithmetic.
+        # Three matrices instead of two: two thirds of the hidden units give the same FLOPs.
         self.hidden = max(round(shape.hidden * 2 / 3 / 64), 1) * 64
         self.compute = compute
         sizes = (shape.num_experts, 2 * self.hidden, shape.width), (shape.num_experts, shape.width, self.hidden)
@@ -175,7 +172,7 @@ class GatedExperts(nn.Module):
 def _gated_loop(
     experts: GatedExperts, x_TD: torch.Tensor, choices_TK: torch.Tensor, gates_TK: torch.Tensor
 ) -> torch.Tensor:
-    """Expert by expert: what the packages are held to."""
+    """Loops over experts: the reference for the packages."""
     out_TD = torch.zeros_like(x_TD)
     for e in choices_TK.unique().tolist():
         token, k = torch.where(choices_TK == e)

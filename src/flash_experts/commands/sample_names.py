@@ -1,4 +1,4 @@
-"""Sample names while a model is trained. The trainer says which of them are new and which were learned by heart."""
+"""Sample names while a model is trained. The trainer reports which of them are new and which are memorized."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flash_experts.generation.generator import NameGenerator
-from flash_experts.training.callbacks import Callback
+from flash_experts.training.tracking import Callback
 
 
 class SampleNames(Callback):
-    """Draws a few names with nothing asked for and no card held back, so that copies show.
+    """Draws a few unconditional names, real cards allowed, so that copies show.
 
     Args:
         count: names each time.
@@ -23,4 +23,4 @@ class SampleNames(Callback):
     def on_sample(self, step: int, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Sequence[str]:
         """Names of the model as it is now; the step is the seed."""
         generator = NameGenerator(model, tokenizer, known_names=())
-        return [name.text for name in generator.generate(self.count, seed=step)]
+        return [name.text for name in generator.generate(self.count, seed=step, quality="fast")]

@@ -1,8 +1,8 @@
-"""How things are measured: contestants take turns in rounds, and the median of each counts.
+"""Timing: implementations run in alternating rounds, and the median of each is reported; peak memory; errors.
 
-A slow moment of the machine then hits all of them. On a GPU times come from CUDA events, and before each pass the L2
-cache is written over: that empties it, and it keeps the GPU busy while the host queues the pass, so that what is timed
-is the GPU's work and not the host's. What a pass costs when the host has to keep up is in `Timing.call`.
+Alternating spreads slow moments of the machine over all of them. On a GPU, CUDA events measure the time, and before
+each pass the L2 cache is overwritten: this flushes it and keeps the GPU busy while the host launches the pass, so that
+only GPU time is measured. `Timing.call` includes the launch overhead of the host.
 """
 
 from __future__ import annotations
@@ -21,18 +21,24 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 Lap = Callable[[], None]
-_FLUSH_BYTES, _FLUSHES = 256 * 2**20, 4  # four times the 256 MB that no L2 holds: about 0.3 ms of a Hopper GPU
-_MOST_REPEATS = 20  # of one contestant in one round
+
+
+_FLUSH_BYTES, _FLUSHES = 256 * 2**20, 4  # larger than any L2 cache; four times
+
+
+_MOST_REPEATS = 20  # passes of one implementation in one round, at most
+
+
 _CALLS = 10
 
 
 @dataclass(frozen=True, slots=True)
-class Contestant:
-    """Something to be timed.
+class Implementation:
+    """An implementation to time.
 
     Attributes:
-        run: one pass. It calls the function that it is given at the end of each of its parts.
-        context: entered around the passes of a round, its own cost not timed.
+        run: runs one pass, and calls its argument at the end of each part.
+        context: context manager around the passes of a round, not timed.
     """
 
     run: Callable[[Lap], object]
@@ -44,11 +50,10 @@ class Timing:
     """Medians over all passes, in seconds.
 
     Attributes:
-        parts: of each part of a pass.
-        total: of the whole pass.
-        call: of a pass among several that the host starts one after the other without waiting; None on a CPU, where it
-            is the same as ``total``.
-        rounds: the median of each round alone.
+        parts: time of each part of a pass.
+        total: time of a whole pass.
+        call: time per pass of several launched without synchronization; None on a CPU.
+        rounds: median of each round.
     """
 
     parts: tuple[float, ...]
@@ -57,7 +62,7 @@ class Timing:
     rounds: tuple[float, ...] = ()
 
     def times(self, baseline: Timing) -> float:
-        """How many times as long as the baseline: the median over rounds of the ratio within each."""
+        """Returns the time relative to a baseline: the median over rounds of the ratio within each."""
         return statistics.median(mine / its for mine, its in zip(self.rounds, baseline.rounds, strict=True))
 
 
@@ -72,7 +77,7 @@ class Clock:
             self._flush = torch.empty(size, dtype=torch.int8, device=device)
 
     def parts(self, run: Callable[[Lap], object]) -> list[float]:
-        """Seconds of each part of one pass."""
+        """Measures the seconds of each part of one pass."""
         if self._flush is None:
             moments = [time.perf_counter()]
             run(lambda: moments.append(time.perf_counter()))
@@ -91,7 +96,7 @@ class Clock:
         return [start.elapsed_time(end) / 1e3 for start, end in pairwise(events)]
 
     def call(self, run: Callable[[Lap], object]) -> float | None:
-        """Seconds of a pass when the host starts several, one after the other; None on a CPU."""
+        """Measures the seconds per pass of several launched without synchronization; None on a CPU."""
         if self.device.type != "cuda":
             return None
         torch.cuda.synchronize(self.device)
@@ -102,25 +107,25 @@ class Clock:
         return (time.perf_counter() - start) / _CALLS
 
 
-def take_turns(
-    contestants: Mapping[str, Contestant], device: torch.device, rounds: int, seconds: float = 0.1
+def time_in_rounds(
+    implementations: Mapping[str, Implementation], device: torch.device, rounds: int, seconds: float = 0.1
 ) -> dict[str, Timing]:
-    """Times contestants that have run before (what they compile at first is not timed).
+    """Times implementations in alternating rounds. They must have run before, so that compilation is not timed.
 
     Args:
-        contestants: by name.
-        device: where they run.
-        rounds: in each of which every contestant has its turn; one more comes first, to warm up.
-        seconds: that a contestant may take over all rounds. At least one pass a round, and more if they are quick.
+        implementations: implementations by name.
+        device: device they run on.
+        rounds: number of rounds, after one for warm-up.
+        seconds: time of each implementation over all rounds: at least one pass per round, more if passes are short.
     """
     clock = Clock(device)
-    parts: dict[str, list[list[float]]] = {name: [] for name in contestants}
-    by_round: dict[str, list[float]] = {name: [] for name in contestants}
-    repeats = dict.fromkeys(contestants, 1)
+    parts: dict[str, list[list[float]]] = {name: [] for name in implementations}
+    by_round: dict[str, list[float]] = {name: [] for name in implementations}
+    repeats = dict.fromkeys(implementations, 1)
     for turn in range(rounds + 1):
-        for name, contestant in contestants.items():
-            with contestant.context():
-                passes = [clock.parts(contestant.run) for _ in range(repeats[name])]
+        for name, implementation in implementations.items():
+            with implementation.context():
+                passes = [clock.parts(implementation.run) for _ in range(repeats[name])]
             if turn:
                 parts[name] += passes
                 by_round[name].append(statistics.median(map(sum, passes)))
@@ -128,16 +133,16 @@ def take_turns(
                 share = seconds / rounds / max(sum(passes[0]), 1e-6)
                 repeats[name] = min(max(int(share), 1), _MOST_REPEATS)
     timings = {}
-    for name, contestant in contestants.items():
+    for name, implementation in implementations.items():
         medians = tuple(statistics.median(column) for column in zip(*parts[name], strict=True))
-        with contestant.context():
-            call = clock.call(contestant.run)
+        with implementation.context():
+            call = clock.call(implementation.run)
         timings[name] = Timing(medians, statistics.median(map(sum, parts[name])), call, tuple(by_round[name]))
     return timings
 
 
 class Deadline:
-    """Whether there is time left: ``seconds`` from now, or for ever."""
+    """A time limit of ``seconds`` from now, or none."""
 
     def __init__(self, seconds: float | None):
         self.end = float("inf") if seconds is None else time.monotonic() + seconds
@@ -150,7 +155,7 @@ class Deadline:
 
 
 class _LiveTensors(TorchDispatchMode):
-    """Counts the bytes of tensors that are made under it and still live. It does not see inside an operator."""
+    """Counts the bytes of live tensors that were created under it. Memory within an operator is not counted."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -182,9 +187,9 @@ def _storages(tree: Any) -> Iterator[torch.UntypedStorage]:
 
 
 def peak_memory(run: Callable[[], object], device: torch.device) -> int:
-    """Most bytes that a call holds beyond what there was before it.
+    """Measures the peak memory of a call in bytes, beyond what was allocated before.
 
-    On a GPU the allocator says so; on a CPU it is the sum of the tensors that live at once.
+    On a GPU it is the allocator's peak; on a CPU the largest sum of live tensors.
     """
     if device.type != "cuda":
         with _LiveTensors() as live:
@@ -198,12 +203,12 @@ def peak_memory(run: Callable[[], object], device: torch.device) -> int:
     return torch.cuda.max_memory_allocated(device) - before
 
 
-# Largest error relative to the largest value. Rounding stays well under these; a wrong mask or index is over 0.1.
+# Relative to the largest value. Rounding errors are well below; a wrong mask or index gives more than 0.1.
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}
 
 
 def relative_error(found: Sequence[torch.Tensor], truth: Sequence[torch.Tensor]) -> float:
-    """Over several tensors the largest ``max |found - truth| / max |truth|``; infinite if something is not finite."""
+    """Returns the largest ``max |found - truth| / max |truth|`` over tensors; infinite for NaN."""
     worst = 0.0
     for mine, right in zip(found, truth, strict=True):
         error = float((mine.double() - right).abs().max() / right.abs().max())
@@ -212,7 +217,7 @@ def relative_error(found: Sequence[torch.Tensor], truth: Sequence[torch.Tensor])
 
 
 def reason_of(error: BaseException, details: Sequence[str] = ()) -> str:
-    """Why a contestant did not run, as one line."""
+    """Formats why an implementation did not run, as one line."""
     text = " ".join([str(error) or type(error).__name__, *details])
     if isinstance(error, torch.OutOfMemoryError):
         text = "out of memory"

@@ -1,6 +1,6 @@
-"""Who takes part in the attention benchmark: our kernels, and everything that PyTorch and transformers offer.
+"""Implementations in the attention benchmark: our kernels, and baselines from PyTorch, transformers and flash-attn.
 
-Each entry of `CONTESTANTS` makes a `Trial` of a problem, or raises what hinders it: the report then says so.
+Each entry of `IMPLEMENTATIONS` makes a `Trial` of a problem, or raises an error that the report shows.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flash_experts.benchmarks.attention_problems import DecodeProblem, PackedProblem, Problem, Trial
 from flash_experts.kernels import attention_packages, attention_sdpa, flash_attention_reference
+from flash_experts.kernels.attention_options import PackedLengths
 
 
 class Unavailable(Exception):
-    """This contestant cannot run here; the text says why."""
+    """The implementation cannot run here, with the reason."""
 
 
 def _need_gpu(problem: Problem) -> None:
@@ -29,11 +30,11 @@ def _need_gpu(problem: Problem) -> None:
 
 
 def _ours(kernel: Any, problem: Problem) -> Trial:
-    """A module with `attention` and `attention_varlen`."""
+    """One of our modules with `attention` and `attention_varlen`."""
     if isinstance(problem, PackedProblem):
         cu, longest = problem.cu_seqlens, problem.longest
         return problem.trial(
-            lambda q, k, v: kernel.attention_varlen(q, k, v, cu, cu, longest, longest, problem.options)[0]
+            lambda q, k, v: kernel.attention_varlen(q, k, v, PackedLengths.of(cu, longest), problem.options)[0]
         )
     return problem.trial(lambda q, k, v: kernel.attention(q, k, v, problem.options)[0])
 
@@ -47,7 +48,7 @@ def _triton(problem: Problem) -> Trial:
 
 def _reference(problem: Problem) -> Trial:
     if problem.device.type == "cuda":
-        raise Unavailable("loops over tiles in Python, for reading: left out on a GPU")
+        raise Unavailable("loops over tiles in Python (reference code): not run on a GPU")
     return _ours(flash_attention_reference, problem)
 
 
@@ -65,16 +66,16 @@ def _package(version: int, problem: Problem) -> Trial:
         cu, longest = problem.cu_seqlens, problem.longest
         return problem.trial(
             lambda q, k, v: attention_packages.attention_varlen(
-                version, q, k, v, cu, cu, longest, longest, problem.options
+                version, q, k, v, PackedLengths.of(cu, longest), problem.options
             )[0]
         )
     return problem.trial(lambda q, k, v: attention_packages.attention(version, q, k, v, problem.options)[0])
 
 
 def _sdpa(backend: SDPBackend, problem: Problem) -> Trial:
-    """One backend of scaled_dot_product_attention; names are padded to the longest.
+    """One backend of scaled_dot_product_attention, on names padded to the longest.
 
-    Padding needs no mask there: it lies after each name, where causal queries never look.
+    It needs no padding mask: padding comes after each name, and attention is causal.
     """
     if problem.device.type != "cuda" and backend in (SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION):
         raise Unavailable("needs a GPU")
@@ -93,7 +94,7 @@ def _sdpa(backend: SDPBackend, problem: Problem) -> Trial:
 
 
 def _eager(problem: Problem) -> Trial:
-    """transformers' attention in plain PyTorch, as GPT-2 calls it; names are padded to the longest."""
+    """transformers' eager attention, as GPT-2 calls it, on names padded to the longest."""
     from transformers import GPT2Config
     from transformers.models.gpt2.modeling_gpt2 import GPT2Attention, eager_attention_forward
 
@@ -113,15 +114,14 @@ def _eager(problem: Problem) -> Trial:
 
 
 def _flex(problem: Problem) -> Trial:
-    """FlexAttention, compiled for these shapes. The block mask is made before the clock starts: it is the same in every
-    layer."""
+    """FlexAttention, compiled for these shapes. The block mask is not timed, since all layers share it."""
     _need_gpu(problem)
     if isinstance(problem, DecodeProblem):
-        raise Unavailable("would be compiled for each of many sizes: left out of decoding")
+        raise Unavailable("would be compiled for each of many sizes: not run in decoding")
     import torch._dynamo
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    torch._dynamo.reset()  # each size is compiled anew; after eight, compilation would give up
+    torch._dynamo.reset()  # each size is compiled again; after eight, compilation would stop
     compiled = torch.compile(flex_attention, dynamic=False)
     mask = None
     if isinstance(problem, PackedProblem):
@@ -149,7 +149,7 @@ def _flex(problem: Problem) -> Trial:
 
 
 def _nested(problem: Problem) -> Trial:
-    """SDPA on a jagged nested tensor, which keeps names apart by itself."""
+    """SDPA on a jagged nested tensor, without padding."""
     if not isinstance(problem, PackedProblem):
         raise Unavailable("is for packed names")
     offsets = problem.cu_seqlens.to(torch.int64)
@@ -166,13 +166,13 @@ def _nested(problem: Problem) -> Trial:
 
 
 def _varlen_attn(problem: Problem) -> Trial:
-    """torch.nn.attention.varlen, PyTorch's own function for packed rows since 2.10."""
+    """torch.nn.attention.varlen, PyTorch's function for packed sequences since 2.10."""
     if not isinstance(problem, PackedProblem):
         raise Unavailable("is for packed names")
     _need_gpu(problem)
     from torch.nn.attention.varlen import varlen_attn
 
-    # How it is told to be causal changed after its first release.
+    # The argument for causal attention changed after its first release.
     parameters = inspect.signature(varlen_attn).parameters
     causal: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in parameters else {"is_causal": True}
     cu, longest = problem.cu_seqlens, problem.longest
@@ -185,7 +185,7 @@ def _varlen_attn(problem: Problem) -> Trial:
     return problem.trial(attend)
 
 
-CONTESTANTS: dict[str, Callable[[Any], Trial]] = {
+IMPLEMENTATIONS: dict[str, Callable[[Any], Trial]] = {
     "triton": _triton,
     "sdpa": partial(_ours, attention_sdpa),
     "reference": _reference,
@@ -201,7 +201,13 @@ CONTESTANTS: dict[str, Callable[[Any], Trial]] = {
     "flash_attention_3": partial(_package, 3),
     "flash_attention_4": partial(_package, 4),
 }
-# What `config.attention_backend` can name, and so what `auto` can choose.
+
+
+# Backends of `config.attention_backend`, which `auto` chooses from.
 SELECTABLE = ("triton", "sdpa", "reference", "flash_attention_2", "flash_attention_3", "flash_attention_4")
+
+
 OURS = ("triton", "reference")
-PACKED_ALONE = ("sdpa_nested", "varlen_attn")
+
+
+PACKED_ONLY = ("sdpa_nested", "varlen_attn")
