@@ -1,15 +1,15 @@
-"""Faults on purpose: kill -9, disks that are full or read-only, damaged checkpoints, misbehaving servers and clients.
+"""Fault injection: kill -9, full or read-only disks, damaged checkpoints, misbehaving servers and clients.
 
     python benchmarks/faults.py [--tries 100] [--seed 0] [--only NAME ...] [--out results.json]
 
-Every command that writes, evaluate, and prepare from the two live sources (over a local server that breaks off, fails
-and cuts short) are forked, killed at a moment drawn evenly over the file operations that they do or over the time that
-they compute, and run again, until so many kills have come before the end. Survived: what the kill left is the old state
-or the new one, whole, and the second run ends as one that nobody disturbed, with no file of the killed one left beside.
-disk gives each command a file system in memory that is full after a part of what it writes, or is read-only, empty or
-with what an earlier run wrote; survived: one line, exit status 1, all as it was, and a second run with space succeeds.
-flip changes one byte in each range of every file of a checkpoint; survived: it is found before anything is resumed.
-train is `benchmarks/kill_resume.py`, server `benchmarks/server_faults.py`; their counts are printed with these.
+Every command that writes, evaluate, and prepare from the two live sources (with a local server that disconnects, fails
+and truncates) runs in a fork, is killed at a random file operation or a random CPU time, and runs again, until the
+given number of kills came before the end. Survived: the kill leaves the complete old or new state, and the second run
+ends like an undisturbed one, without leftover files. disk gives each command a file system in memory that is full after
+part of its output, or read-only, empty or with the output of an earlier run; survived: one line, exit status 1, nothing
+changed, and a second run with space succeeds. flip changes one byte in each range of every file of a checkpoint;
+survived: the damage is detected before resuming. train is `benchmarks/kill_resume.py`, server
+`benchmarks/server_faults.py`; their counts are printed with these.
 """
 
 from __future__ import annotations
@@ -33,21 +33,22 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads do not survive a fork
 os.environ["HF_HUB_OFFLINE"] = "1"
-# As the command line has it where it imports transformers itself.
+# As the command line sets it.
 os.environ |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}
 
 import torch
-from command_line import BASE_RUN, make_workplace
 from kill_resume import FILE_EVENTS
-from misbehaving import SITES, misbehaving_server
 
 from flash_experts import cli
-from flash_experts.data import live
-from flash_experts.data.download import Downloader
-from flash_experts.training.checkpoint import CheckpointError, checkpoint_steps, verify_checkpoint
+from flash_experts.data.live import sites as live
+from flash_experts.data.live.download import Downloader
+from flash_experts.models.saving import CheckpointError
+from flash_experts.training.checkpoint import checkpoint_steps, verify_checkpoint
+from tests.helpers.command_line import BASE_RUN, make_workplace
+from tests.helpers.misbehaving import SITES, misbehaving_server
 
 COMMANDS = {
     "prepare": "prepare --source names.txt --out data/new",
@@ -60,11 +61,11 @@ COMMANDS = {
     "plot": "plot models/base --out pages/new.json",
 }
 DOWNLOADS = {f"prepare {site}": f"prepare --source {site} --out data/new" for site in SITES}
-TRAIN = " ".join(BASE_RUN).replace("run-name=base", "run-name=new")  # kill -9 of it is kill_resume's
-OUTPUTS = ("data", "models", "names", "pages", "cache")  # where they write
+TRAIN = " ".join(BASE_RUN).replace("run-name=base", "run-name=new")  # kill_resume.py kills it
+OUTPUTS = ("data", "models", "names", "pages", "cache")  # folders that commands write to
 KILLED = (-signal.SIGKILL, -signal.SIGPROF)
-RANGES = 8  # of each file of a checkpoint
-FULL_AFTER = (0.0, 0.3, 0.6, 0.9)  # of what a command writes
+RANGES = 8  # per file of a checkpoint
+FULL_AFTER = (0.0, 0.3, 0.6, 0.9)  # share of the output of a command
 
 
 @dataclass(frozen=True)
@@ -72,16 +73,16 @@ class Ended:
     """How a forked command ended.
 
     Attributes:
-        status: as `os.waitstatus_to_exitcode` gives it.
-        seconds: that it computed.
-        said: on stderr.
-        operations: on files; 0 if it did not live to tell.
-        modules: that it had imported.
+        status: from `os.waitstatus_to_exitcode`.
+        seconds: CPU time.
+        stderr: text on stderr.
+        operations: file operations; 0 if it was killed.
+        modules: imported modules.
     """
 
     status: int
     seconds: float
-    said: str
+    stderr: str
     operations: int = 0
     modules: tuple[str, ...] = ()
 
@@ -89,8 +90,8 @@ class Ended:
 def forked(
     work: Callable[[], object], folder: Path, kill_at: int | None = None, kill_after: float | None = None
 ) -> Ended:
-    """Does work in a child, which dies before its file operation ``kill_at`` below the folder, or when it has computed
-    for so many seconds."""
+    """Runs work in a forked child; kills it before file operation ``kill_at`` below the folder, or after ``kill_after``
+    seconds of CPU time."""
     with tempfile.TemporaryFile() as stderr, tempfile.TemporaryFile() as report:
         child = os.fork()
         if child == 0:
@@ -109,7 +110,7 @@ def forked(
                             os.kill(os.getpid(), signal.SIGKILL)
 
                 sys.addaudithook(hook)
-                if kill_after is not None:  # nobody handles SIGPROF: the kernel ends the process there and then
+                if kill_after is not None:  # without a handler for SIGPROF, the kernel ends the process at once
                     signal.setitimer(signal.ITIMER_PROF, kill_after)
                 status = work() or 0
                 signal.setitimer(signal.ITIMER_PROF, 0)
@@ -123,12 +124,14 @@ def forked(
         _, status, used = os.wait4(child, 0)
         stderr.seek(0)
         report.seek(0)
-        told = json.loads(report.read() or b"{}")
-        return Ended(os.waitstatus_to_exitcode(status), used.ru_utime + used.ru_stime, stderr.read().decode(), **told)
+        reported = json.loads(report.read() or b"{}")
+        return Ended(
+            os.waitstatus_to_exitcode(status), used.ru_utime + used.ru_stime, stderr.read().decode(), **reported
+        )
 
 
 def command(words: str) -> Callable[[], int]:
-    """What a child does. A download that failed is tried again at once."""
+    """Makes the work of a child. A failed download is retried without delay."""
 
     def work() -> int:
         with mock.patch.object(live, "Downloader", partial(Downloader, sleep=lambda _: None)):
@@ -138,7 +141,7 @@ def command(words: str) -> Callable[[], int]:
 
 
 def contents(folder: Path) -> dict[str, str]:
-    """A digest of each file. Pages, their figures and the notes of a cache have dates: that they are there counts."""
+    """Hashes each file. Files with dates (pages, their JSON, cache metadata) have an empty digest."""
     found = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != ".lock"):
         dated = path.suffix in (".html", ".json") and not {"pages", "cache"}.isdisjoint(path.parts)
@@ -147,16 +150,16 @@ def contents(folder: Path) -> dict[str, str]:
 
 
 def import_all(work: Callable[[], int], place: Path, folder: Path) -> None:
-    """Imports what a command does, here and once: it would be most of the time of each child."""
+    """Imports the modules of a command before forking, since importing would dominate the time of each child."""
     shutil.copytree(place, folder)
     for name in set(forked(work, folder).modules) - sys.modules.keys():
-        with suppress(Exception):  # some are made up by others
+        with suppress(Exception):  # some modules are synthetic
             importlib.import_module(name)
     shutil.rmtree(folder)
 
 
 def kill(words: str, place: Path, tries: int, rng: random.Random) -> dict[str, Any]:
-    """Kills a command at ``tries`` moments before its end, and runs it again each time."""
+    """Kills a command ``tries`` times before its end, and runs it again each time."""
     work = command(words)
     with tempfile.TemporaryDirectory() as temporary:
         straight = Path(temporary, "straight")
@@ -179,7 +182,7 @@ def kill(words: str, place: Path, tries: int, rng: random.Random) -> dict[str, A
             if status not in (0, *KILLED) or again.status or torn or after != whole:
                 differs = sorted(torn | {path for path, _ in after.items() ^ whole.items()})
                 moment = f"operation {kill_at}" if kill_after is None else f"{kill_after:.3f} s"
-                lost.append({"at": moment, "status": status, "again": again.said, "differs": differs})
+                lost.append({"at": moment, "status": status, "again": again.stderr, "differs": differs})
             shutil.rmtree(folder)
     return {"tried": tried, "survived": tried - len(lost), "lost": lost, "killed": killed}
 
@@ -189,7 +192,7 @@ def kill(words: str, place: Path, tries: int, rng: random.Random) -> dict[str, A
 
 @contextmanager
 def small_disk(folder: Path) -> Iterator[Path]:
-    """A file system in memory, where this user may mount one."""
+    """Mounts a file system in memory (needs the permission to mount)."""
     folder.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(folder)], check=True)
     try:
@@ -208,7 +211,7 @@ def used_bytes(folder: Path) -> int:
 
 
 def fill_disk(name: str, words: str, place: Path, temporary: Path) -> dict[str, Any]:
-    """Runs a command where the disk ends amid what it writes, or cannot be written at all."""
+    """Runs a command on a disk that becomes full during its output, or is read-only."""
     work, tried, lost = command(words), 0, []
     import_all(work, place, temporary / "imports")
     with small_disk(temporary / "straight") as straight:
@@ -232,7 +235,7 @@ def fill_disk(name: str, words: str, place: Path, temporary: Path) -> dict[str, 
                 again = forked(work, disk)
                 wrong = _wrong(name, failed, before, left, whole)
                 if again.status or (name != "train" and contents(disk) != whole):
-                    wrong.append(f"the second run: {again.said}")
+                    wrong.append(f"the second run: {again.stderr}")
                 if wrong:
                     lost.append({"start": start, "full_after": share, "wrong": wrong})
     shutil.rmtree(former)
@@ -240,16 +243,16 @@ def fill_disk(name: str, words: str, place: Path, temporary: Path) -> dict[str, 
 
 
 def _wrong(name: str, failed: Ended, before: dict[str, str], left: dict[str, str], whole: dict[str, str]) -> list[str]:
-    """What is not as it should be after a run without space."""
-    if failed.status == 0:  # there was enough, or it replaced what was there in place
-        return [] if left == whole else ["it says that it is done, and is not"]
+    """Lists what is wrong after a run without space."""
+    if failed.status == 0:  # there was enough space, or it replaced files in place
+        return [] if left == whole else ["exit status 0, but the output is not complete"]
     wrong = []
-    lines = failed.said.splitlines()
+    lines = failed.stderr.splitlines()
     if failed.status != 1 or (len(lines) != 1 and name != "train") or not lines[-1].startswith("flash-experts "):
-        wrong.append(f"status {failed.status}: {failed.said[-300:]}")
-    if not any(words in failed.said for words in ("No space left", "read-only", "Read-only")):
-        wrong.append(f"it does not say why: {failed.said[-300:]}")
-    if name == "train":  # whole checkpoints stay
+        wrong.append(f"status {failed.status}: {failed.stderr[-300:]}")
+    if not any(words in failed.stderr for words in ("No space left", "read-only", "Read-only")):
+        wrong.append(f"no reason in the message: {failed.stderr[-300:]}")
+    if name == "train":  # complete checkpoints stay
         left = {path: digest for path, digest in left.items() if not path.startswith("models/new/") or "/." in path}
     if left != before:
         wrong.append(f"left: {sorted(path for path, _ in left.items() ^ before.items())}")
@@ -260,7 +263,7 @@ def _wrong(name: str, failed: Ended, before: dict[str, str], left: dict[str, str
 
 
 def flip_bytes(place: Path, rng: random.Random) -> dict[str, Any]:
-    """Changes a byte in each of `RANGES` ranges of every file of a checkpoint, in turn."""
+    """Changes one byte in each of `RANGES` ranges of every file of a checkpoint, one at a time."""
     run = place / "models/base"
     checkpoint = run / "checkpoints" / f"step-{checkpoint_steps(run)[-1]:06d}"
     tried, lost = 0, []
@@ -285,7 +288,7 @@ def flip_bytes(place: Path, rng: random.Random) -> dict[str, Any]:
 
 
 def run_one(name: str, place: Path, temporary: Path, tries: int, seed: int) -> dict[str, Any]:
-    """One of the names of --only."""
+    """Runs one experiment of --only."""
     rng = random.Random(f"{seed} {name}")
     here = Path(__file__).parent
     if name in COMMANDS:
@@ -314,15 +317,19 @@ def main() -> None:
     parser.add_argument("--tries", type=int, default=100, help="kills of each command, and of training")
     parser.add_argument("--seed", type=int, default=0)
     everything = [*COMMANDS, *DOWNLOADS, "disk", "flip", "train", "server"]
-    parser.add_argument("--only", nargs="+", default=everything, choices=everything, help="some of these")
-    parser.add_argument("--out", type=Path, default=None, help="JSON file for the result; what else is there stays")
+    parser.add_argument(
+        "--only", nargs="+", default=everything, choices=everything, help="experiments to run (default: all)"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=None, help="JSON file for the results; other results in it are kept"
+    )
     args = parser.parse_args()
     torch.set_num_threads(1)
     result = json.loads(args.out.read_text("utf-8")) if args.out is not None and args.out.exists() else {}
     with tempfile.TemporaryDirectory() as temporary:
         place = Path(temporary, "place")
         place.mkdir()
-        assert forked(lambda: make_workplace(place), place).status == 0  # a child: threads would not survive a fork
+        assert forked(lambda: make_workplace(place), place).status == 0  # in a child: threads would not survive a fork
         for name in args.only:
             found = result[name] = run_one(name, place, Path(temporary), args.tries, args.seed)
             print(f"{name}: {found['tried']} tried, {found['survived']} survived", file=sys.stderr, flush=True)

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# All that needs a GPU, in order and within ten minutes, on a machine with PyTorch, Triton and transformers alone:
+# All tests and benchmarks that need a GPU, within ten minutes, with only PyTorch, Triton and transformers installed:
 #
 #     benchmarks/gpu.sh RESULTS [tests attention moe generate train flex]
 #
-# Logs, JSON and plots go into the folder RESULTS. A step that fails or runs out of its time does not stop the next. With
-# steps named, only those run, and one alone has the whole ten minutes: the first run of a kernel tunes it, for minutes.
+# Logs, JSON and plots go into the folder RESULTS. A step that fails or times out does not stop the next. Given steps run
+# alone; a single step has all ten minutes, since autotuning of a kernel takes minutes.
 set -u
 cd "$(dirname "$0")/.."
 results=${1:?usage: benchmarks/gpu.sh RESULTS [STEP ...]}
@@ -18,7 +18,7 @@ failed=
 alone=
 [ "$(wc -w <<<"$steps")" = 1 ] && alone=yes
 
-# step NAME SECONDS COMMAND...: runs it if it was asked for; its output goes to the screen and to NAME.log.
+# step NAME SECONDS COMMAND...: runs a selected step; its output goes to the screen and to NAME.log.
 step() {
     local name=$1 seconds=${alone:+590}
     seconds=${seconds:-$2}
@@ -31,12 +31,12 @@ step() {
     fi
 }
 
-# budget SECONDS: after which a benchmark begins no further size, so that it ends in time to print its tables.
+# budget SECONDS: time after which a benchmark starts no further size, to leave time for its tables.
 budget() {
     if [ -n "$alone" ]; then echo 540; else echo "$1"; fi
 }
 
-# benchmark NAME SECONDS TOPIC [OPTIONS]: with figures in NAME.json.
+# benchmark NAME SECONDS TOPIC [OPTIONS]: writes NAME.json.
 benchmark() {
     local name=$1 seconds=$2 topic=$3
     shift 3
@@ -47,11 +47,11 @@ benchmark() {
 plot=
 "$python" -c 'import matplotlib' 2>/dev/null && plot=yes
 set -o pipefail
-step tests 140 "$python" -m pytest -q -m gpu -p no:cacheprovider tests/test_attention
-# FlexAttention compiles for each size, for seconds: it runs last and on its own.
-everyone="triton sdpa sdpa_flash sdpa_efficient sdpa_cudnn sdpa_math sdpa_nested varlen_attn eager"
+step tests 140 "$python" -m pytest -q -m gpu -p no:cacheprovider tests/test_kernels
+# FlexAttention compiles for seconds per size, so it runs last, as a step of its own.
+backends="triton sdpa sdpa_flash sdpa_efficient sdpa_cudnn sdpa_math sdpa_nested varlen_attn eager"
 packages="flash_attention_2 flash_attention_3 flash_attention_4"
-benchmark attention 180 attention --budget $(budget 150) --backends $everyone $packages
+benchmark attention 180 attention --budget $(budget 150) --backends $backends $packages
 benchmark moe 80 moe --budget $(budget 50)
 benchmark generate 45 generate --count 2048 --batch-size 512
 benchmark train 55 train --data embedded --tokenizer models/mtg-base --names-per-step 1024 --steps 10

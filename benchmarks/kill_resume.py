@@ -1,15 +1,14 @@
-"""kill -9 a training run at random moments, resume it, and compare it with a run that was never stopped.
+"""Fault tolerance of training: kill -9 at random moments, resume, and compare with an uninterrupted run.
 
     python benchmarks/kill_resume.py [--kills 100] [--seed 0] [--processes 1] [--out results.json]
 
-Each try starts a run of a tiny model, kills it, sometimes kills the resumed run as well, lets the next one finish, and
-demands the same metrics.jsonl (every loss, norm, router statistic and sample name; times and memory alone may differ),
-the same model, and the same last checkpoint with the optimizer's state, byte for byte. Half of the moments are times
-drawn evenly over the run; the other half are file operations of the run, drawn evenly over all that it does, so that
-many kills fall amid a save. The last file of an interrupted save is then cut short, as a half-written one is.
+Each try starts a run of a tiny model, kills it, sometimes kills the resumed run as well, and lets the next one finish.
+It requires the same metrics.jsonl (losses, norms, router statistics, sample names; only times and memory may differ),
+model and last checkpoint with optimizer state, byte for byte. Half of the kills are at random times, half at random
+file operations, so that many interrupt a save. The last file of an interrupted save is then truncated.
 
-The runs are forked from this process, which has everything imported: a start takes milliseconds, not seconds. With
---processes 2 each run has two processes (gloo); one of them is killed, or both.
+Runs are forked from this process, which has imported everything, to start fast. With --processes 2 each run has two
+processes (gloo), of which one or both are killed.
 """
 
 from __future__ import annotations
@@ -35,13 +34,14 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerBase
 
 from flash_experts import GPT2MoEConfig, GPT2MoEForCausalLM
+from flash_experts.commands.sample_names import SampleNames
 from flash_experts.data.cards import Card
 from flash_experts.data.tokenizer import train_tokenizer
 from flash_experts.models.flash_attention import ATTENTION_IMPLEMENTATION
-from flash_experts.samples import SampleNames
 from flash_experts.training import Trainer, TrainingConfig
-from flash_experts.training.checkpoint import checkpoint_path, checkpoint_steps
-from flash_experts.training.stages import Stage
+from flash_experts.training.checkpoint import checkpoint_steps
+from flash_experts.training.run_state import checkpoint_path
+from flash_experts.training.training_config import Stage
 
 FIRST = "Goblin Elf Dragon Angel Storm Fire Blood Night".split()
 SECOND = "Guide Lord Singer Wall Strike Bolt Ritual Growth".split()
@@ -50,7 +50,7 @@ FILE_EVENTS = {"open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "shutil
 WAIT_SECONDS = 120
 WAIT_FOR_THE_DEAD_SECONDS = 10
 
-# Seven steps an epoch; saves amid epochs and amid intervals of the log.
+# Seven steps per epoch; saves within epochs and within logging windows.
 COMMON = TrainingConfig(
     max_steps=16,
     max_epochs=None,
@@ -73,8 +73,8 @@ VARIANTS = {
     "experts": replace(COMMON, log_every=3, checkpoint_every=4, schedule="linear"),
     "saves in the foreground": replace(COMMON, save_in_background=False),
 }
-# Of several processes, and tried first.
-SPREAD = {
+# With several processes, tried first.
+DISTRIBUTED = {
     "experts, ddp": COMMON,
     "experts, fsdp": replace(COMMON, parallel="fsdp", log_every=2),
     "experts, expert": replace(COMMON, parallel="expert", ema_decay=0.9),
@@ -123,7 +123,7 @@ def make_model(variant: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedMo
 
 @dataclass(frozen=True)
 class Straight:
-    """A run that nobody stopped: how long it took, how many file operations it did, what it left."""
+    """An uninterrupted run: duration, number of file operations, and results."""
 
     seconds: float
     operations: int
@@ -131,18 +131,17 @@ class Straight:
 
 
 class Lab:
-    """Starts runs, as children of this process, and kills them."""
+    """Starts runs as child processes, and kills them."""
 
     def __init__(self, folder: Path, processes: int):
         self.folder, self.processes = folder, processes
-        self.variants = VARIANTS if processes == 1 else SPREAD | VARIANTS
+        self.variants = VARIANTS if processes == 1 else DISTRIBUTED | VARIANTS
         self.cards = make_cards()
         texts = [f"creature goblin, red, 3: {card.name}" for card in self.cards]
         self.tokenizer = train_tokenizer(texts, vocab_size=300)
 
     def start(self, variant: str, run: str, kill_at: int | None = None) -> list[int]:
-        """Forks the processes of a run and returns their ids; the main one kills itself before the file operation
-        ``kill_at``."""
+        """Forks the processes of a run and returns their ids; rank 0 kills itself before file operation ``kill_at``."""
         with socket.socket() as free:
             free.bind(("localhost", 0))
             port = free.getsockname()[1]
@@ -181,7 +180,7 @@ class Lab:
             (self.folder / f"{run}.operations").write_text(str(counter()))
 
     def finish(self, children: list[int]) -> list[int]:
-        """Waits for the processes of a run; their exit statuses, as `os.waitstatus_to_exitcode` gives them."""
+        """Waits for the processes of a run and returns their exit codes."""
         deadline = time.monotonic() + WAIT_SECONDS
         statuses: dict[int, int] = {}
         while len(statuses) < len(children):
@@ -189,7 +188,7 @@ class Lab:
                 if child in statuses or (found := os.waitpid(child, os.WNOHANG)) == (0, 0):
                     continue
                 statuses[child] = os.waitstatus_to_exitcode(found[1])
-                if statuses[child] == -signal.SIGKILL:  # killed before they met, it is waited for by the others
+                if statuses[child] == -signal.SIGKILL:  # if killed before they connect, the others wait for it
                     deadline = min(deadline, time.monotonic() + WAIT_FOR_THE_DEAD_SECONDS)
             if time.monotonic() > deadline:
                 for child in children:
@@ -209,7 +208,7 @@ class Lab:
         return Straight(seconds, operations, record_of(self.folder / run))
 
     def killed(self, variant: str, run: str, straight: Straight, rng: random.Random) -> str | None:
-        """Starts or resumes a run and kills it. Returns the moment, or None if the run was over before."""
+        """Starts or resumes a run and kills it. Returns the moment, or None if the run ended before."""
         if rng.random() < 0.5:
             kill_at = rng.randrange(1, straight.operations + 1)
             children = self.start(variant, run, kill_at)
@@ -226,7 +225,7 @@ class Lab:
 
 
 def _count_operations(run_dir: str, kill_at: int | None) -> Callable[[], int]:
-    """Counts this process's file operations below the run's folder, and kills it before the one of that number."""
+    """Counts file operations of this process below the run's folder, and kills it before operation ``kill_at``."""
     count = 0
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
@@ -241,7 +240,7 @@ def _count_operations(run_dir: str, kill_at: int | None) -> Callable[[], int]:
 
 
 def record_of(run_dir: Path) -> dict[str, Any]:
-    """All that must be equal: the lines of metrics, the model, the last checkpoint."""
+    """Reads what must be equal: metrics, model, last checkpoint."""
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     last = checkpoint_path(run_dir, checkpoint_steps(run_dir)[-1])
     about = json.loads((last / "trainer_state.json").read_text(encoding="utf-8"))
@@ -259,7 +258,7 @@ def record_of(run_dir: Path) -> dict[str, Any]:
 
 
 def tear(run_dir: Path, rng: random.Random) -> bool:
-    """Cuts the newest file of an interrupted save short. Returns whether there was such a save."""
+    """Truncates the newest file of an interrupted save. Returns whether there was one."""
     files = [path for folder in run_dir.rglob(".tmp-*") for path in folder.iterdir() if path.is_file()]
     if files:
         newest = max(files, key=lambda path: path.stat().st_mtime_ns)
@@ -269,7 +268,7 @@ def tear(run_dir: Path, rng: random.Random) -> bool:
 
 
 def experiment(folder: Path, kills: int, seed: int, processes: int) -> dict[str, Any]:
-    """Kills at ``kills`` moments. Returns how many were tried and survived, and what was lost."""
+    """Kills ``kills`` times. Returns how many were tried and survived, and what was lost."""
     lab, rng = Lab(folder, processes), random.Random(seed)
     straight: dict[str, Straight] = {}
     tried = amid_a_save = again = 0
@@ -312,10 +311,10 @@ def experiment(folder: Path, kills: int, seed: int, processes: int) -> dict[str,
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--kills", type=int, default=100, help="number of kills")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--processes", type=int, default=1)
-    parser.add_argument("--folder", type=Path, default=None, help="keeps the runs here; else they are removed")
+    parser.add_argument("--processes", type=int, default=1, help="processes per run")
+    parser.add_argument("--folder", type=Path, default=None, help="folder that keeps the runs (default: none)")
     parser.add_argument("--out", type=Path, default=None, help="JSON file for the result")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:

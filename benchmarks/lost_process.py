@@ -1,10 +1,10 @@
-"""How soon a run ends when one of its processes is lost: killed, or silent as on a machine that hangs.
+"""Failure detection in distributed training: how soon a run ends when one process is killed or hangs.
 
     python benchmarks/lost_process.py [--tries 5] [--processes 2] [--seed 0] [--out results.json]
 
-Each try starts `flash-experts train` under torchrun (gloo), takes one process away at a random moment of training, with
-SIGKILL or with SIGSTOP, which leaves its connections open, and measures until the last of the other processes is gone.
-Survived: that took less than a minute, and a line says what happened. On an idle machine; the model is tiny.
+Each try starts `flash-experts train` under torchrun (gloo), stops one process at a random moment with SIGKILL or
+SIGSTOP (which leaves its connections open), and measures the time until all others have exited. Survived: less than a
+minute, with a line that gives the reason. It needs an idle machine; the model is tiny.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from command_line import BASE_RUN, FIRST, SECOND, ok
+from tests.helpers.command_line import BASE_RUN, FIRST, SECOND, ok
 
 WITHIN_SECONDS = 60
-SAID = {signal.SIGKILL: "another process of this run is gone", signal.SIGSTOP: "has been silent for"}
+MESSAGES = {signal.SIGKILL: "another process of this run is gone", signal.SIGSTOP: "has been silent for"}
 ENDLESS = (*BASE_RUN, "--training.max-steps=1000000", "--training.eval-every=null", "--training.checkpoint-every=null")
 
 
@@ -36,7 +36,7 @@ def children_of(process: int) -> list[int]:
 
 
 def is_alive(process: int) -> bool:
-    """False for what has ended and was not yet waited for, too."""
+    """Whether a process runs; zombies do not."""
     try:
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
@@ -44,10 +44,10 @@ def is_alive(process: int) -> bool:
 
 
 def until(condition: Any, seconds: float) -> float:
-    """Seconds until it was true.
+    """Waits for a condition and returns the seconds.
 
     Raises:
-        TimeoutError: it never was.
+        TimeoutError: it was not true in time.
     """
     start = time.monotonic()
     while not condition():
@@ -58,7 +58,7 @@ def until(condition: Any, seconds: float) -> float:
 
 
 def lose_one(place: Path, processes: int, how: signal.Signals, rng: random.Random) -> dict[str, Any]:
-    """One try: which process was lost, how, and after how many seconds the others were gone."""
+    """Stops one process and measures the seconds until the others have exited."""
     run = f"{how.name}-{rng.randrange(10**9)}"
     metrics = place / "models" / run / "metrics.jsonl"
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
@@ -81,13 +81,13 @@ def lose_one(place: Path, processes: int, how: signal.Signals, rng: random.Rando
             launcher.terminate()
             launcher.wait(120)
         stderr.seek(0)
-        said = SAID[how] in stderr.read().decode()
+        said = MESSAGES[how] in stderr.read().decode()
     return {"how": how.name, "rank": lost, "seconds": round(seconds, 1), "said": said}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tries", type=int, default=5, help="of each kind")
+    parser.add_argument("--tries", type=int, default=5, help="tries per signal")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=None, help="JSON file for the result")
@@ -100,11 +100,11 @@ def main() -> None:
         (place / "names.txt").write_text("\n".join(names), "utf-8")
         ok("prepare", "--source", "names.txt", cwd=place)
         for _ in range(args.tries):
-            for how in SAID:
+            for how in MESSAGES:
                 tries.append(lose_one(place, args.processes, how, rng))
                 print(tries[-1], file=sys.stderr, flush=True)
     lost = [one for one in tries if one["seconds"] >= WITHIN_SECONDS or not one["said"]]
-    slowest = {how.name: max(one["seconds"] for one in tries if one["how"] == how.name) for how in SAID}
+    slowest = {how.name: max(one["seconds"] for one in tries if one["how"] == how.name) for how in MESSAGES}
     result = {"processes": args.processes, "tried": len(tries), "survived": len(tries) - len(lost), "lost": lost}
     result |= {"slowest_seconds": slowest, "tries": tries}
     if args.out is not None:

@@ -1,9 +1,9 @@
-"""The playground under load, and how fast its page is there. Asks nothing but a server of its own on this machine.
+"""Load test of the playground, and load time of its page, against a server of its own on this machine.
 
     python benchmarks/playground.py [--clients 64] [--rounds 2] [--model models/mtg-base]
 
-Prints counts (names, "busy", anything else), times, and, where playwright and Chromium are, the time from the
-navigation until the first button can be pressed: the median of five visits with an empty cache.
+Prints counts (names, "busy", other results), times, and, if playwright and Chromium are installed, the time until the
+page is interactive: the median of five visits with an empty cache.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="models/mtg-base")
     parser.add_argument("--clients", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=2, help="requests of each client, one after the other")
-    parser.add_argument("--count", type=int, default=20, help="names of each request")
+    parser.add_argument("--rounds", type=int, default=2, help="sequential requests per client")
+    parser.add_argument("--count", type=int, default=20, help="names per request")
     args = parser.parse_args()
     warnings.filterwarnings("ignore", message=r"found \d+ of \d+ names")
     server = make_server(Playground.load([args.model]))
@@ -60,13 +60,13 @@ def wait_until_up(url: str) -> None:
             return
         except httpx.TransportError:
             time.sleep(0.1)
-    raise SystemExit("the server did not come up")
+    raise SystemExit("the server did not start within 10 s")
 
 
 def print_visits(url: str) -> None:
     chromium = shutil.which("chromium")
     if chromium is None or find_spec("playwright") is None:
-        print("page: not measured, for want of chromium or playwright")
+        print("page: not measured: chromium or playwright is not installed")
         return
     from playwright.sync_api import sync_playwright
 
@@ -81,8 +81,8 @@ def print_visits(url: str) -> None:
             seconds.append(time.perf_counter() - began)
             page.context.close()
         browser.close()
-    told = ", ".join(f"{each:.2f}" for each in seconds)
-    print(f"page: {statistics.median(seconds):.2f} s until it can be used, median of {VISITS} ({told})")
+    listed = ", ".join(f"{each:.2f}" for each in seconds)
+    print(f"page: {statistics.median(seconds):.2f} s until interactive, median of {VISITS} ({listed})")
 
 
 def print_load(url: str, clients: int, rounds: int, count: int) -> None:
@@ -107,7 +107,7 @@ def print_load(url: str, clients: int, rounds: int, count: int) -> None:
 
 
 def ask(client: httpx.Client, url: str, count: int, seed: int) -> tuple[str, float]:
-    """What one request got ("names", "busy", or else what went wrong), and after how long."""
+    """Sends one request; returns its outcome ("names", "busy", or an error) and its seconds."""
     began = time.perf_counter()
     endpoint = f"{url}/gradio_api/call/v2/generate"
     try:

@@ -1,10 +1,10 @@
-"""How long training stands still for a checkpoint of GPT-2 small and AdamW's state: foreground and background.
+"""Checkpoint stall: how long saving GPT-2 small with AdamW's state blocks training, in foreground and background.
 
     python benchmarks/save_stall.py [--saves 5] [--tokens 128]
 
-A save is asked for, then steps are taken until it is on the disk. "Call" is how long the call itself takes, in which
-no step is taken. "Lost" is all that the save costs: the time of the call and of the steps after it, less what as many
-undisturbed steps take; it has the slowdown by the thread that hashes and writes. Both kinds take turns in one run.
+Training continues after each save until it is on the disk. "Call" is the time of the call itself. "Lost" is the total
+cost: the time of the call and of the steps after it, minus that of as many undisturbed steps, so it includes the
+slowdown by the background thread. Both kinds alternate in one run.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from flash_experts.data.tokenizer import train_tokenizer
 from flash_experts.training.checkpointer import Checkpointer
-from flash_experts.training.stateful import OptimizerState, TrainerState
+from flash_experts.training.run_state import TrainerState
+from flash_experts.training.stateful import OptimizerState
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -33,9 +34,9 @@ def seconds(work: Callable[[], object]) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--saves", type=int, default=5)
-    parser.add_argument("--tokens", type=int, default=128, help="of a step")
-    parser.add_argument("--folder", type=Path, default=None, help="on the disk that is to be measured")
+    parser.add_argument("--saves", type=int, default=5, help="saves per kind")
+    parser.add_argument("--tokens", type=int, default=128, help="tokens per step")
+    parser.add_argument("--folder", type=Path, default=None, help="folder on the measured disk (default: temporary)")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = GPT2LMHeadModel(GPT2Config()).to(device)

@@ -1,11 +1,11 @@
-"""Clients that mean harm, or just leave, against `flash-experts serve`: is the server afterwards what it was before?
+"""Robustness of `flash-experts serve` against hostile or disconnecting clients: no leak of memory, files or threads.
 
     python benchmarks/server_faults.py [--requests 10000] [--model DIR] [--out results.json]
 
-One server in a process of its own. After a tenth of everything, which fills caches, its memory, open files and
-threads are read from /proc; then come `--requests` requests of pages, endpoints and nonsense, clients that send half a
-request, clients that never take their answer, sockets dropped amid a request and amid an answer, requests whose
-names nobody fetches, and bodies of 10 MB. Each part counts its tries, and how many got the answer that they should.
+One server runs in its own process. After a warm-up of a tenth of everything, its memory, open files and threads are
+read from /proc. Then come `--requests` requests for pages, endpoints and invalid paths, clients that send half a
+request, clients that never read their response, sockets closed during a request or response, requests whose names are
+never fetched, and bodies of 10 MB. Each part counts its tries and the correct responses.
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ from typing import Any
 
 import httpx
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 CALL = "/gradio_api/call/v2"
 MOST_GROWTH = {"rss_mb": 60, "files": 4, "threads": 8}
-# Connections that are kept alive end after 30 s, answers that nobody fetched after 60 s.
+# Idle connections end after 30 s, unfetched responses after 60 s.
 SETTLED_SECONDS = 65
 LARGE = 10 * 2**20
 
 
 def state_of(process: int) -> dict[str, float]:
-    """Memory, open files and threads of a process."""
+    """Reads memory, open files and threads of a process."""
     status = Path(f"/proc/{process}/status").read_text()
     kilobytes, threads = (int(re.search(rf"^{name}:\s+(\d+)", status, re.M)[1]) for name in ("VmRSS", "Threads"))  # type: ignore[index]
     return {"rss_mb": round(kilobytes / 1024, 1), "files": len(os.listdir(f"/proc/{process}/fd")), "threads": threads}
 
 
 class Clients:
-    """All kinds of clients of one server."""
+    """Clients of one server."""
 
     def __init__(self, url: str) -> None:
         self.url = url
@@ -50,14 +50,14 @@ class Clients:
         self.http = httpx.Client(timeout=60, base_url=url)
 
     def call(self, endpoint: str, given: dict[str, Any]) -> str:
-        """An endpoint's whole answer."""
+        """Calls an endpoint and returns its whole response."""
         joined = self.http.post(f"{CALL}/{endpoint}", json=given)
         if joined.status_code != 200:
             return joined.text
         return self.http.get(f"{CALL}/{endpoint}/{joined.json()['event_id']}").text
 
     def request(self, number: int) -> bool:
-        """One of a mix of requests; whether it was answered as it should be."""
+        """Sends one of a mix of requests; returns whether the response is correct."""
         kinds: list[Callable[[], bool]] = [
             lambda: self.http.get("/").status_code == 200,
             lambda: self.http.get("/config").status_code == 200,
@@ -76,7 +76,7 @@ class Clients:
         return connection
 
     def is_left(self, connection: socket.socket) -> bool:
-        """Whether the server ends the connection."""
+        """Whether the server closes the connection."""
         try:
             while connection.recv(65536):
                 pass
@@ -88,7 +88,7 @@ class Clients:
         return True
 
     def silent(self, count: int) -> int:
-        """Sends half a header, or a header and half a body, or nothing, and waits; others are served meanwhile."""
+        """Sends half a header, half a body, or nothing, and waits; the server must serve others meanwhile."""
         starts = [
             b"",
             b"GET / HTTP/1.1\r\nHo",
@@ -101,7 +101,7 @@ class Clients:
         return sum(map(self.is_left, waiting)) if served else 0
 
     def deaf(self, count: int) -> int:
-        """Asks for the page over and over, and takes no answer."""
+        """Requests the page repeatedly without reading the responses."""
         waiting = [self.connect() for _ in range(count)]
         for connection in waiting:
             connection.settimeout(1)
@@ -116,7 +116,7 @@ class Clients:
         return sum(map(self.is_left, waiting)) if served else 0
 
     def dropped(self, number: int) -> bool:
-        """Leaves amid a request, or as soon as it is sent."""
+        """Disconnects during a request, or right after it."""
         body = b'{"settings": {"count": 2}}'
         head = f"POST {CALL}/generate HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         whole = f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
@@ -125,7 +125,7 @@ class Clients:
         return True
 
     def unfetched(self, number: int) -> bool:
-        """Joins and never asks for its names, or leaves while they come."""
+        """Starts a request and never fetches its names, or disconnects during the response."""
         joined = self.http.post(f"{CALL}/stream", json={"settings": {"count": 2, "seed": number}})
         if joined.status_code == 200 and number % 2:
             with self.http.stream("GET", f"{CALL}/stream/{joined.json()['event_id']}") as answer:
@@ -133,11 +133,11 @@ class Clients:
         return joined.status_code in (200, 503)
 
     def large(self, number: int) -> bool:
-        """10 MB, announced or in pieces."""
+        """Sends 10 MB, with a content length or chunked."""
         pieces = (b"x" * 2**16 for _ in range(LARGE // 2**16))
         try:
             answer = self.http.post(f"{CALL}/generate", content=b"x" * LARGE if number % 2 else pieces)
-        except httpx.TransportError:  # refused before all was sent
+        except httpx.TransportError:  # rejected before all was sent
             return True
         return answer.status_code in (400, 413)
 
@@ -147,15 +147,15 @@ class Clients:
 
 
 def settled(clients: Clients, process: int) -> dict[str, float]:
-    """The state once all that waits for clients is given up."""
+    """Reads the state after all timeouts."""
     time.sleep(SETTLED_SECONDS)
-    for number in range(8):  # threads that were idle for 10 s end when the next request comes: up to 40 wait for it
+    for number in range(8):  # idle threads end at the next request: up to 40 of them
         clients.request(number)
     return state_of(process)
 
 
 def experiment(clients: Clients, process: int, requests: int) -> dict[str, Any]:
-    """Everything once in small, then in large."""
+    """Runs all parts at a tenth of the size, then at full size."""
     parts: dict[str, Callable[[int], int]] = {
         "requests": lambda share: clients.many(clients.request, requests // share),
         "silent clients": lambda share: clients.silent(requests // 25 // share),
@@ -186,14 +186,14 @@ def experiment(clients: Clients, process: int, requests: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--requests", type=int, default=10_000)
-    parser.add_argument("--model", default=None, help="model folder; a tiny one is made if there is none")
+    parser.add_argument("--requests", type=int, default=10_000, help="number of requests")
+    parser.add_argument("--model", default=None, help="model folder (default: a tiny new model)")
     parser.add_argument("--out", type=Path, default=None, help="JSON file for the result")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         model = args.model
         if model is None:
-            from command_line import make_workplace
+            from tests.helpers.command_line import make_workplace
 
             make_workplace(Path(temporary))
             model = f"{temporary}/models/base"

@@ -1,20 +1,17 @@
-"""Trains the released models, and tests the claim behind them: does a mixture of experts beat the dense model?
+"""Trains the released models and tests their claim: does an MoE model beat dense baselines?
 
     python benchmarks/train_released.py                              # everything: hours on two cores
-    python benchmarks/train_released.py --contenders dense shared --seeds 0     # a part of it
+    python benchmarks/train_released.py --contenders dense moe --seeds 0     # a part of it
 
-Every contender starts from the same dense model that has read English (configs/english.yaml) and ends with the same
-names in the same order for as many steps (configs/names.yaml, configs/names-dense.yaml). They differ in what grows,
-and when: nothing (dense); more hidden units in each MLP (dense models of as many parameters as work on a token in the
-mixture, or as it has in all; scripts/widen.py); experts. It grows before the names are learned, from models/mtg-base,
-or a stage earlier, before the phrases that are told what card they could be (configs/told.yaml).
+Every contender has the same two training stages: distillation (configs/student.yaml) on names from a teacher and real
+names, then the data of the released MoE model (configs/names.yaml). They differ in added parameters: none (dense); more
+hidden units in each MLP (scripts/widen.py), for dense models with the active or the total parameters of the MoE model;
+experts. Parameters are added between the stages, from models/mtg-base, or before the first (early).
 
-Other ways to make the experts are searched at the first seed; one that is the best mixture on the validation split
-joins the others, which run at all seeds, and only then are both tests read, once. Runs that are finished are not run
-again, and an interrupted one goes on.
+Both test sets are used once, at the end. Finished runs are not repeated, and interrupted runs resume.
 
-Printed, and written as JSON to --out: bits per character on validation of every run; on the tests, of each contender at
-each seed, the paired differences from the dense model, seconds and floating-point operations of training.
+Prints, and writes as JSON to --out: validation bits per character of every run; on the tests, bits of each contender
+and seed, paired differences from the dense model, seconds and FLOPs of training.
 """
 
 from __future__ import annotations
@@ -32,64 +29,53 @@ from typing import Any
 
 import torch
 import transformers
+import yaml
 
 from flash_experts.evaluation import EvaluationResult, evaluate
 from flash_experts.evaluation.metrics import paired_bits_difference
 from flash_experts.training.tracking import read_metrics
 from flash_experts.training.validation import BITS_PER_CHAR
 
-SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
-EXPERTS = {  # as configs/names.yaml has them
-    "model.upcycling": "shared",
-    "model.granularity": "4",
-    "model.num_experts": "8",
-    "model.num_experts_per_tok": "1",
-    "model.moe_layer_freq": "2",
-    "model.router_aux_loss_coef": "0.01",
-    "model.router_z_loss_coef": "0.001",
-}
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = ROOT / "scripts"
+MOE_FIELDS = ("upcycling", "granularity", "num_experts", "num_experts_per_tok", "moe_layer_freq")
 
 
 @dataclass(frozen=True, slots=True)
 class Contender:
-    """What grows, and when.
+    """Added parameters of a contender.
 
     Attributes:
-        hidden: units of each MLP of a dense model that is widened; None leaves it as it is.
-        early: it grows before configs/told.yaml, not after.
-        options: of `flash-experts train` over configs/names.yaml; None for a dense model.
-        searched: runs at the first seed only, unless it wins there.
+        hidden: hidden units of each MLP after widening; None for no widening.
+        experts: whether it has the experts of configs/names.yaml.
+        early: whether they are added before configs/student.yaml.
     """
 
     hidden: int | None = None
+    experts: bool = False
     early: bool = False
-    options: Mapping[str, str] | None = None
-    searched: bool = False
 
 
-ACTIVE, TOTAL = 1536, 5120  # hidden units with which a dense model has the mixture's parameters: per token, in all
+ACTIVE, TOTAL = 1920, 3200  # hidden units of dense models with the active and the total parameters of the MoE model
 DENSE = "dense"
 CONTENDERS = {
     DENSE: Contender(),
     "dense-active": Contender(hidden=ACTIVE),
-    "dense-active-early": Contender(hidden=ACTIVE, early=True),
     "dense-total": Contender(hidden=TOTAL),
-    "shared": Contender(options={}),
-    "shared-early": Contender(early=True, options={}),
-} | {
-    name: Contender(options=options, searched=True)
-    for name, options in {
-        "shared-fast": {"training.lr_scale.experts": "8"},
-        "granular-16x2": {"model.upcycling": "granular", "model.granularity": "2"},  # no more arithmetic than dense
-        "copy-8x2": {"model.upcycling": "copy", "model.granularity": "1", "model.num_experts_per_tok": "2"},
-        "shared-every-block": {"model.moe_layer_freq": "1"},
-    }.items()
+    "moe": Contender(experts=True),
+    "moe-early": Contender(experts=True, early=True),
 }
+
+
+def experts_of_release() -> dict[str, str]:
+    """Reads the options of the experts from configs/names.yaml."""
+    model = yaml.safe_load((ROOT / "configs/names.yaml").read_text("utf-8"))["model"]
+    return {f"model.{name}": str(model[name]) for name in MOE_FIELDS if name in model}
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """A finished run: where it is, and what its record says."""
+    """A finished run and its recorded metrics."""
 
     contender: str
     seed: int
@@ -101,44 +87,37 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Bench:
-    """Where the runs begin and where they are kept."""
+    """Folders of the base model, the data and the runs."""
 
-    english: Path
     base: Path
     data: Path
-    told: Path
     models: Path
-    epochs: float
-
-    def start_of(self, name: str) -> Path:
-        """The model that a contender learns names from, made if it is not there."""
-        contender = CONTENDERS[name]
-        start = self.english if contender.early else self.base
-        if contender.hidden is not None:
-            wide = self.models / f"wide-{contender.hidden}-{start.name}"
-            if not wide.exists():
-                command = [sys.executable, str(SCRIPTS / "widen.py"), str(start), str(wide)]
-                subprocess.run([*command, "--hidden", str(contender.hidden)], check=True)
-            start = wide
-        if contender.early:
-            grown = {} if contender.options is None else EXPERTS
-            start = self._train("told", f"released-{name}-told", grown | {"base": str(start), "data": str(self.told)})
-        return start
 
     def run(self, name: str, seed: int) -> Run:
-        """Learns names, or reads what a finished run left."""
-        options = CONTENDERS[name].options
-        shared = {"base": str(self.start_of(name)), "data": str(self.data), "seed": str(seed)}
-        config = "names-dense" if options is None else "names"
-        folder = self._train(
-            config,
-            f"released-{name}-{seed}",
-            {**(options or {}), **shared, "training.max_epochs": str(self.epochs)},
-        )
+        """Trains a contender, or reads its finished run."""
+        contender = CONTENDERS[name]
+        options = {"base": str(self._start_of(name, seed)), "data": str(self.data), "seed": str(seed)}
+        if not contender.experts or contender.early:
+            options["model.num_experts"] = "0"  # keep the experts of the start
+        folder = self._train("names", f"released-{name}-{seed}", options)
         lines = read_metrics(folder / "metrics.jsonl")
         best = min(line[BITS_PER_CHAR] for line in lines if BITS_PER_CHAR in line)
         last = [line for line in lines if line.get("event") == "train"][-1]
         return Run(name, seed, folder, best, last["step"], last["seconds"])
+
+    def _start_of(self, name: str, seed: int) -> Path:
+        """Returns the model at the start of the second stage, and makes it if it does not exist."""
+        contender = CONTENDERS[name]
+        if contender.early:
+            options = experts_of_release() | {"data": str(self.data), "seed": str(seed)}
+            return self._train("student", f"released-{name}-student-{seed}", options)
+        if contender.hidden is None:
+            return self.base
+        wide = self.models / f"wide-{contender.hidden}-{self.base.name}"
+        if not wide.exists():
+            command = [sys.executable, str(SCRIPTS / "widen.py"), str(self.base), str(wide)]
+            subprocess.run([*command, "--hidden", str(contender.hidden)], check=True)
+        return wide
 
     def _train(self, config: str, name: str, options: Mapping[str, str]) -> Path:
         if _is_finished(self.models / name):
@@ -150,7 +129,7 @@ class Bench:
 
 
 def _is_finished(folder: Path) -> bool:
-    """Whether a run came to its end: its last line of training has nothing left to do."""
+    """Whether a run is finished: the last training line has no time left."""
     if not (folder / "model.safetensors").exists():
         return False
     lines = [line for line in read_metrics(folder / "metrics.jsonl") if line.get("event") == "train"]
@@ -158,7 +137,7 @@ def _is_finished(folder: Path) -> bool:
 
 
 def differences(firsts: Sequence[EvaluationResult], seconds: Sequence[EvaluationResult]) -> dict[str, Any]:
-    """Bits of the first models less those of the second on the same names, seed by seed and in the mean."""
+    """Computes paired differences of bits on the same names, by seed and on average."""
     found: dict[str, Any] = {}
     for split in firsts[0].splits:
         pairs = [
@@ -174,8 +153,8 @@ def differences(firsts: Sequence[EvaluationResult], seconds: Sequence[Evaluation
     return found
 
 
-def figures(run: Run, result: EvaluationResult) -> dict[str, Any]:
-    """What is kept of one run's evaluation."""
+def results_of(run: Run, result: EvaluationResult) -> dict[str, Any]:
+    """Collects the results of one run."""
     bits = {
         split: {"unconditional": asdict(of.unconditional), "conditional": asdict(of.conditional)}
         for split, of in result.splits.items()
@@ -184,23 +163,16 @@ def figures(run: Run, result: EvaluationResult) -> dict[str, Any]:
 
 
 def compete(bench: Bench, names: Sequence[str], seeds: Sequence[int]) -> dict[str, Any]:
-    """The search at the first seed, the finals at all of them, the tests."""
-    search = [bench.run(name, seeds[0]) for name in names]
-    for run in search:
+    """Trains all runs, then evaluates them on the tests."""
+    runs = {name: [bench.run(name, seed) for seed in seeds] for name in names}
+    for run in (run for some in runs.values() for run in some):
         print(f"{run.contender:>20}  validation {run.validation:.4f}  {run.steps:,} steps  {run.seconds:.0f} s")
-    mixtures = [run for run in search if CONTENDERS[run.contender].options is not None]
-    best = min(mixtures, key=lambda run: run.validation).contender if mixtures else None
-    finals = [name for name in names if not CONTENDERS[name].searched or name == best]
-    runs = {name: [bench.run(name, seed) for seed in seeds] for name in finals}  # those of the search are only read
     results = {name: [evaluate(run.folder, bench.data, samples=0) for run in some] for name, some in runs.items()}
     return {
         "machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads",
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-        "epochs": bench.epochs,
-        "search": [asdict(run) for run in search],
-        "best": best,
-        "runs": {name: list(map(figures, runs[name], results[name])) for name in runs},
+        "runs": {name: list(map(results_of, runs[name], results[name])) for name in runs},
         "less_dense": {name: differences(results[name], results[DENSE]) for name in runs if name != DENSE},
     }
 
@@ -208,25 +180,21 @@ def compete(bench: Bench, names: Sequence[str], seeds: Sequence[int]) -> dict[st
 def main() -> None:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
-    parser.add_argument("--english", type=Path, default=Path("models/english"), help="what configs/english.yaml made")
-    parser.add_argument("--base", type=Path, default=Path("models/mtg-base"), help="what configs/told.yaml made of it")
+    parser.add_argument("--base", type=Path, default=Path("models/mtg-base"), help="model from configs/student.yaml")
     parser.add_argument("--data", type=Path, default=Path("data/mtg"))
-    parser.add_argument("--told", type=Path, default=Path("data/told"), help="what scripts/tell_phrases.py wrote")
     parser.add_argument("--models", type=Path, default=Path("models"), help="folder of the runs")
-    parser.add_argument("--epochs", type=float, default=3)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/released_2cores.json"))
     args = parser.parse_args()
 
-    bench = Bench(args.english, args.base, args.data, args.told, args.models, args.epochs)
+    bench = Bench(args.base, args.data, args.models)
     report = compete(bench, list(dict.fromkeys([DENSE, *args.contenders])), args.seeds)
     args.out.write_text(json.dumps(report, indent=2, default=str) + "\n", encoding="utf-8")
     for name, difference in report["less_dense"].items():
         for split, of in difference.items():
-            print(f"{name} less dense on {split}: {of['mean']:+.4f} bits per character, seeds {args.seeds}")
-    released = args.models / f"released-{report['best']}-{args.seeds[0]}"
-    print(f"written to {args.out}; release with scripts/release_model.py {released} models/mtg-names --overwrite")
+            print(f"{name} minus dense on {split}: {of['mean']:+.4f} bits per character, seeds {args.seeds}")
+    print(f"written to {args.out}")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,11 @@
-"""What the trainer costs beyond a bare loop of forward, backward and optimizer step, on this machine.
+"""Trainer overhead over a bare loop of forward, backward and optimizer step, on this machine.
 
     python benchmarks/trainer_overhead.py [--steps 30] [--tokens 2048] [--experts 8] [--out result.json]
 
-Both train the same model (models/mtg-base, upcycled) from the same weights on the same rows, in turns of two steps,
-so that whatever else the machine does meets both. The bare loop has its rows ready and does nothing but train; the
-trainer does all that it does in a run: packs names into rows, seeds dropout, takes the norm of the gradient, looks for
-NaN, moves router biases, logs. Validations, samples and checkpoints are not in it; the trainer's own figures leave them
-out too. The losses of both must be the same, turn by turn, or the comparison is void.
+Both train the same model (models/mtg-base, upcycled) from the same weights on the same packed sequences, alternating
+every two steps, so that other load affects both. The bare loop has its batches ready; the trainer packs names, seeds
+dropout, computes the gradient norm, checks for NaN/Inf, updates router biases and logs. Validations, samples and
+checkpoints are not included. The losses of both must be equal, or the comparison is not valid.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as our commands set it, for both sides
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as our commands set it, for both
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import torch
@@ -38,7 +37,7 @@ RATE = 1e-4
 
 
 class BareLoop(Callback):
-    """Trains a copy of the model in between, a turn each time that the trainer logs."""
+    """Trains a copy of the model for one turn each time the trainer logs."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, list[float]] = {"trainer": [], "bare": []}
@@ -55,13 +54,12 @@ class BareLoop(Callback):
             for group, decay in zip(trainer.optimizers["optimizer"].param_groups, decays, strict=True)
         ]
         self.optimizer = torch.optim.AdamW(groups, lr=RATE, betas=(0.9, 0.95), eps=1e-8, fused=True)
-        self.rows = [trainer.batches.rows_of_step(step, 1)[0] for step in range(steps)]
+        self.rows = [trainer.batches.micro_batches_of_step(step, 1)[0] for step in range(steps)]
         self.inputs = [pack(row) for row in self.rows]
         self.start = time.perf_counter()
 
     def on_log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Trainer, bare, bare, trainer: whoever comes first meets new shapes, for which oneDNN generates code, and the
-        second finds it made. So each goes first in every other turn."""
+        """Alternates (trainer, bare, bare, trainer): oneDNN compiles code for new shapes, which slows the first."""
         self.seconds["trainer"].append(time.perf_counter() - self.start)
         self.losses["trainer"].append(metrics["loss"])
         turn = step // TURN
@@ -109,7 +107,7 @@ def measure(steps: int, tokens: int, experts: int, base: str, data: str, precisi
         trainer = Trainer(model, tokenizer, cards, [], config, [bare])
         bare.begin(trainer, steps)
         trainer.train()
-    # The first two turns warm both up, and have the making of the optimizers' state.
+    # The first two turns are warm-up, and create the optimizer states.
     seconds = {side: turns[2:] for side, turns in bare.seconds.items()}
     ratios = [mine / theirs for mine, theirs in zip(seconds["trainer"], seconds["bare"], strict=True)]
     difference = max(abs(a - b) for a, b in zip(bare.losses["trainer"], bare.losses["bare"], strict=True))
@@ -131,12 +129,12 @@ def measure(steps: int, tokens: int, experts: int, base: str, data: str, precisi
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--tokens", type=int, default=2048)
-    parser.add_argument("--experts", type=int, default=8, help="0 for the dense model")
+    parser.add_argument("--steps", type=int, default=30, help="optimizer steps of the trainer")
+    parser.add_argument("--tokens", type=int, default=2048, help="tokens per step")
+    parser.add_argument("--experts", type=int, default=8, help="number of experts; 0: the dense model")
     parser.add_argument("--precision", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--base", default="models/mtg-base")
-    parser.add_argument("--data", default="data/mtg", help="what `flash-experts prepare` wrote")
+    parser.add_argument("--data", default="data/mtg", help="folder written by prepare")
     parser.add_argument("--out", type=Path, default=None, help="JSON file for the result")
     args = parser.parse_args()
     result = measure(args.steps, args.tokens, args.experts, args.base, args.data, args.precision)
@@ -145,7 +143,7 @@ def main() -> None:
     if args.out is not None:
         args.out.write_text(text + "\n", encoding="utf-8")
     if result["largest_difference_of_losses"] > 1e-4:
-        raise SystemExit("the losses of the two differ: they did not do the same")
+        raise SystemExit("the losses of the two differ, so the comparison is not valid")
 
 
 if __name__ == "__main__":
