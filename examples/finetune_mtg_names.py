@@ -1,11 +1,11 @@
-"""Upcycles the dense GPT-2 of this checkout to a mixture of experts (MoE) and fine-tunes it on card names.
+"""Upcycles the dense GPT-2 of this checkout to a Mixture of Experts (MoE) model and fine-tunes it on card names.
 
     python examples/finetune_mtg_names.py                       # three minutes on two cores
     python examples/finetune_mtg_names.py --minutes 30 --base openai-community/gpt2 --run-name gpt2-moe
 
 All settings are those of configs/quickstart.yaml. The command line does the same, and continues the same run:
-``flash-experts prepare``, then ``flash-experts train --config configs/quickstart.yaml``.
-docs/monitoring.md explains what wandb records of it, in ./wandb of this checkout.
+``flash-experts prepare``, then ``flash-experts train --config quickstart``.
+docs/monitoring.md explains what wandb records, in ./wandb of this checkout.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ def finetune(base: str | None, overrides: list[str]) -> None:
     base = base or settings.base
 
     say("importing PyTorch and transformers")
+    from flash_experts.commands.sample_names import SampleNames
     from flash_experts.data.prepare import load_meta, load_split, prepare
-    from flash_experts.samples import SampleNames
     from flash_experts.training import Trainer
     from flash_experts.training.build import build_model
     from flash_experts.training.tracking import read_metrics
@@ -57,8 +57,8 @@ def finetune(base: str | None, overrides: list[str]) -> None:
     bits = {line["step"]: line for line in read_metrics(result.run_dir / "metrics.jsonl", "validation")}
     print(f"\n{'bits per character':24}{'unconditional':>16}{'given attributes':>20}{'mean':>8}")
     for label, step in ("before", 0), (f"best, step {result.best_step}", result.best_step):
-        figures = [bits[step][f"validation/bits_per_char{kind}"] for kind in ("", "_given_attributes", "_mean")]
-        print("{:24}{:16.3f}{:20.3f}{:8.3f}".format(label, *figures))
+        values = [bits[step][f"validation/bits_per_char{kind}"] for kind in ("", "_given_attributes", "_mean")]
+        print("{:24}{:16.3f}{:20.3f}{:8.3f}".format(label, *values))
     print(f"The best model is in {result.run_dir.resolve()}\nNext: python examples/generate_mtg_names.py")
 
 

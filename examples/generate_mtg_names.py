@@ -12,7 +12,7 @@ from pathlib import Path
 
 from generate_names import MODELS, find_model, make_parser, print_columns
 
-# What `generate` takes: any part of a type line, colors in the letters of mana costs, a mana value.
+# Arguments of `generate`: any part of a type line, colors as letters of mana costs, and a mana value.
 CARDS = (
     {"type_line": "Legendary Creature — Goblin", "colors": "R", "mana_value": 3},
     {"type_line": "Creature — Angel", "colors": "W"},
@@ -26,7 +26,7 @@ MESSY = " wrath  Of the reef ,tide-caller "
 
 
 def base_of(model: str) -> str:
-    """The model that a run was fine-tuned from, by its run.json; else the released base."""
+    """The model that a run was fine-tuned from, according to its run.json; else the released base."""
     path, root = Path(model) / "run.json", MODELS.parent
     origin = json.loads(path.read_text("utf-8")).get("origin", {}) if path.is_file() else {}
     base = origin.get("base") or "models/mtg-base"
@@ -34,7 +34,7 @@ def base_of(model: str) -> str:
 
 
 def raw_sample(generator, type_line: str, colors: str, seed: int) -> str:
-    """What the model itself writes after the prompt of a card: transformers' `generate`, without any filter of ours."""
+    """A sample given the prompt of a card: transformers' `generate`, without our filters."""
     import torch
 
     from flash_experts.data.prompts import Attributes

@@ -13,7 +13,7 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 MODELS = Path(__file__).resolve().parents[1] / "models"
-RELEASED = "mtg-names", "mtg-base"  # what comes with the repository
+RELEASED = "mtg-names", "mtg-base"  # models in the repository
 FILES = "config.json", "model.safetensors", "tokenizer.json", "run.json"
 PRESETS = "conservative", "balanced", "creative"
 
@@ -36,13 +36,13 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description)
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: {' '.join(str(message).split())}\n")
     parser.add_argument("model", nargs="?", help="folder or hub id (default: your newest run under models/)")
-    parser.add_argument("--count", type=int, default=20, help="how many names (default: 20)")
-    parser.add_argument("--seed", type=int, default=0, help="another seed gives other names (default: 0)")
+    parser.add_argument("--count", type=int, default=20, help="number of names (default: 20)")
+    parser.add_argument("--seed", type=int, default=0, help="random seed (default: 0)")
     return parser
 
 
 def print_columns(columns: Mapping[str, Sequence[str]]) -> None:
-    """Lists side by side, each under its label."""
+    """Prints lists side by side, each under its label."""
     widths = [max(map(len, (label, *values))) + 3 for label, values in columns.items()]
     for row in (tuple(columns), *zip(*columns.values(), strict=False)):
         print("    " + "".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
@@ -60,7 +60,7 @@ def main() -> None:
 
     wishes = {"starts_with": options.starts_with, "max_words": options.max_words, "like": options.like}
     try:
-        # Loads the model and its tokenizer. It knows the name of every real card, so none comes out.
+        # Loads the model and its tokenizer. Names of real cards are never generated.
         generator = NameGenerator.from_pretrained(source)
         names = generator.generate(options.count, seed=options.seed, **wishes)
         settings = {preset: generator.generate(8, preset=preset, seed=options.seed, **wishes) for preset in PRESETS}

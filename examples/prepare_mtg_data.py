@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def show_tokens(data: Path) -> None:
-    """Names as a model reads them: a prompt of the attributes, some of them left out at random, then the name."""
+    """Prints names as a model reads them: a prompt of attributes with random dropout, then the name."""
     from flash_experts.data.packing import encode_cards
     from flash_experts.data.prepare import load_split
     from flash_experts.data.prompts import Attributes

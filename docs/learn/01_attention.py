@@ -19,11 +19,13 @@
 # (chapter 3), and attention carries information from token to token. Nothing else does. So everything that the end of a
 # name knows about its beginning, and about the card's type and color, came through attention.
 #
-# We use the small GPT-2 of this repository (`models/mtg-base`) and a real card.
+# We use the small GPT-2 of this repository (`models/mtg-base`) and a real card. The [glossary](../glossary.md#attention)
+# has the terms of the field. Lines that begin with `[holds]` are sentences of this text that the run has checked.
 
 # %%
 import matplotlib.pyplot as plt
 import torch
+from chapter_claims import holds
 from chapter_models import queries_keys_values
 from chapter_tools import cards, load_base, quote, show, table, token_texts
 from matplotlib.colors import PowerNorm
@@ -79,19 +81,29 @@ figure, axes = plt.subplots(1, 3, figsize=(13, 4.6), sharey=True)
 for axis, (title, share_KH) in zip(axes, habits.items(), strict=True):
     block, head = divmod(int(share_KH.argmax()), H)
     title = f"{title} ({share_KH.max():.0%} on average)"
-    axis.imshow(weights_of(block)[head], cmap="Blues", norm=PowerNorm(0.5, 0, 1))  # small weights are to be seen
+    drawn = axis.imshow(weights_of(block)[head], cmap="Blues", norm=PowerNorm(0.5, 0, 1))  # shows small weights too
     axis.set_xticks(range(S), texts, rotation=90)
     axis.set_yticks(range(S), texts)
     axis.axhline(encoded.prompt_length - 0.5, color="tab:red", linewidth=0.8)
     axis.set_title(f"block {block}, head {head}: {title}", size=8.5)
     axis.set_xlabel("key: the token that is looked at")
 axes[0].set_ylabel("query: the token that looks\n(under the line: the name)")
+figure.colorbar(drawn, ax=axes, label="weight", fraction=0.02)
 show(figure, "01_weights")
+holds("in the upper right there is nothing: no token looks at a later one", (all_KHSS.triu(1) == 0).all())
+heads = {title: int(share_KH.argmax()) for title, share_KH in habits.items()}
+holds(
+    "three different heads look most at the token itself, the piece before, the attributes", len({*heads.values()}) == 3
+)
+of_bos = of_name_KHSS[..., 0].mean(-1).max()
+equal_share = (1 / torch.arange(P + 1, S + 1)).mean()
+print(f"the head that looks most at the BOS token gives it {of_bos:.0%}; an equal share would be {equal_share:.0%}")
+holds("some head gives the BOS token twice an equal share and more", of_bos > 2 * equal_share)
 
 # %% [markdown]
 # Of all heads we show those that, in the rows of the name, look most at the token itself, at the piece before, and at the
-# card's attributes. (A head that wants nothing often looks at the BOS token.) Nobody told them to share the work like
-# this: it is what training on names left behind. In the upper right there is nothing: no token looks at a later one.
+# card's attributes. Others rest on the BOS token: a softmax has to put its weight somewhere. No loss asked heads to share
+# the work; it is what training on names left behind.
 #
 # ## The formula, with shapes
 #
@@ -112,21 +124,24 @@ show(figure, "01_weights")
 # The H heads do this side by side. One matrix product makes q, k and v of all heads from the block's input.
 
 # %%
-q, k, v = of_blocks[1]
+block, head = divmod(heads["the piece before"], H)  # the head in the middle of the picture
+q, k, v = of_blocks[block]
 print("q, k, v:", tuple(q.shape), "= (batch, tokens S, heads H, width C)")
 
 # %% [markdown]
 # **Step 1: scores.** A score is a dot product of C terms, so its spread grows with C. Dividing by the root of C
-# takes that growth out. Without it the softmax would put nearly all weight on one token.
+# takes that growth out. Without it the softmax puts far more of its weight on one token.
 
 # %%
-q_SC, k_SC, v_SC = (x[0, :, 1] for x in (q, k, v))  # head 1, in the middle of the picture
+q_SC, k_SC, v_SC = (x[0, :, head] for x in (q, k, v))
 raw_SS = q_SC @ k_SC.T
 scores_SS = raw_SS / C**0.5
 visible_SS = torch.ones(S, S, dtype=torch.bool).tril()
+largest = []
 for label, each in (("q k^T", raw_SS), ("q k^T / sqrt(C)", scores_SS)):
-    largest = each.masked_fill(~visible_SS, -torch.inf).softmax(-1)[encoded.prompt_length :].amax(-1).mean()
-    print(f"{label:16} spread of the scores {each[visible_SS].std():5.2f}, largest weight of a row {largest:.2f}")
+    largest.append(each.masked_fill(~visible_SS, -torch.inf).softmax(-1)[encoded.prompt_length :].amax(-1).mean())
+    print(f"{label:16} spread of the scores {each[visible_SS].std():5.2f}, largest weight of a row {largest[-1]:.2f}")
+holds("without the root of C the largest weight of a row is much larger", largest[0] > 1.2 * largest[1])
 
 # %% [markdown]
 # **Step 2: the mask.** Training asks for the next token at every place at once. A token that saw the next one would
@@ -138,6 +153,7 @@ for label, each in (("q k^T", raw_SS), ("q k^T / sqrt(C)", scores_SS)):
 weights_SS = scores_SS.masked_fill(~visible_SS, -torch.inf).softmax(-1)
 print("rows sum to", weights_SS.sum(-1).unique().tolist())
 print("largest weight on a later token:", weights_SS[~visible_SS].max().item())
+holds("rows sum to 1, and later tokens get exactly 0", not weights_SS[~visible_SS].any())
 row = S - 2
 print(f"{texts[row]!r} looks at:")
 best = weights_SS[row].topk(4)
@@ -152,12 +168,14 @@ table(
 
 # %%
 by_hand_SC = weights_SS @ v_SC
-rows = []
+rows, differences = [], []
 for backend in ("sdpa", "reference", "auto"):
     with attention_backend(backend):
         out = flash_attn_func(q, k, v, causal=True)
-    rows.append([backend, str(tuple(out.shape)), f"{(out[0, :, 1] - by_hand_SC).abs().max():.1e}"])
+    differences.append((out[0, :, head] - by_hand_SC).abs().max().item())
+    rows.append([backend, str(tuple(out.shape)), f"{differences[-1]:.1e}"])
 table(["backend", "output", "largest difference from ours"], rows)
+holds("all backends compute what we did by hand, up to rounding", max(differences) < 1e-5)
 
 # %% [markdown]
 # GPT-2's blocks do not call `flash_attn_func` themselves. They call the function below, which transformers knows under
@@ -169,8 +187,8 @@ quote(fe_attention_forward)
 # %% [markdown]
 # ## Many names in one row
 #
-# A name has about ten tokens. To use a machine well we want thousands at once. The usual way is a rectangle with one
-# name per line, filled up with padding to the longest. The padding is multiplied for nothing.
+# A name with its prompt has some 10 to 20 tokens. To use a machine well we want thousands at once. The usual way is a
+# rectangle with one name per line, filled up with padding to the longest. The padding is multiplied for nothing.
 #
 # We lay names one after the other in a single row instead. `position_ids` begin at 0 in each name, and `cu_seq_lens`
 # says where names begin ("cumulative sequence lengths").
@@ -182,6 +200,10 @@ padded_tokens = packed.num_names * packed.max_length
 print("position_ids begin", packed.position_ids[0, :30].tolist())
 print("cu_seq_lens begin ", packed.cu_seq_lens[:6].tolist())
 print(f"{packed.num_names} names: {packed.num_tokens} tokens packed, {padded_tokens} with padding to the longest")
+mean_tokens = packed.num_tokens / packed.num_names
+print(f"{mean_tokens:.1f} tokens a name, {1 - packed.num_tokens / padded_tokens:.0%} of the rectangle is padding")
+holds("a name with its prompt has some 10 to 20 tokens", 10 <= mean_tokens <= 20)
+holds("over a fifth of the rectangle is padding", packed.num_tokens < 0.8 * padded_tokens)
 
 # %% [markdown]
 # But now a causal mask is not enough: the second name comes after the first and would look at it. The attention must
@@ -198,6 +220,8 @@ axes[0].imshow(causal_TT, cmap="Blues", vmax=1.6)
 axes[0].set_title("causal only: names see the names before them")
 axes[1].imshow(causal_TT * (document_T[:, None] == document_T), cmap="Blues", vmax=1.6)
 axes[1].set_title("with boundaries: each name sees itself")
+for axis in axes:
+    axis.set(xlabel="key: place in the packed row", ylabel="query: place in the packed row")
 show(figure, "01_packed")
 
 # %% [markdown]
@@ -210,6 +234,7 @@ show(figure, "01_packed")
 together_LV = model(**packed.inputs).logits[0]
 alone_LV = torch.cat([model(**pack([name]).inputs).logits[0] for name in encode_cards(some, tokenizer)])
 print(f"packed against one by one: largest difference of logits {(together_LV - alone_LV).abs().max():.1e}")
+holds("the packed row equals the names one by one, up to rounding", (together_LV - alone_LV).abs().max() < 1e-3)
 
 
 def leak(cu_seq_lens: torch.Tensor) -> float:
@@ -223,8 +248,10 @@ def leak(cu_seq_lens: torch.Tensor) -> float:
 
 
 one_document = torch.tensor([0, packed.num_tokens], dtype=torch.int32)
-print(f"with boundaries:    other names' logits move by {leak(packed.cu_seq_lens):g}")
-print(f"without boundaries: other names' logits move by {leak(one_document):.3g}")
+apart, together = leak(packed.cu_seq_lens), leak(one_document)
+print(f"with boundaries:    other names' logits move by {apart:g}")
+print(f"without boundaries: other names' logits move by {together:.3g}")
+holds("with boundaries other names' logits do not move at all; without them they do", apart == 0 < together)
 
 # %% [markdown]
 # ## An experiment that changes one thing
@@ -249,10 +276,11 @@ apart_N, leaking_N = nats_per_token(packed.cu_seq_lens), nats_per_token(one_docu
 print(f"each name sees itself alone: {apart_N.mean():.2f} nats per token")
 print(f"names see those before them: {leaking_N.mean():.2f} nats per token")
 print(f"names that got harder to predict: {(leaking_N > apart_N).float().mean():.0%}")
+holds("foreign tokens are noise to this model: most names get harder", (leaking_N > apart_N).float().mean() > 0.6)
 
 # %% [markdown]
-# The model was trained with boundaries, so foreign tokens are noise to it. A model *trained* with the leak would learn
-# to use it, and would miss its neighbours when it has to write a single name.
+# The model was trained with boundaries, so foreign tokens are noise to it. A model that is *trained* with the leak could
+# learn to use it, and would then miss its neighbours when it writes a single name. (That was not run here.)
 #
 # ## Writing token by token: the KV cache
 #
@@ -266,6 +294,7 @@ for step in range(S):
     cache = out.past_key_values
 full_SV = model(ids).logits[0]
 print(f"last logits, with cache against all at once: {(out.logits[0, -1] - full_SV[-1]).abs().max():.1e}")
+holds("the cache changes nothing but rounding", (out.logits[0, -1] - full_SV[-1]).abs().max() < 1e-3)
 print(f"tokens multiplied to write {S}: {S} with the cache, {S * (S + 1) // 2} without")
 held = 2 * model.config.n_layer * S * D * 4
 print(f"the cache holds k and v of {model.config.n_layer} blocks: {held:,} bytes for one name (float32)")
@@ -280,6 +309,10 @@ k_cache[:, : S - 1], v_cache[:, : S - 1] = k[:, :-1], v[:, :-1]
 last = flash_attn_with_kvcache(q[:, -1:], k_cache, v_cache, k[:, -1:], v[:, -1:], cache_seqlens=S - 1, causal=True)
 full = flash_attn_func(q, k, v, causal=True)
 print(f"last token's attention, cache against full: {(last[:, 0] - full[:, -1]).abs().max():.1e}")
+holds(
+    "one query against the cache is the last row of the full attention",
+    torch.allclose(last[:, 0], full[:, -1], atol=1e-5),
+)
 
 # %% [markdown]
 # ## What to remember
@@ -302,4 +335,12 @@ print(f"last token's attention, cache against full: {(last[:, 0] - full[:, -1]).
 #    have for 64 texts of 1,024 tokens in bfloat16? How many if the 12 query heads share 2 key/value heads? Check with
 #    `flash_attn_func` that it takes q with 12 heads and k, v with 2, and say which head uses which.
 #
-# Solutions: `solutions/01_attention.py`.
+# Solutions: [solutions/01_attention.py](solutions/01_attention.py).
+#
+# ## Reading
+#
+# - [Vaswani et al. 2017, Attention Is All You Need](https://arxiv.org/abs/1706.03762): section 3.2 is this chapter's formula.
+# - [Krell et al. 2021](https://arxiv.org/abs/2107.02027): packing without leaks, and what it saves.
+# - [Ainslie et al. 2023, GQA](https://arxiv.org/abs/2305.13245): fewer heads for keys and values (exercise 4).
+# - [Xiao et al. 2023](https://arxiv.org/abs/2309.17453): why heads rest on the first token.
+# - Next: [chapter 2](02_flash_attention.py) computes the same without ever storing the matrix.

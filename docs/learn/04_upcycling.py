@@ -19,14 +19,16 @@
 # Training a mixture of experts from nothing is expensive. Sparse upcycling (Komatsuzaki et al. 2022) begins with a
 # trained dense model: every expert is made of its MLP. The new model should compute what the old one did, and from there
 # on be able to do more. The two wishes pull against each other. Equal experts keep the function; but as long as they
-# are equal, there is nothing to choose between.
+# are equal, there is nothing to choose between. The [glossary](../glossary.md#mixture-of-experts) has the terms.
 
 # %%
 import copy
 import time
+from itertools import pairwise
 
 import matplotlib.pyplot as plt
 import torch
+from chapter_claims import holds, verdict
 from chapter_models import bits_per_character, nats_of_names, training_steps
 from chapter_tools import cards, franchise_cards, load_base, quote, show, table
 
@@ -79,15 +81,21 @@ axis.barh(
     list(far), list(far.values()), color=["tab:green" if value < 1e-4 else "tab:orange" for value in far.values()]
 )
 axis.axvline(dense_logits.abs().max(), color="black", linestyle=":")
-axis.text(dense_logits.abs().max(), -0.3, " largest dense logit")
+axis.text(dense_logits.abs().max() * 1.3, 3.6, "largest\ndense logit", va="center")
 for place, value in enumerate(far.values()):
     axis.text(max(value, 1e-6), place, f" {value:.0e}", va="center")
-axis.set(xscale="log", xlim=(1e-6, 1e3), xlabel="largest difference from the dense logits")
+axis.set(xscale="log", xlim=(1e-6, 1e3), xlabel="largest difference from the dense logits", ylabel="method")
 axis.invert_yaxis()
 show(figure, "04_exactness")
+holds("copy, granular and shared are exact up to rounding", max(far["copy"], far["granular"], far["shared"]) < 1e-4)
+holds(
+    "noise and drop are not, and drop moves logits by ten times as much as noise and more",
+    1e-4 < far["noise"] < far["drop"] / 10,
+)
 
 # %% [markdown]
-# Green is rounding (float32 has seven digits, and many operations follow each other). Three methods are exact, two break the symmetry on purpose and pay for it at once. What they do:
+# Green is rounding (float32 has seven digits, and many operations follow each other). Three methods are exact, two break the
+# symmetry on purpose and pay for it at once. What they do:
 #
 # | method | an expert is | exact |
 # | --- | --- | --- |
@@ -117,6 +125,11 @@ for layer in (module for module in broken.modules() if isinstance(module, MoELay
     layer.router.norm_topk_prob = False  # gates are then the plain probabilities of the chosen
 rows.append(["K 2, gates not normalised", f"{difference(broken):.1e}"])
 table(["copies", "largest difference"], rows)
+holds(
+    "copies are exact for every K, and in float64 to ten digits and more",
+    off.abs().max() < 1e-9 and all(float(row[1]) < 1e-4 for row in rows[:3]),
+)
+holds("without normalised gates they are far off", float(rows[-1][1]) > 0.1)
 
 # %% [markdown]
 # In float64 the difference shrinks with the rounding: it *is* rounding. The package does not let you break it by
@@ -188,7 +201,7 @@ def apart(model: GPT2MoEForCausalLM) -> float:
     return torch.stack(shares).mean().item()
 
 
-rows = []
+rows, measured = [], {}
 for label, k, fields in (
     ("copy, K 2", 2, VARIANTS["copy"]),
     ("copy, K 1", 1, VARIANTS["copy"]),
@@ -201,8 +214,30 @@ for label, k, fields in (
 ):
     model = upcycled(k, **fields, **QUIET)
     plain, through = router_gradient(model, training=False), router_gradient(model, training=True)
+    measured[label] = difference(model), plain, through
     rows.append([label, f"{difference(model):.0e}", f"{apart(model):.1e}", f"{plain:.1e}", f"{through:.1e}"])
 table(["", "logits off by", "experts apart", "router gradient: plain", "straight-through"], rows)
+_, plain_copy, through_copy = measured["copy, K 2"]
+holds(
+    "copies give the plain gate a gradient of rounding errors, the straight-through gate a real one",
+    plain_copy < 1e-5 < 1e-2 < through_copy,
+)
+holds(
+    "with K = 1 the plain gradient is zero, even when the experts differ",
+    measured["copy, K 1"][1] == measured["noise 0.1, K 1"][1] == 0,
+)
+holds(
+    "with more noise the plain gradient grows, and so does the error",
+    all(
+        small < large
+        for small, large in zip(measured["noise 0.001, K 2"][:2], measured["noise 0.1, K 2"][:2], strict=True)
+    ),
+)
+holds(
+    "granular experts give even the plain gate a gradient, at exact logits",
+    measured["granular, K 8 of 32"][1] > 1e-2 and measured["granular, K 8 of 32"][0] < 1e-4,
+)
+holds("silent experts give the router none at all", measured["shared, K 2"][1] == measured["shared, K 2"][2] == 0)
 
 # %% [markdown]
 # Read it row by row.
@@ -229,6 +264,7 @@ gradient_EDF = model.transformer.h[1].mlp.experts.up_proj.grad.flatten(1)
 similar_EE = torch.nn.functional.cosine_similarity(gradient_EDF[:, None], gradient_EDF[None], dim=-1)
 others = similar_EE[~torch.eye(8, dtype=torch.bool)]
 print(f"eight equal experts, cosine of their gradients: mean {others.mean():.2f}, least {others.min():.2f}")
+holds("equal experts get gradients that point different ways, from the first step", others.mean() < 0.7)
 
 # %% [markdown]
 # ## An experiment that changes one thing: the noise
@@ -247,16 +283,21 @@ figure, axis = plt.subplots(figsize=(7, 3.6))
 axis.loglog(scales, off, "o-", label="logits off by")
 axis.loglog(scales, plain, "s-", label="router gradient, plain gate")
 axis.loglog(scales, through, "^-", label="router gradient, straight-through gate")
-axis.set(xlabel="noise, in standard deviations of the weights")
+axis.set(xlabel="noise, in standard deviations of the weights", ylabel="logits; norm of the gradient")
 axis.legend()
 show(figure, "04_noise")
 numbers = zip(scales, off, plain, through, strict=True)
 rows = [[f"{scale:g}", *(f"{value:.1e}" for value in values)] for scale, *values in numbers]
 table(["noise", "logits off by", "plain", "straight-through"], rows)
+tenfold = [[b / a for a, b in pairwise(values[:4])] for values in (off, plain)]
+holds(
+    "up to a tenth, ten times the noise is about ten times the error and the plain gradient",
+    all(7 < ratio < 14 for ratios in tenfold for ratio in ratios),
+)
+holds("the straight-through gradient hardly depends on the noise there", max(through[:4]) < 1.2 * min(through[:4]))
 
 # %% [markdown]
-# Plain gradient and error in the logits grow together, in proportion to the noise: without the straight-through gate one
-# is bought with the other.
+# Without the straight-through gate a gradient is bought with an error in the logits.
 #
 # ## What comes of it: a short training
 #
@@ -305,7 +346,8 @@ for name, model in models.items():
             "-" if name == "dense" else f"{apart(model):.3f}",
         ]
     )
-print(f"held-out bits before: {bits_per_character(nats['before'], held_out):.3f}")
+before_bits = bits_per_character(nats["before"], held_out)
+print(f"held-out bits before: {before_bits:.3f}")
 header = [
     "",
     "weights",
@@ -318,25 +360,54 @@ header = [
 ]
 table(header, rows)
 
-figure, axes = plt.subplots(1, 2, figsize=(11, 3.6))
+exact_ones = [name for name in VARIANTS if name != "drop"]  # drop is on a scale of its own
+figure, axes = plt.subplots(2, 2, figsize=(11, 4.6), height_ratios=(3, 1.2))
 for name in VARIANTS:
     against_dense = [loss - dense_loss for loss, dense_loss in zip(curves[name], curves["dense"], strict=True)]
-    axes[0].plot(range(1, STEPS + 1), against_dense, label=name, linewidth=1)
-axes[0].axhline(0, color="black", linewidth=0.8)
-axes[0].set(title="training loss of each step, against dense", xlabel="step", ylabel="nats per token")
-axes[0].legend()
-axes[1].errorbar(means[1:], list(models)[1:], xerr=errors[1:], fmt="o")
-axes[1].axvline(0, color="black", linewidth=0.8)
-axes[1].set(title="held-out, against dense (left is better)", xlabel="nats a name")
+    axis = axes[0 if name in exact_ones else 1, 0]
+    axis.plot(range(1, STEPS + 1), against_dense, label=name, linewidth=1, color=f"C{[*VARIANTS].index(name)}")
+by_name = dict(zip(models, zip(means, errors, strict=True), strict=True))
+for row, shown in enumerate((exact_ones, ["drop"])):
+    axes[row, 1].errorbar(
+        [by_name[name][0] for name in shown], shown, xerr=[by_name[name][1] for name in shown], fmt="o"
+    )
+    axes[row, 1].axvline(0, color="black", linewidth=0.8)
+    axes[row, 0].axhline(0, color="black", linewidth=0.8)
+    axes[row, 0].set(ylabel="nats per token")
+    axes[row, 0].legend(fontsize=7)
+axes[0, 0].set_title("training loss of each step, against dense")
+axes[0, 1].set_title("held-out, against dense, 95% (left is better)")
+axes[1, 0].set_xlabel("step")
+axes[1, 1].set_xlabel("nats a name")
 show(figure, "04_training")
+for name in VARIANTS:
+    mean, error = by_name[name]
+    found = verdict(
+        mean - error, mean + error, "better than dense", "worse than dense", "no difference from dense is shown"
+    )
+    print(f"{name}: {found}")
+ending = {name: bits_per_character(nats[name], held_out) for name in models}
+holds("all learned something of the new names", max(ending.values()) < before_bits)
+holds("drop is behind the others: half of its units have to be learned again", max(ending, key=ending.get) == "drop")
+parted = {name: apart(models[name]) for name in exact_ones}
+holds(
+    "experts that began equal have parted by a few hundredths of their length",
+    all(0.003 < each < 0.1 for each in parted.values()),
+)
+shares_of_weights = {
+    name: parameter_counts(models[name]).active / parameter_counts(models["dense"]).active for name in VARIANTS
+}
+holds(
+    "each of them has more active parameters than the dense model, shared the most",
+    min(shares_of_weights.values()) > 1 and max(shares_of_weights, key=shares_of_weights.get) == "shared",
+)
 
 # %% [markdown]
 # Read the last column but one with its interval. Where the interval holds 0, the run shows no difference between experts
-# and the dense model; where it does not, see how small it is, and remember that five were tried. All learned
-# something of the new names (see the bits before), except `drop`, which has half of its units to learn again. But the
-# experts have parted by a hundredth of their length, and each has seen a quarter of the tokens that the dense MLP saw.
-# Upcycling buys *room*, not an immediate gain. It pays when there are data to fill the room; the papers train on billions
-# of tokens to show it.
+# and the dense model; where it does not, see how small it is, and remember that five were tried. The experts have parted
+# by a few hundredths of their length, and each has seen a quarter of the tokens that the dense MLP saw. Upcycling buys
+# *room*, not an immediate gain. It can pay when there are data to fill the room; the papers train on billions of tokens to
+# show it, and [chapter 9](09_do_experts_pay.py) has what this project found.
 #
 # Count the price as well. K = 2 doubles the arithmetic of these layers in every step (and `shared` triples it): see the
 # active parameters and the seconds. At equal arithmetic the dense model would have had more steps. A fair comparison
@@ -360,4 +431,11 @@ show(figure, "04_training")
 # 4. **A router of zeros.** With `router_init="zeros"` all scores tie. Which experts are chosen, and is the model exact?
 #    Take ten training steps and look at the loads.
 #
-# Solutions: `solutions/04_upcycling.py`.
+# Solutions: [solutions/04_upcycling.py](solutions/04_upcycling.py).
+#
+# ## Reading
+#
+# - [Komatsuzaki et al. 2022](https://arxiv.org/abs/2212.05055): sparse upcycling. [Nakamura et al. 2025](https://arxiv.org/abs/2502.19261):
+#   drop-upcycling. [He et al. 2024](https://arxiv.org/abs/2410.07524): virtual groups, the granular form.
+# - [Bengio et al. 2013](https://arxiv.org/abs/1308.3432): straight-through gradients.
+# - Next: [chapter 5](05_training.py), the training loop; [chapter 10](10_distillation.py), where our base learned its names.

@@ -18,7 +18,8 @@
 #
 # Card names are short and of unequal length: the worst case for the usual way to train, where a batch is filled up with
 # padding to its longest text, and the model multiplies the padding as if it were text. This chapter goes from there to
-# the package's own way, one change at a time, times each on your machine, and checks that the gradient stays.
+# the package's own way, one change at a time, times each on your machine, and checks that the gradient stays. The
+# [glossary](../glossary.md#training) has the terms.
 
 # %%
 import copy
@@ -32,21 +33,21 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from chapter_claims import holds
 from chapter_models import bits_per_character, nats_of_names, training_steps, without_dropout
 from chapter_tools import cards, franchise_cards, load_base, quote, show, table
+from matplotlib.patches import Patch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DataCollatorForSeq2Seq
 from transformers.activations import ACT2FN
 
-from flash_experts.benchmarks.measuring import Contestant, Lap, take_turns
+from flash_experts.benchmarks.timing import Implementation, Lap, time_in_rounds
 from flash_experts.data.packing import EncodedName, encode_cards, pack
 from flash_experts.training import Trainer, TrainingConfig
 from flash_experts.training.batches import NameBatches
-from flash_experts.training.callbacks import Callback
 from flash_experts.training.loss import CausalLoss
-from flash_experts.training.optimizer import make_optimizers
-from flash_experts.training.schedule import Schedule
-from flash_experts.training.tracking import read_metrics
+from flash_experts.training.optimizer import Schedule, make_optimizers
+from flash_experts.training.tracking import Callback, read_metrics
 
 base, tokenizer = load_base()
 train_cards = cards("train")
@@ -71,13 +72,24 @@ lines_16W = np.pad(packed_T, (0, -len(packed_T) % 16), constant_values=-1).resha
 figure, axes = plt.subplots(1, 2, figsize=(12, 4.4), width_ratios=(1, 1.6))
 colors = plt.matplotlib.colors.ListedColormap(["white", "#cccccc", "tab:blue", "tab:green"])
 axes[0].imshow(padded_NS, cmap=colors, vmin=-1, vmax=2, aspect="auto")
-axes[0].set(title="padded to the longest", xlabel="position", ylabel="name")
+axes[0].set(title="padded to the longest", xlabel="position", ylabel="name", xticks=range(0, longest, 3))
 axes[1].imshow(lines_16W, cmap=colors, vmin=-1, vmax=2, aspect="auto")
-axes[1].set(title="packed: one row, here broken into 16 lines", xticks=[], yticks=[])
+axes[1].set(title="packed: one row, here broken into 16 lines", xticks=[], yticks=[], xlabel="position", ylabel="line")
+kinds = {"padding": "#cccccc", "prompt": "tab:blue", "has a label": "tab:green"}
+figure.legend(
+    handles=[Patch(color=color, label=kind) for kind, color in kinds.items()], loc="outside lower center", ncols=3
+)
 show(figure, "05_padding")
 
 print(f"padded: {padded_NS.size} positions, {(padded_NS == PAD).mean():.0%} of them padding")
 print(f"packed: {len(packed_T)} positions, of which {(packed_T == LABEL).mean():.0%} have a label")
+holds(
+    "a fifth of the padded batch and more is padding; the packed row has none",
+    (padded_NS == PAD).mean() > 0.2 and not (packed_T == PAD).any(),
+)
+holds(
+    "under half of the packed positions have a label: prompts are longer than names", (packed_T == LABEL).mean() < 0.5
+)
 
 # %% [markdown]
 # Positions are computed, tokens are real, labels teach. Speed is *real* tokens per second.
@@ -123,12 +135,19 @@ whole, parts = pack(by_length), [pack(by_length[start : start + 8]) for start in
 M = whole.labels.numel()
 one_batch = gradient(model, whole.inputs_with_loss(M))
 divisors = {"the labels of the step": [M] * 3, "their own, then by three": [3 * part.labels.numel() for part in parts]}
+wrongs = []
 for how, each in divisors.items():
     in_parts = gradient(model, *(part.inputs_with_loss(divisor) for part, divisor in zip(parts, each, strict=True)))
-    print(f"divided by {how}: gradient off by {(in_parts - one_batch).norm() / one_batch.norm():.1e}")
+    wrongs.append((in_parts - one_batch).norm() / one_batch.norm())
+    print(f"divided by {how}: gradient off by {wrongs[-1]:.1e}")
+holds(
+    "divided by the labels of the step, parts give the gradient of the whole; by their own, another",
+    wrongs[0] < 1e-4 < 1e-2 < wrongs[1],
+)
 
 # %% [markdown]
-# The first is rounding, the second another loss (transformers had it until 2024). The package's; `num_items_in_batch` is M:
+# The second is another loss (transformers had it [until 2024](https://github.com/huggingface/transformers/pull/34191)). The
+# package's loss; `num_items_in_batch` is M:
 
 # %%
 quote(CausalLoss.__call__)
@@ -169,9 +188,9 @@ LADDER: dict[str, tuple[Callable[[Sequence[EncodedName]], dict[str, Any]], str, 
 }
 
 
-def contestant(
+def implementation(
     make_batch: Callable[..., dict[str, Any]], attention: str, activation: str, fused_optimizer: bool
-) -> tuple[Contestant, Any]:
+) -> tuple[Implementation, Any]:
     """A training step in three timed parts, and its model."""
     model = without_dropout(base)
     model.set_attn_implementation(attention)
@@ -189,23 +208,25 @@ def contestant(
         optimizer.zero_grad()
         lap()
 
-    return Contestant(step), model
+    return Implementation(step), model
 
 
-contestants, gradients = {}, {}
+implementations, gradients = {}, {}
 for name, choices in LADDER.items():
-    contestants[name], model = contestant(*choices)
+    implementations[name], model = implementation(*choices)
     gradients[name] = gradient(model, choices[0](batch))
     model.zero_grad()
 first = gradients["padded, plain attention"]
 off = {name: (each - first).norm() / first.norm() for name, each in gradients.items()}
 table(["the same step?", "gradient off by"], [[name, f"{each:.0e}"] for name, each in off.items()])
 
+holds("all six rungs have one gradient, up to rounding", max(off.values()) < 1e-4)
+
 # %% [markdown]
-# One gradient, up to rounding. Now the clock: contestants take turns, and the median counts (as in `flash-experts benchmark`).
+# Now the clock: all run in rounds, and the median counts (as in `flash-experts benchmark`).
 
 # %%
-timings = take_turns(contestants, torch.device("cpu"), rounds=3, seconds=0.0)
+timings = time_in_rounds(implementations, torch.device("cpu"), rounds=3, seconds=0.0)
 tokens = sum(name.num_inputs for name in batch)
 rows, slowest = [], timings["padded, plain attention"].total
 for name, timing in timings.items():
@@ -235,7 +256,7 @@ show(figure, "05_ladder")
 with FlopCounterMode(display=False) as counter:
     model(**packed_kept_logits(batch)).loss.backward()
 A, B = torch.randn(1024, 1024), torch.randn(1024, 1024)
-product = take_turns({"product": Contestant(lambda lap: (torch.mm(A, B), lap()))}, torch.device("cpu"), 5, 0.2)
+product = time_in_rounds({"product": Implementation(lambda lap: (torch.mm(A, B), lap()))}, torch.device("cpu"), 5, 0.2)
 peak = 2 * 1024**3 / product["product"].total
 last = timings["fused optimizer"]
 busy = counter.get_total_flops() / (last.parts[0] + last.parts[1])
@@ -245,7 +266,7 @@ print(f"the step runs at {busy / 1e9:.0f} GFLOP/s, {busy / peak:.0%} of a large 
 # That share is the model FLOPs utilization (MFU), the honest end of any list of speed-ups: near 1, only less arithmetic
 # helps. What is missing went into small products, attention, norms, activations, and reading and writing.
 #
-# ## The step that ships, with accumulation, several processes, clipping, a look for numbers that are none
+# ## The step that ships: accumulation, several processes, clipping, a NaN/Inf check
 
 # %%
 quote(Trainer._step)
@@ -273,6 +294,7 @@ for t in (1, 2):
     w -= 1e-3 * (m / (1 - beta_1**t) / ((v / (1 - beta_2**t)).sqrt() + 1e-8) + decay * w)
     optimizer.step()
     print(f"step {t}: by hand in float64 against the fused kernel: {(w - weight).abs().max():.1e}")
+    holds("AdamW by hand is the fused kernel's, up to rounding", (w - weight).abs().max() < 1e-6)
 
 # %% [markdown]
 # **The schedule** multiplies the rate, as a pure function of how far the run is:
@@ -282,7 +304,7 @@ figure, axis = plt.subplots(figsize=(7, 2.6))
 for kind in ("cosine", "linear", "wsd", "constant"):
     schedule = Schedule(kind, warmup=0.1, min_ratio=0.1, planned_steps=200, planned_seconds=None)
     axis.plot([schedule.factor(step, 0.0) for step in range(200)], label=kind)
-axis.set(title="rate over the highest rate, 200 steps, a tenth of them warm-up", xlabel="step")
+axis.set(title="200 steps, a tenth of them warm-up", xlabel="step", ylabel="rate over the highest rate")
 axis.legend()
 show(figure, "05_schedules")
 
@@ -296,7 +318,7 @@ show(figure, "05_schedules")
 # %%
 config = TrainingConfig(max_steps=100, max_epochs=None, tokens_per_batch=512, seed=7)
 ask = [NameBatches.of(train_cards[:3000], tokenizer, config).names_of_step(step) for step in (41, 41, 42)]
-print(f"step 41, asked of two objects: the same {ask[0] == ask[1]}; step 42 is another: {ask[1] != ask[2]}")
+holds("two objects give the same names for step 41, and others for step 42", ask[0] == ask[1] != ask[2])
 
 # %% [markdown]
 # Three runs of eight steps, with dropout. The first in one go. The second gets a SIGTERM, as from a job scheduler, while it
@@ -345,14 +367,23 @@ with tempfile.TemporaryDirectory() as folder:
     losses = {"in one go": logged("whole"), "resumed": logged("killed"), "weights alone": logged("forgetful")}
 
 table(["loss of step", *range(1, 9)], [[name, *(f"{loss:.5f}" for loss in run)] for name, run in losses.items()])
-print("losses equal to the last bit:", losses["resumed"] == losses["in one go"])
-for name, model in (("resumed", resumed), ("weights alone", weights_only)):
-    pairs = zip(model.parameters(), whole_run.parameters(), strict=True)
-    print(f"weights equal to the last bit, {name}:", all(torch.equal(a, b) for a, b in pairs))
+holds("resumed, the losses are equal to the last bit", losses["resumed"] == losses["in one go"])
+
+
+def equal_weights(model: torch.nn.Module) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(model.parameters(), whole_run.parameters(), strict=True))
+
+
+holds("so are the weights; those of the third run are not", equal_weights(resumed) and not equal_weights(weights_only))
+alone, in_one_go = losses["weights alone"], losses["in one go"]
+holds(
+    "the third run has the right loss at step 5, and another from step 6 on",
+    alone[4] == in_one_go[4] and all(a != b for a, b in zip(alone[5:], in_one_go[5:], strict=True)),
+)
 
 # %% [markdown]
-# The third run has the right loss at the first step after the resume, which the old weights made, and then it is another
-# run: m and v began at zero again. Nobody would notice in a long loss curve, so the test of a resume is equality.
+# The loss of step 5 was made by the old weights. Then m and v began at zero again. In eight steps one may see it; in a long
+# loss curve one may not, so the test of a resume is equality.
 #
 # A checkpoint is safetensors and JSON alone; `MANIFEST.json` holds the SHA-256 of each file, and the folder is renamed into
 # place when all of it is on the disk: a kill at any moment leaves a whole checkpoint or none.
@@ -365,19 +396,24 @@ for name, model in (("resumed", resumed), ("weights alone", weights_only)):
 # %%
 new_cards, held_out = franchise_cards()
 before_N = nats_of_names(base, held_out, tokenizer)
-rows = []
+rows, gains = [], []
 for rate in (1e-5, 1e-4, 1e-3, 1e-2):
     model = copy.deepcopy(base)
     losses = list(training_steps(model, new_cards, tokenizer, 20, rate))
     nats_N = nats_of_names(model, held_out, tokenizer)
     gain_N = nats_N - before_N
+    gains.append(gain_N.mean().item())
     gain = f"{gain_N.mean():+.2f} ± {1.96 * gain_N.std() / len(gain_N) ** 0.5:.2f}"
     rows.append([f"{rate:g}", f"{sum(losses[-5:]) / 5:.3f}", f"{bits_per_character(nats_N, held_out):.3f}", gain])
 print(f"held-out bits before: {bits_per_character(before_N, held_out):.3f}")
 table(["rate", "loss, last 5 steps", "held-out bits", "nats a name, against before"], rows)
+best = gains.index(min(gains))
+holds("the best rate is neither the lowest nor the highest", 0 < best < len(gains) - 1)
+holds("the lowest wastes steps: it learned less than half as much", gains[0] > gains[best] / 2)
+holds("the highest destroys what the base knew", gains[-1] > 1)
 
 # %% [markdown]
-# Too low a rate wastes the steps, too high a rate destroys what the base knew. Find the range between them first.
+# Find the range between them first.
 #
 # ## What to remember
 #
@@ -396,4 +432,12 @@ table(["rate", "loss, last 5 steps", "held-out bits", "nats a name, against befo
 # 4. **Another schedule, the same resume.** Show that the cosine's rate after a resume is that of the whole run, step by
 #    step, and that it is not if `max_steps` is changed in between.
 #
-# Solutions: `solutions/05_training.py`.
+# Solutions: [solutions/05_training.py](solutions/05_training.py).
+#
+# ## Reading
+#
+# - [Loshchilov and Hutter 2017](https://arxiv.org/abs/1711.05101): AdamW. [Hu et al. 2024](https://arxiv.org/abs/2404.06395):
+#   warmup-stable-decay. [Jordan 2024](https://kellerjordan.github.io/posts/muon/): Muon, which trains the released models.
+# - [Krell et al. 2021](https://arxiv.org/abs/2107.02027): sequences in one row.
+# - [llm.c](https://github.com/karpathy/llm.c) and [nanoGPT](https://github.com/karpathy/nanoGPT): the same loop, short.
+# - Next: [chapter 6](06_generation.py), names out of probabilities.

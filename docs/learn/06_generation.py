@@ -17,14 +17,17 @@
 # was asked for and is no real card?**
 #
 # A language model gives a number for every token of its vocabulary, again and again. The code around it decides which are
-# left out, how one is drawn, when to stop. It is short, needs no training, and is where promises can be made.
+# left out, how one is drawn, when to stop. It is short, needs no training, and is where promises can be made. The
+# [glossary](../glossary.md) has the terms (nucleus sampling is top-p; a token filter is a logits processor).
 
 # %%
+import re
 import time
 from itertools import pairwise
 
 import matplotlib.pyplot as plt
 import torch
+from chapter_claims import holds, verdict
 from chapter_tools import load_released, quote, show, table
 from transformers import LogitsProcessor
 
@@ -35,7 +38,7 @@ from flash_experts.evaluation.metrics import Estimate, share, words
 from flash_experts.generation import KnownNameFilter, NameFilter, NoTokenLeftError, Sampling, StartsWith
 from flash_experts.generation.decoding import NameDecoder
 from flash_experts.generation.sampling import _cut, candidates, draw, noise
-from flash_experts.models.modes import evaluating
+from flash_experts.models.scoring import evaluating
 
 torch.set_grad_enabled(False)
 model, tokenizer = load_released()
@@ -70,20 +73,32 @@ settings = {
     "min-p 0.2": Sampling(min_p=0.2),
 }
 figure, axes = plt.subplots(4, 1, figsize=(11, 7.5), sharex=True)
+left = {}
 for axis, (name, sampling) in zip(axes, settings.items(), strict=True):
     before_V = (first_V / sampling.temperature).softmax(-1)
     probs_1K, ids_1K = candidates(first_V[None], sampling)
     left_V = torch.zeros(V)
     left_V[torch.arange(V) if ids_1K is None else ids_1K[0]] = probs_1K[0] / probs_1K.sum()
-    axis.bar(range(24), before_V[best], color="#cccccc")
-    axis.bar(range(24), left_V[best], color="tab:blue", width=0.5)
+    left[name] = left_V
+    axis.bar(range(24), before_V[best], color="#cccccc", label="before a cut")
+    axis.bar(range(24), left_V[best], color="tab:blue", width=0.5, label="drawn from")
     axis.set(title=f"{name}: {int((left_V > 0).sum()):,} tokens are left to draw from", ylabel="probability")
+axes[0].legend()
+axes[-1].set_xlabel("first token of the name (· is a space)")
 axes[-1].set_xticks(range(24), [shown(vocabulary.texts[token]) for token in best.tolist()], rotation=60)
 show(figure, "06_first_token")
+as_it_is, sharper = left["the model as it is"], left["temperature 0.5"]
+holds(
+    "a temperature under 1 sharpens, and leaves all tokens in",
+    sharper.max() > as_it_is.max() and (sharper > 0).sum() == V,
+)
+holds(
+    "the cuts leave few of the tokens, and share out what they take away",
+    all((left[name] > 0).sum() < V / 10 and left[name].max() > as_it_is.max() for name in ("top-p 0.5", "min-p 0.2")),
+)
 
 # %% [markdown]
-# A temperature under 1 sharpens, and leaves all tokens in. The cuts take the tail away and share its probability out. The
-# tail matters more than it looks: it is thin, but long, and a name has several draws.
+# The tail matters more than it looks: it is thin, but long, and a name has several draws.
 
 # %%
 probs_V = first_V.softmax(-1)
@@ -93,6 +108,8 @@ print(
     f"{int(in_tail_V.sum()):,} of {V:,} tokens have under a hundredth of the largest probability: {tail:.0%} together"
 )
 print(f"if every token of a name had such a tail, a name of 6 tokens would avoid it with {(1 - tail) ** 6:.0%}")
+holds("most of the vocabulary is in the tail", in_tail_V.float().mean() > 0.9)
+holds("thin as it is, most names of six such tokens would draw from it", (1 - tail) ** 6 < 0.5)
 
 # %% [markdown]
 # ## The formula, with shapes
@@ -119,7 +136,8 @@ print("p           ", [f"{x:.3f}" for x in p.tolist()])
 by_hand = {"top-p 0.8": [True, True, True, False, False, False], "min-p 0.1": (p >= 0.1 * p.max()).tolist()}
 for name, sampling in (("top-p 0.8", Sampling(top_p=0.8)), ("min-p 0.1", Sampling(min_p=0.1))):
     kept = (candidates(z[None], sampling)[0][0] > 0).tolist()
-    print(f"{name}: kept {kept}, by hand the same: {kept == by_hand[name]}")
+    print(f"{name}: kept {kept}")
+    holds(f"{name} by hand keeps the same", kept == by_hand[name])
 print("cumulated   ", [f"{x:.3f}" for x in p.cumsum(0).tolist()], "(two do not reach 0.8, so a third is needed)")
 
 # %%
@@ -128,13 +146,15 @@ quote(_cut)
 # %% [markdown]
 # **The draw** is by inversion: add the probabilities up in the order of token ids, take the first sum above a uniform
 # number. That needs no sorting. Only if the token is none of the candidates, they are looked for, and one of them is drawn:
-# the outcome has the same distribution. Name i of a seed has its own row of noise, so it is the same in any company.
+# the outcome has the same distribution. Name i of a seed has its own row of noise, so it does not depend on the batch.
 
 # %%
 quote(draw)
 quote(noise)
-alone, together = (generator.generate(12, type_line="Dragon", seed=3, batch_size=size) for size in (1, 12))
-print("12 names, one by one and all at once:", [a.text for a in alone] == [b.text for b in together])
+alone, together = (
+    generator.generate(12, quality="fast", type_line="Dragon", seed=3, batch_size=size) for size in (1, 12)
+)
+holds("12 names are the same one by one and all at once", [a.text for a in alone] == [b.text for b in together])
 
 # %% [markdown]
 # ## Keys and values are kept
@@ -142,7 +162,7 @@ print("12 names, one by one and all at once:", [a.text for a in alone] == [b.tex
 # Without a cache, token n costs a pass over prompt and n tokens; with keys and values kept (chapter 1), over one token:
 
 # %%
-ids = [*prompt_ids, *vocabulary.encode(" " + generator.generate(1, seed=1)[0].text)]
+ids = [*prompt_ids, *vocabulary.encode(" " + generator.generate(1, quality="fast", seed=1)[0].text)]
 whole_TV = model(torch.tensor([ids])).logits[0]
 cache, steps = None, []
 for token in ids:
@@ -151,6 +171,7 @@ for token in ids:
     steps.append(out.logits[0, -1])
 off = (torch.stack(steps) - whole_TV).abs().max()
 print(f"{len(ids)} tokens one by one with a cache against all at once: {off:.1e}")
+holds("the cache changes nothing but rounding", off < 1e-3)
 T, P = len(ids), len(prompt_ids)
 print(f"tokens that are computed for this name: {sum(range(P, T + 1))} without a cache, {T} with one")
 print(f"and for 64 names of one prompt, computed once: {64 * T} or {P + 64 * (T - P)}")
@@ -183,21 +204,22 @@ AS_IT_IS = Sampling()
 def decode(count: int, *processors: LogitsProcessor, sampling: Sampling = AS_IT_IS, seed: int = 5) -> list[str]:
     """Names straight from the package's decoding loop, with these filters and no other."""
     with evaluating(model):
-        decoder = NameDecoder(model, prompt_ids, vocabulary.end_id, sampling, processors, 48, seed)
+        decoder = NameDecoder(model, prompt_ids, vocabulary.eos_id, sampling, processors, 48, seed)
         return [vocabulary.decode(name.ids).strip() for name in decoder.stream(range(count), count)]
 
 
-def report(title: str, names: list[str]) -> None:
+def report(title: str, names: list[str]) -> int:
     bad = [name for name in names if doubled(name)]
     print(f"{title}: {len(bad)} of {len(names)} names have a doubled letter, e.g. {bad[:4]}")
+    return len(bad)
 
 
-report("no filter", decode(200))
-report("forbidden tokens", decode(200, ForbiddenTokens()))
+unfiltered, forbidding = report("no filter", decode(200)), report("forbidden tokens", decode(200, ForbiddenTokens()))
+holds("the list of tokens helps, and some come through", 0 < forbidding < unfiltered)
 
 # %% [markdown]
-# Some come through: one token ends on a letter, the next begins with it. So a filter has to look at the *text so far*, and
-# ask of each token what the text would be with it.
+# One token ends on a letter, the next begins with it. So a filter has to look at the *text so far*, and ask of each token
+# what the text would be with it.
 
 
 # %%
@@ -215,7 +237,7 @@ class NoDoubledLetters(LogitsProcessor):
 started = time.process_time()
 scratch = decode(16, NoDoubledLetters())
 seconds_scratch = time.process_time() - started
-report("from scratch", scratch)
+holds("looking at the text, none comes through", report("from scratch", scratch) == 0)
 print(f"{seconds_scratch / 16:.2f} seconds of CPU a name")
 
 # %% [markdown]
@@ -239,10 +261,10 @@ filter_ = NoDoubled(vocabulary, len(prompt_ids))
 started = time.process_time()
 quick = decode(16, filter_)
 seconds_quick = time.process_time() - started
-print(
-    f"the same names: {quick == scratch}, in {seconds_quick / 16:.3f} seconds a name, {len(filter_._masks)} states met"
-)
-report("two questions", decode(200, filter_))
+print(f"{seconds_quick / 16:.3f} seconds a name, {len(filter_._masks)} states met")
+holds("two lines give the same names", quick == scratch)
+holds("some dozens of states are met, not one for each name and step", len(filter_._masks) < 60)
+holds("and none of 200 names has a doubled letter", report("two questions", decode(200, filter_)) == 0)
 quote(NameFilter.apply)
 quote(NameFilter.mask_of)
 
@@ -260,6 +282,7 @@ print("; ".join(name.text for name in names))
 for regex in ("[A-Z][a-z]+ of [A-Z][a-z]+", "(Gr|Kr)[a-z]+, [A-Z][a-z]+ [A-Z][a-z]+"):
     names = generator.generate(4, type_line="Legendary Creature — Goblin", colors="R", seed=7, regex=regex)
     print(f"{regex}: " + "; ".join(name.text for name in names))
+    holds("every name matches the expression", all(re.fullmatch(regex, name.text) for name in names))
 
 # %% [markdown]
 # **Dead ends.** A filter may leave no token at all. Each of these two can be kept, but not both:
@@ -287,6 +310,8 @@ try:
     )
 except NoTokenLeftError as error:
     print("NoTokenLeftError:", error)
+else:
+    holds("a dead end raises", False)
 
 # %% [markdown]
 # `model.generate` would sample from a row of NaN, so our filters raise. `NameGenerator` drops such a name.
@@ -300,18 +325,23 @@ except NoTokenLeftError as error:
 quote(KnownNameFilter)
 known = KnownNameFilter(vocabulary, len(prompt_ids), generator.known.normal_forms)
 print(f"{len(generator.known.normal_forms):,} names are known")
-rows = []
+rows, ends = [], []
 for text in (" Goblin Guide", " goblin guide", " Goblin  Guide!", " Goblin Guid"):
     ids = vocabulary.encode(text)
     scores_1V = model(torch.tensor([prompt_ids + ids])).logits[:, -1]
     masked_1V = known.mask(torch.tensor([prompt_ids + ids]), scores_1V)
-    end = [each.softmax(-1)[0, vocabulary.end_id].item() for each in (scores_1V, masked_1V)]
+    end = [each.softmax(-1)[0, vocabulary.eos_id].item() for each in (scores_1V, masked_1V)]
+    ends.append(end)
     rows.append([repr(text), normal_form(text), *(f"{x:.4f}" for x in end)])
 table(["text so far", "its normal form", "P(end), model", "P(end), filtered"], rows)
+holds(
+    "case, spaces and punctuation make no difference: none of the three may end",
+    all(free_end > 0 == end for free_end, end in ends[:3]),
+)
+holds("a text that is no card may end as before", abs(ends[3][0] - ends[3][1]) < 1e-6 and ends[3][0] > 0)
 
 # %% [markdown]
-# Normal forms are compared: case, accents, spaces, punctuation and the cut into tokens make no difference. Now the count,
-# without the filter and with it, at a low temperature, where real cards are likeliest:
+# Normal forms are compared. Now the count, without the filter and with it, at a low temperature:
 
 
 # %%
@@ -320,13 +350,14 @@ def real_cards(names: list[str]) -> list[str]:
 
 
 free = NameGenerator(model, tokenizer, known_names=())  # one that knows no card
-without = [name.text for name in free.generate(300, seed=11, temperature=0.6)]
-within = [name.text for name in generator.generate(300, seed=11, temperature=0.6)]
+without = [name.text for name in free.generate(300, quality="fast", seed=11, temperature=0.6)]
+within = [name.text for name in generator.generate(300, quality="fast", seed=11, temperature=0.6)]
 print(f"without: {len(real_cards(without))} of 300 are real cards: {real_cards(without)[:5]}")
 print(f"with:    {len(real_cards(within))} of 300")
+holds("with the filter there is none", len(real_cards(within)) == 0 <= len(real_cards(without)))
 
 # %% [markdown]
-# The second number is 0 whatever the model, the seed and the temperature: no measurement but a consequence.
+# The second number is 0 whatever the model, the seed and the temperature: not a measurement but a consequence.
 #
 # ## What a filter does to the probabilities
 #
@@ -335,20 +366,35 @@ print(f"with:    {len(real_cards(within))} of 300")
 # first word, throws none away, but a name that began as half of a longer one is made to end there.
 
 # %%
-drawn = free.generate(400, type_line="Goblin", seed=13, temperature=1.0)
+drawn = free.generate(1500, quality="fast", type_line="Goblin", seed=13, temperature=1.0)
 rejection = [name for name in drawn if " " not in name.text]
-masking = free.generate(60, type_line="Goblin", seed=13, temperature=1.0, words=1)
-rows = []
+masking = free.generate(100, quality="fast", type_line="Goblin", seed=13, temperature=1.0, words=1)
+rows, means, variances = [], [], []
 for title, some in (("rejection", rejection), ("masking", masking)):
     scores = torch.tensor([name.log_prob for name in some], dtype=torch.float64)
     error = 1.96 * scores.std() / len(scores) ** 0.5
+    means.append(scores.mean().item())
+    variances.append((error / 1.96).item() ** 2)
     rows.append([title, len(some), f"{scores.mean():.1f} ± {error:.1f}", "; ".join(name.text for name in some[:4])])
 table(["", "names", "mean log-probability", "e.g."], rows)
 print(f"rejection kept {len(rejection) / len(drawn):.0%}")
+difference, error = means[1] - means[0], 1.96 * sum(variances) ** 0.5
+print(f"masking less rejection: {difference:+.1f} ± {error:.1f}")
+print(
+    verdict(
+        difference - error,
+        difference + error,
+        "masked names are less likely than the model's own names of one word: that is the constraint's cost",
+        "masked names are likelier than the model's own names of one word: it has moved to other, commoner ones",
+        "this run shows no difference between the means: look at the examples",
+    )
+)
+holds("rejection throws most names away", len(rejection) < len(drawn) / 2)
 
 # %% [markdown]
-# The difference of the means, where it is outside the intervals, is what the constraint costs in naturalness: the more, the
-# further it is from what the model would do. `best_of` draws more names and keeps the likeliest: it buys some back.
+# The two are different distributions, whatever the means say: masking is not the model's choice among names that fit. Where
+# masked names are less likely, `quality` and `best_of` draw more of them and choose: the likely ones that match the card and
+# repeat no word of the list.
 #
 # ## An experiment that changes one thing: the temperature
 #
@@ -372,12 +418,14 @@ figure, axes = plt.subplots(1, 3, figsize=(11, 2.8))
 for axis, (name, estimates) in zip(axes, shares.items(), strict=True):
     axis.plot(temperatures, [each.value for each in estimates], "o-")
     axis.fill_between(temperatures, [each.low for each in estimates], [each.high for each in estimates], alpha=0.2)
-    axis.set(title=f"share: {name}", xlabel="temperature")
+    axis.set(title=name, xlabel="temperature", ylabel="share, with 95%", ylim=(0, None))
 show(figure, "06_temperature")
+repeated, unknown = shares["repeated"], shares["unknown words"]
+holds("a low temperature repeats itself more than a high one", repeated[0].value > repeated[-1].value)
+holds("a high one invents words that no card has", unknown[-1].low > unknown[0].high)
 
 # %% [markdown]
-# A low temperature repeats itself, a high one invents words that are none. Real cards are few here, so their intervals are
-# wide: look at them before you believe a trend. There is no best value but a trade, and the presets are three points on it.
+# Real cards are few here, so their intervals are wide: look at them before you believe a trend. There is no best value but a trade, and the presets are three points on it.
 # `generate` drops repetitions and forbids real cards, so it can afford a lower temperature.
 #
 # ## What to remember
@@ -396,4 +444,11 @@ show(figure, "06_temperature")
 # 4. **Without the novelty filter.** How many of 300 names of the model, at the presets' settings, are real cards? And
 #    how many are one letter away from one? What does `min_distance` do about that?
 #
-# Solutions: `solutions/06_generation.py`.
+# Solutions: [solutions/06_generation.py](solutions/06_generation.py).
+#
+# ## Reading
+#
+# - [Holtzman et al. 2020](https://arxiv.org/abs/1904.09751): nucleus sampling, top-p. [Nguyen et al. 2024](https://arxiv.org/abs/2407.01082): min-p.
+# - [Willard and Louf 2023](https://arxiv.org/abs/2307.09702): regular expressions as automata over tokens.
+# - [Yu et al. 2022, Orca](https://www.usenix.org/conference/osdi22/presentation/yu): continuous batching, which `generate` does.
+# - Next: [chapter 7](07_evaluation.py), which names are better.

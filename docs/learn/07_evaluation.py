@@ -16,9 +16,9 @@
 # **The question: when is one model of names better than another, and how would we notice that it is not?**
 #
 # A list of generated names looks good when one wants it to. So we measure: how well a model predicts names that it has
-# not seen, whether its names can be told from real ones, and whether it has only learned the real ones by heart. Each
-# measure can be fooled by something. This chapter puts four makers of names before all of them, and two of the makers are
-# frauds.
+# not seen, whether a classifier separates its names from real ones, and whether it has only memorized real ones. Each measure can be
+# fooled by something. This chapter puts four makers of names before all of them, and two of the makers are frauds. The
+# [glossary](../glossary.md) has the terms.
 
 # %%
 import math
@@ -29,19 +29,20 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from chapter_claims import holds, verdict
 from chapter_tools import DATA, RELEASED, cards, load_released, quote, show, table
 from torch.nn import functional as F
 
 from flash_experts.data.names import normal_form
 from flash_experts.data.packing import encode_name, pack
-from flash_experts.data.prompts import NONE, Attributes
+from flash_experts.data.prompts import UNCONDITIONAL, Attributes
 from flash_experts.evaluation import compare, format_comparison, write_report
-from flash_experts.evaluation.blind_test import REAL, make_blind_test
+from flash_experts.evaluation.compare import REAL, make_blind_test
 from flash_experts.evaluation.evaluate import load_scorer
 from flash_experts.evaluation.held_out import HeldOut
-from flash_experts.evaluation.memorization import hit_ratio
 from flash_experts.evaluation.metrics import bits_estimate, bits_per_character, paired_bits_difference
-from flash_experts.evaluation.ngram import KneserNey
+from flash_experts.evaluation.novelty import hit_ratio
+from flash_experts.generation.reranking.ngram import KneserNey
 
 train_names = [card.name for card in cards("train")]
 held_out = HeldOut.load(DATA, ("test_iid", "test"))
@@ -53,9 +54,9 @@ print(f"{len(train_names):,} training names, {len(names):,} held out, e.g. {name
 print(f"two models: {model.label} ({model.size.total:,} weights) and {ngram.label}, which counts letters")
 
 # %% [markdown]
-# The second model knows nothing of networks. It counts which letter followed which five to seven letters in the training
-# names (Kneser-Ney smoothing), and is done in a second. It is a strong opponent, and the reason to have one: a figure
-# says little without the figure of something simple beside it.
+# The second model knows nothing of networks. It counts which letter followed which four to six letters in the training
+# names (n-grams of orders 5 to 7, averaged, with Kneser-Ney smoothing), and is done in seconds. It is a strong opponent,
+# and the reason to have one: a figure says little without the figure of something simple beside it.
 #
 # ## The picture first
 #
@@ -63,7 +64,7 @@ print(f"two models: {model.label} ({model.size.total:,} weights) and {ngram.labe
 # Below the diagonal the network predicts better.
 
 # %%
-nats = {scorer.label: scorer.nats(names, [NONE] * len(names)) for scorer in (model, ngram)}
+nats = {scorer.label: scorer.nats(names, [UNCONDITIONAL] * len(names)) for scorer in (model, ngram)}
 per_letter = {label: nats_N / math.log(2) / characters_N for label, nats_N in nats.items()}
 figure, axes = plt.subplots(1, 2, figsize=(11, 4.4))
 first, second = per_letter[ngram.label], per_letter[model.label]
@@ -73,15 +74,18 @@ axes[0].set(title=f"{len(names):,} held-out names", xlabel="bits per letter, n-g
 axes[1].hist(second - first, bins=60)
 axes[1].axvline(0, color="black", linewidth=0.8)
 axes[1].axvline((second - first).mean(), color="tab:red", label="mean of the names")
-axes[1].set(title="network less n-gram (left: the network is better)", xlabel="bits per letter")
+axes[1].set(title="network less n-gram (left: the network is better)", xlabel="bits per letter", ylabel="names")
 axes[1].legend()
 show(figure, "07_names")
 order = np.argsort(second - first)
 print("the network is most ahead at:", "; ".join(names[i] for i in order[:4]))
 print("the n-gram is most ahead at: ", "; ".join(names[i] for i in order[-4:]))
+together = np.corrcoef(first, second)[0, 1]
+print(f"correlation of the two over names: {together:.2f}")
+holds("both find the same names hard", together > 0.5)
 
 # %% [markdown]
-# The cloud is long and lies along the diagonal: both find the same names hard. Remember that when we come to intervals.
+# The cloud is long and lies along the diagonal. Remember that when we come to intervals.
 #
 # ## The formula, with shapes
 #
@@ -100,7 +104,7 @@ print("the n-gram is most ahead at: ", "; ".join(names[i] for i in order[-4:]))
 # %%
 network, tokenizer = load_released()
 name = "Goblin Ringleader" if "Goblin Ringleader" in names else names[0]
-encoded = encode_name(name, NONE, tokenizer)
+encoded = encode_name(name, UNCONDITIONAL, tokenizer)
 row = pack([encoded])
 with torch.no_grad():
     token_nats = F.cross_entropy(network(**row.inputs).logits[0], row.labels, reduction="none")
@@ -117,10 +121,38 @@ print(
 letters = KneserNey(train_names, order=6).symbol_probabilities([name])[0]
 cells = zip([*name, "end"], -np.log2(letters), strict=True)
 print("an n-gram of order 6:", " ".join(f"{letter}{bits:.1f}" for letter, bits in cells))
+holds("by hand and by the package: the same", abs(by_hand - per_letter[model.label][names.index(name)]) < 1e-3)
 
 # %% [markdown]
-# Both spend their bits at the beginnings of words, and little at their ends.
-#
+# Where does a model spend its bits? Over 300 held-out names, the first letter of a word against the others, and the first
+# token of a word against the others:
+
+# %%
+some_names = [each for each in names if each.isascii()][:300]
+of_letters = KneserNey(train_names, order=6).symbol_probabilities(some_names)
+begins, rest = [], []
+for each, probabilities_S in zip(some_names, of_letters, strict=True):
+    for place, bits in enumerate(-np.log2(probabilities_S[: len(each)])):
+        (begins if place == 0 or each[place - 1] == " " else rest).append(bits)
+row = pack([encode_name(each, UNCONDITIONAL, tokenizer) for each in some_names])
+with torch.no_grad():
+    bits_L = F.cross_entropy(network(**row.inputs).logits[0], row.labels, reduction="none") / math.log(2)
+texts_L = [tokenizer.decode([token]) for token in row.labels.tolist()]
+opens_L = torch.tensor([text.startswith(" ") for text in texts_L])
+inside_L = ~opens_L & (row.labels != tokenizer.eos_token_id)
+table(
+    ["bits each", "beginning of a word", "inside a word"],
+    [
+        ["n-gram, letters", f"{np.mean(begins):.2f}", f"{np.mean(rest):.2f}"],
+        ["network, tokens", f"{bits_L[opens_L].mean():.2f}", f"{bits_L[inside_L].mean():.2f}"],
+    ],
+)
+holds(
+    "both spend more bits at the beginnings of words than inside them",
+    np.mean(begins) > np.mean(rest) and bits_L[opens_L].mean() > bits_L[inside_L].mean(),
+)
+
+# %% [markdown]
 # **Another cut.** A name can be cut into tokens in many ways, and the true probability is the sum over all of them. We
 # count the one that the tokenizer gives. What do others add?
 
@@ -145,9 +177,9 @@ for place, token in enumerate(ids):  # each token in two
             cuts.add((*ids[:place], left, right, *ids[place + 1 :]))
 probabilities = [math.exp(-nats_of_cut(cut)) for cut in cuts]
 one = math.exp(-nats_of_cut(tuple(ids)))
-print(
-    f"ways to cut it, one token in two: {len(cuts)}; the tokenizer's own has {one / sum(probabilities):.2%} of their probability"
-)
+print(f"ways to cut {name!r}, at most one token in two: {len(cuts)}")
+print(f"the tokenizer's own has {one / sum(probabilities):.2%} of their probability")
+holds("the cut that is counted has nearly all of the probability", one / sum(probabilities) > 0.9)
 
 # %% [markdown]
 # So the figure is an upper bound, and a close one where that share is near 100%. Where names are spelled, letter by letter,
@@ -168,10 +200,17 @@ unpaired = math.hypot(*((each.high - each.low) / 2 for each in apart))
 paired = paired_bits_difference(a, b, characters_N)
 print(f"difference, as if they had been measured on other names: ± {unpaired:.3f}")
 print(f"difference, name by name: {paired:+.3f}, that is ± {(paired.high - paired.low) / 2:.3f}")
+narrower = unpaired / ((paired.high - paired.low) / 2)
+print(f"{narrower:.1f} times narrower: unpaired it would take {narrower**2:.0f} times the names")
+holds("the paired interval is narrower", narrower > 1.2)
+print(
+    verdict(
+        paired.low, paired.high, "the network is better", "the n-gram is better", "neither has been shown to be better"
+    )
+)
 
 # %% [markdown]
-# Both intervals are of the same difference. The second is narrower, since what makes a name hard for both drops out. With
-# the first you would need many times the names to see what the second sees.
+# Both intervals are of the same difference. The second is narrower, since what makes a name hard for both drops out.
 #
 # **Does the network listen?** Given the card's type, color and mana value, it should need fewer bits. Given another card's,
 # more. A model that ignores its prompt has three equal figures.
@@ -181,16 +220,19 @@ attributes = [Attributes.of(card) for card in held_cards]
 others = random.Random(0).sample(attributes, len(attributes))
 rows = []
 for scorer in (model, ngram):
-    told = {
+    given = {
         "nothing": nats[scorer.label],
         "its card": scorer.nats(names, attributes),
         "another": scorer.nats(names, others),
     }
-    control = paired_bits_difference(told["another"], told["its card"], characters_N)
-    rows.append(
-        [scorer.label, *(f"{bits_per_character(x, characters_N):.3f}" for x in told.values()), f"{control:.3f}"]
+    control = paired_bits_difference(given["another"], given["its card"], characters_N)
+    nothing, own, another = (bits_per_character(x, characters_N) for x in given.values())
+    rows.append([scorer.label, f"{nothing:.3f}", f"{own:.3f}", f"{another:.3f}", f"{control:.3f}"])
+    holds(
+        f"{scorer.label} listens: fewer bits given its card than given nothing, more given another",
+        own < nothing < another and control.low > 0,
     )
-table(["told", "nothing", "its card", "another card", "the last two apart [95%]"], rows)
+table(["given", "nothing", "its card", "another card", "the last two apart [95%]"], rows)
 
 # %% [markdown]
 # ## Two frauds
@@ -217,21 +259,28 @@ for maker, made in makers.items():
 # %% [markdown]
 # **Classifiers.** Two of them learn to tell made names from real ones, and are asked about names they have not seen. The
 # area under the ROC curve (AUC) is the chance that a made name looks more made than a real one: 0.5 is a coin. The weak
-# one sees letters, up to four in a row. The strong one is told what spelling hides: how surprising the letters are, and
-# whether the words are words. Real names against real names show what the judge says when there is nothing to find.
+# one sees letters, up to four in a row. The strong one is given what spelling hides: how surprising the letters are, and
+# whether the words are words. Real names against real names show what a classifier says when there is nothing to find.
 
 # %%
-rows = []
+rows, weak, strong = [], {}, {}
 for maker, made in makers.items():
     found = held_out.detector.detect(made[:300])
+    weak[maker], strong[maker] = found.generated.weak, found.generated.strong
     rows.append([maker, f"{found.generated.weak:.2f}", f"{found.generated.strong:.2f}"])
 rows.append(["real against real", f"{found.real.weak:.2f}", f"{found.real.strong:.2f}"])
 table(["AUC [95%]", "weak", "strong"], rows)
+holds(
+    "the weak classifier takes the parrot's names for real: its interval does not lie above 0.5",
+    weak["parrot"].low <= 0.5,
+)
+holds("the strong one tells it all the same", strong["parrot"].low > 0.5)
+holds("both tell the mixer", weak["mixer"].low > 0.5 and strong["mixer"].low > 0.5)
 
 # %% [markdown]
-# Look at the parrot: the weak classifier takes it for real, as it is. The strong one tells it all the same, for another
-# reason: it knows how surprising the training names find a name, and these are not surprising at all. Anyway, a good
-# figure here says that names look real, not that they are new. So the next measure belongs beside it.
+# The strong one tells the parrot for another reason: it knows how surprising the training names find a name, and these are
+# not surprising at all. Anyway, a good figure here says that names look real, not that they are new. So the next measure
+# belongs beside it.
 #
 # **Memorization.** Every model hits some real names by chance, the more so the better it is. What it was never shown it
 # can only guess. So compare the rates:
@@ -246,17 +295,22 @@ table(["AUC [95%]", "weak", "strong"], rows)
 quote(hit_ratio)
 train_keys = set(map(normal_form, train_names))
 held_keys = set(map(normal_form, names))
-rows = []
+rows, ratios = [], {}
 for maker, made in makers.items():
     keys = set(map(normal_form, made))
     hits = hit_ratio(keys, train_keys, held_keys)
+    ratios[maker] = hits.ratio
     share = len(keys) / len(made)
     ratio = "-" if hits.ratio is None else f"{hits.ratio:.1f}"
     rows.append([maker, f"{share:.0%}", hits.train_hits, hits.held_out_hits, ratio])
 table(["", "distinct", "training names hit", "held-out hit", "ratio [95%]"], rows)
+holds("the parrot is caught: its interval lies above 1", ratios["parrot"] is not None and ratios["parrot"].low > 1)
+wide = [maker for maker, ratio in ratios.items() if ratio is not None and ratio.low <= 1 <= ratio.high]
+print("the interval holds 1, that is, memorization is not shown:", ", ".join(wide))
+holds("the mixer is among them", "mixer" in wide)
 
 # %% [markdown]
-# The parrot is caught. For the others the intervals are wide: few names are hit at all. `flash-experts evaluate` draws
+# Where intervals are wide, few names are hit at all. `flash-experts evaluate` draws
 # 10,000 names for that reason.
 #
 # ## The blind test
@@ -285,6 +339,7 @@ def at_least(right: int) -> float:
 
 needed = next(right for right in range(n + 1) if at_least(right) < 0.05)
 print(f"{needed} of {n} right: a coin does that with {at_least(needed):.1%}; {needed - 1}: {at_least(needed - 1):.1%}")
+holds("half right is not enough, by far", needed > 0.6 * n)
 
 # %% [markdown]
 # The answers, and a simple reader to compare yourself with: "real if every word is a word of some card".
@@ -306,7 +361,7 @@ print(f"the simple reader: {sum(right)} of {n}, by luck with {at_least(sum(right
 # comparison should always be something simple.
 
 # %%
-result = compare(["ngram", RELEASED], DATA, samples=200, max_names=150)
+result = compare(["ngram", RELEASED], DATA, samples=200, max_names=150)  # a part of the data, so wide intervals
 print(format_comparison(result, width=110))
 with tempfile.TemporaryDirectory() as folder:
     page = write_report(result, Path(folder) / "report.html")
@@ -327,7 +382,7 @@ shuffled = np.random.default_rng(0).permutation(len(names))
 sizes = [size for size in (25, 50, 100, 200, 400, 800) if size < len(names)] + [len(names)]
 six, seven = (KneserNey(train_names, order=order).nats(names) for order in (6, 7))
 pairs = {"network less n-gram": (a, b), "order 6 less order 7": (six, seven)}
-rows = []
+rows, widths = [], {}
 figure, axes = plt.subplots(1, 2, figsize=(11, 3))
 for axis, (pair, (first_N, second_N)) in zip(axes, pairs.items(), strict=True):
     estimates = []
@@ -336,6 +391,7 @@ for axis, (pair, (first_N, second_N)) in zip(axes, pairs.items(), strict=True):
         estimates.append(paired_bits_difference(first_N[some], second_N[some], characters_N[some]))
         verdict = "known" if estimates[-1].excludes_zero else "not known"
         width = (estimates[-1].high - estimates[-1].low) / 2
+        widths[pair, size] = width
         rows.append([pair, size, f"{estimates[-1]:+.4f}", f"{width:.4f}", verdict])
     values = [each.value for each in estimates]
     errors = [[each.value - each.low for each in estimates], [each.high - each.value for each in estimates]]
@@ -344,11 +400,17 @@ for axis, (pair, (first_N, second_N)) in zip(axes, pairs.items(), strict=True):
     axis.set(xscale="log", title=pair, xlabel="held-out names", ylabel="bits per character")
 show(figure, "07_sizes")
 table(["", "names", "difference [95%]", "half width", "which is better"], rows)
+for pair in pairs:
+    fall = widths[pair, 100] / widths[pair, 400]
+    holds(f"{pair}: four times the names for about half the width", 1.5 < fall < 2.7)
+holds(
+    "the interval is narrower where two models are alike",
+    all(widths["order 6 less order 7", size] < widths["network less n-gram", size] for size in sizes),
+)
 
 # %% [markdown]
-# The interval shrinks with the root of the number of names: four times the names for half the width. And it is narrow where
-# two models are alike, since then they err on the same names. How many names one needs follows from the difference that
-# one wants to see.
+# The interval shrinks with the root of the number of names. And it is narrow where two models are alike, since then they err
+# on the same names. How many names one needs follows from the difference that one wants to see.
 #
 # ## What to remember
 #
@@ -368,4 +430,12 @@ table(["", "names", "difference [95%]", "half width", "which is better"], rows)
 # 4. **Twenty comparisons.** Shuffle names between two halves twenty times, and test the n-gram on one half against itself
 #    on the other, unpaired. How often does the interval leave zero out? What follows for a table with many rows?
 #
-# Solutions: `solutions/07_evaluation.py`.
+# Solutions: [solutions/07_evaluation.py](solutions/07_evaluation.py).
+#
+# ## Reading
+#
+# - Chen and Goodman 1998, An Empirical Study of Smoothing Techniques for Language Modeling: Kneser-Ney, modified, measured.
+# - [Cao and Rimell 2021](https://arxiv.org/abs/2109.02550): does the cut into tokens matter to a likelihood?
+# - [Dror et al. 2018](https://aclanthology.org/P18-1128/): which significance test. [Miller 2024](https://arxiv.org/abs/2411.00640): error bars
+#   of evaluations, paired.
+# - Next: [chapter 8](08_scaling_out.py), many devices; [chapter 9](09_do_experts_pay.py), the models of this project compared.

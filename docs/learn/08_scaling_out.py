@@ -19,10 +19,12 @@
 # Experts make a model large without making it slower, so it is memory that ends first. There are three ways to use many
 # devices: copy the model, cut every weight into parts, or give each device some of the experts. Each trades memory for
 # messages. We run all three on two processes of this machine, count what they send, and then ask the package's estimator
-# about machines that are not here. What it says of those is a plan on paper, and not a measurement.
+# about machines that are not here. What it says of those is a plan on paper, and not a measurement. The
+# [glossary](../glossary.md#training) has the terms.
 
 # %%
 import json
+import math
 import os
 import socket
 import subprocess
@@ -32,12 +34,16 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
+from chapter_claims import holds
 from chapter_tools import ROOT, cards, load_base, quote, show, table
 
 from flash_experts import GPT2MoEConfig, GPT2MoEForCausalLM
 from flash_experts.data.packing import encode_cards, pack
-from flash_experts.models.expert_parallel import SpreadExperts
-from flash_experts.training import scaling
+from flash_experts.models.expert_parallel import ShardedExperts
+
+# The plan of memory and traffic is a script at the root of the repository.
+sys.path.append(str(ROOT))
+from scripts import scaling_plan as scaling
 
 SCRIPT = ROOT / "docs/learn/two_processes.py"
 
@@ -86,13 +92,24 @@ config, counts = GPT2MoEConfig(), [1, 2, 4, 8, 16, 32, 64]
 for parallel in ("ddp", "fsdp", "expert"):
     states = [scaling.memory_per_gpu(config, parallel, W) for W in counts]
     axes[1].semilogx(counts, [each.total / 1e9 for each in states], "o-", base=2, label=parallel)
-axes[1].set(title="weights, gradients, optimizer: GB on one device", xlabel="devices W", ylabel="GB")
+axes[1].set(title="weights, gradients, optimizer: GB on one device", xlabel="devices W", ylabel="GB", ylim=(0, None))
 axes[1].legend()
 show(figure, "08_overview")
+on_one = {
+    parallel: [scaling.memory_per_gpu(config, parallel, W).total for W in counts]
+    for parallel in ("ddp", "fsdp", "expert")
+}
+holds("copies (ddp) cost the same on each device, however many there are", len(set(on_one["ddp"])) == 1)
+holds(
+    "shards (fsdp) shrink with W, but not to 1/64",
+    on_one["fsdp"] == sorted(on_one["fsdp"], reverse=True) and on_one["fsdp"][-1] > 2 * on_one["fsdp"][0] / 64,
+)
+eight = counts.index(8)
+fall = on_one["expert"][eight - 1] / on_one["expert"][eight], on_one["expert"][eight] / on_one["expert"][eight + 1]
+holds("expert parallel shrinks fast until each device has one expert of a layer, then slowly", fall[0] > 1.5 > fall[1])
 
 # %% [markdown]
-# Copies cost the same on each device, however many there are. Parts shrink with W, down to what has to be whole for a
-# moment while a block is computed. Spread experts shrink until there is one expert of each layer on a device.
+# Shards shrink down to what has to be whole for a moment while a block is computed.
 #
 # ## The formula, with shapes
 #
@@ -147,9 +164,14 @@ rows = [
     [f"activations of {packed.num_tokens} tokens", f"{plan.activations:,}", f"{activations:,}"],
 ]
 table(["bytes", "by formula", "counted"], rows)
+holds(
+    "weights, gradients and optimizer state are exact",
+    parts.total == model.num_parameters() and all(row[1] == row[2] for row in rows[:2]),
+)
+holds("activations are an estimate, right within a third", abs(plan.activations / activations - 1) < 1 / 3)
 
 # %% [markdown]
-# The first two are exact. Activations are an estimate, as the docstring says: compare the last row. (What is counted is
+# Activations are an estimate, as the docstring says. (What is counted is
 # what autograd keeps for the backward; the estimate counts the logits' gradient as well, and assumes a share of labels.)
 #
 # ## Copies: gradients are added up
@@ -160,26 +182,35 @@ table(["bytes", "by formula", "counted"], rows)
 
 # %%
 for rank, each in enumerate(seen):
-    told = each["data parallel"]
-    print(f"process {rank}: gradient off by {told['before']:.0%} before, {told['after']:.0e} after the all-reduce")
+    reduced = each["data parallel"]
+    print(
+        f"process {rank}: gradient off by {reduced['before']:.0%} before, {reduced['after']:.0e} after the all-reduce"
+    )
+    holds(
+        "before the all-reduce it is another gradient, after it the whole one's",
+        reduced["after"] < 1e-4 < 0.1 < reduced["before"],
+    )
 traffic = scaling.traffic_per_gpu(model.config, "ddp", 2)
 print(f"buffer: {seen[0]['data parallel']['bytes']:,} bytes; sent by formula, a ring of two: {traffic.per_step:,.0f}")
 
 # %% [markdown]
-# ## Parts: nobody keeps what somebody else has
+# ## Shards: each process keeps its own part (ZeRO, FSDP)
 #
 # AdamW treats each weight by itself. So process r may keep and update the r-th part of all weights alone: gradients are
 # added up *and scattered* (each gets the sum of its part), each updates its part, and the new weights are gathered.
 
 # %%
 for rank, each in enumerate(seen):
-    told = each["sharded"]
-    share = told["state"] / told["whole_state"]
-    print(f"process {rank}: new weights off by {told['off']:.0e}; it keeps {share:.0%} of the optimizer's state")
+    sharded = each["sharded"]
+    share = sharded["state"] / sharded["whole_state"]
+    print(f"process {rank}: new weights off by {sharded['off']:.0e}; it keeps {share:.0%} of the optimizer's state")
+    holds(
+        "the same weights, to rounding, with half of the optimizer's memory",
+        sharded["off"] < 1e-6 and abs(share - 0.5) < 0.01,
+    )
 
 # %% [markdown]
-# The same weights, to the bit or to rounding, with half of the optimizer's memory. An all-reduce *is* a scatter of sums
-# followed by a gather, so up to here this costs no more messages than copies. FSDP goes on: weights too are kept in parts,
+# An all-reduce *is* a reduce-scatter followed by an all-gather, so up to here this costs no more messages than copies. FSDP goes on: weights too are kept in parts,
 # and gathered block by block when they are needed, in each forward and in each backward. That is where its extra traffic
 # comes from.
 #
@@ -189,8 +220,8 @@ for rank, each in enumerate(seen):
 # send back.
 
 # %%
-quote(SpreadExperts.forward)
-quote(SpreadExperts._count_pairs)
+quote(ShardedExperts.forward)
+quote(ShardedExperts._count_pairs)
 
 # %% [markdown]
 # What the two processes sent in one forward of one layer, noted at the two all-to-all functions:
@@ -204,6 +235,10 @@ table(["", "rows to process 0, 1", "bytes that leave"], rows)
 for rank, layer in enumerate(layers):
     share = layer["weights_here"] / layer["weights_in_all"]
     print(f"process {rank}: holds {share:.0%} of the experts, output off by {layer['off']:.0e} from the whole layer")
+    holds(
+        "with half of the experts each, the outputs are those of the whole layer",
+        layer["off"] < 1e-4 and abs(share - 0.5) < 0.01,
+    )
 
 # %% [markdown]
 # Against the formula. It speaks of all layers, forward and backward, and a balanced load; here is one layer's forward, so
@@ -212,11 +247,13 @@ for rank, layer in enumerate(layers):
 # %%
 moe_layers = scaling.moe_layers(model.config)
 per_token = scaling.all_to_all_bytes_per_token(model.config, 2, bytes_per_number=4) / moe_layers / 2
-rows = []
+rows, ratios = [], []
 for rank, layer in enumerate(layers):
     counted = sum(each["bytes_to_other"] for each in layer["sent"][1:]) / layer["tokens"]
+    ratios.append(counted / per_token)
     rows.append([f"process {rank}", f"{per_token:,.0f}", f"{counted:,.0f}", f"{counted / per_token:.2f}"])
 table(["bytes for each token", "by formula", "counted", "ratio"], rows)
+holds("the formula is right within a third", all(2 / 3 < ratio < 4 / 3 for ratio in ratios))
 
 # %% [markdown]
 # The ratio differs from 1 by the imbalance of this router, which was never trained. See the picture: an expert that many
@@ -228,6 +265,7 @@ table(["bytes for each token", "by formula", "counted", "ratio"], rows)
 # peak, links at their data sheet's speed: assumptions, to be changed in `scaling.Device`.
 
 # %%
+least_network: dict[str, float] = {}
 for name, config in scaling.MODELS.items():
     counts_of = scaling.parameter_counts(config)
     print(f"{name}: {counts_of.total / 1e9:.2f} billion weights, {counts_of.experts / counts_of.total:.0%} experts'")
@@ -240,6 +278,7 @@ for name, config in scaling.MODELS.items():
             needed = [
                 scaling.tokens_to_hide_traffic(config, parallel, W, link) for link in (scaling.NVLINK, scaling.NETWORK)
             ]
+            least_network[name] = min(least_network.get(name, needed[1]), needed[1])
             cells = [
                 f"{memory.total / 1e9:,.0f}",
                 fits,
@@ -248,6 +287,9 @@ for name, config in scaling.MODELS.items():
             ]
             rows.append([f"{parallel}, {W} devices", *cells, *(f"{tokens:,.0f}" for tokens in needed)])
     table(["", "GB", "fits 80 GB", "GB a step", "kB a token", "tokens, NVLink", "network"], rows)
+holds(
+    "on a network GPT-2 small needs over 20,000 tokens a step on each device", least_network["GPT-2 small x 8"] > 20_000
+)
 
 # %% [markdown]
 # The last two columns: from how many tokens a step on each device its arithmetic takes longer than its messages. With
@@ -279,13 +321,24 @@ table(header, rows)
 figure, axis = plt.subplots(figsize=(7, 3))
 for link, values in tokens_needed.items():
     axis.loglog(sizes, values, "o-", base=2, label=link)
-axis.set(title="tokens a step on each of 8 devices, so that nobody waits", xlabel="hidden units of an expert")
+axis.set(title="so that no device waits for messages, on 8 devices", xlabel="hidden units of an expert")
+axis.set_ylabel("tokens a step on each, at least")
 axis.invert_xaxis()
 axis.legend()
 show(figure, "08_expert_size")
+megaflops, kilobytes = ([float(row[column]) for row in rows] for column in (2, 3))
+holds(
+    "the arithmetic stays within 1%, what travels grows sixteenfold",
+    max(megaflops) < 1.01 * min(megaflops) and 15 < kilobytes[-1] / kilobytes[0] < 17,
+)
+holds("smaller experts need more tokens a step", tokens_needed["NVLink"] == sorted(tokens_needed["NVLink"]))
+holds(
+    "on the network only the largest experts can hide their messages at all",
+    [math.isfinite(each) for each in tokens_needed["network"]] == [True, False, False, False, False],
+)
 
 # %% [markdown]
-# Fine-grained experts (chapter 4) choose better for the same arithmetic, and each choice is a message. Where the table says
+# Fine-grained experts (chapter 3) have more combinations for the same arithmetic, and each choice is a message. Where the table says
 # `inf`, the messages of a token take longer than its arithmetic: no number of tokens hides them.
 #
 # ## What to remember
@@ -305,4 +358,12 @@ show(figure, "08_expert_size")
 # 3. **Accumulation.** A step of 32,768 tokens on each device in 1, 2, 4 or 8 rows: what does each strategy hold and send?
 #    For which is accumulation free?
 #
-# Solutions: `solutions/08_scaling_out.py`.
+# Solutions: [solutions/08_scaling_out.py](solutions/08_scaling_out.py).
+#
+# ## Reading
+#
+# - [Rajbhandari et al. 2020, ZeRO](https://arxiv.org/abs/1910.02054): which of weights, gradients and state to shard.
+# - [Lepikhin et al. 2020, GShard](https://arxiv.org/abs/2006.16668): experts on many devices, all-to-all.
+# - [Our page on scaling](../scaling.md): the same plan as tables, and how to start each.
+# - [The Ultra-Scale Playbook](https://huggingface.co/spaces/nanotron/ultrascale-playbook): all of it, measured on many GPUs.
+# - Next: [chapter 9](09_do_experts_pay.py).

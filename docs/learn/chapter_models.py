@@ -8,15 +8,13 @@ from typing import Any
 
 import torch
 from torch.nn import functional as F
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerBase
 
 from flash_experts.data.cards import Card
-from flash_experts.data.packing import encode_cards, pack, pack_all
+from flash_experts.data.packing import encode_cards, name_nats, pack, pack_all
 from flash_experts.models.router_metrics import update_router_biases
-from flash_experts.models.scoring import name_nats
 from flash_experts.training.batches import NameBatches
-from flash_experts.training.optimizer import freeze_parts, make_optimizers, set_rates
-from flash_experts.training.schedule import Schedule
+from flash_experts.training.optimizer import Schedule, freeze_parts, make_optimizers, set_rates
 from flash_experts.training.training_config import LearningRateScale, TrainingConfig
 
 ALL_PARTS = LearningRateScale()
@@ -45,6 +43,19 @@ def without_dropout(model: Any) -> Any:
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
     return model.train()
+
+
+def tiny_student(teacher: Any) -> GPT2LMHeadModel:
+    """A new GPT-2 of two blocks of width 128, without dropout, with the teacher's vocabulary and attention."""
+    ids = {
+        name: getattr(teacher.config, name) for name in ("vocab_size", "n_positions", "bos_token_id", "eos_token_id")
+    }
+    student = GPT2LMHeadModel(
+        GPT2Config(n_layer=2, n_embd=128, n_head=2, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **ids)
+    )
+    student.set_attn_implementation(teacher.config._attn_implementation)
+    student.loss_type = "ForCausalLM"
+    return student
 
 
 def training_steps(

@@ -8,10 +8,13 @@ from __future__ import annotations
 import ast
 import importlib.util
 import inspect
+import json
+import lzma
 import os
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +23,11 @@ from matplotlib.figure import Figure
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from flash_experts.data.cards import Card, load_source
+from flash_experts.data.cards import Card
 from flash_experts.data.cleaning import clean
 from flash_experts.data.packing import EncodedName
 from flash_experts.data.prepare import load_split, prepare
+from flash_experts.data.sources import load_source
 from flash_experts.data.splits import split_by_family
 from flash_experts.data.tokenizer import load_tokenizer
 from flash_experts.models.loading import load_dense, load_model
@@ -32,6 +36,7 @@ ROOT = Path(__file__).resolve().parents[2]
 BASE = ROOT / "models/mtg-base"  # dense, to be taken apart and upcycled
 RELEASED = ROOT / "models/mtg-names"  # what `generate` and `serve` use
 DATA = ROOT / "data/mtg"
+TEACHER_NAMES = ROOT / "data/teacher-names.jsonl.xz"
 
 IN_NOTEBOOK = "ipykernel" in sys.modules
 
@@ -43,6 +48,7 @@ plt.rcParams.update(
     {
         "figure.constrained_layout.use": True,
         "figure.dpi": 110,
+        "figure.facecolor": "white",  # readable on a dark page as well
         "font.size": 9,
         "axes.spines.top": False,
         "axes.spines.right": False,
@@ -74,6 +80,18 @@ def franchise_cards() -> tuple[list[Card], list[Card]]:
     rows = [row for row in load_source("embedded").rows if row.flag == "franchises"]
     parts = split_by_family(clean(rows, include=["franchises"]).cards).parts
     return parts["train"], [*parts["validation"], *parts["test"]]
+
+
+def teacher_names(count: int) -> list[Card]:
+    """The first names that the 135M teacher wrote, with the attributes that it was given."""
+    fields = ("name", "type_line", "types", "subtypes", "supertypes", "colors", "mana_value", "source_id")
+    with lzma.open(TEACHER_NAMES, "rt", encoding="utf-8") as file:
+        lines = [json.loads(line) for line in islice(file, count)]
+    values = [{field: line[field] for field in fields} for line in lines]
+    return [
+        Card(**{field: tuple(value) if isinstance(value, list) else value for field, value in each.items()})
+        for each in values
+    ]
 
 
 def token_texts(name: EncodedName, tokenizer: PreTrainedTokenizerBase) -> list[str]:

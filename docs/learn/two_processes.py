@@ -25,7 +25,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from flash_experts import GPT2MoEForCausalLM
 from flash_experts.data.packing import encode_cards, pack
 from flash_experts.models import expert_parallel
-from flash_experts.models.expert_parallel import SpreadExperts
+from flash_experts.models.expert_parallel import ShardedExperts
 
 E, K, NAMES = 8, 2, 24
 
@@ -98,7 +98,7 @@ def expert_parallel_layer(model: GPT2MoEForCausalLM, names: list[Any]) -> dict[s
     x_TD = read[0]
     _, gates_TK, experts_TK = layer.router(x_TD)
     sent: list[dict[str, Any]] = []
-    spread = SpreadExperts(layer.experts, model.config, init_device_mesh("cpu", (1, 2)))
+    spread = ShardedExperts(layer.experts, model.config, init_device_mesh("cpu", (1, 2)))
     with watched(sent):
         off = (spread(x_TD, experts_TK, gates_TK) - layer.experts(x_TD, experts_TK, gates_TK)).abs().max()
     held = sum(weight.to_local().numel() for weight in spread.parameters())

@@ -1,10 +1,10 @@
-"""An attention function of your own: each token sees itself and the few before it.
+"""A custom attention function: sliding-window attention, where each token sees itself and the few before it.
 
 python examples/extending/custom_attention.py
 
-transformers calls whatever function is registered under the name that the model was given, for every block. It must
-take three kinds of input: a packed row (`cu_seq_lens_q` says where names begin), a batch without padding, and one new
-token against a cache. `flash_attn_func` and `flash_attn_varlen_func` do the work here. To add a *kernel* that the
+transformers calls the function that is registered under the model's attention name, for every block. It must support
+three kinds of input: a packed sequence (`cu_seq_lens_q` has the starts of names), a batch without padding, and one new
+token with a KV cache. `flash_attn_func` and `flash_attn_varlen_func` do the work here. To add a *kernel* that the
 package's own attention may choose, see `BACKENDS` in `flash_experts.models.attention_backends`.
 """
 
@@ -17,14 +17,13 @@ import torch
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
-from flash_experts.data.cards import load_source
 from flash_experts.data.cleaning import clean
-from flash_experts.data.packing import encode_cards, pack
+from flash_experts.data.packing import encode_cards, name_nats, pack
+from flash_experts.data.sources import load_source
 from flash_experts.data.tokenizer import load_tokenizer
 from flash_experts.models.flash_attention import fe_attention_mask
 from flash_experts.models.flash_attn import flash_attn_func, flash_attn_varlen_func
 from flash_experts.models.loading import load_dense
-from flash_experts.models.scoring import name_nats
 
 BASE = Path(__file__).resolve().parents[2] / "models/mtg-base"
 BEFORE = 3  # tokens that a token sees before itself

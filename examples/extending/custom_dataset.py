@@ -1,13 +1,13 @@
-"""Names of your own kind: here cities. Any list of names will do, one a line.
+"""A custom dataset: here names of cities. Any list works, one name per line.
 
 python examples/extending/custom_dataset.py [NAMES.txt] [MODEL]
 
-The whole way: `prepare` cleans the list and splits it by family, `Trainer` fine-tunes a model on it, `NameGenerator`
-makes new names, none of them in the list. Columns besides the name (type_line, colors, mana_value, of csv or json) are
-attributes that can be asked for. The commands do the same:
+`prepare` cleans the list and splits it by family, `Trainer` fine-tunes a model on it, and `NameGenerator` makes new
+names, none of them in the list. Other columns of CSV or JSON files (type_line, colors, mana_value) are attributes that
+names can be conditioned on. The commands do the same:
 
 flash-experts prepare --source NAMES.txt --out data/cities
-flash-experts train --config configs/quickstart.yaml --data data/cities --training.run-name cities
+flash-experts train --config quickstart --data data/cities --training.run-name cities
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ BASE = HERE.parents[1] / "models/mtg-base"
 
 
 class Curve(Callback):
-    """Keeps the validation's bits per character."""
+    """Records the bits per character of each validation."""
 
     def __init__(self) -> None:
         self.bits: list[float] = []
@@ -61,7 +61,7 @@ def main() -> None:
         result = Trainer(model, tokenizer, train, validation, config, [curve]).train()
         print("validation, bits per character:", *(f"{bits:.2f}" for bits in curve.bits))
 
-        # What must not come out: the names of the list, in the place of the cards that are known otherwise.
+        # Names that are never generated: those of the list instead of all real cards.
         listed = source.read_text("utf-8").splitlines()
         generator = NameGenerator(load_model(result.run_dir, "cpu"), tokenizer, known_names=listed)
     for name in generator.generate(12, max_words=1, seed=7):

@@ -1,10 +1,10 @@
-"""A token filter of your own: the protocol is two questions.
+"""A custom token filter (logits processor) with two methods.
 
 python examples/extending/custom_filter.py [MODEL]
 
-`rule(name)` says in which state a name is, None if anything may follow. It is asked once a row and step, so it should
-be quick. `forbidden(rule)` says which tokens must not follow in that state, once a state: the answer is remembered.
-A filter sees text, never token ids, because one text can be cut into tokens in many ways.
+`rule(name)` returns the state of a name, None if any token may follow. It is called once per row and step, so keep it
+fast. `forbidden(rule)` returns the tokens that must not follow in that state; its result is cached.
+A filter sees text, not token ids, because one text has many tokenizations.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class NoLetterE(NameFilter):
 
 
 class FewConsonants(NameFilter):
-    """At most ``most`` consonants in a row. The state is how many stand at the end of the name so far."""
+    """At most ``most`` consonants in a row. The state is the number of consonants at the end of the name."""
 
     CONSONANTS = re.compile(r"[b-df-hj-np-tv-xz]*", re.IGNORECASE)
 
@@ -44,7 +44,7 @@ class FewConsonants(NameFilter):
         return len(self.CONSONANTS.match(name[::-1])[0])
 
     def forbidden(self, rule: int) -> torch.Tensor:
-        # As if the consonants so far stood before the token.
+        # The trailing consonants of the name count, too: prepend as many to the token.
         return self.vocabulary.where(lambda text: max(map(len, self.CONSONANTS.findall("b" * rule + text))) > self.most)
 
 
@@ -67,9 +67,9 @@ def main() -> None:
         max_new_tokens=12,
         num_return_sequences=3,
     )
-    # Bytes that make no character come out as a replacement sign: here no filter keeps them away.
-    said = generator.tokenizer.batch_decode(rows[:, prompt.shape[1] :], skip_special_tokens=True)
-    print("model.generate: " + "; ".join(name.strip() for name in said))
+    # Bytes that are not a whole character become a replacement character: no filter forbids them here.
+    texts = generator.tokenizer.batch_decode(rows[:, prompt.shape[1] :], skip_special_tokens=True)
+    print("model.generate: " + "; ".join(name.strip() for name in texts))
 
 
 if __name__ == "__main__":

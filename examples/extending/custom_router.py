@@ -1,10 +1,11 @@
-"""A router of your own: scores by the cosine, not by the dot product.
+"""A custom MoE router: cosine similarity instead of the dot product.
 
 python examples/extending/custom_router.py
 
-A dot product grows with the length of the hidden state, so long ones are routed with confidence and short ones by
-chance. The cosine does not (Chi et al. 2022 use it against collapse). A router is a module that returns logits, gates
-and chosen experts for tokens. `TopKRouter` does all that follows the logits, so only these are written here.
+A dot product grows with the norm of the hidden state, so tokens with large norms are routed with confidence and others
+by chance. The cosine does not (Chi et al. 2022 use it against representation collapse). A router is a module that
+returns logits, gates and chosen experts for tokens. `TopKRouter` does everything after the logits, so the class below
+computes only these.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ import torch
 from torch.nn import functional as F
 
 from flash_experts import GPT2MoEForCausalLM
-from flash_experts.data.cards import load_source
 from flash_experts.data.cleaning import clean
 from flash_experts.data.packing import encode_cards, pack
+from flash_experts.data.sources import load_source
 from flash_experts.data.tokenizer import load_tokenizer
 from flash_experts.models.loading import load_dense
 from flash_experts.models.moe_layer import MoELayer, TopKRouter
@@ -71,8 +72,8 @@ def main() -> None:
             optimizer.zero_grad()
         read = router_metrics(model)
         last = f"router/{model.config.n_layer - 1}"
-        told = {name: read[f"{last}/{name}"] for name in ("load_cv", "max_load", "entropy")}
-        print(f"{label}:", ", ".join(f"{name} {value:.2f}" for name, value in told.items()))
+        metrics = {name: read[f"{last}/{name}"] for name in ("load_cv", "max_load", "entropy")}
+        print(f"{label}:", ", ".join(f"{name} {value:.2f}" for name, value in metrics.items()))
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from pathlib import Path
 sys.path.append(str(Path(globals().get("__file__", "a notebook")).resolve().parents[1]))
 
 import torch
+from chapter_claims import holds
 from chapter_models import queries_keys_values
 from chapter_tools import cards, load_base, table
 
@@ -64,16 +65,18 @@ S = q.shape[1]
 means = v.cumsum(1) / torch.arange(1, S + 1)[None, :, None, None]
 at_zero = flash_attn_func(q, k, v, causal=True, softmax_scale=1e-6)
 print(f"scale 1e-6 against the running mean of the values: {(at_zero - means).abs().max():.1e}")
+holds("towards scale 0 the output is the running mean of the values", (at_zero - means).abs().max() < 1e-3)
 scores = torch.einsum("bihc,bjhc->bhij", q, k).masked_fill(torch.ones(S, S, dtype=torch.bool).triu(1), -torch.inf)
 best = scores.argmax(-1)  # (1, H, S)
 best_values = v.transpose(1, 2).gather(2, best[..., None].expand(-1, -1, -1, C)).transpose(1, 2)
 at_infinity = flash_attn_func(q, k, v, causal=True, softmax_scale=1000.0)
 print(f"scale 1000 against the best key's value:           {(at_infinity - best_values).abs().max():.1e}")
+holds("at a large scale it is the best key's value, up to near ties", (at_infinity - best_values).abs().mean() < 1e-2)
 
 # %% [markdown]
 # ## 2. How far back?
 #
-# Measured on the names' own tokens, with their prompts (about 8 tokens) before them.
+# Measured on the names' own tokens, with their prompts before them.
 
 # %%
 
@@ -93,14 +96,21 @@ def needed_window(block: int, head: int) -> int:
     return 32
 
 
+windows = [[needed_window(block, head) for head in range(H)] for block in range(L)]
 table(
     ["", *(f"head {head}" for head in range(H))],
-    [[f"block {block}", *(needed_window(block, head) for head in range(H))] for block in range(L)],
+    [[f"block {block}", *of_heads] for block, of_heads in enumerate(windows)],
 )
+all_windows = sorted(window for of_heads in windows for window in of_heads)
+own_tokens = sum(name.num_inputs - name.prompt_length for name in names[:20]) / 20
+print(
+    f"a name has {own_tokens:.1f} tokens of its own on average; heads with a smaller window: {sum(window < own_tokens for window in all_windows)} of {H * L}"
+)
+holds("most heads need a window that reaches into the prompt", all_windows[len(all_windows) // 2] > own_tokens)
 
 # %% [markdown]
-# Two heads of block 0 are local. All the others need a window that reaches into the prompt: even a head that looks one
-# back most of the time takes a little from the attributes, and a window cuts that off.
+# A head that is local would need a small number. Even a head that looks one back at many tokens takes a little from the
+# attributes, and a window cuts that off.
 #
 # ## 3. Find the head that looks one back
 
@@ -123,9 +133,11 @@ for title, weights in (("the token before", before), ("the prompt, without the B
     block, head = divmod(int(weights.argmax()), H)
     print(f"most: block {block}, head {head}\n")
 
+holds("no head of this model is a pure previous-token head: none has half of its weight there", before.max() < 0.5)
+holds("some head reads the prompt with most of its weight", prompt.max() > 0.5)
+
 # %% [markdown]
-# A mean of 0.3 to 0.4 on the token before is no pure "previous token head". As the chapter's picture shows, such a head
-# looks one back at some tokens and rests on the BOS token at others.
+# As the chapter's picture shows, a head looks one back at some tokens and elsewhere at others.
 #
 # ## 4. The cache of a large model
 
@@ -144,3 +156,7 @@ q, k, v = torch.randn(1, 50, 12, 64), torch.randn(1, 50, 2, 64), torch.randn(1, 
 grouped = flash_attn_func(q, k, v, causal=True)
 repeated = flash_attn_func(q, k.repeat_interleave(6, dim=2), v.repeat_interleave(6, dim=2), causal=True)
 print(f"query head h uses key/value head h // 6: difference {(grouped - repeated).abs().max():.1e}")
+holds(
+    "query head h uses key/value head h // 6, and the cache is a sixth",
+    torch.allclose(grouped, repeated, atol=1e-6) and cache_bytes(12) == 6 * cache_bytes(2),
+)

@@ -23,6 +23,7 @@ sys.path.append(str(Path(globals().get("__file__", "a notebook")).resolve().pare
 import math
 
 import torch
+from chapter_claims import holds
 from chapter_tools import table
 from chapter_watching import watched_tiles
 
@@ -62,7 +63,9 @@ for label, tiles in (
     ("one key at a time, shuffled", list(shuffled.split(1))),
     ("tiles of 1, 2, 4, 8, 16, 32, 37", list(shuffled.split([1, 2, 4, 8, 16, 32, 37]))),
 ):
-    print(f"{label:32} off by {(online_softmax(scores_S, values_SC, tiles) - expected_C).abs().max():.0e}")
+    off = (online_softmax(scores_S, values_SC, tiles) - expected_C).abs().max()
+    print(f"{label:32} off by {off:.0e}")
+    holds("neither order nor sizes of the tiles matter", off < 1e-12)
 
 # %% [markdown]
 # ## 2. Without the maximum
@@ -73,17 +76,25 @@ for label, tiles in (
 # %%
 shape = torch.tensor([0.0, 1.0, 2.0, 3.0])
 values = torch.tensor([[10.0], [20.0], [30.0], [40.0]])
-rows = []
+rows, plains, onlines = [], {}, {}
 for shift in (0.0, 80.0, 85.0, 86.0, 100.0, -100.0, -110.0):
     scores = shape + shift
     plain = (scores.exp() / scores.exp().sum()) @ values
     online = online_softmax(scores, values, [torch.tensor([0, 1]), torch.tensor([2, 3])])
+    plains[shift], onlines[shift] = plain.item(), online.item()
     rows.append([f"{shift:g} to {shift + 3:g}", f"{plain.item():.4f}", f"{online.item():.4f}"])
 table(["scores", "without m", "online"], rows)
+holds("the online form gives the same at all of them", max(onlines.values()) - min(onlines.values()) < 1e-3)
+holds(
+    "without m it fails from scores of 89 up, and at -107 and under",
+    all(math.isnan(plains[shift]) for shift in (86.0, 100.0, -110.0)),
+)
+holds("before it fails at the low end it loses digits", abs(plains[-100.0] - plains[0.0]) > 1e-3)
+holds("in float16 it fails at scores between 11 and 12", math.exp(11) < torch.finfo(torch.float16).max < math.exp(12))
 
 # %% [markdown]
-# The sum fails a little before the single term does. Before it fails at the low end it loses digits: exp(-100) is a
-# denormal number. In float16 the largest number is 65504, so it would fail at scores of 11.
+# exp(-100) is a denormal number of float32. The sum fails a little before the single term does. In float16 the largest
+# number is 65,504.
 #
 # ## 3. Two halves
 #
@@ -107,6 +118,7 @@ merged = (torch.stack(outs) * shares_2BSH[..., None]).sum(0)
 print(
     f"merged against all at once: output {(merged - whole).abs().max():.1e}, LSE {(lse_of_both - lse).abs().max():.1e}"
 )
+holds("merged, the halves are the attention over all keys", torch.allclose(merged, whole, atol=1e-5))
 print(f"share of the first 80 of 200 keys, query 0, by head: {[f'{x:.2f}' for x in shares_2BSH[0, 0, 0].tolist()]}")
 
 # %% [markdown]
@@ -129,7 +141,12 @@ rows = []
 for S in (512, 1024, 2048, 4096):
     rows.append([S, count_tiles(S, left=-1), count_tiles(S, left=128)])
 table(["length", "causal", "causal, window of 128"], rows)
+holds(
+    "twice the length: nearly four times the tiles without a window, about twice with it",
+    rows[3][1] > 3.8 * rows[2][1] and rows[3][2] < 2.1 * rows[2][2],
+)
 
 with watched_tiles() as made:
     reference.attention(*torch.randn(3, 1, 1024, 1, 64), AttentionOptions(scale=0.125, left=128, right=0))
 print(f"made by the reference at 1024 with the window: {len(made)}")
+holds("the reference makes as many", len(made) == rows[1][2])

@@ -22,6 +22,7 @@ from pathlib import Path
 sys.path.append(str(Path(globals().get("__file__", "a notebook")).resolve().parents[1]))
 
 import torch
+from chapter_claims import holds
 from chapter_models import bits_per_character, nats_of_names, training_steps
 from chapter_tools import cards, load_base, table
 
@@ -72,7 +73,9 @@ logits_TE[token, 1 + token % 7] = 20.0
 experts_TK = logits_TE.argmax(-1, keepdim=True)
 print("load:", [f"{load:.2f}" for load in (torch.bincount(experts_TK[:, 0], minlength=8) / 12.5).tolist()])
 print("mean probability:", [f"{p:.3f}" for p in logits_TE.softmax(-1).mean(0).tolist()])
-print(f"loss: {load_balancing_loss(logits_TE, experts_TK):.3f}")
+loss_under_1 = load_balancing_loss(logits_TE, experts_TK)
+print(f"loss: {loss_under_1:.3f}")
+holds("an unbalanced router with a loss under 1", loss_under_1 < 1)
 
 # %% [markdown]
 # So "the minimum is 1" holds where the probabilities follow the shares, as they do with a router that is sure: f = P
@@ -84,17 +87,19 @@ print(f"loss: {load_balancing_loss(logits_TE, experts_TK):.3f}")
 model = upcycled()
 for _ in training_steps(model, train_cards, tokenizer, 20, 1e-3, lr_scale=EXPERTS_ONLY):
     pass
-rows = []
+rows, bits_of = [], {}
 for k in (1, 2, 4, 8):
     model.transformer.h[LAST].mlp.router.top_k = k
     nats = nats_of_names(model, validation_cards, tokenizer)
-    rows.append([k, f"{bits_per_character(nats, validation_cards):.3f}"])
+    bits_of[k] = bits_per_character(nats, validation_cards)
+    rows.append([k, f"{bits_of[k]:.3f}"])
 nats = nats_of_names(dense, validation_cards, tokenizer)
 rows.append(["dense base", f"{bits_per_character(nats, validation_cards):.3f}"])
 table(["experts per token", "validation bits"], rows)
+holds("all nearly alike: within 0.03 bits", max(bits_of.values()) - min(bits_of.values()) < 0.03)
 
 # %% [markdown]
-# All nearly alike: after 20 steps the experts are still close to the MLP that they were copied from, so it hardly
+# After 20 steps the experts are still close to the MLP that they were copied from, so it hardly
 # matters which of them, and how many, work on a token. The number of experts at evaluation is a free choice only as
 # long as they have not parted.
 #
@@ -104,7 +109,7 @@ table(["experts per token", "validation bits"], rows)
 
 # %%
 packed = pack(encode_cards(train_cards[:100], tokenizer))
-rows = []
+rows, dropped = [], {}
 for factor in (1.0, 1.25, 2.0, 4.0):
     shares = []
     for model in (upcycled(capacity_factor=factor), favour_two(upcycled(capacity_factor=factor))):
@@ -112,29 +117,50 @@ for factor in (1.0, 1.25, 2.0, 4.0):
         with torch.no_grad():
             model(**packed.inputs_with_loss(packed.labels.numel()))
         shares.append(router_metrics(model)[f"router/{LAST}/drop_rate"])
+    dropped[factor] = shares
     rows.append([f"{factor:g}", *(f"{share:.0%}" for share in shares)])
 table(["capacity factor", "random router, dropped", "biased router, dropped"], rows)
+holds("at 4 = E / K nothing is dropped", max(dropped[4.0]) == 0)
+holds("a random router is not balanced either: 1.0 drops from it as well", dropped[1.0][0] > 0.02)
+holds(
+    "the biased router loses more at each factor under 4",
+    all(dropped[factor][1] > dropped[factor][0] for factor in (1.0, 1.25, 2.0)),
+)
 
 # %% [markdown]
-# At 4.0 = E / K even the worst collapse fits: all tokens on the same two experts are 4 times the mean load. A random
-# router is not balanced either, so 1.0 drops from it as well.
+# At 4.0 even the worst collapse fits: all tokens on the same two experts are 4 times the mean load.
 #
 # ## 4. The coefficient
 
 # %%
-rows = []
-for coefficient in (0.001, 0.01, 0.1, 1.0):
-    model = favour_two(upcycled(router_aux_loss_coef=coefficient))
+rows, ends, bits_of = [], {}, {}
+WITHOUT = {"router_z_loss_coef": 0.0}
+for coefficient, more in ((0.0, WITHOUT), (0.0, {}), (0.001, {}), (0.01, {}), (0.1, {}), (1.0, {})):
+    model = favour_two(upcycled(router_aux_loss_coef=coefficient, **more))
     reads, losses = [], []
     for loss in training_steps(model, train_cards, tokenizer, 15, 1e-3, lr_scale=EXPERTS_ONLY):
         reads.append(router_metrics(model)[f"router/{LAST}/load_cv"])
         losses.append(loss)
     late = sum(losses[-5:]) / 5
     bits = bits_per_character(nats_of_names(model, validation_cards, tokenizer), validation_cards)
-    rows.append([f"{coefficient:g}", f"{reads[0]:.2f}", f"{reads[-1]:.2f}", f"{late:.3f}", f"{bits:.3f}"])
+    label = f"{coefficient:g}{', no z-loss' if more else ''}"
+    ends[label], bits_of[label] = reads[-1], bits
+    rows.append([label, f"{reads[0]:.2f}", f"{reads[-1]:.2f}", f"{late:.3f}", f"{bits:.3f}"])
 table(["coefficient", "spread, step 1", "spread, step 15", "training loss, last 5", "validation bits"], rows)
 
+holds(
+    "without any loss the collapse stays; large coefficients cure it fastest",
+    ends["0, no z-loss"] > 2 * max(ends["0.1"], ends["1"]),
+)
+small = [ends[label] for label in ("0", "0.001", "0.01")]
+holds(
+    "0, 0.001 and 0.01 end alike: what moves the router there is the z-loss (0.001, the default)",
+    max(small) < 1.3 * min(small) and max(small) < 0.75 * ends["0, no z-loss"],
+)
+holds("no cost in bits is seen", max(bits_of.values()) - min(bits_of.values()) < 0.03)
+
 # %% [markdown]
-# The larger the coefficient, the faster the cure. A cost in language loss does not show here: the experts are still
-# nearly equal, so a token loses nothing at the wrong one. Expect it when they have parted. That is why 0.01 is the
+# The z-loss pulls the large logits of the two favoured experts down, and with them their lead: it has cured most of the
+# collapse before a small balancing loss has done anything. A cost in language loss does not show here: the experts are
+# still nearly equal, so a token loses nothing at the wrong one. Expect it when they have parted. That is why 0.01 is the
 # usual value and not 1.

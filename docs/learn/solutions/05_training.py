@@ -26,13 +26,13 @@ from typing import Any
 sys.path.append(str(Path(globals().get("__file__", "a notebook")).resolve().parents[1]))
 
 import torch
+from chapter_claims import holds
 from chapter_tools import cards, load_base, table
 
-from flash_experts.benchmarks.measuring import Contestant, Lap, take_turns
+from flash_experts.benchmarks.timing import Implementation, Lap, time_in_rounds
 from flash_experts.data.packing import encode_cards, pack
 from flash_experts.training.batches import NameBatches
-from flash_experts.training.optimizer import make_optimizers
-from flash_experts.training.schedule import Schedule
+from flash_experts.training.optimizer import Schedule, make_optimizers
 from flash_experts.training.training_config import TrainingConfig
 
 base, tokenizer = load_base()
@@ -58,22 +58,34 @@ def step(model: Any, inputs: dict[str, Any]) -> Callable[[Lap], None]:
     return run
 
 
-rows = []
+rows, gains, sizes = [], [], []
 for vocabulary in (base.config.vocab_size, 50_257):
     model = copy.deepcopy(base)
     model.resize_token_embeddings(vocabulary, mean_resizing=False)
-    contestants = {"all": Contestant(step(model, everywhere)), "kept": Contestant(step(model, kept))}
-    timings = take_turns(contestants, torch.device("cpu"), rounds=3, seconds=0.0)
+    implementations = {"all": Implementation(step(model, everywhere)), "kept": Implementation(step(model, kept))}
+    timings = time_in_rounds(implementations, torch.device("cpu"), rounds=3, seconds=0.0)
     slow, quick = timings["all"].total, timings["kept"].total
     size = 4 * row.num_tokens * vocabulary / 1e6
+    gains.append(slow / quick)
+    sizes.append(size)
     rows.append(
         [f"{vocabulary:,}", f"{size:.0f} MB", f"{slow * 1e3:.0f}", f"{quick * 1e3:.0f}", f"{slow / quick:.2f} x"]
     )
 table(["tokens in the vocabulary", "all logits", "ms with all", "ms with labels' only", "gain"], rows)
 
+D = base.config.n_embd
+share = [
+    vocabulary * D / (vocabulary * D + 12 * base.config.n_layer * D**2)
+    for vocabulary in (base.config.vocab_size, 50_257)
+]
+print(f"the output layer's share of a forward's multiplications: {share[0]:.0%} and {share[1]:.0%}")
+holds(
+    "the larger the vocabulary, the larger the output layer's share, and the gain that was timed",
+    share[0] < share[1] and gains[1] > gains[0],
+)
+
 # %% [markdown]
-# The gain grows with the vocabulary: the output layer does 2 V D operations a position, all blocks together about
-# 24 D² each. (The optimizer is not timed here. Its work grows with the table, and no choice of logits changes that;
+# The output layer does 2 V D operations a position, each block about 24 D². (The optimizer is not timed here. Its work grows with the table, and no choice of logits changes that;
 # `trim_vocabulary` in the training configuration does, by leaving out what no card uses.)
 #
 # ## 2. Sorting instead
@@ -90,13 +102,19 @@ def padding(order: list[int], size: int = 48) -> float:
 
 shuffled = random.Random(0).sample(lengths, len(lengths))
 buckets = [sorted(shuffled[start : start + 480]) for start in range(0, len(shuffled), 480)]
+in_buckets = [length for bucket in buckets for length in bucket]
 table(
     ["order", "padding"],
     [
         ["random", f"{padding(shuffled):.1%}"],
-        ["sorted among 480 neighbours", f"{padding([length for bucket in buckets for length in bucket]):.1%}"],
+        ["sorted among 480 neighbours", f"{padding(in_buckets):.1%}"],
         ["sorted", f"{padding(sorted(lengths)):.1%}"],
     ],
+)
+
+holds(
+    "sorting takes most of the padding away, among 480 neighbours too",
+    padding(sorted(lengths)) < padding(in_buckets) < padding(shuffled) / 2,
 )
 
 # %% [markdown]
@@ -108,7 +126,7 @@ table(
 # ## 3. Clipping
 
 # %%
-rows = []
+rows, of_clip, all_acted = [], {}, []
 for clip in (None, 1.0):
     model, config = copy.deepcopy(base), TrainingConfig(max_steps=10, max_epochs=None, tokens_per_batch=384)
     batches, optimizer = NameBatches.of(train_cards, tokenizer, config), make_optimizers(model, config)["optimizer"]
@@ -125,13 +143,23 @@ for clip in (None, 1.0):
         optimizer.zero_grad()
         losses.append(loss.item())
     acted = sum(norm > 1.0 for norm in norms)
+    of_clip[clip] = losses
+    all_acted.append(acted)
     rows.append([clip or "none", *(f"{loss:.2f}" for loss in (losses[0], max(losses), losses[-1])), f"{acted} of 10"])
 table(["clip_norm", "loss, step 1", "largest", "step 10", "gradient norm over 1"], rows)
 
+holds("the gradient's norm is over 1 in most steps, so clipping acts", min(all_acted) > 5)
+holds(
+    "it is no cure for a rate that is too high: both runs end far above where they began",
+    all(losses[-1] > 1.5 * losses[0] for losses in of_clip.values()),
+)
+ratio = of_clip[1.0][-1] / of_clip[None][-1]
+print(f"the last loss with clipping over that without: {ratio:.2f}")
+holds("and it changes the last loss by less than half", 0.5 < ratio < 2)
+
 # %% [markdown]
-# The gradient's norm is over 1 in most steps, so clipping acts, and yet the losses are much alike: AdamW divides by the
-# root of v, so a gradient that is scaled down as a whole moves the weights as far as before. Clipping matters with AdamW
-# when *one* step is out of line with the others; it is no cure for a rate that is too high.
+# AdamW divides by the root of v, so a gradient that is scaled down as a whole moves the weights as far as before. Clipping
+# matters with AdamW when *one* step is out of line with the others.
 #
 # ## 4. Another schedule, the same resume
 
@@ -139,7 +167,11 @@ table(["clip_norm", "loss, step 1", "largest", "step 10", "gradient norm over 1"
 plan = Schedule("cosine", 0.1, 0.1, planned_steps=100, planned_seconds=None)
 again = Schedule("cosine", 0.1, 0.1, planned_steps=100, planned_seconds=None)
 longer = Schedule("cosine", 0.1, 0.1, planned_steps=150, planned_seconds=None)
-print("resumed at 50, same max_steps:", all(plan.factor(n, 0.0) == again.factor(n, 0.0) for n in range(50, 100)))
+holds(
+    "resumed at 50 with the same max_steps, the rates are the same",
+    all(plan.factor(n, 0.0) == again.factor(n, 0.0) for n in range(50, 100)),
+)
+holds("with another max_steps the rate jumps", longer.factor(50, 0.0) > plan.factor(49, 0.0) + 0.1)
 rows = [[n, f"{plan.factor(n, 0.0):.3f}", f"{longer.factor(n, 0.0):.3f}"] for n in (49, 50, 75, 99)]
 table(["step", "max_steps 100", "changed to 150"], rows)
 

@@ -23,10 +23,12 @@ from pathlib import Path
 sys.path.append(str(Path(globals().get("__file__", "a notebook")).resolve().parents[1]))
 
 import torch
+from chapter_claims import holds
 from chapter_tools import load_released, table
 
 from flash_experts import NameGenerator
 from flash_experts.data.names import normal_form
+from flash_experts.data.prompts import Attributes
 from flash_experts.generation import PRESETS, NameFilter, Sampling
 from flash_experts.generation.sampling import candidates
 
@@ -59,21 +61,21 @@ class GrowingWords(NameFilter):
             return any(second <= first for first, second in pairwise(finished) if first)
 
         forbidden = self.vocabulary.where(breaks)
-        forbidden[self.vocabulary.end_id] = last <= before
+        forbidden[self.vocabulary.eos_id] = last <= before
         return forbidden
 
 
 names = [name.text for name in generator.generate(8, type_line="Dragon", seed=7, min_words=2, filters=[GrowingWords])]
 print("; ".join(names))
-print("all grow:", all(len(a) < len(b) for name in names for a, b in pairwise(name.split())))
+holds("in each name all words grow", all(len(a) < len(b) for name in names for a, b in pairwise(name.split())))
 
 # %% [markdown]
 # ## 2. Tails
 
 # %%
-prompt_ids = [tokenizer.bos_token_id, *generator.vocabulary.encode("Dragon:")]
+prompt_ids = [tokenizer.bos_token_id, *generator.vocabulary.encode(Attributes.parse("Dragon", None, None).prompt())]
 first_1V = model(torch.tensor([prompt_ids])).logits[:, -1]
-rows = []
+rows, tokens_left, ratios = [], {"top-p 0.9": [], "min-p 0.1": []}, {"top-p 0.9": [], "min-p 0.1": []}
 for temperature in (0.7, 1.0, 1.5):
     for title, sampling in (
         ("top-p 0.9", Sampling(temperature=temperature, top_p=0.9)),
@@ -81,45 +83,71 @@ for temperature in (0.7, 1.0, 1.5):
     ):
         probs_K = candidates(first_1V, sampling)[0][0]
         probs_K = probs_K[probs_K > 0] / probs_K.sum()
+        tokens_left[title].append(len(probs_K))
+        ratios[title].append((probs_K.min() / probs_K.max()).item())
         rows.append([f"{title}, temperature {temperature}", len(probs_K), f"{probs_K.min() / probs_K.max():.4f}"])
 table(["", "tokens left", "least likely over likeliest"], rows)
 
+holds(
+    "both let more tokens pass at a higher temperature, min-p fewer than top-p",
+    all(counts == sorted(counts) for counts in tokens_left.values())
+    and all(a < b for a, b in zip(tokens_left["min-p 0.1"], tokens_left["top-p 0.9"], strict=True)),
+)
+holds(
+    "min-p lets none pass that is more than ten times less likely than the best, top-p does",
+    min(ratios["min-p 0.1"]) >= 0.0999 > max(ratios["top-p 0.9"]),
+)
+
 # %% [markdown]
-# Top-p keeps a fixed mass. A higher temperature moves mass into the tail, and the cut follows it: count the tokens. Min-p
-# keeps a fixed ratio to the likeliest token, whatever the temperature: more tokens pass, but none that is more than ten
-# times less likely than the best. That is the robustness.
+# Top-p keeps a fixed mass. A higher temperature moves mass into the tail, and the cut follows it. Min-p keeps a fixed ratio to
+# the likeliest token, whatever the temperature. That is the robustness.
 #
 # ## 3. Best of
 
 # %%
-rows = []
+rows, means, different = [], [], []
 for best_of in (1, 2, 4, 8):
     started = time.process_time()
     names = generator.generate(24, type_line="Goblin", seed=5, best_of=best_of)
     seconds = time.process_time() - started
     mean = sum(name.score for name in names) / len(names)
+    means.append(mean)
+    different.append(len({word for name in names for word in name.text.split()}))
     letters = sum(len(name.text) for name in names) / len(names)
     rows.append(
-        [best_of, f"{mean:.2f}", f"{seconds:.2f}", f"{letters:.1f}", "; ".join(name.text for name in names[:3])]
+        [
+            best_of,
+            f"{mean:.2f}",
+            f"{seconds:.2f}",
+            f"{letters:.1f}",
+            different[-1],
+            "; ".join(name.text for name in names[:3]),
+        ]
     )
-table(["best of", "nats a character", "seconds", "letters", "e.g."], rows)
+table(["best of", "nats a character", "seconds", "letters", "different words", "e.g."], rows)
+holds("the more candidates there are, the more varied the words of the list", different[-1] > different[0])
 
 # %% [markdown]
-# The score rises with the logarithm of the draws, about, and the time with the draws. What is lost is surprise: the
-# likeliest of eight is made of common words. It is the trade of the temperature again, with another handle.
+# The time rises with the draws. A word that the list has already costs a candidate score, so the list gains words, and names
+# that are less likely on their own are chosen. `Weights` in `flash_experts.generation.reranking.reranker` holds the trade.
 #
 # ## 4. Without the novelty filter
 
 # %%
-rows = []
+rows, reals, furthest = [], [], 0.0
 for preset in PRESETS:
-    texts = [name.text for name in free.generate(300, preset=preset, seed=3)]
+    texts = [name.text for name in free.generate(300, quality="fast", preset=preset, seed=3)]
     real = sum(normal_form(text) in generator.known.normal_forms for text in texts)
     near = [similarity for _, similarity in generator.known.nearest(texts)]
     close = sum(1 - similarity <= 0.1 for similarity in near) - real
-    far = generator.generate(50, preset=preset, seed=3, min_distance=0.3)
+    far = generator.generate(50, quality="fast", preset=preset, seed=3, min_distance=0.3)
+    reals.append(real)
+    furthest = max(furthest, *(name.similarity for name in far))
     rows.append([preset, real, close, f"{max(name.similarity for name in far):.2f}"])
 table(["preset", "real cards of 300", "others within 10%", "highest similarity with min_distance 0.3"], rows)
+
+holds("without the novelty filter some names are real cards", sum(reals) > 0)
+holds("with min_distance 0.3 no name is more than 0.7 similar to a card", furthest <= 0.7 + 1e-9)
 
 # %% [markdown]
 # The novelty filter forbids what is known and nothing else: one letter more is another name. `min_distance` measures the

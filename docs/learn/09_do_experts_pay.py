@@ -1,0 +1,413 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 9. Do experts pay?
+#
+# **The question: does a model with experts write better names than a dense model, for what it costs in weights,
+# arithmetic, seconds and text, and when would one use experts at all?**
+#
+# Chapters 3 and 4 show how experts work. This one asks for the evidence, and it is this project's own: dense models and
+# models with experts, trained in the same way with three seeds, and tested once on names that none has read. No number
+# below is written by hand: all are read from `benchmarks/results/`, from the logs of the released models, or measured
+# here. Negative results are among them. The [glossary](../glossary.md#mixture-of-experts) has the terms.
+
+# %%
+import copy
+import json
+import math
+
+import matplotlib.pyplot as plt
+import torch
+from chapter_claims import holds, verdict
+from chapter_models import bits_per_character, nats_of_names
+from chapter_tools import BASE, RELEASED, ROOT, cards, load_base, load_released, show, table
+
+from flash_experts.models.moe_layer import MoELayer
+from flash_experts.training.tracking import read_metrics
+
+RESULTS = ROOT / "benchmarks/results"
+released_runs = json.loads((RESULTS / "released_2cores.json").read_text("utf-8"))
+runs, less_dense = released_runs["runs"], released_runs["less_dense"]
+LABELS = {
+    "dense": "dense",
+    "dense-active": "dense, equal active parameters",
+    "dense-active-early": "dense, equal active parameters, widened early",
+    "dense-total": "dense, equal total parameters",
+    "shared": "experts, upcycled late",
+    "moe": "experts, upcycled late",
+    "shared-early": "experts, upcycled early",
+    "moe-early": "experts, upcycled early",
+}
+SETS = {"test_iid": "test_iid: families that were read", "test": "test: families of which nothing was read"}
+
+
+def is_moe(name: str) -> bool:
+    """Experts have more parameters than a token uses."""
+    return runs[name][0]["size"]["total"] > runs[name][0]["size"]["active"]
+
+
+def mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def bits(name: str, split: str, prompt: str = "unconditional") -> float:
+    """The mean over seeds."""
+    return mean([run["bits"][split][prompt]["value"] for run in runs[name]])
+
+
+seeds = len(runs["dense"])
+print(f"{len(runs)} kinds of models, {seeds} seeds each, PyTorch {released_runs['versions']['torch']}")
+
+# %% [markdown]
+# ## The picture first
+#
+# Bits per character less those of the dense model of the same seed, on the same names: left is better. Three points are
+# three seeds, with 95% intervals over names (paired bootstrap, chapter 7).
+
+# %%
+figure, axes = plt.subplots(1, 2, figsize=(13, 3.4), sharey=True)
+for axis, (split, title) in zip(axes, SETS.items(), strict=True):
+    for row, name in enumerate(less_dense):
+        for seed, each in enumerate(less_dense[name][split]["each"]):
+            place, color = row + 0.2 * (seed - 1), "tab:orange" if is_moe(name) else "tab:blue"
+            errors = [[each["value"] - each["low"]], [each["high"] - each["value"]]]
+            axis.errorbar(each["value"], place, xerr=errors, fmt="o", color=color, markersize=4)
+    axis.axvline(0, color="black", linewidth=0.8)
+    axis.set(title=title, xlabel="bits per character, less dense")
+axes[0].set_yticks(range(len(less_dense)), [LABELS.get(name, name) for name in less_dense])
+axes[0].invert_yaxis()
+show(figure, "09_less_dense")
+
+# %% [markdown]
+# Orange are models with experts. In words, by the intervals of each seed:
+
+# %%
+for name in less_dense:
+    for split in SETS:
+        each = less_dense[name][split]["each"]
+        found = [verdict(one["low"], one["high"], "better", "worse", "not shown") for one in each]
+        counts = ", ".join(f"{found.count(kind)} {kind}" for kind in ("better", "worse", "not shown") if kind in found)
+        print(f"{LABELS.get(name, name)}, {split}: {less_dense[name][split]['mean']:+.4f} on average; {counts}")
+
+# %% [markdown]
+# ## Who competes, and at what price?
+#
+# - **dense**: the base, fine-tuned on the names.
+# - **equal active parameters**: a dense model, widened so that a token meets as many weights as in the model with experts.
+# - **equal total parameters**: a dense model as large as all experts together.
+# - **upcycled late**: experts that are made before the last stage of training, the names.
+# - **upcycled early**: experts that are made one stage before, where there is much more text.
+#
+# "Better" has to say at equal what. Four prices:
+
+# %%
+rows = []
+for name, of_seeds in runs.items():
+    size = of_seeds[0]["size"]
+    rows.append(
+        [
+            LABELS.get(name, name),
+            f"{size['total'] / 1e6:.1f} M",
+            f"{size['active'] / 1e6:.1f} M",
+            f"{mean([run['flops'] for run in of_seeds]) / mean([run['flops'] for run in runs['dense']]):.2f} x",
+            f"{min(run['seconds'] for run in of_seeds):.0f} to {max(run['seconds'] for run in of_seeds):.0f}",
+            *(f"{bits(name, split):.4f}" for split in SETS),
+            f"{bits(name, 'test_iid', 'conditional'):.4f}",
+        ]
+    )
+table(["", "weights", "active", "FLOPs", "seconds", "test_iid", "test", "test_iid, given attributes"], rows)
+experts = [name for name in runs if is_moe(name)]
+dense_ones = [name for name in runs if not is_moe(name)]
+widest = max(dense_ones, key=lambda name: runs[name][0]["size"]["total"])
+moe_size = runs[experts[0]][0]["size"]
+holds("there are models with experts and dense ones to compare them with", len(experts) >= 1 and len(dense_ones) >= 2)
+holds("a token uses under half of the weights of the model with experts", moe_size["active"] < moe_size["total"] / 2)
+active_ones = [name for name in dense_ones if name.startswith("dense-active")]
+for name in active_ones:
+    active = runs[name][0]["size"]["active"]
+    holds(
+        "the dense model of equal active parameters has as many, within 2%", abs(active / moe_size["active"] - 1) < 0.02
+    )
+total = runs[widest][0]["size"]["total"]
+holds("the one of equal total parameters has as many, within 2%", abs(total / moe_size["total"] - 1) < 0.02)
+
+# %% [markdown]
+# FLOPs and seconds are of the last stage alone. The seconds come from machines that did other things as well: look at the
+# spread within one row, where the work was the same. So the honest axis here is FLOPs, and the seconds of the next
+# section are from quiet machines.
+
+# %%
+spreads = [max(run["seconds"] for run in of) / min(run["seconds"] for run in of) for of in runs.values()]
+print(f"slowest over fastest of the same training: up to {max(spreads):.1f}")
+figure, axes = plt.subplots(1, 2, figsize=(12, 3.6))
+for axis, (split, title) in zip(axes, SETS.items(), strict=True):
+    for marker, name in zip("osD^vPX*", runs, strict=False):
+        flops = mean([run["flops"] for run in runs[name]])
+        values = [run["bits"][split]["unconditional"]["value"] for run in runs[name]]
+        color = "tab:orange" if is_moe(name) else "tab:blue"
+        axis.plot([flops / 1e12] * len(values), values, marker, color=color, alpha=0.7, label=LABELS.get(name, name))
+    axis.set(title=title, xlabel="TFLOP of the last stage", ylabel="bits per character")
+axes[0].legend(fontsize=6.5)
+show(figure, "09_bits_and_flops")
+
+# %% [markdown]
+# Each point is a seed, and lower is better. What one would like to see is orange under the line from blue to blue.
+#
+# **Is it more than luck?** The intervals above are over names. Another seed of training is another model. With three seeds
+# the mean difference has a t-interval of ± 4.30 standard deviations over the root of 3 (two degrees of freedom).
+
+# %%
+T_975 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}[seeds]  # Student's t, seeds - 1 degrees of freedom
+shown, rows = {}, []
+for name in less_dense:
+    for split in SETS:
+        of = less_dense[name][split]
+        half = T_975 * of["deviation"] / math.sqrt(seeds)
+        low, high = of["mean"] - half, of["mean"] + half
+        shown[name, split] = verdict(low, high, "better", "worse", "not shown")
+        percent = of["mean"] / bits("dense", split)
+        rows.append(
+            [
+                f"{LABELS.get(name, name)}, {split}",
+                f"{of['mean']:+.4f} ± {half:.4f}",
+                f"{percent:+.1%}",
+                shown[name, split],
+            ]
+        )
+table(["less dense, over seeds", "bits per character", "relative", ""], rows)
+best = min(less_dense, key=lambda name: less_dense[name]["test_iid"]["mean"])
+gain = -less_dense[best]["test_iid"]["mean"] / bits("dense", "test_iid")
+cost = mean([run["flops"] for run in runs[best]]) / mean([run["flops"] for run in runs["dense"]])
+print(f"the best on test_iid: {LABELS.get(best, best)}, {gain:.1%} better than dense for {cost:.2f} x its FLOPs")
+holds("no model here is better than dense by more than 5%: the differences are small", gain < 0.05)
+
+# %% [markdown]
+# ## Early or late: experts need something to read
+#
+# The dense base had read its text before. Experts that are made after that read the same names again, and those teach
+# little that is new. Experts made a stage earlier had the larger text of that stage to become different on (in the runs of
+# this file 250,000 phrases; [experiments](../experiments.md), 24 November).
+
+# %%
+early = [name for name in experts if name.endswith("early")]
+late = [name for name in experts if not name.endswith("early")]
+for split in SETS:
+    for first, second in zip(early, late, strict=False):
+        a, b = (less_dense[name][split]["mean"] for name in (first, second))
+        print(f"{split}: early {a:+.4f}, late {b:+.4f} against dense; early less late {a - b:+.4f}")
+if early and late:
+    print("early is ahead of late on test_iid:", bits(early[0], "test_iid") < bits(late[0], "test_iid"))
+    print("early is ahead of late on unseen families:", bits(early[0], "test") < bits(late[0], "test"))
+
+# %% [markdown]
+# **The released models** were made later, by distillation ([chapter 10](10_distillation.py)): a dense student read the
+# teacher's names twice, then became an MoE model and read the same names a third time. Their own logs tell what came of
+# it (validation names, bits per character):
+
+# %%
+rows, scored = [], {}
+for label, folder in (("dense student (models/mtg-base)", BASE), ("with experts (models/mtg-names)", RELEASED)):
+    validations = [line for line in read_metrics(folder / "metrics.jsonl") if line["event"] == "validation"]
+    scored[label] = validations
+    for line in validations:
+        keys = ("validation/bits_per_char", "validation/bits_per_char_given_attributes")
+        rows.append([label, line["step"], f"{line['tokens'] / 1e6:.1f} M", *(f"{line[key]:.3f}" for key in keys)])
+table(["", "step", "tokens", "unconditional", "given attributes"], rows)
+student, mixed = scored.values()
+key = "validation/bits_per_char"
+same_start = abs(student[-1][key] - mixed[0][key]) < 0.002
+print(f"the MoE model began where the student ended: {same_start}")
+change = mixed[-1][key] - mixed[0][key]
+sentence = "training with experts improved" if change < 0 else "training with experts did not improve"
+print(f"{sentence} on its start: {change:+.3f} bits unconditional")
+
+figure, axis = plt.subplots(figsize=(7.5, 3.2))
+for (label, validations), style in zip(scored.items(), ("o-", "s--"), strict=True):
+    offset = student[-1]["tokens"] if validations is mixed else 0
+    later = [line for line in validations if line["tokens"] > 0 or validations is mixed]
+    axis.plot([(offset + line["tokens"]) / 1e6 for line in later], [line[key] for line in later], style, label=label)
+axis.set(xlabel="million tokens read, both stages", ylabel="validation bits per character", title="the released models")
+axis.legend()
+show(figure, "09_released")
+
+# %% [markdown]
+# ## Do the released model's experts do anything?
+#
+# A test that needs no training: take the routed experts away, or let a wrong one work, and see what it costs. (The shared
+# experts, which are the old dense layer, stay.)
+
+# %%
+torch.set_grad_enabled(False)
+model, tokenizer = load_released()
+base, base_tokenizer = load_base()
+some = cards("validation")[:400]
+layers = [module for module in model.modules() if isinstance(module, MoELayer)]
+nats = {"as it is": nats_of_names(model, some, tokenizer)}
+
+
+def changed(change: str) -> torch.nn.Module:
+    """A copy of the released model with its routed experts silenced, or its routers' rows shuffled."""
+    other = copy.deepcopy(model)
+    torch.manual_seed(0)
+    for layer in (module for module in other.modules() if isinstance(module, MoELayer)):
+        if change == "routed experts silent":
+            layer.experts.down_proj.zero_()
+            layer.experts.down_proj_bias.zero_()
+        else:
+            layer.router.weight.copy_(layer.router.weight[torch.randperm(len(layer.router.weight))])
+    return other
+
+
+for change in ("routed experts silent", "routers shuffled"):
+    nats[change] = nats_of_names(changed(change), some, tokenizer)
+nats["the dense base"] = nats_of_names(base, some, base_tokenizer)
+rows = []
+for name, nats_N in nats.items():
+    more_N = nats_N - nats["as it is"]
+    error = 1.96 * more_N.std() / len(more_N) ** 0.5
+    against = "-" if name == "as it is" else f"{more_N.mean():+.3f} ± {error:.3f}"
+    rows.append([name, f"{bits_per_character(nats_N, some):.3f}", against])
+table(["released model, given attributes", "bits per character", "nats a name, against as it is"], rows)
+for change, better, worse, none in (
+    (
+        "routed experts silent",
+        "better without its routed experts",
+        "worse without them: they hold something",
+        "not shown to need them",
+    ),
+    (
+        "routers shuffled",
+        "better with shuffled routers",
+        "worse with them: the choice matters",
+        "not shown to need its choice of experts",
+    ),
+    (
+        "the dense base",
+        "not as good as the dense base",
+        "better than the dense base",
+        "not shown to differ from the dense base",
+    ),
+):
+    more_N = nats[change] - nats["as it is"]
+    error = 1.96 * more_N.std() / len(more_N) ** 0.5
+    print("the released model is", verdict(more_N.mean() - error, more_N.mean() + error, better, worse, none))
+whole = nats["as it is"].mean()
+parts = {
+    change: (nats[change] - nats["as it is"]).mean() / whole for change in ("routed experts silent", "routers shuffled")
+}
+print("in shares of all its nats:", ", ".join(f"{change} {share:+.2%}" for change, share in parts.items()))
+
+# %% [markdown]
+# Two questions, then. Do the routed experts hold anything? And does it matter *which* expert a token gets? If silence costs
+# something and shuffling does not, the experts are alike: together they are a small dense layer, and routing adds nothing
+# to it. Compare also the last row: what they hold may only have moved there from the rest of the model.
+#
+# ## Seconds and memory
+#
+# Measured on two quiet cores of a Zen 4 (`benchmarks/results/moe_2cores.json`): one MoE layer of GPT-2 small's shape, 8
+# experts, 2 for each token, against a dense MLP. In training the dense one has the arithmetic of the *active* experts, in
+# decoding the weights of *all*.
+
+# %%
+benchmark = json.loads((RESULTS / "moe_2cores.json").read_text("utf-8"))["rows"]
+times = {
+    (row["section"], row["tokens"]): row["times_dense"]
+    for row in benchmark
+    if row["implementation"] == "fe_experts" and row["reason"] is None
+}
+table(
+    ["", "time over dense"],
+    [[f"{section}, {tokens:,} tokens", f"{value:.2f} x"] for (section, tokens), value in times.items()],
+)
+trained = sorted((tokens, value) for (section, tokens), value in times.items() if section == "training")
+decoded = sorted((tokens, value) for (section, tokens), value in times.items() if section == "decoding")
+figure, axis = plt.subplots(figsize=(7, 3))
+for label, points, style in (
+    ("training, against equal arithmetic", trained, "o-"),
+    ("decoding, against equal weights", decoded, "s--"),
+):
+    axis.semilogx([tokens for tokens, _ in points], [value for _, value in points], style, base=2, label=label)
+axis.axhline(1, color="black", linewidth=0.8)
+axis.set(xlabel="tokens at once", ylabel="time over a dense MLP", title="the layer on two cores", ylim=(0, None))
+axis.legend()
+show(figure, "09_seconds")
+holds(
+    "in training experts cost most where tokens are few",
+    [value for _, value in trained] == sorted((value for _, value in trained), reverse=True),
+)
+holds("with 2,048 tokens they cost under a tenth more than equal arithmetic", trained[-1][1] < 1.1)
+holds("in decoding they beat a dense layer of the same total weights", max(value for _, value in decoded) < 1)
+
+rates = json.loads((RESULTS / "train_speed_2cores.json").read_text("utf-8"))["rows"]
+by_name = {row["name"]: row["tokens_per_second"] for row in rates}
+dense_rate = by_name["ours, dense"]
+moe_rate = next(rate for name, rate in by_name.items() if "experts" in name)
+print(
+    f"fine-tuning GPT-2 small: {dense_rate:.0f} tokens/s dense, {moe_rate:.0f} with 8 experts: {dense_rate / moe_rate:.1f} x"
+)
+holds("per second, a dense model reads more: experts have to make up for it", dense_rate > moe_rate)
+
+# %% [markdown]
+# ## What others found
+#
+# | who | model | found |
+# | --- | --- | --- |
+# | [Switch Transformer](https://arxiv.org/abs/2101.03961) (2021) | up to 1.6 T weights, from scratch | the same loss up to seven times sooner than a dense model of equal arithmetic |
+# | [Mixtral](https://arxiv.org/abs/2401.04088) (2024) | 47 B, 13 B active | as good as dense models several times its active size |
+# | [OLMoE](https://arxiv.org/abs/2409.02060) (2024) | 7 B, 1 B active, 5 T tokens | a dense model's quality with about a third of its tokens; upcycling fell behind training from scratch after some 600 B |
+# | [sparse upcycling](https://arxiv.org/abs/2212.05055) (2022) | T5, ViT | ahead of the dense models, for about half of their first budget spent again |
+# | [nanochat](https://github.com/karpathy/nanochat) (log, 2026) | GPT-2's size, 8 experts, 2 active | better per step; use of the GPU fell from 46% to 35%; worse per second, removed |
+# | [Megatron-LM, issue 894](https://github.com/NVIDIA/Megatron-LM/issues/894) | 125 M | no better than dense |
+# | this project | 3 to 12 M | the table above |
+#
+# So experts win where the model is large, the text is long and many devices share the weights, and they do little where
+# text is the bottleneck: as here. (The numbers of others are from their papers and pages, on their data. They are not
+# measured by us.)
+#
+# ## When would you use experts?
+#
+# - **Text in plenty, arithmetic short.** Weights are filled by text. With 22,000 names there is none to spare.
+# - **Early.** Made before the largest text, not before the last one.
+# - **Few tokens at once, or very many.** One user: only K experts are read. Thousands of tokens: every expert is busy. Some
+#   dozens are the worst (chapter 3).
+# - **Memory to spare.** All weights are held, though few work.
+# - **Not to fine-tune on little.** More weights fit few texts more closely; [ST-MoE](https://arxiv.org/abs/2202.08906) found its
+#   sparse models overfit small tasks sooner than dense ones. Train less of them, or fewer steps.
+# - **Else**: a dense model, more text (chapter 10), or a better teacher.
+#
+# ## What to remember
+#
+# - Ask: at equal what? Weights, active weights, FLOPs, seconds, text.
+# - An interval over names is not an interval over seeds. Look at both.
+# - Experts buy room. Room is worth what is put in it.
+# - A negative result with its interval is a result.
+#
+# ## Exercises
+#
+# 1. **How many comparisons?** The picture has many intervals. With as many comparisons of equal models, how many would
+#    leave zero out by luck? Which remain if each must hold at 95% divided by their number (Bonferroni)? Use the
+#    t-distribution over seeds.
+# 2. **At equal FLOPs.** The early experts cost more FLOPs than dense. If loss falls with the logarithm of the compute, as the
+#    dense student's log has it, how much would a dense model have gained from that much more? Is the gain of the experts
+#    larger?
+# 3. **One expert at a time.** Silence each routed expert of the released model's last MoE layer in turn, and measure the bits.
+#    Are some worth more than others, and does it follow their load?
+#
+# Solutions: [solutions/09_do_experts_pay.py](solutions/09_do_experts_pay.py).
+#
+# ## Reading
+#
+# - [Our log of experiments](../experiments.md), failures included, and [results](../results.md).
+# - [Clark et al. 2022](https://arxiv.org/abs/2202.01169): scaling laws of routed models. [Krajewski et al. 2024](https://arxiv.org/abs/2402.07871):
+#   of fine-grained ones. [OLMoE](https://arxiv.org/abs/2409.02060): every choice measured, in the open.
+# - Next: [chapter 10](10_distillation.py), what helped more.

@@ -1,0 +1,135 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # Solutions of chapter 10, distillation
+
+# %%
+import copy
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+# The chapters' tools lie one folder up; a notebook has no __file__, and runs where it lies.
+sys.path.append(str(Path(globals().get("__file__", "a notebook")).resolve().parents[1]))
+
+import torch
+from chapter_claims import holds
+from chapter_models import bits_per_character, nats_of_names, tiny_student
+from chapter_tools import cards, load_base, table, teacher_names
+from torch.nn import functional as F
+
+from flash_experts.data.cards import Card
+from flash_experts.data.packing import encode_cards, pack
+from flash_experts.training.loss import kl_divergence
+
+teacher, tokenizer = load_base()
+validation_cards = cards("validation")[:300]
+STEPS, NAMES_A_STEP = 40, 40
+torch.manual_seed(0)
+start = tiny_student(teacher)
+
+Teacher = Callable[[torch.Tensor], torch.Tensor]
+
+
+def taught(pool: list[Card], weight: float, change: Teacher = lambda logits_LV: logits_LV) -> float:
+    """Held-out bits per character of a student after `STEPS` steps on a pool of names.
+
+    Args:
+        weight: of the teacher's probabilities.
+        change: what is done to the teacher's logits.
+    """
+    student = copy.deepcopy(start)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=2.5e-3, weight_decay=0.05)
+    generator = torch.Generator().manual_seed(0)
+    order: list[int] = []
+    while len(order) < STEPS * NAMES_A_STEP:
+        order += torch.randperm(len(pool), generator=generator).tolist()
+    for step in range(STEPS):
+        for group in optimizer.param_groups:
+            group["lr"] = 2.5e-3 * min(1.0, (step + 1) / 8) * (1 - 0.9 * step / STEPS)
+        names = [pool[n] for n in order[step * NAMES_A_STEP : (step + 1) * NAMES_A_STEP]]
+        row = pack(encode_cards(names, tokenizer))
+        student_LV = student(**row.inputs).logits[0]
+        loss = (1 - weight) * F.cross_entropy(student_LV, row.labels)
+        if weight:
+            with torch.no_grad():
+                teacher_LV = change(teacher(**row.inputs).logits[0])
+            loss = loss + weight * kl_divergence(student_LV, teacher_LV, 1.0, "forward").mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    return bits_per_character(nats_of_names(student, validation_cards, tokenizer), validation_cards)
+
+
+# %% [markdown]
+# ## 1. The weight
+
+# %%
+real = cards("train")[:600]
+of_weight = {weight: taught(real, weight) for weight in (0.0, 0.5, 1.0)}
+table(["w", "held-out bits"], [[f"{weight:g}", f"{bits:.3f}"] for weight, bits in of_weight.items()])
+holds("the teacher alone, without a single label, teaches more than labels alone", of_weight[1.0] < of_weight[0.0])
+holds("so does half of each", of_weight[0.5] < of_weight[0.0])
+
+# %% [markdown]
+# The names are still there as *places* to predict at: which prefixes the student sees is theirs. What stands at a place comes
+# from the teacher.
+#
+# ## 2. A wrong teacher
+
+
+# %%
+def shuffled(logits_LV: torch.Tensor) -> torch.Tensor:
+    """Each place gets the probabilities of another."""
+    return logits_LV[torch.randperm(len(logits_LV))]
+
+
+def untrained(logits_LV: torch.Tensor) -> torch.Tensor:
+    """A model that knows nothing: every token is equally likely."""
+    return torch.zeros_like(logits_LV)
+
+
+wrong = {
+    "right": of_weight[0.5],
+    "shuffled places": taught(real, 0.5, shuffled),
+    "knows nothing": taught(real, 0.5, untrained),
+}
+table(["teacher, w = 0.5", "held-out bits"], [[kind, f"{bits:.3f}"] for kind, bits in wrong.items()])
+holds(
+    "both wrong teachers are worse than the right one",
+    wrong["right"] < min(wrong["shuffled places"], wrong["knows nothing"]),
+)
+for kind in ("shuffled places", "knows nothing"):
+    difference = wrong[kind] - of_weight[0.0]
+    print(f"{kind}: {difference:+.3f} bits against no teacher at all")
+
+# %% [markdown]
+# A teacher that knows nothing is label smoothing, and one with shuffled places teaches how often each token comes at all. On few
+# names, repeated, even that can hold a student back from being too sure. The right teacher's gain over them is what it knows
+# of each place.
+#
+# ## 3. Fresh or repeated?
+
+# %%
+by_number = {count: taught(teacher_names(count), 0.0) for count in (100, 400, 1600)}
+passes = {count: STEPS * NAMES_A_STEP / count for count in by_number}
+rows = [[f"{count:,}", f"{passes[count]:.0f}", f"{bits:.3f}"] for count, bits in by_number.items()]
+table(["different names", "times each is read", "held-out bits"], rows)
+holds(
+    "the more different names, the better, for the same steps",
+    [*by_number.values()] == sorted(by_number.values(), reverse=True),
+)
+
+# %% [markdown]
+# Arithmetic, steps and model are the same in all rows. What differs is text.
