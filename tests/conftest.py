@@ -72,7 +72,7 @@ def dense(dense_config: GPT2Config) -> GPT2LMHeadModel:
 @pytest.fixture(scope="session")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a blank in its name where the first commands were run: see `command_line.make_workplace`."""
-    from command_line import make_workplace
+    from tests.helpers.command_line import make_workplace
 
     folder = tmp_path_factory.mktemp("work place")
     make_workplace(folder)

@@ -1,4 +1,4 @@
-"""`flash-experts benchmark`: what it writes, that a wrong result is seen, one line for bad input. No time is tested."""
+"""`flash-experts benchmark`: output files, detection of wrong results, one line for bad input. No times are tested."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from command_line import ok
 
-from flash_experts.benchmarks import attention, attention_contestants, generate, moe, report, train
+from flash_experts.benchmarks import attention, attention_baselines, generate, moe, report, train
 from flash_experts.benchmarks.attention_problems import BatchProblem, DecodeProblem, PackedProblem, name_lengths
 from flash_experts.benchmarks.attention_tables import choices
-from flash_experts.benchmarks.measuring import Contestant, Timing, peak_memory, relative_error, take_turns
 from flash_experts.benchmarks.report import Report, find_recorded, find_worse, machine_facts, main
+from flash_experts.benchmarks.timing import Implementation, Timing, peak_memory, relative_error, time_in_rounds
 from flash_experts.commands import benchmark
+from tests.helpers.command_line import ok
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -24,7 +24,7 @@ MODEL = str(ROOT / "models/mtg-base")
 
 
 def measured(topic: str, *arguments: str) -> Report:
-    """The report of a topic, its options read as the command reads them."""
+    """Runs a topic with options parsed as by the command."""
     module: Any = {"attention": attention, "moe": moe, "train": train, "generate": generate}[topic]
     return module.run(benchmark.make_parser().parse_args([topic, "--device", "cpu", *arguments]))
 
@@ -112,7 +112,7 @@ def test_bad_input(
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_gpu_that_is_not_there_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_gpu_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(moe.run, moe.add_options, ["--device", "cuda", "--decode-tokens=1"]) == 1
     assert capsys.readouterr().err.count("\n") == 1
 
@@ -129,8 +129,8 @@ PROBLEMS = [
 
 
 @pytest.mark.parametrize("problem", PROBLEMS, ids=["causal", "full", "packed", "decode"])
-def test_a_wrong_result_is_seen(problem: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Scores that are a fifth too large: a fast way to a wrong answer."""
+def test_a_wrong_result_is_detected(problem: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention scores that are a fifth too large."""
     truth = problem.truth()
 
     def row_of(name: str) -> dict[str, Any]:
@@ -139,32 +139,32 @@ def test_a_wrong_result_is_seen(problem: Any, monkeypatch: pytest.MonkeyPatch) -
         return row
 
     def too_large(given: Any) -> Any:
-        trial = attention_contestants._sdpa(torch.nn.attention.SDPBackend.MATH, given)
+        trial = attention_baselines._sdpa(torch.nn.attention.SDPBackend.MATH, given)
         return attention.Trial(lambda q, k, v: trial.attend(1.2 * q, k, v), trial.inputs, trial.dout, trial.pick)
 
-    monkeypatch.setitem(attention_contestants.CONTESTANTS, "eager", too_large)
+    monkeypatch.setitem(attention_baselines.IMPLEMENTATIONS, "eager", too_large)
     assert row_of("sdpa_math")["right"] and not row_of("eager")["right"]
 
 
-def test_a_contestant_that_fails_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failing_implementation_reports_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(problem: Any) -> Any:
         raise RuntimeError("no kernel\n for this")
 
-    monkeypatch.setitem(attention_contestants.CONTESTANTS, "eager", fails)
+    monkeypatch.setitem(attention_baselines.IMPLEMENTATIONS, "eager", fails)
     row: dict[str, Any] = {}
     problem = PROBLEMS[0]
     assert attention._first_run("eager", problem, problem.truth(), row) is None
     assert row == {"reason": "no kernel for this"}
 
 
-def test_out_of_time_leaves_rows_that_say_so() -> None:
+def test_rows_out_of_time_have_a_reason() -> None:
     options = ["--width", "16", "--tokens", "4", "--decode_tokens", "1", "--rounds", "1"]
     report = measured("moe", *options, "--budget", "1e-9")
     assert {row["reason"] for row in report.rows} == {"out of time (--budget)"}
     assert "out of time" in report.text
 
 
-def test_auto_picks_the_fastest_that_is_right_and_can_be_named() -> None:
+def test_auto_picks_the_fastest_correct_selectable_backend() -> None:
     def row(backend: str, both: float, right: bool = True, reason: str | None = None) -> dict[str, Any]:
         size = {"section": "batch", "head_dim": 64, "batch": 1, "length": 512, "causal": True, "reason": reason}
         if reason is not None:
@@ -175,17 +175,17 @@ def test_auto_picks_the_fastest_that_is_right_and_can_be_named() -> None:
     rows = [
         row("triton", 2.0),
         row("sdpa", 3.0),
-        row("sdpa_cudnn", 1.0),  # fast, but no configuration can ask for it alone
+        row("sdpa_cudnn", 1.0),  # fast, but not selectable in a configuration
         row("flash_attention_2", 0.5, right=False),
         row("flash_attention_3", 0, reason="not installed"),
     ]
     (chosen,) = choices(rows)
-    assert chosen["pick"] == "triton" and chosen["peer"] == "sdpa_cudnn" and chosen["forward"] == 0.5
+    assert chosen["pick"] == "triton" and chosen["baseline"] == "sdpa_cudnn" and chosen["forward"] == 0.5
     (chosen,) = choices(rows[1:])
     assert chosen["pick"] == "sdpa" and chosen["ours"] is None and chosen["forward"] is None
 
 
-def test_worse_than_recorded_is_found_on_a_second_look(
+def test_a_regression_is_reported_after_a_second_measurement(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def row(implementation: str, times_dense: float, tokens: int = 8) -> dict[str, Any]:
@@ -211,7 +211,7 @@ def test_worse_than_recorded_is_found_on_a_second_look(
     measured("moe", "--check", str(tmp_path))
     assert capsys.readouterr().err.splitlines() == [
         "2 ratios look worse than recorded: measuring them again",
-        "warning: times_dense is 2.50, recorded were 2.00: steady, tokens 8",
+        "warning: times_dense is 2.50, recorded 2.00: steady, tokens 8",
     ]
     with pytest.raises(ValueError, match="no results of generate on this machine"):
         find_recorded(tmp_path, "generate", CPU)
@@ -221,28 +221,28 @@ def test_worse_than_recorded_is_found_on_a_second_look(
 
 
 def test_ratios_are_paired_by_round() -> None:
-    """The machine was ten times slower in the last round: for both."""
+    """The machine was ten times slower in the last round, for both."""
     ours, dense = Timing((), 2.0, None, (2.0, 4.0, 30.0)), Timing((), 1.0, None, (1.0, 2.0, 10.0))
     assert ours.times(dense) == 2.0
 
 
-def test_turns_and_parts() -> None:
+def test_rounds_and_parts() -> None:
     order: list[str] = []
 
-    def contestant(name: str) -> Contestant:
+    def implementation(name: str) -> Implementation:
         def passed(lap: Any) -> None:
             order.append(name)
             lap()
             lap()
 
-        return Contestant(passed)
+        return Implementation(passed)
 
-    timings = take_turns({"a": contestant("a"), "b": contestant("b")}, CPU, rounds=2, seconds=0)
+    timings = time_in_rounds({"a": implementation("a"), "b": implementation("b")}, CPU, rounds=2, seconds=0)
     assert order == ["a", "b"] * 3, "one round to warm up, then two"
     assert len(timings["a"].parts) == 2 and timings["b"].call is None
 
 
-def test_peak_memory_counts_what_lives_at_once() -> None:
+def test_peak_memory_counts_live_tensors() -> None:
     x = torch.ones(1000)
 
     def run() -> torch.Tensor:

@@ -8,11 +8,11 @@ from argparse import SUPPRESS
 from pathlib import Path
 
 import pytest
-from command_line import BASE_RUN, TINY_RUN, ok, run, run_process
 
 from flash_experts.cli import COMMANDS, main
 from flash_experts.commands import benchmark
 from flash_experts.commands.common import CommandParser, HelpFormatter
+from tests.helpers.command_line import BASE_RUN, TINY_RUN, ok, run, run_process
 
 
 def test_help_lists_every_command(tmp_path: Path) -> None:
@@ -53,6 +53,15 @@ def test_options_are_grouped() -> None:
     titles = ("The card:", "Sampling:", "Rules for the names:", "Output:", "The model:", "Other options:")
     assert [line for line in text.splitlines() if line.endswith(":") and line[0] != " "] == list(titles)
     assert "\n  --seed N                    random seed (default: a new one each run)\n" in text
+
+
+def test_help_has_its_options_in_groups() -> None:
+    for name, parser in every_help().items():
+        groups = re.findall(r"^(\S.*):$", parser.format_help(), flags=re.MULTILINE)
+        own = {action.dest for action in parser._actions if action.option_strings}
+        own -= {"help", "config", "print_config", "json", "debug"}
+        if len(own) > 2:
+            assert groups[-1] == "Other options" and set(groups) - {"Arguments", "Other options"}, name
 
 
 def test_help_and_version_are_commands(capsys: pytest.CaptureFixture[str]) -> None:

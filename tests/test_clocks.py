@@ -1,4 +1,4 @@
-"""The system's clock jumps, or was wrong when files were written: nothing waits, ends or is chosen by it."""
+"""The system clock may jump or have been wrong: nothing waits, ends or is chosen by it."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
-from command_line import BASE_RUN, ok
 
-from flash_experts.data import download
-from flash_experts.data.download_cache import KEEP, Cache, Held
-from flash_experts.training.checkpoint import checkpoint_path, checkpoint_steps, latest_checkpoint
+from flash_experts.data.live import download
+from flash_experts.data.live.cache import MAX_AGE, Cache, CachedFiles
+from flash_experts.training.checkpoint import checkpoint_steps, latest_checkpoint
+from flash_experts.training.run_state import checkpoint_path
+from tests.helpers.command_line import BASE_RUN, ok
 
 NOW = datetime(2026, 11, 2, 10, tzinfo=UTC)
 MEASURED = ("seconds", "tokens_per_second", "eta_seconds", "peak_memory_gib")
@@ -27,7 +28,7 @@ def lines_of(run: Path) -> list[dict[str, object]]:
 
 
 def test_training(workplace: Path, tmp_path: Path) -> None:
-    """Years forwards and back between any two looks at the clock."""
+    """The clock jumps by years between any two reads."""
     shutil.copytree(workplace / "data", tmp_path / "data")
     jumps = cycle([0.0, 4e9, 1e9])
     with mock.patch.object(time, "time", lambda: next(jumps)):
@@ -50,13 +51,13 @@ def test_the_newest_checkpoint_is_that_of_the_last_step(workplace: Path, tmp_pat
 
 
 def test_a_cache_from_the_future_is_not_fresh() -> None:
-    """It was filled while the clock was wrong: to trust it would be to trust it for years."""
+    """It was filled while the clock was wrong, and would stay fresh for years."""
 
     def is_fresh(age: timedelta) -> bool:
-        return Held("1", NOW - age, {}, {}).is_fresh(NOW)
+        return CachedFiles("1", NOW - age, {}, {}).is_fresh(NOW)
 
-    assert is_fresh(timedelta(0)) and is_fresh(KEEP - timedelta(seconds=1))
-    assert not is_fresh(-timedelta(seconds=1)) and not is_fresh(KEEP) and not is_fresh(-timedelta(days=9999))
+    assert is_fresh(timedelta(0)) and is_fresh(MAX_AGE - timedelta(seconds=1))
+    assert not is_fresh(-timedelta(seconds=1)) and not is_fresh(MAX_AGE) and not is_fresh(-timedelta(days=9999))
 
 
 def test_a_lock_file_of_any_date_is_no_lock(tmp_path: Path) -> None:
@@ -68,11 +69,11 @@ def test_a_lock_file_of_any_date_is_no_lock(tmp_path: Path) -> None:
             pass
 
 
-def test_how_long_a_server_asks_to_wait_is_by_its_own_clock() -> None:
-    """A date to wait for, and ours is years behind or ahead."""
+def test_retry_after_is_by_the_clock_of_the_server() -> None:
+    """Our clock may be years behind or ahead."""
     headers = {"Retry-After": "Mon, 02 Nov 2026 10:00:30 GMT", "Date": "Mon, 02 Nov 2026 10:00:00 GMT"}
     for ours in (NOW, NOW - timedelta(days=900), NOW + timedelta(days=900)):
-        assert download.asked_to_wait(headers, ours) == 30
-    assert download.asked_to_wait(headers | {"Date": "yesterday"}, NOW) == 30
-    assert download.asked_to_wait({"Retry-After": headers["Retry-After"]}, NOW) == 30
-    assert download.asked_to_wait({"Date": headers["Date"]}, NOW) is None
+        assert download.requested_wait(headers, ours) == 30
+    assert download.requested_wait(headers | {"Date": "yesterday"}, NOW) == 30
+    assert download.requested_wait({"Retry-After": headers["Retry-After"]}, NOW) == 30
+    assert download.requested_wait({"Date": headers["Date"]}, NOW) is None

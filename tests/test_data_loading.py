@@ -1,4 +1,4 @@
-"""Card names from a file to prepared splits and back, and what is said of files that are damaged."""
+"""Card names from a file to prepared splits and back, and errors for damaged files."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 
 from flash_experts.data import prepare as prepare_module
-from flash_experts.data.cards import Card, load_source
+from flash_experts.data.card_table import read_embedded
+from flash_experts.data.cards import Card
 from flash_experts.data.cleaning import clean
 from flash_experts.data.prepare import load_meta, load_split, prepare
-from flash_experts.data.sources import read_embedded
+from flash_experts.data.sources import load_source
 
 DATA = Path(__file__).parent / "test_data"
 
@@ -22,7 +23,7 @@ DATA = Path(__file__).parent / "test_data"
 
 
 @pytest.mark.parametrize("name", ["own.csv", "own.json", "own.jsonl", "own_mtgjson.json", "own_scryfall.jsonl"])
-def test_every_kind_of_file_tells_the_same_cards(name: str) -> None:
+def test_every_file_format_gives_the_same_cards(name: str) -> None:
     cleaned = clean(load_source(DATA / name).rows)
     assert [(card.name, card.type_line, card.colors, card.mana_value) for card in cleaned.cards] == [
         ("Ember, the Unquiet", "Legendary Creature — Elemental", ("R",), 3),
@@ -74,16 +75,16 @@ def test_a_list_of_names_is_enough(tmp_path: Path, name: str, text: str) -> None
         ("a.csv", "name\nGoblin\n".encode("utf-32"), r"a\.csv:1: not UTF-8 text"),
         ("a.json", "[\n'Goblin']".encode("utf-16"), r"a\.json:2: not JSON"),
         ("a.json", b'["Goblin",\n"\xe2"]', r"a\.json:2: not UTF-8 text"),
-        ("a.txt", b"Goblin\n" + b"x" * 400, r"a\.txt:2: 400 characters are no card name: give one name a line"),
-        ("a.csv", b"name\n" + b"x" * 400, r"a\.csv:2: 400 characters are no card name"),
+        ("a.txt", b"Goblin\n" + b"x" * 400, r"a\.txt:2: 400 characters are not a card name: give one name per line"),
+        ("a.csv", b"name\n" + b"x" * 400, r"a\.csv:2: 400 characters are not a card name"),
         ("a.csv", b'name\n"' + b"x\n" * 100_000, r"a\.csv:\d+: field larger than field limit"),
-        ("a.jsonl", b'"Goblin"\n' + b"[" * 100_000, r"a\.jsonl:2: not JSON of a card: maximum recursion depth"),
-        ("a.jsonl", b'{"name": "Goblin", "cmc": ' + b"9" * 5000 + b"}", r"a\.jsonl:1: not JSON of a card: Exceeds"),
+        ("a.jsonl", b'"Goblin"\n' + b"[" * 100_000, r"a\.jsonl:2: not the JSON of a card: maximum recursion depth"),
+        ("a.jsonl", b'{"name": "Goblin", "cmc": ' + b"9" * 5000 + b"}", r"a\.jsonl:1: not the JSON of a card: Exceeds"),
         ("a.jsonl", b'{"name": "Gob\\ud800lin"}', r"a\.jsonl:1: half a character"),
         ("a.jsonl", b'{"name": "Goblin", "rarity": 3}', r"a\.jsonl:1: rarity must be text, not 3"),
     ],
 )
-def test_malformed_files_are_named_with_their_line(tmp_path: Path, name: str, data: bytes, error: str) -> None:
+def test_malformed_files_are_reported_with_their_line(tmp_path: Path, name: str, data: bytes, error: str) -> None:
     (tmp_path / name).write_bytes(data)
     with pytest.raises(ValueError, match=error) as raised:
         load_source(tmp_path / name)
@@ -97,7 +98,7 @@ def test_a_line_of_100_mb_is_refused_without_being_read(tmp_path: Path, name: st
         file.write(b'"Goblin"\n')
         file.truncate(100 * 2**20)  # a hole: zeros, or letters, would be refused all the same
     tracemalloc.start()
-    with pytest.raises(ValueError, match=rf"{name}:2: a line of more than 1,048,576 bytes is no card"):
+    with pytest.raises(ValueError, match=rf"{name}:2: a line of more than 1,048,576 bytes is not a card"):
         load_source(path)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
@@ -108,7 +109,7 @@ def test_a_json_file_too_large_to_parse_whole_is_refused(tmp_path: Path) -> None
     path = tmp_path / "all.json"
     with open(path, "wb") as file:
         file.truncate(150 * 2**20)
-    with pytest.raises(ValueError, match=r"all\.json: 150 MB: json is read up to 64 MB, jsonl .a card a line. beyond"):
+    with pytest.raises(ValueError, match=r"all\.json: 150 MB: json is read up to 64 MB, jsonl .one card per line"):
         load_source(path)
 
 
@@ -137,7 +138,7 @@ def test_unknown_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     with pytest.raises(ValueError, match="unknown source 'embeded': did you mean 'embedded'"):
         load_source("embeded")
     with pytest.raises(
-        ValueError, match="unknown source 'xyz': take 'embedded', 'scryfall', 'mtgjson', 'mtgjson-printings' or a file"
+        ValueError, match="unknown source 'xyz': use 'embedded', 'scryfall', 'mtgjson', 'mtgjson-printings' or a file"
     ):
         load_source("xyz")
     with pytest.raises(ValueError, match=r"no file mine\.csv"):
@@ -158,7 +159,7 @@ def names_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_prepare_writes_what_it_says(names_file: Path, tmp_path: Path) -> None:
+def test_prepare_writes_what_it_reports(names_file: Path, tmp_path: Path) -> None:
     meta = prepare(names_file, tmp_path / "out")
     splits = {name: load_split(tmp_path / "out", name) for name in ("train", "validation", "test", "test_iid")}
     assert meta["counts"] == {name: len(cards) for name, cards in splits.items()}
@@ -179,7 +180,7 @@ def test_a_prepared_line_has_the_documented_fields(names_file: Path, tmp_path: P
     assert list(json.loads(line)) == list(CARD)
 
 
-def test_prepare_is_idempotent_and_says_so(names_file: Path, tmp_path: Path) -> None:
+def test_prepare_is_idempotent_and_reports_it(names_file: Path, tmp_path: Path) -> None:
     assert prepare(names_file, tmp_path)["up_to_date"] is False
     before = {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in tmp_path.iterdir()}
     assert prepare(names_file, tmp_path)["up_to_date"] is True
@@ -277,10 +278,10 @@ CARD = {
         ),
         (json.dumps(CARD | {"rarity": "epic"}).encode(), r"train\.jsonl:2: rarity must be one of common, uncommon"),
         (json.dumps(CARD | {"released": 2026}).encode(), r"train\.jsonl:2: released must be text or null, not 2026"),
-        (json.dumps(CARD | {"released": "soon"}).encode(), r"train\.jsonl:2: a release is told by its date or year"),
+        (json.dumps(CARD | {"released": "soon"}).encode(), r"train\.jsonl:2: a release is given by its date or year"),
     ],
 )
-def test_malformed_prepared_lines_are_named(tmp_path: Path, line: bytes, error: str) -> None:
+def test_malformed_prepared_lines_are_reported(tmp_path: Path, line: bytes, error: str) -> None:
     (tmp_path / "train.jsonl").write_bytes(json.dumps(CARD).encode() + b"\n" + line + b"\n")
     with pytest.raises(ValueError, match=error):
         load_split(tmp_path, "train")

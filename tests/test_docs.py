@@ -13,8 +13,9 @@ from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
 
-import command_line
 import pytest
+
+from tests.helpers import command_line
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -48,6 +49,22 @@ def test_what_a_page_names_exists(page: Path) -> None:
         assert (ROOT / path).exists(), path
 
 
+def test_the_code_uses_the_terms_of_the_field() -> None:
+    """Words that docs/glossary.md translates do not come back."""
+    private = "told untold anew stranger strangers fitness fittest contestant contestants".split()
+    private += [
+        "begin symbol",
+        "end symbol",
+        "runs of letters",
+        "runs of characters",
+        "letters in the shapes",
+        "by heart",
+    ]
+    words = re.compile(rf"\b(?:{'|'.join(private)})\b", re.IGNORECASE)
+    found = {str(path): words.findall(path.read_text("utf-8")) for path in (ROOT / "src").rglob("*.py")}
+    assert {path: list_ for path, list_ in found.items() if list_} == {}
+
+
 def test_what_a_docstring_names_exists() -> None:
     for path in sorted((ROOT / "src").rglob("*.py")):
         for dotted in sorted(set(_DOTTED.findall(path.read_text("utf-8")))):
@@ -58,9 +75,9 @@ def test_what_a_docstring_names_exists() -> None:
 
 
 def steps() -> list[str]:
-    """The functions of the ten steps, in their order."""
+    """The functions of the steps, in their order."""
     rows = re.findall(r"^\| (\d+) \|.*\| `([\w.]+)` \|$", (DOCS / "architecture.md").read_text("utf-8"), re.MULTILINE)
-    assert [int(number) for number, _ in rows] == list(range(1, 11))
+    assert [int(number) for number, _ in rows] == list(range(1, 12))
     return [dotted for _, dotted in rows]
 
 
@@ -68,7 +85,7 @@ def code_of(function: Any) -> CodeType:
     return inspect.unwrap(getattr(function, "__func__", function)).__code__
 
 
-def test_a_name_takes_the_ten_steps_in_their_order(tmp_path: Path) -> None:
+def test_a_name_takes_the_steps_in_their_order(tmp_path: Path) -> None:
     command_line.make_workplace(tmp_path)
     wanted = {code_of(named(dotted)): dotted for dotted in steps()}
     called: list[str] = []

@@ -14,7 +14,8 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
-from command_line import ok, quiet_libraries
+
+from tests.helpers.command_line import ok, quiet_libraries
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ("prepare_mtg_data.py", "finetune_mtg_names.py", "generate_mtg_names.py", "generate_names.py")

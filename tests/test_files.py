@@ -10,14 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command_line import FIRST, SECOND, TINY_RUN, ok, run
 from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from flash_experts.data import prepare as preparing
 from flash_experts.data.prepare import META, load_meta, load_split, prepare
 from flash_experts.files import free_name, whole_file, whole_files
+from flash_experts.models.saving import write_model
 from flash_experts.training import CheckpointError, TrainingConfig
-from flash_experts.training.checkpoint import remove_leftovers, write_model
+from flash_experts.training.checkpoint import remove_leftovers
+from tests.helpers.command_line import FIRST, SECOND, TINY_RUN, ok, run
 
 posix = pytest.mark.skipif(os.name != "posix", reason="modes and links as POSIX has them")
 NAMES = [f"{first} {second}" for first in FIRST for second in SECOND]
@@ -116,7 +117,6 @@ TRAIN = "train --base models/base --model.num-experts 0 --training.max-steps 2"
         "compare models/base --out new.html --png mine",
         "inspect models/moe --out a.html",
         "inspect models/moe --out models/moe/config.html",
-        "inspect models/moe --out new.html --png mine",
         "generate --model models/base --count 2 --out a.csv",
         "generate --model models/base --count 2 --out mine/notes.txt",
         "plot models/base --out a.svg",
@@ -138,10 +138,10 @@ def test_overwrite_replaces_and_other_files_stay(place: Path, tmp_path: Path) ->
     folder = tmp_path / "place"
     shutil.copytree(place, folder)
     (folder / "models/moe/notes.txt").write_text("of the user")
-    for words in ("plot models/base --out a.json", "upcycle models/base --num-experts 2 --out models/moe"):
+    for words in ("plot models/base --out a.svg", "upcycle models/base --num-experts 2 --out models/moe"):
         assert run(*words.split(), cwd=folder).status == 1
         ok(*words.split(), "--overwrite", cwd=folder)
-    assert "base" in json.loads((folder / "a.json").read_text())
+    assert "<svg" in (folder / "a.svg").read_text("utf-8")
     assert json.loads((folder / "models/moe/config.json").read_text())["num_experts"] == 2
     assert (folder / "models/moe/notes.txt").read_text() == "of the user"
 

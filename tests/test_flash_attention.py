@@ -43,7 +43,7 @@ def test_packed_attention_is_each_name_alone(lengths: list[int], seed: int) -> N
         torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-12)
 
 
-def test_a_packed_row_refuses_a_cache_and_a_batch() -> None:
+def test_a_packed_sequence_rejects_a_cache_and_a_batch() -> None:
     q = torch.randn(2, 2, 6, 4)
     starts = torch.tensor([0, 2, 6], dtype=torch.int32)
     with pytest.raises(ValueError, match="batch size 1 and no KV cache"):
@@ -52,7 +52,7 @@ def test_a_packed_row_refuses_a_cache_and_a_batch() -> None:
 
 @pytest.mark.parametrize("kind", ["dense", "moe"])
 @pytest.mark.parametrize("with_starts", [True, False])
-def test_packed_row_gives_the_logits_and_gradients_of_its_names(
+def test_a_packed_sequence_gives_the_logits_and_gradients_of_its_names(
     dense: GPT2LMHeadModel, kind: str, with_starts: bool
 ) -> None:
     """In the layout of transformers' own collator; with the starts of the names, or from the positions alone."""

@@ -1,4 +1,4 @@
-"""A full or read-only disk under every command that writes: one line, status 1, all that was there as it was."""
+"""A full or read-only disk under every command that writes: one line, status 1, all files unchanged."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from command_line import BASE_RUN, Done, ok, run
+
+from tests.helpers.command_line import BASE_RUN, Done, ok, run
 
 resource = pytest.importorskip("resource", reason="Windows limits no file's size")
 
@@ -19,12 +20,13 @@ COMMANDS = {
     "prepare": "prepare --source names.txt --out data/new",
     "upcycle": "upcycle models/base --out models/new",
     "downcycle": "downcycle models/moe --out models/new",
+    "export": "export hub models/moe --out models/new",
     "generate": "generate --model models/base --count 200 --seed 0 --out names/new.csv",
     "compare": "compare models/base --samples 0 --out pages/new.html",
     "inspect": "inspect models/moe --out pages/new.html",
     "plot": "plot models/base --out pages/new.svg",
 }
-LARGEST = 2_000  # bytes of a file: what we say on stderr fits in
+LARGEST = 2_000  # bytes of a file: our stderr fits
 
 
 @pytest.fixture
@@ -36,7 +38,7 @@ def place(workplace: Path, tmp_path: Path) -> Path:
 
 @contextmanager
 def small_files() -> Iterator[None]:
-    """The system lets no file of this process grow beyond `LARGEST`: a full disk that needs no rights to make."""
+    """Limits the files of this process to `LARGEST` bytes: a full disk that needs no rights to make."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (LARGEST, before[1]))
     try:
@@ -47,7 +49,7 @@ def small_files() -> Iterator[None]:
 
 @contextmanager
 def read_only(folder: Path) -> Iterator[None]:
-    """Nothing in the folder can be written. Bits keep root from nothing: a mount does."""
+    """Nothing in the folder can be written. For root, only a read-only mount does that."""
     if os.geteuid() != 0:
         modes = {path: path.stat().st_mode for path in [folder, *folder.rglob("*")] if path.is_dir()}
         for path in modes:
@@ -84,7 +86,7 @@ def test_a_full_disk(name: str, place: Path) -> None:
         done = run(*COMMANDS[name].split(), cwd=place)
     check(done, name, ("File too large",))
     assert contents(place) == before
-    if name in ("compare", "inspect", "plot"):  # the slow ones; a former file is kept by `whole_file`, as in generate
+    if name in ("compare", "inspect", "plot"):  # the slow ones; `whole_file` keeps an existing file, as in generate
         return
     ok(*COMMANDS[name].split(), cwd=place)
     (place / "names.txt").write_text("Ember Seer\n" * 3 + (place / "names.txt").read_text("utf-8") + "\nNew One")

@@ -15,14 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command_line import Done, run, run_process
 
 from flash_experts import cli
-from flash_experts.ctrl_c import CtrlC, held_back
-from flash_experts.training import checkpoint as checkpoints
-from flash_experts.training.signals import StopSignals
+from flash_experts.ctrl_c import CtrlC, deferred_ctrl_c
+from flash_experts.models.saving import CheckpointError, with_manifest
+from flash_experts.training.run_state import StopSignals
+from tests.helpers.command_line import Done, run, run_process
 
-NOT_RUN = ("serve", "benchmark", "fetch-teacher")  # endless, of its own parser, in need of a download
+# Endless, of its own parser, in need of a download, over at once.
+NOT_RUN = ("serve", "benchmark", "fetch-teacher", "configs", "completion")
 MOMENTS = ("0.004", "0.06", "0.2")  # seconds of computing
 TEMPORARY = (".tmp-", ".flash-experts-")
 
@@ -32,17 +33,21 @@ if not hasattr(signal, "setitimer"):
 
 @pytest.fixture(scope="module")
 def ended(workplace: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], dict[str, Any]]:
-    """What became of every command at every moment, by both: see `interrupted_runs`."""
+    """Results of every command, by name and moment: see `interrupted_runs`."""
     folder = tmp_path_factory.mktemp("interrupted runs")
-    script = Path(__file__).with_name("interrupted_runs.py")
-    command = [sys.executable, str(script), str(workplace), str(folder), *MOMENTS]
-    done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    command = [sys.executable, "-m", "tests.helpers.interrupted_runs", str(workplace), str(folder), *MOMENTS]
+    done = subprocess.run(
+        command,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     found = [json.loads(line) for line in done.stdout.splitlines()]
     return {(one["name"], str(one["seconds"])): one for one in found}
 
 
-def is_whole(path: Path, workplace: Path) -> bool:
+def is_complete(path: Path, workplace: Path) -> bool:
     """Whether a result is what an undisturbed run leaves."""
     if path.parent.name == "again" and path.suffix == ".jsonl" and path.name != "metrics.jsonl":
         return path.read_bytes() == (workplace / "data/mtg" / path.name).read_bytes()
@@ -61,11 +66,11 @@ def test_one_line_and_nothing_half_written(name: str, seconds: str, ended: dict[
     assert not [path for path in new if any(part.startswith(TEMPORARY) for part in path.parts)], new
     assert "Traceback" not in err, err
     if found["status"] == 0 or (found["status"] == -signal.SIGINT and err == ""):
-        return  # it was over before, or it came with the last words
+        return  # it ended before the signal, or while it exited
     assert found["sent"] and found["status"] == 130, found
     assert err.splitlines()[-1] in (f"flash-experts {name}: interrupted", "flash-experts: interrupted"), err
-    if name != "train":  # which saves first, and says so
-        assert len(err.splitlines()) == 1 and all(is_whole(path, workplace) for path in new), found
+    if name != "train":  # which saves first, and reports it
+        assert len(err.splitlines()) == 1 and all(is_complete(path, workplace) for path in new), found
 
 
 # ---------------------------------------------------------------------------------------- moments that matter, in turn
@@ -112,14 +117,14 @@ class PressedWhenItGoes:
         press()
 
 
-def raises_in_vain() -> None:
-    """Python cannot raise anything in `__del__`: it must come again."""
+def raises_in_del() -> None:
+    """Python cannot raise in `__del__`: the interrupt must be raised again."""
     PressedWhenItGoes()
     gc.collect()
     time.sleep(60)
 
 
-@pytest.mark.parametrize("what", [tidies_up_and_fails, converts_the_exception, raises_in_vain])
+@pytest.mark.parametrize("what", [tidies_up_and_fails, converts_the_exception, raises_in_del])
 def test_whatever_becomes_of_the_exception(what: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     before = signal.getsignal(signal.SIGINT), sys.unraisablehook
     monkeypatch.setattr(cli.COMMANDS["plot"], "run", lambda _: what())
@@ -127,13 +132,13 @@ def test_whatever_becomes_of_the_exception(what: Any, monkeypatch: pytest.Monkey
     assert (signal.getsignal(signal.SIGINT), sys.unraisablehook) == before
 
 
-def test_other_errors_that_nobody_can_catch_are_still_told(capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_unraisable_errors_are_still_reported(capsys: pytest.CaptureFixture[str]) -> None:
     class Fails:
         def __del__(self) -> None:
             raise ValueError("of its own")
 
-    told: list[str] = []
-    hook, sys.unraisablehook = sys.unraisablehook, lambda about: told.append(str(about.exc_value))
+    reported: list[str] = []
+    hook, sys.unraisablehook = sys.unraisablehook, lambda about: reported.append(str(about.exc_value))
     try:
         with CtrlC() as ctrl_c:
             ctrl_c.listen()
@@ -141,14 +146,14 @@ def test_other_errors_that_nobody_can_catch_are_still_told(capsys: pytest.Captur
             gc.collect()
     finally:
         sys.unraisablehook = hook
-    assert told == ["of its own"]
+    assert reported == ["of its own"]
 
 
 def test_it_is_ignored_where_it_was() -> None:
     """As under nohup, and of a shell's background jobs."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        with CtrlC() as ctrl_c, held_back():
+        with CtrlC() as ctrl_c, deferred_ctrl_c():
             ctrl_c.listen()
             press()
         assert not ctrl_c.pressed
@@ -158,7 +163,7 @@ def test_it_is_ignored_where_it_was() -> None:
 
 def test_renames_that_belong_together_are_all_done() -> None:
     done = []
-    with pytest.raises(KeyboardInterrupt), held_back():
+    with pytest.raises(KeyboardInterrupt), deferred_ctrl_c():
         press()
         done.append("the rest")
     assert done == ["the rest"]
@@ -166,7 +171,7 @@ def test_renames_that_belong_together_are_all_done() -> None:
         press()
 
 
-def test_the_second_one_amid_training_is_heard_at_once() -> None:
+def test_the_second_one_during_training_interrupts_at_once() -> None:
     with CtrlC() as ctrl_c, StopSignals() as signals:
         ctrl_c.listen()
         press()
@@ -180,7 +185,7 @@ def test_the_second_one_amid_training_is_heard_at_once() -> None:
     ("error", "raised", "said"),
     [
         (KeyboardInterrupt(), KeyboardInterrupt, None),
-        (Exception("No space left on device"), checkpoints.CheckpointError, "No space left.*Free some disk space"),
+        (Exception("No space left on device"), CheckpointError, "No space left.*Free some disk space"),
     ],
 )
 def test_a_model_that_is_not_written_whole_leaves_nothing(
@@ -193,13 +198,13 @@ def test_a_model_that_is_not_written_whole_leaves_nothing(
         raise error
 
     with pytest.raises(raised, match=said):
-        checkpoints.with_manifest(tmp_path / "new", write)
+        with_manifest(tmp_path / "new", write)
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow
 def test_another_language_no_home_and_a_folder_with_accents(workplace: Path, tmp_path: Path) -> None:
-    """LANG=C, a home that cannot be written, and a path that ASCII has not."""
+    """LANG=C, a home that cannot be written, and a path outside ASCII."""
     folder = tmp_path / "Werkstatt für Jötun 🐉"
     shutil.copytree(workplace / "models/base", folder / "modèle", ignore=shutil.ignore_patterns("checkpoints"))
     settings = {"LANG": "C", "LC_ALL": "C", "HOME": "/dev/null/home", "XDG_CACHE_HOME": ""}

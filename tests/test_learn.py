@@ -38,7 +38,7 @@ def as_script(path: Path, folder: Path, environment: dict[str, str], out: Path, 
 
 @pytest.fixture(scope="module")
 def fork_server() -> Iterator[multiprocessing.context.ForkServerContext]:
-    """Starts processes that have imported everything already: sixteen scripts would spend two minutes on it."""
+    """Starts processes that have imported everything already: twenty scripts would spend two minutes on it."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(IMPORTS)
     with pytest.MonkeyPatch.context() as patch:
@@ -76,12 +76,14 @@ def test_chapter_runs_and_draws(path: Path, tmp_path: Path, run_script: Callable
     assert sorted(figure.stem for figure in (tmp_path / "figures").iterdir()) == sorted(named)
     assert [left.name for left in tmp_path.iterdir()] == ["figures"], "a chapter leaves nothing where it is run"
     assert not re.search(r"\bnan\b", said)
+    assert said.count("[holds] ") >= 8, "sentences that rest on numbers are checked"
 
 
 @pytest.mark.slow
+@pytest.mark.solutions
 @pytest.mark.parametrize("path", SOLUTIONS, ids=lambda path: path.stem)
 def test_solutions_run(path: Path, tmp_path: Path, run_script: Callable[..., str]) -> None:
-    assert run_script(path, tmp_path)
+    assert run_script(path, tmp_path).count("[holds] ") >= 3
     assert not list(tmp_path.iterdir())
 
 
@@ -90,6 +92,15 @@ def test_every_chapter_has_solutions_and_a_line_in_the_readme() -> None:
     readme = (LEARN / "README.md").read_text(encoding="utf-8")
     for path in CHAPTERS:
         assert f"({path.name})" in readme, path.name
+
+
+@pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
+def test_a_chapter_has_its_picture_early_and_ends_with_linked_reading(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    first = text.split("# %%")[1]
+    assert first.count("**The question: ") == 1 and "](../glossary.md" in first
+    assert text.index("# ## The picture first") < text.index("show(figure, ") < text.index("# ## Exercises")
+    assert text.split("# ## Reading")[1].count("](") >= 3
 
 
 @pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)

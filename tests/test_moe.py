@@ -135,8 +135,8 @@ def test_a_token_is_multiplied_as_one_row_and_as_eager_does(monkeypatch: pytest.
     assert rows and max(rows) <= 2, rows
 
 
-def test_where_onednn_multiplies_many_rows_are_filled_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(grouped_mlp_module, "takes_onednn", lambda x_ND: True)
+def test_with_onednn_many_rows_are_padded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grouped_mlp_module, "uses_onednn", lambda x_ND: True)
     torch.manual_seed(0)
     experts = make_layer(3, 1).experts
     experts_TK = torch.tensor([0] * 40 + [2] * 5 + [0] * 3)[:, None]
@@ -216,7 +216,7 @@ def test_router_is_float32_under_autocast() -> None:
     torch.testing.assert_close(out.float(), layer(x_TD), rtol=0.05, atol=0.05)
 
 
-def test_jitter_reaches_the_router_alone() -> None:
+def test_jitter_affects_only_the_router() -> None:
     torch.manual_seed(0)
     layer = make_layer(4, 4, router_jitter_noise=0.3)
     x_TD = torch.randn(5, 12, dtype=torch.float64)
@@ -289,7 +289,7 @@ def test_from_dense_takes_a_folder_and_leaves_the_dense_model(dense: GPT2LMHeadM
         GPT2MoEForCausalLM.from_dense(moe)
 
 
-def test_losses_reach_the_training_loss_without_being_asked_for(dense: GPT2LMHeadModel) -> None:
+def test_losses_reach_the_training_loss_by_default(dense: GPT2LMHeadModel) -> None:
     moe = GPT2MoEForCausalLM.from_dense(dense, 4, 2, 2, router_aux_loss_coef=0.5, router_z_loss_coef=0.25)
     moe.train()
     for module in moe.modules():
@@ -335,19 +335,19 @@ def test_router_metrics_and_balancing_bias(dense: GPT2LMHeadModel) -> None:
     update_router_biases(moe)
     change = router.selection_bias_E - before
     assert change[0] < 0 < change[1] and not router.step_counts_E.any()
-    assert router_metrics(moe) == {}, "read once, counted anew"
+    assert router_metrics(moe) == {}, "reading resets the counts"
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
         ({"num_experts": 2, "num_experts_per_tok": 3}, "num_experts_per_tok"),
-        ({"num_experts": 0}, "num_experts must be"),
+        ({"num_experts": 0}, "between 1 and num_experts \\(0\\)"),
         ({"moe_layer_freq": 13}, "moe_layer_freq"),
         ({"n_embd": 10, "n_head": 3}, "multiple of n_head"),
         ({"router_jitter_noise": 1.5}, "router_jitter_noise"),
-        ({"router_aux_loss_coef": math.nan}, "router_aux_loss_coef must be"),
-        ({"router_bias_update_rate": math.inf}, "router_bias_update_rate must be"),
+        ({"router_aux_loss_coef": math.nan}, "router_aux_loss_coef is nan, but it must be from 0 to 1,000,000"),
+        ({"router_bias_update_rate": math.inf}, "router_bias_update_rate is inf, but it must be"),
         ({"num_expert": 4}, "did you mean 'num_experts'"),
     ],
 )
@@ -356,5 +356,5 @@ def test_configuration_errors_name_the_field(fields: dict[str, float], message: 
         GPT2MoEConfig(**fields)
 
 
-def test_our_implementation_is_registered_beside_transformers() -> None:
+def test_our_implementation_is_registered_next_to_transformers() -> None:
     assert {"batched_mm", "grouped_mm", "fe_experts"} <= set(ALL_EXPERTS_FUNCTIONS.keys())

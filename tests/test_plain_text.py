@@ -1,4 +1,4 @@
-"""What files, models and labels hold reaches no terminal as a control character, and no spreadsheet as a formula."""
+"""Escaping of untrusted text for terminals and spreadsheets, and spelling suggestions."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import shutil
 from pathlib import Path
 
 import pytest
-from command_line import run
-from spoiled import set_config
 
 from flash_experts.data.card_files import read_file
 from flash_experts.evaluation.tables import Table
-from flash_experts.generation import tables
+from flash_experts.generation import name_files as tables
 from flash_experts.generation.search import GeneratedName
-from flash_experts.plain_text import from_cell, one_line, printable, to_cell
+from flash_experts.plain_text import did_you_mean, from_cell, nearest, one_line, printable, to_cell
+from tests.helpers.command_line import run
+from tests.helpers.spoiled import set_config
 
 SOURCES = Path(__file__).parents[1] / "src/flash_experts"
 EVIL = "\x1b]0;mine\x07\x9b31m\u202eevil\u2066\u200b\U000e0041\x7f\udc80"
@@ -32,6 +32,17 @@ def test_control_characters_are_written_out() -> None:
     assert printable(text).isprintable() and json.loads(printable(text)) == json.loads(text)
 
 
+def test_suggestions_for_misspelled_words() -> None:
+    colors = ("red", "green", "blue")
+    assert nearest("gren", colors) == "green" and nearest("xyz", colors) is None
+    assert nearest("xyz", colors, cutoff=0.0) in colors
+    assert did_you_mean("gren", colors) == "did you mean 'green'?"
+    assert did_you_mean("gren", colors, "use a color", prefix=": ") == ": did you mean 'green'?"
+    assert (
+        did_you_mean("xyz", colors, "use a color", prefix=": ") == "use a color" and did_you_mean("xyz", colors) == ""
+    )
+
+
 def test_errors_warnings_tables_and_labels(workplace: Path, tmp_path: Path) -> None:
     done = run("evaluate", f"no\nwhere{EVIL[:-1]}", "--names", "names.txt", cwd=workplace)
     assert done.status == 1 and len(done.err.splitlines()) == 1 and done.err.rstrip("\n").isprintable()
@@ -44,7 +55,7 @@ def test_errors_warnings_tables_and_labels(workplace: Path, tmp_path: Path) -> N
     assert done.status == 0 and "odd\\u001b[2J" in done.err
     assert all(line.isprintable() for line in (done.out + done.err).splitlines())
     table = Table("title\x1b", ("model", "b\nits"), (("label\x1b[31m\n", "1"),))
-    assert all(line.isprintable() for drawn in (table.to_text(), table._plain()) for line in drawn.splitlines())
+    assert all(line.isprintable() for line in table.to_text().splitlines())
 
 
 def test_everything_is_printed_by_one_function() -> None:
@@ -54,7 +65,7 @@ def test_everything_is_printed_by_one_function() -> None:
         names = [node.func.id for node in nodes if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)]
         if count := names.count("print"):
             calls[path.name] = count
-    assert calls == {"plain_text.py": 1, "scaling.py": 2}, "use say; scaling.py prints numbers alone"
+    assert calls == {"plain_text.py": 1}, "use say"
 
 
 def test_no_cell_is_a_formula_and_ours_are_read_back(tmp_path: Path) -> None:

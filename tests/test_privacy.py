@@ -12,9 +12,9 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
-from command_line import ok, run
 
 from flash_experts.cli import NO_TELEMETRY
+from tests.helpers.command_line import ok, run
 
 SECRETS = {
     "HF_TOKEN": "hf_abcdefghijklmnopqrstuvwxyz012345",

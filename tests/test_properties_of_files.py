@@ -1,4 +1,4 @@
-"""Whatever is in a file: cards, settings or a ValueError that names the file, and never another error."""
+"""Any file content gives cards, settings, or a ValueError that names the file, and no other error."""
 
 from __future__ import annotations
 
@@ -14,13 +14,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flash_experts.data.card_files import MAX_NAME, read_file
-from flash_experts.data.cards import load_source, parse_colors
+from flash_experts.data.cards import parse_colors
 from flash_experts.data.cleaning import clean
 from flash_experts.data.names import faces_of, normal_form, shown_form
 from flash_experts.data.prompts import Attributes
-from flash_experts.data.yaml_files import read_yaml
+from flash_experts.data.sources import load_source
 from flash_experts.generation.formatting import format_name
 from flash_experts.models.folder_checks import check_folder
+from flash_experts.models.saving import MANIFEST, CheckpointError
+from flash_experts.settings_files import read_yaml
 from flash_experts.training import TrainingConfig, checkpoint
 
 FAST = settings(max_examples=60, deadline=None)
@@ -34,7 +36,7 @@ CARD = st.dictionaries(KEYS, JSON | st.sampled_from(["Goblin Guide", "R", "Creat
 
 
 def read(suffix: str, content: bytes) -> Any:
-    """What is read of a file of this content: cards or settings, or the error that names it."""
+    """Cards or settings of a file with this content, or the error that names it."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, f"cards{suffix}")
         path.write_bytes(content)
@@ -76,7 +78,7 @@ def test_any_settings(content: Any) -> None:
 
 @FAST
 @given(st.text(max_size=60))
-def test_names_are_shown_one_way(text: str) -> None:
+def test_display_forms_are_idempotent(text: str) -> None:
     shown = shown_form(text)
     assert shown_form(shown) == shown and normal_form(shown) == normal_form(text)
     assert shown == shown.strip() and "  " not in shown
@@ -107,7 +109,7 @@ def test_any_colors(text: str) -> None:
 @FAST
 @given(st.sampled_from(sorted(TrainingConfig().to_dict())), st.integers() | st.floats() | st.none())
 def test_any_number_in_a_training_configuration(name: str, value: float | None) -> None:
-    """Typed as the command line has it already: a number where a number is expected."""
+    """Of the type that the command line gives: a number where a number is expected."""
     default = TrainingConfig().to_dict()[name]
     if isinstance(default, bool | str | list | dict) or name == "stages" or (value is None and default is not None):
         return
@@ -150,12 +152,12 @@ STATE = {"state": NUMBERS, "config": {}, "data": {}, "registered": {}}
     ],
     ids=range(10),
 )
-def test_a_state_that_fits_its_manifest_and_is_none(content: bytes, tmp_path: Path) -> None:
+def test_a_malformed_state_that_matches_its_manifest(content: bytes, tmp_path: Path) -> None:
     """Found by fuzzing: `"2"` was an AttributeError."""
     (tmp_path / checkpoint.STATE).write_bytes(json.dumps(STATE).encode())
     assert checkpoint.read_state(tmp_path)[0].step == 3
     (tmp_path / checkpoint.STATE).write_bytes(content)
-    with pytest.raises(checkpoint.CheckpointError, match="is not a trainer state") as caught:
+    with pytest.raises(CheckpointError, match="is not a trainer state") as caught:
         checkpoint.read_state(tmp_path)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
 
@@ -163,8 +165,8 @@ def test_a_state_that_fits_its_manifest_and_is_none(content: bytes, tmp_path: Pa
 @pytest.mark.parametrize("name", ["/config.json", "../config.json", "checkpoints/config.json"])
 def test_a_manifest_that_names_files_elsewhere(name: str, tmp_path: Path) -> None:
     """Found by fuzz_files.py: "/config.json is missing" did not say which checkpoint is meant."""
-    (tmp_path / checkpoint.MANIFEST).write_text(json.dumps({name: {"sha256": "0" * 64, "bytes": 2}}))
-    with pytest.raises(checkpoint.CheckpointError, match="no file of this folder") as caught:
+    (tmp_path / MANIFEST).write_text(json.dumps({name: {"sha256": "0" * 64, "bytes": 2}}))
+    with pytest.raises(CheckpointError, match="not a file in this folder") as caught:
         checkpoint.verify_checkpoint(tmp_path)
     assert str(tmp_path) in str(caught.value)
 
@@ -175,14 +177,14 @@ def test_any_manifest_and_state(content: bytes) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for file, read in (
-            (checkpoint.MANIFEST, checkpoint.verify_checkpoint),
+            (MANIFEST, checkpoint.verify_checkpoint),
             (checkpoint.STATE, checkpoint.read_state),
         ):
             (folder / file).write_bytes(content)
-            with pytest.raises(checkpoint.CheckpointError, match=name):
+            with pytest.raises(CheckpointError, match=name):
                 read(folder)
 
 
-def test_a_source_that_is_no_file() -> None:
+def test_a_source_that_is_a_folder() -> None:
     with pytest.raises(ValueError, match="is a folder"):
         load_source("/")

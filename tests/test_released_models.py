@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -11,13 +12,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import flash_experts  # noqa: F401  registers the mixture with AutoModel
 from flash_experts.data.prepare import load_split, prepare
-from flash_experts.data.prompts import NONE, Attributes
+from flash_experts.data.prompts import UNCONDITIONAL, Attributes
 from flash_experts.data.tokenizer import load_tokenizer
-from flash_experts.evaluation.ngram import NGramMixture
 from flash_experts.evaluation.scorers import LanguageModel
+from flash_experts.generation.reranking.ngram import NGramMixture
 from flash_experts.models.loading import load_model
 from flash_experts.models.moe import GPT2MoEForCausalLM
-from flash_experts.training.run_info import fingerprint
+from flash_experts.training.run_folder import fingerprint
 
 MODELS = Path(__file__).parents[1] / "models"
 RELEASED = ("mtg-base", "mtg-names")
@@ -31,8 +32,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_they_are_small() -> None:
-    held = sum(path.stat().st_size for name in RELEASED for path in (MODELS / name).rglob("*"))
-    assert held <= 40e6
+    folders = *(MODELS / name for name in RELEASED), MODELS.parent / "data"
+    held = sum(path.stat().st_size for folder in folders for path in folder.glob("*") if path.is_file())
+    assert held <= 64e6, "models and data together"
 
 
 @pytest.mark.parametrize("name", RELEASED)
@@ -47,7 +49,7 @@ def test_their_tokenizers_cut_what_is_too_long_and_write_prompts_as_they_were(na
     positions = AutoConfig.from_pretrained(MODELS / name).n_positions
     for tokenizer in (AutoTokenizer.from_pretrained(MODELS / name), load_tokenizer(MODELS / name)):
         assert tokenizer.model_max_length == positions
-        assert len(tokenizer("Goblin " * 60, truncation=True)["input_ids"]) == positions
+        assert len(tokenizer("Goblin " * 200, truncation=True)["input_ids"]) == positions
         prompt = "<|endoftext|>legendary creature human wizard, white blue, 4:"
         assert tokenizer.decode(tokenizer(prompt)["input_ids"]) == prompt
 
@@ -64,6 +66,17 @@ def test_they_predict_unseen_names_better_than_letter_statistics(data: Path) -> 
     names = [card.name for card in cards]
     letters = NGramMixture([card.name for card in load_split(data, "train")]).nats(names).sum()
     model = LanguageModel.load(MODELS / "mtg-names", "cpu")
-    nothing_told = model.nats(names, [NONE] * len(names)).sum()
+    nothing_told = model.nats(names, [UNCONDITIONAL] * len(names)).sum()
     all_told = model.nats(names, [Attributes.of(card) for card in cards]).sum()
     assert all_told < nothing_told < letters
+
+
+def test_readme_repeats_the_figures_of_the_model_cards() -> None:
+    readme = (MODELS.parent / "README.md").read_text("utf-8")
+    for name in RELEASED:
+        rows = re.findall(
+            r"^\| (test(?:_iid)?) \(.*?\) \| (.*?) \| (.*?) \|", (MODELS / name / "README.md").read_text("utf-8"), re.M
+        )
+        card = {split: figures for split, *figures in rows}
+        for place, what in enumerate(("unconditional", "given type, colors, mana value")):
+            assert f"| `models/{name}`, {what} | {card['test_iid'][place]} | {card['test'][place]} |" in readme

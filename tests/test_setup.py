@@ -108,12 +108,12 @@ def test_the_package_of_this_checkout_is_the_one_that_is_imported() -> None:
 
 def test_requirements_pin_nothing_and_bring_what_the_tests_import() -> None:
     lines = [line for line in (ROOT / "requirements.txt").read_text("utf-8").splitlines() if line[:1] not in ("", "#")]
-    assert lines == ["-e .[test]"], "constraints.txt would replace what `pip install -e .` has just installed"
+    assert lines == ["-e .[all,test]"], "constraints.txt would replace what `pip install -e .` has just installed"
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["optional-dependencies"]
     brought = " ".join(extras["test"])
     for package in ("pytest", "hypothesis", "peft", "tensorboard", "jupytext", "triton;"):
         assert package in brought
-    assert "flash-experts[test]" in extras["dev"]
+    assert "flash-experts[all,test]" in extras["dev"]
 
 
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a git checkout")

@@ -21,12 +21,11 @@ from flash_experts.data.packing import pack
 from flash_experts.data.prompts import Attributes
 from flash_experts.models import GPT2MoEConfig, GPT2MoEForCausalLM
 from flash_experts.models.flash_attention import ATTENTION_IMPLEMENTATION
-from flash_experts.training import Callback, NonFiniteLossError, Trainer, TrainingConfig, reporting
+from flash_experts.training import Callback, NonFiniteLossError, Trainer, TrainingConfig, metrics
 from flash_experts.training.checkpoint import TrainerState, checkpoint_steps
-from flash_experts.training.reporting import SpeedMeter
-from flash_experts.training.result import reason_to_end
-from flash_experts.training.run_info import multiplied_parameters, training_flops
-from flash_experts.training.schedule import Schedule
+from flash_experts.training.metrics import SpeedMeter, multiplied_parameters, training_flops
+from flash_experts.training.optimizer import Schedule
+from flash_experts.training.run_state import reason_to_end
 from flash_experts.training.tracking import read_metrics
 
 FIRST = ["Goblin", "Elf", "Dragon", "Angel", "Storm", "Fire", "Blood", "Night"]
@@ -116,8 +115,8 @@ def test_names_longer_than_the_context_are_left_out_and_counted(
         make_model(dense_config), tokenizer, [*TRAIN, *too_long, fits], [*VALIDATION, *too_long], settings
     )
     assert trainer.train().reason == "steps"
-    said = capsys.readouterr().err
-    assert f"more than the model's 64 tokens: 2 of 51 training names ('{alone[:40]}', ...), 2 of 18 validation" in said
+    err = capsys.readouterr().err
+    assert f"more than the model's 64 tokens: 2 of 51 training names ('{alone[:40]}', ...), 2 of 18 validation" in err
     assert fits in trainer.batches.plan[0].cards and len(trainer.batches.plan[0].cards) == 49
     with pytest.raises(ValueError, match="no training name fits into the model's 64 tokens"):
         Trainer(make_model(dense_config), tokenizer, too_long, VALIDATION, config)
@@ -160,7 +159,7 @@ def test_gradient_of_accumulated_rows_is_that_of_one_row(
         model = make_model(dense_config, dropout=0.0).train()
         settings = replace(config, gradient_accumulation_steps=parts, run_name=f"run{parts}")
         trainer = Trainer(model, tokenizer, TRAIN, [], settings)
-        rows, num_labels = trainer._rows_of_step()
+        rows, num_labels = trainer._micro_batches_of_step()
         assert len(rows) == parts
         for row in rows:
             trainer._backward(row, num_labels)
@@ -262,7 +261,7 @@ def test_the_best_model_is_that_of_the_lowest_mean_and_is_the_one_in_the_folder(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Unconditional names go on improving while those with attributes get worse: the first validation of the two
+    """Unconditional names keep improving while those with attributes get worse: the first validation of the two
     with the lower mean wins."""
     trainer = Trainer(make_model(dense_config), tokenizer, TRAIN, VALIDATION, replace(config, max_steps=12))
     assert trainer.validation is not None
@@ -349,13 +348,13 @@ def test_frozen_parts_cost_no_arithmetic_of_their_own(dense: GPT2LMHeadModel) ->
     assert frozen["head_flops"] == 4 * frozen["head"]
 
 
-def test_mfu_is_the_arithmetic_of_active_weights_over_time_and_peak(
+def test_mfu_is_the_flops_of_active_weights_over_time_and_peak(
     dense: GPT2LMHeadModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a device of 1e9 operations a second, as two processes have one each; the pause is not training."""
+    """Two processes with a device of 1e9 FLOP/s each; the pause is not training."""
     clock = [100.0]
-    monkeypatch.setattr(reporting.time, "perf_counter", lambda: clock[0])
-    monkeypatch.setattr(reporting, "peak_flops", lambda device: 1e9)
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(metrics, "peak_flops", lambda device: 1e9)
     counts = multiplied_parameters(GPT2MoEForCausalLM.from_dense(dense, num_experts=4, num_experts_per_tok=1))
     assert counts["body"] == multiplied_parameters(dense)["body"] + 2 * 4 * dense.config.n_embd, "and two routers"
     speed = SpeedMeter(counts, torch.device("cpu"), world=2)
@@ -365,12 +364,12 @@ def test_mfu_is_the_arithmetic_of_active_weights_over_time_and_peak(
     with speed.pause():
         clock[0] += 50.0
     clock[0] += 1.0
-    metrics = speed.metrics()
-    assert metrics["tokens_per_second"] == 250.0
-    assert metrics["mfu"] == pytest.approx(6 * (1000 * counts["body"] + 300 * counts["head"]) / 4.0 / 2e9)
+    measured = speed.metrics()
+    assert measured["tokens_per_second"] == 250.0
+    assert measured["mfu"] == pytest.approx(6 * (1000 * counts["body"] + 300 * counts["head"]) / 4.0 / 2e9)
 
 
-def test_gradients_travel_after_the_last_row_of_a_step_alone(
+def test_gradients_are_reduced_after_the_last_micro_batch_alone(
     dense_config: GPT2Config,
     tokenizer: PreTrainedTokenizerFast,
     config: TrainingConfig,
@@ -378,17 +377,17 @@ def test_gradients_travel_after_the_last_row_of_a_step_alone(
 ) -> None:
     settings = replace(config, gradient_accumulation_steps=3, max_steps=2, eval_every=None)
     trainer = Trainer(make_model(dense_config), tokenizer, TRAIN, [], settings)
-    held_back, seen = [False], []
+    is_deferred, seen = [False], []
     backward = trainer.parallel.backward
 
     @contextmanager
     def no_sync() -> Iterator[None]:
-        held_back[0] = True
+        is_deferred[0] = True
         yield
-        held_back[0] = False
+        is_deferred[0] = False
 
     def spy(loss: torch.Tensor) -> None:
-        seen.append(held_back[0])
+        seen.append(is_deferred[0])
         backward(loss)
 
     monkeypatch.setattr(trainer.parallel, "no_sync", no_sync)

@@ -30,8 +30,9 @@ with atheris.instrument_imports(include=["flash_experts", "json", "csv", "yaml"]
 
     from flash_experts.data.card_files import read_file
     from flash_experts.data.cleaning import clean
-    from flash_experts.data.yaml_files import read_yaml
     from flash_experts.models import folder_checks
+    from flash_experts.models.saving import MANIFEST
+    from flash_experts.settings_files import read_yaml
     from flash_experts.training import checkpoint as checkpoints
     from flash_experts.training.checkpointer import Checkpointer
     from flash_experts.training.stateful import OptimizerState, split_state
@@ -137,7 +138,7 @@ def checkpoint(data: bytes) -> None:
     if not data:
         return
     files = dict(FILES)
-    chosen = [checkpoints.STATE, checkpoints.TENSORS, "model.safetensors", checkpoints.MANIFEST][data[0] % 4]
+    chosen = [checkpoints.STATE, checkpoints.TENSORS, "model.safetensors", MANIFEST][data[0] % 4]
     if data[0] & 4 and chosen.endswith(".safetensors"):
         files[chosen] = edited(FILES[chosen], data[1:])
     elif chosen in files:
@@ -147,8 +148,8 @@ def checkpoint(data: bytes) -> None:
     manifest = {
         name: {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)} for name, content in files.items()
     }
-    own = data[1:] if chosen == checkpoints.MANIFEST else json.dumps(manifest).encode()
-    (FOLDER / checkpoints.MANIFEST).write_bytes(own)
+    own = data[1:] if chosen == MANIFEST else json.dumps(manifest).encode()
+    (FOLDER / MANIFEST).write_bytes(own)
     try:
         RUN.restore(FOLDER)
         OPTIMIZER.step()
