@@ -4,7 +4,7 @@ BIN := .venv/bin
 FLASH := $(BIN)/flash-experts
 ONE_THREAD := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: demo test test-peers learn docs lint audit bench install clean
+.PHONY: demo test test-peers learn docs lint audit bench install wheels clean
 
 demo: .venv/.installed  ## real cards, a small MoE fine-tuned on them, compared, and names
 	@PATH="$(CURDIR)/$(BIN):$$PATH" sh scripts/demo.sh
@@ -16,7 +16,7 @@ test-peers: .venv/.installed-dev  ## transformers' own tests of models, on ours,
 	$(ONE_THREAD) $(BIN)/python -m pytest -o addopts=-ra -n 2 --dist worksteal tests/test_models/transformers_mixin.py
 
 learn: .venv/.installed-dev  ## every chapter of the learning path and its solutions, as scripts
-	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 tests/test_learn.py
+	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 -m "not gpu" tests/test_learn.py
 
 docs: .venv/.installed-dev  ## the site, in build/site: the chapters that changed are run for it
 	@$(BIN)/python scripts/stage_docs.py --run && $(BIN)/zensical build --strict
@@ -32,11 +32,14 @@ audit: .venv/.installed-dev  ## known weaknesses of the pinned packages, asked o
 	.venv/audit/bin/pip install --quiet --disable-pip-version-check pip-audit
 	.venv/audit/bin/pip-audit -r constraints.txt --no-deps --disable-pip --strict
 
-bench: .venv/.installed-dev  ## the figures of the README, ours and the peers' in one run
+bench: .venv/.installed-dev  ## the measurements of the README, ours and the baselines, in one run
 	@$(FLASH) benchmark train
 	@$(FLASH) benchmark generate
 	@$(FLASH) benchmark moe
 	@$(FLASH) benchmark attention
+
+wheels: .venv/bin/python  ## flash-experts and flash-experts-models as wheels, in dist
+	@$(BIN)/pip wheel --quiet --disable-pip-version-check --no-deps -w dist . distributions/models && ls dist
 
 install: .venv/.installed-dev  ## the virtual environment with everything
 
@@ -45,7 +48,7 @@ install: .venv/.installed-dev  ## the virtual environment with everything
 
 .venv/.installed: .venv/bin/python pyproject.toml constraints.txt
 	@echo "Installing into .venv (PyTorch and its friends: one to three minutes) ..."
-	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[all]"
 	@touch $@
 
 .venv/.installed-dev: .venv/bin/python pyproject.toml constraints.txt
@@ -54,4 +57,4 @@ install: .venv/.installed-dev  ## the virtual environment with everything
 	@touch $@ .venv/.installed
 
 clean:  ## what commands made; .venv and released models stay
-	rm -rf data/mtg models/quickstart models/demo-* report.html report.json
+	rm -rf data/mtg data/franchises models/quickstart models/demo-* report.html report.json
