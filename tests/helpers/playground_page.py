@@ -12,7 +12,7 @@ from flash_experts.app.settings import Settings
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install -e '.[dev]'")
 
-WAIT = 30_000  # ms
+WAIT = 60_000  # ms
 
 
 def texts(page: Any, table: str = "#fe-table") -> list[str]:

@@ -106,6 +106,7 @@ def test_a_visit(server: tuple[subprocess.Popen[str], str], page: Any, tmp_path:
     _a_reload_and_a_link_restore_the_session(page, names[1])
     _several_cards_are_named(page)
     _settings_are_reset(page, server[1])
+    _a_request_ends_the_one_before(page)
     _evil_settings_are_text(page)
     _two_models_are_compared(page)
     _it_fits_a_phone_and_the_dark(page, server[1])
@@ -329,7 +330,7 @@ def _settings_are_reset(page: Any, url: str) -> None:
     load(page, Settings(colors="R", mana_value=2, quality="best", count=100))
     page.locator("#fe-make").click()
     page.wait_for_selector("#fe-status >> text=of 100 names")
-    page.get_by_role("button", name="Stop").click()
+    page.get_by_role("button", name="Stop").dblclick()
     page.wait_for_function("() => location.search.includes('quality=best')")
     assert 0 < len(texts(page)) < 100, "names that came before it stopped"
     page.get_by_role("button", name="Reset").click()
@@ -340,11 +341,28 @@ def _settings_are_reset(page: Any, url: str) -> None:
     )
     assert page.get_by_label("Quality").input_value() == "good: the best of 8"
     page.wait_for_url(lambda address: "?" not in address)
+    page.evaluate("flashExperts.remember(JSON.stringify({number: 1, address: 'v=1&colors=R', link: null, kept: []}))")
+    assert "?" not in page.url, "an answer that was overtaken by a later one is ignored"
     page.get_by_role("button", name="Release all").click()
     page.wait_for_function("() => !document.querySelector('#fe-table .fe-kept')")
     page.reload()
     page.wait_for_selector(".fe-empty")
     page.get_by_role("button", name="Share these settings").click()
+
+
+def _a_request_ends_the_one_before(page: Any) -> None:
+    """Nobody has to stop one first; and what ended late changes nothing."""
+    load(page, Settings(colors="R", quality="best", count=100))
+    page.locator("#fe-make").click()
+    page.wait_for_selector("#fe-status >> text=of 100 names")
+    page.get_by_role("button", name="Reset").click()
+    page.wait_for_function("() => document.querySelector('#fe-colors input:checked') === null")
+    page.locator("#fe-make").click()
+    page.wait_for_selector("#fe-status >> text=/^20 names/")
+    wait_for(page, 20)
+    page.wait_for_url(lambda address: address.endswith("?v=1&model=mtg-base"))
+    page.get_by_role("button", name="Reset").click()
+    page.wait_for_selector("#fe-status >> text=All settings are at their defaults")
 
 
 def _evil_settings_are_text(page: Any) -> None:

@@ -164,6 +164,18 @@ def test_all_text_is_escaped(playground: Playground) -> None:
         assert "<script" not in piece and "&lt;" in piece
 
 
+def test_a_request_that_nobody_wants_ends_at_the_next_decoding_step(playground: Playground) -> None:
+    """Also one that would search for long before its first name."""
+    asked: list[bool] = []
+
+    def is_wanted() -> bool:
+        asked.append(len(asked) < 7)
+        return asked[-1]
+
+    never = Settings(count=1, regex="(qxz){9}|Zzyzx")
+    assert list(playground.names(never, is_wanted=is_wanted)) == [] and len(asked) == 8
+
+
 def test_keeping_and_likeness(playground: Playground) -> None:
     handlers = Handlers(playground)
     values, table = _values(), Session()
@@ -197,7 +209,7 @@ def test_stars_that_are_pressed_while_names_come(playground: Playground) -> None
     assert [row.name.text for row in other.kept] == [kept] and len(other.rows) == 4, "of another session"
     late = Session(shown.rows)
     late.press(kept)  # after the request was sent, and before its first name
-    assert [row.name.text for row in late.put(last.rows[:1])] == [kept, first]
+    assert [row.name.text for row in late.put(late.begin(), last.rows[:1], GOBLINS) or ()] == [kept, first]
 
 
 def test_the_number_of_kept_names_is_limited(playground: Playground) -> None:

@@ -78,7 +78,9 @@ def test_a_page_is_restored(playground: Playground) -> None:
     assert [each.name.text for each in session.kept] == ["Dawn Herald", EVIL]
     table, _, remembered = handlers.finished(session)
     assert "<script" not in table
-    assert json.loads(remembered) == {"address": None, "link": None, "kept": json.loads(kept)}
+    assert json.loads(remembered) | {"number": 0} == {
+        "number": 0, "address": None, "link": None, "kept": json.loads(kept)
+    }  # fmt: skip
     assert handlers.open_page("", "", Session()).values == {}
 
 
@@ -143,20 +145,50 @@ def test_the_same_request_is_remembered_once_and_old_ones_go() -> None:
     for seed in (1, 1, 2):
         settings = Settings(seed=seed)
         for count in (1, 2, 3):
-            session.put(tuple(row(str(number), settings) for number in range(count)), settings)
+            session.put(session.begin(), tuple(row(str(number), settings) for number in range(count)), settings)
     assert [(each.number, each.asked.seed, len(each.rows)) for each in session.history] == [(0, 1, 3), (1, 2, 3)]
     for seed in range(10, 20):
-        session.put(tuple(row(str(number), Settings(seed=seed)) for number in range(100)), Settings())
+        rows = tuple(row(str(number), Settings(seed=seed)) for number in range(100))
+        session.put(session.begin(), rows, Settings())
     assert sum(len(each.rows) for each in session.history) == MOST_IN_HISTORY
     assert session.history[-1].number == 11
+
+
+@pytest.mark.parametrize("ended_by", ["stop", "reset", "open", "another"])
+@pytest.mark.parametrize("several", [False, True])
+def test_a_request_that_has_ended_adds_nothing(playground: Playground, ended_by: str, several: bool) -> None:
+    """Its thread may still be at work: what it finds then changes neither the names nor the page's address."""
+    handlers, session = Handlers(playground), Session()
+    [*handlers.make(values(Settings(colors="W", count=2)), session)]
+    asked = values(Settings(colors="R", count=5))
+    stream = handlers.make_several(asked, "Land\nInstant", "2", session) if several else handlers.make(asked, session)
+    next(stream)
+    end = {
+        "stop": lambda: handlers.stopped(session),
+        "reset": session.reset,
+        "open": lambda: handlers.open_request(0, session),
+        "another": lambda: next(handlers.make(values(ANGEL), session)),
+    }
+    end[ended_by]()
+    rows, shown, history = session.rows, session.shown, session.history
+    assert list(stream) == []
+    assert (session.rows, session.shown, session.history) == (rows, shown, history)
+
+
+def test_messages_to_the_browser_are_numbered(playground: Playground) -> None:
+    """A page that stays open may get a new session: its messages are newer, too."""
+    handlers, session = Handlers(playground), Session()
+    numbers = [json.loads(handlers.finished(each)[2])["number"] for each in (session, session, Session(), Session())]
+    assert numbers == sorted(numbers) and numbers[0] < numbers[1] < 2**53
 
 
 def test_all_kept_names_are_released_and_settings_reset(playground: Playground) -> None:
     session = Session((row("Dawn Herald", locked=True), row("Vow")))
     assert not any(each.locked for each in session.release()) and len(session.rows) == 2
-    session.put((row("Dawn Herald"),), ANGEL)
+    session.put(session.begin(), (row("Dawn Herald"),), ANGEL)
     session.reset()
     remembered = json.loads(Handlers(playground).finished(session)[2])
+    assert remembered.pop("number") < session.next_message()
     assert remembered == {"address": None, "link": None, "kept": []} and len(session.history) == 1
     opened = Handlers(playground).defaults()
     assert form.settings_of(opened.values) == Settings() and opened.values["model"] == "dense"

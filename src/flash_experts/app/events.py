@@ -24,14 +24,18 @@ _QUEUED: dict[str, Any] = {
     "concurrency_id": QUEUE, "concurrency_limit": CONCURRENT_REQUESTS, "api_visibility": "private",
     "show_progress": "hidden",
 }  # fmt: skip
+# A request ends the one before it in its session (`Session.begin`), so a button may be pressed again while it runs.
+# Gradio's `cancels` would let the thread go on, and fails when two buttons cancel the same request.
+_REQUEST = _QUEUED | {"trigger_mode": "multiple"}
 _UNQUEUED: dict[str, Any] = {"queue": False, "api_visibility": "private", "show_progress": "hidden"}
 Parts = dict[str, Any]  # components of the page by name
 
 
 def connect(page: gr.Blocks, handlers: Handlers, parts: Parts) -> None:
     """Connects all components."""
-    running = [*_make_names(handlers, parts), _compare(handlers, parts)]
-    parts["stop"].click(_finished(handlers), parts["session"], _after(parts), cancels=running, **_UNQUEUED)
+    _make_names(handlers, parts)
+    _compare(handlers, parts)
+    parts["stop"].click(handlers.stopped, parts["session"], _after(parts), **_UNQUEUED)
     _settings_are_opened(page, handlers, parts)
     _names_are_pressed(handlers, parts)
     _names_leave_the_page(handlers, parts)
@@ -41,42 +45,36 @@ def connect(page: gr.Blocks, handlers: Handlers, parts: Parts) -> None:
 # ------------------------------------------------------------------------------------------------------------ requests
 
 
-def _make_names(handlers: Handlers, parts: Parts) -> list[Any]:
-    """Returns the events that can be stopped."""
+def _make_names(handlers: Handlers, parts: Parts) -> None:
     controls, session = parts["controls"], parts["session"]
     inputs = [*controls.values(), session]
     shown = [parts["table"], parts["status"], session, parts["share"]]
     starts = [parts["make"].click, *(controls[name].submit for name in form.TEXTS)]
     make = _streaming(handlers.make, controls)
-    running = [gr.on(starts, make, inputs, shown, **_QUEUED)]
-    running.append(parts["more"].click(_streaming(handlers.more_like, controls), inputs, shown, **_QUEUED))
+    running = [gr.on(starts, make, inputs, shown, **_REQUEST)]
+    running.append(parts["more"].click(_streaming(handlers.more_like, controls), inputs, shown, **_REQUEST))
     cards = [*controls.values(), parts["cards"], parts["each"], session]
-    running.append(parts["several"].click(_streaming(handlers.make_several, controls), cards, shown, **_QUEUED))
+    running.append(parts["several"].click(_streaming(handlers.make_several, controls), cards, shown, **_REQUEST))
     for title, button in parts["examples"].items():
         filled = button.click(_filling(title), None, [controls[name] for name in form.ATTRIBUTES], **_UNQUEUED)
-        running.append(filled.then(make, inputs, shown, **_QUEUED))
+        running.append(filled.then(make, inputs, shown, **_REQUEST))
     for run in running:  # a star may have been pressed after a request sent its last table
-        run.then(_finished(handlers), session, _after(parts), **_UNQUEUED)
+        run.then(handlers.finished, session, _after(parts), **_UNQUEUED)
     sliders = [controls[name] for name in form.SLIDERS]
     controls["preset"].input(form.sliders_of, controls["preset"], sliders, **_UNQUEUED)
-    return running
 
 
 def _after(parts: Parts) -> list[Any]:
     return [parts["table"], parts["history"], parts["remembered"]]
 
 
-def _finished(handlers: Handlers) -> Callable[[Session], tuple[str, str, str]]:
-    return lambda session: handlers.finished(session)
-
-
-def _compare(handlers: Handlers, parts: Parts) -> Any:
+def _compare(handlers: Handlers, parts: Parts) -> None:
     outputs = [component for side in parts["sides"] for component in side]
-    inputs = [*parts["controls"].values(), *parts["choices"]]
+    inputs = [*parts["controls"].values(), *parts["choices"], parts["session"]]
     for table, _, rows in parts["sides"]:
         pressed = table.click(_side_pressed(handlers), rows, [parts["inspected"], parts["panel"]], **_QUEUED)
         pressed.then(None, js="() => flashExperts.showPanel()", **_UNQUEUED)
-    return parts["compare"].click(_comparing(handlers, parts["controls"]), inputs, outputs, **_QUEUED)
+    parts["compare"].click(_comparing(handlers, parts["controls"]), inputs, outputs, **_REQUEST)
 
 
 def _streaming(
@@ -97,9 +95,9 @@ def _comparing(handlers: Handlers, controls: form.Controls) -> Callable[..., Ite
     names = list(controls)
 
     def run(*values: Any) -> Iterator[list[Any]]:
-        given, (model_a, preset_a, model_b, preset_b) = values[: len(names)], values[len(names) :]
+        given, (model_a, preset_a, model_b, preset_b, session) = values[: len(names)], values[len(names) :]
         sides = [Side(model_a, preset_a), Side(model_b, preset_b)]
-        for both in handlers.compare(dict(zip(names, given, strict=True)), sides):
+        for both in handlers.compare(dict(zip(names, given, strict=True)), sides, session):
             yield [part for shown in both for part in (shown.table, shown.status, shown.rows)]
 
     return run
@@ -141,7 +139,8 @@ def _settings_are_opened(page: gr.Blocks, handlers: Handlers, parts: Parts) -> N
         js="(kept, query, session) => [...flashExperts.opened(), session]", **_UNQUEUED,
     )  # fmt: skip
     parts["load"].click(lambda text: of(handlers.load(text)), parts["share"], shown, **_UNQUEUED)
-    parts["history"].click(open_request, session, [*_after(parts), session, *shown], **_UNQUEUED)
+    after = [*_after(parts), session, *shown]
+    parts["history"].click(open_request, session, after, **_UNQUEUED)
     parts["reset"].click(reset, session, [parts["remembered"], *shown], **_UNQUEUED)
 
 

@@ -10,6 +10,7 @@ import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from flash_experts.app import form, rendering
@@ -76,14 +77,18 @@ class Handlers:
         try:
             cards = form.cards_of(values, lines, count)
             had = [row.name.text for row in session.kept]
-            start = time.monotonic()
+            run, start = session.begin(), time.monotonic()
+            wanted = partial(session.runs, run)
             for settings in cards:
                 seconds = self.playground.time_limit - (time.monotonic() - start)
                 before = [*had, *(row.name.text for row in found)]
                 new: Rows = ()
-                for progress in self.playground.names(settings, values["model"], before, max(seconds, 0.0)):
+                found_so_far = self.playground.names(settings, values["model"], before, max(seconds, 0.0), wanted)
+                for progress in found_so_far:
                     new, shared = progress.rows, progress.settings.to_string()
-                    rows = session.put(new, settings, found)
+                    rows = session.put(run, new, settings, found)
+                    if rows is None:
+                        return
                     all_of_them = replace(progress, wanted=len(cards) * settings.count, rows=(*found, *new))
                     yield TableView(
                         rendering.names_table(rows, "New names"), rendering.status(all_of_them), rows, shared
@@ -96,9 +101,11 @@ class Handlers:
         try:
             settings = form.settings_of(values)
             settings = replace(settings, like=tuple(like)) if like else settings
-            had = [row.name.text for row in session.kept]
-            for progress in self.playground.names(settings, values["model"], had):
-                rows = session.put(progress.rows, settings)
+            had, run = [row.name.text for row in session.kept], session.begin()
+            for progress in self.playground.names(settings, values["model"], had, is_wanted=partial(session.runs, run)):
+                rows = session.put(run, progress.rows, settings)
+                if rows is None:
+                    return
                 shared = progress.settings.to_string()
                 yield TableView(rendering.names_table(rows, "New names"), rendering.status(progress), rows, shared)
         except ValueError as error:
@@ -160,12 +167,17 @@ class Handlers:
 
     def finished(self, session: Session) -> tuple[str, str, str]:
         """What a request leaves on the page: table, history, and what the page's script remembers."""
-        address = link = None
-        if session.shown is not None:
-            row = session.shown.rows[0]
+        number, address, link = session.next_message(), None, None  # numbered before the session is read
+        if (shown := session.shown) is not None:
+            row = shown.rows[0]
             model = row.model if len(self.playground.models) > 1 else ""
-            address, link = link_of(session.shown.asked, model), link_of(row.settings, model)
-        return table_of(session.rows), self.history(session), for_browser(session, address, link)
+            address, link = link_of(shown.asked, model), link_of(row.settings, model)
+        return table_of(session.rows), self.history(session), for_browser(session, address, link, number)
+
+    def stopped(self, session: Session) -> tuple[str, str, str]:
+        """Ends the request that runs; what it leaves on the page."""
+        session.stop()
+        return self.finished(session)
 
     def export(self, session: Session, suffix: str, is_kept: bool) -> str:
         """The file of all names or of the kept ones, for the page's script."""
@@ -189,10 +201,11 @@ class Handlers:
         card = completed_attributes(row.settings)
         return rendering.panel(row, card, inspection)
 
-    def compare(self, values: Mapping[str, Any], sides: Sequence[Side]) -> Iterator[list[TableView]]:
+    def compare(self, values: Mapping[str, Any], sides: Sequence[Side], session: Session) -> Iterator[list[TableView]]:
         """Makes names for all sides from the same settings."""
+        wanted = partial(session.runs, session.begin())
         try:
-            for progress in compare(self.playground, form.settings_of(values), sides):
+            for progress in compare(self.playground, form.settings_of(values), sides, wanted):
                 yield [
                     TableView("", "", (), "")
                     if one is None
@@ -208,10 +221,13 @@ class Handlers:
             yield [TableView("", rendering.failure(form.with_labels(str(error))), (), "") for _ in sides]
 
 
-def for_browser(session: Session, address: str | None = None, link: str | None = None) -> str:
+def for_browser(
+    session: Session, address: str | None = None, link: str | None = None, number: int | None = None
+) -> str:
     """What the page's script remembers: the kept names; unless None, the query of the page's address, and the one that
-    makes the names on the table again."""
-    return json.dumps({"address": address, "link": link, "kept": stored(session.kept)})
+    makes the names on the table again. ``number`` is of `Session.next_message` (default: a new one)."""
+    number = session.next_message() if number is None else number
+    return json.dumps({"number": number, "address": address, "link": link, "kept": stored(session.kept)})
 
 
 def table_of(rows: Rows) -> str:

@@ -1,6 +1,7 @@
 // The page's own script: what only a browser can do. Text of the server is shown as text, never as markup.
 window.flashExperts = {
   KEY: 'flash-experts:kept',
+  number: 0,       // of the last message of the server that was remembered
   link: null,      // the query that makes the names on the table again
   pressed: null,   // the last button pressed in our HTML
   chosen: null,    // the name whose card is open
@@ -16,7 +17,9 @@ window.flashExperts = {
   // Puts settings into the address and kept names into the storage.
   remember(text) {
     if (!text) return;
-    const {address, link, kept} = JSON.parse(text);
+    const {number, address, link, kept} = JSON.parse(text);
+    if (number < this.number) return; // an answer that was overtaken by a later one
+    this.number = number;
     if (link !== null) this.link = link;
     if (address !== null) history.replaceState(null, '', location.pathname + (address ? '?' + address : ''));
     try { localStorage.setItem(this.KEY, JSON.stringify(kept)); } catch { /* storage is full or not allowed */ }

@@ -9,7 +9,7 @@ from __future__ import annotations
 import secrets
 import threading
 import time
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -140,6 +140,7 @@ class Playground:
         model: str | None = None,
         without: Sequence[str] = (),
         seconds: float | None = None,
+        is_wanted: Callable[[], bool] = lambda: True,
     ) -> Iterator[Progress]:
         """Generates names.
 
@@ -148,6 +149,7 @@ class Playground:
             model: name of the model (default: the first).
             without: names to leave out.
             seconds: what is left of the time limit (default: all of it).
+            is_wanted: asked before each decoding step; the request ends when it is not wanted any more.
 
         Yields:
             The progress after each name, and once more at the end.
@@ -162,12 +164,15 @@ class Playground:
         excluded = {normal_form(name) for name in without}
         rows: list[Row] = []
         note = ""
-        time_limit = partial(TimeLimit, deadline=start + (self.time_limit if seconds is None else seconds))
+        deadline = start + (self.time_limit if seconds is None else seconds)
+        watch = partial(Watch, deadline=deadline, is_wanted=is_wanted)
         request = NameRequest.of(**settings.options() | {"count": settings.count + len(excluded), "batch_size": _BATCH})
-        stream = loaded.generator.answer(request, filters=[time_limit])
+        stream = loaded.generator.answer(request, filters=[watch])
         while len(rows) < settings.count:
             try:
                 found = self._next(loaded, stream)
+            except UnwantedError:
+                return
             except TimeUpError:
                 note = f"stopped after {self.time_limit:g} s, the time limit of a request"
                 break
@@ -184,19 +189,26 @@ class Playground:
             return next(stream, None)
 
 
-# ----------------------------------------------------------------------------------------------------- the time limit
+# ------------------------------------------------------------------------------------------- what ends a request early
 
 
 class TimeUpError(Exception):
     """A request has reached its time limit."""
 
 
-class TimeLimit(NameFilter):
-    """Raises `TimeUpError` after the deadline, at the next decoding step; forbids no token."""
+class UnwantedError(Exception):
+    """Nobody waits for the names of a request any more."""
 
-    def __init__(self, vocabulary: NameVocabulary, prompt_length: int, deadline: float) -> None:
+
+class Watch(NameFilter):
+    """Ends a request at the next decoding step, by `TimeUpError` or `UnwantedError`; forbids no token."""
+
+    def __init__(
+        self, vocabulary: NameVocabulary, prompt_length: int, deadline: float, is_wanted: Callable[[], bool]
+    ) -> None:
         super().__init__(vocabulary, prompt_length)
         self.deadline = deadline
+        self.is_wanted = is_wanted
 
     def rule(self, name: str) -> Hashable | None:
         return None
@@ -205,6 +217,8 @@ class TimeLimit(NameFilter):
         return torch.zeros(self.vocabulary.size, dtype=torch.bool)
 
     def apply(self, names: Sequence[str], scores: torch.Tensor) -> torch.Tensor:
+        if not self.is_wanted():
+            raise UnwantedError
         if time.monotonic() > self.deadline:
             raise TimeUpError
         return scores
@@ -218,8 +232,10 @@ class Side:
     preset: str | None = None
 
 
-def compare(playground: Playground, settings: Settings, sides: Sequence[Side]) -> Iterator[list[Progress | None]]:
-    """Generates names for two or more sides from the same seed.
+def compare(
+    playground: Playground, settings: Settings, sides: Sequence[Side], is_wanted: Callable[[], bool] = lambda: True
+) -> Iterator[list[Progress | None]]:
+    """Generates names for two or more sides from the same seed, as long as they are wanted.
 
     A side's own preset replaces all sampling settings.
 
@@ -231,7 +247,7 @@ def compare(playground: Playground, settings: Settings, sides: Sequence[Side]) -
     """
     seed = secrets.randbelow(LARGEST_SEED + 1) if settings.seed is None else settings.seed
     settings = replace(settings, seed=seed)
-    streams = [playground.names(_of_side(settings, side), side.model) for side in sides]
+    streams = [playground.names(_of_side(settings, side), side.model, is_wanted=is_wanted) for side in sides]
     progress: list[Progress | None] = [None] * len(sides)
     running = set(range(len(sides)))
     while running:

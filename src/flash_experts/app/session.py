@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -50,6 +51,8 @@ class Session:
         self.rows = rows
         self.history: tuple[Request, ...] = ()
         self.shown: Request | None = None  # whose names are on the table
+        self._run = 0  # number of the request that may add rows
+        self._sent = 0  # number of the last message to the browser
         self._lock = threading.Lock()
 
     def __deepcopy__(self, _: dict[int, Any]) -> Session:
@@ -62,15 +65,36 @@ class Session:
     def kept(self) -> Rows:
         return tuple(row for row in self.rows if row.locked)
 
-    def put(self, found: Rows, asked: Settings | None = None, before: Rows = ()) -> Rows:
-        """Replaces all rows but the kept ones by what a request has found so far; returns all rows.
+    def begin(self) -> int:
+        """Starts a request and ends the one before; returns its number, for `put`."""
+        with self._lock:
+            self._run += 1
+            return self._run
+
+    def runs(self, run: int) -> bool:
+        """Whether the request of this number has not ended: by another, Stop, Reset, or the history."""
+        return run == self._run
+
+    def stop(self) -> None:
+        """Ends the request that runs: its thread may still find names, which `put` leaves out."""
+        self.begin()
+
+    def put(self, run: int, found: Rows, asked: Settings, before: Rows = ()) -> Rows | None:
+        """Replaces all rows but the kept ones by what a request has found so far.
 
         Args:
-            asked: settings of the request, for the history.
+            run: number of the request, from `begin`.
+            found: its rows.
+            asked: its settings, for the history.
             before: rows of other requests, which stay above.
+
+        Returns:
+            All rows; None if the request has ended, and nothing has changed.
         """
         with self._lock:
-            if asked is not None and found:
+            if not self.runs(run):
+                return None
+            if found:
                 self._remember(asked, found)
             return self._put((*before, *found))
 
@@ -114,15 +138,28 @@ class Session:
             return self.rows
 
     def reset(self) -> None:
-        """Forgets whose names are on the table: the page's address has no settings then."""
+        """Ends the request that runs, and forgets whose names are on the table: the page's address has no settings
+        then."""
         with self._lock:
+            self._run += 1
             self.shown = None
 
+    def next_message(self) -> int:
+        """A number that grows with each message to the browser, which ignores those that arrive late.
+
+        Numbers are microseconds, so that they grow when a page that stays open gets a new session.
+        """
+        with self._lock:
+            self._sent = max(self._sent + 1, time.time_ns() // 1000)
+            return self._sent
+
     def open(self, number: Any) -> Request | None:
-        """Shows the names of an earlier request below the kept ones; None if the history does not have it."""
+        """Shows the names of an earlier request below the kept ones, and ends the one that runs; None if the
+        history does not have it."""
         with self._lock:
             request = next((each for each in self.history if str(each.number) == str(number)[:10]), None)
             if request is not None:
+                self._run += 1
                 self.shown = request
                 self._put(request.rows)
             return request
