@@ -99,7 +99,7 @@ def test_mana_costs(cost: str, value: int, colors: str) -> None:
     ],
 )
 def test_mana_costs_in_other_spellings(cost: str, symbols: str) -> None:
-    assert read_cost(cost) == symbols.split()
+    assert read_cost(cost) == tuple(symbols.split())
 
 
 @pytest.mark.parametrize("cost", ["two red", "$0.25", "{}", "{4}{?}", "P", "Free", "W" * 200, "9" * 50, "٣", "{W"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -255,6 +256,7 @@ def parse_date(text: str | None) -> str | None:
     return date or None
 
 
+@lru_cache(8192)  # 35,000 cards have 4,200 different type lines
 def split_type_line(type_line: str) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
     """Splits one face's type line into supertypes, types and subtypes, without checking types or subtypes.
 
