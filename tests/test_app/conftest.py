@@ -25,4 +25,4 @@ def experts(base: NameGenerator) -> NameGenerator:
 
 @pytest.fixture
 def playground(base: NameGenerator, experts: NameGenerator) -> Playground:
-    return Playground({"dense": base, "experts": experts})
+    return Playground({"dense": base, "experts": experts}, time_limit=600)  # a busy machine ends no request

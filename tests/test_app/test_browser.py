@@ -46,7 +46,19 @@ def server(
     folder = tmp_path_factory.mktemp("models") / "experts"
     experts.model.save_pretrained(folder)
     experts.tokenizer.save_pretrained(folder)
-    command = [sys.executable, "-m", "flash_experts.cli", "serve", "--port", "0", "--model", BASE, folder]
+    command = [
+        sys.executable,
+        "-m",
+        "flash_experts.cli",
+        "serve",
+        "--port",
+        "0",
+        "--time-limit",
+        "600",
+        "--model",
+        BASE,
+        folder,
+    ]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
         list(map(str, command)), env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

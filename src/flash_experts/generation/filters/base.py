@@ -202,7 +202,7 @@ class AllowedCharacters(NameFilter):
 
     def forbidden(self, rule: Hashable) -> torch.Tensor:
         pending = cast(str, rule).encode("utf-8", "surrogateescape")
-        forbidden = ~self.vocabulary.where(lambda text: self._fits(pending, text))
+        forbidden = ~self.vocabulary.where(lambda text: self._fits(pending, text), ("fits", self.alphabet, pending))
         forbidden[self.vocabulary.eos_id] = pending != b""
         return forbidden
 
@@ -226,9 +226,11 @@ class WellFormed(NameFilter):
         tail, dangling = cast(tuple[str, bool], rule)
         if tail == "":
             forbidden = ~self.vocabulary.where(
-                lambda text: text[0] == " " and text[1:2] != "'" and not BAD_MARKS.search(text)
+                lambda text: text[0] == " " and text[1:2] != "'" and not BAD_MARKS.search(text), "starts a name"
             )
         else:
-            forbidden = self.vocabulary.where(lambda text: BAD_MARKS.search(tail + text) is not None)
+            forbidden = self.vocabulary.where(
+                lambda text: BAD_MARKS.search(tail + text) is not None, ("bad marks", tail)
+            )
         forbidden[self.vocabulary.eos_id] = dangling or tail == "" or tail in OPEN_END
         return forbidden

@@ -8,7 +8,7 @@ Shape suffixes: V tokens of the vocabulary (of the model's logits), B batch rows
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from functools import cached_property
 
 import torch
@@ -56,6 +56,7 @@ class NameVocabulary:
                 "belong together; load both from the same folder"
             )
         self.eos_id: int = tokenizer.eos_token_id
+        self._found: dict[Hashable, torch.Tensor] = {}
         self._backend = tokenizer.backend_tokenizer
         self._pieces = _pieces(tokenizer, self.size)
         self.texts = tuple(piece.decode("utf-8", "surrogateescape") for piece in self._pieces)
@@ -97,9 +98,18 @@ class NameVocabulary:
         """(V,) int64: characters of each token's text."""
         return torch.tensor([len(text) for text in self.texts])
 
-    def where(self, condition: Callable[[str], bool]) -> torch.Tensor:
-        """(V,) bool on the CPU: tokens whose text satisfies the condition; false for tokens without text (EOS)."""
-        return torch.tensor([text != "" and condition(text) for text in self.texts])
+    def where(self, condition: Callable[[str], bool], key: Hashable = None) -> torch.Tensor:
+        """(V,) bool on the CPU: tokens whose text satisfies the condition; false for tokens without text (EOS).
+
+        Asks for all texts, which takes some 10 ms. Under a ``key`` that says what the condition is, the answer is kept
+        for the filters of later requests.
+        """
+        found = self._found.get(key)
+        if found is None:
+            found = torch.tensor([text != "" and condition(text) for text in self.texts])
+            if key is not None:
+                self._found[key] = found
+        return found.clone()
 
 
 def _pieces(tokenizer: PreTrainedTokenizerBase, size: int) -> tuple[bytes, ...]:
