@@ -33,10 +33,7 @@ audit: .venv/.installed-dev  ## known weaknesses of the pinned packages, asked o
 	.venv/audit/bin/pip-audit -r constraints.txt --no-deps --disable-pip --strict
 
 bench: .venv/.installed-dev  ## the measurements of the README, ours and the baselines, in one run
-	@$(FLASH) benchmark train
-	@$(FLASH) benchmark generate
-	@$(FLASH) benchmark moe
-	@$(FLASH) benchmark attention
+	@$(FLASH) benchmark all
 
 wheels: .venv/bin/python  ## flash-experts and flash-experts-models as wheels, in dist
 	@$(BIN)/pip wheel --quiet --disable-pip-version-check --no-deps -w dist . distributions/models && ls dist

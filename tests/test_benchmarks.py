@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-from flash_experts.benchmarks import attention, attention_baselines, generate, moe, report, train
+from flash_experts.benchmarks import attention, attention_baselines, everything, generate, moe, report, train
 from flash_experts.benchmarks.attention_problems import BatchProblem, DecodeProblem, PackedProblem, name_lengths
 from flash_experts.benchmarks.attention_tables import choices
 from flash_experts.benchmarks.report import Report, find_recorded, find_worse, machine_facts, main
 from flash_experts.benchmarks.timing import Implementation, Timing, peak_memory, relative_error, time_in_rounds
+from flash_experts.cli import main as main_of_commands
 from flash_experts.commands import benchmark
 from tests.helpers.command_line import ok
 
@@ -218,6 +220,45 @@ def test_a_regression_is_reported_after_a_second_measurement(
     (tmp_path / "broken.json").write_text("{", "utf-8")
     with pytest.raises(ValueError, match=r"broken\.json: not a results file"):
         find_recorded(tmp_path, "moe", CPU)
+
+
+def test_all_topics_are_recorded_by_machine_and_checked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each has its usual options; what was not recorded on such a machine is said, and measured all the same."""
+    rows = {topic: [{"name": "ours", "times_peer": 3.0, "reason": None}] for topic in everything.TOPICS}
+
+    def measure(topic: str, args: Any, device: torch.device) -> Report:
+        assert args.plot is None and len(vars(args)) > 6, "with all options of the topic"
+        return Report(topic, machine_facts(device), {}, rows[topic], f"table of {topic}", lambda _: None)
+
+    for module in (attention, moe, train, generate):
+        topic = module.__name__.rpartition(".")[2]
+        monkeypatch.setattr(module, "measure", partial(measure, topic))
+        monkeypatch.setattr(module, "run_topic", partial(_run_topic, topic))
+    given = ["benchmark", "all", "--device", "cpu"]
+    assert main_of_commands([*given, "--record", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.split("\n\n") == [f"table of {topic}" for topic in everything.TOPICS[:3]] + [
+        "table of generate\n"
+    ]
+    recorded = sorted(tmp_path.iterdir())
+    assert len(recorded) == 4 and all(f"-{torch.get_num_threads()}-threads.json" in file.name for file in recorded)
+    assert main_of_commands([*given, "--record", str(tmp_path)]) == 1 and "--overwrite" in capsys.readouterr().err
+
+    recorded[0].unlink()
+    rows["moe"] = [{"name": "ours", "times_peer": 2.0, "reason": None}]
+    assert main_of_commands([*given, "--check", str(tmp_path)]) == 0
+    said = capsys.readouterr().err
+    assert "no results of attention on this machine" in said
+    assert "warning: times_peer is 2.00, recorded 3.00: ours" in said and said.count("warning") == 1
+    assert main_of_commands([*given, "--check", str(tmp_path / "results")]) == 1
+
+
+def _run_topic(topic: str, args: Any, measure: Any) -> Report:
+    """As in a process of its own, where a module is found by its name."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "_topic_of", lambda _: topic)
+        return report.run_topic(args, measure)
 
 
 def test_ratios_are_paired_by_round() -> None:
