@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from flash_experts.app.settings import Settings
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install -e '.[dev]'")
 
 WAIT = 60_000  # ms
+EVIL = "<script>window.evil=1</script>"
 
 
 def texts(page: Any, table: str = "#fe-table") -> list[str]:
@@ -69,3 +71,51 @@ def load(page: Any, settings: Settings) -> None:
 def press_load(page: Any, text: str) -> None:
     page.locator("#fe-share textarea").fill(text)
     page.get_by_role("button", name="Load these settings").click()
+
+
+def name_a_file_of_cards(page: Any, folder: Path) -> None:
+    """It is read by the browser; the file that comes back has all cards."""
+    button = page.get_by_role("button", name="Open a file of cards")
+    for name, content, message in (
+        ("large.csv", b"type_line\n" + b"Land\n" * 10_000, "large.csv has more than 48 kB"),
+        ("other.csv", "type_line\nCréature\n".encode("latin-1"), "save it as CSV UTF-8"),
+        ("set.csv", f"name,type_line,notes\nOld Name,Land,\n,Instant,{EVIL}\n".encode("utf-8-sig"), "Read set.csv"),
+    ):
+        (folder / name).write_bytes(content)
+        with page.expect_file_chooser() as chooser:
+            button.click()
+        chooser.value.set_files(folder / name)
+        page.wait_for_function(
+            "text => document.getElementById('fe-announced')?.textContent.includes(text)", arg=message
+        )
+    page.wait_for_function("document.querySelector('#fe-cards textarea').value.startsWith('name,type_line')")
+    page.get_by_role("button", name="Make names for each card").click()
+    page.wait_for_selector("#fe-status >> text=2 names for 1 of 1 cards")
+    page.get_by_label("File format").click()
+    page.get_by_role("option", name="CSV").click()
+    old, new = csv.DictReader(downloaded(page, "Download the named set", folder / "named-set.csv").splitlines())
+    assert old["name"] == "Old Name" and new["notes"] == EVIL and new["name"] in texts(page)
+    page.locator("#fe-cards textarea").fill("type_line\nInstannt\n")
+    page.get_by_role("button", name="Make names for each card").click()
+    page.wait_for_selector("#fe-status [role=alert] >> text=the cards:2")
+
+
+def replace_a_word(page: Any) -> None:
+    """By keyboard, on the name's card, which stays open."""
+    load(page, Settings(starts_with="Storm of", count=1, quality="fast"))
+    page.locator("#fe-make").click()
+    page.wait_for_selector("#fe-status >> text=/^1 names?/")
+    page.locator("#fe-table [data-name^='Storm of'].fe-name").first.click()
+    page.wait_for_selector("#fe-panel [data-key='word 0'] >> text=Storm")
+    rest = page.locator("#fe-looked").inner_text().removeprefix("Storm")
+    page.locator("#fe-panel [data-key='word 0']").focus()
+    page.keyboard.press("Enter")
+    page.wait_for_function(
+        """rest => { const names = [...document.querySelectorAll('#fe-table tr:not(.fe-kept) .fe-name')];
+           return names.length && names.every((name) => name.textContent.toLowerCase().endsWith(rest)); }""",
+        arg=rest.lower(),
+    )
+    assert page.evaluate("document.activeElement.dataset.key") == "word 0"
+    page.get_by_role("button", name="Close the card").click()
+    page.locator("#fe-side").wait_for(state="hidden")
+    page.get_by_role("button", name="Stop").click()

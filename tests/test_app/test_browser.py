@@ -19,7 +19,19 @@ import pytest
 from flash_experts import NameGenerator
 from flash_experts.app.exporting import FORMATS
 from flash_experts.app.settings import PREFIX, Settings
-from tests.helpers.playground_page import WAIT, copied, downloaded, load, press_load, texts, unlabeled, wait_for
+from tests.helpers.playground_page import (
+    EVIL,
+    WAIT,
+    copied,
+    downloaded,
+    load,
+    name_a_file_of_cards,
+    press_load,
+    replace_a_word,
+    texts,
+    unlabeled,
+    wait_for,
+)
 
 pytest.importorskip("gradio", reason="the playground's extra is not installed: pip install -e '.[app]'")
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install -e '.[dev]'")
@@ -30,7 +42,6 @@ FLAGS = (
     "--disable-component-update --disable-sync"
 ).split()
 BASE = Path(__file__).parent.parent.parent / "models/mtg-base"
-EVIL = "<script>window.evil=1</script>"
 
 pytestmark = [
     pytest.mark.slow,
@@ -105,6 +116,8 @@ def test_a_visit(server: tuple[subprocess.Popen[str], str], page: Any, tmp_path:
     _an_earlier_request_is_opened(page)
     _a_reload_and_a_link_restore_the_session(page, names[1])
     _several_cards_are_named(page)
+    name_a_file_of_cards(page, tmp_path)
+    replace_a_word(page)
     _settings_are_reset(page, server[1])
     _a_request_ends_the_one_before(page)
     _evil_settings_are_text(page)
@@ -138,6 +151,7 @@ def test_every_accordion_tab_and_button(page: Any) -> None:
     titles = [text for text in titles if text not in others]
     assert {"Make names", "Stop", "Reset", "Red Goblins", "More like the kept ones", "Copy kept names", "Copy link",
             "Release all", "Copy these settings", "Download kept names", "Download all", "Make names for each card",
+            "Open a file of cards", "Download the named set",
             "Load these settings"} <= set(titles)  # fmt: skip
     for title in titles:
         page.get_by_role("button", name=title, exact=True).click()

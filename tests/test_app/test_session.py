@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import base64
+import csv
 import io
 import json
 import zipfile
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -14,10 +18,13 @@ pytest.importorskip("gradio", reason="the playground's extra is not installed: p
 from flash_experts.app import form
 from flash_experts.app.exporting import FORMATS, exported
 from flash_experts.app.handlers import Handlers
-from flash_experts.app.service import Playground, Row
+from flash_experts.app.service import Playground, Progress, Row
 from flash_experts.app.session import MOST_IN_HISTORY, MOST_KEPT, Session, link_of, read_link, restored, stored
 from flash_experts.app.settings import PREFIX, Settings
+from flash_experts.app.words import with_gap, words_of
 from flash_experts.generation import GeneratedName
+from flash_experts.generation.card_sets import card_rows_of, name_rows
+from flash_experts.generation.filters.base import NoTokenLeftError
 
 ANGEL = Settings(type_line="Creature — Angel", colors="W", seed=3, count=2)
 EVIL = '<script>alert("x")</script>'
@@ -222,6 +229,54 @@ def unzipped(content: str) -> str:
         return archive.read("set").decode("utf-8")
 
 
+# --------------------------------------------------------------------------------------------------------- another word
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "pattern"),
+    [
+        ("Serra's Sea-Angel", ["Serra", "Sea-Angel"], "___'s Sea-Angel"),
+        ("Krenko, Mob Boss", ["Krenko", "Mob", "Boss"], "___, Mob Boss"),
+        ("Who's There?", ["Who", "There"], "___'s There?"),
+        ("Vow", [], None),
+    ],
+)
+def test_the_words_of_a_name(name: str, words: list[str], pattern: str | None) -> None:
+    assert words_of(name) == words
+    if pattern is None:
+        with pytest.raises(ValueError, match="no such word"):
+            with_gap(ANGEL, name, 0)
+    else:
+        assert with_gap(ANGEL, name, "0").pattern == pattern
+
+
+def test_one_word_of_a_name_is_replaced(playground: Playground, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flash_experts.app.service.secrets.randbelow", lambda _: 1)
+    handlers, session = Handlers(playground), Session()
+    old = Row(
+        GeneratedName("Dawn Herald", -9, None, 0),
+        replace(ANGEL, contains="Dawn", max_words=3, quality="fast"),
+        "dense",
+        True,
+    )
+    session.add_kept(old)
+    assert 'data-do="word" data-number="1" data-key="word 1"' in handlers.inspect(old)
+    *_, shown = handlers.another_word(old, "0", session)
+    new = [each for each in shown.rows if not each.locked]
+    assert new and session.kept == (old,)
+    names = [each.name.text for each in new]
+    assert all(name.lower().endswith(" herald") and len(name.split()) == 2 for name in names), names
+    assert "Dawn Herald" not in names
+    rules = {"pattern": "___ Herald", "min_words": 2, "max_words": 2}
+    asked = Settings(type_line="Creature — Angel", colors="W", quality="fast", **rules)
+    assert session.history[-1].asked == asked and form.settings_of(form.values_of(asked)) == asked
+    assert "Name with gaps ___ Herald" in handlers.history(session)
+    for nonsense in (None, "2", -1, [], "x" * 5000):
+        (failed,) = handlers.another_word(old, nonsense, session)
+        assert "fe-failure" in failed.status and "no such word" in failed.status
+    assert list(handlers.another_word(None, 0, session)) == []
+
+
 # ------------------------------------------------------------------------------------------------------- several cards
 
 
@@ -232,27 +287,97 @@ def test_names_for_several_cards(playground: Playground) -> None:
     asked = [each.settings for each in shown.rows]
     assert [each.type_line for each in asked] == ["Creature — Angel"] * 2 + ["Instant"] * 2 + ["Land"] * 2
     assert [(each.colors, each.mana_value) for each in asked[::2]] == [("W", 5), ("U", None), (None, None)]
-    assert len({each.name.text for each in shown.rows}) == 6 and "6 names" in shown.status
+    assert len({each.name.text for each in shown.rows}) == 6 and "6 names for 3 of 3 cards" in shown.status
     assert shown.table.count("fe-group") == 3 and "Creature — Angel · white · mana value 5" in shown.table
     assert len(session.history) == 3
 
 
+SET = """name,Type line,Colors,Mana value,notes
+,Creature — Goblin,Red,2,=1+1
+Old Name,Instant,U,1,
+,Creature — Goblin,R,2,
+,Land,,,
+"""
+
+
+@pytest.fixture
+def patient(playground: Playground, monkeypatch: pytest.MonkeyPatch) -> Playground:
+    """Without a time limit; for a land no name can be made."""
+    found = Playground({"dense": playground.model("dense").generator}, time_limit=600)
+    names = found.names
+
+    def refused(settings: Settings, *others: Any) -> Iterator[Progress]:
+        if settings.type_line == "Land":
+            raise NoTokenLeftError("no name can be made")
+        return names(settings, *others)
+
+    monkeypatch.setattr(found, "names", refused)
+    return found
+
+
+def test_a_set_is_named_as_the_command_names_it(patient: Playground) -> None:
+    handlers, session = Handlers(patient), Session()
+    asked = values(Settings(seed=4, quality="fast"))
+    *_, shown = handlers.make_several(asked, SET, "2", session)
+    *rows, _ = card_rows_of(SET, "the cards")
+    named = list(name_rows(patient.model().generator, rows, 2, seed=4, quality="fast"))
+    assert [row.name.text for row in shown.rows] == [name.text for one in named for name in one.names]
+    assert len(shown.rows) == 4 and shown.table.count("fe-group") == 2, "a heading for each card"
+    assert "4 names for 2 of 3 cards" in shown.status and "the cards:5: no name: no name can be made" in shown.status
+
+    session.press(named[0].names[1].text)
+    file = json.loads(handlers.export_set(session, "csv"))
+    table = list(csv.DictReader(io.StringIO(file["text"])))
+    assert file["name"] == "named-set.csv" and [one["Type line"] for one in table] == [
+        "Creature — Goblin", "Instant", "Creature — Goblin", "Land",
+    ]  # fmt: skip
+    assert (table[0]["name"], table[0]["alternatives"]) == (named[0].names[1].text, named[0].names[0].text), "kept"
+    assert [one["name"] for one in table[1:]] == ["Old Name", named[2].text, ""] and table[0]["notes"] == "'=1+1"
+    for suffix in FORMATS.values():
+        file = json.loads(handlers.export_set(session, suffix))
+        content = file["text"] if suffix != "mse-set" else unzipped(file["base64"])
+        assert "Old Name" in content and named[2].text in content
+
+    # Opened again, it keeps its names: only the others are made.
+    *_, again = handlers.make_several(asked, json.loads(handlers.export_set(session, "json"))["text"], "2", session)
+    assert "0 names for 0 of 1 cards" in again.status
+
+
+def test_a_set_stops_at_the_limits_and_says_so(playground: Playground, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flash_experts.app.sets.MOST_IN_A_SET", 4)
+    handlers, session = Handlers(playground), Session()
+    *_, shown = handlers.make_several(values(Settings(quality="fast")), "Land\nInstant\nLand\nLand", "2", session)
+    assert len(shown.rows) == 4 and "4 names for 2 of 4 cards" in shown.status
+    assert "line 3 and 1 more: no name: not reached: a request gives at most 4 names" in shown.status
+    assert "open it again" in shown.status
+    assert handlers.export_set(Session(), "csv") == "", "no set was named"
+
+
 @pytest.mark.parametrize(
-    ("lines", "count", "message"),
+    ("cards", "count", "message"),
     [
-        ("", "5", "0 cards: write 1 to 10"),
-        ("Land\n" * 11, "5", "11 cards"),
-        (None, "5", "0 cards"),
+        ("", "5", "no cards: write a line for each"),
+        (None, "5", "no cards"),
+        ("Land\n" * 10_000, "5", "the most is 48,000"),
         ("Land", "11", "the most is 10"),
         ("Land", "x", "whole number"),
-        ("Goblinn", "1", "Goblinn"),
+        ("Goblinn", "1", "line 1, &#39;Goblinn&#39;"),
         ("Land, W, 3, x", "1", "type line, colors and a mana value"),
+        ("Land, W, 99", "1", "line 1: Mana value is 99"),
         (EVIL, "1", "&lt;script&gt;"),
+        ("type_line,colors\nInstant,purple\n", "1", "the cards:2: colors &#39;purple&#39; is not understood"),
+        ("type_line,contains\nInstant," + "x" * 41, "1", "the cards:2: contains has 41 characters"),
+        ("name,type_line\nA,Instant\n", "1", "each of these cards has a name"),
+        ("type_line\n" + "Land\n" * 2001, "1", "more than 2,000 cards"),
+        ("[" * 40_000, "1", "the cards: not a list of cards"),
+        ('[{"type_line": "Instant"', "1", "the cards: not JSON"),
+        ('["Land"]', "1", "the cards: not a list of cards"),
+        ('[{"type_line": {"a": "Land"}}]', "1", "the cards[0]"),
     ],
-)
-def test_bad_cards_are_reported(playground: Playground, lines: str, count: str, message: str) -> None:
-    (shown,) = Handlers(playground).make_several(values(Settings()), lines, count, Session())
-    assert "fe-failure" in shown.status and message in shown.status
+)  # fmt: skip
+def test_bad_cards_are_reported(playground: Playground, cards: str, count: str, message: str) -> None:
+    (shown,) = Handlers(playground).make_several(values(Settings()), cards, count, Session())
+    assert "fe-failure" in shown.status and message in shown.status and "\n" not in shown.status
 
 
 def test_several_cards_share_one_time_limit(playground: Playground) -> None:
