@@ -132,6 +132,11 @@ class Constraints:
         return "(?i)" + ".+".join(parts)
 
     @property
+    def has_text_after_gap(self) -> bool:
+        """Whether ``pattern`` has fixed text after a gap: the model fills the gap without knowing what follows."""
+        return any(part.strip() for part in _GAP.split(self.pattern or "")[1:])
+
+    @property
     def longest(self) -> int:
         """Characters at most."""
         return LONGEST_NAME if self.max_length is None else self.max_length
