@@ -29,7 +29,7 @@ from flash_experts.released import default_model
 if TYPE_CHECKING:
     from flash_experts.generation import GeneratedName
 
-_EACH_OF_A_SET = 5  # names for each card of a set: 20 take three times as long, and nobody reads them for 250 cards
+_EACH_OF_A_SET = 5  # names for each card of a set: 20 for each of 250 cards are more than anyone reads
 _RANDOM = ("count", "seed", "batch_size")  # what --attributes-from takes of a request besides the sampling
 
 

@@ -182,6 +182,10 @@ class Constraints:
             found.append(make.StartsWith(*place, self.starts_with))
         if self.whole_regex is not None:
             found.append(make.MatchesRegex(*place, self.whole_regex, self.longest, alphabet, self._as_regexes()))
+        if self.has_text_after_gap:
+            before, *parts = _GAP.split(shown_form(self.pattern or ""))
+            ends = bool(parts[-1].strip())
+            found.append(make.LeadsTo(*place, before, [part for part in parts if part.strip()], ends))
         if self.contains is not None:
             found.append(make.Contains(*place, self.contains, self.longest))
         if self.ends_with is not None:
