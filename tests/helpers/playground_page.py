@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from flash_experts.app.settings import Settings
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install -e '.[dev]'")
 
 WAIT = 60_000  # ms
+EVIL = "<script>window.evil=1</script>"
 
 
 def texts(page: Any, table: str = "#fe-table") -> list[str]:
@@ -69,3 +71,111 @@ def load(page: Any, settings: Settings) -> None:
 def press_load(page: Any, text: str) -> None:
     page.locator("#fe-share textarea").fill(text)
     page.get_by_role("button", name="Load these settings").click()
+
+
+def name_a_file_of_cards(page: Any, folder: Path) -> None:
+    """It is read by the browser; the file that comes back has all cards."""
+    button = page.get_by_role("button", name="Open a file of cards")
+    for name, content, message in (
+        ("large.csv", b"type_line\n" + b"Land\n" * 10_000, "large.csv has more than 48 kB"),
+        ("other.csv", "type_line\nCréature\n".encode("latin-1"), "save it as CSV UTF-8"),
+        ("set.csv", f"name,type_line,notes\nOld Name,Land,\n,Instant,{EVIL}\n".encode("utf-8-sig"), "Read set.csv"),
+    ):
+        (folder / name).write_bytes(content)
+        with page.expect_file_chooser() as chooser:
+            button.click()
+        chooser.value.set_files(folder / name)
+        page.wait_for_function(
+            "text => document.getElementById('fe-announced')?.textContent.includes(text)", arg=message
+        )
+    page.wait_for_function("document.querySelector('#fe-cards textarea').value.startsWith('name,type_line')")
+    page.get_by_role("button", name="Make names for each card").click()
+    page.wait_for_selector("#fe-status >> text=2 names for 1 of 1 cards")
+    page.get_by_label("File format").click()
+    page.get_by_role("option", name="CSV").click()
+    old, new = csv.DictReader(downloaded(page, "Download the named set", folder / "named-set.csv").splitlines())
+    assert old["name"] == "Old Name" and new["notes"] == EVIL and new["name"] in texts(page)
+    page.locator("#fe-cards textarea").fill("type_line\nInstannt\n")
+    page.get_by_role("button", name="Make names for each card").click()
+    page.wait_for_selector("#fe-status [role=alert] >> text=the cards:2")
+
+
+def replace_a_word(page: Any) -> None:
+    """By keyboard, on the name's card, which stays open."""
+    load(page, Settings(starts_with="Storm of", count=1, quality="fast"))
+    page.locator("#fe-make").click()
+    page.wait_for_selector("#fe-status >> text=/^1 names?/")
+    page.locator("#fe-table [data-name^='Storm of'].fe-name").first.click()
+    page.wait_for_selector("#fe-panel [data-key='word 0'] >> text=Storm")
+    rest = page.locator("#fe-looked").inner_text().removeprefix("Storm")
+    page.locator("#fe-panel [data-key='word 0']").focus()
+    page.keyboard.press("Enter")
+    page.wait_for_function(
+        """rest => { const names = [...document.querySelectorAll('#fe-table tr:not(.fe-kept) .fe-name')];
+           return names.length && names.every((name) => name.textContent.toLowerCase().endsWith(rest)); }""",
+        arg=rest.lower(),
+    )
+    assert page.evaluate("document.activeElement.dataset.key") == "word 0"
+    page.get_by_role("button", name="Close the card").click()
+    page.locator("#fe-side").wait_for(state="hidden")
+    page.get_by_role("button", name="Stop").click()
+
+
+def a_request_ends_the_one_before(page: Any) -> None:
+    """Nobody has to stop one first; and what ended late changes nothing."""
+    load(page, Settings(colors="R", quality="best", count=100))
+    page.locator("#fe-make").click()
+    page.wait_for_selector("#fe-status >> text=of 100 names")
+    page.get_by_role("button", name="Reset").click()
+    page.wait_for_function("() => document.querySelector('#fe-colors input:checked') === null")
+    page.locator("#fe-make").click()
+    page.wait_for_selector("#fe-status >> text=/^20 names/")
+    wait_for(page, 20)
+    page.wait_for_url(lambda address: address.endswith("?v=1&model=mtg-base"))
+    page.get_by_role("button", name="Reset").click()
+    page.wait_for_selector("#fe-status >> text=All settings are at their defaults")
+
+
+def evil_settings_are_text(page: Any) -> None:
+    """In a name, in an error, and in the panel of a name."""
+    load(page, Settings(starts_with="<script>", count=1, seed=2))
+    page.locator("#fe-make").click()
+    name = wait_for(page, 1)[0]
+    assert name.lower().startswith("<script>")
+    page.locator("#fe-table .fe-name").first.click()
+    page.wait_for_function("name => document.querySelector('#fe-looked')?.innerText === name", arg=name)
+    load(page, Settings(regex=EVIL))
+    page.locator("#fe-make").click()
+    page.wait_for_selector(f"#fe-status [role=alert] >> text={EVIL}")
+    assert page.evaluate("window.evil === undefined")
+    assert page.locator("#fe-table script, #fe-status script, #fe-panel script").count() == 0
+
+
+def two_models_are_compared(page: Any) -> None:
+    load(page, Settings(count=5))
+    page.get_by_role("tab", name="Compare").click()
+    page.locator("#fe-compare").click()
+    left, right = (wait_for(page, 5, f"#fe-side-{side}") for side in "AB")
+    assert left == right, "experts that were copied make the dense model's names, seed for seed"
+    page.locator("#fe-side-B .fe-name").first.click()
+    page.wait_for_selector("#fe-panel .fe-map")
+    assert "Of 4 experts in each of 3 blocks" in page.locator("#fe-panel").inner_text()
+
+
+def it_fits_a_phone_and_the_dark(page: Any, url: str) -> None:
+    """At 360 x 640 the button and the first names are visible at once, and the card does not cover its name."""
+    page.emulate_media(color_scheme="dark")
+    page.set_viewport_size({"width": 360, "height": 640})
+    page.goto(url)
+    page.locator("#fe-options > button:not(.open)").wait_for()
+    page.locator("#fe-make").click()
+    page.wait_for_selector("#fe-status >> text=/^20 names/")
+    third = page.locator("#fe-table .fe-name").nth(2).bounding_box()
+    assert page.evaluate("scrollY") == 0 and third["y"] + third["height"] < 640
+    page.locator("#fe-table .fe-name").nth(9).click()
+    page.wait_for_function("document.activeElement.id === 'fe-looked'")
+    row, side = (page.locator(each).bounding_box() for each in ("tr.fe-chosen", "#fe-side"))
+    assert row["y"] >= 0 and row["y"] + row["height"] <= side["y"] < 640
+    assert page.evaluate("document.documentElement.scrollWidth") <= 360
+    background = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert max(map(int, background.removeprefix("rgb(").rstrip(")").split(",")[:3])) < 64, background

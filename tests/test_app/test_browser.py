@@ -19,7 +19,23 @@ import pytest
 from flash_experts import NameGenerator
 from flash_experts.app.exporting import FORMATS
 from flash_experts.app.settings import PREFIX, Settings
-from tests.helpers.playground_page import WAIT, copied, downloaded, load, press_load, texts, unlabeled, wait_for
+from tests.helpers.playground_page import (
+    EVIL,
+    WAIT,
+    a_request_ends_the_one_before,
+    copied,
+    downloaded,
+    evil_settings_are_text,
+    it_fits_a_phone_and_the_dark,
+    load,
+    name_a_file_of_cards,
+    press_load,
+    replace_a_word,
+    texts,
+    two_models_are_compared,
+    unlabeled,
+    wait_for,
+)
 
 pytest.importorskip("gradio", reason="the playground's extra is not installed: pip install -e '.[app]'")
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install -e '.[dev]'")
@@ -30,7 +46,6 @@ FLAGS = (
     "--disable-component-update --disable-sync"
 ).split()
 BASE = Path(__file__).parent.parent.parent / "models/mtg-base"
-EVIL = "<script>window.evil=1</script>"
 
 pytestmark = [
     pytest.mark.slow,
@@ -117,11 +132,13 @@ def test_a_visit(server: tuple[subprocess.Popen[str], str], page: Any, tmp_path:
     _an_earlier_request_is_opened(page)
     _a_reload_and_a_link_restore_the_session(page, names[1])
     _several_cards_are_named(page)
+    name_a_file_of_cards(page, tmp_path)
+    replace_a_word(page)
     _settings_are_reset(page, server[1])
-    _a_request_ends_the_one_before(page)
-    _evil_settings_are_text(page)
-    _two_models_are_compared(page)
-    _it_fits_a_phone_and_the_dark(page, server[1])
+    a_request_ends_the_one_before(page)
+    evil_settings_are_text(page)
+    two_models_are_compared(page)
+    it_fits_a_phone_and_the_dark(page, server[1])
 
 
 def test_every_accordion_tab_and_button(page: Any) -> None:
@@ -150,6 +167,7 @@ def test_every_accordion_tab_and_button(page: Any) -> None:
     titles = [text for text in titles if text not in others]
     assert {"Make names", "Stop", "Reset", "Red Goblins", "More like the kept ones", "Copy kept names", "Copy link",
             "Release all", "Copy these settings", "Download kept names", "Download all", "Make names for each card",
+            "Open a file of cards", "Download the named set",
             "Load these settings"} <= set(titles)  # fmt: skip
     for title in titles:
         page.get_by_role("button", name=title, exact=True).click()
@@ -360,63 +378,3 @@ def _settings_are_reset(page: Any, url: str) -> None:
     page.reload()
     page.wait_for_selector(".fe-empty")
     page.get_by_role("button", name="Share these settings").click()
-
-
-def _a_request_ends_the_one_before(page: Any) -> None:
-    """Nobody has to stop one first; and what ended late changes nothing."""
-    load(page, Settings(colors="R", quality="best", count=100))
-    page.locator("#fe-make").click()
-    page.wait_for_selector("#fe-status >> text=of 100 names")
-    page.get_by_role("button", name="Reset").click()
-    page.wait_for_function("() => document.querySelector('#fe-colors input:checked') === null")
-    page.locator("#fe-make").click()
-    page.wait_for_selector("#fe-status >> text=/^20 names/")
-    wait_for(page, 20)
-    page.wait_for_url(lambda address: address.endswith("?v=1&model=mtg-base"))
-    page.get_by_role("button", name="Reset").click()
-    page.wait_for_selector("#fe-status >> text=All settings are at their defaults")
-
-
-def _evil_settings_are_text(page: Any) -> None:
-    """In a name, in an error, and in the panel of a name."""
-    load(page, Settings(starts_with="<script>", count=1, seed=2))
-    page.locator("#fe-make").click()
-    name = wait_for(page, 1)[0]
-    assert name.lower().startswith("<script>")
-    page.locator("#fe-table .fe-name").first.click()
-    page.wait_for_function("name => document.querySelector('#fe-looked')?.innerText === name", arg=name)
-    load(page, Settings(regex=EVIL))
-    page.locator("#fe-make").click()
-    page.wait_for_selector(f"#fe-status [role=alert] >> text={EVIL}")
-    assert page.evaluate("window.evil === undefined")
-    assert page.locator("#fe-table script, #fe-status script, #fe-panel script").count() == 0
-
-
-def _two_models_are_compared(page: Any) -> None:
-    load(page, Settings(count=5))
-    page.get_by_role("tab", name="Compare").click()
-    page.locator("#fe-compare").click()
-    left, right = (wait_for(page, 5, f"#fe-side-{side}") for side in "AB")
-    assert left == right, "experts that were copied make the dense model's names, seed for seed"
-    page.locator("#fe-side-B .fe-name").first.click()
-    page.wait_for_selector("#fe-panel .fe-map")
-    assert "Of 4 experts in each of 3 blocks" in page.locator("#fe-panel").inner_text()
-
-
-def _it_fits_a_phone_and_the_dark(page: Any, url: str) -> None:
-    """At 360 x 640 the button and the first names are visible at once, and the card does not cover its name."""
-    page.emulate_media(color_scheme="dark")
-    page.set_viewport_size({"width": 360, "height": 640})
-    page.goto(url)
-    page.locator("#fe-options > button:not(.open)").wait_for()
-    page.locator("#fe-make").click()
-    page.wait_for_selector("#fe-status >> text=/^20 names/")
-    third = page.locator("#fe-table .fe-name").nth(2).bounding_box()
-    assert page.evaluate("scrollY") == 0 and third["y"] + third["height"] < 640
-    page.locator("#fe-table .fe-name").nth(9).click()
-    page.wait_for_function("document.activeElement.id === 'fe-looked'")
-    row, side = (page.locator(each).bounding_box() for each in ("tr.fe-chosen", "#fe-side"))
-    assert row["y"] >= 0 and row["y"] + row["height"] <= side["y"] < 640
-    assert page.evaluate("document.documentElement.scrollWidth") <= 360
-    background = page.evaluate("getComputedStyle(document.body).backgroundColor")
-    assert max(map(int, background.removeprefix("rgb(").rstrip(")").split(",")[:3])) < 64, background

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import base64
 import io
-import itertools
 import json
 import zipfile
-from types import SimpleNamespace
+from dataclasses import replace
 
 import pytest
 
 pytest.importorskip("gradio", reason="the playground's extra is not installed: pip install -e '.[app]'")
 
-from flash_experts.app import form, service
+from flash_experts.app import form
 from flash_experts.app.exporting import FORMATS, exported
 from flash_experts.app.handlers import Handlers
 from flash_experts.app.service import Playground, Row
 from flash_experts.app.session import MOST_IN_HISTORY, MOST_KEPT, Session, link_of, read_link, restored, stored
 from flash_experts.app.settings import PREFIX, Settings
+from flash_experts.app.words import with_gap, words_of
 from flash_experts.generation import GeneratedName
 
 ANGEL = Settings(type_line="Creature — Angel", colors="W", seed=3, count=2)
@@ -224,51 +224,49 @@ def unzipped(content: str) -> str:
         return archive.read("set").decode("utf-8")
 
 
-# ------------------------------------------------------------------------------------------------------- several cards
-
-
-def test_names_for_several_cards(playground: Playground) -> None:
-    handlers, session = Handlers(playground), Session()
-    lines = "Creature — Angel, W, 5\n\n  Instant,U \nLand"
-    *_, shown = handlers.make_several(values(Settings(seed=1, quality="fast")), lines, "2", session)
-    asked = [each.settings for each in shown.rows]
-    assert [each.type_line for each in asked] == ["Creature — Angel"] * 2 + ["Instant"] * 2 + ["Land"] * 2
-    assert [(each.colors, each.mana_value) for each in asked[::2]] == [("W", 5), ("U", None), (None, None)]
-    assert len({each.name.text for each in shown.rows}) == 6 and "6 names" in shown.status
-    assert shown.table.count("fe-group") == 3 and "Creature — Angel · white · mana value 5" in shown.table
-    assert len(session.history) == 3
+# --------------------------------------------------------------------------------------------------------- another word
 
 
 @pytest.mark.parametrize(
-    ("lines", "count", "message"),
+    ("name", "words", "pattern"),
     [
-        ("", "5", "0 cards: write 1 to 10"),
-        ("Land\n" * 11, "5", "11 cards"),
-        (None, "5", "0 cards"),
-        ("Land", "11", "the most is 10"),
-        ("Land", "x", "whole number"),
-        ("Goblinn", "1", "Goblinn"),
-        ("Land, W, 3, x", "1", "type line, colors and a mana value"),
-        (EVIL, "1", "&lt;script&gt;"),
+        ("Serra's Sea-Angel", ["Serra", "Sea-Angel"], "___'s Sea-Angel"),
+        ("Krenko, Mob Boss", ["Krenko", "Mob", "Boss"], "___, Mob Boss"),
+        ("Who's There?", ["Who", "There"], "___'s There?"),
+        ("Vow", [], None),
     ],
 )
-def test_bad_cards_are_reported(playground: Playground, lines: str, count: str, message: str) -> None:
-    (shown,) = Handlers(playground).make_several(values(Settings()), lines, count, Session())
-    assert "fe-failure" in shown.status and message in shown.status
+def test_the_words_of_a_name(name: str, words: list[str], pattern: str | None) -> None:
+    assert words_of(name) == words
+    if pattern is None:
+        with pytest.raises(ValueError, match="no such word"):
+            with_gap(ANGEL, name, 0)
+    else:
+        assert with_gap(ANGEL, name, "0").pattern == pattern
 
 
-def test_several_cards_share_one_time_limit(playground: Playground) -> None:
-    limited = Playground({"dense": playground.model("dense").generator}, time_limit=0.6)
-    *_, shown = Handlers(limited).make_several(
-        values(Settings(quality="best")), "Land\nInstant\nSorcery", "10", Session()
+def test_one_word_of_a_name_is_replaced(playground: Playground, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flash_experts.app.service.secrets.randbelow", lambda _: 1)
+    handlers, session = Handlers(playground), Session()
+    old = Row(
+        GeneratedName("Dawn Herald", -9, None, 0),
+        replace(ANGEL, contains="Dawn", max_words=3, quality="fast"),
+        "dense",
+        True,
     )
-    assert "the time limit of a request" in shown.status
-
-
-def test_the_time_limit_leaves_names_of_good_quality(playground: Playground, monkeypatch: pytest.MonkeyPatch) -> None:
-    ticks = itertools.count()  # a clock of its own: on any machine the limit is reached after as many decoding steps
-    monkeypatch.setattr(service, "time", SimpleNamespace(monotonic=lambda: next(ticks) / 50))
-    limited, session = Playground({"dense": playground.model("dense").generator}, time_limit=1.0), Session()
-    *_, shown = Handlers(limited).make(values(Settings(count=100)), session)
-    assert 0 < len(shown.rows) < 100 and "stopped after 1 s" in shown.status
-    assert shown.rows == session.rows and shown.table.count('class="fe-name"') == len(shown.rows)
+    session.add_kept(old)
+    assert 'data-do="word" data-number="1" data-key="word 1"' in handlers.inspect(old)
+    *_, shown = handlers.another_word(old, "0", session)
+    new = [each for each in shown.rows if not each.locked]
+    assert new and session.kept == (old,)
+    names = [each.name.text for each in new]
+    assert all(name.lower().endswith(" herald") and len(name.split()) == 2 for name in names), names
+    assert "Dawn Herald" not in names
+    rules = {"pattern": "___ Herald", "min_words": 2, "max_words": 2}
+    asked = Settings(type_line="Creature — Angel", colors="W", quality="fast", **rules)
+    assert session.history[-1].asked == asked and form.settings_of(form.values_of(asked)) == asked
+    assert "Name with gaps ___ Herald" in handlers.history(session)
+    for nonsense in (None, "2", -1, [], "x" * 5000):
+        (failed,) = handlers.another_word(old, nonsense, session)
+        assert "fe-failure" in failed.status and "no such word" in failed.status
+    assert list(handlers.another_word(None, 0, session)) == []

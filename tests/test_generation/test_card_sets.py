@@ -44,6 +44,24 @@ def test_rows_are_read_in_the_spellings_of_card_files(rows_file: Path) -> None:
     assert land.card.colors == () and land.card.mana_value is None and land.where.endswith("my set.csv:5")
 
 
+def test_a_json_list_is_read_as_the_table_is(rows_file: Path, tmp_path: Path) -> None:
+    path = tmp_path / "set.json"
+    records = [
+        {"Type line": "Creature — Goblin", "Colors": ["R"], "Mana value": 2, "Rarity": "common"},
+        {"name": "", "Type line": "Creature — Goblin", "Colors": "R", "Mana value": 2.0, "Starts with": "Serra"},
+        {"name": "Old Name", "Type line": "Instant", "Colors": ["U"], "Mana value": "1", "Rarity": "common"},
+        {"Type line": "Land", "Colors": []},
+        {"Type line": "Land", "Colors": None},
+    ]
+    path.write_text(json.dumps(records), "utf-8")
+    *rows, unknown = read_card_rows(path)
+    of_table = read_card_rows(rows_file)
+    assert [row.card for row in (rows[0], *rows[2:])] == [row.card for row in (of_table[0], *of_table[2:])]
+    assert rows[1].rules == {"starts_with": "Serra"} and rows[2].name == "Old Name"
+    assert unknown.card.colors is None and unknown.where.endswith("set.json[4]")
+    assert all(list(row.cells) == list(rows[0].cells) for row in rows), "the same columns"
+
+
 def test_no_name_and_no_last_word_twice(
     model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, rows_file: Path
 ) -> None:

@@ -52,6 +52,27 @@ def test_log_prob_is_that_of_a_forward_without_cache(kind: str) -> None:
         assert name.log_prob == pytest.approx(float(expected), abs=1e-4)
 
 
+def test_tokens_that_a_filter_forces_count_in_the_log_prob() -> None:
+    """What a pattern forces after a gap is judged with the gap: names that lead to it naturally are chosen."""
+    model = _tiny("dense")
+
+    def seven_comes_third(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        allowed = torch.zeros_like(scores, dtype=torch.bool)
+        allowed[:, 7] = ids.shape[1] == 5
+        allowed |= ids.shape[1] != 5
+        allowed[:, END] &= ids.shape[1] > 5
+        return scores.masked_fill(~allowed, -torch.inf)
+
+    decoder = NameDecoder(model, [END, 5, 9], END, Sampling(), [seven_comes_third], 8, seed=3)
+    with evaluating(model), torch.no_grad():
+        names = list(decoder.stream(range(10), 10))
+        for name in names:
+            ids = torch.tensor([[END, 5, 9, *name.ids, *[END] * name.is_whole]])
+            log_probs = model(ids[:, :-1], use_cache=False).logits.log_softmax(dim=-1)[0, 2:]
+            assert name.ids[2] == 7
+            assert name.log_prob == pytest.approx(float(log_probs.gather(1, ids[0, 3:, None]).sum()), abs=1e-4)
+
+
 @pytest.mark.parametrize("kind", ["dense", "moe"])
 def test_a_name_does_not_depend_on_its_batch(kind: str) -> None:
     model = _tiny(kind)

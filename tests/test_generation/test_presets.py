@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from flash_experts.generation import PRESETS, Sampling, load_presets
+from flash_experts.generation import PRESETS, NameRequest, Sampling, load_presets
 from flash_experts.generation.presets import sampling_of
 
 
@@ -42,3 +42,10 @@ def test_bad_files_are_reported_in_one_line(tmp_path: Path, content: str | bytes
     with pytest.raises(ValueError, match=message) as error:
         load_presets(file)
     assert "\n" not in str(error.value) and "mine.yaml" in str(error.value)
+
+
+def test_more_names_are_drawn_where_text_follows_a_gap() -> None:
+    patterns = ("Serra ___", "___ Axe", "A ___, B ___", None)
+    assert [NameRequest(pattern=pattern).num_candidates for pattern in patterns] == [8, 32, 32, 8]
+    assert NameRequest(pattern="___ Axe", quality="fast").num_candidates == 1
+    assert NameRequest(pattern="___ Axe", best_of=3).num_candidates == 3

@@ -22,6 +22,7 @@ from flash_experts.generation import (
     NameVocabulary,
     WellFormed,
 )
+from flash_experts.generation.filters import LeadsTo
 from tests.test_generation.test_filters import admits, byte_ids
 
 TEXTS = [
@@ -182,3 +183,24 @@ def test_scores_are_not_changed_in_place(
     before = scores.clone()
     make(vocabulary).mask(ids, scores)
     assert torch.equal(scores, before)
+
+
+def test_a_bias_leads_to_the_text_after_a_gap(vocabulary: NameVocabulary) -> None:
+    one = LeadsTo(vocabulary, 0, "", [", the storm ", " axe"], ends=True)
+    comma, the, *_ = vocabulary.encode(", the Storm")
+    axe = vocabulary.encode(" Axe")[0]
+
+    def favored(name: str) -> list[int]:
+        scores = torch.zeros(1, vocabulary.size)
+        raised = one.apply([name], scores)
+        assert not scores.any() and (raised >= 0).all(), "a bias, and no token is forbidden"
+        return raised[0].nonzero()[:, 0].tolist()
+
+    assert favored("") == favored(" ") == favored(" Go") == [], "a gap has three letters or more"
+    assert favored(" Goblin") == [comma] and favored(" Goblin,") == [the]
+    spaced = [token for token, text in enumerate(vocabulary.texts) if text.startswith(" ")]
+    assert favored(" Goblin, the Storm") == spaced, "not Stormer"
+    assert favored(" Goblin, the STORM Gob") == [axe]
+    assert favored(" Goblin, the Storm Gob Axe") == [vocabulary.eos_id]
+    long = one.apply([" Goblin" * 4], torch.zeros(1, vocabulary.size)).max()
+    assert long > one.apply([" Goblin"], torch.zeros(1, vocabulary.size)).max(), "more for a longer name"

@@ -55,9 +55,13 @@ def _make_names(handlers: Handlers, parts: Parts) -> None:
     running.append(parts["more"].click(_streaming(handlers.more_like, controls), inputs, shown, **_REQUEST))
     cards = [*controls.values(), parts["cards"], parts["each"], session]
     running.append(parts["several"].click(_streaming(handlers.make_several, controls), cards, shown, **_REQUEST))
+    read = "(text) => flashExperts.readFile(text)"
+    parts["open_cards"].click(None, parts["cards"], parts["cards"], js=read, trigger_mode="multiple", **_UNQUEUED)
     for title, button in parts["examples"].items():
         filled = button.click(_filling(title), None, [controls[name] for name in form.ATTRIBUTES], **_UNQUEUED)
         running.append(filled.then(make, inputs, shown, **_REQUEST))
+    words = [parts["inspected"], session]
+    running.append(parts["panel"].submit(_another_word(handlers), words, shown, **_REQUEST))
     for run in running:  # a star may have been pressed after a request sent its last table
         run.then(handlers.finished, session, _after(parts), **_UNQUEUED)
     sliders = [controls[name] for name in form.SLIDERS]
@@ -87,6 +91,14 @@ def _streaming(
         given, others = dict(zip(names, values, strict=False)), values[len(names) :]
         for shown in handler(given, *others):
             yield shown.table, shown.status, others[-1], shown.settings
+
+    return run
+
+
+def _another_word(handlers: Handlers) -> Callable[..., Iterator[tuple[Any, ...]]]:
+    def run(row: Row | None, session: Session, event: gr.EventData) -> Iterator[tuple[Any, ...]]:
+        for shown in handlers.another_word(row, _button_data(event).get("number"), session):
+            yield shown.table, shown.status, session, shown.settings
 
     return run
 
@@ -187,6 +199,8 @@ def _names_leave_the_page(handlers: Handlers, parts: Parts) -> None:
     parts["copy_link"].click(None, js="() => flashExperts.copyLink()", **_UNQUEUED)
     copy_settings = "(text) => flashExperts.copy(text, 'Copied the settings')"
     parts["copy_settings"].click(None, parts["share"], js=copy_settings, **_UNQUEUED)
+    saved = parts["save_set"].click(handlers.export_set, [session, parts["format"]], parts["file"], **_UNQUEUED)
+    saved.then(None, parts["file"], js="(text) => flashExperts.download(text)", **_UNQUEUED)
     for button, is_kept in ((parts["download"], False), (parts["download_kept"], True)):
         written = button.click(export(is_kept), [session, parts["format"]], parts["file"], **_UNQUEUED)
         written.then(None, parts["file"], js="(text) => flashExperts.download(text)", **_UNQUEUED)

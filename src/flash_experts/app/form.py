@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from typing import Any, get_args
 
 import gradio as gr
 
-from flash_experts.app.settings import DEFAULTS, KINDS, LONGEST_STRING, MOST_NAMES, OPTIONS, Settings
+from flash_experts.app.settings import DEFAULTS, KINDS, OPTIONS, Settings
 from flash_experts.data.cards import COLORLESS, SUPERTYPES, TYPES, parse_colors
 from flash_experts.data.prompts import OPTIONAL_ATTRIBUTES, Conditions, known_subtypes, parse_type_line
 from flash_experts.generation import PRESETS, Sampling
@@ -21,8 +20,6 @@ from flash_experts.generation.request import RULES, NameRequest
 from flash_experts.options import options_of, type_of
 
 ANY = "any"
-MOST_CARDS = 10  # in one request for several cards
-_OF_A_LINE = ("type_line", "colors", "mana_value")
 _MOST_CHOICES = 20  # integers in a dropdown; larger ranges are typed
 # Labels of the options on the page, also used in its error messages.
 LABELS = {name: known.label or name for name, known in OPTIONS.items()} | {
@@ -132,7 +129,7 @@ def settings_of(values: Mapping[str, Any]) -> Settings:
     given: dict[str, Any] = {"preset": values["preset"]}
     for name in (*_GENERIC, *CHOICES):
         is_number = name in ("mana_value", "released") or _is_typed_number(name) or _is_number_of_choices(name)
-        given[name] = _whole(name, values[name]) if is_number else None if values[name] == ANY else values[name]
+        given[name] = whole(name, values[name]) if is_number else None if values[name] == ANY else values[name]
     parts = [" ".join(values["types"] or ()), " ".join(values["subtypes"] or ())]
     given["type_line"] = " — ".join(part for part in parts if part)
     given["colors"] = "".join(values["colors"] or ())
@@ -141,44 +138,6 @@ def settings_of(values: Mapping[str, Any]) -> Settings:
         if given[name] == getattr(preset, name):
             del given[name]
     return Settings.from_values(given)
-
-
-def cards_of(values: Mapping[str, Any], lines: Any, count: Any) -> list[Settings]:
-    """Settings of several cards: those of the controls, with the card of each line, such as "Creature — Angel, W, 5".
-
-    Args:
-        lines: type line, colors and mana value of each card, with commas; all but the type line may be left out.
-        count: number of names for each card.
-
-    Raises:
-        ValueError: there are no cards or too many, or a value is not allowed.
-    """
-    text = lines if isinstance(lines, str) else ""
-    cards = [line.strip() for line in text[:LONGEST_STRING].splitlines() if line.strip()]
-    if not 1 <= len(cards) <= MOST_CARDS:
-        raise ValueError(f"{len(cards)} cards: write 1 to {MOST_CARDS}, each on a line of its own")
-    number = _whole("count", str(count)) or 1
-    if number > MOST_NAMES // MOST_CARDS:
-        raise ValueError(f"{number} names for each card: the most is {MOST_NAMES // MOST_CARDS}")
-    found = []
-    for line in cards:
-        parts = [part.strip() for part in line.split(",")]
-        if len(parts) > len(_OF_A_LINE):
-            raise ValueError(f"{line!r:.60}: give a type line, colors and a mana value, such as Creature — Angel, W, 5")
-        type_line, colors, mana_value = parts + [""] * (len(_OF_A_LINE) - len(parts))
-        try:
-            found.append(
-                replace(
-                    settings_of(values),
-                    type_line=type_line or None,
-                    colors=colors or None,
-                    mana_value=_whole("mana_value", mana_value),
-                    count=number,
-                )
-            )
-        except ValueError as error:
-            raise ValueError(f"{line!r:.60}: {error}") from None
-    return found
 
 
 def values_of(settings: Settings) -> dict[str, Any]:
@@ -224,7 +183,7 @@ def with_labels(message: str) -> str:
     return re.sub(r"\b[a-z]+_[a-z]+\b", lambda match: LABELS.get(match[0], match[0]), message)
 
 
-def _whole(name: str, text: Any) -> int | None:
+def whole(name: str, text: Any) -> int | None:
     """The integer in a field; None if it is blank or "any"."""
     if text is None or text == ANY or (isinstance(text, str) and not text.strip()):
         return None

@@ -7,18 +7,18 @@ only compared with their names, or is the number of a block or a head.
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from flash_experts.app import form, rendering
-from flash_experts.app.exporting import exported
+from flash_experts.app import form, rendering, sets
+from flash_experts.app.exporting import exported, exported_set
 from flash_experts.app.inspecting import inspect_name
 from flash_experts.app.service import Playground, Row, Side, compare
 from flash_experts.app.session import Request, Rows, Session, link_of, read_link, restored, stored
 from flash_experts.app.settings import Settings
+from flash_experts.app.words import with_gap
 from flash_experts.generation.generator import completed_attributes
 
 EMPTY = (
@@ -71,29 +71,30 @@ class Handlers:
             return
         yield from self._make({**values, "seed": None}, session, kept[-20:])
 
-    def make_several(self, values: Mapping[str, Any], lines: str, count: Any, session: Session) -> Iterator[TableView]:
-        """Makes a few names for each of several cards, given one on each line: type line, colors, mana value."""
-        found: Rows = ()
+    def make_several(self, values: Mapping[str, Any], cards: str, count: Any, session: Session) -> Iterator[TableView]:
+        """Makes a few names for each of several cards: a line for each, or a set as CSV or JSON."""
         try:
-            cards = form.cards_of(values, lines, count)
-            had = [row.name.text for row in session.kept]
-            run, start = session.begin(), time.monotonic()
+            rows, number = sets.cards_of(cards), sets.number_for_each(count)
+            settings, had = replace(form.settings_of(values), count=number), [row.name.text for row in session.kept]
+            run = session.begin()
             wanted = partial(session.runs, run)
-            for settings in cards:
-                seconds = self.playground.time_limit - (time.monotonic() - start)
-                before = [*had, *(row.name.text for row in found)]
-                new: Rows = ()
-                found_so_far = self.playground.names(settings, values["model"], before, max(seconds, 0.0), wanted)
-                for progress in found_so_far:
-                    new, shared = progress.rows, progress.settings.to_string()
-                    rows = session.put(run, new, settings, found)
-                    if rows is None:
-                        return
-                    all_of_them = replace(progress, wanted=len(cards) * settings.count, rows=(*found, *new))
-                    yield TableView(
-                        rendering.names_table(rows, "New names"), rendering.status(all_of_them), rows, shared
-                    )
-                found += new
+            for progress in sets.name_set(self.playground, settings, values["model"], rows, had, wanted):
+                shown = session.put(run, progress.new, progress.settings, progress.before, progress.named)
+                if shown is None:
+                    return
+                table, last = rendering.names_table(shown, "New names"), (progress.new or progress.before)[-1:]
+                shared = last[0].settings.to_string() if last else ""
+                yield TableView(table, rendering.set_status(progress), shown, shared)
+        except ValueError as error:
+            yield self._failed(form.with_labels(str(error)), session.rows)
+
+    def another_word(self, row: Row | None, number: Any, session: Session) -> Iterator[TableView]:
+        """Makes names that differ from that of an opened card in one word."""
+        if row is None:
+            return
+        try:
+            settings = with_gap(row.settings, row.name.text, number)
+            yield from self._answer(settings, row.model, session, [row.name.text])
         except ValueError as error:
             yield self._failed(form.with_labels(str(error)), session.rows)
 
@@ -101,15 +102,21 @@ class Handlers:
         try:
             settings = form.settings_of(values)
             settings = replace(settings, like=tuple(like)) if like else settings
-            had, run = [row.name.text for row in session.kept], session.begin()
-            for progress in self.playground.names(settings, values["model"], had, is_wanted=partial(session.runs, run)):
-                rows = session.put(run, progress.rows, settings)
-                if rows is None:
-                    return
-                shared = progress.settings.to_string()
-                yield TableView(rendering.names_table(rows, "New names"), rendering.status(progress), rows, shared)
+            yield from self._answer(settings, values["model"], session)
         except ValueError as error:
             yield self._failed(form.with_labels(str(error)), session.rows)
+
+    def _answer(
+        self, settings: Settings, model: str, session: Session, without: Sequence[str] = ()
+    ) -> Iterator[TableView]:
+        """Makes names, apart from the kept ones and ``without``."""
+        had, run = [*without, *(row.name.text for row in session.kept)], session.begin()
+        for progress in self.playground.names(settings, model, had, is_wanted=partial(session.runs, run)):
+            rows = session.put(run, progress.rows, settings)
+            if rows is None:
+                return
+            shared = progress.settings.to_string()
+            yield TableView(rendering.names_table(rows, "New names"), rendering.status(progress), rows, shared)
 
     def _failed(self, message: str, rows: Rows) -> TableView:
         return TableView(table_of(rows), rendering.failure(message), rows, "")
@@ -178,6 +185,10 @@ class Handlers:
         """Ends the request that runs; what it leaves on the page."""
         session.stop()
         return self.finished(session)
+
+    def export_set(self, session: Session, suffix: str) -> str:
+        """The file of the last set that was named, for the page's script; "" if there is none."""
+        return exported_set(session.named, session.kept, suffix) if session.named else ""
 
     def export(self, session: Session, suffix: str, is_kept: bool) -> str:
         """The file of all names or of the kept ones, for the page's script."""

@@ -1,6 +1,7 @@
 // The page's own script: what only a browser can do. Text of the server is shown as text, never as markup.
 window.flashExperts = {
   KEY: 'flash-experts:kept',
+  LARGEST: 48000,  // bytes of a file of cards: it has to fit into the body of a request
   number: 0,       // of the last message of the server that was remembered
   link: null,      // the query that makes the names on the table again
   pressed: null,   // the last button pressed in our HTML
@@ -64,7 +65,33 @@ window.flashExperts = {
     this.copy(location.origin + location.pathname + (query ? '?' + query : ''), 'Copied the link');
   },
 
+  // The text of a file that the user chooses, for the field of cards; what is in the field stays if there is none.
+  readFile(before) {
+    const field = Object.assign(document.createElement('input'), {type: 'file', accept: '.csv,.tsv,.txt,.json'});
+    const read = async () => {
+      try {
+        const [file] = field.files;
+        const text = file.size > this.LARGEST ? null
+          : new TextDecoder('utf-8', {fatal: true}).decode(await file.arrayBuffer());
+        if (text !== null && new Blob([JSON.stringify(text)]).size <= this.LARGEST) {
+          this.announce(`Read ${file.name}: press Make names for each card`);
+          return text;
+        }
+        this.announce(`${file.name} has more than ${this.LARGEST / 1000} kB: leave out columns such as rules text`);
+      } catch {
+        this.announce('This file cannot be read as UTF-8 text: save it as CSV UTF-8');
+      }
+      return before;
+    };
+    return new Promise((resolve) => {
+      field.addEventListener('change', () => resolve(read()));
+      field.addEventListener('cancel', () => resolve(before));
+      field.click();
+    });
+  },
+
   download(text) {
+    if (!text) return this.announce('Name a set first: press Make names for each card');
     const {name, text: written, base64} = JSON.parse(text);
     const content = written ?? Uint8Array.from(atob(base64), (character) => character.charCodeAt(0));
     const link = document.createElement('a');
@@ -85,7 +112,7 @@ window.flashExperts = {
       if (action === 'copy') { this.copy(name, `Copied ${name}`); return; }
       this.pressed = action;
       if (action === 'inspect') { this.chosen = name; this.from = element; this.mark(); }
-      trigger('click', {...button.dataset});
+      trigger(action === 'word' ? 'submit' : 'click', {...button.dataset}); // submit: a request for names
     });
     new MutationObserver(() => {
       this.mark();

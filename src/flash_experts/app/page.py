@@ -15,6 +15,7 @@ from flash_experts.app.exporting import FORMATS
 from flash_experts.app.handlers import EMPTY, Handlers
 from flash_experts.app.service import Playground
 from flash_experts.app.session import Session
+from flash_experts.app.sets import LONGEST_SET, MOST_EACH
 from flash_experts.app.settings import LONGEST_STRING
 from flash_experts.generation import PRESETS
 
@@ -88,14 +89,22 @@ def _left(playground: Playground) -> events.Parts:
             controls |= form.style_controls()
         with gr.Accordion("Several cards at once", open=False):
             parts["cards"] = gr.Textbox(
-                label="Cards", lines=3, max_lines=form.MOST_CARDS, max_length=LONGEST_STRING, elem_id="fe-cards",
-                placeholder="Creature — Angel, W, 5\nInstant, UR", info="one a line: type line, colors, mana value",
+                label="Cards", lines=3, max_lines=10, max_length=LONGEST_SET, elem_id="fe-cards",
+                placeholder="Creature — Angel, W, 5\nInstant, UR",
+                info="one a line: type line, colors, mana value; or a set as CSV or JSON, as generate --cards takes it",
             )  # fmt: skip
             with gr.Row():
                 parts["each"] = gr.Dropdown(
-                    list(map(str, range(1, 11))), value="5", label="Names for each", elem_id="fe-each", min_width=120
+                    list(map(str, range(1, MOST_EACH + 1))),
+                    value="5",
+                    label="Names for each",
+                    elem_id="fe-each",
+                    min_width=120,
                 )
                 parts["several"] = gr.Button("Make names for each card", elem_id="fe-several", min_width=120)
+            with gr.Row():
+                parts["open_cards"] = gr.Button("Open a file of cards", size="sm", elem_id="fe-open", min_width=120)
+                parts["save_set"] = gr.Button("Download the named set", size="sm", elem_id="fe-save-set", min_width=120)
     return parts | {"controls": controls}
 
 

@@ -12,12 +12,16 @@ from markupsafe import Markup, escape
 from flash_experts.app.inspecting import Inspection
 from flash_experts.app.service import Progress, Row
 from flash_experts.app.session import Request
+from flash_experts.app.sets import SetProgress
 from flash_experts.app.settings import Settings
+from flash_experts.app.words import words_of
 from flash_experts.data.cards import COLOR_WORDS, COLORLESS
 from flash_experts.data.prompts import Attributes
 from flash_experts.evaluation.report import load_template
 from flash_experts.evaluation.routing.report import expert_hues, map_rows
 from flash_experts.generation.name_files import type_line_of
+
+_MOST_REPORTED = 5  # different reasons why a card has no name
 
 
 def names_table(rows: Sequence[Row], caption: str, lockable: bool = True) -> str:
@@ -26,9 +30,9 @@ def names_table(rows: Sequence[Row], caption: str, lockable: bool = True) -> str
         return ""
     titles = {id(row.settings): title_of(row.settings) for row in rows if not row.locked}
     groups = [("", list(rows))]
-    if len(set(titles.values())) > 1:
-        runs = groupby(rows, lambda row: "" if row.locked else titles[id(row.settings)])
-        groups = [(title, list(run)) for title, run in runs]
+    if len(titles) > 1:
+        runs = groupby(rows, lambda row: 0 if row.locked else id(row.settings))
+        groups = [(titles.get(which, ""), list(run)) for which, run in runs]
     return load_template(__package__, "names").render(groups=groups, caption=caption, lockable=lockable)
 
 
@@ -55,6 +59,7 @@ def panel(row: Row, card: Attributes, inspection: str) -> str:
         paint=f"linear-gradient(100deg, {paint})",
         type_line=type_line_of(card),
         facts=_facts(card),
+        words=words_of(row.name.text),
         inspection=Markup(inspection),  # made by `inspection` or `failure`, which escape
     )
 
@@ -101,6 +106,26 @@ def status(progress: Progress) -> str:
     counted = f"{count} of {progress.wanted} names" if count < progress.wanted else f"{count} names"
     parts = [counted, f"{progress.seconds:.1f} s", f"seed {progress.seed}", progress.note]
     return note(" · ".join(filter(None, parts)))
+
+
+def set_status(progress: SetProgress) -> str:
+    """The status line of a request for several cards, and the cards without a name."""
+    count = len(progress.before) + len(progress.new)
+    cards = [one for one in progress.named if not one.row.name]
+    with_names = sum(bool(one.names) for one in cards)
+    line = note(f"{count} names for {with_names} of {len(cards)} cards · {progress.seconds:.1f} s")
+    reports: dict[str, list[str]] = {}
+    for one in cards:
+        if one.problem:
+            reports.setdefault(one.problem, []).append(one.row.where)
+    items = [f"{places[0]}{f' and {len(places) - 1} more' * (len(places) > 1)}: no name: {problem}"
+             for problem, places in reports.items()]  # fmt: skip
+    if len(items) > _MOST_REPORTED:
+        items[_MOST_REPORTED:] = [f"and {len(items) - _MOST_REPORTED} more"]
+    if any(one.problem.startswith("not reached") for one in cards):
+        items.append("Download the set and open it again: the cards without a name are named then")
+    rows = Markup("").join(Markup("<li>{}</li>").format(item) for item in items)
+    return line + (f'<ul class="fe-report" aria-label="Cards without a name">{rows}</ul>' if items else "")
 
 
 def note(message: str) -> str:

@@ -17,6 +17,7 @@ from urllib.parse import unquote_plus, urlencode
 from flash_experts.app.service import Row
 from flash_experts.app.settings import PREFIX, Settings
 from flash_experts.generation import GeneratedName
+from flash_experts.generation.card_sets import NamedRow
 from flash_experts.generation.name_files import row_of
 
 MOST_KEPT = 50
@@ -51,6 +52,7 @@ class Session:
         self.rows = rows
         self.history: tuple[Request, ...] = ()
         self.shown: Request | None = None  # whose names are on the table
+        self.named: tuple[NamedRow, ...] = ()  # the last set, with its names so far
         self._run = 0  # number of the request that may add rows
         self._sent = 0  # number of the last message to the browser
         self._lock = threading.Lock()
@@ -79,7 +81,9 @@ class Session:
         """Ends the request that runs: its thread may still find names, which `put` leaves out."""
         self.begin()
 
-    def put(self, run: int, found: Rows, asked: Settings, before: Rows = ()) -> Rows | None:
+    def put(
+        self, run: int, found: Rows, asked: Settings, before: Rows = (), named: tuple[NamedRow, ...] = ()
+    ) -> Rows | None:
         """Replaces all rows but the kept ones by what a request has found so far.
 
         Args:
@@ -87,6 +91,7 @@ class Session:
             found: its rows.
             asked: its settings, for the history.
             before: rows of other requests, which stay above.
+            named: the set that the names are for, if there is one.
 
         Returns:
             All rows; None if the request has ended, and nothing has changed.
@@ -96,6 +101,7 @@ class Session:
                 return None
             if found:
                 self._remember(asked, found)
+            self.named = named or self.named
             return self._put((*before, *found))
 
     def _put(self, found: Rows) -> Rows:

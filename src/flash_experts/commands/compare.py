@@ -45,7 +45,9 @@ def run(args: Namespace) -> None:
 
 def make_parser() -> CommandParser:
     parser = command_parser("compare", run)
-    parser.add_argument("models", nargs="+", help="model folders, hub ids, MODEL+ngram, or ngram")
+    parser.add_argument(
+        "models", nargs="+", help="model folders, hub ids, MODEL+ngram, or the baselines ngram and swap"
+    )
     parser.section("What is measured")
     add_measuring_options(parser)
     parser.section("Output")

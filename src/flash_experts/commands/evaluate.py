@@ -41,8 +41,8 @@ def _evaluate_lists(args: Namespace) -> None:
 
     if args.names is not None:
         make_parser().error("--lists measures the model's own lists: leave out --names")
-    if args.model.endswith("ngram"):
-        make_parser().error("--lists needs a model that `generate` can use, not the n-gram baseline")
+    if args.model.endswith("ngram") or args.model == "swap":
+        make_parser().error("--lists needs a model that `generate` can use, not a baseline")
     report = partial(say, file=sys.stderr)
     found = evaluate_lists(args.model, args.data, seed=args.seed, device=args.device, progress=report)
     print_result(args, [one.to_json() for one in found], format_lists(found))
@@ -51,7 +51,8 @@ def _evaluate_lists(args: Namespace) -> None:
 def make_parser() -> CommandParser:
     parser = command_parser("evaluate", run)
     parser.add_argument(
-        "model", help="model folder or hub id, with +ngram to mix it with the n-gram baseline; or ngram"
+        "model",
+        help="model folder or hub id, with +ngram to mix it with the n-gram baseline; or ngram, swap: baselines",
     )
     parser.section("What is measured")
     parser.add_argument(

@@ -29,11 +29,14 @@ from flash_experts.released import default_model
 if TYPE_CHECKING:
     from flash_experts.generation import GeneratedName
 
+_EACH_OF_A_SET = 5  # names for each card of a set: 20 for each of 250 cards are more than anyone reads
 _RANDOM = ("count", "seed", "batch_size")  # what --attributes-from takes of a request besides the sampling
 
 
 def run(args: Namespace) -> None:
     """Make up names for a card. None of them is a real card's."""
+    if args.count is None:
+        args.count = _EACH_OF_A_SET if args.cards is not None else defaults_of(NameRequest)["count"]
     if args.attributes_from is not None:
         _run_for_cards(args)
         return
@@ -209,7 +212,10 @@ def _add_request(parser: CommandParser, group: str) -> None:
         if known.group != group:
             continue
         flag, kind, default = f"--{known.flag or name}", kind_of(NameRequest, name), defaults_of(NameRequest)[name]
-        if kind == "flag":
+        if name == "count":  # --cards has a default of its own
+            help = f"{known.help} (default: {default}; with --cards {_EACH_OF_A_SET} for each card)"
+            parser.add_argument(flag, type=int | None, default=None, help=help)
+        elif kind == "flag":
             parser.add_argument(flag, action="store_true", help=known.help)
         elif kind == "list" and default is not None:
             parser.add_argument(flag, type=list[str], default=[], help=known.help)
@@ -219,7 +225,7 @@ def _add_request(parser: CommandParser, group: str) -> None:
 
 
 def _add_data(parser: CommandParser) -> None:
-    cards = "CSV file with a row for each card of a set, all of which get names; --count names each (default: none)"
+    cards = "CSV or JSON file of a set's cards, all of which get names: --count for each, 5 by default (default: none)"
     parser.add_argument("--cards", type=str | None, default=None, help=cards)
     split = "split, such as train, whose cards are the prompts, for training data (default: none)"
     parser.add_argument("--attributes_from", type=str | None, default=None, help=split)

@@ -143,13 +143,13 @@ def compare(
     max_names: int | None = None,
     device: str | torch.device | None = None,
 ) -> ComparisonResult:
-    """Evaluates models (or "ngram") on the same held-out names, one in memory at a time. Arguments as in `evaluate`.
+    """Evaluates models on the same held-out names, one in memory at a time. Arguments as in `evaluate`.
 
     Raises:
         ValueError: no model is given, one is given twice, or a model or the data does not exist.
     """
     if not models:
-        raise ValueError("nothing to compare: give one model folder or more, or ngram")
+        raise ValueError("nothing to compare: give one model folder or more, ngram or swap")
     labels = unique_labels(models)
     held_out = HeldOut.load(data_dir, splits, max_names, seed)
     held_out = held_out.within_context([found for model in models for found in config_and_tokenizer(model)], seed)

@@ -37,6 +37,7 @@ from flash_experts.evaluation.metrics import (
 from flash_experts.evaluation.mixed import MixedWithNGrams, without_suffix
 from flash_experts.evaluation.novelty import NameMetrics, names_of
 from flash_experts.evaluation.scorers import LanguageModel, NGramBaseline, Scorer
+from flash_experts.evaluation.swap import SwapBaseline
 from flash_experts.models.loading import load_config
 
 SAMPLES = 10_000  # with fewer, too few are real cards for a reliable hit ratio
@@ -57,7 +58,7 @@ _CONTROL_SHARE = 4  # samples per name for the attribute classifiers
 _PASSES = 3  # over the held-out names: unconditional, conditional, with another card's attributes
 
 
-NGRAM = "ngram"  # stands for the n-gram baseline in place of a model
+NGRAM, SWAP = "ngram", "swap"  # stand for baselines in place of a model
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,14 +144,16 @@ def load_scorer(
     device: str | torch.device | None = None,
     label: str | None = None,
 ) -> Scorer:
-    """Loads what is evaluated: a folder or hub id, either with "+ngram" to mix it with the baseline, "ngram" for the
-    baseline, or a model with its tokenizer.
+    """Loads what is evaluated: a folder or hub id, either with "+ngram" to mix it with the baseline, "ngram" or
+    "swap" for a baseline, or a model with its tokenizer.
 
     Raises:
         ValueError: the model does not exist, or a model object came without a tokenizer.
     """
     if isinstance(model, (str, Path)) and str(model) == NGRAM:
         return NGramBaseline(held_out.reference.train)
+    if isinstance(model, (str, Path)) and str(model) == SWAP:
+        return SwapBaseline(held_out.reference.train, held_out.reference.validation)
     if isinstance(model, (str, Path)) and (alone := without_suffix(str(model))) is not None:
         baseline = NGramBaseline(held_out.reference.train)
         return MixedWithNGrams(language_model(alone, tokenizer, device, label), baseline, held_out.reference.validation)
@@ -160,10 +163,10 @@ def load_scorer(
 def config_and_tokenizer(
     model: str | Path | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> list[tuple[PretrainedConfig, PreTrainedTokenizerBase]]:
-    """Loads configuration and tokenizer without weights; empty for "ngram", which takes names of any length."""
+    """Loads configuration and tokenizer without weights; empty for baselines, which take names of any length."""
     if isinstance(model, PreTrainedModel):
         return [] if tokenizer is None else [(model.config, tokenizer)]
-    if str(model) == NGRAM:
+    if str(model) in (NGRAM, SWAP):
         return []
     model = without_suffix(str(model)) or model
     config = load_config(model)
@@ -198,7 +201,7 @@ def evaluate(
     """Evaluates a model on held-out names.
 
     Args:
-        model: folder, hub id, "ngram", "MODEL+ngram", or a model object (then with ``tokenizer``).
+        model: folder, hub id, "ngram", "swap", "MODEL+ngram", or a model object (then with ``tokenizer``).
         data_dir: folder written by `flash-experts prepare`.
         max_names: maximum number of names per set; None for all.
         device: by default CUDA if available.
@@ -329,7 +332,7 @@ def evaluate_names(
 
     Args:
         model: see `evaluate`.
-        data_dir: data of "ngram" and "MODEL+ngram"; other models do not read it.
+        data_dir: data of "ngram", "swap" and "MODEL+ngram"; other models do not read it.
 
     Raises:
         ValueError: there are no names, or the model does not exist.
@@ -337,7 +340,7 @@ def evaluate_names(
     if not names:
         raise ValueError("no names to measure: give at least one")
     scorer: Scorer
-    if isinstance(model, (str, Path)) and str(model).endswith(NGRAM):
+    if isinstance(model, (str, Path)) and str(model).endswith((NGRAM, SWAP)):
         scorer = load_scorer(model, HeldOut.load(data_dir, ()))
     else:
         scorer = language_model(model, tokenizer, device)

@@ -1,17 +1,35 @@
 """The swap baseline: parts of two real names of the kind, exchanged. Both parts read well, so a model has to beat it.
 
 "Goblin Guide" + "Raging Kobold"  ->  "Goblin Kobold";   "Wrath of God" + "Hand of Honor"  ->  "Wrath of Honor"
+
+Shape suffixes: N names.
 """
 
 from __future__ import annotations
 
+import math
 import random
-from collections.abc import Collection, Iterable
+from collections import Counter
+from collections.abc import Collection, Iterable, Sequence
 
+import numpy as np
+
+from flash_experts.data.cards import Card
 from flash_experts.data.names import normal_form
+from flash_experts.data.prompts import UNCONDITIONAL, Attributes
+from flash_experts.evaluation.costs import Costs, ModelSize
+from flash_experts.evaluation.metrics import FloatArray
+from flash_experts.evaluation.mixed import mixed
+from flash_experts.evaluation.scorers import NGramBaseline, Prompt, show_unfiltered
 from flash_experts.generation.formatting import format_name
+from flash_experts.generation.reranking.conditional_ngram import Kind, kinds_of
 
 _JOINTS = (", ", " of the ", " of ", " ")  # where a name is cut, the first that it has
+_FEWEST = 40  # names of a kind whose parts are exchanged; with fewer, attributes are left out
+# Kinds of attributes that are left out, one after another.
+_LEFT_OUT = ((), ("color",), ("color", "supertype"), ("color", "supertype", "subtype"))
+_WEIGHTS = np.linspace(0.01, 0.5, 50)  # of the parts, next to the n-grams
+_VALIDATION = 1000  # validation names that choose the weight, at most
 
 
 def parts_of(name: str) -> tuple[str, str, str] | None:
@@ -23,6 +41,42 @@ def parts_of(name: str) -> tuple[str, str, str] | None:
     return None
 
 
+class _Parts:
+    """The parts of names by their joint, of joints that two names have or more."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        pairs: dict[str, list[tuple[str, str]]] = {}
+        for name in names:
+            if (parts := parts_of(name)) is not None:
+                pairs.setdefault(parts[1], []).append((parts[0], parts[2]))
+        self._pairs = {joint: each for joint, each in pairs.items() if len(each) > 1}
+        self._joints = [joint for joint, each in self._pairs.items() for _ in each]
+        self._firsts = {joint: Counter(first for first, _ in each) for joint, each in self._pairs.items()}
+        self._seconds = {joint: Counter(second for _, second in each) for joint, each in self._pairs.items()}
+
+    def __bool__(self) -> bool:
+        return bool(self._joints)
+
+    def draw(self, rng: random.Random) -> str:
+        """The first part of one name and the second of another with the same joint, or of the same."""
+        joint = rng.choice(self._joints)
+        (first, _), (_, second) = rng.choice(self._pairs[joint]), rng.choice(self._pairs[joint])
+        return format_name(first + joint + second)
+
+    def nats(self, name: str) -> float:
+        """The negative log-likelihood of a name under `draw`, in nats."""
+        first, joint, second = parts_of(name) or ("", "", "")
+        if joint not in self._pairs or not (self._firsts[joint][first] and self._seconds[joint][second]):
+            return math.inf
+        of_joint = len(self._pairs[joint])
+        shares = (
+            of_joint / len(self._joints),
+            self._firsts[joint][first] / of_joint,
+            self._seconds[joint][second] / of_joint,
+        )
+        return -sum(map(math.log, shares))
+
+
 def swapped_names(names: Iterable[str], count: int, known: Collection[str], seed: int = 0) -> list[str]:
     """Up to ``count`` distinct names, each the first part of one name and the second of another with the same joint.
 
@@ -30,18 +84,99 @@ def swapped_names(names: Iterable[str], count: int, known: Collection[str], seed
         names: real names of the kind.
         known: normal forms of names that are left out.
     """
-    by_joint: dict[str, list[tuple[str, str]]] = {}
-    for name in names:
-        if (parts := parts_of(name)) is not None:
-            by_joint.setdefault(parts[1], []).append((parts[0], parts[2]))
-    pairs = [(joint, part) for joint, parts in by_joint.items() if len(parts) > 1 for part in parts]
-    rng, found = random.Random(seed), dict[str, str]()
-    for _ in range(50 * count if pairs else 0):
-        joint, (first, _own) = rng.choice(pairs)
-        text = format_name(first + joint + rng.choice(by_joint[joint])[1])
+    parts, rng, found = _Parts(names), random.Random(seed), dict[str, str]()
+    for _ in range(50 * count if parts else 0):
+        text = parts.draw(rng)
         key = normal_form(text)
         if key not in known:
             found.setdefault(key, text)
         if len(found) == count:
             break
     return list(found.values())
+
+
+class SwapBaseline:
+    """The swap baseline as a `Scorer`: its names are swapped parts of the training names of the kind.
+
+        p(name) = w * p(joint) p(first | joint) p(second | joint) + (1 - w) * p_ngram(name)
+
+    Most names have a part that no training name of the kind has: the n-gram baseline gives them a probability. Drawn
+    names have swapped parts only.
+    """
+
+    label = "swap"
+
+    def __init__(self, train: Sequence[Card], validation: Sequence[Card]) -> None:
+        """Chooses the weight on validation cards.
+
+        Raises:
+            ValueError: there are none, or no two training names have a joint in common.
+        """
+        if not validation:
+            raise ValueError("no validation names: the weight of the swapped parts is chosen on them")
+        self._names = [card.name for card in train]
+        self._of_kind: dict[Kind, set[int]] = {}
+        for place, card in enumerate(train):
+            for kind in kinds_of(Attributes.of(card)):
+                self._of_kind.setdefault(kind, set()).add(place)
+        self._parts: dict[tuple[Kind, ...], _Parts] = {}
+        if not self._parts_for(UNCONDITIONAL):
+            raise ValueError("no two training names have a joint in common, such as of: swap needs some")
+        self._ngrams = NGramBaseline(train)
+        cards = validation[:_VALIDATION]
+        names, given = [card.name for card in cards], [Attributes.of(card) for card in cards]
+        own_N, ngram_N = self._own_nats(names, given), self._ngrams.nats(names, given)
+        totals = [mixed(own_N, ngram_N, np.full(len(names), weight)).sum() for weight in _WEIGHTS]
+        self.weight = float(_WEIGHTS[int(np.argmin(totals))])
+
+    @property
+    def size(self) -> ModelSize:
+        return self._ngrams.size
+
+    @property
+    def costs(self) -> Costs:
+        """Those of the n-grams."""
+        return self._ngrams.costs
+
+    def nats(self, names: Sequence[str], attributes: Sequence[Attributes]) -> FloatArray:
+        """See `Scorer.nats`."""
+        weight_N = np.full(len(names), self.weight)
+        return mixed(self._own_nats(names, attributes), self._ngrams.nats(names, attributes), weight_N)
+
+    def _own_nats(self, names: Sequence[str], attributes: Sequence[Attributes]) -> FloatArray:
+        return np.array(
+            [self._parts_for(given).nats(name) for name, given in zip(names, attributes, strict=True)], dtype=float
+        )
+
+    def sample(self, count: int, seed: int, attributes: Attributes = UNCONDITIONAL) -> list[str]:
+        """See `Scorer.sample`: swapped parts."""
+        parts, rng = self._parts_for(attributes), random.Random(seed)
+        return [parts.draw(rng) for _ in range(count)]
+
+    def sample_each(self, attributes: Sequence[Attributes], seed: int) -> list[str]:
+        """See `Scorer.sample_each`: swapped parts."""
+        rng = random.Random(seed)
+        return [self._parts_for(given).draw(rng) for given in attributes]
+
+    def show(self, prompts: Sequence[Prompt], count: int, seed: int, known: Sequence[str]) -> list[list[str]]:
+        """See `Scorer.show`."""
+        return show_unfiltered(self, prompts, count, seed, known)
+
+    def expert_loads(self, names: Sequence[str], attributes: Sequence[Attributes]) -> dict[str, tuple[float, ...]]:
+        """See `Scorer.expert_loads`: no experts."""
+        return {}
+
+    def _parts_for(self, attributes: Attributes) -> _Parts:
+        """The parts of the names with these attributes; attributes are left out while there are few."""
+        kinds = tuple(kinds_of(attributes))
+        if kinds not in self._parts:
+            for left_out in _LEFT_OUT:
+                sets = [self._of_kind.get(kind, set()) for kind in kinds if kind[0] not in left_out]
+                places = set.intersection(*sets) if sets else set(range(len(self._names)))
+                parts = _Parts(self._names[place] for place in sorted(places))
+                if parts and len(places) >= _FEWEST:
+                    break
+            else:
+                parts = _Parts(self._names)
+            self._parts[kinds] = parts
+        return self._parts[kinds]

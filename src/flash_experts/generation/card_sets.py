@@ -1,18 +1,19 @@
-"""Names for a whole set of cards: a CSV file with a row for each, no name or last word twice."""
+"""Names for a whole set of cards: a CSV or JSON file with a row for each, no name or last word twice."""
 
 from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
 
 from flash_experts.data.card_columns import known_columns, raw_card
 from flash_experts.data.cards import UNKNOWN, Unread
 from flash_experts.data.names import normal_form
-from flash_experts.data.prompts import Attributes, drop_unknown, read_conditions
+from flash_experts.data.prompts import Attributes, Conditions, drop_unknown, read_conditions
 from flash_experts.generation.filters.base import NoTokenLeftError
 from flash_experts.generation.generator import NameGenerator
 from flash_experts.generation.name_files import Format, NamedCard, cell, type_line_of, write_cards
@@ -22,9 +23,10 @@ from flash_experts.plain_text import from_cell, say
 
 MOST_ROWS = 2_000
 RULE_COLUMNS = ("starts_with", "contains", "ends_with")  # a row's own words
-_EXTRA = 8  # names drawn beyond the candidates, of which some repeat a word of the set
+EXTRA = 8  # names drawn beyond the candidates where some repeat a word of the set
 _UNNAMED = "unnamed"
 _OWN = ("name", "alternatives")  # columns that the result has of its own
+_OF_CARDS = {"type_line", "types", "colors", "mana_value", "mana_cost", "rarity"}  # a file has one of these columns
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +34,7 @@ class CardRow:
     """A row of the file.
 
     Attributes:
-        where: ``file:line``.
+        where: ``file:line``, or ``file[index]`` for JSON.
         cells: the row as it was, by column.
         name: the name that the card has already, or "".
         card: attributes of the card.
@@ -63,10 +65,11 @@ class NamedRow:
 def read_card_rows(path: str | Path) -> list[CardRow]:
     """Reads the cards of a set: columns such as ``type_line``, ``colors``, ``mana_value``, ``rarity`` (in the spellings
     of `flash_experts.data.card_columns`), ``name`` for cards that have one, and ``starts_with``, ``contains`` and
-    ``ends_with`` for words that a name must have.
+    ``ends_with`` for words that a name must have. A JSON file is a list of objects with these keys.
 
     Raises:
-        ValueError: the file is missing, not UTF-8 CSV, has no such column, or a value is unreadable (``file:line``).
+        ValueError: the file is missing, not UTF-8 CSV or JSON, has no such column, or a value is unreadable
+            (``file:line``).
     """
     path = Path(path)
     try:
@@ -75,45 +78,129 @@ def read_card_rows(path: str | Path) -> list[CardRow]:
         raise ValueError(f"there is no file {path}") from None
     except UnicodeDecodeError:
         raise ValueError(f"{path} is not UTF-8 text: save it as CSV UTF-8") from None
-    heading = text.partition("\n")[0]
-    separator = max(",;\t", key=heading.count)
-    table = csv.DictReader(text.splitlines(), delimiter=separator, strict=True, skipinitialspace=True)
-    columns = [column.strip() for column in table.fieldnames or ()]
-    if not known_columns(columns) & {"type_line", "types", "colors", "mana_value", "mana_cost", "rarity"}:
-        raise ValueError(f"{path}:1: no column type_line, colors or mana_value in the heading ({heading[:100]})")
+    return card_rows_of(text, str(path))
+
+
+def card_rows_of(text: str, where: str) -> list[CardRow]:
+    """The cards of a file's text, as `read_card_rows`; ``where`` names the file in messages.
+
+    Raises:
+        ValueError: as `read_card_rows`.
+    """
+    records = _json_records if _is_json(text) else _csv_records
     rows = []
-    try:
-        for cells in table:
-            rows.append(_row_of(cells, f"{path}:{table.line_num}"))
-            if len(rows) > MOST_ROWS:
-                raise ValueError(f"{path}: more than {MOST_ROWS:,} cards: give a smaller file")
-    except csv.Error as error:
-        raise ValueError(f"{path}:{table.line_num}: {error}") from None
+    for place, cells in records(text, where):
+        rows.append(_row_of(cells, place))
+        if len(rows) > MOST_ROWS:
+            raise ValueError(f"{where}: more than {MOST_ROWS:,} cards: give a smaller file")
     if not rows:
-        raise ValueError(f"{path}: no cards under the heading")
+        raise ValueError(f"{where}: no cards under the heading")
     return rows
 
 
+def is_card_table(text: str) -> bool:
+    """Whether a text is a table of cards: JSON, or CSV whose heading has a column of cards."""
+    return _is_json(text) or bool(known_columns(_heading(text)[0]) & _OF_CARDS)
+
+
+def _is_json(text: str) -> bool:
+    return text.lstrip()[:1] in ("[", "{")
+
+
+def _heading(text: str) -> tuple[list[str], str]:
+    """The columns of CSV text, and what separates them."""
+    line = text.partition("\n")[0].strip("\r")
+    separator = max(",;\t", key=line.count)
+    return [column.strip(' "') for column in line.split(separator)], separator
+
+
+def _csv_records(text: str, where: str) -> Iterator[tuple[str, dict[Any, Any]]]:
+    columns, separator = _heading(text)
+    if not known_columns(columns) & _OF_CARDS:
+        heading = text.partition("\n")[0]
+        raise ValueError(f"{where}:1: no column type_line, colors or mana_value in the heading ({heading[:100]})")
+    table = csv.DictReader(text.splitlines(), delimiter=separator, strict=True, skipinitialspace=True)
+    try:
+        for cells in table:
+            if None in cells or None in cells.values():
+                raise ValueError(
+                    f"{where}:{table.line_num}: another number of cells than the heading has: "
+                    "put cells with commas in quotes"
+                )
+            yield f"{where}:{table.line_num}", cells
+    except csv.Error as error:
+        raise ValueError(f"{where}:{table.line_num}: {error}") from None
+
+
+def _json_records(text: str, where: str) -> Iterator[tuple[str, dict[Any, Any]]]:
+    try:
+        records = json.loads(text)
+    except RecursionError:
+        raise ValueError(f"{where}: not a list of cards: its brackets are nested too deeply") from None
+    except ValueError as error:
+        raise ValueError(f"{where}: not JSON: {error}") from None
+    example = '[{"type_line": "Instant", "colors": "U"}]'
+    if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
+        raise ValueError(f"{where}: not a list of cards: write them as {example}")
+    columns = dict.fromkeys(column for record in records for column in record)
+    if records and not known_columns(columns) & _OF_CARDS:
+        raise ValueError(f"{where}: no card has a type_line, colors or a mana_value: write them as {example}")
+    for index, record in enumerate(records):
+        yield f"{where}[{index}]", {column: record.get(column) for column in columns}
+
+
 def _row_of(cells: dict[Any, Any], where: str) -> CardRow:
-    if None in cells or None in cells.values():
-        raise ValueError(f"{where}: another number of cells than the heading has: put cells with commas in quotes")
-    texts = {str(column).strip(): from_cell(str(value)).strip() for column, value in cells.items()}
+    texts = {str(column).strip(): _cell_text(value) for column, value in cells.items()}
+    given = {str(column).strip() for column, value in cells.items() if value is not None}
     lower = {column.lower().replace(" ", "_"): value for column, value in texts.items()}
     name = lower.get("name", "")
     unread = Unread()
     try:
-        found = raw_card({**texts, "name": name or _UNNAMED}, where, unread)
+        known = {column: text for column, text in texts.items() if column in given}
+        found = raw_card({**known, "name": name or _UNNAMED}, where, unread)
     except ValueError as error:
         raise ValueError(f"{where}: {str(error).removeprefix(f'{where}: ')}") from None
     if found is None or unread.counts:
         column = next(iter(unread.counts), "name")
-        raise ValueError(f"{where}: {column} {lower.get(column, '')!r} is not understood")
+        raise ValueError(f"{where}: {column} {lower.get(column, '')!r:.60} is not understood")
     colors = None if found.colors in (None, UNKNOWN) else found.colors or "C"
     try:
         card = Attributes.parse(found.type_line or None, colors, found.mana_value, found.rarity)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
     return CardRow(where, texts, name, card, {rule: lower[rule] for rule in RULE_COLUMNS if lower.get(rule)})
+
+
+def _cell_text(value: Any) -> str:
+    """A cell of CSV or a value of JSON as text; "" for null."""
+    if isinstance(value, list):
+        value = " ".join(map(str, value))
+    return "" if value is None else from_cell(str(value)).strip()
+
+
+class TakenNames:
+    """The names of a set so far, of which none is used twice, and neither is a last word."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self._names: set[str] = set()
+        self._last_words: set[str] = set()
+        for name in names:
+            self.add(name)
+
+    def add(self, name: str) -> None:
+        """Takes a name; "" is ignored."""
+        if name:
+            self._names.add(normal_form(name))
+            self._last_words.update(content_words(name)[-1:])
+
+    def allows(self, name: str) -> bool:
+        """Whether neither the name nor its last word is taken."""
+        return normal_form(name) not in self._names and self._last_words.isdisjoint(content_words(name)[-1:])
+
+    def named(self, row: CardRow, found: Sequence[GeneratedName]) -> NamedRow:
+        """The row with these names, of which the first is taken."""
+        self.add(found[0].text if found else "")
+        return NamedRow(row, found, "" if found else "each name drawn ends in a word that the set has already")
 
 
 def name_rows(
@@ -130,33 +217,32 @@ def name_rows(
         ValueError: an option is out of range or unknown.
     """
     conditions = read_conditions(generator.model.config.to_dict())
-    used = {normal_form(row.name) for row in rows if row.name}
-    last_words = {word for row in rows for word in content_words(row.name)[-1:]}
+    taken = TakenNames(row.name for row in rows)
     for place, row in enumerate(rows):
         if row.name:
             yield NamedRow(row, ())
             continue
+        found: list[GeneratedName] = []
         try:
-            asked = options | _asked(drop_unknown(row.card, conditions)) | dict(row.rules)
-            drawn = generator.generate(candidates + _EXTRA, seed=seed + place, **asked)
+            asked = options | asked_for(row, conditions)
+            for count in (candidates, candidates + EXTRA):  # the first are the same, so most rows need no extra ones
+                drawn = generator.stream(count, seed=seed + place, **asked)
+                found = list(islice((name for name in drawn if taken.allows(name.text)), candidates))
+                if len(found) == candidates:
+                    break
         except NoTokenLeftError as error:
             yield NamedRow(row, (), str(error))
             continue
-        found = [
-            name
-            for name in drawn
-            if normal_form(name.text) not in used and last_words.isdisjoint(content_words(name.text)[-1:])
-        ][:candidates]
-        if found:
-            used.add(normal_form(found[0].text))
-            last_words.update(content_words(found[0].text)[-1:])
-        yield NamedRow(row, found, "" if found else "each name drawn ends in a word that the set has already")
+        yield taken.named(row, found)
 
 
-def _asked(card: Attributes) -> dict[str, Any]:
+def asked_for(row: CardRow, conditions: Conditions) -> dict[str, Any]:
+    """The options of `NameRequest` that a row sets, of those that a model has learned."""
+    card = drop_unknown(row.card, conditions)
     colors = None if card.colors is None else "".join(card.colors) or "C"
-    return {"type_line": type_line_of(card) or None, "colors": colors, "mana_value": card.mana_value,
-            "rarity": card.rarity}  # fmt: skip
+    attributes = {"type_line": type_line_of(card) or None, "colors": colors, "mana_value": card.mana_value,
+                  "rarity": card.rarity}  # fmt: skip
+    return attributes | dict(row.rules)
 
 
 def table_of(named: Sequence[NamedRow]) -> list[dict[str, str]]:

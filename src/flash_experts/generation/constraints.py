@@ -132,6 +132,11 @@ class Constraints:
         return "(?i)" + ".+".join(parts)
 
     @property
+    def has_text_after_gap(self) -> bool:
+        """Whether ``pattern`` has fixed text after a gap: the model fills the gap without knowing what follows."""
+        return any(part.strip() for part in _GAP.split(self.pattern or "")[1:])
+
+    @property
     def longest(self) -> int:
         """Characters at most."""
         return LONGEST_NAME if self.max_length is None else self.max_length
@@ -177,6 +182,10 @@ class Constraints:
             found.append(make.StartsWith(*place, self.starts_with))
         if self.whole_regex is not None:
             found.append(make.MatchesRegex(*place, self.whole_regex, self.longest, alphabet, self._as_regexes()))
+        if self.has_text_after_gap:
+            before, *parts = _GAP.split(shown_form(self.pattern or ""))
+            ends = bool(parts[-1].strip())
+            found.append(make.LeadsTo(*place, before, [part for part in parts if part.strip()], ends))
         if self.contains is not None:
             found.append(make.Contains(*place, self.contains, self.longest))
         if self.ends_with is not None:

@@ -20,6 +20,8 @@ from flash_experts.options import option, problems_of
 CARD, OUTPUT, MODEL = "The card", "Output", "The model"  # headings
 __all__ = ["CARD", "MODEL", "OUTPUT", "RULES", "SAMPLING", "NameRequest"]
 CANDIDATES = {"fast": 1, "good": 8, "best": 32}  # names drawn for each one shown, by quality
+# The same for a pattern with text after a gap, which few ways to fill the gap lead to.
+_CANDIDATES_AFTER_GAP = {"fast": 1, "good": 32, "best": 64}
 _IF_LEARNED = "for models that learned it (default: any)"
 
 
@@ -99,8 +101,9 @@ class NameRequest(Constraints):
 
     @property
     def num_candidates(self) -> int:
-        """Names drawn for each one shown."""
-        return CANDIDATES[self.quality] if self.best_of is None else self.best_of
+        """Names drawn for each one shown: more where text follows a gap of ``pattern``."""
+        by_quality = _CANDIDATES_AFTER_GAP if self.has_text_after_gap else CANDIDATES
+        return by_quality[self.quality] if self.best_of is None else self.best_of
 
     def attributes(self) -> Attributes:
         """The attributes of the card, without those that `like` adds.

@@ -10,7 +10,7 @@ from flash_experts.generation.filters.base import (
 )
 from flash_experts.generation.filters.limits import MaxLength, MaxWords, MinLength, MinWords
 from flash_experts.generation.filters.regex import MatchesRegex
-from flash_experts.generation.filters.text import Contains, EndsWith, StartsWith
+from flash_experts.generation.filters.text import Contains, EndsWith, LeadsTo, StartsWith
 from flash_experts.generation.filters.vocabulary import NameVocabulary
 from flash_experts.generation.filters.words import (
     UNWANTED,
@@ -31,6 +31,7 @@ __all__ = [
     "Contains",
     "EndsWith",
     "KnownNameFilter",
+    "LeadsTo",
     "MatchesRegex",
     "MaxLength",
     "MaxWords",

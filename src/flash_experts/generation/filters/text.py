@@ -196,6 +196,69 @@ class EndsWith(WantedText):
         return super().favored(name) if self.is_short(name) else [(self.vocabulary.eos_id, _FAVOR)]
 
 
+class LeadsTo(NameFilter):
+    """A bias to the fixed text after the gaps of a pattern, which `MatchesRegex` enforces: see `WantedText`.
+
+    Without it, the model fills a gap until only the fixed text has room.
+    """
+
+    def __init__(
+        self, vocabulary: NameVocabulary, prompt_length: int, before: str, parts: Sequence[str], ends: bool
+    ) -> None:
+        """Takes the text before the first gap, those after gaps in their order, and whether the last ends the name."""
+        super().__init__(vocabulary, prompt_length)
+        self._last = len(parts) - 1 if ends else len(parts)
+        self._before = len(before) + 1  # with the space that a name starts with
+        self._parts = [part.lower() for part in parts]
+        self._spaced_V = vocabulary.where(lambda text: text.startswith(" "))
+        self._next: list[dict[str, int]] = []  # for each part: what there is of it -> its next token
+        for part in parts:
+            ids = vocabulary.encode(_cased(part.rstrip()))
+            self._next.append({vocabulary.decode(ids[:place]): token for place, token in enumerate(ids)})
+
+    def rule(self, name: str) -> Hashable | None:
+        return None
+
+    def forbidden(self, rule: Hashable) -> torch.Tensor:
+        return torch.zeros(self.vocabulary.size, dtype=torch.bool)
+
+    def apply(self, names: Sequence[str], scores: torch.Tensor) -> torch.Tensor:
+        found = [(row, *bias) for row, name in enumerate(names) if (bias := self._favored(name)) is not None]
+        if not found:
+            return scores
+        scores = scores.clone()
+        for row, tokens, weight in found:
+            scores[row, tokens] += weight
+        return scores
+
+    def _favored(self, name: str) -> tuple[int | torch.Tensor, float] | None:
+        """The tokens that start, continue or end the next fixed text, one or (V,) bool, and their bias in nats; None
+        where it cannot start."""
+        low, start = name.lower(), self._before
+        for number, (part, following) in enumerate(zip(self._parts, self._next, strict=True)):
+            place, gap, is_last = low.find(part, start + 1), name[start:], number == self._last
+            if low.endswith(part.rstrip()) and len(gap) > len(part.rstrip()) and (is_last or part[-1] == " "):
+                return (self.vocabulary.eos_id, _FAVOR) if is_last else (self._spaced_V, _FORCE)
+            if place >= 0 and not is_last:
+                start = place + len(part)
+                continue
+            begun = [token for text, token in following.items() if text and gap.endswith(text) and gap != text]
+            if begun:
+                return begun[-1], _FORCE
+            if len(gap.strip()) < _MUCH or not gap[-1].isalpha():
+                return None
+            late = max(0, len(name) + len(part) - _USUAL_LENGTH)
+            return following[""], _FAVOR + late * _FAVOR_PER_CHARACTER
+        return None
+
+
+def _cased(text: str) -> str:
+    """Fixed text with the capitals of a card's name; what continues a word stays."""
+    first, *words = text.split(" ")
+    cased = (word if word.lower() in SMALL_WORDS else word[:1].upper() + word[1:] for word in words)
+    return " ".join([first, *cased])
+
+
 def _forms_within(words: str, begins_word: bool) -> list[str]:
     """The wanted text in card capitals: as separate words, and as the rest of a word."""
     cased = [word if word in SMALL_WORDS else word[0].upper() + word[1:] for word in words.split()]

@@ -1,0 +1,190 @@
+"""Names for several cards in one request: lines of the page, or a set as ``generate --cards`` takes it."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from flash_experts.app import form
+from flash_experts.app.service import Playground, Row
+from flash_experts.app.settings import LARGEST_SEED, Settings
+from flash_experts.data.prompts import Attributes, read_conditions
+from flash_experts.generation.card_sets import (
+    EXTRA,
+    CardRow,
+    NamedRow,
+    TakenNames,
+    asked_for,
+    card_rows_of,
+    is_card_table,
+)
+from flash_experts.generation.filters.base import NoTokenLeftError
+
+LONGEST_SET = 48_000  # characters of a set; as JSON it fits into the body of a request
+MOST_IN_A_SET = 300  # names of one request
+MOST_EACH = 10  # names for each card
+_OF_A_LINE = ("type_line", "colors", "mana_value")
+
+
+@dataclass(frozen=True, slots=True)
+class SetProgress:
+    """The progress of a request for several cards: one more card has names, or it is over.
+
+    Attributes:
+        settings: settings of the last card.
+        before: names of the cards before it.
+        new: names of the last card.
+        named: all cards, with their names so far.
+        seconds: time since the request started.
+    """
+
+    settings: Settings
+    before: tuple[Row, ...]
+    new: tuple[Row, ...]
+    named: tuple[NamedRow, ...]
+    seconds: float
+
+
+def cards_of(text: object) -> list[CardRow]:
+    """The cards of a text: a set (see `card_rows_of`), or a line for each, such as "Creature — Angel, W, 5".
+
+    Raises:
+        ValueError: there are no cards, the text is too long, or a value is not understood.
+    """
+    text = text if isinstance(text, str) else ""
+    if len(text) > LONGEST_SET:
+        raise ValueError(f"the cards have {len(text):,} characters: the most is {LONGEST_SET:,}")
+    if is_card_table(text):
+        return card_rows_of(text, "the cards")
+    lines = [(number, line.strip()) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+    if not lines:
+        raise ValueError("no cards: write a line for each, such as Creature — Angel, W, 5, or open a file")
+    return [_row_of_line(line, f"line {number}") for number, line in lines]
+
+
+def _row_of_line(line: str, where: str) -> CardRow:
+    parts = [part.strip() for part in line.split(",")]
+    if len(parts) > len(_OF_A_LINE):
+        raise ValueError(
+            f"{where}, {line!r:.60}: give a type line, colors and a mana value, such as Creature — Angel, W, 5"
+        )
+    cells = dict(zip(_OF_A_LINE, parts + [""] * len(_OF_A_LINE), strict=False))
+    try:
+        mana_value = form.whole("mana_value", cells["mana_value"])
+        card = Attributes.parse(cells["type_line"] or None, cells["colors"] or None, mana_value)
+    except ValueError as error:
+        raise ValueError(f"{where}, {line!r:.60}: {error}") from None
+    return CardRow(where, cells, "", card)
+
+
+def number_for_each(count: object) -> int:
+    """Names for each card.
+
+    Raises:
+        ValueError: not a number from 1 to `MOST_EACH`.
+    """
+    number = form.whole("count", str(count)) or 1
+    if number > MOST_EACH:
+        raise ValueError(f"{number} names for each card: the most is {MOST_EACH}")
+    return number
+
+
+def name_set(
+    playground: Playground,
+    settings: Settings,
+    model: str,
+    rows: Sequence[CardRow],
+    without: Sequence[str],
+    is_wanted: Callable[[], bool],
+) -> Iterator[SetProgress]:
+    """Names for each card that has none, in order, within the time limit of one request.
+
+    No name and no last word is used twice in the set.
+
+    Args:
+        settings: the settings of all cards, ``count`` names for each; a card replaces the attributes that it has.
+        without: names to leave out.
+        is_wanted: as for `Playground.names`.
+
+    Yields:
+        The progress after each card.
+
+    Raises:
+        ValueError: a setting of a card is not allowed, or the model is unknown.
+    """
+    asked = deque(_settings_of_each(playground, settings, model, rows).items())
+    if not asked:
+        raise ValueError("each of these cards has a name: leave the names out that are to be made")
+    start, taken = time.monotonic(), TakenNames(row.name for row in rows)
+    named = [NamedRow(row, ()) for row in rows]
+    before: tuple[Row, ...] = ()
+    last = settings
+
+    def stopped() -> str:
+        if time.monotonic() - start >= playground.time_limit:
+            return f"not reached within {playground.time_limit:g} s, the time limit of a request"
+        is_full = len(before) + settings.count > MOST_IN_A_SET
+        return f"not reached: a request gives at most {MOST_IN_A_SET} names" if is_full else ""
+
+    while asked and not stopped():
+        place, last = asked.popleft()
+        begun = time.monotonic()
+        left = playground.time_limit - (begun - start)
+        left = left / 2 if asked else left  # a card that hardly any name suits leaves time for the others
+        try:
+            new = _names_of_card(playground, last, model, taken, without, left, is_wanted)
+        except NoTokenLeftError as error:
+            new, named[place] = (), NamedRow(rows[place], (), str(error))
+        else:
+            named[place] = taken.named(rows[place], [row.name for row in new])
+            if not new and time.monotonic() - begun >= left:
+                named[place] = NamedRow(rows[place], (), f"none found in {left:.1f} s")
+        if not is_wanted():
+            return
+        yield SetProgress(last, before, new, tuple(named), time.monotonic() - start)
+        before += new
+    if asked:
+        for place, _ in asked:
+            named[place] = NamedRow(rows[place], (), stopped())
+        yield SetProgress(last, before, (), tuple(named), time.monotonic() - start)
+
+
+def _settings_of_each(
+    playground: Playground, settings: Settings, model: str, rows: Sequence[CardRow]
+) -> dict[int, Settings]:
+    """The settings of each card without a name, by its place."""
+    conditions = read_conditions(playground.model(model).generator.model.config.to_dict())
+    found = {}
+    for place, row in enumerate(rows):
+        if row.name:
+            continue
+        given = asked_for(row, conditions)
+        given["rarity"] = given["rarity"] or settings.rarity
+        seed = None if settings.seed is None else (settings.seed + place) % (LARGEST_SEED + 1)
+        try:
+            found[place] = replace(settings, **given, seed=seed)
+        except ValueError as error:
+            raise ValueError(f"{row.where}: {error}") from None
+    return found
+
+
+def _names_of_card(
+    playground: Playground,
+    settings: Settings,
+    model: str,
+    taken: TakenNames,
+    without: Sequence[str],
+    seconds: float,
+    is_wanted: Callable[[], bool],
+) -> tuple[Row, ...]:
+    """The first names that are not taken, ``settings.count`` or fewer; few more are drawn."""
+    found: list[Row] = []
+    more = replace(settings, count=settings.count + EXTRA)
+    for progress in playground.names(more, model, without, seconds, is_wanted):
+        found = [row for row in progress.rows if taken.allows(row.name.text)][: settings.count]
+        if len(found) == settings.count:
+            break
+    shown = replace(settings, seed=found[0].settings.seed) if found else settings
+    return tuple(replace(row, settings=shown) for row in found)
