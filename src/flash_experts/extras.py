@@ -11,6 +11,7 @@ EXTRAS = {
     "httpx": "data",
     "ijson": "data",
     "matplotlib": "eval",
+    "onnxruntime": "onnx",
     "platformdirs": "data",
     "sklearn": "eval",
     "tensorboard": "tensorboard",
