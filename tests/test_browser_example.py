@@ -16,6 +16,7 @@ from flash_experts.data.tokenizer import load_tokenizer
 from flash_experts.models.loading import load_model
 from tests.helpers.command_line import ok
 
+pytest.importorskip("onnx", reason="onnx is not installed: pip install -e '.[onnx]'")
 pytest.importorskip("onnxruntime", reason="ONNX Runtime is not installed: pip install -e '.[onnx]'")
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install -e '.[dev]'")
 

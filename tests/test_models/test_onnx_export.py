@@ -14,6 +14,7 @@ from flash_experts import GPT2MoEConfig, GPT2MoEForCausalLM
 from flash_experts.models.onnx_export import export_onnx
 from tests.helpers.command_line import ok, run
 
+pytest.importorskip("onnx", reason="onnx is not installed: pip install -e '.[onnx]'")
 onnxruntime = pytest.importorskip("onnxruntime", reason="ONNX Runtime is not installed: pip install -e '.[onnx]'")
 
 KINDS = {

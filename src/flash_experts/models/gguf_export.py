@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import redirect_stderr
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +81,7 @@ def _check_tokenizer(source: str | Path, tokenizer: PreTrainedTokenizerBase) -> 
     if any(token["single_word"] for token in content["added_tokens"]):
         raise ValueError(
             f"the tokenizer of {source} has tokens for whole words, which GGUF cannot say: export onnx can, or train "
-            "with a tokenizer that has none"
+            "with --model.tokenizer models/mtg-base, which has none"
         )
 
 
@@ -149,7 +151,9 @@ def _tensors(model: GPT2LMHeadModel) -> Iterator[tuple[str, torch.Tensor]]:
 
 def _read_back(file: Path, model: GPT2LMHeadModel) -> GPT2LMHeadModel:
     """The model as transformers reads it; it reads the number of positions and hidden units from no GGUF file."""
-    read: Any = GPT2LMHeadModel.from_pretrained(
-        str(file.parent), gguf_file=file.name, config=type(model.config)(**model.config.to_dict()), dtype=torch.float32
-    )
+    config = type(model.config)(**model.config.to_dict())
+    with redirect_stderr(StringIO()):  # transformers' progress bar
+        read: Any = GPT2LMHeadModel.from_pretrained(
+            str(file.parent), gguf_file=file.name, config=config, dtype=torch.float32
+        )
     return read.eval()
