@@ -50,7 +50,7 @@ def _export_hub(args: Namespace) -> None:
 
 
 def _export_onnx(args: Namespace) -> None:
-    require("export onnx", "onnx", "onnxruntime")
+    require("export onnx", "onnxruntime", "onnx")
     from flash_experts.models.onnx_export import export_onnx
 
     model, tokenizer = _load(args.model)
