@@ -1,7 +1,7 @@
 """A model as an ONNX file, for ONNX Runtime in any language and in a browser: ids in, logits out, no KV cache.
 
 Every expert is computed for every token and weighted by its gate, 0 for those that were not chosen. That is E / k times
-the FLOPs of the experts, in matmuls of a fixed shape; gathering the chosen weights of each token would take gigabytes.
+the FLOPs of the experts, in a few large matmuls; gathering the chosen experts would copy k of them for each token.
 """
 
 from __future__ import annotations
@@ -129,8 +129,8 @@ def _trace(model: GPT2LMHeadModel, file: Path) -> None:
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            # Tracing: the exporter by torch.export takes ten times as long and needs two more packages. Without
-            # constant folding a tied embedding is stored once.
+            # Tracing, which PyTorch calls legacy since 2.9: its exporter by torch.export takes ten times as long for
+            # the same logits and needs onnxscript. Without constant folding a tied embedding is stored once.
             torch.onnx.export(
                 _Logits(model).eval(),
                 (torch.zeros(2, 3, dtype=torch.long),),
