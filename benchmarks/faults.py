@@ -53,7 +53,7 @@ from tests.helpers.misbehaving import SITES, misbehaving_server
 COMMANDS = {
     "prepare": "prepare --source names.txt --out data/new",
     "upcycle": "upcycle models/base --out models/new",
-    "downcycle": "downcycle models/moe --out models/new",
+    "export": "export dense models/moe --out models/new",
     "generate": "generate --model models/base --count 20 --seed 0 --out names/new.csv",
     "evaluate": "evaluate models/base --samples 20",
     "compare": "compare models/base --samples 20 --out pages/new.html",

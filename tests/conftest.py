@@ -30,6 +30,7 @@ settings.load_profile("untimed")
 STARVING = (
     "test_app/test_browser.py",
     "test_app/test_http.py",
+    "tests/test_browser_example.py",
     "test_training/test_distributed.py",
     "test_training/test_training_processes.py",
 )

@@ -77,6 +77,8 @@ def test_everything_but_extras_runs_without_them(workplace: Path, tmp_path: Path
         ("prepare --source scryfall --out new", "ijson"),
         ("prepare --source mtgjson --out new", "httpx"),
         ("fetch-teacher --out new", "gguf"),
+        ("export gguf models/base --out new.gguf", "gguf"),
+        ("export onnx models/base --out new", "onnxruntime"),
         ("benchmark attention --plot new.png", "matplotlib"),
     ],
 )

@@ -107,7 +107,7 @@ TRAIN = "train --base models/base --model.num-experts 0 --training.max-steps 2"
         "upcycle models/base --out models/moe",
         "upcycle models/base --out mine",
         "upcycle models/base --out models/base --overwrite",
-        "downcycle models/moe --out models/released",
+        "export dense models/moe --out models/released",
         f"{TRAIN} --training.run-name released",
         f"{TRAIN} --training.run-name moe",
         f"{TRAIN} --training.output-dir . --training.run-name mine",

@@ -19,7 +19,6 @@ resource = pytest.importorskip("resource", reason="Windows limits no file's size
 COMMANDS = {
     "prepare": "prepare --source names.txt --out data/new",
     "upcycle": "upcycle models/base --out models/new",
-    "downcycle": "downcycle models/moe --out models/new",
     "export": "export hub models/moe --out models/new",
     "generate": "generate --model models/base --count 200 --seed 0 --out names/new.csv",
     "compare": "compare models/base --samples 0 --out pages/new.html",

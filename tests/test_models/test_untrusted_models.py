@@ -15,7 +15,7 @@ import pytest
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, Qwen2Config
 from transformers.models.qwen2 import Qwen2ForCausalLM
 
-from flash_experts.commands.downcycle import _read_loads as read_loads
+from flash_experts.commands.export import _read_loads as read_loads
 from flash_experts.data.tokenizer import WORD_MARK, before_words, check_tokenizer, load_tokenizer
 from flash_experts.evaluation.curves import read_curve, read_curves
 from flash_experts.evaluation.routing.maps import read_loads as read_training_loads

@@ -91,8 +91,8 @@ holds("averaging costs at most a fifth of what they taught", mean_gain < taught 
 
 # %% [markdown]
 # What 20 steps taught is common to all experts, or lies in the other weights. A mixture must beat the mean of its experts to
-# be worth its weights. `flash-experts downcycle` is this exercise as a command. (At a rate of 1e-3 both are worse than
-# before: that was the first version of this exercise.)
+# be worth its weights. `flash-experts export dense MODEL --out DIR` is this exercise as a command. (At a rate of 1e-3 both are
+# worse than before: that was the first version of this exercise.)
 #
 # ## 2. How much to drop
 

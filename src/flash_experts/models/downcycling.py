@@ -1,10 +1,15 @@
 """Downcycling: an MoE model back to a dense GPT-2, by averaging the weights of each layer's experts.
 
 It is a baseline for the value of separate experts (Wortsman et al. 2022, model soups; Li et al. 2022,
-branch-train-merge). The mean may be weighted by load. An upcycled model that was not trained gives back the dense
-weights, bit by bit for copies: the mean is the first expert plus the mean difference of the others from it.
+branch-train-merge), and a model for programs that know no experts. The mean may be weighted by load. An upcycled model
+that was not trained gives back the dense weights, bit by bit for copies: the mean is the first expert plus the mean
+difference of the others from it.
 
-Shape suffixes: E experts, R = E / g groups of g experts (granular upcycling; g is 1 otherwise).
+Shared experts are added to the routed ones, and a sum of MLPs is one MLP with the hidden units of both. So they are
+kept as they are, next to the mean of the routed ones. GPT-2 has one number of hidden units for all blocks: narrower
+ones get copies of their hidden units with output weights of zero, which change nothing and can be trained.
+
+Shape suffixes: E experts, R = E / g groups of g experts (granular upcycling; g is 1 otherwise), F hidden units.
 """
 
 from __future__ import annotations
@@ -17,6 +22,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from flash_experts.models.moe import GPT2MoEForCausalLM
+from flash_experts.models.moe_config import GPT2MoEConfig
 from flash_experts.models.moe_layer import MoELayer
 from flash_experts.models.router_metrics import count_loads
 from flash_experts.models.scoring import evaluating
@@ -25,50 +31,57 @@ _CLASS_FIELDS = ("model_type", "architectures", "transformers_version")  # set b
 
 
 @torch.no_grad()
-def to_dense(
-    moe: GPT2MoEForCausalLM, loads: Mapping[int, torch.Tensor] | None = None, granularity: int = 1
-) -> GPT2LMHeadModel:
+def to_dense(moe: GPT2MoEForCausalLM, loads: Mapping[int, torch.Tensor] | None = None) -> GPT2LMHeadModel:
     """A dense GPT-2 whose MLPs are the means of the experts, in eval mode; ``moe`` is not changed.
 
+    Experts of a g-th of the dense layer's hidden units are its shards, in groups of g, as upcycling makes them: the g
+    shards of a group are concatenated, and the second matrix is divided by g. A token's gates count as summing to one.
+
     Args:
-        moe: model without shared experts.
+        moe: MoE model.
         loads: weights (E,) of the experts, by block number from 0; None is equal weights.
-        granularity: g of granular upcycling: the g shards of a group are concatenated, and the second matrix is divided
-            by g.
 
     Raises:
-        ValueError: shared experts, experts that do not fill a dense layer, or loads of the wrong shape.
+        ValueError: loads of the wrong shape.
     """
     config = moe.config
-    if config.num_shared_experts:
-        raise ValueError(
-            "a model with shared experts has no dense layer of the same width, since the shared experts come on top of "
-            "the routed ones. Only models without shared experts can be downcycled"
-        )
-    dense_size = config.n_inner if config.n_inner is not None else 4 * config.n_embd
-    if config.expert_size * granularity != dense_size or config.num_experts % granularity:
-        raise ValueError(
-            f"{granularity} of the {config.num_experts} experts, of {config.expert_size} hidden units each, do not "
-            f"make a layer of {dense_size}: for a model of granular upcycling give the granularity it was made with"
-        )
+    granularity, width = _sizes(config)
     dropped = {*config.own_fields(), *_CLASS_FIELDS}
     kept = {name: value for name, value in config.to_dict().items() if name not in dropped}
+    if width != _dense_size(config):
+        kept["n_inner"] = width
     dense_config = GPT2Config(**kept)
     dense_config._attn_implementation = config._attn_implementation
     dense: GPT2LMHeadModel = nn.Module.to(GPT2LMHeadModel(dense_config), device=moe.device, dtype=moe.dtype)
     weights = {name: tensor for name, tensor in moe.state_dict().items() if ".mlp." not in name}
     block: Any
     for index, block in enumerate(moe.transformer.h):
-        prefix = f"transformer.h.{index}.mlp."
         if isinstance(block.mlp, MoELayer):
             share_R = _shares(index, loads, config.num_experts, granularity)
             mlp = _mean_layer(block.mlp, share_R.to(moe.device), granularity)
         else:
             mlp = block.mlp.state_dict()
-        weights |= {prefix + name: tensor for name, tensor in mlp.items()}
+        prefix = f"transformer.h.{index}.mlp."
+        weights |= {prefix + name: tensor for name, tensor in _widened(mlp, width).items()}
     dense.load_state_dict(weights)
     dense.generation_config = moe.generation_config
     return dense.eval()
+
+
+def _dense_size(config: GPT2MoEConfig) -> int:
+    """Hidden units of the blocks without experts."""
+    return config.n_inner if config.n_inner is not None else 4 * config.n_embd
+
+
+def _sizes(config: GPT2MoEConfig) -> tuple[int, int]:
+    """g, and the hidden units of every block of the dense model."""
+    granularity, rest = divmod(_dense_size(config), config.expert_size)
+    if rest or config.num_experts % granularity:
+        granularity = 1
+    widths = [(granularity + config.num_shared_experts) * config.expert_size]
+    if not all(map(config.is_moe_layer, range(config.n_layer))):
+        widths.append(_dense_size(config))
+    return granularity, max(widths)
 
 
 def _shares(index: int, loads: Mapping[int, torch.Tensor] | None, num_experts: int, granularity: int) -> torch.Tensor:
@@ -88,20 +101,33 @@ def _shares(index: int, loads: Mapping[int, torch.Tensor] | None, num_experts: i
 
 
 def _mean_layer(layer: MoELayer, share_R: torch.Tensor, granularity: int) -> dict[str, torch.Tensor]:
-    """The mean of a layer's experts, named as GPT-2's MLP."""
+    """The mean of a layer's experts, with its shared experts, named as GPT-2's MLP."""
     experts = layer.experts
     # Mean over groups, (R, g, ...) to (g, ...); then the shards are concatenated along the hidden units.
     up, up_bias, down, down_bias = (
         _mean(stacked.unflatten(0, (-1, granularity)), share_R)
         for stacked in (experts.up_proj, experts.up_proj_bias, experts.down_proj, experts.down_proj_bias)
     )
-    return {
-        "c_fc.weight": torch.cat(list(up), dim=1),
-        "c_fc.bias": up_bias.reshape(-1),
-        "c_proj.weight": torch.cat(list(down), dim=0) / granularity,
-        # Every shard of a group has the whole bias, and the gates sum to one.
-        "c_proj.bias": down_bias[0] + (down_bias - down_bias[0]).mean(0),
-    }
+    # Every shard of a group has the whole bias, and the gates sum to one.
+    bias_D = down_bias[0] + (down_bias - down_bias[0]).mean(0)
+    up_DF, up_bias_F, down_FD = torch.cat(list(up), dim=1), up_bias.reshape(-1), torch.cat(list(down)) / granularity
+    if layer.shared_experts is not None:
+        fc, proj = layer.shared_experts.c_fc, layer.shared_experts.c_proj
+        up_DF, up_bias_F = torch.cat([fc.weight, up_DF], dim=1), torch.cat([fc.bias, up_bias_F])
+        down_FD, bias_D = torch.cat([proj.weight, down_FD]), bias_D + proj.bias
+    return {"c_fc.weight": up_DF, "c_fc.bias": up_bias_F, "c_proj.weight": down_FD, "c_proj.bias": bias_D}
+
+
+def _widened(mlp: dict[str, torch.Tensor], width: int) -> dict[str, torch.Tensor]:
+    """The same MLP with more hidden units: copies of the first ones, whose output weights are zero.
+
+    Units with input weights of zero as well would get no gradient.
+    """
+    up_DF, up_bias_F, down_FD = mlp["c_fc.weight"], mlp["c_fc.bias"], mlp["c_proj.weight"]
+    size = len(up_bias_F)
+    unit_F = torch.arange(width, device=up_bias_F.device) % size
+    down_FD = torch.cat([down_FD, down_FD.new_zeros(width - size, down_FD.shape[1])])
+    return {**mlp, "c_fc.weight": up_DF[:, unit_F], "c_fc.bias": up_bias_F[unit_F], "c_proj.weight": down_FD}
 
 
 def _mean(stacked_R: torch.Tensor, share_R: torch.Tensor) -> torch.Tensor:
