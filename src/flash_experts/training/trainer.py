@@ -63,7 +63,8 @@ from flash_experts.training.run_state import (
     reason_to_end,
 )
 from flash_experts.training.stateful import OptimizerState
-from flash_experts.training.tracking import Callback, make_tracker
+from flash_experts.training.trackers import make_tracker
+from flash_experts.training.tracking import Callback
 from flash_experts.training.training_config import TrainingConfig
 from flash_experts.training.validation import SELECTION, Validation
 
