@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
@@ -277,6 +278,30 @@ def test_an_unknown_mode_of_wandb_is_one_line(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.slow
+def test_a_resumed_offline_run_has_two_parts_that_one_command_uploads_in_order(
+    train: Any, config: TrainingConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What the real wandb writes and finds; the upload itself needs its server."""
+    wandb = pytest.importorskip("wandb")
+    no_wandb_settings(monkeypatch)
+    place = Path(config.output_dir)
+    monkeypatch.setenv("WANDB_DIR", str(place))
+    settings = replace(config, tracker="wandb", sample_every=None)
+    train(replace(settings, max_steps=2))
+    first = capsys.readouterr().err.splitlines()[-1]
+    train(settings, "auto")
+    wandb.teardown()
+    run_id = (config.run_dir / "wandb_id.txt").read_text("utf-8").strip()
+    parts = sorted(place.glob(f"wandb/offline-run-*-{run_id}"), key=lambda path: path.stat().st_ctime_ns)
+    assert len(parts) == 2
+    assert first.endswith(f"wandb sync {parts[0]}")
+    assert capsys.readouterr().err.splitlines()[-1].endswith(f"wandb sync {parts[0]} {parts[1]}")
+    command = [sys.executable, "-m", "wandb", "sync", "--dry-run", *map(str, parts)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=os.environ | {"NO_COLOR": "1"})
+    assert done.returncode == 0 and "Would sync 2 run(s)" in done.stderr, done.stderr
+
+
+@pytest.mark.slow
 def test_the_real_wandb_writes_a_file_offline(
     train: Any,
     config: TrainingConfig,
@@ -336,7 +361,7 @@ def test_every_tracker_of_accelerate_has_its_name() -> None:
 class Kept(GeneralTracker):
     """A tracker as accelerate's are, which remembers what it is given and cannot do more than scalars."""
 
-    name, requires_logging_directory = "trackio", False
+    name, requires_logging_directory = "swanlab", False
 
     def __init__(self, project: str, **arguments: Any) -> None:
         super().__init__()
@@ -364,11 +389,11 @@ def test_another_tracker_has_scalars_and_its_failure_does_not_end_the_run(
     train: Any, config: TrainingConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     made.clear()
-    monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, "trackio", Kept)
+    monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, "swanlab", Kept)
     monkeypatch.setattr("flash_experts.training.trackers.is_installed", lambda name: True)
-    train(replace(config, tracker="trackio"))
+    train(replace(config, tracker="swanlab"))
     (tracker,) = made
-    assert tracker.given == ("flash-experts", {"name": "run", "resume": "allow"})
+    assert tracker.given == ("flash-experts", {"experiment_name": "run"})
     assert tracker.configuration["config.lr_scale.router"] == 2.0
     assert (
         len(tracker.configuration["data.train_sha256"]) == 64 and tracker.configuration["config.betas"] == "[0.9, 0.95]"
@@ -379,7 +404,7 @@ def test_another_tracker_has_scalars_and_its_failure_does_not_end_the_run(
     assert all(isinstance(value, int | float) for value in values.values())
     assert len(read_metrics(config.run_dir / "metrics.jsonl", "train")) == 4
     said = capsys.readouterr()
-    assert said.err.count("trackio has failed (server gone): training continues without it") == 1
+    assert said.err.count("swanlab has failed (server gone): training continues without it") == 1
     assert "a banner" in said.err and not said.out, "what --json prints stays JSON"
 
 

@@ -114,8 +114,7 @@ class Tracker(Callback):
         values = {f"train/{name}": value for name, value in metrics.items() if not name.startswith(_ROUTER)}
         values.pop("train/step", None)
         with self._guarded():
-            self._log(values | over_layers(self._layers), step)
-            self._log_loads(loads, step)
+            self._log(values | over_layers(self._layers) | self._layer_panels(loads, step), step)
 
     def on_eval(self, step: int, metrics: Mapping[str, float]) -> None:
         if self._tracker is None:
@@ -171,14 +170,13 @@ class Tracker(Callback):
     def _log(self, values: dict[str, Any], step: int) -> None:
         self._tracker.log(values, step=step)
 
-    def _log_loads(self, loads: Mapping[int, Sequence[float]], step: int) -> None:
-        """A panel of each block that shows the loads of its experts; here its other statistics, as scalars."""
-        per_layer = {
+    def _layer_panels(self, loads: Mapping[int, Sequence[float]], step: int) -> dict[str, Any]:
+        """The panels of each block. Scalars here, which have no place for the loads of many experts."""
+        return {
             f"{_ROUTER}block_{block}/{name}": value
             for block, values in self._layers.items()
             for name, value in values.items()
         }
-        self._log(per_layer, step)
 
     def _log_table(self, name: str, columns: list[str], rows: list[list[Any]], step: int) -> None:
         if hasattr(self._tracker, "log_table"):
@@ -186,6 +184,10 @@ class Tracker(Callback):
 
     def _end(self, summary: Mapping[str, object]) -> None:
         self._tracker.finish()
+        if self.name == "trackio":
+            import trackio
+
+            trackio.finish()  # else it does so when the interpreter exits, and prints a line on stdout
 
 
 class Wandb(Tracker):
@@ -239,14 +241,16 @@ class Wandb(Tracker):
     def _folder(self) -> Path:
         return Path(self._tracker.tracker.settings.sync_dir)
 
-    def _log_loads(self, loads: Mapping[int, Sequence[float]], step: int) -> None:
-        """A histogram whose bins are the experts: over the steps wandb draws a heat map of it."""
+    def _layer_panels(self, loads: Mapping[int, Sequence[float]], step: int) -> dict[str, Any]:
+        """Histograms whose bins are the experts: over the steps wandb draws a heat map of each."""
         import wandb
 
+        panels = {}
         for block, load_E in loads.items():
             if len(load_E) <= _MOST_BINS:
                 histogram = wandb.Histogram(np_histogram=(list(load_E), list(range(len(load_E) + 1))))  # type: ignore[arg-type]
-                self._log({f"{_ROUTER}load_block_{block}": histogram}, step)
+                panels[f"{_ROUTER}load_block_{block}"] = histogram
+        return panels
 
     def _end(self, summary: Mapping[str, object]) -> None:
         self._tracker.tracker.summary.update(dict(summary))
@@ -270,8 +274,8 @@ class TensorBoard(Tracker):
         tracker.log({"run": text}, step=self._step)
         return tracker
 
-    def _log_loads(self, loads: Mapping[int, Sequence[float]], step: int) -> None:
-        """A histogram whose bins are the experts."""
+    def _layer_panels(self, loads: Mapping[int, Sequence[float]], step: int) -> dict[str, Any]:
+        """Histograms whose bins are the experts, which accelerate's class cannot log."""
         for block, load_E in loads.items():
             moments = [sum(load * (expert + 0.5) ** power for expert, load in enumerate(load_E)) for power in range(3)]
             self._tracker.tracker.add_histogram_raw(
@@ -283,6 +287,7 @@ class TensorBoard(Tracker):
                 bucket_counts=list(load_E),
                 global_step=step,
             )
+        return {}
 
     def _log_table(self, name: str, columns: list[str], rows: list[list[Any]], step: int) -> None:
         lines = [columns, ["---"] * len(columns), *rows]
