@@ -81,7 +81,7 @@ def test_the_manifest_has_the_hash_of_every_file(train: Callable[..., Any], conf
     for folder in (config.run_dir, checkpoint_path(config.run_dir, 3)):
         manifest = json.loads((folder / "MANIFEST.json").read_text())
         files = {path.name for path in folder.iterdir() if path.is_file()}
-        assert files - manifest.keys() <= {"MANIFEST.json", "metrics.jsonl", "run.json"}
+        assert files - manifest.keys() <= {"MANIFEST.json", "README.md", "metrics.jsonl", "run.json"}
         for name, entry in manifest.items():
             content = (folder / name).read_bytes()
             assert entry == {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
