@@ -3,7 +3,6 @@
 `flash_experts.models.upcycling` makes it from a dense GPT-2, `flash_experts.models.downcycling` turns it back.
 """
 
-import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -319,9 +318,7 @@ class GPT2MoEForCausalLM(GPT2MoEPreTrainedModel, GPT2LMHeadModel):
             arguments["use_cache"] = False
         return arguments
 
-    def save_pretrained(
-        self, save_directory: str | os.PathLike[str], *args: Any, for_hub: bool = False, **kwargs: Any
-    ) -> None:
+    def save_pretrained(self, save_directory: Any, *args: Any, for_hub: bool = False, **kwargs: Any) -> None:
         """Saves the model; with ``for_hub`` also its code, for ``trust_remote_code=True`` without flash-experts."""
         if for_hub and kwargs.get("push_to_hub"):  # it would upload the folder before the code is there
             raise ValueError("save_pretrained takes for_hub or push_to_hub: upload the folder with `hf upload`")
