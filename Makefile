@@ -18,7 +18,7 @@ test-peers: .venv/.installed-dev  ## transformers' own tests of models, on ours,
 learn: .venv/.installed-dev  ## every chapter of the learning path and its solutions, as scripts
 	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 -m "not gpu" tests/test_learn.py
 
-docs: .venv/.installed-dev  ## the site, in build/site: the chapters that changed are run for it
+docs: .venv/.installed-dev  ## the site, in build/site, with the chapters as notebooks: those that changed are run for it
 	@$(BIN)/python scripts/stage_docs.py --run && $(BIN)/zensical build --strict
 
 lint: .venv/.installed-dev  ## style, types, import directions

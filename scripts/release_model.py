@@ -21,21 +21,23 @@ from flash_experts.data.tokenizer import load_tokenizer
 from flash_experts.evaluation import evaluate
 from flash_experts.files import check_out_folder
 from flash_experts.models.loading import load_model
+from flash_experts.models.model_card import CARD as CARD_FILE
+from flash_experts.models.model_card import bits_per_character, card_data, write_card
 from flash_experts.training.tracking import read_metrics
 
 INTRODUCTION = """A {kind} of {parameters:.1f} million parameters ({active:.1f} million active per token, bfloat16
 weights) that names Magic: The Gathering cards. Its tokenizer has {vocabulary:,} tokens: the bytes, {merges:,} merges
 of them, and the symbols of texts, the part of SmolLM2's that names and prompts need. {about}"""
-CARD = """---
-license: apache-2.0
-base_model: HuggingFaceTB/SmolLM2-135M-Instruct
-pipeline_tag: text-generation
-tags: [gpt2, magic-the-gathering, names]
----
-
-# {name}
+CARD = """# {name}
 
 {introduction}
+
+```python
+from flash_experts import NameGenerator
+
+generator = NameGenerator.from_pretrained("models/{name}")
+print([name.text for name in generator.generate(5, type_line="Creature — Goblin", colors="R")])
+```
 
 Made by
 
@@ -110,7 +112,17 @@ def main() -> None:
         merges=len(merges),
         about=args.about,
     )
-    card = CARD.format(
+    source = run["data"].get("meta", {}).get("source")
+    measured = [
+        result
+        for name, split in result.splits.items()
+        for result in bits_per_character(
+            source,
+            name,
+            {"unconditional": split.unconditional.value, "given type, colors, mana value": split.conditional.value},
+        )
+    ]
+    text = CARD.format(
         name=args.out.name,
         introduction=textwrap.fill(introduction, 118),
         command="\n    ".join(args.command),
@@ -122,7 +134,10 @@ def main() -> None:
         bos=tokenizer.bos_token,
         eos=tokenizer.eos_token,
     )
-    (args.out / "README.md").write_text(card, encoding="utf-8")
+    kind = model.config.model_type
+    data = card_data(args.out.name, kind, source, "HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0", measured)
+    data.tags = [*data.tags, "magic-the-gathering"]
+    write_card(args.out / CARD_FILE, data, text)
 
 
 if __name__ == "__main__":

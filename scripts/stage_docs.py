@@ -3,8 +3,9 @@
     python scripts/stage_docs.py          chapters without their output
     python scripts/stage_docs.py --run    runs the chapters that changed, and includes output and figures
 
-Names such as `flash_experts.cli.main` become links into the API reference, links to chapters become links to their
-pages, and formulas become MathML, which browsers show without scripts.
+Each chapter is a notebook too, with its output if it was run. Names such as `flash_experts.cli.main` become links into
+the API reference, links to chapters become links to their pages, and formulas become MathML, which browsers show
+without scripts.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ import sys
 from pathlib import Path
 
 import jupytext
+import nbformat
+from chapter_notebook import FIGURE, last_of_lines, notebook
 from latex2mathml.converter import convert
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,7 +31,6 @@ _FORMULA = re.compile(r"\$\$(.+?)\$\$", re.DOTALL)
 _DOTTED = re.compile(r"`flash_experts\.(\w+(?:\.\w+)*)`")
 _CHAPTER_LINK = re.compile(r"\]\(((?:solutions/)?\d\d_\w+)\.py\)")
 _PACKAGE = re.compile(r"^::: flash_experts\.(\w+)$", re.MULTILINE)
-_FIGURE = re.compile(r"^\[figure: (\w+)\]\n?", re.MULTILINE)
 
 
 def markdown_page(text: str) -> str:
@@ -54,11 +56,13 @@ def chapter_page(chapter: Path, outputs: list[str] | None) -> str:
     """Converts a chapter to a page: prose, code, and output if it was run."""
     parts, printed = [], iter(outputs or [])
     up = "../" * len(chapter.relative_to(DOCS / "learn").parts)
-    picture = _FIGURE.search("\n".join(outputs or []))
+    picture = FIGURE.search("\n".join(outputs or []))
     for cell in jupytext.read(chapter, fmt="py:percent").cells:
         if cell.cell_type == "markdown":
             parts.append(markdown_page(cell.source))
-            if picture and len(parts) == 1:  # a chapter begins with its picture, before any code
+            if len(parts) == 1:
+                parts.append(f"[This chapter as a notebook]({chapter.stem}.ipynb){{ download }}")
+            if picture and len(parts) == 2:  # a chapter begins with its picture, before any code
                 parts.append(figure(picture[1], up))
             continue
         parts.append(f"```python\n{cell.source}\n```")
@@ -73,12 +77,11 @@ def figure(name: str, up: str) -> str:
 def output_parts(text: str, up: str) -> list[str]:
     """Splits output into texts and figures, in order."""
     parts = []
-    for place, piece in enumerate(_FIGURE.split(text)):
+    for place, piece in enumerate(FIGURE.split(text)):
         if place % 2:
             parts.append(figure(piece, up))
         elif piece.strip():
-            last_of_line = "\n".join(line.rpartition("\r")[2].rstrip() for line in piece.rstrip().splitlines())
-            parts.append(f'```text title="prints"\n{last_of_line.strip(chr(10))}\n```')
+            parts.append(f'```text title="prints"\n{last_of_lines(piece)}\n```')
     return parts
 
 
@@ -110,7 +113,9 @@ def stage(run: bool) -> None:
     for chapter in sorted((DOCS / "learn").rglob("[0-9][0-9]_*.py")):
         target = (STAGE / chapter.relative_to(DOCS)).with_suffix(".md")
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(chapter_page(chapter, outputs_of(chapter) if run else None), encoding="utf-8")
+        outputs = outputs_of(chapter) if run else None
+        target.write_text(chapter_page(chapter, outputs), encoding="utf-8")
+        nbformat.write(notebook(chapter, outputs, OUTPUTS / "figures"), target.with_suffix(".ipynb"))
     if run:
         shutil.copytree(OUTPUTS / "figures", STAGE / "figures", dirs_exist_ok=True)
     shutil.copytree(DOCS / "images", STAGE / "images", dirs_exist_ok=True)

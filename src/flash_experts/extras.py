@@ -26,14 +26,16 @@ def install_command(extra: str) -> str:
 
 
 def is_installed(module: str) -> bool:
-    """Whether a module of `EXTRAS` is installed; it is not imported."""
-    assert module in EXTRAS, module
-    return find_spec(module) is not None
+    """Whether a module is installed; it is not imported. A folder of that name, such as wandb's, does not count."""
+    spec = find_spec(module)
+    return spec is not None and spec.origin is not None
 
 
 def missing(module: str, what: str) -> str:
-    """One line for the user: what needs a module that is not installed, and the command that brings it."""
-    return f"{module} is not installed, which {what} needs: {install_command(EXTRAS[module])}"
+    """One line for the user: what needs a module that is not installed, and the command that installs it: the extra of
+    `EXTRAS`, or the package of that name."""
+    command = install_command(EXTRAS[module]) if module in EXTRAS else f"pip install {module}"
+    return f"{module} is not installed, which {what} needs: {command}"
 
 
 def require(what: str, *modules: str) -> None:

@@ -44,7 +44,7 @@ train --training.betas x :: training.betas
 train --training.optimizer adam :: did you mean 'adamw'
 train --training.schedule '' :: training.schedule must be one of
 train --training.compile perhaps :: training.compile must be true or false
-train --training.tracker mlflow :: training.tracker must be one of
+train --training.tracker mlfow :: did you mean 'mlflow'
 train --training.stages 3 :: training.stages
 train --training.stages [{}] :: name
 train --training.stages '[{name: a, order: up}]' :: order

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from transformers import PreTrainedTokenizerFast
 
 from flash_experts import GPT2MoEConfig, GPT2MoEForCausalLM
@@ -30,6 +31,7 @@ import json, sys
 
 sys.modules["flash_experts"] = None  # any import of it fails
 import torch
+from huggingface_hub import ModelCard
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 for folder in sys.argv[1:]:
@@ -63,7 +65,11 @@ def folders(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPat
             router.weight.data.normal_()
         model.save_pretrained(place / "ours" / kind)
         tokenizer.save_pretrained(place / "ours" / kind)
-        export_for_hub(place / "ours" / kind, place / kind)
+        if kind == "sigmoid":
+            model.save_pretrained(place / kind, for_hub=True)
+            tokenizer.save_pretrained(place / kind)
+        else:
+            export_for_hub(place / "ours" / kind, place / kind)
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment |= {"HF_MODULES_CACHE": str(place / "modules"), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", SCRIPT, *(str(place / kind) for kind in KINDS)]
@@ -97,8 +103,28 @@ def test_the_code_imports_nothing_of_ours() -> None:
 
 
 def test_the_card_says_how_to_load_it(folders: dict[str, Path]) -> None:
-    card = (folders["plain"] / "README.md").read_text("utf-8")
-    assert card.startswith("---\nlibrary_name: transformers\n") and "trust_remote_code=True" in card
+    card = ModelCard.load(folders["plain"] / "README.md")
+    assert (card.data.library_name, card.data.language) == ("transformers", "en")
+    assert "trust_remote_code=True" in card.text
+
+
+def test_saving_for_a_hub_adds_the_same_code(folders: dict[str, Path], tmp_path: Path) -> None:
+    for name, text in sources().items():
+        assert (folders["sigmoid"] / name).read_text("utf-8") == text
+    model = load_model(folders["sigmoid"].parent / "ours/sigmoid", "cpu")
+    with pytest.raises(ValueError, match="upload the folder with `hf upload`"):
+        model.save_pretrained(tmp_path / "new", for_hub=True, push_to_hub=True)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_released_model_keeps_what_its_card_says(tmp_path: Path) -> None:
+    released = Path(__file__).parents[2] / "models/mtg-names"
+    if not (released / "README.md").is_file():
+        pytest.skip("the released models are in a checkout")
+    export_for_hub(released, tmp_path / "new")
+    before, after = ModelCard.load(released / "README.md"), ModelCard.load(tmp_path / "new/README.md")
+    assert after.data.base_model == before.data.base_model and after.data.license == before.data.license
+    assert after.data.library_name == "transformers" and before.text.strip() in after.text
 
 
 def test_our_own_commands_run_no_code_of_a_folder(folders: dict[str, Path], tmp_path: Path) -> None:

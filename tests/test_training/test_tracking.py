@@ -1,24 +1,30 @@
-"""What a run leaves behind: metrics.jsonl always, wandb or TensorBoard where asked for."""
+"""What a run leaves behind: metrics.jsonl always, and a tracker of accelerate where asked for."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
+import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 from transformers import GPT2Config, PreTrainedModel, PreTrainedTokenizerFast
 
+from flash_experts.extras import EXTRAS, install_command
 from flash_experts.models import GPT2MoEForCausalLM
 from flash_experts.training import Callback, Trainer, TrainingConfig
 from flash_experts.training.model_config import ModelConfig
-from flash_experts.training.tracking import make_tracker, read_metrics, wandb_mode
+from flash_experts.training.trackers import make_tracker
+from flash_experts.training.tracking import read_metrics
+from flash_experts.training.training_config import TrackerName
+from flash_experts.training.wandb_settings import wandb_mode
 from tests.test_training import TRAIN, VALIDATION, make_model
 
 TRAIN_FIELDS = {
@@ -26,6 +32,13 @@ TRAIN_FIELDS = {
     *("tokens_per_second", "peak_memory_gib", "router/1/load_cv", "router/3/load_entropy", "router/1/top1"),
 }
 VALIDATION_FIELDS = {"validation/loss", "validation/bits_per_char", "validation/bits_per_char_given_attributes"}
+# What a tracker has: the router's statistics over the blocks, and the loads of the experts block by block.
+PANELS = {
+    *("train/loss", "train/epoch", "train/lr", "train/lr/router", "train/aux_loss", "train/peak_memory_gib"),
+    *("eval/loss", "eval/bits_per_char", "eval/bits_per_char_given_attributes", "eval/bits_per_char_mean"),
+    *("router/load_cv", "router/max_load", "router/load_entropy", "router/entropy", "router/top1"),
+}
+LOADS = {"router/load_block_1", "router/load_block_3"}
 
 
 class Names(Callback):
@@ -173,10 +186,19 @@ def test_wandb_has_all_of_it_offline_and_asks_nothing(
     by_step: dict[int, dict[str, Any]] = {}
     for step, values in run.logged:
         by_step.setdefault(step, {}).update(values)
-    assert sorted(by_step) == [0, 1, 2, 3, 4] and by_step[4].keys() >= TRAIN_FIELDS | VALIDATION_FIELDS
-    table = by_step[2]["samples"]
-    assert table.columns == ["step", "group", "name"]
-    assert sorted(table.data) == [[2, "in train", TRAIN[0].name], [2, "new", "Wholly New 2"]]
+    assert sorted(by_step) == [0, 1, 2, 3, 4] and by_step[4].keys() >= PANELS | LOADS
+    assert {name.partition("/")[0] for values in by_step.values() for name in values} == {"train", "eval", "router"}
+    assert len([name for name in by_step[3] if name.startswith("router/")]) < 10, "few panels, however many experts"
+    lines = {line["step"]: line for line in read_metrics(config.run_dir / "metrics.jsonl", "train")}
+    loads = by_step[4]["router/load_block_3"]
+    assert loads.histogram == [lines[4]["router/3/load/0"], lines[4]["router/3/load/1"]] and loads.bins == [0, 1, 2]
+    cv = [lines[4][f"router/{block}/load_cv"] for block in (1, 3)]
+    assert by_step[4]["router/load_cv"] == pytest.approx(sum(cv) / 2)
+    layers = by_step[4]["router/layers"]
+    assert [row[0] for row in layers.data] == [1, 3] and layers.data[1][layers.columns.index("load_cv")] == cv[1]
+    table = by_step[2]["eval/samples"]
+    assert table.columns == ["group", "name"]
+    assert sorted(table.data) == [["in train", TRAIN[0].name], ["new", "Wholly New 2"]]
 
 
 def test_a_resumed_run_is_the_same_run_of_wandb(
@@ -256,6 +278,30 @@ def test_an_unknown_mode_of_wandb_is_one_line(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.slow
+def test_a_resumed_offline_run_has_two_parts_that_one_command_uploads_in_order(
+    train: Any, config: TrainingConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What the real wandb writes and finds; the upload itself needs its server."""
+    wandb = pytest.importorskip("wandb")
+    no_wandb_settings(monkeypatch)
+    place = Path(config.output_dir)
+    monkeypatch.setenv("WANDB_DIR", str(place))
+    settings = replace(config, tracker="wandb", sample_every=None)
+    train(replace(settings, max_steps=2))
+    first = capsys.readouterr().err.splitlines()[-1]
+    train(settings, "auto")
+    wandb.teardown()
+    run_id = (config.run_dir / "wandb_id.txt").read_text("utf-8").strip()
+    parts = sorted(place.glob(f"wandb/offline-run-*-{run_id}"), key=lambda path: path.stat().st_ctime_ns)
+    assert len(parts) == 2
+    assert first.endswith(f"wandb sync {parts[0]}")
+    assert capsys.readouterr().err.splitlines()[-1].endswith(f"wandb sync {parts[0]} {parts[1]}")
+    command = [sys.executable, "-m", "wandb", "sync", "--dry-run", *map(str, parts)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=os.environ | {"NO_COLOR": "1"})
+    assert done.returncode == 0 and "Would sync 2 run(s)" in done.stderr, done.stderr
+
+
+@pytest.mark.slow
 def test_the_real_wandb_writes_a_file_offline(
     train: Any,
     config: TrainingConfig,
@@ -273,9 +319,9 @@ def test_the_real_wandb_writes_a_file_offline(
     (file,) = place.glob("wandb/offline-run-*/*.wandb")
     assert f"wandb sync '{file.parent}'" in capsys.readouterr().err
     content = file.read_bytes()
-    for part in (b"train_sha256", b"validation/bits_per_char", b"router/1/load_cv", b"peak_memory_gib"):
+    for part in (b"train_sha256", b"eval/bits_per_char", b"router/load_cv", b"router/load_block_1", b"peak_memory_gib"):
         assert part in content
-    (table,) = place.glob("wandb/offline-run-*/files/media/table/samples_4_*.json")
+    (table,) = place.glob("wandb/offline-run-*/files/media/table/eval/samples_4_*.json")
     assert "Wholly New 4" in table.read_text("utf-8")
 
 
@@ -292,18 +338,77 @@ def test_tensorboard_has_all_of_it_and_forgets_what_a_kill_undid(train: Any, con
     train(settings, "auto")
     events = EventAccumulator(str(config.run_dir / "tensorboard"))
     events.Reload()
-    assert set(events.Tags()["scalars"]) >= TRAIN_FIELDS | VALIDATION_FIELDS
-    assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4], "no step twice"
+    assert set(events.Tags()["scalars"]) >= PANELS and set(events.Tags()["histograms"]) == LOADS
+    assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4], "no step twice"
     lines = read_metrics(config.run_dir / "metrics.jsonl", "train")
-    assert [event.value for event in events.Scalars("loss")] == pytest.approx([line["loss"] for line in lines])
+    assert [event.value for event in events.Scalars("train/loss")] == pytest.approx([line["loss"] for line in lines])
+    last = events.Histograms("router/load_block_1")[-1].histogram_value
+    assert last.bucket == pytest.approx([lines[-1][f"router/1/load/{expert}"] for expert in range(2)])
+    assert last.bucket_limit == [1, 2] and last.num == pytest.approx(2)
     texts = {tag: events.Tensors(tag) for tag in events.Tags()["tensors"]}
     info = texts["run/text_summary"][-1].tensor_proto.string_val[0].decode()
     check_run_info(json.loads(info.removeprefix("```json\n").removesuffix("\n```")))
-    table = texts["samples/text_summary"][-1].tensor_proto.string_val[0].decode()
+    table = texts["eval/samples/text_summary"][-1].tensor_proto.string_val[0].decode()
     assert "| new | Wholly New 4 |" in table and f"| in train | {TRAIN[0].name} |" in table
+    layers = texts["router/layers/text_summary"][-1].tensor_proto.string_val[0].decode().splitlines()
+    assert layers[0].startswith("| block | ") and [line[:5] for line in layers[2:]] == ["| 1 |", "| 3 |"]
 
 
-@pytest.mark.parametrize("name", ["wandb", "tensorboard"])
+def test_every_tracker_of_accelerate_has_its_name() -> None:
+    assert set(get_args(TrackerName)) == {"none", *LOGGER_TYPE_TO_CLASS}
+
+
+class Kept(GeneralTracker):
+    """A tracker as accelerate's are, which remembers what it is given and cannot do more than scalars."""
+
+    name, requires_logging_directory = "swanlab", False
+
+    def __init__(self, project: str, **arguments: Any) -> None:
+        super().__init__()
+        self.given, self.logged, self.fails = (project, arguments), [], False
+        made.append(self)
+
+    @property
+    def tracker(self) -> None:
+        return None
+
+    def store_init_configuration(self, values: dict[str, Any]) -> None:
+        self.configuration = values
+
+    def log(self, values: dict[str, Any], step: int | None = None, **_: Any) -> None:
+        print("a banner")
+        if step == 3:
+            raise ConnectionError("server\ngone")
+        self.logged.append((step, values))
+
+
+made: list[Kept] = []
+
+
+def test_another_tracker_has_scalars_and_its_failure_does_not_end_the_run(
+    train: Any, config: TrainingConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made.clear()
+    monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, "swanlab", Kept)
+    monkeypatch.setattr("flash_experts.training.trackers.is_installed", lambda name: True)
+    train(replace(config, tracker="swanlab"))
+    (tracker,) = made
+    assert tracker.given == ("flash-experts", {"experiment_name": "run"})
+    assert tracker.configuration["config.lr_scale.router"] == 2.0
+    assert (
+        len(tracker.configuration["data.train_sha256"]) == 64 and tracker.configuration["config.betas"] == "[0.9, 0.95]"
+    )
+    assert max(step for step, _ in tracker.logged) == 2
+    values = {name: value for _, logged in tracker.logged for name, value in logged.items()}
+    assert values.keys() >= PANELS | {"router/block_1/load_cv", "router/block_3/top1"}
+    assert all(isinstance(value, int | float) for value in values.values())
+    assert len(read_metrics(config.run_dir / "metrics.jsonl", "train")) == 4
+    said = capsys.readouterr()
+    assert said.err.count("swanlab has failed (server gone): training continues without it") == 1
+    assert "a banner" in said.err and not said.out, "what --json prints stays JSON"
+
+
+@pytest.mark.parametrize("name", ["wandb", "tensorboard", "mlflow"])
 def test_a_tracker_that_is_not_installed_is_one_warning(
     name: Any,
     train: Any,
@@ -314,4 +419,6 @@ def test_a_tracker_that_is_not_installed_is_one_warning(
     monkeypatch.setitem(sys.modules, name, None)
     train(replace(config, tracker=name, max_steps=2))
     assert len(read_metrics(config.run_dir / "metrics.jsonl", "train")) == 2
-    assert capsys.readouterr().err.count(f"{name} is not installed") == 1
+    said = capsys.readouterr().err
+    command = install_command(EXTRAS[name]) if name in EXTRAS else f"pip install {name}"
+    assert said.count(f"{name} is not installed, which training.tracker needs: {command}") == 1

@@ -71,7 +71,7 @@ def test_only_the_newest_are_kept_and_hold_no_pickle(train: Callable[..., Any], 
     train(replace(config, keep_checkpoints=2, eval_every=None))
     assert checkpoints.checkpoint_steps(config.run_dir) == [9, 12]
     written = {path.suffix for path in config.run_dir.rglob("*") if path.is_file() and path.name != ".lock"}
-    assert written == {".json", ".jsonl", ".safetensors"}
+    assert written == {".json", ".jsonl", ".md", ".safetensors"}
     manifest = json.loads((config.run_dir / "MANIFEST.json").read_text())
     assert "model.safetensors" in manifest and "trainer_state.safetensors" not in manifest
 
@@ -81,7 +81,7 @@ def test_the_manifest_has_the_hash_of_every_file(train: Callable[..., Any], conf
     for folder in (config.run_dir, checkpoint_path(config.run_dir, 3)):
         manifest = json.loads((folder / "MANIFEST.json").read_text())
         files = {path.name for path in folder.iterdir() if path.is_file()}
-        assert files - manifest.keys() <= {"MANIFEST.json", "metrics.jsonl", "run.json"}
+        assert files - manifest.keys() <= {"MANIFEST.json", "README.md", "metrics.jsonl", "run.json"}
         for name, entry in manifest.items():
             content = (folder / name).read_bytes()
             assert entry == {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ast
 import json
-import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from pathlib import Path
 
 from flash_experts.model_files import CONFIG, WEIGHTS, check_files, local_folder, read_object
 from flash_experts.models.folder_checks import check_folder, read_config, weight_files
+from flash_experts.models.model_card import CARD, read_card, write_card
 from flash_experts.models.saving import write_folder
 
 _PACKAGE = "flash_experts"
@@ -42,11 +42,11 @@ _DOCSTRINGS = {
     f"{_PACKAGE}.models.flash_attention": "The attention that blocks call, and the sequences that tokens belong to.",
     f"{_PACKAGE}.models.attention_backends": "The check of config.attention_backend, which has no effect here.",
 }
-_LEFT_OUT = {"GPT2MoEForCausalLM": ("from_dense",)}  # methods
+_LEFT_OUT = {"GPT2MoEForCausalLM": ("from_dense", "save_pretrained")}  # methods
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
 _HEADER = "# Part of flash-experts (MIT), written by `flash-experts export hub`: reduced to what this model uses.\n"
 _LOADING = """
-## Load it
+## Load it with transformers
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -74,30 +74,40 @@ def export_for_hub(source: str | Path, out: Path, overwrite: bool = False) -> li
     if model_type != "gpt2_moe":
         raise ValueError(f"{source} is a {model_type}, which transformers loads as it is: export hub is for MoE models")
     check_files(folder)
-    code = sources()
+    code: list[str] = []
 
     def write(target: Path) -> None:
-        config = {**read_object(folder / CONFIG), "auto_map": _AUTO_MAP}
-        (target / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
+        shutil.copyfile(folder / CONFIG, target / CONFIG)
+        code.extend(add_code(target))
         weights = {WEIGHTS + ".index.json", *(path.name for path in weight_files(folder))}
         for name in (*sorted(weights), *_TOKENIZER_FILES):
             if (folder / name).is_file():
                 shutil.copyfile(folder / name, target / name)
-        for name, text in code.items():
-            (target / name).write_text(text, "utf-8")
-        (target / "README.md").write_text(_card(folder), "utf-8")
+        _write_card(folder, target)
 
     write_folder(out, write, overwrite)
+    return code
+
+
+def add_code(folder: Path) -> list[str]:
+    """Adds the Python files to a folder that `save_pretrained` wrote, and their names to its configuration.
+
+    Returns:
+        The names of the files.
+    """
+    config = {**read_object(folder / CONFIG), "auto_map": _AUTO_MAP}
+    (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
+    code = sources()
+    for name, text in code.items():
+        (folder / name).write_text(text, "utf-8")
     return list(code)
 
 
-def _card(folder: Path) -> str:
-    """The folder's model card with the library's name and how to load it."""
-    card = folder / "README.md"
-    text = card.read_text("utf-8") if card.is_file() else f"---\n---\n\n# {folder.name}\n"
-    if "\nlibrary_name:" not in text:
-        text = re.sub(r"\A---\n", "---\nlibrary_name: transformers\n", text)
-    return text.rstrip() + "\n" + _LOADING
+def _write_card(folder: Path, target: Path) -> None:
+    """The folder's model card, with the library that loads it now and how to."""
+    data, text = read_card(folder)
+    data.library_name, data.language = "transformers", data.language or "en"
+    write_card(target / CARD, data, text.strip() + "\n" + _LOADING)
 
 
 # ------------------------------------------------------------------------------------------------------- the sources
@@ -217,7 +227,7 @@ def _without_methods(tree: ast.Module) -> ast.Module:
         if isinstance(node, ast.ClassDef) and node.name in _LEFT_OUT:
             gone = [each for each in node.body if getattr(each, "name", None) in _LEFT_OUT[node.name]]
             node.removed = [  # type: ignore[attr-defined]
-                (min(each.lineno, *(mark.lineno for mark in each.decorator_list)), each.end_lineno or each.lineno)
+                (min([each.lineno, *(mark.lineno for mark in each.decorator_list)]), each.end_lineno or each.lineno)
                 for each in gone
                 if isinstance(each, ast.FunctionDef)
             ]

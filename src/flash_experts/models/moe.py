@@ -318,6 +318,16 @@ class GPT2MoEForCausalLM(GPT2MoEPreTrainedModel, GPT2LMHeadModel):
             arguments["use_cache"] = False
         return arguments
 
+    def save_pretrained(self, save_directory: Any, *args: Any, for_hub: bool = False, **kwargs: Any) -> None:
+        """Saves the model; with ``for_hub`` also its code, for ``trust_remote_code=True`` without flash-experts."""
+        if for_hub and kwargs.get("push_to_hub"):  # it would upload the folder before the code is there
+            raise ValueError("save_pretrained takes for_hub or push_to_hub: upload the folder with `hf upload`")
+        super().save_pretrained(save_directory, *args, **kwargs)
+        if for_hub:
+            from flash_experts.models.hub_export import add_code  # which reads this file: seldom needed
+
+            add_code(Path(save_directory))
+
     @classmethod
     def from_dense(
         cls,

@@ -45,6 +45,7 @@ from flash_experts.training.numerics import (
 )
 from flash_experts.training.optimizer import Schedule, WeightAverage, freeze_parts, make_optimizers, set_rates
 from flash_experts.training.reporting import Reporter
+from flash_experts.training.run_card import write_run_card
 from flash_experts.training.run_folder import (
     RunLock,
     check_run_folder,
@@ -63,7 +64,8 @@ from flash_experts.training.run_state import (
     reason_to_end,
 )
 from flash_experts.training.stateful import OptimizerState
-from flash_experts.training.tracking import Callback, make_tracker
+from flash_experts.training.trackers import make_tracker
+from flash_experts.training.tracking import Callback
 from flash_experts.training.training_config import TrainingConfig
 from flash_experts.training.validation import SELECTION, Validation
 
@@ -175,7 +177,10 @@ class Trainer:
             finally:
                 self.report.end({"reason": reason, "step": self.state.step})
                 self.checkpointer.close()
-            return TrainingResult.of(self.state, reason, self.run_dir)
+            result = TrainingResult.of(self.state, reason, self.run_dir)
+            if self.is_main:
+                write_run_card(self.run_dir, self.info, result, overwrite)
+            return result
 
     def _loop(self, signals: StopSignals) -> str:
         """Steps until the run ends; returns why."""

@@ -10,13 +10,17 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import date
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from flash_experts.data.cards import RARITIES, TYPES, Card
 from flash_experts.plain_text import nearest
 
 _MOST = 10**12  # steps, tokens or names: more are a typing error
 PARTS = ("router", "experts", "dense")
+# "none", and the names that accelerate has for its trackers.
+TrackerName = Literal[
+    "none", "wandb", "tensorboard", "mlflow", "trackio", "aim", "clearml", "comet_ml", "dvclive", "swanlab"
+]
 
 
 @dataclass(frozen=True)
@@ -103,8 +107,8 @@ class TrainingConfig:
         parallel: parallel strategy of several processes: ddp (each has the whole model), fsdp (each has a shard of
             every weight, gradient and optimizer state), or expert (each has some of the experts, to which tokens are
             sent, and a shard of the rest). All give the same gradients, to rounding, and the same checkpoints.
-        tracker: experiment tracker: none, wandb (offline unless WANDB_API_KEY is set) or tensorboard. metrics.jsonl
-            is always written.
+        tracker: experiment tracker: none, wandb (offline unless WANDB_API_KEY is set), tensorboard, or another of
+            accelerate's. metrics.jsonl is always written.
     """
 
     output_dir: str = "models"
@@ -149,7 +153,7 @@ class TrainingConfig:
     deterministic: bool = False
     compile: bool = False
     parallel: Literal["ddp", "fsdp", "expert"] = "ddp"
-    tracker: Literal["none", "wandb", "tensorboard"] = "none"
+    tracker: TrackerName = "none"
 
     @property
     def run_dir(self) -> Path:
@@ -208,7 +212,7 @@ class TrainingConfig:
             "distill_kl": ("forward", "reverse"),
             "on_nan": ("stop", "skip"),
             "precision": ("auto", "float32", "bfloat16"),
-            "tracker": ("none", "wandb", "tensorboard"),
+            "tracker": get_args(TrackerName),
             "parallel": ("ddp", "fsdp", "expert"),
         }
         return [
