@@ -134,7 +134,7 @@ def by_year() -> str:
     """Bits given attributes of cards before and since 2025, which the teacher cannot have read."""
     labels = {"mtg-base": "`models/mtg-base`", "mtg-names": "`models/mtg-names`"}
     labels |= {"mtg-names+ngram": "`models/mtg-names+ngram`", "ngram": "n-grams"}
-    header, lines = [""], []
+    header, lines = ["bits given attributes"], []
     for label, shown in labels.items():
         cells = [shown]
         for split in SPLITS:
