@@ -29,13 +29,13 @@ ROOT = Path(__file__).resolve().parent.parent
 DOCS, STAGE, OUTPUTS = ROOT / "docs", ROOT / "build/docs", ROOT / "build/learn"
 _FORMULA = re.compile(r"\$\$(.+?)\$\$", re.DOTALL)
 _DOTTED = re.compile(r"`flash_experts\.(\w+(?:\.\w+)*)`")
-_CHAPTER_LINK = re.compile(r"\]\(((?:solutions/)?\d\d_\w+)\.py\)")
+_CHAPTER_LINK = re.compile(r"\]\(((?:solutions/)?\d\d[a-z]?_\w+)\.py\)")
 _PACKAGE = re.compile(r"^::: flash_experts\.(\w+)$", re.MULTILINE)
 
 
 def markdown_page(text: str) -> str:
     """Converts a page for the site."""
-    text = _FORMULA.sub(lambda found: f'\n<div class="formula">{convert(found[1].strip(), "block")}</div>\n', text)
+    text = _FORMULA.sub(lambda found: f'\n<div class="formula">{_formula(found[1])}</div>\n', text)
     text = _DOTTED.sub(r"[`\1`][flash_experts.\1]", text)
     text = _PACKAGE.sub(lambda found: "\n\n".join(f"::: {module}" for module in modules_of(found[1])), text)
     return (
@@ -43,6 +43,10 @@ def markdown_page(text: str) -> str:
         .replace("README.md)", "index.md)")
         .replace("](solutions/)", "](solutions/01_attention.md)")
     )
+
+
+def _formula(latex: str) -> str:
+    return str(convert(latex.strip(), display="block"))
 
 
 def modules_of(part: str) -> list[str]:
@@ -110,7 +114,7 @@ def stage(run: bool) -> None:
         target = target.with_name("index.md") if page.name == "README.md" else target
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(markdown_page(page.read_text("utf-8")), encoding="utf-8")
-    for chapter in sorted((DOCS / "learn").rglob("[0-9][0-9]_*.py")):
+    for chapter in sorted((DOCS / "learn").rglob("[0-9][0-9]*_*.py")):
         target = (STAGE / chapter.relative_to(DOCS)).with_suffix(".md")
         target.parent.mkdir(parents=True, exist_ok=True)
         outputs = outputs_of(chapter) if run else None

@@ -257,7 +257,7 @@ holds("the formula is right within a third", all(2 / 3 < ratio < 4 / 3 for ratio
 
 # %% [markdown]
 # The ratio differs from 1 by the imbalance of this router, which was never trained. See the picture: an expert that many
-# tokens want is a device that all others wait for. Balance, in chapter 3 a matter of learning, is here a matter of speed.
+# tokens want is a device that all others wait for. Balance, in chapter 3c a matter of learning, is here a matter of speed.
 #
 # ## A plan for a machine that is not here
 #
@@ -338,7 +338,9 @@ holds(
 )
 
 # %% [markdown]
-# Fine-grained experts (chapter 3) have more combinations for the same arithmetic, and each choice is a message. Where the table says
+# A capacity factor (chapter 3b) bounds the message: every device sends buffers of one size, known before the router has chosen,
+# and pads or drops. A smaller factor sends less and drops more. Without one, as here, sizes are exchanged first.
+# Fine-grained experts (chapter 3b) have more combinations for the same arithmetic, and each choice is a message. Where the table says
 # `inf`, the messages of a token take longer than its arithmetic: no number of tokens hides them.
 #
 # ## What to remember

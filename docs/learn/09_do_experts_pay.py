@@ -382,7 +382,11 @@ holds("per second, a dense model reads more: experts have to make up for it", de
 #   dozens are the worst (chapter 3).
 # - **Memory to spare.** All weights are held, though few work.
 # - **Not to fine-tune on little.** More weights fit few texts more closely; [ST-MoE](https://arxiv.org/abs/2202.08906) found its
-#   sparse models overfit small tasks sooner than dense ones. Train less of them, or fewer steps.
+#   sparse models overfit small tasks sooner than dense ones. What it and others found to help: dropout inside the experts; training
+#   all but the MoE layers, nearly as good as training everything (`lr_scale` does that); and many tasks at once, after which
+#   [sparse models gain more than dense ones](https://arxiv.org/abs/2305.14705).
+# - **To serve, or to learn from.** A sparse model distilled into a dense one of its active size kept some 30% of its gain (Switch);
+#   averaging the experts makes one as well (`flash-experts downcycle`; chapter 4, exercise 1).
 # - **Else**: a dense model, more text (chapter 10), or a better teacher.
 #
 # ## What to remember

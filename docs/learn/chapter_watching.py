@@ -1,4 +1,4 @@
-"""What chapter 2 and its solutions see of attention at work: the tiles that are made, the bytes that are moved."""
+"""What chapters 2, 2b and 2c share: three ways to compute attention, the tiles that are made, the bytes that are moved."""
 
 from __future__ import annotations
 
@@ -6,9 +6,35 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
+from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flash_experts.kernels import flash_attention_reference as reference
+from flash_experts.kernels.attention_options import AttentionOptions
+
+CAUSAL = AttentionOptions(scale=64**-0.5, right=0)  # head dim 64; a query sees no key to the right of its own place
+
+
+def standard(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Attention as in chapter 1: (B, S, H, C), causal, with the whole matrix of scores."""
+    S = q.shape[1]
+    scores = torch.einsum("bihc,bjhc->bhij", q, k) * q.shape[-1] ** -0.5
+    later = torch.ones(S, S, dtype=torch.bool, device=q.device).triu(1)
+    return torch.einsum("bhij,bjhc->bihc", scores.masked_fill(later, -torch.inf).softmax(-1), v)
+
+
+def tiled(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """The package's reference, tile by tile."""
+    return reference.attention(q, k, v, CAUSAL)[0]
+
+
+def pytorch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """PyTorch's own kernel."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+
+
+ATTENTIONS = {"standard": standard, "tiled (ours)": tiled, "PyTorch's kernel": pytorch}
 
 
 @contextmanager
@@ -58,3 +84,12 @@ class Traffic(TorchDispatchMode):
         self.bytes += sum(x.numel() * x.element_size() for x in (*read, *made))
         self.largest = max(self.largest, *(x.numel() for x in made), 0)
         return result
+
+
+def tiled_bytes(S: int, C: int, block: int, itemsize: int) -> int:
+    """What one head's forward reads and writes with square tiles of the package's reference, scores left out."""
+    q, k, v = torch.zeros(3, 1, S, 1, C)
+    with watched_tiles() as visited:
+        reference.attention(q, k, v, CAUSAL, block_q=block, block_k=block)
+    of_keys = sum(2 * len(keys) * C for _, keys, _ in visited)
+    return itemsize * (S * C + of_keys + S * C + S)

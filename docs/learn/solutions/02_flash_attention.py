@@ -25,10 +25,7 @@ import math
 import torch
 from chapter_claims import holds
 from chapter_tools import table
-from chapter_watching import watched_tiles
 
-from flash_experts.kernels import flash_attention_reference as reference
-from flash_experts.kernels.attention_options import AttentionOptions
 from flash_experts.models.flash_attn import flash_attn_func
 
 torch.manual_seed(0)
@@ -120,33 +117,3 @@ print(
 )
 holds("merged, the halves are the attention over all keys", torch.allclose(merged, whole, atol=1e-5))
 print(f"share of the first 80 of 200 keys, query 0, by head: {[f'{x:.2f}' for x in shares_2BSH[0, 0, 0].tolist()]}")
-
-# %% [markdown]
-# ## 4. A window
-#
-# Without a window the tiles grow with the square of the length. With one, each row of tiles has at most three: linear.
-# The mask's own functions tell which keys a tile of queries sees, so no attention has to be computed to count.
-
-# %%
-
-
-def count_tiles(S: int, left: int, block: int = 64) -> int:
-    part = reference._Part(slice(0, 1), slice(0, S), slice(0, S), 0)
-    mask = reference._Mask.of(part, AttentionOptions(scale=1.0, left=left, right=0))
-    rows = reference._tiles(range(S), block)
-    return sum(math.ceil(len(mask.keys_seen(queries)) / block) for queries in rows)
-
-
-rows = []
-for S in (512, 1024, 2048, 4096):
-    rows.append([S, count_tiles(S, left=-1), count_tiles(S, left=128)])
-table(["length", "causal", "causal, window of 128"], rows)
-holds(
-    "twice the length: nearly four times the tiles without a window, about twice with it",
-    rows[3][1] > 3.8 * rows[2][1] and rows[3][2] < 2.1 * rows[2][2],
-)
-
-with watched_tiles() as made:
-    reference.attention(*torch.randn(3, 1, 1024, 1, 64), AttentionOptions(scale=0.125, left=128, right=0))
-print(f"made by the reference at 1024 with the window: {len(made)}")
-holds("the reference makes as many", len(made) == rows[1][2])

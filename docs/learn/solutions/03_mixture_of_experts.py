@@ -15,7 +15,6 @@
 
 # %%
 import sys
-import warnings
 from pathlib import Path
 
 # The chapters' tools lie one folder up; a notebook has no __file__, and runs where it lies.
@@ -25,14 +24,11 @@ import torch
 from chapter_claims import holds
 from chapter_models import bits_per_character, nats_of_names, training_steps
 from chapter_tools import cards, load_base, table
+from torch import nn
 
 from flash_experts import GPT2MoEForCausalLM
-from flash_experts.data.packing import encode_cards, pack
-from flash_experts.models.moe_layer import load_balancing_loss
-from flash_experts.models.router_metrics import router_metrics
 from flash_experts.training.training_config import LearningRateScale
 
-warnings.simplefilter("ignore", UserWarning)  # the alarms of routers that we collapse on purpose
 dense, tokenizer = load_base()
 train_cards, validation_cards = cards("train"), cards("validation")[:200]
 LAST = dense.config.n_layer - 1
@@ -45,43 +41,8 @@ def upcycled(**fields: object) -> GPT2MoEForCausalLM:
     return GPT2MoEForCausalLM.from_dense(dense, num_experts=8, num_experts_per_tok=2, moe_layer_freq=LAST + 1, **fields)
 
 
-@torch.no_grad()
-def favour_two(model: GPT2MoEForCausalLM, by: float = 4.0) -> GPT2MoEForCausalLM:
-    """Raises the logits of the first two experts by so much on average."""
-    router = model.transformer.h[LAST].mlp.router
-    read: list[torch.Tensor] = []
-    hook = router.register_forward_hook(lambda module, inputs, output: read.append(inputs[0]))
-    nats_of_names(model, train_cards[:100], tokenizer)
-    hook.remove()
-    mean_D = torch.cat(read).mean(0)
-    router.weight[:2] += by * mean_D / mean_D.square().sum()
-    return model
-
-
 # %% [markdown]
-# ## 1. Under 1
-#
-# The loss is E times the sum over experts of (share of the choices) x (mean probability). It is 1 when either factor
-# is equal for all experts. It is under 1 when busy experts have *low* mean probabilities. So: 30 of 100 tokens choose
-# expert 0, but by a hair; the other 70 are spread evenly over the other experts, each sure.
-
-# %%
-logits_TE = torch.zeros(100, 8)
-logits_TE[:30, 0] = 0.01
-token = torch.arange(30, 100)
-logits_TE[token, 1 + token % 7] = 20.0
-experts_TK = logits_TE.argmax(-1, keepdim=True)
-print("load:", [f"{load:.2f}" for load in (torch.bincount(experts_TK[:, 0], minlength=8) / 12.5).tolist()])
-print("mean probability:", [f"{p:.3f}" for p in logits_TE.softmax(-1).mean(0).tolist()])
-loss_under_1 = load_balancing_loss(logits_TE, experts_TK)
-print(f"loss: {loss_under_1:.3f}")
-holds("an unbalanced router with a loss under 1", loss_under_1 < 1)
-
-# %% [markdown]
-# So "the minimum is 1" holds where the probabilities follow the shares, as they do with a router that is sure: f = P
-# gives E times a sum of squares, at least 1 by Cauchy and Schwarz. In between, a value under 1 is no sign of balance.
-#
-# ## 2. Another K at evaluation
+# ## 1. Another K at evaluation
 
 # %%
 model = upcycled()
@@ -103,64 +64,50 @@ holds("all nearly alike: within 0.03 bits", max(bits_of.values()) - min(bits_of.
 # matters which of them, and how many, work on a token. The number of experts at evaluation is a free choice only as
 # long as they have not parted.
 #
-# ## 3. Capacity
+# ## 2. Why 47 billion?
 #
-# `Router.left_out` counts what a training forward would drop. The capacity is rounded up to whole tokens.
+# Attention, embeddings and norms are there once. Only the MLPs are there eight times.
 
 # %%
-packed = pack(encode_cards(train_cards[:100], tokenizer))
-rows, dropped = [], {}
-for factor in (1.0, 1.25, 2.0, 4.0):
-    shares = []
-    for model in (upcycled(capacity_factor=factor), favour_two(upcycled(capacity_factor=factor))):
-        model.train()
-        with torch.no_grad():
-            model(**packed.inputs_with_loss(packed.labels.numel()))
-        shares.append(router_metrics(model)[f"router/{LAST}/drop_rate"])
-    dropped[factor] = shares
-    rows.append([f"{factor:g}", *(f"{share:.0%}" for share in shares)])
-table(["capacity factor", "random router, dropped", "biased router, dropped"], rows)
-holds("at 4 = E / K nothing is dropped", max(dropped[4.0]) == 0)
-holds("a random router is not balanced either: 1.0 drops from it as well", dropped[1.0][0] > 0.02)
-holds(
-    "the biased router loses more at each factor under 4",
-    all(dropped[factor][1] > dropped[factor][0] for factor in (1.0, 1.25, 2.0)),
-)
+width, hidden, blocks, experts, chosen, vocabulary = 4096, 14336, 32, 8, 2, 32_000
+heads, kv_heads, head_dim = 32, 8, 128
+expert = 3 * width * hidden
+attention = 2 * width * heads * head_dim + 2 * width * kv_heads * head_dim  # q and output; k and v
+once = (
+    blocks * (attention + 2 * width + experts * width) + 2 * vocabulary * width + width
+)  # norms, router, tokens in and out
+total, active = once + blocks * experts * expert, once + blocks * chosen * expert
+table(["Mixtral 8x7B", "billions"], [["all weights", f"{total / 1e9:.1f}"], ["active", f"{active / 1e9:.1f}"]])
+holds("46.7 billion weights, 12.9 billion active", (round(total / 1e9, 1), round(active / 1e9, 1)) == (46.7, 12.9))
+holds("the experts are 97% of all", 0.96 < blocks * experts * expert / total < 0.98)
 
 # %% [markdown]
-# At 4.0 even the worst collapse fits: all tokens on the same two experts are 4 times the mean load.
+# A dense model of this shape with one such MLP in each block has 7.2 billion weights: hence the 7 of the name. Memory goes by 47,
+# FLOPs of a token by 13. (With many tokens at once all experts are read: chapter 3's figure of bytes.)
 #
-# ## 4. The coefficient
+# ## 3. Without the loop
 
 # %%
-rows, ends, bits_of = [], {}, {}
-WITHOUT = {"router_z_loss_coef": 0.0}
-for coefficient, more in ((0.0, WITHOUT), (0.0, {}), (0.001, {}), (0.01, {}), (0.1, {}), (1.0, {})):
-    model = favour_two(upcycled(router_aux_loss_coef=coefficient, **more))
-    reads, losses = [], []
-    for loss in training_steps(model, train_cards, tokenizer, 15, 1e-3, lr_scale=EXPERTS_ONLY):
-        reads.append(router_metrics(model)[f"router/{LAST}/load_cv"])
-        losses.append(loss)
-    late = sum(losses[-5:]) / 5
-    bits = bits_per_character(nats_of_names(model, validation_cards, tokenizer), validation_cards)
-    label = f"{coefficient:g}{', no z-loss' if more else ''}"
-    ends[label], bits_of[label] = reads[-1], bits
-    rows.append([label, f"{reads[0]:.2f}", f"{reads[-1]:.2f}", f"{late:.3f}", f"{bits:.3f}"])
-table(["coefficient", "spread, step 1", "spread, step 15", "training loss, last 5", "validation bits"], rows)
+torch.manual_seed(1)
+T, D, F, E, K = 100, 32, 128, 8, 2
+x_TD, router_ED = torch.randn(T, D), torch.randn(E, D)
+mlps = [nn.Sequential(nn.Linear(D, F), nn.GELU("tanh"), nn.Linear(F, D)) for _ in range(E)]
+with torch.no_grad():
+    best_TK, experts_TK = (x_TD @ router_ED.T).topk(K)
+    gates_TK = best_TK.softmax(-1)
+    by_loop_TD = torch.zeros_like(x_TD)
+    for e, mlp in enumerate(mlps):
+        token, k = torch.where(experts_TK == e)
+        by_loop_TD.index_add_(0, token, gates_TK[token, k, None] * mlp(x_TD[token]))
 
-holds(
-    "without any loss the collapse stays; large coefficients cure it fastest",
-    ends["0, no z-loss"] > 2 * max(ends["0.1"], ends["1"]),
-)
-small = [ends[label] for label in ("0", "0.001", "0.01")]
-holds(
-    "0, 0.001 and 0.01 end alike: what moves the router there is the z-loss (0.001, the default)",
-    max(small) < 1.3 * min(small) and max(small) < 0.75 * ends["0, no z-loss"],
-)
-holds("no cost in bits is seen", max(bits_of.values()) - min(bits_of.values()) < 0.03)
+    order = experts_TK.flatten().argsort(stable=True)  # pairs of token and choice, expert 0 first
+    tokens, counts = order // K, torch.bincount(experts_TK.flatten(), minlength=E)
+    slices = x_TD[tokens].split(counts.tolist())  # one contiguous slice for each expert: unequal, nothing dropped
+    outputs = torch.cat([mlp(part) for mlp, part in zip(mlps, slices, strict=True)])
+    sorted_TD = torch.zeros_like(x_TD).index_add_(0, tokens, gates_TK.flatten()[order, None] * outputs)
+off = (by_loop_TD - sorted_TD).abs().max().item()
+print(f"loads {counts.tolist()}; sorted against the loop: {off:.0e}")
+holds("sorted by expert, slice by slice, the output is the same", off < 1e-5)
 
 # %% [markdown]
-# The z-loss pulls the large logits of the two favoured experts down, and with them their lead: it has cured most of the
-# collapse before a small balancing loss has done anything. A cost in language loss does not show here: the experts are
-# still nearly equal, so a token loses nothing at the wrong one. Expect it when they have parted. That is why 0.01 is the
-# usual value and not 1.
+# The slices go to one *grouped* matmul on a GPU. The package's fast experts do that too (`grouped_mm`).

@@ -74,7 +74,7 @@ holds("with r = 0.5 half of all tokens go to one device: four times as long as b
 holds("the other seven then wait over 80% of the time, on average", waits[0.5] > 0.8)
 
 # %% [markdown]
-# The time is the largest share over the mean share: what chapter 3 calls the largest load. (The messages suffer as well:
+# The time is the largest share over the mean share: what chapter 3c calls the largest load. (The messages suffer as well:
 # most of them go to one device.)
 #
 # ## 3. Accumulation
