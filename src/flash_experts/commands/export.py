@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from flash_experts.models.logit_difference import LogitDifference
+    from flash_experts.models.exports.logit_difference import LogitDifference
     from flash_experts.models.moe import GPT2MoEForCausalLM
 
 FORMATS = {
@@ -51,7 +51,7 @@ def _export_hub(args: Namespace) -> None:
 
 def _export_onnx(args: Namespace) -> None:
     require("export onnx", "onnxruntime", "onnx")
-    from flash_experts.models.onnx_export import export_onnx
+    from flash_experts.models.exports.onnx import export_onnx
 
     model, tokenizer = _load(args.model)
     names = _real_names(tokenizer)
@@ -61,7 +61,7 @@ def _export_onnx(args: Namespace) -> None:
 
 def _export_gguf(args: Namespace) -> None:
     require("export gguf", "gguf")
-    from flash_experts.models.gguf_export import export_gguf
+    from flash_experts.models.exports.gguf import export_gguf
 
     model, tokenizer = _load(args.model)
     found = export_gguf(args.model, model, tokenizer, _real_names(tokenizer), Path(args.out))
@@ -70,7 +70,7 @@ def _export_gguf(args: Namespace) -> None:
 
 def _export_dense(args: Namespace) -> None:
     from flash_experts.models.downcycling import to_dense
-    from flash_experts.models.logit_difference import logit_difference
+    from flash_experts.models.exports.logit_difference import logit_difference
     from flash_experts.models.moe import GPT2MoEForCausalLM
     from flash_experts.models.saving import write_model
 
