@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from flash_experts.models.model_card import read_card
 from scripts import result_tables
 
 ROOT = Path(__file__).parent.parent
@@ -40,6 +41,13 @@ def test_the_cards_of_the_models_have_the_same_bits(model: str) -> None:
     text = (ROOT / "README.md").read_text("utf-8")
     for prompt, cells in ((result_tables.UNCONDITIONAL, unconditional), (result_tables.CONDITIONAL, conditional)):
         assert f"| `models/{model}`, {prompt} | {' | '.join(cells)} |" in text
+    measured = next(one for one in result_tables.load("bits_2cores")["models"] if one["label"] == model)
+    data, _ = read_card(ROOT / f"models/{model}")
+    assert [round(one.metric_value, 4) for one in data.eval_results or ()] == [
+        round(measured["splits"][split][given]["value"], 4)
+        for split in ("test_iid", "test")
+        for given in ("unconditional", "conditional")
+    ]
 
 
 def test_the_mixture_with_ngrams_gains_in_all_paired_intervals() -> None:
