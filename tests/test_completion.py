@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import pty
+import select
 import shlex
 import shutil
+import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -57,6 +62,38 @@ def test_elsewhere_bash_offers_file_names(script: Path) -> None:
     assert "complete -o default -F _flash_experts flash-experts" in script.read_text("utf-8")
 
 
-def test_zsh_reads_the_same_script(script: Path) -> None:
-    zsh = ok("completion", "zsh", cwd=script.parent).out
-    assert zsh == "autoload -U +X bashcompinit && bashcompinit\n" + script.read_text("utf-8")
+@pytest.mark.skipif(shutil.which("zsh") is None, reason="zsh is not installed")
+def test_zsh_completes_what_is_typed(tmp_path: Path) -> None:
+    (tmp_path / "completion.zsh").write_text(ok("completion", "zsh", cwd=tmp_path).out, "utf-8")
+    for typed, completed in (
+        ("flash-experts gen", "flash-experts generate "),
+        ("flash-experts generate --min-d", "flash-experts generate --min-distance "),
+        ("flash-experts train --config qu", "flash-experts train --config quickstart "),
+        ("flash-experts train --training.optimizer=mu", "flash-experts train --training.optimizer=muon "),
+        ("flash-experts evaluate comp", "flash-experts evaluate completion.zsh "),
+    ):
+        assert typed_in_zsh(tmp_path, typed) == completed
+
+
+def typed_in_zsh(folder: Path, typed: str) -> str:
+    """The command line of an interactive zsh after the tab key; a key of its own writes it to a file."""
+    child, terminal = pty.fork()
+    if child == 0:
+        os.chdir(folder)
+        os.execvpe("zsh", ["zsh", "-f"], os.environ | {"TERM": "dumb", "HOME": str(folder)})
+    line = folder / "line.txt"
+    line.unlink(missing_ok=True)
+    setup = (
+        "autoload -Uz compinit && compinit -u -D && . ./completion.zsh",
+        "save() { print -rn -- $BUFFER > part; mv part line.txt }",
+        "zle -N save; bindkey '^O' save",
+    )
+    os.write(terminal, "\n".join([*setup, f"{typed}\t\x0f"]).encode())
+    deadline = time.monotonic() + 60
+    while not line.exists() and time.monotonic() < deadline:
+        if select.select([terminal], [], [], 0.1)[0]:
+            os.read(terminal, 65536)  # what it prints would fill the terminal's buffer
+    os.close(terminal)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return line.read_text("utf-8")

@@ -14,11 +14,13 @@ from flash_experts.commands.common import CommandParser, command_parser, print_r
 from flash_experts.released import configurations
 
 Shell = Literal["bash", "zsh"]
-# zsh can read bash's completions. Where nothing is offered, as for a folder, file names are.
+# zsh can read bash's completions; in bash "--option=value" is three words, in zsh one. Where nothing is offered, as for
+# a folder, file names are.
 _ZSH = "autoload -U +X bashcompinit && bashcompinit\n"
 _SCRIPT = """\
 _flash_experts() {{
-  local word=${{COMP_WORDS[COMP_CWORD]}} before=${{COMP_WORDS[COMP_CWORD-1]}} offered=
+  local word=${{COMP_WORDS[COMP_CWORD]}} before=${{COMP_WORDS[COMP_CWORD-1]}} offered= joined=
+  case "$word" in --*=*) before=${{word%%=*}} joined=${{word%%=*}}= word=${{word#*=}} ;; esac
   if [ "$word" = = ]; then word=; elif [ "$before" = = ]; then before=${{COMP_WORDS[COMP_CWORD-2]}}; fi
   if [ "$COMP_CWORD" -eq 1 ]; then
     offered="{names}"
@@ -36,7 +38,7 @@ _flash_experts() {{
         ;;
     esac
   fi
-  COMPREPLY=($(compgen -W "$offered" -- "$word"))
+  COMPREPLY=($(compgen -P "$joined" -W "$offered" -- "$word"))
 }}
 complete -o default -F _flash_experts flash-experts
 """
