@@ -15,8 +15,8 @@ test: .venv/.installed-dev  ## all tests
 test-peers: .venv/.installed-dev  ## transformers' own tests of models, on ours, with GPT-2 as the control
 	$(ONE_THREAD) $(BIN)/python -m pytest -o addopts=-ra -n 2 --dist worksteal tests/test_models/transformers_mixin.py
 
-learn: .venv/.installed-dev  ## every chapter of the learning path and its solutions, as scripts
-	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 -m "not gpu" tests/test_learn.py
+learn: .venv/.installed-dev  ## every chapter of the learning path and its solutions, as scripts; one as a notebook
+	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 -m "not gpu" tests/test_learn.py tests/test_notebooks.py
 
 docs: .venv/.installed-dev  ## the site, in build/site, with the chapters as notebooks: those that changed are run for it
 	@$(BIN)/python scripts/stage_docs.py --run && $(BIN)/zensical build --strict

@@ -12,7 +12,7 @@ from nbformat import NotebookNode, v4
 
 ROOT = Path(__file__).resolve().parent.parent
 FIGURE = re.compile(r"^\[figure: (\w+)\]\n?", re.MULTILINE)
-_CHAPTER_LINK = re.compile(r"\]\(((?:\.\./|solutions/)?\d\d_\w+)\.py\)")
+_CHAPTER_LINK = re.compile(r"\]\(((?:\.\./|solutions/)?\d\d[a-z]?_\w+)\.py\)")
 # The chapters import each other's tools and read models, cards and results of the repository: a package alone has none
 # of them, so where there is no checkout its archive is fetched.
 _SETUP = """# Where there is no checkout of flash-experts, as on Colab or Kaggle, this cell fetches and installs it.

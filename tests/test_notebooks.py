@@ -86,7 +86,7 @@ def test_the_setup_cell_fetches_what_is_missing(maker: ModuleType, tmp_path: Pat
     assert "set ARCHIVE to the archive of its repository" in done.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.solutions
 def test_a_notebook_runs_in_a_kernel_of_jupyter(maker: ModuleType, tmp_path: Path) -> None:
     """The quickest chapter, from a folder that is not the chapters'."""
     nbclient = pytest.importorskip("nbclient", reason="nbclient is in the docs extra")
