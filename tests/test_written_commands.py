@@ -39,6 +39,17 @@ def test_they_are_found() -> None:
     assert len(ours()) > 40 and any(command.startswith("prepare --source scryfall") for command in ours())
 
 
+def test_no_page_names_a_command_that_is_gone() -> None:
+    """In its text too; the log of experiments keeps the names of its days."""
+    named = {
+        (page, word)
+        for page, text in TEXTS.items()
+        if page != "docs/experiments.md"
+        for word in re.findall(r"`flash-experts ([a-z][\w-]*)", text)
+    }
+    assert len(named) > 20 and [one for one in sorted(named) if one[1] not in {*COMMANDS, "help"}] == []
+
+
 @pytest.mark.parametrize("command", ours())
 def test_our_commands_parse(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     name, *arguments = shlex.split(command)

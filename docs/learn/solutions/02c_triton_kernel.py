@@ -49,7 +49,7 @@ torch.manual_seed(0)
 #
 # The first tile of keys that any query of the program sees is that of its first query: `i_first - left`, rounded down to a
 # tile. In that tile the last queries of the program may see nothing: their scores are all minus infinity, m stays minus
-# infinity, and `exp(-inf - -inf)` is not a number, which the rescaling carries on for ever. So they are shifted by 0 as
+# infinity, and `exp(-inf - -inf)` is not a number, which the rescaling keeps from then on. So they are shifted by 0 as
 # long as they have seen nothing, as `safe_max` does in the package.
 
 
