@@ -386,7 +386,7 @@ holds("per second, a dense model reads more: experts have to make up for it", de
 #   all but the MoE layers, nearly as good as training everything (`lr_scale` does that); and many tasks at once, after which
 #   [sparse models gain more than dense ones](https://arxiv.org/abs/2305.14705).
 # - **To serve, or to learn from.** A sparse model distilled into a dense one of its active size kept some 30% of its gain (Switch);
-#   averaging the experts makes one as well (`flash-experts export dense ...`; chapter 4, exercise 1).
+#   averaging the experts makes one as well (`flash-experts export dense MODEL --out DIR`; chapter 4, exercise 1).
 # - **Else**: a dense model, more text (chapter 10), or a better teacher.
 #
 # ## What to remember
