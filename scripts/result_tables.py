@@ -360,7 +360,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
 
 
 def rendered(text: str) -> tuple[str, set[str]]:
-    """Returns a page with the blocks between its markers written anew, and what was missing for some of them.
+    """Returns a page with the blocks between its markers written again, and what was missing for some of them.
 
     Raises:
         KeyError: a marker names a block that is not there.

@@ -101,7 +101,7 @@ holds(
 # | --- | --- | --- |
 # | copy | the dense MLP | yes |
 # | noise | the dense MLP plus noise of 0.001 standard deviations | nearly |
-# | drop | the dense MLP with half of its hidden units drawn anew (Nakamura et al. 2025) | no |
+# | drop | the dense MLP with half of its hidden units drawn again (Nakamura et al. 2025) | no |
 # | granular | a quarter of the hidden units; 32 experts, 8 per token (He et al. 2024) | yes |
 # | shared | silent (second matrix zero), beside one dense MLP for every token | yes |
 #
@@ -422,7 +422,7 @@ holds(
 #
 # ## Exercises
 #
-# 1. **The way back.** `flash_experts.models.downcycling.to_dense` averages the experts. What must it give for untrained
+# 1. **The way back.** `flash_experts.models.exports.dense.to_dense` averages the experts. What must it give for untrained
 #    copies? Fine-tune copies for 20 steps on franchise names, average, and score: is the mean as good as the mixture?
 # 2. **How much to drop.** For `drop_ratio` 0, 0.25, 0.5, 1: the difference of the logits, and bits per character on 100
 #    training names. What is left of the dense model at 1?

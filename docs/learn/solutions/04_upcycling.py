@@ -27,7 +27,7 @@ from chapter_tools import cards, franchise_cards, load_base, table
 
 from flash_experts import GPT2MoEForCausalLM
 from flash_experts.data.packing import encode_cards, pack
-from flash_experts.models.downcycling import to_dense
+from flash_experts.models.exports.dense import to_dense
 from flash_experts.models.moe_layer import MoELayer
 from flash_experts.models.router_metrics import router_metrics
 

@@ -69,7 +69,7 @@ def _export_gguf(args: Namespace) -> None:
 
 
 def _export_dense(args: Namespace) -> None:
-    from flash_experts.models.downcycling import to_dense
+    from flash_experts.models.exports.dense import to_dense
     from flash_experts.models.exports.logit_difference import logit_difference
     from flash_experts.models.moe import GPT2MoEForCausalLM
     from flash_experts.models.saving import write_model
@@ -143,7 +143,7 @@ def _measured_loads(
     from flash_experts.data.packing import encode_cards, pack_all, split_by_context
     from flash_experts.data.prepare import load_split
     from flash_experts.data.prompts import Attributes
-    from flash_experts.models.downcycling import measure_loads
+    from flash_experts.models.exports.dense import measure_loads
 
     cards, _ = split_by_context(load_split(args.data, "train"), tokenizer, model.config.n_positions)
     cards = random.Random(f"loads/{args.seed}").sample(cards, min(args.names, len(cards)))

@@ -1,1 +1,1 @@
-"""Models for other runtimes: a folder for a hub, ONNX, GGUF; each says how far its logits are."""
+"""Models for other runtimes: ONNX, GGUF, a dense GPT-2; each says how far its logits are."""

@@ -11,7 +11,7 @@ from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from flash_experts import GPT2MoEConfig, GPT2MoEForCausalLM
 from flash_experts.cli import main
-from flash_experts.models.downcycling import measure_loads, to_dense
+from flash_experts.models.exports.dense import measure_loads, to_dense
 from flash_experts.models.loading import load_model
 from flash_experts.models.router_metrics import router_metrics
 from tests.helpers.command_line import FIRST, SECOND
