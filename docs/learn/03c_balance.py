@@ -26,7 +26,7 @@ import warnings
 import matplotlib.pyplot as plt
 import torch
 from chapter_claims import holds
-from chapter_models import bits_per_character, nats_of_names, training_steps
+from chapter_models import bits_per_character, favour_two, nats_of_names, training_steps
 from chapter_tools import cards, load_base, quote, show, table, token_texts
 
 from flash_experts import GPT2MoEForCausalLM
@@ -56,13 +56,7 @@ def biased_model(**fields: object) -> GPT2MoEForCausalLM:
     """Eight experts in the last block, and a router that favours the first two."""
     torch.manual_seed(0)
     made = GPT2MoEForCausalLM.from_dense(dense, num_experts=E, num_experts_per_tok=K, moe_layer_freq=LAST + 1, **fields)
-    router = made.transformer.h[LAST].mlp.router
-    read: list[torch.Tensor] = []
-    hook = router.register_forward_hook(lambda module, inputs, output: read.append(inputs[0]))
-    nats_of_names(made, train_cards[:100], tokenizer)
-    hook.remove()
-    mean_D = torch.cat(read).mean(0)
-    router.weight[:2] += BIAS * mean_D / mean_D.square().sum()
+    favour_two(made, LAST, train_cards[:100], tokenizer, BIAS)
     return made
 
 

@@ -23,7 +23,7 @@ sys.path.append(str(Path(globals().get("__file__", "a notebook")).resolve().pare
 
 import torch
 from chapter_claims import holds
-from chapter_models import nats_of_names
+from chapter_models import favour_two
 from chapter_tools import cards, load_base, table
 
 from flash_experts import GPT2MoEForCausalLM
@@ -42,16 +42,10 @@ def upcycled(**fields: object) -> GPT2MoEForCausalLM:
     return GPT2MoEForCausalLM.from_dense(dense, num_experts=8, num_experts_per_tok=2, moe_layer_freq=LAST + 1, **fields)
 
 
-@torch.no_grad()
-def favour_two(model: GPT2MoEForCausalLM, by: float = 4.0) -> GPT2MoEForCausalLM:
-    """Raises the logits of the first two experts by so much on average."""
-    router = model.transformer.h[LAST].mlp.router
-    read: list[torch.Tensor] = []
-    hook = router.register_forward_hook(lambda module, inputs, output: read.append(inputs[0]))
-    nats_of_names(model, train_cards[:100], tokenizer)
-    hook.remove()
-    mean_D = torch.cat(read).mean(0)
-    router.weight[:2] += by * mean_D / mean_D.square().sum()
+def favouring_two(**fields: object) -> GPT2MoEForCausalLM:
+    """The same, whose router favours the first two experts."""
+    model = upcycled(**fields)
+    favour_two(model, LAST, train_cards[:100], tokenizer)
     return model
 
 
@@ -65,7 +59,7 @@ packed = pack(encode_cards(train_cards[:100], tokenizer))
 rows, dropped = [], {}
 for factor in (1.0, 1.25, 2.0, 4.0):
     shares = []
-    for model in (upcycled(capacity_factor=factor), favour_two(upcycled(capacity_factor=factor))):
+    for model in (upcycled(capacity_factor=factor), favouring_two(capacity_factor=factor)):
         model.train()
         with torch.no_grad():
             model(**packed.inputs_with_loss(packed.labels.numel()))

@@ -23,7 +23,7 @@ sys.path.append(str(Path(globals().get("__file__", "a notebook")).resolve().pare
 
 import torch
 from chapter_claims import holds
-from chapter_models import bits_per_character, nats_of_names, training_steps
+from chapter_models import bits_per_character, favour_two, nats_of_names, training_steps
 from chapter_tools import cards, load_base, table
 
 from flash_experts import GPT2MoEForCausalLM
@@ -44,16 +44,10 @@ def upcycled(**fields: object) -> GPT2MoEForCausalLM:
     return GPT2MoEForCausalLM.from_dense(dense, num_experts=8, num_experts_per_tok=2, moe_layer_freq=LAST + 1, **fields)
 
 
-@torch.no_grad()
-def favour_two(model: GPT2MoEForCausalLM, by: float = 4.0) -> GPT2MoEForCausalLM:
-    """Raises the logits of the first two experts by so much on average."""
-    router = model.transformer.h[LAST].mlp.router
-    read: list[torch.Tensor] = []
-    hook = router.register_forward_hook(lambda module, inputs, output: read.append(inputs[0]))
-    nats_of_names(model, train_cards[:100], tokenizer)
-    hook.remove()
-    mean_D = torch.cat(read).mean(0)
-    router.weight[:2] += by * mean_D / mean_D.square().sum()
+def favouring_two(**fields: object) -> GPT2MoEForCausalLM:
+    """The same, whose router favours the first two experts."""
+    model = upcycled(**fields)
+    favour_two(model, LAST, train_cards[:100], tokenizer)
     return model
 
 
@@ -86,7 +80,7 @@ holds("an unbalanced router with a loss under 1", loss_under_1 < 1)
 rows, ends, bits_of = [], {}, {}
 WITHOUT = {"router_z_loss_coef": 0.0}
 for coefficient, more in ((0.0, WITHOUT), (0.0, {}), (0.001, {}), (0.01, {}), (0.1, {}), (1.0, {})):
-    model = favour_two(upcycled(router_aux_loss_coef=coefficient, **more))
+    model = favouring_two(router_aux_loss_coef=coefficient, **more)
     reads, losses = [], []
     for loss in training_steps(model, train_cards, tokenizer, 15, 1e-3, lr_scale=EXPERTS_ONLY):
         reads.append(router_metrics(model)[f"router/{LAST}/load_cv"])
@@ -120,7 +114,7 @@ holds("no cost in bits is seen", max(bits_of.values()) - min(bits_of.values()) <
 # %%
 rows, last_of, swings = [], {}, {}
 for rate in (0.001, 0.01, 0.1):
-    model = favour_two(upcycled(router_aux_loss_coef=0.0, router_z_loss_coef=0.0, router_bias_update_rate=rate))
+    model = favouring_two(router_aux_loss_coef=0.0, router_z_loss_coef=0.0, router_bias_update_rate=rate)
     spreads = []
     for _ in training_steps(model, train_cards, tokenizer, 15, 1e-3, lr_scale=EXPERTS_ONLY):
         spreads.append(router_metrics(model)[f"router/{LAST}/load_cv"])
