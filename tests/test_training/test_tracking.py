@@ -10,11 +10,10 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, get_args
 
 import pytest
-from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from transformers import GPT2Config, PreTrainedModel, PreTrainedTokenizerFast
 
 from flash_experts.extras import EXTRAS, install_command
@@ -25,6 +24,7 @@ from flash_experts.training.trackers import make_tracker
 from flash_experts.training.tracking import read_metrics
 from flash_experts.training.training_config import TrackerName
 from flash_experts.training.wandb_settings import wandb_mode
+from tests.helpers.trackers import FakeRun, Kept, made
 from tests.test_training import TRAIN, VALIDATION, make_model
 
 TRAIN_FIELDS = {
@@ -74,25 +74,6 @@ def train(dense_config: GPT2Config, tokenizer: PreTrainedTokenizerFast) -> Any:
         Trainer(model, tokenizer, TRAIN, VALIDATION, settings, [Names()], data_info).train(resume)
 
     return train
-
-
-class FakeRun:
-    """Remembers what a run of wandb is given."""
-
-    url = "https://wandb.example/run"
-
-    def __init__(self, **started: Any) -> None:
-        self.started = started
-        self.settings = SimpleNamespace(sync_dir=str(Path.cwd() / "wandb/offline run"))
-        self.logged: list[tuple[int, dict[str, Any]]] = []
-        self.summary: dict[str, object] = {}
-        self.is_finished = False
-
-    def log(self, values: dict[str, Any], step: int) -> None:
-        self.logged.append((step, values))
-
-    def finish(self) -> None:
-        self.is_finished = True
 
 
 def no_wandb_settings(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -356,33 +337,6 @@ def test_tensorboard_has_all_of_it_and_forgets_what_a_kill_undid(train: Any, con
 
 def test_every_tracker_of_accelerate_has_its_name() -> None:
     assert set(get_args(TrackerName)) == {"none", *LOGGER_TYPE_TO_CLASS}
-
-
-class Kept(GeneralTracker):
-    """A tracker as accelerate's are, which remembers what it is given and cannot do more than scalars."""
-
-    name, requires_logging_directory = "swanlab", False
-
-    def __init__(self, project: str, **arguments: Any) -> None:
-        super().__init__()
-        self.given, self.logged, self.fails = (project, arguments), [], False
-        made.append(self)
-
-    @property
-    def tracker(self) -> None:
-        return None
-
-    def store_init_configuration(self, values: dict[str, Any]) -> None:
-        self.configuration = values
-
-    def log(self, values: dict[str, Any], step: int | None = None, **_: Any) -> None:
-        print("a banner")
-        if step == 3:
-            raise ConnectionError("server\ngone")
-        self.logged.append((step, values))
-
-
-made: list[Kept] = []
 
 
 def test_another_tracker_has_scalars_and_its_failure_does_not_end_the_run(
