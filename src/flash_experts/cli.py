@@ -77,9 +77,6 @@ def _dashes_to_underscores(argument: str) -> str:
     return "--" + option[2:].replace("-", "_") + equals + value
 
 
-# ------------------------------------------------------------------------------------------------------- the program
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command and returns the exit status: 0, 1 for an error, 2 for a wrong command line, 130 for Ctrl+C."""
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -153,7 +150,6 @@ def _run(name: str, arguments: list[str], ctrl_c: CtrlC) -> int:
 
 
 def _model_families(args: Namespace) -> AbstractContextManager[None]:
-    """Allows models of every family with ``--model-family any``."""
     if args.get("model_family") != "any":
         return nullcontext()
     from flash_experts.model_files import any_family

@@ -15,13 +15,11 @@ _AGAIN_SECONDS = 0.05
 
 
 class CtrlC:
-    """While open and listening, Ctrl+C raises KeyboardInterrupt and is remembered.
+    """While open and listening, Ctrl+C raises KeyboardInterrupt and sets ``pressed``, for a library that is interrupted
+    may raise an error of its own instead.
 
     In a ``__del__`` or a callback from C the exception cannot be caught: Python would print a traceback and continue.
     Here the signal comes again shortly after instead.
-
-    Attributes:
-        pressed: whether Ctrl+C came. An interrupted library may raise an error of its own instead.
     """
 
     def __init__(self) -> None:

@@ -32,21 +32,13 @@ def is_installed(module: str) -> bool:
 
 
 def missing(module: str, what: str) -> str:
-    """One line for the user: what needs a module that is not installed, and the command that installs it: the extra of
-    `EXTRAS`, or the package of that name."""
+    """One line for the user: what needs a module that is not installed, and the command that installs it."""
     command = install_command(EXTRAS[module]) if module in EXTRAS else f"pip install {module}"
     return f"{module} is not installed, which {what} needs: {command}"
 
 
 def require(what: str, *modules: str) -> None:
-    """Checks that modules are installed.
-
-    Args:
-        what: what needs them, for the message.
-
-    Raises:
-        ValueError: one is not.
-    """
+    """Raises a ValueError if a module is not installed that ``what`` needs."""
     for module in modules:
         if not is_installed(module):
             raise ValueError(missing(module, what))

@@ -11,6 +11,7 @@ behind are never deleted by pattern: another machine may still be writing them.
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import secrets
 import shutil
@@ -25,15 +26,9 @@ from flash_experts.ctrl_c import deferred_ctrl_c
 if os.name == "posix":
     import fcntl
 
-# ------------------------------------------------------------------------------------------------------------ checks
-
 
 def check_replaced(path: str | Path, overwrite: bool, option: str = "--out") -> None:
-    """Checks the rule above. Hidden files in a folder do not count: we write none.
-
-    Raises:
-        ValueError: something exists, and ``overwrite`` is not given.
-    """
+    """Checks the rule above; raises a ValueError. Hidden files in a folder do not count: we write none."""
     path = Path(path)
     if overwrite or not os.path.lexists(path):
         return
@@ -47,12 +42,8 @@ def check_replaced(path: str | Path, overwrite: bool, option: str = "--out") -> 
 
 
 def check_out_folder(out: str, overwrite: bool, source: str | None = None, *, option: str = "--out") -> None:
-    """Checks an output folder before anything is computed.
-
-    Raises:
-        ValueError: it is a file, cannot be made, has content, or is the folder of a training run or of the model that
-            is read (``source``).
-    """
+    """Checks an output folder before anything is computed. Raises a ValueError if it is a file, cannot be made, has
+    content, or is the folder of a training run or of the model that is read (``source``)."""
     path = Path(out)
     if out == "" or (path.exists() and not path.is_dir()):
         raise ValueError(f"{option} {out!r} is not a directory: give a new one")
@@ -65,11 +56,8 @@ def check_out_folder(out: str, overwrite: bool, source: str | None = None, *, op
 
 
 def check_out_file(out: str, overwrite: bool, *, option: str = "--out", also: Sequence[str] = ()) -> None:
-    """Checks an output file before anything is computed; ``also`` are suffixes of files written next to it.
-
-    Raises:
-        ValueError: it is a folder, exists, has one of those suffixes, or its folder cannot be written.
-    """
+    """Checks an output file before anything is computed; ``also`` are suffixes of files written next to it. Raises a
+    ValueError if it is a folder, exists, has one of those suffixes, or its folder cannot be written."""
     path = Path(out)
     if not path.name or path.is_dir():
         raise ValueError(f"{option} {out!r} is a directory: give a file name")
@@ -85,10 +73,8 @@ def check_out_file(out: str, overwrite: bool, *, option: str = "--out", also: Se
 
 
 def free_name(name: str, also: Sequence[str] = ()) -> str:
-    """``report.html``, or the first of ``report-2.html``, ``report-3.html``, ... that does not exist.
-
-    ``also`` are suffixes of files written next to it, which must not exist either.
-    """
+    """``report.html``, or the first of ``report-2.html``, ``report-3.html``, ... that does not exist, nor do files next
+    to it with the suffixes ``also``."""
     first = Path(name)
     for number in count(1):
         path = first if number == 1 else first.with_stem(f"{first.stem}-{number}")
@@ -111,9 +97,6 @@ def _check_writable(path: Path, option: str) -> None:
         raise ValueError(f"cannot write {path}: {there} is read-only: give another {option}")
 
 
-# ----------------------------------------------------------------------------------------------------------- writing
-
-
 @contextmanager
 def whole_file(path: str | Path) -> Iterator[Path]:
     """`whole_files` for a single file."""
@@ -126,9 +109,6 @@ def whole_files(paths: Sequence[str | Path]) -> Iterator[list[Path]]:
     """Atomic writes: temporary paths, renamed in this order when the block ends, removed if it fails.
 
     As with `open`, links are followed, an existing file keeps its mode, and a new one gets that of the umask.
-
-    Raises:
-        OSError: one cannot be written.
     """
     targets = [Path(os.path.realpath(path)) for path in paths]
     temporaries = [temporary_next_to(target) for target in targets]
@@ -195,3 +175,9 @@ def flush_file(path: Path) -> None:
     """Flushes a file's content to the disk (fsync)."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file, as hexadecimal text."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -69,15 +69,9 @@ def any_family_is_allowed() -> bool:
     return _ANY_FAMILY.get()
 
 
-# -------------------------------------------------------------------------------------------------------------- folders
-
-
 def local_folder(source: str | Path) -> Path:
-    """A model folder as it is, that of a released model, or the one that a hub id is downloaded to.
-
-    Raises:
-        ValueError: there is none of them, or the name is empty.
-    """
+    """A model folder as it is, that of a released model, or the one that a hub id is downloaded to; else a
+    ValueError."""
     if not str(source):
         raise ValueError("no model: its name is empty: give a folder or a hub id")
     folder = model_folder(source)
@@ -118,11 +112,8 @@ def _unreachable(source: str | Path, error: Exception) -> str:
 
 
 def check_files(folder: Path) -> None:
-    """Checks type, location and size of every file that a library may read, except the weights.
-
-    Raises:
-        ValueError: one is too large, is not a regular file, or is a link that leads out of the folder.
-    """
+    """Checks every file that a library may read, except the weights; raises a ValueError if one is too large, is not a
+    regular file, or is a link that leads out of the folder."""
     paths = [folder / name for name in _MOST_BYTES]
     if os.path.lexists(folder / _TEMPLATES):
         check_place(folder, folder / _TEMPLATES)
@@ -139,11 +130,8 @@ def check_files(folder: Path) -> None:
 
 
 def check_place(folder: Path, path: Path) -> None:
-    """Checks that a file is in its folder, links followed. The hub's cache keeps files next to its snapshots.
-
-    Raises:
-        ValueError: it is a link that leads out of the folder, or a broken link.
-    """
+    """Checks that a file is in its folder, links followed; raises a ValueError. The hub's cache keeps files next to its
+    snapshots."""
     try:
         real, root = path.resolve(strict=True), folder.resolve()
     except (OSError, RuntimeError) as error:
@@ -169,9 +157,6 @@ def has_holes(path: Path) -> bool:
     return holes > size // 2
 
 
-# ----------------------------------------------------------------------------------------------------------------- JSON
-
-
 def read_object(path: Path) -> dict[str, Any]:
     """A JSON file that holds an object, else ValueError. `check_files` must have bounded its size."""
     try:
@@ -184,11 +169,8 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def parse_json(data: bytes) -> Any:
-    """Parses JSON from an untrusted source: UTF-8, finite numbers of at most 40 digits, no duplicate keys.
-
-    Raises:
-        ValueError: the first violation, in one line.
-    """
+    """Parses JSON from an untrusted source: UTF-8, finite numbers of at most 40 digits, no duplicate keys; else raises
+    a ValueError of one line."""
     if data.count(b"[") + data.count(b"{") > _MOST_CONTAINERS:
         raise ValueError(f"more than {_MOST_CONTAINERS:,} lists and objects")
     try:

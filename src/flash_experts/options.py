@@ -27,8 +27,6 @@ class Option:
             list its most entries and their most characters.
         slider: Lowest, highest and step of a slider on the page.
         hint: Line under the control.
-        placeholder: Example in an empty control.
-        labels: Names of the choices on the page.
     """
 
     help: str
@@ -68,7 +66,6 @@ def type_of(cls: Any, name: str) -> Any:
 
 
 def kind_of(cls: Any, name: str) -> Kind:
-    """The kind of value that an option takes."""
     hint = type_of(cls, name)
     if get_origin(hint) is Literal:
         return "choice"
@@ -77,7 +74,6 @@ def kind_of(cls: Any, name: str) -> Kind:
 
 
 def defaults_of(cls: Any) -> dict[str, Any]:
-    """The default of each field."""
     return {each.name: each.default for each in fields(cls)}
 
 

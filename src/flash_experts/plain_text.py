@@ -13,12 +13,8 @@ _FORMULA = tuple("=+-@\t\r\n＝＋－＠")
 
 
 def printable(text: str, keep: str = "\n\t") -> str:
-    """Text without control characters: escape codes, changes of direction and the like are written as ``\\u001b``.
-
-    Args:
-        text: any text. JSON stays JSON of the same value.
-        keep: control characters to leave as they are.
-    """
+    """Text without control characters but ``keep``: escape codes, changes of direction and the like are written as
+    ``\\u001b``, so that JSON stays JSON of the same value."""
     if text.isprintable():
         return text
     return "".join(character if _is_plain(character, keep) else _escaped(character) for character in text)

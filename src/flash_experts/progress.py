@@ -14,14 +14,7 @@ T = TypeVar("T")
 
 
 class ProgressBar:
-    """Progress of one file or list.
-
-    Args:
-        label: text next to the bar.
-        completed: bytes or items already there.
-        total: bytes or items of the whole; None if unknown.
-        in_bytes: whether they are bytes.
-    """
+    """Progress of one file or list, in bytes or items; ``total`` is None if unknown."""
 
     def __init__(self, label: str, completed: int, total: int | None, *, in_bytes: bool = False):
         self._label, self._in_bytes = label, in_bytes
@@ -49,7 +42,6 @@ class ProgressBar:
         return self
 
     def advance(self, amount: int = 1) -> None:
-        """Adds ``amount`` bytes or items."""
         if self._bar is not None:
             self._bar.advance(self._task, amount)
 

@@ -18,9 +18,6 @@ _PACKAGE = Path(__file__).resolve().parent
 _CHECKOUT = _PACKAGE.parents[1]  # of a package in site-packages it is a folder without ours
 
 
-# -------------------------------------------------------------------------------------------------------------- models
-
-
 def model_folder(source: str | Path) -> Path | None:
     """The folder of a model: the path itself, or the released model of that name; None if there is neither."""
     path = Path(source)
@@ -38,33 +35,22 @@ def is_released(source: str | Path) -> bool:
 
 
 def default_model() -> str:
-    """The newest released model.
-
-    Raises:
-        ValueError: none is in the working folder or installed.
-    """
+    """The newest released model; raises a ValueError if none is in the working folder or installed."""
     for source in MODELS:
         if model_folder(source) is not None:
             return source
     raise ValueError(f"no model: {install_command('models')} brings the released ones, or give --model DIR")
 
 
-# ------------------------------------------------------------------------------------------------------- configurations
-
-
 def configurations() -> dict[str, Path]:
-    """The configurations by name."""
     places = (_PACKAGE / "configs", _CHECKOUT / "configs")
     folder = next((place for place in places if (place / "quickstart.yaml").is_file()), None)
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))} if folder else {}
 
 
 def configuration(given: str | Path) -> Path:
-    """The file of ``--config``: a path, or the name of one of `configurations`.
-
-    Raises:
-        ValueError: it is neither.
-    """
+    """The file of ``--config``: a path, or the name of one of `configurations`; raises a ValueError if it is
+    neither."""
     path, name, known = Path(given), str(given), configurations()
     if path.exists():
         return path

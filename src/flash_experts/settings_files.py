@@ -35,11 +35,8 @@ class _Loader(yaml.SafeLoader):
 
 
 def read_yaml(path: str | Path) -> dict[Any, Any]:
-    """Reads the mapping in a YAML file.
-
-    Raises:
-        ValueError: the file does not exist, is too large, or is not UTF-8, YAML (with the line) or a mapping.
-    """
+    """Reads the mapping in a YAML file. Raises a ValueError if the file does not exist, is too large, or is not UTF-8,
+    YAML (with the line) or a mapping."""
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path} is not a file: give a YAML file" if path.exists() else f"there is no file {path}")
@@ -68,12 +65,9 @@ def read_yaml(path: str | Path) -> dict[Any, Any]:
 
 
 def read_settings(path: str | Path, hints: Mapping[str, Any]) -> dict[str, Any]:
-    """Reads a YAML file of options and converts each value to the type of its option.
+    """Reads a YAML file of options and converts each value to the type of its option, by dotted name in ``hints``.
 
     YAML 1.1 reads ``1e-3`` as text, ``no`` as a boolean, ``010`` as 8 and ``1:30`` as 90: here the option's type rules.
-
-    Args:
-        hints: types of the options, by dotted name, e.g. ``{"training.seed": int}``; other values stay as they are.
 
     Raises:
         ValueError: as `read_yaml`, a key is not text, or a value is missing or has a wrong type.
