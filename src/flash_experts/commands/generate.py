@@ -111,7 +111,6 @@ def _run_for_set(args: Namespace) -> None:
 
 
 def _request_of(args: Namespace) -> NameRequest:
-    """The request that the options make."""
     given = {name: args[known.flag or name] for name, known in options_of(NameRequest).items()}
     if args.raw and (args.best_of is not None or args.quality != defaults_of(NameRequest)["quality"]):
         make_parser().error("--raw gives samples as they come: leave out --quality and --best-of")
@@ -156,9 +155,6 @@ def _run_for_cards(args: Namespace) -> None:
     say(f"{written} names written to {args.out}", sys.stderr)
 
 
-# ------------------------------------------------------------------------------------------------------- the formats
-
-
 def _print_table(names: Iterable[GeneratedName]) -> None:
     from rich.console import Console
     from rich.table import Table
@@ -192,9 +188,6 @@ def _format_of(args: Namespace) -> Format | None:
     return format or BY_SUFFIX[suffix]
 
 
-# ------------------------------------------------------------------------------------------------------- the options
-
-
 def make_parser() -> CommandParser:
     parser = command_parser("generate", run)
     more = {CARD: _add_data, SAMPLING: _add_rank, RULES: None, OUTPUT: _add_output, MODEL: _add_model}
@@ -214,7 +207,7 @@ def _add_request(parser: CommandParser, group: str) -> None:
         flag, kind, default = f"--{known.flag or name}", kind_of(NameRequest, name), defaults_of(NameRequest)[name]
         if name == "count":  # --cards has a default of its own
             help = f"{known.help} (default: {default}; with --cards {_EACH_OF_A_SET} for each card)"
-            parser.add_argument(flag, type=int | None, default=None, help=help)
+            parser.add_optional(flag, help, int)
         elif kind == "flag":
             parser.add_argument(flag, action="store_true", help=known.help)
         elif kind == "list" and default is not None:
@@ -226,9 +219,9 @@ def _add_request(parser: CommandParser, group: str) -> None:
 
 def _add_data(parser: CommandParser) -> None:
     cards = "CSV or JSON file of a set's cards, all of which get names: --count for each, 5 by default (default: none)"
-    parser.add_argument("--cards", type=str | None, default=None, help=cards)
+    parser.add_optional("--cards", cards)
     split = "split, such as train, whose cards are the prompts, for training data (default: none)"
-    parser.add_argument("--attributes_from", type=str | None, default=None, help=split)
+    parser.add_optional("--attributes_from", split)
     dropout = "probability that an attribute of such a prompt is left out"
     parser.add_argument("--attribute_dropout", type=float, default=0.3, help=dropout)
     parser.add_argument("--data", default="data/mtg", help="folder written by prepare, for --attributes-from")
@@ -243,17 +236,17 @@ def _add_rank(parser: CommandParser) -> None:
 
 def _add_output(parser: CommandParser) -> None:
     out = f"file to write: {', '.join(BY_SUFFIX)} (default: print the names)"
-    parser.add_argument("--out", type=str | None, default=None, help=out)
+    parser.add_optional("--out", out)
     add_overwrite(parser)
     formats = "format; mse: Magic Set Editor, cockatrice: its XML (default: by the suffix of --out, else text)"
-    parser.add_argument("--format", type=Format | None, default=None, help=formats)
+    parser.add_optional("--format", formats, Format)
     raw = "write CSV cells as they are, without the apostrophe before what a spreadsheet takes for a formula"
     parser.add_argument("--raw_cells", action="store_true", help=raw)
 
 
 def _add_model(parser: CommandParser) -> None:
     model = "model folder or hub id (default: the newest released model)"
-    parser.add_argument("--model", type=str | None, default=None, help=model)
+    parser.add_optional("--model", model)
     add_model_family(parser)
     add_device(parser)
     dtype = "data type of the weights; bfloat16 is faster on newer CPUs and rounds, so a seed gives other names"

@@ -63,20 +63,10 @@ def make_parser() -> CommandParser:
     parser = command_parser("inspect", run)
     parser.add_argument("model", help="model folder or hub id of an MoE model")
     parser.section("The names")
-    parser.add_argument(
-        "--names",
-        type=str | None,
-        default=None,
-        help="file of names to inspect instead of cards, one per line (default: none)",
-    )
+    parser.add_optional("--names", "file of names to inspect instead of cards, one per line (default: none)")
     parser.add_argument("--data", default="data/mtg", help="folder written by prepare")
     parser.add_argument("--split", default="validation", help="split of the data: train, validation, test or test_iid")
-    parser.add_argument(
-        "--count",
-        type=int | None,
-        default=None,
-        help=f"number of names to inspect (default: {_COUNT} of the data, all of --names)",
-    )
+    parser.add_optional("--count", f"number of names to inspect (default: {_COUNT} of the data, all of --names)", int)
     parser.add_argument("--show", type=int, default=24, help="number of names shown token by token")
     parser.add_argument(
         "--attributes",

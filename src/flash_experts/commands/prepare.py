@@ -58,7 +58,7 @@ def make_parser() -> CommandParser:
         "--include", type=list[str], default=[], help="cards to keep that are otherwise left out: jokes, franchises"
     )
     only = "cards to take alone: franchises (Universes Beyond) or jokes (default: all but those)"
-    parser.add_argument("--only", type=str | None, default=None, help=only)
+    parser.add_optional("--only", only)
     parser.section("Output")
     parser.add_argument("--out", default="data/mtg", help="output folder")
     add_overwrite(parser)

@@ -11,11 +11,7 @@ from flash_experts.training.tracking import Callback
 
 
 class SampleNames(Callback):
-    """Draws a few unconditional names, real cards allowed, so that copies show.
-
-    Args:
-        count: names each time.
-    """
+    """Draws a few unconditional names, real cards allowed, so that copies show."""
 
     def __init__(self, count: int = 6):
         self.count = count

@@ -58,16 +58,11 @@ def make_parser() -> CommandParser:
 
     parser = command_parser("train", run)
     parser.section("The run")
-    parser.add_argument(
-        "--base", type=str | None, default=None, help="model folder or hub id to start from; null: a new model"
-    )
+    parser.add_optional("--base", "model folder or hub id to start from; null: a new model")
     add_model_family(parser)
     parser.add_argument("--data", default="data/mtg", help="folder written by prepare")
-    parser.add_argument(
-        "--extra_names",
-        type=str | None,
-        default=None,
-        help="file of additional names, written by generate --attributes-from (default: none)",
+    parser.add_optional(
+        "--extra_names", "file of additional names, written by generate --attributes-from (default: none)"
     )
     parser.add_argument(
         "--resume",
@@ -76,9 +71,7 @@ def make_parser() -> CommandParser:
         help="checkpoint to resume from: auto (the newest), a folder, or null to start over",
     )
     parser.add_argument("--overwrite", action="store_true", help="start over, replacing the run or model in the folder")
-    parser.add_argument(
-        "--seed", type=int | None, default=None, help="short for --training.seed (default: that of --training.seed)"
-    )
+    parser.add_optional("--seed", "short for --training.seed (default: that of --training.seed)", int)
     parser.add_options_of(ModelConfig, "model")
     parser.add_class_arguments(TrainingConfig, "training")
     return parser
