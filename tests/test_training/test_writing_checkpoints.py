@@ -48,7 +48,7 @@ def test_a_kill_while_writing_leaves_no_checkpoint_of_that_step(
     train: Callable[..., Any], config: TrainingConfig, monkeypatch: pytest.MonkeyPatch, at: str
 ) -> None:
     """KeyboardInterrupt stands for the kill, after which nothing tidies up: the temporary folder stays as it was."""
-    name = "_sha256" if at == "before the manifest" else "flush_folder"
+    name = "sha256_of" if at == "before the manifest" else "flush_folder"
     real = getattr(saving, name)
 
     def killed(path: Path) -> Any:

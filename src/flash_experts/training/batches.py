@@ -1,8 +1,7 @@
 """The dataloader: the names of a step are a pure function of (seed, step), so resuming needs no loader state.
 
-A run is a sequence of stages (a curriculum; usually one), a stage a sequence of epochs. In each epoch the names are
-shuffled and the attributes of their prompts dropped at random, both from (seed, epoch). The shuffled names are cut into
-``steps_per_epoch`` batches of nearly equal numbers of tokens, with every name once and no small last batch.
+A run is a sequence of stages (a curriculum; usually one), a stage a sequence of epochs. Each epoch shuffles the names,
+drops attributes of their prompts, and cuts the names into batches of nearly equal numbers of tokens.
 """
 
 from __future__ import annotations
@@ -46,12 +45,10 @@ def split_evenly(lengths: Sequence[int], parts: int) -> list[range]:
 
 @dataclass(frozen=True, slots=True)
 class PlannedStage:
-    """A stage, and its place in the run.
+    """A stage, and its place in the run: steps and epochs count from 0 through all stages.
 
     Attributes:
         cards: cards that pass the stage's filters.
-        first_step: first optimizer step, from 0.
-        first_epoch: first epoch, counted through all stages.
         steps: number of optimizer steps; None if the stage lasts until the run ends.
     """
 
@@ -67,9 +64,7 @@ class NameBatches:
     """The names of every optimizer step.
 
     Args:
-        tokens_per_batch: approximate number of tokens of a step.
         attribute_dropout: probability that an attribute of a prompt is left out.
-        seed: random seed of the order and of attribute dropout.
         top_logits: cached logits of a teacher for names that it generated; these keep their prompts.
 
     Raises:
@@ -144,11 +139,8 @@ class NameBatches:
         return self._cached[1][batch]
 
     def micro_batches_of_step(self, step: int, num_micro_batches: int) -> list[list[EncodedName]]:
-        """The names of a step in micro-batches of nearly equal numbers of tokens.
-
-        Raises:
-            ValueError: there are fewer names than micro-batches.
-        """
+        """The names of a step in micro-batches of nearly equal numbers of tokens. Raises a ValueError if there are
+        fewer names than micro-batches."""
         names = self.names_of_step(step)
         if len(names) < num_micro_batches:
             raise ValueError(
@@ -158,7 +150,6 @@ class NameBatches:
         return [names[one.start : one.stop] for one in split_evenly(_lengths(names), num_micro_batches)]
 
     def _encode(self, stage: Stage, cards: Sequence[Card], epoch: int) -> list[EncodedName]:
-        """The encoded names of an epoch in its order."""
         rng = random.Random(f"attributes/{self.seed}/{epoch}")
         attributes = [Attributes.of(card).drop(rng, self.attribute_dropout) for card in cards]
         if self.top_logits is not None:
@@ -194,11 +185,8 @@ def fitting_cards(
     tokenizer: PreTrainedTokenizerBase,
     notify: Callable[[str], None],
 ) -> tuple[list[Card], list[Card]]:
-    """Leaves out the names that are longer than the model's context, and reports how many.
-
-    Raises:
-        ValueError: no training name fits.
-    """
+    """Leaves out the names that are longer than the model's context, and reports how many. Raises a ValueError if no
+    training name fits."""
     context, kept, left_out = context_length(model.config), [], []
     for kind, cards in (("training", train), ("validation", validation)):
         fit, too_long = split_by_context(cards, tokenizer, context)
@@ -209,5 +197,4 @@ def fitting_cards(
         raise ValueError(f"no training name fits into the model's {context} tokens: use a model with a longer context")
     if left_out:
         notify(f"left out, since prompt and name take more than the model's {context} tokens: {', '.join(left_out)}")
-
     return kept[0], kept[1]

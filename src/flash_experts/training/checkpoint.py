@@ -1,9 +1,8 @@
 """The checkpoint format: folders that survive a kill at any moment. `checkpointer` decides what is saved and when.
 
-A checkpoint is written to a temporary folder, every file is flushed to the disk, a manifest with the SHA-256 of each is
-added, and the folder is renamed: it is complete, or it does not exist. Reading checks every file. Only safetensors and
-JSON are used; a pickle can run code when loaded, and is refused. Random states are not stored: the trainer seeds
-dropout at each step. The run's lock protects the temporary folders, so the next run removes those of a killed one.
+A checkpoint is written to a temporary folder, flushed to the disk with a manifest of each file's SHA-256, and renamed:
+it is complete, or it does not exist. Only safetensors and JSON are used; a pickle can run code when loaded, and is
+refused. Random states are not stored: the trainer seeds dropout at each step.
 """
 
 from __future__ import annotations
@@ -21,12 +20,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from flash_experts.files import sha256_of
 from flash_experts.models.saving import (
     MANIFEST,
     CheckpointError,
     _files,
     _save_model,
-    _sha256,
     _temporary,
     remove_folder,
     with_manifest,
@@ -40,8 +39,6 @@ PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 # Fields of `TrainerState` that need not be whole numbers.
 _FRACTIONS, _NUMBERS = ("seconds", "evaluation_seconds", "best_bits_per_char"), (int, float)
 
-# ------------------------------------------------------------------------------------------------------------- writing
-
 
 def save_checkpoint(
     target: Path,
@@ -51,17 +48,8 @@ def save_checkpoint(
     tensors: Mapping[str, torch.Tensor],
     metadata: Mapping[str, Any],
 ) -> None:
-    """Writes a checkpoint folder atomically.
-
-    Args:
-        model: defines how weights are saved; its current weights are not used.
-        weights: state dict of the model.
-        tensors: all other tensors.
-        metadata: JSON values: ``state``, configuration, data hashes.
-
-    Raises:
-        CheckpointError: it could not be written, such as on a full disk; no partial folder is left.
-    """
+    """Writes a checkpoint folder atomically; ``model`` defines how ``weights`` are saved. Raises a CheckpointError if
+    it could not be written, such as on a full disk; no partial folder is left."""
 
     def write(folder: Path) -> None:
         _save_model(folder, model, tokenizer, weights)
@@ -73,15 +61,9 @@ def save_checkpoint(
     with_manifest(target, write, _temporary(target.parent, target.name))
 
 
-# ------------------------------------------------------------------------------------------------------------ checking
-
-
 def verify_checkpoint(folder: Path) -> None:
-    """Checks every file of a checkpoint against its manifest.
-
-    Raises:
-        CheckpointError: a file is missing or damaged, or a pickle.
-    """
+    """Checks every file of a checkpoint against its manifest. Raises a CheckpointError if a file is missing or damaged,
+    or a pickle."""
     if not folder.is_dir():
         raise CheckpointError(f"no checkpoint at {folder}: the folder does not exist")
     for path in _files(folder):
@@ -102,7 +84,7 @@ def verify_checkpoint(folder: Path) -> None:
             raise CheckpointError(f"{path} is missing")
         if path.stat().st_size != size:
             raise CheckpointError(f"{path} is damaged: {path.stat().st_size} bytes, but {size} were written")
-        if _sha256(path) != sha256:
+        if sha256_of(path) != sha256:
             raise CheckpointError(f"{path} is damaged: its SHA-256 is not the one in {MANIFEST}")
     for name in (STATE, TENSORS, "config.json"):
         if name not in expected:
@@ -133,15 +115,9 @@ def first_valid(run_dir: Path, steps: list[int], warn: Callable[[str], None]) ->
     return None
 
 
-# ------------------------------------------------------------------------------------------------------------- reading
-
-
 def read_state(folder: Path) -> tuple[TrainerState, dict[str, Any]]:
-    """The state of a verified checkpoint, and its other metadata.
-
-    Raises:
-        CheckpointError: the file does not have what a run writes.
-    """
+    """The state of a verified checkpoint, and its other metadata. Raises a CheckpointError if the file does not have
+    what a run writes."""
     known = [field.name for field in fields(TrainerState)]
     try:
         metadata = json.loads((folder / STATE).read_text(encoding="utf-8"))
@@ -163,11 +139,8 @@ def read_state(folder: Path) -> tuple[TrainerState, dict[str, Any]]:
 
 
 def load_weights(folder: Path, model: PreTrainedModel) -> None:
-    """Loads the weights of a verified checkpoint into a model, in place.
-
-    Raises:
-        CheckpointError: the checkpoint belongs to another model.
-    """
+    """Loads the weights of a verified checkpoint into a model, in place. Raises a CheckpointError if the checkpoint
+    belongs to another model."""
     try:
         weights = load_file(folder / "model.safetensors")
         own = model.state_dict()
@@ -185,7 +158,6 @@ def load_weights(folder: Path, model: PreTrainedModel) -> None:
 
 
 def load_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a verified checkpoint other than the model's weights."""
     try:
         return load_file(folder / TENSORS)
     except (OSError, SafetensorError) as error:
@@ -193,7 +165,6 @@ def load_tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def mismatch_error(folder: Path, reason: object) -> CheckpointError:
-    """The error for a valid checkpoint that does not match the run."""
     text = " ".join(str(reason).split())
     return CheckpointError(
         f"{folder} belongs to another model or configuration than the one being trained: {text}. Resume with the "
@@ -201,12 +172,8 @@ def mismatch_error(folder: Path, reason: object) -> CheckpointError:
     )
 
 
-# ------------------------------------------------------------------------------------------------------------ removing
-
-
 def prune_checkpoints(run_dir: Path, keep: int, best_step: int, warn: Callable[[str], None]) -> None:
-    """Removes all checkpoints but the newest ``keep`` and the best one, after one of these has been verified: damaged
-    ones must not push out the only good one."""
+    """Removes all checkpoints but the newest ``keep`` and the best, if one of these verifies."""
     steps = checkpoint_steps(run_dir)
     stay = {*steps[-keep:], best_step}
     doomed = [step for step in steps if step not in stay]

@@ -78,8 +78,6 @@ class Checkpointer:
         assert name not in self._registered and "/" not in name, name
         self._registered[name] = stateful
 
-    # ------------------------------------------------------------------------------------------------------ writing
-
     def save(self, state: TrainerState) -> Path:
         """Writes the checkpoint of this step, unless it exists, and removes old ones. All processes call it."""
         path = checkpoint_path(self.run_dir, state.step)
@@ -164,8 +162,6 @@ class Checkpointer:
             flush_file(metrics)
         checkpoints.save_checkpoint(path, self.model, self.tokenizer, weights, tensors, metadata)
         checkpoints.prune_checkpoints(self.run_dir, self._keep, best_step, self._notify)
-
-    # ------------------------------------------------------------------------------------------------------ reading
 
     def restore(self, resume: str | Path | None, overwrite: bool = False) -> TrainerState:
         """Restores the model and all registered objects from a checkpoint; arguments as in `Trainer.train`.
@@ -262,14 +258,9 @@ class Checkpointer:
                 )
 
 
-# --------------------------------------------------------------------------------------- copies and the writing thread
-
-
 class CpuCopy:
-    """Copies tensors to CPU buffers that are kept between saves: page faults of fresh memory cost more than the copy.
-
-    For tensors on CUDA the buffers are pinned, for asynchronous copies.
-    """
+    """Copies tensors to CPU buffers that are kept between saves (page faults of fresh memory cost more than the copy);
+    for tensors on CUDA the buffers are pinned, for asynchronous copies."""
 
     def __init__(self) -> None:
         self._buffers: dict[str, torch.Tensor] = {}
@@ -313,7 +304,6 @@ class Background:
         self._pending: list[Future[None]] = []
 
     def submit(self, work: Callable[[], None]) -> None:
-        """Queues work."""
         self._pending.append(self._executor.submit(work))
 
     @property
@@ -327,11 +317,7 @@ class Background:
             self._pending.pop(0).result()
 
     def wait(self) -> None:
-        """Waits until all is done.
-
-        Raises:
-            Exception: the first error of the work, all of which is done nevertheless.
-        """
+        """Waits until all is done, then raises the first error."""
         pending, self._pending = self._pending, []
         errors = [error for error in [future.exception() for future in pending] if error is not None]
         if errors:

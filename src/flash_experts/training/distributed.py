@@ -41,11 +41,7 @@ _ENDED = "ended"
 
 
 def make_accelerator(device: str) -> Accelerator:
-    """Joins the process group and selects the device of this process.
-
-    Raises:
-        ValueError: the device is not available.
-    """
+    """Joins the process group and selects the device of this process; raises a ValueError if it is not available."""
     found = resolve_device(None if device == "auto" else device)
     # Each router's buffers count its own tokens: DDP would overwrite them with the main process's before each forward.
     # Gradients that are views of DDP's buckets are not held twice.
@@ -54,15 +50,9 @@ def make_accelerator(device: str) -> Accelerator:
     return Accelerator(cpu=found.type == "cpu", mixed_precision="no", kwargs_handlers=handlers)
 
 
-# ------------------------------------------------------------------------------------------------ parallel strategies
-
-
 def parallelize_model(model: PreTrainedModel, accelerator: Accelerator, config: TrainingConfig) -> Replicated:
-    """Distributes the model by the strategy ``config.parallel``.
-
-    Raises:
-        ValueError: expert parallel, but the model has no experts, or no two processes can share them.
-    """
+    """Distributes the model by the strategy ``config.parallel``. Raises a ValueError if expert parallel, but the model
+    has no experts, or no two processes can share them."""
     world = accelerator.num_processes
     if world == 1 or config.parallel == "ddp":
         return Replicated(model, accelerator, config.compile)
@@ -81,11 +71,7 @@ def parallelize_model(model: PreTrainedModel, accelerator: Accelerator, config: 
 class Replicated:
     """Data parallel: every process has the whole model (DistributedDataParallel). Base of the other strategies.
 
-    Args:
-        model: plain model, distributed in place: optimizers are made after this.
-
-    Attributes:
-        wrapped: module that training calls. Validation and saving use the plain model.
+    The plain model is distributed in place, so optimizers are made after this. Training calls ``wrapped``.
     """
 
     def __init__(self, model: PreTrainedModel, accelerator: Accelerator, compile: bool):
@@ -209,14 +195,8 @@ class ExpertParallel(Sharded):
         return super().clip(limit)
 
 
-# -------------------------------------------------------------------------------------- agreement between processes
-
-
 def seed_dropout(seed: int, step: int, rank: int) -> None:
-    """Makes dropout (and router noise) a function of (seed, step, process).
-
-    So a checkpoint needs no random state, and neither validation nor sampling changes what training draws.
-    """
+    """Makes dropout and router noise a function of (seed, step, process): a checkpoint needs no random state."""
     torch.manual_seed(random.Random(f"dropout/{seed}/{step}/{rank}").getrandbits(63))
 
 
@@ -229,11 +209,7 @@ def max_over_processes(accelerator: Accelerator, values: list[float]) -> list[fl
 def agree(accelerator: Accelerator, seconds: float, stop: bool, due: bool, seconds_held: float) -> tuple[float, bool]:
     """Training time and whether to stop, equal on all processes: signals reach one of them, and clocks differ.
 
-    Args:
-        seconds: training time by this process's clock.
-        stop: whether this process received a stop signal.
-        due: whether this is a log step; on GPUs, where it synchronizes, the exchange happens at those alone.
-        seconds_held: time that was agreed last.
+    On GPUs, where it synchronizes, the exchange happens at log steps (``due``) alone; ``seconds_held`` was agreed last.
     """
     if accelerator.num_processes == 1:
         return seconds, stop
@@ -249,9 +225,6 @@ def is_lost_process(error: BaseException) -> bool:
     return isinstance(error, torch.distributed.DistError) or "gloo" in text or "NCCL" in text
 
 
-# ----------------------------------------------------------------------------------------------------------- heartbeat
-
-
 def watch_other_processes(accelerator: Accelerator) -> AbstractContextManager[object]:
     """A `Heartbeat` of this process, or nothing where it is alone."""
     if accelerator.num_processes == 1:
@@ -262,15 +235,10 @@ def watch_other_processes(accelerator: Accelerator) -> AbstractContextManager[ob
 
 
 class Heartbeat:
-    """While open, ends this process when another one has been silent for too long.
+    """While open, calls ``end`` with the rank of another process that has been silent for ``timeout`` seconds.
 
-    The main thread then most likely waits for the other inside PyTorch, where no exception reaches it. So a thread
-    ends the process, as NCCL's own watchdog does; checkpoints are atomic, so nothing is lost.
-
-    Args:
-        address: host and port of the process group's store.
-        timeout: seconds of silence after which a process counts as lost.
-        end: called with the rank of the lost process.
+    The main thread then most likely waits for it inside PyTorch, where no exception reaches it. So a thread ends the
+    process, as NCCL's own watchdog does; checkpoints are atomic, so nothing is lost.
     """
 
     def __init__(self, rank: int, world: int, address: tuple[str, int], timeout: float, end: Callable[[int], None]):

@@ -25,11 +25,8 @@ _NEVER = -20.0  # log-probability
 def make_loss(
     config: TrainingConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, device: torch.device
 ) -> CausalLoss:
-    """The loss of a run; loads its teacher.
-
-    Raises:
-        ValueError: the teacher cannot be loaded, does not take packed sequences, or has another vocabulary.
-    """
+    """The loss of a run; loads its teacher. Raises a ValueError if the teacher cannot be loaded, does not take packed
+    sequences, or has another vocabulary."""
     if config.teacher is None:
         return CausalLoss(config.label_smoothing)
     if holds_top_logits(config.teacher):
@@ -92,20 +89,21 @@ class CausalLoss:
             logits: (..., S, vocab_size), any floating type.
             labels: (..., S) int64, shifted here unless ``shift_labels`` is given.
             num_items_in_batch: divisor of the sum; None for the number of labels.
-            ignore_index: label of positions without one.
-            shift_labels: (..., S), labels that are shifted already.
         """
         if shift_labels is None:
             shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
-        targets = shift_labels.reshape(-1).to(logits.device)
+        targets_L = shift_labels.reshape(-1).to(logits.device)
+        items = (targets_L != ignore_index).sum() if num_items_in_batch is None else num_items_in_batch
+        return self._per_item(logits.reshape(-1, vocab_size), targets_L, items, ignore_index)
+
+    def _per_item(
+        self, logits_LV: torch.Tensor, targets_L: torch.Tensor, items: torch.Tensor | int, ignore_index: int
+    ) -> torch.Tensor:
+        """The sum of the losses over ``items``."""
         total = F.cross_entropy(
-            logits.float().view(-1, vocab_size),
-            targets,
-            ignore_index=ignore_index,
-            reduction="sum",
-            label_smoothing=self.smoothing,
+            logits_LV.float(), targets_L, ignore_index=ignore_index, reduction="sum", label_smoothing=self.smoothing
         )
-        return total / ((targets != ignore_index).sum() if num_items_in_batch is None else num_items_in_batch)
+        return total / items
 
 
 class DistillationLoss(CausalLoss):
@@ -133,21 +131,13 @@ class DistillationLoss(CausalLoss):
         with torch.no_grad():
             self._teacher_logits_LV = self.teacher(**batch.inputs).logits[0]
 
-    def __call__(
-        self,
-        logits: torch.Tensor,
-        labels: torch.Tensor,
-        vocab_size: int,
-        num_items_in_batch: torch.Tensor | int | None = None,
-        ignore_index: int = -100,
-        shift_labels: torch.Tensor | None = None,
-        **_: Any,
+    def _per_item(
+        self, logits_LV: torch.Tensor, targets_L: torch.Tensor, items: torch.Tensor | int, ignore_index: int
     ) -> torch.Tensor:
-        hard = super().__call__(logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels)
+        hard = super()._per_item(logits_LV, targets_L, items, ignore_index)
         teacher_LV, self._teacher_logits_LV = self._teacher_logits_LV, None
         assert teacher_LV is not None, "prepare comes before each forward"
-        divergence_L = kl_divergence(logits.reshape(-1, vocab_size), teacher_LV, self.temperature, self.kl)
-        items = divergence_L.numel() if num_items_in_batch is None else num_items_in_batch
+        divergence_L = kl_divergence(logits_LV, teacher_LV, self.temperature, self.kl)
         return (1 - self.weight) * hard + self.weight * self.temperature**2 * divergence_L.sum() / items
 
 
@@ -166,32 +156,25 @@ class TopLogitsLoss(CausalLoss):
     def prepare(self, batch: PackedBatch) -> None:
         self._rows_L = batch.top_rows
 
-    def __call__(
-        self,
-        logits: torch.Tensor,
-        labels: torch.Tensor,
-        vocab_size: int,
-        num_items_in_batch: torch.Tensor | int | None = None,
-        ignore_index: int = -100,
-        shift_labels: torch.Tensor | None = None,
-        **_: Any,
+    def _per_item(
+        self, logits_LV: torch.Tensor, targets_L: torch.Tensor, items: torch.Tensor | int, ignore_index: int
     ) -> torch.Tensor:
         rows_L, self._rows_L = self._rows_L, None
-        assert rows_L is not None and shift_labels is not None, "prepare comes before each forward"
-        assert self.top_logits is not None
-        log_probs_LV = logits.reshape(-1, vocab_size).float().log_softmax(-1)
-        nats_L = -log_probs_LV.gather(1, shift_labels.reshape(-1, 1))[:, 0]
+        assert rows_L is not None and self.top_logits is not None, "prepare comes before each forward"
+        log_probs_LV = logits_LV.float().log_softmax(-1)
+        nats_L = -log_probs_LV.gather(1, targets_L[:, None])[:, 0]
         if self.smoothing:
             nats_L = (1 - self.smoothing) * nats_L - self.smoothing * log_probs_LV.mean(-1)
         at = (rows_L >= 0).nonzero()[:, 0]
         rows = rows_L[at].to(self.top_logits.ids.device)
-        ids_LK, teacher_LK = (each[rows].to(logits.device) for each in (self.top_logits.ids, self.top_logits.log_probs))
+        ids_LK, teacher_LK = (
+            each[rows].to(logits_LV.device) for each in (self.top_logits.ids, self.top_logits.log_probs)
+        )
         student_LK = log_probs_LV[at].gather(1, ids_LK.clamp(min=0).long())
         # Tokens that the student lacks belong to the rest: nearly impossible on both sides, they add nothing.
         student_LK, teacher_LK = (each.float().masked_fill(ids_LK < 0, _NEVER) for each in (student_LK, teacher_LK))
         divergence_L = top_divergence(student_LK, teacher_LK, self.kl)
-        total = nats_L.sum() - self.weight * nats_L[at].sum() + self.weight * divergence_L.sum()
-        return total / (nats_L.numel() if num_items_in_batch is None else num_items_in_batch)
+        return (nats_L.sum() - self.weight * nats_L[at].sum() + self.weight * divergence_L.sum()) / items
 
 
 def top_divergence(student_LK: torch.Tensor, teacher_LK: torch.Tensor, kl: Direction) -> torch.Tensor:

@@ -39,13 +39,7 @@ def training_metrics(
     share: float,
     measured: Mapping[str, float],
 ) -> dict[str, float]:
-    """A line of training metrics.
-
-    Args:
-        rate: learning rate of the last step.
-        share: share of the run that is done, 0 to 1, from which the time left is estimated.
-        measured: losses, router statistics and speed of the logging window.
-    """
+    """A line of training metrics: ``rate`` is the last learning rate, ``share`` (0 to 1) of the run is done."""
     metrics: dict[str, float] = {
         "step": state.step,
         "epoch": round(epoch, 4),
@@ -63,15 +57,10 @@ def training_metrics(
     return metrics
 
 
-# ------------------------------------------------------------------------------------------------------ logging window
-
-
 class LoggingWindow:
     """Sums of losses since the last line of metrics, kept on the device, so that adding to them does not synchronize.
 
-    Args:
-        model: plain model, whose routers keep their own statistics in buffers.
-        is_code_length: whether the loss is plain cross-entropy, from which bits per character follow.
+    Bits per character follow from the loss if it is plain cross-entropy (``is_code_length``).
     """
 
     def __init__(self, model: PreTrainedModel, accelerator: Accelerator, is_code_length: bool):
@@ -91,8 +80,7 @@ class LoggingWindow:
         self._forwards_of_step = torch.zeros_like(self._forwards_of_step)
 
     def add_micro_batch(self, output: ModelOutput, batch: PackedBatch, num_labels: int) -> None:
-        """Counts a forward: the nats of its names, and its balancing losses weighted by its share of the step's
-        ``num_labels`` labels. Their sums over micro-batches and processes are the step's means."""
+        """Counts a forward; sums of its parts over micro-batches and processes are the step's means."""
         count = batch.labels.numel()
         balancing = {name: output[name].detach() for name in _BALANCING_LOSSES if output.get(name) is not None}
         nats = output["loss"].detach() * num_labels
@@ -105,8 +93,7 @@ class LoggingWindow:
 
     def metrics(self) -> dict[str, float]:
         """The metrics of the window (no losses if every step was skipped), which then starts again. Every process must
-        call it. ``bits_per_char`` is that of the names after their prompts, where the EOS token counts as a character.
-        """
+        call it."""
         sums = self._sums.clone()
         sums[_PARTS] = cast(torch.Tensor, self._accelerator.reduce(sums[_PARTS], "sum"))
         total, steps, grad_norm, nats, characters, *parts = sums.tolist()
@@ -144,7 +131,6 @@ class LoggingWindow:
                 buffer.copy_(state[name].sum(0) * (rank == 0))
 
     def _add_up_routers(self) -> None:
-        """All-reduces the statistics of the routers."""
         buffers = list(self._router_buffers().values())
         if self._accelerator.num_processes == 1 or not buffers:
             return
@@ -158,16 +144,8 @@ class LoggingWindow:
         return {name: buffer for name, buffer in buffers if name.rpartition(".")[2] in _ROUTER_BUFFERS}
 
 
-# ------------------------------------------------------------------------------------------------ speed, FLOPs, memory
-
-
 class SpeedMeter:
-    """Training speed without pauses (validation, samples, checkpoints).
-
-    Args:
-        counts: parameter and FLOP counts from `multiplied_parameters`.
-        world: number of processes, each on such a device.
-    """
+    """Training speed of ``world`` processes without pauses (validation, samples, checkpoints)."""
 
     def __init__(self, counts: dict[str, int], device: torch.device, world: int):
         self._counts, self._device = counts, device
@@ -176,13 +154,11 @@ class SpeedMeter:
         self.begin()
 
     def begin(self) -> None:
-        """Starts a logging window."""
         self._tokens = self._labels = 0
         self._paused = 0.0
         self._start = time.perf_counter()
 
     def add(self, tokens: int, labels: int) -> None:
-        """Counts a step."""
         self._tokens += tokens
         self._labels += labels
 

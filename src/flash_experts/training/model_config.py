@@ -19,10 +19,7 @@ _VOCABULARY, _NEW = "The vocabulary", "A new model"
 
 @dataclass
 class ModelConfig(MoEOptions, UpcyclingOptions):
-    """The model.
-
-    ``num_experts: 0`` trains a base as it is, without upcycling.
-    """
+    """The model. ``num_experts: 0`` trains a base as it is, without upcycling."""
 
     upcycling: Method = option("copy", METHOD_HELP, "The experts")
     trim_vocabulary: bool = option(
@@ -41,10 +38,7 @@ class ModelConfig(MoEOptions, UpcyclingOptions):
     n_head: int = option(4, "attention heads of a new model", _NEW, bounds=(1, 1_000_000))
     n_positions: int = option(128, "longest text of a new model, in tokens", _NEW, bounds=(2, 10_000_000))
     vocab_size: int = option(
-        4096,
-        "tokens of a new model's tokenizer, which is trained on the prepared cards",
-        _NEW,
-        bounds=(257, 10_000_000),
+        4096, "tokens of a new model's tokenizer, trained on the prepared cards", _NEW, bounds=(257, 10_000_000)
     )
     tokenizer: str | None = option(
         None, "folder or hub id whose tokenizer a new model takes, such as that of its teacher; null trains one", _NEW
@@ -55,11 +49,7 @@ class ModelConfig(MoEOptions, UpcyclingOptions):
     )  # fmt: skip
 
     def validate(self) -> None:
-        """Checks every value, those too that a base or ``num_experts: 0`` leaves without use.
-
-        Raises:
-            ValueError: all that is wrong, in one message.
-        """
+        """Checks every value; raises a ValueError with all that is wrong."""
         problems = problems_of(self, ModelConfig)
         if self.n_head >= 1 and self.n_embd % self.n_head:
             problems.append(f"n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head})")

@@ -24,9 +24,7 @@ _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 def orthogonalize(matrices_NRC: torch.Tensor, steps: int = 5, dtype: torch.dtype | None = None) -> torch.Tensor:
     """Newton-Schulz iteration: singular vectors stay, singular values go to about 1.
 
-    Args:
-        matrices_NRC: floating type, as the result.
-        dtype: type of the matmuls: None for that of the matrices. The iteration tolerates the rounding of bfloat16.
+    ``dtype`` is the type of the matmuls (None for that of the matrices), which tolerate the rounding of bfloat16.
     """
     first, third, fifth = _COEFFICIENTS
     x = matrices_NRC.to(dtype or matrices_NRC.dtype)
@@ -45,9 +43,8 @@ class Muon(torch.optim.Optimizer):
     ``s = 0.2 sqrt(max(R, C))`` makes updates as large as AdamW's, so both use the same learning rate and weight decay
     (Liu et al. 2025, Muon is scalable for LLM training, section 2.2).
 
-    Args:
-        groups: parameter groups; ``blocks`` is the number of matrices side by side in a parameter of two dimensions.
-        dtype: type of the matmuls in `orthogonalize`.
+    ``blocks`` of a group is the number of matrices side by side in a parameter of two dimensions; ``dtype`` is the type
+    of the matmuls in `orthogonalize`.
     """
 
     def __init__(

@@ -17,15 +17,10 @@ CUBLAS_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 # With `on_nan: skip`: after more of them the weights themselves are likely NaN, and continuing is useless.
 MOST_SKIPS_IN_A_ROW = 20
 
-# ---------------------------------------------------------------------------------------- precision and determinism
-
 
 def use_bfloat16(precision: str, device: torch.device) -> bool:
-    """Whether forwards run under bfloat16 autocast. Weights and optimizer state stay in float32.
-
-    Raises:
-        ValueError: the GPU has no bfloat16.
-    """
+    """Whether forwards run under bfloat16 autocast. Weights and optimizer state stay in float32. Raises a ValueError if
+    the GPU has no bfloat16."""
     has_it = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     if precision == "bfloat16" and device.type == "cuda" and not has_it:
         raise ValueError("this GPU has no bfloat16: set precision to float32 or auto")
@@ -33,11 +28,7 @@ def use_bfloat16(precision: str, device: torch.device) -> bool:
 
 
 def check_dtype(model: PreTrainedModel) -> PreTrainedModel:
-    """Returns the same model.
-
-    Raises:
-        ValueError: its weights are not float32. AdamW's small steps would be lost in 16 bits.
-    """
+    """Returns the same model; raises a ValueError if its weights are not float32 (16 bits lose AdamW's small steps)."""
     if any(parameter.dtype != torch.float32 for parameter in model.parameters()):
         raise ValueError("the model's weights must be float32 to train: load it with dtype=torch.float32")
     return model
@@ -64,17 +55,11 @@ def deterministic_algorithms(wanted: bool) -> Iterator[None]:
         torch.backends.cudnn.benchmark = before[1]
 
 
-# -------------------------------------------------------------------------------------------------------- NaN and Inf
-
-
 class FiniteGuard:
     """The NaN/Inf check of loss and gradient norm before each update; a bad step on one process is bad for all.
 
     On a GPU reading the flag would synchronize at every step: the fused optimizer gets it as a tensor and skips by
-    itself, and the host reads it at the next line of metrics.
-
-    Args:
-        stop: whether one bad step ends the run: no later update is applied, even before the host has read the flag.
+    itself, and the host reads it at the next line of metrics. With ``stop``, no later update is applied either.
     """
 
     def __init__(self, stop: bool, device: torch.device, world: int):
@@ -115,7 +100,6 @@ class FiniteGuard:
 
 
 def names_in(batch: Sequence[EncodedName], tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """The decoded names of a batch."""
     return [str(tokenizer.decode(list(name.ids[name.prompt_length : -1]))).strip() for name in batch]
 
 

@@ -21,8 +21,6 @@ from flash_experts.training.training_config import PARTS, LearningRateScale, Tra
 _BLOCK = re.compile(r"\bh\.(\d+)\.")
 _EMBEDDINGS = ("wte.weight", "wpe.weight")
 
-# ---------------------------------------------------------------------------------------------------- parameter groups
-
 
 def part_of(name: str) -> str:
     """The part of the model (`PARTS`) that a parameter belongs to. Shared experts get every token: they are dense."""
@@ -32,11 +30,8 @@ def part_of(name: str) -> str:
 
 
 def freeze_parts(model: nn.Module, scale: LearningRateScale) -> None:
-    """Freezes the parts whose scale is 0, in the model itself.
-
-    Raises:
-        ValueError: the model lacks a part that has a scale, or nothing is left to train.
-    """
+    """Freezes the parts whose scale is 0, in the model itself. Raises a ValueError if the model lacks a part that has a
+    scale, or nothing is left to train."""
     present = {part_of(name) for name, _ in model.named_parameters()}
     for part in PARTS:
         if getattr(scale, part) != 1 and part not in present:
@@ -54,10 +49,8 @@ def freeze_parts(model: nn.Module, scale: LearningRateScale) -> None:
 def make_optimizers(model: nn.Module, config: TrainingConfig) -> dict[str, torch.optim.Optimizer]:
     """The optimizers by their names in checkpoints: ``optimizer`` (fused AdamW), and ``muon``.
 
-    Weight decay is on matrices, not on biases and norms. Each group has a ``scale``, see `set_rates`.
-
-    Raises:
-        ValueError: every parameter is frozen.
+    Weight decay is on matrices, not on biases and norms. Each group has a ``scale``, see `set_rates`. Raises a
+    ValueError if every parameter is frozen.
     """
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     if not trained:
@@ -115,9 +108,6 @@ def _is_hidden_matrix(name: str, parameter: nn.Parameter) -> bool:
     return _is_matrix(name, parameter) and part_of(name) != "router" and _BLOCK.search(name) is not None
 
 
-# ----------------------------------------------------------------------------------------- learning rates of the parts
-
-
 def _scales(model: nn.Module, config: TrainingConfig) -> dict[str, float]:
     """Each parameter's factor of the learning rate: the scale of its part times the decay of its layer."""
     names = [name for name, _ in model.named_parameters()]
@@ -145,9 +135,6 @@ def part_rates(scale: LearningRateScale, rate: float) -> dict[str, float]:
     return {f"lr/{part}": rate * factor for part, factor in scales.items()}
 
 
-# ------------------------------------------------------------------------------------------------------------ schedule
-
-
 @dataclass(frozen=True, slots=True)
 class Schedule:
     """Learning-rate warmup, then decay to ``min_ratio`` of the peak, by steps or by the clock.
@@ -155,7 +142,6 @@ class Schedule:
     Attributes:
         kind: cosine, linear, constant or wsd (warmup-stable-decay).
         warmup: steps (1 or more) or share of the run (under 1).
-        min_ratio: last rate over the peak.
         planned_steps: steps of the whole run; None for no limit.
         planned_seconds: seconds of the whole run; None for no limit.
         decay_share: last share of the run, in which wsd decays.
@@ -184,10 +170,8 @@ class Schedule:
     def progress(self, step: int, seconds: float, evaluation_seconds: float = 0.0) -> float:
         """Share of the training that is done, 0 to 1, by the nearer limit.
 
-        Args:
-            step: optimizer steps done.
-            seconds: time since the run started, its first validation included.
-            evaluation_seconds: time of that validation; as much is reserved for the last one.
+        ``seconds`` since the start include the first validation's ``evaluation_seconds``; as much is reserved for the
+        last one.
         """
         by_steps = 0.0 if self.planned_steps is None else step / self.planned_steps
         by_clock = 0.0
@@ -221,14 +205,10 @@ class Schedule:
         return self.min_ratio + (1 - self.min_ratio) * heights[self.kind]
 
 
-# ---------------------------------------------------------------------------------------- average of the weights (EMA)
-
-
 class WeightAverage:
     """Exponential moving average (EMA) of the trained weights: ``a = d a + (1 - d) w`` after each step.
 
-    ``d = min(decay, (1 + n) / (10 + n))`` after n steps, so that the first, bad weights are soon forgotten (the warmup
-    of TensorFlow's ExponentialMovingAverage). About the last 1 / (1 - decay) steps count.
+    ``d = min(decay, (1 + n) / (10 + n))`` after n steps, so that the first, bad weights are soon forgotten.
     """
 
     def __init__(self, model: nn.Module, decay: float):
@@ -273,7 +253,6 @@ class WeightAverage:
         if state.keys() != self._averages.keys():
             first = sorted(state.keys() ^ self._averages.keys())[0]
             raise ValueError(f"the averages are for other weights: {first} differs")
-
         for name, average in self._averages.items():
             if state[name].shape != average.shape:
                 raise ValueError(f"the average of {name} has another shape")

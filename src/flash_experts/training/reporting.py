@@ -21,10 +21,7 @@ from flash_experts.training.validation import BITS_PER_CHAR, SELECTION
 
 
 class Reporter:
-    """Sends the events of a run to metrics.jsonl, the progress bar and the callbacks, on the main process alone.
-
-    Sample names that are in ``train_cards`` or ``validation_cards`` are reported as copies.
-    """
+    """Sends the events of a run to metrics.jsonl, the progress bar and the callbacks, on the main process alone."""
 
     def __init__(
         self,
@@ -38,6 +35,7 @@ class Reporter:
         self.display = ProgressDisplay(is_main)
         self._callbacks = list(callbacks) if is_main else []
         self._file = MetricsFile(run_dir / METRICS_FILE)
+        # Sample names that are among these are reported as copies.
         self._known = {
             "in train": {normal_form(card.name) for card in train_cards},
             "in validation": {normal_form(card.name) for card in validation_cards},
@@ -54,7 +52,6 @@ class Reporter:
         self.display.start(self.run_dir.name)
 
     def notify(self, text: str) -> None:
-        """Shows a line to the user."""
         self.display.notify(text)
 
     def log(self, metrics: Mapping[str, float], share: float) -> None:
@@ -82,7 +79,6 @@ class Reporter:
         )
 
     def evaluated(self, metrics: Mapping[str, float], best: bool) -> None:
-        """Reports validation metrics."""
         if self.is_main:
             self._file.append("validation", metrics)
         for callback in self._callbacks:
@@ -94,7 +90,7 @@ class Reporter:
         )
 
     def sample(self, step: int, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Reports the callbacks' sample names, new ones and copies from the data apart."""
+        """Reports the callbacks' sample names, new ones and copies apart."""
         names = [name for callback in self._callbacks for name in callback.on_sample(step, model, tokenizer)]
         if not names:
             return
@@ -111,7 +107,6 @@ class Reporter:
                 self.notify(f"samples at step {step:,}, {group}: {', '.join(members)}")
 
     def end(self, summary: Mapping[str, object]) -> None:
-        """Ends the display and the callbacks."""
         self.display.stop()
         for callback in self._callbacks:
             callback.on_end(summary)
@@ -126,19 +121,13 @@ class ProgressDisplay:
         self._task: Any = None
 
     def start(self, run_name: str) -> None:
-        """Shows the bar."""
         if not self.enabled or not sys.stderr.isatty():
             return
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
-        columns = [
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TaskProgressColumn(),
-            TextColumn("{task.fields[line]}"),
-        ]
-        self._bar = Progress(*columns, console=Console(stderr=True))
+        columns = BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[line]}")
+        self._bar = Progress(TextColumn("{task.description}"), *columns, console=Console(stderr=True))
         self._task = self._bar.add_task(one_line(run_name), total=1.0, line="")
         self._bar.start()
 
@@ -152,7 +141,6 @@ class ProgressDisplay:
             self._bar.update(self._task, completed=share, line=line)
 
     def notify(self, text: str) -> None:
-        """Shows a line that stays."""
         if not self.enabled:
             return
         with _ignore_closed_output():
@@ -162,7 +150,6 @@ class ProgressDisplay:
                 say(text, sys.stderr)
 
     def stop(self) -> None:
-        """Removes the bar."""
         if self._bar is not None:
             with _ignore_closed_output():
                 self._bar.stop()

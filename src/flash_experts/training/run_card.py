@@ -69,9 +69,7 @@ Bits per character of {names} names that the model has not learned from; the end
 def write_run_card(run_dir: Path, info: Mapping[str, Any], result: TrainingResult, overwrite: bool = False) -> None:
     """Writes the card of the model in a run's folder; nothing if there is no model yet, or a card of the user's own.
 
-    Args:
-        info: what run.json holds.
-        overwrite: replace any card.
+    ``info`` is what run.json holds; ``overwrite`` replaces any card.
     """
     path = run_dir / CARD
     if not (run_dir / CONFIG).is_file():
@@ -84,14 +82,8 @@ def write_run_card(run_dir: Path, info: Mapping[str, Any], result: TrainingResul
     best = next((line for line in validations if line["step"] == result.best_step), {})
     values = {given: best[name] for given, name in _GIVEN.items() if name in best}
     base_model, license = origin_of(origin.get("base"))
-    metadata = card_data(
-        run_dir.name,
-        info["model"]["type"],
-        source,
-        base_model,
-        license,
-        bits_per_character(source, "validation", values),
-    )
+    bits = bits_per_character(source, "validation", values)
+    metadata = card_data(run_dir.name, info["model"]["type"], source, base_model, license, bits)
     with whole_file(path) as temporary:
         write_card(temporary, metadata, _text(run_dir.name, info, result, values))
 

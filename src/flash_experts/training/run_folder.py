@@ -36,15 +36,10 @@ MAY_CHANGE = {
     *("output_router_logits", "output_attentions", "output_hidden_states", "return_dict"),
 }
 
-# ------------------------------------------------------------------------------------------------- the folder, locked
-
 
 def check_run_folder(run_dir: Path, overwrite: bool, accelerator: Accelerator) -> None:
-    """Refuses a folder that is neither new nor empty nor a run's (with a lock file or checkpoints), on all processes.
-
-    Raises:
-        ValueError: the folder holds something else, such as a model, and ``overwrite`` is False.
-    """
+    """Refuses a folder that is neither new nor empty nor a run's (with a lock file or checkpoints), on all processes:
+    raises a ValueError unless ``overwrite`` is given."""
     # The main process decides: a late one would find what the main one has begun.
     problem: ValueError | None = None
     is_run = (run_dir / LOCK_FILE).is_file() or checkpoint_steps(run_dir)
@@ -61,13 +56,10 @@ def check_run_folder(run_dir: Path, overwrite: bool, accelerator: Accelerator) -
 
 
 class RunLock:
-    """While open, no second trainer can use the run's folder, which is created.
+    """While open, no second trainer can use the run's folder, which is created; entering raises a ValueError if another
+    process is training into it.
 
-    The main process holds an operating system lock (``flock``), which ends with the process: a crash or a kill leaves
-    only an empty file behind.
-
-    Raises:
-        ValueError: on entering, if another process is training into the folder.
+    The main process holds an operating system lock (``flock``), which ends with the process.
     """
 
     def __init__(self, run_dir: Path, accelerator: Accelerator):
@@ -105,9 +97,6 @@ class RunLock:
             (self._run_dir / LOCK_FILE).unlink()
             checkpoints.rmdir()
             self._run_dir.rmdir()
-
-
-# ------------------------------------------------------------------------------------- what must be equal to resume
 
 
 def fingerprint(cards: Sequence[Card]) -> str:
@@ -152,9 +141,6 @@ def _sha256_of_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(json.dumps([about, special], sort_keys=True).encode()).hexdigest()
 
 
-# -------------------------------------------------------------------------------------------------------- run.json
-
-
 def describe_run(
     config: dict[str, Any], data: dict[str, Any], model: PreTrainedModel, device: torch.device, processes: int
 ) -> dict[str, Any]:
@@ -197,6 +183,5 @@ def git_commit() -> str | None:
 
 
 def write_run_info(path: Path, info: dict[str, Any]) -> None:
-    """Writes run.json."""
     with whole_file(path) as temporary:
         temporary.write_text(json.dumps(info, indent=2, default=str) + "\n", encoding="utf-8")

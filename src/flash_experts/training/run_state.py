@@ -12,22 +12,18 @@ from types import FrameType, TracebackType
 from flash_experts.training.optimizer import Schedule
 from flash_experts.training.training_config import TrainingConfig
 
-# ------------------------------------------------------------------------------------------------------------ progress
-
 
 @dataclass
 class TrainerState:
     """How far a run is, as kept in checkpoints.
 
     Attributes:
-        step: optimizer steps done.
         tokens: input tokens processed.
         seconds: wall-clock training time, without what a kill lost.
         evaluation_seconds: time of the first validation.
         best_bits_per_char: lowest `validation.SELECTION` so far.
         bad_evaluations: validations since the best one.
         skipped_steps: steps skipped for a NaN or infinite loss or gradient (``on_nan: skip``).
-        skipped_in_a_row: number of consecutive ones, up to ``last_skipped``.
     """
 
     step: int = 0
@@ -62,15 +58,8 @@ def checkpoint_path(run_dir: Path, step: int) -> Path:
     return run_dir / "checkpoints" / f"step-{step:06d}"
 
 
-# --------------------------------------------------------------------------------------------------------- end of a run
-
-
 def reason_to_end(state: TrainerState, schedule: Schedule, patience: int | None) -> str | None:
-    """Why a run is over, or None. It depends on state and configuration alone, so a resumed run decides alike.
-
-    Args:
-        patience: early-stopping patience: validations in a row without a new best; None for no limit.
-    """
+    """Why a run is over, or None. It depends on state and configuration alone, so a resumed run decides alike."""
     if schedule.planned_steps is not None and state.step >= schedule.planned_steps:
         return "steps"
     seconds = state.seconds + state.evaluation_seconds  # with the validation that is still to come
@@ -88,7 +77,6 @@ class TrainingResult:
     Attributes:
         reason: ``steps``, ``time``, ``early stopping``, or a signal's name.
         best_bits_per_char: lowest `validation.SELECTION`; None without validation names.
-        best_step: its step, whose weights are in ``run_dir``.
     """
 
     reason: str
@@ -100,7 +88,6 @@ class TrainingResult:
 
     @classmethod
     def of(cls, state: TrainerState, reason: str, run_dir: Path) -> TrainingResult:
-        """The result of a run that ends at ``state``."""
         return cls(reason, state.step, state.best_bits_per_char, state.best_step, run_dir, state.seconds)
 
     @property
@@ -123,12 +110,9 @@ STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SI
 
 
 class StopSignals:
-    """While open, the first of `STOP_SIGNALS` sets `received`; a second Ctrl+C interrupts at once.
+    """While open, the first of `STOP_SIGNALS` sets `received` to its name; a second Ctrl+C interrupts at once.
 
     A signal that was ignored stays so: SIGHUP under nohup, SIGINT of a shell's background jobs.
-
-    Attributes:
-        received: name of the signal, or None.
     """
 
     def __init__(self) -> None:
@@ -157,22 +141,13 @@ class StopSignals:
             signal.signal(number, previous)  # type: ignore[arg-type]
 
 
-# -------------------------------------------------------------------------------------------------------------- errors
-
-
 class TrainingError(RuntimeError):
     """A run cannot continue."""
 
 
 class NonFiniteLossError(TrainingError):
-    """The loss or its gradient became NaN or infinite.
-
-    Args:
-        step: first such optimizer step, from 1.
-        names: training names of that step; empty if a validation found it.
-        last_good: newest checkpoint that verifies.
-        bfloat16: whether forwards run in bfloat16.
-    """
+    """The loss or its gradient became NaN or infinite: at ``step`` (from 1), with the training names of that step,
+    or in a validation, without names."""
 
     def __init__(self, step: int, names: Sequence[str], last_good: Path | None, config: TrainingConfig, bfloat16: bool):
         where = f"in the validation at step {step}"

@@ -41,8 +41,7 @@ def holds_whole_matrices(tensor: torch.Tensor) -> bool:
 
 @torch.no_grad()
 def clip_grad_norm(parameters: Iterable[torch.Tensor], limit: float) -> torch.Tensor:
-    """Scales the full gradient down to the norm ``limit`` where it is larger; returns the norm before, a 0-dimensional
-    tensor."""
+    """Scales the full gradient down to the norm ``limit`` if it is larger; returns the norm before, 0-dimensional."""
     trained = [parameter for parameter in parameters if parameter.grad is not None]
     # A shard may be on one process alone or replicated on several: DTensors know which, and count each one once.
     by_mesh: dict[object, list[torch.Tensor]] = {}

@@ -22,19 +22,13 @@ class Stateful(Protocol):
         """Tensors (sharded ones too) and JSON values by key. Called on every process, so it may gather."""
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restores what `state_dict` gave; tensors are full and on the CPU.
-
-        Raises:
-            ValueError: the state does not match this object.
-        """
+        """Restores what `state_dict` gave (tensors are full and on the CPU), or raises a ValueError if it does not
+        match."""
 
 
 class OptimizerState:
-    """The state of AdamW or Muon by parameter names, ``h.0.ln_1.weight|exp_avg``.
-
-    Names, unlike torch's indices, stay right when parameters are grouped differently. Learning rates and the like come
-    from the configuration.
-    """
+    """The state of AdamW or Muon by parameter names, ``h.0.ln_1.weight|exp_avg``, which, unlike torch's indices, stay
+    right when parameters are grouped differently."""
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer):
         self._names: dict[torch.Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}

@@ -17,10 +17,7 @@ _MAX_STEP = 2**53
 
 
 class Callback:
-    """Hooks of a run, on the main process alone; a subclass overrides some.
-
-    They may draw random numbers: dropout is seeded at each step.
-    """
+    """Hooks of a run, on the main process alone; a subclass overrides some. They may draw random numbers."""
 
     def on_start(self, run_name: str, run_info: Mapping[str, object]) -> None:
         """Before the first step. ``run_info`` is what `run.json` holds."""
@@ -40,9 +37,6 @@ class Callback:
 
     def on_end(self, summary: Mapping[str, object]) -> None:
         """After the last step, or when the run is interrupted."""
-
-
-# ------------------------------------------------------------------------------------------------------ metrics.jsonl
 
 
 class MetricsFile:
@@ -72,11 +66,7 @@ class MetricsFile:
 
 
 def parse_metrics(text: str, *fields: str) -> dict[str, Any]:
-    """Parses one line of a metrics.jsonl.
-
-    Raises:
-        ValueError: it is not a JSON object with these fields.
-    """
+    """Parses one line of a metrics.jsonl; raises a ValueError if it is not a JSON object with these fields."""
     try:
         line: dict[str, Any] = json.loads(text)
         for field in fields:
@@ -87,9 +77,8 @@ def parse_metrics(text: str, *fields: str) -> dict[str, Any]:
 
 
 def read_metrics(path: str | Path, event: str | None = None) -> list[dict[str, Any]]:
-    """Reads the lines of a metrics.jsonl, of one event (train, validation, samples) or of all.
-
-    A last line that a kill truncated is left out.
+    """Reads the lines of a metrics.jsonl, of one event (train, validation, samples) or of all, but not a last line that
+    a kill truncated.
 
     Raises:
         ValueError: there is no such file, it is not UTF-8 text or too large, or a line is damaged (``file:line``).

@@ -1,8 +1,7 @@
 """The training loop, on a CPU, a GPU, or many GPUs under ``torchrun`` or ``accelerate launch``.
 
-One optimizer step: take the names of the step (a pure function of seed and step), cut them into micro-batches for the
-processes and for gradient accumulation, accumulate the gradients, clip, update the weights. Between steps: logging,
-validation, samples, checkpoints, stopping.
+One optimizer step: take its names, cut them into micro-batches, accumulate the gradients, clip, update the weights.
+Between steps: logging, validation, samples, checkpoints, stopping.
 """
 
 from __future__ import annotations
@@ -76,10 +75,7 @@ class Trainer:
     Args:
         model: causal LM that takes packed sequences (see `flash_experts.models.loading.load_model`), trained in place.
             Its weights must be float32; ``config.precision`` selects bfloat16 autocast.
-        tokenizer: the model's tokenizer.
-        train_cards: training split.
         validation_cards: validation split; empty for none.
-        config: run configuration.
         callbacks: listeners; one of them may make sample names.
         data_info: meta.json of the data, kept with the run.
         origin: base of the model and options of its experts, kept with the run.
@@ -195,11 +191,8 @@ class Trainer:
             planned = self.batches.stage_of(state.step)
             if config.stages and planned.first_step == state.step:
                 self.report.stage_begins(self.batches.plan, planned)
-            factor = (
-                self.schedule.factor(state.step, state.seconds, state.evaluation_seconds)
-                * planned.stage.learning_rate_scale
-            )
-            rate = config.learning_rate * factor
+            factor = self.schedule.factor(state.step, state.seconds, state.evaluation_seconds)
+            rate = config.learning_rate * (factor * planned.stage.learning_rate_scale)
             self._step(rate)
             state.step += 1
             log_due = _due(state.step, config.log_every)
@@ -224,7 +217,6 @@ class Trainer:
         return reason
 
     def _step(self, rate: float) -> None:
-        """One optimizer step."""
         batches, num_labels = self._micro_batches_of_step()
         seed_dropout(self.config.seed, self.state.step, self.rank)
         set_rates(self.optimizers.values(), rate)
@@ -287,7 +279,6 @@ class Trainer:
         return NonFiniteLossError(step, names, self.checkpointer.last_good(), self.config, self.autocast)
 
     def _log(self, rate: float) -> None:
-        """Reports the metrics of the logging window."""
         self._check_finite()
         state = self.state
         share = self.schedule.progress(state.step, state.seconds, state.evaluation_seconds)
@@ -339,13 +330,11 @@ class Trainer:
         return nullcontext() if self.average is None else self.average.in_place()
 
     def _save(self) -> None:
-        """Writes a checkpoint of this step."""
         self._check_finite()
         with self.speed.pause():
             self.checkpointer.save(self.state)
 
     def _finish(self, reason: str) -> None:
-        """Reports the end of the run, when everything is written."""
         self.checkpointer.wait()
         self.accelerator.wait_for_everyone()
         self.report.notify(TrainingResult.of(self.state, reason, self.run_dir).closing_message())

@@ -13,11 +13,7 @@ _MODES = (*OFFLINE, "online", "run", "shared", "disabled")
 
 
 def wandb_mode(warn: Callable[[str], None]) -> str:
-    """``WANDB_MODE``, or online if there is an API key; always offline without one, for wandb would ask for it.
-
-    Raises:
-        ValueError: wandb has no such mode.
-    """
+    """``WANDB_MODE``, or online if there is an API key; always offline without one, for wandb would ask for it."""
     mode = os.environ.get("WANDB_MODE") or ("online" if _has_key() else "offline")
     if mode not in _MODES:
         raise ValueError(f"WANDB_MODE is {mode!r}: set it to online, offline or disabled, or unset it")
