@@ -43,7 +43,7 @@ def test_the_worked_example_of_the_docstring() -> None:
 def test_every_label_follows_its_position(lengths: list[tuple[int, int]]) -> None:
     names = encoded(*lengths)
     batch = pack(names)
-    assert batch.num_names == len(names) and batch.num_tokens == sum(name.num_inputs for name in names)
+    assert batch.num_names == len(names) and batch.input_ids.numel() == sum(name.num_inputs for name in names)
     inputs = batch.input_ids[0]
     assert torch.equal(batch.labels, inputs[batch.keep] + 1), "ids are consecutive, so the next one is the label"
     assert batch.max_length == max(name.num_inputs for name in names)
@@ -59,7 +59,7 @@ def test_pack_all_keeps_every_name_in_order(lengths: list[tuple[int, int]], toke
     names = encoded(*lengths)
     batches = pack_all(names, tokens_per_batch)
     assert sum(batch.num_names for batch in batches) == len(names)
-    assert all(batch.num_tokens <= tokens_per_batch or batch.num_names == 1 for batch in batches)
+    assert all(batch.input_ids.numel() <= tokens_per_batch or batch.num_names == 1 for batch in batches)
     together = [token for batch in batches for token in batch.input_ids[0].tolist()]
     assert together == [token for name in names for token in name.ids[:-1]]
 

@@ -119,11 +119,8 @@ def _folded(text: str) -> str:
 
 
 def known_columns(headings: Iterable[str]) -> set[str]:
-    """The known columns in a heading; ``"other"`` stands for columns of `_OTHER_COLUMNS`.
-
-    Raises:
-        ValueError: two columns are called the name.
-    """
+    """The known columns in a heading; ``"other"`` stands for columns of `_OTHER_COLUMNS`. Raises a ValueError if two
+    are called the name."""
     folded = [_folded(heading) for heading in headings]
     known = {column for column, spellings in _COLUMNS.items() if not set(spellings).isdisjoint(folded)}
     name = next((spelling for spelling in _COLUMNS["name"] if spelling in folded), None)
@@ -133,16 +130,8 @@ def known_columns(headings: Iterable[str]) -> set[str]:
 
 
 def raw_card(record: Any, where: str, unread: Unread) -> RawCard | None:
-    """Parses a record; None if its name is empty.
-
-    Args:
-        record: a name, or values by column.
-        where: ``file:line``, or ``file[index]``.
-        unread: counts unreadable values.
-
-    Raises:
-        ValueError: the record is neither, its name is too long, or a value has a wrong type.
-    """
+    """Parses a name, or values by column; None if the name is empty. Counts unreadable values in ``unread``. Raises a
+    ValueError if the record is neither, its name is too long, or a value has a wrong type."""
     if isinstance(record, str):
         record = {"name": record}
     if not isinstance(record, dict):
@@ -162,7 +151,6 @@ def raw_card(record: Any, where: str, unread: Unread) -> RawCard | None:
     type_line = _type_line(fields)
 
     def read(column: str, parse: Callable[[Any], Any]) -> Any:
-        """A parsed value; None if it is missing or unreadable."""
         value = fields.get(column)
         if _is_missing(value):
             return None
@@ -273,19 +261,15 @@ def _colors(fields: Mapping[str, Any], type_line: str | None, read: Callable[...
 
 
 def _color_letters(value: Any) -> str:
-    """``"WU"`` of ``["U", "W"]``, ``"['W', 'U']"``, ``"White/Blue"``; ``"?"`` for unnamed ones ("multicolor").
-
-    Raises:
-        ValueError: these are not colors.
-    """
+    """``"WU"`` of ``["U", "W"]``, ``"['W', 'U']"``, ``"White/Blue"``; ``"?"`` for unnamed ones ("multicolor"). Raises a
+    ValueError for anything else."""
     if isinstance(value, list):
         if not all(isinstance(letter, str) for letter in value):
             raise ValueError
         value = ",".join(value)
     if not isinstance(value, str):
         raise ValueError
-    faces = [face for face in re.split(r"\s+//\s+", value)]
-    return FACE_SEPARATOR.join(map(_colors_of_face, faces))
+    return FACE_SEPARATOR.join(map(_colors_of_face, re.split(r"\s+//\s+", value)))
 
 
 def _colors_of_face(text: str) -> str:

@@ -82,11 +82,7 @@ def read_file(path: Path) -> CardSource:
 
 
 def read_text(path: Path) -> list[RawCard]:
-    """Reads cards from a file of any suffix with one name per line; there may be none.
-
-    Raises:
-        ValueError: as `read_file`.
-    """
+    """Reads cards from a file of any suffix with one name per line; there may be none. Errors as `read_file`."""
     return _bounded(path, _txt_rows(_Lines(path), Unread()))
 
 
@@ -97,9 +93,6 @@ def _bounded(path: Path, cards: Iterator[RawCard]) -> list[RawCard]:
         if len(rows) > MAX_CARDS:
             raise ValueError(f"{path}: more than {MAX_CARDS:,} cards: give a smaller file")
     return rows
-
-
-# -------------------------------------------------------------------------------------------------------------- text
 
 
 class _Lines:
@@ -201,9 +194,6 @@ def _name_rows(numbered: Iterable[tuple[str, str]], unread: Unread) -> Iterator[
             record = entry and {"name": entry.name, "set": entry.set_code, "layout": "token" if entry.is_token else ""}
         if record and not line.startswith("//") and (card := raw_card(record, where, unread)):
             yield card
-
-
-# -------------------------------------------------------------------------------------------------------------- csv
 
 
 def _csv_rows(lines: _Lines, unread: Unread) -> Iterator[RawCard]:
@@ -312,9 +302,6 @@ def _single_cells(rows: Iterator[tuple[str, list[str]]]) -> Iterator[tuple[str, 
         if "\t" in name or (len(cells) > 1 and _BETWEEN_CELLS.search(name)):
             raise ValueError(f"{place}: {max(len(cells), 2)} cells, but the heading has 1 columns")
         yield place, name
-
-
-# -------------------------------------------------------------------------------------------------------------- json
 
 
 def _jsonl_rows(lines: _Lines, unread: Unread) -> Iterator[RawCard]:

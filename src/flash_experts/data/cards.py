@@ -44,13 +44,8 @@ class RawCard:
 
 @dataclass(frozen=True, slots=True)
 class CardSource:
-    """Raw cards and their provenance.
-
-    Attributes:
-        name: ``"embedded"``, a live source such as ``"scryfall"``, or the file's name.
-        rows: cards in the source's order.
-        unread: counts of `Unread`.
-    """
+    """Raw cards and their provenance; the name is ``"embedded"``, a live source such as ``"scryfall"``, or the file's,
+    and ``unread`` has the counts of `Unread`."""
 
     name: str
     version: str
@@ -60,17 +55,13 @@ class CardSource:
 
 
 class Unread:
-    """Counts values that could not be read, by column, with the first example of each.
-
-    Attributes:
-        counts: e.g. ``{"rarity": {"count": 3, "first": "mine.csv:7: 'Promo'"}}``; ready for JSON.
-    """
+    """Counts values that could not be read, by column, with the first example of each (``file:line``), ready for JSON:
+    ``{"rarity": {"count": 3, "first": "mine.csv:7: 'Promo'"}}``."""
 
     def __init__(self) -> None:
         self.counts: dict[str, dict[str, Any]] = {}
 
     def add(self, column: str, where: str, value: object) -> None:
-        """Counts one value of a column; ``where`` is its ``file:line``."""
         entry = self.counts.setdefault(column, {"count": 0, "first": f"{Path(where).name}: {str(value)[:50]!r}"})
         entry["count"] += 1
 
@@ -138,11 +129,7 @@ class Card:
 
     @classmethod
     def from_json(cls, fields: dict[str, Any], where: str) -> Card:
-        """The card of a prepared line; ``where`` is its ``file:line``, for errors.
-
-        Raises:
-            ValueError: a field is missing or has a wrong type.
-        """
+        """The card of a prepared line; raises a ValueError with ``where``, its ``file:line``, if it is malformed."""
         if not isinstance(fields, dict):
             raise ValueError(f"{where}: a card must be a JSON object, not {type(fields).__name__}")
         missing = [name for name in cls.__slots__ if name not in fields and name not in _OPTIONAL_FIELDS]
@@ -196,9 +183,8 @@ def in_color_order(letters: list[str] | tuple[str, ...] | set[str] | str) -> tup
 
 
 def parse_colors(text: str | None) -> tuple[str, ...] | None:
-    """Parses colors into letters in the order WUBRG; ``()`` for colorless, None for an empty text.
-
-    ``"R"``, ``"WU"``, ``"red"``, ``"white and blue"``, ``"{W}{U}"``, ``"colorless"`` and ``"C"`` are understood.
+    """Parses colors such as ``"WU"``, ``"white and blue"``, ``"{W}{U}"``, ``"colorless"`` and ``"C"`` into letters in
+    the order WUBRG; ``()`` for colorless, None for an empty text.
 
     Raises:
         ValueError: a word is not a color (with a suggestion).

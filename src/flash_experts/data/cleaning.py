@@ -61,14 +61,8 @@ _EXCLUDED_LAYOUTS = {
 
 @dataclass(frozen=True, slots=True)
 class Cleaned:
-    """The cleaned cards and what was dropped.
-
-    Attributes:
-        cards: one for each name, in the source's order.
-        dropped: number of names left out, by reason.
-        faces: number of input names: ``len(cards) + sum(dropped.values())``.
-        unread: unreadable mana costs, as in `flash_experts.data.cards.Unread`.
-    """
+    """The cleaned cards, one for each name, and how many of the ``faces`` were dropped, by reason; ``unread`` are
+    unreadable mana costs, as in `flash_experts.data.cards.Unread`."""
 
     cards: tuple[Card, ...]
     dropped: dict[str, int]
@@ -80,12 +74,8 @@ def clean(rows: Iterable[RawCard], include: Collection[str] = ()) -> Cleaned:
     """Turns raw cards into the names of the dataset.
 
     Each face is a name of its own. Cards that cannot be in a deck, rebalanced duplicates ("A-"), names with blanks,
-    flagged names and repeated names are dropped and counted. Of two faces with the same name the one with more known
-    attributes stays, at the position of the first. Idempotent.
-
-    Args:
-        rows: raw cards of any source.
-        include: flags whose names stay: ``"jokes"``, ``"franchises"``.
+    flagged names (except with the flags ``include``) and repeated names are dropped and counted. Of two faces with the
+    same name the one with more known attributes stays, at the position of the first. Idempotent.
 
     Raises:
         ValueError: ``include`` has an unknown flag.
@@ -177,12 +167,8 @@ def _reason(row: RawCard, card: Card, include: Collection[str]) -> str | None:
             return _EXCLUDED_SUBTYPES[kind]
     if row.excluded:
         return row.excluded
-    if row.flag in FLAGS and row.flag not in include:
-        return row.flag
-    return None
+    return row.flag if row.flag in FLAGS and row.flag not in include else None
 
-
-# ---------------------------------------------------------------------------------------------------- mana costs
 
 _PART = "[WUBRGCSH]"
 _HYBRID = rf"(?:[0-9]{{1,2}}|{_PART})(?:/(?:[0-9]{{1,2}}|[WUBRGCPH]))+"
@@ -249,11 +235,8 @@ def colors_of_cost(cost: str) -> tuple[str, ...] | None:
 
 @lru_cache(4096)
 def mana_value(cost: str) -> int | None:
-    """Total of a mana cost, None if it cannot be read: ``"{X}{2}{R/G}"`` gives 3.
-
-    X, Y and Z count 0, a hybrid symbol its larger half (``"{2/R}"`` is 2), a half symbol (``"{HW}"``, on jokes) one
-    half; the sum is rounded down.
-    """
+    """Total of a mana cost, None if it cannot be read: X, Y and Z count 0, a hybrid symbol its larger half (``"{2/R}"``
+    is 2), a half symbol (``"{HW}"``, on jokes) one half; the sum is rounded down."""
     symbols = read_cost(cost)
     return None if symbols is None else int(sum(map(_symbol_value, symbols)))
 

@@ -46,11 +46,7 @@ class Entry:
 
 
 class DeckList:
-    """Reads a deck list line by line.
-
-    Args:
-        known: normal forms of real names. A line that is one stays whole, such as "50 Feet of Rope".
-    """
+    """Reads a deck list line by line; a line that is a real name in ``known`` stays whole ("50 Feet of Rope")."""
 
     def __init__(self, known: frozenset[str]) -> None:
         self.known = known

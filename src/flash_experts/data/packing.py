@@ -77,11 +77,6 @@ class PackedBatch:
         return self.characters.numel()
 
     @property
-    def num_tokens(self) -> int:
-        """T, the tokens that the model processes."""
-        return self.input_ids.numel()
-
-    @property
     def inputs(self) -> dict[str, Any]:
         """Arguments of a causal LM's forward, whose logits are (1, L, vocabulary)."""
         return {
@@ -96,12 +91,8 @@ class PackedBatch:
         }
 
     def inputs_with_loss(self, num_items: int | torch.Tensor) -> dict[str, Any]:
-        """`inputs` plus labels: the forward's ``.loss`` is the summed cross-entropy (nats) divided by ``num_items``.
-
-        Args:
-            num_items: labels of the whole optimizer step over all micro-batches and processes, so that the losses of
-                gradient accumulation add up to that of one large batch.
-        """
+        """`inputs` plus labels: the forward's ``.loss`` is the summed cross-entropy (nats) divided by ``num_items``,
+        the labels of the whole optimizer step over all micro-batches and processes."""
         return self.inputs | {
             "labels": self.labels[None],
             "shift_labels": self.labels[None],
@@ -109,7 +100,6 @@ class PackedBatch:
         }
 
     def to(self, device: torch.device | str) -> PackedBatch:
-        """Copies the batch to a device."""
         moved: dict[str, Any] = {
             name: value.to(device, non_blocking=True)
             for name in self.__slots__

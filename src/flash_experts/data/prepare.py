@@ -18,7 +18,7 @@ from flash_experts.data.cleaning import CLEANING_VERSION, FLAGS, NOT_CARDS, clea
 from flash_experts.data.names import faces_of, normal_form, shown_form
 from flash_experts.data.sources import LIVE, load_source
 from flash_experts.data.splits import SPLITS, split_by_family
-from flash_experts.files import flush_file, folder_lock, whole_file, whole_files
+from flash_experts.files import flush_file, folder_lock, sha256_of, whole_file, whole_files
 
 META = "meta.json"
 KNOWN_NAMES = "known_names.txt"
@@ -131,11 +131,7 @@ def _write(
 
 
 def _check_out(out: Path, source: str | Path, overwrite: bool) -> None:
-    """Checks by hash that existing files were written by a previous run.
-
-    Raises:
-        ValueError: one was not, or is the source.
-    """
+    """Checks by hash that existing files were written by a previous run, and none of them is the source."""
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file: give --out a folder")
     hashes = _hashes_of(out / META)
@@ -143,7 +139,7 @@ def _check_out(out: Path, source: str | Path, overwrite: bool) -> None:
     for path in (out / name for name in FILES):
         if Path(source).is_file() and path.exists() and path.samefile(source):
             raise ValueError(f"--source {source} is one of the files that prepare writes to {out}: give another --out")
-        is_own = bool(hashes) if path.name == META else path.is_file() and (path.name, _sha256(path)) in known
+        is_own = bool(hashes) if path.name == META else path.is_file() and (path.name, sha256_of(path)) in known
         if not is_own and os.path.lexists(path) and (path.is_dir() or not overwrite):
             raise ValueError(
                 f"{path} was not written by prepare, or has changed since: give another --out, or --overwrite to "
@@ -160,11 +156,6 @@ def _hashes_of(path: Path) -> list[tuple[str, str]]:
         return [(str(name), str(digest)) for name, digest in pairs] if "cleaning_version" in meta else []
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return []
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _changes(out: Path, meta: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any] | None:
@@ -215,11 +206,8 @@ def _write_all(out: Path, files: dict[str, bytes], hashes: Mapping[str, str]) ->
 
 
 def load_split(folder: str | Path, split: str) -> list[Card]:
-    """Loads one of `SPLITS` from a folder that `prepare` wrote.
-
-    Raises:
-        ValueError: there is no such split or file, it is empty, or a line is malformed (``file:line``).
-    """
+    """Loads one of `SPLITS` from a folder that `prepare` wrote. Raises a ValueError if there is no such split or file,
+    it is empty, or a line is malformed (``file:line``)."""
     if split not in SPLITS:
         raise ValueError(f"no split {split!r}: there are {', '.join(SPLITS)}")
     path = Path(folder) / f"{split}.jsonl"
@@ -228,11 +216,8 @@ def load_split(folder: str | Path, split: str) -> list[Card]:
 
 
 def load_cards(path: str | Path) -> list[Card]:
-    """Loads a file of prepared lines, which may be compressed (``.jsonl.xz``).
-
-    Raises:
-        ValueError: there is no such file, it is empty, or a line is malformed (``file:line``).
-    """
+    """Loads a file of prepared lines, which may be compressed (``.jsonl.xz``). Raises a ValueError if there is no such
+    file, it is empty, or a line is malformed (``file:line``)."""
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"no file {path}: give a file of prepared lines, such as generate --attributes-from writes")
@@ -257,11 +242,7 @@ def _card(line: bytes, where: str) -> Card:
 
 
 def load_known_names(folder: str | Path) -> frozenset[str]:
-    """Normal forms of all names in a prepared folder: known cards and the names of the splits.
-
-    Raises:
-        ValueError: a file is missing or malformed.
-    """
+    """Normal forms of all names in a prepared folder: known cards and the names of the splits."""
     path = Path(folder) / KNOWN_NAMES
     _check_there(path)
     names = [name for name in path.read_text(encoding="utf-8").splitlines() if name]
@@ -270,11 +251,8 @@ def load_known_names(folder: str | Path) -> frozenset[str]:
 
 
 def extra_cards(path: str | Path, folder: str | Path) -> list[Card]:
-    """Loads cards to train on in addition to a folder's training split, such as names that a teacher generated.
-
-    Raises:
-        ValueError: as `load_cards`, or a name is in a held-out split.
-    """
+    """Loads cards to train on in addition to a folder's training split, such as names that a teacher generated. Raises
+    a ValueError if as `load_cards`, or a name is in a held-out split."""
     cards = load_cards(path)
     held_out = {normal_form(card.name) for split in SPLITS if split != "train" for card in load_split(folder, split)}
     for number, card in enumerate(cards, start=1):
@@ -307,19 +285,13 @@ def _check_there(path: Path) -> None:
 
 
 def check_prepared(folder: str | Path, splits: Sequence[str] = ("train", "validation")) -> None:
-    """Compares each split's file with its SHA-256 in meta.json, if there is one.
-
-    Raises:
-        ValueError: meta.json is missing, or a file was changed.
-    """
+    """Compares each split's file with its SHA-256 in meta.json, if there is one; raises a ValueError if it differs."""
     recorded = load_meta(folder).get("sha256", {})
     for split in splits:
         path = Path(folder) / f"{split}.jsonl"
         if path.name not in recorded or not path.is_file():  # `load_split` reports a missing file
             continue
-        with path.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-        if found != recorded[path.name]:
+        if sha256_of(path) != recorded[path.name]:
             raise ValueError(
                 f"{path} is not the file that was prepared (its SHA-256 is not the one in meta.json): run "
                 f"`flash-experts prepare --out {folder}` again, or, if you changed it on purpose, remove its line from "

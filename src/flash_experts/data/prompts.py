@@ -72,13 +72,8 @@ class Attributes:
         set_code: str | None = None,
         released: int | None = None,
     ) -> Attributes:
-        """Parses attributes as users write them; None (or an empty text) leaves one unspecified.
-
-        Args:
-            type_line: ``"Legendary Creature — Goblin"``, with "-" or "--" for the dash, or ``"goblin creature"``.
-            colors: see `flash_experts.data.cards.parse_colors`.
-            mana_value: from 0 to `MAX_MANA_VALUE`.
-            released: a year.
+        """Parses attributes as users write them; None (or an empty text) leaves one unspecified. A type line may have
+        "-" or "--" for the dash, or be ``"goblin creature"``.
 
         Raises:
             ValueError: a value is unknown (with a suggestion) or malformed. `check_known` checks what a model knows.
@@ -102,17 +97,8 @@ class Attributes:
         # Optional attributes use the low bits of the first draws, which are independent of the high bits: more draws
         # would change what is dropped from all other cards, and with it every run on the embedded table.
         optional = (draw * 2**20 % 1 for draw in single[: len(OPTIONAL_ATTRIBUTES)])
-        keep = [draw >= probability for draw in (*single, *optional)]
-        return Attributes(
-            supertypes=self.supertypes if keep[0] else None,
-            types=self.types if keep[1] else None,
-            subtypes=self.subtypes if keep[2] else None,
-            colors=self.colors if keep[3] else None,
-            mana_value=self.mana_value if keep[4] else None,
-            rarity=self.rarity if keep[5] else None,
-            set_code=self.set_code if keep[6] else None,
-            released=self.released if keep[7] else None,
-        )
+        draws = zip(fields(self), (*single, *optional), strict=True)
+        return Attributes(**{one.name: getattr(self, one.name) for one, draw in draws if draw >= probability})
 
     def prompt(self) -> str:
         """Plain text: ``"legendary creature goblin warrior, red, 3, rare, ZEN, 2009:"``; ``":"`` for unconditional.
@@ -123,14 +109,8 @@ class Attributes:
         parts = [" ".join((*(self.supertypes or ()), *(self.types or ()), *(self.subtypes or ()))).lower()]
         if self.colors is not None:
             parts.append(" ".join(COLOR_WORDS[color] for color in self.colors) or COLORLESS)
-        if self.mana_value is not None:
-            parts.append(str(self.mana_value))
-        if self.rarity is not None:
-            parts.append(self.rarity)
-        if self.set_code is not None:
-            parts.append(self.set_code)
-        if self.released is not None:
-            parts.append(str(self.released))
+        printing = (self.mana_value, self.rarity, self.set_code, self.released)
+        parts += [str(value) for value in printing if value is not None]
         return ", ".join(part for part in parts if part) + ":"
 
 
@@ -138,11 +118,8 @@ UNCONDITIONAL = Attributes()
 
 
 def prompt_words(cards: Iterable[Card], at_least: int = 3) -> list[str]:
-    """The vocabulary of prompts: words of types, colors, rarities, subtypes, sets and years of release.
-
-    Args:
-        at_least: least number of cards with a subtype, set or year. Sets and years that are words of names are omitted.
-    """
+    """The vocabulary of prompts: words of types, colors and rarities, and of subtypes, sets and years of release that
+    ``at_least`` cards have, except sets and years that are words of names."""
     cards = list(cards)
     counts = Counter(name for card in cards for name in card.subtypes)
     subtypes = sorted(name for name, count in counts.items() if count >= at_least)
@@ -168,11 +145,8 @@ def collect_conditions(cards: Iterable[Card]) -> Conditions:
 
 
 def read_conditions(config: Mapping[str, Any]) -> Conditions:
-    """The conditions (`collect_conditions`) that training wrote into a model's configuration; {} if there are none.
-
-    Raises:
-        ValueError: they are malformed.
-    """
+    """The conditions (`collect_conditions`) that training wrote into a model's configuration; {} if there are none, a
+    ValueError if they are malformed."""
     conditions = config.get(CONDITIONS, {})
     kinds = {name: int if name == "released" else str for name in OPTIONAL_ATTRIBUTES}
     if not isinstance(conditions, dict) or not all(
@@ -247,13 +221,8 @@ def known_subtypes() -> tuple[str, ...]:
 
 @dataclass(frozen=True, slots=True)
 class _Vocabulary:
-    """Known words of type lines.
-
-    Attributes:
-        names: normal form -> printed form.
-        pairs: normal forms of two-word subtypes.
-        place: mean position of each subtype among a card's subtypes, from 0 (first) to 1 (last).
-    """
+    """Known words of type lines: printed forms by normal form, normal forms of two-word subtypes, and the mean position
+    of each subtype among a card's subtypes, from 0 (first) to 1 (last)."""
 
     names: dict[str, str]
     pairs: frozenset[str]
@@ -290,10 +259,8 @@ def _known_type(word: str, vocabulary: _Vocabulary) -> str:
 
 
 def texts_of_cards(cards: Sequence[Card]) -> list[str]:
-    """Texts that cover all that a model reads or writes: names, and prompts of all, two, one and no attributes.
-
-    Prompts of other subsets consist of pieces of these, split at the same spaces and commas.
-    """
+    """Texts that cover all that a model reads or writes: names, and prompts of all, two, one and no attributes (prompts
+    of other subsets consist of pieces of these)."""
     texts = {" " + card.name for card in cards}
     names = tuple(field.name for field in fields(Attributes))
     for attributes in {Attributes.of(card) for card in cards}:

@@ -27,14 +27,8 @@ _ROWS_AT_ONCE = 512
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """Cards by split.
-
-    Attributes:
-        parts: the four splits, each in the order of the cards.
-        families: number of families.
-        largest_family: names in the largest.
-        oversized: families kept in training for their size (`LARGEST_HELD_OUT`).
-    """
+    """Cards by split: ``parts`` are the four splits, each in the order of the cards; ``oversized`` families were kept
+    in training for their size (`LARGEST_HELD_OUT`)."""
 
     parts: dict[str, tuple[Card, ...]]
     families: int
@@ -43,11 +37,8 @@ class Split:
 
 
 def split_by_family(cards: Sequence[Card]) -> Split:
-    """Splits cards of distinct names 80/10/10 by family; 6% of the training names, by name, become test_iid.
-
-    Raises:
-        ValueError: a split stays empty because there are too few names.
-    """
+    """Splits cards of distinct names 80/10/10 by family; 6% of the training names, by name, become test_iid. Raises a
+    ValueError if there are too few names to fill a split."""
     groups = families([card.name for card in cards])
     limit = max(1, LARGEST_HELD_OUT * len(cards))
     oversized = {place for place, group in enumerate(groups) if len(group) > limit}
@@ -83,11 +74,8 @@ def _hash(purpose: str, name: str) -> float:
 
 
 def families(names: Sequence[str]) -> list[list[int]]:
-    """Groups indices of related names (connected components); a name without relatives is a group by itself.
-
-    Returns:
-        Ascending indices, groups in the order of their first one.
-    """
+    """Groups indices of related names (connected components); a name without relatives is a group by itself. Indices
+    ascend, and groups are in the order of their first one."""
     parents = list(range(len(names)))
 
     def root(item: int) -> int:
@@ -123,10 +111,7 @@ def _relations(names: Sequence[str]) -> Iterator[tuple[int, int]]:
 
 
 def near_pairs(keys: Sequence[str]) -> Iterator[tuple[int, int]]:
-    """Pairs of normal forms whose Levenshtein distance is at most a fifth of the longer one's length.
-
-    Only texts of similar length are compared, with a cut-off distance.
-    """
+    """Pairs of normal forms whose Levenshtein distance is at most a fifth of the longer one's length."""
     import numpy as np
     from rapidfuzz.distance import Levenshtein
     from rapidfuzz.process import cdist
@@ -142,14 +127,9 @@ def near_pairs(keys: Sequence[str]) -> Iterator[tuple[int, int]]:
         texts = [keys[index] for index in shorter]
         for start in range(0, len(longer), _ROWS_AT_ONCE):
             rows = longer[start : start + _ROWS_AT_ONCE]
+            queries = [keys[row] for row in rows]
             # uint16: a cut-off distance comes back as edits + 1.
-            distances = cdist(
-                [keys[row] for row in rows],
-                texts,
-                scorer=Levenshtein.distance,
-                score_cutoff=edits,
-                dtype=np.uint16,
-            )
+            distances = cdist(queries, texts, scorer=Levenshtein.distance, score_cutoff=edits, dtype=np.uint16)
             for row, column in np.argwhere(distances <= edits).tolist():
                 if rows[row] != shorter[column]:
                     yield rows[row], shorter[column]

@@ -59,11 +59,7 @@ def before_words(words: Iterable[str]) -> str:
 
 
 def check_tokenizer(content: dict[str, Any]) -> None:
-    """Checks that a tokenizer.json is a BPE of known components and bounded size.
-
-    Raises:
-        ValueError: it is not.
-    """
+    """Checks that a tokenizer.json is a BPE of known components and bounded size; raises a ValueError if not."""
     model = content.get("model")
     if not isinstance(model, dict) or model.get("type", "BPE") != "BPE":
         raise ValueError("its model is not a BPE, the kind of GPT-2 and Llama")
@@ -85,7 +81,8 @@ def check_tokenizer(content: dict[str, Any]) -> None:
         for part in parts:
             if part.get("type") not in kinds:
                 raise ValueError(f"its {place} {str(part.get('type'))[:40]!r} is not one of {', '.join(sorted(kinds))}")
-            _CHECKS.get(str(part["type"]), _check_nothing)(part)
+            if check := _CHECKS.get(str(part["type"])):
+                check(part)
 
 
 def _parts(place: str, value: Any) -> Iterator[dict[str, Any]]:
@@ -131,10 +128,6 @@ def _check_template(part: dict[str, Any]) -> None:
         raise ValueError(f"its template adds more than {_MAX_PARTS} tokens")
 
 
-def _check_nothing(part: dict[str, Any]) -> None:
-    """Accepts a part without texts of its own."""
-
-
 _CHECKS: dict[str, Callable[[dict[str, Any]], None]] = {
     "Replace": _check_replace,
     "Prepend": _check_prepend,
@@ -177,7 +170,6 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, whole_words: Sequence
     and each pair becomes a candidate only once.
 
     Args:
-        texts: training texts for the merges.
         vocab_size: most tokens, with the 256 bytes and the end of text. 257 learns no merges: a character is a token
             (an accented one two).
         whole_words: words that are one token each wherever they stand alone, with the space before them. These tokens
@@ -230,14 +222,8 @@ def gpt2_tokenizer(vocab: str | Path, merges: str | Path) -> PreTrainedTokenizer
 
 
 def load_tokenizer(source: str | Path, vocab_size: int | None = None) -> PreTrainedTokenizerBase:
-    """Loads the tokenizer of a checkpoint folder or hub id.
-
-    Args:
-        vocab_size: the model's vocabulary size, to check that they fit.
-
-    Raises:
-        ValueError: there is no tokenizer, it lacks a BOS or EOS token, or it has more tokens than the model.
-    """
+    """Loads the tokenizer of a checkpoint folder or hub id; ``vocab_size`` is the model's. Raises a ValueError if there
+    is no tokenizer, it lacks a BOS or EOS token, or it has more tokens than the model."""
     try:
         folder = local_folder(source)
         check_files(folder)
@@ -260,15 +246,9 @@ def load_tokenizer(source: str | Path, vocab_size: int | None = None) -> PreTrai
     return tokenizer
 
 
-# ------------------------------------------------------------------------------------------------ tokenizers of folders
-
-
 def _read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """Reads the tokenizer of a folder that `check_files` accepted, with known settings alone.
-
-    Raises:
-        ValueError: it is not of GPT-2's or Llama's kind, and `any_family` is off.
-    """
+    """Reads the tokenizer of a folder that `check_files` accepted, with known settings alone; raises a ValueError if it
+    is not of GPT-2's or Llama's kind, and `any_family` is off."""
     settings = {**_optional(folder / "special_tokens_map.json"), **_optional(folder / TOKENIZER_CONFIG)}
     if any_family_is_allowed():
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
@@ -308,10 +288,7 @@ def _check_settings(settings: Mapping[str, Any]) -> None:
 
 
 def _known_settings(folder: Path, settings: Mapping[str, Any], backend: Tokenizer) -> dict[str, Any]:
-    """Special tokens (by name, or by the ids of config.json) and settings such as padding side and chat template.
-
-    The maximum length is the smaller one of the tokenizer's and the model's.
-    """
+    """Special tokens (by name, or by the ids of config.json) and settings such as padding side and chat template."""
     known: dict[str, Any] = {"clean_up_tokenization_spaces": settings.get("clean_up_tokenization_spaces") is True}
     config = _optional(folder / CONFIG)
     for name in ("bos", "eos", "pad", "unk"):

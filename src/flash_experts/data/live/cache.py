@@ -9,7 +9,6 @@ The manifest is replaced atomically after the files that it names, so a reader s
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -19,6 +18,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 
 from flash_experts.extras import require
+from flash_experts.files import sha256_of
 
 CACHE_VARIABLE = "FLASH_EXPERTS_CACHE"
 MAX_AGE = timedelta(hours=24)  # Scryfall asks for this at least; MTGJSON is built once a day
@@ -37,12 +37,7 @@ def cache_folder() -> Path:
 
 @dataclass(frozen=True, slots=True)
 class CachedFiles:
-    """The cached files of a source.
-
-    Attributes:
-        version: the source's own version, to check for updates.
-        fetched: time of the download or last check, with a time zone.
-    """
+    """The cached files of a source with its own version, and the time of the download or last check, with a zone."""
 
     version: str
     fetched: datetime
@@ -62,11 +57,7 @@ class Cache:
 
     @contextmanager
     def lock(self, seconds: float) -> Iterator[None]:
-        """Locks the folder for one process.
-
-        Raises:
-            ValueError: another process holds the lock for longer than ``seconds``.
-        """
+        """Locks the folder for one process; raises a ValueError if another one holds it for longer than ``seconds``."""
         from filelock import FileLock, Timeout
 
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -77,7 +68,6 @@ class Cache:
             raise ValueError(f"another process is downloading to {self.folder}: wait for it to end") from error
 
     def part(self, name: str) -> Path:
-        """Path of an unfinished download."""
         return self.folder / f"{name}.part"
 
     def load(self) -> CachedFiles | None:
@@ -95,12 +85,7 @@ class Cache:
             return None
 
     def store(self, parts: Mapping[str, Path], digests: Mapping[str, str], version: str, now: datetime) -> CachedFiles:
-        """Moves complete, verified files into the cache. For a reader, all files change or none.
-
-        Args:
-            parts: name -> file to move.
-            digests: name -> SHA-256.
-        """
+        """Moves complete, verified files into the cache, by name. For a reader, all files change or none."""
         files = {}
         for name, part in parts.items():
             files[name] = self.folder / f"{name}-{digests[name][:8]}"
@@ -129,9 +114,3 @@ class Cache:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, self.folder / _MANIFEST)
-
-
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file, as hexadecimal text."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

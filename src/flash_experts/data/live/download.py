@@ -46,7 +46,6 @@ class RetryPolicy:
     """Timeouts and retries of a download.
 
     Attributes:
-        connect_seconds: timeout of a connection.
         read_seconds: timeout for the next bytes.
         total_seconds: limit for a file, with all retries and waits.
         attempts: most requests for a file.
@@ -93,7 +92,6 @@ class Partial:
         self._note = path.with_name(path.name + ".json")
 
     def start(self, url: str, response: httpx.Response) -> None:
-        """Starts a new file for this response."""
         self.discard()
         note = {"url": url, "validators": _validators(response), "bytes": _length(response)}
         self._note.write_text(json.dumps(note), encoding="utf-8")
@@ -111,20 +109,12 @@ class Partial:
         return size, validators, whole
 
     def discard(self) -> None:
-        """Deletes the partial file."""
         self.path.unlink(missing_ok=True)
         self._note.unlink(missing_ok=True)
 
 
 class Downloader:
-    """Downloads files and small texts.
-
-    Args:
-        policy: timeouts and retries.
-        sleep: replacement for `time.sleep` in tests.
-        clock: monotonic clock, in seconds.
-        rng: random source of the jitter.
-    """
+    """Downloads files and small texts; tests replace ``sleep``, the monotonic ``clock`` and the jitter's ``rng``."""
 
     def __init__(
         self,
@@ -139,12 +129,9 @@ class Downloader:
         self._rng = rng or random.Random()
 
     def file(self, url: str, path: Path, expected_bytes: int | None = None) -> None:
-        """Streams a file to ``path``, resuming a partial download there.
+        """Streams a file to ``path``, resuming a partial download there, as a `DownloadError` leaves it.
 
-        Args:
-            url: https, or http if a base URL was set to http.
-            path: destination. After a `DownloadError` the partial file stays for the next call.
-            expected_bytes: total for the progress bar if the server sends no length.
+        ``expected_bytes`` is for the progress bar if the server sends no length.
 
         Raises:
             DownloadError: it failed within the limits of `RetryPolicy`, is too large, or redirects where it must not.
@@ -159,11 +146,8 @@ class Downloader:
             raise OSError(error.errno, f"{error.strerror or error} ({hint})", str(path)) from error
 
     def text(self, url: str, accept: str = "*/*") -> str:
-        """Downloads a small text, such as an index or a checksum.
-
-        Raises:
-            DownloadError: it failed, is not UTF-8, or has more than `MAX_TEXT_BYTES`.
-        """
+        """Downloads a small text, such as an index or a checksum. Raises a DownloadError if it failed, is not UTF-8, or
+        has more than `MAX_TEXT_BYTES`."""
 
         def attempt(client: httpx.Client, deadline: float) -> str:
             with self._response(client, url, {"Accept": accept}) as response:
@@ -179,8 +163,6 @@ class Downloader:
                 raise DownloadError(f"{url}: the response is not UTF-8 text") from error
 
         return self._retry(url, attempt)
-
-    # ---------------------------------------------------------------------------------------------- attempts
 
     def _retry(self, url: str, attempt: Callable[[httpx.Client, float], T]) -> T:
         """Repeats an attempt until it succeeds or `RetryPolicy` is exhausted."""
@@ -214,8 +196,6 @@ class Downloader:
     def _check_time(self, url: str, deadline: float) -> None:
         if self._clock() > deadline:
             raise DownloadError(f"{url}: not done after {self.policy.total_seconds:,.0f} s: the connection is slow")
-
-    # --------------------------------------------------------------------------------------------- one request
 
     def _receive(
         self, client: httpx.Client, url: str, partial: Partial, deadline: float, expected_bytes: int | None
@@ -282,11 +262,7 @@ class Downloader:
 
 
 def checked_url(url: str, base: str) -> str:
-    """An absolute URL, relative to ``base``; https stays https.
-
-    Raises:
-        DownloadError: it is not a URL, or leads from https to another scheme.
-    """
+    """An absolute URL, relative to ``base``; a `DownloadError` if it is none, or leads from https to another scheme."""
     import httpx
 
     try:
@@ -300,7 +276,6 @@ def checked_url(url: str, base: str) -> str:
 
 
 def _check_status(response: httpx.Response) -> None:
-    """Raises on any status but 200, 206, and 416 (the requested range does not exist)."""
     status = response.status_code
     if status in (200, 206, 416):
         return
@@ -334,7 +309,6 @@ def retry_after(value: str | None, now: datetime) -> float | None:
 
 
 def _reason(error: Exception, host: str) -> str:
-    """``no connection to HOST (...)`` in one line."""
     text = " ".join(str(error).split()) or "it did not answer in time"
     return f"no connection to {host} ({text})"
 

@@ -25,11 +25,7 @@ Set = dict[str, Any]
 
 
 def checksum(downloader: Downloader, url: str) -> str:
-    """Downloads the SHA-256 of the file at ``url``, from its ``.sha256`` file.
-
-    Raises:
-        DownloadError: there is no response, or it is not a checksum.
-    """
+    """The SHA-256 of the file at ``url``, from its ``.sha256`` file; raises a `DownloadError` if there is none."""
     text = downloader.text(f"{url}.sha256")
     found = re.match(r"\s*([0-9a-fA-F]{64})\b", text)
     if found is None:
@@ -88,15 +84,8 @@ def _printings(of_set: dict[str, Any]) -> Iterator[tuple[str, int]]:
 
 
 def read_cards(path: Path, sets: dict[str, Set], rarities: Mapping[str, str]) -> Iterator[RawCard]:
-    """The cards of a downloaded ``AtomicCards.json``.
-
-    Args:
-        sets: see `read_sets`.
-        rarities: see `read_rarities`; may be empty.
-
-    Raises:
-        DamagedError: it is not such a file.
-    """
+    """The cards of a downloaded ``AtomicCards.json``, with `read_sets` and, if any, `read_rarities`. Raises
+    `DamagedError` for another file."""
     import ijson
 
     with unpacked(path) as file:
@@ -109,11 +98,7 @@ def read_cards(path: Path, sets: dict[str, Set], rarities: Mapping[str, str]) ->
 
 
 def raw_cards(entries: list[dict[str, Any]], sets: dict[str, Set], rarities: Mapping[str, str]) -> Iterator[RawCard]:
-    """Raw cards of the entries of one name: one card for its faces, or several cards of that name.
-
-    Raises:
-        KeyError, TypeError, AttributeError, ValueError: an entry is malformed.
-    """
+    """Raw cards of the entries of one name: one card for its faces, or several cards of that name."""
     by_side = {entry["side"]: entry for entry in reversed(entries) if entry.get("side")}  # the first of each
     if by_side:
         yield _raw_card([by_side[side] for side in sorted(by_side)], sets, rarities)

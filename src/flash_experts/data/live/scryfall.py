@@ -35,11 +35,7 @@ class BulkFile:
 
 
 def bulk_file(downloader: Downloader, base: str) -> BulkFile:
-    """Looks up the newest file in the index of ``base``.
-
-    Raises:
-        DownloadError: there is no response, or it does not list the file.
-    """
+    """The newest file in the index of ``base``; raises a `DownloadError` if it is not listed."""
     address = f"{base}/bulk-data"
     text = downloader.text(address, accept="application/json")
     try:
@@ -67,11 +63,7 @@ def read_cards(path: Path) -> Iterator[RawCard]:
 
 
 def raw_card(card: dict[str, Any]) -> RawCard:
-    """Converts Scryfall's card object.
-
-    Raises:
-        KeyError, TypeError, AttributeError, ValueError: it is malformed.
-    """
+    """Converts Scryfall's card object."""
     faces = card.get("card_faces") or [card]
     name = FACE_SEPARATOR.join(face["name"] for face in faces)
     known = embedded_flags().get(normal_form(faces[0]["name"]))

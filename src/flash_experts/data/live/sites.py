@@ -19,10 +19,11 @@ from typing import Protocol, TypeVar
 from flash_experts.data.card_table import EMBEDDED
 from flash_experts.data.cards import CardSource, RawCard
 from flash_experts.data.live import mtgjson, scryfall
-from flash_experts.data.live.cache import Cache, CachedFiles, cache_folder, sha256_of
+from flash_experts.data.live.cache import Cache, CachedFiles, cache_folder
 from flash_experts.data.live.download import Downloader, DownloadError, Partial
 from flash_experts.data.live.unpack import DamagedError
 from flash_experts.extras import require
+from flash_experts.files import sha256_of
 
 T = TypeVar("T")
 
@@ -72,11 +73,7 @@ class Scryfall:
 
 
 class Mtgjson:
-    """https://mtgjson.com
-
-    Args:
-        with_printings: download all printings too, for rarities.
-    """
+    """https://mtgjson.com, with all printings for rarities, or without."""
 
     title = "MTGJSON"
 
@@ -129,7 +126,6 @@ def _checked(url: str, part: Path, read: Callable[[], T]) -> T:
 
 
 def _fetch(downloader: Downloader, url: str, part: Path, digest: str) -> None:
-    """Downloads a file and verifies its SHA-256."""
     downloader.file(url, part)
     found = sha256_of(part)
     if found != digest:
@@ -138,11 +134,7 @@ def _fetch(downloader: Downloader, url: str, part: Path, digest: str) -> None:
 
 
 def read_live(name: str, downloader: Downloader | None = None, now: datetime | None = None) -> CardSource:
-    """Loads the cards of a live source, one of `SITES`.
-
-    Args:
-        downloader: replacement with another `RetryPolicy`.
-        now: current time with a time zone, for tests.
+    """Loads the cards of a live source, one of `SITES`; ``now`` has a time zone.
 
     Raises:
         ValueError: they are available neither from the network nor from the cache.

@@ -41,11 +41,8 @@ class _Bounded(io.RawIOBase):
 
 @contextmanager
 def unpacked(path: Path) -> Iterator[BinaryIO]:
-    """Opens a file, decompressed if it starts as gzip does, and reads it to its end to verify the checksum.
-
-    Raises:
-        DamagedError: it is truncated or altered, unpacks to too much, or the ``with`` block found invalid JSON.
-    """
+    """Opens a file, decompressed if it starts as gzip does, and reads it to its end to verify the checksum. Raises a
+    DamagedError if it is truncated or altered, unpacks to too much, or the ``with`` block found invalid JSON."""
     from ijson import JSONError
 
     with open(path, "rb") as file:
@@ -70,11 +67,8 @@ def _is_page(path: Path) -> bool:
 
 
 def json_lines(file: BinaryIO) -> Iterator[tuple[int, Any]]:
-    """Numbers (from 1) and values of non-empty JSON lines, or of a JSON array with one item per line.
-
-    Raises:
-        DamagedError: a line has more than `MAX_LINE_BYTES`.
-    """
+    """Numbers (from 1) and values of non-empty JSON lines, or of a JSON array with one item per line; `DamagedError`
+    for too long ones."""
     number = 0
     while line := file.readline(MAX_LINE_BYTES + 1):
         number += 1
