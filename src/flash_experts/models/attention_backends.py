@@ -41,14 +41,8 @@ _ODD_SCALE = "scales of zero and below"
 
 @dataclass(frozen=True, slots=True)
 class Backend:
-    """What one kernel supports.
-
-    Attributes:
-        dtypes: supported input dtypes.
-        lacks: unsupported features, named as in `_requested_features`.
-        devices: supported device types; None is any.
-        package: module that must be installed, or None.
-    """
+    """What one kernel supports; ``lacks`` names features as `_requested_features` does, None is any device, and
+    ``package`` is a module that must be installed."""
 
     dtypes: frozenset[torch.dtype]
     lacks: frozenset[str]
@@ -143,7 +137,6 @@ def attention_backend(name: str) -> Iterator[None]:
 
 
 def forced_backend() -> str | None:
-    """The backend that the innermost `attention_backend` context forces."""
     return _forced.get()
 
 
@@ -151,11 +144,8 @@ def forced_backend() -> str | None:
 def choose(
     config_backend: str, device_type: str, dtype: torch.dtype, features: tuple[str, ...] = (), packed: bool = False
 ) -> str:
-    """The name of the backend for a call with these input properties and `_requested_features`.
-
-    Raises:
-        ValueError: an unknown name, or a forced backend that does not support the call.
-    """
+    """The name of the backend for a call with these input properties and `_requested_features`; raises a ValueError for
+    an unknown name, or a forced backend that does not support the call."""
     name, source = _forced.get(), "attention_backend()"
     if name is None:
         name, source = os.environ.get(ENVIRONMENT_VARIABLE), ENVIRONMENT_VARIABLE
@@ -229,13 +219,8 @@ def attention(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attention of a batch by the chosen backend, differentiable in q, k and v.
 
-    With fewer key/value heads, query head h uses head h // (H / G) (grouped-query attention).
-
-    Args:
-        k_lengths_B: int32 number of keys in use per sequence; the rest of the KV cache is ignored.
-        backend: name from the configuration; context manager and environment override it.
-        needs_lse: return the log-sum-exp as well.
-        deterministic: bitwise reproducible gradients.
+    With fewer key/value heads, query head h uses head h // (H / G) (grouped-query attention). ``k_lengths_B`` is the
+    int32 number of keys in use per sequence; the rest of the KV cache is ignored. ``deterministic`` is of gradients.
 
     Returns:
         (B, S_q, H, C) in the dtype of q; the log-sum-exp (B, H, S_q) if ``needs_lse``, else possibly None.
@@ -268,11 +253,8 @@ def attention_varlen(
     needs_lse: bool = False,
     deterministic: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """`attention` of packed documents (variable length), each of which attends to itself only.
-
-    Returns:
-        (T_q, H, C) in the dtype of q; the log-sum-exp (H, T_q) if ``needs_lse``, else possibly None.
-    """
+    """`attention` of packed documents (variable length), each of which attends to itself only; the log-sum-exp is
+    (H, T_q)."""
     features = _requested_features(q_THC, options, False, needs_lse, deterministic)
     name = choose(backend, q_THC.device.type, q_THC.dtype, features, packed=True)
     packed = (q_THC, k_TGC, v_TGC, lengths, options)

@@ -1,7 +1,6 @@
-"""Argument checks of the functional attention API, without a host synchronisation.
+"""Argument checks of the functional attention API, without a host synchronisation; each raises a ValueError.
 
-Shape suffixes: B batch, S length, H query heads, G key/value heads, C head dim, T tokens of a packed sequence, N
-documents in it.
+Shape suffixes as in `flash_experts.models.flash_attn`.
 """
 
 from __future__ import annotations
@@ -23,7 +22,6 @@ _MAX_HEAD_DIM = 256
 def check_cache(
     q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, seqlens: int | torch.Tensor | None, num_splits: int
 ) -> None:
-    """Checks that queries, KV cache and the cache's lengths match."""
     if num_splits not in (0, 1):
         raise ValueError(f"num_splits is {num_splits}: 0 and 1 are supported")
     check_qkv(q, k_cache, v_cache, "(batch, seqlen, heads, head_dim)", 4)
@@ -88,7 +86,6 @@ def unpacked(packed: torch.Tensor, name: str, layout: str, ndim: int) -> tuple[t
 
 
 def check_qkv(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: str, ndim: int) -> None:
-    """Checks shapes, dtypes and devices of queries, keys and values."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.ndim != ndim:
             raise ValueError(f"{name} must be {layout}, not {tuple(x.shape)}")
@@ -130,7 +127,6 @@ def check_documents(q: torch.Tensor, k: torch.Tensor, lengths: PackedLengths) ->
 
 
 def _check_lengths(cu_seqlens: torch.Tensor, x: torch.Tensor, max_seqlen: int, name: str) -> None:
-    """Checks one ``cu_seqlens``; its values only on a CPU, where they can be read at once."""
     if cu_seqlens.dtype != torch.int32 or cu_seqlens.ndim != 1 or not cu_seqlens.numel():
         raise ValueError(
             f"cu_seqlens_{name} must be int32 of shape (documents + 1,), not {cu_seqlens.dtype} "
@@ -152,7 +148,6 @@ def _check_lengths(cu_seqlens: torch.Tensor, x: torch.Tensor, max_seqlen: int, n
 
 
 def _window(window_size: Sequence[SupportsIndex] | torch.Tensor) -> tuple[int, int]:
-    """(left, right) from any two integers; -1 is no limit."""
     try:
         left, right = (max(operator.index(limit), -1) for limit in window_size)
     except (TypeError, ValueError) as error:

@@ -1,8 +1,7 @@
 """A fast decoding step: one token per row through a GPT-2, dense or MoE, with a KV cache and few operations.
 
 It avoids the overhead of transformers' modules, and reads the model's weights in place. Anything but a plain GPT-2
-(adapters, hooks, a forced attention backend) uses the model's own forward. On a CPU a bfloat16 or float16 model keeps
-float32 activations, since only its matmuls are faster in 16 bits.
+(adapters, hooks, a forced attention backend) uses the model's own forward. On a CPU activations stay float32.
 
 Shape suffixes: B rows, D width, H heads, C head dim, K columns of the cache, V tokens of the vocabulary.
 """
@@ -29,8 +28,6 @@ from flash_experts.models.moe_layer import MoELayer, TopKRouter
 from flash_experts.models.ring_cache import RingCache
 
 _TANH_GELUS = (GELUTanh, NewGELUActivation)  # transformers' two classes of one function
-
-
 _PLAIN = (nn.Embedding, nn.LayerNorm, nn.Linear, nn.Dropout, Conv1D, GPT2Attention)
 
 
@@ -73,10 +70,8 @@ def _is_plain(block: Any) -> bool:
 
 
 def next_logits(model: Any, tokens_B: torch.Tensor, cache: RingCache) -> torch.Tensor:
-    """(B, V) float32 logits after one more int64 token per row; writes the next column of the cache.
-
-    The model must be one that `supports` accepts, in eval mode.
-    """
+    """(B, V) float32 logits after one more int64 token per row of a model that `supports` accepts, in eval mode; writes
+    the next column of the cache."""
     body: Any = model.transformer
     mask_BK, positions_B1 = cache.step(tokens_B.device)
     dtype = activation_dtype(model)
@@ -120,7 +115,6 @@ def _attention(
 
 
 def _feed_forward(module: Any, x_BD: torch.Tensor) -> torch.Tensor:
-    """A block's MLP, or its experts."""
     if not isinstance(module, MoELayer):
         return _mlp(module, x_BD)
     _, gates_BK, experts_BK = module.router(x_BD)

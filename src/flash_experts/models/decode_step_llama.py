@@ -38,10 +38,7 @@ def supports(model: PreTrainedModel) -> bool:
 
 
 def next_logits(model: Any, tokens_B: torch.Tensor, cache: RingCache) -> torch.Tensor:
-    """(B, V) float32 logits after one more int64 token per row; writes the next column of the cache.
-
-    The model must be one that `supports` accepts, in eval mode.
-    """
+    """As `decode_step_gpt2.next_logits`."""
     body: Any = model.model
     mask_BK, positions_B1 = cache.step(tokens_B.device)
     x_BD = F.embedding(tokens_B, body.embed_tokens.weight)

@@ -1,9 +1,8 @@
 """The attention function that GPT-2's blocks call, registered with transformers as ``fe_attention``.
 
-It handles padded batches (with a padding mask), queries against a KV cache, and packed sequences: many names in one
-row that must not attend to each other, with their boundaries in ``cu_seq_lens_q`` or read off ``position_ids``. A
-mask goes to PyTorch's SDPA; the rest goes, without mask or copy, to the backend that
-`flash_experts.models.attention_backends` chooses.
+It handles padded batches (with a padding mask), queries against a KV cache, and packed sequences: many names in one row
+that must not attend to each other. A mask goes to PyTorch's SDPA; the rest goes, without mask or copy, to the backend
+that `flash_experts.models.attention_backends` chooses.
 
 Shape suffixes: B batch, H heads, S length, T tokens of a packed sequence, N names in it, M length of the longest,
 C head dim.
@@ -47,7 +46,6 @@ def fe_attention_forward(
     """Attention with the signature of transformers' attention functions.
 
     Args:
-        module: attention module; its ``is_causal`` and ``config.attention_backend`` are read.
         query: (B, H, S, C); key and value are (B, H, S_k, C).
         attention_mask: (B, 1, S, S_k), true where a query attends; None for causal attention.
         scaling: factor of the scores; None is 1 / sqrt(C).
@@ -104,14 +102,9 @@ def _packed(
         max_length = int(cu_seq_lens.diff().max())
     q_THC, k_THC, v_THC = (x[0].transpose(0, 1) for x in (query, key, value))
     options = _options(query, 0, scaling, dropout)
+    lengths = PackedLengths.of(cu_seq_lens, max_length)
     out_THC, _ = attention_varlen(
-        q_THC,
-        k_THC,
-        v_THC,
-        PackedLengths.of(cu_seq_lens, max_length),
-        options,
-        backend=backend,
-        deterministic=_deterministic(),
+        q_THC, k_THC, v_THC, lengths, options, backend=backend, deterministic=_deterministic()
     )
     return out_THC[None]
 
@@ -175,26 +168,16 @@ def fe_attention_mask(
     allow_is_causal_skip: bool = True,
     **kwargs: Any,
 ) -> torch.Tensor | None:
-    """The mask that transformers builds for `fe_attention_forward`: SDPA's, but none for a packed sequence.
-
-    For a packed sequence transformers sets ``allow_is_causal_skip=False`` to get a full (T, T) mask, which we avoid.
-    """
-    is_packed = attention_mask is None and not allow_is_causal_skip and batch_size == 1 and q_length == kv_length > 1
-    if is_packed:
+    """The mask that transformers builds for `fe_attention_forward`: SDPA's, but none for a packed sequence, for which
+    transformers sets ``allow_is_causal_skip=False`` to get a full (T, T) mask."""
+    if attention_mask is None and not allow_is_causal_skip and batch_size == 1 and q_length == kv_length > 1:
         return None
-    return sdpa_mask(
-        batch_size=batch_size,
-        q_length=q_length,
-        kv_length=kv_length,
-        attention_mask=attention_mask,
-        allow_is_causal_skip=allow_is_causal_skip,
-        **kwargs,
-    )
+    kwargs |= {"batch_size": batch_size, "q_length": q_length, "kv_length": kv_length}
+    return sdpa_mask(attention_mask=attention_mask, allow_is_causal_skip=allow_is_causal_skip, **kwargs)
 
 
 def _deterministic() -> bool:
-    """Whether `torch.use_deterministic_algorithms` is on: custom kernels must check it themselves."""
-    return torch.are_deterministic_algorithms_enabled()
+    return torch.are_deterministic_algorithms_enabled()  # custom kernels must check it themselves
 
 
 AttentionInterface.register(ATTENTION_IMPLEMENTATION, fe_attention_forward)

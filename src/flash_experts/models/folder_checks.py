@@ -6,7 +6,6 @@ cannot allocate gigabytes. Only known configuration fields reach transformers.
 
 from __future__ import annotations
 
-import hashlib
 import math
 import re
 import struct
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, LlamaConfig, PretrainedConfig, initialization
 
+from flash_experts.files import sha256_of
 from flash_experts.model_files import (
     CONFIG,
     INDEX,
@@ -63,12 +63,8 @@ _WITHOUT_EFFECT = {field.name for field in fields(PretrainedConfig)} | set(
 
 
 def check_folder(folder: Path) -> None:
-    """Checks the files of a folder before transformers reads them.
-
-    Raises:
-        ValueError: it is not a directory, a file is missing, too large or not JSON, the weights are pickled or
-            elsewhere, or the configuration names code to run.
-    """
+    """Checks the files of a folder before transformers reads them. Raises a ValueError if it is not a directory, a file
+    is missing, too large or not JSON, the weights are pickled or elsewhere, or the configuration names code to run."""
     if not folder.is_dir():
         raise ValueError(f"{folder} is a file: give the folder that save_pretrained wrote")
     if not (folder / CONFIG).is_file():
@@ -92,11 +88,7 @@ def check_folder(folder: Path) -> None:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Paths of the weight files, by the index; they may not exist.
-
-    Raises:
-        ValueError: there are none, or only pickles.
-    """
+    """Paths of the weight files, by the index; they may not exist. Raises a ValueError for none, or only pickles."""
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
     if (folder / INDEX).is_file():
@@ -118,23 +110,12 @@ def weights_sha256(source: str | Path) -> str:
     folder = model_folder(source)
     if folder is None or not folder.is_dir():
         return str(source)
-    digests = []
-    for path in weight_files(folder):
-        with path.open("rb") as file:
-            digests.append(hashlib.file_digest(file, "sha256").hexdigest())
-    return " ".join(digests)
-
-
-# ------------------------------------------------------------------------------------------------------ config.json
+    return " ".join(map(sha256_of, weight_files(folder)))
 
 
 def read_config(folder: Path) -> PretrainedConfig:
-    """The configuration of a folder that `check_folder` has checked, from its known fields only.
-
-    Raises:
-        ValueError: the model is not of `FAMILIES` (see `any_family`), a field is invalid, or the sizes do not match the
-            weights.
-    """
+    """The configuration of a folder that `check_folder` has checked, from its known fields only. Raises a ValueError if
+    the model is not of `FAMILIES` (see `any_family`), a field is invalid, or the sizes do not match the weights."""
     path = folder / CONFIG
     values = read_object(path)
     family = values.get("model_type")
@@ -163,7 +144,6 @@ def _made(folder: Path, make: Callable[[], PretrainedConfig]) -> PretrainedConfi
 
 
 def _known_fields(path: Path, family: str, values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """The known fields of this model family, and the names of unknown ones."""
     kind = FAMILIES[family]
     names = {field.name for field in fields(kind)} - _WITHOUT_EFFECT | {*kind.attribute_map, *_OWN_FIELDS}
     if issubclass(kind, GPT2Config):
@@ -184,7 +164,6 @@ def _known_fields(path: Path, family: str, values: Mapping[str, Any]) -> tuple[d
 
 
 def _texts(value: Any) -> Iterator[str]:
-    """The strings in a JSON value."""
     waiting = [value]
     while waiting:
         one = waiting.pop()
@@ -211,11 +190,8 @@ def _check_values(path: Path, known: dict[str, Any]) -> None:
 
 
 def check_sizes(folder: Path, config: PretrainedConfig) -> None:
-    """Compares the size of the configured model with the weights in the folder.
-
-    Raises:
-        ValueError: weights are missing, or their files are damaged.
-    """
+    """Compares the size of the configured model with the weights in the folder; raises a ValueError if weights are
+    missing or damaged."""
     tensors = [size for path in weight_files(folder) for size in tensor_sizes(path)]
     layers = getattr(config, "num_hidden_layers", 1)  # some classes of transformers do not have it
     if not 1 <= layers <= min(max(1, len(tensors)), _MOST_LAYERS):  # the empty model would take long to make
@@ -233,9 +209,6 @@ def check_sizes(folder: Path, config: PretrainedConfig) -> None:
             f"{folder / CONFIG} asks for {asked:,} parameters, but the files have {sum(tensors):,}: the "
             "checkpoint is incomplete, or of another model"
         )
-
-
-# ---------------------------------------------------------------------------------------------------------- weights
 
 
 def tensor_sizes(path: Path) -> list[int]:
@@ -260,7 +233,6 @@ def tensor_sizes(path: Path) -> list[int]:
 
 
 def _elements(name: str, entry: Mapping[str, Any]) -> int:
-    """Number of elements of a weight, from its entry in the header."""
     shape, (start, end) = entry["shape"], entry["data_offsets"]
     if len(shape) > _MOST_DIMENSIONS or not all(type(number) is int and number >= 0 for number in (*shape, start, end)):
         raise ValueError(f"{name} has a shape or offsets that are not whole numbers")

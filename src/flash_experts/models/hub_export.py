@@ -60,10 +60,8 @@ The Python files of the folder are those of flash-experts, which need not be ins
 
 
 def export_for_hub(source: str | Path, out: Path, overwrite: bool = False) -> list[str]:
-    """Writes a folder with the weights, tokenizer and model card of an MoE model, and the code that they need.
-
-    Returns:
-        The names of its Python files.
+    """Writes a folder with the weights, tokenizer and model card of an MoE model, and the code that they need; returns
+    the names of its Python files.
 
     Raises:
         ValueError: it is not an MoE model, is damaged, or ``out`` is not empty and ``overwrite`` is not given.
@@ -90,11 +88,8 @@ def export_for_hub(source: str | Path, out: Path, overwrite: bool = False) -> li
 
 
 def add_code(folder: Path) -> list[str]:
-    """Adds the Python files to a folder that `save_pretrained` wrote, and their names to its configuration.
-
-    Returns:
-        The names of the files.
-    """
+    """Adds the Python files to a folder that `save_pretrained` wrote, and their names to its configuration. Returns the
+    names of the files."""
     config = {**read_object(folder / CONFIG), "auto_map": _AUTO_MAP}
     (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
     code = sources()
@@ -108,9 +103,6 @@ def _write_card(folder: Path, target: Path) -> None:
     data, text = read_card(folder)
     data.library_name, data.language = "transformers", data.language or "en"
     write_card(target / CARD, data, text.strip() + "\n" + _LOADING)
-
-
-# ------------------------------------------------------------------------------------------------------- the sources
 
 
 @dataclass
@@ -158,7 +150,7 @@ class _Module:
         lines = self.text.splitlines()
         decorators = getattr(node, "decorator_list", [])
         first = min([node.lineno, *(each.lineno for each in decorators)]) - 1
-        while lines[first - 1].startswith("# ") and not lines[first - 1].startswith("# ---"):
+        while lines[first - 1].startswith("# "):
             first -= 1
         removed = [span for start, end in getattr(node, "removed", ()) for span in range(start - 1, end)]
         kept = [lines[place] for place in range(first, node.end_lineno or 0) if place not in removed]
@@ -243,11 +235,7 @@ def _defined_by(node: ast.stmt) -> list[str]:
 
 
 def _names_in(tree: ast.AST) -> Iterator[str]:
-    """The names that code reads.
-
-    Raises:
-        ValueError: it imports from this package inside a function, which a file of a hub cannot.
-    """
+    """The names that code reads; raises a ValueError if it imports from this package inside a function."""
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and _is_ours(node.module):
             raise ValueError(f"the exported code imports {node.module} inside a function: import it at the top")

@@ -17,11 +17,8 @@ FUSED_ACTIVATIONS = {"gelu_new": "gelu_pytorch_tanh"}
 
 
 def load_config(source: str | Path) -> GPT2Config:
-    """The configuration of a model folder or hub id.
-
-    Raises:
-        ValueError: it is missing, damaged, or of a model family that is not allowed (`any_family`).
-    """
+    """The configuration of a model folder or hub id. Raises a ValueError if it is missing, damaged, or of a model
+    family that is not allowed (`any_family`)."""
     folder = local_folder(source)
     check_folder(folder)
     return cast(GPT2Config, read_config(folder))
@@ -37,7 +34,6 @@ def load_model(
     Args:
         source: folder that `save_pretrained` wrote, or a hub id.
         device: target device; None is CUDA if available, else the CPU.
-        dtype: dtype to convert the weights to.
 
     Raises:
         ValueError: missing, damaged, a pickle, not a causal LM, or CUDA requested but not available.
@@ -80,11 +76,8 @@ def load_dense(source: str | Path, dtype: torch.dtype = torch.float32) -> GPT2LM
 
 
 def resolve_device(device: str | torch.device | None) -> torch.device:
-    """The named device, or for None CUDA if available, else the CPU.
-
-    Raises:
-        ValueError: the name is unknown, or CUDA is not available.
-    """
+    """The named device, or for None CUDA if available, else the CPU; raises a ValueError if it is unknown or not
+    available."""
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

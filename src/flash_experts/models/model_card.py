@@ -28,11 +28,10 @@ def card_data(
     """The metadata of a model's card.
 
     Args:
-        model_type: of its configuration; transformers alone loads all but ``gpt2_moe``.
-        source: of its cards, as in meta.json; a file of the user's own is not a dataset that a hub knows.
+        model_type: type in its configuration; transformers alone loads all but ``gpt2_moe``.
+        source: source of its cards, as in meta.json; a file of the user's own is not a dataset that a hub knows.
         base_model: hub id.
         license: identifier of a hub, such as ``apache-2.0``.
-        results: from `bits_per_character`.
     """
     is_moe = model_type == "gpt2_moe"
     found = list(results)
@@ -50,13 +49,8 @@ def card_data(
 
 
 def bits_per_character(source: str | None, split: str, values: Mapping[str, float]) -> list[EvalResult]:
-    """Results for the ``model-index``.
-
-    Args:
-        source: as for `card_data`.
-        split: validation, test, ...
-        values: bits per character by what the model was given: "unconditional", "given type, colors, mana value".
-    """
+    """Results for the ``model-index``; ``values`` are by what the model was given: "unconditional", "given type,
+    colors, mana value"."""
     return [
         EvalResult(
             task_type="text-generation",
@@ -72,7 +66,6 @@ def bits_per_character(source: str | None, split: str, values: Mapping[str, floa
 
 
 def write_card(path: Path, data: ModelCardData, text: str) -> None:
-    """Writes a card, the metadata first."""
     path.write_text(f"---\n{data.to_yaml()}\n---\n\n{text}", encoding="utf-8")
 
 

@@ -279,11 +279,8 @@ class GPT2MoEForCausalLM(GPT2MoEPreTrainedModel, GPT2LMHeadModel):
         return torch.stack(aux).mean(), z.mean()
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """As transformers' ``generate``.
-
-        Raises:
-            ValueError: the model has expert choice, unless ``config.allow_noncausal_generation``.
-        """
+        """As transformers' ``generate``; raises a ValueError for expert choice, unless
+        ``config.allow_noncausal_generation``."""
         self._check_generation()
         return super().generate(*args, **kwargs)  # type: ignore[misc]
 
@@ -352,11 +349,8 @@ class GPT2MoEForCausalLM(GPT2MoEPreTrainedModel, GPT2LMHeadModel):
             num_experts_per_tok: k, or k / g.
             moe_layer_freq: 1 for experts in every block, 2 for every other.
             method: ``copy``, ``noise``, ``drop``, ``granular`` or ``shared``.
-            dtype: of the new weights; None for that of a given model, and float32 for a folder or hub id. A folder is
-                read in it too. In bfloat16, steps between numbers are up to 0.8% of them: ``noise_scale`` under 0.01
-                mostly rounds away.
-                A folder of GPT-2 xl's shape in bfloat16 (3.1 GB) becomes 5.0 billion weights (10.0 GB) with a peak of
-                10.5 GB of memory of the process's own, besides the folder's file, which is mapped.
+            dtype: dtype of the new weights, in which a folder is read too; None for that of a given model, and float32
+                for a folder or hub id. In bfloat16, ``noise_scale`` under 0.01 mostly rounds away.
             **options: fields of `UpcyclingOptions` and of `GPT2MoEConfig`.
 
         Raises:

@@ -16,8 +16,6 @@ from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 _FIRST_COLUMNS = 16  # many names have fewer tokens; for longer ones the ring grows
-
-
 # Small steps, not doubling: every step of decoding reads all columns.
 _MORE_COLUMNS = 8
 
@@ -39,7 +37,6 @@ class _RingLayer(DynamicLayer):
         return self.write(key_states[:, :, 0], value_states[:, :, 0])
 
     def write(self, keys_BHC: torch.Tensor, values_BHC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """As `update`, without the dimension of length one."""
         assert self.keys is not None and self.values is not None
         self.keys[:, :, self.column] = keys_BHC
         self.values[:, :, self.column] = values_BHC
@@ -66,12 +63,8 @@ class RingCache(Cache):
     """
 
     def __init__(self, prompts: Sequence[DynamicCache], longest: int) -> None:
-        """Rows that all begin at the next step.
-
-        Args:
-            prompts: each row's prompt cache (one row, not changed); rows with equal prompts share the object.
-            longest: P, length of the longest prompt of any row, now or later.
-        """
+        """Rows that all begin at the next step. ``prompts`` are their prompt caches (one row each, not changed; rows
+        with equal prompts share the object); ``longest`` is P, now or later."""
         num_rows, layers = len(prompts), _layers(prompts[0])
         self._rings = [_RingLayer(layer, num_rows, longest + _FIRST_COLUMNS) for layer in layers]
         super().__init__(layers=list(self._rings))
@@ -84,11 +77,8 @@ class RingCache(Cache):
         self._put(range(num_rows), prompts)
 
     def step(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """Makes room for one token per row.
-
-        Returns:
-            Attention mask (B, P + R), true at visible columns, and position ids (B, 1).
-        """
+        """Makes room for one token per row. Returns the attention mask (B, P + R), true at visible columns, and
+        position ids (B, 1)."""
         self._now += 1
         if self._now - min(self.begun) > len(self._written):
             self._grow()
@@ -108,16 +98,12 @@ class RingCache(Cache):
         return self._rings[layer].write(keys_BHC, values_BHC)
 
     def replace(self, rows: Sequence[int], prompts: Sequence[DynamicCache]) -> None:
-        """Gives finished rows to new names, whose first own token comes at the step after next.
-
-        ``prompts`` are the prompt caches of these rows, as in `__init__`.
-        """
+        """Gives finished rows to new names, whose first own token comes at the step after next."""
         for row in rows:
             self.begun[row] = self._now + 1
         self._put(rows, prompts)
 
     def select(self, rows: torch.Tensor) -> None:
-        """Keeps some rows, in this order."""
         kept = rows.tolist()
         self.begun = [self.begun[row] for row in kept]
         self._prompts = [self._prompts[row] for row in kept]

@@ -25,10 +25,8 @@ Listener = Callable[[int, Router, torch.Tensor, torch.Tensor, torch.Tensor], Non
 
 
 def modules_in_use(module: nn.Module, kind: type[nn.Module], name: str = "") -> Iterator[tuple[str, Any]]:
-    """The modules of a class that a forward runs, with their names, seen through the wrappers of other libraries.
-
-    Of the two copies that PEFT's ``modules_to_save`` keeps, only the active one counts.
-    """
+    """The modules of a class that a forward runs, with their names, seen through the wrappers of other libraries: of
+    the two copies that PEFT's ``modules_to_save`` keeps, the active one."""
     if isinstance(module, kind):
         yield name, module
         return
@@ -85,11 +83,8 @@ def listening(model: nn.Module, listener: Listener) -> Iterator[None]:
 
 
 def count_loads(model: nn.Module, forward: Callable[[], object]) -> dict[int, torch.Tensor]:
-    """Counts how many tokens each expert is chosen for while ``forward`` runs. Every token counts, padding too.
-
-    Returns:
-        Loads (E,) float64 on the CPU, by block number from 0. Empty for a dense model.
-    """
+    """Loads (E,) float64 on the CPU by block number: how many tokens, padding too, each expert is chosen for while
+    ``forward`` runs. Empty for a dense model."""
     loads = {
         block: torch.zeros(router.num_experts, dtype=torch.float64, device=router.weight.device)
         for block, router in routers_of(model).items()
@@ -105,21 +100,13 @@ def count_loads(model: nn.Module, forward: Callable[[], object]) -> dict[int, to
 
 # An expert is dead when its load is under this share of the mean: even 64 experts badly balanced stay above it.
 DEAD_LOAD = 0.01
-
-
 # Routing has collapsed when the effective number of experts is under this share of the way from K to E: under 5 with
 # 8 experts and 2 per token.
 COLLAPSED = 0.5
-
-
 # Warning threshold, in logging windows in a row: routers start unbalanced and recover in the first steps. A window
 # with fewer choices per expert than `FEWEST_CHOICES` does not count.
 READS_BEFORE_WARNING = 5
-
-
 FEWEST_CHOICES = 100
-
-
 # Bad logging windows in a row of each router; it stays at the threshold once the warning was given.
 _bad_reads: WeakKeyDictionary[Router, int] = WeakKeyDictionary()
 
@@ -128,9 +115,8 @@ _bad_reads: WeakKeyDictionary[Router, int] = WeakKeyDictionary()
 def update_router_biases(model: nn.Module) -> None:
     """Auxiliary-loss-free load balancing (Wang et al. 2024, algorithm 1): call once after each optimizer step.
 
-    ``bias += rate * sign(mean load - load)``, then centred, with the loads of all processes. The bias affects the
-    choice of experts, never their gates. Resets the counts of the step, on which the global-batch balancing loss
-    relies.
+    ``bias += rate * sign(mean load - load)``, then centred, with the loads of all processes. Resets the counts of the
+    step, on which the global-batch balancing loss relies.
     """
     for router in routers_of(model).values():
         if router.bias_update_rate > 0:
@@ -203,9 +189,6 @@ def pair_metrics(pairs_EE: torch.Tensor) -> dict[str, float]:
     }
 
 
-# ------------------------------------------------------------------------------------------------- dead and collapsed
-
-
 def diagnose_loads(load_E: torch.Tensor, top_k: int) -> str | None:
     """Describes routing collapse or dead experts in the loads of a router (not all zero); None if there are none.
 
@@ -236,7 +219,6 @@ def advice(config: GPT2MoEConfig) -> str:
 
 
 def _watch(model: nn.Module, block: int, router: Router, load_E: torch.Tensor) -> None:
-    """Warns once, after `READS_BEFORE_WARNING` bad logging windows in a row."""
     if load_E.mean() < FEWEST_CHOICES or _bad_reads.get(router, 0) >= READS_BEFORE_WARNING:
         return
     trouble = diagnose_loads(load_E, router.top_k)

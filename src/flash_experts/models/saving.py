@@ -6,7 +6,6 @@ file, and renamed. Only safetensors and JSON are written.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -20,7 +19,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from flash_experts.ctrl_c import deferred_ctrl_c
-from flash_experts.files import check_replaced, flush_file, folder_lock, move_into_place, temporary_next_to
+from flash_experts.files import (
+    check_replaced,
+    flush_file,
+    folder_lock,
+    move_into_place,
+    sha256_of,
+    temporary_next_to,
+)
 
 MANIFEST = "MANIFEST.json"
 
@@ -35,11 +41,8 @@ def export_model(
     tokenizer: PreTrainedTokenizerBase,
     weights: Mapping[str, torch.Tensor],
 ) -> None:
-    """Writes the model into the run's folder, each file by rename, the manifest last.
-
-    Raises:
-        CheckpointError: it could not be written; the former model is intact.
-    """
+    """Writes the model into the run's folder, each file by rename, the manifest last; raises a `CheckpointError` if it
+    cannot be written, and the former model is intact."""
     temporary = _temporary(run_dir / "checkpoints", "export")
     _fill_folder(run_dir, temporary, lambda folder: _save_model(folder, model, tokenizer, weights))
 
@@ -80,11 +83,8 @@ def _fill_folder(folder: Path, temporary: Path, write: Callable[[Path], None]) -
 
 
 def with_manifest(target: Path, write: Callable[[Path], None], temporary: Path | None = None) -> None:
-    """Fills a temporary folder with ``write``, adds the manifest, flushes, and renames it to ``target``.
-
-    Raises:
-        CheckpointError: it could not be written, or another process wrote ``target`` in the meantime.
-    """
+    """Fills a temporary folder with ``write``, adds the manifest, flushes, and renames it to ``target``. Raises a
+    CheckpointError if it could not be written, or another process wrote ``target`` in the meantime."""
     temporary = temporary or temporary_next_to(target)
     _write_staged(target, write, temporary)
     try:
@@ -104,7 +104,7 @@ def _write_staged(target: Path, write: Callable[[Path], None], temporary: Path) 
     try:
         temporary.mkdir(parents=True)
         write(temporary)
-        manifest = {path.name: {"sha256": _sha256(path), "bytes": path.stat().st_size} for path in _files(temporary)}
+        manifest = {path.name: {"sha256": sha256_of(path), "bytes": path.stat().st_size} for path in _files(temporary)}
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
         mode = stat.S_IMODE((temporary / MANIFEST).stat().st_mode)
         for path in _files(temporary):
@@ -161,11 +161,6 @@ def _save_model(
 
 def _files(folder: Path) -> Iterator[Path]:
     return (path for path in sorted(folder.iterdir()) if path.is_file())
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def flush_folder(folder: Path) -> None:

@@ -1,17 +1,14 @@
-"""A teacher's top-K logits for the names that it sampled, stored for knowledge distillation.
+"""A teacher's top-K logits for the names that it sampled, so that knowledge distillation needs no teacher forward.
 
-They are saved while the teacher samples, so distillation needs no teacher forward. For each label of a name (its tokens
-and the EOS token) a shard holds ids and log-probabilities of the K most likely tokens; the rest of the vocabulary
-counts as one outcome.
-
-A folder has safetensors shards, one per piece of the sampled names, and ``index.json`` with their SHA-256.
+For each label of a name (its tokens and the EOS token) a shard holds ids and log-probabilities of the K most likely
+tokens; the rest of the vocabulary counts as one outcome. A folder has safetensors shards, one per piece of the sampled
+names, and ``index.json`` with their SHA-256.
 
 Shape suffixes: N names, L labels of all names, K tokens kept per label.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerBase
 
-from flash_experts.files import whole_file
+from flash_experts.files import sha256_of, whole_file
 
 INDEX = "index.json"
 SUFFIX = ".top-logits"  # NAMES.jsonl has its logits in the folder NAMES.top-logits
@@ -31,13 +28,8 @@ SUFFIX = ".top-logits"  # NAMES.jsonl has its logits in the folder NAMES.top-log
 
 @dataclass(frozen=True, slots=True)
 class NameLogits:
-    """The teacher's top-K logits of one name.
-
-    Attributes:
-        labels: token ids of the name, and the EOS token.
-        ids: (len(labels), K) int32, the most likely tokens.
-        log_probs: (len(labels), K) float16, in nats.
-    """
+    """The teacher's top-K logits of one name: labels are its token ids and the EOS token; ``ids`` (labels, K) int32 the
+    most likely tokens; ``log_probs`` (labels, K) float16, in nats."""
 
     labels: tuple[int, ...]
     ids: torch.Tensor
@@ -61,7 +53,7 @@ def write_shard(folder: Path, number: int, names: dict[int, NameLogits]) -> None
 
 def write_index(folder: Path, shards: int, tokenizer: PreTrainedTokenizerBase, source: dict[str, Any]) -> None:
     """Completes the folder, after all its shards."""
-    hashes = {_shard_name(number): _sha256(folder / _shard_name(number)) for number in range(shards)}
+    hashes = {_shard_name(number): sha256_of(folder / _shard_name(number)) for number in range(shards)}
     tokens = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().__getitem__)
     index = {"tokens": tokens, "source": source, "sha256": hashes}
     with whole_file(folder / INDEX) as temporary:
@@ -82,11 +74,8 @@ class TopLogits:
     """
 
     def __init__(self, folder: str | Path, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Reads and checks the shards.
-
-        Raises:
-            ValueError: a shard is missing or changed, or the tokenizer has tokens that the teacher's lacks.
-        """
+        """Reads the shards; raises a ValueError if one is missing or changed, or the tokenizer has tokens that the
+        teacher's lacks."""
         folder = Path(folder)
         try:
             index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
@@ -116,7 +105,7 @@ class TopLogits:
 
     @staticmethod
     def _shard(path: Path, sha256: str) -> dict[str, torch.Tensor]:
-        if not path.is_file() or _sha256(path) != sha256:
+        if not path.is_file() or sha256_of(path) != sha256:
             raise ValueError(f"{path} is missing or was changed: write the top logits again")
         try:
             return load_file(path)
@@ -139,8 +128,3 @@ def _number(source_id: str) -> int:
 
 def _shard_name(number: int) -> str:
     return f"{number:06}.safetensors"
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -65,11 +65,8 @@ class Upcycling(UpcyclingOptions):
     def config(
         self, dense: GPT2Config, num_experts: int, num_experts_per_tok: int, **config_fields: Any
     ) -> GPT2MoEConfig:
-        """The dense model's configuration with experts, and with the fused form of its activation.
-
-        Raises:
-            ValueError: a field is wrong, or would change the dense model's output.
-        """
+        """The dense model's configuration with experts, and with the fused form of its activation; raises a ValueError
+        if a field is wrong, or would change the dense model's output."""
         inherited = dense.to_dict()
         for key in ("model_type", "architectures", "transformers_version"):
             inherited.pop(key, None)
@@ -113,14 +110,9 @@ class Upcycling(UpcyclingOptions):
 
 @torch.no_grad()
 def fill_from_dense(model: PreTrainedModel, dense: GPT2LMHeadModel, upcycling: Upcycling, take: bool) -> None:
-    """Fills every weight of a new `GPT2MoEForCausalLM` from a dense model, block by block.
+    """Fills every weight of a new `GPT2MoEForCausalLM`, made by ``upcycling.config``, from a dense model.
 
-    Args:
-        model: model with the configuration of ``upcycling.config``, weights uninitialised.
-        dense: source of the weights.
-        upcycling: method and its settings.
-        take: free each part of ``dense`` once copied, so that memory never holds two whole models; ``dense`` is
-            unusable afterwards.
+    With ``take`` each part of ``dense`` is freed once copied, so that memory never holds two whole models.
     """
     old: Any = dense.transformer
     new: Any = model.transformer
@@ -146,7 +138,6 @@ def fill_from_dense(model: PreTrainedModel, dense: GPT2LMHeadModel, upcycling: U
 
 
 def _fill_experts(layer: MoELayer, mlp: GPT2MLP, upcycling: Upcycling) -> None:
-    """Fills the experts of one layer by the method."""
     experts, granularity = layer.experts, upcycling.granularity
     up_DF, up_bias_F, down_FD, down_bias_D = mlp.c_fc.weight, mlp.c_fc.bias, mlp.c_proj.weight, mlp.c_proj.bias
     hidden_units = experts.up_proj.shape[2]
@@ -179,7 +170,6 @@ def _alike(source: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 
 def _fill_router(layer: MoELayer, upcycling: Upcycling, std: float) -> None:
-    """Initialises the router; virtual groups share a row."""
     weight_ED = layer.router.weight
     repeats = upcycling.granularity if upcycling.method == "granular" else 1
     drawn_in = torch.promote_types(weight_ED.dtype, torch.float32)  # PyTorch cannot orthogonalise bfloat16

@@ -1,13 +1,11 @@
 """Downcycling: an MoE model back to a dense GPT-2, by averaging the weights of each layer's experts.
 
 It is a baseline for the value of separate experts (Wortsman et al. 2022, model soups; Li et al. 2022,
-branch-train-merge), and a model for programs that know no experts. The mean may be weighted by load. An upcycled model
-that was not trained gives back the dense weights, bit by bit for copies: the mean is the first expert plus the mean
-difference of the others from it.
+branch-train-merge), and a model for programs that know no experts. An upcycled model that was not trained gives back
+the dense weights, bit by bit for copies: the mean is the first expert plus the mean difference of the others from it.
 
-Shared experts are added to the routed ones, and a sum of MLPs is one MLP with the hidden units of both. So they are
-kept as they are, next to the mean of the routed ones. GPT-2 has one number of hidden units for all blocks: narrower
-ones get copies of their hidden units with output weights of zero, which change nothing and can be trained.
+Shared experts are kept as they are, next to the mean of the routed ones: a sum of MLPs is one MLP with the hidden units
+of both. Narrower blocks get copies of their hidden units with output weights of zero, which change nothing.
 
 Shape suffixes: E experts, R = E / g groups of g experts (granular upcycling; g is 1 otherwise), F hidden units.
 """
@@ -34,11 +32,9 @@ _CLASS_FIELDS = ("model_type", "architectures", "transformers_version")  # set b
 def to_dense(moe: GPT2MoEForCausalLM, loads: Mapping[int, torch.Tensor] | None = None) -> GPT2LMHeadModel:
     """A dense GPT-2 whose MLPs are the means of the experts, in eval mode; ``moe`` is not changed.
 
-    Experts of a g-th of the dense layer's hidden units are its shards, in groups of g, as upcycling makes them: the g
-    shards of a group are concatenated, and the second matrix is divided by g. A token's gates count as summing to one.
+    The g shards of a group, as granular upcycling makes them, are concatenated, and the second matrix is divided by g.
 
     Args:
-        moe: MoE model.
         loads: weights (E,) of the experts, by block number from 0; None is equal weights.
 
     Raises:
@@ -69,7 +65,6 @@ def to_dense(moe: GPT2MoEForCausalLM, loads: Mapping[int, torch.Tensor] | None =
 
 
 def _dense_size(config: GPT2MoEConfig) -> int:
-    """Hidden units of the blocks without experts."""
     return config.n_inner if config.n_inner is not None else 4 * config.n_embd
 
 
@@ -119,10 +114,8 @@ def _mean_layer(layer: MoELayer, share_R: torch.Tensor, granularity: int) -> dic
 
 
 def _widened(mlp: dict[str, torch.Tensor], width: int) -> dict[str, torch.Tensor]:
-    """The same MLP with more hidden units: copies of the first ones, whose output weights are zero.
-
-    Units with input weights of zero as well would get no gradient.
-    """
+    """The same MLP with more hidden units: copies of the first ones, whose output weights are zero. (Units with input
+    weights of zero as well would get no gradient.)"""
     up_DF, up_bias_F, down_FD = mlp["c_fc.weight"], mlp["c_fc.bias"], mlp["c_proj.weight"]
     size = len(up_bias_F)
     unit_F = torch.arange(width, device=up_bias_F.device) % size
@@ -138,10 +131,7 @@ def _mean(stacked_R: torch.Tensor, share_R: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def measure_loads(moe: GPT2MoEForCausalLM, rows: Iterable[Mapping[str, Any]]) -> dict[int, torch.Tensor]:
-    """Expert loads (E,) float64 by block number, over forwards in eval mode.
-
-    ``rows`` are arguments of forwards without padding, such as `flash_experts.data.packing.PackedBatch.inputs`.
-    """
+    """Expert loads (E,) float64 by block number, over forwards in eval mode without padding."""
 
     def forwards() -> None:
         for row in rows:

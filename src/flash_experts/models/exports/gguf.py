@@ -41,7 +41,6 @@ def export_gguf(
     """Writes a GGUF file with its tokenizer, and reads it back with transformers.
 
     Args:
-        source: what the model was loaded from.
         model: dense GPT-2 in eval mode on the CPU.
         names: token ids of real names, to compare on.
 

@@ -11,13 +11,7 @@ from transformers import PreTrainedModel
 
 @dataclass(frozen=True)
 class LogitDifference:
-    """The largest absolute difference of two models' logits.
-
-    Attributes:
-        largest: over all names, positions and tokens of the vocabulary.
-        scale: the largest absolute logit of the source.
-        names: number of names.
-    """
+    """The largest absolute difference of two models' logits, and the largest absolute logit of the source."""
 
     largest: float
     scale: float
@@ -34,12 +28,9 @@ class LogitDifference:
 def logit_difference(
     source: PreTrainedModel, exported: Callable[[torch.Tensor], torch.Tensor], names: Sequence[Sequence[int]]
 ) -> LogitDifference:
-    """Compares two models name by name, so that no name is padded.
+    """Compares two models name by name, so that no name is padded, in eval mode on the CPU.
 
-    Args:
-        source: model in eval mode on the CPU.
-        exported: gives float logits (1, S, V) of ids (1, S) int64.
-        names: token ids of each name; those beyond the model's context are cut off.
+    ``exported`` gives float logits (1, S, V) of ids (1, S) int64; ids beyond the model's context are cut off.
     """
     largest = scale = 0.0
     for ids in names:

@@ -75,7 +75,6 @@ def export_onnx(
     """Writes a folder with the ONNX file, configuration, tokenizer and a README, and runs it with ONNX Runtime.
 
     Args:
-        source: what the model was loaded from, for the README.
         model: dense GPT-2 or MoE model in eval mode on the CPU.
         names: token ids of real names, to compare on.
 
@@ -154,11 +153,9 @@ def _difference(model: PreTrainedModel, file: Path, names: Sequence[Sequence[int
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
-
-    def logits(ids_1S: torch.Tensor) -> torch.Tensor:
-        return torch.from_numpy(session.run(None, {"input_ids": ids_1S.numpy()})[0])
-
-    return logit_difference(model, logits, names)
+    return logit_difference(
+        model, lambda ids_1S: torch.from_numpy(session.run(None, {"input_ids": ids_1S.numpy()})[0]), names
+    )
 
 
 def _card(
