@@ -27,16 +27,11 @@ def attention(
     needs_lse: bool = False,
     deterministic: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Attention of a batch, differentiable in q, k and v.
+    """Attention of a batch by flash-attn ``version`` 2, 3 or 4, differentiable in q, k and v, float16 or bfloat16 on
+    CUDA.
 
-    Args:
-        version: 2, 3 or 4.
-        q_BSHC: queries, float16 or bfloat16 on CUDA.
-        k_BSGC: keys.
-        v_BSGC: values.
-        options: dropout (by torch's generator, not the seed) and ALiBi with version 2 only.
-        needs_lse: return the log-sum-exp (version 2, without dropout).
-        deterministic: sum gradients in a fixed order.
+    Version 2 alone has dropout (by torch's generator, not the seed), ALiBi, and the log-sum-exp (without dropout).
+    ``deterministic`` sums gradients in a fixed order.
 
     Returns:
         (B, S_q, H, C), and the log-sum-exp (B, H, S_q) float32 or None.
@@ -64,7 +59,6 @@ def attention_varlen(
 
 
 def _arguments(version: int, options: AttentionOptions, needs_lse: bool, deterministic: bool) -> dict[str, Any]:
-    """Our options as keyword arguments of that version."""
     no_limit = None if version == 4 else -1
     # Causal attention is a flag there, which also selects faster kernels.
     right = -1 if options.causal else options.right

@@ -32,16 +32,10 @@ def attention(
     options: AttentionOptions,
     k_lengths_B: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, None]:
-    """Attention of a batch, differentiable in q, k and v.
+    """Attention of a batch, differentiable in q, k and v, without softcap and ALiBi.
 
     Windows, and several queries against more keys, need a mask (S_q, S_k); everything else runs without one.
-
-    Args:
-        q_BSHC: queries, any strides.
-        k_BSGC: keys; query head h uses key/value head h // (H / G).
-        v_BSGC: values.
-        options: without softcap and ALiBi.
-        k_lengths_B: int32 number of keys in use per sequence, read on the host; the rest of the KV cache is ignored.
+    ``k_lengths_B`` is the int32 number of keys in use per sequence, read on the host.
 
     Returns:
         (B, S_q, H, C) in the dtype of q, zeros for a fully masked query; and None for the log-sum-exp.

@@ -23,11 +23,7 @@ from flash_experts.kernels.flash_attention_backward import delta_kernel, keys_ke
 from flash_experts.kernels.flash_attention_programs import forward_kernel
 
 INTERPRETED: bool = triton.knobs.runtime.interpret
-
-
 _SHARED_MEMORY = 227 * 1024  # bytes per thread block on a Hopper GPU; with less, such settings fail to compile
-
-
 _SHORTEST_BUCKET, _LONGEST_BUCKET = 64, 8192
 
 
@@ -37,16 +33,11 @@ def length_bucket(length: int) -> int:
 
 
 def fitting(kernel: str, configs: list[Any], block_c: int, element_size: int) -> list[Any]:
-    """The settings worth tuning: tiles fit in shared memory, accumulators in registers. The smallest if none fits.
+    """The settings worth tuning for a kernel ("forward", "keys" or "queries"): tiles fit in shared memory, accumulators
+    in registers. The smallest if none fits.
 
     On Hopper, accumulators of up to 128 values per thread in the forward and 160 in the backward hardly spill
-    (scripts/hopper_report.py).
-
-    Args:
-        kernel: "forward", "keys" or "queries".
-        configs: settings to choose from.
-        block_c: head dim, rounded up to a power of two.
-        element_size: bytes of an element of q, k and v.
+    (scripts/hopper_report.py). ``block_c`` is the head dim rounded up to a power of two, ``element_size`` in bytes.
     """
 
     def shared_memory(config: Any) -> int:
@@ -111,15 +102,9 @@ QUERIES = _tuned(
 
 
 DELTA = triton.autotune([triton.Config({"BLOCK_M": 64})], key=[])(delta_kernel)
-
-
 _MIN_HEAD_DIM = 16
-
-
 # Documents up to this length share tiles (packed layout). Longer ones fill tiles of their own.
 PACKED_UP_TO = 512
-
-
 _NO_LIMIT = 2**30
 
 
@@ -320,14 +305,9 @@ def attention(
     options: AttentionOptions,
     k_lengths_B: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention of a batch, differentiable in q, k and v.
+    """Attention of a batch, differentiable in q, k and v: float16, bfloat16 or float32, any strides; C from 16 to 256.
 
-    Args:
-        q_BSHC: queries, float16, bfloat16 or float32, any strides; C from 16 to 256.
-        k_BSGC: keys; query head h uses key/value head h // (H / G).
-        v_BSGC: values.
-        options: scale, masks, softcap, ALiBi, dropout.
-        k_lengths_B: int32 number of keys in use per sequence; None is all. The queries stand at the last ones.
+    ``k_lengths_B`` is the int32 number of keys in use per sequence; the queries stand at the last ones.
 
     Returns:
         (B, S_q, H, C), contiguous, dtype of q; log-sum-exp (B, H, S_q) float32, without gradient. A fully masked query

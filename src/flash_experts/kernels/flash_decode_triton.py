@@ -169,11 +169,8 @@ def decode(
     k_lengths_B: torch.Tensor | None = None,
     splits: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `flash_attention_triton.attention`, for few queries (S_q * H / G up to `MAX_ROWS`), without gradients.
-
-    ``options`` must have no dropout. ``splits`` is the number of shares of the keys; None gives every multiprocessor
-    two program instances.
-    """
+    """As `flash_attention_triton.attention`, for few queries (S_q * H / G up to `MAX_ROWS`), without gradients and
+    dropout, in ``splits`` shares of the keys; None gives every multiprocessor two program instances."""
     assert options.dropout == 0, "decoding has no dropout"
     if splits is None:
         programs = q_BSHC.shape[0] * k_BSGC.shape[2]
