@@ -41,39 +41,6 @@ if TYPE_CHECKING:
     from flash_experts.generation.similarity import KnownNames
     from flash_experts.generation.text_rules import CARD_ALPHABET
 
-_HOMES = {
-    "CARD_ALPHABET": "text_rules",
-    "PRESETS": "presets",
-    "AllOf": "filters",
-    "Alliterates": "filters",
-    "AllowedCharacters": "filters",
-    "BannedWords": "filters",
-    "Constraints": "constraints",
-    "Contains": "filters",
-    "EndsWith": "filters",
-    "GeneratedName": "search",
-    "KnownNameFilter": "filters",
-    "KnownNames": "similarity",
-    "MatchesRegex": "filters",
-    "MaxLength": "filters",
-    "MaxWords": "filters",
-    "MinLength": "filters",
-    "MinWords": "filters",
-    "NameFilter": "filters",
-    "NameGenerator": "generator",
-    "NameRequest": "request",
-    "NameVocabulary": "filters",
-    "NoProfanity": "filters",
-    "NoRealPlaces": "filters",
-    "NoRepeatedWords": "filters",
-    "NoTokenLeftError": "filters",
-    "Sampling": "presets",
-    "StartsWith": "filters",
-    "WellFormed": "filters",
-    "WordFilter": "filters",
-    "format_name": "formatting",
-    "load_presets": "presets",
-}
 __all__ = [
     "CARD_ALPHABET",
     "PRESETS",
@@ -107,6 +74,18 @@ __all__ = [
     "format_name",
     "load_presets",
 ]
+_HOMES = dict.fromkeys(__all__, "filters") | {
+    "CARD_ALPHABET": "text_rules",
+    "PRESETS": "presets",
+    "Constraints": "constraints",
+    "GeneratedName": "search",
+    "KnownNames": "similarity",
+    "NameGenerator": "generator",
+    "NameRequest": "request",
+    "Sampling": "presets",
+    "format_name": "formatting",
+    "load_presets": "presets",
+}
 
 
 def __getattr__(name: str) -> Any:

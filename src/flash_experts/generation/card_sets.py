@@ -37,7 +37,6 @@ class CardRow:
         where: ``file:line``, or ``file[index]`` for JSON.
         cells: the row as it was, by column.
         name: the name that the card has already, or "".
-        card: attributes of the card.
         rules: options of `NameRequest` for this row alone.
     """
 
@@ -58,7 +57,6 @@ class NamedRow:
 
     @property
     def text(self) -> str:
-        """The card's name, "" if there is none."""
         return self.names[0].text if self.names else self.row.name
 
 
@@ -82,11 +80,7 @@ def read_card_rows(path: str | Path) -> list[CardRow]:
 
 
 def card_rows_of(text: str, where: str) -> list[CardRow]:
-    """The cards of a file's text, as `read_card_rows`; ``where`` names the file in messages.
-
-    Raises:
-        ValueError: as `read_card_rows`.
-    """
+    """The cards of a file's text, as `read_card_rows`; ``where`` names the file in messages."""
     records = _json_records if _is_json(text) else _csv_records
     rows = []
     for place, cells in records(text, where):
@@ -188,7 +182,6 @@ class TakenNames:
             self.add(name)
 
     def add(self, name: str) -> None:
-        """Takes a name; "" is ignored."""
         if name:
             self._names.add(normal_form(name))
             self._last_words.update(content_words(name)[-1:])
@@ -206,12 +199,8 @@ class TakenNames:
 def name_rows(
     generator: NameGenerator, rows: Sequence[CardRow], candidates: int, seed: int, **options: Any
 ) -> Iterator[NamedRow]:
-    """Names for each row without one, in order. No name and no last word is used twice in the set.
-
-    Args:
-        candidates: names per row, the best first.
-        seed: random seed; each row has its own stream.
-        **options: fields of `NameRequest` for all rows, such as ``preset`` and ``quality``.
+    """Names for each row without one, in order, the best of ``candidates`` first. No name and no last word is used
+    twice in the set. Each row has its own stream of ``seed``; ``options`` are fields of `NameRequest` for all rows.
 
     Raises:
         ValueError: an option is out of range or unknown.
@@ -255,11 +244,7 @@ def table_of(named: Sequence[NamedRow]) -> list[dict[str, str]]:
 
 
 def write_set(named: Sequence[NamedRow], file: TextIO, format: Format, raw_cells: bool = False) -> int:
-    """Writes all rows in a format of text; returns their number.
-
-    Raises:
-        ValueError: the format is "mse", which is binary (see `write_mse`).
-    """
+    """Writes all rows in a format of text, so not "mse" (see `write_mse`); returns their number."""
     if format == "csv":
         rows = table_of(named)
         table = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
@@ -275,5 +260,4 @@ def write_set(named: Sequence[NamedRow], file: TextIO, format: Format, raw_cells
 
 
 def cards_of(named: Sequence[NamedRow]) -> list[NamedCard]:
-    """The rows that have a name."""
     return [NamedCard(one.text, one.row.card) for one in named if one.text]

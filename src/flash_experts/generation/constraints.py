@@ -94,11 +94,7 @@ class Constraints:
     )  # fmt: skip
 
     def __post_init__(self) -> None:
-        """Checks the rules for contradictions.
-
-        Raises:
-            ValueError: a value is out of range, or no name can follow two of the rules.
-        """
+        """Checks the rules; raises a ValueError if a value is out of range, or no name can follow two of them."""
         if self.words is not None:
             if self.min_words is not None or self.max_words is not None:
                 raise ValueError("words is the exact number: leave out min_words and max_words")
@@ -138,7 +134,6 @@ class Constraints:
 
     @property
     def longest(self) -> int:
-        """Characters at most."""
         return LONGEST_NAME if self.max_length is None else self.max_length
 
     @property
@@ -149,12 +144,8 @@ class Constraints:
         return self.min_words or 1, self.max_words
 
     def filters(self, vocabulary: NameVocabulary, prompt_length: int, known: Collection[str]) -> list[NameFilter]:
-        """The filters that every name has, and those of the rules.
-
-        Args:
-            vocabulary: texts of the tokens.
-            prompt_length: tokens of the prompt, BOS token included.
-            known: normal forms of names that are never generated.
+        """The filters that every name has, and those of the rules, after a prompt of ``prompt_length`` tokens with the
+        BOS token; ``known`` are normal forms of names that are never generated.
 
         Raises:
             ValueError: a filter cannot be made, such as for a regex that matches no name.
@@ -162,9 +153,8 @@ class Constraints:
         from flash_experts.generation import filters as make
 
         place = vocabulary, prompt_length
-        given = "".join(
-            filter(None, (self.starts_with, self.ends_with, self.contains, _GAP.sub("", self.pattern or "")))
-        )
+        texts = (self.starts_with, self.ends_with, self.contains, _GAP.sub("", self.pattern or ""))
+        given = "".join(filter(None, texts))
         alphabet = CARD_ALPHABET | set(shown_form(given)) | set(given.lower())
         least, most = self.word_limits
         found: list[NameFilter] = [
@@ -215,12 +205,10 @@ class Constraints:
         )
 
     def describe(self) -> str:
-        """The rules as text, for messages."""
         rules = {each.name: (getattr(self, each.name), each.default) for each in fields(Constraints)}
         given = [f"{name}={value!r}" for name, (value, default) in rules.items() if value not in (default, [])]
-        return ", ".join(
-            [*given, *(() if self.max_length else (f"max_length={self.longest}",)), "no known card's name"]
-        )
+        limit = [] if self.max_length else [f"max_length={self.longest}"]
+        return ", ".join([*given, *limit, "no known card's name"])
 
     def _check_pattern(self) -> None:
         if self.pattern is None:
@@ -265,7 +253,6 @@ class Constraints:
                 raise ValueError(f"{name} {shown!r} is among the {what}: set {field} to have it in names")
 
     def _unwanted(self) -> list[Check]:
-        """The checks for unwanted words that are switched on."""
         return [check for field, _, check in _UNWANTED if not getattr(self, field)]
 
     def _as_regexes(self) -> list[str]:
@@ -278,8 +265,7 @@ class Constraints:
             found.append(rf".{{{self.min_length},}}")
         if self.starts_with is not None:
             found.append(f"(?i:{_escaped(shown_form(self.starts_with))}).*")
-        texts = [(self.ends_with, ""), (self.contains, ".*")]
-        for text, after in texts:
+        for text, after in ((self.ends_with, ""), (self.contains, ".*")):
             if text is not None:
                 before = "(.* )?" if text[0].isspace() else ".*"
                 found.append(f"{before}(?i:{_escaped(shown_form(text))}){after}")

@@ -76,7 +76,6 @@ class Prompts:
         return logits_BV
 
     def _compute(self, ids: Sequence[Sequence[int]]) -> list[Prompt]:
-        """Computes prompts of equal length."""
         cache = DynamicCache(config=self.model.config)
         ids_BT = torch.tensor(ids, device=self.model.device)
         # The BOS token is also the padding token: without a mask transformers would warn about padding.
@@ -113,7 +112,6 @@ class PromptRows:
         self.logits_BV = first
 
     def select(self, rows: torch.Tensor) -> None:
-        """Keeps some rows, in this order."""
         self._cache.select(rows)
 
     def advance(self, tokens: Sequence[int], new: Mapping[int, int]) -> None:
@@ -129,10 +127,8 @@ class PromptRows:
 
 
 def guided(conditional_BV: torch.Tensor, unconditional_BV: torch.Tensor, guidance: float) -> torch.Tensor:
-    """Classifier-free guidance (Ho and Salimans 2022; for language models Sanchez et al. 2023).
-
-    ``unconditional + guidance (conditional - unconditional)``, of log-probabilities.
-    """
+    """Classifier-free guidance (Ho and Salimans 2022; for language models Sanchez et al. 2023), of
+    log-probabilities."""
     unconditional_BV = unconditional_BV.log_softmax(dim=-1)
     return unconditional_BV + guidance * (conditional_BV.log_softmax(dim=-1) - unconditional_BV)
 
@@ -179,8 +175,6 @@ class NameDecoder:
         """Stores what all names share.
 
         Args:
-            model: a causal LM of transformers that takes a `DynamicCache`.
-            prompt_ids: BOS token and prompt.
             processors: logits processors; each `NameFilter` comes after the others.
             max_new_tokens: names without an EOS token by then are dropped.
             unconditional_ids: BOS token and the prompt without attributes, for ``sampling.guidance``.

@@ -40,12 +40,9 @@ class NameGenerator:
         tokenizer: PreTrainedTokenizerBase,
         known_names: Iterable[str] | None = None,
     ) -> None:
-        """Wraps a model.
+        """Wraps a causal LM trained on BOS token + prompt + " " + name + EOS token, with its byte-level BPE tokenizer.
 
-        Args:
-            model: a causal LM trained on BOS token + prompt + " " + name + EOS token.
-            tokenizer: the model's byte-level BPE tokenizer.
-            known_names: names that are never generated (default: those of all real cards).
+        ``known_names`` are never generated (default: those of all real cards).
 
         Raises:
             ValueError: model and tokenizer do not belong together, or the tokenizer is not byte-level BPE.
@@ -96,7 +93,6 @@ class NameGenerator:
         names. Each prompt has random numbers of its own.
 
         Args:
-            count: number of names.
             filters: more token filters: subclasses of `NameFilter`, or functions (vocabulary, prompt length) ->
                 LogitsProcessor.
             **options: fields of `NameRequest`, such as ``type_line="Creature — Goblin"``, ``colors="R"``,
@@ -114,17 +110,11 @@ class NameGenerator:
     def stream(
         self, count: int = 20, *, filters: Sequence[FilterFactory] = (), **options: Any
     ) -> Iterator[GeneratedName]:
-        """The names of `generate` as they are found. Options are checked at once.
-
-        The model may be trained between two names.
-
-        for name in generator.stream(10_000, colors="R"):
-            print(name.text, flush=True)
-        """
+        """The names of `generate` as they are found; the model may be trained in between. Options are checked at
+        once."""
         return self.answer(NameRequest.of(count=count, **options), filters)
 
     def answer(self, request: NameRequest, filters: Sequence[FilterFactory] = ()) -> Iterator[GeneratedName]:
-        """The names for a request, as `stream` gives them."""
         examples = examples_of(request.like) if request.like else []
         attributes = completed_attributes(request)
         check_known(attributes, read_conditions(self.model.config.to_dict()))

@@ -31,10 +31,7 @@ _SHORTEST = 2  # letters: single ones do not characterize a style
 
 def examples_of(text: str | Sequence[str]) -> list[str]:
     """The names in a list separated by ";" or ",": ``"Krenko, Mob Boss, Goblin Guide"`` are two, as Krenko is a card.
-
-    Raises:
-        ValueError: the list has no name.
-    """
+    Raises a ValueError if there are none."""
     if not isinstance(text, str):
         found = [shown_form(name) for name in text]
     else:
@@ -93,7 +90,7 @@ class Resembles(NameFilter):
     def __init__(
         self, vocabulary: NameVocabulary, prompt_length: int, examples: Sequence[str], strength: float = STRENGTH
     ) -> None:
-        """Cuts the example names into tokens. ``strength``: bias of the most common sub-word, in nats."""
+        """``strength``: bias of the most common sub-word, in nats."""
         super().__init__(vocabulary, prompt_length)
         counts: Counter[int] = Counter()
         for name in examples:

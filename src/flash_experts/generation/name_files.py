@@ -44,14 +44,8 @@ class NamedCard:
 def write_names(
     names: Iterable[GeneratedName], card: Attributes, file: TextIO, format: Format, raw_cells: bool = False
 ) -> int:
-    """Writes names for one card in a format of text; returns their number.
-
-    Args:
-        raw_cells: write CSV cells as they are (see `write_csv`).
-
-    Raises:
-        ValueError: the format is "mse", which is binary (see `write_mse`).
-    """
+    """Writes names for one card in a format of text, so not "mse" (see `write_mse`); returns their number. CSV cells
+    are written as they are with ``raw_cells``."""
     if format == "csv":
         return write_csv(names, file, raw_cells)
     if format == "jsonl":
@@ -64,11 +58,7 @@ def write_names(
 
 
 def write_cards(cards: Iterable[NamedCard], file: TextIO, format: Format) -> int:
-    """Writes names with or without their cards, as text, Markdown or a set of Cockatrice; returns their number.
-
-    Raises:
-        ValueError: another format.
-    """
+    """Writes names with or without their cards, as text, Markdown or a set of Cockatrice; returns their number."""
     if format == "text":
         return _write_lines((one_line(one.text) for one in cards), file)
     if format == "markdown":
@@ -121,9 +111,6 @@ def _escaped(text: str) -> str:
     return "".join("\\" + character if character in "\\`*_[]<>" else character for character in one_line(text))
 
 
-# --------------------------------------------------------------------------------------------------- Magic Set Editor
-
-
 def write_mse(cards: Iterable[NamedCard], file: BinaryIO) -> int:
     """Writes a set of Magic Set Editor (.mse-set), a zip archive with a text file; returns the number of cards."""
     lines = ["mse version: 2.0.2", "game: magic", "stylesheet: m15", "set info:", "\ttitle: New names"]
@@ -172,9 +159,6 @@ def mana_cost(card: Attributes) -> str:
         return "/".join(card.colors) if card.mana_value == 1 and len(colors) == 2 else colors
     generic = card.mana_value - len(colors)
     return (str(generic) if generic or not colors else "") + colors
-
-
-# --------------------------------------------------------------------------------------------------------- Cockatrice
 
 
 def cockatrice_set(cards: Iterable[NamedCard]) -> str:

@@ -67,11 +67,8 @@ class Sampling:
 
 
 def load_presets(path: str | Path) -> dict[str, Sampling]:
-    """Presets of a YAML file that maps names to settings of `Sampling`.
-
-    Raises:
-        ValueError: the file is missing or not such YAML, or a setting is unknown or out of range.
-    """
+    """Presets of a YAML file that maps names to settings of `Sampling`. Raises a ValueError if the file is missing or
+    not such YAML, or a setting is unknown or out of range."""
     content = read_yaml(path)
     if not all(isinstance(one, dict) for one in content.values()):
         raise ValueError(f"{path}: presets are written as NAME: and under it temperature: 0.9, top_k: 50, ...")
@@ -96,16 +93,8 @@ PRESETS = load_presets(Path(__file__).with_name("presets.yaml"))
 
 
 def sampling_of(preset: str, presets: str | Path | None = None, **overrides: float | int | None) -> Sampling:
-    """A preset's settings, replaced by ``overrides`` that are not None.
-
-    Args:
-        preset: a name of `PRESETS` or of ``presets``.
-        presets: YAML file of more presets; see `load_presets`.
-        **overrides: settings of `Sampling`.
-
-    Raises:
-        ValueError: the preset is unknown, or a setting is out of range.
-    """
+    """The settings of a preset of `PRESETS` or of the file ``presets``, replaced by ``overrides`` that are not None.
+    Raises a ValueError if the preset is unknown, or a setting is out of range."""
     known = PRESETS if presets is None else PRESETS | load_presets(presets)
     if preset not in known:
         hint = did_you_mean(preset, known, prefix=" ", cutoff=0.3)

@@ -106,18 +106,10 @@ class NameRequest(Constraints):
         return by_quality[self.quality] if self.best_of is None else self.best_of
 
     def attributes(self) -> Attributes:
-        """The attributes of the card, without those that `like` adds.
-
-        Raises:
-            ValueError: a type, color, rarity, set or year is unknown.
-        """
+        """The attributes of the card, without those that `like` adds; raises a ValueError for an unknown one."""
         return Attributes.parse(self.type_line, self.colors, self.mana_value, self.rarity, self.set_code, self.released)
 
     def sampling(self) -> Sampling:
-        """The preset, with this request's own settings.
-
-        Raises:
-            ValueError: the preset is unknown, or a setting is out of range.
-        """
+        """The preset, with this request's own settings."""
         own = {each.name: getattr(self, each.name) for each in fields(Sampling)}
         return sampling_of(self.preset, self.presets, **own)

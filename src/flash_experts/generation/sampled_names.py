@@ -48,7 +48,6 @@ class SampledNames:
 
     Attributes:
         count: number of names; slightly fewer are written if attribute sets run out of new ones.
-        seed: random seed of the attribute sets and the names.
         attribute_dropout: probability that each part of a card's attributes is left out.
         top_logits: most likely tokens per position whose log-probabilities are kept for distillation; 0 for none.
     """
@@ -77,14 +76,8 @@ class SampledNames:
 
 @dataclass(slots=True)
 class _State:
-    """The state from which a run is resumed.
-
-    Attributes:
-        settings: settings of the run, which a resumed run must have, too.
-        planned: number of attribute sets that had their first attempt.
-        again: attribute sets whose last name was rejected, and their number of attempts.
-        bytes: length of the file.
-    """
+    """The state from which a run is resumed: its settings, which must be equal, the number of attribute sets that had
+    their first attempt, those whose last name was rejected with their number of attempts, and the file's length."""
 
     settings: dict[str, Any]
     planned: int = 0
@@ -104,18 +97,15 @@ def write_sampled_names(
     report: Callable[[int], None] = lambda names: None,
     overwrite: bool = False,
 ) -> int:
-    """Samples names and writes them as prepared lines with ``log_prob`` (nats, EOS token included).
+    """Samples names and writes them as prepared lines with ``log_prob`` (nats, EOS token included); returns their
+    number.
 
     Args:
-        generator: the model; the file has none of its known names.
         cards: cards whose attributes are drawn.
-        known: normal forms of more names that the file must not have.
+        known: normal forms of names that the file must not have, besides those that the generator knows.
         out: a ``.jsonl`` file, written as ``out.part`` until it is complete.
         source: further inputs that decide the names: only a run with the same ones is resumed.
         report: called after each piece with the number of names so far.
-
-    Returns:
-        Number of names written.
 
     Raises:
         ValueError: the file exists, another process writes it, or an unfinished one is damaged or has other settings.
@@ -176,7 +166,6 @@ class _Sampler:
         self._conditions = read_conditions(model.config.to_dict())
 
     def names(self, places: Sequence[int], piece: int) -> Iterator[DecodedName]:
-        """A name for each of these places of the plan."""
         model, tokenizer = self._generator.model, self._generator.tokenizer
         attributes = [drop_unknown(self.plan[place], self._conditions) for place in places]
         encoded = encode_names([""] * len(places), attributes, tokenizer)
@@ -187,22 +176,14 @@ class _Sampler:
             raise ValueError(f"the longest prompt has {longest} tokens, but the model's context only {longest + most}")
         seed = stream_seed(self._request.seed, (piece,))
         sampling, size = self._request.sampling, self._request.batch_size
+        top_logits = min(self._request.top_logits, model.config.vocab_size)
         with evaluating(model), torch.no_grad():
             decoder = NameDecoder(
-                model,
-                (),
-                tokenizer.eos_token_id,
-                sampling,
-                [],
-                most,
-                seed,
-                prompts=prompts,
-                top_logits=min(self._request.top_logits, model.config.vocab_size),
+                model, (), tokenizer.eos_token_id, sampling, [], most, seed, prompts=prompts, top_logits=top_logits
             )
             yield from decoder.stream(range(len(prompts)), size)
 
     def logits(self, name: DecodedName) -> NameLogits:
-        """The top logits of a complete name."""
         ids_SK, log_probs_SK = (torch.stack(each) for each in zip(*name.top, strict=True))
         return NameLogits((*name.ids, self._generator.tokenizer.eos_token_id), ids_SK, log_probs_SK)
 
@@ -250,7 +231,6 @@ def _piece(
 
 
 def _card(name: str, attributes: Attributes, source_id: str) -> Card:
-    """A card with these attributes and nothing else."""
     supertypes, types, subtypes = attributes.supertypes or (), attributes.types or (), attributes.subtypes or ()
     released = None if attributes.released is None else str(attributes.released)
     return Card(

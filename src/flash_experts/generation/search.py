@@ -51,15 +51,8 @@ class GeneratedName:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Search:
-    """The settings of one search.
-
-    Attributes:
-        prompt_ids: BOS token and prompt.
-        unconditional_ids: the same without attributes, for guidance.
-        processors: filters of ``constraints``, and others.
-        best_of: candidates drawn per name returned.
-        reranker: chooses among them.
-    """
+    """The settings of one search: ``processors`` are the filters of ``constraints`` and others; of ``best_of``
+    candidates per name returned, the reranker chooses."""
 
     prompt_ids: Sequence[int]
     unconditional_ids: Sequence[int]
@@ -76,11 +69,7 @@ class NameSearch:
     """Finds the acceptable names of a seed's stream, in its order, independent of the batch size."""
 
     def __init__(self, model: PreTrainedModel, vocabulary: NameVocabulary, known: KnownNames, search: Search) -> None:
-        """Prepares the search.
-
-        Raises:
-            ValueError: the prompt fills the model's context.
-        """
+        """Raises a ValueError if the prompt fills the model's context."""
         self._model = model
         self._vocabulary = vocabulary
         self._known = known

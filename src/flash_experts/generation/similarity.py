@@ -33,14 +33,8 @@ class KnownNames:
         return frozenset(self._name_of)
 
     def nearest(self, names: Sequence[str]) -> list[tuple[str | None, float]]:
-        """The nearest known name of each, and their similarity.
-
-        Similarity is 1 - edit distance / the longer length, of the normal forms: 1 is a name of a real card. Ties go to
-        the first.
-
-        Returns:
-            (name, similarity from 0 to 1) for each; (None, 0.0) if no name is known.
-        """
+        """The nearest known name of each, and their similarity: 1 - edit distance / the longer length, of the normal
+        forms. Ties go to the first. (None, 0.0) if no name is known."""
         shown = list(self._name_of.values())
         if not shown:
             return [(None, 0.0)] * len(names)

@@ -72,9 +72,6 @@ def found_in(check: Check, name: str) -> bool:
     return any(check(name[: word.end()]) for word in WORD.finditer(name))
 
 
-# ---------------------------------------------------------------------------------------------------------- swear words
-
-
 @cache
 def profane_words() -> frozenset[str]:
     """Normal forms of the single words on better-profanity's list (MIT; about 850), except `PRINTED_ON_CARDS`."""
@@ -97,16 +94,10 @@ def _profanity_of(word: str) -> Verdict:
     return "refused" if any(_listed(part, profane_words()) for part in parts) else None
 
 
-# --------------------------------------------------------------------------------------------------------------- places
-
-
 @cache
 def real_places() -> frozenset[str]:
-    """Normal forms of places, except words of fantasy or everyday English.
-
-    Countries, capitals, demonyms and states of the USA are from countryinfo (MIT); large cities and continents from the
-    time zones in tzdata (Apache-2.0, data in the public domain).
-    """
+    """Normal forms of places, except words of fantasy or everyday English: countries, capitals, demonyms and states of
+    the USA from countryinfo (MIT); large cities and continents from the time zones in tzdata (Apache-2.0)."""
     found = set(_NATIONS)
     for country in (files("countryinfo") / "data").iterdir():
         if country.name.endswith(".json"):

@@ -95,7 +95,6 @@ class MaxWords(UpperLimit):
     """
 
     def __init__(self, vocabulary: NameVocabulary, prompt_length: int, limit: int) -> None:
-        """Sets the limit, 1 or more."""
         super().__init__(vocabulary, prompt_length)
         self.limit = at_least("max_words", limit, 1, "a name has one word or more")
         self._most_words_of_token = max(len(text.split()) for text in vocabulary.texts)
@@ -153,7 +152,6 @@ class MinLength(LowerLimit):
     """At least ``least`` characters."""
 
     def __init__(self, vocabulary: NameVocabulary, prompt_length: int, least: int) -> None:
-        """Sets the limit, 1 or more."""
         super().__init__(vocabulary, prompt_length)
         self.least = at_least("min_length", least, 1, "leave it out for none")
 
@@ -165,7 +163,6 @@ class MinWords(LowerLimit):
     """At least ``least`` words, separated by spaces."""
 
     def __init__(self, vocabulary: NameVocabulary, prompt_length: int, least: int) -> None:
-        """Sets the limit, 1 or more."""
         super().__init__(vocabulary, prompt_length)
         self.least = at_least("min_words", least, 1, "a name has one word or more")
 

@@ -40,14 +40,8 @@ class MatchesRegex(NameFilter):
         alphabet: Collection[str] = CARD_ALPHABET,
         also: Sequence[str] = (),
     ) -> None:
-        """Compiles the expression.
-
-        Args:
-            vocabulary, prompt_length: see `NameFilter`.
-            pattern: the expression; ``^`` and ``$`` around it have no effect.
-            max_length: most characters of a name.
-            alphabet: characters that a name may have.
-            also: more expressions that must match.
+        """Compiles the expression, around which ``^`` and ``$`` have no effect; the expressions ``also`` must match,
+        too.
 
         Raises:
             ValueError: ``pattern`` is not a regular expression, or no name of that length and alphabet matches it.
@@ -122,7 +116,6 @@ class MatchesRegex(NameFilter):
         return ids
 
     def _unpacked(self, bits: bytes) -> torch.Tensor:
-        """(V,) bool from one bit per token."""
         allowed_V = torch.zeros(self.vocabulary.size, dtype=torch.bool)
         flags = np.unpackbits(np.frombuffer(bits, dtype=np.uint8), bitorder="little")[: self.vocabulary.size]
         allowed_V[: len(flags)] = torch.from_numpy(flags).bool()
@@ -145,7 +138,6 @@ class _Bytes:
 
 
 def _slashed(pattern: str) -> str:
-    """A pattern with escaped slashes, to stand between slashes."""
     return re.sub(r"(\\.)|/", lambda found: found[1] or r"\/", pattern)
 
 

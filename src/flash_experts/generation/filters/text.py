@@ -33,11 +33,7 @@ class StartsWith(NameFilter):
     """
 
     def __init__(self, vocabulary: NameVocabulary, prompt_length: int, prefix: str) -> None:
-        """Finds the token paths through the prefix.
-
-        Raises:
-            ValueError: the prefix is blank.
-        """
+        """Finds the token paths through the prefix, which must not be blank (ValueError)."""
         super().__init__(vocabulary, prompt_length)
         if not prefix.strip():
             raise ValueError("starts_with is blank: leave it out, or give the letters that names start with")
@@ -91,16 +87,8 @@ class WantedText(LowerLimit):
     """
 
     def __init__(self, vocabulary: NameVocabulary, prompt_length: int, text: str, max_length: int) -> None:
-        """Cuts the text into tokens.
-
-        Args:
-            vocabulary, prompt_length: see `NameFilter`.
-            text: wanted letters, with a leading space if they must start a word.
-            max_length: most characters of a name.
-
-        Raises:
-            ValueError: the text is blank, or longer than a name.
-        """
+        """Cuts the wanted letters, with a leading space if they must start a word, into tokens; raises a ValueError if
+        they are blank, or longer than a name."""
         super().__init__(vocabulary, prompt_length)
         words = shown_form(text)
         if not words:

@@ -52,11 +52,7 @@ class BannedWords(WordFilter):
     """Words that must not be in a name, whatever their case or accents. Longer words may include them."""
 
     def __init__(self, vocabulary: NameVocabulary, prompt_length: int, words: Iterable[str]) -> None:
-        """Takes the words.
-
-        Raises:
-            ValueError: an entry is not a single word.
-        """
+        """Takes single words; raises a ValueError for any other entry."""
         super().__init__(vocabulary, prompt_length)
         self.words = frozenset(normal_form(_single(word)) for word in words)
 

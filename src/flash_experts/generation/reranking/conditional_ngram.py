@@ -57,7 +57,6 @@ class _Layered:
         return self._model.next_contexts(contexts, symbols)
 
     def symbol_probabilities(self, names: Sequence[str]) -> list[FloatArray]:
-        """See `KneserNey.symbol_probabilities`."""
         probability = np.concatenate(self._model.symbol_probabilities(names))
         contexts, symbols = self._model.queries(names)
         context = _longest(contexts)
@@ -84,11 +83,7 @@ class ConditionalNGrams:
     """A conditional `NGramMixture`. Without attributes it is the unconditional mixture."""
 
     def __init__(self, cards: Sequence[Card]) -> None:
-        """Fits the model of all names; layers are fitted when first needed.
-
-        Raises:
-            ValueError: there are no cards.
-        """
+        """Fits the model of all names of one card or more; layers are fitted when first needed."""
         self.unconditional = NGramMixture([card.name for card in cards])
         self._names: dict[Kind, list[str]] = {}
         for card in cards:
@@ -98,7 +93,6 @@ class ConditionalNGrams:
 
     @property
     def num_parameters(self) -> int:
-        """Number of parameters of the unconditional model and all layers."""
         layers = [order for kind in self._names for order in self._layers_of(kind)]
         return self.unconditional.num_parameters + sum(order.num_parameters for order in layers)
 
@@ -119,7 +113,6 @@ class ConditionalNGrams:
         return sample_mixture(self._models_for(attributes), count, np.random.default_rng(seed))
 
     def sample_each(self, attributes: Sequence[Attributes], seed: int) -> list[str]:
-        """Samples one name per card."""
         names = [""] * len(attributes)
         for place, (given, rows) in enumerate(_rows_of_each(attributes).items()):
             drawn = sample_mixture(self._models_for(given), len(rows), np.random.default_rng((seed, place)))
@@ -128,7 +121,6 @@ class ConditionalNGrams:
         return names
 
     def _layers_of(self, kind: Kind) -> list[Order]:
-        """Returns the n-grams of an attribute's names, one order per unconditional model."""
         if kind not in self._fitted:
             self._fitted[kind] = [self._fit(model, self._names[kind]) for model in self.unconditional.models]
         return self._fitted[kind]
@@ -157,8 +149,5 @@ def _rows_of_each(attributes: Sequence[Attributes]) -> dict[Attributes, list[int
 
 
 def _longest(contexts: IntArray) -> IntArray:
-    """Returns the longest available context of each symbol, (Q,).
-
-    Longer contexts have larger codes, since no context starts with the symbol 0.
-    """
+    """The longest available context of each symbol, (Q,): longer ones have larger codes, since none starts with 0."""
     return contexts.max(axis=0)

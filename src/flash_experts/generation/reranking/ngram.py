@@ -46,7 +46,6 @@ class Order:
 
     @property
     def num_parameters(self) -> int:
-        """Number of stored probabilities and backoff masses."""
         return self.shares.size + self.left_over.size
 
 
@@ -83,11 +82,8 @@ def look_up(keys: IntArray, values: FloatArray, wanted: IntArray, missing: float
 def draw_from(
     order: Order, contexts: IntArray, base: int, rng: np.random.Generator
 ) -> tuple[IntArray, npt.NDArray[np.bool_]]:
-    """Samples symbols from the n-grams of one order.
-
-    Returns:
-        The symbols of the contexts that sampled one, and (B,) which did. The others back off to the lower order.
-    """
+    """Samples symbols from the n-grams of one order: those of the contexts that sampled one, and (B,) which did. The
+    others back off to the lower order."""
     first = np.searchsorted(order.grams, contexts * base)
     last = np.searchsorted(order.grams, (contexts + 1) * base)
     threshold = order.cumulated[first] + rng.random(contexts.size)
@@ -110,22 +106,11 @@ class CharacterModel(Protocol):
 
 
 class KneserNey:
-    """A character n-gram model of one order with interpolated modified Kneser-Ney smoothing.
-
-    Example:
-        >>> model = KneserNey(["Goblin Guide", "Goblin King"], order=4)
-        >>> bits = model.nats(["Goblin Ring"]).sum() / math.log(2) / len("Goblin Ring.")
-    """
+    """A character n-gram model of one order with interpolated modified Kneser-Ney smoothing."""
 
     def __init__(self, names: Sequence[str], order: int = 6, alphabet: Sequence[str] | None = None) -> None:
-        """Fits the model.
-
-        Args:
-            alphabet: known characters, sorted; those of the names if None. Averaged models share one.
-
-        Raises:
-            ValueError: there are no names, or the order is not in 2..8.
-        """
+        """Fits the model; averaged models share a sorted ``alphabet``, by default that of the names. Raises a
+        ValueError if there are no names, or the order is not in 2..8."""
         if not names:
             raise ValueError("no names to fit: give at least one")
         if not 2 <= order <= 8:
@@ -141,11 +126,8 @@ class KneserNey:
         self.orders = self._fit(*self.queries(names))
 
     def queries(self, names: Sequence[str]) -> tuple[IntArray, IntArray]:
-        """Encodes each symbol of names, EOS included, and the contexts before it.
-
-        Returns:
-            (order, Q) contexts of 0 .. order - 1 symbols (-1 where the name is shorter), and (Q,) symbols.
-        """
+        """Encodes each symbol of names, EOS included, (Q,), and the contexts before it: (order, Q), of 0 .. order - 1
+        symbols, -1 where the name is shorter. Returns contexts and symbols."""
         coded = [[self._bos, *(self._symbol.get(c, UNKNOWN) for c in name), EOS] for name in names]
         flat = np.array([symbol for name in coded for symbol in name], dtype=np.int64)
         position = np.concatenate([np.arange(len(name)) for name in coded])
@@ -206,10 +188,8 @@ class KneserNey:
         return self._probabilities(after, every).reshape(len(prefixes), self.num_symbols)
 
     def draw(self, contexts: IntArray, rng: np.random.Generator) -> IntArray:
-        """Samples the next symbols (B,), possibly `UNKNOWN`, for contexts (order or more, B) encoded by `queries`.
-
-        It samples an n-gram of the highest order or backs off, with one binary search per order.
-        """
+        """Samples the next symbols (B,), possibly `UNKNOWN`, for contexts (order or more, B) encoded by `queries`, from
+        an n-gram of the highest order or by backing off."""
         symbols = np.asarray(rng.integers(0, self.num_symbols, size=contexts.shape[1]))  # if all orders back off
         undecided = np.arange(contexts.shape[1])
         for length in range(self.order - 1, -1, -1):
@@ -237,17 +217,14 @@ class NGramMixture:
     """The average of n-gram models of several orders, symbol by symbol; slightly better than each."""
 
     def __init__(self, names: Sequence[str], orders: Sequence[int] = (5, 6, 7)) -> None:
-        """Fits one `KneserNey` model per order; raises ValueError as they do."""
         self.models = [KneserNey(names, order) for order in orders]
 
     @property
     def num_parameters(self) -> int:
-        """Number of stored probabilities and backoff masses."""
         return sum(order.num_parameters for model in self.models for order in model.orders)
 
     @property
     def num_active_parameters(self) -> int:
-        """Number of parameters that one character's probability uses: two per order."""
         return sum(2 * model.order for model in self.models)
 
     def nats(self, names: Sequence[str]) -> FloatArray:

@@ -50,12 +50,8 @@ C = TypeVar("C", bound=Candidate)
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """Weights of the score, chosen on validation cards.
-
-    Attributes:
-        match: weight of the attribute classifier's log-odds.
-        fault: nats per character that a flaw, a borrowed name or a repeated word costs.
-    """
+    """Weights of the score, chosen on validation cards: ``match`` of the attribute classifier's log-odds, ``fault`` in
+    nats per character for a flaw, a borrowed name or a repeated word."""
 
     match: float = 0.3
     fault: float = 0.25
@@ -73,17 +69,12 @@ class Reranker(Generic[C]):
         weights: Weights = DEFAULT_WEIGHTS,
         classifier: AttributeClassifier | None = None,
     ) -> None:
-        """Makes a reranker for one request.
-
-        Args:
-            classifier: classifier of the cards that names are compared with (default: `real_card_classifier`).
-        """
+        """``classifier`` is of the cards that names are compared with (default: `real_card_classifier`)."""
         self._attributes, self._weights, self._given = attributes, weights, classifier
         self._waiting: list[C] = []
         self._score_N: FloatArray = np.empty(0)
 
     def add(self, candidates: Sequence[C]) -> None:
-        """Adds candidates."""
         self._waiting += candidates
         self._score_N = np.append(self._score_N, self.scores(candidates))
         if len(self._waiting) > _MOST_WAITING:

@@ -51,9 +51,6 @@ class WordRepetition:
     """
 
     def __init__(self, names: Iterable[str]) -> None:
-        """Args:
-        names: names of real cards of the kind.
-        """
         of_each = [content_words(name) for name in names]
         counts = Counter(word for words in of_each for word in words)
         self._share = {word: count / len(of_each) for word, count in counts.items()}
@@ -61,7 +58,6 @@ class WordRepetition:
         self._names = 0
 
     def add(self, name: str) -> None:
-        """Adds a chosen name."""
         self._chosen.update(content_words(name))
         self._names += 1
 
