@@ -1,9 +1,8 @@
 """Control accuracy: attribute classifiers recognize from a name alone the attributes that it was conditioned on.
 
-Classifiers on character n-grams learn card type, color and legendary from training names. They then classify held-out
-names, names that a model generated for those cards, and names conditioned on one attribute alone. A good model is
-recognized as often as real names: exaggerated names are recognized more often, and n-gram samples beat real ones.
-`flash_experts.evaluation.evaluate.SplitMetrics.control`, in bits, cannot be gamed that way.
+Classifiers on character n-grams learn card type, color and legendary from training names. A good model is recognized as
+often as real names: exaggerated names are recognized more often. `SplitMetrics.control`, in bits, cannot be gamed that
+way.
 
 Shape suffixes: R resamples, C classes.
 """
@@ -36,12 +35,7 @@ class NameSampler(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """One classification task.
-
-    Attributes:
-        label_of: returns the label of a card, or None to leave the card out.
-        prompt_of: returns the attributes that a model is conditioned on for a label.
-    """
+    """One classification task: the label of a card (None leaves it out), and the attributes of a label's prompt."""
 
     name: str
     label_of: Callable[[Card], str | None]
@@ -76,11 +70,7 @@ TASKS = (
 
 @dataclass(frozen=True, slots=True)
 class Recognition:
-    """Accuracy of a classifier.
-
-    Attributes:
-        plain: accuracy, each class weighted by its share of the held-out cards.
-    """
+    """Accuracy of a classifier; in ``plain`` each class is weighted by its share of the held-out cards."""
 
     names: int
     plain: Estimate
@@ -110,24 +100,14 @@ class AttributeClassifiers:
     """One attribute classifier per task, trained once and used for any number of models."""
 
     def __init__(self, train: Sequence[Card], held_out: Sequence[Card], tasks: Sequence[Task] = TASKS) -> None:
-        """Trains the classifiers on ``train``. ``held_out`` has cards of the same families.
-
-        Raises:
-            ModuleNotFoundError: scikit-learn is not installed.
-        """
+        """Trains the classifiers; ``held_out`` has cards of the same families. Needs scikit-learn."""
         self._held_out = held_out
         self.tasks = tasks
         self._classifiers = {task.name: _fit(train, task) for task in tasks}
 
     def measure(self, model: NameSampler, samples: int, seed: int) -> list[ControlMetrics]:
-        """Generates names for each class of each task and classifies them.
-
-        Args:
-            samples: total number of names: half for held-out cards (or all of those), half for one attribute alone.
-
-        Returns:
-            Metrics of each task with at least two classes among the held-out cards.
-        """
+        """Generates names for each class of each task and classifies them: half of ``samples`` for held-out cards (or
+        all of those), half for one attribute alone. Leaves out tasks with one class among the held-out cards."""
         classes = {task.name: self._classes(task) for task in self.tasks}
         of_each = max(1, samples // 2 // max(1, sum(map(len, classes.values()))))
         cards = self._held_out[: max(_FEWEST, samples // 2)]
@@ -146,15 +126,8 @@ class AttributeClassifiers:
             for card, name in zip(cards, names, strict=True):
                 if (label := task.label_of(card)) in made:
                     made[label].append(name)
-            metrics.append(
-                ControlMetrics(
-                    task=task.name,
-                    model=self._recognition(task, made, shares),
-                    alone=self._recognition(task, alone, shares),
-                    real=self._recognition(task, real, shares),
-                    majority=max(shares.values()),
-                )
-            )
+            found = (self._recognition(task, names, shares) for names in (made, alone, real))
+            metrics.append(ControlMetrics(task.name, *found, max(shares.values())))
         return metrics
 
     def _recognition(self, task: Task, names: dict[str, list[str]], shares: dict[str, float]) -> Recognition:
@@ -176,12 +149,7 @@ class AttributeClassifiers:
 
 
 def recognition(hits: dict[str, npt.NDArray[np.bool_]], shares: dict[str, float]) -> Recognition:
-    """Computes accuracies with 95% bootstrap intervals over the names of each class.
-
-    Args:
-        hits: whether each name was classified correctly, by class.
-        shares: weight of each class in the plain accuracy.
-    """
+    """Accuracies with 95% bootstrap intervals over the names of each class, whose weights are ``shares``."""
     rng = np.random.default_rng(0)
     # The number of hits among n resampled names with accuracy p is binomial.
     drawn_RC = np.stack(

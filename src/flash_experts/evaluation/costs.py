@@ -27,7 +27,7 @@ class Costs:
 
     Attributes:
         memory_bytes: parameters and buffers in memory (float32).
-        training_tokens: tokens of the last training with prompts, without those of the model it started from, or None.
+        training_tokens: with prompts, without those of the model that training started from; None if unknown.
         flops_per_token: training FLOPs per token: 6 per active weight (Kaplan et al. 2020, section 2.1), with the
             output layer at every token, without attention scores.
     """
@@ -40,7 +40,6 @@ class Costs:
 
     @property
     def training_flops(self) -> float | None:
-        """FLOPs of the training; None if its tokens are unknown."""
         return None if self.training_tokens is None else self.flops_per_token * self.training_tokens
 
 

@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class CurvePoint:
-    """One point of a training curve."""
-
     step: int
     seconds: float | None
     tokens: int | None
@@ -35,8 +33,7 @@ class CurvePoint:
 def read_curve(path: Path) -> list[CurvePoint]:
     """Reads the metrics.jsonl of a run as points in the order of steps; empty if there is no such file.
 
-    Lines of validations may have no time: it is interpolated from the lines around. Of a step repeated after a resume,
-    the last values count.
+    A validation without a time gets an interpolated one. Of a step repeated after a resume, the last values count.
     """
     points: dict[int, dict[str, Any]] = {}
     for record in read_untrusted_metrics(path):
@@ -55,7 +52,6 @@ def read_curve(path: Path) -> list[CurvePoint]:
 
 
 def _number(record: dict[str, Any], key: str) -> Any:
-    """Returns a value of a line if it is a finite number, else None."""
     return finite_number(record.get(key))
 
 
@@ -76,13 +72,7 @@ PICTURES = (".png", ".svg", ".pdf")
 
 @dataclass(frozen=True, slots=True)
 class Panel:
-    """One pair of axes.
-
-    Attributes:
-        name: key in the JSON.
-        event: event of the lines: train or validation.
-        x: field of the horizontal axis: step, tokens or seconds.
-    """
+    """One pair of axes: ``name`` in the JSON, of lines with this ``event``, against their field ``x``."""
 
     name: str
     title: str
@@ -110,8 +100,6 @@ def _field(name: str) -> Callable[[Line], float | None]:
 
 
 _BITS = "validation bits per character"
-
-
 PANELS = (
     Panel("loss", "training loss", "train", "step", _field("loss")),
     Panel("lr", "learning rate", "train", "step", _field("lr")),
@@ -120,16 +108,12 @@ PANELS = (
     Panel("bits_per_token", _BITS, "validation", "tokens", _field(BITS_PER_CHAR)),
     Panel("bits_per_second", _BITS, "validation", "seconds", _field(BITS_PER_CHAR)),
 )
-
-
 _AXES = {"step": "optimizer steps", "tokens": "tokens", "seconds": "seconds of training"}
 
 
 def read_curves(runs: Sequence[str | Path]) -> dict[str, dict[str, Points]]:
-    """Reads the points of each panel by run name (or path, where two names are equal).
-
-    Args:
-        runs: folders written by ``train``, or metrics.jsonl files.
+    """Reads the points of each panel by run name (or path, where two names are equal) from folders written by
+    ``train``, or metrics.jsonl files.
 
     Raises:
         ValueError: a metrics.jsonl does not exist, has a damaged line, or a run is given twice.

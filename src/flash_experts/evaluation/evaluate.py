@@ -6,6 +6,7 @@ import random
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,23 +42,11 @@ from flash_experts.evaluation.swap import SwapBaseline
 from flash_experts.models.loading import load_config
 
 SAMPLES = 10_000  # with fewer, too few are real cards for a reliable hit ratio
-
-
 ASSOCIATED = 700  # two-word names for word association, at most
-
-
 _FEWEST_ASSOCIATED = 16
-
-
 EXAMPLES = 40  # samples that the report shows
-
-
 _CONTROL_SHARE = 4  # samples per name for the attribute classifiers
-
-
 _PASSES = 3  # over the held-out names: unconditional, conditional, with another card's attributes
-
-
 NGRAM, SWAP = "ngram", "swap"  # stand for baselines in place of a model
 
 
@@ -66,11 +55,10 @@ class SplitMetrics:
     """Bits per character of one held-out set.
 
     Attributes:
-        conditional: bits conditioned on type line, colors and mana value.
         shuffled: bits conditioned on another card's attributes.
         control: shuffled - conditional, paired. Zero means that the model ignores its prompt.
-        by_year: bits of cards first printed until 2024 and since 2025 (embedded table only): a check for contamination,
-            since a teacher pretrained on the web of 2024 cannot have read the latter.
+        by_year: cards first printed until 2024 and since 2025 (embedded table only): a check for contamination, since a
+            teacher pretrained on the web of 2024 cannot have read the latter.
         association: `word_association` of up to `ASSOCIATED` two-word names, unconditional; None for very few names.
     """
 
@@ -99,10 +87,7 @@ class EvaluationResult:
     """All metrics of one model.
 
     Attributes:
-        samples: metrics of names drawn unfiltered at temperature 1.
-        real: metrics of real held-out names.
-        detection: AUC of samples against real names.
-        control: accuracy of attribute classifiers on its names.
+        samples: names drawn unfiltered at temperature 1.
         expert_loads: load of each expert over the mean on held-out names, by block.
         nats: nats of each name by split, not in the JSON.
     """
@@ -124,7 +109,6 @@ class EvaluationResult:
     nats: dict[str, NameNats] = field(repr=False, compare=False)
 
     def to_json(self) -> dict[str, Any]:
-        """Returns plain values, ready for json.dumps."""
         fields = {name: getattr(self, name) for name in self.__slots__ if name != "nats"}
         return {name: _plain(value) for name, value in fields.items()}
 
@@ -150,14 +134,17 @@ def load_scorer(
     Raises:
         ValueError: the model does not exist, or a model object came without a tokenizer.
     """
-    if isinstance(model, (str, Path)) and str(model) == NGRAM:
-        return NGramBaseline(held_out.reference.train)
-    if isinstance(model, (str, Path)) and str(model) == SWAP:
-        return SwapBaseline(held_out.reference.train, held_out.reference.validation)
-    if isinstance(model, (str, Path)) and (alone := without_suffix(str(model))) is not None:
-        baseline = NGramBaseline(held_out.reference.train)
-        return MixedWithNGrams(language_model(alone, tokenizer, device, label), baseline, held_out.reference.validation)
-    return language_model(model, tokenizer, device, label)
+    language = partial(language_model, tokenizer=tokenizer, device=device, label=label)
+    if isinstance(model, PreTrainedModel):
+        return language(model)
+    reference = held_out.reference
+    if str(model) == NGRAM:
+        return NGramBaseline(reference.train)
+    if str(model) == SWAP:
+        return SwapBaseline(reference.train, reference.validation)
+    if (alone := without_suffix(str(model))) is not None:
+        return MixedWithNGrams(language(alone), NGramBaseline(reference.train), reference.validation)
+    return language(model)
 
 
 def config_and_tokenizer(
@@ -204,14 +191,12 @@ def evaluate(
         model: folder, hub id, "ngram", "swap", "MODEL+ngram", or a model object (then with ``tokenizer``).
         data_dir: folder written by `flash-experts prepare`.
         max_names: maximum number of names per set; None for all.
-        device: by default CUDA if available.
 
     Raises:
         ValueError: the data or the model does not exist, or a set is empty.
     """
-    held_out = HeldOut.load(data_dir, splits, max_names, seed).within_context(
-        config_and_tokenizer(model, tokenizer), seed
-    )
+    held_out = HeldOut.load(data_dir, splits, max_names, seed)
+    held_out = held_out.within_context(config_and_tokenizer(model, tokenizer), seed)
     return evaluate_scorer(load_scorer(model, held_out, tokenizer, device), held_out, samples=samples, seed=seed)
 
 
@@ -298,16 +283,12 @@ class NamesResult:
     bits_of_each: tuple[float, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """Returns plain values, ready for json.dumps."""
         return asdict(self)
 
 
 def read_names(path: str | Path) -> list[str]:
-    """Reads names from a text file, one per line; skips blank lines.
-
-    Raises:
-        ValueError: the file does not exist, is not UTF-8 text, has no names, or is too large (``file:line``).
-    """
+    """Reads names from a text file, one per line; skips blank lines. Raises a ValueError if the file does not exist, is
+    not UTF-8 text, has no names, or is too large (``file:line``)."""
     path = Path(path)
     if path.is_dir():
         raise ValueError(f"cannot read the names in {path}: it is a folder: give a text file with one name per line")
@@ -328,11 +309,9 @@ def evaluate_names(
     tokenizer: PreTrainedTokenizerBase | None = None,
     device: str | torch.device | None = None,
 ) -> NamesResult:
-    """Computes unconditional bits per character of any names.
+    """Computes unconditional bits per character of any names; ``model`` as in `evaluate`.
 
-    Args:
-        model: see `evaluate`.
-        data_dir: data of "ngram", "swap" and "MODEL+ngram"; other models do not read it.
+    ``data_dir`` is read for "ngram", "swap" and "MODEL+ngram" alone.
 
     Raises:
         ValueError: there are no names, or the model does not exist.

@@ -32,16 +32,12 @@ def shuffled(attributes: Sequence[Attributes], seed: int) -> list[Attributes]:
 def _too_long(
     cards: Sequence[Card], models: Sequence[tuple[PretrainedConfig, PreTrainedTokenizerBase]], seed: int
 ) -> set[int]:
-    """Finds cards whose name exceeds a context after their own attributes or those from `shuffled`."""
     own = [Attributes.of(card) for card in cards]
     found: set[int] = set()
     for config, tokenizer in models:
         for attributes in (own, shuffled(own, seed)):
-            found |= {
-                index
-                for index, fits in enumerate(fits_context(config, tokenizer, names_of(cards), attributes))
-                if not fits
-            }
+            fit = fits_context(config, tokenizer, names_of(cards), attributes)
+            found |= {index for index, fits in enumerate(fit) if not fits}
     return found
 
 
@@ -57,11 +53,8 @@ class HeldOut:
     def load(
         cls, folder: str | Path, splits: Sequence[str] = SPLITS, max_names: int | None = None, seed: int = 0
     ) -> HeldOut:
-        """Loads a folder written by `flash-experts prepare`, with at most ``max_names`` random names per set.
-
-        Raises:
-            ValueError: there is no prepared data, or a set is empty.
-        """
+        """Loads a folder written by `flash-experts prepare`, with at most ``max_names`` random names per set. Raises a
+        ValueError if there is no prepared data, or a set is empty."""
         path = Path(folder)
         if not (path / META).is_file():
             raise ValueError(f"no prepared data in {path}: run `flash-experts prepare --out {path}` first")
@@ -76,11 +69,8 @@ class HeldOut:
         return cls(chosen, Reference.load(path), data)
 
     def within_context(self, models: Sequence[tuple[PretrainedConfig, PreTrainedTokenizerBase]], seed: int) -> HeldOut:
-        """Leaves out names that exceed the context of any model, with a warning. ``seed`` is that of `shuffled`.
-
-        Raises:
-            ValueError: no name of a set is left.
-        """
+        """Leaves out names that exceed the context of any model, with a warning. ``seed`` is that of `shuffled`. Raises
+        a ValueError if no name of a set is left."""
         splits = {}
         for split, cards in self.splits.items():
             kept = cards
@@ -96,10 +86,8 @@ class HeldOut:
 
     @property
     def real(self) -> list[Card]:
-        """Held-out cards whose names are the reference for generated names.
-
-        It prefers ``test_iid``: names of the family split have no similar training name by construction.
-        """
+        """Held-out cards whose names are the reference for generated ones: of the training families, if they are there,
+        since other names have no similar training name by construction."""
         return self.splits[IID] if IID in self.splits else next(iter(self.splits.values()))
 
     @cached_property
@@ -111,7 +99,6 @@ class HeldOut:
 
     @cached_property
     def attribute_classifiers(self) -> AttributeClassifiers | None:
-        """Attribute classifiers; None without scikit-learn."""
         return AttributeClassifiers(self.reference.train, self.real) if self._has_sklearn else None
 
     @cached_property

@@ -58,7 +58,6 @@ class ListMetrics:
     per_second: float | None
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, ready for json.dumps."""
         return asdict(self)
 
 
@@ -112,11 +111,7 @@ class ListEvaluation:
     """Requests of the held-out cards and the classifiers that measure the lists for them."""
 
     def __init__(self, reference: Reference, requests: int = REQUESTS, seed: int = 0) -> None:
-        """Trains the classifiers on the training cards.
-
-        Raises:
-            ValueError: the held-out cards are too few for one request.
-        """
+        """Trains the classifiers; raises a ValueError if the held-out cards are too few for one request."""
         # Of the same families as the training cards: in others, every second name has a word that no training card has.
         held_out = reference.test_iid
         self.requests = requests_of(held_out, requests, seed=seed)
@@ -155,13 +150,8 @@ class ListEvaluation:
         return found
 
     def _list(self, generator: NameGenerator, request: Request, quality: str) -> list[str]:
-        given: dict[str, Any] = {
-            "type_line": request.type_line,
-            "colors": request.colors,
-            "quality": quality,
-            "seed": self._seed,
-        }
-        return [name.text for name in generator.generate(PER_LIST, **given)]
+        given: dict[str, Any] = {"type_line": request.type_line, "colors": request.colors, "seed": self._seed}
+        return [name.text for name in generator.generate(PER_LIST, quality=quality, **given)]
 
     def _measure(self, label: str, lists: Sequence[Sequence[str]], per_second: float | None) -> ListMetrics:
         names = [name for one in lists for name in one]
@@ -205,10 +195,7 @@ def evaluate_lists(
 ) -> list[ListMetrics]:
     """Measures the lists of a model at each quality, after the real names and those of swapped parts.
 
-    Args:
-        model: model folder or hub id.
-        data: folder written by prepare.
-        progress: called with a line before each quality.
+    ``progress`` is called with a line before each quality.
 
     Raises:
         ValueError: the model or the data is missing or damaged, or there are too few held-out cards.
@@ -225,7 +212,6 @@ def _as_card(request: Request) -> Card:
 
 
 def _subtypes(cards: Sequence[Card], most: int = 25) -> Task:
-    """The task to recognize the most common subtypes."""
     common = [subtype for subtype, _ in Counter(one for card in cards for one in card.subtypes).most_common(most)]
 
     def label_of(card: Card) -> str | None:

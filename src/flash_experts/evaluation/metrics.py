@@ -48,9 +48,7 @@ def bits_per_character(nats_N: npt.ArrayLike, characters_N: npt.ArrayLike) -> fl
 
     It does not depend on the vocabulary. Over one tokenization of each name, it is an upper bound of the true value.
 
-    Args:
-        nats_N: negative log-likelihood of each name and its EOS token, in nats.
-        characters_N: characters of each name, plus one for the EOS token.
+    ``nats_N`` are of each name and its EOS token, which counts as one of its ``characters_N``.
 
     Raises:
         ValueError: there are no names.
@@ -103,14 +101,7 @@ def word_association(nats_own_P: npt.ArrayLike, nats_swapped_P: npt.ArrayLike, *
     """Computes how many bits the first word of a two-word name saves on the second word.
 
     Pairs of names swap their second words. The first words cancel, which leaves the pointwise mutual information of the
-    two words: zero if they are independent.
-
-    Args:
-        nats_own_P: nats of both names of each pair.
-        nats_swapped_P: the same with second words swapped.
-
-    Returns:
-        Bits per name.
+    two words: zero if they are independent. The nats are those of both names of each pair.
     """
     own, swapped = _same_length(nats_own_P, nats_swapped_P)
     return ratio_of_sums((swapped - own) / NATS_PER_BIT, np.full(own.size, 2.0), seed=seed)
@@ -138,15 +129,8 @@ def exact_known_rate(keys: Sequence[str], known: frozenset[str] | set[str]) -> E
 
 
 def near_duplicates(keys: Sequence[str], known: Sequence[str], at_least: int = 1) -> npt.NDArray[np.bool_]:
-    """Finds near-duplicates: names with a known name within a normalized edit distance of `NEAR`. Copies count.
-
-    Args:
-        keys: names in `flash_experts.data.names.normal_form`, as ``known``.
-        at_least: number of near known names: 2 for names that are known themselves.
-
-    Returns:
-        (N,).
-    """
+    """Finds near-duplicates: names (N,) with ``at_least`` known names within a normalized edit distance of `NEAR`, all
+    in `flash_experts.data.names.normal_form`. Copies count."""
     from rapidfuzz.distance import Levenshtein
     from rapidfuzz.process import cdist
 
@@ -162,11 +146,8 @@ def near_duplicates(keys: Sequence[str], known: Sequence[str], at_least: int = 1
 
 
 def distinct_share(keys: Sequence[Hashable]) -> float:
-    """Computes distinct items / items. It falls with the number of items, so compare lists of equal length.
-
-    Raises:
-        ValueError: there are no items.
-    """
+    """Computes distinct items / items. It falls with the number of items, so compare lists of equal length. Raises a
+    ValueError if there are no items."""
     if not keys:
         raise ValueError("no names to measure: give at least one")
     return len(set(keys)) / len(keys)
@@ -208,10 +189,7 @@ def word_metrics(names: Iterable[str], seen: frozenset[str] | set[str]) -> WordM
 
 def jensen_shannon(first: Mapping[int, float], second: Mapping[int, float]) -> float:
     """Computes the Jensen-Shannon divergence of two histograms in bits (Lin 1991): 0 for equal, 1 for disjoint ones.
-
-    Raises:
-        ValueError: a histogram is empty.
-    """
+    Raises a ValueError if a histogram is empty."""
     total_first, total_second = sum(first.values()), sum(second.values())
     if not total_first or not total_second:
         raise ValueError("no names to measure: a histogram is empty")
@@ -237,8 +215,7 @@ def word_count_divergence(names: Sequence[str], real: Sequence[str]) -> float:
 def auc_estimate(scores_N: npt.ArrayLike, labels_N: npt.ArrayLike) -> Estimate:
     """Computes the area under the ROC curve with DeLong et al.'s (1988) interval, by midranks (Sun and Xu 2014).
 
-    Args:
-        scores_N: classifier scores, higher for label 1.
+    Scores are higher for label 1.
 
     Raises:
         ValueError: one of the labels is missing.
@@ -264,7 +241,7 @@ def _midranks(values: FloatArray) -> FloatArray:
 
 
 def types_of(card: Card) -> tuple[str, ...]:
-    """Returns the types of a card (an artifact creature counts in both groups)."""
+    """The types of a card (an artifact creature counts in both groups)."""
     return card.types
 
 

@@ -29,11 +29,7 @@ class MixedWithNGrams:
     """A language model and the n-gram baseline, with one weight for names without a prompt and one for those with."""
 
     def __init__(self, model: LanguageModel, baseline: NGramBaseline, validation: Sequence[Card]) -> None:
-        """Chooses the weights on validation cards.
-
-        Raises:
-            ValueError: there are none.
-        """
+        """Chooses the weights on validation cards; raises a ValueError if there are none."""
         if not validation:
             raise ValueError("no validation names: the weight of the n-grams is chosen on them")
         self.label = model.label if model.label.endswith(SUFFIX) else model.label + SUFFIX
@@ -59,24 +55,19 @@ class MixedWithNGrams:
         return self._model.costs
 
     def nats(self, names: Sequence[str], attributes: Sequence[Attributes]) -> FloatArray:
-        """See `Scorer.nats`."""
         weight_N = np.array([self.unconditional if one == UNCONDITIONAL else self.conditional for one in attributes])
         return mixed(self._model.nats(names, attributes), self._baseline.nats(names, attributes), weight_N)
 
     def sample(self, count: int, seed: int, attributes: Attributes = UNCONDITIONAL) -> list[str]:
-        """See `Scorer.sample`: the model's names."""
         return self._model.sample(count, seed, attributes)
 
     def sample_each(self, attributes: Sequence[Attributes], seed: int) -> list[str]:
-        """See `Scorer.sample_each`: the model's names."""
         return self._model.sample_each(attributes, seed)
 
     def show(self, prompts: Sequence[Prompt], count: int, seed: int, known: Sequence[str]) -> list[list[str]]:
-        """See `Scorer.show`: the model's names."""
         return self._model.show(prompts, count, seed, known)
 
     def expert_loads(self, names: Sequence[str], attributes: Sequence[Attributes]) -> dict[str, tuple[float, ...]]:
-        """See `Scorer.expert_loads`."""
         return self._model.expert_loads(names, attributes)
 
 

@@ -72,12 +72,7 @@ def svg(figure: Figure, caption: str) -> Markup:
 
 
 def write_plots(result: ComparisonResult, folder: str | Path) -> list[Path]:
-    """Writes each plot as a PNG file.
-
-    Raises:
-        ValueError: the folder cannot be written.
-        ModuleNotFoundError: matplotlib is not installed.
-    """
+    """Writes each plot as a PNG file; raises a ValueError if the folder cannot be written. Needs matplotlib."""
     from matplotlib import rc_context
 
     target = Path(folder)
@@ -135,18 +130,13 @@ def _plot_bits(models: Sequence[EvaluationResult]) -> Figure:
     for column, (split, axes) in enumerate(zip(splits, panels, strict=True)):
         for shift, (name, marker, of) in enumerate(kinds):
             found = [of(model, split) for model in models]
-            axes.errorbar(
-                [estimate.value for estimate in found],
-                [row + 0.2 * (shift - 1) for row in range(len(models))],
-                xerr=[
-                    [estimate.value - estimate.low for estimate in found],
-                    [estimate.high - estimate.value for estimate in found],
-                ],
-                fmt=marker,
-                color=_PALETTE[shift],
-                capsize=3,
-                label=name,
-            )
+            errors = [
+                [estimate.value - estimate.low for estimate in found],
+                [estimate.high - estimate.value for estimate in found],
+            ]
+            values = [estimate.value for estimate in found]
+            rows = [row + 0.2 * (shift - 1) for row in range(len(models))]
+            axes.errorbar(values, rows, xerr=errors, fmt=marker, color=_PALETTE[shift], capsize=3, label=name)
         labels = [_text(model.label) for model in models] if column == 0 else [""] * len(models)
         axes.set_yticks(range(len(models)), labels)
         axes.set_ylim(len(models) - 0.5, -0.5)

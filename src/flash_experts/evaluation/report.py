@@ -73,26 +73,17 @@ def _resource(name: str) -> str:
 
 
 def write_report(result: ComparisonResult, path: str | Path, title: str = "Models compared") -> Path:
-    """Writes `render_report` to a file. See `write_page`."""
     return write_page(render_report(result, title), path)
 
 
 def write_page(page: str, path: str | Path) -> Path:
-    """Writes a text file atomically and returns its path.
-
-    Raises:
-        ValueError: the file cannot be written.
-    """
+    """Writes a text file atomically and returns its path; raises a ValueError if it cannot be written."""
     write_pages({Path(path): page})
     return Path(path)
 
 
 def write_pages(pages: Mapping[Path, str]) -> None:
-    """Writes several text files, all or none.
-
-    Raises:
-        ValueError: a file cannot be written.
-    """
+    """Writes several text files, all or none; raises a ValueError if one cannot be written."""
     try:
         with whole_files(list(pages)) as temporaries:
             for temporary, page in zip(temporaries, pages.values(), strict=True):

@@ -34,14 +34,8 @@ from flash_experts.models.scoring import context_length, evaluating
 from flash_experts.released import model_folder
 
 TOKENS_PER_BATCH = 4096
-
-
 _SAMPLED_AT_ONCE = 256
-
-
 _MOST_NEW_TOKENS = 64
-
-
 _MOST_LOGITS = 2**27  # logits in memory at once: 512 MiB
 
 
@@ -121,13 +115,8 @@ class LanguageModel:
         *,
         tokens_per_batch: int = TOKENS_PER_BATCH,
     ) -> FloatArray:
-        """See `Scorer.nats`. Attributes that the model was not trained on are left out.
-
-        ``tokens_per_batch`` is the length of a packed sequence: it changes the speed, not the result.
-
-        Raises:
-            ValueError: a name is longer than the model's context.
-        """
+        """See `Scorer.nats`. Attributes that the model was not trained on are left out. ``tokens_per_batch`` changes
+        the speed, not the result. Raises a ValueError if a name is longer than the model's context."""
         encoded = encode_names(names, self._known(attributes), self.tokenizer)
         check_lengths(self.model, names, encoded)
         # Packs names of similar length: on a CPU, attention pads a packed sequence to its longest name.
@@ -174,13 +163,11 @@ class LanguageModel:
             return self._texts([list(name.ids) for name in drawn])
 
     def sample_each(self, attributes: Sequence[Attributes], seed: int) -> list[str]:
-        """See `Scorer.sample_each`."""
         encoded = encode_names([""] * len(attributes), self._known(attributes), self.tokenizer)
         prompts = [prompt.ids[: prompt.prompt_length] for prompt in encoded]
         most, end_id = self._most_new_tokens(max(map(len, prompts))), self.tokenizer.eos_token_id
-        order = sorted(
-            range(len(prompts)), key=lambda index: prompts[index]
-        )  # so that equal prompts are adjacent and computed once
+        # So that equal prompts are adjacent and computed once.
+        order = sorted(range(len(prompts)), key=lambda index: prompts[index])
         with scoring(self.model):
             ordered = [prompts[index] for index in order]
             decoder = NameDecoder(self.model, (), end_id, Sampling(), [], most, seed, prompts=ordered)
@@ -206,7 +193,6 @@ class LanguageModel:
         return [[name.text for name in generator.generate(count, **asdict(prompt), seed=seed)] for prompt in prompts]
 
     def expert_loads(self, names: Sequence[str], attributes: Sequence[Attributes]) -> dict[str, tuple[float, ...]]:
-        """See `Scorer.expert_loads`."""
         loads = count_loads(self.model, lambda: self.nats(names, attributes))
         return {str(block): over_mean(load_E) for block, load_E in loads.items()}
 
@@ -244,11 +230,7 @@ def fits_context(
 
 
 def check_lengths(model: PreTrainedModel, names: Sequence[str], encoded: Sequence[EncodedName]) -> None:
-    """Checks that names fit into the model's context.
-
-    Raises:
-        ValueError: a name does not fit.
-    """
+    """Raises a ValueError if a name does not fit into the model's context."""
     context = context_length(model.config)
     for name, ids in zip(names, encoded, strict=True):
         if context is not None and ids.num_inputs > context:
@@ -289,21 +271,16 @@ class NGramBaseline:
         return Costs(8 * self._model.num_parameters, None, None, None, 0.0)
 
     def nats(self, names: Sequence[str], attributes: Sequence[Attributes]) -> FloatArray:
-        """See `Scorer.nats`."""
         return self._model.nats(names, attributes)
 
     def sample(self, count: int, seed: int, attributes: Attributes = UNCONDITIONAL) -> list[str]:
-        """See `Scorer.sample`."""
         return self._model.sample(count, seed, attributes)
 
     def sample_each(self, attributes: Sequence[Attributes], seed: int) -> list[str]:
-        """See `Scorer.sample_each`."""
         return self._model.sample_each(attributes, seed)
 
     def show(self, prompts: Sequence[Prompt], count: int, seed: int, known: Sequence[str]) -> list[list[str]]:
-        """See `Scorer.show`."""
         return show_unfiltered(self, prompts, count, seed, known)
 
     def expert_loads(self, names: Sequence[str], attributes: Sequence[Attributes]) -> dict[str, tuple[float, ...]]:
-        """See `Scorer.expert_loads`: no experts."""
         return {}

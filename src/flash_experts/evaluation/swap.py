@@ -64,25 +64,18 @@ class _Parts:
         return format_name(first + joint + second)
 
     def nats(self, name: str) -> float:
-        """The negative log-likelihood of a name under `draw`, in nats."""
         first, joint, second = parts_of(name) or ("", "", "")
         if joint not in self._pairs or not (self._firsts[joint][first] and self._seconds[joint][second]):
             return math.inf
         of_joint = len(self._pairs[joint])
-        shares = (
-            of_joint / len(self._joints),
-            self._firsts[joint][first] / of_joint,
-            self._seconds[joint][second] / of_joint,
-        )
-        return -sum(map(math.log, shares))
+        firsts, seconds = self._firsts[joint][first], self._seconds[joint][second]
+        return -sum(map(math.log, (of_joint / len(self._joints), firsts / of_joint, seconds / of_joint)))
 
 
 def swapped_names(names: Iterable[str], count: int, known: Collection[str], seed: int = 0) -> list[str]:
     """Up to ``count`` distinct names, each the first part of one name and the second of another with the same joint.
 
-    Args:
-        names: real names of the kind.
-        known: normal forms of names that are left out.
+    ``known`` are normal forms of names that are left out.
     """
     parts, rng, found = _Parts(names), random.Random(seed), dict[str, str]()
     for _ in range(50 * count if parts else 0):
@@ -100,18 +93,14 @@ class SwapBaseline:
 
         p(name) = w * p(joint) p(first | joint) p(second | joint) + (1 - w) * p_ngram(name)
 
-    Most names have a part that no training name of the kind has: the n-gram baseline gives them a probability. Drawn
-    names have swapped parts only.
+    Most names have a part that no training name of the kind has: the n-gram baseline gives them a probability.
     """
 
     label = "swap"
 
     def __init__(self, train: Sequence[Card], validation: Sequence[Card]) -> None:
-        """Chooses the weight on validation cards.
-
-        Raises:
-            ValueError: there are none, or no two training names have a joint in common.
-        """
+        """Chooses the weight on validation cards; raises a ValueError if there are none, or if no two training names
+        have a joint in common."""
         if not validation:
             raise ValueError("no validation names: the weight of the swapped parts is chosen on them")
         self._names = [card.name for card in train]
@@ -135,35 +124,28 @@ class SwapBaseline:
 
     @property
     def costs(self) -> Costs:
-        """Those of the n-grams."""
         return self._ngrams.costs
 
     def nats(self, names: Sequence[str], attributes: Sequence[Attributes]) -> FloatArray:
-        """See `Scorer.nats`."""
         weight_N = np.full(len(names), self.weight)
         return mixed(self._own_nats(names, attributes), self._ngrams.nats(names, attributes), weight_N)
 
     def _own_nats(self, names: Sequence[str], attributes: Sequence[Attributes]) -> FloatArray:
-        return np.array(
-            [self._parts_for(given).nats(name) for name, given in zip(names, attributes, strict=True)], dtype=float
-        )
+        pairs = zip(names, attributes, strict=True)
+        return np.array([self._parts_for(given).nats(name) for name, given in pairs], dtype=float)
 
     def sample(self, count: int, seed: int, attributes: Attributes = UNCONDITIONAL) -> list[str]:
-        """See `Scorer.sample`: swapped parts."""
         parts, rng = self._parts_for(attributes), random.Random(seed)
         return [parts.draw(rng) for _ in range(count)]
 
     def sample_each(self, attributes: Sequence[Attributes], seed: int) -> list[str]:
-        """See `Scorer.sample_each`: swapped parts."""
         rng = random.Random(seed)
         return [self._parts_for(given).draw(rng) for given in attributes]
 
     def show(self, prompts: Sequence[Prompt], count: int, seed: int, known: Sequence[str]) -> list[list[str]]:
-        """See `Scorer.show`."""
         return show_unfiltered(self, prompts, count, seed, known)
 
     def expert_loads(self, names: Sequence[str], attributes: Sequence[Attributes]) -> dict[str, tuple[float, ...]]:
-        """See `Scorer.expert_loads`: no experts."""
         return {}
 
     def _parts_for(self, attributes: Attributes) -> _Parts:

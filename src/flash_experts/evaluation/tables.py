@@ -27,7 +27,6 @@ class Table:
     rows: tuple[tuple[str, ...], ...]
 
     def to_text(self, width: int = 120) -> str:
-        """Formats the table with rich."""
         from rich.box import SIMPLE_HEAD
         from rich.console import Console
         from rich.table import Table as RichTable
@@ -71,23 +70,14 @@ def bits_table(results: Sequence[EvaluationResult], differences: Sequence[Differ
                 " *" if len(results) > 1 and (split, given, result.label) not in beaten else ""
                 for given in (False, True)
             ]
-            rows.append(
-                (
-                    result.label,
-                    split,
-                    _bits(metrics.unconditional) + stars[0],
-                    _bits(metrics.conditional) + stars[1],
-                    _bits(metrics.shuffled),
-                    _bits(metrics.control),
-                )
-            )
+            marked = [_bits(metrics.unconditional) + stars[0], _bits(metrics.conditional) + stars[1]]
+            rows.append((result.label, split, *marked, _bits(metrics.shuffled), _bits(metrics.control)))
     header = ("model", "held-out", "bits/char", "given attributes", "another card's", "control")
     title = "Bits per character of held-out names (95% interval; lower is better)"
     return Table(f"{title}; * no other model is shown to be better" if differences else title, header, tuple(rows))
 
 
 def association_table(results: Sequence[EvaluationResult]) -> Table:
-    """Tabulates word association."""
     rows = [
         (result.label, split, f"{metrics.association:+.2f}")
         for split in (results[0].splits if results else ())
@@ -99,7 +89,6 @@ def association_table(results: Sequence[EvaluationResult]) -> Table:
 
 
 def novelty_table(results: Sequence[EvaluationResult]) -> Table:
-    """Tabulates copies and near-duplicates of real cards among samples and real names."""
     header = ("samples of", "names", "real cards", "near a card", "in train", "in test_iid", "hit ratio")
     rows = [
         (label, f"{metrics.names:,}", _percent(metrics.known), _percent(metrics.near_known), *_memorization(metrics))
@@ -117,7 +106,6 @@ def _memorization(metrics: NameMetrics) -> tuple[str, ...]:
 
 
 def variety_table(results: Sequence[EvaluationResult]) -> Table:
-    """Tabulates the diversity of samples, and divergences from the lengths of real names."""
     header: tuple[str, ...] = ("samples of", "distinct", "in 10,000", "words in 10,000", "new words", "characters")
     header += ("length JS", "words JS")
     rows = [
@@ -159,7 +147,6 @@ def detection_table(results: Sequence[EvaluationResult]) -> Table:
 
 
 def control_table(results: Sequence[EvaluationResult]) -> Table:
-    """Tabulates the accuracy of the attribute classifiers."""
     rows = []
     tasks = next((result.control for result in results if result.control), ())
     for index, task in enumerate(tasks):
@@ -170,9 +157,8 @@ def control_table(results: Sequence[EvaluationResult]) -> Table:
                 rows.append((task.task, result.label, "this only", *_recognized(found.alone)))
         rows.append((task.task, "real names", f"(most common: {100 * task.majority:.0f}%)", *_recognized(task.real)))
     header = ("attribute", "names of", "given", "names", "balanced accuracy", "accuracy")
-    return Table(
-        "Control: accuracy of attribute classifiers on char n-grams of the names (95% interval)", header, tuple(rows)
-    )
+    title = "Control: accuracy of attribute classifiers on char n-grams of the names (95% interval)"
+    return Table(title, header, tuple(rows))
 
 
 def _recognized(found: Recognition) -> tuple[str, ...]:
@@ -184,7 +170,6 @@ def _percent_interval(estimate: Estimate) -> str:
 
 
 def cost_table(results: Sequence[EvaluationResult]) -> Table:
-    """Tabulates parameters, memory, speed and training of each model."""
     rows = []
     for result in results:
         costs = result.costs
@@ -213,9 +198,7 @@ def group_table(result: EvaluationResult, split: str) -> Table:
     metrics = result.splits[split]
     every = {**metrics.by_type, **metrics.by_color}
     groups = {name: group for name, group in every.items() if group.names >= _FEWEST}
-    rows = tuple(
-        (name, str(group.names), _bits(group.bits), _bits(group.conditional)) for name, group in groups.items()
-    )
+    rows = tuple((name, str(each.names), _bits(each.bits), _bits(each.conditional)) for name, each in groups.items())
     header = ("cards", "names", "bits/char", "given attributes")
     return Table(f"{result.label} on {split}, by type and color", header, rows)
 
@@ -242,7 +225,6 @@ def _group(group: GroupBits) -> tuple[str, str, str]:
 
 
 def difference_table(result: ComparisonResult) -> Table:
-    """Tabulates paired differences and their significance."""
     rows = []
     for difference in result.differences:
         better = difference.first if difference.bits.value < 0 else difference.second
@@ -268,9 +250,8 @@ def format_evaluation(result: EvaluationResult, width: int = 120) -> str:
 
 def format_comparison(result: ComparisonResult, width: int = 120) -> str:
     """Formats the metrics of several models as text."""
-    return _text(
-        [bits_table(result.models, result.differences), *_common_tables(result.models), difference_table(result)], width
-    )
+    first = bits_table(result.models, result.differences)
+    return _text([first, *_common_tables(result.models), difference_table(result)], width)
 
 
 def format_lists(results: Sequence[ListMetrics], width: int = 120) -> str:
@@ -289,9 +270,8 @@ def format_lists(results: Sequence[ListMetrics], width: int = 120) -> str:
             MISSING if one.per_second is None else f"{one.per_second:.0f}",
         ))  # fmt: skip
     header = ("lists", *tasks, "AUC", "words", "last words", "unknown", "near a card", "names/s")
-    return Table(
-        "Lists of names: attributes recognized, distinct words, names with an unknown word", header, tuple(rows)
-    ).to_text(width)
+    title = "Lists of names: attributes recognized, distinct words, names with an unknown word"
+    return Table(title, header, tuple(rows)).to_text(width)
 
 
 def _common_tables(results: Sequence[EvaluationResult]) -> list[Table]:

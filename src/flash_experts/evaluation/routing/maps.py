@@ -1,10 +1,8 @@
 """Router maps: which expert processes which token of given names, with load balance and entropy of each router.
 
-Packed names pass through the transformer blocks without the output layer. The EOS token is predicted and never read, so
-it has no expert.
-
-With expert choice, the experts of a token depend on the batch composition, here `TOKENS_PER_BATCH` tokens. Token
-dropping by a capacity factor happens in training only; it is counted here.
+The EOS token is predicted and never read, so it has no expert. With expert choice, the experts of a token depend on the
+batch composition, here `TOKENS_PER_BATCH` tokens. Token dropping by a capacity factor happens in training only; it is
+counted here.
 
 Shape suffixes: T tokens of all names, E experts, K experts per token, L MoE layers.
 """
@@ -47,8 +45,6 @@ from flash_experts.released import model_folder
 from flash_experts.training.tracking import METRICS_FILE, read_untrusted_metrics
 
 _MOMENTS = 12  # points in training whose loads are shown, at most
-
-
 _SETTINGS = (
     *("num_experts", "num_experts_per_tok", "num_shared_experts", "routing", "scoring_func", "capacity_factor"),
     *("router_aux_loss_coef", "router_bias_update_rate"),
@@ -81,8 +77,7 @@ class BlockMetrics:
     """Router metrics of one block; see `flash_experts.models.router_metrics.router_metrics`.
 
     Attributes:
-        load: load of each expert over the mean, on all tokens.
-        load_of_names: the same without BOS token and prompt.
+        load: load of each expert over the mean, on all tokens; ``load_of_names`` without BOS token and prompt.
         metrics: ``load_cv``, ``max_load``, ``load_entropy``, ``entropy``, ``top1``, and if they apply ``max_pair``,
             ``pair_entropy``, ``drop_rate`` or ``untaken_rate``.
         together: coactivation: for each expert the share of its tokens that also go to each other expert.
@@ -99,13 +94,8 @@ class BlockMetrics:
 
 @dataclass(frozen=True, slots=True)
 class NameMap:
-    """Experts of the tokens of one name.
-
-    Attributes:
-        tokens: texts of the input tokens, with BOS token and prompt.
-        classes: class of each token, from `TOKEN_CLASSES`.
-        experts: (expert, gate) pairs of each token by block, the largest gate first.
-    """
+    """Experts of the tokens of one name, with BOS token and prompt: (expert, gate) pairs of each token by block, the
+    largest gate first. Classes are from `TOKEN_CLASSES`."""
 
     name: str
     tokens: tuple[str, ...]
@@ -123,13 +113,8 @@ class TrainingLoads:
 
 @dataclass(frozen=True, slots=True)
 class RouterMap:
-    """Result of `inspect_router`.
-
-    Attributes:
-        settings: configuration fields that routing depends on.
-        left_out_labels: labels with too few tokens.
-        training: loads during training, or None without metrics.jsonl.
-    """
+    """Result of `inspect_router`; ``left_out_labels`` have too few tokens, ``training`` is None without
+    metrics.jsonl."""
 
     model: str
     settings: dict[str, Any]
@@ -148,7 +133,6 @@ class RouterMap:
         return self.settings["num_experts_per_tok"] > 1 or self.settings["routing"] == "expert_choice"
 
     def to_json(self) -> dict[str, Any]:
-        """Returns plain values, ready for json.dumps."""
         own = {name: getattr(self, name) for name in ("model", "settings", "names", "tokens", "seed")}
         maps = [{key: getattr(each, key) for key in NameMap.__slots__} for each in self.maps]
         training = self.training and {key: getattr(self.training, key) for key in TrainingLoads.__slots__}
@@ -233,16 +217,11 @@ def _load(
     return model, tokenizer, label
 
 
-# ------------------------------------------------------------------------------------------------------------ routing
-
-
 def route(
     model: GPT2MoEForCausalLM, names: Sequence[EncodedName], tokens_per_batch: int = TOKENS_PER_BATCH
 ) -> list[BlockRouting]:
-    """Records the routing of each block for encoded names.
-
-    ``tokens_per_batch``, the length of a packed sequence, matters only to expert choice and capacity factors.
-    """
+    """Records the routing of each block for encoded names; ``tokens_per_batch`` matters only to expert choice and
+    capacity factors."""
     routers = routers_of(model)
     seen: dict[int, list[tuple[torch.Tensor, ...]]] = {block: [] for block in routers}
 
@@ -318,9 +297,6 @@ def _experts_of(routing: BlockRouting, token: int) -> tuple[tuple[int, float], .
     experts = np.flatnonzero(routing.chosen_TE[token])
     pairs = [(int(expert), round(float(routing.gates_TE[token, expert]), 4)) for expert in experts]
     return tuple(sorted(pairs, key=lambda pair: -pair[1]))
-
-
-# ---------------------------------------------------------------------------------------------------------- training
 
 
 def read_loads(path: Path) -> TrainingLoads | None:

@@ -15,8 +15,6 @@ from flash_experts.evaluation.routing.specialization import Specialization
 from flash_experts.evaluation.tables import MISSING, Table
 
 _GATES_SHOWN = 3  # experts of a token for which a cell has room for gates
-
-
 _METRICS = {
     "load_cv": "load: deviation / mean",
     "max_load": "load: largest / mean",
@@ -53,13 +51,8 @@ class HeatTable:
 
 @dataclass(frozen=True, slots=True)
 class MapCell:
-    """Experts of a token in one block.
-
-    Attributes:
-        gates: gates in percent, "" if there are too many.
-        classes: CSS classes for color and highlighting.
-        split: percent of the cell with the first expert's color.
-    """
+    """Experts of a token in one block, their gates in percent ("" if there are too many), CSS classes for color and
+    highlighting, and the percent of the cell with the first expert's color."""
 
     experts: str
     gates: str
@@ -125,9 +118,6 @@ def verdicts(result: RouterMap) -> list[str]:
     return sentences
 
 
-# ------------------------------------------------------------------------------------------------------------- tables
-
-
 def _shade(value: float, highest: float) -> int:
     return round(100 * min(1.0, max(0.0, value / highest))) if highest > 0 else 0
 
@@ -178,7 +168,6 @@ def _numbers(count: int) -> tuple[str, ...]:
 
 
 def _share_table(found: Specialization) -> HeatTable:
-    """Makes a table of the shares of each group in percent, with marks where they are significant."""
     highest = max(max(row) for row in found.share)
     rows = []
     for group, tokens, share, marks in zip(found.groups, found.tokens, found.share, found.marks, strict=True):
@@ -231,10 +220,8 @@ def expert_hues(num_experts: int) -> list[int]:
 
 def map_rows(found: NameMap) -> tuple[NameMap, list[tuple[str, list[MapCell]]]]:
     """Makes one row of cells per block."""
-    rows = []
-    for block, experts_of_tokens in found.experts.items():
-        rows.append((f"block {block}", [_map_cell(experts) for experts in experts_of_tokens]))
-    return found, rows
+    blocks = found.experts.items()
+    return found, [(f"block {block}", [_map_cell(experts) for experts in of_tokens]) for block, of_tokens in blocks]
 
 
 def _map_cell(experts: Sequence[tuple[int, float]]) -> MapCell:

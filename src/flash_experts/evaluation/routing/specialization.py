@@ -26,17 +26,9 @@ import numpy as np
 import numpy.typing as npt
 
 FloatArray = npt.NDArray[np.float64]
-
-
 IntArray = npt.NDArray[np.int64]
-
-
 SHUFFLES = 199
-
-
 SIGNIFICANT = 0.05
-
-
 # Smaller groups are left out: their shares are noise.
 FEWEST_TOKENS, FEWEST_NAMES = 20, 10
 
@@ -63,8 +55,7 @@ class Specialization:
     Attributes:
         share: share of the choices that went to each expert, by group.
         marks: 1 (more than chance), -1 (less) or 0, by group and expert; all 0 if the table is not significant.
-        shuffled: mean information of the shuffles.
-        shuffled_high: 95% quantile of the shuffles.
+        shuffled: mean information of the shuffles; ``shuffled_high`` is their 95% quantile.
     """
 
     title: str
@@ -80,11 +71,9 @@ class Specialization:
 
     @property
     def is_specialized(self) -> bool:
-        """Whether the dependence is significant."""
         return self.p_value <= SIGNIFICANT
 
     def to_json(self) -> dict[str, Any]:
-        """Returns plain values, ready for json.dumps."""
         return {name: getattr(self, name) for name in self.__slots__} | {"is_specialized": self.is_specialized}
 
 
@@ -107,16 +96,12 @@ def specializations(
     shuffles: int = SHUFFLES,
     seed: int = 0,
 ) -> list[Specialization]:
-    """Tests every label against the experts of every layer.
+    """Tests every label against the experts of every layer; labels with fewer than two large groups are left out.
 
     Args:
-        labels: labels; those with fewer than two large groups (`FEWEST_TOKENS`, `FEWEST_NAMES`) are left out.
         chosen_LTE: (T, E) of each layer, true where the token goes to the expert.
         name_T: name of each token, ascending.
         shuffles: B; the smallest p-value is 1 / (B + 1).
-
-    Returns:
-        All layers of each remaining label, in the order of both.
     """
     if not blocks:
         return []
@@ -209,10 +194,7 @@ def _standardized(values: FloatArray) -> FloatArray:
 
 
 def _marks(table: FloatArray) -> IntArray:
-    """Marks significant cells of counts (B + 1, G, L, E) with 1 or -1, others with 0. Returns (G, L, E).
-
-    It tests shares, since a group's number of tokens changes with the names that a shuffle gives it.
-    """
+    """Marks significant shares of counts (B + 1, G, L, E) with 1 or -1, others with 0. Returns (G, L, E)."""
     z = _standardized(table / np.maximum(table.sum(-1, keepdims=True), 1.0))
     limit = np.quantile(np.abs(z[1:]).max(axis=(1, 2, 3)), 0.95)
     return np.where(np.abs(z[0]) > limit, np.sign(z[0]), 0).astype(np.int64)

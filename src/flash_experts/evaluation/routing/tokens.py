@@ -18,20 +18,10 @@ from flash_experts.evaluation.metrics import colors_of
 from flash_experts.evaluation.routing.specialization import FEWEST_TOKENS, LabelSet
 
 IntArray = npt.NDArray[np.int64]
-
-
 TOKEN_CLASSES = ("BOS token", "prompt", "word start", "continuation", "punctuation")
-
-
 BOS, PROMPT, WORD_START, CONTINUATION, PUNCTUATION = range(5)
-
-
 _PLACES = ("1st", "2nd", "3rd", "4th", "5th", "6th", "7th and later")
-
-
 _FREQUENT = 16  # most frequent tokens, tested individually
-
-
 _BOS_TEXT = "[BOS]"
 
 
@@ -53,10 +43,7 @@ class Tokens:
 
     @classmethod
     def of(cls, names: Sequence[EncodedName], prompt_texts: Sequence[str]) -> Tokens:
-        """Lists the tokens of encoded names.
-
-        ``prompt_texts`` has the text of each id, from `flash_experts.generation.filters.vocabulary.NameVocabulary`.
-        """
+        """Lists the tokens of encoded names; ``prompt_texts`` has the text of each id, from `NameVocabulary`."""
         texts: list[str] = []
         rows: list[tuple[int, int, int]] = []
         for index, name in enumerate(names):
