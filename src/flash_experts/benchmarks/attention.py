@@ -130,7 +130,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _settings(args: Any, device: torch.device) -> dict[str, Any]:
-    """Returns the options, with default sizes of the device."""
     settings = {name: getattr(args, name) for name in ("sections", "backends", "head_dims", "masks", "tokenizer")}
     settings |= {"rounds": args.rounds, "budget": args.budget, "seed": args.seed}
     for name, default in _SIZES["cuda" if device.type == "cuda" else "cpu"].items():
@@ -148,11 +147,7 @@ def _settings(args: Any, device: torch.device) -> dict[str, Any]:
 
 
 def measure(args: Any, device: torch.device) -> Report:
-    """Measures every implementation at every size.
-
-    Raises:
-        ValueError: sizes that do not divide, or there is no tokenizer.
-    """
+    """Measures every implementation at every size; raises a ValueError for sizes that do not divide."""
     settings = _settings(args, device)
     deadline = Deadline(args.budget)
     machine = machine_facts(device) | ceilings(device, _DTYPES[settings["dtype"]])
@@ -220,7 +215,6 @@ def _maker(kind: Callable[..., Problem], *arguments: Any) -> Callable[[], Proble
 def _measure_one(
     what: Row, make: Callable[[], Problem], backends: list[str], rounds: int, device: torch.device, machine: Row
 ) -> list[Row]:
-    """Measures all backends on one problem."""
     torch.manual_seed(0)
     rows = {name: what | {"backend": name, "reason": None} for name in backends}
     try:

@@ -32,10 +32,8 @@ def _need_gpu(problem: Problem) -> None:
 def _ours(kernel: Any, problem: Problem) -> Trial:
     """One of our modules with `attention` and `attention_varlen`."""
     if isinstance(problem, PackedProblem):
-        cu, longest = problem.cu_seqlens, problem.longest
-        return problem.trial(
-            lambda q, k, v: kernel.attention_varlen(q, k, v, PackedLengths.of(cu, longest), problem.options)[0]
-        )
+        lengths = PackedLengths.of(problem.cu_seqlens, problem.longest)
+        return problem.trial(lambda q, k, v: kernel.attention_varlen(q, k, v, lengths, problem.options)[0])
     return problem.trial(lambda q, k, v: kernel.attention(q, k, v, problem.options)[0])
 
 
@@ -63,20 +61,16 @@ def _package(version: int, problem: Problem) -> Trial:
     if found is None:
         raise Unavailable(f"the package with {module} is not installed")
     if isinstance(problem, PackedProblem):
-        cu, longest = problem.cu_seqlens, problem.longest
+        lengths = PackedLengths.of(problem.cu_seqlens, problem.longest)
         return problem.trial(
-            lambda q, k, v: attention_packages.attention_varlen(
-                version, q, k, v, PackedLengths.of(cu, longest), problem.options
-            )[0]
+            lambda q, k, v: attention_packages.attention_varlen(version, q, k, v, lengths, problem.options)[0]
         )
     return problem.trial(lambda q, k, v: attention_packages.attention(version, q, k, v, problem.options)[0])
 
 
 def _sdpa(backend: SDPBackend, problem: Problem) -> Trial:
-    """One backend of scaled_dot_product_attention, on names padded to the longest.
-
-    It needs no padding mask: padding comes after each name, and attention is causal.
-    """
+    """One backend of scaled_dot_product_attention, on names padded to the longest. It needs no padding mask: padding
+    comes after each name, and attention is causal."""
     if problem.device.type != "cuda" and backend in (SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION):
         raise Unavailable("needs a GPU")
     causal = problem.causal
@@ -205,9 +199,5 @@ IMPLEMENTATIONS: dict[str, Callable[[Any], Trial]] = {
 
 # Backends of `config.attention_backend`, which `auto` chooses from.
 SELECTABLE = ("triton", "sdpa", "reference", "flash_attention_2", "flash_attention_3", "flash_attention_4")
-
-
 OURS = ("triton", "reference")
-
-
 PACKED_ONLY = ("sdpa_nested", "varlen_attn")

@@ -28,7 +28,6 @@ class Trial:
 
     Attributes:
         attend: attention function of q, k and v, in any layout.
-        inputs: q, k and v.
         dout: gradient of the output; None runs only the forward, without autograd.
         pick: selects the part of output and gradients that is compared with the exact result.
         context: context manager around several passes.
@@ -72,7 +71,6 @@ def exact(q_BSHC: torch.Tensor, k_BSHC: torch.Tensor, v_BSHC: torch.Tensor, caus
 
 
 def _leaves(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensors:
-    """Makes q, k, v that require gradients, and a gradient of the output."""
     q, k, v, dout = (torch.randn(shape, device=device, dtype=dtype) for _ in range(4))
     return (*(x.requires_grad_() for x in (q, k, v)), dout)
 
@@ -98,7 +96,6 @@ class BatchProblem:
 
     @staticmethod
     def pick(x_BSHC: torch.Tensor) -> torch.Tensor:
-        """Selects the first and the last head of the last sequence."""
         return x_BSHC[-1:, :, [0, -1]]
 
     def truth(self) -> Tensors:
@@ -107,10 +104,6 @@ class BatchProblem:
 
     def trial(self, attend: Callable[..., torch.Tensor], context: Any = nullcontext) -> Trial:
         return Trial(attend, self.qkv, self.dout, self.pick, context)
-
-    def facts(self) -> dict[str, Any]:
-        tokens = self.batch * self.length
-        return {"batch": self.batch, "length": self.length, "causal": self.causal, "tokens": tokens}
 
 
 class DecodeProblem:
@@ -142,16 +135,11 @@ class DecodeProblem:
     def trial(self, attend: Callable[..., torch.Tensor], context: Any = nullcontext) -> Trial:
         return Trial(attend, self.qkv, None, self.pick, context)
 
-    def facts(self) -> dict[str, Any]:
-        return {"batch": self.batch, "length": self.length, "causal": True, "tokens": self.batch}
-
 
 @dataclass(eq=False)
 class PackedProblem:
-    """Causal attention within each of many card names: one packed sequence, or padded for baselines that need it.
-
-    Padding is not timed, in favor of the baselines.
-    """
+    """Causal attention within each of many card names: one packed sequence, or padded for baselines that need it (which
+    is not timed, in their favor)."""
 
     lengths: list[int]
     heads: int
@@ -207,19 +195,12 @@ class PackedProblem:
     def padded_trial(self, attend: Callable[..., torch.Tensor], context: Any = nullcontext) -> Trial:
         return Trial(attend, self.padded_qkv, self.padded_dout, self.pick_padded, context)
 
-    def facts(self) -> dict[str, Any]:
-        return {"batch": len(self.lengths), "length": self.longest, "causal": True, "tokens": self.tokens}
-
 
 Problem = BatchProblem | DecodeProblem | PackedProblem
 
 
 def name_lengths(tokens: int, tokenizer: str) -> list[int]:
-    """Returns the lengths in tokens of real names with full prompts, about ``tokens`` in total.
-
-    Raises:
-        ValueError: there is no tokenizer, or ``tokens`` is too small.
-    """
+    """The lengths in tokens of real names with full prompts, about ``tokens`` in total."""
     from flash_experts.data.cleaning import clean
     from flash_experts.data.packing import encode_cards
     from flash_experts.data.sources import load_source

@@ -27,7 +27,6 @@ def _of(rows: Iterable[Row], **wanted: Any) -> list[Row]:
 
 
 def _values(rows: Iterable[Row], name: str) -> list[Any]:
-    """Returns the distinct values in order."""
     return list(dict.fromkeys(row[name] for row in rows))
 
 
@@ -130,9 +129,6 @@ def _wrong(rows: Sequence[Row]) -> str:
     return f"Largest error against float64, relative to the largest value\n{table(header, lines)}"
 
 
-# ---------------------------------------------------------------------------------------------- what auto should choose
-
-
 def _is_sdpa(row: Row) -> bool:
     return row["backend"].startswith("sdpa_") or row["backend"] == "varlen_attn"
 
@@ -142,12 +138,8 @@ def _time(row: Row) -> float:
 
 
 def choices(rows: Sequence[Row]) -> list[Row]:
-    """Finds the backend that `auto` should pick at each size: the fastest selectable one with a correct result.
-
-    Returns:
-        Rows with the size, ``pick``, ``pick_ms``, the fastest SDPA (``baseline``, ``baseline_ms``), and the speedup of
-        ours over it in ``forward`` and ``backward`` (None without one of them).
-    """
+    """Finds the backend that `auto` should pick at each size: the fastest selectable one with a correct result; with
+    the fastest SDPA, and the speedup of ours over it in ``forward`` and ``backward`` (None without one of them)."""
     size = ("section", "head_dim", "batch", "length", "causal")
     good = [row for row in rows if row["reason"] is None and row["right"]]
     found = []
@@ -184,11 +176,7 @@ def _auto_table(rows: Sequence[Row]) -> str:
     return f"What `auto` should pick, and the speed of ours over the fastest of SDPA\n{table(header, lines)}"
 
 
-# ------------------------------------------------------------------------------------------------------------ the plot
-
-
 def draw(rows: Sequence[Row], figure: Any) -> None:
-    """Plots TFLOP/s by length for each head dim and mask, then packed names and decoding."""
     done = [row for row in rows if row["reason"] is None]
     batches, packed = _of(done, section="batch"), _of(done, section="packed")
     kinds = [

@@ -31,11 +31,7 @@ class Reports:
 
 
 def run(args: Any) -> Reports:
-    """Time all topics, record them by machine, and compare them with what was recorded.
-
-    Raises:
-        ValueError: a folder does not exist, a file exists already, or no topic was recorded on such a machine.
-    """
+    """Time all topics, record them by machine, and compare them with what was recorded."""
     device = resolve_device(args.device)
     files = _files(args.record, machine_facts(device), args.overwrite)
     recorded = _recorded(args.check, device)

@@ -53,7 +53,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _ours(generator: NameGenerator, count: int, batch_size: int, seed: int) -> int:
-    """Counts finished names of our decoder."""
     prompt_ids = [generator.tokenizer.bos_token_id, *generator.vocabulary.encode(PROMPT)]
     end = generator.vocabulary.eos_id
     with evaluating(generator.model), torch.no_grad():
@@ -62,7 +61,6 @@ def _ours(generator: NameGenerator, count: int, batch_size: int, seed: int) -> i
 
 
 def _transformers_generate(generator: NameGenerator, count: int, batch_size: int, seed: int) -> int:
-    """Counts finished names of `model.generate`."""
     tokenizer, model = generator.tokenizer, generator.model
     ids = [tokenizer.bos_token_id, *generator.vocabulary.encode(PROMPT)]
     prompt = torch.tensor([ids] * batch_size, device=model.device)
@@ -84,17 +82,8 @@ def _transformers_generate(generator: NameGenerator, count: int, batch_size: int
 
 def _with_filters(generator: NameGenerator, count: int, batch_size: int, seed: int) -> int:
     """Counts names as they come with all filters: new, distinct, well-formed, with the nearest card of each."""
-    names = generator.generate(
-        count,
-        type_line="Legendary Creature — Goblin",
-        colors="R",
-        mana_value=3,
-        top_k=TOP_K,
-        seed=seed,
-        batch_size=batch_size,
-        quality="fast",
-    )
-    return len(names)
+    card: dict[str, Any] = {"type_line": "Legendary Creature — Goblin", "colors": "R", "mana_value": 3}
+    return len(generator.generate(count, **card, top_k=TOP_K, seed=seed, batch_size=batch_size, quality="fast"))
 
 
 BASELINE = "transformers generate"
@@ -108,11 +97,7 @@ IMPLEMENTATIONS: dict[str, tuple[Callable[[NameGenerator, int, int, int], int], 
 
 
 def measure(args: Any, device: torch.device) -> Report:
-    """Measures all implementations in rounds.
-
-    Raises:
-        ValueError: the model does not exist, or the count is not a multiple of the batch size.
-    """
+    """Measures all implementations in rounds."""
     check_positive(count=args.count, batch_size=args.batch_size, rounds=args.rounds)
     if args.count % args.batch_size:
         raise ValueError(f"--count {args.count} must be a multiple of --batch-size {args.batch_size}")

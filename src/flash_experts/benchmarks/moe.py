@@ -150,11 +150,7 @@ def _shapes(settings: dict[str, Any]) -> Iterator[Shape]:
 
 
 def measure(args: Any, device: torch.device) -> Report:
-    """Measures every implementation at every size.
-
-    Raises:
-        ValueError: the sizes are not valid.
-    """
+    """Measures every implementation at every size."""
     settings = _settings(args, device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     deadline = Deadline(args.budget)
@@ -215,7 +211,6 @@ def _experts(
 
 
 def _memory(device: torch.device) -> int:
-    """Returns the memory of the device in bytes."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -287,9 +282,6 @@ def _measure_one(
     return list(rows.values())
 
 
-# ------------------------------------------------------------------------------------------------------ tables and plot
-
-
 def _format(rows: Sequence[Row], machine: Row, settings: Row) -> str:
     parts = [
         f"{machine['device']}, {settings['dtype']}, {machine['threads']} threads, load {machine['load_average']}; a "
@@ -340,7 +332,6 @@ def _cell(row: Row | None) -> str:
 
 
 def _draw(rows: Sequence[Row], figure: Any) -> None:
-    """Plots milliseconds of each implementation, one panel per size."""
     panels: dict[tuple[Any, ...], list[Row]] = {}
     for group, own in _groups([row for row in rows if row["reason"] is None]).items():
         for row in own:

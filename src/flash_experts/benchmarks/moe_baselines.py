@@ -23,14 +23,8 @@ from flash_experts.models.moe_config import GPT2MoEConfig
 from flash_experts.models.moe_layer import Experts
 
 MEMORY_RETURNED = "fe_experts_memory_returned"  # ours, with freed memory returned to the system after each step
-
-
 IMPLEMENTATIONS = ("fe_experts", MEMORY_RETURNED, "fe_experts_triton", "grouped_mm", "batched_mm", "eager")
-
-
 PACKAGES = ("sonic_moe", "liger_kernel")
-
-
 _STD = 0.02
 
 
@@ -70,7 +64,6 @@ class Layer(nn.Module):
         return [out_TD.detach(), *(gradient for gradient in gradients if gradient is not None)]
 
     def decode(self, lap: Lap) -> torch.Tensor:
-        """Runs only the forward."""
         with torch.no_grad():
             out_TD = self.experts(self.x_TD, self.choices_TK, self.gates_TK)
         lap()
@@ -129,10 +122,8 @@ def batched_bytes(shape: Shape, tokens: int, dtype: torch.dtype) -> int:
 
 
 class DenseMLP(nn.Module):
-    """A dense MLP with the interface of experts.
-
-    It processes all tokens ``repeat`` times: the FLOPs of that many experts per token, without routing.
-    """
+    """A dense MLP with the interface of experts, which processes all tokens ``repeat`` times: the FLOPs of that many
+    experts per token, without routing."""
 
     def __init__(self, width: int, hidden: int, repeat: int, device: torch.device, dtype: torch.dtype):
         super().__init__()
@@ -148,8 +139,6 @@ class DenseMLP(nn.Module):
         hidden = F.gelu(torch.addmm(self.up_bias, x, self.up), approximate="tanh")
         return torch.addmm(self.down_bias, hidden, self.down)
 
-
-# ----------------------------------------------------------------------------------------------- packages, if installed
 
 Gated = Callable[["GatedExperts", torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 

@@ -29,16 +29,8 @@ _PACKAGES = ("torch", "transformers", "triton", *_FLASH_PACKAGES, "sonic-moe", "
 
 @dataclass(slots=True)
 class Report:
-    """Results of one run.
-
-    Attributes:
-        topic: attention, moe, train or generate.
-        machine: facts from `machine_facts`.
-        settings: sizes and options of the run.
-        rows: flat dictionaries, one per implementation and size. ``reason`` tells why one was not measured.
-        text: formatted tables.
-        draw: draws the results into a matplotlib figure.
-    """
+    """Results of one run: facts from `machine_facts`, options, one row per implementation and size (``reason`` says why
+    one was not measured), formatted tables, and a function that draws into a matplotlib figure."""
 
     topic: str
     machine: dict[str, Any]
@@ -49,9 +41,6 @@ class Report:
 
     def to_json(self) -> dict[str, Any]:
         return {"topic": self.topic, "machine": self.machine, "settings": self.settings, "rows": self.rows}
-
-
-# -------------------------------------------------------------------------------------------------------- the machine
 
 
 def machine_facts(device: torch.device) -> dict[str, Any]:
@@ -70,7 +59,6 @@ def machine_facts(device: torch.device) -> dict[str, Any]:
 
 
 def _processor() -> str:
-    """Returns the name of the processor (from /proc/cpuinfo on Linux)."""
     try:
         lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
     except OSError:
@@ -115,9 +103,6 @@ def say(text: str) -> None:
     plain_text.say(text, sys.stderr)
 
 
-# --------------------------------------------------------------------------------------------------- tables and plots
-
-
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Formats a table; the first column is left-aligned, the others right-aligned."""
     widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
@@ -154,11 +139,7 @@ def draw_bars(axes: Any, labels: Sequence[str], values: Sequence[float], title: 
     axes.margins(x=0.15)
 
 
-# ------------------------------------------------------------------------------------------------------- the options
-
-
 def add_common_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of all topics, for the command and for ``python -m``."""
     run = parser.add_argument_group("The run")
     run.add_argument("--device", type=str, default=None, help="cpu, cuda or cuda:1 (default: a GPU if there is one)")
     run.add_argument("--out", type=str, default=None, help="JSON file for the results (default: none)")
@@ -174,11 +155,7 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run_topic(args: Any, measure: Callable[[Any, torch.device], Report]) -> Report:
-    """Checks the options before minutes of work, measures, and writes the files.
-
-    Raises:
-        ValueError: no such device or folder, a number is not positive, or matplotlib is missing.
-    """
+    """Checks the options before minutes of work, measures, and writes the files."""
     device = resolve_device(args.device)
     if args.out is not None and args.out == args.plot:
         raise ValueError(f"--out and --plot are both {args.out}: give each a file of its own")
@@ -206,8 +183,6 @@ def run_topic(args: Any, measure: Callable[[Any, torch.device], Report]) -> Repo
     return report
 
 
-# ------------------------------------------------------------------------------------- against what was recorded
-
 # Fields that compare two implementations within one run, and whether larger is better.
 _RATIOS = {"times_dense": False, "times_peer": True}
 _WORSE = 1.1
@@ -221,16 +196,8 @@ def _topic_of(measure: Callable[[Any, torch.device], Report]) -> str:
 
 
 def find_recorded(path: Path, topic: str, device: torch.device) -> list[Row]:
-    """Finds the rows of the latest recorded run of a topic on a machine like this one.
-
-    Args:
-        path: file written by ``--out``, or a folder of them.
-        topic: attention, moe, train or generate.
-        device: device of this run.
-
-    Raises:
-        ValueError: there is no such run, or a file is damaged.
-    """
+    """The rows of the latest recorded run of a topic on a machine like this one, from a file written by ``--out`` or a
+    folder of them; raises a ValueError if there is none."""
     here = machine_facts(device)
     files = sorted(path.glob("*.json")) if path.is_dir() else [path]
     runs = []
@@ -250,13 +217,8 @@ def find_recorded(path: Path, topic: str, device: torch.device) -> list[Row]:
 
 
 def find_worse(rows: Sequence[Row], recorded: Sequence[Row], among: Collection[Key] | None = None) -> dict[Key, str]:
-    """Finds rows whose ratio is worse than recorded by more than 10%, with a message for each.
-
-    Args:
-        rows: rows of this run.
-        recorded: rows of the earlier run; rows in only one of them are ignored.
-        among: keys of the rows to check; None for all.
-    """
+    """Finds rows whose ratio is worse than recorded by more than 10%, with a message for each; checks the keys
+    ``among``, or all."""
     before = {_key(row): row for row in recorded}
     worse: dict[Key, str] = {}
     for row in rows:
@@ -277,11 +239,7 @@ def _key(row: Row) -> Key:
 
 
 def check_positive(**numbers: int | Sequence[int] | float | None) -> None:
-    """Checks that options are positive.
-
-    Raises:
-        ValueError: an option is 0 or less.
-    """
+    """Raises a ValueError if an option is not positive."""
     for name, value in numbers.items():
         values = [value] if isinstance(value, int | float) else value or []
         if any(number <= 0 for number in values):
@@ -289,7 +247,6 @@ def check_positive(**numbers: int | Sequence[int] | float | None) -> None:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Writes a JSON file atomically."""
     with whole_file(path) as temporary:
         temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 

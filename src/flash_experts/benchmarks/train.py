@@ -190,11 +190,7 @@ def _transformers_trainer(
 
 
 def measure(args: Any, device: torch.device) -> Report:
-    """Measures one run of each, the baseline first.
-
-    Raises:
-        ValueError: there are no prepared names, too few, or no tokenizer.
-    """
+    """Measures one run of each, the baseline first."""
     check_positive(names_per_step=args.names_per_step, steps=args.steps, layers=args.layers)
     if args.experts and args.experts < 2:
         raise ValueError("--experts must be 0 or at least 2: each token goes to 2")
