@@ -22,7 +22,6 @@ Each = TypeVar("Each")
 
 
 def add_endpoints(playground: Playground, queue: str, concurrency: int) -> None:
-    """Adds the endpoints to the open `gr.Blocks`."""
 
     def generate(settings: dict[str, Any], model: str = "") -> dict[str, Any]:
         """New names. settings may have any of the fields of /options, or be {}. The returned seed reproduces the
@@ -42,9 +41,8 @@ def add_endpoints(playground: Playground, queue: str, concurrency: int) -> None:
             Side(_text("model_a", model_a), _text("preset_a", preset_a)),
             Side(_text("model_b", model_b), _text("preset_b", preset_b)),
         ]
-        return [
-            _progress_json(side) for side in _last(compare(playground, _settings(settings), sides)) if side is not None
-        ]
+        progress = _last(compare(playground, _settings(settings), sides))
+        return [_progress_json(side) for side in progress if side is not None]
 
     def inspect(name: str, settings: dict[str, Any], model: str = "") -> dict[str, Any]:
         """How a model reads a name: the likeliest tokens at each step, the experts of each token by block (null for a
@@ -66,43 +64,38 @@ def add_endpoints(playground: Playground, queue: str, concurrency: int) -> None:
         }
 
     limits: dict[str, Any] = {"concurrency_id": queue, "concurrency_limit": concurrency}
-    gr.api(with_client_errors(generate), api_name="generate", **limits)
-    gr.api(with_client_errors(stream), api_name="stream", **limits)
+    for function in (generate, stream, inspect):
+        gr.api(with_client_errors(function), api_name=function.__name__, **limits)
     gr.api(with_client_errors(compare_sides), api_name="compare", **limits)
-    gr.api(with_client_errors(inspect), api_name="inspect", **limits)
     gr.api(with_client_errors(read_settings), api_name="settings", **limits)
     gr.api(options, api_name="options", **limits)
 
 
-# -------------------------------------------------------------------------------------------------------- JSON
-
-
 def with_client_errors(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function with its ValueErrors reported to the client in one line. Other errors stay on the server."""
+
+    def reported(error: ValueError) -> gr.Error:
+        return gr.Error(one_line(" ".join(str(error).split())), print_exception=False)
 
     @wraps(function)
     def called(*args: Any) -> Any:
         try:
             return function(*args)
         except ValueError as error:
-            raise gr.Error(one_line(" ".join(str(error).split())), print_exception=False) from None
+            raise reported(error) from None
 
     @wraps(function)
     def streamed(*args: Any) -> Iterator[Any]:
         try:
             yield from function(*args)
         except ValueError as error:
-            raise gr.Error(one_line(" ".join(str(error).split())), print_exception=False) from None
+            raise reported(error) from None
 
     return streamed if isgeneratorfunction(function) else called
 
 
 def _settings(given: Any) -> Settings:
-    """Settings from a client's JSON object.
-
-    Raises:
-        ValueError: not an object, or it has unknown or invalid settings.
-    """
+    """Settings from a client's JSON object; raises a ValueError for unknown or invalid ones."""
     if not isinstance(given, dict):
         raise ValueError('settings must be an object such as {"colors": "R"}')
     unknown = given.keys() - OPTIONS.keys()
@@ -112,7 +105,6 @@ def _settings(given: Any) -> Settings:
 
 
 def _last(stream: Iterator[Each]) -> Each:
-    """The last item of a stream that is not empty."""
     [last] = deque(stream, maxlen=1)
     return last
 

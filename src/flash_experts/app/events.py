@@ -32,7 +32,6 @@ Parts = dict[str, Any]  # components of the page by name
 
 
 def connect(page: gr.Blocks, handlers: Handlers, parts: Parts) -> None:
-    """Connects all components."""
     _make_names(handlers, parts)
     _compare(handlers, parts)
     parts["stop"].click(handlers.stopped, parts["session"], _after(parts), **_UNQUEUED)
@@ -40,9 +39,6 @@ def connect(page: gr.Blocks, handlers: Handlers, parts: Parts) -> None:
     _names_are_pressed(handlers, parts)
     _names_leave_the_page(handlers, parts)
     parts["remembered"].change(None, parts["remembered"], js="(text) => flashExperts.remember(text)", **_UNQUEUED)
-
-
-# ------------------------------------------------------------------------------------------------------------ requests
 
 
 def _make_names(handlers: Handlers, parts: Parts) -> None:
@@ -121,9 +117,6 @@ def _filling(title: str) -> Callable[[], list[Any]]:
     return lambda: [values[name] for name in form.ATTRIBUTES]
 
 
-# ------------------------------------------------------------------------------------------------------------ settings
-
-
 def _settings_are_opened(page: gr.Blocks, handlers: Handlers, parts: Parts) -> None:
     """From the page's address, a settings string, or the history; or they are reset."""
     controls, session = parts["controls"], parts["session"]
@@ -154,9 +147,6 @@ def _settings_are_opened(page: gr.Blocks, handlers: Handlers, parts: Parts) -> N
     after = [*_after(parts), session, *shown]
     parts["history"].click(open_request, session, after, **_UNQUEUED)
     parts["reset"].click(reset, session, [parts["remembered"], *shown], **_UNQUEUED)
-
-
-# --------------------------------------------------------------------------------------------------------------- names
 
 
 def _names_are_pressed(handlers: Handlers, parts: Parts) -> None:

@@ -21,20 +21,13 @@ FORMATS: dict[str, str] = {
 
 
 def exported(rows: Sequence[Row], suffix: str) -> str:
-    """A file of names as JSON for the page's script: its name, and its content as text or as base64.
-
-    Raises:
-        ValueError: no format has this suffix.
-    """
+    """A file of names as JSON for the page's script: its name, and its content as text or as base64. Raises a
+    ValueError if no format has this suffix."""
     return _as_json("names", suffix, lambda: _cards(rows), lambda format: _text(rows, format))
 
 
 def exported_set(named: Sequence[NamedRow], kept: Sequence[Row], suffix: str) -> str:
-    """The file of a set with all its cards, as `exported`. Of a card's names, a kept one comes first.
-
-    Raises:
-        ValueError: no format has this suffix.
-    """
+    """The file of a set with all its cards, as `exported`. Of a card's names, a kept one comes first."""
     first = {row.name.text for row in kept}
     chosen = [replace(one, names=sorted(one.names, key=lambda name: name.text not in first)) for one in named]
 

@@ -77,12 +77,10 @@ def attribute_controls(conditions: Conditions, render: bool) -> Controls:
 
 
 def style_controls() -> Controls:
-    """Controls of the sampling settings but preset and quality."""
     return {name: control(name) for name in _STYLE if name != "quality"}
 
 
 def rule_controls() -> Controls:
-    """Controls of the rules for names."""
     controls: Controls = {}
     for names in _ROW:
         with gr.Row():
@@ -91,7 +89,6 @@ def rule_controls() -> Controls:
 
 
 def amount_controls() -> Controls:
-    """Controls of the number of names and the seed."""
     return {name: control(name) for name in _AMOUNT}
 
 
@@ -121,11 +118,7 @@ def control(name: str, **look: Any) -> Any:
 
 
 def settings_of(values: Mapping[str, Any]) -> Settings:
-    """Settings from the values of the controls, by name.
-
-    Raises:
-        ValueError: a value is not allowed.
-    """
+    """Settings from the values of the controls, by name; raises a ValueError if one is not allowed."""
     given: dict[str, Any] = {"preset": values["preset"]}
     for name in (*_GENERIC, *CHOICES):
         is_number = name in ("mana_value", "released") or _is_typed_number(name) or _is_number_of_choices(name)

@@ -39,13 +39,8 @@ class TableView:
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """What is shown when settings are opened.
-
-    Attributes:
-        values: values of the controls by name; those without a value stay.
-        status: status line (HTML); "" for none.
-        settings: settings string; "" for none.
-    """
+    """What is shown when settings are opened: values of the controls (those without a value stay), status line (HTML)
+    and settings string, "" for none."""
 
     values: Mapping[str, Any]
     status: str
@@ -121,8 +116,6 @@ class Handlers:
     def _failed(self, message: str, rows: Rows) -> TableView:
         return TableView(table_of(rows), rendering.failure(message), rows, "")
 
-    # ------------------------------------------------------------------------- what the session shows and remembers
-
     def open_page(self, kept: Any, query: Any, session: Session) -> Opened:
         """Restores the kept names that a browser stored, and reads the settings of the page's address."""
         for row in restored(kept):
@@ -148,7 +141,6 @@ class Handlers:
         return Opened(values, status, made.to_string())
 
     def load(self, text: str | None) -> Opened:
-        """Reads a settings string."""
         try:
             values = form.values_of(Settings.from_string(text or ""))
         except ValueError as error:
@@ -156,7 +148,6 @@ class Handlers:
         return Opened(values, rendering.note("Settings loaded: press Make names."))
 
     def defaults(self) -> Opened:
-        """The default settings."""
         values = form.values_of(Settings()) | {"model": self.playground.model().name}
         return Opened(values, rendering.note("All settings are at their defaults. Kept names stay."))
 
@@ -194,8 +185,6 @@ class Handlers:
         """The file of all names or of the kept ones, for the page's script."""
         rows = session.kept if is_kept else session.rows
         return exported(rows, suffix)
-
-    # ------------------------------------------------------------------------------------ inspection and comparison
 
     def inspect(self, row: Row | None, block: Any = 0, head: Any = -1) -> str:
         """The panel of a name: its card, and how the model reads it; ``head`` -1 is the mean of all heads."""
@@ -242,7 +231,6 @@ def for_browser(
 
 
 def table_of(rows: Rows) -> str:
-    """The rows as an HTML table."""
     return rendering.names_table(rows, "Names") or EMPTY
 
 

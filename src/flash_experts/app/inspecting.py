@@ -36,14 +36,8 @@ EOS_TEXT = "[EOS]"
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """The model's prediction of one token of the name, or of its EOS token.
-
-    Attributes:
-        token: printable text.
-        probability: at temperature 1, before filters.
-        rank: 1 for the most likely token.
-        alternatives: the most likely tokens and their probabilities.
-    """
+    """The model's prediction of one token of the name, or of its EOS token: its printable text, probability (at
+    temperature 1, before filters) and rank from 1, and the most likely tokens."""
 
     token: str
     probability: float
@@ -63,7 +57,6 @@ class Inspection:
         steps: predictions of the name's tokens and its EOS token.
         attention: per block (H, T, T) float32; row t has the weights of query t, the first t + 1 of which sum to 1.
         experts: the experts of each token; None for a dense model.
-        num_experts: 0 for a dense model.
     """
 
     name: str
@@ -77,12 +70,7 @@ class Inspection:
 
 
 def inspect_name(loaded: LoadedModel, name: str, settings: Settings) -> Inspection:
-    """Inspects a model on a name. Locks the model.
-
-    Args:
-        loaded: the model.
-        name: any name.
-        settings: settings whose attributes and examples make the prompt.
+    """Inspects a model on a name, after the prompt that the settings make. Locks the model.
 
     Raises:
         ValueError: the name is blank or too long, the model does not return attention weights, or it has not learned

@@ -37,13 +37,11 @@ def names_table(rows: Sequence[Row], caption: str, lockable: bool = True) -> str
 
 
 def title_of(settings: Settings) -> str:
-    """The card of a request in a few words."""
     card = settings.attributes()
     return " · ".join([type_line_of(card) or "Any type", *_facts(card)])
 
 
 def history(requests: Sequence[tuple[Request, str]]) -> str:
-    """The list of a session's requests, each with its title."""
     return load_template(__package__, "history").render(requests=requests)
 
 
@@ -71,17 +69,8 @@ def _facts(card: Attributes) -> list[str]:
 
 
 def inspection(found: Inspection, model: str, block: int, head: int | None) -> str:
-    """How a model reads a name.
-
-    Args:
-        found: the inspection.
-        model: name of the model.
-        block: index of the block whose attention is shown.
-        head: index of the head; None for the mean of all heads.
-
-    Raises:
-        ValueError: block or head is out of range.
-    """
+    """How a model reads a name: attention of a block's head, or the mean of all heads for None; raises a ValueError if
+    there are none of these numbers."""
     if not 0 <= block < len(found.attention):
         raise ValueError(f"no block {block}: the model has {len(found.attention)}")
     weights_HTT = found.attention[block]
@@ -101,7 +90,6 @@ def inspection(found: Inspection, model: str, block: int, head: int | None) -> s
 
 
 def status(progress: Progress) -> str:
-    """The status line of a request."""
     count = len(progress.rows)
     counted = f"{count} of {progress.wanted} names" if count < progress.wanted else f"{count} names"
     parts = [counted, f"{progress.seconds:.1f} s", f"seed {progress.seed}", progress.note]
@@ -129,12 +117,10 @@ def set_status(progress: SetProgress) -> str:
 
 
 def note(message: str) -> str:
-    """A status line."""
     return f'<p class="fe-status" role="status">{escape(message)}</p>'
 
 
 def failure(message: str) -> str:
-    """An error line."""
     return f'<p class="fe-status fe-failure" role="alert">{escape(message)}</p>'
 
 

@@ -107,10 +107,8 @@ def _theme() -> gr.themes.Base:
 
 
 def make_server(playground: Playground, hosts: Iterable[str] = ()) -> uvicorn.Server:
-    """The server; ``run(sockets=[listener])`` serves until SIGINT, SIGTERM, or ``should_exit``.
-
-    ``hosts``: names and addresses of this server for clients, besides `LOCAL_HOSTS` and the address it listens on.
-    """
+    """The server for clients that know it by ``hosts``, `LOCAL_HOSTS`, or the address it listens on; it serves with
+    ``run(sockets=[listener])`` until SIGINT, SIGTERM, or ``should_exit``."""
     config = uvicorn.Config(
         make_app(playground, hosts),
         log_level="critical",  # connections that end with the server are not errors; `Gate` logs errors
@@ -153,11 +151,7 @@ class TimeoutProtocol(H11Protocol):
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A listening socket.
-
-    Raises:
-        ValueError: the port is taken or not allowed, or the host is not an address of this machine.
-    """
+    """A listening socket; raises a ValueError if the port or the host is not available."""
     if not 0 <= port <= 65535:
         raise ValueError(f"port {port}: it must be from 0 (any free port) to 65535")
     try:
@@ -173,14 +167,10 @@ def _family(host: str, port: int) -> socket.AddressFamily:
 
 
 class Gate:
-    """Middleware that refuses requests for other hosts, from other sites' pages, or for paths that the playground does
-    not need (uploads, files, proxies, ...), and sets the security headers of every answer.
+    """Middleware that refuses requests for other hosts than ``hosts`` and `LOCAL_HOSTS`, from other sites' pages, or
+    for paths that the playground does not need (uploads, files, ...), and sets the security headers of every answer.
 
     Checking Host and Origin prevents DNS rebinding, where another site points its name at this machine.
-
-    Args:
-        app: the application behind it.
-        hosts: names and addresses of this server, besides `LOCAL_HOSTS`.
     """
 
     def __init__(self, app: ASGIApp, hosts: Iterable[str] = ()) -> None:

@@ -48,16 +48,8 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """The progress of a request.
-
-    Attributes:
-        rows: all names so far.
-        wanted: number of names requested.
-        seconds: time since the request started.
-        settings: settings of the request, seed included.
-        is_over: whether this is the last update.
-        note: why there are fewer names than requested, or "".
-    """
+    """The progress of a request: all names so far, and at the end (``is_over``) why there are fewer than requested, or
+    ""; the settings include the seed."""
 
     rows: tuple[Row, ...]
     wanted: int
@@ -68,7 +60,6 @@ class Progress:
 
     @property
     def seed(self) -> int:
-        """Random seed of the names."""
         assert self.settings.seed is not None
         return self.settings.seed
 
@@ -77,15 +68,7 @@ class Playground:
     """The models of one server, and requests to them."""
 
     def __init__(self, models: Mapping[str, NameGenerator], time_limit: float = TIME_LIMIT) -> None:
-        """Wraps loaded models.
-
-        Args:
-            models: models by the name that clients see; the first is the default.
-            time_limit: seconds per request.
-
-        Raises:
-            ValueError: there is no model, or the time limit is not positive.
-        """
+        """Wraps models by the name that clients see; the first is the default. The time limit is in seconds."""
         if not models:
             raise ValueError("no model to serve: give at least one")
         if not 0 < time_limit < float("inf"):
@@ -95,11 +78,7 @@ class Playground:
 
     @classmethod
     def load(cls, sources: Sequence[str], device: str | None = None, time_limit: float = TIME_LIMIT) -> Playground:
-        """Loads models and warms each up with one name.
-
-        Raises:
-            ValueError: a model cannot be loaded.
-        """
+        """Loads models and warms each up with one name."""
         loaded: dict[str, NameGenerator] = {}
         for source in sources:
             folder = model_folder(source)
@@ -123,11 +102,7 @@ class Playground:
         return {name: values for name, values in found.items() if values}
 
     def model(self, name: str | None = None) -> LoadedModel:
-        """A model by its name; the first if None or blank.
-
-        Raises:
-            ValueError: no model has that name.
-        """
+        """A model by its name; the first if None or blank. Raises a ValueError if no model has that name."""
         if not name:
             return next(iter(self.models.values()))
         if name not in self.models:
@@ -142,14 +117,8 @@ class Playground:
         seconds: float | None = None,
         is_wanted: Callable[[], bool] = lambda: True,
     ) -> Iterator[Progress]:
-        """Generates names.
-
-        Args:
-            settings: settings of the request.
-            model: name of the model (default: the first).
-            without: names to leave out.
-            seconds: what is left of the time limit (default: all of it).
-            is_wanted: asked before each decoding step; the request ends when it is not wanted any more.
+        """Generates names but those of ``without``, for ``seconds`` (default: the time limit), as long as
+        ``is_wanted``, asked before each decoding step.
 
         Yields:
             The progress after each name, and once more at the end.
@@ -187,9 +156,6 @@ class Playground:
     def _next(self, loaded: LoadedModel, stream: Iterator[GeneratedName]) -> GeneratedName | None:
         with loaded.lock:
             return next(stream, None)
-
-
-# ------------------------------------------------------------------------------------------- what ends a request early
 
 
 class TimeUpError(Exception):
@@ -235,15 +201,11 @@ class Side:
 def compare(
     playground: Playground, settings: Settings, sides: Sequence[Side], is_wanted: Callable[[], bool] = lambda: True
 ) -> Iterator[list[Progress | None]]:
-    """Generates names for two or more sides from the same seed, as long as they are wanted.
-
-    A side's own preset replaces all sampling settings.
+    """Generates names for two or more sides from the same seed, as long as they are wanted. A side's own preset
+    replaces all sampling settings.
 
     Yields:
         The progress of each side; None where a side has no name yet.
-
-    Raises:
-        ValueError: a model or preset is unknown, or no name satisfies the constraints.
     """
     seed = secrets.randbelow(LARGEST_SEED + 1) if settings.seed is None else settings.seed
     settings = replace(settings, seed=seed)

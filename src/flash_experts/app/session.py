@@ -32,13 +32,8 @@ Rows = tuple[Row, ...]
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A request of the history.
-
-    Attributes:
-        number: counts the requests of a session from 0.
-        asked: its settings, without the seed that was drawn.
-        rows: the names that it gave, with the seed in their settings.
-    """
+    """A request of the history: its settings without the seed that was drawn, and the names that it gave, with the
+    seed. ``number`` counts the requests of a session from 0."""
 
     number: int
     asked: Settings
@@ -84,18 +79,8 @@ class Session:
     def put(
         self, run: int, found: Rows, asked: Settings, before: Rows = (), named: tuple[NamedRow, ...] = ()
     ) -> Rows | None:
-        """Replaces all rows but the kept ones by what a request has found so far.
-
-        Args:
-            run: number of the request, from `begin`.
-            found: its rows.
-            asked: its settings, for the history.
-            before: rows of other requests, which stay above.
-            named: the set that the names are for, if there is one.
-
-        Returns:
-            All rows; None if the request has ended, and nothing has changed.
-        """
+        """Replaces all rows but the kept ones by what request ``run`` has found so far, below rows of other requests
+        (``before``). Returns all rows; None if the request has ended, and nothing has changed."""
         with self._lock:
             if not self.runs(run):
                 return None
@@ -144,17 +129,14 @@ class Session:
             return self.rows
 
     def reset(self) -> None:
-        """Ends the request that runs, and forgets whose names are on the table: the page's address has no settings
-        then."""
+        """Ends the request that runs, and forgets whose names are on the table."""
         with self._lock:
             self._run += 1
             self.shown = None
 
     def next_message(self) -> int:
-        """A number that grows with each message to the browser, which ignores those that arrive late.
-
-        Numbers are microseconds, so that they grow when a page that stays open gets a new session.
-        """
+        """A number that grows with each message to the browser, which ignores those that arrive late: microseconds, so
+        that it also grows when a page that stays open gets a new session."""
         with self._lock:
             self._sent = max(self._sent + 1, time.time_ns() // 1000)
             return self._sent
@@ -176,9 +158,6 @@ def picked(rows: Rows, name: Any) -> Row | None:
     return next((row for row in rows if row.name.text == name), None)
 
 
-# ---------------------------------------------------------------------------------------------------------- the links
-
-
 def link_of(settings: Settings, model: str = "") -> str:
     """The query of a link to the page with these settings, and a model if one is given."""
     parts = [_LINK, settings.to_string().removeprefix(PREFIX), urlencode({"model": model}) if model else ""]
@@ -186,11 +165,8 @@ def link_of(settings: Settings, model: str = "") -> str:
 
 
 def read_link(query: Any) -> tuple[Settings, str] | None:
-    """The settings and the model ("" for none) of a page's query; None for a query without settings.
-
-    Raises:
-        ValueError: a setting is unknown, or a value is not allowed.
-    """
+    """The settings and the model ("" for none) of a page's query; None for a query without settings, a ValueError for
+    wrong ones."""
     text = query if isinstance(query, str) else ""
     first, *others = text.removeprefix("?").split("&")
     if first != _LINK:
@@ -198,9 +174,6 @@ def read_link(query: Any) -> tuple[Settings, str] | None:
     models = [unquote_plus(part.removeprefix("model=")) for part in others if part.startswith("model=")]
     parts = [part for part in others if part and not part.startswith((*_OTHERS, "model="))]
     return Settings.from_string(PREFIX + "&".join(parts)), models[0] if models else ""
-
-
-# ------------------------------------------------------------------------------------------------ the browser's storage
 
 
 def stored(rows: Rows) -> list[dict[str, Any]]:

@@ -30,15 +30,8 @@ _OF_A_LINE = ("type_line", "colors", "mana_value")
 
 @dataclass(frozen=True, slots=True)
 class SetProgress:
-    """The progress of a request for several cards: one more card has names, or it is over.
-
-    Attributes:
-        settings: settings of the last card.
-        before: names of the cards before it.
-        new: names of the last card.
-        named: all cards, with their names so far.
-        seconds: time since the request started.
-    """
+    """The progress of a request for several cards: names of the last card with its settings, of those before it, and
+    all cards with their names so far."""
 
     settings: Settings
     before: tuple[Row, ...]
@@ -48,11 +41,8 @@ class SetProgress:
 
 
 def cards_of(text: object) -> list[CardRow]:
-    """The cards of a text: a set (see `card_rows_of`), or a line for each, such as "Creature — Angel, W, 5".
-
-    Raises:
-        ValueError: there are no cards, the text is too long, or a value is not understood.
-    """
+    """The cards of a text: a set (see `card_rows_of`), or a line for each, such as "Creature — Angel, W, 5". Raises a
+    ValueError if there are none, the text is too long, or a value is not understood."""
     text = text if isinstance(text, str) else ""
     if len(text) > LONGEST_SET:
         raise ValueError(f"the cards have {len(text):,} characters: the most is {LONGEST_SET:,}")
@@ -80,11 +70,7 @@ def _row_of_line(line: str, where: str) -> CardRow:
 
 
 def number_for_each(count: object) -> int:
-    """Names for each card.
-
-    Raises:
-        ValueError: not a number from 1 to `MOST_EACH`.
-    """
+    """Names for each card, 1 to `MOST_EACH`, else a ValueError."""
     number = form.whole("count", str(count)) or 1
     if number > MOST_EACH:
         raise ValueError(f"{number} names for each card: the most is {MOST_EACH}")
@@ -99,17 +85,13 @@ def name_set(
     without: Sequence[str],
     is_wanted: Callable[[], bool],
 ) -> Iterator[SetProgress]:
-    """Names for each card that has none, in order, within the time limit of one request.
-
-    No name and no last word is used twice in the set.
+    """Names for each card that has none, in order, within the time limit of one request. No name and no last word is
+    used twice in the set.
 
     Args:
         settings: the settings of all cards, ``count`` names for each; a card replaces the attributes that it has.
         without: names to leave out.
         is_wanted: as for `Playground.names`.
-
-    Yields:
-        The progress after each card.
 
     Raises:
         ValueError: a setting of a card is not allowed, or the model is unknown.

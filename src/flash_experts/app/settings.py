@@ -33,11 +33,7 @@ MOST_NAMES, LARGEST_SEED = (int(OPTIONS[name].page_bounds[1]) for name in ("coun
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings(NameRequest):
-    """A `NameRequest` from a client of the playground, within the narrower bounds of the page.
-
-    Raises:
-        ValueError: a value is out of range, of the wrong type, or contradicts another.
-    """
+    """A `NameRequest` from a client of the playground, within the narrower bounds of the page, else a ValueError."""
 
     def __post_init__(self) -> None:
         if self.like is None:
@@ -57,16 +53,11 @@ class Settings(NameRequest):
         return {name: value for name, value in self.options().items() if value != DEFAULTS[name]}
 
     def to_string(self) -> str:
-        """The settings string."""
         return PREFIX + urlencode([(name, _written(value)) for name, value in self.changed().items()])
 
     @classmethod
     def from_string(cls, text: str) -> Settings:
-        """Reads what `to_string` wrote.
-
-        Raises:
-            ValueError: not a settings string, a setting is unknown or repeated, or a value is not allowed.
-        """
+        """Reads what `to_string` wrote; raises a ValueError for anything else."""
         text = text.strip()
         if len(text) > LONGEST_STRING:
             raise ValueError(f"the settings string has {len(text)} characters: the most is {LONGEST_STRING}")
@@ -89,19 +80,12 @@ class Settings(NameRequest):
     @classmethod
     def from_values(cls, values: Mapping[str, Any]) -> Settings:
         """Settings from a form or JSON: blank texts and None stand for the defaults, whole floats for integers, and
-        texts with ";" (for words also ",") for lists.
-
-        Raises:
-            ValueError: as for the constructor.
-        """
+        texts with ";" (for words also ",") for lists."""
         return cls(**{name: read for name, value in values.items() if (read := _tidied(name, value)) is not None})
 
 
 _KINDS_IN_JSON = {str: "text", list: "a list", tuple: "a list", dict: "an object", bool: "true or false",
                   int: "a number", float: "a number", type(None): "null"}  # fmt: skip
-
-
-# ------------------------------------------------------------------------------------------------------------- checks
 
 
 def _check(name: str, value: Any) -> None:
@@ -148,9 +132,6 @@ def _check_number(name: str, value: Any, bounds: tuple[float, float]) -> None:
     low, high = bounds
     if not low <= value <= high:
         raise ValueError(f"{name} is {value}: it must be from {low:.10g} to {high:.10g}")
-
-
-# --------------------------------------------------------------------------------------------- to and from plain text
 
 
 def _written(value: Any) -> str:

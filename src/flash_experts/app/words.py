@@ -21,15 +21,8 @@ def words_of(name: str) -> list[str]:
 
 
 def with_gap(settings: Settings, name: str, number: Any) -> Settings:
-    """The settings of names that differ from ``name`` in one word.
-
-    Args:
-        settings: those that made the name.
-        number: index of the word, as a browser sends it.
-
-    Raises:
-        ValueError: the name has no such word, or it is too long for a pattern.
-    """
+    """The settings of names that differ from ``name`` in the word of this index, as a browser sends it; raises a
+    ValueError if there is no such word, or the name is too long for a pattern."""
     places = {str(index): match for index, match in enumerate(_WORD.finditer(name))}
     word = places.get(str(number)[:6])
     if word is None or len(places) < 2:
