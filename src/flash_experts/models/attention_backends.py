@@ -6,11 +6,10 @@
     flash_attention_2, flash_attention_3, flash_attention_4       Dao-AILab's packages, where they are installed
     auto                 the first of `preferences` that supports the call
 
-The context manager `attention_backend` overrides the environment variable ``FLASH_EXPERTS_ATTENTION``, which overrides
-the model's ``config.attention_backend``. ``torch.compile`` traces the choice.
+`attention_backend` overrides ``FLASH_EXPERTS_ATTENTION``, which overrides ``config.attention_backend``.
 
-Shape suffixes: B sequences, S length, H query heads, G key/value heads, C head dim, T tokens of a packed
-sequence, N documents in it.
+Shape suffixes: B sequences, S length, H query heads, G key/value heads, C head dim, T tokens of a packed sequence, N
+documents in it.
 """
 
 from __future__ import annotations
@@ -107,11 +106,8 @@ NAMES = (*BACKENDS, "auto")
 
 
 def preferences(device_type: str, dtype: torch.dtype, packed: bool = False) -> tuple[str, ...]:
-    """The order in which ``auto`` tries the backends.
-
-    On a GPU our kernel comes first for packed sequences, where PyTorch's would compute padding. For plain batches SDPA
-    stays first until ``flash-experts benchmark attention`` shows otherwise.
-    """
+    """The order in which ``auto`` tries the backends: on a GPU our kernel first for packed sequences, where PyTorch's
+    would compute padding, and SDPA first for plain batches."""
     if device_type != "cuda":
         return "sdpa", "reference"
     return ("triton", "sdpa", "reference") if packed and dtype in _HALF else ("sdpa", "triton", "reference")
@@ -217,16 +213,12 @@ def attention(
     needs_lse: bool = False,
     deterministic: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Attention of a batch by the chosen backend, differentiable in q, k and v.
+    """Attention of a batch by the chosen backend, differentiable in q, k and v: (B, S_q, H, C) in the dtype of q, and
+    the log-sum-exp (B, H, S_q) if ``needs_lse``, else possibly None.
 
-    With fewer key/value heads, query head h uses head h // (H / G) (grouped-query attention). ``k_lengths_B`` is the
-    int32 number of keys in use per sequence; the rest of the KV cache is ignored. ``deterministic`` is of gradients.
-
-    Returns:
-        (B, S_q, H, C) in the dtype of q; the log-sum-exp (B, H, S_q) if ``needs_lse``, else possibly None.
-
-    Raises:
-        ValueError: an unknown name, or a forced backend that does not support the call.
+    With fewer key/value heads, query head h uses key/value head h // (H / G). ``k_lengths_B`` is the int32 number of
+    keys in use per sequence. Raises a ValueError for an unknown name, or a forced backend that does not support the
+    call.
     """
     features = _requested_features(q_BSHC, options, k_lengths_B is not None, needs_lse, deterministic)
     name = choose(backend, q_BSHC.device.type, q_BSHC.dtype, features)

@@ -1,7 +1,4 @@
-"""Argument checks of the functional attention API, without a host synchronisation; each raises a ValueError.
-
-Shape suffixes as in `flash_experts.models.flash_attn`.
-"""
+"""Argument checks of `flash_experts.models.flash_attn`, without a host synchronisation; each raises a ValueError."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """A fast decoding step: one token per row through a GPT-2, dense or MoE, with a KV cache and few operations.
 
-It avoids the overhead of transformers' modules, and reads the model's weights in place. Anything but a plain GPT-2
-(adapters, hooks, a forced attention backend) uses the model's own forward. On a CPU activations stay float32.
+It reads the model's weights in place. Anything but a plain GPT-2 (adapters, hooks, a forced attention backend) uses the
+model's own forward. On a CPU activations stay float32.
 
 Shape suffixes: B rows, D width, H heads, C head dim, K columns of the cache, V tokens of the vocabulary.
 """
@@ -124,7 +124,6 @@ def _feed_forward(module: Any, x_BD: torch.Tensor) -> torch.Tensor:
 
 
 def _mlp(module: Any, x_BD: torch.Tensor) -> torch.Tensor:
-    """GPT-2's MLP, or the shared experts."""
     fc, proj = module.c_fc, module.c_proj
     short_BD = x_BD.to(fc.weight.dtype)
     if isinstance(module.act, _TANH_GELUS):

@@ -1,8 +1,4 @@
-"""A fast decoding step for Llama models, as `decode_step_gpt2`.
-
-Shape suffixes: B rows, D width, H heads, G key/value heads, C head dim, K columns of the cache, V tokens of the
-vocabulary.
-"""
+"""A fast decoding step for Llama models, as `decode_step_gpt2`, whose shape suffixes it uses; G key/value heads."""
 
 from __future__ import annotations
 

@@ -1,17 +1,12 @@
 """Expert parallelism: experts sharded over processes, tokens exchanged by all-to-all.
 
 Each process routes its own tokens among all experts. `ShardedExperts` (Lepikhin et al. 2020, GShard; dropless, as in
-MegaBlocks, Gale et al. 2022) then
+MegaBlocks, Gale et al. 2022) sorts (token, expert) pairs by expert, sends hidden states to the processes with their
+experts, computes the local experts, sends the results back, and applies the gates. Weights are DTensors, so optimizers,
+norms and checkpoints see whole experts.
 
-    1. sorts (token, expert) pairs by expert, and exchanges the counts
-    2. sends hidden states to the processes with their experts (all-to-all)
-    3. computes the local experts
-    4. sends the results back (all-to-all), and applies the gates
-
-Weights are DTensors, so optimizers, norms and checkpoints see whole experts.
-
-Shape suffixes: X processes that hold different experts, E experts, L = E / X local experts, T tokens, K experts
-per token, S = T * K pairs of this process, R pairs received, D width.
+Shape suffixes: X processes that hold different experts, E experts, L = E / X local experts, T tokens, K experts per
+token, S = T * K pairs of this process, R pairs received, D width.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """The attention function that GPT-2's blocks call, registered with transformers as ``fe_attention``.
 
-It handles padded batches (with a padding mask), queries against a KV cache, and packed sequences: many names in one row
-that must not attend to each other. A mask goes to PyTorch's SDPA; the rest goes, without mask or copy, to the backend
-that `flash_experts.models.attention_backends` chooses.
+A padding mask goes to PyTorch's SDPA; the rest goes, without mask or copy, to the backend that
+`flash_experts.models.attention_backends` chooses: also queries against a KV cache, and packed sequences, many names in
+one row that must not attend to each other.
 
-Shape suffixes: B batch, H heads, S length, T tokens of a packed sequence, N names in it, M length of the longest,
-C head dim.
+Shape suffixes: B batch, H heads, S length, T tokens of a packed sequence, N names in it, M length of the longest, C
+head dim.
 """
 
 from __future__ import annotations
@@ -43,18 +43,14 @@ def fe_attention_forward(
     position_ids: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention with the signature of transformers' attention functions.
+    """Attention with the signature of transformers' attention functions; returns (B, S, H, C) and no weights.
 
     Args:
         query: (B, H, S, C); key and value are (B, H, S_k, C).
         attention_mask: (B, 1, S, S_k), true where a query attends; None for causal attention.
-        scaling: factor of the scores; None is 1 / sqrt(C).
         cu_seq_lens_q: (N + 1,) starts of the names of a packed sequence, and T.
         max_length_q: M; None reads it from ``cu_seq_lens_q`` (one host synchronisation).
         position_ids: (B, S); without ``cu_seq_lens_q``, a jump in them starts another document.
-
-    Returns:
-        (B, S, H, C), and None for the attention weights, which are never materialised.
 
     Raises:
         ValueError: a packed sequence in a batch or with a cache, or a forced backend that does not support the call.
@@ -92,7 +88,6 @@ def _packed(
     dropout: float,
     backend: str,
 ) -> torch.Tensor:
-    """Attention of a packed sequence: q, k and v (1, H, T, C) to (1, T, H, C)."""
     if query.shape[0] != 1 or query.shape[2] != key.shape[2]:
         raise ValueError(
             f"a packed sequence has batch size 1 and no KV cache, but query is {tuple(query.shape)} and key "
@@ -131,10 +126,8 @@ def _needs_sdpa_function(kwargs: dict[str, Any]) -> bool:
 
 
 def packed_starts(position_ids: torch.Tensor | None, rows: int, length: int) -> torch.Tensor | None:
-    """(N + 1,) int32 starts of the documents of a packed sequence, and ``length``; None for a single document.
-
-    A document starts wherever a position is not its predecessor plus one, as in transformers.
-    """
+    """(N + 1,) int32 starts of the documents of a packed sequence, and ``length``; None for a single document. A
+    document starts wherever a position is not its predecessor plus one, as in transformers."""
     if position_ids is None or rows != 1 or position_ids.shape[-1] != length:
         return None
     later = (position_ids.reshape(-1).diff() != 1).nonzero()[:, 0] + 1

@@ -212,10 +212,8 @@ def check_sizes(folder: Path, config: PretrainedConfig) -> None:
 
 
 def tensor_sizes(path: Path) -> list[int]:
-    """Number of elements of each tensor in a safetensors file, from its header, whose lengths are checked.
-
-    Tensors without floating-point numbers count as 0: they can be buffers, but not weights.
-    """
+    """Number of elements of each tensor in a safetensors file, from its checked header; 0 for those without
+    floating-point numbers, which can be buffers, but not weights."""
     size = path.stat().st_size
     try:
         with path.open("rb") as file:

@@ -1,8 +1,7 @@
 """A model folder that transformers loads without flash-experts: ``trust_remote_code=True`` and files of its own.
 
-The files are the sources of this package, reduced to what the model classes use: every top-level statement that they
-reach, in files next to each other. Left out are upcycling and our kernels; attention and experts are transformers' own
-(``sdpa`` and the plain loop), so logits agree up to rounding.
+The files are the sources of this package, reduced to every top-level statement that the model classes reach. Attention
+and experts are transformers' own (``sdpa`` and the plain loop), so logits agree up to rounding.
 """
 
 from __future__ import annotations
@@ -61,11 +60,8 @@ The Python files of the folder are those of flash-experts, which need not be ins
 
 def export_for_hub(source: str | Path, out: Path, overwrite: bool = False) -> list[str]:
     """Writes a folder with the weights, tokenizer and model card of an MoE model, and the code that they need; returns
-    the names of its Python files.
-
-    Raises:
-        ValueError: it is not an MoE model, is damaged, or ``out`` is not empty and ``overwrite`` is not given.
-    """
+    the names of its Python files. Raises a ValueError if it is not an MoE model, is damaged, or ``out`` is not empty
+    and ``overwrite`` is not given."""
     folder = local_folder(source)
     check_folder(folder)
     model_type = read_config(folder).model_type

@@ -1,7 +1,6 @@
 """The options of the MoE layer and of upcycling, each declared once. Light to import.
 
-`GPT2MoEConfig`, `GPT2MoEForCausalLM.from_dense`, the YAML files of training and ``flash-experts upcycle`` read them
-here. To add one: a field here, its use, and its test.
+`GPT2MoEConfig`, `GPT2MoEForCausalLM.from_dense`, training's YAML files and ``flash-experts upcycle`` read them here.
 """
 
 from __future__ import annotations
@@ -16,11 +15,8 @@ EXPERTS = "The experts"  # heading of these options
 
 @dataclass
 class MoEOptions:
-    """What the MoE blocks of a model are, and how their load is balanced.
-
-    `flash_experts.models.router` has the formulas of ``routing`` and ``scoring_func``, `flash_experts.models.moe_layer`
-    those of the losses.
-    """
+    """What the MoE blocks of a model are, and how their load is balanced; the formulas are in
+    `flash_experts.models.router` and `flash_experts.models.moe_layer`."""
 
     num_experts: int = option(8, "E, experts per MoE layer", EXPERTS, bounds=(0, 10_000))
     num_experts_per_tok: int = option(

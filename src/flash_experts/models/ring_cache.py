@@ -56,11 +56,7 @@ def _zeros(like_BHKC: torch.Tensor, num_rows: int, columns: int) -> torch.Tensor
 
 
 class RingCache(Cache):
-    """The ring KV cache (see the module).
-
-    Attributes:
-        begun: last step before each row's first own token.
-    """
+    """The ring KV cache (see the module); ``begun`` is the last step before each row's first own token."""
 
     def __init__(self, prompts: Sequence[DynamicCache], longest: int) -> None:
         """Rows that all begin at the next step. ``prompts`` are their prompt caches (one row each, not changed; rows

@@ -115,8 +115,7 @@ _bad_reads: WeakKeyDictionary[Router, int] = WeakKeyDictionary()
 def update_router_biases(model: nn.Module) -> None:
     """Auxiliary-loss-free load balancing (Wang et al. 2024, algorithm 1): call once after each optimizer step.
 
-    ``bias += rate * sign(mean load - load)``, then centred, with the loads of all processes. Resets the counts of the
-    step, on which the global-batch balancing loss relies.
+    ``bias += rate * sign(mean load - load)``, then centred, with the loads of all processes. Resets the step's counts.
     """
     for router in routers_of(model).values():
         if router.bias_update_rate > 0:

@@ -1,8 +1,5 @@
-"""Atomic saving of model folders: complete, or not at all.
-
-A folder is written under an unguessable temporary name, flushed to disk, given a manifest with the SHA-256 of each
-file, and renamed. Only safetensors and JSON are written.
-"""
+"""Atomic saving of model folders, only safetensors and JSON: a folder is written under an unguessable temporary name,
+flushed to disk, given a manifest with the SHA-256 of each file, and renamed."""
 
 from __future__ import annotations
 
@@ -48,12 +45,9 @@ def export_model(
 
 
 def write_model(out: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, overwrite: bool = False) -> None:
-    """Writes a model and its tokenizer into a folder atomically; other files there stay.
-
-    Raises:
-        ValueError: the folder is not empty, and ``overwrite`` is not given.
-        CheckpointError: it could not be written; what was there is intact.
-    """
+    """Writes a model and its tokenizer into a folder atomically; other files there stay. Raises a ValueError if the
+    folder is not empty and ``overwrite`` is not given, a CheckpointError if it could not be written; what was there is
+    intact."""
     weights = model.state_dict()
     write_folder(out, lambda folder: _save_model(folder, model, tokenizer, weights), overwrite)
 

@@ -1,8 +1,8 @@
 """A teacher's top-K logits for the names that it sampled, so that knowledge distillation needs no teacher forward.
 
 For each label of a name (its tokens and the EOS token) a shard holds ids and log-probabilities of the K most likely
-tokens; the rest of the vocabulary counts as one outcome. A folder has safetensors shards, one per piece of the sampled
-names, and ``index.json`` with their SHA-256.
+tokens; the rest of the vocabulary counts as one outcome. A folder has one safetensors shard per piece of the names, and
+``index.json`` with their SHA-256.
 
 Shape suffixes: N names, L labels of all names, K tokens kept per label.
 """

@@ -20,15 +20,11 @@ _WORD = re.compile("Ġ[A-Z][a-z]+|[a-z]+")
 def trim_tokenizer(
     tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], keep_words: bool = False
 ) -> tuple[PreTrainedTokenizerFast, list[int]]:
-    """Reduces a byte-level BPE tokenizer (others raise a ValueError) to the tokens that some texts need; their
-    tokenization does not change.
+    """Reduces a byte-level BPE tokenizer (others raise a ValueError) to the tokens that some texts need, without
+    changing their tokenization. Returns it, and the old id of each of its ids, ascending: the embedding rows to keep.
 
-    Args:
-        keep_words: also keep the tokens of capitalized words and of parts of words, so that new words in names are not
-            split into smaller pieces than the model was trained on.
-
-    Returns:
-        The new tokenizer, and the old id of each of its ids, ascending: the embedding rows to keep.
+    ``keep_words`` also keeps the tokens of capitalized words and of parts of words, so that new words in names are not
+    split into smaller pieces than the model was trained on.
     """
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ValueError("trimming needs a byte-level BPE tokenizer with a tokenizer.json, as GPT-2's")
@@ -81,10 +77,8 @@ def _renumber_template(processor: dict[str, Any] | None, new_id: dict[int, int])
 def trim_vocabulary(model: PreTrainedModel, kept_ids: Sequence[int]) -> None:
     """Shrinks a model's input and output embeddings from (V, D) to (W, D), in place; probabilities are renormalised.
 
-    ``kept_ids`` are the W old ids, in the order of the new ones (`trim_tokenizer`).
-
-    Raises:
-        ValueError: an id that the model does not have, or a BOS, EOS or padding token that is not kept.
+    ``kept_ids`` are the W old ids, in the order of the new ones (`trim_tokenizer`). Raises a ValueError for an id that
+    the model does not have, or a BOS, EOS or padding token that is not kept.
     """
     before_VD, head = model.get_input_embeddings().weight, model.get_output_embeddings()
     assert isinstance(before_VD, torch.Tensor)

@@ -41,11 +41,8 @@ from flash_experts.options import option, problems_of
 
 @dataclass(kw_only=True)
 class Upcycling(UpcyclingOptions):
-    """How experts are made of a dense layer. The module's text describes the methods.
-
-    Raises:
-        ValueError: an unknown name, a number out of bounds, or a granularity that the method has no use for.
-    """
+    """How experts are made of a dense layer by a method of the module's text. Raises a ValueError for an unknown name,
+    a number out of bounds, or a granularity that the method has no use for."""
 
     method: Method = option("copy", METHOD_HELP, EXPERTS)
 

@@ -3,9 +3,7 @@
 It is a baseline for the value of separate experts (Wortsman et al. 2022, model soups; Li et al. 2022,
 branch-train-merge), and a model for programs that know no experts. An upcycled model that was not trained gives back
 the dense weights, bit by bit for copies: the mean is the first expert plus the mean difference of the others from it.
-
-Shared experts are kept as they are, next to the mean of the routed ones: a sum of MLPs is one MLP with the hidden units
-of both. Narrower blocks get copies of their hidden units with output weights of zero, which change nothing.
+Shared experts are kept next to the mean of the routed ones: a sum of MLPs is one MLP with the hidden units of both.
 
 Shape suffixes: E experts, R = E / g groups of g experts (granular upcycling; g is 1 otherwise), F hidden units.
 """
@@ -32,13 +30,8 @@ _CLASS_FIELDS = ("model_type", "architectures", "transformers_version")  # set b
 def to_dense(moe: GPT2MoEForCausalLM, loads: Mapping[int, torch.Tensor] | None = None) -> GPT2LMHeadModel:
     """A dense GPT-2 whose MLPs are the means of the experts, in eval mode; ``moe`` is not changed.
 
-    The g shards of a group, as granular upcycling makes them, are concatenated, and the second matrix is divided by g.
-
-    Args:
-        loads: weights (E,) of the experts, by block number from 0; None is equal weights.
-
-    Raises:
-        ValueError: loads of the wrong shape.
+    The g shards of a group are concatenated, and the second matrix is divided by g. ``loads`` has weights (E,) of the
+    experts, by block number from 0; None is equal weights. Raises a ValueError for loads of the wrong shape.
     """
     config = moe.config
     granularity, width = _sizes(config)

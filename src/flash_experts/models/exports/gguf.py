@@ -38,14 +38,8 @@ def export_gguf(
     names: Sequence[Sequence[int]],
     out: Path,
 ) -> LogitDifference:
-    """Writes a GGUF file with its tokenizer, and reads it back with transformers.
-
-    Args:
-        model: dense GPT-2 in eval mode on the CPU.
-        names: token ids of real names, to compare on.
-
-    Raises:
-        ValueError: a model or tokenizer that llama.cpp's GPT-2 is not.
+    """Writes a dense GPT-2 in eval mode on the CPU and its tokenizer, and reads them back with transformers to compare
+    on ``names``, token ids of real names. Raises a ValueError for a model or tokenizer that llama.cpp's GPT-2 is not.
     """
     if model.config.model_type == "gpt2_moe":
         raise ValueError(

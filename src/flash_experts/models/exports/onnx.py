@@ -72,14 +72,10 @@ def export_onnx(
     out: Path,
     overwrite: bool = False,
 ) -> LogitDifference:
-    """Writes a folder with the ONNX file, configuration, tokenizer and a README, and runs it with ONNX Runtime.
+    """Writes a folder with the ONNX file of a GPT-2 in eval mode on the CPU, configuration, tokenizer and a README, and
+    runs it with ONNX Runtime on ``names``, token ids of real names.
 
-    Args:
-        model: dense GPT-2 or MoE model in eval mode on the CPU.
-        names: token ids of real names, to compare on.
-
-    Raises:
-        ValueError: another kind of model, expert choice, or ``out`` is not empty and ``overwrite`` is not given.
+    Raises a ValueError for another kind of model, expert choice, or a folder that is not empty without ``overwrite``.
     """
     if not isinstance(model, GPT2LMHeadModel):
         raise ValueError(f"{source} is a {model.config.model_type}: export onnx is for gpt2 and gpt2_moe")
