@@ -31,14 +31,9 @@ _OF_CARDS = {"type_line", "types", "colors", "mana_value", "mana_cost", "rarity"
 
 @dataclass(frozen=True, slots=True)
 class CardRow:
-    """A row of the file.
-
-    Attributes:
-        where: ``file:line``, or ``file[index]`` for JSON.
-        cells: the row as it was, by column.
-        name: the name that the card has already, or "".
-        rules: options of `NameRequest` for this row alone.
-    """
+    """A row of the file at ``where`` (``file:line``, or ``file[index]`` for JSON); ``cells`` has it as it was, by
+    column, and ``name`` the name that the card has already, or "". ``rules`` are options of `NameRequest` for this row
+    alone."""
 
     where: str
     cells: Mapping[str, str]
@@ -63,12 +58,8 @@ class NamedRow:
 def read_card_rows(path: str | Path) -> list[CardRow]:
     """Reads the cards of a set: columns such as ``type_line``, ``colors``, ``mana_value``, ``rarity`` (in the spellings
     of `flash_experts.data.card_columns`), ``name`` for cards that have one, and ``starts_with``, ``contains`` and
-    ``ends_with`` for words that a name must have. A JSON file is a list of objects with these keys.
-
-    Raises:
-        ValueError: the file is missing, not UTF-8 CSV or JSON, has no such column, or a value is unreadable
-            (``file:line``).
-    """
+    ``ends_with`` for words that a name must have. A JSON file is a list of objects with these keys. Raises a ValueError
+    if the file is missing, not UTF-8 CSV or JSON, has no such column, or a value is unreadable (``file:line``)."""
     path = Path(path)
     try:
         text = path.read_text("utf-8-sig")
@@ -102,7 +93,6 @@ def _is_json(text: str) -> bool:
 
 
 def _heading(text: str) -> tuple[list[str], str]:
-    """The columns of CSV text, and what separates them."""
     line = text.partition("\n")[0].strip("\r")
     separator = max(",;\t", key=line.count)
     return [column.strip(' "') for column in line.split(separator)], separator
@@ -200,11 +190,8 @@ def name_rows(
     generator: NameGenerator, rows: Sequence[CardRow], candidates: int, seed: int, **options: Any
 ) -> Iterator[NamedRow]:
     """Names for each row without one, in order, the best of ``candidates`` first. No name and no last word is used
-    twice in the set. Each row has its own stream of ``seed``; ``options`` are fields of `NameRequest` for all rows.
-
-    Raises:
-        ValueError: an option is out of range or unknown.
-    """
+    twice in the set. Each row has its own stream of ``seed``; ``options`` are fields of `NameRequest` for all rows; a
+    wrong one raises a ValueError."""
     conditions = read_conditions(generator.model.config.to_dict())
     taken = TakenNames(row.name for row in rows)
     for place, row in enumerate(rows):

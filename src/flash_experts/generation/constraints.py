@@ -145,11 +145,8 @@ class Constraints:
 
     def filters(self, vocabulary: NameVocabulary, prompt_length: int, known: Collection[str]) -> list[NameFilter]:
         """The filters that every name has, and those of the rules, after a prompt of ``prompt_length`` tokens with the
-        BOS token; ``known`` are normal forms of names that are never generated.
-
-        Raises:
-            ValueError: a filter cannot be made, such as for a regex that matches no name.
-        """
+        BOS token; ``known`` are normal forms of names that are never generated. Raises a ValueError if a filter cannot
+        be made, such as for a regex that matches no name."""
         from flash_experts.generation import filters as make
 
         place = vocabulary, prompt_length

@@ -154,10 +154,8 @@ class DecodedName:
 
 
 class NameDecoder:
-    """Decodes names from one prompt, or each from its own.
-
-    For use within `flash_experts.models.scoring.evaluating` and ``torch.no_grad``.
-    """
+    """Decodes names from one prompt, or each from its own, within `flash_experts.models.scoring.evaluating` and
+    ``torch.no_grad``."""
 
     def __init__(
         self,
@@ -176,10 +174,9 @@ class NameDecoder:
 
         Args:
             processors: logits processors; each `NameFilter` comes after the others.
-            max_new_tokens: names without an EOS token by then are dropped.
             unconditional_ids: BOS token and the prompt without attributes, for ``sampling.guidance``.
-            prompts: a prompt for each index of the stream, instead of ``prompt_ids``; equal ones should be adjacent,
-                since they are computed once.
+            prompts: a prompt for each index of the stream, instead of ``prompt_ids``; adjacent equal ones are computed
+                once.
             top_logits: K, number of most likely tokens to record per position.
 
         Raises:
@@ -232,8 +229,6 @@ class NameDecoder:
 
 @dataclass(slots=True)
 class _Row:
-    """An unfinished name."""
-
     index: int
     ids: list[int] = field(default_factory=list)
     text: str = ""

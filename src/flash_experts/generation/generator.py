@@ -42,10 +42,8 @@ class NameGenerator:
     ) -> None:
         """Wraps a causal LM trained on BOS token + prompt + " " + name + EOS token, with its byte-level BPE tokenizer.
 
-        ``known_names`` are never generated (default: those of all real cards).
-
-        Raises:
-            ValueError: model and tokenizer do not belong together, or the tokenizer is not byte-level BPE.
+        ``known_names`` are never generated (default: those of all real cards). Raises a ValueError if model and
+        tokenizer do not belong together, or the tokenizer is not byte-level BPE.
         """
         if tokenizer.bos_token_id is None:
             raise ValueError("the tokenizer has no BOS token: set tokenizer.bos_token to that of training")
@@ -69,10 +67,9 @@ class NameGenerator:
         """Loads a model folder or hub id with its tokenizer; the names of all real cards are known.
 
         Args:
-            source: model folder or hub id (default: the newest released model, see `flash_experts.released`).
-            device: where the model runs (default: CUDA if available).
-            dtype: data type of the weights; ``torch.bfloat16`` is faster on CPUs with AVX-512, but changes the names
-                of a seed.
+            source: default: the newest released model, see `flash_experts.released`.
+            device: default: CUDA if available.
+            dtype: of the weights; ``torch.bfloat16`` is faster on CPUs with AVX-512, but changes the names of a seed.
 
         Raises:
             ValueError: the folder is missing, damaged, or not a causal LM, or no released model is installed.
@@ -87,7 +84,7 @@ class NameGenerator:
     def generate(
         self, count: int = 20, *, filters: Sequence[FilterFactory] = (), **options: Any
     ) -> list[GeneratedName]:
-        """New names for a card.
+        """``count`` new names for a card in the order they were found, or fewer, with a warning.
 
         The same seed gives the same names for any ``batch_size`` (up to rounding), and a larger ``count`` only adds
         names. Each prompt has random numbers of its own.
@@ -97,9 +94,6 @@ class NameGenerator:
                 LogitsProcessor.
             **options: fields of `NameRequest`, such as ``type_line="Creature — Goblin"``, ``colors="R"``,
                 ``preset="creative"``, ``max_words=2``, ``seed=7``. None stands for the default.
-
-        Returns:
-            ``count`` names in the order they were found, or fewer, with a warning.
 
         Raises:
             ValueError: a value is out of range or unknown, or no name satisfies the constraints.

@@ -83,8 +83,7 @@ def filled_in(given: Attributes, inferred: Attributes) -> Attributes:
 class Resembles(NameFilter):
     """Adds a bias to the sub-words of examples, as the tokenizer cuts them; forbids nothing.
 
-    The bias is ``strength sqrt(count / largest count)``, counted over the examples. A sub-word that the name already
-    has gets none, so it is not repeated.
+    The bias is ``strength sqrt(count / largest count)`` over the examples; 0 for a sub-word that the name already has.
     """
 
     def __init__(

@@ -1,8 +1,5 @@
-"""Files of names: text, CSV, JSON, JSON lines, Markdown, and the set files of Magic Set Editor and Cockatrice.
-
-Magic Set Editor's format is described in docs/file/format.rst of its repository, Cockatrice's by the schema
-doc/carddatabase_v4/cards.xsd of its own.
-"""
+"""Files of names: text, CSV, JSON, JSON lines, Markdown, and the set files of Magic Set Editor (docs/file/format.rst of
+its repository) and Cockatrice (doc/carddatabase_v4/cards.xsd of its own)."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
 """`NameRequest`: everything that can be asked of a generator, each option declared once.
 
-`NameGenerator.generate` takes these fields as keyword arguments, ``flash-experts generate`` and its YAML files as
-options, and the playground as controls and shared settings. To add one: a field here (or in `Constraints` or
-`Sampling`), its use, and its test.
+Keyword arguments of `NameGenerator.generate`, options of ``flash-experts generate``, its YAML files and the playground
+all come from these fields, or from those of `Constraints` and `Sampling`.
 """
 
 from __future__ import annotations
@@ -33,14 +32,9 @@ def _override(name: str) -> Any:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NameRequest(Constraints):
-    """One request for names: the card, how names are drawn, the rules that they follow, and how many.
-
-    None leaves an option open. Each field's `Option` has its help text, bounds and label.
-
-    Raises:
-        ValueError: a value is out of range, unknown, or contradicts another.
-        TypeError: an option is unknown.
-    """
+    """One request for names: the card, how names are drawn, the rules that they follow, and how many. None leaves an
+    option open. Raises a ValueError if a value is out of range, unknown, or contradicts another, a TypeError for an
+    unknown option."""
 
     type_line: str | None = option(
         None, 'type line, such as "Legendary Creature — Goblin" (default: any)', CARD, label="Type line", flag="type",

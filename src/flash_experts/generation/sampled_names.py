@@ -49,7 +49,7 @@ class SampledNames:
     Attributes:
         count: number of names; slightly fewer are written if attribute sets run out of new ones.
         attribute_dropout: probability that each part of a card's attributes is left out.
-        top_logits: most likely tokens per position whose log-probabilities are kept for distillation; 0 for none.
+        top_logits: most likely tokens per position whose log-probabilities are kept; 0 for none.
     """
 
     count: int
@@ -97,11 +97,10 @@ def write_sampled_names(
     report: Callable[[int], None] = lambda names: None,
     overwrite: bool = False,
 ) -> int:
-    """Samples names and writes them as prepared lines with ``log_prob`` (nats, EOS token included); returns their
-    number.
+    """Samples names for the attributes of ``cards``, and writes them as prepared lines with ``log_prob`` (nats, EOS
+    token included); returns their number.
 
     Args:
-        cards: cards whose attributes are drawn.
         known: normal forms of names that the file must not have, besides those that the generator knows.
         out: a ``.jsonl`` file, written as ``out.part`` until it is complete.
         source: further inputs that decide the names: only a run with the same ones is resumed.

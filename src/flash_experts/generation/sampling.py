@@ -35,12 +35,8 @@ def draw(scores_BV: torch.Tensor, noise_B2: torch.Tensor, sampling: Sampling) ->
     a candidate draw again from their candidates. The distribution is the same. Draws invert the cumulative distribution
     in the order of token ids, which does not change when rounding swaps nearly equal logits.
 
-    Args:
-        scores_BV: float32 logits, minus infinity where a token is forbidden.
-        noise_B2: uniform in [0, 1).
-
-    Returns:
-        (B,) int64 tokens, and (B,) bool: rows without any possible token.
+    ``scores_BV`` are float32 logits, minus infinity where a token is forbidden, ``noise_B2`` uniform in [0, 1). Returns
+    (B,) int64 tokens, and (B,) bool: rows without any possible token.
     """
     dead_B = scores_BV.amax(-1) == -torch.inf
     probs_BV = (scores_BV if sampling.temperature == 1 else scores_BV / sampling.temperature).softmax(-1)

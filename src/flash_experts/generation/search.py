@@ -29,10 +29,9 @@ _PART = 32  # names checked together
 
 @dataclass(frozen=True, slots=True)
 class GeneratedName:
-    """A new card name.
+    """A new card name, as it would be printed.
 
     Attributes:
-        text: the name as it would be printed.
         log_prob: log-probability of its tokens and the EOS token, in nats, independent of sampling and filters.
         nearest_card: the real card with the most similar name; None if the generator knows no names.
         similarity: 1 - edit distance to ``nearest_card`` / the longer length; under 1.
@@ -82,13 +81,8 @@ class NameSearch:
         self._tried = self._tries_since_new = self._whole = 0
 
     def names(self, count: int) -> Iterator[GeneratedName]:
-        """The first ``count`` acceptable names as they are chosen: one after every ``best_of`` candidates.
-
-        Warns if there are fewer.
-
-        Raises:
-            NoTokenLeftError: no name satisfies the constraints.
-        """
+        """The first ``count`` acceptable names as they are chosen, one after every ``best_of`` candidates; warns if
+        there are fewer. Raises a NoTokenLeftError if no name satisfies the constraints."""
         given = 0
         while given < count and self._tries_since_new < _GIVE_UP_AFTER:
             chosen = self._choose(self._next_batch(count * self._search.best_of - len(self._seen)), count - given)

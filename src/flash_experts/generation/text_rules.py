@@ -1,7 +1,4 @@
-"""Rules on the text of a name, shared by the token filters and the final check: pure functions on strings.
-
-Swear words and slurs, places of the real world, punctuation and spaces, alliteration.
-"""
+"""Rules on the text of a name, shared by the token filters and the final check: pure functions on strings."""
 
 from __future__ import annotations
 

@@ -126,10 +126,8 @@ class NameFilter(LogitsProcessor, ABC):
 
 
 class AllOf(NameFilter):
-    """Several filters as one: masks are joined and cached per combination of rules, and applied in one pass.
-
-    Filters that override `apply` come after the joined mask, in their order.
-    """
+    """Several filters as one: masks are joined and cached per combination of rules, and applied in one pass. Filters
+    that override `apply` come after the joined mask, in their order."""
 
     def __init__(self, filters: Sequence[NameFilter]) -> None:
         super().__init__(filters[0].vocabulary, filters[0].prompt_length)
@@ -155,10 +153,8 @@ class AllOf(NameFilter):
 
 
 class KnownNameFilter(NameFilter):
-    """Novelty by construction: the EOS token is forbidden while the text is a known name, so the name must continue.
-
-    Texts are compared in normal form, so another tokenization, case, accents or punctuation make no difference.
-    """
+    """Novelty by construction: the EOS token is forbidden while the normal form of the text is that of a known name, so
+    the name must continue."""
 
     def __init__(self, vocabulary: NameVocabulary, prompt_length: int, known: Collection[str]) -> None:
         """Takes the *normal forms* of known names (`flash_experts.data.names.normal_form`), as a set for speed."""

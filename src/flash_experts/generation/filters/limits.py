@@ -1,8 +1,7 @@
 """Filters on the length of names, in characters and words; `flash_experts.generation.filters.base` defines a filter.
 
 A plain mask distorts names at a limit: without the EOS token the last word grows ("Raiderirefur"), and without room a
-name is cut ("Goblin Gui", "Lord of"). So at the limit these filters look at what the model prefers: to continue the
-word, to start another, or to end the name.
+name is cut ("Goblin Gui", "Lord of"). So there these filters look at what the model prefers.
 
 Shape suffixes: B batch rows, N of them near a limit, V tokens of the vocabulary.
 """
@@ -36,11 +35,9 @@ class _Limit(NameFilter):
 
 
 class UpperLimit(_Limit):
-    """Base class of upper limits, which drop names that would be cut.
-
-    A name would be cut if more than half of the model's probability is on tokens that the limit forbids. `mask` leaves
-    such a row no token, so `NameGenerator` drops it; ``model.generate`` cannot drop a row, so there the name ends.
-    """
+    """Base class of upper limits, which drop names that would be cut: those with more than half of the model's
+    probability on tokens that the limit forbids. `mask` leaves such a row no token, so `NameGenerator` drops it;
+    ``model.generate`` cannot drop a row, so there the name ends."""
 
     @abstractmethod
     def is_near(self, name: str) -> bool:
@@ -61,10 +58,8 @@ class UpperLimit(_Limit):
 
 
 class MaxLength(UpperLimit):
-    """At most ``limit`` characters, without cutting a word.
-
-    At the limit only the EOS token is left, and no word starts where fewer than two of its letters would fit.
-    """
+    """At most ``limit`` characters, without cutting a word: at the limit only the EOS token is left, and no word starts
+    where fewer than two of its letters would fit."""
 
     def __init__(self, vocabulary: NameVocabulary, prompt_length: int, limit: int, drops: bool = True) -> None:
         """Sets the limit, 1 or more. ``drops``: whether names that would be cut are dropped instead of ended."""
@@ -88,11 +83,8 @@ class MaxLength(UpperLimit):
 
 
 class MaxWords(UpperLimit):
-    """At most ``limit`` words, separated by spaces ("Lava-Axe" is one), without cutting a name.
-
-    At the limit only tokens that continue the last word and the EOS token are left. A small word ("of") cannot be
-    the last allowed word, since no name ends with it.
-    """
+    """At most ``limit`` words, separated by spaces ("Lava-Axe" is one), without cutting a name: at the limit only
+    tokens that continue the last word and the EOS token are left, and a small word ("of") cannot be the last."""
 
     def __init__(self, vocabulary: NameVocabulary, prompt_length: int, limit: int) -> None:
         super().__init__(vocabulary, prompt_length)
@@ -119,10 +111,8 @@ class MaxWords(UpperLimit):
 
 
 class LowerLimit(_Limit):
-    """Base class of lower limits, below which a name cannot end.
-
-    Where the model prefers the EOS token, the word is complete: the name continues with a new word.
-    """
+    """Base class of lower limits, below which a name cannot end. Where the model prefers the EOS token, the word is
+    complete: the name continues with a new word."""
 
     @abstractmethod
     def is_short(self, name: str) -> bool:

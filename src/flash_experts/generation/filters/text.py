@@ -25,11 +25,11 @@ _MUCH = 3  # letters of the wanted text
 
 
 class StartsWith(NameFilter):
-    """Names that start with a prefix, also where a token crosses its end (" Dragon" for "Drag").
+    """Names that start with a prefix, as given or capitalized, also where a token crosses its end (" Dragon" for
+    "Drag").
 
     Within the prefix only the tokenizer's own tokens are allowed, since the model never saw other cuts in training. So
-    names that the tokenizer cuts elsewhere inside the prefix are not reached. The last word is tried as given and
-    capitalized.
+    names that the tokenizer cuts elsewhere inside the prefix are not reached.
     """
 
     def __init__(self, vocabulary: NameVocabulary, prompt_length: int, prefix: str) -> None:
@@ -185,10 +185,8 @@ class EndsWith(WantedText):
 
 
 class LeadsTo(NameFilter):
-    """A bias to the fixed text after the gaps of a pattern, which `MatchesRegex` enforces: see `WantedText`.
-
-    Without it, the model fills a gap until only the fixed text has room.
-    """
+    """A bias to the fixed text after the gaps of a pattern, which `MatchesRegex` enforces: see `WantedText`. Without
+    it, the model fills a gap until only the fixed text has room."""
 
     def __init__(
         self, vocabulary: NameVocabulary, prompt_length: int, before: str, parts: Sequence[str], ends: bool

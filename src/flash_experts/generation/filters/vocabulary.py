@@ -27,7 +27,6 @@ class NameVocabulary:
 
     Attributes:
         size: V, the width of the model's logits. Ids that the tokenizer lacks (padding) have no text.
-        eos_id: id of the EOS token.
         texts: V strings; "" for special tokens, for ids without a token, and for whole-word tokens that absorb the
             space before them (`train_tokenizer` has them for prompts), which names do not have.
         prompt_texts: V strings; `texts`, and " word" for a whole-word token.

@@ -76,7 +76,6 @@ def has_questions(attributes: Attributes) -> bool:
 
 
 def _questions(attributes: Attributes) -> list[Callable[[Card], bool]]:
-    """For each attribute that is given, whether a card has it."""
     questions: list[Callable[[Card], bool]] = []
     for field in ("supertypes", "types", "subtypes"):
         questions += [partial(_has, field, one) for one in getattr(attributes, field) or ()]

@@ -33,7 +33,7 @@ class Order:
     Attributes:
         grams: (G,) sorted codes of the n-grams.
         shares: (G,) (count - discount) / count of the context.
-        contexts: (C,) sorted codes of the contexts.
+        contexts: (C,) sorted codes.
         left_over: (C,) backoff mass of the lower order, in (0, 1].
         cumulated: (G + 1,) cumulative shares, for sampling.
     """

@@ -3,11 +3,10 @@
     score(name) = (log p(name | card) + START + match_weight * match(name)) / (characters + 1)
                   - fault_weight * (flaws(name) + borrowed(name) + repetition(name, list so far))
 
-in nats per character, the EOS token counted as one. The likelihood measures how natural a name is, the attribute
-classifier how well it matches the card. Flaws are faults of wording that real names do not have, borrowed is 1 for the
-name of a real legend's character, and repetition keeps the words of a list as varied as those of real cards (maximal
-marginal relevance; Carbonell and Goldstein 1998). docs/experiments.md has what each part is worth, and what was tried
-and left out.
+in nats per character, the EOS token counted as one. The match is the attribute classifier's. Flaws are faults of
+wording that real names do not have, borrowed is 1 for the name of a real legend's character, and repetition keeps the
+words of a list as varied as those of real cards (maximal marginal relevance; Carbonell and Goldstein 1998).
+docs/experiments.md has what each part is worth, and what was tried and left out.
 
 Shape suffixes: N candidates.
 """

@@ -1,7 +1,4 @@
-"""The words of names: flaws within one name, and repetition within a list.
-
-Repetition is measured against real cards of the kind: Goblins may be called Goblin, other words are used once.
-"""
+"""The words of names: flaws within one name, and repetition within a list, measured against real cards of the kind."""
 
 from __future__ import annotations
 
