@@ -27,10 +27,8 @@ ALL_NAMES = Stage("all", epochs=None)
 
 
 def split_evenly(lengths: Sequence[int], parts: int) -> list[range]:
-    """Cuts a sequence into ``parts`` consecutive ranges of nearly equal total length, none of them empty.
-
-    ``split_evenly([5, 1, 1, 1, 4], 3) == [range(0, 1), range(1, 4), range(4, 5)]``
-    """
+    """Cuts a sequence into ``parts`` consecutive non-empty ranges of nearly equal total length: ``split_evenly([5, 1,
+    1, 1, 4], 3) == [range(0, 1), range(1, 4), range(4, 5)]``."""
     assert 1 <= parts <= len(lengths), (parts, len(lengths))
     ends = np.fromiter(accumulate(lengths), dtype=np.int64)
     middles = ends - np.asarray(lengths) / 2
@@ -45,12 +43,8 @@ def split_evenly(lengths: Sequence[int], parts: int) -> list[range]:
 
 @dataclass(frozen=True, slots=True)
 class PlannedStage:
-    """A stage, and its place in the run: steps and epochs count from 0 through all stages.
-
-    Attributes:
-        cards: cards that pass the stage's filters.
-        steps: number of optimizer steps; None if the stage lasts until the run ends.
-    """
+    """A stage, and its place in the run: steps and epochs count from 0 through all stages. ``cards`` pass its filters;
+    ``steps`` is None if it lasts until the run ends."""
 
     stage: Stage
     cards: list[Card]
@@ -63,12 +57,9 @@ class PlannedStage:
 class NameBatches:
     """The names of every optimizer step.
 
-    Args:
-        attribute_dropout: probability that an attribute of a prompt is left out.
-        top_logits: cached logits of a teacher for names that it generated; these keep their prompts.
-
-    Raises:
-        ValueError: there are no cards, or none passes the filters of a stage.
+    With ``attribute_dropout`` as a probability attributes are left out of prompts, except of the names in
+    ``top_logits``, which a teacher generated. Raises a ValueError if there are no cards, or none passes the filters of
+    a stage.
     """
 
     def __init__(

@@ -30,12 +30,9 @@ def build_model(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Builds the model and tokenizer of a run, deterministically.
 
-    Args:
-        base: folder or hub id of a GPT-2, dense or MoE; None for a new model.
-        cards: for a new tokenizer or a trimmed vocabulary.
-
-    Raises:
-        ValueError: the base cannot be loaded, or the configuration is wrong or does not fit it.
+    ``base`` is a folder or hub id of a GPT-2, dense or MoE; None for a new model. ``cards`` are for a new tokenizer or
+    a trimmed vocabulary. Raises a ValueError if the base cannot be loaded, or the configuration is wrong or does not
+    fit it.
     """
     config.validate()
     torch.manual_seed(seed)

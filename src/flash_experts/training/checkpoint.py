@@ -1,8 +1,8 @@
 """The checkpoint format: folders that survive a kill at any moment. `checkpointer` decides what is saved and when.
 
 A checkpoint is written to a temporary folder, flushed to the disk with a manifest of each file's SHA-256, and renamed:
-it is complete, or it does not exist. Only safetensors and JSON are used; a pickle can run code when loaded, and is
-refused. Random states are not stored: the trainer seeds dropout at each step.
+it is complete, or it does not exist. Pickles, which can run code when loaded, are refused. Random states are not
+stored: the trainer seeds dropout at each step.
 """
 
 from __future__ import annotations

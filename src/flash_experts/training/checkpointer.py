@@ -30,10 +30,10 @@ _DATA_ORDER_FIELDS = ("seed", "tokens_per_batch", "attribute_dropout", "stages")
 
 
 class Checkpointer:
-    """Saves and restores a run: the weights, a `TrainerState`, and every registered object.
+    """Saves and restores a run: the weights of a plain model, which may be sharded, a `TrainerState`, and every
+    registered object.
 
     Args:
-        model: plain model (no DDP or compiled wrapper), which may be sharded.
         keep: number of newest checkpoints to keep, besides the best one.
         info: ``config``, ``data``, ``processes``, ``device`` and ``identity`` of the run, compared on resuming.
         is_main: whether this process writes; all processes read.
@@ -287,9 +287,7 @@ class CpuCopy:
 
 def gather_each(tensors: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, str, torch.Tensor | None]]:
     """Yields each name, the first name of the same tensor (tied weights), and the full tensor if this is the first.
-
-    Sharded tensors are gathered one at a time; every process must iterate over all of them.
-    """
+    Sharded tensors are gathered one at a time; every process must iterate over all of them."""
     first_names: dict[int, str] = {}
     for name, tensor in tensors.items():
         first = first_names.setdefault(id(tensor), name)

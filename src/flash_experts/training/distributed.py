@@ -69,10 +69,8 @@ def parallelize_model(model: PreTrainedModel, accelerator: Accelerator, config: 
 
 
 class Replicated:
-    """Data parallel: every process has the whole model (DistributedDataParallel). Base of the other strategies.
-
-    The plain model is distributed in place, so optimizers are made after this. Training calls ``wrapped``.
-    """
+    """Data parallel: every process has the whole model (DistributedDataParallel). Base of the other strategies. The
+    plain model is distributed in place, so optimizers are made after this. Training calls ``wrapped``."""
 
     def __init__(self, model: PreTrainedModel, accelerator: Accelerator, compile: bool):
         self.model, self.accelerator = model, accelerator
@@ -237,8 +235,8 @@ def watch_other_processes(accelerator: Accelerator) -> AbstractContextManager[ob
 class Heartbeat:
     """While open, calls ``end`` with the rank of another process that has been silent for ``timeout`` seconds.
 
-    The main thread then most likely waits for it inside PyTorch, where no exception reaches it. So a thread ends the
-    process, as NCCL's own watchdog does; checkpoints are atomic, so nothing is lost.
+    It does so from a thread, as NCCL's own watchdog does: the main thread most likely waits for the other process
+    inside PyTorch, where no exception reaches it. Checkpoints are atomic, so nothing is lost.
     """
 
     def __init__(self, rank: int, world: int, address: tuple[str, int], timeout: float, end: Callable[[int], None]):

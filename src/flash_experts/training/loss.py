@@ -83,13 +83,9 @@ class CausalLoss:
         shift_labels: torch.Tensor | None = None,
         **_: Any,
     ) -> torch.Tensor:
-        """The loss, a 0-dimensional float32 tensor. Arguments as in transformers' losses.
-
-        Args:
-            logits: (..., S, vocab_size), any floating type.
-            labels: (..., S) int64, shifted here unless ``shift_labels`` is given.
-            num_items_in_batch: divisor of the sum; None for the number of labels.
-        """
+        """The loss, a 0-dimensional float32 tensor, of logits (..., S, vocab_size) and labels (..., S) int64, which are
+        shifted here unless ``shift_labels`` is given. ``num_items_in_batch`` divides the sum; None for the number of
+        labels."""
         if shift_labels is None:
             shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
         targets_L = shift_labels.reshape(-1).to(logits.device)
@@ -110,13 +106,9 @@ class DistillationLoss(CausalLoss):
     """Knowledge distillation: ``(1 - w) * cross-entropy + w * t^2 * KL`` of teacher and student at temperature t.
 
     Hinton et al. 2015, Distilling the Knowledge in a Neural Network; with the reverse KL, Gu et al. 2024, MiniLLM. The
-    factor t^2 keeps the scale of the gradients. The teacher runs on the same packed batches as the student.
-
-    Args:
-        teacher: model in eval mode, on the student's device and with its vocabulary.
-        weight: w, from 0 to 1.
-        temperature: t, more than 0.
-        kl: forward is KL(teacher || student), which is mode-covering; reverse is KL(student || teacher), mode-seeking.
+    factor t^2 keeps the scale of the gradients. The teacher, in eval mode, on the student's device and with its
+    vocabulary, runs on the same packed batches. ``kl`` is forward, KL(teacher || student), which is mode-covering, or
+    reverse, KL(student || teacher), mode-seeking.
     """
 
     def __init__(

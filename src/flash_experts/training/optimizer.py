@@ -47,11 +47,9 @@ def freeze_parts(model: nn.Module, scale: LearningRateScale) -> None:
 
 
 def make_optimizers(model: nn.Module, config: TrainingConfig) -> dict[str, torch.optim.Optimizer]:
-    """The optimizers by their names in checkpoints: ``optimizer`` (fused AdamW), and ``muon``.
-
-    Weight decay is on matrices, not on biases and norms. Each group has a ``scale``, see `set_rates`. Raises a
-    ValueError if every parameter is frozen.
-    """
+    """The optimizers by their names in checkpoints: ``optimizer`` (fused AdamW), and ``muon``. Weight decay is on
+    matrices, not on biases and norms. Each group has a ``scale``, see `set_rates`. Raises a ValueError if every
+    parameter is frozen."""
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     if not trained:
         raise ValueError("the model has no weights to train: every parameter is frozen")
@@ -83,8 +81,6 @@ def make_optimizers(model: nn.Module, config: TrainingConfig) -> dict[str, torch
 
 
 class _Groups:
-    """Parameter groups, one for each distinct set of settings."""
-
     def __init__(self) -> None:
         self._groups: dict[tuple[object, ...], dict[str, Any]] = {}
 
@@ -137,13 +133,11 @@ def part_rates(scale: LearningRateScale, rate: float) -> dict[str, float]:
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """Learning-rate warmup, then decay to ``min_ratio`` of the peak, by steps or by the clock.
+    """Learning-rate warmup, then decay to ``min_ratio`` of the peak, by steps or by the clock; a limit of None is none.
 
     Attributes:
         kind: cosine, linear, constant or wsd (warmup-stable-decay).
         warmup: steps (1 or more) or share of the run (under 1).
-        planned_steps: steps of the whole run; None for no limit.
-        planned_seconds: seconds of the whole run; None for no limit.
         decay_share: last share of the run, in which wsd decays.
     """
 
@@ -168,11 +162,8 @@ class Schedule:
         )
 
     def progress(self, step: int, seconds: float, evaluation_seconds: float = 0.0) -> float:
-        """Share of the training that is done, 0 to 1, by the nearer limit.
-
-        ``seconds`` since the start include the first validation's ``evaluation_seconds``; as much is reserved for the
-        last one.
-        """
+        """Share of the training that is done, 0 to 1, by the nearer limit. ``seconds`` since the start include the
+        first validation's ``evaluation_seconds``; as much is reserved for the last one."""
         by_steps = 0.0 if self.planned_steps is None else step / self.planned_steps
         by_clock = 0.0
         if self.planned_seconds is not None:

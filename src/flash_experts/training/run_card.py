@@ -67,10 +67,8 @@ Bits per character of {names} names that the model has not learned from; the end
 
 
 def write_run_card(run_dir: Path, info: Mapping[str, Any], result: TrainingResult, overwrite: bool = False) -> None:
-    """Writes the card of the model in a run's folder; nothing if there is no model yet, or a card of the user's own.
-
-    ``info`` is what run.json holds; ``overwrite`` replaces any card.
-    """
+    """Writes the card of the model in a run's folder from ``info``, what run.json holds; nothing if there is no model
+    yet, or a card of the user's own without ``overwrite``."""
     path = run_dir / CARD
     if not (run_dir / CONFIG).is_file():
         return

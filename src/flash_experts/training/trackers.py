@@ -29,11 +29,7 @@ _MOST_BINS = 512  # of a histogram in wandb
 
 def make_tracker(name: str, run_dir: Path, step: int, notify: Callable[[str], None]) -> Callback | None:
     """The tracker ``name`` of `training_config.TrackerName`, for a run with ``step`` optimizer steps done; None for
-    "none", or with a warning if its package is not installed.
-
-    Raises:
-        ValueError: ``WANDB_MODE`` is not one of wandb's modes.
-    """
+    "none", or with a warning if its package is not installed. Raises a ValueError for a wrong ``WANDB_MODE``."""
     if name == "none":
         return None
     if not is_installed(name):

@@ -73,9 +73,8 @@ class Trainer:
     """Fine-tunes a causal language model on card names.
 
     Args:
-        model: causal LM that takes packed sequences (see `flash_experts.models.loading.load_model`), trained in place.
-            Its weights must be float32; ``config.precision`` selects bfloat16 autocast.
-        validation_cards: validation split; empty for none.
+        model: causal LM with float32 weights that takes packed sequences, trained in place; ``config.precision``
+            selects bfloat16 autocast.
         callbacks: listeners; one of them may make sample names.
         data_info: meta.json of the data, kept with the run.
         origin: base of the model and options of its experts, kept with the run.
