@@ -28,13 +28,9 @@ def attention(
     deterministic: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attention of a batch by flash-attn ``version`` 2, 3 or 4, differentiable in q, k and v, float16 or bfloat16 on
-    CUDA.
+    CUDA: (B, S_q, H, C), and the log-sum-exp (B, H, S_q) float32 or None.
 
     Version 2 alone has dropout (by torch's generator, not the seed), ALiBi, and the log-sum-exp (without dropout).
-    ``deterministic`` sums gradients in a fixed order.
-
-    Returns:
-        (B, S_q, H, C), and the log-sum-exp (B, H, S_q) float32 or None.
     """
     function = importlib.import_module(MODULES[version]).flash_attn_func
     return _outputs(

@@ -257,14 +257,10 @@ def attention(
     block_k: int = 64,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of a batch, differentiable once in q, k and v; every option on every device, in tiles of ``block_q``
-    queries and ``block_k`` keys.
+    queries and ``block_k`` keys. ``k_lengths_B`` is the int32 number of keys in use per sequence, read on the host.
 
-    ``k_lengths_B`` is the int32 number of keys in use per sequence, read on the host; the rest of the KV cache is
-    ignored.
-
-    Returns:
-        (B, S_q, H, C) in the dtype of q, and the log-sum-exp (B, H, S_q) float32 (float64 for float64 input), without
-        gradient. A fully masked query gets 0 and -inf.
+    Returns (B, S_q, H, C) in the dtype of q, and the log-sum-exp (B, H, S_q) float32 (float64 for float64 input),
+    without gradient. A fully masked query gets 0 and -inf.
     """
     (B, S_q), S_k = q_BSHC.shape[:2], k_BSGC.shape[1]
     parts = [_Part(slice(0, B), slice(0, S_q), slice(0, S_k), 0)]

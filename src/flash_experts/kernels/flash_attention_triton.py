@@ -307,11 +307,9 @@ def attention(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of a batch, differentiable in q, k and v: float16, bfloat16 or float32, any strides; C from 16 to 256.
 
-    ``k_lengths_B`` is the int32 number of keys in use per sequence; the queries stand at the last ones.
-
-    Returns:
-        (B, S_q, H, C), contiguous, dtype of q; log-sum-exp (B, H, S_q) float32, without gradient. A fully masked query
-        gets 0 and -inf.
+    ``k_lengths_B`` is the int32 number of keys in use per sequence; the queries stand at the last ones. Returns (B,
+    S_q, H, C), contiguous, dtype of q, and the log-sum-exp (B, H, S_q) float32, without gradient. A fully masked query
+    gets 0 and -inf.
     """
     if flash_decode_triton.suits(q_BSHC, k_BSGC, v_BSGC, options):
         return flash_decode_triton.decode(q_BSHC, k_BSGC, v_BSGC, options, k_lengths_B)

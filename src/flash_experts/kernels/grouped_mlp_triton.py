@@ -243,17 +243,8 @@ def grouped_mlp(
 ) -> torch.Tensor:
     """``sum_k gates[t, k] * MLP_{experts[t, k]}(x[t])``, (T, D), differentiable in every float input.
 
-    All floats have one dtype, float16, bfloat16 or float32; matmuls accumulate in float32.
-
-    Args:
-        x_TD: tokens.
-        experts_TK: chosen experts, int64 in [0, E); E stands for none.
-        gates_TK: weights of the choices.
-        up_EDF: first matrices.
-        up_bias_EF: biases of the first matrices.
-        down_EFD: second matrices.
-        down_bias_ED: biases of the second matrices.
-        activation: one of `ACTIVATIONS`.
+    Arguments as in `flash_experts.kernels.grouped_mlp`, but expert E stands for none, and ``activation`` is one of
+    `ACTIVATIONS`. All floats have one dtype, float16, bfloat16 or float32; matmuls accumulate in float32.
     """
     inputs = (x_TD, gates_TK, up_EDF, up_bias_EF, down_EFD, down_bias_ED)
     keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)

@@ -21,10 +21,8 @@ _TO_UNIT = 4.6566127342e-10  # the largest float32 that keeps (2**31 - 1) times 
 def philox4x32(
     key: tuple[torch.Tensor, torch.Tensor], counter: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Philox-4x32 with 10 rounds: four random words from a key and a counter.
-
-    All are int64 tensors with values in [0, 2**32); shapes broadcast. ``key`` is the low and high word of the seed.
-    """
+    """Philox-4x32 with 10 rounds: four random words from a key, the low and high word of the seed, and a counter. All
+    are int64 tensors with values in [0, 2**32); shapes broadcast."""
     key_0, key_1 = key
     word_0, word_1, word_2, word_3 = counter
     for _ in range(_ROUNDS):
@@ -47,17 +45,10 @@ def uniform(word: torch.Tensor) -> torch.Tensor:
 def dropout_keep_mask(
     seed: torch.Tensor, batch: int | range, heads: int, rows: int | range, cols: int | range, p: float
 ) -> torch.Tensor:
-    """Dropout mask of attention weights, (B, H, M, N) bool, true where a weight is kept.
+    """Dropout mask of attention weights, (B, H, M, N) bool, true where a weight is kept, with probability 1 - p.
 
-    An int n for ``batch``, ``rows`` or ``cols`` is ``range(n)``.
-
-    Args:
-        seed: (1,) int64.
-        batch: numbers of the sequences (batch rows, or documents of a packed sequence).
-        heads: H, number of query heads.
-        rows: positions of the queries within their sequence.
-        cols: positions of the keys within their sequence.
-        p: probability that a weight is dropped.
+    ``seed`` is (1,) int64. ``batch`` numbers the sequences, or documents of a packed sequence; ``rows`` and ``cols``
+    are the positions of queries and keys within their sequence. An int n for one of them is ``range(n)``.
     """
     sequence_B, row_M, col_N = (_numbers(numbers, seed.device) for numbers in (batch, rows, cols))
     head_BH = sequence_B[:, None] * heads + torch.arange(heads, device=seed.device)
