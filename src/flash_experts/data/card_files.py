@@ -59,11 +59,8 @@ def read_file(path: Path) -> CardSource:
     A list of names is enough: one per line in txt, an array of texts in json, a column ``name`` in csv (or a single
     column without a heading). Other columns become attributes: see `flash_experts.data.card_columns`. A csv may be
     separated by commas, semicolons, tabs or bars; a txt may be a deck list. Unreadable values are unknown, and counted
-    in ``unread``.
-
-    Raises:
-        ValueError: the file is empty, not UTF-8 or UTF-16, of another kind or too large, or a line is malformed
-            (``file:line``).
+    in ``unread``. Raises a ValueError if the file is empty, not UTF-8 or UTF-16, of another kind or too large, or a
+    line is malformed (``file:line``).
     """
     readers = {".csv": _csv_rows, ".tsv": _csv_rows, ".json": _json_rows, ".jsonl": _jsonl_rows, ".txt": _txt_rows}
     suffix = path.suffix.lower()
@@ -277,7 +274,6 @@ def _table_rows(lines: Iterator[str], path: Path, unread: Unread, before: int, s
 def _cells(
     lines: Iterator[str], path: Path, before: int, separator: str, **options: Any
 ) -> Iterator[tuple[str, list[str]]]:
-    """``file:line`` and cells of each non-empty row."""
     table = csv.reader(lines, delimiter=separator, strict=True, **options)
     try:
         for cells in table:
@@ -327,11 +323,8 @@ def _json_rows(lines: _Lines, unread: Unread) -> Iterator[RawCard]:
 
 
 def _records(document: Any) -> list[Any] | None:
-    """The names or cards of a document; None if it has none.
-
-    Accepts an array, a Scryfall search result, MTGJSON's sets (``data.cards``) and atomic cards (by name), and columns
-    as pandas writes them.
-    """
+    """The names or cards of a document, None if it has none: an array, a Scryfall search result, MTGJSON's sets
+    (``data.cards``) and atomic cards (by name), and columns as pandas writes them."""
     for key in ("data", "cards"):
         if isinstance(document, dict):
             document = document.get(key, document)
@@ -352,7 +345,6 @@ def _records(document: Any) -> list[Any] | None:
 
 
 def _parsed(text: str, where: str, whole_file: bool = False) -> Any:
-    """Parses JSON. ``where`` is ``file:line``, or the file if the text is its whole content."""
     try:
         record = json.loads(text)
         if "\\ud" in text.lower():  # JSON allows a lone surrogate, UTF-8 does not

@@ -184,11 +184,8 @@ def in_color_order(letters: list[str] | tuple[str, ...] | set[str] | str) -> tup
 
 def parse_colors(text: str | None) -> tuple[str, ...] | None:
     """Parses colors such as ``"WU"``, ``"white and blue"``, ``"{W}{U}"``, ``"colorless"`` and ``"C"`` into letters in
-    the order WUBRG; ``()`` for colorless, None for an empty text.
-
-    Raises:
-        ValueError: a word is not a color (with a suggestion).
-    """
+    the order WUBRG; ``()`` for colorless, None for an empty text. Raises a ValueError for another word (with a
+    suggestion)."""
     letter_of = {word: letter for letter, word in COLOR_WORDS.items()}
     words = [word for word in re.split(r"[\s,/{}&+]+|\band\b", (text or "").casefold()) if word]
     if not words:
@@ -244,10 +241,8 @@ def parse_date(text: str | None) -> str | None:
 
 @lru_cache(8192)  # 35,000 cards have 4,200 different type lines
 def split_type_line(type_line: str) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
-    """Splits one face's type line into supertypes, types and subtypes, without checking types or subtypes.
-
-    ``"Legendary Creature — Goblin Warrior"`` gives ``("Legendary",), ("Creature",), ("Goblin", "Warrior")``.
-    """
+    """Splits one face's type line into supertypes, types and subtypes, without checking types or subtypes: ``"Legendary
+    Creature — Goblin Warrior"`` gives ``("Legendary",), ("Creature",), ("Goblin", "Warrior")``."""
     line, *rest = _DASH.split(type_line, maxsplit=1)
     words = [_OLD_TYPES.get(word, word) for word in line.split()]
     supertypes = tuple(word for word in words if word in SUPERTYPES)

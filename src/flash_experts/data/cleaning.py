@@ -74,11 +74,8 @@ def clean(rows: Iterable[RawCard], include: Collection[str] = ()) -> Cleaned:
     """Turns raw cards into the names of the dataset.
 
     Each face is a name of its own. Cards that cannot be in a deck, rebalanced duplicates ("A-"), names with blanks,
-    flagged names (except with the flags ``include``) and repeated names are dropped and counted. Of two faces with the
-    same name the one with more known attributes stays, at the position of the first. Idempotent.
-
-    Raises:
-        ValueError: ``include`` has an unknown flag.
+    flagged names (except with the flags ``include``; a ValueError for an unknown one) and repeated names are dropped
+    and counted. Of two faces with the same name the one with more known attributes stays, at the position of the first.
     """
     unknown = sorted(set(include) - set(FLAGS))
     if unknown:
@@ -152,7 +149,6 @@ def _completeness(card: Card) -> int:
 
 
 def _reason(row: RawCard, card: Card, include: Collection[str]) -> str | None:
-    """Reason to drop a face; None to keep it."""
     if _BLANK.search(card.name):
         return "blank"
     if not normal_form(card.name):

@@ -42,10 +42,9 @@ def shown_form(name: str) -> str:
 
 
 def normal_form(name: str) -> str:
-    """The key for comparing names: letters and digits alone, lower case, without accents.
+    """The key for comparing names: letters and digits alone, lower case, without accents; may be ``""``. Idempotent.
 
     ``"Lim-Dûl's Vault"``, ``"lim dul's vault"`` and ``"LimDûls Vault"`` are one: ``"limdulsvault"``.
-    Idempotent. A name without letters or digits gives ``""``.
     """
     if name.isascii():
         return "".join(filter(str.isalnum, name.casefold()))
@@ -68,10 +67,8 @@ def is_rebalanced(name: str, names: Container[str]) -> bool:
 
 
 def family_words(name: str) -> frozenset[str]:
-    """Words of a name that can link it to a family, in normal form and without possessive endings.
-
-    ``"Lim-Dûl's Vault"`` has ``limdul`` and ``vault``.
-    """
+    """Words of a name that can link it to a family, in normal form and without possessive endings: ``limdul`` and
+    ``vault`` for ``"Lim-Dûl's Vault"``."""
     words = (word.strip(',.!?:"()') for word in shown_form(name).split())
     forms = (normal_form(_POSSESSIVE.sub("", word)) for word in words)
     return frozenset(form for form in forms if form)

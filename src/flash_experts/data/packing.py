@@ -1,9 +1,8 @@
 """Tokenization of names, and sequence packing: many names in one padding-free batch.
 
 The training text is ``<|endoftext|> + prompt + " " + name + <|endoftext|>`` (BOS, prompt, name, EOS), with the loss on
-the name and its EOS alone. A batch is one packed sequence, laid out as by transformers' ``DataCollatorWithFlattening``:
-positions start again at each name, so there are no padding tokens and no padding mask. The EOS token is a label and
-never an input.
+the name and its EOS alone, which is never an input. A batch is one packed sequence, laid out as by transformers'
+``DataCollatorWithFlattening``: positions start again at each name, so there is no padding and no mask.
 
 Shape suffixes: T tokens of the packed sequence, L labels, N names.
 """
@@ -116,10 +115,8 @@ def encode_name(name: str, attributes: Attributes, tokenizer: PreTrainedTokenize
 def encode_names(
     names: Sequence[str], attributes: Sequence[Attributes], tokenizer: PreTrainedTokenizerBase
 ) -> list[EncodedName]:
-    """Token ids of names, each after the prompt of its attributes.
-
-    Prompt and name are tokenized separately, so that the boundary is the same as in generation.
-    """
+    """Token ids of names, each after the prompt of its attributes. Prompt and name are tokenized separately, so that
+    the boundary is the same as in generation."""
     assert len(names) == len(attributes)
     if not names:
         return []
@@ -223,10 +220,8 @@ def pack_all(names: Sequence[EncodedName], tokens_per_batch: int) -> list[Packed
 
 
 def name_nats(model: nn.Module, batch: PackedBatch) -> torch.Tensor:
-    """Negative log-likelihood in nats of each name of a packed sequence, EOS token included: (N,) float32.
-
-    Of the tokenizer's one tokenization, so an upper bound. The model must use ``fe_attention``.
-    """
+    """Negative log-likelihood in nats of each name of a packed sequence, EOS token included: (N,) float32, of the
+    tokenizer's one tokenization, so an upper bound. The model must use ``fe_attention``."""
     logits_LV = model(**batch.inputs).logits[0]
     nats_L = functional.cross_entropy(logits_LV.float(), batch.labels, reduction="none")
     return nats_L.new_zeros(batch.num_names).index_add_(0, batch.name_index, nats_L)

@@ -35,20 +35,17 @@ def prepare(
     overwrite: bool = False,
     only: str | None = None,
 ) -> dict[str, Any]:
-    """Writes train, validation, test and test_iid .jsonl, known_names.txt and meta.json.
+    """Writes train, validation, test and test_iid .jsonl, known_names.txt and meta.json, and returns the content of
+    meta.json, and ``"up_to_date"``: whether identical files existed already.
 
-    The same source gives the same bytes, and nothing is written if they exist already. ``meta.json`` is written last,
-    so a folder that has one is complete. Its ``"changes"`` lists the names that the last run added and removed.
+    The same source gives the same bytes. ``meta.json`` is written last, so a folder that has one is complete. Its
+    ``"changes"`` lists the names that the last run added and removed.
 
     Args:
         source: see `flash_experts.data.sources.load_source`.
-        out: output folder; other files in it stay.
         include: flagged names to keep: ``"jokes"``, ``"franchises"``.
         overwrite: replace existing files that prepare did not write, or that were changed since.
         only: use the cards with this flag alone.
-
-    Returns:
-        The content of meta.json, and ``"up_to_date"``: whether identical files existed already.
 
     Raises:
         ValueError: the source is unknown, malformed or unreachable, or ``out`` has files that must not be replaced.

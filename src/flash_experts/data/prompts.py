@@ -33,15 +33,11 @@ _DASH = re.compile(r"—|–|--|(?:^|\s)-(?=\s|$)")
 
 @dataclass(frozen=True, slots=True)
 class Attributes:
-    """Attributes that a name is conditioned on; None leaves one unspecified.
+    """Attributes that a name is conditioned on; None leaves one unspecified, which reads the same in the prompt as
+    ``()`` for supertypes, types and subtypes. Colors are letters in the order WUBRG; ``()`` for colorless.
 
-    The embedded table has no ``rarity``, ``set_code`` and ``released``: they need a model trained on another source.
-
-    Attributes:
-        supertypes: ``()`` for none, which reads the same in the prompt as None; so for ``types`` and ``subtypes``.
-        colors: letters in the order WUBRG; ``()`` for colorless.
-        set_code: e.g. ``"ZEN"``.
-        released: year.
+    The embedded table has no ``rarity``, ``set_code`` (``"ZEN"``) and ``released`` (year): they need a model trained on
+    another source.
     """
 
     supertypes: tuple[str, ...] | None = None
@@ -73,11 +69,8 @@ class Attributes:
         released: int | None = None,
     ) -> Attributes:
         """Parses attributes as users write them; None (or an empty text) leaves one unspecified. A type line may have
-        "-" or "--" for the dash, or be ``"goblin creature"``.
-
-        Raises:
-            ValueError: a value is unknown (with a suggestion) or malformed. `check_known` checks what a model knows.
-        """
+        "-" or "--" for the dash, or be ``"goblin creature"``. Raises a ValueError if a value is unknown (with a
+        suggestion) or malformed; `check_known` checks what a model knows."""
         if mana_value is not None and (isinstance(mana_value, bool) or not 0 <= mana_value <= MAX_MANA_VALUE):
             raise ValueError(f"the mana value must be from 0 to {MAX_MANA_VALUE:,}, not {mana_value}")
         supertypes, types, subtypes = parse_type_line(type_line)
@@ -189,11 +182,8 @@ Parts = tuple[tuple[str, ...] | None, tuple[str, ...] | None, tuple[str, ...] | 
 def parse_type_line(text: str | None) -> Parts:
     """Parses a user's type line, in any case, into supertypes, types and subtypes; three None for an empty text.
 
-    Supertypes and types are put into the order of real cards; so are subtypes without a dash before them
-    (``"warrior goblin"`` is a Goblin Warrior).
-
-    Raises:
-        ValueError: a word is not a known type (with a suggestion).
+    Supertypes and types are put into the order of real cards; so are subtypes without a dash before them (``"warrior
+    goblin"`` is a Goblin Warrior). Raises a ValueError for an unknown type (with a suggestion).
     """
     if text is None or not text.strip():
         return None, None, None
@@ -231,7 +221,6 @@ class _Vocabulary:
 
 @cache
 def _type_vocabulary() -> _Vocabulary:
-    """The vocabulary of all playable type lines in the embedded table."""
     from flash_experts.data.card_table import read_embedded
 
     places: dict[str, list[float]] = {}

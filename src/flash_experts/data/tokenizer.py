@@ -144,7 +144,6 @@ _CLASSES = {"PreTrainedTokenizerFast", "TokenizersBackend"} | {
 
 
 def _wrap(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
-    """A tokenizer with one special token as BOS, EOS and padding, as in GPT-2."""
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=END_OF_TEXT,

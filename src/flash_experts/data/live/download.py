@@ -5,9 +5,7 @@ By status of the response:
     200                        the file from its beginning
     206, same validator        the rest of an interrupted download (Range, If-Range)
     408 425 429 500 502-504    retry: after Retry-After if given, else exponential backoff with jitter
-    anything else              an error at once
-
-A broken connection is retried too.
+    anything else              an error at once (a broken connection is retried)
 """
 
 from __future__ import annotations
@@ -131,11 +129,9 @@ class Downloader:
     def file(self, url: str, path: Path, expected_bytes: int | None = None) -> None:
         """Streams a file to ``path``, resuming a partial download there, as a `DownloadError` leaves it.
 
-        ``expected_bytes`` is for the progress bar if the server sends no length.
-
-        Raises:
-            DownloadError: it failed within the limits of `RetryPolicy`, is too large, or redirects where it must not.
-            OSError: it cannot be written. The partial file is deleted.
+        ``expected_bytes`` is for the progress bar if the server sends no length. Raises a DownloadError if it failed
+        within the limits of `RetryPolicy`, is too large, or redirects where it must not, an OSError if it cannot be
+        written.
         """
         partial = Partial(path)
         try:
@@ -319,7 +315,6 @@ def _validators(response: httpx.Response) -> dict[str, str]:
 
 
 def _strong_validator(validators: dict[str, str]) -> str | None:
-    """The value for If-Range: a strong ETag, else a date (RFC 9110, section 13.1.5)."""
     tag = validators.get("ETag", "")
     return tag if tag and not tag.startswith("W/") else validators.get("Last-Modified")
 

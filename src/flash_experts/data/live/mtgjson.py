@@ -1,8 +1,7 @@
-"""Reads MTGJSON files: atomic cards, the list of sets (for dates) and all printings (for rarities).
+"""Reads MTGJSON files as streams: atomic cards, the list of sets (for dates) and all printings (for rarities).
 
 ``AtomicCards.json`` has one entry per card, with the set of its first printing but without a rarity or a mark of
-franchises (see `flash_experts.data.card_table.FRANCHISE_SETS`). ``AllPrintings.json`` is several times as large and is
-read for rarities alone. Both are parsed as streams.
+franchises (see `flash_experts.data.card_table.FRANCHISE_SETS`). ``AllPrintings.json`` is several times as large.
 Fields: https://mtgjson.com/data-models/card/card-atomic/ and card-set/
 """
 
@@ -54,10 +53,10 @@ def read_sets(path: Path) -> dict[str, Set]:
 
 
 def read_rarities(path: Path) -> dict[str, str]:
-    """Scryfall's oracle id -> rarity of the card's first printing.
+    """Scryfall's oracle id -> rarity of the card's first printing; raises `DamagedError` for another file.
 
     Of several printings on the first day (a set and its promos) the most common one counts. Other rarities
-    (``special``, ``bonus``) and sets that are not playable are ignored. Raises `DamagedError` for another file.
+    (``special``, ``bonus``) and sets that are not playable are ignored.
     """
     import ijson
 
