@@ -126,8 +126,8 @@ class AttributeClassifiers:
             for card, name in zip(cards, names, strict=True):
                 if (label := task.label_of(card)) in made:
                     made[label].append(name)
-            found = (self._recognition(task, names, shares) for names in (made, alone, real))
-            metrics.append(ControlMetrics(task.name, *found, max(shares.values())))
+            of_model, of_alone, of_real = (self._recognition(task, found, shares) for found in (made, alone, real))
+            metrics.append(ControlMetrics(task.name, of_model, of_alone, of_real, max(shares.values())))
         return metrics
 
     def _recognition(self, task: Task, names: dict[str, list[str]], shares: dict[str, float]) -> Recognition:

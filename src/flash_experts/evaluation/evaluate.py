@@ -84,13 +84,8 @@ class NameNats:
 
 @dataclass(frozen=True, slots=True)
 class EvaluationResult:
-    """All metrics of one model.
-
-    Attributes:
-        samples: names drawn unfiltered at temperature 1.
-        expert_loads: load of each expert over the mean on held-out names, by block.
-        nats: nats of each name by split, not in the JSON.
-    """
+    """All metrics of one model: ``samples`` were drawn unfiltered at temperature 1, ``expert_loads`` are those of each
+    expert over the mean on held-out names, by block, and ``nats`` those of each name by split, not in the JSON."""
 
     label: str
     size: ModelSize
@@ -128,12 +123,9 @@ def load_scorer(
     device: str | torch.device | None = None,
     label: str | None = None,
 ) -> Scorer:
-    """Loads what is evaluated: a folder or hub id, either with "+ngram" to mix it with the baseline, "ngram" or
-    "swap" for a baseline, or a model with its tokenizer.
-
-    Raises:
-        ValueError: the model does not exist, or a model object came without a tokenizer.
-    """
+    """Loads what is evaluated: a folder or hub id, either with "+ngram" to mix it with the baseline, "ngram" or "swap"
+    for a baseline, or a model with its tokenizer. Raises a ValueError if it does not exist, or the tokenizer is
+    missing."""
     language = partial(language_model, tokenizer=tokenizer, device=device, label=label)
     if isinstance(model, PreTrainedModel):
         return language(model)
@@ -187,13 +179,9 @@ def evaluate(
 ) -> EvaluationResult:
     """Evaluates a model on held-out names.
 
-    Args:
-        model: folder, hub id, "ngram", "swap", "MODEL+ngram", or a model object (then with ``tokenizer``).
-        data_dir: folder written by `flash-experts prepare`.
-        max_names: maximum number of names per set; None for all.
-
-    Raises:
-        ValueError: the data or the model does not exist, or a set is empty.
+    ``model`` is a folder, hub id, "ngram", "swap", "MODEL+ngram", or a model object (then with ``tokenizer``),
+    ``data_dir`` a folder written by `flash-experts prepare`, ``max_names`` the maximum per set; None for all. Raises a
+    ValueError if the data or the model does not exist, or a set is empty.
     """
     held_out = HeldOut.load(data_dir, splits, max_names, seed)
     held_out = held_out.within_context(config_and_tokenizer(model, tokenizer), seed)
@@ -309,13 +297,8 @@ def evaluate_names(
     tokenizer: PreTrainedTokenizerBase | None = None,
     device: str | torch.device | None = None,
 ) -> NamesResult:
-    """Computes unconditional bits per character of any names; ``model`` as in `evaluate`.
-
-    ``data_dir`` is read for "ngram", "swap" and "MODEL+ngram" alone.
-
-    Raises:
-        ValueError: there are no names, or the model does not exist.
-    """
+    """Computes unconditional bits per character of any names; ``model`` as in `evaluate`. ``data_dir`` is read for
+    "ngram", "swap" and "MODEL+ngram" alone. Raises a ValueError if there are no names, or the model does not exist."""
     if not names:
         raise ValueError("no names to measure: give at least one")
     scorer: Scorer

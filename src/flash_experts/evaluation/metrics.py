@@ -44,15 +44,9 @@ class Estimate:
 
 
 def bits_per_character(nats_N: npt.ArrayLike, characters_N: npt.ArrayLike) -> float:
-    """Computes bits per character: sum of nats / ln 2 / sum of characters.
-
-    It does not depend on the vocabulary. Over one tokenization of each name, it is an upper bound of the true value.
-
-    ``nats_N`` are of each name and its EOS token, which counts as one of its ``characters_N``.
-
-    Raises:
-        ValueError: there are no names.
-    """
+    """Sum of nats / ln 2 / sum of characters, of each name and its EOS token, which counts as one character. It does
+    not depend on the vocabulary. Over one tokenization of each name, it is an upper bound of the true value. Raises a
+    ValueError if there are no names."""
     nats, characters = _same_length(nats_N, characters_N)
     return float(nats.sum() / NATS_PER_BIT / characters.sum())
 
@@ -60,13 +54,9 @@ def bits_per_character(nats_N: npt.ArrayLike, characters_N: npt.ArrayLike) -> fl
 def ratio_of_sums(
     numerators_N: npt.ArrayLike, denominators_N: npt.ArrayLike, *, resamples: int = 1000, seed: int = 0
 ) -> Estimate:
-    """Computes sum(numerators) / sum(denominators), with a 95% percentile bootstrap interval over names (Efron 1979).
-
-    Names of one family are not independent, so on a split by family the interval is somewhat narrow.
-
-    Raises:
-        ValueError: there are no names.
-    """
+    """Computes sum(numerators) / sum(denominators), with a 95% percentile bootstrap interval over names (Efron 1979),
+    of which there must be any (ValueError). Names of one family are not independent, so on a split by family the
+    interval is somewhat narrow."""
     numerators, denominators = _same_length(numerators_N, denominators_N)
     count = numerators.size
     rng = np.random.default_rng(seed)
@@ -89,10 +79,8 @@ def bits_estimate(nats_N: npt.ArrayLike, characters_N: npt.ArrayLike, *, seed: i
 def paired_bits_difference(
     nats_a_N: npt.ArrayLike, nats_b_N: npt.ArrayLike, characters_N: npt.ArrayLike, *, seed: int = 0
 ) -> Estimate:
-    """Computes bits per character of ``a`` minus those of ``b`` on the same names, by a paired bootstrap over names.
-
-    The difference has a much narrower interval than either value, since both find the same names hard.
-    """
+    """Bits per character of ``a`` minus those of ``b`` on the same names, by a paired bootstrap over names, whose
+    interval is much narrower than that of either, since both find the same names hard."""
     nats_a, nats_b = _same_length(nats_a_N, nats_b_N)
     return bits_estimate(nats_a - nats_b, characters_N, seed=seed)
 
@@ -154,10 +142,8 @@ def distinct_share(keys: Sequence[Hashable]) -> float:
 
 
 def distinct_in(items: Sequence[Hashable], count: int) -> float | None:
-    """Computes the expected number of distinct items among ``count`` drawn without replacement.
-
-    Rarefaction (Hurlbert 1971) makes lists of different lengths comparable. None if there are fewer items.
-    """
+    """The expected number of distinct items among ``count`` drawn without replacement; None if there are fewer.
+    Rarefaction (Hurlbert 1971) makes lists of different lengths comparable."""
     total = len(items)
     if total < count:
         return None
@@ -213,13 +199,8 @@ def word_count_divergence(names: Sequence[str], real: Sequence[str]) -> float:
 
 
 def auc_estimate(scores_N: npt.ArrayLike, labels_N: npt.ArrayLike) -> Estimate:
-    """Computes the area under the ROC curve with DeLong et al.'s (1988) interval, by midranks (Sun and Xu 2014).
-
-    Scores are higher for label 1.
-
-    Raises:
-        ValueError: one of the labels is missing.
-    """
+    """The area under the ROC curve with DeLong et al.'s (1988) interval, by midranks (Sun and Xu 2014). Scores are
+    higher for label 1. Raises a ValueError if one of the labels is missing."""
     scores, labels = np.asarray(scores_N, dtype=np.float64), np.asarray(labels_N)
     ones, zeros = scores[labels == 1], scores[labels == 0]
     if not ones.size or not zeros.size:

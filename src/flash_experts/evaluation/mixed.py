@@ -2,8 +2,7 @@
 
     p(name) = w * p_model(name) + (1 - w) * p_ngram(name)
 
-What the n-grams know of spelling saves bits where the model is surprised. The mixture is for scoring: its names are the
-model's own.
+It is for scoring, since what the n-grams know of spelling saves bits; its names are the model's own.
 
 Shape suffixes: N names.
 """

@@ -119,7 +119,6 @@ def _legend(figure: Figure, axes: Axes, columns: int) -> None:
 
 
 def _plot_bits(models: Sequence[EvaluationResult]) -> Figure:
-    """Draws a panel per held-out set: bits of each model with intervals."""
     splits = list(models[0].splits)
     figure, panels = _figure(4.6 * len(splits), 1.4 + 0.5 * len(models), 1, len(splits))
     kinds: list[tuple[str, str, Callable[[EvaluationResult, str], Estimate]]] = [
@@ -148,7 +147,6 @@ def _plot_bits(models: Sequence[EvaluationResult]) -> Figure:
 
 
 def _plot_speed_quality(models: Sequence[EvaluationResult]) -> Figure:
-    """Draws bits per character against speed and active parameters."""
     splits = list(models[0].splits)
     figure, panels = _figure(9.2, 3.6, 1, 2)
     costs: list[tuple[str, Callable[[EvaluationResult], float | None]]] = [

@@ -73,10 +73,8 @@ class _Parts:
 
 
 def swapped_names(names: Iterable[str], count: int, known: Collection[str], seed: int = 0) -> list[str]:
-    """Up to ``count`` distinct names, each the first part of one name and the second of another with the same joint.
-
-    ``known`` are normal forms of names that are left out.
-    """
+    """Up to ``count`` distinct names, each the first part of one name and the second of another with the same joint,
+    without those whose normal forms are ``known``."""
     parts, rng, found = _Parts(names), random.Random(seed), dict[str, str]()
     for _ in range(50 * count if parts else 0):
         text = parts.draw(rng)

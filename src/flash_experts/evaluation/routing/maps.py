@@ -159,13 +159,9 @@ def inspect_router(
 ) -> RouterMap:
     """Runs names through a model (folder, hub id, or object with ``tokenizer``) and analyzes its routers.
 
-    Args:
-        cards: cards of the names in the same order, for labels by type and color, or None.
-        prompted: condition on the attributes of ``cards``; otherwise unconditional.
-        shown: number of names, from the first, to make maps of.
-
-    Raises:
-        ValueError: there are no names, a name is too long, the model does not exist or has fewer than two experts.
+    ``cards`` are those of the names, for labels by type and color; ``prompted`` conditions on their attributes. The
+    first ``shown`` names get maps. Raises a ValueError if there are no names, a name is too long, the model does not
+    exist or has fewer than two experts.
     """
     if not names:
         raise ValueError("no names to inspect: give at least one")
@@ -301,9 +297,7 @@ def _experts_of(routing: BlockRouting, token: int) -> tuple[tuple[int, float], .
 
 def read_loads(path: Path) -> TrainingLoads | None:
     """Reads expert loads during training, averaged over up to 12 intervals, from metrics.jsonl; None if not recorded.
-
-    Of a step repeated after a resume, the last values count.
-    """
+    Of a step repeated after a resume, the last values count."""
     steps: dict[int, dict[int, list[float]]] = {}
     for record in read_untrusted_metrics(path):
         try:

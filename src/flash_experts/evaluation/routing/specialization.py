@@ -35,12 +35,8 @@ FEWEST_TOKENS, FEWEST_NAMES = 20, 10
 
 @dataclass(frozen=True, slots=True)
 class LabelSet:
-    """A label for each token.
-
-    Attributes:
-        label_T: group of each token, -1 for none.
-        shuffled: unit of shuffling: ``names`` (all tokens of a name share a label), ``within names`` or ``tokens``.
-    """
+    """A label for each token: its group, -1 for none. ``shuffled`` is the unit of shuffling: ``names`` (all tokens of a
+    name share a label), ``within names`` or ``tokens``."""
 
     title: str
     groups: tuple[str, ...]
@@ -50,12 +46,11 @@ class LabelSet:
 
 @dataclass(frozen=True, slots=True)
 class Specialization:
-    """Dependence between the experts of one layer and one label.
+    """Dependence between the experts of one layer and one label, compared with the mean information of the shuffles and
+    its 95% quantile.
 
-    Attributes:
-        share: share of the choices that went to each expert, by group.
-        marks: 1 (more than chance), -1 (less) or 0, by group and expert; all 0 if the table is not significant.
-        shuffled: mean information of the shuffles; ``shuffled_high`` is their 95% quantile.
+    ``share`` of the choices that went to each expert is by group; ``marks`` are 1 (more than chance), -1 (less) or 0,
+    by group and expert, all 0 if the table is not significant.
     """
 
     title: str
@@ -98,10 +93,8 @@ def specializations(
 ) -> list[Specialization]:
     """Tests every label against the experts of every layer; labels with fewer than two large groups are left out.
 
-    Args:
-        chosen_LTE: (T, E) of each layer, true where the token goes to the expert.
-        name_T: name of each token, ascending.
-        shuffles: B; the smallest p-value is 1 / (B + 1).
+    ``chosen_LTE`` is true where the token goes to the expert, ``name_T`` the name of each token, ascending,
+    ``shuffles`` B; the smallest p-value is 1 / (B + 1).
     """
     if not blocks:
         return []
