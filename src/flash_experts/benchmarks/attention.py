@@ -262,7 +262,6 @@ def _first_run(name: str, problem: Problem, truth: Tensors, row: Row) -> Trial |
 
 
 def _free(device: torch.device) -> None:
-    """Frees memory, so that the next implementation starts from the same state."""
     if device.type == "cuda":
         gc.collect()
         torch.cuda.empty_cache()

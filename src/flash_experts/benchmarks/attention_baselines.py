@@ -51,7 +51,6 @@ def _reference(problem: Problem) -> Trial:
 
 
 def _package(version: int, problem: Problem) -> Trial:
-    """flash-attn 2, 3 or 4."""
     _need_gpu(problem)
     module = attention_packages.MODULES[version]
     try:

@@ -108,7 +108,6 @@ def _decode_tables(rows: Sequence[Row]) -> list[str]:
 
 
 def _wrong(rows: Sequence[Row]) -> str:
-    """Tabulates the largest errors against float64, and wrong results."""
     lines = []
     for backend in _values(rows, "backend"):
         own = _of(rows, backend=backend)

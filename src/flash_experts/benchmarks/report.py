@@ -294,6 +294,5 @@ def main(
 
 
 def _underscores(argument: str) -> str:
-    """Maps ``--batch-size=5`` to ``--batch_size=5``, as the command does."""
     option, equals, value = argument.partition("=")
     return option.replace("-", "_").replace("__", "--", 1) + equals + value if option.startswith("--") else argument

@@ -101,7 +101,6 @@ def _load_tokenizer(source: str | None) -> PreTrainedTokenizerBase:
 def _trimmed(
     model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerBase, cards: list[Card], names: list[EncodedName]
 ) -> list[EncodedName]:
-    """Trims the vocabulary of the model, and maps the ids of the names to it."""
     _, kept_ids = trim_tokenizer(tokenizer, texts_of_cards(cards))
     for config in (model.config, model.generation_config):
         config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id

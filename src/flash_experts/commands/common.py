@@ -94,7 +94,6 @@ class HelpFormatter(DefaultHelpFormatter):
 
 
 def _item_of(action: Action) -> Any:
-    """Item type of an option that takes a list; None for other options."""
     hint = getattr(action, "_typehint", None) or action.type
     kinds = (hint, *(get_args(hint) if get_origin(hint) not in (list, tuple) else ()))
     found = next((get_args(kind)[0] for kind in kinds if get_origin(kind) in (list, tuple)), None)
@@ -246,7 +245,6 @@ class CommandParser(ArgumentParser):
 
 
 def _split(text: str) -> list[str]:
-    """Splits a list argument at commas, or as a YAML list."""
     if text.startswith("[") and text.endswith("]"):
         try:
             items = yaml.load(text, yaml.BaseLoader)

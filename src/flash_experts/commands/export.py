@@ -139,7 +139,6 @@ def _read_loads(path: str) -> dict[int, torch.Tensor]:
 def _measured_loads(
     args: Namespace, model: GPT2MoEForCausalLM, tokenizer: PreTrainedTokenizerBase
 ) -> dict[int, torch.Tensor]:
-    """Measures expert loads on training names with all their attributes in the prompt."""
     from flash_experts.data.packing import encode_cards, pack_all, split_by_context
     from flash_experts.data.prepare import load_split
     from flash_experts.data.prompts import Attributes

@@ -77,7 +77,6 @@ def run(args: Namespace) -> None:
 
 
 def _run_for_set(args: Namespace) -> None:
-    """A name for each row of a CSV file."""
     for name, option in options_of(NameRequest).items():
         if option.group == CARD and args[option.flag or name] is not None:
             make_parser().error(f"--cards has each card's own attributes: leave out --{option.flag or name}")

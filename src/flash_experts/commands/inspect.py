@@ -47,7 +47,6 @@ def run(args: Namespace) -> None:
 
 
 def _names(args: Namespace) -> tuple[list[str], list[Card] | None]:
-    """The names to inspect, and their cards if known."""
     if args.names is not None:
         from flash_experts.evaluation import read_names
 
