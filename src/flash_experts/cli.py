@@ -11,47 +11,33 @@ import sys
 import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from importlib import import_module
 from typing import Any, cast
 
 from jsonargparse import Namespace
 
-from flash_experts.commands import (
-    benchmark,
-    compare,
-    completion,
-    configs,
-    evaluate,
-    export,
-    fetch_teacher,
-    generate,
-    inspect,
-    plot,
-    prepare,
-    serve,
-    train,
-    upcycle,
-)
 from flash_experts.commands.common import shortened
 from flash_experts.ctrl_c import CtrlC
 from flash_experts.kernels.cpu_memory import keep_freed_memory
 from flash_experts.plain_text import did_you_mean, one_line, say
 
-COMMANDS = {
-    "prepare": prepare,
-    "fetch-teacher": fetch_teacher,
-    "upcycle": upcycle,
-    "export": export,
-    "train": train,
-    "evaluate": evaluate,
-    "compare": compare,
-    "inspect": inspect,
-    "generate": generate,
-    "serve": serve,
-    "plot": plot,
-    "benchmark": benchmark,
-    "configs": configs,
-    "completion": completion,
-}
+_NAMES = (
+    "prepare",
+    "fetch-teacher",
+    "upcycle",
+    "export",
+    "train",
+    "evaluate",
+    "compare",
+    "inspect",
+    "generate",
+    "serve",
+    "plot",
+    "benchmark",
+    "configs",
+    "completion",
+)
+COMMANDS = {name: import_module(f"flash_experts.commands.{name.replace('-', '_')}") for name in _NAMES}
 
 # Turns off the telemetry of libraries. Values that are set in the environment take precedence.
 NO_TELEMETRY = {
