@@ -11,15 +11,7 @@ from flash_experts.app import form
 from flash_experts.app.service import Playground, Row
 from flash_experts.app.settings import LARGEST_SEED, Settings
 from flash_experts.data.prompts import Attributes, read_conditions
-from flash_experts.generation.card_sets import (
-    EXTRA,
-    CardRow,
-    NamedRow,
-    TakenNames,
-    asked_for,
-    card_rows_of,
-    is_card_table,
-)
+from flash_experts.generation import card_sets
 from flash_experts.generation.filters.base import NoTokenLeftError
 
 LONGEST_SET = 48_000  # characters of a set; as JSON it fits into the body of a request
@@ -36,25 +28,25 @@ class SetProgress:
     settings: Settings
     before: tuple[Row, ...]
     new: tuple[Row, ...]
-    named: tuple[NamedRow, ...]
+    named: tuple[card_sets.NamedRow, ...]
     seconds: float
 
 
-def cards_of(text: object) -> list[CardRow]:
+def cards_of(text: object) -> list[card_sets.CardRow]:
     """The cards of a text: a set (see `card_rows_of`), or a line for each, such as "Creature — Angel, W, 5". Raises a
     ValueError if there are none, the text is too long, or a value is not understood."""
     text = text if isinstance(text, str) else ""
     if len(text) > LONGEST_SET:
         raise ValueError(f"the cards have {len(text):,} characters: the most is {LONGEST_SET:,}")
-    if is_card_table(text):
-        return card_rows_of(text, "the cards")
+    if card_sets.is_card_table(text):
+        return card_sets.card_rows_of(text, "the cards")
     lines = [(number, line.strip()) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
     if not lines:
         raise ValueError("no cards: write a line for each, such as Creature — Angel, W, 5, or open a file")
     return [_row_of_line(line, f"line {number}") for number, line in lines]
 
 
-def _row_of_line(line: str, where: str) -> CardRow:
+def _row_of_line(line: str, where: str) -> card_sets.CardRow:
     parts = [part.strip() for part in line.split(",")]
     if len(parts) > len(_OF_A_LINE):
         raise ValueError(
@@ -66,7 +58,7 @@ def _row_of_line(line: str, where: str) -> CardRow:
         card = Attributes.parse(cells["type_line"] or None, cells["colors"] or None, mana_value)
     except ValueError as error:
         raise ValueError(f"{where}, {line!r:.60}: {error}") from None
-    return CardRow(where, cells, "", card)
+    return card_sets.CardRow(where, cells, "", card)
 
 
 def number_for_each(count: object) -> int:
@@ -81,7 +73,7 @@ def name_set(
     playground: Playground,
     settings: Settings,
     model: str,
-    rows: Sequence[CardRow],
+    rows: Sequence[card_sets.CardRow],
     without: Sequence[str],
     is_wanted: Callable[[], bool],
 ) -> Iterator[SetProgress]:
@@ -99,8 +91,8 @@ def name_set(
     asked = deque(_settings_of_each(playground, settings, model, rows).items())
     if not asked:
         raise ValueError("each of these cards has a name: leave the names out that are to be made")
-    start, taken = time.monotonic(), TakenNames(row.name for row in rows)
-    named = [NamedRow(row, ()) for row in rows]
+    start, taken = time.monotonic(), card_sets.TakenNames(row.name for row in rows)
+    named = [card_sets.NamedRow(row, ()) for row in rows]
     before: tuple[Row, ...] = ()
     last = settings
 
@@ -118,23 +110,23 @@ def name_set(
         try:
             new = _names_of_card(playground, last, model, taken, without, left, is_wanted)
         except NoTokenLeftError as error:
-            new, named[place] = (), NamedRow(rows[place], (), str(error))
+            new, named[place] = (), card_sets.NamedRow(rows[place], (), str(error))
         else:
             named[place] = taken.named(rows[place], [row.name for row in new])
             if not new and time.monotonic() - begun >= left:
-                named[place] = NamedRow(rows[place], (), f"none found in {left:.1f} s")
+                named[place] = card_sets.NamedRow(rows[place], (), f"none found in {left:.1f} s")
         if not is_wanted():
             return
         yield SetProgress(last, before, new, tuple(named), time.monotonic() - start)
         before += new
     if asked:
         for place, _ in asked:
-            named[place] = NamedRow(rows[place], (), stopped())
+            named[place] = card_sets.NamedRow(rows[place], (), stopped())
         yield SetProgress(last, before, (), tuple(named), time.monotonic() - start)
 
 
 def _settings_of_each(
-    playground: Playground, settings: Settings, model: str, rows: Sequence[CardRow]
+    playground: Playground, settings: Settings, model: str, rows: Sequence[card_sets.CardRow]
 ) -> dict[int, Settings]:
     """The settings of each card without a name, by its place."""
     conditions = read_conditions(playground.model(model).generator.model.config.to_dict())
@@ -142,7 +134,7 @@ def _settings_of_each(
     for place, row in enumerate(rows):
         if row.name:
             continue
-        given = asked_for(row, conditions)
+        given = card_sets.asked_for(row, conditions)
         given["rarity"] = given["rarity"] or settings.rarity
         seed = None if settings.seed is None else (settings.seed + place) % (LARGEST_SEED + 1)
         try:
@@ -156,14 +148,14 @@ def _names_of_card(
     playground: Playground,
     settings: Settings,
     model: str,
-    taken: TakenNames,
+    taken: card_sets.TakenNames,
     without: Sequence[str],
     seconds: float,
     is_wanted: Callable[[], bool],
 ) -> tuple[Row, ...]:
     """The first names that are not taken, ``settings.count`` or fewer; few more are drawn."""
     found: list[Row] = []
-    more = replace(settings, count=settings.count + EXTRA)
+    more = replace(settings, count=settings.count + card_sets.EXTRA)
     for progress in playground.names(more, model, without, seconds, is_wanted):
         found = [row for row in progress.rows if taken.allows(row.name.text)][: settings.count]
         if len(found) == settings.count:

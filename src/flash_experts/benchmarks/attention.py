@@ -15,29 +15,10 @@ from typing import Any
 
 import torch
 
+from flash_experts.benchmarks import attention_problems as problems
+from flash_experts.benchmarks import report
 from flash_experts.benchmarks.attention_baselines import IMPLEMENTATIONS, PACKED_ONLY, Unavailable
-from flash_experts.benchmarks.attention_problems import (
-    BatchProblem,
-    DecodeProblem,
-    PackedProblem,
-    Problem,
-    Tensors,
-    Trial,
-    name_lengths,
-)
 from flash_experts.benchmarks.attention_tables import draw, format_report
-from flash_experts.benchmarks.report import (
-    Report,
-    Row,
-    add_common_options,
-    ceilings,
-    check_positive,
-    machine_facts,
-    main,
-    run_topic,
-    say,
-    write_partial,
-)
 from flash_experts.benchmarks.timing import (
     TOLERANCES,
     Deadline,
@@ -64,9 +45,9 @@ _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch
 SECTIONS = ("batch", "packed", "decode")
 
 
-def run(args: Any) -> Report:
+def run(args: Any) -> report.Report:
     """Time attention: ours, PyTorch's SDPA and FlexAttention, transformers' eager, flash-attn."""
-    return run_topic(args, measure)
+    return report.run_topic(args, measure)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -126,7 +107,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="time in seconds after which no further size is measured (default: no limit)",
     )
     measured.add_argument("--seed", type=int, default=0, help="random seed of the inputs")
-    add_common_options(parser)
+    report.add_common_options(parser)
 
 
 def _settings(args: Any, device: torch.device) -> dict[str, Any]:
@@ -136,7 +117,7 @@ def _settings(args: Any, device: torch.device) -> dict[str, Any]:
         chosen = getattr(args, name)
         settings[name] = default if chosen is None else chosen
     counts = ("head_dims", "lengths", "tokens", "width", "names_tokens", "decode_lengths", "decode_batches", "rounds")
-    check_positive(**{name: settings[name] for name in (*counts, "budget")})
+    report.check_positive(**{name: settings[name] for name in (*counts, "budget")})
     for head_dim in settings["head_dims"]:
         if settings["width"] % head_dim:
             raise ValueError(f"--head-dims {head_dim} must divide --width {settings['width']}")
@@ -146,42 +127,46 @@ def _settings(args: Any, device: torch.device) -> dict[str, Any]:
     return settings
 
 
-def measure(args: Any, device: torch.device) -> Report:
+def measure(args: Any, device: torch.device) -> report.Report:
     """Measures every implementation at every size; raises a ValueError for sizes that do not divide."""
     settings = _settings(args, device)
     deadline = Deadline(args.budget)
-    machine = machine_facts(device) | ceilings(device, _DTYPES[settings["dtype"]])
-    rows: list[Row] = []
+    machine = report.machine_facts(device) | report.ceilings(device, _DTYPES[settings["dtype"]])
+    rows: list[report.Row] = []
     for what, make in _problems(settings, device):
         backends = [name for name in settings["backends"] if what["section"] == "packed" or name not in PACKED_ONLY]
         if deadline.is_over():
             rows += [what | {"backend": name, "reason": "out of time (--budget)"} for name in backends]
             continue
-        say(f"attention: {_describe(what)}")
+        report.say(f"attention: {_describe(what)}")
         rows += _measure_one(what, make, backends, settings["rounds"], device, machine)
-        write_partial(args, "attention", machine, settings, rows)
-    return Report("attention", machine, settings, rows, format_report(rows, machine, settings), lambda f: draw(rows, f))
+        report.write_partial(args, "attention", machine, settings, rows)
+    return report.Report(
+        "attention", machine, settings, rows, format_report(rows, machine, settings), lambda f: draw(rows, f)
+    )
 
 
-def _describe(what: Row) -> str:
+def _describe(what: report.Row) -> str:
     kind = {"batch": "causal" if what["causal"] else "full", "packed": "packed names", "decode": "decoding"}
     return f"{kind[what['section']]}, head dim {what['head_dim']}, batch {what['batch']}, length {what['length']}"
 
 
-def _problems(settings: dict[str, Any], device: torch.device) -> Iterator[tuple[Row, Callable[[], Problem]]]:
+def _problems(
+    settings: dict[str, Any], device: torch.device
+) -> Iterator[tuple[report.Row, Callable[[], problems.Problem]]]:
     """Yields the description of each problem and a function that makes its tensors."""
     dtype, width = _DTYPES[settings["dtype"]], settings["width"]
     wanted = settings["sections"]
-    lengths = name_lengths(settings["names_tokens"], settings["tokenizer"]) if "packed" in wanted else []
+    lengths = problems.name_lengths(settings["names_tokens"], settings["tokenizer"]) if "packed" in wanted else []
     heads_of = {head_dim: width // head_dim for head_dim in settings["head_dims"]}
 
-    def batches(mask: str) -> Iterator[tuple[Row, Callable[[], Problem]]]:
+    def batches(mask: str) -> Iterator[tuple[report.Row, Callable[[], problems.Problem]]]:
         for head_dim, heads in heads_of.items():
             for length in settings["lengths"]:
                 batch, causal = settings["tokens"] // length, mask == "causal"
                 yield (
                     _what("batch", head_dim, heads, batch, length, causal, settings["tokens"]),
-                    _maker(BatchProblem, batch, length, heads, head_dim, causal, device, dtype),
+                    _maker(problems.BatchProblem, batch, length, heads, head_dim, causal, device, dtype),
                 )
 
     # The most important comes first, in case --budget runs out.
@@ -190,31 +175,36 @@ def _problems(settings: dict[str, Any], device: torch.device) -> Iterator[tuple[
     for head_dim, heads in heads_of.items() if "packed" in wanted else ():
         yield (
             _what("packed", head_dim, heads, len(lengths), max(lengths), True, sum(lengths)),
-            _maker(PackedProblem, lengths, heads, head_dim, device, dtype),
+            _maker(problems.PackedProblem, lengths, heads, head_dim, device, dtype),
         )
     for head_dim, heads in heads_of.items() if "decode" in wanted else ():
         for batch in settings["decode_batches"]:
             for length in settings["decode_lengths"]:
                 yield (
                     _what("decode", head_dim, heads, batch, length, True, batch),
-                    _maker(DecodeProblem, batch, length, heads, head_dim, device, dtype),
+                    _maker(problems.DecodeProblem, batch, length, heads, head_dim, device, dtype),
                 )
 
 
-def _what(section: str, head_dim: int, heads: int, batch: int, length: int, causal: bool, tokens: int) -> Row:
+def _what(section: str, head_dim: int, heads: int, batch: int, length: int, causal: bool, tokens: int) -> report.Row:
     return {
         "section": section, "head_dim": head_dim, "heads": heads, "batch": batch, "length": length, "causal": causal,
         "tokens": tokens,
     }  # fmt: skip
 
 
-def _maker(kind: Callable[..., Problem], *arguments: Any) -> Callable[[], Problem]:
+def _maker(kind: Callable[..., problems.Problem], *arguments: Any) -> Callable[[], problems.Problem]:
     return lambda: kind(*arguments)
 
 
 def _measure_one(
-    what: Row, make: Callable[[], Problem], backends: list[str], rounds: int, device: torch.device, machine: Row
-) -> list[Row]:
+    what: report.Row,
+    make: Callable[[], problems.Problem],
+    backends: list[str],
+    rounds: int,
+    device: torch.device,
+    machine: report.Row,
+) -> list[report.Row]:
     torch.manual_seed(0)
     rows = {name: what | {"backend": name, "reason": None} for name in backends}
     try:
@@ -222,7 +212,7 @@ def _measure_one(
         truth = problem.truth()
     except torch.OutOfMemoryError:
         return [row | {"reason": "out of memory for the inputs"} for row in rows.values()]
-    trials: dict[str, Trial] = {}
+    trials: dict[str, problems.Trial] = {}
     for name, row in rows.items():
         trial = _first_run(name, problem, truth, row)
         if trial is not None:
@@ -237,7 +227,7 @@ def _measure_one(
     return list(rows.values())
 
 
-def _first_run(name: str, problem: Problem, truth: Tensors, row: Row) -> Trial | None:
+def _first_run(name: str, problem: problems.Problem, truth: problems.Tensors, row: report.Row) -> problems.Trial | None:
     """Compiles, tunes, checks the result and measures memory; writes the reason of a failure into the row."""
     with warnings.catch_warnings(record=True) as noted:  # PyTorch warns why a backend is not available
         warnings.simplefilter("always")
@@ -267,14 +257,14 @@ def _free(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def _metrics(problem: Problem, timing: Timing, machine: Row) -> Row:
+def _metrics(problem: problems.Problem, timing: Timing, machine: report.Row) -> report.Row:
     """Returns milliseconds, TFLOP/s or GB/s, and their share of the machine's peak (roofline): matmul or copy."""
     passes = {"forward": timing.parts[0]}
     if len(timing.parts) > 1:
         passes |= {"backward": timing.parts[1], "both": timing.total}
-    row: Row = {f"{name}_ms": seconds * 1e3 for name, seconds in passes.items()}
+    row: report.Row = {f"{name}_ms": seconds * 1e3 for name, seconds in passes.items()}
     row["call_ms"] = timing.call * 1e3 if timing.call is not None else None
-    if isinstance(problem, BatchProblem):
+    if isinstance(problem, problems.BatchProblem):
         factor = {"forward": 1.0, "backward": 2.5, "both": 3.5}
         for name, seconds in passes.items():
             row[f"{name}_tflops"] = factor[name] * problem.flops / seconds / 1e12
@@ -287,4 +277,4 @@ def _metrics(problem: Problem, timing: Timing, machine: Row) -> Row:
 
 
 if __name__ == "__main__":
-    sys.exit(main(run, add_options))
+    sys.exit(report.main(run, add_options))

@@ -17,18 +17,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from flash_experts.benchmarks.report import (
-    Report,
-    Row,
-    add_common_options,
-    check_positive,
-    draw_bars,
-    machine_facts,
-    main,
-    run_topic,
-    say,
-    table,
-)
+from flash_experts.benchmarks import report
 from flash_experts.generation.decoding import NameDecoder
 from flash_experts.generation.generator import NameGenerator
 from flash_experts.generation.presets import Sampling
@@ -38,9 +27,9 @@ PROMPT = "legendary creature goblin, red, 3:"
 LONGEST, TOP_K = 48, 200  # maximum tokens of a name; top-k
 
 
-def run(args: Any) -> Report:
+def run(args: Any) -> report.Report:
     """Time generation of names: ours, and transformers' generate."""
-    return run_topic(args, measure)
+    return report.run_topic(args, measure)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -49,7 +38,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     measured.add_argument("--count", type=int, default=512, help="names per round")
     measured.add_argument("--batch_size", type=int, default=64, help="names computed at once")
     measured.add_argument("--rounds", type=int, default=3, help="rounds per implementation; the median is reported")
-    add_common_options(parser)
+    report.add_common_options(parser)
 
 
 def _ours(generator: NameGenerator, count: int, batch_size: int, seed: int) -> int:
@@ -96,18 +85,18 @@ IMPLEMENTATIONS: dict[str, tuple[Callable[[NameGenerator, int, int, int], int], 
 }
 
 
-def measure(args: Any, device: torch.device) -> Report:
+def measure(args: Any, device: torch.device) -> report.Report:
     """Measures all implementations in rounds."""
-    check_positive(count=args.count, batch_size=args.batch_size, rounds=args.rounds)
+    report.check_positive(count=args.count, batch_size=args.batch_size, rounds=args.rounds)
     if args.count % args.batch_size:
         raise ValueError(f"--count {args.count} must be a multiple of --batch-size {args.batch_size}")
     generators = {
         dtype: NameGenerator.from_pretrained(args.model, device, dtype) for dtype in (torch.float32, torch.bfloat16)
     }
-    machine = machine_facts(device)
+    machine = report.machine_facts(device)
     rates: dict[str, list[float]] = {name: [] for name in IMPLEMENTATIONS}
     for turn in range(args.rounds + 1):  # the first, with one batch, is a warm-up
-        say(f"generate: round {turn} of {args.rounds}")
+        report.say(f"generate: round {turn} of {args.rounds}")
         count = args.count if turn else args.batch_size
         for name, (implementation, dtype) in IMPLEMENTATIONS.items():
             start = time.perf_counter()
@@ -115,29 +104,29 @@ def measure(args: Any, device: torch.device) -> Report:
             if turn:
                 rates[name].append(made / (time.perf_counter() - start))
     medians = {name: statistics.median(values) for name, values in rates.items()}
-    rows: list[Row] = [
+    rows: list[report.Row] = [
         {"name": name, "names_per_second": rate, "times_peer": rate / medians[BASELINE], "reason": None}
         for name, rate in medians.items()
     ]
     settings = {key: getattr(args, key) for key in ("model", "count", "batch_size", "rounds")}
     text = _format(rows, machine, settings)
-    return Report("generate", machine, settings, rows, text, lambda figure: _draw(rows, figure))
+    return report.Report("generate", machine, settings, rows, text, lambda figure: _draw(rows, figure))
 
 
-def _format(rows: list[Row], machine: Row, settings: Row) -> str:
+def _format(rows: list[report.Row], machine: report.Row, settings: report.Row) -> str:
     lines = [[row["name"], f"{row['names_per_second']:.1f}", f"{row['times_peer']:.2f} x"] for row in rows]
     head = (
         f"{machine['device']}, {machine['threads']} threads, load {machine['load_average']}; {settings['model']}, "
         f"{settings['count']} names, batches of {settings['batch_size']}"
     )
-    return f"{head}\n\n{table(('', 'names/s', 'times the baseline'), lines)}"
+    return f"{head}\n\n{report.table(('', 'names/s', 'times the baseline'), lines)}"
 
 
-def _draw(rows: list[Row], figure: Any) -> None:
+def _draw(rows: list[report.Row], figure: Any) -> None:
     figure.set_size_inches(9, 3)
     rates = [row["names_per_second"] for row in rows]
-    draw_bars(figure.subplots(), [row["name"] for row in rows], rates, "generating names", "names/s")
+    report.draw_bars(figure.subplots(), [row["name"] for row in rows], rates, "generating names", "names/s")
 
 
 if __name__ == "__main__":
-    sys.exit(main(run, add_options))
+    sys.exit(report.main(run, add_options))

@@ -19,35 +19,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from flash_experts.benchmarks.moe_baselines import (
-    GATED,
-    IMPLEMENTATIONS,
-    MEMORY_RETURNED,
-    PACKAGES,
-    DenseMLP,
-    GatedExperts,
-    Layer,
-    Shape,
-    batched_bytes,
-    make_experts,
-    routed,
-    using,
-)
-from flash_experts.benchmarks.report import (
-    Report,
-    Row,
-    add_common_options,
-    ceilings,
-    check_positive,
-    draw_bars,
-    machine_facts,
-    main,
-    not_run,
-    run_topic,
-    say,
-    table,
-    write_partial,
-)
+from flash_experts.benchmarks import moe_baselines as baselines
+from flash_experts.benchmarks import report
 from flash_experts.benchmarks.timing import (
     TOLERANCES,
     Deadline,
@@ -65,13 +38,13 @@ _SIZES: dict[str, dict[str, Any]] = {
     "cuda": {"shapes": ["gpt2", "gpt2-medium", "gpt2-xl"], "tokens": [32768], "granularities": [1, 8]},
     "cpu": {"shapes": ["gpt2"], "tokens": [2048, 256, 16], "granularities": [1]},
 }
-_NAMES = ("dense", *IMPLEMENTATIONS, *PACKAGES)
+_NAMES = ("dense", *baselines.IMPLEMENTATIONS, *baselines.PACKAGES)
 _CHECK = {"width": 64, "hidden": 128, "tokens": 48}  # size of the comparison with float64
 
 
-def run(args: Any) -> Report:
+def run(args: Any) -> report.Report:
     """Time an MoE layer: ours, transformers' three ways, a dense MLP, sonic-moe and liger-kernel where installed."""
-    return run_topic(args, measure)
+    return report.run_topic(args, measure)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -119,7 +92,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="time in seconds after which no further size is measured (default: no limit)",
     )
     measured.add_argument("--seed", type=int, default=0, help="random seed of weights, tokens and routing")
-    add_common_options(parser)
+    report.add_common_options(parser)
 
 
 def _settings(args: Any, device: torch.device) -> dict[str, Any]:
@@ -131,14 +104,14 @@ def _settings(args: Any, device: torch.device) -> dict[str, Any]:
     if args.width is not None:
         settings["shapes"] = []
     counts = ("tokens", "decode_tokens", "width", "num_experts", "top_k", "granularities", "rounds", "budget")
-    check_positive(**{name: settings[name] for name in counts})
+    report.check_positive(**{name: settings[name] for name in counts})
     if args.top_k > args.num_experts:
         raise ValueError(f"--top-k {args.top_k} must be at most --num-experts {args.num_experts}")
     settings["dtype"] = "bfloat16" if device.type == "cuda" else "float32"
     return settings
 
 
-def _shapes(settings: dict[str, Any]) -> Iterator[Shape]:
+def _shapes(settings: dict[str, Any]) -> Iterator[baselines.Shape]:
     sizes = {name: _SHAPES[name] for name in settings["shapes"]}
     if settings["width"] is not None:
         sizes = {f"width {settings['width']}": (settings["width"], 4 * settings["width"])}
@@ -146,17 +119,17 @@ def _shapes(settings: dict[str, Any]) -> Iterator[Shape]:
         for g in settings["granularities"]:
             if hidden % g:
                 raise ValueError(f"--granularities {g} must divide the {hidden} hidden units of {name}")
-            yield Shape(name, width, hidden // g, settings["num_experts"] * g, settings["top_k"] * g)
+            yield baselines.Shape(name, width, hidden // g, settings["num_experts"] * g, settings["top_k"] * g)
 
 
-def measure(args: Any, device: torch.device) -> Report:
+def measure(args: Any, device: torch.device) -> report.Report:
     """Measures every implementation at every size."""
     settings = _settings(args, device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     deadline = Deadline(args.budget)
     shapes = list(_shapes(settings))
-    machine = machine_facts(device) | ceilings(device, dtype)
-    rows: list[Row] = []
+    machine = report.machine_facts(device) | report.ceilings(device, dtype)
+    rows: list[report.Row] = []
     for shape in shapes:
         errors = _errors(shape, settings["implementations"], device, dtype, args.seed)
         torch.manual_seed(args.seed)
@@ -171,43 +144,50 @@ def measure(args: Any, device: torch.device) -> Report:
                 late = {"reason": "out of time (--budget)"}
                 rows += [what | {"implementation": name} | late for name in settings["implementations"]]
                 continue
-            say(f"moe: {section}, {shape.name}, {shape.num_experts} experts of {shape.hidden}, {tokens} tokens")
+            report.say(f"moe: {section}, {shape.name}, {shape.num_experts} experts of {shape.hidden}, {tokens} tokens")
             rows += _measure_one(what, shape, errors, settings, device, dtype, machine)
-            write_partial(args, "moe", machine, settings, rows)
-    return Report("moe", machine, settings, rows, _format(rows, machine, settings), lambda figure: _draw(rows, figure))
+            report.write_partial(args, "moe", machine, settings, rows)
+    return report.Report(
+        "moe", machine, settings, rows, _format(rows, machine, settings), lambda figure: _draw(rows, figure)
+    )
 
 
 def _experts(
-    name: str, shape: Shape, section: str, layer: Layer | None, device: torch.device, dtype: torch.dtype
+    name: str,
+    shape: baselines.Shape,
+    section: str,
+    layer: baselines.Layer | None,
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> nn.Module:
     """Makes the experts of an implementation; ours and transformers' share the weights of ``layer``."""
     if name == "dense":
         assert layer is not None
         if section == "decoding":
             distinct = int(layer.choices_TK.unique().numel())
-            return DenseMLP(shape.width, shape.hidden * distinct, 1, device, dtype)
-        return DenseMLP(shape.width, shape.hidden, shape.top_k, device, dtype)
-    if name in GATED:
-        package, compute = GATED[name]
+            return baselines.DenseMLP(shape.width, shape.hidden * distinct, 1, device, dtype)
+        return baselines.DenseMLP(shape.width, shape.hidden, shape.top_k, device, dtype)
+    if name in baselines.GATED:
+        package, compute = baselines.GATED[name]
         if device.type != "cuda":
             raise ValueError("needs a GPU")
         if importlib.util.find_spec(package) is None:
             raise ValueError(f"the package {package} is not installed")
-        return GatedExperts(shape, compute, device, dtype)
+        return baselines.GatedExperts(shape, compute, device, dtype)
     if name == TRITON_EXPERTS_IMPLEMENTATION and device.type != "cuda":
         raise ValueError("needs a GPU")
-    if name == MEMORY_RETURNED:
+    if name == baselines.MEMORY_RETURNED:
         if device.type == "cuda" or section == "decoding":
             raise ValueError("applies only to training on a CPU")
         name = "fe_experts"
     if layer is None:
-        return using(make_experts(shape, device, dtype), name)
+        return baselines.using(baselines.make_experts(shape, device, dtype), name)
     tokens = layer.x_TD.shape[0]
-    needed = batched_bytes(shape, tokens, dtype)
+    needed = baselines.batched_bytes(shape, tokens, dtype)
     if name == "batched_mm" and needed > _memory(device) / 8:
         raise ValueError(f"it would copy {needed / 1e9:.0f} GB of weights: the experts of each token")
-    assert not isinstance(layer.experts, GatedExperts | DenseMLP)
-    return using(layer.experts, name)  # type: ignore[arg-type]
+    assert not isinstance(layer.experts, baselines.GatedExperts | baselines.DenseMLP)
+    return baselines.using(layer.experts, name)  # type: ignore[arg-type]
 
 
 def _memory(device: torch.device) -> int:
@@ -217,10 +197,10 @@ def _memory(device: torch.device) -> int:
 
 
 def _errors(
-    shape: Shape, names: Sequence[str], device: torch.device, dtype: torch.dtype, seed: int
+    shape: baselines.Shape, names: Sequence[str], device: torch.device, dtype: torch.dtype, seed: int
 ) -> dict[str, tuple[float, float] | str]:
     """Computes the largest errors of output and gradients against a loop over experts in float64, at a small size."""
-    small = Shape("check", _CHECK["width"], _CHECK["hidden"], shape.num_experts, shape.top_k)
+    small = baselines.Shape("check", _CHECK["width"], _CHECK["hidden"], shape.num_experts, shape.top_k)
     found: dict[str, tuple[float, float] | str] = {}
     torch.manual_seed(seed)
     for name in names:
@@ -228,7 +208,7 @@ def _errors(
             continue
         try:
             experts = _experts(name, small, "training", None, device, dtype)
-            layer = routed(experts, small, _CHECK["tokens"], device, dtype, seed)
+            layer = baselines.routed(experts, small, _CHECK["tokens"], device, dtype, seed)
             mine, truth = layer.run(lambda: None), layer.exact()
             found[name] = relative_error(mine[:1], truth[:1]), relative_error(mine[1:], truth[1:])
         except Exception as error:  # from a package or compiler: the others still run
@@ -237,17 +217,17 @@ def _errors(
 
 
 def _measure_one(
-    what: Row,
-    shape: Shape,
+    what: report.Row,
+    shape: baselines.Shape,
     errors: dict[str, tuple[float, float] | str],
     settings: dict[str, Any],
     device: torch.device,
     dtype: torch.dtype,
-    machine: Row,
-) -> list[Row]:
+    machine: report.Row,
+) -> list[report.Row]:
     section, tokens, seed = what["section"], what["tokens"], settings["seed"]
     rows = {name: what | {"implementation": name, "reason": None} for name in settings["implementations"]}
-    layer = routed(make_experts(shape, device, dtype), shape, tokens, device, dtype, seed)
+    layer = baselines.routed(baselines.make_experts(shape, device, dtype), shape, tokens, device, dtype, seed)
     implementations = {}
     for name, row in rows.items():
         error = errors.get(name)
@@ -257,10 +237,12 @@ def _measure_one(
         row["error_output"], row["error_gradients"] = error if error is not None else (None, None)
         row["right"] = error is None or max(error) <= TOLERANCES[dtype]
         try:
-            own = routed(_experts(name, shape, section, layer, device, dtype), shape, tokens, device, dtype, seed)
+            own = baselines.routed(
+                _experts(name, shape, section, layer, device, dtype), shape, tokens, device, dtype, seed
+            )
             passed = own.run if section == "training" else own.decode
             row["peak_mib"] = peak_memory(lambda run=passed: run(lambda: None), device) / 2**20  # type: ignore[misc]
-            context = freed_memory_returned if name == MEMORY_RETURNED else nullcontext
+            context = freed_memory_returned if name == baselines.MEMORY_RETURNED else nullcontext
             implementations[name] = Implementation(passed, context)
         except Exception as failure:  # as above
             row["reason"] = reason_of(failure)
@@ -282,7 +264,7 @@ def _measure_one(
     return list(rows.values())
 
 
-def _format(rows: Sequence[Row], machine: Row, settings: Row) -> str:
+def _format(rows: Sequence[report.Row], machine: report.Row, settings: report.Row) -> str:
     parts = [
         f"{machine['device']}, {settings['dtype']}, {machine['threads']} threads, load {machine['load_average']}; a "
         f"matmul reaches {machine['matmul_tflops']:.3g} TFLOP/s"
@@ -302,7 +284,7 @@ def _format(rows: Sequence[Row], machine: Row, settings: Row) -> str:
             lines.append([implementation, *(_cell(cells.get(count)) for count in tokens), memory])
         header = (name, *(f"{count} tokens" for count in tokens), f"peak MiB, {tokens[0]}")
         title = f"{num_experts} experts of {hidden}, {top_k} per token, {titles[section]}: ms, times dense"
-        parts.append(f"{title}\n{table(header, lines)}")
+        parts.append(f"{title}\n{report.table(header, lines)}")
     checked = {
         row["implementation"]: (row["error_output"], row["error_gradients"], row["right"])
         for row in done
@@ -311,28 +293,30 @@ def _format(rows: Sequence[Row], machine: Row, settings: Row) -> str:
     if checked:
         lines = [[name, f"{o:.1e}", f"{g:.1e}", "right" if ok else "WRONG"] for name, (o, g, ok) in checked.items()]
         header = ("implementation", "output", "gradients", "")
-        parts.append(f"Largest error against a loop over experts in float64, at a small size\n{table(header, lines)}")
-    parts.append(not_run(rows, "implementation"))
+        parts.append(
+            f"Largest error against a loop over experts in float64, at a small size\n{report.table(header, lines)}"
+        )
+    parts.append(report.not_run(rows, "implementation"))
     return "\n\n".join(part for part in parts if part)
 
 
-def _groups(rows: Sequence[Row]) -> dict[tuple[Any, ...], list[Row]]:
-    groups: dict[tuple[Any, ...], list[Row]] = {}
+def _groups(rows: Sequence[report.Row]) -> dict[tuple[Any, ...], list[report.Row]]:
+    groups: dict[tuple[Any, ...], list[report.Row]] = {}
     for row in rows:
         key = (row["section"], row["shape"], row["num_experts"], row["hidden"], row["top_k"])
         groups.setdefault(key, []).append(row)
     return groups
 
 
-def _cell(row: Row | None) -> str:
+def _cell(row: report.Row | None) -> str:
     if row is None:
         return "-"
     times = f" {row['times_dense']:.2f} x" if row["times_dense"] is not None else ""
     return f"{row['seconds'] * 1e3:.4g}{times}"
 
 
-def _draw(rows: Sequence[Row], figure: Any) -> None:
-    panels: dict[tuple[Any, ...], list[Row]] = {}
+def _draw(rows: Sequence[report.Row], figure: Any) -> None:
+    panels: dict[tuple[Any, ...], list[report.Row]] = {}
     for group, own in _groups([row for row in rows if row["reason"] is None]).items():
         for row in own:
             panels.setdefault((*group, row["tokens"]), []).append(row)
@@ -344,10 +328,10 @@ def _draw(rows: Sequence[Row], figure: Any) -> None:
             row["implementation"] + (" (ours)" if row["implementation"].startswith("fe_experts") else "") for row in own
         ]
         title = f"{section}, {name}, {num_experts} experts, {tokens} tokens"
-        draw_bars(next(axes), labels, [row["seconds"] * 1e3 for row in own], title, "ms")
+        report.draw_bars(next(axes), labels, [row["seconds"] * 1e3 for row in own], title, "ms")
     for unused in axes:
         unused.set_visible(False)
 
 
 if __name__ == "__main__":
-    sys.exit(main(run, add_options))
+    sys.exit(report.main(run, add_options))

@@ -30,18 +30,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from flash_experts.benchmarks.report import (
-    Report,
-    Row,
-    add_common_options,
-    check_positive,
-    draw_bars,
-    machine_facts,
-    main,
-    run_topic,
-    say,
-    table,
-)
+from flash_experts.benchmarks import report
 from flash_experts.data.cards import Card
 from flash_experts.data.cleaning import clean
 from flash_experts.data.packing import EncodedName, encode_names, pack
@@ -56,9 +45,9 @@ WARMUP_STEPS = 1
 BASELINE = "transformers Trainer, padded"
 
 
-def run(args: Any) -> Report:
+def run(args: Any) -> report.Report:
     """Time fine-tuning of GPT-2 small on names: ours, and transformers' Trainer with padding."""
-    return run_topic(args, measure)
+    return report.run_topic(args, measure)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -73,7 +62,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--experts", type=int, default=8, help="experts of an MoE model that is measured as well; 0: none"
     )
     measured.add_argument("--layers", type=int, default=12, help="blocks of the model")
-    add_common_options(parser)
+    report.add_common_options(parser)
 
 
 def _load_cards(data: str) -> list[Card]:
@@ -188,9 +177,9 @@ def _transformers_trainer(
     return clock.end - clock.start
 
 
-def measure(args: Any, device: torch.device) -> Report:
+def measure(args: Any, device: torch.device) -> report.Report:
     """Measures one run of each, the baseline first."""
-    check_positive(names_per_step=args.names_per_step, steps=args.steps, layers=args.layers)
+    report.check_positive(names_per_step=args.names_per_step, steps=args.steps, layers=args.layers)
     if args.experts and args.experts < 2:
         raise ValueError("--experts must be 0 or at least 2: each token goes to 2")
     if args.experts and args.layers < 2:
@@ -201,22 +190,22 @@ def measure(args: Any, device: torch.device) -> Report:
     names = _encode(cards, args.data, tokenizer, size * steps)
     batches = _batches(names, size)
     tokens = sum(len(name.ids) for batch in batches[WARMUP_STEPS:] for name in batch)
-    machine = machine_facts(device)
+    machine = report.machine_facts(device)
 
-    say(f"train: {BASELINE}")
+    report.say(f"train: {BASELINE}")
     seconds = {BASELINE: _transformers_trainer(_gpt2(args.layers), tokenizer, batches, device)}
-    say("train: ours, dense")
+    report.say("train: ours, dense")
     dense = _gpt2(args.layers, "gelu_pytorch_tanh")  # as load_model loads it
     seconds["ours, dense"] = _ours(dense, batches, device)
-    say("train: ours, dense, trimmed vocabulary")
+    report.say("train: ours, dense, trimmed vocabulary")
     dense = _gpt2(args.layers, "gelu_pytorch_tanh")
     trimmed = _batches(_trimmed(dense, tokenizer, cards, names), size)
     seconds[f"ours, dense, vocabulary trimmed to {dense.config.vocab_size:,}"] = _ours(dense, trimmed, device)
     if args.experts:
-        say(f"train: ours, {args.experts} experts")
+        report.say(f"train: ours, {args.experts} experts")
         moe = GPT2MoEForCausalLM.from_dense(_gpt2(args.layers), args.experts, 2, 2)
         seconds[f"ours, {args.experts} experts in every second block"] = _ours(moe, batches, device)
-    rows: list[Row] = [
+    rows: list[report.Row] = [
         {
             "name": name, "seconds": took, "tokens": tokens, "tokens_per_second": tokens / took,
             "times_peer": seconds[BASELINE] / took, "reason": None,
@@ -227,26 +216,28 @@ def measure(args: Any, device: torch.device) -> Report:
         key: getattr(args, key) for key in ("data", "tokenizer", "names_per_step", "steps", "experts", "layers")
     }
     settings["dtype"] = "bfloat16" if device.type == "cuda" else "float32"
-    return Report(
+    return report.Report(
         "train", machine, settings, rows, _format(rows, machine, settings), lambda figure: _draw(rows, figure)
     )
 
 
-def _format(rows: list[Row], machine: Row, settings: Row) -> str:
+def _format(rows: list[report.Row], machine: report.Row, settings: report.Row) -> str:
     lines = [[row["name"], f"{row['tokens_per_second']:.1f}", f"{row['times_peer']:.2f} x"] for row in rows]
     per_step = rows[0]["tokens"] / settings["steps"]
     head = (
         f"{machine['device']}, {settings['dtype']}, {machine['threads']} threads, load {machine['load_average']}; "
         f"{settings['names_per_step']} names per step, {per_step:.0f} real tokens, {settings['layers']} blocks"
     )
-    return f"{head}\n\n{table(('GPT-2 small', 'real tokens/s', 'times the baseline'), lines)}"
+    return f"{head}\n\n{report.table(('GPT-2 small', 'real tokens/s', 'times the baseline'), lines)}"
 
 
-def _draw(rows: list[Row], figure: Any) -> None:
+def _draw(rows: list[report.Row], figure: Any) -> None:
     figure.set_size_inches(9, 3)
     rates = [row["tokens_per_second"] for row in rows]
-    draw_bars(figure.subplots(), [row["name"] for row in rows], rates, "fine-tuning GPT-2 small", "real tokens/s")
+    report.draw_bars(
+        figure.subplots(), [row["name"] for row in rows], rates, "fine-tuning GPT-2 small", "real tokens/s"
+    )
 
 
 if __name__ == "__main__":
-    sys.exit(main(run, add_options))
+    sys.exit(report.main(run, add_options))

@@ -6,15 +6,7 @@ import json
 
 from jsonargparse import Namespace
 
-from flash_experts.commands.common import (
-    CommandParser,
-    add_measuring_options,
-    add_out_file,
-    check_samples,
-    command_parser,
-    out_file,
-    print_result,
-)
+from flash_experts.commands import common
 from flash_experts.extras import require
 from flash_experts.files import check_out_folder
 
@@ -27,8 +19,8 @@ def run(args: Namespace) -> None:
     from flash_experts.evaluation import format_comparison, write_plots
     from flash_experts.evaluation.report import render_report, write_pages
 
-    report = out_file(args, _REPORT, also=(".json",))
-    check_samples(args)
+    report = common.out_file(args, _REPORT, also=(".json",))
+    common.check_samples(args)
     require("the report of compare", "matplotlib")
     if args.png is not None:
         check_out_folder(args.png, args.overwrite, option="--png")
@@ -40,17 +32,17 @@ def run(args: Namespace) -> None:
     text = f"{format_comparison(result)}\n\nThe report: {report}"
     if args.png is not None:
         text += "\nIts plots: " + ", ".join(map(str, write_plots(result, args.png)))
-    print_result(args, result.to_json(), text)
+    common.print_result(args, result.to_json(), text)
 
 
-def make_parser() -> CommandParser:
-    parser = command_parser("compare", run)
+def make_parser() -> common.CommandParser:
+    parser = common.command_parser("compare", run)
     parser.add_argument(
         "models", nargs="+", help="model folders, hub ids, MODEL+ngram, or the baselines ngram and swap"
     )
     parser.section("What is measured")
-    add_measuring_options(parser)
+    common.add_measuring_options(parser)
     parser.section("Output")
-    add_out_file(parser, _REPORT, "report file, with its numbers next to it as .json")
+    common.add_out_file(parser, _REPORT, "report file, with its numbers next to it as .json")
     parser.add_optional("--png", "folder for the plots as PNG files (default: none)")
     return parser

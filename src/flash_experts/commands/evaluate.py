@@ -7,13 +7,7 @@ from functools import partial
 
 from jsonargparse import Namespace
 
-from flash_experts.commands.common import (
-    CommandParser,
-    add_measuring_options,
-    check_samples,
-    command_parser,
-    print_result,
-)
+from flash_experts.commands import common
 from flash_experts.plain_text import say
 
 
@@ -22,18 +16,18 @@ def run(args: Namespace) -> None:
     from flash_experts.evaluation import evaluate as measure
     from flash_experts.evaluation import evaluate_names, format_evaluation, format_names, read_names
 
-    check_samples(args)
+    common.check_samples(args)
     if args.lists:
         _evaluate_lists(args)
         return
     if args.names is not None:
         named = evaluate_names(read_names(args.names), args.model, args.data, device=args.device)
-        print_result(args, named.to_json(), format_names(named))
+        common.print_result(args, named.to_json(), format_names(named))
         return
     result = measure(
         args.model, args.data, samples=args.samples, seed=args.seed, max_names=args.max_names, device=args.device
     )
-    print_result(args, result.to_json(), format_evaluation(result))
+    common.print_result(args, result.to_json(), format_evaluation(result))
 
 
 def _evaluate_lists(args: Namespace) -> None:
@@ -45,11 +39,11 @@ def _evaluate_lists(args: Namespace) -> None:
         make_parser().error("--lists needs a model that `generate` can use, not a baseline")
     report = partial(say, file=sys.stderr)
     found = evaluate_lists(args.model, args.data, seed=args.seed, device=args.device, progress=report)
-    print_result(args, [one.to_json() for one in found], format_lists(found))
+    common.print_result(args, [one.to_json() for one in found], format_lists(found))
 
 
-def make_parser() -> CommandParser:
-    parser = command_parser("evaluate", run)
+def make_parser() -> common.CommandParser:
+    parser = common.command_parser("evaluate", run)
     parser.add_argument(
         "model",
         help="model folder or hub id, with +ngram to mix it with the n-gram baseline; or ngram, swap: baselines",
@@ -58,5 +52,5 @@ def make_parser() -> CommandParser:
     parser.add_optional("--names", "file of names to measure instead of a model's, one per line (default: none)")
     lists = "measure lists of 20 names for 50 requests at each quality of generate, next to real names"
     parser.add_argument("--lists", action="store_true", help=lists)
-    add_measuring_options(parser)
+    common.add_measuring_options(parser)
     return parser

@@ -10,13 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from jsonargparse import Namespace
 
-from flash_experts.commands.common import (
-    CommandParser,
-    add_device,
-    add_model_family,
-    add_overwrite,
-    command_parser,
-)
+from flash_experts.commands import common
 from flash_experts.files import check_out_file, whole_file
 from flash_experts.generation.name_files import BY_SUFFIX, Format
 from flash_experts.generation.presets import SAMPLING, Sampling
@@ -187,8 +181,8 @@ def _format_of(args: Namespace) -> Format | None:
     return format or BY_SUFFIX[suffix]
 
 
-def make_parser() -> CommandParser:
-    parser = command_parser("generate", run)
+def make_parser() -> common.CommandParser:
+    parser = common.command_parser("generate", run)
     more = {CARD: _add_data, SAMPLING: _add_rank, RULES: None, OUTPUT: _add_output, MODEL: _add_model}
     for group, add in more.items():
         parser.section(group)
@@ -198,7 +192,7 @@ def make_parser() -> CommandParser:
     return parser
 
 
-def _add_request(parser: CommandParser, group: str) -> None:
+def _add_request(parser: common.CommandParser, group: str) -> None:
     """The options of `NameRequest` under one heading, as they are declared."""
     for name, known in options_of(NameRequest).items():
         if known.group != group:
@@ -216,7 +210,7 @@ def _add_request(parser: CommandParser, group: str) -> None:
             parser.add_argument(flag, type=hint | None if default is None else hint, default=default, help=known.help)
 
 
-def _add_data(parser: CommandParser) -> None:
+def _add_data(parser: common.CommandParser) -> None:
     cards = "CSV or JSON file of a set's cards, all of which get names: --count for each, 5 by default (default: none)"
     parser.add_optional("--cards", cards)
     split = "split, such as train, whose cards are the prompts, for training data (default: none)"
@@ -228,25 +222,25 @@ def _add_data(parser: CommandParser) -> None:
     parser.add_argument("--top_logits", type=int, default=0, help=top)
 
 
-def _add_rank(parser: CommandParser) -> None:
+def _add_rank(parser: common.CommandParser) -> None:
     parser.add_argument("--raw", action="store_true", help="the model's own samples as they come: --quality fast")
     parser.add_argument("--rank", action="store_true", help="sort by log-probability per character, most natural first")
 
 
-def _add_output(parser: CommandParser) -> None:
+def _add_output(parser: common.CommandParser) -> None:
     out = f"file to write: {', '.join(BY_SUFFIX)} (default: print the names)"
     parser.add_optional("--out", out)
-    add_overwrite(parser)
+    common.add_overwrite(parser)
     formats = "format; mse: Magic Set Editor, cockatrice: its XML (default: by the suffix of --out, else text)"
     parser.add_optional("--format", formats, Format)
     raw = "write CSV cells as they are, without the apostrophe before what a spreadsheet takes for a formula"
     parser.add_argument("--raw_cells", action="store_true", help=raw)
 
 
-def _add_model(parser: CommandParser) -> None:
+def _add_model(parser: common.CommandParser) -> None:
     model = "model folder or hub id (default: the newest released model)"
     parser.add_optional("--model", model)
-    add_model_family(parser)
-    add_device(parser)
+    common.add_model_family(parser)
+    common.add_device(parser)
     dtype = "data type of the weights; bfloat16 is faster on newer CPUs and rounds, so a seed gives other names"
     parser.add_argument("--dtype", type=Literal["float32", "bfloat16"], default="float32", help=dtype)

@@ -8,14 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from jsonargparse import Namespace
 
-from flash_experts.commands.common import (
-    CommandParser,
-    add_device,
-    add_out_file,
-    command_parser,
-    out_file,
-    print_result,
-)
+from flash_experts.commands import common
 
 if TYPE_CHECKING:
     from flash_experts.data.cards import Card
@@ -30,7 +23,7 @@ def run(args: Namespace) -> None:
         raise ValueError(f"--count must be 1 or more, not {args.count}")
     if args.show < 0:
         raise ValueError(f"--show must be 0 or more, not {args.show}")
-    page = out_file(args, _PAGE, also=(".json",))
+    page = common.out_file(args, _PAGE, also=(".json",))
     names, cards = _names(args)
 
     from flash_experts.evaluation.report import write_pages
@@ -43,7 +36,7 @@ def run(args: Namespace) -> None:
     )
     numbers = json.dumps(result.to_json(), ensure_ascii=False)
     write_pages({page: render_router_report(result), page.with_suffix(".json"): numbers})
-    print_result(args, result.to_json(), f"{format_router(result)}\n\nThe page: {page}")
+    common.print_result(args, result.to_json(), f"{format_router(result)}\n\nThe page: {page}")
 
 
 def _names(args: Namespace) -> tuple[list[str], list[Card] | None]:
@@ -58,8 +51,8 @@ def _names(args: Namespace) -> tuple[list[str], list[Card] | None]:
     return [card.name for card in cards], cards
 
 
-def make_parser() -> CommandParser:
-    parser = command_parser("inspect", run)
+def make_parser() -> common.CommandParser:
+    parser = common.command_parser("inspect", run)
     parser.add_argument("model", help="model folder or hub id of an MoE model")
     parser.section("The names")
     parser.add_optional("--names", "file of names to inspect instead of cards, one per line (default: none)")
@@ -75,7 +68,7 @@ def make_parser() -> CommandParser:
     )
     parser.add_argument("--seed", type=int, default=0, help="random seed of the choice of names and of shuffling")
     parser.section("Output")
-    add_out_file(parser, _PAGE, "page file, with its numbers next to it as .json")
+    common.add_out_file(parser, _PAGE, "page file, with its numbers next to it as .json")
     parser.section("The device")
-    add_device(parser)
+    common.add_device(parser)
     return parser

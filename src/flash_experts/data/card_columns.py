@@ -11,17 +11,7 @@ from pathlib import Path
 from string import capwords
 from typing import Any
 
-from flash_experts.data.cards import (
-    SUPERTYPES,
-    TYPES,
-    UNKNOWN,
-    RawCard,
-    Unread,
-    parse_colors,
-    parse_date,
-    parse_rarity,
-    parse_set_code,
-)
+from flash_experts.data import cards
 from flash_experts.data.names import FACE_SEPARATOR
 
 MAX_NAME = 300  # characters; the longest real name has 141
@@ -74,7 +64,7 @@ _COLUMN_OF = {
 _TEXT_COLUMNS = ("type_line", "layout", "flag", "rarity", "set_code", "released")
 # Headings of files with product numbers instead of names, or with another name for the column of names.
 _OTHER_COLUMNS = ("idproduct", "multiverseid", "quantity", "qty", "collectornumber", "tcgplayerid", "productid", "sku")
-_TYPE_WORDS = {word.casefold(): word for word in (*TYPES, *SUPERTYPES, "Token")}
+_TYPE_WORDS = {word.casefold(): word for word in (*cards.TYPES, *cards.SUPERTYPES, "Token")}
 _MISSING = frozenset(("", "nan", "none", "<na>", "nat", "null", "n/a", "\\n", "no cost", "-", "\u2014"))
 _MISSING_NAMES = frozenset(("nan", "NaN", "<NA>", "None", "null", "NULL"))
 _FACES = re.compile(r"\s+/{1,3}\s+|(?<=[a-z])//(?=[A-Z])")  # " / " is Moxfield's, " /// " Arena's
@@ -129,7 +119,7 @@ def known_columns(headings: Iterable[str]) -> set[str]:
     return known | ({"other"} if not set(_OTHER_COLUMNS).isdisjoint(folded) else set())
 
 
-def raw_card(record: Any, where: str, unread: Unread) -> RawCard | None:
+def raw_card(record: Any, where: str, unread: cards.Unread) -> cards.RawCard | None:
     """Parses a name, or values by column; None if the name is empty. Counts unreadable values in ``unread``. Raises a
     ValueError if the record is neither, its name is too long, or a value has a wrong type."""
     if isinstance(record, str):
@@ -161,7 +151,7 @@ def raw_card(record: Any, where: str, unread: Unread) -> RawCard | None:
             return None
 
     is_face = "face_name" in fields and FACE_SEPARATOR in name
-    return RawCard(
+    return cards.RawCard(
         name=fields["face_name"].strip() if is_face else name,
         type_line=type_line,
         mana_cost=_FACES_OF_COST.sub(FACE_SEPARATOR, str(fields.get("mana_cost") or "").strip()) or None,
@@ -171,8 +161,8 @@ def raw_card(record: Any, where: str, unread: Unread) -> RawCard | None:
         flag=fields["flag"],
         source_id=str(fields.get("source_id") or Path(where).name),
         rarity=read("rarity", _rarity),
-        set_code=read("set_code", parse_set_code),
-        released=read("released", lambda date: parse_date(re.sub(r"(?<=^.{10})[T ].*", "", date))),
+        set_code=read("set_code", cards.parse_set_code),
+        released=read("released", lambda date: cards.parse_date(re.sub(r"(?<=^.{10})[T ].*", "", date))),
     )
 
 
@@ -255,9 +245,9 @@ def _colors(fields: Mapping[str, Any], type_line: str | None, read: Callable[...
     value = fields["colors"]
     if isinstance(value, str) and not value.strip():
         cost = fields.get("mana_cost")
-        return UNKNOWN if type_line is None or cost else ""
+        return cards.UNKNOWN if type_line is None or cost else ""
     found = "" if value == [] else read("colors", _color_letters)
-    return UNKNOWN if found is None else found
+    return cards.UNKNOWN if found is None else found
 
 
 def _color_letters(value: Any) -> str:
@@ -276,14 +266,14 @@ def _colors_of_face(text: str) -> str:
     words = [word for word in _NOT_OF_COLORS.split(text) if word]
     letters = [_COLOR_OF.get(_folded(word), word) for word in words]
     if "?" in letters and set(letters) <= {"?", ""}:
-        return UNKNOWN
-    return "".join(parse_colors(" ".join(letter for letter in letters if letter != "?")) or ())
+        return cards.UNKNOWN
+    return "".join(cards.parse_colors(" ".join(letter for letter in letters if letter != "?")) or ())
 
 
 def _rarity(value: str) -> str | None:
     word = _folded(value)
     numbered = re.fullmatch(r"([curm])\d+", word)  # C1, U2: numbering of old sets
-    return _RARITIES.get(numbered[1] if numbered else word) or parse_rarity(value)
+    return _RARITIES.get(numbered[1] if numbered else word) or cards.parse_rarity(value)
 
 
 def _mana_value(value: Any) -> int:

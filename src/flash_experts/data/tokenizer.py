@@ -16,16 +16,7 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from flash_experts.model_files import (
-    CONFIG,
-    TOKENIZER,
-    TOKENIZER_CONFIG,
-    any_family_is_allowed,
-    check_files,
-    first_line,
-    local_folder,
-    read_object,
-)
+from flash_experts import model_files
 
 MAX_TOKENS = 300_000  # Llama 3 has 128,256
 MAX_ADDED_TOKENS = 10_000
@@ -224,14 +215,14 @@ def load_tokenizer(source: str | Path, vocab_size: int | None = None) -> PreTrai
     """Loads the tokenizer of a checkpoint folder or hub id; ``vocab_size`` is the model's. Raises a ValueError if there
     is no tokenizer, it lacks a BOS or EOS token, or it has more tokens than the model."""
     try:
-        folder = local_folder(source)
-        check_files(folder)
+        folder = model_files.local_folder(source)
+        model_files.check_files(folder)
         tokenizer = _read_tokenizer(folder)
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # any failure on an untrusted file; a panic in Rust is not an Exception
         raise ValueError(
-            f"no tokenizer at {source} (tokenizer.json is missing or damaged): {first_line(error)}"
+            f"no tokenizer at {source} (tokenizer.json is missing or damaged): {model_files.first_line(error)}"
         ) from error
     if vocab_size is not None and (most := max(tokenizer.get_vocab().values(), default=0)) >= vocab_size:
         raise ValueError(
@@ -248,27 +239,27 @@ def load_tokenizer(source: str | Path, vocab_size: int | None = None) -> PreTrai
 def _read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """Reads the tokenizer of a folder that `check_files` accepted, with known settings alone; raises a ValueError if it
     is not of GPT-2's or Llama's kind, and `any_family` is off."""
-    settings = {**_optional(folder / "special_tokens_map.json"), **_optional(folder / TOKENIZER_CONFIG)}
-    if any_family_is_allowed():
+    settings = {**_optional(folder / "special_tokens_map.json"), **_optional(folder / model_files.TOKENIZER_CONFIG)}
+    if model_files.any_family_is_allowed():
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
         return tokenizer
     _check_settings(settings)
     vocab, merges = folder / "vocab.json", folder / "merges.txt"
-    if (folder / TOKENIZER).is_file():
-        content = read_object(folder / TOKENIZER)
+    if (folder / model_files.TOKENIZER).is_file():
+        content = model_files.read_object(folder / model_files.TOKENIZER)
         check_tokenizer(content)
         backend = Tokenizer.from_str(json.dumps(content))
     elif vocab.is_file() and merges.is_file():
         backend = gpt2_tokenizer(vocab, merges).backend_tokenizer
     else:
-        raise ValueError(f"{folder / TOKENIZER} is missing")
+        raise ValueError(f"{folder / model_files.TOKENIZER} is missing")
     backend.no_truncation()
     backend.no_padding()
     return PreTrainedTokenizerFast(tokenizer_object=backend, **_known_settings(folder, settings, backend))
 
 
 def _optional(path: Path) -> dict[str, Any]:
-    return read_object(path) if path.is_file() else {}
+    return model_files.read_object(path) if path.is_file() else {}
 
 
 def _check_settings(settings: Mapping[str, Any]) -> None:
@@ -289,7 +280,7 @@ def _check_settings(settings: Mapping[str, Any]) -> None:
 def _known_settings(folder: Path, settings: Mapping[str, Any], backend: Tokenizer) -> dict[str, Any]:
     """Special tokens (by name, or by the ids of config.json) and settings such as padding side and chat template."""
     known: dict[str, Any] = {"clean_up_tokenization_spaces": settings.get("clean_up_tokenization_spaces") is True}
-    config = _optional(folder / CONFIG)
+    config = _optional(folder / model_files.CONFIG)
     for name in ("bos", "eos", "pad", "unk"):
         token, index = settings.get(f"{name}_token"), config.get(f"{name}_token_id")
         if isinstance(token, dict):

@@ -13,19 +13,9 @@ from pathlib import Path
 from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup
 
+from flash_experts.evaluation import tables
 from flash_experts.evaluation.compare import REAL, ComparisonResult
 from flash_experts.evaluation.plots import all_plots, svg
-from flash_experts.evaluation.tables import (
-    association_table,
-    bits_table,
-    control_table,
-    cost_table,
-    detection_table,
-    difference_table,
-    group_table,
-    novelty_table,
-    variety_table,
-)
 from flash_experts.files import whole_files
 
 
@@ -43,15 +33,15 @@ def render_report(result: ComparisonResult, title: str = "Models compared", day:
         data=first.data,
         seed=first.seed,
         labels=[model.label for model in result.models],
-        bits=bits_table(result.models, result.differences),
-        differences=difference_table(result),
-        association=association_table(result.models),
-        novelty=novelty_table(result.models),
-        variety=variety_table(result.models),
-        detection=detection_table(result.models),
-        control=control_table(result.models),
-        cost=cost_table(result.models),
-        groups=[group_table(model, split) for model in result.models for split in model.splits],
+        bits=tables.bits_table(result.models, result.differences),
+        differences=tables.difference_table(result),
+        association=tables.association_table(result.models),
+        novelty=tables.novelty_table(result.models),
+        variety=tables.variety_table(result.models),
+        detection=tables.detection_table(result.models),
+        control=tables.control_table(result.models),
+        cost=tables.cost_table(result.models),
+        groups=[tables.group_table(model, split) for model in result.models for split in model.splits],
         prompts=result.prompts,
         blind_test=result.blind_test,
         real=REAL,

@@ -8,18 +8,8 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
 from flash_experts.data.names import normal_form, shown_form
+from flash_experts.generation import text_rules
 from flash_experts.generation.formatting import DANGLING_WORDS
-from flash_experts.generation.text_rules import (
-    BAD_MARKS,
-    CARD_ALPHABET,
-    OPEN_END,
-    Check,
-    alliterates,
-    found_in,
-    place_at_end,
-    profanity_at_end,
-    words_of,
-)
 from flash_experts.options import at_least, option
 
 if TYPE_CHECKING:
@@ -30,9 +20,9 @@ MOST_CHARACTERS = 1000  # highest max_length
 LONGEST_NAME = 40  # characters; the longest serious card name has 33
 _GAP = re.compile("___+")
 # Words that no name has unless a field allows them: field, description, check.
-_UNWANTED: tuple[tuple[str, str, Check], ...] = (
-    ("allow_profanity", "swear words", profanity_at_end),
-    ("allow_real_places", "places of the real world", place_at_end),
+_UNWANTED: tuple[tuple[str, str, text_rules.Check], ...] = (
+    ("allow_profanity", "swear words", text_rules.profanity_at_end),
+    ("allow_real_places", "places of the real world", text_rules.place_at_end),
 )
 
 
@@ -152,7 +142,7 @@ class Constraints:
         place = vocabulary, prompt_length
         texts = (self.starts_with, self.ends_with, self.contains, _GAP.sub("", self.pattern or ""))
         given = "".join(filter(None, texts))
-        alphabet = CARD_ALPHABET | set(shown_form(given)) | set(given.lower())
+        alphabet = text_rules.CARD_ALPHABET | set(shown_form(given)) | set(given.lower())
         least, most = self.word_limits
         found: list[NameFilter] = [
             make.AllowedCharacters(*place, alphabet),
@@ -189,16 +179,16 @@ class Constraints:
     def held_by(self, text: str) -> bool:
         """Whether a formatted name follows all rules but ``regex``, ``pattern`` and ``min_distance``."""
         low, (least, most), num_words = text.lower(), self.word_limits, len(text.split())
-        words = words_of(text)
+        words = text_rules.words_of(text)
         return (
             (self.min_length or 1) <= len(text) <= self.longest
             and least <= num_words <= (most or num_words)
             and low.startswith(shown_form(self.starts_with or "").lower())
             and (" " + low).endswith(_spaced(self.ends_with))
             and _spaced(self.contains) in " " + low
-            and (not self.alliterate or alliterates(text))
+            and (not self.alliterate or text_rules.alliterates(text))
             and not {normal_form(word) for word in self.banned_words}.intersection(words)
-            and not any(found_in(check, text) for check in self._unwanted())
+            and not any(text_rules.found_in(check, text) for check in self._unwanted())
         )
 
     def describe(self) -> str:
@@ -215,7 +205,7 @@ class Constraints:
         if not _GAP.search(self.pattern):
             raise ValueError(f"pattern {self.pattern!r} has no gap: write ___ where words are to be filled in")
         for part in filter(None, _GAP.split(shown_form(self.pattern))):
-            if (found := BAD_MARKS.search(part)) is not None:
+            if (found := text_rules.BAD_MARKS.search(part)) is not None:
                 raise ValueError(f"pattern {self.pattern!r}: no name has {found[0]!r} in it")
             self._check_unwanted("pattern", part)
 
@@ -229,14 +219,19 @@ class Constraints:
             raise ValueError(f"{name} {shown!r} has {len(shown)} characters, more than max_length {self.longest}")
         if most is not None and len(shown.split()) > most:
             raise ValueError(f"{name} {shown!r} has more words than max_words {most}")
-        if (found := BAD_MARKS.search((" " if name == "starts_with" else "") + shown)) is not None:
+        if (found := text_rules.BAD_MARKS.search((" " if name == "starts_with" else "") + shown)) is not None:
             raise ValueError(f"{name} {shown!r}: no name has {found[0]!r} in it")
         self._check_unwanted(name, shown)
         if name == "ends_with":
             last, is_word = shown.split()[-1], _spaced(text)[0] == " " or " " in shown
-            if shown[-1] in OPEN_END or (is_word and last.lower() in DANGLING_WORDS):
+            if shown[-1] in text_rules.OPEN_END or (is_word and last.lower() in DANGLING_WORDS):
                 raise ValueError(f"ends_with {shown!r}: no name ends on {last!r}")
-        if self.alliterate and name == "starts_with" and len(shown.split()) > 1 and not alliterates(shown, least=1):
+        if (
+            self.alliterate
+            and name == "starts_with"
+            and len(shown.split()) > 1
+            and not text_rules.alliterates(shown, least=1)
+        ):
             raise ValueError(f"starts_with {shown!r} does not alliterate")
 
     def _check_unwanted(self, name: str, shown: str) -> None:
@@ -246,10 +241,10 @@ class Constraints:
                 continue
             # "Ass" may still become "Assassin"; the words before the last are final.
             is_unfinished = name != "ends_with" and check(shown) == "refused"
-            if found_in(check, shown.rpartition(" ")[0] if is_unfinished else shown):
+            if text_rules.found_in(check, shown.rpartition(" ")[0] if is_unfinished else shown):
                 raise ValueError(f"{name} {shown!r} is among the {what}: set {field} to have it in names")
 
-    def _unwanted(self) -> list[Check]:
+    def _unwanted(self) -> list[text_rules.Check]:
         return [check for field, _, check in _UNWANTED if not getattr(self, field)]
 
     def _as_regexes(self) -> list[str]:

@@ -5,23 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any
 
-from flash_experts.models.moe_options import (
-    METHOD_HELP,
-    Method,
-    MoEOptions,
-    UpcyclingOptions,
-    too_many_per_token,
-)
+from flash_experts.models import moe_options
 from flash_experts.options import option, problems_of
 
 _VOCABULARY, _NEW = "The vocabulary", "A new model"
 
 
 @dataclass
-class ModelConfig(MoEOptions, UpcyclingOptions):
+class ModelConfig(moe_options.MoEOptions, moe_options.UpcyclingOptions):
     """The model. ``num_experts: 0`` trains a base as it is, without upcycling."""
 
-    upcycling: Method = option("copy", METHOD_HELP, "The experts")
+    upcycling: moe_options.Method = option("copy", moe_options.METHOD_HELP, "The experts")
     trim_vocabulary: bool = option(
         False, "keep only the tokens of the base that the cards use; the rest cost time and memory for nothing",
         _VOCABULARY,
@@ -54,7 +48,7 @@ class ModelConfig(MoEOptions, UpcyclingOptions):
         if self.n_head >= 1 and self.n_embd % self.n_head:
             problems.append(f"n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head})")
         if self.num_experts:
-            problems += too_many_per_token(self)
+            problems += moe_options.too_many_per_token(self)
         if self.teacher_embeddings and self.tokenizer is None:
             problems.append("teacher_embeddings needs a teacher: set model.tokenizer to its folder")
         if problems:
@@ -63,5 +57,5 @@ class ModelConfig(MoEOptions, UpcyclingOptions):
     @property
     def moe_fields(self) -> dict[str, Any]:
         """What `GPT2MoEForCausalLM.from_dense` takes."""
-        names = [each.name for cls in (MoEOptions, UpcyclingOptions) for each in fields(cls)]
+        names = [each.name for cls in (moe_options.MoEOptions, moe_options.UpcyclingOptions) for each in fields(cls)]
         return {"method": self.upcycling} | {name: getattr(self, name) for name in names}

@@ -20,28 +20,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from flash_experts.data.cards import Card
 from flash_experts.data.packing import PackedBatch, pack
 from flash_experts.models.router_metrics import update_router_biases
+from flash_experts.training import distributed, numerics, run_state
 from flash_experts.training.batches import NameBatches, fitting_cards
 from flash_experts.training.checkpointer import Checkpointer
-from flash_experts.training.distributed import (
-    agree,
-    is_lost_process,
-    make_accelerator,
-    max_over_processes,
-    parallelize_model,
-    seed_dropout,
-    watch_other_processes,
-)
 from flash_experts.training.loss import make_loss
 from flash_experts.training.metrics import LoggingWindow, SpeedMeter, training_metrics
-from flash_experts.training.numerics import (
-    MOST_SKIPS_IN_A_ROW,
-    FiniteGuard,
-    check_dtype,
-    deterministic_algorithms,
-    names_in,
-    use_bfloat16,
-    write_bad_batch,
-)
 from flash_experts.training.optimizer import Schedule, WeightAverage, freeze_parts, make_optimizers, set_rates
 from flash_experts.training.reporting import Reporter
 from flash_experts.training.run_card import write_run_card
@@ -52,15 +35,6 @@ from flash_experts.training.run_folder import (
     describe_run,
     identity,
     write_run_info,
-)
-from flash_experts.training.run_state import (
-    LostProcessError,
-    NonFiniteLossError,
-    OutOfMemoryError,
-    StopSignals,
-    TrainerState,
-    TrainingResult,
-    reason_to_end,
 )
 from flash_experts.training.stateful import OptimizerState
 from flash_experts.training.trackers import make_tracker
@@ -97,16 +71,16 @@ class Trainer:
         config.validate()
         config = replace(config, run_name=config.run_dir.name)  # keeps the date of the start
         self.config, self.tokenizer, self.run_dir = config, tokenizer, config.run_dir
-        self.accelerator = make_accelerator(config.device)
+        self.accelerator = distributed.make_accelerator(config.device)
         self.device = self.accelerator.device
         self.is_main = self.accelerator.is_main_process
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
-        self.autocast = use_bfloat16(config.precision, self.device)
-        self.model = check_dtype(model).to(self.device)
+        self.autocast = numerics.use_bfloat16(config.precision, self.device)
+        self.model = numerics.check_dtype(model).to(self.device)
         self.model.loss_function = self.loss = make_loss(config, self.model, tokenizer, self.device)
         freeze_parts(self.model, config.lr_scale)
         # Training calls `parallel.wrapped`; validation and saving use the plain model inside it.
-        self.parallel = parallelize_model(self.model, self.accelerator, config)
+        self.parallel = distributed.parallelize_model(self.model, self.accelerator, config)
         self.optimizers = make_optimizers(self.model, config)
         self.average = None if config.ema_decay is None else WeightAverage(self.model, config.ema_decay)
         self.report = Reporter(self.run_dir, callbacks, train_cards, validation_cards, self.is_main)
@@ -122,9 +96,9 @@ class Trainer:
         validation_sha256 = None if self.validation is None else self.validation.sha256
         self.info |= {"origin": dict(origin or {}), "identity": identity(self.model, tokenizer, validation_sha256)}
         self.speed = SpeedMeter(self.info["model"]["parameters"], self.device, self.world)
-        self.guard = FiniteGuard(config.on_nan == "stop", self.device, self.world)
+        self.guard = numerics.FiniteGuard(config.on_nan == "stop", self.device, self.world)
         # All that a step passes to the next: the weights, `state`, and the registered objects (see `stateful`).
-        self.state = TrainerState()
+        self.state = run_state.TrainerState()
         self.window = LoggingWindow(self.model, self.accelerator, not config.label_smoothing and config.teacher is None)
         self.checkpointer = Checkpointer.of(config, self.model, tokenizer, self.info, self.report.notify, self.is_main)
         for name, optimizer in self.optimizers.items():
@@ -133,7 +107,7 @@ class Trainer:
         if self.average is not None:
             self.checkpointer.register("ema", self.average)
 
-    def train(self, resume: str | Path | None = None, overwrite: bool = False) -> TrainingResult:
+    def train(self, resume: str | Path | None = None, overwrite: bool = False) -> run_state.TrainingResult:
         """Trains to the end of the run, or until Ctrl+C, SIGTERM or SIGHUP.
 
         Args:
@@ -149,11 +123,11 @@ class Trainer:
         check_run_folder(self.run_dir, overwrite, self.accelerator)
         if overwrite and resume == "auto":
             resume = None
-        with deterministic_algorithms(self.config.deterministic), RunLock(self.run_dir, self.accelerator):
+        with numerics.deterministic_algorithms(self.config.deterministic), RunLock(self.run_dir, self.accelerator):
             self.state = self.checkpointer.restore(resume, overwrite)
             if self.state.step and (ended := self._reason_to_end()):
                 self.report.notify(f"{self.run_dir} is finished ({ended}, step {self.state.step:,}): nothing to do")
-                return TrainingResult.of(self.state, ended, self.run_dir)
+                return run_state.TrainingResult.of(self.state, ended, self.run_dir)
             self.accelerator.wait_for_everyone()  # all processes have read before checkpoints are removed
             self.checkpointer.drop_later(self.state.step)
             if self.is_main:
@@ -163,21 +137,21 @@ class Trainer:
             self.report.start(self.state.step if self.state.step else -1, self.info, tracker)
             reason = "error"
             try:
-                with StopSignals() as signals, watch_other_processes(self.accelerator):
+                with run_state.StopSignals() as signals, distributed.watch_other_processes(self.accelerator):
                     reason = self._loop(signals)
             except RuntimeError as error:
-                if self.world == 1 or not is_lost_process(error):
+                if self.world == 1 or not distributed.is_lost_process(error):
                     raise
-                raise LostProcessError(self.state.step + 1, self.checkpointer.last_good()) from error
+                raise run_state.LostProcessError(self.state.step + 1, self.checkpointer.last_good()) from error
             finally:
                 self.report.end({"reason": reason, "step": self.state.step})
                 self.checkpointer.close()
-            result = TrainingResult.of(self.state, reason, self.run_dir)
+            result = run_state.TrainingResult.of(self.state, reason, self.run_dir)
             if self.is_main:
                 write_run_card(self.run_dir, self.info, result, overwrite)
             return result
 
-    def _loop(self, signals: StopSignals) -> str:
+    def _loop(self, signals: run_state.StopSignals) -> str:
         """Steps until the run ends; returns why."""
         config, state = self.config, self.state
         started = time.monotonic() - state.seconds
@@ -197,7 +171,7 @@ class Trainer:
             log_due = _due(state.step, config.log_every)
             seconds = time.monotonic() - started
             wants_stop = signals.received is not None
-            state.seconds, stop = agree(self.accelerator, seconds, wants_stop, log_due, state.seconds)
+            state.seconds, stop = distributed.agree(self.accelerator, seconds, wants_stop, log_due, state.seconds)
             reason = self._reason_to_end()
             if log_due or reason:
                 self._log(rate)
@@ -217,7 +191,7 @@ class Trainer:
 
     def _step(self, rate: float) -> None:
         batches, num_labels = self._micro_batches_of_step()
-        seed_dropout(self.config.seed, self.state.step, self.rank)
+        distributed.seed_dropout(self.config.seed, self.state.step, self.rank)
         set_rates(self.optimizers.values(), rate)
         self.model.train()
         loss = torch.zeros((), device=self.device)  # this process's part
@@ -228,7 +202,7 @@ class Trainer:
             loss += self._backward(batches[-1], num_labels)
         except torch.OutOfMemoryError as error:
             accumulation = self.config.gradient_accumulation_steps
-            raise OutOfMemoryError(self.state.step + 1, accumulation) from error
+            raise run_state.OutOfMemoryError(self.state.step + 1, accumulation) from error
         limit = math.inf if self.config.clip_norm is None else self.config.clip_norm
         grad_norm = self.parallel.clip(limit)
         is_bad = self.guard.check(self.state.step + 1, loss, grad_norm)
@@ -266,16 +240,16 @@ class Trainer:
     def _check_finite(self) -> None:
         """Ends the run at a step whose loss or gradient is NaN or infinite, or counts the step as skipped."""
         for step in self.guard.bad_steps():
-            names = names_in(self.batches.names_of_step(step - 1), self.tokenizer)
-            if self.config.on_nan == "skip" and self.state.skip(step) <= MOST_SKIPS_IN_A_ROW:
+            names = numerics.names_in(self.batches.names_of_step(step - 1), self.tokenizer)
+            if self.config.on_nan == "skip" and self.state.skip(step) <= numerics.MOST_SKIPS_IN_A_ROW:
                 self.report.skipped(step, names)
                 continue
             if self.is_main:
-                write_bad_batch(self.run_dir, step, names)
+                numerics.write_bad_batch(self.run_dir, step, names)
             raise self._not_finite(step, names)
 
-    def _not_finite(self, step: int, names: Sequence[str]) -> NonFiniteLossError:
-        return NonFiniteLossError(step, names, self.checkpointer.last_good(), self.config, self.autocast)
+    def _not_finite(self, step: int, names: Sequence[str]) -> run_state.NonFiniteLossError:
+        return run_state.NonFiniteLossError(step, names, self.checkpointer.last_good(), self.config, self.autocast)
 
     def _log(self, rate: float) -> None:
         self._check_finite()
@@ -291,7 +265,9 @@ class Trainer:
             return
         self.report.notify(f"validating on {self.validation.num_names:,} names before the first step ...")
         self._evaluate()
-        (self.state.evaluation_seconds,) = max_over_processes(self.accelerator, [time.monotonic() - started])
+        (self.state.evaluation_seconds,) = distributed.max_over_processes(
+            self.accelerator, [time.monotonic() - started]
+        )
         self.report.notify("training ...")
 
     def _evaluate(self) -> None:
@@ -336,10 +312,10 @@ class Trainer:
     def _finish(self, reason: str) -> None:
         self.checkpointer.wait()
         self.accelerator.wait_for_everyone()
-        self.report.notify(TrainingResult.of(self.state, reason, self.run_dir).closing_message())
+        self.report.notify(run_state.TrainingResult.of(self.state, reason, self.run_dir).closing_message())
 
     def _reason_to_end(self) -> str | None:
-        return reason_to_end(self.state, self.schedule, self.config.early_stopping_patience)
+        return run_state.reason_to_end(self.state, self.schedule, self.config.early_stopping_patience)
 
 
 def _due(step: int, every: int | None) -> bool:

@@ -28,19 +28,10 @@ from flash_experts.evaluation.routing.specialization import Specialization, spec
 from flash_experts.evaluation.routing.tokens import TOKEN_CLASSES, Tokens, card_labels, token_labels
 from flash_experts.evaluation.scorers import TOKENS_PER_BATCH, check_lengths, scoring
 from flash_experts.generation.filters.vocabulary import NameVocabulary
+from flash_experts.models import router_metrics
 from flash_experts.models.loading import load_model
 from flash_experts.models.moe import GPT2MoEForCausalLM
 from flash_experts.models.router import Router
-from flash_experts.models.router_metrics import (
-    FEWEST_CHOICES,
-    advice,
-    diagnose_loads,
-    listening,
-    load_metrics,
-    over_mean,
-    pair_metrics,
-    routers_of,
-)
 from flash_experts.released import model_folder
 from flash_experts.training.tracking import METRICS_FILE, read_untrusted_metrics
 
@@ -218,13 +209,13 @@ def route(
 ) -> list[BlockRouting]:
     """Records the routing of each block for encoded names; ``tokens_per_batch`` matters only to expert choice and
     capacity factors."""
-    routers = routers_of(model)
+    routers = router_metrics.routers_of(model)
     seen: dict[int, list[tuple[torch.Tensor, ...]]] = {block: [] for block in routers}
 
     def note(block: int, router: Router, *output: torch.Tensor) -> None:
         seen[block].append(_routing_of(router, *output))
 
-    with scoring(model), listening(model, note):
+    with scoring(model), router_metrics.listening(model, note):
         for row in pack_all(names, tokens_per_batch):
             inputs = row.to(model.device).inputs
             del inputs["logits_to_keep"]  # an argument of the output layer
@@ -258,18 +249,18 @@ def _metrics(routing: BlockRouting, tokens: Tokens, model: GPT2MoEForCausalLM) -
     chosen = routing.chosen_TE.astype(np.float64)
     pairs_EE = chosen.T @ chosen
     load_E = torch.from_numpy(chosen.sum(0))
-    metrics = load_metrics(load_E) | pair_metrics(torch.from_numpy(pairs_EE))
+    metrics = router_metrics.load_metrics(load_E) | router_metrics.pair_metrics(torch.from_numpy(pairs_EE))
     metrics |= {"entropy": routing.entropy, "top1": routing.top1} | routing.left_out
     trouble = None
-    if load_E.mean() >= FEWEST_CHOICES:
-        trouble = diagnose_loads(load_E, model.config.num_experts_per_tok)
+    if load_E.mean() >= router_metrics.FEWEST_CHOICES:
+        trouble = router_metrics.diagnose_loads(load_E, model.config.num_experts_per_tok)
     return BlockMetrics(
         block=routing.block,
-        load=over_mean(load_E),
-        load_of_names=over_mean(torch.from_numpy(chosen[tokens.place_T >= 0].sum(0))),
+        load=router_metrics.over_mean(load_E),
+        load_of_names=router_metrics.over_mean(torch.from_numpy(chosen[tokens.place_T >= 0].sum(0))),
         metrics=metrics,
         together=tuple(map(tuple, (pairs_EE / np.maximum(pairs_EE.diagonal()[:, None], 1)).tolist())),
-        trouble=trouble and f"{trouble}: {advice(model.config)}",
+        trouble=trouble and f"{trouble}: {router_metrics.advice(model.config)}",
     )
 
 

@@ -16,18 +16,7 @@ import numpy as np
 
 from flash_experts.data.cards import Card
 from flash_experts.data.prompts import Attributes
-from flash_experts.generation.reranking.ngram import (
-    FloatArray,
-    IntArray,
-    KneserNey,
-    NGramMixture,
-    Order,
-    draw_from,
-    look_up,
-    mixture_nats,
-    sample_mixture,
-    smooth,
-)
+from flash_experts.generation.reranking import ngram
 
 Kind = tuple[str, str]
 _FEWEST_NAMES = 5  # names of an attribute that gets a layer, at least
@@ -45,34 +34,34 @@ def kinds_of(attributes: Attributes) -> list[Kind]:
 class _Layered:
     """A `KneserNey` model of all names below layers of n-grams of its order."""
 
-    def __init__(self, model: KneserNey, layers: Sequence[Order]) -> None:
+    def __init__(self, model: ngram.KneserNey, layers: Sequence[ngram.Order]) -> None:
         self.order = model.order
         self.alphabet = model.alphabet
         self._model, self._layers = model, layers
 
-    def first_contexts(self, count: int) -> IntArray:
+    def first_contexts(self, count: int) -> ngram.IntArray:
         return self._model.first_contexts(count)
 
-    def next_contexts(self, contexts: IntArray, symbols: IntArray) -> IntArray:
+    def next_contexts(self, contexts: ngram.IntArray, symbols: ngram.IntArray) -> ngram.IntArray:
         return self._model.next_contexts(contexts, symbols)
 
-    def symbol_probabilities(self, names: Sequence[str]) -> list[FloatArray]:
+    def symbol_probabilities(self, names: Sequence[str]) -> list[ngram.FloatArray]:
         probability = np.concatenate(self._model.symbol_probabilities(names))
         contexts, symbols = self._model.queries(names)
         context = _longest(contexts)
         grams = context * self._model.base + symbols
         for layer in self._layers:
-            share = look_up(layer.grams, layer.shares, grams, 0.0)
-            probability = share + look_up(layer.contexts, layer.left_over, context, 1.0) * probability
+            share = ngram.look_up(layer.grams, layer.shares, grams, 0.0)
+            probability = share + ngram.look_up(layer.contexts, layer.left_over, context, 1.0) * probability
         return np.split(probability, np.cumsum([len(name) + 1 for name in names])[:-1])
 
-    def draw(self, contexts: IntArray, rng: np.random.Generator) -> IntArray:
+    def draw(self, contexts: ngram.IntArray, rng: np.random.Generator) -> ngram.IntArray:
         """See `KneserNey.draw`; the top layer first."""
         context = _longest(contexts[: self.order])
         symbols = np.empty(contexts.shape[1], dtype=np.int64)
         undecided = np.arange(contexts.shape[1])
         for layer in reversed(self._layers):
-            drawn, decided = draw_from(layer, context[undecided], self._model.base, rng)
+            drawn, decided = ngram.draw_from(layer, context[undecided], self._model.base, rng)
             symbols[undecided[decided]] = drawn
             undecided = undecided[~decided]
         symbols[undecided] = self._model.draw(contexts[:, undecided], rng)
@@ -84,12 +73,12 @@ class ConditionalNGrams:
 
     def __init__(self, cards: Sequence[Card]) -> None:
         """Fits the model of all names of one card or more; layers are fitted when first needed."""
-        self.unconditional = NGramMixture([card.name for card in cards])
+        self.unconditional = ngram.NGramMixture([card.name for card in cards])
         self._names: dict[Kind, list[str]] = {}
         for card in cards:
             for kind in kinds_of(Attributes.of(card)):
                 self._names.setdefault(kind, []).append(card.name)
-        self._fitted: dict[Kind, list[Order]] = {}
+        self._fitted: dict[Kind, list[ngram.Order]] = {}
 
     @property
     def num_parameters(self) -> int:
@@ -101,35 +90,35 @@ class ConditionalNGrams:
         """Number of parameters that one character's unconditional probability uses."""
         return self.unconditional.num_active_parameters
 
-    def nats(self, names: Sequence[str], attributes: Sequence[Attributes]) -> FloatArray:
+    def nats(self, names: Sequence[str], attributes: Sequence[Attributes]) -> ngram.FloatArray:
         """Computes the negative log-likelihood (N,) of each name and EOS given its attributes, in nats."""
         nats = np.empty(len(names))
         for given, rows in _rows_of_each(attributes).items():
-            nats[rows] = mixture_nats(self._models_for(given), [names[row] for row in rows])
+            nats[rows] = ngram.mixture_nats(self._models_for(given), [names[row] for row in rows])
         return nats
 
     def sample(self, count: int, seed: int, attributes: Attributes) -> list[str]:
         """Samples names for a card with these attributes, reproducible by ``seed``."""
-        return sample_mixture(self._models_for(attributes), count, np.random.default_rng(seed))
+        return ngram.sample_mixture(self._models_for(attributes), count, np.random.default_rng(seed))
 
     def sample_each(self, attributes: Sequence[Attributes], seed: int) -> list[str]:
         names = [""] * len(attributes)
         for place, (given, rows) in enumerate(_rows_of_each(attributes).items()):
-            drawn = sample_mixture(self._models_for(given), len(rows), np.random.default_rng((seed, place)))
+            drawn = ngram.sample_mixture(self._models_for(given), len(rows), np.random.default_rng((seed, place)))
             for row, name in zip(rows, drawn, strict=True):
                 names[row] = name
         return names
 
-    def _layers_of(self, kind: Kind) -> list[Order]:
+    def _layers_of(self, kind: Kind) -> list[ngram.Order]:
         if kind not in self._fitted:
             self._fitted[kind] = [self._fit(model, self._names[kind]) for model in self.unconditional.models]
         return self._fitted[kind]
 
     @staticmethod
-    def _fit(model: KneserNey, names: Sequence[str]) -> Order:
+    def _fit(model: ngram.KneserNey, names: Sequence[str]) -> ngram.Order:
         contexts, symbols = model.queries(names)
         grams, counts = np.unique(_longest(contexts) * model.base + symbols, return_counts=True)
-        return smooth(grams, counts.astype(np.int64), model.base)
+        return ngram.smooth(grams, counts.astype(np.int64), model.base)
 
     def _models_for(self, attributes: Attributes) -> list[_Layered]:
         kinds = [kind for kind in kinds_of(attributes) if len(self._names.get(kind, ())) >= _FEWEST_NAMES]
@@ -148,6 +137,6 @@ def _rows_of_each(attributes: Sequence[Attributes]) -> dict[Attributes, list[int
     return rows
 
 
-def _longest(contexts: IntArray) -> IntArray:
+def _longest(contexts: ngram.IntArray) -> ngram.IntArray:
     """The longest available context of each symbol, (Q,): longer ones have larger codes, since none starts with 0."""
     return contexts.max(axis=0)

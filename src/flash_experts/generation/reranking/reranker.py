@@ -21,13 +21,7 @@ from typing import Generic, Protocol, TypeVar
 import numpy as np
 
 from flash_experts.data.prompts import Attributes
-from flash_experts.generation.reranking.name_classifier import (
-    AttributeClassifier,
-    FloatArray,
-    Scorer,
-    has_questions,
-    real_card_classifier,
-)
+from flash_experts.generation.reranking import name_classifier
 from flash_experts.generation.reranking.wording import WordRepetition, cards_of_kind, character_of, flaws
 
 # The first characters of a name cost a model about 3 nats, whatever follows: without this, long names would win.
@@ -66,12 +60,12 @@ class Reranker(Generic[C]):
         self,
         attributes: Attributes,
         weights: Weights = DEFAULT_WEIGHTS,
-        classifier: AttributeClassifier | None = None,
+        classifier: name_classifier.AttributeClassifier | None = None,
     ) -> None:
         """``classifier`` is of the cards that names are compared with (default: `real_card_classifier`)."""
         self._attributes, self._weights, self._given = attributes, weights, classifier
         self._waiting: list[C] = []
-        self._score_N: FloatArray = np.empty(0)
+        self._score_N: name_classifier.FloatArray = np.empty(0)
 
     def add(self, candidates: Sequence[C]) -> None:
         self._waiting += candidates
@@ -91,24 +85,24 @@ class Reranker(Generic[C]):
         self._repetition.add(chosen.text)
         return chosen
 
-    def scores(self, candidates: Sequence[C]) -> FloatArray:
+    def scores(self, candidates: Sequence[C]) -> name_classifier.FloatArray:
         """The scores (N,) of candidates, apart from the list so far."""
         if not candidates:
             return np.empty(0)
         texts = [one.text for one in candidates]
         nats_N = np.array([one.log_prob for one in candidates]) + START_NATS
-        if self._weights.match and has_questions(self._attributes):
+        if self._weights.match and name_classifier.has_questions(self._attributes):
             nats_N += self._weights.match * self._match(texts)
         faults_N = np.array([flaws(text) + (character_of(text) in known_characters()) for text in texts])
         return nats_N / np.array([len(text) + 1 for text in texts]) - self._weights.fault * faults_N
 
     @cached_property
-    def _match(self) -> Scorer:
+    def _match(self) -> name_classifier.Scorer:
         return self._classifier.scorer(self._attributes)
 
     @cached_property
-    def _classifier(self) -> AttributeClassifier:
-        return self._given or real_card_classifier()
+    def _classifier(self) -> name_classifier.AttributeClassifier:
+        return self._given or name_classifier.real_card_classifier()
 
     @cached_property
     def _repetition(self) -> WordRepetition:
@@ -118,4 +112,4 @@ class Reranker(Generic[C]):
 @cache
 def known_characters() -> frozenset[str]:
     """The characters of real legends, as `character_of` writes them."""
-    return frozenset(character_of(card.name) for card in real_card_classifier().cards) - {""}
+    return frozenset(character_of(card.name) for card in name_classifier.real_card_classifier().cards) - {""}
