@@ -100,12 +100,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse(name: str, arguments: Sequence[str]) -> Namespace:
-    """The checked settings of a command: defaults, then ``--config``, then the other arguments.
+    """The checked settings of a command: defaults, then ``--config``, then the other arguments. A wrong one raises
+    SystemExit with status 2, after one line on stderr.
 
         parse("train", ["--config", "configs/quickstart.yaml", "--training.max-steps", "100"]).training
-
-    Raises:
-        SystemExit: status 2, after one line on stderr, for a wrong argument.
     """
     parser = COMMANDS[name].make_parser()
     return cast(Namespace, parser.instantiate(parser.parse_args([_dashes_to_underscores(text) for text in arguments])))

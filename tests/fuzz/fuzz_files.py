@@ -92,14 +92,15 @@ def tiny_run() -> tuple[Checkpointer, torch.optim.Optimizer, dict[str, bytes]]:
     model(torch.zeros(1, 2, dtype=torch.int64), labels=torch.zeros(1, 2, dtype=torch.int64)).loss.backward()
     optimizer.step()
     state = OptimizerState(model, optimizer)
-    about: dict[str, Any] = {"config": asdict(TrainingConfig()), "data": {"train_sha256": ""}}
+    config = TrainingConfig(output_dir=str(FOLDER), run_name="run", keep_checkpoints=1, save_in_background=False)
+    about: dict[str, Any] = {"config": asdict(config), "data": {"train_sha256": ""}}
     about |= {
         "processes": 1,
         "device": "cpu",
         "identity": {"tokenizer": "", "validation_names": None, "model_config": {}},
     }
     tokenizer: Any = None  # what is read has none
-    run = Checkpointer(FOLDER / "run", model, tokenizer, 1, about, str, is_main=True, background=False)
+    run = Checkpointer(config, model, tokenizer, about, str, is_main=True)
     run.register("optimizer", state)
     tensors, values = split_state("optimizer", state.state_dict())
     about |= {"state": asdict(checkpoints.TrainerState(step=1)), "registered": {"optimizer": values}}

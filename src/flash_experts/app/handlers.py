@@ -1,8 +1,5 @@
-"""Event handlers of the page, without Gradio: from values of controls to HTML.
-
-Invalid input is reported on the page. The server keeps the state in `Row`s. Input from the browser is untrusted: it is
-only compared with their names, or is the number of a block or a head.
-"""
+"""Event handlers of the page, without Gradio: from values of controls to HTML. The state stays on the server, in
+`Row`s; untrusted input from the browser is only compared with their names, or is the number of a block or a head."""
 
 from __future__ import annotations
 

@@ -51,8 +51,6 @@ class Inspection:
 
     Attributes:
         name: the name in Unicode normal form, as the model read it.
-        prompt: text of the attributes before the name.
-        tokens: T texts.
         prompt_length: number of ``tokens`` before the name, BOS token included.
         steps: predictions of the name's tokens and its EOS token.
         attention: per block (H, T, T) float32; row t has the weights of query t, the first t + 1 of which sum to 1.
@@ -70,11 +68,8 @@ class Inspection:
 
 
 def inspect_name(loaded: LoadedModel, name: str, settings: Settings) -> Inspection:
-    """Inspects a model on a name, after the prompt that the settings make. Locks the model.
-
-    Raises:
-        ValueError: the name is blank or too long, the model does not return attention weights, or it has not learned
-            the set, year or rarity.
+    """Inspects a model on a name, after the prompt that the settings make. Locks the model. Raises a ValueError if the
+    name is blank or too long, the model does not return attention weights, or has not learned the set, year or rarity.
     """
     name = shown_form(name)
     if not normal_form(name):

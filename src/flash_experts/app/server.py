@@ -122,10 +122,7 @@ def make_server(playground: Playground, hosts: Iterable[str] = ()) -> uvicorn.Se
 
 class TimeoutProtocol(H11Protocol):
     """HTTP with timeouts for clients that neither complete their request nor read its answer (slowloris attacks).
-
-    uvicorn waits for such clients forever, and `MOST_CONNECTIONS` of them would block the server. TCP_USER_TIMEOUT (on
-    Linux) ends connections whose client reads nothing.
-    """
+    uvicorn waits for such clients forever, and `MOST_CONNECTIONS` of them would block the server."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)

@@ -117,15 +117,9 @@ class Playground:
         seconds: float | None = None,
         is_wanted: Callable[[], bool] = lambda: True,
     ) -> Iterator[Progress]:
-        """Generates names but those of ``without``, for ``seconds`` (default: the time limit), as long as
-        ``is_wanted``, asked before each decoding step.
-
-        Yields:
-            The progress after each name, and once more at the end.
-
-        Raises:
-            ValueError: the model is unknown, or no name satisfies the constraints.
-        """
+        """Yields the progress after each name but those of ``without``, and once more at the end, for ``seconds``
+        (default: the time limit), as long as ``is_wanted``, asked before each decoding step. Raises a ValueError if the
+        model is unknown, or no name satisfies the constraints."""
         loaded = self.model(model)
         start = time.monotonic()
         seed = secrets.randbelow(LARGEST_SEED + 1) if settings.seed is None else settings.seed
@@ -201,12 +195,8 @@ class Side:
 def compare(
     playground: Playground, settings: Settings, sides: Sequence[Side], is_wanted: Callable[[], bool] = lambda: True
 ) -> Iterator[list[Progress | None]]:
-    """Generates names for two or more sides from the same seed, as long as they are wanted. A side's own preset
-    replaces all sampling settings.
-
-    Yields:
-        The progress of each side; None where a side has no name yet.
-    """
+    """Yields the progress of each side, None where it has no name yet, of names for two or more sides from the same
+    seed, as long as they are wanted. A side's own preset replaces all sampling settings."""
     seed = secrets.randbelow(LARGEST_SEED + 1) if settings.seed is None else settings.seed
     settings = replace(settings, seed=seed)
     streams = [playground.names(_of_side(settings, side), side.model, is_wanted=is_wanted) for side in sides]

@@ -78,16 +78,8 @@ def name_set(
     is_wanted: Callable[[], bool],
 ) -> Iterator[SetProgress]:
     """Names for each card that has none, in order, within the time limit of one request. No name and no last word is
-    used twice in the set.
-
-    Args:
-        settings: the settings of all cards, ``count`` names for each; a card replaces the attributes that it has.
-        without: names to leave out.
-        is_wanted: as for `Playground.names`.
-
-    Raises:
-        ValueError: a setting of a card is not allowed, or the model is unknown.
-    """
+    used twice in the set. A card replaces the attributes that it has in ``settings``, whose ``count`` is of names for
+    each. Raises a ValueError if a setting of a card is not allowed, or the model is unknown."""
     asked = deque(_settings_of_each(playground, settings, model, rows).items())
     if not asked:
         raise ValueError("each of these cards has a name: leave the names out that are to be made")

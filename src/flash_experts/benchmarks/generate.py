@@ -1,8 +1,8 @@
 """Generation throughput: names per second of our decoder and of transformers' `generate`, with the same sampling.
 
-Both sample one checkpoint (temperature 1, top-k 200, no logits processors of ours) after the same prompt, with the same
-batch size, in alternating rounds, with float32 and with bfloat16 weights. `NameGenerator` with its filters (no real
-card, well-formed, distinct) is timed too; it does more work.
+Both sample one checkpoint (temperature 1, top-k 200, no logits processors of ours) after the same prompt, in
+alternating rounds. `NameGenerator` with its filters (no real card, well-formed, distinct) is timed too; it does more
+work.
 """
 
 from __future__ import annotations

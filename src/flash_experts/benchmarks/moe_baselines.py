@@ -1,8 +1,7 @@
 """Implementations in the MoE benchmark: our experts, transformers' implementations, and installed packages.
 
 All but the packages compute the same function with the same weights (`flash_experts.models.moe_layer.Experts`). The
-experts of the packages are gated (SwiGLU) without biases: their hidden size is set for the same FLOPs, and their
-results are compared with a loop over gated experts.
+experts of the packages are gated (SwiGLU) without biases, of a hidden size for the same FLOPs.
 
 Shape suffixes: T tokens, K experts per token, E experts, D width, F hidden units of an expert.
 """

@@ -1,8 +1,7 @@
-"""Timing: implementations run in alternating rounds, and the median of each is reported; peak memory; errors.
+"""Timing: implementations run in alternating rounds, which spreads slow moments of the machine; peak memory; errors.
 
-Alternating spreads slow moments of the machine over all of them. On a GPU, CUDA events measure the time, and before
-each pass the L2 cache is overwritten: this flushes it and keeps the GPU busy while the host launches the pass, so that
-only GPU time is measured. `Timing.call` includes the launch overhead of the host.
+On a GPU, CUDA events measure the time, and before each pass the L2 cache is overwritten: this flushes it and keeps the
+GPU busy while the host launches the pass. `Timing.call` includes the launch overhead of the host.
 """
 
 from __future__ import annotations

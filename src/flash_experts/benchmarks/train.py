@@ -1,9 +1,8 @@
 """Training throughput: real tokens per second of fine-tuning GPT-2 small, ours and transformers' Trainer with padding.
 
-Both train on the same texts (a colon and a name, the unconditional format of ``flash-experts train``) in the same
-batches, with the same optimizer and model: the shape of GPT-2 small with random weights and 50,257 tokens. "Real"
-tokens exclude padding. transformers pads each batch to its longest name. Ours is also timed with a trimmed vocabulary
-(``trim_vocabulary``) and with an upcycled MoE model. On a GPU both use bfloat16 autocast.
+Both train a model of random weights on the same batches of texts (a colon and a name), with the same optimizer. "Real"
+tokens exclude padding. Ours is also timed with a trimmed vocabulary and with an upcycled MoE model. On a GPU both use
+bfloat16 autocast.
 """
 
 from __future__ import annotations

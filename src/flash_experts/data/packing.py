@@ -1,8 +1,8 @@
 """Tokenization of names, and sequence packing: many names in one padding-free batch.
 
 The training text is ``<|endoftext|> + prompt + " " + name + <|endoftext|>`` (BOS, prompt, name, EOS), with the loss on
-the name and its EOS alone, which is never an input. A batch is one packed sequence, laid out as by transformers'
-``DataCollatorWithFlattening``: positions start again at each name, so there is no padding and no mask.
+the name and its EOS alone. A batch is one packed sequence, laid out as by transformers' ``DataCollatorWithFlattening``:
+positions start again at each name, so there is no padding and no mask. The EOS token is never an input.
 
 Shape suffixes: T tokens of the packed sequence, L labels, N names.
 """
@@ -25,10 +25,9 @@ from flash_experts.data.prompts import Attributes
 
 @dataclass(frozen=True, slots=True)
 class EncodedName:
-    """One name as token ids.
+    """One name as token ids: BOS, prompt, name, EOS.
 
     Attributes:
-        ids: BOS, prompt, name, EOS.
         prompt_length: number of ids before the name, BOS included.
         characters: characters of the name plus one for EOS.
         top_row: row of its first label in a teacher's `TopLogits`; -1 without a teacher.

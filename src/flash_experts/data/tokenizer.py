@@ -159,14 +159,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, whole_words: Sequence
     order between runs: words are counted, the alphabet is sorted, candidates are ordered by frequency and then by ids,
     and each pair becomes a candidate only once.
 
-    Args:
-        vocab_size: most tokens, with the 256 bytes and the end of text. 257 learns no merges: a character is a token
-            (an accented one two).
-        whole_words: words that are one token each wherever they stand alone, with the space before them. These tokens
-            come in addition to ``vocab_size``.
-
-    Raises:
-        ValueError: ``vocab_size`` is under 257.
+    ``vocab_size`` is the most tokens, with the 256 bytes and the end of text; with 257, the least (else a ValueError),
+    a character is a token (an accented one two). ``whole_words``, in addition, are one token each wherever they stand
+    alone, with the space before them.
     """
     if vocab_size < SMALLEST_VOCABULARY:
         raise ValueError(

@@ -2,8 +2,7 @@
 
 The weak one, a logistic regression on character n-grams, detects spelling only. The strong one, gradient boosting, also
 has bits under character n-gram models and the number, rarity and length of words. An area under the ROC curve (AUC) of
-0.5 is chance. A copy of the training set passes the weak one, so read the AUC together with the hit ratio of
-memorization.
+0.5 is chance. A copy of the training set passes the weak one, so read it with the hit ratio of memorization.
 
 Shape suffixes: N names, F features.
 """
@@ -33,12 +32,8 @@ _FEWEST = 40  # names of each side, at least
 
 @dataclass(frozen=True, slots=True)
 class Separation:
-    """Separability of two lists of names.
-
-    Attributes:
-        weak: AUC of logistic regression on character n-grams.
-        strong: AUC of gradient boosting on n-gram bits, words, lengths and the weak classifier's score.
-    """
+    """Separability of two lists of names: the AUC of logistic regression on character n-grams, and of gradient boosting
+    on n-gram bits, words, lengths and the weak classifier's score."""
 
     names: int
     weak: Estimate

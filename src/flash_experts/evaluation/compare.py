@@ -69,14 +69,9 @@ NAMES_PER_PROMPT = 6
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """Difference of two models on one held-out set.
-
-    Attributes:
-        conditional: whether the names are conditioned on attributes.
-        bits: bits per character of the first minus the second, with a paired 95% interval. Negative: the first is
-            better.
-        significant: whether the interval excludes zero, not corrected for multiple comparisons.
-    """
+    """Difference of two models on one held-out set, with the attributes given (``conditional``) or not: bits per
+    character of the first minus the second, with a paired 95% interval. It is ``significant`` if the interval excludes
+    zero, not corrected for multiple comparisons."""
 
     split: str
     conditional: bool

@@ -1,8 +1,7 @@
 """Control accuracy: attribute classifiers recognize from a name alone the attributes that it was conditioned on.
 
 Classifiers on character n-grams learn card type, color and legendary from training names. A good model is recognized as
-often as real names: exaggerated names are recognized more often. `SplitMetrics.control`, in bits, cannot be gamed that
-way.
+often as real names: exaggerated names more often, which `SplitMetrics.control`, in bits, does not reward.
 
 Shape suffixes: R resamples, C classes.
 """
@@ -86,7 +85,7 @@ class ControlMetrics:
         model: on names conditioned on all attributes of held-out cards.
         alone: on names conditioned on this attribute only.
         real: on the real names of the held-out cards.
-        majority: accuracy of always predicting the most common class.
+        majority: of always predicting the most common class.
     """
 
     task: str

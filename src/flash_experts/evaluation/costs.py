@@ -27,7 +27,7 @@ class Costs:
 
     Attributes:
         memory_bytes: parameters and buffers in memory (float32).
-        training_tokens: with prompts, without those of the model that training started from; None if unknown.
+        training_tokens: with prompts, without those of the model that training started from.
         flops_per_token: training FLOPs per token: 6 per active weight (Kaplan et al. 2020, section 2.1), with the
             output layer at every token, without attention scores.
     """

@@ -55,7 +55,7 @@ class SplitMetrics:
     """Bits per character of one held-out set.
 
     Attributes:
-        shuffled: bits conditioned on another card's attributes.
+        shuffled: conditioned on another card's attributes.
         control: shuffled - conditional, paired. Zero means that the model ignores its prompt.
         by_year: cards first printed until 2024 and since 2025 (embedded table only): a check for contamination, since a
             teacher pretrained on the web of 2024 cannot have read the latter.

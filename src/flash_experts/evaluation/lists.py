@@ -1,8 +1,6 @@
-"""Lists of names as a user gets them: for requests of held-out cards, at each quality, next to real names.
-
-In a good list, types and colors are recognized as often as in a list of real cards, and words are as varied.
-`flash_experts.evaluation.evaluate` measures a model's own distribution, this what `NameGenerator` makes of it.
-"""
+"""Lists of names as a user gets them from `NameGenerator`: for requests of held-out cards, at each quality, next to
+real names. In a good list, types and colors are recognized as often as in a list of real cards, and words are as
+varied."""
 
 from __future__ import annotations
 

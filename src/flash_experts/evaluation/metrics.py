@@ -86,11 +86,9 @@ def paired_bits_difference(
 
 
 def word_association(nats_own_P: npt.ArrayLike, nats_swapped_P: npt.ArrayLike, *, seed: int = 0) -> Estimate:
-    """Computes how many bits the first word of a two-word name saves on the second word.
-
-    Pairs of names swap their second words. The first words cancel, which leaves the pointwise mutual information of the
-    two words: zero if they are independent. The nats are those of both names of each pair.
-    """
+    """Computes how many bits the first word of a two-word name saves on the second word. Pairs of names swap their
+    second words. The first words cancel, which leaves the pointwise mutual information of the two words. The nats are
+    those of both names of each pair."""
     own, swapped = _same_length(nats_own_P, nats_swapped_P)
     return ratio_of_sums((swapped - own) / NATS_PER_BIT, np.full(own.size, 2.0), seed=seed)
 

@@ -91,7 +91,7 @@ class SwapBaseline:
 
         p(name) = w * p(joint) p(first | joint) p(second | joint) + (1 - w) * p_ngram(name)
 
-    Most names have a part that no training name of the kind has: the n-gram baseline gives them a probability.
+    The n-gram baseline gives a probability to parts that no training name of the kind has.
     """
 
     label = "swap"

@@ -28,10 +28,8 @@ _UNWANTED: tuple[tuple[str, str, text_rules.Check], ...] = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Constraints:
-    """The rules that every name of a request follows; None leaves one open. Case never matters.
-
-    A new rule is a field here, its filter in `filters`, and its last check in `held_by`.
-    """
+    """The rules that every name of a request follows; None leaves one open. Case never matters. A new rule is a field
+    here, its filter in `filters`, and its last check in `held_by`."""
 
     starts_with: str | None = option(
         None, "letters at the start (default: any)", RULES, label="Starts with", page_bounds=(0, 40)

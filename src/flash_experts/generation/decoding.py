@@ -1,6 +1,5 @@
-"""The decoding loop: batched generation with a KV cache, shared prompts and continuous batching.
-
-A prompt is computed once for all its names, and a row whose name ends goes to the next name.
+"""The decoding loop: batched generation with a KV cache. A prompt is computed once for all its names, and a row whose
+name ends goes to the next name (continuous batching).
 
 Shape suffixes: B batch rows, T tokens of prompt and name so far, S tokens that a name may have, V tokens of the
 vocabulary, K columns of the cache.
@@ -140,10 +139,9 @@ class DecodedName:
     Attributes:
         index: place in the seed's stream of names.
         ids: tokens after the prompt, without the EOS token.
-        log_prob: log-probability of ``ids`` and the EOS token, in nats, without sampling settings and filters.
+        log_prob: of ``ids`` and the EOS token, in nats, without sampling settings and filters.
         is_whole: false if the filters left no token, or the EOS token did not come in time.
-        top: for each of ``ids`` and the EOS token, the most likely tokens: ids (K,) and their log-probabilities (K,),
-            float16. Empty unless requested.
+        top: for each of ``ids`` and the EOS token the most likely ids (K,) and their log-probabilities (K,), float16.
     """
 
     index: int

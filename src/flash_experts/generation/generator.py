@@ -64,15 +64,11 @@ class NameGenerator:
         device: str | torch.device | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> NameGenerator:
-        """Loads a model folder or hub id with its tokenizer; the names of all real cards are known.
+        """Loads a model folder or hub id with its tokenizer (default: the newest released model, see
+        `flash_experts.released`); the names of all real cards are known. Without ``device`` it runs on CUDA if
+        available. In ``torch.bfloat16`` weights are faster on CPUs with AVX-512, but change the names of a seed.
 
-        Args:
-            source: default: the newest released model, see `flash_experts.released`.
-            device: default: CUDA if available.
-            dtype: of the weights; ``torch.bfloat16`` is faster on CPUs with AVX-512, but changes the names of a seed.
-
-        Raises:
-            ValueError: the folder is missing, damaged, or not a causal LM, or no released model is installed.
+        Raises a ValueError if the folder is missing, damaged, or not a causal LM, or no released model is installed.
         """
         from flash_experts.data.tokenizer import load_tokenizer
         from flash_experts.models.loading import load_model
@@ -87,17 +83,12 @@ class NameGenerator:
         """``count`` new names for a card in the order they were found, or fewer, with a warning.
 
         The same seed gives the same names for any ``batch_size`` (up to rounding), and a larger ``count`` only adds
-        names. Each prompt has random numbers of its own.
+        names. ``options`` are fields of `NameRequest`, such as ``type_line="Creature — Goblin"``,
+        ``preset="creative"``, ``seed=7``; None stands for the default. ``filters`` are subclasses of `NameFilter`, or
+        functions (vocabulary, prompt length) -> LogitsProcessor.
 
-        Args:
-            filters: more token filters: subclasses of `NameFilter`, or functions (vocabulary, prompt length) ->
-                LogitsProcessor.
-            **options: fields of `NameRequest`, such as ``type_line="Creature — Goblin"``, ``colors="R"``,
-                ``preset="creative"``, ``max_words=2``, ``seed=7``. None stands for the default.
-
-        Raises:
-            ValueError: a value is out of range or unknown, or no name satisfies the constraints.
-            TypeError: an option is unknown.
+        Raises a ValueError if a value is out of range or unknown, or no name satisfies the constraints, a TypeError if
+        an option is unknown.
         """
         return list(self.stream(count, filters=filters, **options))
 

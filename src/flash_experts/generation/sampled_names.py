@@ -1,9 +1,8 @@
 """Data for sequence-level knowledge distillation (Kim and Rush 2016): a teacher's names for many attribute sets.
 
 The attribute sets are those of real cards, with attribute dropout as in training. Names are sampled without filters;
-real cards, duplicates and other texts are drawn again for the same attributes, a few times.
-
-The file is written in pieces, with the state next to it: a killed run loses one piece, and resumes to the same names.
+real cards, duplicates and other texts are drawn again for the same attributes, a few times. A killed run loses one
+piece of the file, and resumes to the same names.
 """
 
 from __future__ import annotations

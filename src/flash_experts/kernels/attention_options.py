@@ -24,7 +24,6 @@ class AttentionOptions:
         left: sliding window to the left; -1 is unlimited, as for ``right``, of which 0 is causal.
         softcap: scores become ``softcap * tanh(score / softcap)``; 0 is off (Gemma 2).
         alibi_slopes: (H,) or (B, H) float32; scores get ``-slope * |i + offset - j|`` (Press et al. 2021).
-        dropout: probability that a weight is dropped after the softmax.
         seed: (1,) int64 on the inputs' device; dropout is a pure function of (seed, b * H + h, i, j), which the
             backward replays. None without dropout.
     """

@@ -1,10 +1,5 @@
-"""Attention by Dao-AILab's packages flash-attn 2, 3 and 4, where installed; imported on first use.
-
-`flash_experts.models.attention_backends` knows what each of them does not support.
-
-Shape suffixes: B sequences, S length, H query heads, G key/value heads, C head dim, T tokens of a packed
-sequence, N documents in it.
-"""
+"""Attention by Dao-AILab's packages flash-attn 2, 3 and 4, where installed; imported on first use. What each of them
+does not support is in `flash_experts.models.attention_backends`. Shape suffixes as in `attention_sdpa`."""
 
 from __future__ import annotations
 

@@ -33,11 +33,8 @@ def attention(
     k_lengths_B: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, None]:
     """Attention of a batch, differentiable in q, k and v, without softcap and ALiBi: (B, S_q, H, C) in the dtype of q,
-    zeros for a fully masked query; and None for the log-sum-exp.
-
-    Windows, and several queries against more keys, need a mask (S_q, S_k); everything else runs without one.
-    ``k_lengths_B`` is the int32 number of keys in use per sequence, read on the host.
-    """
+    zeros for a fully masked query; and None for the log-sum-exp. ``k_lengths_B`` is the int32 number of keys in use per
+    sequence, read on the host."""
     if k_lengths_B is not None:
         return _with_lengths(q_BSHC, k_BSGC, v_BSGC, options, k_lengths_B.tolist()), None
     S_q, S_k = q_BSHC.shape[1], k_BSGC.shape[1]

@@ -1,8 +1,5 @@
-"""Matmuls with a weight matrix on a CPU, by the faster library: oneDNN with AVX-512, else MKL.
-
-PyTorch uses MKL for float32, whose AVX-512 kernels run on Intel processors only; oneDNN's run on any processor with
-AVX-512. Without it oneDNN is slower than MKL.
-"""
+"""Matmuls with a weight matrix on a CPU, by the faster library: oneDNN with AVX-512, else MKL, which PyTorch uses for
+float32, and whose AVX-512 kernels run on Intel processors only."""
 
 from __future__ import annotations
 

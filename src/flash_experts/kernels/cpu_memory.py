@@ -2,10 +2,8 @@
 
 glibc returns large blocks to the system when they are freed, and Linux clears the pages when the next step asks for
 them again, which is slow for the large gradients of experts. So our commands and the first training forward of experts
-on a CPU call `keep_freed_memory`. ``FLASH_EXPERTS_KEEP_MEMORY=0`` in the environment turns it off.
-
-``THP_MEM_ALLOC_ENABLE=1`` asks for transparent huge pages of 2 MB. PyTorch reads it at its first tensor: our commands
-set it; your own script sets it in ``os.environ`` above ``import torch``.
+on a CPU call `keep_freed_memory`; ``FLASH_EXPERTS_KEEP_MEMORY=0`` turns it off. Our commands also ask for transparent
+huge pages of 2 MB (``THP_MEM_ALLOC_ENABLE=1``, which PyTorch reads at its first tensor).
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
-"""Flash attention on a GPU: launch, autotuning and PyTorch operators of our Triton kernels.
-
-The kernels are in `flash_attention_programs` (forward) and `flash_attention_backward`. The custom operators
-``flash_experts::attention_forward`` and ``_backward`` support autograd and ``torch.compile``.
+"""Flash attention on a GPU: launch, autotuning and PyTorch operators of our Triton kernels in
+`flash_attention_programs` (forward) and `flash_attention_backward`. The operators support autograd and
+``torch.compile``.
 
 Tile sizes are autotuned at the first call for each head dim, length bucket, dtype and kind of mask, and cached on disk
 with Triton's compiled kernels. ``TRITON_INTERPRET=1`` runs the kernels on a CPU, for tests only.
@@ -306,11 +305,7 @@ def attention(
     k_lengths_B: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of a batch, differentiable in q, k and v: float16, bfloat16 or float32, any strides; C from 16 to 256.
-
-    ``k_lengths_B`` is the int32 number of keys in use per sequence; the queries stand at the last ones. Returns (B,
-    S_q, H, C), contiguous, dtype of q, and the log-sum-exp (B, H, S_q) float32, without gradient. A fully masked query
-    gets 0 and -inf.
-    """
+    Returns as `flash_attention_reference.attention`."""
     if flash_decode_triton.suits(q_BSHC, k_BSGC, v_BSGC, options):
         return flash_decode_triton.decode(q_BSHC, k_BSGC, v_BSGC, options, k_lengths_B)
     q, k, v = map(_with_dense_rows, (q_BSHC, k_BSGC, v_BSGC))

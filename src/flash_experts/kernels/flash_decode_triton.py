@@ -1,11 +1,11 @@
 """Flash decoding in Triton (split-KV): a few queries against a long KV cache (Dao et al. 2023, "Flash-Decoding").
 
-Decoding is memory-bound, and one program instance per head would leave most of a GPU idle. So the keys are split:
-`decode_kernel` attends to one share of the keys, `combine_kernel` merges the shares by their log-sum-exps. The query
-heads of a key/value head share a tile, so that the cache is read once.
+One program instance per head would leave most of a GPU idle. So the keys are split: `decode_kernel` attends to one
+share of the keys, `combine_kernel` merges the shares by their log-sum-exps. The query heads of a key/value head share a
+tile, so that the cache is read once.
 
-Shape suffixes: B batch, S length, H query heads, G key/value heads, C head dim, P splits; R rows of a tile
-(the H / G heads of all queries); N keys of a tile.
+Shape suffixes: B batch, S length, H query heads, G key/value heads, C head dim, P splits; R rows of a tile (the H / G
+heads of all queries); N keys of a tile.
 """
 
 from __future__ import annotations
@@ -107,18 +107,8 @@ _ARGUMENTS = (
 @torch.library.custom_op(
     "flash_experts::attention_decode", mutates_args=(), schema=f"({_ARGUMENTS}) -> (Tensor, Tensor)"
 )
-def _decode(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    k_lengths: torch.Tensor | None,
-    slopes: torch.Tensor | None,
-    scale: float,
-    left: int,
-    right: int,
-    softcap: float,
-    splits: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _decode(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    q, k, v, k_lengths, slopes, scale, left, right, softcap, splits = arguments
     B, S_q, H, C = q.shape
     S_k, G = k.shape[1:3]
     rows, block_c = S_q * (H // G), triton.next_power_of_2(C)

@@ -1,15 +1,12 @@
 """All experts' two-layer MLPs over their tokens, as one differentiable operation for CPUs (grouped or batched GEMM).
 
 The plain loop (`flash_experts.models.moe_layer.Experts`) lets autograd allocate and add a full-size weight gradient per
-expert. Here the (token, expert) pairs are sorted once, and then
+expert. Here the (token, expert) pairs are sorted once. With many rows per expert (`_GroupedMLP`) each weight gradient
+is written straight into one buffer; with few (`_BatchedMLP`), where matmuls are memory-bound, all experts are
+multiplied at once, each padded to the rows of the busiest one.
 
-- with many rows per expert (`_GroupedMLP`), experts are computed one by one, and each weight gradient is written
-  straight into one buffer. An expert without tokens only costs the zeros of its gradient.
-- with few rows (`_BatchedMLP`), where matmuls are memory-bound, all experts are multiplied at once, each padded to the
-  rows of the busiest one.
-
-Shape suffixes: T tokens, K experts per token, S = T * K pairs sorted by expert, P the same with each expert's
-rows padded, E experts, M rows of the busiest expert, D width, F hidden units of an expert.
+Shape suffixes: T tokens, K experts per token, S = T * K pairs sorted by expert, P the same with each expert's rows
+padded, E experts, M rows of the busiest expert, D width, F hidden units of an expert.
 """
 
 from __future__ import annotations
@@ -193,13 +190,11 @@ def _one_token(
     x_1D: torch.Tensor,
     experts_1K: torch.Tensor,
     gates_1K: torch.Tensor,
-    up_EDF: torch.Tensor,
-    up_bias_EF: torch.Tensor,
-    down_EFD: torch.Tensor,
-    down_bias_ED: torch.Tensor,
+    weights: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
     activation: Activation,
 ) -> torch.Tensor:
     """The forward of a single token (decoding), (1, D): no sorting, nothing saved for the backward."""
+    up_EDF, up_bias_EF, down_EFD, down_bias_ED = weights
     rows = []
     for e in experts_1K[0].tolist():
         if activation is gelu_tanh:
@@ -257,7 +252,7 @@ def grouped_mlp(
     num_experts = up_EDF.shape[0]
     weights = (up_EDF, up_bias_EF, down_EFD, down_bias_ED)
     if len(x_TD) == 1 and not torch.is_grad_enabled():
-        return _one_token(x_TD, experts_TK, gates_TK, *weights, activation)
+        return _one_token(x_TD, experts_TK, gates_TK, weights, activation)
     counts_E = torch.bincount(experts_TK.reshape(-1), minlength=num_experts)
     if batched is None:
         most, used, num_pairs = int(counts_E.max()), int(counts_E.count_nonzero()), experts_TK.numel()

@@ -1,16 +1,12 @@
 """All experts' two-layer MLPs over their tokens, as one differentiable operation for GPUs (grouped GEMM).
 
-The same function as `flash_experts.kernels.grouped_mlp`, on the Triton kernels of `grouped_gemm_triton`: two matmuls in
-the forward, four in the backward. There is no host synchronisation, so CUDA graphs can capture it, and as a custom
-operator (``flash_experts::grouped_mlp``) no graph break. The backward recomputes the activation.
-
-Shape suffixes: T tokens, K experts per token, S = T * K pairs sorted by expert, E experts, D width, F hidden
-units of an expert.
+The same function as `flash_experts.kernels.grouped_mlp`, whose shape suffixes it uses, on the Triton kernels of
+`grouped_gemm_triton`. There is no host synchronisation, so CUDA graphs can capture it, and as a custom operator
+(``flash_experts::grouped_mlp``) no graph break. The backward recomputes the activation.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -160,42 +156,32 @@ def _backward_op(
     _launch_rows(
         _DOWN, dhidden, up.transpose(1, 2), T * K, dhidden, up, down_bias, gates, pair, starts, dx_pairs, E, GATED=False
     )
-    gradients = _weight_gradients(dout, x, gates, up, down, dhidden, gated_act, pair, token, starts, weights_too)
-    return (_over_experts(dx_pairs, K), dgates.to(gates.dtype), *gradients)
-
-
-def _weight_gradients(
-    dout: torch.Tensor,
-    x: torch.Tensor,
-    gates: torch.Tensor,
-    up: torch.Tensor,
-    down: torch.Tensor,
-    dhidden: torch.Tensor,
-    gated_act: torch.Tensor,
-    pair: torch.Tensor,
-    token: torch.Tensor,
-    starts: torch.Tensor,
-    wanted: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of up, its bias, down and its bias; empty tensors if not wanted."""
-    E, D, F = up.shape
-    if not wanted:
-        return up.new_empty(0), up.new_empty(0), up.new_empty(0), up.new_empty(0)
-    dup, dup_bias = torch.empty_like(up), up.new_empty(E, F)
-    ddown, ddown_bias = torch.empty_like(down), up.new_empty(E, D)
+    first = _over_experts(dx_pairs, K), dgates.to(gates.dtype)
+    if not weights_too:
+        return (*first, up.new_empty(0), up.new_empty(0), up.new_empty(0), up.new_empty(0))
     index = (token, pair, gates, starts)
-    flags = {"ROWS_BUCKET": _rows_bucket(pair.numel()), "UPCAST": INTERPRETED and x.dtype == torch.bfloat16}
-    _WEIGHT_GRADIENT[_weight_grid(D, F, E)](
-        x, dhidden, *index, dup, dup_bias, D, F, GATHER_A=True, GATHER_B=False, **flags
+    of_up, of_down = (
+        _weight_gradient(x, dhidden, up, index, True),
+        _weight_gradient(gated_act, dout, down, index, False),
     )
-    _WEIGHT_GRADIENT[_weight_grid(F, D, E)](
-        gated_act, dout, *index, ddown, ddown_bias, F, D, GATHER_A=False, GATHER_B=True, **flags
-    )
-    return dup, dup_bias, ddown, ddown_bias
+    return (*first, *of_up, *of_down)
 
 
-def _weight_grid(size_a: int, size_b: int, E: int) -> Callable[[dict[str, Any]], tuple[int, int]]:
-    return lambda meta: (triton.cdiv(size_a, meta["BLOCK_M"]) * triton.cdiv(size_b, meta["BLOCK_N"]), E)
+def _weight_gradient(
+    a: torch.Tensor, b: torch.Tensor, w_EAB: torch.Tensor, index: tuple[torch.Tensor, ...], gathers_a: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradients of an expert's matrices and biases, of the rows ``a`` and ``b``, one of which is by token."""
+    E, size_a, size_b = w_EAB.shape
+    dw_EAB, dbias_EB = torch.empty_like(w_EAB), w_EAB.new_empty(E, size_b)
+
+    def grid(meta: dict[str, Any]) -> tuple[int, int]:
+        return triton.cdiv(size_a, meta["BLOCK_M"]) * triton.cdiv(size_b, meta["BLOCK_N"]), E
+
+    _WEIGHT_GRADIENT[grid](
+        a, b, *index, dw_EAB, dbias_EB, size_a, size_b, GATHER_A=gathers_a, GATHER_B=not gathers_a,
+        ROWS_BUCKET=_rows_bucket(index[0].numel()), UPCAST=INTERPRETED and a.dtype == torch.bfloat16,
+    )  # fmt: skip
+    return dw_EAB, dbias_EB
 
 
 @_backward_op.register_fake

@@ -338,9 +338,8 @@ class GPT2MoEForCausalLM(GPT2MoEPreTrainedModel, GPT2LMHeadModel):
     ) -> Self:
         """Sparse upcycling (Komatsuzaki et al. 2022): an MoE model whose experts come from the MLPs of a dense one.
 
-        With ``copy`` the gates of a token sum to one over equal experts, so the new model's logits are the dense
-        model's, to rounding (at most 1e-5 apart in float32), for every number of experts and of experts per token.
-        `flash_experts.models.upcycling` describes the other methods and what each keeps of the dense model's output.
+        With ``copy`` the new model's logits are the dense model's, to rounding (at most 1e-5 apart in float32), for
+        every number of experts and of experts per token. `flash_experts.models.upcycling` describes the other methods.
 
         Args:
             dense: a GPT-2, which is left as it is; or a folder that `save_pretrained` wrote or a hub id, of which never

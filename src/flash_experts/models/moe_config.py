@@ -18,7 +18,8 @@ from flash_experts.plain_text import nearest
 
 @strict
 class GPT2MoEConfig(MoEOptions, GPT2Config):
-    """GPT-2's configuration, `MoEOptions`, and what else the MoE blocks need.
+    """GPT-2's configuration, `MoEOptions`, and what else the MoE blocks need. Raises a ValueError for k > E, a value
+    out of bounds, settings that contradict each other, or a misspelled field.
 
     Attributes:
         moe_intermediate_size: hidden units of one expert; None is the dense layer's own (``n_inner`` or 4 x width).
@@ -29,11 +30,7 @@ class GPT2MoEConfig(MoEOptions, GPT2Config):
         norm_topk_prob: divide the k gates by their sum, so that they sum to one. Upcycling is exact only then.
         output_router_logits: return the router's logits and the balancing loss from every forward. In training both
             losses are part of ``.loss`` whether this is set or not.
-        attention_backend: ``auto``, ``triton``, ``sdpa``, ``reference``, ...: see
-            `flash_experts.models.attention_backends`.
-
-    Raises:
-        ValueError: k > E, a value out of bounds, settings that contradict each other, or a misspelled field.
+        attention_backend: see `flash_experts.models.attention_backends`.
     """
 
     model_type = "gpt2_moe"

@@ -121,10 +121,8 @@ ALL_EXPERTS_FUNCTIONS.register(TRITON_EXPERTS_IMPLEMENTATION, fe_experts_triton_
 
 
 class SharedExperts(nn.Module):
-    """The shared experts, which every token goes through (Dai et al. 2024, section 3.2).
-
-    The sum of S two-layer MLPs is one MLP with S times the hidden units, whose second bias is the sum of theirs.
-    """
+    """The shared experts, which every token goes through (Dai et al. 2024, section 3.2): S two-layer MLPs as one with S
+    times the hidden units, whose second bias is the sum of theirs."""
 
     def __init__(self, config: GPT2MoEConfig):
         super().__init__()
@@ -191,12 +189,10 @@ def load_balancing_loss(
     scoring_func: str = "softmax",
     counts_E: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The load-balancing auxiliary loss of one layer, ``E * sum_e f_e * P_e`` (Fedus et al. 2021, eq. 4-6).
-
-    f_e is the share of the choices that went to expert e, dropped ones included; P_e is its mean probability, which
-    alone carries a gradient. The loss is 1 at perfect balance. ``mask_T`` is true where a token counts. ``counts_E``
-    has the choices of the step so far for ``router_aux_loss_scope="global_batch"`` (Qiu et al. 2025).
-    """
+    """The load-balancing auxiliary loss of one layer, ``E * sum_e f_e * P_e`` (Fedus et al. 2021, eq. 4-6), 1 at
+    perfect balance. f_e is the share of the choices that went to expert e, dropped ones included; P_e is its mean
+    probability, which alone carries a gradient. ``mask_T`` is true where a token counts. ``counts_E`` has the choices
+    of the step so far for ``router_aux_loss_scope="global_batch"`` (Qiu et al. 2025)."""
     num_experts = logits_TE.shape[-1]
     probs_TE = _probabilities(logits_TE, scoring_func)
     weight_T = torch.ones_like(probs_TE[:, 0]) if mask_T is None else mask_T.to(probs_TE.dtype)

@@ -1,8 +1,8 @@
 """A ring KV cache for continuous batching: rows that begin and end at different times.
 
-The first columns hold each row's prompt (shorter ones are masked), computed once. The row's own tokens go into a ring
-of columns: step t writes column t mod R of all rows. A finished row is replaced at once by a new one, which attends
-only to columns written since it began; nothing is moved or cleared.
+The first columns hold each row's prompt (shorter ones are masked), the others are a ring of the rows' own tokens: step
+t writes column t mod R of all rows. A finished row is replaced at once by a new one, which attends only to columns
+written since it began; nothing is moved or cleared.
 
 Shape suffixes: B rows, H key/value heads, P tokens of the longest prompt, R columns of the ring, K = P + R, C head dim.
 """

@@ -190,10 +190,7 @@ def pair_metrics(pairs_EE: torch.Tensor) -> dict[str, float]:
 
 def diagnose_loads(load_E: torch.Tensor, top_k: int) -> str | None:
     """Describes routing collapse or dead experts in the loads of a router (not all zero); None if there are none.
-
-    Collapse is measured by the effective number of experts, ``exp(entropy of the load shares)`` (Hill 1973): E when
-    balanced, K when every token goes to the same K.
-    """
+    Collapse is measured by the effective number of experts, ``exp(entropy of the load shares)`` (Hill 1973)."""
     share_E = load_E.double() / load_E.sum()
     E = len(share_E)
     used = math.exp(float(torch.special.entr(share_E).sum()))

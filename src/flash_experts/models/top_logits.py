@@ -66,12 +66,8 @@ def holds_top_logits(folder: str | Path) -> bool:
 
 
 class TopLogits:
-    """The folder's top-K logits in memory, with the token ids of a student whose vocabulary is a subset.
-
-    Attributes:
-        ids: (L, K) int32; -1 for tokens that the student does not have.
-        log_probs: (L, K) float16, in nats.
-    """
+    """The folder's top-K logits in memory, with the token ids of a student whose vocabulary is a subset: ``ids`` (L, K)
+    int32, -1 for tokens that the student does not have, and ``log_probs`` (L, K) float16, in nats."""
 
     def __init__(self, folder: str | Path, tokenizer: PreTrainedTokenizerBase) -> None:
         """Reads the shards; raises a ValueError if one is missing or changed, or the tokenizer has tokens that the

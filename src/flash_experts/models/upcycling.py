@@ -8,13 +8,13 @@ one over the k chosen. Before any training, for every token, k and E:
               noise_scale.
     drop      Each expert redraws a share ``drop_ratio`` of its hidden units: their columns of W1, b1 and rows of W2,
               from normal distributions with the mean and standard deviation of the dense W1, b1 and W2 (Nakamura et al.
-              2025, Drop-Upcycling). The output differs by what those units contributed.
+              2025, Drop-Upcycling).
     granular  Virtual groups (He et al. 2024): g * E experts of ff / g hidden units, g * k per token. Expert
               ``r * g + s`` of group r holds shard s. The g experts of a group share one row of the router, so a token
               takes whole groups with equal gates, 1/g of one expert's: W2 is multiplied by g, b2 is not. Exact.
     shared    The shared expert is the dense layer. Routed experts copy W1 and have W2 = 0, b2 = 0, so they are silent
-              until trained. With granularity g, g shared experts make up the dense layer, and routed ones have a shard
-              of W1. Exact with any gates. The router gets no gradient while the routed experts are silent.
+              until trained, and the router gets no gradient. With granularity g, g shared experts make up the dense
+              layer, and routed ones have a shard of W1. Exact with any gates.
 
 Exact means up to rounding: logits at most 1e-5 apart in float32. With ``routing="expert_choice"`` it holds for tokens
 with an expert; with ``capacity_factor``, for tokens without dropped choices.
@@ -107,10 +107,8 @@ class Upcycling(UpcyclingOptions):
 
 @torch.no_grad()
 def fill_from_dense(model: PreTrainedModel, dense: GPT2LMHeadModel, upcycling: Upcycling, take: bool) -> None:
-    """Fills every weight of a new `GPT2MoEForCausalLM`, made by ``upcycling.config``, from a dense model.
-
-    With ``take`` each part of ``dense`` is freed once copied, so that memory never holds two whole models.
-    """
+    """Fills every weight of a new `GPT2MoEForCausalLM`, made by ``upcycling.config``, from a dense model. With ``take``
+    each part of ``dense`` is freed once copied, so that memory never holds two whole models."""
     old: Any = dense.transformer
     new: Any = model.transformer
     if model.config.tie_word_embeddings:

@@ -34,44 +34,26 @@ class Checkpointer:
     registered object.
 
     Args:
-        keep: number of newest checkpoints to keep, besides the best one.
         info: ``config``, ``data``, ``processes``, ``device`` and ``identity`` of the run, compared on resuming.
         is_main: whether this process writes; all processes read.
-        background: whether a thread writes, which takes memory for a copy of what is saved.
     """
 
     def __init__(
         self,
-        run_dir: Path,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        keep: int,
-        info: Mapping[str, Any],
-        notify: Callable[[str], None],
-        is_main: bool,
-        background: bool,
-    ):
-        self.run_dir, self.model, self.tokenizer = run_dir, model, tokenizer
-        self._keep, self._notify, self._is_main = keep, notify, is_main
-        self._metadata = {name: info[name] for name in ("config", "data", "processes", "device", "identity")}
-        self._registered: dict[str, Stateful] = {}
-        self._saved: Path | None = None
-        self._background = Background() if background else None
-        self._copies = {use: CpuCopy() for use in ("weights", "tensors", "export")}
-
-    @classmethod
-    def of(
-        cls,
         config: TrainingConfig,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         info: Mapping[str, Any],
         notify: Callable[[str], None],
         is_main: bool,
-    ) -> Checkpointer:
-        """The checkpointer of a run."""
-        keep, background = config.keep_checkpoints, config.save_in_background
-        return cls(config.run_dir, model, tokenizer, keep, info, notify, is_main, background)
+    ):
+        self.run_dir, self.model, self.tokenizer = config.run_dir, model, tokenizer
+        self._keep, self._notify, self._is_main = config.keep_checkpoints, notify, is_main
+        self._metadata = {name: info[name] for name in ("config", "data", "processes", "device", "identity")}
+        self._registered: dict[str, Stateful] = {}
+        self._saved: Path | None = None
+        self._writer = Background(config.save_in_background)
+        self._copies = {use: CpuCopy() for use in ("weights", "tensors", "export")}
 
     def register(self, name: str, stateful: Stateful) -> None:
         """Adds an object's state to every checkpoint, under a name that must stay the same."""
@@ -103,17 +85,15 @@ class Checkpointer:
     @property
     def is_writing(self) -> bool:
         """Whether a write is not finished yet."""
-        return self._background is not None and self._background.busy
+        return self._writer.busy
 
     def check(self) -> None:
         """Raises the `CheckpointError` of a write that has failed; never waits."""
-        if self._background is not None:
-            self._background.check()
+        self._writer.check()
 
     def wait(self) -> None:
         """Waits until everything is written, and raises the first `CheckpointError`."""
-        if self._background is not None:
-            self._background.wait()
+        self._writer.wait()
 
     def close(self) -> None:
         """Waits at the end of a run that may have failed already: the error of a write is shown, not raised."""
@@ -130,7 +110,7 @@ class Checkpointer:
     def _copy(self, use: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The full tensors on the main process, {} on the others. Copies, if a thread is to read them."""
         full: dict[str, torch.Tensor] = {}
-        if self._is_main and self._background is not None:
+        if self._is_main and self._writer.has_thread:
             self.wait()
             return self._copies[use].take(tensors)
         for name, first, tensor in gather_each(tensors):
@@ -142,12 +122,8 @@ class Checkpointer:
         return self.model.state_dict(keep_vars=True)  # the parameters themselves: tied ones are the same object
 
     def _submit(self, work: Callable[[], None]) -> None:
-        if not self._is_main:
-            return
-        if self._background is None:
-            work()
-        else:
-            self._background.submit(work)
+        if self._is_main:
+            self._writer.submit(work)
 
     def _write(
         self,
@@ -164,12 +140,9 @@ class Checkpointer:
         checkpoints.prune_checkpoints(self.run_dir, self._keep, best_step, self._notify)
 
     def restore(self, resume: str | Path | None, overwrite: bool = False) -> TrainerState:
-        """Restores the model and all registered objects from a checkpoint; arguments as in `Trainer.train`.
-
-        Raises:
-            ValueError: ``resume`` is None, and there are checkpoints that a new run would overwrite.
-            CheckpointError: the checkpoint is missing or damaged, or belongs to another model.
-        """
+        """Restores the model and all registered objects from a checkpoint; arguments as in `Trainer.train`. Raises a
+        ValueError if ``resume`` is None, and there are checkpoints that a new run would overwrite, a CheckpointError if
+        the checkpoint is missing or damaged, or belongs to another model."""
         if self._is_main:
             checkpoints.remove_leftovers(self.run_dir)
         steps = checkpoints.checkpoint_steps(self.run_dir)
@@ -295,14 +268,18 @@ def gather_each(tensors: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, str,
 
 
 class Background:
-    """A thread that runs queued work in order. The interpreter waits for it when it exits."""
+    """A thread that runs queued work in order, for which the interpreter waits when it exits; or none: at once."""
 
-    def __init__(self) -> None:
+    def __init__(self, has_thread: bool) -> None:
+        self.has_thread = has_thread
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: list[Future[None]] = []
 
     def submit(self, work: Callable[[], None]) -> None:
-        self._pending.append(self._executor.submit(work))
+        if self.has_thread:
+            self._pending.append(self._executor.submit(work))
+        else:
+            work()
 
     @property
     def busy(self) -> bool:

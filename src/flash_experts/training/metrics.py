@@ -180,11 +180,8 @@ class SpeedMeter:
 
 def multiplied_parameters(model: PreTrainedModel) -> dict[str, int]:
     """Counts weights: ``total``; ``body``, those that multiply a token in the blocks (its k experts alone); ``head``,
-    the output layer's. Embedding tables are looked up, not multiplied.
-
-    ``body_flops`` per token and ``head_flops`` per label are training FLOPs per weight: 2 for the forward, 2 for the
-    gradient of its input, if anything before it is trained, and 2 for its own, if it is trained.
-    """
+    the output layer's. ``body_flops`` per token and ``head_flops`` per label are training FLOPs per weight: 2 for the
+    forward, 2 for the gradient of its input, if anything before it is trained, and 2 for its own, if it is trained."""
     looked_up = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     head = model.get_output_embeddings().weight
     shares = expert_shares(model)

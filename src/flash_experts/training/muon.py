@@ -36,12 +36,10 @@ def orthogonalize(matrices_NRC: torch.Tensor, steps: int = 5, dtype: torch.dtype
 
 
 class Muon(torch.optim.Optimizer):
-    """``m = momentum m + g``, ``u = orthogonalize(g + momentum m)`` (Nesterov), ``w = (1 - lr decay) w - lr s u``.
-
-    ``s = 0.2 sqrt(max(R, C))`` makes updates as large as AdamW's, so both use the same learning rate and weight decay
-    (Liu et al. 2025, Muon is scalable for LLM training, section 2.2). ``blocks`` of a group is the number of matrices
-    side by side in a parameter of two dimensions.
-    """
+    """``m = momentum m + g``, ``u = orthogonalize(g + momentum m)`` (Nesterov), ``w = (1 - lr decay) w - lr s u``,
+    where ``s = 0.2 sqrt(max(R, C))`` makes updates as large as AdamW's, so both use the same learning rate and weight
+    decay (Liu et al. 2025, section 2.2). ``blocks`` of a group is the number of matrices side by side in a parameter of
+    two dimensions."""
 
     def __init__(
         self,

@@ -36,11 +36,8 @@ def check_dtype(model: PreTrainedModel) -> PreTrainedModel:
 
 @contextmanager
 def deterministic_algorithms(wanted: bool) -> Iterator[None]:
-    """If ``wanted``, restricts PyTorch to operations that give the same bits in every run; others raise.
-
-    On a CPU all do, for one number of threads. On CUDA atomic additions do not, nor does cuBLAS without a fixed
-    workspace (``CUBLAS_WORKSPACE_CONFIG``, read when CUDA starts).
-    """
+    """If ``wanted``, restricts PyTorch to operations that give the same bits in every run; others raise. On CUDA atomic
+    additions do not, nor does cuBLAS without a fixed workspace (``CUBLAS_WORKSPACE_CONFIG``, read when CUDA starts)."""
     if not wanted:
         yield
         return

@@ -133,13 +133,9 @@ def part_rates(scale: LearningRateScale, rate: float) -> dict[str, float]:
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """Learning-rate warmup, then decay to ``min_ratio`` of the peak, by steps or by the clock; a limit of None is none.
-
-    Attributes:
-        kind: cosine, linear, constant or wsd (warmup-stable-decay).
-        warmup: steps (1 or more) or share of the run (under 1).
-        decay_share: last share of the run, in which wsd decays.
-    """
+    """Learning-rate warmup, for steps (1 or more) or a share of the run (under 1), then decay to ``min_ratio`` of the
+    peak, by steps or by the clock: cosine, linear, constant or wsd (warmup-stable-decay, in the last ``decay_share`` of
+    the run)."""
 
     kind: str
     warmup: float
@@ -197,10 +193,8 @@ class Schedule:
 
 
 class WeightAverage:
-    """Exponential moving average (EMA) of the trained weights: ``a = d a + (1 - d) w`` after each step.
-
-    ``d = min(decay, (1 + n) / (10 + n))`` after n steps, so that the first, bad weights are soon forgotten.
-    """
+    """Exponential moving average (EMA) of the trained weights: ``a = d a + (1 - d) w`` after each step, with ``d =
+    min(decay, (1 + n) / (10 + n))`` after n steps, so that the first, bad weights are soon forgotten."""
 
     def __init__(self, model: nn.Module, decay: float):
         self._decay = decay

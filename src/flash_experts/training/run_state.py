@@ -23,7 +23,7 @@ class TrainerState:
         evaluation_seconds: time of the first validation.
         best_bits_per_char: lowest `validation.SELECTION` so far.
         bad_evaluations: validations since the best one.
-        skipped_steps: steps skipped for a NaN or infinite loss or gradient (``on_nan: skip``).
+        skipped_steps: for a NaN or infinite loss or gradient (``on_nan: skip``).
     """
 
     step: int = 0

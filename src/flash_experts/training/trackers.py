@@ -1,7 +1,5 @@
 """Experiment trackers: accelerate's classes behind the hooks of a run, with panels ``train/``, ``eval/``, ``router/``.
-
-A tracker never ends a run: if it fails, training goes on without it, and metrics.jsonl has everything.
-"""
+If one fails, training goes on without it, and metrics.jsonl has everything."""
 
 from __future__ import annotations
 

@@ -44,7 +44,8 @@ from flash_experts.training.validation import SELECTION, Validation
 
 
 class Trainer:
-    """Fine-tunes a causal language model on card names.
+    """Fine-tunes a causal language model on card names. Raises a ValueError if the configuration is wrong, or its
+    device is not available.
 
     Args:
         model: causal LM with float32 weights that takes packed sequences, trained in place; ``config.precision``
@@ -52,9 +53,6 @@ class Trainer:
         callbacks: listeners; one of them may make sample names.
         data_info: meta.json of the data, kept with the run.
         origin: base of the model and options of its experts, kept with the run.
-
-    Raises:
-        ValueError: the configuration is wrong, or its device is not available.
     """
 
     def __init__(
@@ -100,7 +98,7 @@ class Trainer:
         # All that a step passes to the next: the weights, `state`, and the registered objects (see `stateful`).
         self.state = run_state.TrainerState()
         self.window = LoggingWindow(self.model, self.accelerator, not config.label_smoothing and config.teacher is None)
-        self.checkpointer = Checkpointer.of(config, self.model, tokenizer, self.info, self.report.notify, self.is_main)
+        self.checkpointer = Checkpointer(config, self.model, tokenizer, self.info, self.report.notify, self.is_main)
         for name, optimizer in self.optimizers.items():
             self.checkpointer.register(name, OptimizerState(self.model, optimizer))
         self.checkpointer.register("interval", self.window)  # its name in checkpoints since the first version

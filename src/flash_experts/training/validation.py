@@ -25,13 +25,8 @@ SELECTION = f"{BITS_PER_CHAR}_mean"
 
 
 class Validation:
-    """A fixed draw of validation names, packed once.
-
-    Args:
-        max_names: names to score, drawn by ``seed``; None for all.
-        tokens_per_row: most tokens of a packed batch.
-        process: rank of this process and number of processes, among which the batches are shared.
-    """
+    """A fixed draw of ``max_names`` validation names by ``seed`` (None for all), packed once. ``process`` is the rank
+    of this process and the number of processes, among which the batches are shared."""
 
     def __init__(
         self,

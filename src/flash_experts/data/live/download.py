@@ -41,16 +41,9 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class RetryPolicy:
-    """Timeouts and retries of a download.
-
-    Attributes:
-        read_seconds: timeout for the next bytes.
-        total_seconds: limit for a file, with all retries and waits.
-        attempts: most requests for a file.
-        connect_attempts: most requests that find no server: few, so that a missing network is reported soon.
-        first_wait: seconds before the second attempt; doubled each time, times a random 0.5 to 1 (jitter).
-        longest_wait: limit of the doubling, in seconds. A Retry-After may ask for more.
-    """
+    """Timeouts and retries of a download: the wait doubles from ``first_wait`` to ``longest_wait`` seconds, times a
+    random 0.5 to 1 (jitter), but a Retry-After may ask for more. ``connect_attempts`` find no server: few, so that a
+    missing network is reported soon."""
 
     connect_seconds: float = 10.0
     read_seconds: float = 30.0

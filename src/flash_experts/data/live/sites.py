@@ -1,6 +1,5 @@
-"""The newest cards from Scryfall or MTGJSON, from a cache for a day.
-
-Without a network an older cache is used, with a warning. Environment variables:
+"""The newest cards from Scryfall or MTGJSON, from a cache for a day, or with a warning an older one if there is no
+network.
 
     FLASH_EXPERTS_CACHE           cache folder
     FLASH_EXPERTS_SCRYFALL_URL    instead of https://api.scryfall.com

@@ -1,8 +1,8 @@
 """Router maps: which expert processes which token of given names, with load balance and entropy of each router.
 
-The EOS token is predicted and never read, so it has no expert. With expert choice, the experts of a token depend on the
-batch composition, here `TOKENS_PER_BATCH` tokens. Token dropping by a capacity factor happens in training only; it is
-counted here.
+The EOS token is never read, so it has no expert. With expert choice, the experts of a token depend on the batch
+composition, here `TOKENS_PER_BATCH` tokens. Token dropping by a capacity factor happens in training only; it is counted
+here.
 
 Shape suffixes: T tokens of all names, E experts, K experts per token, L MoE layers.
 """

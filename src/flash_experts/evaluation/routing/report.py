@@ -1,7 +1,5 @@
-"""Router report of `flash_experts.evaluation.routing.maps`: text for a terminal, and a self-contained HTML page.
-
-The page has no script and loads nothing. Every color is next to its number.
-"""
+"""Router report of `flash_experts.evaluation.routing.maps`: text for a terminal, and a self-contained HTML page, which
+has no script. Every color is next to its number."""
 
 from __future__ import annotations
 

@@ -27,14 +27,8 @@ _BOS_TEXT = "[BOS]"
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """All input tokens, one name after the other.
-
-    Attributes:
-        texts: printable texts, see `shown_text`.
-        name_T: index of the name.
-        class_T: index into `TOKEN_CLASSES`.
-        place_T: position in the name, from 0; -1 for BOS token and prompt.
-    """
+    """All input tokens, one name after the other: ``texts`` to print, indices of the name and of the class in
+    `TOKEN_CLASSES`, and the position in the name, from 0; -1 for BOS token and prompt."""
 
     texts: tuple[str, ...]
     name_T: IntArray

@@ -9,8 +9,8 @@ To write your own, define the state of a name and the tokens that a state forbid
         def rule(self, name): return "no e" if len(name.split()) < 2 else None
         def forbidden(self, rule): return self.vocabulary.where(lambda text: "e" in text)
 
-Pass the class to ``NameGenerator.generate(filters=[NoLetter])``; examples/extending/custom_filter.py runs two.
-``rule`` is called once per row and step, so keep it fast; ``forbidden`` once per distinct rule, and cached.
+Pass the class to ``NameGenerator.generate(filters=[NoLetter])``. ``rule`` is called once per row and step, so keep it
+fast; ``forbidden`` once per distinct rule.
 
 Shape suffixes: B batch rows, T tokens of prompt and name, V tokens of the vocabulary.
 """

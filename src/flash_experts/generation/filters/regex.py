@@ -3,8 +3,6 @@
 llguidance compiles the expression lazily to an automaton, which walks a trie of the vocabulary. The expression is
 intersected with the length limit and the alphabet, so every token offered can lead to a match in time, and an
 expression that no name matches is refused at once. Where only one text can follow, the tokenizer's own cut is offered.
-
-One matcher is reset and reads each text from its start: its states stay cached, and so do the token ids of words.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""Filters on the letters that a name starts with, contains or ends with.
-
-`flash_experts.generation.filters.base` defines a filter. Shape suffix: V tokens of the vocabulary.
-"""
+"""Filters on the letters that a name starts with, contains or ends with. Shape suffix: V tokens of the vocabulary."""
 
 from __future__ import annotations
 
@@ -26,11 +23,8 @@ _MUCH = 3  # letters of the wanted text
 
 class StartsWith(NameFilter):
     """Names that start with a prefix, as given or capitalized, also where a token crosses its end (" Dragon" for
-    "Drag").
-
-    Within the prefix only the tokenizer's own tokens are allowed, since the model never saw other cuts in training. So
-    names that the tokenizer cuts elsewhere inside the prefix are not reached.
-    """
+    "Drag"). Within the prefix only the tokenizer's own tokens are allowed, since the model never saw other cuts in
+    training."""
 
     def __init__(self, vocabulary: NameVocabulary, prompt_length: int, prefix: str) -> None:
         """Finds the token paths through the prefix, which must not be blank (ValueError)."""
@@ -80,10 +74,9 @@ def _prefix_forms(prefix: str) -> list[str]:
 class WantedText(LowerLimit):
     """Base class of `Contains` and `EndsWith`: a name cannot end before it has the wanted letters. Ignores case.
 
-    Tokens that start the letters get a bias; otherwise names would grow until the letters come by chance. It is that of
-    the exact posterior if the letters were equally likely to follow every prefix (a twist function, Lew et al. 2023,
-    "Sequential Monte Carlo steering"). Letters once started are completed. Near the length limit only tokens are left
-    after which the remaining letters fit.
+    Tokens that start the letters get a bias, that of the exact posterior if the letters were equally likely to follow
+    every prefix (a twist function, Lew et al. 2023, "Sequential Monte Carlo steering"). Letters once started are
+    completed. Near the length limit only tokens are left after which the remaining letters fit.
     """
 
     def __init__(self, vocabulary: NameVocabulary, prompt_length: int, text: str, max_length: int) -> None:

@@ -1,7 +1,7 @@
 """Texts of the tokens of a byte-level BPE vocabulary: the strings that filters check.
 
-A token is a sequence of bytes that need not be whole characters: a rare "û" is two tokens of one byte. Texts are
-decoded with ``surrogateescape``, so each byte of an incomplete character is kept as one surrogate (U+DC80 to U+DCFF).
+A token is bytes that need not be whole characters: a rare "û" is two tokens. Texts are decoded with
+``surrogateescape``, so each byte of an incomplete character is kept as one surrogate (U+DC80 to U+DCFF).
 
 Shape suffixes: V tokens of the vocabulary (of the model's logits), B batch rows, T tokens of a row.
 """

@@ -1,7 +1,7 @@
 """An attribute classifier: how well a name matches the card that it is for, learned from the names of real cards.
 
 For each given attribute (type, supertype, subtype, colors), naive Bayes on character n-grams compares the names of
-cards with it and without it: ``log p(name | with) - log p(name | without)``. The match score of a name is their sum.
+cards with it and without it; the match score is the sum of ``log p(name | with) - log p(name | without)``.
 
 Shape suffixes: N names, G character n-grams in them, U distinct n-grams.
 """

@@ -42,10 +42,8 @@ def character_of(name: str) -> str:
 
 
 class WordRepetition:
-    """Counts how far a candidate repeats the words of the names chosen so far, beyond what real cards do.
-
-    A word may be in ``max(1, share of real names that have it * names chosen)`` of the names.
-    """
+    """Counts how far a candidate repeats the words of the names chosen so far, beyond what real cards do: a word may be
+    in ``max(1, share of real names that have it * names chosen)`` of them."""
 
     def __init__(self, names: Iterable[str]) -> None:
         of_each = [content_words(name) for name in names]

@@ -1,8 +1,6 @@
-"""A model as an ONNX file, for ONNX Runtime in any language and in a browser: ids in, logits out, no KV cache.
-
-Every expert is computed for every token and weighted by its gate, 0 for those that were not chosen. That is E / k times
-the FLOPs of the experts, in a few large matmuls; gathering the chosen experts would copy k of them for each token.
-"""
+"""A model as an ONNX file, for ONNX Runtime in any language and in a browser: ids in, logits out, no KV cache. Every
+expert is computed for every token and weighted by its gate, 0 for those that were not chosen: E / k times the FLOPs of
+the experts, but in a few large matmuls."""
 
 from __future__ import annotations
 
