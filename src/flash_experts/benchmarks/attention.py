@@ -67,14 +67,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="implementations to measure, by name",
     )
     measured.add_argument("--head_dims", type=int, nargs="+", default=[64, 128], help="head dimensions")
+    measured.add_argument("--lengths", type=int, nargs="+", help="sequence lengths in tokens (default: by device)")
+    measured.add_argument("--tokens", type=int, help="tokens per batch (default: 16384 on a GPU, 1024 on a CPU)")
     measured.add_argument(
-        "--lengths", type=int, nargs="+", default=None, help="sequence lengths in tokens (default: by device)"
-    )
-    measured.add_argument(
-        "--tokens", type=int, default=None, help="tokens per batch (default: 16384 on a GPU, 1024 on a CPU)"
-    )
-    measured.add_argument(
-        "--width", type=int, default=None, help="width of all heads together (default: 2048 on a GPU, 512 on a CPU)"
+        "--width", type=int, help="width of all heads together (default: 2048 on a GPU, 512 on a CPU)"
     )
     measured.add_argument(
         "--masks",
@@ -84,27 +80,19 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="masks of the batches: causal, full",
     )
     measured.add_argument(
-        "--names_tokens",
-        type=int,
-        default=None,
-        help="tokens of the packed names (default: 32768 on a GPU, 2048 on a CPU)",
+        "--names_tokens", type=int, help="tokens of the packed names (default: 32768 on a GPU, 2048 on a CPU)"
     )
-    measured.add_argument("--tokenizer", type=str, default="models/mtg-base", help="folder or hub id of the tokenizer")
+    measured.add_argument("--tokenizer", default="models/mtg-base", help="folder or hub id of the tokenizer")
     measured.add_argument(
-        "--decode_lengths", type=int, nargs="+", default=None, help="KV cache lengths in tokens (default: by device)"
+        "--decode_lengths", type=int, nargs="+", help="KV cache lengths in tokens (default: by device)"
     )
+    measured.add_argument("--decode_batches", type=int, nargs="+", help="batch sizes of decoding (default: by device)")
     measured.add_argument(
-        "--decode_batches", type=int, nargs="+", default=None, help="batch sizes of decoding (default: by device)"
-    )
-    measured.add_argument(
-        "--dtype", choices=tuple(_DTYPES), default=None, help="data type (default: bfloat16 on a GPU, float32 on a CPU)"
+        "--dtype", choices=tuple(_DTYPES), help="data type (default: bfloat16 on a GPU, float32 on a CPU)"
     )
     measured.add_argument("--rounds", type=int, default=5, help="rounds per implementation; the median is reported")
     measured.add_argument(
-        "--budget",
-        type=float,
-        default=None,
-        help="time in seconds after which no further size is measured (default: no limit)",
+        "--budget", type=float, help="time in seconds after which no further size is measured (default: no limit)"
     )
     measured.add_argument("--seed", type=int, default=0, help="random seed of the inputs")
     report.add_common_options(parser)

@@ -49,17 +49,13 @@ def run(args: Any) -> Reports:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("The run")
-    group.add_argument("--device", type=str, default=None, help="cpu, cuda or cuda:1 (default: a GPU if there is one)")
+    group.add_argument("--device", help="cpu, cuda or cuda:1 (default: a GPU if there is one)")
     group.add_argument(
         "--record",
-        type=str,
-        default=None,
         help="folder for a JSON file of each topic on this machine, such as benchmarks/results (default: none)",
     )
     group.add_argument(
         "--check",
-        type=str,
-        default=None,
         help="folder of such files: warns of ratios that are worse by more than a tenth on a machine like this one in "
         "two runs (default: none)",
     )

@@ -34,7 +34,7 @@ def run(args: Any) -> report.Report:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     measured = parser.add_argument_group("What is measured")
-    measured.add_argument("--model", type=str, default="models/mtg-base", help="model folder or hub id")
+    measured.add_argument("--model", default="models/mtg-base", help="model folder or hub id")
     measured.add_argument("--count", type=int, default=512, help="names per round")
     measured.add_argument("--batch_size", type=int, default=64, help="names computed at once")
     measured.add_argument("--rounds", type=int, default=3, help="rounds per implementation; the median is reported")

@@ -53,7 +53,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--tokens",
         type=int,
         nargs="+",
-        default=None,
         help="tokens per training step (default: 32768 on a GPU; 2048, 256 and 16 on a CPU)",
     )
     measured.add_argument(
@@ -63,14 +62,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--shapes",
         nargs="+",
         choices=tuple(_SHAPES),
-        default=None,
         help="models whose shapes are measured: gpt2, gpt2-medium, gpt2-large, gpt2-xl (default: by device)",
     )
     measured.add_argument(
-        "--width",
-        type=int,
-        default=None,
-        help="width instead of --shapes, with 4 times as many hidden units (default: none)",
+        "--width", type=int, help="width instead of --shapes, with 4 times as many hidden units (default: none)"
     )
     measured.add_argument("--num_experts", type=int, default=8, help="experts before granularity")
     measured.add_argument("--top_k", type=int, default=2, help="experts per token before granularity")
@@ -78,7 +73,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--granularities",
         type=int,
         nargs="+",
-        default=None,
         help="granularities; 8: eight times the experts, an eighth of the size (default: by device)",
     )
     measured.add_argument(
@@ -86,10 +80,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     measured.add_argument("--rounds", type=int, default=5, help="rounds per implementation; the median is reported")
     measured.add_argument(
-        "--budget",
-        type=float,
-        default=None,
-        help="time in seconds after which no further size is measured (default: no limit)",
+        "--budget", type=float, help="time in seconds after which no further size is measured (default: no limit)"
     )
     measured.add_argument("--seed", type=int, default=0, help="random seed of weights, tokens and routing")
     report.add_common_options(parser)

@@ -141,13 +141,11 @@ def draw_bars(axes: Any, labels: Sequence[str], values: Sequence[float], title: 
 
 def add_common_options(parser: argparse.ArgumentParser) -> None:
     run = parser.add_argument_group("The run")
-    run.add_argument("--device", type=str, default=None, help="cpu, cuda or cuda:1 (default: a GPU if there is one)")
-    run.add_argument("--out", type=str, default=None, help="JSON file for the results (default: none)")
-    run.add_argument("--plot", type=str, default=None, help="PNG file for a plot (default: none)")
+    run.add_argument("--device", help="cpu, cuda or cuda:1 (default: a GPU if there is one)")
+    run.add_argument("--out", help="JSON file for the results (default: none)")
+    run.add_argument("--plot", help="PNG file for a plot (default: none)")
     run.add_argument(
         "--check",
-        type=str,
-        default=None,
         help="JSON file of an earlier --out, or a folder of them (benchmarks/results), to compare with: warns of "
         "ratios that are worse by more than a tenth on this machine in two runs (default: none)",
     )

@@ -51,10 +51,8 @@ def run(args: Any) -> report.Report:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     measured = parser.add_argument_group("What is measured")
-    measured.add_argument("--data", type=str, default="data/mtg", help="folder written by prepare, or embedded")
-    measured.add_argument(
-        "--tokenizer", type=str, default=None, help="folder or hub id of the tokenizer (default: GPT-2's)"
-    )
+    measured.add_argument("--data", default="data/mtg", help="folder written by prepare, or embedded")
+    measured.add_argument("--tokenizer", help="folder or hub id of the tokenizer (default: GPT-2's)")
     measured.add_argument("--names_per_step", type=int, default=64, help="names per batch")
     measured.add_argument("--steps", type=int, default=4, help="timed steps after one warm-up step")
     measured.add_argument(
