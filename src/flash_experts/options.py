@@ -22,9 +22,8 @@ class Option:
         group: Heading that it stands under in the help and on the page.
         label: Name on the page; None keeps the option off the page and out of shared settings.
         flag: Name on the command line, where it is not the field's.
-        bounds: Lowest and highest number.
-        page_bounds: The same for clients of a server, for whom it is narrower; for a text its most characters, for a
-            list its most entries and their most characters.
+        page_bounds: As ``bounds``, for clients of a server; for a text its most characters, for a list its most entries
+            and their most characters.
         slider: Lowest, highest and step of a slider on the page.
         hint: Line under the control.
     """

@@ -1,8 +1,5 @@
-"""Requests to the models of a playground, with a time limit; independent of Gradio and HTTP.
-
-Threads share a model through its lock, one batch at a time, so a long request does not block short ones. The time limit
-is a token filter, so it also holds while no name is found.
-"""
+"""Requests to the models of a playground, independent of Gradio and HTTP. Threads share a model through its lock, one
+batch at a time. The time limit is a token filter, so it also holds while no name is found."""
 
 from __future__ import annotations
 

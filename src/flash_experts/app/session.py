@@ -1,8 +1,5 @@
-"""The names of one session: the table, the kept names, and the history of its requests.
-
-The browser stores the kept names, and the page's address the settings. What comes back from there is untrusted, as any
-input of a client: it is read by `restored` and `read_link`.
-"""
+"""The names of one session: the table, the kept names, and the history of its requests. The browser stores the kept
+names, and the page's address the settings; what comes back from there is untrusted (`restored`, `read_link`)."""
 
 from __future__ import annotations
 

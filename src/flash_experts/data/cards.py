@@ -93,7 +93,7 @@ class Card:
         type_line: e.g. ``"Legendary Creature — Goblin Warrior"``; ``""`` if unknown.
         types: e.g. ``("Creature",)``; ``()`` if unknown.
         colors: letters in the order WUBRG; ``()`` is colorless, None unknown.
-        mana_value: total of the mana cost with X as 0; None without a mana cost, or if unknown.
+        mana_value: total of the mana cost with X as 0; None without one, or if unknown.
         source_id: ``"embedded:123"`` (row), ``"mine.csv:7"`` (line), or the source's id.
         rarity: one of `RARITIES`; None if unknown, as in the embedded table.
         set_code: set of one printing, e.g. ``"ZEN"``: MTGJSON gives the first, Scryfall the best-known one.

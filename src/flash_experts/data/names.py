@@ -25,10 +25,7 @@ _POSSESSIVE = re.compile(r"'s$|'$")
 
 
 def shown_form(name: str) -> str:
-    """The form of a name for display and training: NFC, one kind of apostrophe, quote, dash and space.
-
-    ``"Ratonhnhaké꞉ton"`` (modifier letter colon) becomes ``"Ratonhnhaké:ton"``; accents stay. Idempotent.
-    """
+    """The form of a name for display and training: NFC, one kind of apostrophe, quote, dash and space; accents stay."""
     if name.isascii() and name.isprintable() and "  " not in name and "`" not in name:
         return name.strip()
     spaced = "".join(" " if character.isspace() else character for character in name)

@@ -177,12 +177,9 @@ def evaluate(
     tokenizer: PreTrainedTokenizerBase | None = None,
     device: str | torch.device | None = None,
 ) -> EvaluationResult:
-    """Evaluates a model on held-out names.
-
-    ``model`` is a folder, hub id, "ngram", "swap", "MODEL+ngram", or a model object (then with ``tokenizer``),
-    ``data_dir`` a folder written by `flash-experts prepare`, ``max_names`` the maximum per set; None for all. Raises a
-    ValueError if the data or the model does not exist, or a set is empty.
-    """
+    """Evaluates a model (folder, hub id, "ngram", "swap", "MODEL+ngram", or an object with ``tokenizer``) on at most
+    ``max_names`` held-out names of each set in a folder written by `flash-experts prepare`. Raises a ValueError if the
+    data or the model does not exist, or a set is empty."""
     held_out = HeldOut.load(data_dir, splits, max_names, seed)
     held_out = held_out.within_context(config_and_tokenizer(model, tokenizer), seed)
     return evaluate_scorer(load_scorer(model, held_out, tokenizer, device), held_out, samples=samples, seed=seed)

@@ -1,8 +1,5 @@
-"""A language model mixed with the n-gram baseline: ``MODEL+ngram``, as a row of `evaluate` and `compare`.
-
-    p(name) = w * p_model(name) + (1 - w) * p_ngram(name)
-
-It is for scoring, since what the n-grams know of spelling saves bits; its names are the model's own.
+"""A language model mixed with the n-gram baseline, as a row of `evaluate` and `compare`: ``MODEL+ngram``, with
+``p(name) = w * p_model(name) + (1 - w) * p_ngram(name)`` and the model's own names.
 
 Shape suffixes: N names.
 """

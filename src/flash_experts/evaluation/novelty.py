@@ -37,11 +37,9 @@ class Memorization:
 
 
 def hit_ratio(samples: Set[str], train: Set[str], held_out: Set[str]) -> Memorization:
-    """Measures memorization by the hit ratio of names in `flash_experts.data.names.normal_form`.
-
-    Half a hit is added on each side (Haldane 1956); the interval is that of Katz et al. (1978). Held-out names must be
-    of the same families: others are hit less often, which looks like memorization.
-    """
+    """Measures memorization by the hit ratio of names in `flash_experts.data.names.normal_form`. Half a hit is added on
+    each side (Haldane 1956); the interval is that of Katz et al. (1978). Held-out names must be of the same families:
+    others are hit less often, which looks like memorization."""
     held_out = held_out - train
     in_train, in_held_out = len(samples & train), len(samples & held_out)
     if not (in_train or in_held_out) or not train or not held_out:
@@ -61,11 +59,10 @@ class NameMetrics:
 
     Attributes:
         known: share that is a real card of any set, joke or franchise; None for real names.
-        near_known: share within 0.2 edits per character of a known card, or another card for real names, of which many
-            are.
+        near_known: share within 0.2 edits per character of a known card, or another card for real names.
         memorization: hit ratio; None for real names.
         distinct: distinct names / names.
-        distinct_names: expected distinct names in 10,000; None for fewer. 10,000 for real names.
+        distinct_names: expected distinct names in 10,000; None for fewer.
         distinct_words: expected distinct words in 10,000 words; None for fewer.
         length_divergence: Jensen-Shannon divergence from the lengths of real held-out names, in bits.
     """

@@ -1,6 +1,5 @@
-"""The swap baseline: parts of two real names of the kind, exchanged. Both parts read well, so a model has to beat it.
-
-"Goblin Guide" + "Raging Kobold"  ->  "Goblin Kobold";   "Wrath of God" + "Hand of Honor"  ->  "Wrath of Honor"
+"""The swap baseline: parts of two real names of the kind, exchanged: "Goblin Guide" + "Raging Kobold" -> "Goblin
+Kobold". Both parts read well, so a model has to beat it.
 
 Shape suffixes: N names.
 """
@@ -87,12 +86,8 @@ def swapped_names(names: Iterable[str], count: int, known: Collection[str], seed
 
 
 class SwapBaseline:
-    """The swap baseline as a `Scorer`: its names are swapped parts of the training names of the kind.
-
-        p(name) = w * p(joint) p(first | joint) p(second | joint) + (1 - w) * p_ngram(name)
-
-    The n-gram baseline gives a probability to parts that no training name of the kind has.
-    """
+    """The swap baseline as a `Scorer`: ``p(name) = w * p(joint) p(first | joint) p(second | joint) + (1 - w) *
+    p_ngram(name)``, where the n-gram baseline is for parts that no training name of the kind has."""
 
     label = "swap"
 

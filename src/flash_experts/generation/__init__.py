@@ -1,7 +1,4 @@
-"""New card names: token filters, sampling, decoding, formatting, and how near they are to real cards.
-
-The names below are imported when they are first used: showing the options of ``generate`` needs no PyTorch.
-"""
+"""New card names: token filters, sampling, decoding, formatting. Names are imported when they are first used."""
 
 from __future__ import annotations
 

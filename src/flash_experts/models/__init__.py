@@ -1,7 +1,4 @@
-"""GPT-2 with experts, its attention, and loading and scoring of models.
-
-The two names below are imported when they are first used: the options of a model need no PyTorch.
-"""
+"""GPT-2 with experts, its attention, and loading and scoring of models; names are imported when they are first used."""
 
 from __future__ import annotations
 

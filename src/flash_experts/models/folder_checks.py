@@ -1,8 +1,5 @@
-"""Checks of a model folder from an untrusted source, before it is loaded.
-
-No code in it runs, no file outside of it is read, and claimed sizes are compared with actual ones, so that a small file
-cannot allocate gigabytes. Only known configuration fields reach transformers.
-"""
+"""Checks of a model folder from an untrusted source, before it is loaded. No code in it runs, no file outside of it is
+read, and claimed sizes are compared with actual ones. Only known configuration fields reach transformers."""
 
 from __future__ import annotations
 

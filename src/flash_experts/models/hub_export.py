@@ -1,8 +1,6 @@
-"""A model folder that transformers loads without flash-experts: ``trust_remote_code=True`` and files of its own.
-
-The files are the sources of this package, reduced to every top-level statement that the model classes reach. Attention
-and experts are transformers' own (``sdpa`` and the plain loop), so logits agree up to rounding.
-"""
+"""A model folder that transformers loads without flash-experts, by ``trust_remote_code=True``: its files are the
+sources of this package, reduced to every top-level statement that the model classes reach. Attention and experts are
+transformers' own (``sdpa`` and the plain loop), so logits agree up to rounding."""
 
 from __future__ import annotations
 

@@ -27,12 +27,9 @@ def load_config(source: str | Path) -> GPT2Config:
 def load_model(
     source: str | Path, device: str | torch.device | None = None, dtype: torch.dtype = torch.float32
 ) -> PreTrainedModel:
-    """Loads a causal language model in eval mode from a folder or hub id: ours, or a dense one of transformers.
-
-    A GPT-2 gets our attention and the fused form of its activation: the same numbers up to rounding. Without ``device``
-    it is on CUDA if available, else the CPU. Raises a ValueError if it is missing, damaged, a pickle, not a causal LM,
-    or CUDA is requested but not available.
-    """
+    """Loads a causal language model in eval mode from a folder or hub id: ours, or a dense one of transformers, of
+    which GPT-2 gets our attention. Without ``device`` it is on CUDA if available, else the CPU. Raises a ValueError if
+    it is missing, damaged, a pickle, not a causal LM, or CUDA is requested but not available."""
     target = resolve_device(device)
     config = load_config(source)
     is_gpt2 = isinstance(config, GPT2Config)

@@ -1,7 +1,4 @@
-"""The MoE model: GPT-2 with a mixture of experts in some of its blocks.
-
-`flash_experts.models.upcycling` makes it from a dense GPT-2, `flash_experts.models.exports.dense` turns it back.
-"""
+"""The MoE model: GPT-2 with a mixture of experts in some of its blocks, made by `flash_experts.models.upcycling`."""
 
 import warnings
 from collections.abc import Callable

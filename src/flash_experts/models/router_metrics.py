@@ -113,10 +113,8 @@ _bad_reads: WeakKeyDictionary[Router, int] = WeakKeyDictionary()
 
 @torch.no_grad()
 def update_router_biases(model: nn.Module) -> None:
-    """Auxiliary-loss-free load balancing (Wang et al. 2024, algorithm 1): call once after each optimizer step.
-
-    ``bias += rate * sign(mean load - load)``, then centred, with the loads of all processes. Resets the step's counts.
-    """
+    """Auxiliary-loss-free load balancing (Wang et al. 2024, algorithm 1): call once after each optimizer step. ``bias
+    += rate * sign(mean load - load)``, then centred, with the loads of all processes. Resets the step's counts."""
     for router in routers_of(model).values():
         if router.bias_update_rate > 0:
             load_E = router.step_counts_E

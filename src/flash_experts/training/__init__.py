@@ -1,7 +1,4 @@
-"""Fine-tuning on card names: one loop for CPU, GPU and many GPUs, and checkpoints that survive a kill.
-
-The names below are imported when they are first used, so that showing the options of a run needs no PyTorch.
-"""
+"""Fine-tuning on card names: one loop for CPU, GPU and many GPUs. Names are imported when they are first used."""
 
 from __future__ import annotations
 

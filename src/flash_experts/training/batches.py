@@ -1,8 +1,6 @@
-"""The dataloader: the names of a step are a pure function of (seed, step), so resuming needs no loader state.
-
-A run is a sequence of stages (a curriculum; usually one), a stage a sequence of epochs. Each epoch shuffles the names,
-drops attributes of their prompts, and cuts the names into batches of nearly equal numbers of tokens.
-"""
+"""The dataloader: the names of a step are a pure function of (seed, step), so resuming needs no loader state. Each
+epoch shuffles the names, drops attributes of their prompts, and cuts them into batches of nearly equal numbers of
+tokens."""
 
 from __future__ import annotations
 
@@ -55,12 +53,9 @@ class PlannedStage:
 
 
 class NameBatches:
-    """The names of every optimizer step.
-
-    With ``attribute_dropout`` as a probability attributes are left out of prompts, except of the names in
-    ``top_logits``, which a teacher generated. Raises a ValueError if there are no cards, or none passes the filters of
-    a stage.
-    """
+    """The names of every optimizer step. Attributes of their prompts are left out with probability
+    ``attribute_dropout``, except of the names in ``top_logits``, which a teacher generated. Raises a ValueError if
+    there are no cards, or none passes the filters of a stage."""
 
     def __init__(
         self,

@@ -28,12 +28,9 @@ from flash_experts.training.model_config import ModelConfig
 def build_model(
     base: str | None, config: ModelConfig, cards: Sequence[Card], seed: int
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Builds the model and tokenizer of a run, deterministically.
-
-    ``base`` is a folder or hub id of a GPT-2, dense or MoE; None for a new model. ``cards`` are for a new tokenizer or
-    a trimmed vocabulary. Raises a ValueError if the base cannot be loaded, or the configuration is wrong or does not
-    fit it.
-    """
+    """Builds the model and tokenizer of a run, deterministically, from a folder or hub id, or anew if ``base`` is None;
+    the cards are for a new tokenizer or a trimmed vocabulary. Raises a ValueError if the base cannot be loaded, or the
+    configuration is wrong or does not fit it."""
     config.validate()
     torch.manual_seed(seed)
     model: PreTrainedModel

@@ -205,10 +205,8 @@ def max_over_processes(accelerator: Accelerator, values: list[float]) -> list[fl
 
 
 def agree(accelerator: Accelerator, seconds: float, stop: bool, due: bool, seconds_held: float) -> tuple[float, bool]:
-    """Training time and whether to stop, equal on all processes: signals reach one of them, and clocks differ.
-
-    On GPUs, where it synchronizes, the exchange happens at log steps (``due``) alone; ``seconds_held`` was agreed last.
-    """
+    """Training time and whether to stop, equal on all processes: signals reach one of them, and clocks differ. On GPUs,
+    where it synchronizes, the exchange happens at log steps (``due``) alone; ``seconds_held`` was agreed last."""
     if accelerator.num_processes == 1:
         return seconds, stop
     if not due and accelerator.device.type != "cpu":

@@ -60,10 +60,8 @@ def _vocabulary(tokenizer: PreTrainedTokenizerBase) -> object:
 
 
 class CausalLoss:
-    """Cross-entropy with label smoothing s (0 to under 1); replaces transformers' ``ForCausalLMLoss`` in training.
-
-    ``(1 - s) * nats + s * mean over the vocabulary of -log p`` (Szegedy et al. 2016, section 7).
-    """
+    """Cross-entropy with label smoothing s (0 to under 1), ``(1 - s) * nats + s * mean over the vocabulary of -log p``
+    (Szegedy et al. 2016, section 7); replaces transformers' ``ForCausalLMLoss`` in training."""
 
     top_logits: TopLogits | None = None  # a teacher's, for names with an `EncodedName.top_row`
 
@@ -134,11 +132,9 @@ class DistillationLoss(CausalLoss):
 
 
 class TopLogitsLoss(CausalLoss):
-    """`DistillationLoss` from top-K logits that were cached while the teacher generated the names.
-
-    The divergence is over K + 1 outcomes: the teacher's K most likely tokens, and the rest of the vocabulary as one.
-    Labels without cached logits have the cross-entropy alone.
-    """
+    """`DistillationLoss` from top-K logits that were cached while the teacher generated the names. The divergence is
+    over K + 1 outcomes: the K most likely tokens, and the rest of the vocabulary as one. Other labels have the
+    cross-entropy alone."""
 
     def __init__(self, smoothing: float, top_logits: TopLogits, weight: float, kl: Direction) -> None:
         super().__init__(smoothing)

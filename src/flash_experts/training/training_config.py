@@ -1,7 +1,4 @@
-"""The training configuration (hyperparameters, schedules, limits), and the stages of a curriculum.
-
-The Args of `TrainingConfig` are the help texts of ``flash-experts train``.
-"""
+"""The configuration of a run, whose Args are the help texts of ``flash-experts train``, and its stages."""
 
 from __future__ import annotations
 

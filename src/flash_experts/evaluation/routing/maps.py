@@ -148,12 +148,10 @@ def inspect_router(
     tokenizer: PreTrainedTokenizerBase | None = None,
     device: str | torch.device | None = None,
 ) -> RouterMap:
-    """Runs names through a model (folder, hub id, or object with ``tokenizer``) and analyzes its routers.
-
-    ``cards`` are those of the names, for labels by type and color; ``prompted`` conditions on their attributes. The
-    first ``shown`` names get maps. Raises a ValueError if there are no names, a name is too long, the model does not
-    exist or has fewer than two experts.
-    """
+    """Runs names through a model (folder, hub id, or object with ``tokenizer``) and analyzes its routers. ``cards`` are
+    those of the names, for labels by type and color; ``prompted`` conditions on them. The first ``shown`` names get
+    maps. Raises a ValueError if there are no names, a name is too long, the model does not exist or has fewer than two
+    experts."""
     if not names:
         raise ValueError("no names to inspect: give at least one")
     model, tokenizer, label = _load(source, tokenizer, device)

@@ -46,12 +46,8 @@ class LabelSet:
 
 @dataclass(frozen=True, slots=True)
 class Specialization:
-    """Dependence between the experts of one layer and one label, compared with the mean information of the shuffles and
-    its 95% quantile.
-
-    ``share`` of the choices that went to each expert is by group; ``marks`` are 1 (more than chance), -1 (less) or 0,
-    by group and expert, all 0 if the table is not significant.
-    """
+    """Dependence between the experts of one layer and one label. ``share`` of the choices that went to each expert is
+    by group; ``marks`` are 1 (more than chance), -1 (less) or 0, all 0 if the table is not significant."""
 
     title: str
     block: int
@@ -91,11 +87,8 @@ def specializations(
     shuffles: int = SHUFFLES,
     seed: int = 0,
 ) -> list[Specialization]:
-    """Tests every label against the experts of every layer; labels with fewer than two large groups are left out.
-
-    ``chosen_LTE`` is true where the token goes to the expert, ``name_T`` the name of each token, ascending,
-    ``shuffles`` B; the smallest p-value is 1 / (B + 1).
-    """
+    """Tests every label against the experts of every layer; labels with fewer than two large groups are left out. The
+    smallest p-value is 1 / (B + 1)."""
     if not blocks:
         return []
     rng = np.random.default_rng(seed)

@@ -28,11 +28,8 @@ _CLASS_FIELDS = ("model_type", "architectures", "transformers_version")  # set b
 
 @torch.no_grad()
 def to_dense(moe: GPT2MoEForCausalLM, loads: Mapping[int, torch.Tensor] | None = None) -> GPT2LMHeadModel:
-    """A dense GPT-2 whose MLPs are the means of the experts, in eval mode; ``moe`` is not changed.
-
-    The g shards of a group are concatenated, and the second matrix is divided by g. ``loads`` has weights (E,) of the
-    experts, by block number from 0; None is equal weights. Raises a ValueError for loads of the wrong shape.
-    """
+    """A dense GPT-2 whose MLPs are the means of the experts, in eval mode. ``loads`` has weights (E,) of the experts,
+    by block number from 0; None is equal weights. Raises a ValueError for loads of the wrong shape."""
     config = moe.config
     granularity, width = _sizes(config)
     dropped = {*config.own_fields(), *_CLASS_FIELDS}

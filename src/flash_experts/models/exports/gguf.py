@@ -1,7 +1,4 @@
-"""A dense GPT-2 as a GGUF file, for llama.cpp and what is built on it, in float32: llama.cpp itself quantizes files.
-
-The format is described at https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
-"""
+"""A dense GPT-2 as a GGUF file (github.com/ggml-org/ggml, docs/gguf.md) in float32, for llama.cpp."""
 
 from __future__ import annotations
 

@@ -71,10 +71,8 @@ def export_onnx(
     overwrite: bool = False,
 ) -> LogitDifference:
     """Writes a folder with the ONNX file of a GPT-2 in eval mode on the CPU, configuration, tokenizer and a README, and
-    runs it with ONNX Runtime on ``names``, token ids of real names.
-
-    Raises a ValueError for another kind of model, expert choice, or a folder that is not empty without ``overwrite``.
-    """
+    runs it on ``names``, token ids of real names. Raises a ValueError for another kind of model, expert choice, or a
+    folder that is not empty without ``overwrite``."""
     if not isinstance(model, GPT2LMHeadModel):
         raise ValueError(f"{source} is a {model.config.model_type}: export onnx is for gpt2 and gpt2_moe")
     if isinstance(model, GPT2MoEForCausalLM) and not model.config.has_causal_routing:
