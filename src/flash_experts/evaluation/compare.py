@@ -11,8 +11,14 @@ from typing import Any
 
 import torch
 
-from flash_experts.evaluation import evaluate
 from flash_experts.evaluation.curves import CurvePoint, read_curve
+from flash_experts.evaluation.evaluate import (
+    SAMPLES,
+    EvaluationResult,
+    config_and_tokenizer,
+    evaluate_scorer,
+    load_scorer,
+)
 from flash_experts.evaluation.held_out import SPLITS, HeldOut
 from flash_experts.evaluation.metrics import Estimate, paired_bits_difference
 from flash_experts.evaluation.novelty import names_of
@@ -93,7 +99,7 @@ class PromptNames:
 class ComparisonResult:
     """Metrics, paired differences, training curves and sampled names of several models."""
 
-    models: tuple[evaluate.EvaluationResult, ...]
+    models: tuple[EvaluationResult, ...]
     differences: tuple[Difference, ...]
     curves: dict[str, list[CurvePoint]]
     prompts: tuple[PromptNames, ...]
@@ -114,7 +120,7 @@ def compare(
     data_dir: str | Path = "data/mtg",
     splits: Sequence[str] = SPLITS,
     *,
-    samples: int = evaluate.SAMPLES,
+    samples: int = SAMPLES,
     seed: int = 0,
     max_names: int | None = None,
     device: str | torch.device | None = None,
@@ -125,13 +131,11 @@ def compare(
         raise ValueError("nothing to compare: give one model folder or more, ngram or swap")
     labels = unique_labels(models)
     held_out = HeldOut.load(data_dir, splits, max_names, seed)
-    held_out = held_out.within_context(
-        [found for model in models for found in evaluate.config_and_tokenizer(model)], seed
-    )
+    held_out = held_out.within_context([found for model in models for found in config_and_tokenizer(model)], seed)
     results, shown = [], []
     for model, label in zip(models, labels, strict=True):
-        scorer = evaluate.load_scorer(model, held_out, device=device, label=label)
-        results.append(evaluate.evaluate_scorer(scorer, held_out, samples=samples, seed=seed))
+        scorer = load_scorer(model, held_out, device=device, label=label)
+        results.append(evaluate_scorer(scorer, held_out, samples=samples, seed=seed))
         shown.append(scorer.show(PROMPTS, NAMES_PER_PROMPT, seed, held_out.reference.known_names))
     return ComparisonResult(
         models=tuple(results),
@@ -170,7 +174,7 @@ def unique_labels(models: Sequence[str | Path]) -> list[str]:
             depth[index] += 1
 
 
-def differences(results: Sequence[evaluate.EvaluationResult]) -> list[Difference]:
+def differences(results: Sequence[EvaluationResult]) -> list[Difference]:
     """Computes paired differences of all results on each held-out set, unconditional and conditional.
 
     The results must come from the same data: names are paired by position.
