@@ -232,10 +232,9 @@ def test_all_topics_are_recorded_by_machine_and_checked(
         assert args.plot is None and len(vars(args)) > 6, "with all options of the topic"
         return Report(topic, machine_facts(device), {}, rows[topic], f"table of {topic}", lambda _: None)
 
+    monkeypatch.setattr(report, "_topic_of", lambda measure: measure.args[0])
     for module in (attention, moe, train, generate):
-        topic = module.__name__.rpartition(".")[2]
-        monkeypatch.setattr(module, "measure", partial(measure, topic))
-        monkeypatch.setattr(module, "run_topic", partial(_run_topic, topic))
+        monkeypatch.setattr(module, "measure", partial(measure, module.__name__.rpartition(".")[2]))
     given = ["benchmark", "all", "--device", "cpu"]
     assert main_of_commands([*given, "--record", str(tmp_path)]) == 0
     assert capsys.readouterr().out.split("\n\n") == [f"table of {topic}" for topic in everything.TOPICS[:3]] + [
@@ -252,13 +251,6 @@ def test_all_topics_are_recorded_by_machine_and_checked(
     assert "no results of attention on this machine" in said
     assert "warning: times_peer is 2.00, recorded 3.00: ours" in said and said.count("warning") == 1
     assert main_of_commands([*given, "--check", str(tmp_path / "results")]) == 1
-
-
-def _run_topic(topic: str, args: Any, measure: Any) -> Report:
-    """As in a process of its own, where a module is found by its name."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report, "_topic_of", lambda _: topic)
-        return report.run_topic(args, measure)
 
 
 def test_ratios_are_paired_by_round() -> None:
