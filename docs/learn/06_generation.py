@@ -13,14 +13,15 @@
 # %% [markdown]
 # # 6. Generation and token filters
 #
-# **The question: how do probabilities of tokens become names, and how can one promise, not hope, that a name holds what
-# was asked for and is no real card?**
+# **The question: how do probabilities of tokens become names, and how can one guarantee that a name has what was asked for
+# and is not a real card?**
 #
-# A language model gives a number for every token of its vocabulary, again and again. The code around it decides which are
-# left out, how one is drawn, when to stop. It is short, needs no training, and is where promises can be made. The
+# At each step a language model gives a number for every token of its vocabulary. The code around it decides which are
+# left out, how one is drawn, and when to stop. It is short, needs no training, and can give guarantees. The
 # [glossary](../glossary.md) has the terms (nucleus sampling is top-p; a token filter is a logits processor).
 
 # %%
+import math
 import re
 import time
 from itertools import pairwise
@@ -28,7 +29,9 @@ from itertools import pairwise
 import matplotlib.pyplot as plt
 import torch
 from chapter_claims import holds, verdict
+from chapter_models import mean_and_error
 from chapter_tools import load_released, quote, show, table
+from matplotlib.ticker import PercentFormatter
 from transformers import LogitsProcessor
 
 from flash_experts import NameGenerator
@@ -42,7 +45,7 @@ from flash_experts.models.scoring import evaluating
 
 torch.set_grad_enabled(False)
 model, tokenizer = load_released()
-generator = NameGenerator(model, tokenizer)  # it knows every real card
+generator = NameGenerator(model, tokenizer)  # it has the list of all real cards
 vocabulary = generator.vocabulary
 prompt = Attributes.parse("Legendary Creature — Goblin", "R", 3).prompt()
 prompt_ids = [tokenizer.bos_token_id, *vocabulary.encode(prompt)]
@@ -54,18 +57,18 @@ for name in generator.generate(5, type_line="Legendary Creature — Goblin", col
 # %% [markdown]
 # ## The picture first
 #
-# The 24 likeliest first tokens of a name after that prompt, under four settings. Blue is what is drawn from; the wide grey
-# bars are the same before a cut.
+# The 24 likeliest first tokens of a name after that prompt, under four settings. Blue is the distribution that tokens are
+# drawn from; the wide grey bars are the same before a cut.
 
 
 # %%
 def shown(text: str) -> str:
-    """A space as a dot; a byte that is no character by itself as a question mark."""
+    """A space as a dot; a byte that is not a character by itself as a question mark."""
     return text.replace(" ", "·").encode("utf-8", "replace").decode()
 
 
 first_V = model(torch.tensor([prompt_ids])).logits[0, -1]
-best = first_V.topk(24).indices
+probs_V, best = first_V.softmax(-1), first_V.topk(24).indices
 settings = {
     "the model as it is": Sampling(),
     "temperature 0.5": Sampling(temperature=0.5),
@@ -87,29 +90,29 @@ axes[0].legend()
 axes[-1].set_xlabel("first token of the name (· is a space)")
 axes[-1].set_xticks(range(24), [shown(vocabulary.texts[token]) for token in best.tolist()], rotation=60)
 show(figure, "06_first_token")
-as_it_is, sharper = left["the model as it is"], left["temperature 0.5"]
+largest, count = ({name: f(left_V) for name, left_V in left.items()} for f in (torch.max, torch.count_nonzero))
+_, sharper, *cuts = settings
 holds(
-    "a temperature under 1 sharpens, and leaves all tokens in",
-    sharper.max() > as_it_is.max() and (sharper > 0).sum() == V,
+    "a temperature under 1 sharpens, and leaves all tokens in", largest[sharper] > probs_V.max() and count[sharper] == V
 )
 holds(
-    "the cuts leave few of the tokens, and share out what they take away",
-    all((left[name] > 0).sum() < V / 10 and left[name].max() > as_it_is.max() for name in ("top-p 0.5", "min-p 0.2")),
+    "the cuts leave few of the tokens, and give their probability to the others",
+    all(count[cut] < V / 10 and largest[cut] > probs_V.max() for cut in cuts),
 )
 
 # %% [markdown]
-# The tail matters more than it looks: it is thin, but long, and a name has several draws.
+# The tail of unlikely tokens matters more than the picture suggests: each is unlikely, but they are many, and a name is
+# several draws.
 
 # %%
-probs_V = first_V.softmax(-1)
 in_tail_V = probs_V < probs_V.max() / 100
 tail = probs_V[in_tail_V].sum().item()
 print(
-    f"{int(in_tail_V.sum()):,} of {V:,} tokens have under a hundredth of the largest probability: {tail:.0%} together"
+    f"{int(in_tail_V.sum()):,} of {V:,} tokens have under a hundredth of the largest probability: together {tail:.0%}"
 )
-print(f"if every token of a name had such a tail, a name of 6 tokens would avoid it with {(1 - tail) ** 6:.0%}")
+print(f"if every token of a name had such a tail, {(1 - tail) ** 6:.0%} of names of 6 tokens would avoid it")
 holds("most of the vocabulary is in the tail", in_tail_V.float().mean() > 0.9)
-holds("thin as it is, most names of six such tokens would draw from it", (1 - tail) ** 6 < 0.5)
+holds("still, most names of six such tokens would draw from it", (1 - tail) ** 6 < 0.5)
 
 # %% [markdown]
 # ## The formula, with shapes
@@ -121,10 +124,10 @@ holds("thin as it is, most names of six such tokens would draw from it", (1 - ta
 #
 # | | shape | |
 # | --- | --- | --- |
-# | z, the scores | (B, V) | B names in the making, V tokens |
+# | z, the scores | (B, V) | B unfinished names, V tokens |
 # | masks of the filters | (B, V) bool | true is forbidden |
 # | candidates | (B, K) | what is left, with token ids |
-# | noise | (B, 2) | uniform numbers; the second is for a token that has to be drawn again |
+# | noise | (B, 2) | uniform numbers; the second is for a token that has to be redrawn |
 # | tokens | (B,) | what is drawn |
 #
 # By hand, on six tokens, against the package:
@@ -145,21 +148,20 @@ quote(_cut)
 
 # %% [markdown]
 # **The draw** is by inversion: add the probabilities up in the order of token ids, take the first sum above a uniform
-# number. That needs no sorting. Only if the token is none of the candidates, they are looked for, and one of them is drawn:
-# the outcome has the same distribution. Name i of a seed has its own row of noise, so it does not depend on the batch.
+# number. That needs no sorting. Only if the token is not a candidate, the candidates are computed, and one of them is drawn:
+# the result has the same distribution. Name i of a seed has its own row of noise, so it does not depend on the batch.
 
 # %%
 quote(draw)
 quote(noise)
-alone, together = (
-    generator.generate(12, quality="fast", type_line="Dragon", seed=3, batch_size=size) for size in (1, 12)
-)
+request = {"quality": "fast", "type_line": "Dragon", "seed": 3}
+alone, together = (generator.generate(12, **request, batch_size=size) for size in (1, 12))
 holds("12 names are the same one by one and all at once", [a.text for a in alone] == [b.text for b in together])
 
 # %% [markdown]
-# ## Keys and values are kept
+# ## The KV cache
 #
-# Without a cache, token n costs a pass over prompt and n tokens; with keys and values kept (chapter 1), over one token:
+# Without a cache, token n costs a pass over the prompt and n tokens; with a cache of keys and values (chapter 1), over one:
 
 # %%
 ids = [*prompt_ids, *vocabulary.encode(" " + generator.generate(1, quality="fast", seed=1)[0].text)]
@@ -173,7 +175,7 @@ off = (torch.stack(steps) - whole_TV).abs().max()
 print(f"{len(ids)} tokens one by one with a cache against all at once: {off:.1e}")
 holds("the cache changes nothing but rounding", off < 1e-3)
 T, P = len(ids), len(prompt_ids)
-print(f"tokens that are computed for this name: {sum(range(P, T + 1))} without a cache, {T} with one")
+print(f"tokens computed for this name: {sum(range(P, T + 1))} without a cache, {T} with one")
 print(f"and for 64 names of one prompt, computed once: {64 * T} or {P + 64 * (T - P)}")
 
 # %% [markdown]
@@ -215,11 +217,11 @@ def report(title: str, names: list[str]) -> int:
 
 
 unfiltered, forbidding = report("no filter", decode(200)), report("forbidden tokens", decode(200, ForbiddenTokens()))
-holds("the list of tokens helps, and some come through", 0 < forbidding < unfiltered)
+holds("the list of tokens helps, but not always", 0 < forbidding < unfiltered)
 
 # %% [markdown]
-# One token ends on a letter, the next begins with it. So a filter has to look at the *text so far*, and ask of each token
-# what the text would be with it.
+# One token ends with a letter, and the next begins with it. So a filter has to look at the *text so far*, and for each token
+# at the text with it.
 
 
 # %%
@@ -237,13 +239,13 @@ class NoDoubledLetters(LogitsProcessor):
 started = time.process_time()
 scratch = decode(16, NoDoubledLetters())
 seconds_scratch = time.process_time() - started
-holds("looking at the text, none comes through", report("from scratch", scratch) == 0)
+holds("a filter that looks at the text lets none through", report("from scratch", scratch) == 0)
 print(f"{seconds_scratch / 16:.2f} seconds of CPU a name")
 
 # %% [markdown]
-# Right, and wasteful: V texts are looked at for every row and every step. But the answer depends on the last letter of the
-# name alone. That is the *state* of the filter, one of some dozens. So the package's filters answer two questions. `rule`:
-# in which state is this name? `forbidden`: what is forbidden there? The second is asked once for each state.
+# Correct, but wasteful: it examines V texts for every row and every step. But the answer depends on the last letter of the
+# name alone. That is the *state* of the filter, one of a few dozen. So the package's filters have two methods. `rule`
+# returns the state of a name. `forbidden` returns what is forbidden in a state; it is called once for each state.
 
 
 # %%
@@ -264,7 +266,7 @@ seconds_quick = time.process_time() - started
 print(f"{seconds_quick / 16:.3f} seconds a name, {len(filter_._masks)} states met")
 holds("two lines give the same names", quick == scratch)
 holds("some dozens of states are met, not one for each name and step", len(filter_._masks) < 60)
-holds("and none of 200 names has a doubled letter", report("two questions", decode(200, filter_)) == 0)
+holds("and none of 200 names has a doubled letter", report("two methods", decode(200, filter_)) == 0)
 quote(NameFilter.apply)
 quote(NameFilter.mask_of)
 
@@ -276,7 +278,7 @@ names = generator.generate(8, type_line="Goblin", colors="R", seed=7, filters=[N
 print("; ".join(name.text for name in names))
 
 # %% [markdown]
-# A regular expression has a state by nature: its automaton's. A maintained library (llguidance) compiles it.
+# A regular expression has a state already: that of its automaton, which a maintained library (llguidance) compiles.
 
 # %%
 for regex in ("[A-Z][a-z]+ of [A-Z][a-z]+", "(Gr|Kr)[a-z]+, [A-Z][a-z]+ [A-Z][a-z]+"):
@@ -285,26 +287,15 @@ for regex in ("[A-Z][a-z]+ of [A-Z][a-z]+", "(Gr|Kr)[a-z]+, [A-Z][a-z]+ [A-Z][a-
     holds("every name matches the expression", all(re.fullmatch(regex, name.text) for name in names))
 
 # %% [markdown]
-# **Dead ends.** A filter may leave no token at all. Each of these two can be kept, but not both:
-
+# **Dead ends.** A filter may leave no token at all. Each of these two can be satisfied, but not both:
 
 # %%
-class NoR(NameFilter):
-    """Names without an r."""
-
-    def rule(self, name: str) -> str:
-        return "no r"
-
-    def forbidden(self, rule: str) -> torch.Tensor:
-        return self.vocabulary.where(lambda text: "r" in text.lower())
-
-
 place = vocabulary, len(prompt_ids)
 try:
     model.generate(
         torch.tensor([prompt_ids]),
         attention_mask=torch.ones(1, len(prompt_ids), dtype=torch.long),
-        logits_processor=[StartsWith(*place, "Kr"), NoR(*place)],
+        logits_processor=[StartsWith(*place, "Gree"), NoDoubled(*place)],
         do_sample=True,
         max_new_tokens=8,
     )
@@ -318,8 +309,8 @@ else:
 #
 # ## Novelty by construction
 #
-# Training cannot promise that no name is a real card. A filter can: where the text so far is a known name, the end symbol
-# is forbidden. The name has to go on, or to have been another one.
+# Training cannot guarantee that no name is a real card. A filter can: where the text so far is a known name, the EOS token
+# is forbidden. The name has to become longer, so it becomes another one.
 
 # %%
 quote(KnownNameFilter)
@@ -333,12 +324,12 @@ for text in (" Goblin Guide", " goblin guide", " Goblin  Guide!", " Goblin Guid"
     end = [each.softmax(-1)[0, vocabulary.eos_id].item() for each in (scores_1V, masked_1V)]
     ends.append(end)
     rows.append([repr(text), normal_form(text), *(f"{x:.4f}" for x in end)])
-table(["text so far", "its normal form", "P(end), model", "P(end), filtered"], rows)
+table(["text so far", "its normal form", "P(EOS), model", "P(EOS), filtered"], rows)
 holds(
     "case, spaces and punctuation make no difference: none of the three may end",
     all(free_end > 0 == end for free_end, end in ends[:3]),
 )
-holds("a text that is no card may end as before", abs(ends[3][0] - ends[3][1]) < 1e-6 and ends[3][0] > 0)
+holds("a text that is not a card may end as before", abs(ends[3][0] - ends[3][1]) < 1e-6 and ends[3][0] > 0)
 
 # %% [markdown]
 # Normal forms are compared. Now the count, without the filter and with it, at a low temperature:
@@ -349,7 +340,7 @@ def real_cards(names: list[str]) -> list[str]:
     return [name for name in names if normal_form(name) in generator.known.normal_forms]
 
 
-free = NameGenerator(model, tokenizer, known_names=())  # one that knows no card
+free = NameGenerator(model, tokenizer, known_names=())  # without the list of cards
 without = [name.text for name in free.generate(300, quality="fast", seed=11, temperature=0.6)]
 within = [name.text for name in generator.generate(300, quality="fast", seed=11, temperature=0.6)]
 print(f"without: {len(real_cards(without))} of 300 are real cards: {real_cards(without)[:5]}")
@@ -357,49 +348,44 @@ print(f"with:    {len(real_cards(within))} of 300")
 holds("with the filter there is none", len(real_cards(within)) == 0 <= len(real_cards(without)))
 
 # %% [markdown]
-# The second number is 0 whatever the model, the seed and the temperature: not a measurement but a consequence.
+# The second number is 0 for every model, seed and temperature: it follows from the filter, and is not a measurement.
 #
 # ## What a filter does to the probabilities
 #
-# Masking is not asking the model for the names that fit. Two ways to names of one word: *rejection*, draw freely and keep
-# what fits, gives exactly the model's distribution of such names, and throws most away; *masking*, no space after the
-# first word, throws none away, but a name that began as half of a longer one is made to end there.
+# Masking does not draw from the model's own distribution of names that fit. Two ways to names of one word: *rejection*, draw
+# freely and keep what fits, gives exactly the model's distribution of such names, and discards most; *masking*, no space after
+# the first word, discards none, but a name that began as half of a longer one has to end there.
 
 # %%
 drawn = free.generate(1500, quality="fast", type_line="Goblin", seed=13, temperature=1.0)
 rejection = [name for name in drawn if " " not in name.text]
 masking = free.generate(100, quality="fast", type_line="Goblin", seed=13, temperature=1.0, words=1)
-rows, means, variances = [], [], []
+rows, found = [], []
 for title, some in (("rejection", rejection), ("masking", masking)):
-    scores = torch.tensor([name.log_prob for name in some], dtype=torch.float64)
-    error = 1.96 * scores.std() / len(scores) ** 0.5
-    means.append(scores.mean().item())
-    variances.append((error / 1.96).item() ** 2)
-    rows.append([title, len(some), f"{scores.mean():.1f} ± {error:.1f}", "; ".join(name.text for name in some[:4])])
+    found.append(mean_and_error(torch.tensor([name.log_prob for name in some])))
+    mean, error = found[-1]
+    rows.append([title, len(some), f"{mean:.1f} ± {error:.1f}", "; ".join(name.text for name in some[:4])])
 table(["", "names", "mean log-probability", "e.g."], rows)
 print(f"rejection kept {len(rejection) / len(drawn):.0%}")
-difference, error = means[1] - means[0], 1.96 * sum(variances) ** 0.5
-print(f"masking less rejection: {difference:+.1f} ± {error:.1f}")
-print(
-    verdict(
-        difference - error,
-        difference + error,
-        "masked names are less likely than the model's own names of one word: that is the constraint's cost",
-        "masked names are likelier than the model's own names of one word: it has moved to other, commoner ones",
-        "this run shows no difference between the means: look at the examples",
-    )
+difference, error = found[1][0] - found[0][0], math.hypot(found[0][1], found[1][1])
+print(f"masking minus rejection: {difference:+.1f} ± {error:.1f}")
+sentences = (
+    "masked names are less likely than the model's own names of one word: that is the constraint's cost",
+    "masked names are likelier than the model's own names of one word: it has moved to other, commoner ones",
+    "this run shows no difference between the means: look at the examples",
 )
-holds("rejection throws most names away", len(rejection) < len(drawn) / 2)
+print(verdict(difference - error, difference + error, *sentences))
+holds("rejection discards most names", len(rejection) < len(drawn) / 2)
 
 # %% [markdown]
-# The two are different distributions, whatever the means say: masking is not the model's choice among names that fit. Where
-# masked names are less likely, `quality` and `best_of` draw more of them and choose: the likely ones that match the card and
-# repeat no word of the list.
+# The two are different distributions, whether or not the means differ: masking is not the model's choice among names that fit.
+# Where masked names are less likely, `quality` and `best_of` draw more of them and choose: the likely ones that match the card
+# and repeat no word of the list (best-of-n reranking).
 #
 # ## An experiment that changes one thing: the temperature
 #
-# 300 names each, straight from the decoding loop. Three shares: names that are real cards, names that came before in the
-# list, words that no real card has.
+# 300 names each, straight from the decoding loop. Three shares: names that are real cards, names that repeat an earlier one of
+# the list, words that no real card has.
 
 # %%
 card_words = {word for name in generator.known.names for word in words(name)}
@@ -418,21 +404,23 @@ figure, axes = plt.subplots(1, 3, figsize=(11, 2.8))
 for axis, (name, estimates) in zip(axes, shares.items(), strict=True):
     axis.plot(temperatures, [each.value for each in estimates], "o-")
     axis.fill_between(temperatures, [each.low for each in estimates], [each.high for each in estimates], alpha=0.2)
-    axis.set(title=name, xlabel="temperature", ylabel="share, with 95%", ylim=(0, None))
+    axis.set(title=name, xlabel="temperature", ylabel="share, with 95% interval", ylim=(0, None))
+    axis.yaxis.set_major_formatter(PercentFormatter(1.0))
 show(figure, "06_temperature")
 repeated, unknown = shares["repeated"], shares["unknown words"]
 holds("a low temperature repeats itself more than a high one", repeated[0].value > repeated[-1].value)
 holds("a high one invents words that no card has", unknown[-1].low > unknown[0].high)
 
 # %% [markdown]
-# Real cards are few here, so their intervals are wide: look at them before you believe a trend. There is no best value but a trade, and the presets are three points on it.
-# `generate` drops repetitions and forbids real cards, so it can afford a lower temperature.
+# Real cards are few here, so their intervals are wide: look at them before you believe a trend. No temperature is best: it is a
+# trade-off, and the presets are three points on it. `generate` drops repetitions and forbids real cards, so it can use a lower
+# temperature.
 #
 # ## What to remember
 #
-# - A draw is: filter, divide by the temperature, cut the tail, invert the cumulated sum. All of it is a page of code.
+# - A draw is: filter, divide by the temperature, cut the tail, invert the cumulative sum. All of it is a page of code.
 # - A filter looks at text, never at token ids. It is a state and what the state forbids.
-# - Constraints by construction are promises. What they cost in naturalness is measured by the model's own probability.
+# - Constraints by construction are guarantees. Their cost in naturalness is measured by the model's own probability.
 #
 # ## Exercises
 #
