@@ -83,7 +83,8 @@ for color, label, of in (("tab:green", "rounding", [0, 1e-4]), ("tab:orange", "m
     axis.barh([[*far].index(name) for name in some], list(some.values()), color=color, label=label)
 axis.axvline(dense_logits.abs().max(), color="black", linestyle=":", label="largest dense logit")
 for place, value in enumerate(far.values()):
-    axis.text(max(value, 1e-6), place, f" {value:.0e}" if value else " 0", va="center", backgroundcolor="white")
+    box = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+    axis.text(max(value, 1e-6) * 1.3, place, f"{value:.0e}" if value else "0", va="center", bbox=box)
 axis.set(xscale="log", xlim=(1e-6, 1e3), xlabel="largest difference from the dense logits", ylabel="method")
 axis.set_yticks(range(len(far)), list(far))
 axis.invert_yaxis()

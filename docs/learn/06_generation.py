@@ -30,9 +30,9 @@ import matplotlib.pyplot as plt
 import torch
 from chapter_claims import holds, verdict
 from chapter_models import mean_and_error
-from chapter_tools import load_released, quote, show, table
+from chapter_tools import load_released, quote, show, shown, table
 from matplotlib.ticker import PercentFormatter
-from transformers import LogitsProcessor
+from transformers import LogitsProcessor, SuppressTokensLogitsProcessor
 
 from flash_experts import NameGenerator
 from flash_experts.data.names import normal_form
@@ -47,11 +47,12 @@ torch.set_grad_enabled(False)
 model, tokenizer = load_released()
 generator = NameGenerator(model, tokenizer)  # it has the list of all real cards
 vocabulary = generator.vocabulary
-prompt = Attributes.parse("Legendary Creature — Goblin", "R", 3).prompt()
+GOBLIN = {"type_line": "Legendary Creature — Goblin", "colors": "R"}
+prompt = Attributes.parse(GOBLIN["type_line"], "R", 3).prompt()
 prompt_ids = [tokenizer.bos_token_id, *vocabulary.encode(prompt)]
 V = vocabulary.size
 print(f"prompt {prompt!r}: {len(prompt_ids)} tokens; the vocabulary has {V:,}")
-for name in generator.generate(5, type_line="Legendary Creature — Goblin", colors="R", mana_value=3, seed=7):
+for name in generator.generate(5, **GOBLIN, mana_value=3, seed=7):
     print(f"  {name.text:24} log-probability {name.log_prob:6.1f}, nearest card {name.nearest_card}")
 
 # %% [markdown]
@@ -60,21 +61,11 @@ for name in generator.generate(5, type_line="Legendary Creature — Goblin", col
 # The 24 likeliest first tokens of a name after that prompt, under four settings. Blue is the distribution that tokens are
 # drawn from; the wide grey bars are the same before a cut.
 
-
 # %%
-def shown(text: str) -> str:
-    """A space as a dot; a byte that is not a character by itself as a question mark."""
-    return text.replace(" ", "·").encode("utf-8", "replace").decode()
-
-
 first_V = model(torch.tensor([prompt_ids])).logits[0, -1]
 probs_V, best = first_V.softmax(-1), first_V.topk(24).indices
-settings = {
-    "the model as it is": Sampling(),
-    "temperature 0.5": Sampling(temperature=0.5),
-    "top-p 0.5": Sampling(top_p=0.5),
-    "min-p 0.2": Sampling(min_p=0.2),
-}
+settings = {"the model as it is": Sampling(), "temperature 0.5": Sampling(temperature=0.5)}
+settings |= {"top-p 0.5": Sampling(top_p=0.5), "min-p 0.2": Sampling(min_p=0.2)}
 figure, axes = plt.subplots(4, 1, figsize=(11, 7.5), sharex=True)
 left = {}
 for axis, (name, sampling) in zip(axes, settings.items(), strict=True):
@@ -92,13 +83,9 @@ axes[-1].set_xticks(range(24), [shown(vocabulary.texts[token]) for token in best
 show(figure, "06_first_token")
 largest, count = ({name: f(left_V) for name, left_V in left.items()} for f in (torch.max, torch.count_nonzero))
 _, sharper, *cuts = settings
-holds(
-    "a temperature under 1 sharpens, and leaves all tokens in", largest[sharper] > probs_V.max() and count[sharper] == V
-)
-holds(
-    "the cuts leave few of the tokens, and give their probability to the others",
-    all(count[cut] < V / 10 and largest[cut] > probs_V.max() for cut in cuts),
-)
+holds("temperature 0.5 sharpens, and leaves all tokens in", largest[sharper] > probs_V.max() and count[sharper] == V)
+few = all(count[cut] < V / 10 and largest[cut] > probs_V.max() for cut in cuts)
+holds("the cuts leave few of the tokens, and give their probability to the others", few)
 
 # %% [markdown]
 # The tail of unlikely tokens matters more than the picture suggests: each is unlikely, but they are many, and a name is
@@ -107,9 +94,7 @@ holds(
 # %%
 in_tail_V = probs_V < probs_V.max() / 100
 tail = probs_V[in_tail_V].sum().item()
-print(
-    f"{int(in_tail_V.sum()):,} of {V:,} tokens have under a hundredth of the largest probability: together {tail:.0%}"
-)
+print(f"{in_tail_V.sum():,} of {V:,} tokens have under a hundredth of the largest probability: together {tail:.0%}")
 print(f"if every token of a name had such a tail, {(1 - tail) ** 6:.0%} of names of 6 tokens would avoid it")
 holds("most of the vocabulary is in the tail", in_tail_V.float().mean() > 0.9)
 holds("still, most names of six such tokens would draw from it", (1 - tail) ** 6 < 0.5)
@@ -135,15 +120,13 @@ holds("still, most names of six such tokens would draw from it", (1 - tail) ** 6
 # %%
 z = torch.tensor([3.0, 2.5, 2.0, 0.0, -1.0, -4.0])
 p = z.softmax(-1)
-print("p           ", [f"{x:.3f}" for x in p.tolist()])
-by_hand = {"top-p 0.8": [True, True, True, False, False, False], "min-p 0.1": (p >= 0.1 * p.max()).tolist()}
-for name, sampling in (("top-p 0.8", Sampling(top_p=0.8)), ("min-p 0.1", Sampling(min_p=0.1))):
-    kept = (candidates(z[None], sampling)[0][0] > 0).tolist()
-    print(f"{name}: kept {kept}")
-    holds(f"{name} by hand keeps the same", kept == by_hand[name])
-print("cumulated   ", [f"{x:.3f}" for x in p.cumsum(0).tolist()], "(two do not reach 0.8, so a third is needed)")
-
-# %%
+print("p         ", [f"{x:.3f}" for x in p.tolist()])
+print("cumulative", [f"{x:.3f}" for x in p.cumsum(0).tolist()], "(two do not reach 0.8, so a third is needed)")
+by_hand = {"top_p": (0.8, [True, True, True, False, False, False]), "min_p": (0.1, (p >= 0.1 * p.max()).tolist())}
+for name, (value, expected) in by_hand.items():
+    kept = (candidates(z[None], Sampling(**{name: value}))[0][0] > 0).tolist()
+    print(f"{name} {value}: kept {kept}")
+    holds(f"{name} by hand keeps the same", kept == expected)
 quote(_cut)
 
 # %% [markdown]
@@ -165,13 +148,11 @@ holds("12 names are the same one by one and all at once", [a.text for a in alone
 
 # %%
 ids = [*prompt_ids, *vocabulary.encode(" " + generator.generate(1, quality="fast", seed=1)[0].text)]
-whole_TV = model(torch.tensor([ids])).logits[0]
-cache, steps = None, []
+out, steps = None, []
 for token in ids:
-    out = model(torch.tensor([[token]]), past_key_values=cache, use_cache=True)
-    cache = out.past_key_values
+    out = model(torch.tensor([[token]]), past_key_values=out and out.past_key_values, use_cache=True)
     steps.append(out.logits[0, -1])
-off = (torch.stack(steps) - whole_TV).abs().max()
+off = (torch.stack(steps) - model(torch.tensor([ids])).logits[0]).abs().max()
 print(f"{len(ids)} tokens one by one with a cache against all at once: {off:.1e}")
 holds("the cache changes nothing but rounding", off < 1e-3)
 T, P = len(ids), len(prompt_ids)
@@ -181,23 +162,14 @@ print(f"and for 64 names of one prompt, computed once: {64 * T} or {P + 64 * (T 
 # %% [markdown]
 # ## A filter from scratch
 #
-# Names without a doubled letter: no "ff", no "oo". The first idea, a list of forbidden tokens, is wrong. See it fail:
+# Names without a doubled letter: no "ff", no "oo". The first idea, a list of forbidden tokens (in transformers
+# `SuppressTokensLogitsProcessor`), is wrong:
 
 
 # %%
 def doubled(text: str) -> bool:
     low = text.lower()
     return any(a == b and a.isalpha() for a, b in pairwise(low))
-
-
-class ForbiddenTokens(LogitsProcessor):
-    """The first idea: a mask that never changes."""
-
-    def __init__(self) -> None:
-        self.mask_V = torch.tensor([doubled(text) for text in vocabulary.texts])
-
-    def __call__(self, input_ids_BT: torch.Tensor, scores_BV: torch.Tensor) -> torch.Tensor:
-        return scores_BV.masked_fill(self.mask_V, -torch.inf)
 
 
 AS_IT_IS = Sampling()
@@ -216,7 +188,8 @@ def report(title: str, names: list[str]) -> int:
     return len(bad)
 
 
-unfiltered, forbidding = report("no filter", decode(200)), report("forbidden tokens", decode(200, ForbiddenTokens()))
+forbidden_tokens = SuppressTokensLogitsProcessor([n for n, text in enumerate(vocabulary.texts) if doubled(text)], "cpu")
+unfiltered, forbidding = report("no filter", decode(200)), report("forbidden tokens", decode(200, forbidden_tokens))
 holds("the list of tokens helps, but not always", 0 < forbidding < unfiltered)
 
 # %% [markdown]
@@ -238,9 +211,8 @@ class NoDoubledLetters(LogitsProcessor):
 
 started = time.process_time()
 scratch = decode(16, NoDoubledLetters())
-seconds_scratch = time.process_time() - started
+print(f"{(time.process_time() - started) / 16:.2f} seconds of CPU a name")
 holds("a filter that looks at the text lets none through", report("from scratch", scratch) == 0)
-print(f"{seconds_scratch / 16:.2f} seconds of CPU a name")
 
 # %% [markdown]
 # Correct, but wasteful: it examines V texts for every row and every step. But the answer depends on the last letter of the
@@ -259,13 +231,12 @@ class NoDoubled(NameFilter):
         return self.vocabulary.where(lambda text: doubled(rule + text))
 
 
-filter_ = NoDoubled(vocabulary, len(prompt_ids))
-started = time.process_time()
+place = vocabulary, len(prompt_ids)
+filter_, started = NoDoubled(*place), time.process_time()
 quick = decode(16, filter_)
-seconds_quick = time.process_time() - started
-print(f"{seconds_quick / 16:.3f} seconds a name, {len(filter_._masks)} states met")
+print(f"{(time.process_time() - started) / 16:.3f} seconds a name, {len(filter_._masks)} states met")
 holds("two lines give the same names", quick == scratch)
-holds("some dozens of states are met, not one for each name and step", len(filter_._masks) < 60)
+holds("a few dozen states are met, not one for each name and step", len(filter_._masks) < 60)
 holds("and none of 200 names has a doubled letter", report("two methods", decode(200, filter_)) == 0)
 quote(NameFilter.apply)
 quote(NameFilter.mask_of)
@@ -274,15 +245,14 @@ quote(NameFilter.mask_of)
 # `generate` takes such a class as it is, next to its own filters:
 
 # %%
-names = generator.generate(8, type_line="Goblin", colors="R", seed=7, filters=[NoDoubled])
-print("; ".join(name.text for name in names))
+print("; ".join(name.text for name in generator.generate(8, colors="R", seed=7, filters=[NoDoubled])))
 
 # %% [markdown]
 # A regular expression has a state already: that of its automaton, which a maintained library (llguidance) compiles.
 
 # %%
 for regex in ("[A-Z][a-z]+ of [A-Z][a-z]+", "(Gr|Kr)[a-z]+, [A-Z][a-z]+ [A-Z][a-z]+"):
-    names = generator.generate(4, type_line="Legendary Creature — Goblin", colors="R", seed=7, regex=regex)
+    names = generator.generate(4, **GOBLIN, seed=7, regex=regex)
     print(f"{regex}: " + "; ".join(name.text for name in names))
     holds("every name matches the expression", all(re.fullmatch(regex, name.text) for name in names))
 
@@ -290,15 +260,10 @@ for regex in ("[A-Z][a-z]+ of [A-Z][a-z]+", "(Gr|Kr)[a-z]+, [A-Z][a-z]+ [A-Z][a-
 # **Dead ends.** A filter may leave no token at all. Each of these two can be satisfied, but not both:
 
 # %%
-place = vocabulary, len(prompt_ids)
+prompt_1T, filters = torch.tensor([prompt_ids]), [StartsWith(*place, "Gree"), NoDoubled(*place)]
+request = {"attention_mask": torch.ones_like(prompt_1T), "do_sample": True, "max_new_tokens": 8}
 try:
-    model.generate(
-        torch.tensor([prompt_ids]),
-        attention_mask=torch.ones(1, len(prompt_ids), dtype=torch.long),
-        logits_processor=[StartsWith(*place, "Gree"), NoDoubled(*place)],
-        do_sample=True,
-        max_new_tokens=8,
-    )
+    model.generate(prompt_1T, logits_processor=filters, **request)
 except NoTokenLeftError as error:
     print("NoTokenLeftError:", error)
 else:
@@ -314,38 +279,29 @@ else:
 
 # %%
 quote(KnownNameFilter)
-known = KnownNameFilter(vocabulary, len(prompt_ids), generator.known.normal_forms)
-print(f"{len(generator.known.normal_forms):,} names are known")
+card_forms = generator.known.normal_forms
+known = KnownNameFilter(*place, card_forms)
+print(f"{len(card_forms):,} names are known")
 rows, ends = [], []
 for text in (" Goblin Guide", " goblin guide", " Goblin  Guide!", " Goblin Guid"):
     ids = vocabulary.encode(text)
     scores_1V = model(torch.tensor([prompt_ids + ids])).logits[:, -1]
     masked_1V = known.mask(torch.tensor([prompt_ids + ids]), scores_1V)
-    end = [each.softmax(-1)[0, vocabulary.eos_id].item() for each in (scores_1V, masked_1V)]
-    ends.append(end)
-    rows.append([repr(text), normal_form(text), *(f"{x:.4f}" for x in end)])
+    ends.append([each.softmax(-1)[0, vocabulary.eos_id].item() for each in (scores_1V, masked_1V)])
+    rows.append([repr(text), normal_form(text), *(f"{x:.4f}" for x in ends[-1])])
 table(["text so far", "its normal form", "P(EOS), model", "P(EOS), filtered"], rows)
-holds(
-    "case, spaces and punctuation make no difference: none of the three may end",
-    all(free_end > 0 == end for free_end, end in ends[:3]),
-)
+holds("case, spaces and punctuation make no difference: none may end", all(free > 0 == end for free, end in ends[:3]))
 holds("a text that is not a card may end as before", abs(ends[3][0] - ends[3][1]) < 1e-6 and ends[3][0] > 0)
 
 # %% [markdown]
 # Normal forms are compared. Now the count, without the filter and with it, at a low temperature:
 
-
 # %%
-def real_cards(names: list[str]) -> list[str]:
-    return [name for name in names if normal_form(name) in generator.known.normal_forms]
-
-
 free = NameGenerator(model, tokenizer, known_names=())  # without the list of cards
-without = [name.text for name in free.generate(300, quality="fast", seed=11, temperature=0.6)]
-within = [name.text for name in generator.generate(300, quality="fast", seed=11, temperature=0.6)]
-print(f"without: {len(real_cards(without))} of 300 are real cards: {real_cards(without)[:5]}")
-print(f"with:    {len(real_cards(within))} of 300")
-holds("with the filter there is none", len(real_cards(within)) == 0 <= len(real_cards(without)))
+drawn = (each.generate(300, quality="fast", seed=11, temperature=0.6) for each in (free, generator))
+without, within = ([name.text for name in some if normal_form(name.text) in card_forms] for some in drawn)
+print(f"real cards among 300 names: without the filter {len(without)}, e.g. {without[:5]}; with it {len(within)}")
+holds("with the filter there is none", len(within) == 0 <= len(without))
 
 # %% [markdown]
 # The second number is 0 for every model, seed and temperature: it follows from the filter, and is not a measurement.
@@ -357,9 +313,9 @@ holds("with the filter there is none", len(real_cards(within)) == 0 <= len(real_
 # the first word, discards none, but a name that began as half of a longer one has to end there.
 
 # %%
-drawn = free.generate(1500, quality="fast", type_line="Goblin", seed=13, temperature=1.0)
+request = {"quality": "fast", "type_line": "Goblin", "seed": 13, "temperature": 1.0}
+drawn, masking = free.generate(1500, **request), free.generate(100, **request, words=1)
 rejection = [name for name in drawn if " " not in name.text]
-masking = free.generate(100, quality="fast", type_line="Goblin", seed=13, temperature=1.0, words=1)
 rows, found = [], []
 for title, some in (("rejection", rejection), ("masking", masking)):
     found.append(mean_and_error(torch.tensor([name.log_prob for name in some])))
@@ -394,7 +350,7 @@ shares: dict[str, list[Estimate]] = {"real cards": [], "repeated": [], "unknown 
 for temperature in temperatures:
     names = decode(300, sampling=Sampling(temperature=temperature))
     keys = [normal_form(name) for name in names]
-    shares["real cards"].append(share([bool(key) and key in generator.known.normal_forms for key in keys]))
+    shares["real cards"].append(share([bool(key) and key in card_forms for key in keys]))
     shares["repeated"].append(share([key in keys[:place] for place, key in enumerate(keys)]))
     shares["unknown words"].append(share([word not in card_words for name in names for word in words(name)]))
     rows.append([temperature, *(f"{each[-1]:.1%}" for each in shares.values()), "; ".join(names[:2])])

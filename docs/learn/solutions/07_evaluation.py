@@ -61,7 +61,7 @@ table(["", "ratio of sums", "mean of ratios", "short names", "long names"], rows
 # In the mean of ratios a name of four letters counts as much as one of thirty. Short names cost more a letter: their one or
 # two words must be named, and there are few cheap letters after that.
 #
-# ## 2. A better fraud
+# ## 2. A better cheat
 
 # %%
 train_keys, held_keys = set(map(normal_form, train_names)), set(map(normal_form, names))
