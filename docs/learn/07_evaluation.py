@@ -352,7 +352,7 @@ for axis, (pair, (first_N, second_N)) in zip(axes, pairs.items(), strict=True):
         some = shuffled[:size]
         found = paired_bits_difference(first_N[some], second_N[some], characters_N[some])
         widths[pair, size] = (found.high - found.low) / 2
-        rows.append([pair, size, f"{found:+.4f}", f"{widths[pair, size]:.4f}", ["no", "yes"][found.excludes_zero]])
+        rows.append([pair, size, f"{found:+.4f}", f"{widths[pair, size]:.4f}", found.excludes_zero])
         error = [[found.value - found.low], [found.high - found.value]]
         axis.errorbar(size, found.value, yerr=error, fmt="o", capsize=3, color="tab:blue")
     axis.axhline(0, color="black", linewidth=0.8)
@@ -360,7 +360,7 @@ for axis, (pair, (first_N, second_N)) in zip(axes, pairs.items(), strict=True):
     axis.set_xticks(sizes, [f"{size:,}" for size in sizes], minor=False)
     axis.minorticks_off()
 show(figure, "07_sizes")
-table(["", "names", "difference [95%]", "half width", "shown"], rows)
+table(["", "names", "difference [95%]", "half width", "zero outside"], rows)
 for pair in pairs:
     holds(f"{pair}: four times the names for about half the width", 1.5 < widths[pair, 100] / widths[pair, 400] < 2.7)
 unlike, alike = ([widths[pair, size] for size in sizes] for pair in pairs)
