@@ -116,7 +116,7 @@ holds(
 #   logits in training: H_e = (x W_r)_e + N(0, 1) softplus((x W_noise)_e). Experts that are nearly as good get tokens as well.
 #   Later models left it out; the package has jitter on the router's input instead (`router_jitter_noise`).
 # - **Capacity factor.** On many devices each expert has a buffer of C = factor x T K / E tokens. What does not fit is
-#   **dropped** (the red crosses): that choice adds nothing, and the token goes on by the residual connection. A higher
+#   **dropped** (the red crosses): that choice adds nothing, and the token keeps its residual connection. A higher
 #   factor drops less, and pads more.
 # - **A random second expert** (GShard): the second of two is used with a probability in proportion to its gate. Another kind of
 #   noise; the package does not have it.
@@ -125,8 +125,38 @@ holds(
 # - **Expert choice** ([Zhou et al. 2022](https://arxiv.org/abs/2202.09368)): experts choose tokens. More of it in chapter 3c.
 # - **A bias on the choice** (loss-free balancing: [Wang et al. 2024](https://arxiv.org/abs/2408.15664); DeepSeek-V3). In chapter 3c, too.
 # - **Random or hashed** ([Roller et al. 2021](https://arxiv.org/abs/2106.04426)): a fixed table from token to expert. Nothing to
-#   learn, nothing to balance; a yardstick for routers that learn.
+#   learn, nothing to balance; a baseline for routers that learn.
 #
+# ## Hierarchical MoE
+#
+# [Shazeer et al. 2017](https://arxiv.org/abs/1701.06538) (appendix B) route in two levels when there are thousands of experts: a
+# first router chooses among a groups, a second one among the b experts of a chosen group (E = a b). The gate is the product of both:
+#
+# $$ y = \sum_{i \in \text{groups}} \sum_{j \in \text{group } i} g_i(x)\; g_{j|i}(x)\; \text{MLP}_{ij}(x) $$
+#
+# A token then computes a logits and b for each group that it enters, not a b. And if a group is a device, it is sent to few devices:
+# [DeepSeek-V3](https://arxiv.org/abs/2412.19437) limits the groups of a token for that reason, with one router for all experts. The
+# package has one level. What is lost is choice: the best experts may be in other groups. With random logits, how often?
+
+# %%
+groups, size = 8, 8
+flat_TE = torch.randn(2000, groups * size)
+best_TK = flat_TE.topk(2).indices
+scores_TG = flat_TE.unflatten(1, (groups, size)).logsumexp(-1)  # a group's probability is the sum of its experts'
+kept_share = {}
+for entered in (1, 2, 4):
+    open_TG = torch.zeros_like(scores_TG).scatter(1, scores_TG.topk(entered).indices, 1.0)
+    kept_share[entered] = open_TG.gather(1, best_TK // size).mean().item()
+    logits = groups + entered * size
+    print(
+        f"{entered} of {groups} groups: {logits} logits of {groups * size}, {kept_share[entered]:.0%} of the best two kept"
+    )
+holds(
+    "the fewer groups a token may enter, the more of its best experts it misses",
+    kept_share[1] < kept_share[2] < kept_share[4] < 1,
+)
+
+# %% [markdown]
 # ## Shared experts and fine-grained experts
 #
 # **Fine-grained** ([Dai et al. 2024](https://arxiv.org/abs/2401.06066), DeepSeekMoE): cut each expert into g parts and choose g

@@ -16,9 +16,9 @@
 # **The question: how does one MLP become eight experts without losing what it knows, and how do eight equal experts
 # become different?**
 #
-# Training a mixture of experts from nothing is expensive. Sparse upcycling (Komatsuzaki et al. 2022) begins with a
-# trained dense model: every expert is made of its MLP. The new model should compute what the old one did, and from there
-# on be able to do more. The two wishes pull against each other. Equal experts keep the function; but as long as they
+# Training an MoE model from scratch is expensive. Sparse upcycling (Komatsuzaki et al. 2022) begins with a
+# trained dense model: every expert is made from its MLP. The new model should compute what the old one did, and be able
+# to learn more from there. The two goals conflict. Equal experts keep the function; but as long as they
 # are equal, there is nothing to choose between. The [glossary](../glossary.md#mixture-of-experts) has the terms.
 
 # %%
@@ -29,7 +29,7 @@ from itertools import pairwise
 import matplotlib.pyplot as plt
 import torch
 from chapter_claims import holds, verdict
-from chapter_models import bits_per_character, nats_of_names, training_steps
+from chapter_models import bits_per_character, experts_apart, mean_and_error, nats_of_names, training_steps
 from chapter_tools import cards, franchise_cards, load_base, quote, show, table
 
 from flash_experts import GPT2MoEForCausalLM
@@ -71,21 +71,24 @@ def difference(model: GPT2MoEForCausalLM) -> float:
 # %% [markdown]
 # ## The picture first
 #
-# Five ways to make experts, before any training: how far is any logit from the dense model's?
+# Five ways to make experts, before any training: how far is any logit from the dense model's? Green is rounding (float32
+# has seven digits, and many operations follow each other).
 
 # %%
 far = {name: difference(upcycled(**fields)) for name, fields in VARIANTS.items()}
 table(["method", "largest difference of a logit"], [[name, f"{value:.1e}"] for name, value in far.items()])
-figure, axis = plt.subplots(figsize=(7, 2.6))
-axis.barh(
-    list(far), list(far.values()), color=["tab:green" if value < 1e-4 else "tab:orange" for value in far.values()]
-)
-axis.axvline(dense_logits.abs().max(), color="black", linestyle=":")
-axis.text(dense_logits.abs().max() * 1.3, 3.6, "largest\ndense logit", va="center")
+figure, axis = plt.subplots(figsize=(7.5, 2.6))
+for color, label, of in (("tab:green", "rounding", [0, 1e-4]), ("tab:orange", "more than rounding", [1e-4, 1e9])):
+    some = {name: value for name, value in far.items() if of[0] <= value < of[1]}
+    axis.barh([[*far].index(name) for name in some], list(some.values()), color=color, label=label)
+axis.axvline(dense_logits.abs().max(), color="black", linestyle=":", label="largest dense logit")
 for place, value in enumerate(far.values()):
-    axis.text(max(value, 1e-6), place, f" {value:.0e}", va="center")
+    box = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+    axis.text(max(value, 1e-6) * 1.3, place, f"{value:.0e}" if value else "0", va="center", bbox=box)
 axis.set(xscale="log", xlim=(1e-6, 1e3), xlabel="largest difference from the dense logits", ylabel="method")
+axis.set_yticks(range(len(far)), list(far))
 axis.invert_yaxis()
+figure.legend(loc="outside right center")
 show(figure, "04_exactness")
 holds("copy, granular and shared are exact up to rounding", max(far["copy"], far["granular"], far["shared"]) < 1e-4)
 holds(
@@ -94,16 +97,15 @@ holds(
 )
 
 # %% [markdown]
-# Green is rounding (float32 has seven digits, and many operations follow each other). Three methods are exact, two break the
-# symmetry on purpose and pay for it at once. What they do:
+# Three methods are exact, two break the symmetry on purpose and pay for it at once. What they do:
 #
 # | method | an expert is | exact |
 # | --- | --- | --- |
 # | copy | the dense MLP | yes |
 # | noise | the dense MLP plus noise of 0.001 standard deviations | nearly |
-# | drop | the dense MLP with half of its hidden units drawn again (Nakamura et al. 2025) | no |
+# | drop | the dense MLP with half of its hidden units initialized again (Nakamura et al. 2025) | no |
 # | granular | a quarter of the hidden units; 32 experts, 8 per token (He et al. 2024) | yes |
-# | shared | silent (second matrix zero), beside one dense MLP for every token | yes |
+# | shared | silent (second matrix zero), next to one dense MLP for every token | yes |
 #
 # ## Why copies are exact
 #
@@ -111,8 +113,7 @@ holds(
 #
 # $$ y = \sum_{e \in \text{top}_K} g_e\,\text{MLP}_e(x) = \Big(\sum_e g_e\Big) f(x) = f(x) $$
 #
-# x and y are (T, D), g is (T, K). All that is needed: the gates of a token sum to one. That must hold for every K and
-# E. Without it:
+# x and y are (T, D), g is (T, K). The one condition, for every K and E: the gates of a token sum to one. Without it:
 
 # %%
 rows = [[f"E 8, K {k}", f"{difference(upcycled(k)):.1e}"] for k in (1, 2, 8)]
@@ -132,8 +133,7 @@ holds(
 holds("without normalised gates they are far off", float(rows[-1][1]) > 0.1)
 
 # %% [markdown]
-# In float64 the difference shrinks with the rounding: it *is* rounding. The package does not let you break it by
-# accident:
+# In float64 the difference shrinks with the rounding: it *is* rounding. The package does not let you break this by accident:
 
 # %%
 try:
@@ -151,14 +151,13 @@ except ValueError as error:
 quote(upcycling._fill_experts)
 
 # %% [markdown]
-# The line about granularity deserves a look. A token takes two whole groups of four shards. Gates of eight chosen
+# The line about granularity: a token takes two whole groups of four shards. The gates of eight chosen
 # experts sum to one, so each shard gets a quarter of what its group's expert would get. Therefore the second matrix is
-# multiplied by 4. Its bias is not: every expert carries it whole, and the gates add it up to once. (Exercise 3 gets
-# this wrong on purpose.)
+# multiplied by 4. Its bias is not: every expert carries it whole, and the gates add it up to once (exercise 3).
 #
 # ## The trap: a router without a gradient
 #
-# If y = f(x) whatever the gates are, then y does not depend on the router. The language loss has no opinion about it:
+# If y = f(x) whatever the gates are, then y does not depend on the router, and neither does the language loss:
 #
 # $$ \frac{\partial y}{\partial g_e} = f(x) \text{ for all chosen } e, \qquad \sum_e \delta g_e = 0
 # \quad\Rightarrow\quad \delta y = f(x) \sum_e \delta g_e = 0 $$
@@ -186,21 +185,6 @@ def router_gradient(model: GPT2MoEForCausalLM, training: bool) -> float:
     return torch.stack(parts).norm().item()
 
 
-@torch.no_grad()
-def apart(model: GPT2MoEForCausalLM) -> float:
-    """How different experts are: mean distance of an expert's first matrix from the experts' mean, over its length.
-
-    Of granular experts those of the same shard are compared.
-    """
-    shares = []
-    for layer in (module for module in model.modules() if isinstance(module, MoELayer)):
-        shards = dense.config.n_embd * 4 // layer.experts.up_proj.shape[2]
-        W_RSDF = layer.experts.up_proj.unflatten(0, (-1, shards))
-        away = (W_RSDF - W_RSDF.mean(0)).flatten(1).norm(dim=1)
-        shares.append(away.mean() / W_RSDF.flatten(1).norm(dim=1).mean())
-    return torch.stack(shares).mean().item()
-
-
 rows, measured = [], {}
 for label, k, fields in (
     ("copy, K 2", 2, VARIANTS["copy"]),
@@ -215,24 +199,19 @@ for label, k, fields in (
     model = upcycled(k, **fields, **QUIET)
     plain, through = router_gradient(model, training=False), router_gradient(model, training=True)
     measured[label] = difference(model), plain, through
-    rows.append([label, f"{difference(model):.0e}", f"{apart(model):.1e}", f"{plain:.1e}", f"{through:.1e}"])
+    rows.append([label, f"{difference(model):.0e}", f"{experts_apart(model):.1e}", f"{plain:.1e}", f"{through:.1e}"])
+quote(experts_apart, docstring=True)
 table(["", "logits off by", "experts apart", "router gradient: plain", "straight-through"], rows)
-_, plain_copy, through_copy = measured["copy, K 2"]
 holds(
     "copies give the plain gate a gradient of rounding errors, the straight-through gate a real one",
-    plain_copy < 1e-5 < 1e-2 < through_copy,
+    measured["copy, K 2"][1] < 1e-5 < 1e-2 < measured["copy, K 2"][2],
 )
 holds(
     "with K = 1 the plain gradient is zero, even when the experts differ",
     measured["copy, K 1"][1] == measured["noise 0.1, K 1"][1] == 0,
 )
-holds(
-    "with more noise the plain gradient grows, and so does the error",
-    all(
-        small < large
-        for small, large in zip(measured["noise 0.001, K 2"][:2], measured["noise 0.1, K 2"][:2], strict=True)
-    ),
-)
+little, much = measured["noise 0.001, K 2"], measured["noise 0.1, K 2"]
+holds("with more noise the plain gradient grows, and so does the error", little[0] < much[0] and little[1] < much[1])
 holds(
     "granular experts give even the plain gate a gradient, at exact logits",
     measured["granular, K 8 of 32"][1] > 1e-2 and measured["granular, K 8 of 32"][0] < 1e-4,
@@ -242,19 +221,17 @@ holds("silent experts give the router none at all", measured["shared, K 2"][1] =
 # %% [markdown]
 # Read it row by row.
 #
-# - Copies give the plain gate a gradient of rounding errors. The straight-through gate gives a real one, and the logits
-#   are the same.
+# - Copies give the plain gate a gradient of rounding errors. The straight-through gate gives a real one, at the same logits.
 # - With K = 1 the normalised gate is the constant 1. The plain gradient is zero even when the experts differ.
 # - The plain gradient grows with the noise. With much noise the router would learn without help, but then the logits
 #   are off.
-# - Granular experts hold different shards, so even the plain gate has something to say: more of this shard, less of
-#   that.
-# - Silent experts (shared) say nothing, so no gate matters. Their second matrices do get a gradient, and once they
-#   speak the router hears it. That takes a step or two.
+# - Granular experts hold different shards, so even the plain gate has a gradient: more of this shard, less of that.
+# - Silent experts (shared) put out nothing, so no gate matters. Their second matrices do get a gradient, and once they are
+#   not zero the router gets one, too. That takes a step or two.
 #
 # What can the straight-through gradient know while experts are equal? Not which one is better: none is. It is the
-# gradient of "more, or less, of the chosen". It moves the router, and with it which expert learns from which token. The
-# parting itself is the work of the data: experts see different tokens, so their gradients differ from the first step.
+# gradient of "more, or less, of the chosen". It moves the router, and so decides which expert learns from which token.
+# What makes the experts different is the data: they get different tokens, so their gradients differ from the first step.
 
 # %%
 model = upcycled(**QUIET)
@@ -299,17 +276,16 @@ holds("the straight-through gradient hardly depends on the noise there", max(thr
 # %% [markdown]
 # Without the straight-through gate a gradient is bought with an error in the logits.
 #
-# ## What comes of it: a short training
+# ## The result: a short training
 #
-# The base knows its own training names too well to learn from them again (`docs/experiments.md` tells of it). So we
+# The base has memorized too many of its own training names to learn from them again (`docs/experiments.md`). So we
 # give it names it has never seen: cards of franchises (Universes Beyond), which our cleaning leaves out. Same names,
-# same order, same steps for all; 16 steps of about 320 tokens. Then all are scored on families of names held out.
+# same order, same steps for all; 16 steps of about 320 tokens. Then all are scored on held-out families of names.
 
 # %%
 new_cards, held_out = franchise_cards()
-print(
-    f"{len(new_cards)} names to learn, {len(held_out)} held out:", "; ".join(card.name for card in held_out[:4]), "..."
-)
+examples = "; ".join(card.name for card in held_out[:4])
+print(f"{len(new_cards)} names to learn, {len(held_out)} held out: {examples} ...")
 
 STEPS, RATE = 16, 2e-4
 models = {"dense": copy.deepcopy(dense)} | {name: upcycled(**fields) for name, fields in VARIANTS.items()}
@@ -327,103 +303,81 @@ for name, model in models.items():
 # interval is 95% over names. It does not cover another seed.
 
 # %%
-rows, means, errors = [], [], []
+rows, gains = [], {}
 for name, model in models.items():
-    gain_N = nats[name] - nats["dense"]
-    mean, error = gain_N.mean().item(), 1.96 * gain_N.std().item() / len(gain_N) ** 0.5
-    means.append(mean)
-    errors.append(error)
-    size = parameter_counts(model)
-    rows.append(
-        [
-            name,
-            f"{size.total / 1e6:.1f} M",
-            f"{size.active / 1e6:.1f} M",
-            f"{seconds[name]:.2f}",
-            f"{sum(curves[name][-5:]) / 5:.3f}",
-            f"{bits_per_character(nats[name], held_out):.3f}",
-            "-" if name == "dense" else f"{mean:+.3f} ± {error:.3f}",
-            "-" if name == "dense" else f"{apart(model):.3f}",
-        ]
+    gains[name] = mean, error = mean_and_error(nats[name] - nats["dense"])
+    size, loss = parameter_counts(model), sum(curves[name][-5:]) / 5
+    bits = bits_per_character(nats[name], held_out)
+    cells = (
+        f"{size.total / 1e6:.1f} M",
+        f"{size.active / 1e6:.1f} M",
+        f"{seconds[name]:.2f}",
+        f"{loss:.3f}",
+        f"{bits:.3f}",
     )
+    last = ("-", "-") if name == "dense" else (f"{mean:+.3f} ± {error:.3f}", f"{experts_apart(model):.3f}")
+    rows.append([name, *cells, *last])
 before_bits = bits_per_character(nats["before"], held_out)
 print(f"held-out bits before: {before_bits:.3f}")
-header = [
-    "",
-    "weights",
-    "active",
-    "s a step",
-    "loss, last 5",
-    "held-out bits",
-    "nats a name, against dense",
-    "experts apart",
-]
-table(header, rows)
+header = "weights", "active", "s a step", "loss, last 5", "held-out bits", "nats a name, against dense", "experts apart"
+table(["", *header], rows)
 
-exact_ones = [name for name in VARIANTS if name != "drop"]  # drop is on a scale of its own
-figure, axes = plt.subplots(2, 2, figsize=(11, 4.6), height_ratios=(3, 1.2))
-for name in VARIANTS:
-    against_dense = [loss - dense_loss for loss, dense_loss in zip(curves[name], curves["dense"], strict=True)]
-    axis = axes[0 if name in exact_ones else 1, 0]
-    axis.plot(range(1, STEPS + 1), against_dense, label=name, linewidth=1, color=f"C{[*VARIANTS].index(name)}")
-by_name = dict(zip(models, zip(means, errors, strict=True), strict=True))
-for row, shown in enumerate((exact_ones, ["drop"])):
-    axes[row, 1].errorbar(
-        [by_name[name][0] for name in shown], shown, xerr=[by_name[name][1] for name in shown], fmt="o"
-    )
-    axes[row, 1].axvline(0, color="black", linewidth=0.8)
-    axes[row, 0].axhline(0, color="black", linewidth=0.8)
-    axes[row, 0].set(ylabel="nats per token")
-    axes[row, 0].legend(fontsize=7)
-axes[0, 0].set_title("training loss of each step, against dense")
-axes[0, 1].set_title("held-out, against dense, 95% (left is better)")
-axes[1, 0].set_xlabel("step")
-axes[1, 1].set_xlabel("nats a name")
+exact_ones = [name for name in VARIANTS if name != "drop"]  # drop has axes with a larger scale
+figure, axes = plt.subplots(2, 2, figsize=(11, 4.8), height_ratios=(3, 1.2))
+for (left, right), some in zip(axes, (exact_ones, ["drop"]), strict=True):
+    for name in some:
+        against_dense = [loss - dense_loss for loss, dense_loss in zip(curves[name], curves["dense"], strict=True)]
+        style = {"color": f"C{[*VARIANTS].index(name)}"}
+        left.plot(range(1, STEPS + 1), against_dense, label=name, linewidth=1, **style)
+        right.errorbar(gains[name][0], name, xerr=gains[name][1], fmt="o", **style)
+    left.axhline(0, color="black", linewidth=0.8)
+    right.axvline(0, color="black", linewidth=0.8)
+    right.invert_yaxis()
+    left.set(ylabel="nats per token", xlabel="step")
+    right.set(ylabel="method", xlabel="nats a name")
+axes[0, 0].set_title("training loss of each step, minus the dense model's")
+axes[0, 1].set_title("held-out nats, minus the dense model's, 95% (left is better)")
+figure.legend(loc="outside lower center", ncols=len(VARIANTS))
 show(figure, "04_training")
 for name in VARIANTS:
-    mean, error = by_name[name]
-    found = verdict(
-        mean - error, mean + error, "better than dense", "worse than dense", "no difference from dense is shown"
-    )
-    print(f"{name}: {found}")
+    mean, error = gains[name]
+    sentences = "better than dense", "worse than dense", "no difference from dense is shown"
+    print(f"{name}: {verdict(mean - error, mean + error, *sentences)}")
 ending = {name: bits_per_character(nats[name], held_out) for name in models}
 holds("all learned something of the new names", max(ending.values()) < before_bits)
-holds("drop is behind the others: half of its units have to be learned again", max(ending, key=ending.get) == "drop")
-parted = {name: apart(models[name]) for name in exact_ones}
+holds("drop is last: half of its hidden units have to be learned again", max(ending, key=ending.get) == "drop")
 holds(
-    "experts that began equal have parted by a few hundredths of their length",
-    all(0.003 < each < 0.1 for each in parted.values()),
+    "experts that began equal differ by a few hundredths of their length",
+    all(0.003 < experts_apart(models[name]) < 0.1 for name in exact_ones),
 )
-shares_of_weights = {
-    name: parameter_counts(models[name]).active / parameter_counts(models["dense"]).active for name in VARIANTS
-}
+active = {name: parameter_counts(model).active for name, model in models.items()}
 holds(
-    "each of them has more active parameters than the dense model, shared the most",
-    min(shares_of_weights.values()) > 1 and max(shares_of_weights, key=shares_of_weights.get) == "shared",
+    "each MoE model has more active parameters than the dense model, shared the most",
+    min(active, key=active.get) == "dense" and max(active, key=active.get) == "shared",
 )
 
 # %% [markdown]
-# Read the last column but one with its interval. Where the interval holds 0, the run shows no difference between experts
-# and the dense model; where it does not, see how small it is, and remember that five were tried. The experts have parted
-# by a few hundredths of their length, and each has seen a quarter of the tokens that the dense MLP saw. Upcycling buys
-# *room*, not an immediate gain. It can pay when there are data to fill the room; the papers train on billions of tokens to
-# show it, and [chapter 9](09_do_experts_pay.py) has what this project found.
+# Read the last column but one with its interval. Where the interval contains 0, the run shows no difference between experts
+# and the dense model; where it does not, see how small it is, and remember that five were tried. The experts differ
+# by a few hundredths of their length, and each has seen a quarter of the tokens that the dense MLP saw. Upcycling adds
+# *capacity*, not an immediate gain. It can pay when there are enough data to use it: the papers train on billions of tokens
+# to show that, and [chapter 9](09_do_experts_pay.py) has what this project found.
 #
-# Count the price as well. K = 2 doubles the arithmetic of these layers in every step (and `shared` triples it): see the
-# active parameters and the seconds. At equal arithmetic the dense model would have had more steps. A fair comparison
-# states all three: per step, per operation, per second.
+# Count the price as well. K = 2 doubles the FLOPs of these layers in every step (and `shared` triples them): see the
+# active parameters and the seconds. At equal FLOPs the dense model would have had more steps. A fair comparison
+# states all three: per step, per FLOP, per second.
 #
 # ## What to remember
 #
 # - Gates that sum to one make copies exact, for every K and E.
 # - Equal experts give a normalised gate no gradient. The straight-through gate has one, at no cost in exactness.
-# - Noise and drop break the symmetry at the price of the start; shards and silent experts break it for nothing.
+# - Noise and drop break the symmetry at the price of a worse start; shards and silent experts break it at no cost.
 # - So few steps decide nothing. Look at the interval before you believe a difference.
 #
 # ## Exercises
 #
 # 1. **The way back.** `flash_experts.models.exports.dense.to_dense` averages the experts. What must it give for untrained
-#    copies? Fine-tune copies for 20 steps on franchise names, average, and score: is the mean as good as the mixture?
+#    copies? Fine-tune copies for 20 steps on franchise names, average, and score: is the mean as good as the MoE model?
 # 2. **How much to drop.** For `drop_ratio` 0, 0.25, 0.5, 1: the difference of the logits, and bits per character on 100
 #    training names. What is left of the dense model at 1?
 # 3. **The bias.** Multiply the second bias of granular experts by the granularity as well, as if it belonged to the

@@ -13,12 +13,12 @@
 # %% [markdown]
 # # 5. Training
 #
-# **The question: where does the time of a training step go, what of it can be saved without changing the result, and how
-# does a run that was stopped go on as if nothing had happened?**
+# **The question: where does the time of a training step go, how much of it can be saved without changing the result, and how
+# does a stopped run resume exactly?**
 #
-# Card names are short and of unequal length: the worst case for the usual way to train, where a batch is filled up with
-# padding to its longest text, and the model multiplies the padding as if it were text. This chapter goes from there to
-# the package's own way, one change at a time, times each on your machine, and checks that the gradient stays. The
+# Card names are short and of unequal length: the worst case for the usual way to train, where a batch is padded to its
+# longest text, and the model computes the padding as if it were text. This chapter goes from there to
+# the package's own way, one change at a time, times each on your machine, and checks that the gradient stays the same. The
 # [glossary](../glossary.md#training) has the terms.
 
 # %%
@@ -34,14 +34,15 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from chapter_claims import holds
-from chapter_models import bits_per_character, nats_of_names, training_steps, without_dropout
+from chapter_models import bits_per_character, mean_and_error, nats_of_names, training_steps, without_dropout
+from chapter_steps import gradient, timed_step
 from chapter_tools import cards, franchise_cards, load_base, quote, show, table
 from matplotlib.patches import Patch
+from torch.nn.utils import parameters_to_vector
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DataCollatorForSeq2Seq
-from transformers.activations import ACT2FN
 
-from flash_experts.benchmarks.timing import Implementation, Lap, time_in_rounds
+from flash_experts.benchmarks.timing import Implementation, time_in_rounds
 from flash_experts.data.packing import EncodedName, encode_cards, pack
 from flash_experts.training import Trainer, TrainingConfig
 from flash_experts.training.batches import NameBatches
@@ -57,7 +58,7 @@ print(f"{len(batch)} names, {sum(name.num_inputs for name in batch)} tokens, e.g
 # %% [markdown]
 # ## The picture first
 #
-# One batch in two layouts. Each cell is computed: blue the prompt, green where the next token is a label, grey padding.
+# One batch in two layouts. Each cell is a computed position: blue the prompt, green where the next token is a label, grey padding.
 
 # %%
 PAD, PROMPT, LABEL = 0, 1, 2
@@ -74,25 +75,20 @@ colors = plt.matplotlib.colors.ListedColormap(["white", "#cccccc", "tab:blue", "
 axes[0].imshow(padded_NS, cmap=colors, vmin=-1, vmax=2, aspect="auto")
 axes[0].set(title="padded to the longest", xlabel="position", ylabel="name", xticks=range(0, longest, 3))
 axes[1].imshow(lines_16W, cmap=colors, vmin=-1, vmax=2, aspect="auto")
-axes[1].set(title="packed: one row, here broken into 16 lines", xticks=[], yticks=[], xlabel="position", ylabel="line")
+axes[1].set(title="packed: one row, here broken into 16 lines", xlabel="position in the line", ylabel="line")
 kinds = {"padding": "#cccccc", "prompt": "tab:blue", "has a label": "tab:green"}
-figure.legend(
-    handles=[Patch(color=color, label=kind) for kind, color in kinds.items()], loc="outside lower center", ncols=3
-)
+key = [Patch(color=color, label=kind) for kind, color in kinds.items()]
+figure.legend(handles=key, loc="outside lower center", ncols=3)
 show(figure, "05_padding")
 
-print(f"padded: {padded_NS.size} positions, {(padded_NS == PAD).mean():.0%} of them padding")
-print(f"packed: {len(packed_T)} positions, of which {(packed_T == LABEL).mean():.0%} have a label")
-holds(
-    "a fifth of the padded batch and more is padding; the packed row has none",
-    (padded_NS == PAD).mean() > 0.2 and not (packed_T == PAD).any(),
-)
-holds(
-    "under half of the packed positions have a label: prompts are longer than names", (packed_T == LABEL).mean() < 0.5
-)
+padding, labelled = (padded_NS == PAD).mean(), (packed_T == LABEL).mean()
+print(f"padded: {padded_NS.size} positions, {padding:.0%} of them padding")
+print(f"packed: {len(packed_T)} positions, of which {labelled:.0%} have a label")
+holds("over a fifth of the padded batch is padding; the packed row has none", padding > 0.2 and PAD not in packed_T)
+holds("under half of the packed positions have a label: prompts are longer than names", labelled < 0.5)
 
 # %% [markdown]
-# Positions are computed, tokens are real, labels teach. Speed is *real* tokens per second.
+# Every position costs time; only real tokens carry information, and only labels teach. Speed is *real* tokens per second.
 #
 # ## The formula, with shapes
 #
@@ -116,23 +112,15 @@ for field in ("input_ids", "position_ids", "cu_seq_lens", "keep", "labels"):
     print(f"{field:13}", getattr(pack(batch[:2]), field).flatten().tolist())
 
 # %% [markdown]
-# If M counted the labels of a part of the step (a micro-batch, a process), those of a short part would weigh more. A batch
-# in one piece, and in three pieces whose gradients add up:
-
+# If M counted the labels of a part of the step (a micro-batch, a process), those of a short part would weigh more. The gradient
+# of a batch as a whole, and that of three micro-batches, added up:
 
 # %%
-def gradient(model: torch.nn.Module, *batches: dict[str, Any]) -> torch.Tensor:
-    """All gradients of the sum of the batches' losses in one vector."""
-    model.zero_grad()
-    for inputs in batches:
-        model(**inputs).loss.backward()
-    return torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
-
-
 model = without_dropout(base)
 by_length = sorted(batch, key=lambda name: name.num_inputs)
 whole, parts = pack(by_length), [pack(by_length[start : start + 8]) for start in (0, 8, 16)]
 M = whole.labels.numel()
+quote(gradient)
 one_batch = gradient(model, whole.inputs_with_loss(M))
 divisors = {"the labels of the step": [M] * 3, "their own, then by three": [3 * part.labels.numel() for part in parts]}
 wrongs = []
@@ -140,10 +128,8 @@ for how, each in divisors.items():
     in_parts = gradient(model, *(part.inputs_with_loss(divisor) for part, divisor in zip(parts, each, strict=True)))
     wrongs.append((in_parts - one_batch).norm() / one_batch.norm())
     print(f"divided by {how}: gradient off by {wrongs[-1]:.1e}")
-holds(
-    "divided by the labels of the step, parts give the gradient of the whole; by their own, another",
-    wrongs[0] < 1e-4 < 1e-2 < wrongs[1],
-)
+right = wrongs[0] < 1e-4 < 1e-2 < wrongs[1]
+holds("divided by the labels of the step, parts give the gradient of the whole; by their own, another", right)
 
 # %% [markdown]
 # The second is another loss (transformers had it [until 2024](https://github.com/huggingface/transformers/pull/34191)). The
@@ -155,7 +141,7 @@ quote(CausalLoss.__call__)
 # %% [markdown]
 # ## The ladder
 #
-# Six ways to do the same step, each with one change to the one before. The first is how many tutorials do it.
+# Six ways to do the same step, each with one change to the one before. The first is that of many tutorials.
 
 
 # %%
@@ -186,49 +172,23 @@ LADDER: dict[str, tuple[Callable[[Sequence[EncodedName]], dict[str, Any]], str, 
     "fused activation": (packed_kept_logits, "fe_attention", "gelu_pytorch_tanh", False),
     "fused optimizer": (packed_kept_logits, "fe_attention", "gelu_pytorch_tanh", True),
 }
-
-
-def implementation(
-    make_batch: Callable[..., dict[str, Any]], attention: str, activation: str, fused_optimizer: bool
-) -> tuple[Implementation, Any]:
-    """A training step in three timed parts, and its model."""
-    model = without_dropout(base)
-    model.set_attn_implementation(attention)
-    for block in model.transformer.h:
-        block.mlp.act = ACT2FN[activation]
-    kind = {"fused": True} if fused_optimizer else {"foreach": False}
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, **kind)
-
-    def step(lap: Lap) -> None:
-        loss = model(**make_batch(batch)).loss
-        lap()
-        loss.backward()
-        lap()
-        optimizer.step()
-        optimizer.zero_grad()
-        lap()
-
-    return Implementation(step), model
-
-
+quote(timed_step)
 implementations, gradients = {}, {}
 for name, choices in LADDER.items():
-    implementations[name], model = implementation(*choices)
+    implementations[name], model = timed_step(base, batch, *choices)
     gradients[name] = gradient(model, choices[0](batch))
     model.zero_grad()
-first = gradients["padded, plain attention"]
+first, *_ = gradients.values()
 off = {name: (each - first).norm() / first.norm() for name, each in gradients.items()}
 table(["the same step?", "gradient off by"], [[name, f"{each:.0e}"] for name, each in off.items()])
-
 holds("all six rungs have one gradient, up to rounding", max(off.values()) < 1e-4)
 
 # %% [markdown]
-# Now the clock: all run in rounds, and the median counts (as in `flash-experts benchmark`).
+# Now the time: all are run in turn, several rounds, and the median counts (as in `flash-experts benchmark`).
 
 # %%
 timings = time_in_rounds(implementations, torch.device("cpu"), rounds=3, seconds=0.0)
-tokens = sum(name.num_inputs for name in batch)
-rows, slowest = [], timings["padded, plain attention"].total
+rows, slowest, tokens = [], timings["padded, plain attention"].total, sum(name.num_inputs for name in batch)
 for name, timing in timings.items():
     parts_ms = [f"{part * 1e3:.0f}" for part in timing.parts]
     rows.append([name, *parts_ms, f"{tokens / timing.total:,.0f}", f"{slowest / timing.total:.2f} x"])
@@ -239,18 +199,18 @@ parts_P3 = 1e3 * np.array([timing.parts for timing in timings.values()])
 for part, label in enumerate(("forward", "backward", "optimizer")):
     axis.barh(list(timings), parts_P3[:, part], left=parts_P3[:, :part].sum(1), label=label)
 axis.invert_yaxis()
-axis.set(title="one training step on this machine", xlabel="milliseconds")
+axis.set(title="one training step on this machine", xlabel="milliseconds", ylabel="each with all above")
 axis.legend()
 show(figure, "05_ladder")
 
 # %% [markdown]
-# Find the longest step of the ladder, and compare it with the share of padding: at best, time falls as the computed
-# positions do. The other rungs depend on sizes. Logits cost 2 V D operations a position, in proportion to the vocabulary
-# V (exercise 1 takes GPT-2's). A fused activation or optimizer saves trips to memory, not arithmetic.
+# Find the rung that saves most, and compare it with the share of padding: at best, time falls as the number of computed
+# positions does. The other rungs depend on sizes. Logits cost 2 V D FLOPs a position, in proportion to the vocabulary
+# V (exercise 1 takes GPT-2's). A fused activation or optimizer saves memory traffic, not FLOPs.
 #
 # ## How near is the last rung to what the machine can do?
 #
-# PyTorch counts the operations of a step; the fastest product of matrices that we can time is the measure.
+# PyTorch counts the FLOPs of a step; the fastest matmul that we can time is the reference.
 
 # %%
 with FlopCounterMode(display=False) as counter:
@@ -258,13 +218,12 @@ with FlopCounterMode(display=False) as counter:
 A, B = torch.randn(1024, 1024), torch.randn(1024, 1024)
 product = time_in_rounds({"product": Implementation(lambda lap: (torch.mm(A, B), lap()))}, torch.device("cpu"), 5, 0.2)
 peak = 2 * 1024**3 / product["product"].total
-last = timings["fused optimizer"]
-busy = counter.get_total_flops() / (last.parts[0] + last.parts[1])
-print(f"the step runs at {busy / 1e9:.0f} GFLOP/s, {busy / peak:.0%} of a large product's {peak / 1e9:.0f}")
+busy = counter.get_total_flops() / sum(timings["fused optimizer"].parts[:2])
+print(f"the step runs at {busy / 1e9:.0f} GFLOP/s, {busy / peak:.0%} of a large matmul's {peak / 1e9:.0f}")
 
 # %% [markdown]
-# That share is the model FLOPs utilization (MFU), the honest end of any list of speed-ups: near 1, only less arithmetic
-# helps. What is missing went into small products, attention, norms, activations, and reading and writing.
+# That share is the model FLOPs utilization (MFU), the limit of all speed-ups: near 1, only fewer FLOPs
+# help. The rest of the time went into small matmuls, attention, norms, activations, and memory traffic.
 #
 # ## The step that ships: accumulation, several processes, clipping, a NaN/Inf check
 
@@ -301,19 +260,21 @@ for t in (1, 2):
 
 # %%
 figure, axis = plt.subplots(figsize=(7, 2.6))
-for kind in ("cosine", "linear", "wsd", "constant"):
+for kind, line in (("constant", "-"), ("wsd", "--"), ("cosine", "-"), ("linear", "-")):
     schedule = Schedule(kind, warmup=0.1, min_ratio=0.1, planned_steps=200, planned_seconds=None)
-    axis.plot([schedule.factor(step, 0.0) for step in range(200)], label=kind)
-axis.set(title="200 steps, a tenth of them warm-up", xlabel="step", ylabel="rate over the highest rate")
-axis.legend()
+    axis.plot(
+        [schedule.factor(step, 0.0) for step in range(200)], line, label=kind, linewidth=3 if line == "--" else 1.5
+    )
+axis.set(title="200 steps, a tenth of them warmup", xlabel="step", ylabel="rate over the highest", ylim=(0, 1.05))
+figure.legend(loc="outside right center")
 show(figure, "05_schedules")
 
 # %% [markdown]
-# ## A run that goes on as if nothing had happened
+# ## Resuming a run exactly
 #
-# What must be kept so that the rest of a stopped run is *the same*, to the last bit? The weights, the optimizer's m and v,
-# the step. And three things that are often forgotten: the order of the data, the random state of dropout, and what the
-# log has summed up so far. The package makes the first two of these pure functions of (seed, step): nothing to keep.
+# What must be saved so that the rest of a stopped run is *the same*, to the last bit? The weights, the optimizer's m and v,
+# the step. And three things that are often forgotten: the order of the data, the random state of dropout, and the sums of
+# the log so far. The package makes the first two of these pure functions of (seed, step): nothing to save.
 
 # %%
 config = TrainingConfig(max_steps=100, max_epochs=None, tokens_per_batch=512, seed=7)
@@ -321,9 +282,9 @@ ask = [NameBatches.of(train_cards[:3000], tokenizer, config).names_of_step(step)
 holds("two objects give the same names for step 41, and others for step 42", ask[0] == ask[1] != ask[2])
 
 # %% [markdown]
-# Three runs of eight steps, with dropout. The first in one go. The second gets a SIGTERM, as from a job scheduler, while it
-# writes the log of step 3; it does the next step, saves, and stops, and a new trainer with a new model resumes. The third
-# resumes too, but forgets the optimizer's state, as if only the weights had been kept.
+# Three runs of eight steps, with dropout. The first is not interrupted. The second gets a SIGTERM, as from a job scheduler, while
+# it writes the log of step 3; it does the next step, saves, and stops, and a new trainer with a new model resumes. The third
+# resumes too, but without the optimizer's state, as if only the weights had been saved.
 
 
 # %%
@@ -364,34 +325,28 @@ with tempfile.TemporaryDirectory() as folder:
     trainer("killed", resumed).train(resume="auto")
     forget.forgetful = trainer("forgetful", weights_only, forget)
     forget.forgetful.train(resume="auto")
-    losses = {"in one go": logged("whole"), "resumed": logged("killed"), "weights alone": logged("forgetful")}
+    losses = {"uninterrupted": logged("whole"), "resumed": logged("killed"), "weights alone": logged("forgetful")}
 
 table(["loss of step", *range(1, 9)], [[name, *(f"{loss:.5f}" for loss in run)] for name, run in losses.items()])
-holds("resumed, the losses are equal to the last bit", losses["resumed"] == losses["in one go"])
-
-
-def equal_weights(model: torch.nn.Module) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(model.parameters(), whole_run.parameters(), strict=True))
-
-
-holds("so are the weights; those of the third run are not", equal_weights(resumed) and not equal_weights(weights_only))
-alone, in_one_go = losses["weights alone"], losses["in one go"]
+holds("resumed, the losses are equal to the last bit", losses["resumed"] == losses["uninterrupted"])
+first, second, third = (parameters_to_vector(model.parameters()) for model in (whole_run, resumed, weights_only))
 holds(
-    "the third run has the right loss at step 5, and another from step 6 on",
-    alone[4] == in_one_go[4] and all(a != b for a, b in zip(alone[5:], in_one_go[5:], strict=True)),
+    "so are the weights; those of the third run are not", torch.equal(first, second) and not torch.equal(first, third)
 )
+same = [a == b for a, b in zip(losses["weights alone"], losses["uninterrupted"], strict=True)]
+holds("the third run has the right loss up to step 5, and another from step 6 on", same == [True] * 5 + [False] * 3)
 
 # %% [markdown]
-# The loss of step 5 was made by the old weights. Then m and v began at zero again. In eight steps one may see it; in a long
-# loss curve one may not, so the test of a resume is equality.
+# The loss of step 5 was computed with the old weights. Then m and v began at zero again. In eight steps the difference may be
+# visible; in a long loss curve it may not, so the test of a resume is equality.
 #
 # A checkpoint is safetensors and JSON alone; `MANIFEST.json` holds the SHA-256 of each file, and the folder is renamed into
-# place when all of it is on the disk: a kill at any moment leaves a whole checkpoint or none.
+# place when all of it is on the disk: a kill at any moment leaves a complete checkpoint or none.
 #
 # ## An experiment that changes one thing: the learning rate
 #
 # Names that the base has never seen (cards of franchises), 20 steps, four rates. The interval is 95% over held-out names,
-# against no training; it does not cover another seed.
+# minus those before training; it does not cover another seed.
 
 # %%
 new_cards, held_out = franchise_cards()
@@ -401,25 +356,25 @@ for rate in (1e-5, 1e-4, 1e-3, 1e-2):
     model = copy.deepcopy(base)
     losses = list(training_steps(model, new_cards, tokenizer, 20, rate))
     nats_N = nats_of_names(model, held_out, tokenizer)
-    gain_N = nats_N - before_N
-    gains.append(gain_N.mean().item())
-    gain = f"{gain_N.mean():+.2f} ± {1.96 * gain_N.std() / len(gain_N) ** 0.5:.2f}"
-    rows.append([f"{rate:g}", f"{sum(losses[-5:]) / 5:.3f}", f"{bits_per_character(nats_N, held_out):.3f}", gain])
+    gain, error = mean_and_error(nats_N - before_N)
+    gains.append(gain)
+    cells = f"{sum(losses[-5:]) / 5:.3f}", f"{bits_per_character(nats_N, held_out):.3f}", f"{gain:+.2f} ± {error:.2f}"
+    rows.append([f"{rate:g}", *cells])
 print(f"held-out bits before: {bits_per_character(before_N, held_out):.3f}")
-table(["rate", "loss, last 5 steps", "held-out bits", "nats a name, against before"], rows)
+table(["rate", "loss, last 5 steps", "held-out bits", "nats a name, minus before"], rows)
 best = gains.index(min(gains))
 holds("the best rate is neither the lowest nor the highest", 0 < best < len(gains) - 1)
 holds("the lowest wastes steps: it learned less than half as much", gains[0] > gains[best] / 2)
 holds("the highest destroys what the base knew", gains[-1] > 1)
 
 # %% [markdown]
-# Find the range between them first.
+# Find the range between these two first.
 #
 # ## What to remember
 #
-# - Count real tokens: padding teaches nothing. A speed-up has to leave the gradient as it was: check that first.
-# - Divide by the labels of the whole step, and accumulation and many processes change nothing.
-# - Resume is right when it is equal to the bit. With data order and dropout functions of the step, little has to be kept.
+# - Count real tokens: padding teaches nothing. A speed-up must not change the gradient: check that first.
+# - Divide by the labels of the whole step; then gradient accumulation and several processes change nothing.
+# - A resume is right when it is equal to the bit. With data order and dropout as functions of the step, little has to be saved.
 #
 # ## Exercises
 #

@@ -13,14 +13,15 @@
 # %% [markdown]
 # # 6. Generation and token filters
 #
-# **The question: how do probabilities of tokens become names, and how can one promise, not hope, that a name holds what
-# was asked for and is no real card?**
+# **The question: how do probabilities of tokens become names, and how can one guarantee that a name has what was asked for
+# and is not a real card?**
 #
-# A language model gives a number for every token of its vocabulary, again and again. The code around it decides which are
-# left out, how one is drawn, when to stop. It is short, needs no training, and is where promises can be made. The
+# At each step a language model gives a number for every token of its vocabulary. The code around it decides which are
+# left out, how one is drawn, and when to stop. It is short, needs no training, and can give guarantees. The
 # [glossary](../glossary.md) has the terms (nucleus sampling is top-p; a token filter is a logits processor).
 
 # %%
+import math
 import re
 import time
 from itertools import pairwise
@@ -28,8 +29,10 @@ from itertools import pairwise
 import matplotlib.pyplot as plt
 import torch
 from chapter_claims import holds, verdict
-from chapter_tools import load_released, quote, show, table
-from transformers import LogitsProcessor
+from chapter_models import mean_and_error
+from chapter_tools import load_released, quote, show, shown, table
+from matplotlib.ticker import PercentFormatter
+from transformers import LogitsProcessor, SuppressTokensLogitsProcessor
 
 from flash_experts import NameGenerator
 from flash_experts.data.names import normal_form
@@ -42,36 +45,27 @@ from flash_experts.models.scoring import evaluating
 
 torch.set_grad_enabled(False)
 model, tokenizer = load_released()
-generator = NameGenerator(model, tokenizer)  # it knows every real card
+generator = NameGenerator(model, tokenizer)  # it has the list of all real cards
 vocabulary = generator.vocabulary
-prompt = Attributes.parse("Legendary Creature — Goblin", "R", 3).prompt()
+GOBLIN = {"type_line": "Legendary Creature — Goblin", "colors": "R"}
+prompt = Attributes.parse(GOBLIN["type_line"], "R", 3).prompt()
 prompt_ids = [tokenizer.bos_token_id, *vocabulary.encode(prompt)]
 V = vocabulary.size
 print(f"prompt {prompt!r}: {len(prompt_ids)} tokens; the vocabulary has {V:,}")
-for name in generator.generate(5, type_line="Legendary Creature — Goblin", colors="R", mana_value=3, seed=7):
+for name in generator.generate(5, **GOBLIN, mana_value=3, seed=7):
     print(f"  {name.text:24} log-probability {name.log_prob:6.1f}, nearest card {name.nearest_card}")
 
 # %% [markdown]
 # ## The picture first
 #
-# The 24 likeliest first tokens of a name after that prompt, under four settings. Blue is what is drawn from; the wide grey
-# bars are the same before a cut.
-
+# The 24 likeliest first tokens of a name after that prompt, under four settings. Blue is the distribution that tokens are
+# drawn from; the wide grey bars are the same before a cut.
 
 # %%
-def shown(text: str) -> str:
-    """A space as a dot; a byte that is no character by itself as a question mark."""
-    return text.replace(" ", "·").encode("utf-8", "replace").decode()
-
-
 first_V = model(torch.tensor([prompt_ids])).logits[0, -1]
-best = first_V.topk(24).indices
-settings = {
-    "the model as it is": Sampling(),
-    "temperature 0.5": Sampling(temperature=0.5),
-    "top-p 0.5": Sampling(top_p=0.5),
-    "min-p 0.2": Sampling(min_p=0.2),
-}
+probs_V, best = first_V.softmax(-1), first_V.topk(24).indices
+settings = {"the model as it is": Sampling(), "temperature 0.5": Sampling(temperature=0.5)}
+settings |= {"top-p 0.5": Sampling(top_p=0.5), "min-p 0.2": Sampling(min_p=0.2)}
 figure, axes = plt.subplots(4, 1, figsize=(11, 7.5), sharex=True)
 left = {}
 for axis, (name, sampling) in zip(axes, settings.items(), strict=True):
@@ -87,29 +81,23 @@ axes[0].legend()
 axes[-1].set_xlabel("first token of the name (· is a space)")
 axes[-1].set_xticks(range(24), [shown(vocabulary.texts[token]) for token in best.tolist()], rotation=60)
 show(figure, "06_first_token")
-as_it_is, sharper = left["the model as it is"], left["temperature 0.5"]
-holds(
-    "a temperature under 1 sharpens, and leaves all tokens in",
-    sharper.max() > as_it_is.max() and (sharper > 0).sum() == V,
-)
-holds(
-    "the cuts leave few of the tokens, and share out what they take away",
-    all((left[name] > 0).sum() < V / 10 and left[name].max() > as_it_is.max() for name in ("top-p 0.5", "min-p 0.2")),
-)
+largest, count = ({name: f(left_V) for name, left_V in left.items()} for f in (torch.max, torch.count_nonzero))
+_, sharper, *cuts = settings
+holds("temperature 0.5 sharpens, and leaves all tokens in", largest[sharper] > probs_V.max() and count[sharper] == V)
+few = all(count[cut] < V / 10 and largest[cut] > probs_V.max() for cut in cuts)
+holds("the cuts leave few of the tokens, and give their probability to the others", few)
 
 # %% [markdown]
-# The tail matters more than it looks: it is thin, but long, and a name has several draws.
+# The tail of unlikely tokens matters more than the picture suggests: each is unlikely, but they are many, and a name is
+# several draws.
 
 # %%
-probs_V = first_V.softmax(-1)
 in_tail_V = probs_V < probs_V.max() / 100
 tail = probs_V[in_tail_V].sum().item()
-print(
-    f"{int(in_tail_V.sum()):,} of {V:,} tokens have under a hundredth of the largest probability: {tail:.0%} together"
-)
-print(f"if every token of a name had such a tail, a name of 6 tokens would avoid it with {(1 - tail) ** 6:.0%}")
+print(f"{in_tail_V.sum():,} of {V:,} tokens have under a hundredth of the largest probability: together {tail:.0%}")
+print(f"if every token of a name had such a tail, {(1 - tail) ** 6:.0%} of names of 6 tokens would avoid it")
 holds("most of the vocabulary is in the tail", in_tail_V.float().mean() > 0.9)
-holds("thin as it is, most names of six such tokens would draw from it", (1 - tail) ** 6 < 0.5)
+holds("still, most names of six such tokens would draw from it", (1 - tail) ** 6 < 0.5)
 
 # %% [markdown]
 # ## The formula, with shapes
@@ -121,10 +109,10 @@ holds("thin as it is, most names of six such tokens would draw from it", (1 - ta
 #
 # | | shape | |
 # | --- | --- | --- |
-# | z, the scores | (B, V) | B names in the making, V tokens |
+# | z, the scores | (B, V) | B unfinished names, V tokens |
 # | masks of the filters | (B, V) bool | true is forbidden |
 # | candidates | (B, K) | what is left, with token ids |
-# | noise | (B, 2) | uniform numbers; the second is for a token that has to be drawn again |
+# | noise | (B, 2) | uniform numbers; the second is for a token that has to be redrawn |
 # | tokens | (B,) | what is drawn |
 #
 # By hand, on six tokens, against the package:
@@ -132,70 +120,56 @@ holds("thin as it is, most names of six such tokens would draw from it", (1 - ta
 # %%
 z = torch.tensor([3.0, 2.5, 2.0, 0.0, -1.0, -4.0])
 p = z.softmax(-1)
-print("p           ", [f"{x:.3f}" for x in p.tolist()])
-by_hand = {"top-p 0.8": [True, True, True, False, False, False], "min-p 0.1": (p >= 0.1 * p.max()).tolist()}
-for name, sampling in (("top-p 0.8", Sampling(top_p=0.8)), ("min-p 0.1", Sampling(min_p=0.1))):
-    kept = (candidates(z[None], sampling)[0][0] > 0).tolist()
-    print(f"{name}: kept {kept}")
-    holds(f"{name} by hand keeps the same", kept == by_hand[name])
-print("cumulated   ", [f"{x:.3f}" for x in p.cumsum(0).tolist()], "(two do not reach 0.8, so a third is needed)")
-
-# %%
+print("p         ", [f"{x:.3f}" for x in p.tolist()])
+print("cumulative", [f"{x:.3f}" for x in p.cumsum(0).tolist()], "(two do not reach 0.8, so a third is needed)")
+by_hand = {"top_p": (0.8, [True, True, True, False, False, False]), "min_p": (0.1, (p >= 0.1 * p.max()).tolist())}
+for name, (value, expected) in by_hand.items():
+    kept = (candidates(z[None], Sampling(**{name: value}))[0][0] > 0).tolist()
+    print(f"{name} {value}: kept {kept}")
+    holds(f"{name} by hand keeps the same", kept == expected)
 quote(_cut)
 
 # %% [markdown]
 # **The draw** is by inversion: add the probabilities up in the order of token ids, take the first sum above a uniform
-# number. That needs no sorting. Only if the token is none of the candidates, they are looked for, and one of them is drawn:
-# the outcome has the same distribution. Name i of a seed has its own row of noise, so it does not depend on the batch.
+# number. That needs no sorting. Only if the token is not a candidate, the candidates are computed, and one of them is drawn:
+# the result has the same distribution. Name i of a seed has its own row of noise, so it does not depend on the batch.
 
 # %%
 quote(draw)
 quote(noise)
-alone, together = (
-    generator.generate(12, quality="fast", type_line="Dragon", seed=3, batch_size=size) for size in (1, 12)
-)
+request = {"quality": "fast", "type_line": "Dragon", "seed": 3}
+alone, together = (generator.generate(12, **request, batch_size=size) for size in (1, 12))
 holds("12 names are the same one by one and all at once", [a.text for a in alone] == [b.text for b in together])
 
 # %% [markdown]
-# ## Keys and values are kept
+# ## The KV cache
 #
-# Without a cache, token n costs a pass over prompt and n tokens; with keys and values kept (chapter 1), over one token:
+# Without a cache, token n costs a pass over the prompt and n tokens; with a cache of keys and values (chapter 1), over one:
 
 # %%
 ids = [*prompt_ids, *vocabulary.encode(" " + generator.generate(1, quality="fast", seed=1)[0].text)]
-whole_TV = model(torch.tensor([ids])).logits[0]
-cache, steps = None, []
+out, steps = None, []
 for token in ids:
-    out = model(torch.tensor([[token]]), past_key_values=cache, use_cache=True)
-    cache = out.past_key_values
+    out = model(torch.tensor([[token]]), past_key_values=out and out.past_key_values, use_cache=True)
     steps.append(out.logits[0, -1])
-off = (torch.stack(steps) - whole_TV).abs().max()
+off = (torch.stack(steps) - model(torch.tensor([ids])).logits[0]).abs().max()
 print(f"{len(ids)} tokens one by one with a cache against all at once: {off:.1e}")
 holds("the cache changes nothing but rounding", off < 1e-3)
 T, P = len(ids), len(prompt_ids)
-print(f"tokens that are computed for this name: {sum(range(P, T + 1))} without a cache, {T} with one")
+print(f"tokens computed for this name: {sum(range(P, T + 1))} without a cache, {T} with one")
 print(f"and for 64 names of one prompt, computed once: {64 * T} or {P + 64 * (T - P)}")
 
 # %% [markdown]
 # ## A filter from scratch
 #
-# Names without a doubled letter: no "ff", no "oo". The first idea, a list of forbidden tokens, is wrong. See it fail:
+# Names without a doubled letter: no "ff", no "oo". The first idea, a list of forbidden tokens (in transformers
+# `SuppressTokensLogitsProcessor`), is wrong:
 
 
 # %%
 def doubled(text: str) -> bool:
     low = text.lower()
     return any(a == b and a.isalpha() for a, b in pairwise(low))
-
-
-class ForbiddenTokens(LogitsProcessor):
-    """The first idea: a mask that never changes."""
-
-    def __init__(self) -> None:
-        self.mask_V = torch.tensor([doubled(text) for text in vocabulary.texts])
-
-    def __call__(self, input_ids_BT: torch.Tensor, scores_BV: torch.Tensor) -> torch.Tensor:
-        return scores_BV.masked_fill(self.mask_V, -torch.inf)
 
 
 AS_IT_IS = Sampling()
@@ -214,12 +188,13 @@ def report(title: str, names: list[str]) -> int:
     return len(bad)
 
 
-unfiltered, forbidding = report("no filter", decode(200)), report("forbidden tokens", decode(200, ForbiddenTokens()))
-holds("the list of tokens helps, and some come through", 0 < forbidding < unfiltered)
+forbidden_tokens = SuppressTokensLogitsProcessor([n for n, text in enumerate(vocabulary.texts) if doubled(text)], "cpu")
+unfiltered, forbidding = report("no filter", decode(200)), report("forbidden tokens", decode(200, forbidden_tokens))
+holds("the list of tokens helps, but not always", 0 < forbidding < unfiltered)
 
 # %% [markdown]
-# One token ends on a letter, the next begins with it. So a filter has to look at the *text so far*, and ask of each token
-# what the text would be with it.
+# One token ends with a letter, and the next begins with it. So a filter has to look at the *text so far*, and for each token
+# at the text with it.
 
 
 # %%
@@ -236,14 +211,13 @@ class NoDoubledLetters(LogitsProcessor):
 
 started = time.process_time()
 scratch = decode(16, NoDoubledLetters())
-seconds_scratch = time.process_time() - started
-holds("looking at the text, none comes through", report("from scratch", scratch) == 0)
-print(f"{seconds_scratch / 16:.2f} seconds of CPU a name")
+print(f"{(time.process_time() - started) / 16:.2f} seconds of CPU a name")
+holds("a filter that looks at the text lets none through", report("from scratch", scratch) == 0)
 
 # %% [markdown]
-# Right, and wasteful: V texts are looked at for every row and every step. But the answer depends on the last letter of the
-# name alone. That is the *state* of the filter, one of some dozens. So the package's filters answer two questions. `rule`:
-# in which state is this name? `forbidden`: what is forbidden there? The second is asked once for each state.
+# Correct, but wasteful: it examines V texts for every row and every step. But the answer depends on the last letter of the
+# name alone. That is the *state* of the filter, one of a few dozen. So the package's filters have two methods. `rule`
+# returns the state of a name. `forbidden` returns what is forbidden in a state; it is called once for each state.
 
 
 # %%
@@ -257,14 +231,13 @@ class NoDoubled(NameFilter):
         return self.vocabulary.where(lambda text: doubled(rule + text))
 
 
-filter_ = NoDoubled(vocabulary, len(prompt_ids))
-started = time.process_time()
+place = vocabulary, len(prompt_ids)
+filter_, started = NoDoubled(*place), time.process_time()
 quick = decode(16, filter_)
-seconds_quick = time.process_time() - started
-print(f"{seconds_quick / 16:.3f} seconds a name, {len(filter_._masks)} states met")
+print(f"{(time.process_time() - started) / 16:.3f} seconds a name, {len(filter_._masks)} states met")
 holds("two lines give the same names", quick == scratch)
-holds("some dozens of states are met, not one for each name and step", len(filter_._masks) < 60)
-holds("and none of 200 names has a doubled letter", report("two questions", decode(200, filter_)) == 0)
+holds("a few dozen states are met, not one for each name and step", len(filter_._masks) < 60)
+holds("and none of 200 names has a doubled letter", report("two methods", decode(200, filter_)) == 0)
 quote(NameFilter.apply)
 quote(NameFilter.mask_of)
 
@@ -272,42 +245,25 @@ quote(NameFilter.mask_of)
 # `generate` takes such a class as it is, next to its own filters:
 
 # %%
-names = generator.generate(8, type_line="Goblin", colors="R", seed=7, filters=[NoDoubled])
-print("; ".join(name.text for name in names))
+print("; ".join(name.text for name in generator.generate(8, colors="R", seed=7, filters=[NoDoubled])))
 
 # %% [markdown]
-# A regular expression has a state by nature: its automaton's. A maintained library (llguidance) compiles it.
+# A regular expression has a state already: that of its automaton, which a maintained library (llguidance) compiles.
 
 # %%
 for regex in ("[A-Z][a-z]+ of [A-Z][a-z]+", "(Gr|Kr)[a-z]+, [A-Z][a-z]+ [A-Z][a-z]+"):
-    names = generator.generate(4, type_line="Legendary Creature — Goblin", colors="R", seed=7, regex=regex)
+    names = generator.generate(4, **GOBLIN, seed=7, regex=regex)
     print(f"{regex}: " + "; ".join(name.text for name in names))
     holds("every name matches the expression", all(re.fullmatch(regex, name.text) for name in names))
 
 # %% [markdown]
-# **Dead ends.** A filter may leave no token at all. Each of these two can be kept, but not both:
-
+# **Dead ends.** A filter may leave no token at all. Each of these two can be satisfied, but not both:
 
 # %%
-class NoR(NameFilter):
-    """Names without an r."""
-
-    def rule(self, name: str) -> str:
-        return "no r"
-
-    def forbidden(self, rule: str) -> torch.Tensor:
-        return self.vocabulary.where(lambda text: "r" in text.lower())
-
-
-place = vocabulary, len(prompt_ids)
+prompt_1T, filters = torch.tensor([prompt_ids]), [StartsWith(*place, "Gree"), NoDoubled(*place)]
+request = {"attention_mask": torch.ones_like(prompt_1T), "do_sample": True, "max_new_tokens": 8}
 try:
-    model.generate(
-        torch.tensor([prompt_ids]),
-        attention_mask=torch.ones(1, len(prompt_ids), dtype=torch.long),
-        logits_processor=[StartsWith(*place, "Kr"), NoR(*place)],
-        do_sample=True,
-        max_new_tokens=8,
-    )
+    model.generate(prompt_1T, logits_processor=filters, **request)
 except NoTokenLeftError as error:
     print("NoTokenLeftError:", error)
 else:
@@ -318,88 +274,74 @@ else:
 #
 # ## Novelty by construction
 #
-# Training cannot promise that no name is a real card. A filter can: where the text so far is a known name, the end symbol
-# is forbidden. The name has to go on, or to have been another one.
+# Training cannot guarantee that no name is a real card. A filter can: where the text so far is a known name, the EOS token
+# is forbidden. The name has to become longer, so it becomes another one.
 
 # %%
 quote(KnownNameFilter)
-known = KnownNameFilter(vocabulary, len(prompt_ids), generator.known.normal_forms)
-print(f"{len(generator.known.normal_forms):,} names are known")
+card_forms = generator.known.normal_forms
+known = KnownNameFilter(*place, card_forms)
+print(f"{len(card_forms):,} names are known")
 rows, ends = [], []
 for text in (" Goblin Guide", " goblin guide", " Goblin  Guide!", " Goblin Guid"):
     ids = vocabulary.encode(text)
     scores_1V = model(torch.tensor([prompt_ids + ids])).logits[:, -1]
     masked_1V = known.mask(torch.tensor([prompt_ids + ids]), scores_1V)
-    end = [each.softmax(-1)[0, vocabulary.eos_id].item() for each in (scores_1V, masked_1V)]
-    ends.append(end)
-    rows.append([repr(text), normal_form(text), *(f"{x:.4f}" for x in end)])
-table(["text so far", "its normal form", "P(end), model", "P(end), filtered"], rows)
-holds(
-    "case, spaces and punctuation make no difference: none of the three may end",
-    all(free_end > 0 == end for free_end, end in ends[:3]),
-)
-holds("a text that is no card may end as before", abs(ends[3][0] - ends[3][1]) < 1e-6 and ends[3][0] > 0)
+    ends.append([each.softmax(-1)[0, vocabulary.eos_id].item() for each in (scores_1V, masked_1V)])
+    rows.append([repr(text), normal_form(text), *(f"{x:.4f}" for x in ends[-1])])
+table(["text so far", "its normal form", "P(EOS), model", "P(EOS), filtered"], rows)
+holds("case, spaces and punctuation make no difference: none may end", all(free > 0 == end for free, end in ends[:3]))
+holds("a text that is not a card may end as before", abs(ends[3][0] - ends[3][1]) < 1e-6 and ends[3][0] > 0)
 
 # %% [markdown]
 # Normal forms are compared. Now the count, without the filter and with it, at a low temperature:
 
-
 # %%
-def real_cards(names: list[str]) -> list[str]:
-    return [name for name in names if normal_form(name) in generator.known.normal_forms]
-
-
-free = NameGenerator(model, tokenizer, known_names=())  # one that knows no card
-without = [name.text for name in free.generate(300, quality="fast", seed=11, temperature=0.6)]
-within = [name.text for name in generator.generate(300, quality="fast", seed=11, temperature=0.6)]
-print(f"without: {len(real_cards(without))} of 300 are real cards: {real_cards(without)[:5]}")
-print(f"with:    {len(real_cards(within))} of 300")
-holds("with the filter there is none", len(real_cards(within)) == 0 <= len(real_cards(without)))
+free = NameGenerator(model, tokenizer, known_names=())  # without the list of cards
+drawn = (each.generate(300, quality="fast", seed=11, temperature=0.6) for each in (free, generator))
+without, within = ([name.text for name in some if normal_form(name.text) in card_forms] for some in drawn)
+print(f"real cards among 300 names: without the filter {len(without)}, e.g. {without[:5]}; with it {len(within)}")
+holds("with the filter there is none", len(within) == 0 <= len(without))
 
 # %% [markdown]
-# The second number is 0 whatever the model, the seed and the temperature: not a measurement but a consequence.
+# The second number is 0 for every model, seed and temperature: it follows from the filter, and is not a measurement.
 #
 # ## What a filter does to the probabilities
 #
-# Masking is not asking the model for the names that fit. Two ways to names of one word: *rejection*, draw freely and keep
-# what fits, gives exactly the model's distribution of such names, and throws most away; *masking*, no space after the
-# first word, throws none away, but a name that began as half of a longer one is made to end there.
+# Masking does not draw from the model's own distribution of names that fit. Two ways to names of one word: *rejection*, draw
+# freely and keep what fits, gives exactly the model's distribution of such names, and discards most; *masking*, no space after
+# the first word, discards none, but a name that began as half of a longer one has to end there.
 
 # %%
-drawn = free.generate(1500, quality="fast", type_line="Goblin", seed=13, temperature=1.0)
+request = {"quality": "fast", "type_line": "Goblin", "seed": 13, "temperature": 1.0}
+drawn, masking = free.generate(1500, **request), free.generate(100, **request, words=1)
 rejection = [name for name in drawn if " " not in name.text]
-masking = free.generate(100, quality="fast", type_line="Goblin", seed=13, temperature=1.0, words=1)
-rows, means, variances = [], [], []
+rows, found = [], []
 for title, some in (("rejection", rejection), ("masking", masking)):
-    scores = torch.tensor([name.log_prob for name in some], dtype=torch.float64)
-    error = 1.96 * scores.std() / len(scores) ** 0.5
-    means.append(scores.mean().item())
-    variances.append((error / 1.96).item() ** 2)
-    rows.append([title, len(some), f"{scores.mean():.1f} ± {error:.1f}", "; ".join(name.text for name in some[:4])])
+    found.append(mean_and_error(torch.tensor([name.log_prob for name in some])))
+    mean, error = found[-1]
+    rows.append([title, len(some), f"{mean:.1f} ± {error:.1f}", "; ".join(name.text for name in some[:4])])
 table(["", "names", "mean log-probability", "e.g."], rows)
 print(f"rejection kept {len(rejection) / len(drawn):.0%}")
-difference, error = means[1] - means[0], 1.96 * sum(variances) ** 0.5
-print(f"masking less rejection: {difference:+.1f} ± {error:.1f}")
-print(
-    verdict(
-        difference - error,
-        difference + error,
-        "masked names are less likely than the model's own names of one word: that is the constraint's cost",
-        "masked names are likelier than the model's own names of one word: it has moved to other, commoner ones",
-        "this run shows no difference between the means: look at the examples",
-    )
+difference, error = found[1][0] - found[0][0], math.hypot(found[0][1], found[1][1])
+print(f"masking minus rejection: {difference:+.1f} ± {error:.1f}")
+sentences = (
+    "masked names are less likely than the model's own names of one word: that is the constraint's cost",
+    "masked names are likelier than the model's own names of one word: it has moved to other, commoner ones",
+    "this run shows no difference between the means: look at the examples",
 )
-holds("rejection throws most names away", len(rejection) < len(drawn) / 2)
+print(verdict(difference - error, difference + error, *sentences))
+holds("rejection discards most names", len(rejection) < len(drawn) / 2)
 
 # %% [markdown]
-# The two are different distributions, whatever the means say: masking is not the model's choice among names that fit. Where
-# masked names are less likely, `quality` and `best_of` draw more of them and choose: the likely ones that match the card and
-# repeat no word of the list.
+# The two are different distributions, whether or not the means differ: masking is not the model's choice among names that fit.
+# Where masked names are less likely, `quality` and `best_of` draw more of them and choose: the likely ones that match the card
+# and repeat no word of the list (best-of-n reranking).
 #
 # ## An experiment that changes one thing: the temperature
 #
-# 300 names each, straight from the decoding loop. Three shares: names that are real cards, names that came before in the
-# list, words that no real card has.
+# 300 names each, straight from the decoding loop. Three shares: names that are real cards, names that repeat an earlier one of
+# the list, words that no real card has.
 
 # %%
 card_words = {word for name in generator.known.names for word in words(name)}
@@ -408,7 +350,7 @@ shares: dict[str, list[Estimate]] = {"real cards": [], "repeated": [], "unknown 
 for temperature in temperatures:
     names = decode(300, sampling=Sampling(temperature=temperature))
     keys = [normal_form(name) for name in names]
-    shares["real cards"].append(share([bool(key) and key in generator.known.normal_forms for key in keys]))
+    shares["real cards"].append(share([bool(key) and key in card_forms for key in keys]))
     shares["repeated"].append(share([key in keys[:place] for place, key in enumerate(keys)]))
     shares["unknown words"].append(share([word not in card_words for name in names for word in words(name)]))
     rows.append([temperature, *(f"{each[-1]:.1%}" for each in shares.values()), "; ".join(names[:2])])
@@ -418,21 +360,23 @@ figure, axes = plt.subplots(1, 3, figsize=(11, 2.8))
 for axis, (name, estimates) in zip(axes, shares.items(), strict=True):
     axis.plot(temperatures, [each.value for each in estimates], "o-")
     axis.fill_between(temperatures, [each.low for each in estimates], [each.high for each in estimates], alpha=0.2)
-    axis.set(title=name, xlabel="temperature", ylabel="share, with 95%", ylim=(0, None))
+    axis.set(title=name, xlabel="temperature", ylabel="share, with 95% interval", ylim=(0, None))
+    axis.yaxis.set_major_formatter(PercentFormatter(1.0))
 show(figure, "06_temperature")
 repeated, unknown = shares["repeated"], shares["unknown words"]
 holds("a low temperature repeats itself more than a high one", repeated[0].value > repeated[-1].value)
 holds("a high one invents words that no card has", unknown[-1].low > unknown[0].high)
 
 # %% [markdown]
-# Real cards are few here, so their intervals are wide: look at them before you believe a trend. There is no best value but a trade, and the presets are three points on it.
-# `generate` drops repetitions and forbids real cards, so it can afford a lower temperature.
+# Real cards are few here, so their intervals are wide: look at them before you believe a trend. No temperature is best: it is a
+# trade-off, and the presets are three points on it. `generate` drops repetitions and forbids real cards, so it can use a lower
+# temperature.
 #
 # ## What to remember
 #
-# - A draw is: filter, divide by the temperature, cut the tail, invert the cumulated sum. All of it is a page of code.
+# - A draw is: filter, divide by the temperature, cut the tail, invert the cumulative sum. All of it is a page of code.
 # - A filter looks at text, never at token ids. It is a state and what the state forbids.
-# - Constraints by construction are promises. What they cost in naturalness is measured by the model's own probability.
+# - Constraints by construction are guarantees. Their cost in naturalness is measured by the model's own probability.
 #
 # ## Exercises
 #

@@ -13,13 +13,13 @@
 # %% [markdown]
 # # 8. Scaling out
 #
-# **The question: what does each of many devices have to hold, and what do they have to tell each other, so that together
+# **The question: what does each of many devices have to hold, and what do they have to send each other, so that together
 # they train one model?**
 #
-# Experts make a model large without making it slower, so it is memory that ends first. There are three ways to use many
-# devices: copy the model, cut every weight into parts, or give each device some of the experts. Each trades memory for
-# messages. We run all three on two processes of this machine, count what they send, and then ask the package's estimator
-# about machines that are not here. What it says of those is a plan on paper, and not a measurement. The
+# Experts add weights and few FLOPs, so memory is the first limit. There are three ways to use many
+# devices: copy the model (data parallel), shard every weight, or give each device some of the experts (expert parallel). Each
+# trades memory for communication. We run all three on two processes of this machine, count what they send, and then use the
+# package's estimator for other machines. Its numbers for those are a plan on paper, not a measurement. The
 # [glossary](../glossary.md#training) has the terms.
 
 # %%
@@ -35,7 +35,9 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import torch
 from chapter_claims import holds
+from chapter_steps import gradient
 from chapter_tools import ROOT, cards, load_base, quote, show, table
+from chapter_watching import bytes_kept
 
 from flash_experts import GPT2MoEConfig, GPT2MoEForCausalLM
 from flash_experts.data.packing import encode_cards, pack
@@ -49,8 +51,8 @@ SCRIPT = ROOT / "docs/learn/two_processes.py"
 
 
 def two_processes() -> list[dict]:
-    """Runs two_processes.py twice, side by side, as torchrun does; what each of the two saw."""
-    cards("train")  # prepared before both ask for it
+    """Runs two_processes.py twice in parallel, as torchrun does; returns what each of the two recorded."""
+    cards("train")  # prepared before both load it
     with tempfile.TemporaryDirectory() as folder, socket.socket() as free:
         free.bind(("localhost", 0))
         place = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
@@ -71,34 +73,34 @@ print("tokens of the two processes:", [layer["tokens"] for layer in layers])
 # ## The picture first
 #
 # Left: one layer of eight experts on two processes. Each process has tokens of its own names and half of the experts. A
-# cell is how many of its (token, expert) pairs go to an expert; those behind the line have to travel. Right: what one of W
-# devices holds in training, for GPT-2 small with eight experts in every second block.
+# cell is how many of its (token, expert) pairs go to an expert; the red ones are sent to the other process. Right: what one of
+# W devices holds in training, for GPT-2 small with eight experts in every second block.
 
 # %%
 E = len(layers[0]["pairs_of_expert"])
 pairs = torch.tensor([layer["pairs_of_expert"] for layer in layers])
 figure, axes = plt.subplots(1, 2, figsize=(12, 3.2), width_ratios=(1, 1.3))
-axes[0].imshow(pairs, cmap="Blues", aspect="auto", vmax=2.5 * pairs.max())
+drawn = axes[0].imshow(pairs, cmap="Blues", aspect="auto", vmin=0, vmax=2.5 * pairs.max())
+figure.colorbar(drawn, ax=axes[0], label="pairs")
 for process in range(2):
     for expert in range(E):
         away = (expert >= E // 2) != (process == 1)
         text = f"{int(pairs[process, expert])}" + (" →" if away else "")
         axes[0].text(expert, process, text, ha="center", va="center", color="tab:red" if away else "black")
 axes[0].axvline(E / 2 - 0.5, color="black")
-axes[0].set(xticks=range(E), yticks=[0, 1], xlabel="expert (left half lives on process 0)", ylabel="process")
-axes[0].set_title("pairs of token and expert; red ones travel")
+axes[0].set(xticks=range(E), yticks=[0, 1], xlabel="expert (0 to 3 are on process 0)", ylabel="process of the token")
+axes[0].set_title("pairs of token and expert; red ones are sent")
 
 config, counts = GPT2MoEConfig(), [1, 2, 4, 8, 16, 32, 64]
+on_one: dict[str, list[int]] = {}
 for parallel in ("ddp", "fsdp", "expert"):
-    states = [scaling.memory_per_gpu(config, parallel, W) for W in counts]
-    axes[1].semilogx(counts, [each.total / 1e9 for each in states], "o-", base=2, label=parallel)
-axes[1].set(title="weights, gradients, optimizer: GB on one device", xlabel="devices W", ylabel="GB", ylim=(0, None))
+    on_one[parallel] = [scaling.memory_per_gpu(config, parallel, W).total for W in counts]
+    axes[1].semilogx(counts, [total / 1e9 for total in on_one[parallel]], "o-", base=2, label=parallel)
+axes[1].set(
+    title="weights, gradients and optimizer state of one device", xlabel="devices W", ylabel="GB", ylim=(0, None)
+)
 axes[1].legend()
 show(figure, "08_overview")
-on_one = {
-    parallel: [scaling.memory_per_gpu(config, parallel, W).total for W in counts]
-    for parallel in ("ddp", "fsdp", "expert")
-}
 holds("copies (ddp) cost the same on each device, however many there are", len(set(on_one["ddp"])) == 1)
 holds(
     "shards (fsdp) shrink with W, but not to 1/64",
@@ -109,7 +111,7 @@ fall = on_one["expert"][eight - 1] / on_one["expert"][eight], on_one["expert"][e
 holds("expert parallel shrinks fast until each device has one expert of a layer, then slowly", fall[0] > 1.5 > fall[1])
 
 # %% [markdown]
-# Shards shrink down to what has to be whole for a moment while a block is computed.
+# Shards shrink down to what has to be gathered while a block is computed.
 #
 # ## The formula, with shapes
 #
@@ -142,22 +144,12 @@ parts = scaling.parameter_counts(model.config)
 print(f"weights: {parts.total:,} by formula, {model.num_parameters():,} in the model")
 optimizer = torch.optim.AdamW(model.parameters())
 packed = pack(encode_cards(cards("train")[:24], tokenizer))
-kept: dict[int, int] = {}
-
-
-def keep(x: torch.Tensor) -> torch.Tensor:
-    kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-    return x
-
-
-with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-    loss = model(**packed.inputs_with_loss(packed.labels.numel())).loss
-loss.backward()
+inputs = packed.inputs_with_loss(packed.labels.numel())
+activations = bytes_kept(lambda: model(**inputs).loss, but=model.parameters())
+gradient(model, inputs)
 optimizer.step()
 plan = scaling.memory_per_gpu(model.config, "ddp", 1, packed.num_tokens, bytes_per_number=4)
 state = sum(x.numel() * 4 for values in optimizer.state.values() for x in values.values() if x.ndim)
-own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-activations = sum(size for place, size in kept.items() if place not in own)
 rows = [
     ["gradients", f"{plan.gradients:,}", f"{sum(p.grad.numel() * 4 for p in model.parameters()):,}"],
     ["optimizer", f"{plan.optimizer:,}", f"{state:,}"],
@@ -171,12 +163,47 @@ holds(
 holds("activations are an estimate, right within a third", abs(plan.activations / activations - 1) < 1 / 3)
 
 # %% [markdown]
-# Activations are an estimate, as the docstring says. (What is counted is
-# what autograd keeps for the backward; the estimate counts the logits' gradient as well, and assumes a share of labels.)
+# (What is counted is what autograd keeps for the backward; the estimate counts the logits' gradient as well, and assumes a share
+# of labels.)
 #
+# ## Activations of an MoE model, and recomputation
+#
+# The backward needs **activations** of the forward: of each token the inputs of all matmuls, norms and activation functions. An
+# MLP with F hidden units keeps about 2 F + D numbers a token, an MoE layer
+#
+# $$ K\,(2F + D) + D $$
+#
+# Each of a token's K experts keeps its own; the number of experts E does not appear. So experts multiply the weights by E, and
+# these activations by K. **Gradient checkpointing** (activation recomputation, [Chen et al. 2016](https://arxiv.org/abs/1604.06174))
+# keeps only the input of each block, D numbers a token, and computes the block's forward again in the backward: about a third
+# more FLOPs, as a backward costs two forwards. [Korthikanti et al. 2022](https://arxiv.org/abs/2205.05198) recompute only what is
+# large and cheap. In an MoE model the router has to choose the same experts again, or the gradient would belong to another model.
+
+# %%
+kept, weights = {}, {}
+for label, E_of, K_of in (("E 8, K 1", 8, 1), ("E 8, K 2", 8, 2), ("E 16, K 2", 16, 2), ("E 8, K 4", 8, 4)):
+    torch.manual_seed(0)
+    each = GPT2MoEForCausalLM.from_dense(dense, num_experts=E_of, num_experts_per_tok=K_of).train()
+    kept[label] = bytes_kept(lambda each=each: each(**inputs).loss, but=each.parameters())
+    weights[label] = each.num_parameters()
+kept["dense"] = bytes_kept(lambda: dense.train()(**inputs).loss, but=dense.parameters())
+torch.manual_seed(1)  # the same dropout twice
+plain, _ = gradient(model, inputs), model.gradient_checkpointing_enable()
+kept["E 8, K 2, checkpointing"] = bytes_kept(lambda: model(**inputs).loss, but=model.parameters())
+torch.manual_seed(1)
+recomputed = gradient(model, inputs)
+weights |= {"dense": dense.num_parameters(), "E 8, K 2, checkpointing": model.num_parameters()}
+rows = [[label, f"{weights[label] / 1e6:.1f} M", f"{size / 1e6:.1f} MB"] for label, size in kept.items()]
+table(["", "weights", "activations kept for the backward"], rows)
+holds("twice the experts, about the same activations", abs(kept["E 16, K 2"] / kept["E 8, K 2"] - 1) < 0.25)
+holds("activations grow with K", kept["dense"] < kept["E 8, K 1"] < kept["E 8, K 2"] < kept["E 8, K 4"])
+holds("checkpointing keeps less than a quarter", kept["E 8, K 2, checkpointing"] < kept["E 8, K 2"] / 4)
+holds("and gives the same gradient, to rounding", (plain - recomputed).norm() < 1e-4 * plain.norm())
+
+# %% [markdown]
 # ## Copies: gradients are added up
 #
-# Two processes, each with every second of the 24 names. Before they talk, each has the gradient of its own names. After
+# Two processes, each with every second of the 24 names. At first each has the gradient of its own names. After
 # an all-reduce both have the gradient of all, as one process alone computes it. It has to be the *sum*: every process
 # divides by the labels of the whole step (chapter 5).
 
@@ -196,8 +223,8 @@ print(f"buffer: {seen[0]['data parallel']['bytes']:,} bytes; sent by formula, a 
 # %% [markdown]
 # ## Shards: each process keeps its own part (ZeRO, FSDP)
 #
-# AdamW treats each weight by itself. So process r may keep and update the r-th part of all weights alone: gradients are
-# added up *and scattered* (each gets the sum of its part), each updates its part, and the new weights are gathered.
+# AdamW treats each weight by itself. So process r may keep and update the r-th shard of all weights alone: a reduce-scatter
+# gives each process the sum of its shard's gradients, each updates its shard, and an all-gather collects the new weights.
 
 # %%
 for rank, each in enumerate(seen):
@@ -210,11 +237,11 @@ for rank, each in enumerate(seen):
     )
 
 # %% [markdown]
-# An all-reduce *is* a reduce-scatter followed by an all-gather, so up to here this costs no more messages than copies. FSDP goes on: weights too are kept in parts,
-# and gathered block by block when they are needed, in each forward and in each backward. That is where its extra traffic
-# comes from.
+# An all-reduce *is* a reduce-scatter followed by an all-gather, so up to here this sends no more than copies do. FSDP also
+# shards the weights, and gathers them block by block when they are needed, in each forward and in each backward: its extra
+# traffic.
 #
-# ## Experts: tokens travel
+# ## Expert parallel: tokens are sent to experts
 #
 # Or leave the experts where they are, and send them the tokens. The package's layer, in four steps: count, send, compute,
 # send back.
@@ -224,7 +251,7 @@ quote(ShardedExperts.forward)
 quote(ShardedExperts._count_pairs)
 
 # %% [markdown]
-# What the two processes sent in one forward of one layer, noted at the two all-to-all functions:
+# What the two processes sent in one forward of one layer, recorded at the two all-to-all functions:
 
 # %%
 rows = []
@@ -241,7 +268,7 @@ for rank, layer in enumerate(layers):
     )
 
 # %% [markdown]
-# Against the formula. It speaks of all layers, forward and backward, and a balanced load; here is one layer's forward, so
+# Compared with the formula. It is for all layers, forward and backward, and a balanced load; this is one layer's forward, so
 # half of one layer's share.
 
 # %%
@@ -256,12 +283,12 @@ table(["bytes for each token", "by formula", "counted", "ratio"], rows)
 holds("the formula is right within a third", all(2 / 3 < ratio < 4 / 3 for ratio in ratios))
 
 # %% [markdown]
-# The ratio differs from 1 by the imbalance of this router, which was never trained. See the picture: an expert that many
-# tokens want is a device that all others wait for. Balance, in chapter 3c a matter of learning, is here a matter of speed.
+# The ratio differs from 1 by the imbalance of this router, which was never trained. See the picture: all devices wait for the
+# one whose experts get most tokens. Load balancing is a matter of learning in chapter 3c, and of speed here.
 #
-# ## A plan for a machine that is not here
+# ## A plan for larger machines
 #
-# The estimator's tables for GPT-2 small with 8 experts, and for GPT-2 xl with 64. Arithmetic is taken at 40% of an H100's
+# The estimator's tables for GPT-2 small with 8 experts, and for GPT-2 xl with 64. FLOPs run at 40% of an H100's
 # peak, links at their data sheet's speed: assumptions, to be changed in `scaling.Device`.
 
 # %%
@@ -292,14 +319,14 @@ holds(
 )
 
 # %% [markdown]
-# The last two columns: from how many tokens a step on each device its arithmetic takes longer than its messages. With
+# The last two columns: from how many tokens a step on each device computation takes longer than communication. With
 # fewer, devices wait. Card names have some thousands of tokens a step, so on a network none of this pays for GPT-2 small:
-# one device, or copies on one board.
+# use one device, or copies within one machine.
 #
 # ## An experiment that changes one thing: the size of an expert
 #
 # Experts of 3072 hidden units, two per token; or of half the size, four per token; and so on. Active weights and
-# arithmetic stay the same. What travels does not.
+# FLOPs stay the same. The bytes sent do not.
 
 # %%
 rows, sizes = [], [3072, 1536, 768, 384, 192]
@@ -321,34 +348,35 @@ table(header, rows)
 figure, axis = plt.subplots(figsize=(7, 3))
 for link, values in tokens_needed.items():
     axis.loglog(sizes, values, "o-", base=2, label=link)
-axis.set(title="so that no device waits for messages, on 8 devices", xlabel="hidden units of an expert")
-axis.set_ylabel("tokens a step on each, at least")
+axis.set(title="tokens that hide communication, on 8 devices", xlabel="hidden units of an expert")
+axis.set(ylabel="tokens a step, each device", xticks=sizes, xticklabels=sizes)
 axis.invert_xaxis()
 axis.legend()
 show(figure, "08_expert_size")
 megaflops, kilobytes = ([float(row[column]) for row in rows] for column in (2, 3))
 holds(
-    "the arithmetic stays within 1%, what travels grows sixteenfold",
+    "the FLOPs stay within 1%, the bytes sent grow sixteenfold",
     max(megaflops) < 1.01 * min(megaflops) and 15 < kilobytes[-1] / kilobytes[0] < 17,
 )
 holds("smaller experts need more tokens a step", tokens_needed["NVLink"] == sorted(tokens_needed["NVLink"]))
 holds(
-    "on the network only the largest experts can hide their messages at all",
+    "on the network only the largest experts can hide their communication at all",
     [math.isfinite(each) for each in tokens_needed["network"]] == [True, False, False, False, False],
 )
 
 # %% [markdown]
-# A capacity factor (chapter 3b) bounds the message: every device sends buffers of one size, known before the router has chosen,
+# A capacity factor (chapter 3b) bounds the traffic: every device sends buffers of one size, known before the router has chosen,
 # and pads or drops. A smaller factor sends less and drops more. Without one, as here, sizes are exchanged first.
-# Fine-grained experts (chapter 3b) have more combinations for the same arithmetic, and each choice is a message. Where the table says
-# `inf`, the messages of a token take longer than its arithmetic: no number of tokens hides them.
+# Fine-grained experts (chapter 3b) have more combinations for the same FLOPs, and each choice is sent. Where the table has
+# `inf`, a token's communication takes longer than its computation: no number of tokens hides it.
 #
 # ## What to remember
 #
-# - Training keeps four numbers for each weight. Copy them, cut them up, or spread the experts.
-# - An all-reduce is a scatter of sums and a gather. Keeping only a part of the optimizer's state costs no messages more.
-# - Experts on other devices are paid for by the token: 4 K D numbers a layer. Experts in parts are paid for by the step.
-# - A plan on paper says what cannot work. What does work has to be measured.
+# - Training keeps four numbers for each weight. Copy them, shard them, or spread the experts over devices.
+# - Activations grow with K and the tokens, not with E; recomputation trades most of them for a third more FLOPs.
+# - An all-reduce is a reduce-scatter, then an all-gather. Sharding the optimizer's state adds no traffic.
+# - Experts on other devices cost traffic per token: 4 K D numbers a layer. Sharded experts cost traffic per step.
+# - A plan on paper shows what cannot work. What does work has to be measured.
 #
 # ## Exercises
 #

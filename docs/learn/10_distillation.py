@@ -13,15 +13,14 @@
 # %% [markdown]
 # # 10. Distillation
 #
-# **The question: what can a small model learn from a large one that the names themselves do not tell it, and how is it
-# taught?**
+# **The question: what can a small model learn from a large one that the names themselves do not teach, and how?**
 #
 # 22,000 names are few. A model that has read English knows that "Ember" goes with "Hound", and 22,000 names do not teach
 # that. So this project's small GPT-2 learned from a **teacher**: SmolLM2 with 135 million weights, fine-tuned on the names.
 # This is **knowledge distillation** ([Hinton et al. 2015](https://arxiv.org/abs/1503.02531)); the small model is the
-# **student**. The teacher can hand over two things: its *probabilities* for each next token (token level), and *names* that
-# it writes (sequence level: [Kim and Rush 2016](https://arxiv.org/abs/1606.07947)). The released models had both. Here both
-# are done at toy size, in a minute. The [glossary](../glossary.md#training) has the terms.
+# **student**. It can learn from two things: the teacher's *probabilities* for each next token (token level), and *names* that
+# the teacher writes (sequence level: [Kim and Rush 2016](https://arxiv.org/abs/1606.07947)). The released models had both. Here
+# both are done at toy size, in a minute. The [glossary](../glossary.md#training) has the terms.
 
 # %%
 import copy
@@ -31,11 +30,11 @@ from itertools import pairwise
 import matplotlib.pyplot as plt
 import torch
 from chapter_claims import holds, verdict
-from chapter_models import bits_per_character, nats_of_names, tiny_student
-from chapter_tools import BASE, cards, load_base, quote, show, table, teacher_names, token_texts
+from chapter_models import bits_per_character, mean_and_error, nats_of_names, tiny_student
+from chapter_steps import in_steps, student_step
+from chapter_tools import BASE, cards, load_base, quote, show, shown, table, teacher_names, token_texts
 from torch.nn import functional as F
 
-from flash_experts.data.cards import Card
 from flash_experts.data.packing import PackedBatch, encode_cards, pack
 from flash_experts.training.loss import CausalLoss, DistillationLoss, kl_divergence, top_divergence
 from flash_experts.training.tracking import read_metrics
@@ -48,43 +47,39 @@ print(f"the teacher of this chapter: {teacher.num_parameters():,} weights, {V:,}
 # %% [markdown]
 # ## The picture first
 #
-# A name that the teacher was not trained on. At each place a training name says one thing: this token, and no other. The
-# teacher says how likely each token would have been. The three likeliest of its tokens, and what the label says:
+# A name that the teacher was not trained on. At each position a training name gives one label: this token, and no other. The
+# teacher gives a probability for each token. Its three likeliest tokens, and the label:
 
 # %%
-shown = next(card for card in validation_cards if len(encode_cards([card], tokenizer)[0].ids) > 12)
-encoded = encode_cards([shown], tokenizer)[0]
+example = next(card for card in validation_cards if len(encode_cards([card], tokenizer)[0].ids) > 12)
+encoded = encode_cards([example], tokenizer)[0]
 row = pack([encoded])
 with torch.no_grad():
     teacher_LV = teacher(**row.inputs).logits[0]
 probs_LV = teacher_LV.softmax(-1)
-labels = [text.strip("·") or text for text in token_texts(encoded, tokenizer)[encoded.prompt_length :]] + ["[EOS]"]
+labels = [*token_texts(encoded, tokenizer)[encoded.prompt_length :], "[EOS]"]
 figure, axes = plt.subplots(1, len(labels), figsize=(2.1 * len(labels), 2.8), sharey=True, squeeze=False)
 for place, axis in enumerate(axes[0]):
     best = probs_LV[place].topk(3).indices.tolist()
-    words = [
-        tokenizer.decode([token]).replace(" ", "·") if token != tokenizer.eos_token_id else "[EOS]" for token in best
-    ]
+    words = ["[EOS]" if token == tokenizer.eos_token_id else shown(tokenizer.decode([token])) for token in best]
     rest = 1 - probs_LV[place, best].sum()
-    axis.bar([*words, "others"], [*probs_LV[place, best].tolist(), rest], color=["tab:blue"] * 3 + ["#bbbbbb"])
+    axis.bar(range(4), [*probs_LV[place, best].tolist(), rest], color=["tab:blue"] * 3 + ["#bbbbbb"])
+    axis.set_xticks(range(4), [*words, "all others"], rotation=60, size=7)
     axis.set_title(f"label: {labels[place]} (p = {probs_LV[place, row.labels[place]]:.2f})", size=8)
-    axis.tick_params(axis="x", rotation=60, labelsize=7)
 axes[0, 0].set_ylabel("teacher's probability")
-figure.suptitle(f"{shown.type_line}: {shown.name}", size=10)
+figure.supxlabel("next token (· is a space)", size=9)
+figure.suptitle(f"{example.type_line}: {example.name}", size=10)
 show(figure, "10_teacher")
 entropy_L = -(probs_LV * probs_LV.log()).sum(-1)
-print(
-    "bits that the teacher is undecided by, at each place:",
-    " ".join(f"{bits:.1f}" for bits in (entropy_L / 0.6931).tolist()),
-)
-holds("the label is one token; the teacher leaves several bits open at some place", entropy_L.max() > 2 * 0.6931)
+print("the teacher's entropy, bits:", " ".join(f"{bits:.1f}" for bits in (entropy_L / 0.6931).tolist()))
+holds("the label is one token; the teacher's entropy is over two bits at some position", entropy_L.max() > 2 * 0.6931)
 
 # %% [markdown]
-# All of that is information: which words could stand here, and which could not. One name is one draw from it.
+# All of that is information: which words could stand here, and which could not. One name is one draw from this distribution.
 #
 # ## The formula, with shapes
 #
-# With p the teacher's and q the student's probabilities over V tokens, at each of L places that have a label y:
+# With p the teacher's and q the student's probabilities over V tokens, at each of L positions that have a label y:
 #
 # $$ \text{loss} = (1 - w)\,(-\log q_y) + w\,t^2\,\text{KL}_t \qquad
 # \text{KL}(p \| q) = \sum_v p_v \log\frac{p_v}{q_v} $$
@@ -97,76 +92,63 @@ holds("the label is one token; the teacher leaves several bits open at some plac
 # | `distill_kl` | | forward: KL(p, q); reverse: KL(q, p) |
 #
 # Without the teacher's entropy, which the student cannot change, the forward KL *is* a cross-entropy with p in place of the
-# label. A label is a teacher that is sure.
+# label. A label is a teacher without any doubt.
 
 # %%
 torch.manual_seed(0)
 student_LV = torch.randn_like(teacher_LV)
 forward_L = kl_divergence(student_LV, teacher_LV, 1.0, "forward")
 cross_entropy_L = -(probs_LV * student_LV.log_softmax(-1)).sum(-1)
-print(
-    f"KL {forward_L.mean():.4f} = cross-entropy {cross_entropy_L.mean():.4f} - the teacher's entropy {entropy_L.mean():.4f}"
-)
-holds(
-    "the forward KL is the cross-entropy with the teacher's probabilities, less a constant",
-    torch.allclose(forward_L, cross_entropy_L - entropy_L, atol=1e-3),
-)
+print(f"KL {forward_L.mean():.4f} = cross-entropy {cross_entropy_L.mean():.4f} - entropy {entropy_L.mean():.4f}")
+equal = torch.allclose(forward_L, cross_entropy_L - entropy_L, atol=1e-3)
+holds("the forward KL is the cross-entropy with the teacher's probabilities, minus a constant", equal)
 sure_LV = torch.full_like(teacher_LV, -40.0).scatter(1, row.labels[:, None], 40.0)
-holds(
-    "with a teacher that is sure of the label it is the usual loss",
-    torch.allclose(
-        kl_divergence(student_LV, sure_LV, 1.0, "forward"),
-        F.cross_entropy(student_LV, row.labels, reduction="none"),
-        atol=1e-3,
-    ),
-)
+usual_L = F.cross_entropy(student_LV, row.labels, reduction="none")
+equal = torch.allclose(kl_divergence(student_LV, sure_LV, 1.0, "forward"), usual_L, atol=1e-3)
+holds("with a teacher that is sure of the label it is the usual loss", equal)
 quote(kl_divergence)
 quote(DistillationLoss.__call__)
 
 # %% [markdown]
 # ## Temperature, and why t²
 #
-# Divided by t > 1, logits differ less: the small probabilities, in which most of what a teacher knows lies, weigh more. But
-# the gradient by a student's logit is (q - p) / t, and for large t the difference q - p itself falls with 1 / t. So there
-# the gradient falls with t², and the loss is multiplied by t² to keep its scale. (At t = 1 and 2 a sure teacher's
-# probabilities are not in that range yet.)
+# Divided by t > 1, logits differ less: the small probabilities, which have most of a teacher's knowledge, count more. But
+# the gradient with respect to a student's logit is (q - p) / t, and for large t the difference q - p itself falls with 1 / t. So
+# the gradient falls with t², and the loss is multiplied by t² to keep its scale. (At t = 1 and 2 the probabilities of a
+# confident teacher are not in that range yet.)
 
 # %%
-temperatures = [1.0, 2.0, 4.0, 8.0, 16.0]
-norms, plain = [], []
+temperatures, plain = [1.0, 2.0, 4.0, 8.0, 16.0], []
 for t in temperatures:
     logits = student_LV.clone().requires_grad_()
     kl_divergence(logits, teacher_LV, t, "forward").sum().backward()
     plain.append(logits.grad.norm().item())
-    norms.append(t**2 * plain[-1])
+norms = [t**2 * norm for t, norm in zip(temperatures, plain, strict=True)]
 place = int(entropy_L.argmax())
 order = probs_LV[place].topk(12).indices
 figure, axes = plt.subplots(1, 2, figsize=(11, 3.2))
 for t in (1.0, 2.0, 4.0):
     axes[0].plot(range(12), (teacher_LV[place] / t).softmax(-1)[order], "o-", label=f"t = {t:g}")
-axes[0].set_xticks(range(12), [tokenizer.decode([token]).replace(" ", "·") for token in order.tolist()], rotation=60)
-axes[0].set(title="the teacher at its least decided place", ylabel="probability", xlabel="its twelve likeliest tokens")
+axes[0].set_xticks(range(12), [shown(tokenizer.decode([token])) for token in order.tolist()], rotation=60)
+axes[0].set(title="the teacher's least certain position", ylabel="probability", xlabel="its twelve likeliest tokens")
 axes[0].legend()
 axes[1].loglog(temperatures, plain, "o-", label="KL", base=2)
 axes[1].loglog(temperatures, norms, "s-", label="t² KL", base=2)
-axes[1].set(title="norm of the student's gradient", xlabel="temperature", ylabel="norm")
+axes[1].set(title="gradient with respect to the student's logits", xlabel="temperature t", ylabel="norm")
 axes[1].legend()
 show(figure, "10_temperature")
-table(
-    ["temperature", *(f"{t:g}" for t in temperatures)],
-    [["gradient of KL", *(f"{x:.1e}" for x in plain)], ["of t² KL", *(f"{x:.2f}" for x in norms)]],
-)
+rows = [["gradient of KL", *(f"{x:.1e}" for x in plain)], ["of t² KL", *(f"{x:.2f}" for x in norms)]]
+table(["temperature", *(f"{t:g}" for t in temperatures)], rows)
 holds("from t = 4 to 16 the gradient falls about sixteenfold", 10 < plain[2] / plain[4] < 40)
 holds("times t² it stays there, within a factor of 2", max(norms[2:]) < 2 * min(norms[2:]))
 
 # %% [markdown]
 # ## Forward and reverse
 #
-# A student that is too small cannot be right everywhere; the direction of the KL says where it may be wrong. **Forward**, the
+# A student that is too small cannot be right everywhere; the direction of the KL decides where it may be wrong. **Forward**, the
 # sum is weighted by the teacher's p: wherever the teacher puts weight, the student must, too (mode-covering). **Reverse**,
 # it is weighted by the student's own q: it must put no weight where the teacher has none, and may leave modes out
-# (mode-seeking; MiniLLM, [Gu et al. 2024](https://arxiv.org/abs/2306.08543)). A teacher with two modes, a student that can only
-# make one bump:
+# (mode-seeking; MiniLLM, [Gu et al. 2024](https://arxiv.org/abs/2306.08543)). A teacher with two modes, a student with one:
 
 # %%
 x_V = torch.linspace(-6, 6, 121)
@@ -190,70 +172,52 @@ for direction, style in (("forward", "-"), ("reverse", "--")):
     _, centre, width, best_V = min(found, key=lambda each: each[0])
     fitted[direction] = centre, width
     axis.plot(x_V, best_V, style, label=f"student, {direction} KL")
-axis.set(xlabel="outcomes", ylabel="probability", title="one bump for two modes")
+axis.set(xlabel="outcome", ylabel="probability", title="a student with one mode for a teacher with two")
 axis.legend()
 show(figure, "10_directions")
-print(
-    "; ".join(f"{direction}: centre {centre:+.2f}, width {width:.2f}" for direction, (centre, width) in fitted.items())
-)
-holds(
-    "forward covers both modes: its bump lies between them, and is wide",
-    abs(fitted["forward"][0]) < 1.5 and fitted["forward"][1] > 1.5,
-)
-holds("reverse seeks one mode, and is narrow", abs(fitted["reverse"][0]) > 2 and fitted["reverse"][1] < 1.0)
+(covering, wide), (seeking, narrow) = fitted["forward"], fitted["reverse"]
+print(f"forward: centre {covering:+.2f}, width {wide:.2f}; reverse: centre {seeking:+.2f}, width {narrow:.2f}")
+holds("forward covers both modes: it lies between them, and is wide", abs(covering) < 1.5 and wide > 1.5)
+holds("reverse seeks one mode, and is narrow", abs(seeking) > 2 and narrow < 1.0)
 
 # %% [markdown]
 # ## At toy size: what helps a student?
 #
-# Pretend that there are 600 real names only. The student is a new GPT-2 of two blocks of width 128. It takes 75 steps of 40
-# names, which is five times through the 600. Seven students with one start:
+# Suppose that there are 600 real names only. The student is a new GPT-2 of two blocks of width 128. It takes 75 steps of 40
+# names, which is five epochs of the 600. Seven students with the same initial weights:
 #
 # - **labels**: cross-entropy on the 600 names;
 # - **token level**: the same names, and the teacher's probabilities (forward at t = 1 and 2; reverse; w = 0.8);
-# - **control**: the teacher's probabilities, but each place gets those of another place in the row. What this student gains is
-#   not knowledge of the place: it learns how often tokens come at all, and not to be sure of its few names;
+# - **control**: the teacher's probabilities, but each position gets those of another position in the row. So this student
+#   learns nothing about the position: only how frequent tokens are, and not to be certain of its few names;
 # - **sequence level**: in place of the repetitions, names that the 135M teacher wrote (`data/teacher-names.jsonl.xz`, the
-#   file that the released student learned from), each read once, beside the same 600 names;
+#   file that the released student learned from), each read once, next to the same 600 names;
 # - **both**: these names, and the toy teacher's probabilities for them.
 #
-# The 135M teacher itself is not in the repository, so probabilities come from `models/mtg-base`. They are another teacher's,
-# and a weaker one's: do not compare the two levels' size here with the real pipeline's.
+# The 135M teacher itself is not in the repository, so probabilities come from `models/mtg-base`, another and weaker teacher: do
+# not compare the gains of the two levels here with those of the real pipeline.
 
 # %%
 REAL, STEPS, NAMES_A_STEP, WEIGHT = 600, 75, 40, 0.8
 real_cards = cards("train")[:REAL]
 written = teacher_names(STEPS * NAMES_A_STEP - REAL)
 print("names by the 135M teacher:", "; ".join(card.name for card in written[:5]), "...")
-
-
-def in_steps(pool: list[Card]) -> list[list[Card]]:
-    """The names of each step: passes over the pool, each shuffled."""
-    generator = torch.Generator().manual_seed(0)
-    order: list[int] = []
-    while len(order) < STEPS * NAMES_A_STEP:
-        order += torch.randperm(len(pool), generator=generator).tolist()
-    return [[pool[n] for n in order[step * NAMES_A_STEP : (step + 1) * NAMES_A_STEP]] for step in range(STEPS)]
-
-
-POOLS = {"repeated": in_steps(real_cards), "new": in_steps(real_cards + written)}
+pools = {"repeated": real_cards, "new": real_cards + written}
+POOLS = {name: in_steps(pool, STEPS, NAMES_A_STEP) for name, pool in pools.items()}
 KINDS: dict[str, tuple[str, float, str]] = {  # which names, temperature (0: labels alone), direction
     "labels": ("repeated", 0.0, "forward"),
     "token level": ("repeated", 1.0, "forward"),
     "token level, t = 2": ("repeated", 2.0, "forward"),
     "token level, reverse": ("repeated", 1.0, "reverse"),
-    "control: of other places": ("repeated", 1.0, "forward"),
+    "control: other positions": ("repeated", 1.0, "forward"),
     "sequence level": ("new", 0.0, "forward"),
     "both": ("new", 1.0, "forward"),
 }
 torch.manual_seed(0)
 start = tiny_student(teacher)
 students = {kind: copy.deepcopy(start) for kind in KINDS}
-optimizers = {
-    kind: torch.optim.AdamW(student.parameters(), lr=2.5e-3, weight_decay=0.05) for kind, student in students.items()
-}
-print(
-    f"a student has {start.num_parameters():,} weights, the teacher {teacher.num_parameters() / start.num_parameters():.0f} times as many"
-)
+optimizers = {kind: torch.optim.AdamW(each.parameters(), weight_decay=0.05) for kind, each in students.items()}
+print(f"a student has {start.num_parameters():,} weights, the teacher {teacher.num_parameters():,}")
 
 
 def distillation(
@@ -267,37 +231,28 @@ def distillation(
     return (1 - WEIGHT) * causal + WEIGHT * temperature**2 * divergence
 
 
+row = pack(encode_cards(real_cards[:NAMES_A_STEP], tokenizer))
+loss = DistillationLoss(0.0, teacher, WEIGHT, 2.0, "forward")
+loss.prepare(row)
+with torch.no_grad():
+    first_LV, row_teacher_LV = (each(**row.inputs).logits[0] for each in (start, teacher))
+theirs = loss(first_LV[None], row.labels[None], V, row.labels.numel(), shift_labels=row.labels[None])
+ours = distillation(first_LV, row_teacher_LV, row, 2.0, "forward")
+holds("this is the package's distillation loss", torch.allclose(theirs, ours, rtol=1e-4))
+
 curves: dict[str, list[float]] = {kind: [] for kind in KINDS}
 started = time.process_time()
 for step in range(STEPS):
-    for pool, steps in POOLS.items():
-        row = pack(encode_cards(steps[step], tokenizer))
-        with torch.no_grad():
-            row_teacher_LV = teacher(**row.inputs).logits[0]
-        if step == 0 and pool == "repeated":  # is it the package's loss?
-            loss = DistillationLoss(0.0, teacher, WEIGHT, 2.0, "forward")
-            loss.prepare(row)
-            with torch.no_grad():
-                first_LV = start(**row.inputs).logits[0]
-            theirs = loss(first_LV[None], row.labels[None], V, row.labels.numel(), shift_labels=row.labels[None])
-            holds(
-                "this is the package's distillation loss",
-                torch.allclose(theirs, distillation(first_LV, row_teacher_LV, row, 2.0, "forward"), rtol=1e-4),
-            )
-        for kind, (of_pool, temperature, direction) in KINDS.items():
-            if of_pool != pool:
-                continue
-            for group in optimizers[kind].param_groups:
-                group["lr"] = 2.5e-3 * min(1.0, (step + 1) / 8) * (1 - 0.9 * step / STEPS)
-            student_LV = students[kind](**row.inputs).logits[0]
-            given_LV = row_teacher_LV
-            if "control" in kind:
-                given_LV = given_LV[torch.randperm(len(given_LV))]
-            distillation(student_LV, given_LV, row, temperature, direction).backward()
-            torch.nn.utils.clip_grad_norm_(students[kind].parameters(), 1.0)
-            optimizers[kind].step()
-            optimizers[kind].zero_grad()
-            curves[kind].append(F.cross_entropy(student_LV.detach(), row.labels).item())
+    rows_of = {pool: pack(encode_cards(steps[step], tokenizer)) for pool, steps in POOLS.items()}
+    with torch.no_grad():
+        teachers = {pool: teacher(**row.inputs).logits[0] for pool, row in rows_of.items()}
+    for kind, (pool, temperature, direction) in KINDS.items():
+        row, given_LV = rows_of[pool], teachers[pool]
+        given_LV = given_LV[torch.randperm(len(given_LV))] if "control" in kind else given_LV
+        student_LV = students[kind](**row.inputs).logits[0]
+        loss = distillation(student_LV, given_LV, row, temperature, direction)
+        student_step(students[kind], optimizers[kind], loss, step, STEPS)
+        curves[kind].append(F.cross_entropy(student_LV.detach(), row.labels).item())
 print(f"{STEPS} steps of {len(KINDS)} students: {time.process_time() - started:.0f} s of CPU")
 
 # %% [markdown]
@@ -308,59 +263,43 @@ nats = {kind: nats_of_names(student, validation_cards, tokenizer) for kind, stud
 nats["the toy teacher"] = nats_of_names(teacher, validation_cards, tokenizer)
 rows, gains = [], {}
 for kind, nats_N in nats.items():
-    gain_N = nats_N - nats["labels"]
-    mean, error = gain_N.mean().item(), 1.96 * gain_N.std().item() / len(gain_N) ** 0.5
-    gains[kind] = mean, error
-    last = "-" if kind not in curves else f"{sum(curves[kind][-10:]) / 10:.2f}"
-    cells = (bits_per_character(nats_N, validation_cards), f"{mean:+.2f} ± {error:.2f}" if kind != "labels" else "-")
-    rows.append([kind, last, f"{cells[0]:.3f}", cells[1]])
-table(["", "training loss at the end", "held-out bits", "nats a name, against labels"], rows)
-for kind, (mean, error) in gains.items():
-    if kind not in ("labels", "the toy teacher"):
-        print(
-            f"{kind}:",
-            verdict(
-                mean - error, mean + error, "better than labels alone", "worse than labels alone", "no difference shown"
-            ),
-        )
-figure, axes = plt.subplots(1, 2, figsize=(12, 3.4))
-for kind, curve in curves.items():
-    smooth = [
-        sum(curve[max(0, step - 7) : step + 1]) / len(curve[max(0, step - 7) : step + 1]) for step in range(STEPS)
-    ]
-    axes[0].plot(range(1, STEPS + 1), smooth, label=kind)
+    gains[kind] = mean, error = mean_and_error(nats_N - nats["labels"])
+    found = f"{mean:+.2f} ± {error:.2f}", verdict(mean - error, mean + error, "better", "worse", "not shown")
+    last = f"{sum(curves[kind][-10:]) / 10:.2f}" if kind in curves else "-"
+    bits = f"{bits_per_character(nats_N, validation_cards):.3f}"
+    rows.append([kind, last, bits, *(found if kind != "labels" else ("-", "-"))])
+table(["", "training loss at the end", "held-out bits", "nats a name, minus labels", "than labels alone"], rows)
+of_students = [kind for kind in KINDS if kind != "labels"]
+figure, axes = plt.subplots(1, 2, figsize=(12, 3.6))
+for number, (kind, curve) in enumerate(curves.items()):
+    smooth = torch.tensor(curve).unfold(0, 8, 1).mean(-1)  # after step 8, 9, ...
+    axes[0].plot(range(8, STEPS + 1), smooth, label=kind, color=f"C{number}")
+    if kind in of_students:
+        axes[1].errorbar(gains[kind][0], kind, xerr=gains[kind][1], fmt="o", color=f"C{number}")
 axes[0].set(title="training: cross-entropy of the labels, mean of 8 steps", xlabel="step", ylabel="nats per token")
 axes[0].legend(fontsize=7)
-of_students = [kind for kind in gains if kind not in ("labels", "the toy teacher")]
-axes[1].errorbar(
-    [gains[kind][0] for kind in of_students], of_students, xerr=[gains[kind][1] for kind in of_students], fmt="o"
-)
 axes[1].axvline(0, color="black", linewidth=0.8)
-axes[1].set(title="held-out, against labels alone, 95% (left is better)", xlabel="nats a name")
+axes[1].invert_yaxis()
+axes[1].set(title="held-out, minus labels alone, 95% (left is better)", xlabel="nats a name", ylabel="student")
 show(figure, "10_students")
-known_N = nats["token level"] - nats["control: of other places"]
-error = 1.96 * known_N.std().item() / len(known_N) ** 0.5
-print(
-    f"token level against the control: {known_N.mean():+.2f} ± {error:.2f} nats a name: what the teacher knows of each place"
-)
-share = gains["control: of other places"][0] / gains["token level"][0]
+known, error = mean_and_error(nats["token level"] - nats["control: other positions"])
+print(f"token level minus control: {known:+.2f} ± {error:.2f} nats a name: the teacher's knowledge of each position")
+share = gains["control: other positions"][0] / gains["token level"][0]
 print(f"the control has {share:.0%} of the token level's gain")
-holds("the right places teach more than the wrong ones", known_N.mean() + error < 0)
+holds("the right positions teach more than the wrong ones", known + error < 0)
 holds("names that a teacher wrote help, where real ones would be repeated", sum(gains["sequence level"]) < 0)
 holds("the teacher's probabilities help on the repeated names", sum(gains["token level"]) < 0)
-holds(
-    "the student is still far from its teacher",
-    gains["the toy teacher"][0] < 2 * min(gains[kind][0] for kind in of_students),
-)
+nearest = min(gains[kind][0] for kind in of_students)
+holds("the students are still far from their teacher", gains["the toy teacher"][0] < 2 * nearest)
 
 # %% [markdown]
-# **Read the control first.** With 600 names, repeated, much of what distillation gains is that the student does not grow sure of
-# them; a teacher of the wrong places does that, too. The knowledge is the rest.
+# **Read the control first.** With 600 names, repeated, much of the gain of distillation is that the student does not grow certain
+# of them (regularization); probabilities of the wrong positions do that, too. The knowledge is the rest.
 #
-# Look at the training loss as well: students that repeat 600 names get to know them, and a low training loss says little of
-# unread names. New names have no such end. That is why the released pipeline writes 300,000 of them.
+# Look at the training loss as well: students that repeat 600 names memorize them, and a low training loss says little about
+# unread names. New names do not have this limit. That is why the released pipeline writes 300,000 of them.
 #
-# **Forward or reverse?** Theory says that the student of the reverse KL is the more certain one. At this size?
+# **Forward or reverse?** In theory the student of the reverse KL is the more certain one. At this size?
 
 # %%
 held = pack(encode_cards(validation_cards[:200], tokenizer))
@@ -370,19 +309,17 @@ with torch.no_grad():
     for kind in ("token level", "token level, t = 2", "token level, reverse"):
         log_LV = students[kind](**held.inputs).logits[0].log_softmax(-1)
         entropies[kind] = -(log_LV.exp() * log_LV).sum(-1).mean().item()
-print("mean entropy, nats a token:", "; ".join(f"{kind} {nats_each:.2f}" for kind, nats_each in entropies.items()))
-least = min(entropies, key=entropies.get)
-print(f"the most certain: {least}. After so few steps all are far less certain than their teacher")
+print("mean entropy, nats a token:", "; ".join(f"{kind} {each:.2f}" for kind, each in entropies.items()))
 teacher_entropy = -(teacher_probs * teacher_probs.log()).sum(-1).mean().item()
-print(f"the teacher's own entropy: {teacher_entropy:.2f} nats a token")
-holds("all three students are less certain than the teacher", min(entropies.values()) > teacher_entropy)
+print(f"the teacher's: {teacher_entropy:.2f}; the most certain student: {min(entropies, key=entropies.get)}")
+holds("after these few steps all are less certain than the teacher", min(entropies.values()) > teacher_entropy)
 
 # %% [markdown]
 # ## The teacher's thirty-two likeliest tokens
 #
-# A teacher of 135 million weights in every step would cost more than all else together. It runs anyway when it writes the
-# names, so its K likeliest tokens are kept then (`generate --top-logits 32`), and all others count as one outcome. How much
-# of it is lost?
+# A teacher of 135 million weights in every step would cost more than everything else together. It runs anyway when it writes
+# the names, so its K likeliest tokens are stored then (`generate --top-logits 32`), and all others count as one outcome. How
+# much is lost?
 
 # %%
 with torch.no_grad():
@@ -399,11 +336,9 @@ rows.append([f"{V:,} (all)", "100%", f"{full:.3f}", f"{V * 2:,}"])
 table(["K", "of the teacher's probability", "KL, nats", "bytes for each label"], rows)
 holds("32 of the tokens hold most of the teacher's probability", kept_shares[32] > 0.5)
 ordered = [divergences[K] for K in sorted(divergences)]
-holds(
-    "the KL over K + 1 outcomes grows with K towards the whole, and never over it",
-    ordered == sorted(ordered) and ordered[-1] <= full * 1.001,
-)
-holds("32 tokens take a hundredth of the room", V * 2 / 100 > 32 * 6)
+growing = ordered == sorted(ordered) and ordered[-1] <= full * 1.001
+holds("the KL over K + 1 outcomes grows with K towards the KL over all, and never over it", growing)
+holds("32 tokens take less than a hundredth of the bytes", V * 2 / 100 > 32 * 6)
 quote(top_divergence)
 
 # %% [markdown]
@@ -417,55 +352,46 @@ quote(top_divergence)
 # %%
 validations = [line for line in read_metrics(BASE / "metrics.jsonl") if line["event"] == "validation"]
 keys = {"unconditional": "validation/bits_per_char", "given attributes": "validation/bits_per_char_given_attributes"}
-table(
-    ["step", "million tokens", *keys],
-    [
-        [line["step"], f"{line['tokens'] / 1e6:.1f}", *(f"{line[key]:.3f}" for key in keys.values())]
-        for line in validations
-    ],
-)
+bits_of = [[f"{line[key]:.3f}" for key in keys.values()] for line in validations]
+steps = [[line["step"], f"{line['tokens'] / 1e6:.1f}"] for line in validations]
+table(["step", "million tokens", *keys], [left + right for left, right in zip(steps, bits_of, strict=True)])
 later = [line for line in validations if line["tokens"]]
 figure, axis = plt.subplots(figsize=(7, 3))
 for label, key in keys.items():
     axis.plot([line["tokens"] / 1e6 for line in later], [line[key] for line in later], "o-", label=label)
-axis.set(
-    xlabel="million tokens",
-    ylabel="validation bits per character",
-    title="models/mtg-base learns from the 135M teacher",
-)
+axis.set(xlabel="million tokens", ylabel="validation bits per character")
+axis.set_title("models/mtg-base learns from the 135M teacher")
 axis.legend()
 show(figure, "10_released")
-holds(
-    "the released student got better up to the end: it could have read more",
-    all(a[keys["unconditional"]] > b[keys["unconditional"]] for a, b in pairwise(later)),
-)
+bits = [line[keys["unconditional"]] for line in later]
+holds("the released student improved up to the end: more text might have helped", all(a > b for a, b in pairwise(bits)))
 
 # %% [markdown]
-# What it brought on the tests, against models that had read dictionaries instead, and against the teacher, is in
+# The test results, next to those of models that had read dictionaries instead and of the teacher, are in
 # [results](../results.md) and [experiments](../experiments.md) (29 November): embeddings from the teacher helped three times as
-# much as its probabilities, early on; the real names once more at the end made it worse.
+# much as its probabilities, early in training; the real names once more at the end made it worse.
 #
 # ## What to remember
 #
-# - A label is one draw; a teacher's probabilities are the whole urn. Names that it writes are more draws.
-# - t² keeps the gradient's scale. Forward KL covers, reverse KL seeks.
-# - Where text is the bottleneck, let a model that has read more write it. But measure on names that nobody wrote.
-# - A student inherits what its teacher has read, the test set included, if it was unlucky: check
+# - A label is one draw; a teacher's probabilities are the whole distribution. Names that it writes are more draws.
+# - t² keeps the gradient's scale. Forward KL covers modes, reverse KL seeks one.
+# - Where text is the bottleneck, let a model that has read more write it. But measure on held-out real names.
+# - A student inherits what its teacher has read, which may include the test set: check
 #   ([results](../results.md#quality), contamination).
 #
 # ## Exercises
 #
 # 1. **The weight.** Train students with w = 0, 0.5 and 1 on the 600 names. Is the teacher alone enough?
-# 2. **A wrong teacher.** The control above, at w = 0.5, beside a teacher that finds every token equally likely. What does each
+# 2. **A wrong teacher.** The control above, at w = 0.5, next to a teacher that finds every token equally likely. What does each
 #    do to the student?
 # 3. **Fresh or repeated?** With the same number of steps, take 100, 400 and 1,600 of the 135M teacher's names, without any real
-#    ones. How does the held-out figure go with the number of different names?
+#    ones. How do the held-out bits depend on the number of different names?
 #
 # Solutions: [solutions/10_distillation.py](solutions/10_distillation.py).
 #
 # ## Reading
 #
-# - [Hinton et al. 2015](https://arxiv.org/abs/1503.02531): temperature, and what soft targets tell.
+# - [Hinton et al. 2015](https://arxiv.org/abs/1503.02531): temperature, and what soft targets teach.
 #   [Kim and Rush 2016](https://arxiv.org/abs/1606.07947): sequence level. [Gu et al. 2024](https://arxiv.org/abs/2306.08543): reverse KL.
 # - [Agarwal et al. 2023](https://arxiv.org/abs/2306.13649): the student's own texts (on-policy).
 #   [DistilBERT, Sanh et al. 2019](https://arxiv.org/abs/1910.01108), and DistilGPT2 after it.

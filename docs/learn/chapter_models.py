@@ -1,4 +1,4 @@
-"""What the chapters share of models: a look inside, a short training, the figure that a training is judged by."""
+"""What the chapters share about models: a look inside, a short training, and the metrics that compare models."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, PreTraine
 
 from flash_experts.data.cards import Card
 from flash_experts.data.packing import encode_cards, name_nats, pack, pack_all
+from flash_experts.models.moe_layer import MoELayer
 from flash_experts.models.router_metrics import update_router_biases
 from flash_experts.training.batches import NameBatches
 from flash_experts.training.optimizer import Schedule, freeze_parts, make_optimizers, set_rates
@@ -112,16 +113,21 @@ def training_steps(
 
 @torch.no_grad()
 def nats_of_names(model: PreTrainedModel, names: Sequence[Card], tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
-    """Negative log-likelihood of each name given its attributes, end symbol included: (N,) nats, in eval mode."""
+    """Negative log-likelihood of each name given its attributes, EOS token included: (N,) nats, in eval mode."""
     model.eval()
     rows = pack_all(encode_cards(names, tokenizer), tokens_per_batch=2048)
     return torch.cat([name_nats(model, row) for row in rows])
 
 
 def bits_per_character(nats_N: torch.Tensor, names: Sequence[Card]) -> float:
-    """The figure that does not depend on the tokenizer; the end of a name counts as a character."""
+    """The metric that does not depend on the tokenizer; the EOS token counts as a character."""
     characters = sum(len(card.name) + 1 for card in names)
     return nats_N.sum().item() / torch.log(torch.tensor(2.0)).item() / characters
+
+
+def mean_and_error(values_N: torch.Tensor) -> tuple[float, float]:
+    """The mean over names, and half the width of its 95% interval (normal approximation; it covers no other seed)."""
+    return values_N.mean().item(), 1.96 * values_N.std().item() / len(values_N) ** 0.5
 
 
 @torch.no_grad()
@@ -137,3 +143,49 @@ def favour_two(
     hook.remove()
     mean_D = torch.cat(read).mean(0)
     router.weight[:2] += by * mean_D / mean_D.square().sum()
+
+
+@torch.no_grad()
+def experts_apart(model: Any) -> float:
+    """How different experts are: mean distance of an expert's first matrix from the experts' mean, over its length.
+
+    Of granular experts those of the same shard are compared.
+    """
+    shares = []
+    for layer in (module for module in model.modules() if isinstance(module, MoELayer)):
+        shards = model.config.n_embd * 4 // layer.experts.up_proj.shape[2]
+        W_RSDF = layer.experts.up_proj.unflatten(0, (-1, shards))
+        away = (W_RSDF - W_RSDF.mean(0)).flatten(1).norm(dim=1)
+        shares.append(away.mean() / W_RSDF.flatten(1).norm(dim=1).mean())
+    return torch.stack(shares).mean().item()
+
+
+@torch.no_grad()
+def altered(model: Any, change: str) -> Any:
+    """A copy of an MoE model whose routed experts are silent ("routed experts silent"), or whose routers' rows are
+    shuffled ("routers shuffled"). Shared experts stay."""
+    other = copy.deepcopy(model)
+    torch.manual_seed(0)
+    for layer in (module for module in other.modules() if isinstance(module, MoELayer)):
+        if change == "routed experts silent":
+            layer.experts.down_proj.zero_()
+            layer.experts.down_proj_bias.zero_()
+        else:
+            layer.router.weight.copy_(layer.router.weight[torch.randperm(len(layer.router.weight))])
+    return other
+
+
+@torch.no_grad()
+def quantized(model: Any, part: str, bits: int) -> Any:
+    """A copy of an MoE model whose "routed experts", or whose "dense MLPs", have weights of this many bits."""
+    other = copy.deepcopy(model)
+    for mlp in (block.mlp for block in other.transformer.h):
+        weights: tuple[torch.Tensor, ...] = ()
+        if part == "routed experts" and isinstance(mlp, MoELayer):
+            weights = mlp.experts.up_proj, mlp.experts.down_proj
+        elif part == "dense MLPs" and not isinstance(mlp, MoELayer):
+            weights = mlp.c_fc.weight, mlp.c_proj.weight
+        for weight in weights:  # the inputs of a unit are in the last dimension but one
+            scale = weight.abs().amax(-2, keepdim=True).clamp_min(1e-12) / (2 ** (bits - 1) - 1)
+            weight.copy_((weight / scale).round() * scale)
+    return other

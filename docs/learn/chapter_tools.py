@@ -94,9 +94,14 @@ def teacher_names(count: int) -> list[Card]:
     ]
 
 
+def shown(text: str) -> str:
+    """A token's text with a space as "·", and with "?" for a byte that is not a character by itself."""
+    return text.replace(" ", "·").encode("utf-8", "replace").decode()
+
+
 def token_texts(name: EncodedName, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """The text of each token that the model reads, a space shown as "·"."""
-    texts = [tokenizer.decode([token]).replace(" ", "·") for token in name.ids[:-1]]
+    texts = [shown(tokenizer.decode([token])) for token in name.ids[:-1]]
     return ["[BOS]", *texts[1:]]
 
 

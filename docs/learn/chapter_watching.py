@@ -1,8 +1,8 @@
-"""What chapters 2, 2b and 2c share: three ways to compute attention, the tiles that are made, the bytes that are moved."""
+"""What chapters 2, 2b, 2c and 8 share: three ways to compute attention, the tiles, the bytes that are kept and moved."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -54,8 +54,13 @@ def watched_tiles() -> Iterator[list[tuple[range, range, bool]]]:
         reference._Scores.tile = make_tile
 
 
-def bytes_kept(function: Callable[[], object]) -> int:
-    """Bytes of the tensors that autograd keeps for the backward of what is computed, each once."""
+def bytes_kept(function: Callable[[], object], but: Iterable[torch.Tensor] = ()) -> int:
+    """Bytes of the tensors that autograd keeps for the backward of what is computed, each once.
+
+    Args:
+        function: the forward.
+        but: tensors to leave out, such as the model's parameters.
+    """
     storages: dict[int, int] = {}
 
     def keep(x: torch.Tensor) -> torch.Tensor:
@@ -64,6 +69,8 @@ def bytes_kept(function: Callable[[], object]) -> int:
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
         function()
+    for x in but:
+        storages.pop(x.untyped_storage().data_ptr(), None)
     return sum(storages.values())
 
 

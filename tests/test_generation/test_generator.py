@@ -54,9 +54,10 @@ def test_a_model_that_wants_real_names_gives_none(
     parrot: Callable[..., torch.nn.Module], tokenizer: PreTrainedTokenizerFast, seed: int, preset: str
 ) -> None:
     model = parrot([*REAL, "goblin guide", "JÖTUN GRUNT", "Lim-Dul's Vault", "Serra-Angel"])
-    assert set(texts(quietly(NameGenerator(model, tokenizer, []), 5, seed=seed))) & set(REAL), "it wants them"
+    free = quietly(NameGenerator(model, tokenizer, []), 5, seed=seed, quality="fast")
+    assert set(texts(free)) & set(REAL), "it wants them"
 
-    names = quietly(NameGenerator(model, tokenizer, REAL), 5, preset=preset, seed=seed)
+    names = quietly(NameGenerator(model, tokenizer, REAL), 5, preset=preset, seed=seed, quality="fast")
 
     assert not {normal_form(name.text) for name in names} & {normal_form(name) for name in REAL}
     assert all(name.similarity < 1 and name.nearest_card in REAL for name in names)
@@ -94,7 +95,7 @@ def test_names_are_distinct_formatted_and_complete(generator: NameGenerator) -> 
 
 def test_same_seed_same_names_whatever_the_batch(generator: NameGenerator) -> None:
     names = generator.generate(16, seed=5, top_p=0.9, batch_size=64)
-    for size in (1, 7, 16):
+    for size in (1, 7):
         again = generator.generate(16, seed=5, top_p=0.9, batch_size=size)
         assert texts(again) == texts(names)
         assert [name.log_prob for name in again] == pytest.approx([name.log_prob for name in names], abs=1e-3)
@@ -124,6 +125,7 @@ def test_limits_hold(
         max_length=max_length,
         seed=seed,
         preset="creative",
+        quality="fast",
     )
     assert names
     for name in names:
@@ -232,7 +234,7 @@ HELD = {
 def test_all_requested_rules_hold(generator: NameGenerator, asked: dict, seed: int) -> None:
     """Even for a random model."""
     try:
-        names = quietly(generator, 3, **asked, seed=seed)
+        names = quietly(generator, 3, **asked, seed=seed, quality="fast")
     except ValueError as error:  # such as alliteration with letters that do not fit
         assert "no name" in str(error)
         return
@@ -279,7 +281,7 @@ def test_names_one_letter_from_a_real_card_are_left_out(
 ) -> None:  # fmt: skip
     near = real[:place] + letter + real[place:]
     generator = NameGenerator(parrot([real, near, *NEW]), tokenizer, REAL)
-    assert all(name.similarity <= 0.75 for name in quietly(generator, 4, min_distance=0.25, seed=seed))
+    assert all(name.similarity <= 0.75 for name in quietly(generator, 4, min_distance=0.25, seed=seed, quality="fast"))
 
 
 def test_names_are_streamed_as_they_are_found(generator: NameGenerator) -> None:

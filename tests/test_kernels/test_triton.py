@@ -60,7 +60,8 @@ def check(ours: tuple[torch.Tensor, torch.Tensor], truth: tuple[torch.Tensor, to
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
 @pytest.mark.parametrize("kind", OPTIONS)
 def test_a_batch_equals_softmax_attention(kind: str, lengths: tuple[int, int]) -> None:
-    qkv = make((2, lengths[0], 2, 16), (2, lengths[1], 1, 16), (2, lengths[1], 1, 16))
+    batch = 2 if lengths == LENGTHS[0] else 1  # the interpreter takes as much longer
+    qkv = make((batch, lengths[0], 2, 16), (batch, lengths[1], 1, 16), (batch, lengths[1], 1, 16))
     check(attention(*qkv, OPTIONS[kind]), oracle(*qkv, OPTIONS[kind]), qkv)
 
 
@@ -243,9 +244,10 @@ def test_compiled_without_a_graph_break() -> None:
 @pytest.mark.parametrize("queries", [1, 3])
 def test_decoding_splits_the_keys(kind: str, queries: int) -> None:
     """One and three new queries against caches of different fill, two heads to a key head, in three shares."""
-    slopes = torch.tensor([0.5, 0.03, 0.2, 0.9], device=DEVICE)
+    heads = 4 if kind == "causal" else 2
+    slopes = torch.tensor([0.5, 0.03], device=DEVICE)
     options = replace(CAUSAL, alibi_slopes=slopes) if kind == "alibi" else OPTIONS[kind]
-    q, k, v = (x.detach() for x in make((4, queries, 4, 16), (4, 150, 2, 16), (4, 150, 2, 16)))
+    q, k, v = (x.detach() for x in make((4, queries, heads, 16), *[(4, 150, heads // 2, 16)] * 2))
     lengths = torch.tensor([150, 3, 64, 0], dtype=torch.int32, device=DEVICE)
     for k_lengths in (None, lengths):
         truth = oracle(q, k, v, options, k_lengths)

@@ -61,36 +61,36 @@ same = all(torch.equal(weight, back[name]) for name, weight in dense.state_dict(
 holds("the dense weights come back bit by bit from untrained copies", same)
 
 new_cards, held_out = franchise_cards()
-mixture = upcycled()
-for _ in training_steps(mixture, new_cards, tokenizer, 20, 2e-4):
+moe = upcycled()
+for _ in training_steps(moe, new_cards, tokenizer, 20, 2e-4):
     pass
-mean = to_dense(mixture)
+mean = to_dense(moe)
 nats = {
     name: nats_of_names(each, held_out, tokenizer)
-    for name, each in (("dense, before", dense), ("mixture of 8", mixture), ("mean of the 8", mean))
+    for name, each in (("dense, before", dense), ("MoE model", moe), ("mean of the 8", mean))
 }
 table(["", "held-out bits"], [[name, f"{bits_per_character(each, held_out):.3f}"] for name, each in nats.items()])
-gain_N = nats["mean of the 8"] - nats["mixture of 8"]
+gain_N = nats["mean of the 8"] - nats["MoE model"]
 mean_gain, error = gain_N.mean().item(), 1.96 * gain_N.std().item() / len(gain_N) ** 0.5
-print(f"mean against mixture: {mean_gain:+.3f} ± {error:.3f} nats a name")
+print(f"mean minus MoE model: {mean_gain:+.3f} ± {error:.3f} nats a name")
 print(
     verdict(
         mean_gain - error,
         mean_gain + error,
-        "the mean of the experts is even better than the mixture",
-        "the mixture is better than the mean of its experts",
-        "no difference between the mixture and the mean of its experts is shown",
+        "the mean of the experts is even better than the MoE model",
+        "the MoE model is better than the mean of its experts",
+        "no difference between the MoE model and the mean of its experts is shown",
     )
 )
-taught = (nats["dense, before"] - nats["mixture of 8"]).mean().item()
+taught = (nats["dense, before"] - nats["MoE model"]).mean().item()
 print(
-    f"the 20 steps saved {taught:.2f} nats a name; the mean has {mean.num_parameters() / mixture.num_parameters():.0%} of the weights"
+    f"the 20 steps saved {taught:.2f} nats a name; the mean has {mean.num_parameters() / moe.num_parameters():.0%} of the weights"
 )
 holds("20 steps at this rate teach something", taught > 0)
 holds("averaging costs at most a fifth of what they taught", mean_gain < taught / 5)
 
 # %% [markdown]
-# What 20 steps taught is common to all experts, or lies in the other weights. A mixture must beat the mean of its experts to
+# What 20 steps taught is common to all experts, or lies in the other weights. An MoE model must beat the mean of its experts to
 # be worth its weights. `flash-experts export dense MODEL --out DIR` is this exercise as a command. (At a rate of 1e-3 both are
 # worse than before: that was the first version of this exercise.)
 #

@@ -58,18 +58,18 @@ for scorer in (model, ngram):
 table(["", "ratio of sums", "mean of ratios", "short names", "long names"], rows)
 
 # %% [markdown]
-# In the mean of ratios a name of four letters counts as much as one of thirty. Short names cost more a letter: their one or
-# two words must be named, and there are few cheap letters after that.
+# In the mean of ratios a name of four characters counts as much as one of thirty. Short names cost more per character: their one or
+# two words must be named, and few cheap characters follow.
 #
-# ## 2. A better fraud
+# ## 2. A better cheat
 
 # %%
 train_keys, held_keys = set(map(normal_form, train_names)), set(map(normal_form, names))
 rng = random.Random(0)
 honest = ngram.sample(2000, seed=1)
-fraud = [rng.choice(train_names) if place % 2 else name for place, name in enumerate(honest)]
+cheat = [rng.choice(train_names) if place % 2 else name for place, name in enumerate(honest)]
 rows, found_of, ratios_of = [], {}, {}
-for title, made in (("n-gram", honest), ("half of it recited", fraud)):
+for title, made in (("n-gram", honest), ("half of them training names", cheat)):
     found = held_out.detector.detect(made[:500]).generated
     ratios = []
     for count in (500, 2000):
@@ -81,13 +81,14 @@ for title, made in (("n-gram", honest), ("half of it recited", fraud)):
 table(["", "weak AUC", "strong AUC", "hit ratio, 500 names", "2,000 names"], rows)
 
 nearer = all(
-    abs(getattr(found_of["half of it recited"], kind).value - 0.5) < abs(getattr(found_of["n-gram"], kind).value - 0.5)
+    abs(getattr(found_of["half of them training names"], kind).value - 0.5)
+    < abs(getattr(found_of["n-gram"], kind).value - 0.5)
     for kind in ("weak", "strong")
 )
-holds("for both classifiers the fraud is nearer to real names than the honest n-gram", nearer)
+holds("for both classifiers the cheat is nearer to real names than the honest n-gram", nearer)
 holds(
     "the hit ratio shows it, with 500 names already",
-    all(ratios_of["half of it recited", count].low > 1 for count in (500, 2000)),
+    all(ratios_of["half of them training names", count].low > 1 for count in (500, 2000)),
 )
 holds(
     "and it clears the honest n-gram: the interval holds 1",

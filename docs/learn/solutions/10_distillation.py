@@ -25,6 +25,7 @@ sys.path.append(str(Path(globals().get("__file__", "a notebook")).resolve().pare
 import torch
 from chapter_claims import holds
 from chapter_models import bits_per_character, nats_of_names, tiny_student
+from chapter_steps import in_steps, student_step
 from chapter_tools import cards, load_base, table, teacher_names
 from torch.nn import functional as F
 
@@ -50,14 +51,7 @@ def taught(pool: list[Card], weight: float, change: Teacher = lambda logits_LV: 
     """
     student = copy.deepcopy(start)
     optimizer = torch.optim.AdamW(student.parameters(), lr=2.5e-3, weight_decay=0.05)
-    generator = torch.Generator().manual_seed(0)
-    order: list[int] = []
-    while len(order) < STEPS * NAMES_A_STEP:
-        order += torch.randperm(len(pool), generator=generator).tolist()
-    for step in range(STEPS):
-        for group in optimizer.param_groups:
-            group["lr"] = 2.5e-3 * min(1.0, (step + 1) / 8) * (1 - 0.9 * step / STEPS)
-        names = [pool[n] for n in order[step * NAMES_A_STEP : (step + 1) * NAMES_A_STEP]]
+    for step, names in enumerate(in_steps(pool, STEPS, NAMES_A_STEP)):
         row = pack(encode_cards(names, tokenizer))
         student_LV = student(**row.inputs).logits[0]
         loss = (1 - weight) * F.cross_entropy(student_LV, row.labels)
@@ -65,10 +59,7 @@ def taught(pool: list[Card], weight: float, change: Teacher = lambda logits_LV: 
             with torch.no_grad():
                 teacher_LV = change(teacher(**row.inputs).logits[0])
             loss = loss + weight * kl_divergence(student_LV, teacher_LV, 1.0, "forward").mean()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        student_step(student, optimizer, loss, step, STEPS)
     return bits_per_character(nats_of_names(student, validation_cards, tokenizer), validation_cards)
 
 
