@@ -100,8 +100,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse(name: str, arguments: Sequence[str]) -> Namespace:
-    """The checked settings of a command: defaults, then ``--config``, then the other arguments. A wrong one raises
-    SystemExit with status 2, after one line on stderr.
+    """The checked settings of a command: defaults, then ``--config``, then the other arguments.
+
+    A wrong one raises SystemExit with status 2, after one line on stderr.
 
         parse("train", ["--config", "configs/quickstart.yaml", "--training.max-steps", "100"]).training
     """

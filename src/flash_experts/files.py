@@ -41,8 +41,12 @@ def check_replaced(path: str | Path, overwrite: bool, option: str = "--out") -> 
 
 
 def check_out_folder(out: str, overwrite: bool, source: str | None = None, *, option: str = "--out") -> None:
-    """Checks an output folder before anything is computed. Raises a ValueError if it is a file, cannot be made, has
-    content, or is the folder of a training run or of the model that is read (``source``)."""
+    """Checks an output folder before anything is computed.
+
+    Raises:
+        ValueError: it is a file, cannot be made, has content, or is the folder of a training run or of the model
+            that is read (``source``).
+    """
     path = Path(out)
     if out == "" or (path.exists() and not path.is_dir()):
         raise ValueError(f"{option} {out!r} is not a directory: give a new one")
@@ -55,8 +59,11 @@ def check_out_folder(out: str, overwrite: bool, source: str | None = None, *, op
 
 
 def check_out_file(out: str, overwrite: bool, *, option: str = "--out", also: Sequence[str] = ()) -> None:
-    """Checks an output file before anything is computed; ``also`` are suffixes of files written next to it. Raises a
-    ValueError if it is a folder, exists, has one of those suffixes, or its folder cannot be written."""
+    """Checks an output file before anything is computed; ``also`` are suffixes of files written next to it.
+
+    Raises:
+        ValueError: it is a folder, exists, has one of those suffixes, or its folder cannot be written.
+    """
     path = Path(out)
     if not path.name or path.is_dir():
         raise ValueError(f"{option} {out!r} is a directory: give a file name")

@@ -130,8 +130,10 @@ def check_files(folder: Path) -> None:
 
 
 def check_place(folder: Path, path: Path) -> None:
-    """Checks that a file is in its folder, links followed; raises a ValueError. The hub's cache keeps files next to its
-    snapshots."""
+    """Checks that a file is in its folder, links followed; raises a ValueError.
+
+    The hub's cache keeps files next to its snapshots.
+    """
     try:
         real, root = path.resolve(strict=True), folder.resolve()
     except (OSError, RuntimeError) as error:

@@ -1,5 +1,7 @@
-"""A progress bar for downloads and lists, drawn by `rich` if stderr is a terminal. (A run's is in
-`flash_experts.training.reporting`, with its metrics.)"""
+"""A progress bar for downloads and lists, drawn by `rich` if stderr is a terminal.
+
+(A run's is in `flash_experts.training.reporting`, with its metrics.)
+"""
 
 from __future__ import annotations
 

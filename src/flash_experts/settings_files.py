@@ -16,8 +16,11 @@ _KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: 
 
 
 class _Loader(yaml.SafeLoader):
-    """Loads plain values. Refuses repeated keys, of which YAML's own loader silently drops the first, and aliases, nine
-    lines of which can stand for 10^9 values."""
+    """Loads plain values.
+
+    Refuses repeated keys, of which YAML's own loader silently drops the first, and aliases, nine lines of which can
+    stand for 10^9 values.
+    """
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
@@ -35,8 +38,11 @@ class _Loader(yaml.SafeLoader):
 
 
 def read_yaml(path: str | Path) -> dict[Any, Any]:
-    """Reads the mapping in a YAML file. Raises a ValueError if the file does not exist, is too large, or is not UTF-8,
-    YAML (with the line) or a mapping."""
+    """Reads the mapping in a YAML file.
+
+    Raises:
+        ValueError: the file does not exist, is too large, or is not UTF-8, YAML (with the line) or a mapping.
+    """
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path} is not a file: give a YAML file" if path.exists() else f"there is no file {path}")
@@ -66,6 +72,7 @@ def read_yaml(path: str | Path) -> dict[Any, Any]:
 
 def read_settings(path: str | Path, hints: Mapping[str, Any]) -> dict[str, Any]:
     """Reads a YAML file of options and converts each value to the type of its option, by dotted name in ``hints``.
+
     Raises a ValueError as `read_yaml`, and if a key is not text, or a value is missing or has a wrong type.
 
     YAML 1.1 reads ``1e-3`` as text, ``no`` as a boolean, ``010`` as 8 and ``1:30`` as 90: here the option's type rules.

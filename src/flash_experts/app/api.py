@@ -24,8 +24,10 @@ Each = TypeVar("Each")
 def add_endpoints(playground: Playground, queue: str, concurrency: int) -> None:
 
     def generate(settings: dict[str, Any], model: str = "") -> dict[str, Any]:
-        """New names. settings may have any of the fields of /options, or be {}. The returned seed reproduces the
-        names."""
+        """New names. settings may have any of the fields of /options, or be {}.
+
+        The returned seed reproduces the names.
+        """
         return _progress_json(_last(playground.names(_settings(settings), _text("model", model))))
 
     def stream(settings: dict[str, Any], model: str = "") -> Iterator[dict[str, Any]]:

@@ -21,8 +21,11 @@ FORMATS: dict[str, str] = {
 
 
 def exported(rows: Sequence[Row], suffix: str) -> str:
-    """A file of names as JSON for the page's script: its name, and its content as text or as base64. Raises a
-    ValueError if no format has this suffix."""
+    """A file of names as JSON for the page's script: its name, and its content as text or as base64.
+
+    Raises:
+        ValueError: no format has this suffix.
+    """
     return _as_json("names", suffix, lambda: _cards(rows), lambda format: _text(rows, format))
 
 

@@ -1,5 +1,8 @@
-"""Event handlers of the page, without Gradio: from values of controls to HTML. The state stays on the server, in
-`Row`s; untrusted input from the browser is only compared with their names, or is the number of a block or a head."""
+"""Event handlers of the page, without Gradio: from values of controls to HTML.
+
+The state stays on the server, in `Row`s; untrusted input from the browser is only compared with their names, or is the
+number of a block or a head.
+"""
 
 from __future__ import annotations
 
@@ -222,7 +225,10 @@ def for_browser(
     session: Session, address: str | None = None, link: str | None = None, number: int | None = None
 ) -> str:
     """What the page's script remembers: the kept names; unless None, the query of the page's address, and the one that
-    makes the names on the table again. ``number`` is of `Session.next_message` (default: a new one)."""
+    makes the names on the table again.
+
+    ``number`` is of `Session.next_message` (default: a new one).
+    """
     number = session.next_message() if number is None else number
     return json.dumps({"number": number, "address": address, "link": link, "kept": stored(session.kept)})
 

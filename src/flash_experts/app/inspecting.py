@@ -68,8 +68,13 @@ class Inspection:
 
 
 def inspect_name(loaded: LoadedModel, name: str, settings: Settings) -> Inspection:
-    """Inspects a model on a name, after the prompt that the settings make. Locks the model. Raises a ValueError if the
-    name is blank or too long, the model does not return attention weights, or has not learned the set, year or rarity.
+    """Inspects a model on a name, after the prompt that the settings make.
+
+    Locks the model.
+
+    Raises:
+        ValueError: the name is blank or too long, the model does not return attention weights, or has not learned
+            the set, year or rarity.
     """
     name = shown_form(name)
     if not normal_form(name):

@@ -1,5 +1,8 @@
-"""Requests to the models of a playground, independent of Gradio and HTTP. Threads share a model through its lock, one
-batch at a time. The time limit is a token filter, so it also holds while no name is found."""
+"""Requests to the models of a playground, independent of Gradio and HTTP.
+
+Threads share a model through its lock, one batch at a time. The time limit is a token filter, so it also holds while no
+name is found.
+"""
 
 from __future__ import annotations
 
@@ -115,8 +118,11 @@ class Playground:
         is_wanted: Callable[[], bool] = lambda: True,
     ) -> Iterator[Progress]:
         """Yields the progress after each name but those of ``without``, and once more at the end, for ``seconds``
-        (default: the time limit), as long as ``is_wanted``, asked before each decoding step. Raises a ValueError if the
-        model is unknown, or no name satisfies the constraints."""
+        (default: the time limit), as long as ``is_wanted``, asked before each decoding step.
+
+        Raises:
+            ValueError: the model is unknown, or no name satisfies the constraints.
+        """
         loaded = self.model(model)
         start = time.monotonic()
         seed = secrets.randbelow(LARGEST_SEED + 1) if settings.seed is None else settings.seed
@@ -193,7 +199,10 @@ def compare(
     playground: Playground, settings: Settings, sides: Sequence[Side], is_wanted: Callable[[], bool] = lambda: True
 ) -> Iterator[list[Progress | None]]:
     """Yields the progress of each side, None where it has no name yet, of names for two or more sides from the same
-    seed, as long as they are wanted. A side's own preset replaces all sampling settings."""
+    seed, as long as they are wanted.
+
+    A side's own preset replaces all sampling settings.
+    """
     seed = secrets.randbelow(LARGEST_SEED + 1) if settings.seed is None else settings.seed
     settings = replace(settings, seed=seed)
     streams = [playground.names(_of_side(settings, side), side.model, is_wanted=is_wanted) for side in sides]

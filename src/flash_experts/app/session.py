@@ -1,5 +1,8 @@
-"""The names of one session: the table, the kept names, and the history of its requests. The browser stores the kept
-names, and the page's address the settings; what comes back from there is untrusted (`restored`, `read_link`)."""
+"""The names of one session: the table, the kept names, and the history of its requests.
+
+The browser stores the kept names, and the page's address the settings; what comes back from there is untrusted
+(`restored`, `read_link`).
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,10 @@ Rows = tuple[Row, ...]
 @dataclass(frozen=True, slots=True)
 class Request:
     """A request of the history: its settings without the seed that was drawn, and the names that it gave, with the
-    seed. ``number`` counts the requests of a session from 0."""
+    seed.
+
+    ``number`` counts the requests of a session from 0.
+    """
 
     number: int
     asked: Settings
@@ -77,7 +83,10 @@ class Session:
         self, run: int, found: Rows, asked: Settings, before: Rows = (), named: tuple[NamedRow, ...] = ()
     ) -> Rows | None:
         """Replaces all rows but the kept ones by what request ``run`` has found so far, below rows of other requests
-        (``before``). Returns all rows; None if the request has ended, and nothing has changed."""
+        (``before``).
+
+        Returns all rows; None if the request has ended, and nothing has changed.
+        """
         with self._lock:
             if not self.runs(run):
                 return None

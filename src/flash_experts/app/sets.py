@@ -33,8 +33,11 @@ class SetProgress:
 
 
 def cards_of(text: object) -> list[card_sets.CardRow]:
-    """The cards of a text: a set (see `card_rows_of`), or a line for each, such as "Creature — Angel, W, 5". Raises a
-    ValueError if there are none, the text is too long, or a value is not understood."""
+    """The cards of a text: a set (see `card_rows_of`), or a line for each, such as "Creature — Angel, W, 5".
+
+    Raises:
+        ValueError: there are none, the text is too long, or a value is not understood.
+    """
     text = text if isinstance(text, str) else ""
     if len(text) > LONGEST_SET:
         raise ValueError(f"the cards have {len(text):,} characters: the most is {LONGEST_SET:,}")
@@ -77,9 +80,14 @@ def name_set(
     without: Sequence[str],
     is_wanted: Callable[[], bool],
 ) -> Iterator[SetProgress]:
-    """Names for each card that has none, in order, within the time limit of one request. No name and no last word is
-    used twice in the set. A card replaces the attributes that it has in ``settings``, whose ``count`` is of names for
-    each. Raises a ValueError if a setting of a card is not allowed, or the model is unknown."""
+    """Names for each card that has none, in order, within the time limit of one request.
+
+    No name and no last word is used twice in the set. A card replaces the attributes that it has in ``settings``, whose
+    ``count`` is of names for each.
+
+    Raises:
+        ValueError: a setting of a card is not allowed, or the model is unknown.
+    """
     asked = deque(_settings_of_each(playground, settings, model, rows).items())
     if not asked:
         raise ValueError("each of these cards has a name: leave the names out that are to be made")

@@ -68,8 +68,10 @@ def _package(version: int, problem: Problem) -> Trial:
 
 
 def _sdpa(backend: SDPBackend, problem: Problem) -> Trial:
-    """One backend of scaled_dot_product_attention, on names padded to the longest. It needs no padding mask: padding
-    comes after each name, and attention is causal."""
+    """One backend of scaled_dot_product_attention, on names padded to the longest.
+
+    It needs no padding mask: padding comes after each name, and attention is causal.
+    """
     if problem.device.type != "cuda" and backend in (SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION):
         raise Unavailable("needs a GPU")
     causal = problem.causal

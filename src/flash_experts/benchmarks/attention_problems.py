@@ -24,9 +24,11 @@ _CHECKED_NAMES = 32  # first and last names of a packed sequence
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """One implementation on one problem. Without ``dout``, the gradient of the output, only the forward runs; ``pick``
-    selects the part of output and gradients that is compared with the exact result; ``context`` is around several
-    passes."""
+    """One implementation on one problem.
+
+    Without ``dout``, the gradient of the output, only the forward runs; ``pick`` selects the part of output and
+    gradients that is compared with the exact result; ``context`` is around several passes.
+    """
 
     attend: Callable[..., torch.Tensor]
     inputs: Tensors

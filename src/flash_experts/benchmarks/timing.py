@@ -93,8 +93,11 @@ class Clock:
 def time_in_rounds(
     implementations: Mapping[str, Implementation], device: torch.device, rounds: int, seconds: float = 0.1
 ) -> dict[str, Timing]:
-    """Times implementations in alternating rounds after one for warm-up. They must have run before, so that compilation
-    is not timed. ``seconds`` is for each over all rounds: at least one pass per round, more if passes are short."""
+    """Times implementations in alternating rounds after one for warm-up.
+
+    They must have run before, so that compilation is not timed. ``seconds`` is for each over all rounds: at least one
+    pass per round, more if passes are short.
+    """
     clock = Clock(device)
     parts: dict[str, list[list[float]]] = {name: [] for name in implementations}
     by_round: dict[str, list[float]] = {name: [] for name in implementations}

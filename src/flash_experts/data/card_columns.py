@@ -109,8 +109,11 @@ def _folded(text: str) -> str:
 
 
 def known_columns(headings: Iterable[str]) -> set[str]:
-    """The known columns in a heading; ``"other"`` stands for columns of `_OTHER_COLUMNS`. Raises a ValueError if two
-    are called the name."""
+    """The known columns in a heading; ``"other"`` stands for columns of `_OTHER_COLUMNS`.
+
+    Raises:
+        ValueError: two are called the name.
+    """
     folded = [_folded(heading) for heading in headings]
     known = {column for column, spellings in _COLUMNS.items() if not set(spellings).isdisjoint(folded)}
     name = next((spelling for spelling in _COLUMNS["name"] if spelling in folded), None)
@@ -120,8 +123,13 @@ def known_columns(headings: Iterable[str]) -> set[str]:
 
 
 def raw_card(record: Any, where: str, unread: cards.Unread) -> cards.RawCard | None:
-    """Parses a name, or values by column; None if the name is empty. Counts unreadable values in ``unread``. Raises a
-    ValueError if the record is neither, its name is too long, or a value has a wrong type."""
+    """Parses a name, or values by column; None if the name is empty.
+
+    Counts unreadable values in ``unread``.
+
+    Raises:
+        ValueError: the record is neither, its name is too long, or a value has a wrong type.
+    """
     if isinstance(record, str):
         record = {"name": record}
     if not isinstance(record, dict):
@@ -251,8 +259,11 @@ def _colors(fields: Mapping[str, Any], type_line: str | None, read: Callable[...
 
 
 def _color_letters(value: Any) -> str:
-    """``"WU"`` of ``["U", "W"]``, ``"['W', 'U']"``, ``"White/Blue"``; ``"?"`` for unnamed ones ("multicolor"). Raises a
-    ValueError for anything else."""
+    """``"WU"`` of ``["U", "W"]``, ``"['W', 'U']"``, ``"White/Blue"``; ``"?"`` for unnamed ones ("multicolor").
+
+    Raises:
+        ValueError: anything else.
+    """
     if isinstance(value, list):
         if not all(isinstance(letter, str) for letter in value):
             raise ValueError

@@ -54,8 +54,11 @@ def read_embedded() -> CardSource:
 
 @cache
 def embedded_flags() -> dict[str, str]:
-    """The flag (or ``""``) of every name in the embedded table, by normal form. Live sources prefer these: they mark
-    printings, so an old card reprinted for a franchise would count as one of its cards."""
+    """The flag (or ``""``) of every name in the embedded table, by normal form.
+
+    Live sources prefer these: they mark printings, so an old card reprinted for a franchise would count as one of its
+    cards.
+    """
     found: dict[str, str] = {}
     for row in read_embedded().rows:
         for face in faces_of(row.name):

@@ -184,8 +184,11 @@ def in_color_order(letters: list[str] | tuple[str, ...] | set[str] | str) -> tup
 
 def parse_colors(text: str | None) -> tuple[str, ...] | None:
     """Parses colors such as ``"WU"``, ``"white and blue"``, ``"{W}{U}"``, ``"colorless"`` and ``"C"`` into letters in
-    the order WUBRG; ``()`` for colorless, None for an empty text. Raises a ValueError for another word (with a
-    suggestion)."""
+    the order WUBRG; ``()`` for colorless, None for an empty text.
+
+    Raises:
+        ValueError: another word (with a suggestion).
+    """
     letter_of = {word: letter for letter, word in COLOR_WORDS.items()}
     words = [word for word in re.split(r"[\s,/{}&+]+|\band\b", (text or "").casefold()) if word]
     if not words:

@@ -114,8 +114,10 @@ def encode_name(name: str, attributes: Attributes, tokenizer: PreTrainedTokenize
 def encode_names(
     names: Sequence[str], attributes: Sequence[Attributes], tokenizer: PreTrainedTokenizerBase
 ) -> list[EncodedName]:
-    """Token ids of names, each after the prompt of its attributes. Prompt and name are tokenized separately, so that
-    the boundary is the same as in generation."""
+    """Token ids of names, each after the prompt of its attributes.
+
+    Prompt and name are tokenized separately, so that the boundary is the same as in generation.
+    """
     assert len(names) == len(attributes)
     if not names:
         return []
@@ -220,7 +222,10 @@ def pack_all(names: Sequence[EncodedName], tokens_per_batch: int) -> list[Packed
 
 def name_nats(model: nn.Module, batch: PackedBatch) -> torch.Tensor:
     """Negative log-likelihood in nats of each name of a packed sequence, EOS token included: (N,) float32, of the
-    tokenizer's one tokenization, so an upper bound. The model must use ``fe_attention``."""
+    tokenizer's one tokenization, so an upper bound.
+
+    The model must use ``fe_attention``.
+    """
     logits_LV = model(**batch.inputs).logits[0]
     nats_L = functional.cross_entropy(logits_LV.float(), batch.labels, reduction="none")
     return nats_L.new_zeros(batch.num_names).index_add_(0, batch.name_index, nats_L)

@@ -203,8 +203,11 @@ def _write_all(out: Path, files: dict[str, bytes], hashes: Mapping[str, str]) ->
 
 
 def load_split(folder: str | Path, split: str) -> list[Card]:
-    """Loads one of `SPLITS` from a folder that `prepare` wrote. Raises a ValueError if there is no such split or file,
-    it is empty, or a line is malformed (``file:line``)."""
+    """Loads one of `SPLITS` from a folder that `prepare` wrote.
+
+    Raises:
+        ValueError: there is no such split or file, it is empty, or a line is malformed (``file:line``).
+    """
     if split not in SPLITS:
         raise ValueError(f"no split {split!r}: there are {', '.join(SPLITS)}")
     path = Path(folder) / f"{split}.jsonl"
@@ -213,8 +216,11 @@ def load_split(folder: str | Path, split: str) -> list[Card]:
 
 
 def load_cards(path: str | Path) -> list[Card]:
-    """Loads a file of prepared lines, which may be compressed (``.jsonl.xz``). Raises a ValueError if there is no such
-    file, it is empty, or a line is malformed (``file:line``)."""
+    """Loads a file of prepared lines, which may be compressed (``.jsonl.xz``).
+
+    Raises:
+        ValueError: there is no such file, it is empty, or a line is malformed (``file:line``).
+    """
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"no file {path}: give a file of prepared lines, such as generate --attributes-from writes")
@@ -248,8 +254,11 @@ def load_known_names(folder: str | Path) -> frozenset[str]:
 
 
 def extra_cards(path: str | Path, folder: str | Path) -> list[Card]:
-    """Loads cards to train on in addition to a folder's training split, such as names that a teacher generated. Raises
-    a ValueError if as `load_cards`, or a name is in a held-out split."""
+    """Loads cards to train on in addition to a folder's training split, such as names that a teacher generated.
+
+    Raises:
+        ValueError: as `load_cards`, or a name is in a held-out split.
+    """
     cards = load_cards(path)
     held_out = {normal_form(card.name) for split in SPLITS if split != "train" for card in load_split(folder, split)}
     for number, card in enumerate(cards, start=1):

@@ -34,7 +34,9 @@ _DASH = re.compile(r"—|–|--|(?:^|\s)-(?=\s|$)")
 @dataclass(frozen=True, slots=True)
 class Attributes:
     """Attributes that a name is conditioned on; None leaves one unspecified, which reads the same in the prompt as
-    ``()`` for supertypes, types and subtypes. Colors are letters in the order WUBRG; ``()`` for colorless.
+    ``()`` for supertypes, types and subtypes.
+
+    Colors are letters in the order WUBRG; ``()`` for colorless.
 
     The embedded table has no ``rarity``, ``set_code`` (``"ZEN"``) and ``released`` (year): they need a model trained on
     another source.
@@ -68,9 +70,14 @@ class Attributes:
         set_code: str | None = None,
         released: int | None = None,
     ) -> Attributes:
-        """Parses attributes as users write them; None (or an empty text) leaves one unspecified. A type line may have
-        "-" or "--" for the dash, or be ``"goblin creature"``. Raises a ValueError if a value is unknown (with a
-        suggestion) or malformed; `check_known` checks what a model knows."""
+        """Parses attributes as users write them; None (or an empty text) leaves one unspecified.
+
+        A type line may have "-" or "--" for the dash, or be ``"goblin creature"``.
+
+        Raises:
+            ValueError: a value is unknown (with a suggestion) or malformed; `check_known` checks what a model
+                knows.
+        """
         if mana_value is not None and (isinstance(mana_value, bool) or not 0 <= mana_value <= MAX_MANA_VALUE):
             raise ValueError(f"the mana value must be from 0 to {MAX_MANA_VALUE:,}, not {mana_value}")
         supertypes, types, subtypes = parse_type_line(type_line)

@@ -12,8 +12,12 @@ LIVE = ("scryfall", "mtgjson", "mtgjson-printings")
 
 
 def load_source(source: str | Path) -> CardSource:
-    """Loads the raw cards of ``"embedded"``, one of `LIVE`, or a csv, tsv, json, jsonl or txt file. Raises a ValueError
-    if the source is unknown, malformed (``file:line``), or available neither from the network nor from the cache."""
+    """Loads the raw cards of ``"embedded"``, one of `LIVE`, or a csv, tsv, json, jsonl or txt file.
+
+    Raises:
+        ValueError: the source is unknown, malformed (``file:line``), or available neither from the network nor from
+            the cache.
+    """
     if source == EMBEDDED:
         return read_embedded()
     if source in LIVE:

@@ -37,8 +37,11 @@ class Split:
 
 
 def split_by_family(cards: Sequence[Card]) -> Split:
-    """Splits cards of distinct names 80/10/10 by family; 6% of the training names, by name, become test_iid. Raises a
-    ValueError if there are too few names to fill a split."""
+    """Splits cards of distinct names 80/10/10 by family; 6% of the training names, by name, become test_iid.
+
+    Raises:
+        ValueError: there are too few names to fill a split.
+    """
     groups = families([card.name for card in cards])
     limit = max(1, LARGEST_HELD_OUT * len(cards))
     oversized = {place for place, group in enumerate(groups) if len(group) > limit}
@@ -74,8 +77,10 @@ def _hash(purpose: str, name: str) -> float:
 
 
 def families(names: Sequence[str]) -> list[list[int]]:
-    """Groups indices of related names (connected components); a name without relatives is a group by itself. Indices
-    ascend, and groups are in the order of their first one."""
+    """Groups indices of related names (connected components); a name without relatives is a group by itself.
+
+    Indices ascend, and groups are in the order of their first one.
+    """
     parents = list(range(len(names)))
 
     def root(item: int) -> int:

@@ -207,8 +207,11 @@ def gpt2_tokenizer(vocab: str | Path, merges: str | Path) -> PreTrainedTokenizer
 
 
 def load_tokenizer(source: str | Path, vocab_size: int | None = None) -> PreTrainedTokenizerBase:
-    """Loads the tokenizer of a checkpoint folder or hub id; ``vocab_size`` is the model's. Raises a ValueError if there
-    is no tokenizer, it lacks a BOS or EOS token, or it has more tokens than the model."""
+    """Loads the tokenizer of a checkpoint folder or hub id; ``vocab_size`` is the model's.
+
+    Raises:
+        ValueError: there is no tokenizer, it lacks a BOS or EOS token, or it has more tokens than the model.
+    """
     try:
         folder = model_files.local_folder(source)
         model_files.check_files(folder)

@@ -60,7 +60,10 @@ class Detector:
 
     def detect(self, generated: Sequence[str]) -> Detection | None:
         """Classifies generated names against equally many real ones; None for fewer than 40 generated or 80 real names.
-        Raises a ModuleNotFoundError if scikit-learn is not installed."""
+
+        Raises:
+            ModuleNotFoundError: scikit-learn is not installed.
+        """
         count = min(len(generated), len(self._real))
         if count < _FEWEST or len(self._real) < 2 * _FEWEST:
             return None

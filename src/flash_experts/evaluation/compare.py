@@ -76,8 +76,10 @@ NAMES_PER_PROMPT = 6
 @dataclass(frozen=True, slots=True)
 class Difference:
     """Difference of two models on one held-out set, with the attributes given (``conditional``) or not: bits per
-    character of the first minus the second, with a paired 95% interval. It is ``significant`` if the interval excludes
-    zero, not corrected for multiple comparisons."""
+    character of the first minus the second, with a paired 95% interval.
+
+    It is ``significant`` if the interval excludes zero, not corrected for multiple comparisons.
+    """
 
     split: str
     conditional: bool
@@ -125,8 +127,13 @@ def compare(
     max_names: int | None = None,
     device: str | torch.device | None = None,
 ) -> ComparisonResult:
-    """Evaluates models on the same held-out names, one in memory at a time. Arguments as in `evaluate`. Raises a
-    ValueError if no model is given, one is given twice, or a model or the data does not exist."""
+    """Evaluates models on the same held-out names, one in memory at a time.
+
+    Arguments as in `evaluate`.
+
+    Raises:
+        ValueError: no model is given, one is given twice, or a model or the data does not exist.
+    """
     if not models:
         raise ValueError("nothing to compare: give one model folder or more, ngram or swap")
     labels = unique_labels(models)

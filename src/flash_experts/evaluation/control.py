@@ -106,7 +106,10 @@ class AttributeClassifiers:
 
     def measure(self, model: NameSampler, samples: int, seed: int) -> list[ControlMetrics]:
         """Generates names for each class of each task and classifies them: half of ``samples`` for held-out cards (or
-        all of those), half for one attribute alone. Leaves out tasks with one class among the held-out cards."""
+        all of those), half for one attribute alone.
+
+        Leaves out tasks with one class among the held-out cards.
+        """
         classes = {task.name: self._classes(task) for task in self.tasks}
         of_each = max(1, samples // 2 // max(1, sum(map(len, classes.values()))))
         cards = self._held_out[: max(_FEWEST, samples // 2)]

@@ -31,8 +31,10 @@ class CurvePoint:
 
 
 def read_curve(path: Path) -> list[CurvePoint]:
-    """The points of a run's metrics.jsonl in the order of steps; empty if there is no such file. A validation without a
-    time gets an interpolated one. Of a step repeated after a resume, the last values count."""
+    """The points of a run's metrics.jsonl in the order of steps; empty if there is no such file.
+
+    A validation without a time gets an interpolated one. Of a step repeated after a resume, the last values count.
+    """
     points: dict[int, dict[str, Any]] = {}
     for record in read_untrusted_metrics(path):
         points.setdefault(record["step"], {}).update(record)
@@ -110,7 +112,10 @@ _AXES = {"step": "optimizer steps", "tokens": "tokens", "seconds": "seconds of t
 
 def read_curves(runs: Sequence[str | Path]) -> dict[str, dict[str, Points]]:
     """Reads the points of each panel by run name (or path, where two names are equal) from folders written by
-    ``train``, or metrics.jsonl files. Raises a ValueError if one does not exist, has a damaged line, or is given twice.
+    ``train``, or metrics.jsonl files.
+
+    Raises:
+        ValueError: one does not exist, has a damaged line, or is given twice.
     """
     found = [model_folder(run) or Path(run) for run in runs]
     paths = [path / METRICS_FILE if path.is_dir() else path for path in found]
@@ -127,8 +132,11 @@ def read_curves(runs: Sequence[str | Path]) -> dict[str, dict[str, Points]]:
 
 
 def write_curves(curves: Mapping[str, Mapping[str, Points]], out: Path) -> None:
-    """Writes a picture, by the suffix of ``out``; whole or not at all. Raises a ValueError if the suffix is not one of
-    `PICTURES`, or matplotlib is missing."""
+    """Writes a picture, by the suffix of ``out``; whole or not at all.
+
+    Raises:
+        ValueError: the suffix is not one of `PICTURES`, or matplotlib is missing.
+    """
     check_format(out)
     content = _picture(draw(curves), out.suffix[1:])
     with whole_file(out) as path:

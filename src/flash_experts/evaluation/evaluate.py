@@ -124,8 +124,11 @@ def load_scorer(
     label: str | None = None,
 ) -> Scorer:
     """Loads what is evaluated: a folder or hub id, either with "+ngram" to mix it with the baseline, "ngram" or "swap"
-    for a baseline, or a model with its tokenizer. Raises a ValueError if it does not exist, or the tokenizer is
-    missing."""
+    for a baseline, or a model with its tokenizer.
+
+    Raises:
+        ValueError: it does not exist, or the tokenizer is missing.
+    """
     language = partial(language_model, tokenizer=tokenizer, device=device, label=label)
     if isinstance(model, PreTrainedModel):
         return language(model)
@@ -178,8 +181,11 @@ def evaluate(
     device: str | torch.device | None = None,
 ) -> EvaluationResult:
     """Evaluates a model (folder, hub id, "ngram", "swap", "MODEL+ngram", or an object with ``tokenizer``) on at most
-    ``max_names`` held-out names of each set in a folder written by `flash-experts prepare`. Raises a ValueError if the
-    data or the model does not exist, or a set is empty."""
+    ``max_names`` held-out names of each set in a folder written by `flash-experts prepare`.
+
+    Raises:
+        ValueError: the data or the model does not exist, or a set is empty.
+    """
     held_out = HeldOut.load(data_dir, splits, max_names, seed)
     held_out = held_out.within_context(config_and_tokenizer(model, tokenizer), seed)
     return evaluate_scorer(load_scorer(model, held_out, tokenizer, device), held_out, samples=samples, seed=seed)
@@ -272,8 +278,11 @@ class NamesResult:
 
 
 def read_names(path: str | Path) -> list[str]:
-    """Reads names from a text file, one per line; skips blank lines. Raises a ValueError if the file does not exist, is
-    not UTF-8 text, has no names, or is too large (``file:line``)."""
+    """Reads names from a text file, one per line; skips blank lines.
+
+    Raises:
+        ValueError: the file does not exist, is not UTF-8 text, has no names, or is too large (``file:line``).
+    """
     path = Path(path)
     if path.is_dir():
         raise ValueError(f"cannot read the names in {path}: it is a folder: give a text file with one name per line")
@@ -294,8 +303,13 @@ def evaluate_names(
     tokenizer: PreTrainedTokenizerBase | None = None,
     device: str | torch.device | None = None,
 ) -> NamesResult:
-    """Computes unconditional bits per character of any names; ``model`` as in `evaluate`. ``data_dir`` is read for
-    "ngram", "swap" and "MODEL+ngram" alone. Raises a ValueError if there are no names, or the model does not exist."""
+    """Computes unconditional bits per character of any names; ``model`` as in `evaluate`.
+
+    ``data_dir`` is read for "ngram", "swap" and "MODEL+ngram" alone.
+
+    Raises:
+        ValueError: there are no names, or the model does not exist.
+    """
     if not names:
         raise ValueError("no names to measure: give at least one")
     scorer: Scorer

@@ -53,8 +53,11 @@ class HeldOut:
     def load(
         cls, folder: str | Path, splits: Sequence[str] = SPLITS, max_names: int | None = None, seed: int = 0
     ) -> HeldOut:
-        """Loads a folder written by `flash-experts prepare`, with at most ``max_names`` random names per set. Raises a
-        ValueError if there is no prepared data, or a set is empty."""
+        """Loads a folder written by `flash-experts prepare`, with at most ``max_names`` random names per set.
+
+        Raises:
+            ValueError: there is no prepared data, or a set is empty.
+        """
         path = Path(folder)
         if not (path / META).is_file():
             raise ValueError(f"no prepared data in {path}: run `flash-experts prepare --out {path}` first")
@@ -69,8 +72,13 @@ class HeldOut:
         return cls(chosen, Reference.load(path), data)
 
     def within_context(self, models: Sequence[tuple[PretrainedConfig, PreTrainedTokenizerBase]], seed: int) -> HeldOut:
-        """Leaves out names that exceed the context of any model, with a warning. ``seed`` is that of `shuffled`. Raises
-        a ValueError if no name of a set is left."""
+        """Leaves out names that exceed the context of any model, with a warning.
+
+        ``seed`` is that of `shuffled`.
+
+        Raises:
+            ValueError: no name of a set is left.
+        """
         splits = {}
         for split, cards in self.splits.items():
             kept = cards

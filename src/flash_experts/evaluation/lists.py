@@ -1,6 +1,8 @@
 """Lists of names as a user gets them from `NameGenerator`: for requests of held-out cards, at each quality, next to
-real names. In a good list, types and colors are recognized as often as in a list of real cards, and words are as
-varied."""
+real names.
+
+In a good list, types and colors are recognized as often as in a list of real cards, and words are as varied.
+"""
 
 from __future__ import annotations
 
@@ -191,9 +193,13 @@ def evaluate_lists(
     device: str | None = None,
     progress: Callable[[str], object] = str,
 ) -> list[ListMetrics]:
-    """Measures the lists of a model at each quality, after the real names and those of swapped parts. ``progress`` is
-    called with a line before each. Raises a ValueError if the model or the data is missing or damaged, or there are too
-    few held-out cards."""
+    """Measures the lists of a model at each quality, after the real names and those of swapped parts.
+
+    ``progress`` is called with a line before each.
+
+    Raises:
+        ValueError: the model or the data is missing or damaged, or there are too few held-out cards.
+    """
     generator = NameGenerator.from_pretrained(model, device)
     lists = ListEvaluation(Reference.load(Path(data)), requests, seed)
     return [lists.real(), lists.swapped(), *lists.generated(generator, progress)]

@@ -44,9 +44,17 @@ class Estimate:
 
 
 def bits_per_character(nats_N: npt.ArrayLike, characters_N: npt.ArrayLike) -> float:
-    """Sum of nats / ln 2 / sum of characters, of each name and its EOS token, which counts as one character. It does
-    not depend on the vocabulary. Over one tokenization of each name, it is an upper bound of the true value. Raises a
-    ValueError if there are no names."""
+    """Computes bits per character: sum of nats / ln 2 / sum of characters.
+
+    It does not depend on the vocabulary. Over one tokenization of each name, it is an upper bound of the true value.
+
+    Args:
+        nats_N: negative log-likelihood of each name and its EOS token, in nats.
+        characters_N: characters of each name, plus one for the EOS token.
+
+    Raises:
+        ValueError: there are no names.
+    """
     nats, characters = _same_length(nats_N, characters_N)
     return float(nats.sum() / NATS_PER_BIT / characters.sum())
 
@@ -54,9 +62,13 @@ def bits_per_character(nats_N: npt.ArrayLike, characters_N: npt.ArrayLike) -> fl
 def ratio_of_sums(
     numerators_N: npt.ArrayLike, denominators_N: npt.ArrayLike, *, resamples: int = 1000, seed: int = 0
 ) -> Estimate:
-    """Computes sum(numerators) / sum(denominators), with a 95% percentile bootstrap interval over names (Efron 1979),
-    of which there must be any (ValueError). Names of one family are not independent, so on a split by family the
-    interval is somewhat narrow."""
+    """Computes sum(numerators) / sum(denominators), with a 95% percentile bootstrap interval over names (Efron 1979).
+
+    Names of one family are not independent, so on a split by family the interval is somewhat narrow.
+
+    Raises:
+        ValueError: there are no names.
+    """
     numerators, denominators = _same_length(numerators_N, denominators_N)
     count = numerators.size
     rng = np.random.default_rng(seed)
@@ -79,16 +91,27 @@ def bits_estimate(nats_N: npt.ArrayLike, characters_N: npt.ArrayLike, *, seed: i
 def paired_bits_difference(
     nats_a_N: npt.ArrayLike, nats_b_N: npt.ArrayLike, characters_N: npt.ArrayLike, *, seed: int = 0
 ) -> Estimate:
-    """Bits per character of ``a`` minus those of ``b`` on the same names, by a paired bootstrap over names, whose
-    interval is much narrower than that of either, since both find the same names hard."""
+    """Computes bits per character of ``a`` minus those of ``b`` on the same names, by a paired bootstrap over names.
+
+    The difference has a much narrower interval than either value, since both find the same names hard.
+    """
     nats_a, nats_b = _same_length(nats_a_N, nats_b_N)
     return bits_estimate(nats_a - nats_b, characters_N, seed=seed)
 
 
 def word_association(nats_own_P: npt.ArrayLike, nats_swapped_P: npt.ArrayLike, *, seed: int = 0) -> Estimate:
-    """Computes how many bits the first word of a two-word name saves on the second word. Pairs of names swap their
-    second words. The first words cancel, which leaves the pointwise mutual information of the two words. The nats are
-    those of both names of each pair."""
+    """Computes how many bits the first word of a two-word name saves on the second word.
+
+    Pairs of names swap their second words. The first words cancel, which leaves the pointwise mutual information of the
+    two words: zero if they are independent.
+
+    Args:
+        nats_own_P: nats of both names of each pair.
+        nats_swapped_P: the same with second words swapped.
+
+    Returns:
+        Bits per name.
+    """
     own, swapped = _same_length(nats_own_P, nats_swapped_P)
     return ratio_of_sums((swapped - own) / NATS_PER_BIT, np.full(own.size, 2.0), seed=seed)
 
@@ -115,8 +138,15 @@ def exact_known_rate(keys: Sequence[str], known: frozenset[str] | set[str]) -> E
 
 
 def near_duplicates(keys: Sequence[str], known: Sequence[str], at_least: int = 1) -> npt.NDArray[np.bool_]:
-    """Finds near-duplicates: names (N,) with ``at_least`` known names within a normalized edit distance of `NEAR`, all
-    in `flash_experts.data.names.normal_form`. Copies count."""
+    """Finds near-duplicates: names with a known name within a normalized edit distance of `NEAR`. Copies count.
+
+    Args:
+        keys: names in `flash_experts.data.names.normal_form`, as ``known``.
+        at_least: number of near known names: 2 for names that are known themselves.
+
+    Returns:
+        (N,).
+    """
     from rapidfuzz.distance import Levenshtein
     from rapidfuzz.process import cdist
 
@@ -132,16 +162,21 @@ def near_duplicates(keys: Sequence[str], known: Sequence[str], at_least: int = 1
 
 
 def distinct_share(keys: Sequence[Hashable]) -> float:
-    """Computes distinct items / items. It falls with the number of items, so compare lists of equal length. Raises a
-    ValueError if there are no items."""
+    """Computes distinct items / items. It falls with the number of items, so compare lists of equal length.
+
+    Raises:
+        ValueError: there are no items.
+    """
     if not keys:
         raise ValueError("no names to measure: give at least one")
     return len(set(keys)) / len(keys)
 
 
 def distinct_in(items: Sequence[Hashable], count: int) -> float | None:
-    """The expected number of distinct items among ``count`` drawn without replacement; None if there are fewer.
-    Rarefaction (Hurlbert 1971) makes lists of different lengths comparable."""
+    """Computes the expected number of distinct items among ``count`` drawn without replacement.
+
+    Rarefaction (Hurlbert 1971) makes lists of different lengths comparable. None if there are fewer items.
+    """
     total = len(items)
     if total < count:
         return None
@@ -173,7 +208,10 @@ def word_metrics(names: Iterable[str], seen: frozenset[str] | set[str]) -> WordM
 
 def jensen_shannon(first: Mapping[int, float], second: Mapping[int, float]) -> float:
     """Computes the Jensen-Shannon divergence of two histograms in bits (Lin 1991): 0 for equal, 1 for disjoint ones.
-    Raises a ValueError if a histogram is empty."""
+
+    Raises:
+        ValueError: a histogram is empty.
+    """
     total_first, total_second = sum(first.values()), sum(second.values())
     if not total_first or not total_second:
         raise ValueError("no names to measure: a histogram is empty")
@@ -197,8 +235,14 @@ def word_count_divergence(names: Sequence[str], real: Sequence[str]) -> float:
 
 
 def auc_estimate(scores_N: npt.ArrayLike, labels_N: npt.ArrayLike) -> Estimate:
-    """The area under the ROC curve with DeLong et al.'s (1988) interval, by midranks (Sun and Xu 2014). Scores are
-    higher for label 1. Raises a ValueError if one of the labels is missing."""
+    """Computes the area under the ROC curve with DeLong et al.'s (1988) interval, by midranks (Sun and Xu 2014).
+
+    Args:
+        scores_N: classifier scores, higher for label 1.
+
+    Raises:
+        ValueError: one of the labels is missing.
+    """
     scores, labels = np.asarray(scores_N, dtype=np.float64), np.asarray(labels_N)
     ones, zeros = scores[labels == 1], scores[labels == 0]
     if not ones.size or not zeros.size:
@@ -220,7 +264,7 @@ def _midranks(values: FloatArray) -> FloatArray:
 
 
 def types_of(card: Card) -> tuple[str, ...]:
-    """The types of a card (an artifact creature counts in both groups)."""
+    """Returns the types of a card (an artifact creature counts in both groups)."""
     return card.types
 
 

@@ -29,7 +29,10 @@ from flash_experts.evaluation.metrics import (
 @dataclass(frozen=True, slots=True)
 class Memorization:
     """The hit ratio and its counts: the hit rate of training names / that of held-out names. 1 is no memorization; 10
-    means that nine of ten generated training names were memorized; None without hits. Use 10,000 samples or more."""
+    means that nine of ten generated training names were memorized; None without hits.
+
+    Use 10,000 samples or more.
+    """
 
     train_hits: int
     held_out_hits: int
@@ -37,9 +40,11 @@ class Memorization:
 
 
 def hit_ratio(samples: Set[str], train: Set[str], held_out: Set[str]) -> Memorization:
-    """Measures memorization by the hit ratio of names in `flash_experts.data.names.normal_form`. Half a hit is added on
-    each side (Haldane 1956); the interval is that of Katz et al. (1978). Held-out names must be of the same families:
-    others are hit less often, which looks like memorization."""
+    """Measures memorization by the hit ratio of names in `flash_experts.data.names.normal_form`.
+
+    Half a hit is added on each side (Haldane 1956); the interval is that of Katz et al. (1978). Held-out names must be
+    of the same families: others are hit less often, which looks like memorization.
+    """
     held_out = held_out - train
     in_train, in_held_out = len(samples & train), len(samples & held_out)
     if not (in_train or in_held_out) or not train or not held_out:

@@ -20,8 +20,11 @@ from flash_experts.files import whole_files
 
 
 def render_report(result: ComparisonResult, title: str = "Models compared", day: date | None = None) -> str:
-    """Renders a comparison as an HTML page. All text of models, names and data is escaped. The same result with the
-    same ``day`` (default: today) gives the same bytes."""
+    """Renders a comparison as an HTML page.
+
+    All text of models, names and data is escaped. The same result with the same ``day`` (default: today) gives the same
+    bytes.
+    """
     script = _resource("blind_test.js")
     first = result.models[0]
     return load_template(__package__, "report").render(

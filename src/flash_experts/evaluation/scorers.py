@@ -115,8 +115,14 @@ class LanguageModel:
         *,
         tokens_per_batch: int = TOKENS_PER_BATCH,
     ) -> FloatArray:
-        """See `Scorer.nats`. Attributes that the model was not trained on are left out. ``tokens_per_batch`` changes
-        the speed, not the result. Raises a ValueError if a name is longer than the model's context."""
+        """See `Scorer.nats`.
+
+        Attributes that the model was not trained on are left out. ``tokens_per_batch`` changes the speed, not the
+        result.
+
+        Raises:
+            ValueError: a name is longer than the model's context.
+        """
         encoded = encode_names(names, self._known(attributes), self.tokenizer)
         check_lengths(self.model, names, encoded)
         # Packs names of similar length: on a CPU, attention pads a packed sequence to its longest name.

@@ -1,5 +1,7 @@
 """The swap baseline: parts of two real names of the kind, exchanged: "Goblin Guide" + "Raging Kobold" -> "Goblin
-Kobold". Both parts read well, so a model has to beat it.
+Kobold".
+
+Both parts read well, so a model has to beat it.
 
 Shape suffixes: N names.
 """

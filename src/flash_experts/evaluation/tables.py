@@ -52,8 +52,10 @@ def _percent(estimate: Estimate | None) -> str:
 
 
 def bits_table(results: Sequence[EvaluationResult], differences: Sequence[Difference] = ()) -> Table:
-    """Tabulates bits per character of each model on each held-out set. With ``differences``, a star marks each model
-    that is not significantly worse than another."""
+    """Tabulates bits per character of each model on each held-out set.
+
+    With ``differences``, a star marks each model that is not significantly worse than another.
+    """
     beaten = {
         (difference.split, difference.conditional, difference.second if difference.bits.value < 0 else difference.first)
         for difference in differences

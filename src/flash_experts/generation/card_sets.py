@@ -32,8 +32,10 @@ _OF_CARDS = {"type_line", "types", "colors", "mana_value", "mana_cost", "rarity"
 @dataclass(frozen=True, slots=True)
 class CardRow:
     """A row of the file at ``where`` (``file:line``, or ``file[index]`` for JSON); ``cells`` has it as it was, by
-    column, and ``name`` the name that the card has already, or "". ``rules`` are options of `NameRequest` for this row
-    alone."""
+    column, and ``name`` the name that the card has already, or "".
+
+    ``rules`` are options of `NameRequest` for this row alone.
+    """
 
     where: str
     cells: Mapping[str, str]
@@ -58,8 +60,14 @@ class NamedRow:
 def read_card_rows(path: str | Path) -> list[CardRow]:
     """Reads the cards of a set: columns such as ``type_line``, ``colors``, ``mana_value``, ``rarity`` (in the spellings
     of `flash_experts.data.card_columns`), ``name`` for cards that have one, and ``starts_with``, ``contains`` and
-    ``ends_with`` for words that a name must have. A JSON file is a list of objects with these keys. Raises a ValueError
-    if the file is missing, not UTF-8 CSV or JSON, has no such column, or a value is unreadable (``file:line``)."""
+    ``ends_with`` for words that a name must have.
+
+    A JSON file is a list of objects with these keys.
+
+    Raises:
+        ValueError: the file is missing, not UTF-8 CSV or JSON, has no such column, or a value is unreadable
+            (``file:line``).
+    """
     path = Path(path)
     try:
         text = path.read_text("utf-8-sig")
@@ -189,9 +197,11 @@ class TakenNames:
 def name_rows(
     generator: NameGenerator, rows: Sequence[CardRow], candidates: int, seed: int, **options: Any
 ) -> Iterator[NamedRow]:
-    """Names for each row without one, in order, the best of ``candidates`` first. No name and no last word is used
-    twice in the set. Each row has its own stream of ``seed``; ``options`` are fields of `NameRequest` for all rows; a
-    wrong one raises a ValueError."""
+    """Names for each row without one, in order, the best of ``candidates`` first.
+
+    No name and no last word is used twice in the set. Each row has its own stream of ``seed``; ``options`` are fields
+    of `NameRequest` for all rows; a wrong one raises a ValueError.
+    """
     conditions = read_conditions(generator.model.config.to_dict())
     taken = TakenNames(row.name for row in rows)
     for place, row in enumerate(rows):

@@ -28,8 +28,10 @@ _UNWANTED: tuple[tuple[str, str, text_rules.Check], ...] = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Constraints:
-    """The rules that every name of a request follows; None leaves one open. Case never matters. A new rule is a field
-    here, its filter in `filters`, and its last check in `held_by`."""
+    """The rules that every name of a request follows; None leaves one open.
+
+    Case never matters. A new rule is a field here, its filter in `filters`, and its last check in `held_by`.
+    """
 
     starts_with: str | None = option(
         None, "letters at the start (default: any)", RULES, label="Starts with", page_bounds=(0, 40)
@@ -133,8 +135,11 @@ class Constraints:
 
     def filters(self, vocabulary: NameVocabulary, prompt_length: int, known: Collection[str]) -> list[NameFilter]:
         """The filters that every name has, and those of the rules, after a prompt of ``prompt_length`` tokens with the
-        BOS token; ``known`` are normal forms of names that are never generated. Raises a ValueError if a filter cannot
-        be made, such as for a regex that matches no name."""
+        BOS token; ``known`` are normal forms of names that are never generated.
+
+        Raises:
+            ValueError: a filter cannot be made, such as for a regex that matches no name.
+        """
         from flash_experts.generation import filters as make
 
         place = vocabulary, prompt_length

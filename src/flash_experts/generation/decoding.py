@@ -1,5 +1,6 @@
-"""The decoding loop: batched generation with a KV cache. A prompt is computed once for all its names, and a row whose
-name ends goes to the next name (continuous batching).
+"""The decoding loop: batched generation with a KV cache.
+
+A prompt is computed once for all its names, and a row whose name ends goes to the next name (continuous batching).
 
 Shape suffixes: B batch rows, T tokens of prompt and name so far, S tokens that a name may have, V tokens of the
 vocabulary, K columns of the cache.

@@ -1,5 +1,7 @@
-"""Card-style formatting of names: capitals, small words, punctuation and spaces. The model's capitals stay unless they
-are wrong. A name without any capital gets all that cards would print."""
+"""Card-style formatting of names: capitals, small words, punctuation and spaces.
+
+The model's capitals stay unless they are wrong. A name without any capital gets all that cards would print.
+"""
 
 from __future__ import annotations
 

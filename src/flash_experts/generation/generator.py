@@ -40,10 +40,15 @@ class NameGenerator:
         tokenizer: PreTrainedTokenizerBase,
         known_names: Iterable[str] | None = None,
     ) -> None:
-        """Wraps a causal LM trained on BOS token + prompt + " " + name + EOS token, with its byte-level BPE tokenizer.
+        """Wraps a model.
 
-        ``known_names`` are never generated (default: those of all real cards). Raises a ValueError if model and
-        tokenizer do not belong together, or the tokenizer is not byte-level BPE.
+        Args:
+            model: a causal LM trained on BOS token + prompt + " " + name + EOS token.
+            tokenizer: the model's byte-level BPE tokenizer.
+            known_names: names that are never generated (default: those of all real cards).
+
+        Raises:
+            ValueError: model and tokenizer do not belong together, or the tokenizer is not byte-level BPE.
         """
         if tokenizer.bos_token_id is None:
             raise ValueError("the tokenizer has no BOS token: set tokenizer.bos_token to that of training")
@@ -64,11 +69,16 @@ class NameGenerator:
         device: str | torch.device | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> NameGenerator:
-        """Loads a model folder or hub id with its tokenizer (default: the newest released model, see
-        `flash_experts.released`); the names of all real cards are known. Without ``device`` it runs on CUDA if
-        available. In ``torch.bfloat16`` weights are faster on CPUs with AVX-512, but change the names of a seed.
+        """Loads a model folder or hub id with its tokenizer; the names of all real cards are known.
 
-        Raises a ValueError if the folder is missing, damaged, or not a causal LM, or no released model is installed.
+        Args:
+            source: model folder or hub id (default: the newest released model, see `flash_experts.released`).
+            device: where the model runs (default: CUDA if available).
+            dtype: data type of the weights; ``torch.bfloat16`` is faster on CPUs with AVX-512, but changes the names
+                of a seed.
+
+        Raises:
+            ValueError: the folder is missing, damaged, or not a causal LM, or no released model is installed.
         """
         from flash_experts.data.tokenizer import load_tokenizer
         from flash_experts.models.loading import load_model
@@ -80,26 +90,41 @@ class NameGenerator:
     def generate(
         self, count: int = 20, *, filters: Sequence[FilterFactory] = (), **options: Any
     ) -> list[GeneratedName]:
-        """``count`` new names for a card in the order they were found, or fewer, with a warning.
+        """New names for a card.
 
         The same seed gives the same names for any ``batch_size`` (up to rounding), and a larger ``count`` only adds
-        names. ``options`` are fields of `NameRequest`, such as ``type_line="Creature — Goblin"``,
-        ``preset="creative"``, ``seed=7``; None stands for the default. ``filters`` are subclasses of `NameFilter`, or
-        functions (vocabulary, prompt length) -> LogitsProcessor.
+        names. Each prompt has random numbers of its own.
 
-        Raises a ValueError if a value is out of range or unknown, or no name satisfies the constraints, a TypeError if
-        an option is unknown.
+        Args:
+            count: number of names.
+            filters: more token filters: subclasses of `NameFilter`, or functions (vocabulary, prompt length) ->
+                LogitsProcessor.
+            **options: fields of `NameRequest`, such as ``type_line="Creature — Goblin"``, ``colors="R"``,
+                ``preset="creative"``, ``max_words=2``, ``seed=7``. None stands for the default.
+
+        Returns:
+            ``count`` names in the order they were found, or fewer, with a warning.
+
+        Raises:
+            ValueError: a value is out of range or unknown, or no name satisfies the constraints.
+            TypeError: an option is unknown.
         """
         return list(self.stream(count, filters=filters, **options))
 
     def stream(
         self, count: int = 20, *, filters: Sequence[FilterFactory] = (), **options: Any
     ) -> Iterator[GeneratedName]:
-        """The names of `generate` as they are found; the model may be trained in between. Options are checked at
-        once."""
+        """The names of `generate` as they are found. Options are checked at once.
+
+        The model may be trained between two names.
+
+        for name in generator.stream(10_000, colors="R"):
+            print(name.text, flush=True)
+        """
         return self.answer(NameRequest.of(count=count, **options), filters)
 
     def answer(self, request: NameRequest, filters: Sequence[FilterFactory] = ()) -> Iterator[GeneratedName]:
+        """The names for a request, as `stream` gives them."""
         examples = examples_of(request.like) if request.like else []
         attributes = completed_attributes(request)
         check_known(attributes, read_conditions(self.model.config.to_dict()))

@@ -31,7 +31,10 @@ _SHORTEST = 2  # letters: single ones do not characterize a style
 
 def examples_of(text: str | Sequence[str]) -> list[str]:
     """The names in a list separated by ";" or ",": ``"Krenko, Mob Boss, Goblin Guide"`` are two, as Krenko is a card.
-    Raises a ValueError if there are none."""
+
+    Raises:
+        ValueError: there are none.
+    """
     if not isinstance(text, str):
         found = [shown_form(name) for name in text]
     else:

@@ -41,8 +41,10 @@ class NamedCard:
 def write_names(
     names: Iterable[GeneratedName], card: Attributes, file: TextIO, format: Format, raw_cells: bool = False
 ) -> int:
-    """Writes names for one card in a format of text, so not "mse" (see `write_mse`); returns their number. CSV cells
-    are written as they are with ``raw_cells``."""
+    """Writes names for one card in a format of text, so not "mse" (see `write_mse`); returns their number.
+
+    CSV cells are written as they are with ``raw_cells``.
+    """
     if format == "csv":
         return write_csv(names, file, raw_cells)
     if format == "jsonl":

@@ -16,8 +16,11 @@ _MOST_GUIDANCE = 10
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How the next token is drawn. Applied in this order: guidance, repetition penalty, temperature, top-k, top-p
-    (nucleus sampling, Holtzman et al. 2020), min-p (Nguyen et al. 2024)."""
+    """How the next token is drawn.
+
+    Applied in this order: guidance, repetition penalty, temperature, top-k, top-p (nucleus sampling, Holtzman et al.
+    2020), min-p (Nguyen et al. 2024).
+    """
 
     temperature: float = option(
         1.0, "temperature, higher for more surprising names (default: the preset's)", SAMPLING, label="Temperature",
@@ -67,8 +70,11 @@ class Sampling:
 
 
 def load_presets(path: str | Path) -> dict[str, Sampling]:
-    """Presets of a YAML file that maps names to settings of `Sampling`. Raises a ValueError if the file is missing or
-    not such YAML, or a setting is unknown or out of range."""
+    """Presets of a YAML file that maps names to settings of `Sampling`.
+
+    Raises:
+        ValueError: the file is missing or not such YAML, or a setting is unknown or out of range.
+    """
     content = read_yaml(path)
     if not all(isinstance(one, dict) for one in content.values()):
         raise ValueError(f"{path}: presets are written as NAME: and under it temperature: 0.9, top_k: 50, ...")
@@ -94,7 +100,10 @@ PRESETS = load_presets(Path(__file__).with_name("presets.yaml"))
 
 def sampling_of(preset: str, presets: str | Path | None = None, **overrides: float | int | None) -> Sampling:
     """The settings of a preset of `PRESETS` or of the file ``presets``, replaced by ``overrides`` that are not None.
-    Raises a ValueError if the preset is unknown, or a setting is out of range."""
+
+    Raises:
+        ValueError: the preset is unknown, or a setting is out of range.
+    """
     known = PRESETS if presets is None else PRESETS | load_presets(presets)
     if preset not in known:
         hint = did_you_mean(preset, known, prefix=" ", cutoff=0.3)

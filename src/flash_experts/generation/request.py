@@ -32,9 +32,13 @@ def _override(name: str) -> Any:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NameRequest(Constraints):
-    """One request for names: the card, how names are drawn, the rules that they follow, and how many. None leaves an
-    option open. Raises a ValueError if a value is out of range, unknown, or contradicts another, a TypeError for an
-    unknown option."""
+    """One request for names: the card, how names are drawn, the rules that they follow, and how many.
+
+    None leaves an option open.
+
+    Raises:
+        ValueError: a value is out of range, unknown, or contradicts another, a TypeError for an unknown option.
+    """
 
     type_line: str | None = option(
         None, 'type line, such as "Legendary Creature — Goblin" (default: any)', CARD, label="Type line", flag="type",

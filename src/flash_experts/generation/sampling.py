@@ -22,8 +22,10 @@ def stream_seed(seed: int, prompt_ids: Sequence[int]) -> int:
 
 
 def noise(seed: int, indices: Sequence[int], steps: int) -> torch.Tensor:
-    """(len(indices), steps, 2) float64 uniform in [0, 1): row i depends on ``seed`` and ``indices[i]`` alone. The
-    second number of a step is for a token that has to be drawn again."""
+    """(len(indices), steps, 2) float64 uniform in [0, 1): row i depends on ``seed`` and ``indices[i]`` alone.
+
+    The second number of a step is for a token that has to be drawn again.
+    """
     rows = [np.random.default_rng((seed, index)).random((steps, 2)) for index in indices]
     return torch.from_numpy(np.stack(rows))
 

@@ -82,7 +82,11 @@ class NameSearch:
 
     def names(self, count: int) -> Iterator[GeneratedName]:
         """The first ``count`` acceptable names as they are chosen, one after every ``best_of`` candidates; warns if
-        there are fewer. Raises a NoTokenLeftError if no name satisfies the constraints."""
+        there are fewer.
+
+        Raises:
+            NoTokenLeftError: no name satisfies the constraints.
+        """
         given = 0
         while given < count and self._tries_since_new < _GIVE_UP_AFTER:
             chosen = self._choose(self._next_batch(count * self._search.best_of - len(self._seen)), count - given)

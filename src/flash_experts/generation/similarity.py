@@ -34,7 +34,10 @@ class KnownNames:
 
     def nearest(self, names: Sequence[str]) -> list[tuple[str | None, float]]:
         """The nearest known name of each, and their similarity: 1 - edit distance / the longer length, of the normal
-        forms. Ties go to the first. (None, 0.0) if no name is known."""
+        forms.
+
+        Ties go to the first. (None, 0.0) if no name is known.
+        """
         shown = list(self._name_of.values())
         if not shown:
             return [(None, 0.0)] * len(names)

@@ -21,9 +21,11 @@ class AttentionOptions:
 
     Attributes:
         scale: factor of the scores q . k, usually 1 / sqrt(head_dim).
-        left: sliding window to the left; -1 is unlimited, as for ``right``, of which 0 is causal.
+        left: sliding window to the left; -1 is unlimited.
+        right: sliding window to the right; -1 is unlimited, 0 is causal.
         softcap: scores become ``softcap * tanh(score / softcap)``; 0 is off (Gemma 2).
         alibi_slopes: (H,) or (B, H) float32; scores get ``-slope * |i + offset - j|`` (Press et al. 2021).
+        dropout: probability that a weight is dropped after the softmax.
         seed: (1,) int64 on the inputs' device; dropout is a pure function of (seed, b * H + h, i, j), which the
             backward replays. None without dropout.
     """
@@ -45,12 +47,19 @@ class AttentionOptions:
 
     @property
     def causal(self) -> bool:
+        """Whether the right window is 0."""
         return self.right == 0
 
 
 class PackedLengths(NamedTuple):
-    """Lengths of the N documents of a packed (variable length) batch: (N + 1,) int32 start of each among queries or
-    keys, and their number (one tensor for equal lengths is faster); length of the longest."""
+    """Lengths of the N documents of a packed (variable length) batch.
+
+    Attributes:
+        cu_seqlens_q: (N + 1,) int32 start of each document among the queries, and their number.
+        cu_seqlens_k: likewise for the keys. Passing the same tensor for equal lengths is faster.
+        max_seqlen_q: length of the longest document, in queries.
+        max_seqlen_k: length of the longest document, in keys.
+    """
 
     cu_seqlens_q: torch.Tensor
     cu_seqlens_k: torch.Tensor

@@ -1,5 +1,8 @@
-"""Attention by Dao-AILab's packages flash-attn 2, 3 and 4, where installed; imported on first use. What each of them
-does not support is in `flash_experts.models.attention_backends`. Shape suffixes as in `attention_sdpa`."""
+"""Attention by Dao-AILab's packages flash-attn 2, 3 and 4, where installed; imported on first use.
+
+What each of them does not support is in `flash_experts.models.attention_backends`. Shape suffixes as in
+`attention_sdpa`.
+"""
 
 from __future__ import annotations
 

@@ -33,8 +33,10 @@ def attention(
     k_lengths_B: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, None]:
     """Attention of a batch, differentiable in q, k and v, without softcap and ALiBi: (B, S_q, H, C) in the dtype of q,
-    zeros for a fully masked query; and None for the log-sum-exp. ``k_lengths_B`` is the int32 number of keys in use per
-    sequence, read on the host."""
+    zeros for a fully masked query; and None for the log-sum-exp.
+
+    ``k_lengths_B`` is the int32 number of keys in use per sequence, read on the host.
+    """
     if k_lengths_B is not None:
         return _with_lengths(q_BSHC, k_BSGC, v_BSGC, options, k_lengths_B.tolist()), None
     S_q, S_k = q_BSHC.shape[1], k_BSGC.shape[1]
@@ -168,8 +170,10 @@ def attention_varlen(
     lengths: PackedLengths,
     options: AttentionOptions,
 ) -> tuple[torch.Tensor, None]:
-    """`attention` of packed documents (variable length), each of which attends to itself only. Where queries and keys
-    share one ``cu_seqlens``, causal attention needs no mask: padding comes after each document."""
+    """`attention` of packed documents (variable length), each of which attends to itself only.
+
+    Where queries and keys share one ``cu_seqlens``, causal attention needs no mask: padding comes after each document.
+    """
     cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k = lengths
     total_q, total_k, N = q_THC.shape[0], k_TGC.shape[0], cu_seqlens_q.numel() - 1
     if N * (max_seqlen_q + max_seqlen_k) > _MOST_PADDING * (total_q + total_k) > 0:

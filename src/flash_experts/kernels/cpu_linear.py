@@ -11,8 +11,10 @@ _DTYPES = (torch.float32, torch.bfloat16)
 
 
 def linear(x_ND: torch.Tensor, weight_DF: torch.Tensor, bias_F: torch.Tensor | None = None) -> torch.Tensor:
-    """``x @ weight + bias``, (N, F), any float dtype and device; not differentiable. ``weight_DF`` may be the
-    transposed view of an (F, D) matrix: neither layout is copied."""
+    """``x @ weight + bias``, (N, F), any float dtype and device; not differentiable.
+
+    ``weight_DF`` may be the transposed view of an (F, D) matrix: neither layout is copied.
+    """
     if uses_onednn(x_ND):
         out_NF: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x_ND, weight_DF.T, bias_F, "none", [], "")
         return out_NF

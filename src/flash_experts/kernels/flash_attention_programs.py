@@ -117,8 +117,10 @@ def capped(x, softcap):
 
 @triton.jit
 def scores_of(qk, distance, slope, scale, softcap, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr):
-    """Scores, the factor that converts them to units of log 2 (without softcap and ALiBi fused into the exponent's
-    multiply-add), and the derivative of the softcap."""
+    """Scores, the factor that converts them to units of log 2, and the derivative of the softcap.
+
+    Without softcap and ALiBi the factor is fused into the exponent's multiply-add.
+    """
     derivative = 1.0
     factor = scale * LOG2E
     if SOFTCAP:

@@ -166,8 +166,10 @@ def _backward_tile(
     keys: range,
     block_q: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """FlashAttention-2, Algorithm 2, for one tile of keys: returns dk and dv, and adds to dq in place. ``q`` has the
-    tensors of the queries, (B, G, R, S, C) or (B, G, R, S): q, dq, dout, delta, lse."""
+    """FlashAttention-2, Algorithm 2, for one tile of keys: returns dk and dv, and adds to dq in place.
+
+    ``q`` has the tensors of the queries, (B, G, R, S, C) or (B, G, R, S): q, dq, dout, delta, lse.
+    """
     dk_BGNC, dv_BGNC = torch.zeros_like(k_BGNC), torch.zeros_like(v_BGNC)
     for queries in _tiles(scores.mask.queries_seeing(keys), block_q):
         rows = slice(queries.start, queries.stop)
@@ -256,11 +258,20 @@ def attention(
     block_q: int = 64,
     block_k: int = 64,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention of a batch, differentiable once in q, k and v; every option on every device, in tiles of ``block_q``
-    queries and ``block_k`` keys. ``k_lengths_B`` is the int32 number of keys in use per sequence, read on the host.
+    """Attention of a batch, differentiable once in q, k and v; every option on every device.
 
-    Returns (B, S_q, H, C) in the dtype of q, and the log-sum-exp (B, H, S_q) float32 (float64 for float64 input),
-    without gradient. A fully masked query gets 0 and -inf.
+    Args:
+        q_BSHC: queries, any float dtype and strides.
+        k_BSGC: keys; query head h uses key/value head h // (H / G).
+        v_BSGC: values.
+        options: scale, masks, softcap, ALiBi, dropout.
+        k_lengths_B: int32 number of keys in use per sequence, read on the host; the rest of the KV cache is ignored.
+        block_q: M, queries of a tile.
+        block_k: N, keys of a tile.
+
+    Returns:
+        (B, S_q, H, C) in the dtype of q, and the log-sum-exp (B, H, S_q) float32 (float64 for float64 input), without
+        gradient. A fully masked query gets 0 and -inf.
     """
     (B, S_q), S_k = q_BSHC.shape[:2], k_BSGC.shape[1]
     parts = [_Part(slice(0, B), slice(0, S_q), slice(0, S_k), 0)]
@@ -280,8 +291,10 @@ def attention_varlen(
     block_q: int = 64,
     block_k: int = 64,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`attention` of packed documents, one after the other: (T_q, H, C), log-sum-exp (H, T_q). ALiBi slopes may be (N,
-    H)."""
+    """`attention` of packed documents (variable length), one after the other: (T_q, H, C), log-sum-exp (H, T_q).
+
+    The starts are read on the host. ALiBi slopes may be (N, H).
+    """
     starts_q, starts_k = lengths.cu_seqlens_q.tolist(), lengths.cu_seqlens_k.tolist()
     parts = [
         _Part(slice(0, 1), slice(*starts_q[n : n + 2]), slice(*starts_k[n : n + 2]), n)

@@ -1,6 +1,7 @@
-"""Flash attention on a GPU: launch, autotuning and PyTorch operators of our Triton kernels in
-`flash_attention_programs` (forward) and `flash_attention_backward`. The operators support autograd and
-``torch.compile``.
+"""Flash attention on a GPU: launch, autotuning and PyTorch operators of our Triton kernels.
+
+The kernels are in `flash_attention_programs` (forward) and `flash_attention_backward`. The custom operators
+``flash_experts::attention_forward`` and ``_backward`` support autograd and ``torch.compile``.
 
 Tile sizes are autotuned at the first call for each head dim, length bucket, dtype and kind of mask, and cached on disk
 with Triton's compiled kernels. ``TRITON_INTERPRET=1`` runs the kernels on a CPU, for tests only.
@@ -22,7 +23,11 @@ from flash_experts.kernels.flash_attention_backward import delta_kernel, keys_ke
 from flash_experts.kernels.flash_attention_programs import forward_kernel
 
 INTERPRETED: bool = triton.knobs.runtime.interpret
+
+
 _SHARED_MEMORY = 227 * 1024  # bytes per thread block on a Hopper GPU; with less, such settings fail to compile
+
+
 _SHORTEST_BUCKET, _LONGEST_BUCKET = 64, 8192
 
 
@@ -32,11 +37,16 @@ def length_bucket(length: int) -> int:
 
 
 def fitting(kernel: str, configs: list[Any], block_c: int, element_size: int) -> list[Any]:
-    """The settings worth tuning for a kernel ("forward", "keys" or "queries"): tiles fit in shared memory, accumulators
-    in registers. The smallest if none fits.
+    """The settings worth tuning: tiles fit in shared memory, accumulators in registers. The smallest if none fits.
 
     On Hopper, accumulators of up to 128 values per thread in the forward and 160 in the backward hardly spill
-    (scripts/hopper_report.py). ``block_c`` is the head dim rounded up to a power of two, ``element_size`` in bytes.
+    (scripts/hopper_report.py).
+
+    Args:
+        kernel: "forward", "keys" or "queries".
+        configs: settings to choose from.
+        block_c: head dim, rounded up to a power of two.
+        element_size: bytes of an element of q, k and v.
     """
 
     def shared_memory(config: Any) -> int:
@@ -101,9 +111,15 @@ QUERIES = _tuned(
 
 
 DELTA = triton.autotune([triton.Config({"BLOCK_M": 64})], key=[])(delta_kernel)
+
+
 _MIN_HEAD_DIM = 16
+
+
 # Documents up to this length share tiles (packed layout). Longer ones fill tiles of their own.
 PACKED_UP_TO = 512
+
+
 _NO_LIMIT = 2**30
 
 
@@ -304,8 +320,19 @@ def attention(
     options: AttentionOptions,
     k_lengths_B: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention of a batch, differentiable in q, k and v: float16, bfloat16 or float32, any strides; C from 16 to 256.
-    Returns as `flash_attention_reference.attention`."""
+    """Attention of a batch, differentiable in q, k and v.
+
+    Args:
+        q_BSHC: queries, float16, bfloat16 or float32, any strides; C from 16 to 256.
+        k_BSGC: keys; query head h uses key/value head h // (H / G).
+        v_BSGC: values.
+        options: scale, masks, softcap, ALiBi, dropout.
+        k_lengths_B: int32 number of keys in use per sequence; None is all. The queries stand at the last ones.
+
+    Returns:
+        (B, S_q, H, C), contiguous, dtype of q; log-sum-exp (B, H, S_q) float32, without gradient. A fully masked query
+        gets 0 and -inf.
+    """
     if flash_decode_triton.suits(q_BSHC, k_BSGC, v_BSGC, options):
         return flash_decode_triton.decode(q_BSHC, k_BSGC, v_BSGC, options, k_lengths_B)
     q, k, v = map(_with_dense_rows, (q_BSHC, k_BSGC, v_BSGC))

@@ -58,7 +58,9 @@ def activated(x, ACTIVATION: tl.constexpr):
 @triton.jit
 def place_of(pid, OFFSETS, E, num_n, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr):
     """Expert (E if there is no work), first row, end of the expert's rows and column tile of a program instance.
-    Consecutive instances share an expert's columns, so that its weights come from the L2 cache."""
+
+    Consecutive instances share an expert's columns, so that its weights come from the L2 cache.
+    """
     e_E = tl.arange(0, BLOCK_E)
     start_E = tl.load(OFFSETS + e_E, mask=e_E < E, other=0)
     end_E = tl.load(OFFSETS + e_E + 1, mask=e_E < E, other=0)

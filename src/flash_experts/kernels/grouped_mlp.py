@@ -35,8 +35,10 @@ _ROWS_MULTIPLE = 32
 
 @dataclass(frozen=True, slots=True)
 class _Groups:
-    """The pairs sorted by expert, without and with each expert's rows padded for the matmuls. Padding is token 0 with a
-    gate of zero: it adds nothing to any gradient, and its outputs are not read."""
+    """The pairs sorted by expert, without and with each expert's rows padded for the matmuls.
+
+    Padding is token 0 with a gate of zero: it adds nothing to any gradient, and its outputs are not read.
+    """
 
     pair_of_S: torch.Tensor
     token_of_P: torch.Tensor

@@ -21,8 +21,10 @@ _TO_UNIT = 4.6566127342e-10  # the largest float32 that keeps (2**31 - 1) times 
 def philox4x32(
     key: tuple[torch.Tensor, torch.Tensor], counter: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Philox-4x32 with 10 rounds: four random words from a key, the low and high word of the seed, and a counter. All
-    are int64 tensors with values in [0, 2**32); shapes broadcast."""
+    """Philox-4x32 with 10 rounds: four random words from a key, the low and high word of the seed, and a counter.
+
+    All are int64 tensors with values in [0, 2**32); shapes broadcast.
+    """
     key_0, key_1 = key
     word_0, word_1, word_2, word_3 = counter
     for _ in range(_ROUNDS):

@@ -33,7 +33,9 @@ def expert_group(config: PreTrainedConfig, processes: int) -> int:
 
 class ShardedExperts(nn.Module):
     """Replaces `Experts`; this process holds and computes a shard of E / X (ValueError if X does not divide E).
-    ``experts`` must be equal on every process. Those in a column of ``mesh``, (replicas, X), hold the same shard."""
+
+    ``experts`` must be equal on every process. Those in a column of ``mesh``, (replicas, X), hold the same shard.
+    """
 
     def __init__(self, experts: Experts, config: GPT2MoEConfig, mesh: DeviceMesh):
         super().__init__()

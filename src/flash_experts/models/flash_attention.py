@@ -126,8 +126,10 @@ def _needs_sdpa_function(kwargs: dict[str, Any]) -> bool:
 
 
 def packed_starts(position_ids: torch.Tensor | None, rows: int, length: int) -> torch.Tensor | None:
-    """(N + 1,) int32 starts of the documents of a packed sequence, and ``length``; None for a single document. A
-    document starts wherever a position is not its predecessor plus one, as in transformers."""
+    """(N + 1,) int32 starts of the documents of a packed sequence, and ``length``; None for a single document.
+
+    A document starts wherever a position is not its predecessor plus one, as in transformers.
+    """
     if position_ids is None or rows != 1 or position_ids.shape[-1] != length:
         return None
     later = (position_ids.reshape(-1).diff() != 1).nonzero()[:, 0] + 1

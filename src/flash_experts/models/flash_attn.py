@@ -4,7 +4,8 @@
 
 Names, argument order, layouts, defaults and semantics are those of ``flash_attn`` 2.8 (Dao-AILab). Ours also support
 CPUs, float32 and float64, dropout with softcap, head dims from 1 to 256 and any strides. Unsupported arguments raise a
-ValueError. With ``return_attn_probs=True`` the third element is always None: the probabilities are never materialised.
+ValueError. `flash_experts.models.attention_backends` chooses the kernel. With ``return_attn_probs=True`` the third
+element is always None, since the matrix of probabilities is never materialised.
 
 - ``causal=True``, ``window_size`` (left, right) and ``alibi_slopes`` are aligned to the bottom right: query i stands at
   key i + S_k - S_q. A fully masked query gets zeros.
@@ -192,7 +193,8 @@ def flash_attn_with_kvcache(
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor | None]:
     """Appends new keys and values to the KV cache in place, and attends to it. For generation, without gradients.
 
-    ``rotary_cos``, ``rotary_sin``, ``cache_batch_idx``, ``cache_leftpad`` and ``block_table`` must be None.
+    ``rotary_cos``, ``rotary_sin``, ``cache_batch_idx``, ``cache_leftpad`` and ``block_table`` are not supported and
+    must be None.
 
     Args:
         q: (B, S_q, H, C); the last query stands at the last key in use.

@@ -1,5 +1,8 @@
-"""Checks of a model folder from an untrusted source, before it is loaded. No code in it runs, no file outside of it is
-read, and claimed sizes are compared with actual ones. Only known configuration fields reach transformers."""
+"""Checks of a model folder from an untrusted source, before it is loaded.
+
+No code in it runs, no file outside of it is read, and claimed sizes are compared with actual ones. Only known
+configuration fields reach transformers.
+"""
 
 from __future__ import annotations
 
@@ -60,8 +63,12 @@ _WITHOUT_EFFECT = {field.name for field in fields(PretrainedConfig)} | set(
 
 
 def check_folder(folder: Path) -> None:
-    """Checks the files of a folder before transformers reads them. Raises a ValueError if it is not a directory, a file
-    is missing, too large or not JSON, the weights are pickled or elsewhere, or the configuration names code to run."""
+    """Checks the files of a folder before transformers reads them.
+
+    Raises:
+        ValueError: it is not a directory, a file is missing, too large or not JSON, the weights are pickled or
+            elsewhere, or the configuration names code to run.
+    """
     if not folder.is_dir():
         raise ValueError(f"{folder} is a file: give the folder that save_pretrained wrote")
     if not (folder / CONFIG).is_file():
@@ -111,8 +118,12 @@ def weights_sha256(source: str | Path) -> str:
 
 
 def read_config(folder: Path) -> PretrainedConfig:
-    """The configuration of a folder that `check_folder` has checked, from its known fields only. Raises a ValueError if
-    the model is not of `FAMILIES` (see `any_family`), a field is invalid, or the sizes do not match the weights."""
+    """The configuration of a folder that `check_folder` has checked, from its known fields only.
+
+    Raises:
+        ValueError: the model is not of `FAMILIES` (see `any_family`), a field is invalid, or the sizes do not match
+            the weights.
+    """
     path = folder / CONFIG
     values = read_object(path)
     family = values.get("model_type")

@@ -1,6 +1,8 @@
 """A model folder that transformers loads without flash-experts, by ``trust_remote_code=True``: its files are the
-sources of this package, reduced to every top-level statement that the model classes reach. Attention and experts are
-transformers' own (``sdpa`` and the plain loop), so logits agree up to rounding."""
+sources of this package, reduced to every top-level statement that the model classes reach.
+
+Attention and experts are transformers' own (``sdpa`` and the plain loop), so logits agree up to rounding.
+"""
 
 from __future__ import annotations
 
@@ -58,8 +60,11 @@ The Python files of the folder are those of flash-experts, which need not be ins
 
 def export_for_hub(source: str | Path, out: Path, overwrite: bool = False) -> list[str]:
     """Writes a folder with the weights, tokenizer and model card of an MoE model, and the code that they need; returns
-    the names of its Python files. Raises a ValueError if it is not an MoE model, is damaged, or ``out`` is not empty
-    and ``overwrite`` is not given."""
+    the names of its Python files.
+
+    Raises:
+        ValueError: it is not an MoE model, is damaged, or ``out`` is not empty and ``overwrite`` is not given.
+    """
     folder = local_folder(source)
     check_folder(folder)
     model_type = read_config(folder).model_type
@@ -82,8 +87,10 @@ def export_for_hub(source: str | Path, out: Path, overwrite: bool = False) -> li
 
 
 def add_code(folder: Path) -> list[str]:
-    """Adds the Python files to a folder that `save_pretrained` wrote, and their names to its configuration. Returns the
-    names of the files."""
+    """Adds the Python files to a folder that `save_pretrained` wrote, and their names to its configuration.
+
+    Returns the names of the files.
+    """
     config = {**read_object(folder / CONFIG), "auto_map": _AUTO_MAP}
     (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
     code = sources()

@@ -17,8 +17,11 @@ FUSED_ACTIVATIONS = {"gelu_new": "gelu_pytorch_tanh"}
 
 
 def load_config(source: str | Path) -> GPT2Config:
-    """The configuration of a model folder or hub id. Raises a ValueError if it is missing, damaged, or of a model
-    family that is not allowed (`any_family`)."""
+    """The configuration of a model folder or hub id.
+
+    Raises:
+        ValueError: it is missing, damaged, or of a model family that is not allowed (`any_family`).
+    """
     folder = local_folder(source)
     check_folder(folder)
     return cast(GPT2Config, read_config(folder))
@@ -28,8 +31,13 @@ def load_model(
     source: str | Path, device: str | torch.device | None = None, dtype: torch.dtype = torch.float32
 ) -> PreTrainedModel:
     """Loads a causal language model in eval mode from a folder or hub id: ours, or a dense one of transformers, of
-    which GPT-2 gets our attention. Without ``device`` it is on CUDA if available, else the CPU. Raises a ValueError if
-    it is missing, damaged, a pickle, not a causal LM, or CUDA is requested but not available."""
+    which GPT-2 gets our attention.
+
+    Without ``device`` it is on CUDA if available, else the CPU.
+
+    Raises:
+        ValueError: it is missing, damaged, a pickle, not a causal LM, or CUDA is requested but not available.
+    """
     target = resolve_device(device)
     config = load_config(source)
     is_gpt2 = isinstance(config, GPT2Config)

@@ -25,8 +25,10 @@ def card_data(
     license: str = "unknown",
     results: Iterable[EvalResult] = (),
 ) -> ModelCardData:
-    """The metadata of a model's card. transformers alone loads every ``model_type`` but ``gpt2_moe``. ``source`` is
-    that of its cards, as in meta.json; a file of the user's own is not a dataset that a hub knows."""
+    """The metadata of a model's card. transformers alone loads every ``model_type`` but ``gpt2_moe``.
+
+    ``source`` is that of its cards, as in meta.json; a file of the user's own is not a dataset that a hub knows.
+    """
     is_moe = model_type == "gpt2_moe"
     found = list(results)
     return ModelCardData(

@@ -18,19 +18,23 @@ from flash_experts.plain_text import nearest
 
 @strict
 class GPT2MoEConfig(MoEOptions, GPT2Config):
-    """GPT-2's configuration, `MoEOptions`, and what else the MoE blocks need. Raises a ValueError for k > E, a value
-    out of bounds, settings that contradict each other, or a misspelled field.
+    """GPT-2's configuration, `MoEOptions`, and what else the MoE blocks need.
 
     Attributes:
         moe_intermediate_size: hidden units of one expert; None is the dense layer's own (``n_inner`` or 4 x width).
             Fine-grained experts (Dai et al. 2024, DeepSeekMoE, section 3.1; Krajewski et al. 2024) of granularity g are
-            g * E experts of this size ff / g, g * k of them per token: the same weights and FLOPs.
+            g * E experts of this size ff / g, g * k of them per token: the same weights and FLOPs, more ways to combine
+            them.
         num_shared_experts: experts that every token goes through besides its k, added without a gate (DeepSeekMoE,
             section 3.2). They are computed as one MLP, that many times as wide as an expert.
         norm_topk_prob: divide the k gates by their sum, so that they sum to one. Upcycling is exact only then.
         output_router_logits: return the router's logits and the balancing loss from every forward. In training both
             losses are part of ``.loss`` whether this is set or not.
-        attention_backend: see `flash_experts.models.attention_backends`.
+        attention_backend: what computes the attention: ``auto``, ``triton``, ``sdpa``, ``reference``, ... (the names
+            are in `flash_experts.models.attention_backends`, whose context manager and environment variable go first).
+
+    Raises:
+        ValueError: k > E, a value out of bounds, settings that contradict each other, or a misspelled field.
     """
 
     model_type = "gpt2_moe"
@@ -82,6 +86,7 @@ class GPT2MoEConfig(MoEOptions, GPT2Config):
         self._check_routing()
 
     def _check_routing(self) -> None:
+        """What cannot go together."""
         if self.num_shared_experts < 0:
             raise ValueError(f"num_shared_experts must be 0 or more, not {self.num_shared_experts}")
         if self.scoring_func == "topk_softmax" and not self.norm_topk_prob:

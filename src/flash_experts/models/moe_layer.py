@@ -79,7 +79,8 @@ class Experts(nn.Module):
 def fe_experts_forward(
     self: Experts, x_TD: torch.Tensor, experts_TK: torch.Tensor, gates_TK: torch.Tensor
 ) -> torch.Tensor:
-    """The default for `Experts`: one fused operation on a CPU; transformers' grouped_mm elsewhere and when compiled."""
+    """The default for `Experts`: one fused operation on a CPU; transformers' grouped_mm elsewhere and in compiled
+    graphs (no graph break)."""
     if x_TD.device.type != "cpu" or torch.compiler.is_compiling():
         return ALL_EXPERTS_FUNCTIONS["grouped_mm"](self, x_TD, experts_TK, gates_TK)
     if torch.is_grad_enabled():
@@ -92,8 +93,11 @@ def fe_experts_forward(
 def fe_experts_triton_forward(
     self: Experts, x_TD: torch.Tensor, experts_TK: torch.Tensor, gates_TK: torch.Tensor
 ) -> torch.Tensor:
-    """`Experts` by our Triton kernels: gather, bias, activation, gates and scatter are fused into the matmuls. Raises a
-    ValueError for an activation that is not fused."""
+    """`Experts` by our Triton kernels: gather, bias, activation, gates and scatter are fused into the matmuls.
+
+    Raises:
+        ValueError: an activation that is not fused.
+    """
     from flash_experts.kernels import grouped_mlp_triton
 
     activation = self.activation
@@ -121,8 +125,10 @@ ALL_EXPERTS_FUNCTIONS.register(TRITON_EXPERTS_IMPLEMENTATION, fe_experts_triton_
 
 
 class SharedExperts(nn.Module):
-    """The shared experts, which every token goes through (Dai et al. 2024, section 3.2): S two-layer MLPs as one with S
-    times the hidden units, whose second bias is the sum of theirs."""
+    """The shared experts, which every token goes through (Dai et al. 2024, section 3.2).
+
+    The sum of S two-layer MLPs is one MLP with S times the hidden units, whose second bias is the sum of theirs.
+    """
 
     def __init__(self, config: GPT2MoEConfig):
         super().__init__()
@@ -132,14 +138,16 @@ class SharedExperts(nn.Module):
         self.act = ACT2FN[config.activation_function]
 
     def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
+        """(T, D) to (T, D)."""
         return self.c_proj(self.act(self.c_fc(x_TD)))
 
 
 class MoELayer(nn.Module):
     """The feed-forward part of a block as a mixture of experts: ``dropout(shared(x) + sum_e g_e(x) MLP_e(x))``.
 
-    With expert choice each (token, expert) pair is passed to the experts as a token with K = 1, and the results are
-    summed. Dropped tokens have a gate of zero; on a CPU they are not computed at all.
+    With expert choice a token may have any number of experts, so each (token, expert) pair is passed to the experts as
+    a token with K = 1, and the results are summed. Dropped tokens have a gate of zero; on a CPU they are not computed
+    at all, elsewhere they are, since their number is not known without a host synchronisation.
     """
 
     def __init__(self, config: GPT2MoEConfig):
@@ -189,10 +197,14 @@ def load_balancing_loss(
     scoring_func: str = "softmax",
     counts_E: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The load-balancing auxiliary loss of one layer, ``E * sum_e f_e * P_e`` (Fedus et al. 2021, eq. 4-6), 1 at
-    perfect balance. f_e is the share of the choices that went to expert e, dropped ones included; P_e is its mean
-    probability, which alone carries a gradient. ``mask_T`` is true where a token counts. ``counts_E`` has the choices
-    of the step so far for ``router_aux_loss_scope="global_batch"`` (Qiu et al. 2025)."""
+    """The load-balancing auxiliary loss of one layer, ``E * sum_e f_e * P_e`` (Fedus et al. 2021, eq. 4-6).
+
+    f_e is the share of the choices that went to expert e, dropped ones included; P_e is its mean probability. The loss
+    is 1 at perfect balance. Only P carries a gradient. ``mask_T`` is true where a token counts.
+
+    With ``router_aux_loss_scope="global_batch"`` (Qiu et al. 2025) ``counts_E`` has the choices of all processes and
+    micro-batches of the step so far, so a micro-batch of similar names need not use every expert.
+    """
     num_experts = logits_TE.shape[-1]
     probs_TE = _probabilities(logits_TE, scoring_func)
     weight_T = torch.ones_like(probs_TE[:, 0]) if mask_T is None else mask_T.to(probs_TE.dtype)
@@ -211,8 +223,12 @@ def sequence_balancing_loss(
     mask_T: torch.Tensor | None = None,
     scoring_func: str = "softmax",
 ) -> torch.Tensor:
-    """The sequence-wise load-balancing loss (DeepSeek-V3, eq. 17-20): the mean of each sequence's own loss, with equal
-    weights, 1 at balance. ``sequence_T`` numbers each token's sequence from 0."""
+    """The sequence-wise load-balancing loss (DeepSeek-V3, eq. 17-20): the mean of each sequence's own loss, 1 at
+    balance.
+
+    Stricter than `load_balancing_loss`, whose arguments it takes: the tokens of each name must use all experts. Every
+    sequence has equal weight. ``sequence_T`` numbers each token's sequence from 0.
+    """
     num_experts, top_k = logits_TE.shape[-1], experts_TK.shape[1]
     probs_TE = _probabilities(logits_TE, scoring_func)
     weight_T = torch.ones_like(probs_TE[:, 0]) if mask_T is None else mask_T.to(probs_TE.dtype)
@@ -226,8 +242,10 @@ def sequence_balancing_loss(
 
 
 def router_z_loss(logits_TE: torch.Tensor, mask_T: torch.Tensor | None = None) -> torch.Tensor:
-    """The router z-loss, the mean of ``logsumexp(logits)^2`` (Zoph et al. 2022, eq. 5), a float32 scalar. It keeps the
-    logits small, which keeps the softmax precise. ``mask_T`` is true where a token counts."""
+    """The router z-loss, the mean of ``logsumexp(logits)^2`` (Zoph et al. 2022, eq. 5), a float32 scalar.
+
+    It keeps the (T, E) logits small, which keeps the softmax precise. ``mask_T`` is true where a token counts.
+    """
     z_T = logits_TE.logsumexp(-1).square()
     if mask_T is None:
         return z_T.mean()

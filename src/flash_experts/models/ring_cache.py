@@ -59,8 +59,11 @@ class RingCache(Cache):
     """The ring KV cache (see the module); ``begun`` is the last step before each row's first own token."""
 
     def __init__(self, prompts: Sequence[DynamicCache], longest: int) -> None:
-        """Rows that all begin at the next step. ``prompts`` are their prompt caches (one row each, not changed; rows
-        with equal prompts share the object); ``longest`` is P, now or later."""
+        """Rows that all begin at the next step.
+
+        ``prompts`` are their prompt caches (one row each, not changed; rows with equal prompts share the object);
+        ``longest`` is P, now or later.
+        """
         num_rows, layers = len(prompts), _layers(prompts[0])
         self._rings = [_RingLayer(layer, num_rows, longest + _FIRST_COLUMNS) for layer in layers]
         super().__init__(layers=list(self._rings))
@@ -73,8 +76,10 @@ class RingCache(Cache):
         self._put(range(num_rows), prompts)
 
     def step(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """Makes room for one token per row. Returns the attention mask (B, P + R), true at visible columns, and
-        position ids (B, 1)."""
+        """Makes room for one token per row.
+
+        Returns the attention mask (B, P + R), true at visible columns, and position ids (B, 1).
+        """
         self._now += 1
         if self._now - min(self.begun) > len(self._written):
             self._grow()

@@ -84,7 +84,10 @@ def listening(model: nn.Module, listener: Listener) -> Iterator[None]:
 
 def count_loads(model: nn.Module, forward: Callable[[], object]) -> dict[int, torch.Tensor]:
     """Loads (E,) float64 on the CPU by block number: how many tokens, padding too, each expert is chosen for while
-    ``forward`` runs. Empty for a dense model."""
+    ``forward`` runs.
+
+    Empty for a dense model.
+    """
     loads = {
         block: torch.zeros(router.num_experts, dtype=torch.float64, device=router.weight.device)
         for block, router in routers_of(model).items()
@@ -113,8 +116,10 @@ _bad_reads: WeakKeyDictionary[Router, int] = WeakKeyDictionary()
 
 @torch.no_grad()
 def update_router_biases(model: nn.Module) -> None:
-    """Auxiliary-loss-free load balancing (Wang et al. 2024, algorithm 1): call once after each optimizer step. ``bias
-    += rate * sign(mean load - load)``, then centred, with the loads of all processes. Resets the step's counts."""
+    """Auxiliary-loss-free load balancing (Wang et al. 2024, algorithm 1): call once after each optimizer step.
+
+    ``bias += rate * sign(mean load - load)``, then centred, with the loads of all processes. Resets the step's counts.
+    """
     for router in routers_of(model).values():
         if router.bias_update_rate > 0:
             load_E = router.step_counts_E
@@ -188,7 +193,9 @@ def pair_metrics(pairs_EE: torch.Tensor) -> dict[str, float]:
 
 def diagnose_loads(load_E: torch.Tensor, top_k: int) -> str | None:
     """Describes routing collapse or dead experts in the loads of a router (not all zero); None if there are none.
-    Collapse is measured by the effective number of experts, ``exp(entropy of the load shares)`` (Hill 1973)."""
+
+    Collapse is measured by the effective number of experts, ``exp(entropy of the load shares)`` (Hill 1973).
+    """
     share_E = load_E.double() / load_E.sum()
     E = len(share_E)
     used = math.exp(float(torch.special.entr(share_E).sum()))

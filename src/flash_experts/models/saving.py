@@ -45,9 +45,12 @@ def export_model(
 
 
 def write_model(out: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, overwrite: bool = False) -> None:
-    """Writes a model and its tokenizer into a folder atomically; other files there stay. Raises a ValueError if the
-    folder is not empty and ``overwrite`` is not given, a CheckpointError if it could not be written; what was there is
-    intact."""
+    """Writes a model and its tokenizer into a folder atomically; other files there stay.
+
+    Raises:
+        ValueError: the folder is not empty and ``overwrite`` is not given, a CheckpointError if it could not be
+            written; what was there is intact.
+    """
     weights = model.state_dict()
     write_folder(out, lambda folder: _save_model(folder, model, tokenizer, weights), overwrite)
 
@@ -77,8 +80,11 @@ def _fill_folder(folder: Path, temporary: Path, write: Callable[[Path], None]) -
 
 
 def with_manifest(target: Path, write: Callable[[Path], None], temporary: Path | None = None) -> None:
-    """Fills a temporary folder with ``write``, adds the manifest, flushes, and renames it to ``target``. Raises a
-    CheckpointError if it could not be written, or another process wrote ``target`` in the meantime."""
+    """Fills a temporary folder with ``write``, adds the manifest, flushes, and renames it to ``target``.
+
+    Raises:
+        CheckpointError: it could not be written, or another process wrote ``target`` in the meantime.
+    """
     temporary = temporary or temporary_next_to(target)
     _write_staged(target, write, temporary)
     try:

@@ -21,7 +21,9 @@ def trim_tokenizer(
     tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], keep_words: bool = False
 ) -> tuple[PreTrainedTokenizerFast, list[int]]:
     """Reduces a byte-level BPE tokenizer (others raise a ValueError) to the tokens that some texts need, without
-    changing their tokenization. Returns it, and the old id of each of its ids, ascending: the embedding rows to keep.
+    changing their tokenization.
+
+    Returns it, and the old id of each of its ids, ascending: the embedding rows to keep.
 
     ``keep_words`` also keeps the tokens of capitalized words and of parts of words, so that new words in names are not
     split into smaller pieces than the model was trained on.

@@ -8,13 +8,13 @@ one over the k chosen. Before any training, for every token, k and E:
               noise_scale.
     drop      Each expert redraws a share ``drop_ratio`` of its hidden units: their columns of W1, b1 and rows of W2,
               from normal distributions with the mean and standard deviation of the dense W1, b1 and W2 (Nakamura et al.
-              2025, Drop-Upcycling).
+              2025, Drop-Upcycling). The output differs by what those units contributed.
     granular  Virtual groups (He et al. 2024): g * E experts of ff / g hidden units, g * k per token. Expert
               ``r * g + s`` of group r holds shard s. The g experts of a group share one row of the router, so a token
               takes whole groups with equal gates, 1/g of one expert's: W2 is multiplied by g, b2 is not. Exact.
     shared    The shared expert is the dense layer. Routed experts copy W1 and have W2 = 0, b2 = 0, so they are silent
-              until trained, and the router gets no gradient. With granularity g, g shared experts make up the dense
-              layer, and routed ones have a shard of W1. Exact with any gates.
+              until trained. With granularity g, g shared experts make up the dense layer, and routed ones have a shard
+              of W1. Exact with any gates. The router gets no gradient while the routed experts are silent.
 
 Exact means up to rounding: logits at most 1e-5 apart in float32. With ``routing="expert_choice"`` it holds for tokens
 with an expert; with ``capacity_factor``, for tokens without dropped choices.
@@ -41,8 +41,11 @@ from flash_experts.options import option, problems_of
 
 @dataclass(kw_only=True)
 class Upcycling(UpcyclingOptions):
-    """How experts are made of a dense layer by a method of the module's text. Raises a ValueError for an unknown name,
-    a number out of bounds, or a granularity that the method has no use for."""
+    """How experts are made of a dense layer. The module's text describes the methods.
+
+    Raises:
+        ValueError: an unknown name, a number out of bounds, or a granularity that the method has no use for.
+    """
 
     method: Method = option("copy", METHOD_HELP, EXPERTS)
 
@@ -62,8 +65,11 @@ class Upcycling(UpcyclingOptions):
     def config(
         self, dense: GPT2Config, num_experts: int, num_experts_per_tok: int, **config_fields: Any
     ) -> GPT2MoEConfig:
-        """The dense model's configuration with experts, and with the fused form of its activation; raises a ValueError
-        if a field is wrong, or would change the dense model's output."""
+        """The dense model's configuration with experts, and with the fused form of its activation.
+
+        Raises:
+            ValueError: a field is wrong, or would change the dense model's output.
+        """
         inherited = dense.to_dict()
         for key in ("model_type", "architectures", "transformers_version"):
             inherited.pop(key, None)
@@ -107,8 +113,15 @@ class Upcycling(UpcyclingOptions):
 
 @torch.no_grad()
 def fill_from_dense(model: PreTrainedModel, dense: GPT2LMHeadModel, upcycling: Upcycling, take: bool) -> None:
-    """Fills every weight of a new `GPT2MoEForCausalLM`, made by ``upcycling.config``, from a dense model. With ``take``
-    each part of ``dense`` is freed once copied, so that memory never holds two whole models."""
+    """Fills every weight of a new `GPT2MoEForCausalLM` from a dense model, block by block.
+
+    Args:
+        model: model with the configuration of ``upcycling.config``, weights uninitialised.
+        dense: source of the weights.
+        upcycling: method and its settings.
+        take: free each part of ``dense`` once copied, so that memory never holds two whole models; ``dense`` is
+            unusable afterwards.
+    """
     old: Any = dense.transformer
     new: Any = model.transformer
     if model.config.tie_word_embeddings:
@@ -133,6 +146,7 @@ def fill_from_dense(model: PreTrainedModel, dense: GPT2LMHeadModel, upcycling: U
 
 
 def _fill_experts(layer: MoELayer, mlp: GPT2MLP, upcycling: Upcycling) -> None:
+    """Fills the experts of one layer by the method."""
     experts, granularity = layer.experts, upcycling.granularity
     up_DF, up_bias_F, down_FD, down_bias_D = mlp.c_fc.weight, mlp.c_fc.bias, mlp.c_proj.weight, mlp.c_proj.bias
     hidden_units = experts.up_proj.shape[2]
@@ -165,6 +179,7 @@ def _alike(source: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 
 def _fill_router(layer: MoELayer, upcycling: Upcycling, std: float) -> None:
+    """Initialises the router; virtual groups share a row."""
     weight_ED = layer.router.weight
     repeats = upcycling.granularity if upcycling.method == "granular" else 1
     drawn_in = torch.promote_types(weight_ED.dtype, torch.float32)  # PyTorch cannot orthogonalise bfloat16

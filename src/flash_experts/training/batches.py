@@ -1,6 +1,8 @@
-"""The dataloader: the names of a step are a pure function of (seed, step), so resuming needs no loader state. Each
-epoch shuffles the names, drops attributes of their prompts, and cuts them into batches of nearly equal numbers of
-tokens."""
+"""The dataloader: the names of a step are a pure function of (seed, step), so resuming needs no loader state.
+
+Each epoch shuffles the names, drops attributes of their prompts, and cuts them into batches of nearly equal numbers of
+tokens.
+"""
 
 from __future__ import annotations
 
@@ -41,8 +43,10 @@ def split_evenly(lengths: Sequence[int], parts: int) -> list[range]:
 
 @dataclass(frozen=True, slots=True)
 class PlannedStage:
-    """A stage, and its place in the run: steps and epochs count from 0 through all stages. ``cards`` pass its filters;
-    ``steps`` is None if it lasts until the run ends."""
+    """A stage, and its place in the run: steps and epochs count from 0 through all stages.
+
+    ``cards`` pass its filters; ``steps`` is None if it lasts until the run ends.
+    """
 
     stage: Stage
     cards: list[Card]
@@ -53,9 +57,14 @@ class PlannedStage:
 
 
 class NameBatches:
-    """The names of every optimizer step. Attributes of their prompts are left out with probability
-    ``attribute_dropout``, except of the names in ``top_logits``, which a teacher generated. Raises a ValueError if
-    there are no cards, or none passes the filters of a stage."""
+    """The names of every optimizer step.
+
+    Attributes of their prompts are left out with probability ``attribute_dropout``, except of the names in
+    ``top_logits``, which a teacher generated.
+
+    Raises:
+        ValueError: there are no cards, or none passes the filters of a stage.
+    """
 
     def __init__(
         self,
@@ -125,8 +134,11 @@ class NameBatches:
         return self._cached[1][batch]
 
     def micro_batches_of_step(self, step: int, num_micro_batches: int) -> list[list[EncodedName]]:
-        """The names of a step in micro-batches of nearly equal numbers of tokens. Raises a ValueError if there are
-        fewer names than micro-batches."""
+        """The names of a step in micro-batches of nearly equal numbers of tokens.
+
+        Raises:
+            ValueError: there are fewer names than micro-batches.
+        """
         names = self.names_of_step(step)
         if len(names) < num_micro_batches:
             raise ValueError(
@@ -171,8 +183,11 @@ def fitting_cards(
     tokenizer: PreTrainedTokenizerBase,
     notify: Callable[[str], None],
 ) -> tuple[list[Card], list[Card]]:
-    """Leaves out the names that are longer than the model's context, and reports how many. Raises a ValueError if no
-    training name fits."""
+    """Leaves out the names that are longer than the model's context, and reports how many.
+
+    Raises:
+        ValueError: no training name fits.
+    """
     context, kept, left_out = context_length(model.config), [], []
     for kind, cards in (("training", train), ("validation", validation)):
         fit, too_long = split_by_context(cards, tokenizer, context)

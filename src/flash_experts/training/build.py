@@ -29,8 +29,11 @@ def build_model(
     base: str | None, config: ModelConfig, cards: Sequence[Card], seed: int
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Builds the model and tokenizer of a run, deterministically, from a folder or hub id, or anew if ``base`` is None;
-    the cards are for a new tokenizer or a trimmed vocabulary. Raises a ValueError if the base cannot be loaded, or the
-    configuration is wrong or does not fit it."""
+    the cards are for a new tokenizer or a trimmed vocabulary.
+
+    Raises:
+        ValueError: the base cannot be loaded, or the configuration is wrong or does not fit it.
+    """
     config.validate()
     torch.manual_seed(seed)
     model: PreTrainedModel

@@ -48,8 +48,11 @@ def save_checkpoint(
     tensors: Mapping[str, torch.Tensor],
     metadata: Mapping[str, Any],
 ) -> None:
-    """Writes a checkpoint folder atomically; ``model`` defines how ``weights`` are saved. Raises a CheckpointError if
-    it could not be written, such as on a full disk; no partial folder is left."""
+    """Writes a checkpoint folder atomically; ``model`` defines how ``weights`` are saved.
+
+    Raises:
+        CheckpointError: it could not be written, such as on a full disk; no partial folder is left.
+    """
 
     def write(folder: Path) -> None:
         _save_model(folder, model, tokenizer, weights)
@@ -62,8 +65,11 @@ def save_checkpoint(
 
 
 def verify_checkpoint(folder: Path) -> None:
-    """Checks every file of a checkpoint against its manifest. Raises a CheckpointError if a file is missing or damaged,
-    or a pickle."""
+    """Checks every file of a checkpoint against its manifest.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, or a pickle.
+    """
     if not folder.is_dir():
         raise CheckpointError(f"no checkpoint at {folder}: the folder does not exist")
     for path in _files(folder):
@@ -116,8 +122,11 @@ def first_valid(run_dir: Path, steps: list[int], warn: Callable[[str], None]) ->
 
 
 def read_state(folder: Path) -> tuple[TrainerState, dict[str, Any]]:
-    """The state of a verified checkpoint, and its other metadata. Raises a CheckpointError if the file does not have
-    what a run writes."""
+    """The state of a verified checkpoint, and its other metadata.
+
+    Raises:
+        CheckpointError: the file does not have what a run writes.
+    """
     known = [field.name for field in fields(TrainerState)]
     try:
         metadata = json.loads((folder / STATE).read_text(encoding="utf-8"))
@@ -139,8 +148,11 @@ def read_state(folder: Path) -> tuple[TrainerState, dict[str, Any]]:
 
 
 def load_weights(folder: Path, model: PreTrainedModel) -> None:
-    """Loads the weights of a verified checkpoint into a model, in place. Raises a CheckpointError if the checkpoint
-    belongs to another model."""
+    """Loads the weights of a verified checkpoint into a model, in place.
+
+    Raises:
+        CheckpointError: the checkpoint belongs to another model.
+    """
     try:
         weights = load_file(folder / "model.safetensors")
         own = model.state_dict()

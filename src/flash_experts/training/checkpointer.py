@@ -140,9 +140,12 @@ class Checkpointer:
         checkpoints.prune_checkpoints(self.run_dir, self._keep, best_step, self._notify)
 
     def restore(self, resume: str | Path | None, overwrite: bool = False) -> TrainerState:
-        """Restores the model and all registered objects from a checkpoint; arguments as in `Trainer.train`. Raises a
-        ValueError if ``resume`` is None, and there are checkpoints that a new run would overwrite, a CheckpointError if
-        the checkpoint is missing or damaged, or belongs to another model."""
+        """Restores the model and all registered objects from a checkpoint; arguments as in `Trainer.train`.
+
+        Raises:
+            ValueError: ``resume`` is None, and there are checkpoints that a new run would overwrite, a
+                CheckpointError if the checkpoint is missing or damaged, or belongs to another model.
+        """
         if self._is_main:
             checkpoints.remove_leftovers(self.run_dir)
         steps = checkpoints.checkpoint_steps(self.run_dir)
@@ -260,7 +263,9 @@ class CpuCopy:
 
 def gather_each(tensors: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, str, torch.Tensor | None]]:
     """Yields each name, the first name of the same tensor (tied weights), and the full tensor if this is the first.
-    Sharded tensors are gathered one at a time; every process must iterate over all of them."""
+
+    Sharded tensors are gathered one at a time; every process must iterate over all of them.
+    """
     first_names: dict[int, str] = {}
     for name, tensor in tensors.items():
         first = first_names.setdefault(id(tensor), name)

@@ -51,8 +51,11 @@ def make_accelerator(device: str) -> Accelerator:
 
 
 def parallelize_model(model: PreTrainedModel, accelerator: Accelerator, config: TrainingConfig) -> Replicated:
-    """Distributes the model by the strategy ``config.parallel``. Raises a ValueError if expert parallel, but the model
-    has no experts, or no two processes can share them."""
+    """Distributes the model by the strategy ``config.parallel``.
+
+    Raises:
+        ValueError: expert parallel, but the model has no experts, or no two processes can share them.
+    """
     world = accelerator.num_processes
     if world == 1 or config.parallel == "ddp":
         return Replicated(model, accelerator, config.compile)
@@ -69,8 +72,11 @@ def parallelize_model(model: PreTrainedModel, accelerator: Accelerator, config: 
 
 
 class Replicated:
-    """Data parallel: every process has the whole model (DistributedDataParallel). Base of the other strategies. The
-    plain model is distributed in place, so optimizers are made after this. Training calls ``wrapped``."""
+    """Data parallel: every process has the whole model (DistributedDataParallel).
+
+    Base of the other strategies. The plain model is distributed in place, so optimizers are made after this. Training
+    calls ``wrapped``.
+    """
 
     def __init__(self, model: PreTrainedModel, accelerator: Accelerator, compile: bool):
         self.model, self.accelerator = model, accelerator
@@ -89,8 +95,10 @@ class Replicated:
         self.accelerator.backward(loss * self.accelerator.num_processes)  # undoes DDP's mean over processes
 
     def clip(self, limit: float) -> torch.Tensor:
-        """Clips the global gradient norm to ``limit`` after the last backward of a step. Returns the norm before, a
-        0-dimensional tensor equal on all processes."""
+        """Clips the global gradient norm to ``limit`` after the last backward of a step.
+
+        Returns the norm before, a 0-dimensional tensor equal on all processes.
+        """
         return clip_grad_norm(self.model.parameters(), limit)
 
     @contextmanager
@@ -100,14 +108,19 @@ class Replicated:
         yield
 
     def full_model(self) -> PreTrainedModel | None:
-        """On the main process, an unsharded model with the current weights in eval mode; None on the others. All must
-        call it."""
+        """On the main process, an unsharded model with the current weights in eval mode; None on the others.
+
+        All must call it.
+        """
         return self.model.eval() if self.accelerator.is_main_process else None
 
 
 class Sharded(Replicated):
     """Fully sharded data parallel (FSDP2, ZeRO-3): every process has a shard of each weight, gradient and optimizer
-    state. The weights of a block are all-gathered when it is computed, and freed after."""
+    state.
+
+    The weights of a block are all-gathered when it is computed, and freed after.
+    """
 
     def __init__(self, model: PreTrainedModel, accelerator: Accelerator, compile: bool):
         self._class = type(model)
@@ -177,7 +190,10 @@ class Sharded(Replicated):
 
 class ExpertParallel(Sharded):
     """Every process has some whole experts, to which tokens are sent by all-to-all (`models.expert_parallel`); the rest
-    of the model is sharded. Several groups of processes may have all experts each, whose gradients are all-reduced."""
+    of the model is sharded.
+
+    Several groups of processes may have all experts each, whose gradients are all-reduced.
+    """
 
     def _wrap(self, module: nn.Module) -> nn.Module:
         config, world = self.model.config, self.accelerator.num_processes
@@ -205,8 +221,10 @@ def max_over_processes(accelerator: Accelerator, values: list[float]) -> list[fl
 
 
 def agree(accelerator: Accelerator, seconds: float, stop: bool, due: bool, seconds_held: float) -> tuple[float, bool]:
-    """Training time and whether to stop, equal on all processes: signals reach one of them, and clocks differ. On GPUs,
-    where it synchronizes, the exchange happens at log steps (``due``) alone; ``seconds_held`` was agreed last."""
+    """Training time and whether to stop, equal on all processes: signals reach one of them, and clocks differ.
+
+    On GPUs, where it synchronizes, the exchange happens at log steps (``due``) alone; ``seconds_held`` was agreed last.
+    """
     if accelerator.num_processes == 1:
         return seconds, stop
     if not due and accelerator.device.type != "cpu":

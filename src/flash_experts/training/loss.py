@@ -25,8 +25,11 @@ _NEVER = -20.0  # log-probability
 def make_loss(
     config: TrainingConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, device: torch.device
 ) -> CausalLoss:
-    """The loss of a run; loads its teacher. Raises a ValueError if the teacher cannot be loaded, does not take packed
-    sequences, or has another vocabulary."""
+    """The loss of a run; loads its teacher.
+
+    Raises:
+        ValueError: the teacher cannot be loaded, does not take packed sequences, or has another vocabulary.
+    """
     if config.teacher is None:
         return CausalLoss(config.label_smoothing)
     if holds_top_logits(config.teacher):
@@ -60,8 +63,10 @@ def _vocabulary(tokenizer: PreTrainedTokenizerBase) -> object:
 
 
 class CausalLoss:
-    """Cross-entropy with label smoothing s (0 to under 1), ``(1 - s) * nats + s * mean over the vocabulary of -log p``
-    (Szegedy et al. 2016, section 7); replaces transformers' ``ForCausalLMLoss`` in training."""
+    """Cross-entropy with label smoothing s (0 to under 1); replaces transformers' ``ForCausalLMLoss`` in training.
+
+    ``(1 - s) * nats + s * mean over the vocabulary of -log p`` (Szegedy et al. 2016, section 7).
+    """
 
     top_logits: TopLogits | None = None  # a teacher's, for names with an `EncodedName.top_row`
 
@@ -81,9 +86,15 @@ class CausalLoss:
         shift_labels: torch.Tensor | None = None,
         **_: Any,
     ) -> torch.Tensor:
-        """The loss, a 0-dimensional float32 tensor, of logits (..., S, vocab_size) and labels (..., S) int64, which are
-        shifted here unless ``shift_labels`` is given. ``num_items_in_batch`` divides the sum; None for the number of
-        labels."""
+        """The loss, a 0-dimensional float32 tensor. Arguments as in transformers' losses.
+
+        Args:
+            logits: (..., S, vocab_size), any floating type.
+            labels: (..., S) int64, shifted here unless ``shift_labels`` is given.
+            num_items_in_batch: divisor of the sum; None for the number of labels.
+            ignore_index: label of positions without one.
+            shift_labels: (..., S), labels that are shifted already.
+        """
         if shift_labels is None:
             shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
         targets_L = shift_labels.reshape(-1).to(logits.device)
@@ -104,9 +115,13 @@ class DistillationLoss(CausalLoss):
     """Knowledge distillation: ``(1 - w) * cross-entropy + w * t^2 * KL`` of teacher and student at temperature t.
 
     Hinton et al. 2015, Distilling the Knowledge in a Neural Network; with the reverse KL, Gu et al. 2024, MiniLLM. The
-    factor t^2 keeps the scale of the gradients. The teacher, in eval mode, on the student's device and with its
-    vocabulary, runs on the same packed batches. ``kl`` is forward, KL(teacher || student), which is mode-covering, or
-    reverse, KL(student || teacher), mode-seeking.
+    factor t^2 keeps the scale of the gradients. The teacher runs on the same packed batches as the student.
+
+    Args:
+        teacher: model in eval mode, on the student's device and with its vocabulary.
+        weight: w, from 0 to 1.
+        temperature: t, more than 0.
+        kl: forward is KL(teacher || student), which is mode-covering; reverse is KL(student || teacher), mode-seeking.
     """
 
     def __init__(
@@ -132,9 +147,11 @@ class DistillationLoss(CausalLoss):
 
 
 class TopLogitsLoss(CausalLoss):
-    """`DistillationLoss` from top-K logits that were cached while the teacher generated the names. The divergence is
-    over K + 1 outcomes: the K most likely tokens, and the rest of the vocabulary as one. Other labels have the
-    cross-entropy alone."""
+    """`DistillationLoss` from top-K logits that were cached while the teacher generated the names.
+
+    The divergence is over K + 1 outcomes: the K most likely tokens, and the rest of the vocabulary as one. Other labels
+    have the cross-entropy alone.
+    """
 
     def __init__(self, smoothing: float, top_logits: TopLogits, weight: float, kl: Direction) -> None:
         super().__init__(smoothing)

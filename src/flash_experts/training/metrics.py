@@ -59,7 +59,9 @@ def training_metrics(
 
 class LoggingWindow:
     """Sums of losses since the last line of metrics, kept on the device, so that adding to them does not synchronize.
-    Bits per character follow from the loss if it is plain cross-entropy (``is_code_length``)."""
+
+    Bits per character follow from the loss if it is plain cross-entropy (``is_code_length``).
+    """
 
     def __init__(self, model: PreTrainedModel, accelerator: Accelerator, is_code_length: bool):
         self._model, self._accelerator, self._is_code_length = model, accelerator, is_code_length
@@ -90,8 +92,10 @@ class LoggingWindow:
         self._balancing = list(balancing)
 
     def metrics(self) -> dict[str, float]:
-        """The metrics of the window (no losses if every step was skipped), which then starts again. Every process must
-        call it."""
+        """The metrics of the window (no losses if every step was skipped), which then starts again.
+
+        Every process must call it.
+        """
         sums = self._sums.clone()
         sums[_PARTS] = cast(torch.Tensor, self._accelerator.reduce(sums[_PARTS], "sum"))
         total, steps, grad_norm, nats, characters, *parts = sums.tolist()
@@ -180,8 +184,11 @@ class SpeedMeter:
 
 def multiplied_parameters(model: PreTrainedModel) -> dict[str, int]:
     """Counts weights: ``total``; ``body``, those that multiply a token in the blocks (its k experts alone); ``head``,
-    the output layer's. ``body_flops`` per token and ``head_flops`` per label are training FLOPs per weight: 2 for the
-    forward, 2 for the gradient of its input, if anything before it is trained, and 2 for its own, if it is trained."""
+    the output layer's.
+
+    ``body_flops`` per token and ``head_flops`` per label are training FLOPs per weight: 2 for the forward, 2 for the
+    gradient of its input, if anything before it is trained, and 2 for its own, if it is trained.
+    """
     looked_up = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     head = model.get_output_embeddings().weight
     shares = expert_shares(model)

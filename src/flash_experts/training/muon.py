@@ -22,8 +22,12 @@ _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
 
 def orthogonalize(matrices_NRC: torch.Tensor, steps: int = 5, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """Newton-Schulz iteration: singular vectors stay, singular values go to about 1. The matmuls, in ``dtype`` (None
-    for that of the matrices), tolerate the rounding of bfloat16."""
+    """Newton-Schulz iteration: singular vectors stay, singular values go to about 1.
+
+    Args:
+        matrices_NRC: floating type, as the result.
+        dtype: type of the matmuls: None for that of the matrices. The iteration tolerates the rounding of bfloat16.
+    """
     first, third, fifth = _COEFFICIENTS
     x = matrices_NRC.to(dtype or matrices_NRC.dtype)
     is_tall = x.size(-2) > x.size(-1)
@@ -36,10 +40,15 @@ def orthogonalize(matrices_NRC: torch.Tensor, steps: int = 5, dtype: torch.dtype
 
 
 class Muon(torch.optim.Optimizer):
-    """``m = momentum m + g``, ``u = orthogonalize(g + momentum m)`` (Nesterov), ``w = (1 - lr decay) w - lr s u``,
-    where ``s = 0.2 sqrt(max(R, C))`` makes updates as large as AdamW's, so both use the same learning rate and weight
-    decay (Liu et al. 2025, section 2.2). ``blocks`` of a group is the number of matrices side by side in a parameter of
-    two dimensions."""
+    """``m = momentum m + g``, ``u = orthogonalize(g + momentum m)`` (Nesterov), ``w = (1 - lr decay) w - lr s u``.
+
+    ``s = 0.2 sqrt(max(R, C))`` makes updates as large as AdamW's, so both use the same learning rate and weight decay
+    (Liu et al. 2025, Muon is scalable for LLM training, section 2.2).
+
+    Args:
+        groups: parameter groups; ``blocks`` is the number of matrices side by side in a parameter of two dimensions.
+        dtype: type of the matmuls in `orthogonalize`.
+    """
 
     def __init__(
         self,

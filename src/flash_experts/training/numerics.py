@@ -19,8 +19,13 @@ MOST_SKIPS_IN_A_ROW = 20
 
 
 def use_bfloat16(precision: str, device: torch.device) -> bool:
-    """Whether forwards run under bfloat16 autocast. Weights and optimizer state stay in float32. Raises a ValueError if
-    the GPU has no bfloat16."""
+    """Whether forwards run under bfloat16 autocast.
+
+    Weights and optimizer state stay in float32.
+
+    Raises:
+        ValueError: the GPU has no bfloat16.
+    """
     has_it = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     if precision == "bfloat16" and device.type == "cuda" and not has_it:
         raise ValueError("this GPU has no bfloat16: set precision to float32 or auto")
@@ -36,8 +41,11 @@ def check_dtype(model: PreTrainedModel) -> PreTrainedModel:
 
 @contextmanager
 def deterministic_algorithms(wanted: bool) -> Iterator[None]:
-    """If ``wanted``, restricts PyTorch to operations that give the same bits in every run; others raise. On CUDA atomic
-    additions do not, nor does cuBLAS without a fixed workspace (``CUBLAS_WORKSPACE_CONFIG``, read when CUDA starts)."""
+    """If ``wanted``, restricts PyTorch to operations that give the same bits in every run; others raise.
+
+    On CUDA atomic additions do not, nor does cuBLAS without a fixed workspace (``CUBLAS_WORKSPACE_CONFIG``, read when
+    CUDA starts).
+    """
     if not wanted:
         yield
         return

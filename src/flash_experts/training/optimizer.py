@@ -30,8 +30,11 @@ def part_of(name: str) -> str:
 
 
 def freeze_parts(model: nn.Module, scale: LearningRateScale) -> None:
-    """Freezes the parts whose scale is 0, in the model itself. Raises a ValueError if the model lacks a part that has a
-    scale, or nothing is left to train."""
+    """Freezes the parts whose scale is 0, in the model itself.
+
+    Raises:
+        ValueError: the model lacks a part that has a scale, or nothing is left to train.
+    """
     present = {part_of(name) for name, _ in model.named_parameters()}
     for part in PARTS:
         if getattr(scale, part) != 1 and part not in present:
@@ -47,9 +50,13 @@ def freeze_parts(model: nn.Module, scale: LearningRateScale) -> None:
 
 
 def make_optimizers(model: nn.Module, config: TrainingConfig) -> dict[str, torch.optim.Optimizer]:
-    """The optimizers by their names in checkpoints: ``optimizer`` (fused AdamW), and ``muon``. Weight decay is on
-    matrices, not on biases and norms. Each group has a ``scale``, see `set_rates`. Raises a ValueError if every
-    parameter is frozen."""
+    """The optimizers by their names in checkpoints: ``optimizer`` (fused AdamW), and ``muon``.
+
+    Weight decay is on matrices, not on biases and norms. Each group has a ``scale``, see `set_rates`.
+
+    Raises:
+        ValueError: every parameter is frozen.
+    """
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     if not trained:
         raise ValueError("the model has no weights to train: every parameter is frozen")
@@ -158,8 +165,11 @@ class Schedule:
         )
 
     def progress(self, step: int, seconds: float, evaluation_seconds: float = 0.0) -> float:
-        """Share of the training that is done, 0 to 1, by the nearer limit. ``seconds`` since the start include the
-        first validation's ``evaluation_seconds``; as much is reserved for the last one."""
+        """Share of the training that is done, 0 to 1, by the nearer limit.
+
+        ``seconds`` since the start include the first validation's ``evaluation_seconds``; as much is reserved for the
+        last one.
+        """
         by_steps = 0.0 if self.planned_steps is None else step / self.planned_steps
         by_clock = 0.0
         if self.planned_seconds is not None:

@@ -57,7 +57,10 @@ def check_run_folder(run_dir: Path, overwrite: bool, accelerator: Accelerator) -
 
 class RunLock:
     """While open, no second trainer can use the run's folder, which is created; entering raises a ValueError if another
-    process trains into it. The main process holds a lock (``flock``), which ends with it."""
+    process trains into it.
+
+    The main process holds a lock (``flock``), which ends with it.
+    """
 
     def __init__(self, run_dir: Path, accelerator: Accelerator):
         self._run_dir, self._accelerator = run_dir, accelerator

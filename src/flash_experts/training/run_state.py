@@ -72,8 +72,10 @@ def reason_to_end(state: TrainerState, schedule: Schedule, patience: int | None)
 
 @dataclass(frozen=True, slots=True)
 class TrainingResult:
-    """How a run ended: by ``steps``, ``time``, ``early stopping``, or a signal's name. ``best_bits_per_char`` is the
-    lowest `validation.SELECTION`; None without validation names."""
+    """How a run ended: by ``steps``, ``time``, ``early stopping``, or a signal's name.
+
+    ``best_bits_per_char`` is the lowest `validation.SELECTION`; None without validation names.
+    """
 
     reason: str
     step: int
@@ -106,8 +108,10 @@ STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SI
 
 
 class StopSignals:
-    """While open, the first of `STOP_SIGNALS` sets `received` to its name; a second Ctrl+C interrupts at once. A signal
-    that was ignored stays so: SIGHUP under nohup, SIGINT of a shell's background jobs."""
+    """While open, the first of `STOP_SIGNALS` sets `received` to its name; a second Ctrl+C interrupts at once.
+
+    A signal that was ignored stays so: SIGHUP under nohup, SIGINT of a shell's background jobs.
+    """
 
     def __init__(self) -> None:
         self.received: str | None = None

@@ -1,5 +1,8 @@
-"""Sharded tensors (PyTorch DTensors) for optimizer, clipping and checkpoints. Each process holds a shard of a tensor
-that has the name, shape and value of the full one. Every function here also takes ordinary tensors."""
+"""Sharded tensors (PyTorch DTensors) for optimizer, clipping and checkpoints.
+
+Each process holds a shard of a tensor that has the name, shape and value of the full one. Every function here also
+takes ordinary tensors.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
 """Experiment trackers: accelerate's classes behind the hooks of a run, with panels ``train/``, ``eval/``, ``router/``.
-If one fails, training goes on without it, and metrics.jsonl has everything."""
+
+If one fails, training goes on without it, and metrics.jsonl has everything.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,11 @@ _MOST_BINS = 512  # of a histogram in wandb
 
 def make_tracker(name: str, run_dir: Path, step: int, notify: Callable[[str], None]) -> Callback | None:
     """The tracker ``name`` of `training_config.TrackerName`, for a run with ``step`` optimizer steps done; None for
-    "none", or with a warning if its package is not installed. Raises a ValueError for a wrong ``WANDB_MODE``."""
+    "none", or with a warning if its package is not installed.
+
+    Raises:
+        ValueError: a wrong ``WANDB_MODE``.
+    """
     if name == "none":
         return None
     if not is_installed(name):
@@ -282,8 +288,10 @@ class TensorBoard(Tracker):
 
 
 class Mlflow(Tracker):
-    """MLflow, in its local store or that of ``MLFLOW_TRACKING_URI``. A resumed run has the id in ``mlflow_run_id.txt``,
-    and keeps its first configuration, which MLflow does not change."""
+    """MLflow, in its local store or that of ``MLFLOW_TRACKING_URI``.
+
+    A resumed run has the id in ``mlflow_run_id.txt``, and keeps its first configuration, which MLflow does not change.
+    """
 
     def _start(self, run_name: str, run_info: Mapping[str, object]) -> GeneralTracker:
         import mlflow

@@ -78,8 +78,11 @@ def parse_metrics(text: str, *fields: str) -> dict[str, Any]:
 
 def read_metrics(path: str | Path, event: str | None = None) -> list[dict[str, Any]]:
     """Reads the lines of a metrics.jsonl, of one event (train, validation, samples) or of all, but not a last line that
-    a kill truncated. Raises a ValueError if there is no such file, it is not UTF-8 text or too large, or a line is
-    damaged (``file:line``)."""
+    a kill truncated.
+
+    Raises:
+        ValueError: there is no such file, it is not UTF-8 text or too large, or a line is damaged (``file:line``).
+    """
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"there is no {path}: give the folder of a run that `flash-experts train` wrote")

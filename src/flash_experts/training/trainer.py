@@ -44,8 +44,9 @@ from flash_experts.training.validation import SELECTION, Validation
 
 
 class Trainer:
-    """Fine-tunes a causal language model on card names. Raises a ValueError if the configuration is wrong, or its
-    device is not available.
+    """Fine-tunes a causal language model on card names.
+
+    Raises a ValueError if the configuration is wrong, or its device is not available.
 
     Args:
         model: causal LM with float32 weights that takes packed sequences, trained in place; ``config.precision``

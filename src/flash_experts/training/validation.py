@@ -25,8 +25,10 @@ SELECTION = f"{BITS_PER_CHAR}_mean"
 
 
 class Validation:
-    """A fixed draw of ``max_names`` validation names by ``seed`` (None for all), packed once. ``process`` is the rank
-    of this process and the number of processes, among which the batches are shared."""
+    """A fixed draw of ``max_names`` validation names by ``seed`` (None for all), packed once.
+
+    ``process`` is the rank of this process and the number of processes, among which the batches are shared.
+    """
 
     def __init__(
         self,

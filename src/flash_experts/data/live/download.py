@@ -42,8 +42,10 @@ T = TypeVar("T")
 @dataclass(frozen=True, slots=True)
 class RetryPolicy:
     """Timeouts and retries of a download: the wait doubles from ``first_wait`` to ``longest_wait`` seconds, times a
-    random 0.5 to 1 (jitter), but a Retry-After may ask for more. ``connect_attempts`` find no server: few, so that a
-    missing network is reported soon."""
+    random 0.5 to 1 (jitter), but a Retry-After may ask for more.
+
+    ``connect_attempts`` find no server: few, so that a missing network is reported soon.
+    """
 
     connect_seconds: float = 10.0
     read_seconds: float = 30.0
@@ -135,8 +137,11 @@ class Downloader:
             raise OSError(error.errno, f"{error.strerror or error} ({hint})", str(path)) from error
 
     def text(self, url: str, accept: str = "*/*") -> str:
-        """Downloads a small text, such as an index or a checksum. Raises a DownloadError if it failed, is not UTF-8, or
-        has more than `MAX_TEXT_BYTES`."""
+        """Downloads a small text, such as an index or a checksum.
+
+        Raises:
+            DownloadError: it failed, is not UTF-8, or has more than `MAX_TEXT_BYTES`.
+        """
 
         def attempt(client: httpx.Client, deadline: float) -> str:
             with self._response(client, url, {"Accept": accept}) as response:

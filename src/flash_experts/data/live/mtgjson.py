@@ -83,8 +83,10 @@ def _printings(of_set: dict[str, Any]) -> Iterator[tuple[str, int]]:
 
 
 def read_cards(path: Path, sets: dict[str, Set], rarities: Mapping[str, str]) -> Iterator[RawCard]:
-    """The cards of a downloaded ``AtomicCards.json``, with `read_sets` and, if any, `read_rarities`. Raises
-    `DamagedError` for another file."""
+    """The cards of a downloaded ``AtomicCards.json``, with `read_sets` and, if any, `read_rarities`.
+
+    Raises `DamagedError` for another file.
+    """
     import ijson
 
     with unpacked(path) as file:

@@ -133,8 +133,12 @@ def _fetch(downloader: Downloader, url: str, part: Path, digest: str) -> None:
 
 
 def read_live(name: str, downloader: Downloader | None = None, now: datetime | None = None) -> CardSource:
-    """Loads the cards of a live source, one of `SITES`; ``now`` has a time zone. Raises a ValueError if they are
-    available neither from the network nor from the cache, an OSError if the cache cannot be written."""
+    """Loads the cards of a live source, one of `SITES`; ``now`` has a time zone.
+
+    Raises:
+        ValueError: they are available neither from the network nor from the cache, an OSError if the cache cannot
+            be written.
+    """
     require(f"--source {name}", "httpx", "ijson")
     site, now = SITES[name], now or datetime.now(UTC)
     downloader = downloader or Downloader()

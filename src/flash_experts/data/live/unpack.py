@@ -41,8 +41,11 @@ class _Bounded(io.RawIOBase):
 
 @contextmanager
 def unpacked(path: Path) -> Iterator[BinaryIO]:
-    """Opens a file, decompressed if it starts as gzip does, and reads it to its end to verify the checksum. Raises a
-    DamagedError if it is truncated or altered, unpacks to too much, or the ``with`` block found invalid JSON."""
+    """Opens a file, decompressed if it starts as gzip does, and reads it to its end to verify the checksum.
+
+    Raises:
+        DamagedError: it is truncated or altered, unpacks to too much, or the ``with`` block found invalid JSON.
+    """
     from ijson import JSONError
 
     with open(path, "rb") as file:

@@ -86,7 +86,10 @@ class BlockMetrics:
 @dataclass(frozen=True, slots=True)
 class NameMap:
     """Experts of the tokens of one name, with BOS token and prompt: (expert, gate) pairs of each token by block, the
-    largest gate first. Classes are from `TOKEN_CLASSES`."""
+    largest gate first.
+
+    Classes are from `TOKEN_CLASSES`.
+    """
 
     name: str
     tokens: tuple[str, ...]
@@ -148,10 +151,14 @@ def inspect_router(
     tokenizer: PreTrainedTokenizerBase | None = None,
     device: str | torch.device | None = None,
 ) -> RouterMap:
-    """Runs names through a model (folder, hub id, or object with ``tokenizer``) and analyzes its routers. ``cards`` are
-    those of the names, for labels by type and color; ``prompted`` conditions on them. The first ``shown`` names get
-    maps. Raises a ValueError if there are no names, a name is too long, the model does not exist or has fewer than two
-    experts."""
+    """Runs names through a model (folder, hub id, or object with ``tokenizer``) and analyzes its routers.
+
+    ``cards`` are those of the names, for labels by type and color; ``prompted`` conditions on them. The first ``shown``
+    names get maps.
+
+    Raises:
+        ValueError: there are no names, a name is too long, the model does not exist or has fewer than two experts.
+    """
     if not names:
         raise ValueError("no names to inspect: give at least one")
     model, tokenizer, label = _load(source, tokenizer, device)
@@ -286,7 +293,9 @@ def _experts_of(routing: BlockRouting, token: int) -> tuple[tuple[int, float], .
 
 def read_loads(path: Path) -> TrainingLoads | None:
     """Reads expert loads during training, averaged over up to 12 intervals, from metrics.jsonl; None if not recorded.
-    Of a step repeated after a resume, the last values count."""
+
+    Of a step repeated after a resume, the last values count.
+    """
     steps: dict[int, dict[int, list[float]]] = {}
     for record in read_untrusted_metrics(path):
         try:

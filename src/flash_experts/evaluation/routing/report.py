@@ -1,5 +1,8 @@
 """Router report of `flash_experts.evaluation.routing.maps`: text for a terminal, and a self-contained HTML page, which
-has no script. Every color is next to its number."""
+has no script.
+
+Every color is next to its number.
+"""
 
 from __future__ import annotations
 

@@ -35,8 +35,11 @@ FEWEST_TOKENS, FEWEST_NAMES = 20, 10
 
 @dataclass(frozen=True, slots=True)
 class LabelSet:
-    """A label for each token: its group, -1 for none. ``shuffled`` is the unit of shuffling: ``names`` (all tokens of a
-    name share a label), ``within names`` or ``tokens``."""
+    """A label for each token: its group, -1 for none.
+
+    ``shuffled`` is the unit of shuffling: ``names`` (all tokens of a name share a label), ``within names`` or
+    ``tokens``.
+    """
 
     title: str
     groups: tuple[str, ...]
@@ -46,8 +49,11 @@ class LabelSet:
 
 @dataclass(frozen=True, slots=True)
 class Specialization:
-    """Dependence between the experts of one layer and one label. ``share`` of the choices that went to each expert is
-    by group; ``marks`` are 1 (more than chance), -1 (less) or 0, all 0 if the table is not significant."""
+    """Dependence between the experts of one layer and one label.
+
+    ``share`` of the choices that went to each expert is by group; ``marks`` are 1 (more than chance), -1 (less) or 0,
+    all 0 if the table is not significant.
+    """
 
     title: str
     block: int
@@ -87,8 +93,10 @@ def specializations(
     shuffles: int = SHUFFLES,
     seed: int = 0,
 ) -> list[Specialization]:
-    """Tests every label against the experts of every layer; labels with fewer than two large groups are left out. The
-    smallest p-value is 1 / (B + 1)."""
+    """Tests every label against the experts of every layer; labels with fewer than two large groups are left out.
+
+    The smallest p-value is 1 / (B + 1).
+    """
     if not blocks:
         return []
     rng = np.random.default_rng(seed)

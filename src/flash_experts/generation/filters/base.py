@@ -126,8 +126,10 @@ class NameFilter(LogitsProcessor, ABC):
 
 
 class AllOf(NameFilter):
-    """Several filters as one: masks are joined and cached per combination of rules, and applied in one pass. Filters
-    that override `apply` come after the joined mask, in their order."""
+    """Several filters as one: masks are joined and cached per combination of rules, and applied in one pass.
+
+    Filters that override `apply` come after the joined mask, in their order.
+    """
 
     def __init__(self, filters: Sequence[NameFilter]) -> None:
         super().__init__(filters[0].vocabulary, filters[0].prompt_length)

@@ -36,8 +36,11 @@ class _Limit(NameFilter):
 
 class UpperLimit(_Limit):
     """Base class of upper limits, which drop names that would be cut: those with more than half of the model's
-    probability on tokens that the limit forbids. `mask` leaves such a row no token, so `NameGenerator` drops it;
-    ``model.generate`` cannot drop a row, so there the name ends."""
+    probability on tokens that the limit forbids.
+
+    `mask` leaves such a row no token, so `NameGenerator` drops it; ``model.generate`` cannot drop a row, so there the
+    name ends.
+    """
 
     @abstractmethod
     def is_near(self, name: str) -> bool:
@@ -111,8 +114,10 @@ class MaxWords(UpperLimit):
 
 
 class LowerLimit(_Limit):
-    """Base class of lower limits, below which a name cannot end. Where the model prefers the EOS token, the word is
-    complete: the name continues with a new word."""
+    """Base class of lower limits, below which a name cannot end.
+
+    Where the model prefers the EOS token, the word is complete: the name continues with a new word.
+    """
 
     @abstractmethod
     def is_short(self, name: str) -> bool:

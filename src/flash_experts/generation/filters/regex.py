@@ -23,8 +23,11 @@ _WORD = re.compile("^[^ ]+| [^ ]*")  # with the space before it: a byte-level to
 
 
 class MatchesRegex(NameFilter):
-    """Names that a regular expression matches as a whole. The syntax is that of Rust's ``regex`` crate, without
-    look-around and back references; ``(?i)`` at the start ignores case."""
+    """Names that a regular expression matches as a whole.
+
+    The syntax is that of Rust's ``regex`` crate, without look-around and back references; ``(?i)`` at the start ignores
+    case.
+    """
 
     def __init__(
         self,
@@ -36,7 +39,10 @@ class MatchesRegex(NameFilter):
         also: Sequence[str] = (),
     ) -> None:
         """Compiles the expression, around which ``^`` and ``$`` have no effect; the expressions ``also`` must match,
-        too. Raises a ValueError if it is not a regular expression, or no name of that length and alphabet matches it.
+        too.
+
+        Raises:
+            ValueError: it is not a regular expression, or no name of that length and alphabet matches it.
         """
         super().__init__(vocabulary, prompt_length)
         from llguidance import LLMatcher, LLTokenizer

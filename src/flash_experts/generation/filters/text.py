@@ -23,8 +23,10 @@ _MUCH = 3  # letters of the wanted text
 
 class StartsWith(NameFilter):
     """Names that start with a prefix, as given or capitalized, also where a token crosses its end (" Dragon" for
-    "Drag"). Within the prefix only the tokenizer's own tokens are allowed, since the model never saw other cuts in
-    training."""
+    "Drag").
+
+    Within the prefix only the tokenizer's own tokens are allowed, since the model never saw other cuts in training.
+    """
 
     def __init__(self, vocabulary: NameVocabulary, prompt_length: int, prefix: str) -> None:
         """Finds the token paths through the prefix, which must not be blank (ValueError)."""
@@ -178,8 +180,10 @@ class EndsWith(WantedText):
 
 
 class LeadsTo(NameFilter):
-    """A bias to the fixed text after the gaps of a pattern, which `MatchesRegex` enforces: see `WantedText`. Without
-    it, the model fills a gap until only the fixed text has room."""
+    """A bias to the fixed text after the gaps of a pattern, which `MatchesRegex` enforces: see `WantedText`.
+
+    Without it, the model fills a gap until only the fixed text has room.
+    """
 
     def __init__(
         self, vocabulary: NameVocabulary, prompt_length: int, before: str, parts: Sequence[str], ends: bool

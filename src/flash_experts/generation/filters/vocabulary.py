@@ -33,8 +33,11 @@ class NameVocabulary:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, size: int | None = None) -> None:
-        """Reads the vocabulary of a byte-level BPE tokenizer; ``size`` is V (default: the tokenizer's). Raises a
-        ValueError if the tokenizer has no EOS token, has more tokens than the model, or is of another kind."""
+        """Reads the vocabulary of a byte-level BPE tokenizer; ``size`` is V (default: the tokenizer's).
+
+        Raises:
+            ValueError: the tokenizer has no EOS token, has more tokens than the model, or is of another kind.
+        """
         self.size = len(tokenizer) if size is None else size
         if not isinstance(tokenizer, PreTrainedTokenizerFast):
             raise ValueError(
@@ -91,8 +94,10 @@ class NameVocabulary:
         return torch.tensor([len(text) for text in self.texts])
 
     def where(self, condition: Callable[[str], bool], key: Hashable = None) -> torch.Tensor:
-        """(V,) bool on the CPU: tokens whose text satisfies the condition; false for tokens without text (EOS). Under a
-        ``key`` that says what the condition is, the answer is kept for the filters of later requests."""
+        """(V,) bool on the CPU: tokens whose text satisfies the condition; false for tokens without text (EOS).
+
+        Under a ``key`` that says what the condition is, the answer is kept for the filters of later requests.
+        """
         found = self._found.get(key)
         if found is None:
             found = torch.tensor([text != "" and condition(text) for text in self.texts])

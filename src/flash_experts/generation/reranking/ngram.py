@@ -82,8 +82,10 @@ def look_up(keys: IntArray, values: FloatArray, wanted: IntArray, missing: float
 def draw_from(
     order: Order, contexts: IntArray, base: int, rng: np.random.Generator
 ) -> tuple[IntArray, npt.NDArray[np.bool_]]:
-    """Samples symbols from the n-grams of one order: those of the contexts that sampled one, and (B,) which did. The
-    others back off to the lower order."""
+    """Samples symbols from the n-grams of one order: those of the contexts that sampled one, and (B,) which did.
+
+    The others back off to the lower order.
+    """
     first = np.searchsorted(order.grams, contexts * base)
     last = np.searchsorted(order.grams, (contexts + 1) * base)
     threshold = order.cumulated[first] + rng.random(contexts.size)
@@ -109,8 +111,11 @@ class KneserNey:
     """A character n-gram model of one order with interpolated modified Kneser-Ney smoothing."""
 
     def __init__(self, names: Sequence[str], order: int = 6, alphabet: Sequence[str] | None = None) -> None:
-        """Fits the model; averaged models share a sorted ``alphabet``, by default that of the names. Raises a
-        ValueError if there are no names, or the order is not in 2..8."""
+        """Fits the model; averaged models share a sorted ``alphabet``, by default that of the names.
+
+        Raises:
+            ValueError: there are no names, or the order is not in 2..8.
+        """
         if not names:
             raise ValueError("no names to fit: give at least one")
         if not 2 <= order <= 8:
@@ -127,7 +132,10 @@ class KneserNey:
 
     def queries(self, names: Sequence[str]) -> tuple[IntArray, IntArray]:
         """Encodes each symbol of names, EOS included, (Q,), and the contexts before it: (order, Q), of 0 .. order - 1
-        symbols, -1 where the name is shorter. Returns contexts and symbols."""
+        symbols, -1 where the name is shorter.
+
+        Returns contexts and symbols.
+        """
         coded = [[self._bos, *(self._symbol.get(c, UNKNOWN) for c in name), EOS] for name in names]
         flat = np.array([symbol for name in coded for symbol in name], dtype=np.int64)
         position = np.concatenate([np.arange(len(name)) for name in coded])

@@ -28,8 +28,13 @@ _CLASS_FIELDS = ("model_type", "architectures", "transformers_version")  # set b
 
 @torch.no_grad()
 def to_dense(moe: GPT2MoEForCausalLM, loads: Mapping[int, torch.Tensor] | None = None) -> GPT2LMHeadModel:
-    """A dense GPT-2 whose MLPs are the means of the experts, in eval mode. ``loads`` has weights (E,) of the experts,
-    by block number from 0; None is equal weights. Raises a ValueError for loads of the wrong shape."""
+    """A dense GPT-2 whose MLPs are the means of the experts, in eval mode.
+
+    ``loads`` has weights (E,) of the experts, by block number from 0; None is equal weights.
+
+    Raises:
+        ValueError: loads of the wrong shape.
+    """
     config = moe.config
     granularity, width = _sizes(config)
     dropped = {*config.own_fields(), *_CLASS_FIELDS}
@@ -104,8 +109,10 @@ def _mean_layer(layer: MoELayer, share_R: torch.Tensor, granularity: int) -> dic
 
 
 def _widened(mlp: dict[str, torch.Tensor], width: int) -> dict[str, torch.Tensor]:
-    """The same MLP with more hidden units: copies of the first ones, whose output weights are zero. (Units with input
-    weights of zero as well would get no gradient.)"""
+    """The same MLP with more hidden units: copies of the first ones, whose output weights are zero.
+
+    (Units with input weights of zero as well would get no gradient.)
+    """
     up_DF, up_bias_F, down_FD = mlp["c_fc.weight"], mlp["c_fc.bias"], mlp["c_proj.weight"]
     size = len(up_bias_F)
     unit_F = torch.arange(width, device=up_bias_F.device) % size

@@ -36,7 +36,10 @@ def export_gguf(
     out: Path,
 ) -> LogitDifference:
     """Writes a dense GPT-2 in eval mode on the CPU and its tokenizer, and reads them back with transformers to compare
-    on ``names``, token ids of real names. Raises a ValueError for a model or tokenizer that llama.cpp's GPT-2 is not.
+    on ``names``, token ids of real names.
+
+    Raises:
+        ValueError: a model or tokenizer that llama.cpp's GPT-2 is not.
     """
     if model.config.model_type == "gpt2_moe":
         raise ValueError(

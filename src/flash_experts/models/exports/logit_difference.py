@@ -28,8 +28,10 @@ class LogitDifference:
 def logit_difference(
     source: PreTrainedModel, exported: Callable[[torch.Tensor], torch.Tensor], names: Sequence[Sequence[int]]
 ) -> LogitDifference:
-    """Compares two models name by name, so that no name is padded, in eval mode on the CPU. ``exported`` gives float
-    logits (1, S, V) of ids (1, S) int64; ids beyond the model's context are cut off."""
+    """Compares two models name by name, so that no name is padded, in eval mode on the CPU.
+
+    ``exported`` gives float logits (1, S, V) of ids (1, S) int64; ids beyond the model's context are cut off.
+    """
     largest = scale = 0.0
     for ids in names:
         ids_1S = torch.tensor([ids[: source.config.max_position_embeddings]])

@@ -1,6 +1,8 @@
-"""A model as an ONNX file, for ONNX Runtime in any language and in a browser: ids in, logits out, no KV cache. Every
-expert is computed for every token and weighted by its gate, 0 for those that were not chosen: E / k times the FLOPs of
-the experts, but in a few large matmuls."""
+"""A model as an ONNX file, for ONNX Runtime in any language and in a browser: ids in, logits out, no KV cache.
+
+Every expert is computed for every token and weighted by its gate, 0 for those that were not chosen: E / k times the
+FLOPs of the experts, but in a few large matmuls.
+"""
 
 from __future__ import annotations
 
@@ -71,8 +73,11 @@ def export_onnx(
     overwrite: bool = False,
 ) -> LogitDifference:
     """Writes a folder with the ONNX file of a GPT-2 in eval mode on the CPU, configuration, tokenizer and a README, and
-    runs it on ``names``, token ids of real names. Raises a ValueError for another kind of model, expert choice, or a
-    folder that is not empty without ``overwrite``."""
+    runs it on ``names``, token ids of real names.
+
+    Raises:
+        ValueError: another kind of model, expert choice, or a folder that is not empty without ``overwrite``.
+    """
     if not isinstance(model, GPT2LMHeadModel):
         raise ValueError(f"{source} is a {model.config.model_type}: export onnx is for gpt2 and gpt2_moe")
     if isinstance(model, GPT2MoEForCausalLM) and not model.config.has_causal_routing:
