@@ -16,7 +16,7 @@ SCRIPT = Path(__file__).parents[2] / "scripts/hopper_report.py"
 
 @pytest.mark.parametrize(
     ("head_dim", "variants"),
-    [(64, ["causal", "packed", "ragged", "packed dropout", "softcap", "alibi"]), (128, ["causal"]), (40, ["window"])],
+    [(64, ["packed dropout", "softcap", "alibi"]), (128, ["causal"]), (40, ["window"])],
     ids=str,
 )
 def test_kernels_reach_the_tensor_cores_and_hardly_spill(head_dim: int, variants: list[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 import os
 import re
 import subprocess
@@ -270,6 +271,9 @@ def test_a_resumed_offline_run_has_two_parts_that_one_command_uploads_in_order(
     settings = replace(config, tracker="wandb", sample_every=None)
     train(replace(settings, max_steps=2))
     first = capsys.readouterr().err.splitlines()[-1]
+    ended = int(time.time())
+    while int(time.time()) == ended:  # wandb names a part's folder by the second
+        time.sleep(0.05)
     train(settings, "auto")
     wandb.teardown()
     run_id = (config.run_dir / "wandb_id.txt").read_text("utf-8").strip()
