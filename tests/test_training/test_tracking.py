@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import time
 import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
