@@ -121,13 +121,15 @@ def replace_a_word(page: Any) -> None:
     page.get_by_role("button", name="Stop").click()
 
 
-def a_request_ends_the_one_before(page: Any) -> None:
-    """Nobody has to stop one first; and what ended late changes nothing."""
+def a_request_ends_the_one_before(page: Any, slow: Path) -> None:
+    """Nobody has to stop one first; and what ended late changes nothing. Decoding is slow while the file exists."""
     load(page, Settings(colors="R", quality="best", count=100))
+    slow.touch()
     page.locator("#fe-make").click()
     page.wait_for_selector("#fe-status >> text=of 100 names")
     page.get_by_role("button", name="Reset").click()
     page.wait_for_function("() => document.querySelector('#fe-colors input:checked') === null")
+    slow.unlink()
     page.locator("#fe-make").click()
     page.wait_for_selector("#fe-status >> text=/^20 names/")
     wait_for(page, 20)

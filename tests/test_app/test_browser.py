@@ -11,7 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import quote_plus
 
 import pytest
@@ -46,6 +46,20 @@ FLAGS = (
     "--disable-component-update --disable-sync"
 ).split()
 BASE = Path(__file__).parent.parent.parent / "models/mtg-base"
+# `flash-experts serve`, whose decoding steps take 0.2 s more while a file exists: what a test stops is then still
+# running, however slow the browser is.
+SERVE = """
+import sys, time
+from pathlib import Path
+from flash_experts.cli import main
+from flash_experts.generation import decoding
+slow, draw = Path(sys.argv[1]), decoding.draw
+def slow_draw(*arguments):
+    time.sleep(0.2 if slow.exists() else 0)
+    return draw(*arguments)
+decoding.draw = slow_draw
+sys.exit(main(["serve", *sys.argv[2:]]))
+"""
 
 pytestmark = [
     pytest.mark.slow,
@@ -53,27 +67,22 @@ pytestmark = [
 ]
 
 
+class Server(NamedTuple):
+    """A running playground; decoding is slow while the file ``slow`` exists."""
+
+    process: subprocess.Popen[str]
+    address: str
+    slow: Path
+
+
 @pytest.fixture(scope="module")
-def server(
-    tmp_path_factory: pytest.TempPathFactory, experts: NameGenerator
-) -> Iterator[tuple[subprocess.Popen[str], str]]:
+def server(tmp_path_factory: pytest.TempPathFactory, experts: NameGenerator) -> Iterator[Server]:
     """`flash-experts serve` with a dense model and one with experts, and its address."""
     folder = tmp_path_factory.mktemp("models") / "experts"
     experts.model.save_pretrained(folder)
     experts.tokenizer.save_pretrained(folder)
-    command = [
-        sys.executable,
-        "-m",
-        "flash_experts.cli",
-        "serve",
-        "--port",
-        "0",
-        "--time-limit",
-        "600",
-        "--model",
-        BASE,
-        folder,
-    ]
+    slow = folder.parent / "slow"
+    command = [sys.executable, "-c", SERVE, slow, "--port", "0", "--time-limit", "600", "--model", BASE, folder]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
         list(map(str, command)), env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -81,7 +90,7 @@ def server(
     assert process.stdout is not None
     first = process.stdout.readline()
     assert first.startswith("The playground: http://127.0.0.1:"), (first, process.stderr and process.stderr.read())
-    yield process, first.split()[2]
+    yield Server(process, first.split()[2], slow)
     process.kill()
     process.wait()
 
@@ -102,7 +111,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 
 @pytest.fixture
-def page(browser: Any, server: tuple[subprocess.Popen[str], str]) -> Iterator[Any]:
+def page(browser: Any, server: Server) -> Iterator[Any]:
     """A page that has just been opened. It may log no error and load nothing from elsewhere."""
     asked: list[str] = []
     errors: list[str] = []
@@ -110,17 +119,17 @@ def page(browser: Any, server: tuple[subprocess.Popen[str], str]) -> Iterator[An
     page.on("request", lambda request: asked.append(request.url))
     page.on("pageerror", lambda error: errors.append(str(error)))
     page.on("console", lambda message: message.type == "error" and errors.append(message.text))
-    page.goto(server[1])
+    page.goto(server.address)
     page.locator("#fe-make").wait_for()
     yield page
-    if page.url.startswith(server[1]):
+    if page.url.startswith(server.address):
         page.evaluate("localStorage.clear()")
     page.close()
-    assert asked and all(address.startswith(("blob:", server[1])) for address in asked), "nothing from elsewhere"
+    assert asked and all(address.startswith(("blob:", server.address)) for address in asked), "nothing from elsewhere"
     assert errors == []
 
 
-def test_a_visit(server: tuple[subprocess.Popen[str], str], page: Any, tmp_path: Path) -> None:
+def test_a_visit(server: Server, page: Any, tmp_path: Path) -> None:
     names = _one_click_gives_names(page)
     _names_are_kept_by_keyboard(page, names[1])
     _more_like_those_that_are_kept(page, names[1])
@@ -134,11 +143,11 @@ def test_a_visit(server: tuple[subprocess.Popen[str], str], page: Any, tmp_path:
     _several_cards_are_named(page)
     name_a_file_of_cards(page, tmp_path)
     replace_a_word(page)
-    _settings_are_reset(page, server[1])
-    a_request_ends_the_one_before(page)
+    _settings_are_reset(page, server.slow)
+    a_request_ends_the_one_before(page, server.slow)
     evil_settings_are_text(page)
     two_models_are_compared(page)
-    it_fits_a_phone_and_the_dark(page, server[1])
+    it_fits_a_phone_and_the_dark(page, server.address)
 
 
 def test_every_accordion_tab_and_button(page: Any) -> None:
@@ -188,8 +197,8 @@ def _requested(page: Any) -> str:
     return page.locator("#fe-status p").inner_text().rpartition("seed ")[2]
 
 
-def test_ctrl_c_closes_the_playground(server: tuple[subprocess.Popen[str], str], page: Any) -> None:
-    process, _ = server
+def test_ctrl_c_closes_the_playground(server: Server, page: Any) -> None:
+    process = server.process
     page.goto("about:blank")
     process.send_signal(signal.SIGINT)
     out, failed = process.communicate(timeout=60)
@@ -356,12 +365,14 @@ def _several_cards_are_named(page: Any) -> None:
     page.locator("#fe-side").wait_for(state="hidden")
 
 
-def _settings_are_reset(page: Any, url: str) -> None:
+def _settings_are_reset(page: Any, slow: Path) -> None:
     load(page, Settings(colors="R", mana_value=2, quality="best", count=100))
+    slow.touch()
     page.locator("#fe-make").click()
     page.wait_for_selector("#fe-status >> text=of 100 names")
     page.get_by_role("button", name="Stop").dblclick()
     page.wait_for_function("() => location.search.includes('quality=best')")
+    slow.unlink()
     assert 0 < len(texts(page)) < 100, "names that came before it stopped"
     page.get_by_role("button", name="Reset").click()
     page.wait_for_selector("#fe-status >> text=All settings are at their defaults")

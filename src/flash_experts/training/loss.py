@@ -149,9 +149,8 @@ class DistillationLoss(CausalLoss):
 class TopLogitsLoss(CausalLoss):
     """`DistillationLoss` from top-K logits that were cached while the teacher generated the names.
 
-    The divergence is over K + 1 outcomes: the K most likely tokens, and the rest of the vocabulary as one. What that
-    leaves out of the forward KL, the divergence within the rest, is estimated from the labels, which the teacher drew
-    (`rest_nats`). Other labels have the cross-entropy alone.
+    The divergence is over K + 1 outcomes: the K most likely tokens, and the rest of the vocabulary as one. Other labels
+    have the cross-entropy alone.
     """
 
     def __init__(self, smoothing: float, top_logits: TopLogits, weight: float, kl: Direction) -> None:
@@ -168,7 +167,7 @@ class TopLogitsLoss(CausalLoss):
         rows_L, self._rows_L = self._rows_L, None
         assert rows_L is not None and self.top_logits is not None, "prepare comes before each forward"
         log_probs_LV = logits_LV.float().log_softmax(-1)
-        label_nats_L = nats_L = -log_probs_LV.gather(1, targets_L[:, None])[:, 0]
+        nats_L = -log_probs_LV.gather(1, targets_L[:, None])[:, 0]
         if self.smoothing:
             nats_L = (1 - self.smoothing) * nats_L - self.smoothing * log_probs_LV.mean(-1)
         at = (rows_L >= 0).nonzero()[:, 0]
@@ -180,8 +179,6 @@ class TopLogitsLoss(CausalLoss):
         # Tokens that the student lacks belong to the rest: nearly impossible on both sides, they add nothing.
         student_LK, teacher_LK = (each.float().masked_fill(ids_LK < 0, _NEVER) for each in (student_LK, teacher_LK))
         divergence_L = top_divergence(student_LK, teacher_LK, self.kl)
-        if self.kl == "forward":
-            divergence_L = divergence_L + rest_nats(student_LK, label_nats_L[at], ids_LK, targets_L[at])
         return (nats_L.sum() - self.weight * nats_L[at].sum() + self.weight * divergence_L.sum()) / items
 
 
@@ -190,18 +187,6 @@ def top_divergence(student_LK: torch.Tensor, teacher_LK: torch.Tensor, kl: Direc
     student, teacher = (torch.cat([each, _log_rest(each)], dim=-1) for each in (student_LK, teacher_LK))
     first, second = (teacher, student) if kl == "forward" else (student, teacher)
     return (first.exp() * (first - second)).sum(-1)
-
-
-def rest_nats(
-    student_LK: torch.Tensor, label_nats_L: torch.Tensor, ids_LK: torch.Tensor, labels_L: torch.Tensor
-) -> torch.Tensor:
-    """Nats of each label among the rest of the vocabulary, (L,): ``-log p(label | not one of the K)``; 0 for the K.
-
-    For labels drawn by the teacher its mean is, up to a constant, the KL divergence within the rest, times the
-    teacher's probability of the rest. Rare words are learned here: most first words of a name are none of the K.
-    """
-    is_rest_L = (ids_LK != labels_L[:, None]).all(-1)
-    return (label_nats_L + _log_rest(student_LK)[:, 0]).where(is_rest_L, 0.0)
 
 
 def _log_rest(log_probs_LK: torch.Tensor) -> torch.Tensor:
