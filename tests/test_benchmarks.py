@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from flash_experts.benchmarks import attention, attention_baselines, everything, generate, moe, report, train
-from flash_experts.benchmarks.attention_problems import BatchProblem, DecodeProblem, PackedProblem, name_lengths
+from flash_experts.benchmarks.attention_problems import BatchProblem, DecodeProblem, PackedProblem, Trial, name_lengths
 from flash_experts.benchmarks.attention_tables import choices
 from flash_experts.benchmarks.report import Report, find_recorded, find_worse, machine_facts, main
 from flash_experts.benchmarks.timing import Implementation, Timing, peak_memory, relative_error, time_in_rounds
@@ -142,7 +142,7 @@ def test_a_wrong_result_is_detected(problem: Any, monkeypatch: pytest.MonkeyPatc
 
     def too_large(given: Any) -> Any:
         trial = attention_baselines._sdpa(torch.nn.attention.SDPBackend.MATH, given)
-        return attention.Trial(lambda q, k, v: trial.attend(1.2 * q, k, v), trial.inputs, trial.dout, trial.pick)
+        return Trial(lambda q, k, v: trial.attend(1.2 * q, k, v), trial.inputs, trial.dout, trial.pick)
 
     monkeypatch.setitem(attention_baselines.IMPLEMENTATIONS, "eager", too_large)
     assert row_of("sdpa_math")["right"] and not row_of("eager")["right"]

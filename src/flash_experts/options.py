@@ -22,10 +22,13 @@ class Option:
         group: Heading that it stands under in the help and on the page.
         label: Name on the page; None keeps the option off the page and out of shared settings.
         flag: Name on the command line, where it is not the field's.
-        page_bounds: As ``bounds``, for clients of a server; for a text its most characters, for a list its most entries
-            and their most characters.
+        bounds: Lowest and highest number.
+        page_bounds: The same for clients of a server, for whom it is narrower; for a text its most characters, for a
+            list its most entries and their most characters.
         slider: Lowest, highest and step of a slider on the page.
         hint: Line under the control.
+        placeholder: Example in an empty control.
+        labels: Names of the choices on the page.
     """
 
     help: str
@@ -65,6 +68,7 @@ def type_of(cls: Any, name: str) -> Any:
 
 
 def kind_of(cls: Any, name: str) -> Kind:
+    """The kind of value that an option takes."""
     hint = type_of(cls, name)
     if get_origin(hint) is Literal:
         return "choice"
@@ -73,6 +77,7 @@ def kind_of(cls: Any, name: str) -> Kind:
 
 
 def defaults_of(cls: Any) -> dict[str, Any]:
+    """The default of each field."""
     return {each.name: each.default for each in fields(cls)}
 
 

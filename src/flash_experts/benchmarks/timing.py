@@ -1,7 +1,8 @@
-"""Timing: implementations run in alternating rounds, which spreads slow moments of the machine; peak memory; errors.
+"""Timing: implementations run in alternating rounds, and the median of each is reported; peak memory; errors.
 
-On a GPU, CUDA events measure the time, and before each pass the L2 cache is overwritten: this flushes it and keeps the
-GPU busy while the host launches the pass. `Timing.call` includes the launch overhead of the host.
+Alternating spreads slow moments of the machine over all of them. On a GPU, CUDA events measure the time, and before
+each pass the L2 cache is overwritten: this flushes it and keeps the GPU busy while the host launches the pass, so that
+only GPU time is measured. `Timing.call` includes the launch overhead of the host.
 """
 
 from __future__ import annotations
@@ -23,14 +24,22 @@ Lap = Callable[[], None]
 
 
 _FLUSH_BYTES, _FLUSHES = 256 * 2**20, 4  # larger than any L2 cache; four times
+
+
 _MOST_REPEATS = 20  # passes of one implementation in one round, at most
+
+
 _CALLS = 10
 
 
 @dataclass(frozen=True, slots=True)
 class Implementation:
-    """An implementation to time: ``run`` runs one pass, and calls its argument at the end of each part; ``context`` is
-    around the passes of a round, and not timed."""
+    """An implementation to time.
+
+    Attributes:
+        run: runs one pass, and calls its argument at the end of each part.
+        context: context manager around the passes of a round, not timed.
+    """
 
     run: Callable[[Lap], object]
     context: Callable[[], AbstractContextManager[Any]] = nullcontext
@@ -38,8 +47,14 @@ class Implementation:
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """Medians over all passes in seconds: of each part, the whole, and a pass of several launched without
-    synchronization (None on a CPU); and the median of each round."""
+    """Medians over all passes, in seconds.
+
+    Attributes:
+        parts: time of each part of a pass.
+        total: time of a whole pass.
+        call: time per pass of several launched without synchronization; None on a CPU.
+        rounds: median of each round.
+    """
 
     parts: tuple[float, ...]
     total: float
@@ -52,6 +67,8 @@ class Timing:
 
 
 class Clock:
+    """Times passes on one device."""
+
     def __init__(self, device: torch.device):
         self.device = device
         self._flush: torch.Tensor | None = None
@@ -60,7 +77,7 @@ class Clock:
             self._flush = torch.empty(size, dtype=torch.int8, device=device)
 
     def parts(self, run: Callable[[Lap], object]) -> list[float]:
-        """The seconds of each part of one pass."""
+        """Measures the seconds of each part of one pass."""
         if self._flush is None:
             moments = [time.perf_counter()]
             run(lambda: moments.append(time.perf_counter()))
@@ -93,10 +110,13 @@ class Clock:
 def time_in_rounds(
     implementations: Mapping[str, Implementation], device: torch.device, rounds: int, seconds: float = 0.1
 ) -> dict[str, Timing]:
-    """Times implementations in alternating rounds after one for warm-up.
+    """Times implementations in alternating rounds. They must have run before, so that compilation is not timed.
 
-    They must have run before, so that compilation is not timed. ``seconds`` is for each over all rounds: at least one
-    pass per round, more if passes are short.
+    Args:
+        implementations: implementations by name.
+        device: device they run on.
+        rounds: number of rounds, after one for warm-up.
+        seconds: time of each implementation over all rounds: at least one pass per round, more if passes are short.
     """
     clock = Clock(device)
     parts: dict[str, list[list[float]]] = {name: [] for name in implementations}
@@ -129,6 +149,9 @@ class Deadline:
 
     def is_over(self) -> bool:
         return time.monotonic() > self.end
+
+
+# ---------------------------------------------------------------------------------------------------- memory and errors
 
 
 class _LiveTensors(TorchDispatchMode):
@@ -164,8 +187,10 @@ def _storages(tree: Any) -> Iterator[torch.UntypedStorage]:
 
 
 def peak_memory(run: Callable[[], object], device: torch.device) -> int:
-    """Peak memory of a call in bytes, beyond what was allocated before: the allocator's peak on a GPU, the largest sum
-    of live tensors on a CPU."""
+    """Measures the peak memory of a call in bytes, beyond what was allocated before.
+
+    On a GPU it is the allocator's peak; on a CPU the largest sum of live tensors.
+    """
     if device.type != "cuda":
         with _LiveTensors() as live:
             run()

@@ -112,7 +112,7 @@ def known_columns(headings: Iterable[str]) -> set[str]:
     """The known columns in a heading; ``"other"`` stands for columns of `_OTHER_COLUMNS`.
 
     Raises:
-        ValueError: two are called the name.
+        ValueError: two columns are called "name".
     """
     folded = [_folded(heading) for heading in headings]
     known = {column for column, spellings in _COLUMNS.items() if not set(spellings).isdisjoint(folded)}
@@ -262,7 +262,7 @@ def _color_letters(value: Any) -> str:
     """``"WU"`` of ``["U", "W"]``, ``"['W', 'U']"``, ``"White/Blue"``; ``"?"`` for unnamed ones ("multicolor").
 
     Raises:
-        ValueError: anything else.
+        ValueError: a value that is neither.
     """
     if isinstance(value, list):
         if not all(isinstance(letter, str) for letter in value):

@@ -44,8 +44,13 @@ class RawCard:
 
 @dataclass(frozen=True, slots=True)
 class CardSource:
-    """Raw cards and their provenance; the name is ``"embedded"``, a live source such as ``"scryfall"``, or the file's,
-    and ``unread`` has the counts of `Unread`."""
+    """Raw cards and their provenance.
+
+    Attributes:
+        name: ``"embedded"``, a live source such as ``"scryfall"``, or the file's name.
+        rows: cards in the source's order.
+        unread: counts of `Unread`.
+    """
 
     name: str
     version: str
@@ -55,13 +60,17 @@ class CardSource:
 
 
 class Unread:
-    """Counts values that could not be read, by column, with the first example of each (``file:line``), ready for JSON:
-    ``{"rarity": {"count": 3, "first": "mine.csv:7: 'Promo'"}}``."""
+    """Counts values that could not be read, by column, with the first example of each.
+
+    Attributes:
+        counts: e.g. ``{"rarity": {"count": 3, "first": "mine.csv:7: 'Promo'"}}``; ready for JSON.
+    """
 
     def __init__(self) -> None:
         self.counts: dict[str, dict[str, Any]] = {}
 
     def add(self, column: str, where: str, value: object) -> None:
+        """Counts one value of a column; ``where`` is its ``file:line``."""
         entry = self.counts.setdefault(column, {"count": 0, "first": f"{Path(where).name}: {str(value)[:50]!r}"})
         entry["count"] += 1
 
@@ -93,7 +102,7 @@ class Card:
         type_line: e.g. ``"Legendary Creature — Goblin Warrior"``; ``""`` if unknown.
         types: e.g. ``("Creature",)``; ``()`` if unknown.
         colors: letters in the order WUBRG; ``()`` is colorless, None unknown.
-        mana_value: total of the mana cost with X as 0; None without one, or if unknown.
+        mana_value: total of the mana cost with X as 0; None without a mana cost, or if unknown.
         source_id: ``"embedded:123"`` (row), ``"mine.csv:7"`` (line), or the source's id.
         rarity: one of `RARITIES`; None if unknown, as in the embedded table.
         set_code: set of one printing, e.g. ``"ZEN"``: MTGJSON gives the first, Scryfall the best-known one.
@@ -129,7 +138,11 @@ class Card:
 
     @classmethod
     def from_json(cls, fields: dict[str, Any], where: str) -> Card:
-        """The card of a prepared line; raises a ValueError with ``where``, its ``file:line``, if it is malformed."""
+        """The card of a prepared line; ``where`` is its ``file:line``, for errors.
+
+        Raises:
+            ValueError: a field is missing or has a wrong type.
+        """
         if not isinstance(fields, dict):
             raise ValueError(f"{where}: a card must be a JSON object, not {type(fields).__name__}")
         missing = [name for name in cls.__slots__ if name not in fields and name not in _OPTIONAL_FIELDS]
@@ -183,11 +196,12 @@ def in_color_order(letters: list[str] | tuple[str, ...] | set[str] | str) -> tup
 
 
 def parse_colors(text: str | None) -> tuple[str, ...] | None:
-    """Parses colors such as ``"WU"``, ``"white and blue"``, ``"{W}{U}"``, ``"colorless"`` and ``"C"`` into letters in
-    the order WUBRG; ``()`` for colorless, None for an empty text.
+    """Parses colors into letters in the order WUBRG; ``()`` for colorless, None for an empty text.
+
+    ``"R"``, ``"WU"``, ``"red"``, ``"white and blue"``, ``"{W}{U}"``, ``"colorless"`` and ``"C"`` are understood.
 
     Raises:
-        ValueError: another word (with a suggestion).
+        ValueError: a word is not a color (with a suggestion).
     """
     letter_of = {word: letter for letter, word in COLOR_WORDS.items()}
     words = [word for word in re.split(r"[\s,/{}&+]+|\band\b", (text or "").casefold()) if word]
@@ -244,8 +258,10 @@ def parse_date(text: str | None) -> str | None:
 
 @lru_cache(8192)  # 35,000 cards have 4,200 different type lines
 def split_type_line(type_line: str) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
-    """Splits one face's type line into supertypes, types and subtypes, without checking types or subtypes: ``"Legendary
-    Creature — Goblin Warrior"`` gives ``("Legendary",), ("Creature",), ("Goblin", "Warrior")``."""
+    """Splits one face's type line into supertypes, types and subtypes, without checking types or subtypes.
+
+    ``"Legendary Creature — Goblin Warrior"`` gives ``("Legendary",), ("Creature",), ("Goblin", "Warrior")``.
+    """
     line, *rest = _DASH.split(type_line, maxsplit=1)
     words = [_OLD_TYPES.get(word, word) for word in line.split()]
     supertypes = tuple(word for word in words if word in SUPERTYPES)

@@ -1,8 +1,9 @@
 """Real or generated: a classifier two-sample test of generated names, with two cross-validated classifiers.
 
-The weak one, a logistic regression on character n-grams, detects spelling only. The strong one, gradient boosting, also
-has bits under character n-gram models and the number, rarity and length of words. An area under the ROC curve (AUC) of
-0.5 is chance. A copy of the training set passes the weak one, so read it with the hit ratio of memorization.
+The weak classifier, a logistic regression on character n-grams, detects spelling only. The strong classifier, gradient
+boosting, also has bits under character n-gram models and the number, rarity and length of words. An area under the ROC
+curve (AUC) of 0.5 is chance; real names against other real names show the noise. A copy of the training set passes the
+weak classifier, so read the AUC together with the hit ratio of memorization.
 
 Shape suffixes: N names, F features.
 """
@@ -32,8 +33,12 @@ _FEWEST = 40  # names of each side, at least
 
 @dataclass(frozen=True, slots=True)
 class Separation:
-    """Separability of two lists of names: the AUC of logistic regression on character n-grams, and of gradient boosting
-    on n-gram bits, words, lengths and the weak classifier's score."""
+    """Separability of two lists of names.
+
+    Attributes:
+        weak: AUC of logistic regression on character n-grams.
+        strong: AUC of gradient boosting on n-gram bits, words, lengths and the weak classifier's score.
+    """
 
     names: int
     weak: Estimate
@@ -52,14 +57,22 @@ class Detector:
     """Classifies names as real or generated."""
 
     def __init__(self, train: Sequence[str], real: Sequence[str], seed: int = 0) -> None:
-        """Fits the features on training names, and keeps held-out names of the same families."""
+        """Fits the features.
+
+        Args:
+            train: training names, for the n-gram models and word counts.
+            real: held-out names of the same families, none of them in ``train``.
+        """
         self._models = [KneserNey(train, order) for order in _ORDERS]
         self._word_counts = Counter(word for name in train for word in words(name))
         self._real = list(real)
         self._seed = seed
 
     def detect(self, generated: Sequence[str]) -> Detection | None:
-        """Classifies generated names against equally many real ones; None for fewer than 40 generated or 80 real names.
+        """Classifies generated names against equally many real ones.
+
+        Returns:
+            None for fewer than 40 generated or 80 real names.
 
         Raises:
             ModuleNotFoundError: scikit-learn is not installed.
@@ -103,6 +116,7 @@ class Detector:
         return Separation(len(real), auc_estimate(weak_N, labels_N), auc_estimate(strong_N, labels_N))
 
     def _features(self, names: Sequence[str]) -> FloatArray:
+        """Computes features, (N, F)."""
         columns = [self._bits(model, names) for model in self._models]
         columns.append(np.array([self._of_words(name) for name in names]))
         return np.concatenate(columns, axis=1)
@@ -118,6 +132,7 @@ class Detector:
         return np.array(rows)
 
     def _of_words(self, name: str) -> list[float]:
+        """Computes counts and lengths of words, and how common they are."""
         found = words(name)
         counts = [self._word_counts[word] for word in found if word not in _SMALL_WORDS] or [0]
         lengths = [len(word) for word in found] or [0]
@@ -145,6 +160,7 @@ def _mean(estimates: Sequence[Estimate]) -> Estimate:
 
 
 def _grams(names: Sequence[str]) -> Any:
+    """Computes sparse TF-IDF features of character n-grams, with markers for BOS and EOS. It uses no labels."""
     from sklearn.feature_extraction.text import TfidfVectorizer
 
     grams = TfidfVectorizer(

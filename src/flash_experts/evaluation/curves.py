@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class CurvePoint:
+    """One point of a training curve."""
+
     step: int
     seconds: float | None
     tokens: int | None
@@ -31,9 +33,10 @@ class CurvePoint:
 
 
 def read_curve(path: Path) -> list[CurvePoint]:
-    """The points of a run's metrics.jsonl in the order of steps; empty if there is no such file.
+    """Reads the metrics.jsonl of a run as points in the order of steps; empty if there is no such file.
 
-    A validation without a time gets an interpolated one. Of a step repeated after a resume, the last values count.
+    Lines of validations may have no time: it is interpolated from the lines around. Of a step repeated after a resume,
+    the last values count.
     """
     points: dict[int, dict[str, Any]] = {}
     for record in read_untrusted_metrics(path):
@@ -52,10 +55,12 @@ def read_curve(path: Path) -> list[CurvePoint]:
 
 
 def _number(record: dict[str, Any], key: str) -> Any:
+    """Returns a value of a line if it is a finite number, else None."""
     return finite_number(record.get(key))
 
 
 def _seconds_at(step: int, timed: dict[int, float]) -> float | None:
+    """Interpolates the seconds of training at a step; None after the last timed step."""
     if step in timed:
         return timed[step]
     if not timed or step > max(timed):
@@ -71,7 +76,13 @@ PICTURES = (".png", ".svg", ".pdf")
 
 @dataclass(frozen=True, slots=True)
 class Panel:
-    """One pair of axes: ``name`` in the JSON, of lines with this ``event``, against their field ``x``."""
+    """One pair of axes.
+
+    Attributes:
+        name: key in the JSON.
+        event: event of the lines: train or validation.
+        x: field of the horizontal axis: step, tokens or seconds.
+    """
 
     name: str
     title: str
@@ -99,6 +110,8 @@ def _field(name: str) -> Callable[[Line], float | None]:
 
 
 _BITS = "validation bits per character"
+
+
 PANELS = (
     Panel("loss", "training loss", "train", "step", _field("loss")),
     Panel("lr", "learning rate", "train", "step", _field("lr")),
@@ -107,15 +120,19 @@ PANELS = (
     Panel("bits_per_token", _BITS, "validation", "tokens", _field(BITS_PER_CHAR)),
     Panel("bits_per_second", _BITS, "validation", "seconds", _field(BITS_PER_CHAR)),
 )
+
+
 _AXES = {"step": "optimizer steps", "tokens": "tokens", "seconds": "seconds of training"}
 
 
 def read_curves(runs: Sequence[str | Path]) -> dict[str, dict[str, Points]]:
-    """Reads the points of each panel by run name (or path, where two names are equal) from folders written by
-    ``train``, or metrics.jsonl files.
+    """Reads the points of each panel by run name (or path, where two names are equal).
+
+    Args:
+        runs: folders written by ``train``, or metrics.jsonl files.
 
     Raises:
-        ValueError: one does not exist, has a damaged line, or is given twice.
+        ValueError: a metrics.jsonl does not exist, has a damaged line, or a run is given twice.
     """
     found = [model_folder(run) or Path(run) for run in runs]
     paths = [path / METRICS_FILE if path.is_dir() else path for path in found]
@@ -136,6 +153,7 @@ def write_curves(curves: Mapping[str, Mapping[str, Points]], out: Path) -> None:
 
     Raises:
         ValueError: the suffix is not one of `PICTURES`, or matplotlib is missing.
+        OSError: the file cannot be written.
     """
     check_format(out)
     content = _picture(draw(curves), out.suffix[1:])

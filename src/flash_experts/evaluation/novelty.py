@@ -28,10 +28,11 @@ from flash_experts.evaluation.metrics import (
 
 @dataclass(frozen=True, slots=True)
 class Memorization:
-    """The hit ratio and its counts: the hit rate of training names / that of held-out names. 1 is no memorization; 10
-    means that nine of ten generated training names were memorized; None without hits.
+    """The hit ratio and its counts.
 
-    Use 10,000 samples or more.
+    Attributes:
+        ratio: hit rate of training names / hit rate of held-out names. 1 is no memorization; 10 means that nine of ten
+            generated training names were memorized. None without hits. Use 10,000 samples or more.
     """
 
     train_hits: int
@@ -40,10 +41,14 @@ class Memorization:
 
 
 def hit_ratio(samples: Set[str], train: Set[str], held_out: Set[str]) -> Memorization:
-    """Measures memorization by the hit ratio of names in `flash_experts.data.names.normal_form`.
+    """Measures memorization by the hit ratio.
 
-    Half a hit is added on each side (Haldane 1956); the interval is that of Katz et al. (1978). Held-out names must be
-    of the same families: others are hit less often, which looks like memorization.
+    Half a hit is added on each side (Haldane 1956). The interval is the normal approximation of the logarithm (Katz et
+    al. 1978).
+
+    Args:
+        samples: distinct generated names in `flash_experts.data.names.normal_form`.
+        held_out: unseen names of the same families; other families are hit less often, which looks like memorization.
     """
     held_out = held_out - train
     in_train, in_held_out = len(samples & train), len(samples & held_out)
@@ -55,6 +60,8 @@ def hit_ratio(samples: Set[str], train: Set[str], held_out: Set[str]) -> Memoriz
 
 
 IID = "test_iid"  # held-out names of the same families as the training names
+
+
 PER = 10_000  # names or words among which distinct ones are counted
 
 
@@ -64,12 +71,16 @@ class NameMetrics:
 
     Attributes:
         known: share that is a real card of any set, joke or franchise; None for real names.
-        near_known: share within 0.2 edits per character of a known card, or another card for real names.
+        in_train: share that is a training name.
+        near_known: share within 0.2 edits per character of a known card (another card, for real names).
+            Many real names are near another card.
         memorization: hit ratio; None for real names.
         distinct: distinct names / names.
-        distinct_names: expected distinct names in 10,000; None for fewer.
+        distinct_names: expected distinct names in 10,000; None for fewer. 10,000 for real names.
         distinct_words: expected distinct words in 10,000 words; None for fewer.
+        words: word counts, and the share of words that no training name has.
         length_divergence: Jensen-Shannon divergence from the lengths of real held-out names, in bits.
+        word_count_divergence: the same for the number of words.
     """
 
     names: int
@@ -88,7 +99,13 @@ class NameMetrics:
 
 @dataclass(frozen=True)
 class Reference:
-    """Real names to compare with; ``test_iid`` is of the training families, ``test`` of others."""
+    """Real names to compare with.
+
+    Attributes:
+        validation: reference for the lengths of names.
+        test: held-out cards of other families.
+        test_iid: held-out cards of the training families, the reference for memorization.
+    """
 
     train: tuple[Card, ...]
     validation: tuple[Card, ...]
@@ -122,7 +139,11 @@ class Reference:
         return normal_form(name) in self._known
 
     def measure(self, names: Sequence[str], *, real: bool = False) -> NameMetrics:
-        """Measures names, at least one; ``real`` marks those of real cards, which are not compared with themselves."""
+        """Measures names. ``real`` marks names of real cards, which are not compared with themselves.
+
+        Raises:
+            ValueError: there are no names.
+        """
         keys = [normal_form(name) for name in names]
         near = near_duplicates(keys, sorted(self._known), at_least=2 if real else 1)
         every_name = names_of((*self.train, *self.validation, *self.test, *self.test_iid)) if real else names
@@ -147,4 +168,5 @@ class Reference:
 
 
 def names_of(cards: Sequence[Card]) -> list[str]:
+    """Returns the names of cards."""
     return [card.name for card in cards]

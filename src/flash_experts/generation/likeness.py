@@ -33,7 +33,7 @@ def examples_of(text: str | Sequence[str]) -> list[str]:
     """The names in a list separated by ";" or ",": ``"Krenko, Mob Boss, Goblin Guide"`` are two, as Krenko is a card.
 
     Raises:
-        ValueError: there are none.
+        ValueError: the list has no name.
     """
     if not isinstance(text, str):
         found = [shown_form(name) for name in text]

@@ -1,7 +1,8 @@
 """`NameRequest`: everything that can be asked of a generator, each option declared once.
 
-Keyword arguments of `NameGenerator.generate`, options of ``flash-experts generate``, its YAML files and the playground
-all come from these fields, or from those of `Constraints` and `Sampling`.
+`NameGenerator.generate` takes these fields as keyword arguments, ``flash-experts generate`` and its YAML files as
+options, and the playground as controls and shared settings. To add one: a field here (or in `Constraints` or
+`Sampling`), its use, and its test.
 """
 
 from __future__ import annotations
@@ -34,10 +35,11 @@ def _override(name: str) -> Any:
 class NameRequest(Constraints):
     """One request for names: the card, how names are drawn, the rules that they follow, and how many.
 
-    None leaves an option open.
+    None leaves an option open. Each field's `Option` has its help text, bounds and label.
 
     Raises:
-        ValueError: a value is out of range, unknown, or contradicts another, a TypeError for an unknown option.
+        ValueError: a value is out of range, unknown, or contradicts another.
+        TypeError: an option is unknown.
     """
 
     type_line: str | None = option(
@@ -104,10 +106,18 @@ class NameRequest(Constraints):
         return by_quality[self.quality] if self.best_of is None else self.best_of
 
     def attributes(self) -> Attributes:
-        """The attributes of the card, without those that `like` adds; raises a ValueError for an unknown one."""
+        """The attributes of the card, without those that `like` adds.
+
+        Raises:
+            ValueError: a type, color, rarity, set or year is unknown.
+        """
         return Attributes.parse(self.type_line, self.colors, self.mana_value, self.rarity, self.set_code, self.released)
 
     def sampling(self) -> Sampling:
-        """The preset, with this request's own settings."""
+        """The preset, with this request's own settings.
+
+        Raises:
+            ValueError: the preset is unknown, or a setting is out of range.
+        """
         own = {each.name: getattr(self, each.name) for each in fields(Sampling)}
         return sampling_of(self.preset, self.presets, **own)

@@ -24,21 +24,29 @@ def stream_seed(seed: int, prompt_ids: Sequence[int]) -> int:
 def noise(seed: int, indices: Sequence[int], steps: int) -> torch.Tensor:
     """(len(indices), steps, 2) float64 uniform in [0, 1): row i depends on ``seed`` and ``indices[i]`` alone.
 
-    The second number of a step is for a token that has to be drawn again.
+    So a name depends neither on the batch composition nor on the device. The second number of a step is for a token
+    that has to be drawn again.
     """
     rows = [np.random.default_rng((seed, index)).random((steps, 2)) for index in indices]
     return torch.from_numpy(np.stack(rows))
 
 
 def draw(scores_BV: torch.Tensor, noise_B2: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draws one token per row with temperature, top-k, top-p and min-p; not with the repetition penalty.
+    """Draws one token per row with temperature, top-k, top-p and min-p.
 
     Rejection sampling avoids most sorting: a token is drawn from the whole vocabulary, and only rows whose token is not
-    a candidate draw again from their candidates. The distribution is the same. Draws invert the cumulative distribution
-    in the order of token ids, which does not change when rounding swaps nearly equal logits.
+    a candidate draw again from their candidates. The distribution is the same.
 
-    ``scores_BV`` are float32 logits, minus infinity where a token is forbidden, ``noise_B2`` uniform in [0, 1). Returns
-    (B,) int64 tokens, and (B,) bool: rows without any possible token.
+    Draws invert the cumulative distribution in the order of token ids, which does not change when rounding swaps nearly
+    equal logits: a name is the same with another batch size.
+
+    Args:
+        scores_BV: float32 logits, minus infinity where a token is forbidden.
+        noise_B2: uniform in [0, 1).
+        sampling: settings; the repetition penalty is ignored.
+
+    Returns:
+        (B,) int64 tokens, and (B,) bool: rows without any possible token.
     """
     dead_B = scores_BV.amax(-1) == -torch.inf
     probs_BV = (scores_BV if sampling.temperature == 1 else scores_BV / sampling.temperature).softmax(-1)
@@ -65,8 +73,10 @@ def _invert(probs_BK: torch.Tensor, noise_B: torch.Tensor) -> torch.Tensor:
 
 
 def _rejected(probs_BV: torch.Tensor, tokens_B: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor, torch.Tensor]:
-    """(B,) bool twice: drawn tokens that are certainly not candidates, and those for which only sorting can decide,
-    where top-p is a share of the top-k mass."""
+    """(B,) bool twice: drawn tokens that are certainly not candidates, and those for which only sorting can decide.
+
+    The latter occur where top-p is a share of the top-k mass, for which only bounds are known.
+    """
     own_B1 = probs_BV.gather(1, tokens_B[:, None])
     is_out_B = own_B1[:, 0] < sampling.min_p * probs_BV.amax(-1)
     is_unsure_B = torch.zeros_like(is_out_B)
@@ -86,8 +96,12 @@ def _rejected(probs_BV: torch.Tensor, tokens_B: torch.Tensor, sampling: Sampling
 
 
 def candidates(scores_BV: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The tokens that top-k, top-p and min-p keep: (B, K) float32 probabilities up to a factor per row, 0 for those
-    that are not kept, and (B, K) their token ids in ascending order, or None where K is V."""
+    """The tokens that top-k, top-p and min-p keep.
+
+    Returns:
+        (B, K) float32 probabilities up to a factor per row, 0 for tokens that are not kept, and (B, K) their token ids
+        in ascending order, or None where K is V.
+    """
     vocab_size = scores_BV.shape[-1]
     kept = top_k = min(sampling.top_k or vocab_size, vocab_size)
     if top_k == vocab_size and sampling.top_p < 1 and vocab_size > _FIRST_CANDIDATES:

@@ -29,9 +29,10 @@ _PART = 32  # names checked together
 
 @dataclass(frozen=True, slots=True)
 class GeneratedName:
-    """A new card name, as it would be printed.
+    """A new card name.
 
     Attributes:
+        text: the name as it would be printed.
         log_prob: log-probability of its tokens and the EOS token, in nats, independent of sampling and filters.
         nearest_card: the real card with the most similar name; None if the generator knows no names.
         similarity: 1 - edit distance to ``nearest_card`` / the longer length; under 1.
@@ -50,8 +51,15 @@ class GeneratedName:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Search:
-    """The settings of one search: ``processors`` are the filters of ``constraints`` and others; of ``best_of``
-    candidates per name returned, the reranker chooses."""
+    """The settings of one search.
+
+    Attributes:
+        prompt_ids: BOS token and prompt.
+        unconditional_ids: the same without attributes, for guidance.
+        processors: filters of ``constraints``, and others.
+        best_of: candidates drawn per name returned.
+        reranker: chooses among them.
+    """
 
     prompt_ids: Sequence[int]
     unconditional_ids: Sequence[int]
@@ -68,7 +76,11 @@ class NameSearch:
     """Finds the acceptable names of a seed's stream, in its order, independent of the batch size."""
 
     def __init__(self, model: PreTrainedModel, vocabulary: NameVocabulary, known: KnownNames, search: Search) -> None:
-        """Raises a ValueError if the prompt fills the model's context."""
+        """Prepares the search.
+
+        Raises:
+            ValueError: the prompt fills the model's context.
+        """
         self._model = model
         self._vocabulary = vocabulary
         self._known = known
@@ -81,8 +93,9 @@ class NameSearch:
         self._tried = self._tries_since_new = self._whole = 0
 
     def names(self, count: int) -> Iterator[GeneratedName]:
-        """The first ``count`` acceptable names as they are chosen, one after every ``best_of`` candidates; warns if
-        there are fewer.
+        """The first ``count`` acceptable names as they are chosen: one after every ``best_of`` candidates.
+
+        Warns if there are fewer.
 
         Raises:
             NoTokenLeftError: no name satisfies the constraints.

@@ -30,13 +30,17 @@ def load_config(source: str | Path) -> GPT2Config:
 def load_model(
     source: str | Path, device: str | torch.device | None = None, dtype: torch.dtype = torch.float32
 ) -> PreTrainedModel:
-    """Loads a causal language model in eval mode from a folder or hub id: ours, or a dense one of transformers, of
-    which GPT-2 gets our attention.
+    """Loads a causal language model in eval mode: ours, or a dense one of transformers.
 
-    Without ``device`` it is on CUDA if available, else the CPU.
+    A GPT-2 gets our attention and the fused form of its activation: the same numbers up to rounding.
+
+    Args:
+        source: folder that `save_pretrained` wrote, or a hub id.
+        device: target device; None is CUDA if available, else the CPU.
+        dtype: dtype to convert the weights to.
 
     Raises:
-        ValueError: it is missing, damaged, a pickle, not a causal LM, or CUDA is requested but not available.
+        ValueError: missing, damaged, a pickle, not a causal LM, or CUDA requested but not available.
     """
     target = resolve_device(device)
     config = load_config(source)
@@ -76,8 +80,11 @@ def load_dense(source: str | Path, dtype: torch.dtype = torch.float32) -> GPT2LM
 
 
 def resolve_device(device: str | torch.device | None) -> torch.device:
-    """The named device, or for None CUDA if available, else the CPU; raises a ValueError if it is unknown or not
-    available."""
+    """The named device, or for None CUDA if available, else the CPU.
+
+    Raises:
+        ValueError: the name is unknown, or CUDA is not available.
+    """
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -1,6 +1,7 @@
 """The options of the MoE layer and of upcycling, each declared once. Light to import.
 
-`GPT2MoEConfig`, `GPT2MoEForCausalLM.from_dense`, training's YAML files and ``flash-experts upcycle`` read them here.
+`GPT2MoEConfig`, `GPT2MoEForCausalLM.from_dense`, the YAML files of training and ``flash-experts upcycle`` read them
+here. To add one: a field here, its use, and its test.
 """
 
 from __future__ import annotations
@@ -15,8 +16,11 @@ EXPERTS = "The experts"  # heading of these options
 
 @dataclass
 class MoEOptions:
-    """What the MoE blocks of a model are, and how their load is balanced; the formulas are in
-    `flash_experts.models.router` and `flash_experts.models.moe_layer`."""
+    """What the MoE blocks of a model are, and how their load is balanced.
+
+    `flash_experts.models.router` has the formulas of ``routing`` and ``scoring_func``, `flash_experts.models.moe_layer`
+    those of the losses.
+    """
 
     num_experts: int = option(8, "E, experts per MoE layer", EXPERTS, bounds=(0, 10_000))
     num_experts_per_tok: int = option(

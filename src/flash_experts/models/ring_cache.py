@@ -1,8 +1,8 @@
 """A ring KV cache for continuous batching: rows that begin and end at different times.
 
-The first columns hold each row's prompt (shorter ones are masked), the others are a ring of the rows' own tokens: step
-t writes column t mod R of all rows. A finished row is replaced at once by a new one, which attends only to columns
-written since it began; nothing is moved or cleared.
+The first columns hold each row's prompt (shorter ones are masked), computed once. The row's own tokens go into a ring
+of columns: step t writes column t mod R of all rows. A finished row is replaced at once by a new one, which attends
+only to columns written since it began; nothing is moved or cleared.
 
 Shape suffixes: B rows, H key/value heads, P tokens of the longest prompt, R columns of the ring, K = P + R, C head dim.
 """
@@ -16,6 +16,8 @@ from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 _FIRST_COLUMNS = 16  # many names have fewer tokens; for longer ones the ring grows
+
+
 # Small steps, not doubling: every step of decoding reads all columns.
 _MORE_COLUMNS = 8
 
@@ -37,6 +39,7 @@ class _RingLayer(DynamicLayer):
         return self.write(key_states[:, :, 0], value_states[:, :, 0])
 
     def write(self, keys_BHC: torch.Tensor, values_BHC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `update`, without the dimension of length one."""
         assert self.keys is not None and self.values is not None
         self.keys[:, :, self.column] = keys_BHC
         self.values[:, :, self.column] = values_BHC
@@ -56,13 +59,18 @@ def _zeros(like_BHKC: torch.Tensor, num_rows: int, columns: int) -> torch.Tensor
 
 
 class RingCache(Cache):
-    """The ring KV cache (see the module); ``begun`` is the last step before each row's first own token."""
+    """The ring KV cache (see the module).
+
+    Attributes:
+        begun: last step before each row's first own token.
+    """
 
     def __init__(self, prompts: Sequence[DynamicCache], longest: int) -> None:
         """Rows that all begin at the next step.
 
-        ``prompts`` are their prompt caches (one row each, not changed; rows with equal prompts share the object);
-        ``longest`` is P, now or later.
+        Args:
+            prompts: each row's prompt cache (one row, not changed); rows with equal prompts share the object.
+            longest: P, length of the longest prompt of any row, now or later.
         """
         num_rows, layers = len(prompts), _layers(prompts[0])
         self._rings = [_RingLayer(layer, num_rows, longest + _FIRST_COLUMNS) for layer in layers]
@@ -78,7 +86,8 @@ class RingCache(Cache):
     def step(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """Makes room for one token per row.
 
-        Returns the attention mask (B, P + R), true at visible columns, and position ids (B, 1).
+        Returns:
+            Attention mask (B, P + R), true at visible columns, and position ids (B, 1).
         """
         self._now += 1
         if self._now - min(self.begun) > len(self._written):
@@ -99,12 +108,16 @@ class RingCache(Cache):
         return self._rings[layer].write(keys_BHC, values_BHC)
 
     def replace(self, rows: Sequence[int], prompts: Sequence[DynamicCache]) -> None:
-        """Gives finished rows to new names, whose first own token comes at the step after next."""
+        """Gives finished rows to new names, whose first own token comes at the step after next.
+
+        ``prompts`` are the prompt caches of these rows, as in `__init__`.
+        """
         for row in rows:
             self.begun[row] = self._now + 1
         self._put(rows, prompts)
 
     def select(self, rows: torch.Tensor) -> None:
+        """Keeps some rows, in this order."""
         kept = rows.tolist()
         self.begun = [self.begun[row] for row in kept]
         self._prompts = [self._prompts[row] for row in kept]

@@ -48,8 +48,8 @@ def write_model(out: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenize
     """Writes a model and its tokenizer into a folder atomically; other files there stay.
 
     Raises:
-        ValueError: the folder is not empty and ``overwrite`` is not given, a CheckpointError if it could not be
-            written; what was there is intact.
+        ValueError: the folder is not empty and ``overwrite`` is not given.
+        CheckpointError: it could not be written; what was there is intact.
     """
     weights = model.state_dict()
     write_folder(out, lambda folder: _save_model(folder, model, tokenizer, weights), overwrite)

@@ -20,13 +20,19 @@ _WORD = re.compile("Ġ[A-Z][a-z]+|[a-z]+")
 def trim_tokenizer(
     tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], keep_words: bool = False
 ) -> tuple[PreTrainedTokenizerFast, list[int]]:
-    """Reduces a byte-level BPE tokenizer (others raise a ValueError) to the tokens that some texts need, without
-    changing their tokenization.
+    """Reduces a byte-level BPE tokenizer to the tokens that some texts need; their tokenization does not change.
 
-    Returns it, and the old id of each of its ids, ascending: the embedding rows to keep.
+    Args:
+        tokenizer: byte-level BPE, as GPT-2's.
+        texts: texts whose tokens are kept.
+        keep_words: also keep the tokens of capitalized words and of parts of words, so that new words in names are not
+            split into smaller pieces than the model was trained on.
 
-    ``keep_words`` also keeps the tokens of capitalized words and of parts of words, so that new words in names are not
-    split into smaller pieces than the model was trained on.
+    Returns:
+        The new tokenizer, and the old id of each of its ids, ascending: the embedding rows to keep.
+
+    Raises:
+        ValueError: another kind of tokenizer.
     """
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ValueError("trimming needs a byte-level BPE tokenizer with a tokenizer.json, as GPT-2's")
@@ -70,6 +76,7 @@ def trim_tokenizer(
 
 
 def _renumber_template(processor: dict[str, Any] | None, new_id: dict[int, int]) -> None:
+    """Renumbers the special tokens in the post-processor's template."""
     if processor is not None and processor["type"] == "TemplateProcessing":
         for token in processor["special_tokens"].values():
             token["ids"] = [new_id[old] for old in token["ids"]]
@@ -77,10 +84,16 @@ def _renumber_template(processor: dict[str, Any] | None, new_id: dict[int, int])
 
 @torch.no_grad()
 def trim_vocabulary(model: PreTrainedModel, kept_ids: Sequence[int]) -> None:
-    """Shrinks a model's input and output embeddings from (V, D) to (W, D), in place; probabilities are renormalised.
+    """Shrinks a model's input and output embeddings from (V, D) to (W, D), in place.
 
-    ``kept_ids`` are the W old ids, in the order of the new ones (`trim_tokenizer`). Raises a ValueError for an id that
-    the model does not have, or a BOS, EOS or padding token that is not kept.
+    The logits of the kept tokens do not change, so their probabilities are renormalised.
+
+    Args:
+        model: causal language model, with tied embeddings or not.
+        kept_ids: the W old ids, in the order of the new ones (`trim_tokenizer`).
+
+    Raises:
+        ValueError: an id that the model does not have, or a BOS, EOS or padding token that is not kept.
     """
     before_VD, head = model.get_input_embeddings().weight, model.get_output_embeddings()
     assert isinstance(before_VD, torch.Tensor)

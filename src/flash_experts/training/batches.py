@@ -1,7 +1,8 @@
 """The dataloader: the names of a step are a pure function of (seed, step), so resuming needs no loader state.
 
-Each epoch shuffles the names, drops attributes of their prompts, and cuts them into batches of nearly equal numbers of
-tokens.
+A run is a sequence of stages (a curriculum; usually one), a stage a sequence of epochs. In each epoch the names are
+shuffled and the attributes of their prompts dropped at random, both from (seed, epoch). The shuffled names are cut into
+``steps_per_epoch`` batches of nearly equal numbers of tokens, with every name once and no small last batch.
 """
 
 from __future__ import annotations
@@ -27,8 +28,10 @@ ALL_NAMES = Stage("all", epochs=None)
 
 
 def split_evenly(lengths: Sequence[int], parts: int) -> list[range]:
-    """Cuts a sequence into ``parts`` consecutive non-empty ranges of nearly equal total length: ``split_evenly([5, 1,
-    1, 1, 4], 3) == [range(0, 1), range(1, 4), range(4, 5)]``."""
+    """Cuts a sequence into ``parts`` consecutive ranges of nearly equal total length, none of them empty.
+
+    ``split_evenly([5, 1, 1, 1, 4], 3) == [range(0, 1), range(1, 4), range(4, 5)]``
+    """
     assert 1 <= parts <= len(lengths), (parts, len(lengths))
     ends = np.fromiter(accumulate(lengths), dtype=np.int64)
     middles = ends - np.asarray(lengths) / 2
@@ -43,9 +46,13 @@ def split_evenly(lengths: Sequence[int], parts: int) -> list[range]:
 
 @dataclass(frozen=True, slots=True)
 class PlannedStage:
-    """A stage, and its place in the run: steps and epochs count from 0 through all stages.
+    """A stage, and its place in the run.
 
-    ``cards`` pass its filters; ``steps`` is None if it lasts until the run ends.
+    Attributes:
+        cards: cards that pass the stage's filters.
+        first_step: first optimizer step, from 0.
+        first_epoch: first epoch, counted through all stages.
+        steps: number of optimizer steps; None if the stage lasts until the run ends.
     """
 
     stage: Stage
@@ -59,8 +66,11 @@ class PlannedStage:
 class NameBatches:
     """The names of every optimizer step.
 
-    Attributes of their prompts are left out with probability ``attribute_dropout``, except of the names in
-    ``top_logits``, which a teacher generated.
+    Args:
+        tokens_per_batch: approximate number of tokens of a step.
+        attribute_dropout: probability that an attribute of a prompt is left out.
+        seed: random seed of the order and of attribute dropout.
+        top_logits: cached logits of a teacher for names that it generated; these keep their prompts.
 
     Raises:
         ValueError: there are no cards, or none passes the filters of a stage.
@@ -148,6 +158,7 @@ class NameBatches:
         return [names[one.start : one.stop] for one in split_evenly(_lengths(names), num_micro_batches)]
 
     def _encode(self, stage: Stage, cards: Sequence[Card], epoch: int) -> list[EncodedName]:
+        """The encoded names of an epoch in its order."""
         rng = random.Random(f"attributes/{self.seed}/{epoch}")
         attributes = [Attributes.of(card).drop(rng, self.attribute_dropout) for card in cards]
         if self.top_logits is not None:
@@ -198,4 +209,5 @@ def fitting_cards(
         raise ValueError(f"no training name fits into the model's {context} tokens: use a model with a longer context")
     if left_out:
         notify(f"left out, since prompt and name take more than the model's {context} tokens: {', '.join(left_out)}")
+
     return kept[0], kept[1]

@@ -28,8 +28,12 @@ from flash_experts.training.model_config import ModelConfig
 def build_model(
     base: str | None, config: ModelConfig, cards: Sequence[Card], seed: int
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Builds the model and tokenizer of a run, deterministically, from a folder or hub id, or anew if ``base`` is None;
-    the cards are for a new tokenizer or a trimmed vocabulary.
+    """Builds the model and tokenizer of a run, deterministically.
+
+    Args:
+        base: folder or hub id of a GPT-2, dense or MoE; None for a new model.
+        cards: training cards, for a new tokenizer or a trimmed vocabulary.
+        seed: random seed of new weights.
 
     Raises:
         ValueError: the base cannot be loaded, or the configuration is wrong or does not fit it.
@@ -65,7 +69,8 @@ def build_model(
 
 
 def _record_conditions(model: PreTrainedModel, cards: Sequence[Card]) -> None:
-    """Adds to the configuration the attributes of these cards that only some sources have."""
+    """Adds to the configuration the attributes of these cards that only some sources have: the model learns to be
+    conditioned on them."""
     before, now = read_conditions(model.config.to_dict()), collect_conditions(cards)
     if now:
         names = {**before, **now}
@@ -110,8 +115,12 @@ def _embeddings_from_teacher(
     tokenizer: PreTrainedTokenizerBase,
     teacher_tokenizer: PreTrainedTokenizerBase,
 ) -> None:
-    """Initializes the token embeddings with the first principal components of the teacher's, rescaled."""
+    """Initializes the token embeddings with the first principal components of the teacher's, rescaled.
+
+    They keep as much of the inner products between tokens as the new width can hold.
+    """
     ids = teacher_tokenizer.get_vocab()
+
     tokens = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
     with torch.no_grad():
         weight_VD = _embeddings(teacher).float()[[ids[token] for token, _ in tokens]]
@@ -132,6 +141,7 @@ def _embeddings(model: PreTrainedModel) -> torch.Tensor:
 
 
 def _set_dropout(model: PreTrainedModel, probability: float) -> None:
+    """Sets all dropout probabilities, in the modules and in the configuration that is saved."""
     model.config.resid_pdrop = model.config.embd_pdrop = model.config.attn_pdrop = probability
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):

@@ -143,8 +143,8 @@ class Checkpointer:
         """Restores the model and all registered objects from a checkpoint; arguments as in `Trainer.train`.
 
         Raises:
-            ValueError: ``resume`` is None, and there are checkpoints that a new run would overwrite, a
-                CheckpointError if the checkpoint is missing or damaged, or belongs to another model.
+            ValueError: ``resume`` is None, and there are checkpoints that a new run would overwrite.
+            CheckpointError: the checkpoint is missing or damaged, or belongs to another model.
         """
         if self._is_main:
             checkpoints.remove_leftovers(self.run_dir)

@@ -13,7 +13,10 @@ _VOCABULARY, _NEW = "The vocabulary", "A new model"
 
 @dataclass
 class ModelConfig(moe_options.MoEOptions, moe_options.UpcyclingOptions):
-    """The model. ``num_experts: 0`` trains a base as it is, without upcycling."""
+    """The model.
+
+    ``num_experts: 0`` trains a base as it is, without upcycling.
+    """
 
     upcycling: moe_options.Method = option("copy", moe_options.METHOD_HELP, "The experts")
     trim_vocabulary: bool = option(

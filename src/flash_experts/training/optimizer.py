@@ -21,6 +21,8 @@ from flash_experts.training.training_config import PARTS, LearningRateScale, Tra
 _BLOCK = re.compile(r"\bh\.(\d+)\.")
 _EMBEDDINGS = ("wte.weight", "wpe.weight")
 
+# ---------------------------------------------------------------------------------------------------- parameter groups
+
 
 def part_of(name: str) -> str:
     """The part of the model (`PARTS`) that a parameter belongs to. Shared experts get every token: they are dense."""
@@ -88,6 +90,8 @@ def make_optimizers(model: nn.Module, config: TrainingConfig) -> dict[str, torch
 
 
 class _Groups:
+    """Parameter groups, one for each distinct set of settings."""
+
     def __init__(self) -> None:
         self._groups: dict[tuple[object, ...], dict[str, Any]] = {}
 
@@ -109,6 +113,9 @@ def _is_matrix(name: str, parameter: nn.Parameter) -> bool:
 def _is_hidden_matrix(name: str, parameter: nn.Parameter) -> bool:
     """Whether Muon is for it. Routers and embeddings are tables of vectors, not maps between spaces."""
     return _is_matrix(name, parameter) and part_of(name) != "router" and _BLOCK.search(name) is not None
+
+
+# ----------------------------------------------------------------------------------------- learning rates of the parts
 
 
 def _scales(model: nn.Module, config: TrainingConfig) -> dict[str, float]:
@@ -138,11 +145,21 @@ def part_rates(scale: LearningRateScale, rate: float) -> dict[str, float]:
     return {f"lr/{part}": rate * factor for part, factor in scales.items()}
 
 
+# ------------------------------------------------------------------------------------------------------------ schedule
+
+
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """Learning-rate warmup, for steps (1 or more) or a share of the run (under 1), then decay to ``min_ratio`` of the
-    peak, by steps or by the clock: cosine, linear, constant or wsd (warmup-stable-decay, in the last ``decay_share`` of
-    the run)."""
+    """Learning-rate warmup, then decay to ``min_ratio`` of the peak, by steps or by the clock.
+
+    Attributes:
+        kind: cosine, linear, constant or wsd (warmup-stable-decay).
+        warmup: steps (1 or more) or share of the run (under 1).
+        min_ratio: last rate over the peak.
+        planned_steps: steps of the whole run; None for no limit.
+        planned_seconds: seconds of the whole run; None for no limit.
+        decay_share: last share of the run, in which wsd decays.
+    """
 
     kind: str
     warmup: float
@@ -167,8 +184,10 @@ class Schedule:
     def progress(self, step: int, seconds: float, evaluation_seconds: float = 0.0) -> float:
         """Share of the training that is done, 0 to 1, by the nearer limit.
 
-        ``seconds`` since the start include the first validation's ``evaluation_seconds``; as much is reserved for the
-        last one.
+        Args:
+            step: optimizer steps done.
+            seconds: time since the run started, its first validation included.
+            evaluation_seconds: time of that validation; as much is reserved for the last one.
         """
         by_steps = 0.0 if self.planned_steps is None else step / self.planned_steps
         by_clock = 0.0
@@ -202,9 +221,15 @@ class Schedule:
         return self.min_ratio + (1 - self.min_ratio) * heights[self.kind]
 
 
+# ---------------------------------------------------------------------------------------- average of the weights (EMA)
+
+
 class WeightAverage:
-    """Exponential moving average (EMA) of the trained weights: ``a = d a + (1 - d) w`` after each step, with ``d =
-    min(decay, (1 + n) / (10 + n))`` after n steps, so that the first, bad weights are soon forgotten."""
+    """Exponential moving average (EMA) of the trained weights: ``a = d a + (1 - d) w`` after each step.
+
+    ``d = min(decay, (1 + n) / (10 + n))`` after n steps, so that the first, bad weights are soon forgotten (the warmup
+    of TensorFlow's ExponentialMovingAverage). About the last 1 / (1 - decay) steps count.
+    """
 
     def __init__(self, model: nn.Module, decay: float):
         self._decay = decay
@@ -248,6 +273,7 @@ class WeightAverage:
         if state.keys() != self._averages.keys():
             first = sorted(state.keys() ^ self._averages.keys())[0]
             raise ValueError(f"the averages are for other weights: {first} differs")
+
         for name, average in self._averages.items():
             if state[name].shape != average.shape:
                 raise ValueError(f"the average of {name} has another shape")

@@ -1,6 +1,6 @@
 """Experiment trackers: accelerate's classes behind the hooks of a run, with panels ``train/``, ``eval/``, ``router/``.
 
-If one fails, training goes on without it, and metrics.jsonl has everything.
+A tracker never ends a run: if it fails, training goes on without it, and metrics.jsonl has everything.
 """
 
 from __future__ import annotations
@@ -28,11 +28,15 @@ _MOST_BINS = 512  # of a histogram in wandb
 
 
 def make_tracker(name: str, run_dir: Path, step: int, notify: Callable[[str], None]) -> Callback | None:
-    """The tracker ``name`` of `training_config.TrackerName`, for a run with ``step`` optimizer steps done; None for
-    "none", or with a warning if its package is not installed.
+    """The tracker ``name`` of `training_config.TrackerName`; None for "none", or if its package is not installed,
+    with a warning.
+
+    Args:
+        step: optimizer steps that are done already.
+        notify: shows a line to the user.
 
     Raises:
-        ValueError: a wrong ``WANDB_MODE``.
+        ValueError: ``WANDB_MODE`` is not one of wandb's modes.
     """
     if name == "none":
         return None
@@ -43,6 +47,9 @@ def make_tracker(name: str, run_dir: Path, step: int, notify: Callable[[str], No
         return Wandb(run_dir, step, notify, wandb_mode(notify))
     kind = {"tensorboard": TensorBoard, "mlflow": Mlflow}.get(name)
     return Tracker(name, run_dir, step, notify) if kind is None else kind(name, run_dir, step, notify)
+
+
+# -------------------------------------------------------------------------------------------------------------- panels
 
 
 def by_layer(metrics: Mapping[str, float]) -> tuple[dict[int, list[float]], dict[int, dict[str, float]]]:
@@ -82,6 +89,9 @@ def flat(info: Mapping[str, object], prefix: str = "") -> dict[str, Any]:
             is_plain = value is None or isinstance(value, (str, int, float))
             found[prefix + name] = value if is_plain else json.dumps(value, default=str)
     return found
+
+
+# ------------------------------------------------------------------------------------------------------------ trackers
 
 
 class Tracker(Callback):
@@ -142,6 +152,7 @@ class Tracker(Callback):
             self._notify(f"{problem}: training continues without it, {METRICS_FILE} has all metrics")
 
     def _start(self, run_name: str, run_info: Mapping[str, object]) -> GeneralTracker:
+        """Starts accelerate's tracker, with the configuration of the run."""
         kind = LOGGER_TYPE_TO_CLASS[self.name]
         arguments: dict[str, dict[str, Any]] = {
             "aim": {"logging_dir": str(self.run_dir)},
@@ -182,8 +193,9 @@ class Tracker(Callback):
 class Wandb(Tracker):
     """Weights & Biases, online with an API key and offline without one; never interactive.
 
-    It writes to ``$WANDB_DIR/wandb`` or ``wandb``. A resumed run has the id in ``wandb_id.txt``: online it continues
-    the same run of wandb; offline it is another folder of the same id, and one `wandb sync` of all appends each.
+    It writes to ``$WANDB_DIR/wandb``, or ``wandb`` in the current directory. A resumed run has the id in
+    ``wandb_id.txt``: online it continues the same run of wandb, which ignores steps that it has; offline it is another
+    folder of the same id, and one `wandb sync` of all of them appends each to the one before.
     """
 
     def __init__(self, run_dir: Path, step: int, notify: Callable[[str], None], mode: str):
@@ -288,10 +300,8 @@ class TensorBoard(Tracker):
 
 
 class Mlflow(Tracker):
-    """MLflow, in its local store or that of ``MLFLOW_TRACKING_URI``.
-
-    A resumed run has the id in ``mlflow_run_id.txt``, and keeps its first configuration, which MLflow does not change.
-    """
+    """MLflow, in its local store or that of ``MLFLOW_TRACKING_URI``. A resumed run continues the same run of MLflow, by
+    the id in ``mlflow_run_id.txt``, and keeps its first configuration, which MLflow does not change."""
 
     def _start(self, run_name: str, run_info: Mapping[str, object]) -> GeneralTracker:
         import mlflow
@@ -313,4 +323,5 @@ def _one_line(error: Exception) -> str:
 
 
 def _shown(path: Path) -> str:
+    """A path as it is shown: relative to the current directory, if it is below it."""
     return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)

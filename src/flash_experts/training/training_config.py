@@ -1,4 +1,7 @@
-"""The configuration of a run, whose Args are the help texts of ``flash-experts train``, and its stages."""
+"""The training configuration (hyperparameters, schedules, limits), and the stages of a curriculum.
+
+The Args of `TrainingConfig` are the help texts of ``flash-experts train``.
+"""
 
 from __future__ import annotations
 
@@ -167,7 +170,11 @@ class TrainingConfig:
         return asdict(self) | {"betas": list(self.betas)}
 
     def validate(self) -> None:
-        """Checks every field; raises a ValueError with all problems."""
+        """Checks every field.
+
+        Raises:
+            ValueError: a message with all problems.
+        """
         problems = [*self._number_problems(), *self._choice_problems()]
         if self.stages is not None:
             problems += stage_problems(self.stages)
@@ -254,6 +261,9 @@ def default_run_name(settings_file: str | Path = "train") -> str:
     return f"{date.today()}-{Path(settings_file).stem}"
 
 
+# ---------------------------------------------------------------------------------------------------------- curriculum
+
+
 @dataclass(frozen=True)
 class Stage:
     """A stage of a curriculum. A name must pass all filters; a filter that is null passes all names.
@@ -280,6 +290,7 @@ class Stage:
     order: Literal["shuffled", "length"] = "shuffled"
 
     def takes(self, card: Card) -> bool:
+        """Whether a card passes the filters."""
         length = len(card.name)
         return (
             (self.types is None or not set(self.types).isdisjoint(card.types))
@@ -289,7 +300,11 @@ class Stage:
         )
 
     def choose(self, cards: Sequence[Card]) -> list[Card]:
-        """The cards that pass the filters, in their order; raises a ValueError if none does."""
+        """The cards that pass the filters, in their order.
+
+        Raises:
+            ValueError: no card passes.
+        """
         chosen = [card for card in cards if self.takes(card)]
         if chosen:
             return chosen

@@ -25,9 +25,15 @@ SELECTION = f"{BITS_PER_CHAR}_mean"
 
 
 class Validation:
-    """A fixed draw of ``max_names`` validation names by ``seed`` (None for all), packed once.
+    """A fixed draw of validation names, packed once.
 
-    ``process`` is the rank of this process and the number of processes, among which the batches are shared.
+    Args:
+        max_names: names to score, drawn by ``seed``; None for all.
+        tokens_per_row: most tokens of a packed batch.
+        process: rank of this process and number of processes, among which the batches are shared.
+
+    Attributes:
+        sha256: hash of the names that are scored and their prompts.
     """
 
     def __init__(
@@ -98,8 +104,11 @@ class Validation:
 
 
 def share_of_batches(batches: Sequence[PackedBatch], rank: int, world: int) -> list[tuple[PackedBatch, bool]]:
-    """Every ``world``-th batch from ``rank`` on, each with whether it counts: all processes get equally many, since
-    with sharded weights all must take part in each forward."""
+    """Every ``world``-th batch from ``rank`` on, each with whether it counts.
+
+    All processes get equally many, since with sharded weights all must take part in each forward: one that has no batch
+    left computes the first again, uncounted.
+    """
     share = [(batches[index], True) for index in range(rank, len(batches), world)]
     rounds = -(-len(batches) // world)
     return share + [(batches[0], False)] * (rounds - len(share))

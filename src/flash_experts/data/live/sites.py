@@ -136,8 +136,8 @@ def read_live(name: str, downloader: Downloader | None = None, now: datetime | N
     """Loads the cards of a live source, one of `SITES`; ``now`` has a time zone.
 
     Raises:
-        ValueError: they are available neither from the network nor from the cache, an OSError if the cache cannot
-            be written.
+        ValueError: they are available neither from the network nor from the cache.
+        OSError: the cache cannot be written.
     """
     require(f"--source {name}", "httpx", "ijson")
     site, now = SITES[name], now or datetime.now(UTC)

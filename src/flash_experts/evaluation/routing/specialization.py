@@ -26,19 +26,28 @@ import numpy as np
 import numpy.typing as npt
 
 FloatArray = npt.NDArray[np.float64]
+
+
 IntArray = npt.NDArray[np.int64]
+
+
 SHUFFLES = 199
+
+
 SIGNIFICANT = 0.05
+
+
 # Smaller groups are left out: their shares are noise.
 FEWEST_TOKENS, FEWEST_NAMES = 20, 10
 
 
 @dataclass(frozen=True, slots=True)
 class LabelSet:
-    """A label for each token: its group, -1 for none.
+    """A label for each token.
 
-    ``shuffled`` is the unit of shuffling: ``names`` (all tokens of a name share a label), ``within names`` or
-    ``tokens``.
+    Attributes:
+        label_T: group of each token, -1 for none.
+        shuffled: unit of shuffling: ``names`` (all tokens of a name share a label), ``within names`` or ``tokens``.
     """
 
     title: str
@@ -51,8 +60,11 @@ class LabelSet:
 class Specialization:
     """Dependence between the experts of one layer and one label.
 
-    ``share`` of the choices that went to each expert is by group; ``marks`` are 1 (more than chance), -1 (less) or 0,
-    all 0 if the table is not significant.
+    Attributes:
+        share: share of the choices that went to each expert, by group.
+        marks: 1 (more than chance), -1 (less) or 0, by group and expert; all 0 if the table is not significant.
+        shuffled: mean information of the shuffles.
+        shuffled_high: 95% quantile of the shuffles.
     """
 
     title: str
@@ -68,9 +80,11 @@ class Specialization:
 
     @property
     def is_specialized(self) -> bool:
+        """Whether the dependence is significant."""
         return self.p_value <= SIGNIFICANT
 
     def to_json(self) -> dict[str, Any]:
+        """Returns plain values, ready for json.dumps."""
         return {name: getattr(self, name) for name in self.__slots__} | {"is_specialized": self.is_specialized}
 
 
@@ -93,9 +107,16 @@ def specializations(
     shuffles: int = SHUFFLES,
     seed: int = 0,
 ) -> list[Specialization]:
-    """Tests every label against the experts of every layer; labels with fewer than two large groups are left out.
+    """Tests every label against the experts of every layer.
 
-    The smallest p-value is 1 / (B + 1).
+    Args:
+        labels: labels; those with fewer than two large groups (`FEWEST_TOKENS`, `FEWEST_NAMES`) are left out.
+        chosen_LTE: (T, E) of each layer, true where the token goes to the expert.
+        name_T: name of each token, ascending.
+        shuffles: B; the smallest p-value is 1 / (B + 1).
+
+    Returns:
+        All layers of each remaining label, in the order of both.
     """
     if not blocks:
         return []
@@ -188,7 +209,10 @@ def _standardized(values: FloatArray) -> FloatArray:
 
 
 def _marks(table: FloatArray) -> IntArray:
-    """Marks significant shares of counts (B + 1, G, L, E) with 1 or -1, others with 0. Returns (G, L, E)."""
+    """Marks significant cells of counts (B + 1, G, L, E) with 1 or -1, others with 0. Returns (G, L, E).
+
+    It tests shares, since a group's number of tokens changes with the names that a shuffle gives it.
+    """
     z = _standardized(table / np.maximum(table.sum(-1, keepdims=True), 1.0))
     limit = np.quantile(np.abs(z[1:]).max(axis=(1, 2, 3)), 0.95)
     return np.where(np.abs(z[0]) > limit, np.sign(z[0]), 0).astype(np.int64)

@@ -9,8 +9,8 @@ To write your own, define the state of a name and the tokens that a state forbid
         def rule(self, name): return "no e" if len(name.split()) < 2 else None
         def forbidden(self, rule): return self.vocabulary.where(lambda text: "e" in text)
 
-Pass the class to ``NameGenerator.generate(filters=[NoLetter])``. ``rule`` is called once per row and step, so keep it
-fast; ``forbidden`` once per distinct rule.
+Pass the class to ``NameGenerator.generate(filters=[NoLetter])``; examples/extending/custom_filter.py runs two.
+``rule`` is called once per row and step, so keep it fast; ``forbidden`` once per distinct rule, and cached.
 
 Shape suffixes: B batch rows, T tokens of prompt and name, V tokens of the vocabulary.
 """
@@ -76,8 +76,15 @@ class NameFilter(LogitsProcessor, ABC):
         return scores + torch.stack([self._penalty_of(rule, scores) for rule in rules])
 
     def mask(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """(B, V) logits with forbidden tokens at minus infinity, possibly all of a row, for ids (B, T) int64 of prompt
-        and name; raises a ValueError if V is not the vocabulary's size."""
+        """(B, V) logits with forbidden tokens at minus infinity; possibly all tokens of a row.
+
+        Args:
+            input_ids: (B, T) int64, prompt and name so far.
+            scores: (B, V) logits; not changed in place.
+
+        Raises:
+            ValueError: V is not the vocabulary's size.
+        """
         if scores.shape[-1] != self.vocabulary.size:
             raise ValueError(
                 f"the scores have {scores.shape[-1]} tokens but the vocabulary {self.vocabulary.size}: make it "
@@ -86,11 +93,15 @@ class NameFilter(LogitsProcessor, ABC):
         return self.apply(self.vocabulary.names(input_ids, self.prompt_length), scores)
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """As `mask`, for ``model.generate``; raises `NoTokenLeftError` for a row without a token, which would be
-        NaN."""
+        """As `mask`, for ``model.generate``.
+
+        Raises:
+            NoTokenLeftError: a row has no token left, which ``model.generate`` would turn into NaN.
+        """
         return self._checked(input_ids, scores, self.mask(input_ids, scores))
 
     def _checked(self, input_ids: torch.Tensor, scores: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
+        """``masked``, if it leaves each row a token."""
         if masked is not scores:
             dead_B = (masked == -torch.inf).all(dim=-1)
             if dead_B.any():
@@ -120,6 +131,7 @@ class NameFilter(LogitsProcessor, ABC):
         return penalty
 
     def _eos_only(self) -> torch.Tensor:
+        """(V,) bool: the EOS token alone."""
         mask = torch.zeros(self.vocabulary.size, dtype=torch.bool)
         mask[self.vocabulary.eos_id] = True
         return mask
@@ -132,6 +144,7 @@ class AllOf(NameFilter):
     """
 
     def __init__(self, filters: Sequence[NameFilter]) -> None:
+        """Takes one or more filters of the same vocabulary and prompt length."""
         super().__init__(filters[0].vocabulary, filters[0].prompt_length)
         self.joined = [one for one in filters if type(one).apply is NameFilter.apply]
         self.others = [one for one in filters if type(one).apply is not NameFilter.apply]
@@ -155,8 +168,10 @@ class AllOf(NameFilter):
 
 
 class KnownNameFilter(NameFilter):
-    """Novelty by construction: the EOS token is forbidden while the normal form of the text is that of a known name, so
-    the name must continue."""
+    """Novelty by construction: the EOS token is forbidden while the text is a known name, so the name must continue.
+
+    Texts are compared in normal form, so another tokenization, case, accents or punctuation make no difference.
+    """
 
     def __init__(self, vocabulary: NameVocabulary, prompt_length: int, known: Collection[str]) -> None:
         """Takes the *normal forms* of known names (`flash_experts.data.names.normal_form`), as a set for speed."""
