@@ -107,6 +107,7 @@ def replace_a_word(page: Any) -> None:
     page.wait_for_selector("#fe-status >> text=/^1 names?/")
     page.locator("#fe-table [data-name^='Storm of'].fe-name").first.click()
     page.wait_for_selector("#fe-panel [data-key='word 0'] >> text=Storm")
+    page.wait_for_function("document.activeElement.id === 'fe-looked'")  # the card takes the focus when it opens
     rest = page.locator("#fe-looked").inner_text().removeprefix("Storm")
     page.locator("#fe-panel [data-key='word 0']").focus()
     page.keyboard.press("Enter")

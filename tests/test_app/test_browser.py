@@ -49,16 +49,18 @@ BASE = Path(__file__).parent.parent.parent / "models/mtg-base"
 # `flash-experts serve`, whose decoding steps take 0.2 s more while a file exists: what a test stops is then still
 # running, however slow the browser is.
 SERVE = """
-import sys, time
+import runpy, sys, time
 from pathlib import Path
-from flash_experts.cli import main
+from transformers.utils import logging
 from flash_experts.generation import decoding
-slow, draw = Path(sys.argv[1]), decoding.draw
+logging.disable_progress_bar()  # as the command does before its imports
+slow, draw = Path(sys.argv.pop(1)), decoding.draw
 def slow_draw(*arguments):
     time.sleep(0.2 if slow.exists() else 0)
     return draw(*arguments)
 decoding.draw = slow_draw
-sys.exit(main(["serve", *sys.argv[2:]]))
+sys.argv.insert(1, "serve")
+runpy.run_module("flash_experts.cli", run_name="__main__")
 """
 
 pytestmark = [

@@ -2,7 +2,8 @@
 
 The training text is ``<|endoftext|> + prompt + " " + name + <|endoftext|>`` (BOS, prompt, name, EOS), with the loss on
 the name and its EOS alone. A batch is one packed sequence, laid out as by transformers' ``DataCollatorWithFlattening``:
-positions start again at each name, so there is no padding and no mask. The EOS token is never an input.
+positions start again at each name, so there are no padding tokens and no padding mask. The EOS token is a label and
+never an input.
 
 Shape suffixes: T tokens of the packed sequence, L labels, N names.
 """
@@ -25,9 +26,10 @@ from flash_experts.data.prompts import Attributes
 
 @dataclass(frozen=True, slots=True)
 class EncodedName:
-    """One name as token ids: BOS, prompt, name, EOS.
+    """One name as token ids.
 
     Attributes:
+        ids: BOS, prompt, name, EOS.
         prompt_length: number of ids before the name, BOS included.
         characters: characters of the name plus one for EOS.
         top_row: row of its first label in a teacher's `TopLogits`; -1 without a teacher.
@@ -75,6 +77,11 @@ class PackedBatch:
         return self.characters.numel()
 
     @property
+    def num_tokens(self) -> int:
+        """T, the tokens that the model processes."""
+        return self.input_ids.numel()
+
+    @property
     def inputs(self) -> dict[str, Any]:
         """Arguments of a causal LM's forward, whose logits are (1, L, vocabulary)."""
         return {
@@ -89,8 +96,12 @@ class PackedBatch:
         }
 
     def inputs_with_loss(self, num_items: int | torch.Tensor) -> dict[str, Any]:
-        """`inputs` plus labels: the forward's ``.loss`` is the summed cross-entropy (nats) divided by ``num_items``,
-        the labels of the whole optimizer step over all micro-batches and processes."""
+        """`inputs` plus labels: the forward's ``.loss`` is the summed cross-entropy (nats) divided by ``num_items``.
+
+        Args:
+            num_items: labels of the whole optimizer step over all micro-batches and processes, so that the losses of
+                gradient accumulation add up to that of one large batch.
+        """
         return self.inputs | {
             "labels": self.labels[None],
             "shift_labels": self.labels[None],
@@ -98,6 +109,7 @@ class PackedBatch:
         }
 
     def to(self, device: torch.device | str) -> PackedBatch:
+        """Copies the batch to a device."""
         moved: dict[str, Any] = {
             name: value.to(device, non_blocking=True)
             for name in self.__slots__
@@ -221,10 +233,9 @@ def pack_all(names: Sequence[EncodedName], tokens_per_batch: int) -> list[Packed
 
 
 def name_nats(model: nn.Module, batch: PackedBatch) -> torch.Tensor:
-    """Negative log-likelihood in nats of each name of a packed sequence, EOS token included: (N,) float32, of the
-    tokenizer's one tokenization, so an upper bound.
+    """Negative log-likelihood in nats of each name of a packed sequence, EOS token included: (N,) float32.
 
-    The model must use ``fe_attention``.
+    Of the tokenizer's one tokenization, so an upper bound. The model must use ``fe_attention``.
     """
     logits_LV = model(**batch.inputs).logits[0]
     nats_L = functional.cross_entropy(logits_LV.float(), batch.labels, reduction="none")
