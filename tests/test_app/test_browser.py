@@ -46,6 +46,8 @@ FLAGS = (
     "--disable-component-update --disable-sync"
 ).split()
 BASE = Path(__file__).parent.parent.parent / "models/mtg-base"
+# What Gradio logs where a page is left (reloaded, closed) while one of its streams is open: `beforeunload` aborts it.
+LEFT = ("AbortError: signal is aborted without reason", "Connection errored out.")
 # `flash-experts serve`, whose decoding steps take 0.2 s more while a file exists: what a test stops is then still
 # running, however slow the browser is.
 SERVE = """
@@ -128,7 +130,7 @@ def page(browser: Any, server: Server) -> Iterator[Any]:
         page.evaluate("localStorage.clear()")
     page.close()
     assert asked and all(address.startswith(("blob:", server.address)) for address in asked), "nothing from elsewhere"
-    assert errors == []
+    assert [error for error in errors if not any(each in error for each in LEFT)] == []
 
 
 def test_a_visit(server: Server, page: Any, tmp_path: Path) -> None:
