@@ -11,33 +11,47 @@ import sys
 import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from importlib import import_module
 from typing import Any, cast
 
 from jsonargparse import Namespace
 
+from flash_experts.commands import (
+    benchmark,
+    compare,
+    completion,
+    configs,
+    evaluate,
+    export,
+    fetch_teacher,
+    generate,
+    inspect,
+    plot,
+    prepare,
+    serve,
+    train,
+    upcycle,
+)
 from flash_experts.commands.common import shortened
 from flash_experts.ctrl_c import CtrlC
 from flash_experts.kernels.cpu_memory import keep_freed_memory
 from flash_experts.plain_text import did_you_mean, one_line, say
 
-_NAMES = (
-    "prepare",
-    "fetch-teacher",
-    "upcycle",
-    "export",
-    "train",
-    "evaluate",
-    "compare",
-    "inspect",
-    "generate",
-    "serve",
-    "plot",
-    "benchmark",
-    "configs",
-    "completion",
-)
-COMMANDS = {name: import_module(f"flash_experts.commands.{name.replace('-', '_')}") for name in _NAMES}
+COMMANDS = {
+    "prepare": prepare,
+    "fetch-teacher": fetch_teacher,
+    "upcycle": upcycle,
+    "export": export,
+    "train": train,
+    "evaluate": evaluate,
+    "compare": compare,
+    "inspect": inspect,
+    "generate": generate,
+    "serve": serve,
+    "plot": plot,
+    "benchmark": benchmark,
+    "configs": configs,
+    "completion": completion,
+}
 
 # Turns off the telemetry of libraries. Values that are set in the environment take precedence.
 NO_TELEMETRY = {
@@ -61,6 +75,9 @@ def _dashes_to_underscores(argument: str) -> str:
         return argument
     option, equals, value = argument.partition("=")
     return "--" + option[2:].replace("-", "_") + equals + value
+
+
+# ------------------------------------------------------------------------------------------------------- the program
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -102,9 +119,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def parse(name: str, arguments: Sequence[str]) -> Namespace:
     """The checked settings of a command: defaults, then ``--config``, then the other arguments.
 
-    A wrong one raises SystemExit with status 2, after one line on stderr.
-
         parse("train", ["--config", "configs/quickstart.yaml", "--training.max-steps", "100"]).training
+
+    Raises:
+        SystemExit: status 2, after one line on stderr, for a wrong argument.
     """
     parser = COMMANDS[name].make_parser()
     return cast(Namespace, parser.instantiate(parser.parse_args([_dashes_to_underscores(text) for text in arguments])))
@@ -135,6 +153,7 @@ def _run(name: str, arguments: list[str], ctrl_c: CtrlC) -> int:
 
 
 def _model_families(args: Namespace) -> AbstractContextManager[None]:
+    """Allows models of every family with ``--model-family any``."""
     if args.get("model_family") != "any":
         return nullcontext()
     from flash_experts.model_files import any_family

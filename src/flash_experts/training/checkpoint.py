@@ -48,7 +48,13 @@ def save_checkpoint(
     tensors: Mapping[str, torch.Tensor],
     metadata: Mapping[str, Any],
 ) -> None:
-    """Writes a checkpoint folder atomically; ``model`` defines how ``weights`` are saved.
+    """Writes a checkpoint folder atomically.
+
+    Args:
+        model: defines how weights are saved; its current weights are not used.
+        weights: state dict of the model.
+        tensors: all other tensors.
+        metadata: JSON values: ``state``, configuration, data hashes.
 
     Raises:
         CheckpointError: it could not be written, such as on a full disk; no partial folder is left.
@@ -185,7 +191,10 @@ def mismatch_error(folder: Path, reason: object) -> CheckpointError:
 
 
 def prune_checkpoints(run_dir: Path, keep: int, best_step: int, warn: Callable[[str], None]) -> None:
-    """Removes all checkpoints but the newest ``keep`` and the best, if one of these verifies."""
+    """Removes all checkpoints but the newest ``keep`` and the best one, if one of these verifies.
+
+    Damaged ones must not push out the only good one.
+    """
     steps = checkpoint_steps(run_dir)
     stay = {*steps[-keep:], best_step}
     doomed = [step for step in steps if step not in stay]

@@ -41,13 +41,20 @@ _ENDED = "ended"
 
 
 def make_accelerator(device: str) -> Accelerator:
-    """Joins the process group and selects the device of this process; raises a ValueError if it is not available."""
+    """Joins the process group and selects the device of this process.
+
+    Raises:
+        ValueError: the device is not available.
+    """
     found = resolve_device(None if device == "auto" else device)
     # Each router's buffers count its own tokens: DDP would overwrite them with the main process's before each forward.
     # Gradients that are views of DDP's buckets are not held twice.
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
     handlers = [InitProcessGroupKwargs(timeout=_LONGEST_WAIT), ddp]
     return Accelerator(cpu=found.type == "cpu", mixed_precision="no", kwargs_handlers=handlers)
+
+
+# ------------------------------------------------------------------------------------------------ parallel strategies
 
 
 def parallelize_model(model: PreTrainedModel, accelerator: Accelerator, config: TrainingConfig) -> Replicated:
@@ -72,10 +79,13 @@ def parallelize_model(model: PreTrainedModel, accelerator: Accelerator, config: 
 
 
 class Replicated:
-    """Data parallel: every process has the whole model (DistributedDataParallel).
+    """Data parallel: every process has the whole model (DistributedDataParallel). Base of the other strategies.
 
-    Base of the other strategies. The plain model is distributed in place, so optimizers are made after this. Training
-    calls ``wrapped``.
+    Args:
+        model: plain model, distributed in place: optimizers are made after this.
+
+    Attributes:
+        wrapped: module that training calls. Validation and saving use the plain model.
     """
 
     def __init__(self, model: PreTrainedModel, accelerator: Accelerator, compile: bool):
@@ -95,10 +105,8 @@ class Replicated:
         self.accelerator.backward(loss * self.accelerator.num_processes)  # undoes DDP's mean over processes
 
     def clip(self, limit: float) -> torch.Tensor:
-        """Clips the global gradient norm to ``limit`` after the last backward of a step.
-
-        Returns the norm before, a 0-dimensional tensor equal on all processes.
-        """
+        """Clips the global gradient norm to ``limit`` after the last backward of a step. Returns the norm before, a
+        0-dimensional tensor equal on all processes."""
         return clip_grad_norm(self.model.parameters(), limit)
 
     @contextmanager
@@ -108,19 +116,14 @@ class Replicated:
         yield
 
     def full_model(self) -> PreTrainedModel | None:
-        """On the main process, an unsharded model with the current weights in eval mode; None on the others.
-
-        All must call it.
-        """
+        """On the main process, an unsharded model with the current weights in eval mode; None on the others. All must
+        call it."""
         return self.model.eval() if self.accelerator.is_main_process else None
 
 
 class Sharded(Replicated):
     """Fully sharded data parallel (FSDP2, ZeRO-3): every process has a shard of each weight, gradient and optimizer
-    state.
-
-    The weights of a block are all-gathered when it is computed, and freed after.
-    """
+    state. The weights of a block are all-gathered when it is computed, and freed after."""
 
     def __init__(self, model: PreTrainedModel, accelerator: Accelerator, compile: bool):
         self._class = type(model)
@@ -190,10 +193,7 @@ class Sharded(Replicated):
 
 class ExpertParallel(Sharded):
     """Every process has some whole experts, to which tokens are sent by all-to-all (`models.expert_parallel`); the rest
-    of the model is sharded.
-
-    Several groups of processes may have all experts each, whose gradients are all-reduced.
-    """
+    of the model is sharded. Several groups of processes may have all experts each, whose gradients are all-reduced."""
 
     def _wrap(self, module: nn.Module) -> nn.Module:
         config, world = self.model.config, self.accelerator.num_processes
@@ -209,8 +209,14 @@ class ExpertParallel(Sharded):
         return super().clip(limit)
 
 
+# -------------------------------------------------------------------------------------- agreement between processes
+
+
 def seed_dropout(seed: int, step: int, rank: int) -> None:
-    """Makes dropout and router noise a function of (seed, step, process): a checkpoint needs no random state."""
+    """Makes dropout (and router noise) a function of (seed, step, process).
+
+    So a checkpoint needs no random state, and neither validation nor sampling changes what training draws.
+    """
     torch.manual_seed(random.Random(f"dropout/{seed}/{step}/{rank}").getrandbits(63))
 
 
@@ -223,7 +229,11 @@ def max_over_processes(accelerator: Accelerator, values: list[float]) -> list[fl
 def agree(accelerator: Accelerator, seconds: float, stop: bool, due: bool, seconds_held: float) -> tuple[float, bool]:
     """Training time and whether to stop, equal on all processes: signals reach one of them, and clocks differ.
 
-    On GPUs, where it synchronizes, the exchange happens at log steps (``due``) alone; ``seconds_held`` was agreed last.
+    Args:
+        seconds: training time by this process's clock.
+        stop: whether this process received a stop signal.
+        due: whether this is a log step; on GPUs, where it synchronizes, the exchange happens at those alone.
+        seconds_held: time that was agreed last.
     """
     if accelerator.num_processes == 1:
         return seconds, stop
@@ -239,6 +249,9 @@ def is_lost_process(error: BaseException) -> bool:
     return isinstance(error, torch.distributed.DistError) or "gloo" in text or "NCCL" in text
 
 
+# ----------------------------------------------------------------------------------------------------------- heartbeat
+
+
 def watch_other_processes(accelerator: Accelerator) -> AbstractContextManager[object]:
     """A `Heartbeat` of this process, or nothing where it is alone."""
     if accelerator.num_processes == 1:
@@ -249,10 +262,15 @@ def watch_other_processes(accelerator: Accelerator) -> AbstractContextManager[ob
 
 
 class Heartbeat:
-    """While open, calls ``end`` with the rank of another process that has been silent for ``timeout`` seconds.
+    """While open, ends this process when another one has been silent for too long.
 
-    It does so from a thread, as NCCL's own watchdog does: the main thread most likely waits for the other process
-    inside PyTorch, where no exception reaches it. Checkpoints are atomic, so nothing is lost.
+    The main thread then most likely waits for the other inside PyTorch, where no exception reaches it. So a thread
+    ends the process, as NCCL's own watchdog does; checkpoints are atomic, so nothing is lost.
+
+    Args:
+        address: host and port of the process group's store.
+        timeout: seconds of silence after which a process counts as lost.
+        end: called with the rank of the lost process.
     """
 
     def __init__(self, rank: int, world: int, address: tuple[str, int], timeout: float, end: Callable[[int], None]):
