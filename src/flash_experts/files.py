@@ -4,7 +4,8 @@
 be repeated, since nothing is lost: `train` resumes its own run, and `prepare` renews its own files while their hashes
 match meta.json. Without ``--out`` a command uses the first free name: report.html, report-2.html, and so on.
 
-Temporary files have unguessable names, and only the process that made them removes them.
+Temporary files have unguessable names, and only the process that made them removes them. Those that a `kill -9` leaves
+behind are never deleted by pattern: another machine may still be writing them.
 """
 
 from __future__ import annotations

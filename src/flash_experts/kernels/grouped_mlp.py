@@ -247,9 +247,16 @@ def grouped_mlp(
 ) -> torch.Tensor:
     """``sum_k gates[t, k] * MLP_{experts[t, k]}(x[t])``, (T, D), differentiable in every float input.
 
-    ``experts_TK`` are the chosen experts, in [0, E); the gates have the dtype of ``x_TD``. ``up`` and ``down`` are the
-    experts' matrices and biases, ``activation`` an elementwise function between them. ``batched`` forces the batched or
-    the grouped way; None chooses the faster one.
+    Args:
+        x_TD: tokens, any float dtype.
+        experts_TK: chosen experts, integers in [0, E).
+        gates_TK: weights of the choices, dtype of ``x_TD``.
+        up_EDF: first matrices.
+        up_bias_EF: biases of the first matrices.
+        down_EFD: second matrices.
+        down_bias_ED: biases of the second matrices.
+        activation: elementwise function between them.
+        batched: force the batched or the grouped way; None chooses the faster one.
     """
     num_experts = up_EDF.shape[0]
     weights = (up_EDF, up_bias_EF, down_EFD, down_bias_ED)
