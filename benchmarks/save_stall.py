@@ -22,8 +22,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from flash_experts.data.tokenizer import train_tokenizer
 from flash_experts.training.checkpointer import Checkpointer
-from flash_experts.training.run_state import TrainerState
-from flash_experts.training.stateful import OptimizerState
+from flash_experts.training.run_state import OptimizerState, TrainerState
 
 
 def seconds(work: Callable[[], object]) -> float:

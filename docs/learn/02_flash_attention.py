@@ -44,7 +44,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from flash_experts.data.packing import encode_cards, pack
 from flash_experts.kernels import flash_attention_reference as reference
 from flash_experts.kernels.attention_options import AttentionOptions, PackedLengths
-from flash_experts.kernels.philox import dropout_keep_mask
+from flash_experts.kernels.flash_attention_reference import dropout_keep_mask
 
 torch.manual_seed(0)
 

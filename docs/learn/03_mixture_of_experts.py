@@ -38,8 +38,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from flash_experts import GPT2MoEConfig, GPT2MoEForCausalLM
 from flash_experts.data.packing import encode_cards
-from flash_experts.evaluation.costs import parameter_counts
 from flash_experts.evaluation.routing.maps import inspect_router, route
+from flash_experts.evaluation.scorers import parameter_counts
 from flash_experts.models.moe_layer import Experts, MoELayer
 from flash_experts.models.router import TopKRouter
 from flash_experts.training import Trainer, TrainingConfig

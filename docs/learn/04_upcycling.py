@@ -34,7 +34,7 @@ from chapter_tools import cards, franchise_cards, load_base, quote, show, table
 
 from flash_experts import GPT2MoEForCausalLM
 from flash_experts.data.packing import encode_cards, pack
-from flash_experts.evaluation.costs import parameter_counts
+from flash_experts.evaluation.scorers import parameter_counts
 from flash_experts.models import upcycling
 from flash_experts.models.moe_layer import MoELayer
 

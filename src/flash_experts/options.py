@@ -1,8 +1,9 @@
-"""How an option of generation is declared: once, as a field with all that Python, the command line, YAML files and the
+"""How an option is declared: once, as a field with all that Python, the command line, YAML files and the
 playground have to know of it."""
 
 from __future__ import annotations
 
+import math
 import types
 from dataclasses import dataclass, field, fields
 from functools import cache
@@ -10,6 +11,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from flash_experts.plain_text import did_you_mean
 
+POSITIVE, UNDER_ONE = math.nextafter(0, 1), math.nextafter(1, 0)  # bounds for more than 0, and for less than 1
 Kind = Literal["text", "list", "flag", "integer", "number", "choice"]
 
 
@@ -18,7 +20,7 @@ class Option:
     """What is known of an option besides its name, type and default.
 
     Attributes:
-        help: Phrase for ``generate --help``; ends with the default where that is None.
+        help: Phrase for ``--help``; ends with the default where that is None.
         group: Heading that it stands under in the help and on the page.
         label: Name on the page; None keeps the option off the page and out of shared settings.
         flag: Name on the command line, where it is not the field's.
@@ -92,9 +94,15 @@ def problems_of(values: Any, cls: type) -> list[str]:
                 hint = did_you_mean(str(value), choices, prefix=": ")
                 problems.append(f"{name} is {value!r}, but it is one of {', '.join(choices)}{hint}")
         elif known.bounds is not None and value is not None and not known.bounds[0] <= value <= known.bounds[1]:
-            least, most = known.bounds
-            problems.append(f"{name} is {value}, but it must be from {least:,} to {most:,}")
+            problems.append(f"{name} is {value}, but it must be {_range(*known.bounds)}")
     return problems
+
+
+def _range(least: float, most: float) -> str:
+    """Bounds in words."""
+    if least == POSITIVE:
+        return f"more than 0 and at most {most:,}"
+    return f"from {least:,} to under 1" if most == UNDER_ONE else f"from {least:,} to {most:,}"
 
 
 def at_least(name: str, value: int, least: int, hint: str) -> int:

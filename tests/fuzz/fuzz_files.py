@@ -35,7 +35,7 @@ with atheris.instrument_imports(include=["flash_experts", "json", "csv", "yaml"]
     from flash_experts.settings_files import read_yaml
     from flash_experts.training import checkpoint as checkpoints
     from flash_experts.training.checkpointer import Checkpointer
-    from flash_experts.training.stateful import OptimizerState, split_state
+    from flash_experts.training.run_state import OptimizerState, split_state
     from flash_experts.training.training_config import TrainingConfig
 
 FOLDER = Path(tempfile.mkdtemp(dir="/dev/shm" if Path("/dev/shm").is_dir() else None))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from flash_experts.kernels.attention_options import AttentionOptions
-from flash_experts.kernels.philox import dropout_keep_mask
+from flash_experts.kernels.flash_attention_reference import dropout_keep_mask
 
 
 def oracle(

@@ -17,8 +17,7 @@ from flash_experts.app.exporting import FORMATS, exported
 from flash_experts.app.handlers import Handlers
 from flash_experts.app.service import Playground, Row
 from flash_experts.app.session import MOST_IN_HISTORY, MOST_KEPT, Session, link_of, read_link, restored, stored
-from flash_experts.app.settings import PREFIX, Settings
-from flash_experts.app.words import with_gap, words_of
+from flash_experts.app.settings import PREFIX, Settings, with_gap, words_of
 from flash_experts.generation import GeneratedName
 
 ANGEL = Settings(type_line="Creature — Angel", colors="W", seed=3, count=2)

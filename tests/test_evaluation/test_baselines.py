@@ -10,7 +10,7 @@ import torch
 import yaml
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from flash_experts.evaluation.costs import ModelSize, parameter_counts
+from flash_experts.evaluation.scorers import ModelSize, parameter_counts
 from flash_experts.models.loading import load_config
 from flash_experts.models.moe import GPT2MoEForCausalLM
 

@@ -9,9 +9,9 @@ import pytest
 
 from flash_experts.data.prompts import UNCONDITIONAL, Attributes
 from flash_experts.evaluation import compare, evaluate, evaluate_names
+from flash_experts.evaluation.baselines import MixedWithNGrams, mixed, without_suffix
 from flash_experts.evaluation.evaluate import load_scorer
 from flash_experts.evaluation.held_out import HeldOut
-from flash_experts.evaluation.mixed import MixedWithNGrams, mixed, without_suffix
 
 
 def test_the_probabilities_are_mixed_by_worked_numbers() -> None:

@@ -11,8 +11,8 @@ from flash_experts.data.cards import Card
 from flash_experts.data.names import normal_form
 from flash_experts.data.prompts import UNCONDITIONAL, Attributes
 from flash_experts.evaluation import compare
+from flash_experts.evaluation.baselines import SwapBaseline, parts_of, swapped_names
 from flash_experts.evaluation.scorers import NGramBaseline, Prompt
-from flash_experts.evaluation.swap import SwapBaseline, parts_of, swapped_names
 
 
 @pytest.mark.parametrize(

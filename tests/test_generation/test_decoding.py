@@ -10,7 +10,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from flash_experts.generation.decoding import DecodedName, NameDecoder, PromptRows, Prompts
-from flash_experts.generation.presets import Sampling
+from flash_experts.generation.request import Sampling
 from flash_experts.models import GPT2MoEConfig, GPT2MoEForCausalLM, decode_step_gpt2, decode_step_llama
 from flash_experts.models.attention_backends import attention_backend
 from flash_experts.models.scoring import evaluating

@@ -8,7 +8,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.generation.logits_process import UnbatchedClassifierFreeGuidanceLogitsProcessor
 
 from flash_experts.generation.decoding import DecodedName, NameDecoder, guided
-from flash_experts.generation.presets import Sampling
+from flash_experts.generation.request import Sampling
 
 END = 0
 CONDITIONAL, UNCONDITIONAL = [END, 5, 9, 7], [END, 7]

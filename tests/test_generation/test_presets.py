@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from flash_experts.generation import PRESETS, NameRequest, Sampling, load_presets
-from flash_experts.generation.presets import sampling_of
+from flash_experts.generation.request import sampling_of
 
 
 def test_a_file_of_presets_adds_to_ours_and_may_replace_them(tmp_path: Path) -> None:

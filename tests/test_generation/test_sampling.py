@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from flash_experts.generation.presets import PRESETS, Sampling, sampling_of
+from flash_experts.generation.request import PRESETS, Sampling, sampling_of
 from flash_experts.generation.sampling import candidates, draw, noise
 
 

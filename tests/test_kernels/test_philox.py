@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flash_experts.kernels.philox import dropout_keep_mask, philox4x32
+from flash_experts.kernels.flash_attention_reference import dropout_keep_mask, philox4x32
 
 # Known answers of the authors' own library, Random123 (kat_vectors, philox4x32 with 10 rounds): counter, key, words.
 KNOWN = [
@@ -35,7 +35,7 @@ import sys
 import torch
 import triton
 import triton.language as tl
-from flash_experts.kernels.philox import dropout_keep_mask
+from flash_experts.kernels.flash_attention_reference import dropout_keep_mask
 
 @triton.jit
 def keep_kernel(seed_ptr, out_ptr, head, p, M: tl.constexpr, N: tl.constexpr):

@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from flash_experts import GPT2MoEConfig, GPT2MoEForCausalLM
-from flash_experts.evaluation.costs import parameter_counts
+from flash_experts.evaluation.scorers import parameter_counts
 from flash_experts.models import decode_step_gpt2
 from flash_experts.models.moe_layer import MoELayer
 from flash_experts.models.router import Router

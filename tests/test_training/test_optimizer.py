@@ -307,7 +307,7 @@ def test_smoothing_is_in_training_and_not_in_validation(
     ("wrong", "message"),
     [
         ({"optimizer": "adam"}, "one of adamw, muon"),
-        ({"lr_scale": LearningRateScale(router=-1)}, "lr_scale.router is -1, but it must be 0 (frozen) or more"),
+        ({"lr_scale": LearningRateScale(router=-1)}, "lr_scale.router is -1, but it must be from 0 to 1,000"),
         ({"layer_decay": 0}, "layer_decay is 0"),
         ({"layer_decay": 1.2}, "at most 1"),
         ({"ema_decay": 1.0}, "ema_decay is 1.0, but it must be from 0 to under 1"),

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 
-from flash_experts.training.run_card import MARK, write_run_card
+from flash_experts.training.run_folder import MARK, write_run_card
 from flash_experts.training.run_state import TrainingResult
 from flash_experts.training.tracking import read_metrics
 from tests.helpers.command_line import ok

@@ -17,8 +17,7 @@ from flash_experts.app.exporting import exported, exported_set
 from flash_experts.app.inspecting import inspect_name
 from flash_experts.app.service import Playground, Row, Side, compare
 from flash_experts.app.session import Request, Rows, Session, link_of, read_link, restored, stored
-from flash_experts.app.settings import Settings
-from flash_experts.app.words import with_gap
+from flash_experts.app.settings import Settings, with_gap
 from flash_experts.generation.generator import completed_attributes
 
 EMPTY = (

@@ -23,7 +23,7 @@ from flash_experts.data.names import normal_form, shown_form
 from flash_experts.data.packing import encode_name
 from flash_experts.data.prompts import check_known, read_conditions
 from flash_experts.evaluation.routing.maps import NameMap, name_maps, route
-from flash_experts.evaluation.routing.tokens import Tokens, shown_text
+from flash_experts.evaluation.routing.specialization import Tokens, shown_text
 from flash_experts.evaluation.scorers import check_lengths
 from flash_experts.generation.generator import completed_attributes
 from flash_experts.models.moe import GPT2MoEForCausalLM

@@ -13,8 +13,7 @@ from flash_experts.app.inspecting import Inspection
 from flash_experts.app.service import Progress, Row
 from flash_experts.app.session import Request
 from flash_experts.app.sets import SetProgress
-from flash_experts.app.settings import Settings
-from flash_experts.app.words import words_of
+from flash_experts.app.settings import Settings, words_of
 from flash_experts.data.cards import COLOR_WORDS, COLORLESS
 from flash_experts.data.prompts import Attributes
 from flash_experts.evaluation.report import load_template

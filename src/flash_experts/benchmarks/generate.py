@@ -20,7 +20,7 @@ from transformers import GenerationConfig
 from flash_experts.benchmarks import report
 from flash_experts.generation.decoding import NameDecoder
 from flash_experts.generation.generator import NameGenerator
-from flash_experts.generation.presets import Sampling
+from flash_experts.generation.request import Sampling
 from flash_experts.models.scoring import evaluating
 
 PROMPT = "legendary creature goblin, red, 3:"

@@ -7,6 +7,7 @@ import re
 import sys
 from argparse import SUPPRESS, Action, ArgumentError
 from collections.abc import Callable, Sequence
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
@@ -14,7 +15,7 @@ import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter, Namespace
 
 from flash_experts.files import check_out_file, free_name
-from flash_experts.options import options_of
+from flash_experts.options import defaults_of, options_of
 from flash_experts.plain_text import did_you_mean, one_line, say
 from flash_experts.released import configuration
 from flash_experts.settings_files import kind_of, read_settings
@@ -124,13 +125,15 @@ class CommandParser(ArgumentParser):
         self._section = self.add_argument_group(title)
 
     def add_options_of(self, cls: type, group: str) -> None:
-        """Adds the fields of a dataclass as ``--GROUP.FIELD``, with the help of each `flash_experts.options.Option`."""
+        """Adds the fields of a dataclass, and of those in it, as ``--GROUP.FIELD``, with the help of each `Option`."""
         self.add_class_arguments(cls, group)
-        known = options_of(cls)
+        known = {f"{group}.{name}": each for name, each in options_of(cls).items()}
+        for name, default in defaults_of(cls).items():
+            if is_dataclass(default):
+                known |= {f"{group}.{name}.{inner}": each for inner, each in options_of(default).items()}
         for action in self._actions:
-            prefix, _, name = action.dest.partition(".")
-            if prefix == group and name in known:
-                action.help = known[name].help
+            if action.dest in known:
+                action.help = known[action.dest].help
 
     def add_argument(self, *args: Any, **kwargs: Any) -> Any:
         if not kwargs.keys() & {"type", "action"}:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from flash_experts.models.exports.logit_difference import LogitDifference
+    from flash_experts.models.exports import LogitDifference
     from flash_experts.models.moe import GPT2MoEForCausalLM
 
 FORMATS = {
@@ -69,8 +69,8 @@ def _export_gguf(args: Namespace) -> None:
 
 
 def _export_dense(args: Namespace) -> None:
+    from flash_experts.models.exports import logit_difference
     from flash_experts.models.exports.dense import to_dense
-    from flash_experts.models.exports.logit_difference import logit_difference
     from flash_experts.models.moe import GPT2MoEForCausalLM
     from flash_experts.models.saving import write_model
 

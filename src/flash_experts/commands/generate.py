@@ -13,8 +13,7 @@ from jsonargparse import Namespace
 from flash_experts.commands import common
 from flash_experts.files import check_out_file, whole_file
 from flash_experts.generation.name_files import BY_SUFFIX, Format
-from flash_experts.generation.presets import SAMPLING, Sampling
-from flash_experts.generation.request import CARD, MODEL, OUTPUT, RULES, NameRequest
+from flash_experts.generation.request import CARD, MODEL, OUTPUT, RULES, SAMPLING, NameRequest, Sampling
 from flash_experts.options import defaults_of, kind_of, options_of, type_of
 from flash_experts.plain_text import one_line, say
 from flash_experts.progress import ProgressBar

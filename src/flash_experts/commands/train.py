@@ -73,5 +73,5 @@ def make_parser() -> CommandParser:
     parser.add_argument("--overwrite", action="store_true", help="start over, replacing the run or model in the folder")
     parser.add_optional("--seed", "short for --training.seed (default: that of --training.seed)", int)
     parser.add_options_of(ModelConfig, "model")
-    parser.add_class_arguments(TrainingConfig, "training")
+    parser.add_options_of(TrainingConfig, "training")
     return parser

@@ -18,9 +18,9 @@ from flash_experts.data.card_files import read_text
 from flash_experts.data.cards import Card
 from flash_experts.data.prompts import UNCONDITIONAL, Attributes
 from flash_experts.data.tokenizer import load_tokenizer
+from flash_experts.evaluation.baselines import MixedWithNGrams, SwapBaseline, without_suffix
 from flash_experts.evaluation.classifiers import Detection
 from flash_experts.evaluation.control import ControlMetrics
-from flash_experts.evaluation.costs import Costs, ModelSize
 from flash_experts.evaluation.held_out import SPLITS, HeldOut, shuffled
 from flash_experts.evaluation.metrics import (
     NATS_PER_BIT,
@@ -35,10 +35,8 @@ from flash_experts.evaluation.metrics import (
     word_association,
     years_of,
 )
-from flash_experts.evaluation.mixed import MixedWithNGrams, without_suffix
 from flash_experts.evaluation.novelty import NameMetrics, names_of
-from flash_experts.evaluation.scorers import LanguageModel, NGramBaseline, Scorer
-from flash_experts.evaluation.swap import SwapBaseline
+from flash_experts.evaluation.scorers import Costs, LanguageModel, ModelSize, NGramBaseline, Scorer
 from flash_experts.models.loading import load_config
 
 SAMPLES = 10_000  # with fewer, too few are real cards for a reliable hit ratio

@@ -17,16 +17,16 @@ from typing import Any
 from flash_experts.data.cards import Card
 from flash_experts.data.names import normal_form
 from flash_experts.data.prompts import Attributes
+from flash_experts.evaluation.baselines import swapped_names
 from flash_experts.evaluation.classifiers import Detector, Separation
 from flash_experts.evaluation.control import TASKS, AttributeClassifiers, Task
 from flash_experts.evaluation.metrics import Estimate, near_duplicates, share, words
 from flash_experts.evaluation.novelty import Reference, names_of
-from flash_experts.evaluation.swap import swapped_names
 from flash_experts.generation.generator import NameGenerator
 from flash_experts.generation.name_files import type_line_of
 from flash_experts.generation.request import CANDIDATES
 from flash_experts.generation.reranking.name_classifier import AttributeClassifier
-from flash_experts.generation.reranking.wording import cards_of_kind, content_words
+from flash_experts.generation.reranking.reranker import cards_of_kind, content_words
 
 PER_LIST = 20
 REQUESTS = 50
@@ -129,7 +129,7 @@ class ListEvaluation:
         return self._measure(REAL, [names_of(request.cards) for request in self.requests], None)
 
     def swapped(self) -> ListMetrics:
-        """Names of swapped parts of the training names of each kind: see `flash_experts.evaluation.swap`."""
+        """Names of swapped parts of the training names of each kind: see `flash_experts.evaluation.baselines`."""
         known, lists = frozenset(self._known), []
         for place, request in enumerate(self.requests):
             given = Attributes.parse(request.type_line, request.colors, None)

@@ -21,17 +21,71 @@ from flash_experts.data.names import normal_form
 from flash_experts.data.packing import EncodedName, encode_name, encode_names, name_nats, pack_all
 from flash_experts.data.prompts import UNCONDITIONAL, Attributes, drop_unknown, read_conditions
 from flash_experts.data.tokenizer import load_tokenizer
-from flash_experts.evaluation.costs import Costs, ModelSize, costs_of, parameter_counts
+from flash_experts.evaluation.curves import read_curve
 from flash_experts.evaluation.metrics import FloatArray
 from flash_experts.generation.decoding import NameDecoder
 from flash_experts.generation.generator import NameGenerator
-from flash_experts.generation.presets import Sampling
+from flash_experts.generation.request import Sampling
 from flash_experts.generation.reranking.conditional_ngram import ConditionalNGrams
 from flash_experts.models.flash_attention import ATTENTION_IMPLEMENTATION, separates_packed_sequences
 from flash_experts.models.loading import load_model
 from flash_experts.models.router_metrics import count_loads, over_mean
 from flash_experts.models.scoring import context_length, evaluating
 from flash_experts.released import model_folder
+from flash_experts.training.metrics import expert_shares, multiplied_parameters, training_flops
+from flash_experts.training.tracking import METRICS_FILE
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSize:
+    """Parameters: all, and those active per token (k of E experts)."""
+
+    total: int
+    active: int
+
+
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """Memory, and training where metrics.jsonl records it.
+
+    Attributes:
+        memory_bytes: parameters and buffers in memory (float32).
+        training_tokens: with prompts, without those of the model that training started from.
+        flops_per_token: training FLOPs per token: 6 per active weight (Kaplan et al. 2020, section 2.1), with the
+            output layer at every token, without attention scores.
+    """
+
+    memory_bytes: int
+    disk_bytes: int | None
+    training_tokens: int | None
+    training_seconds: float | None
+    flops_per_token: float
+
+    @property
+    def training_flops(self) -> float | None:
+        return None if self.training_tokens is None else self.flops_per_token * self.training_tokens
+
+
+def parameter_counts(model: torch.nn.Module) -> ModelSize:
+    """Counts parameters; tied ones count once."""
+    shares, sizes = expert_shares(model), {parameter: parameter.numel() for parameter in model.parameters()}
+    active = sum(size * shares.get(parameter, 1.0) for parameter, size in sizes.items())
+    return ModelSize(sum(sizes.values()), round(active))
+
+
+def costs_of(model: PreTrainedModel, folder: Path | None) -> Costs:
+    """Measures a language model; ``folder`` is where it was loaded from, if any."""
+    held = {tensor.data_ptr(): tensor for tensor in (*model.parameters(), *model.buffers())}
+    stored = [] if folder is None else [path.stat().st_size for path in folder.glob("*.safetensors")]
+    points = [] if folder is None else read_curve(folder / METRICS_FILE)
+    return Costs(
+        memory_bytes=sum(tensor.numel() * tensor.element_size() for tensor in held.values()),
+        disk_bytes=sum(stored) if stored else None,
+        training_tokens=max((point.tokens for point in points if point.tokens), default=None),
+        training_seconds=max((point.seconds for point in points if point.seconds), default=None),
+        flops_per_token=training_flops(multiplied_parameters(model), 1, 1),
+    )
+
 
 TOKENS_PER_BATCH = 4096
 _SAMPLED_AT_ONCE = 256

@@ -32,8 +32,7 @@ if TYPE_CHECKING:
     )
     from flash_experts.generation.formatting import format_name
     from flash_experts.generation.generator import NameGenerator
-    from flash_experts.generation.presets import PRESETS, Sampling, load_presets
-    from flash_experts.generation.request import NameRequest
+    from flash_experts.generation.request import PRESETS, NameRequest, Sampling, load_presets
     from flash_experts.generation.search import GeneratedName
     from flash_experts.generation.similarity import KnownNames
     from flash_experts.generation.text_rules import CARD_ALPHABET
@@ -73,15 +72,15 @@ __all__ = [
 ]
 _HOMES = dict.fromkeys(__all__, "filters") | {
     "CARD_ALPHABET": "text_rules",
-    "PRESETS": "presets",
+    "PRESETS": "request",
     "Constraints": "constraints",
     "GeneratedName": "search",
     "KnownNames": "similarity",
     "NameGenerator": "generator",
     "NameRequest": "request",
-    "Sampling": "presets",
+    "Sampling": "request",
     "format_name": "formatting",
-    "load_presets": "presets",
+    "load_presets": "request",
 }
 
 

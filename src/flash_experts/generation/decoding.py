@@ -18,7 +18,7 @@ import torch
 from transformers import DynamicCache, LogitsProcessor, PreTrainedModel, RepetitionPenaltyLogitsProcessor
 
 from flash_experts.generation.filters.base import AllOf, NameFilter
-from flash_experts.generation.presets import Sampling
+from flash_experts.generation.request import Sampling
 from flash_experts.generation.sampling import draw, noise
 from flash_experts.models import decode_step_gpt2, decode_step_llama
 from flash_experts.models.ring_cache import RingCache

@@ -29,7 +29,7 @@ from flash_experts.generation.constraints import Constraints
 from flash_experts.generation.decoding import DecodedName, NameDecoder
 from flash_experts.generation.formatting import format_name
 from flash_experts.generation.generator import NameGenerator
-from flash_experts.generation.presets import Sampling
+from flash_experts.generation.request import Sampling
 from flash_experts.generation.sampling import stream_seed
 from flash_experts.generation.text_rules import BAD_MARKS, CARD_ALPHABET
 from flash_experts.models.scoring import evaluating

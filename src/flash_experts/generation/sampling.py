@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from flash_experts.generation.presets import Sampling
+from flash_experts.generation.request import Sampling
 
 _FIRST_CANDIDATES = 512  # top-p alone: the mass of this many tokens usually reaches p, and sorting all is slow
 

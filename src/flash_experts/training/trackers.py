@@ -1,11 +1,13 @@
 """Experiment trackers: accelerate's classes behind the hooks of a run, with panels ``train/``, ``eval/``, ``router/``.
 
-A tracker never ends a run: if it fails, training goes on without it, and metrics.jsonl has everything.
+A tracker never ends a run: if it fails, training goes on without it, and metrics.jsonl has everything. Whether wandb
+records online or offline is never a question to the user.
 """
 
 from __future__ import annotations
 
 import json
+import netrc
 import os
 import secrets
 import shlex
@@ -15,13 +17,15 @@ from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from statistics import fmean
 from typing import Any
+from urllib.parse import urlsplit
 
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, TensorBoardTracker, WandBTracker
 
 from flash_experts.extras import is_installed, missing
 from flash_experts.training.tracking import METRICS_FILE, Callback
-from flash_experts.training.wandb_settings import OFFLINE, wandb_mode
 
+OFFLINE = ("offline", "dryrun")
+_MODES = (*OFFLINE, "online", "run", "shared", "disabled")
 PROJECT = "flash-experts"  # WANDB_PROJECT, MLFLOW_EXPERIMENT_NAME and CLEARML_PROJECT win
 _VALIDATION, _ROUTER = "validation/", "router/"
 _MOST_BINS = 512  # of a histogram in wandb
@@ -325,3 +329,29 @@ def _one_line(error: Exception) -> str:
 def _shown(path: Path) -> str:
     """A path as it is shown: relative to the current directory, if it is below it."""
     return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+
+
+def wandb_mode(warn: Callable[[str], None]) -> str:
+    """``WANDB_MODE``, or online if there is an API key; always offline without one, for wandb would ask for it."""
+    mode = os.environ.get("WANDB_MODE") or ("online" if _has_key() else "offline")
+    if mode not in _MODES:
+        raise ValueError(f"WANDB_MODE is {mode!r}: set it to online, offline or disabled, or unset it")
+    if mode in (*OFFLINE, "disabled") or _has_key():
+        return mode
+    warn(f"wandb has no API key for WANDB_MODE={mode}: recording offline (set WANDB_API_KEY, or run `wandb login`)")
+    return "offline"
+
+
+def _has_key() -> bool:
+    """Whether an API key is in the environment, or in .netrc, where `wandb login` puts it."""
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    host = urlsplit(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").hostname
+    places = [os.environ["NETRC"]] if os.environ.get("NETRC") else [Path.home() / ".netrc", Path.home() / "_netrc"]
+    for place in places:
+        try:
+            if netrc.netrc(str(place)).hosts.get(str(host)):
+                return True
+        except (OSError, ValueError, netrc.NetrcParseError):
+            continue
+    return False

@@ -27,16 +27,16 @@ from flash_experts.training.loss import make_loss
 from flash_experts.training.metrics import LoggingWindow, SpeedMeter, training_metrics
 from flash_experts.training.optimizer import Schedule, WeightAverage, freeze_parts, make_optimizers, set_rates
 from flash_experts.training.reporting import Reporter
-from flash_experts.training.run_card import write_run_card
 from flash_experts.training.run_folder import (
     RunLock,
     check_run_folder,
     describe_data,
     describe_run,
     identity,
+    write_run_card,
     write_run_info,
 )
-from flash_experts.training.stateful import OptimizerState
+from flash_experts.training.run_state import OptimizerState
 from flash_experts.training.trackers import make_tracker
 from flash_experts.training.tracking import Callback
 from flash_experts.training.training_config import TrainingConfig

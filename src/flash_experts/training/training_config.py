@@ -1,21 +1,23 @@
-"""The training configuration (hyperparameters, schedules, limits), and the stages of a curriculum.
-
-The Args of `TrainingConfig` are the help texts of ``flash-experts train``.
-"""
+"""The training configuration (hyperparameters, schedules, limits), and the stages of a curriculum."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from flash_experts.data.cards import RARITIES, TYPES, Card
+from flash_experts.options import POSITIVE, UNDER_ONE, option, problems_of
 from flash_experts.plain_text import nearest
 
 _MOST = 10**12  # steps, tokens or names: more are a typing error
+_COUNT, _POSITIVE, _UNDER_ONE, _SHARE = (1, _MOST), (POSITIVE, _MOST), (0, UNDER_ONE), (POSITIVE, 1)
+# Headings of the options.
+_RUN, _NAMES, _OPTIMIZER, _DISTILLATION = "The run", "The names", "The optimizer", "Knowledge distillation"
+_RECORDS, _DEVICE = "Validation, checkpoints and records", "The device"
 PARTS = ("router", "experts", "dense")
 # "none", and the names that accelerate has for its trackers.
 TrackerName = Literal[
@@ -25,18 +27,14 @@ TrackerName = Literal[
 
 @dataclass(frozen=True)
 class LearningRateScale:
-    """Factors of the learning rate; 0 freezes a part (it has no gradient and no optimizer state).
+    """Factors of the learning rate; 0 freezes a part (it has no gradient and no optimizer state)."""
 
-    Attributes:
-        router: factor of the learning rate of the routers.
-        experts: factor of the learning rate of the routed experts.
-        dense: factor of the learning rate of everything else: embeddings, attention, norms, dense layers,
-            shared experts.
-    """
-
-    router: float = 1.0
-    experts: float = 1.0
-    dense: float = 1.0
+    router: float = option(1.0, "factor of the learning rate of the routers", _OPTIMIZER, bounds=(0, 1000))
+    experts: float = option(1.0, "factor of the learning rate of the routed experts", _OPTIMIZER, bounds=(0, 1000))
+    dense: float = option(
+        1.0, "factor of the learning rate of everything else: embeddings, attention, norms, dense layers, shared "
+        "experts", _OPTIMIZER, bounds=(0, 1000),
+    )  # fmt: skip
 
 
 @dataclass
@@ -44,116 +42,140 @@ class TrainingConfig:
     """Training.
 
     At least one of ``max_steps``, ``max_epochs`` and ``max_minutes`` is set; the first that is reached ends the run.
-
-    Args:
-        output_dir: folder of all runs.
-        run_name: name of the run's folder in output_dir; null for the date and the name of the settings file.
-        seed: random seed of the order of names, of attribute dropout and of dropout.
-        max_steps: optimizer steps; null for no limit.
-        max_epochs: passes over the training names (fractions are fine); null for no limit. Must be null with stages,
-            which have epochs of their own.
-        max_minutes: wall-clock budget of training and all validations, the first and the last included; null for
-            none. The schedule then follows the clock, so two such runs are not equal to the bit.
-        tokens_per_batch: approximate number of tokens of an optimizer step, over all processes and micro-batches.
-            Names are packed without padding.
-        gradient_accumulation_steps: micro-batches of each process in an optimizer step. More of them take less memory
-            and give the same result.
-        learning_rate: peak learning rate.
-        optimizer: optimizer: adamw, or muon (an experiment) for the matrices of the blocks, with AdamW for the rest.
-        weight_decay: weight decay of the matrices (biases and norms have none).
-        betas: beta1 and beta2 of AdamW.
-        muon_momentum: momentum of Muon.
-        lr_scale: factors of the learning rate by part of the model.
-        layer_decay: factor of the learning rate from each block to the one below it; 1 for none. The embeddings come
-            below the first block.
-        schedule: learning-rate schedule after the warmup: cosine, linear, constant, or wsd (warmup-stable-decay:
-            constant until the last decay_share of the run).
-        decay_share: share of the run, at its end, in which wsd decays.
-        warmup_steps: warmup of the learning rate from 0: number of steps (1 or more) or share of the run (under 1).
-        min_lr_ratio: last learning rate over the peak.
-        clip_norm: largest norm of the gradient; null for no clipping.
-        label_smoothing: share of each label that is spread over all tokens. The logged loss includes it, the
-            validation does not.
-        teacher: larger model from whose probabilities the model learns (knowledge distillation); null for none.
-            Folder or hub id of a model with the same tokenizer, which runs in every step; or the folder that generate
-            --top-logits wrote, for the names of extra_names alone, which costs no time.
-        distill_weight: weight of the teacher in the loss; the rest is the cross-entropy of the names.
-        distill_temperature: temperature of both distributions; over 1, unlikely tokens count more.
-        distill_kl: KL divergence: forward (covers everything that the teacher would write) or reverse (concentrates on
-            what the teacher finds likely).
-        ema_decay: decay of an exponential moving average of the weights over about the last 1 / (1 - ema_decay) steps,
-            which is validated, sampled and kept; null for the weights themselves.
-        log_every: steps between lines of metrics.
-        eval_every: steps between validations; null for one at the start and one at the end. The best model is kept, by
-            the lowest mean of the bits per character unconditional and given all attributes.
-        validation_names: number of names that a validation scores (a fixed draw); null for all.
-        checkpoint_every: steps between checkpoints; null for one at the end.
-        keep_checkpoints: number of newest checkpoints that are kept, besides that of the best validation.
-        save_in_background: write checkpoints while training continues, which takes memory for a copy of the weights and
-            of the optimizer state.
-        on_nan: reaction to a NaN or infinite loss or gradient, before the weights change: stop, or skip the step
-            (counted and logged).
-        early_stopping_patience: validations in a row without a new best that end the run; null for never.
-        sample_every: steps between sample names (needs a callback that makes them); null for never.
-        attribute_dropout: probability that an attribute of a prompt (type, colors, mana value) is left out, drawn in
-            each epoch, so that any subset may be given at generation.
-        stages: stages of a curriculum, in order, each with filters of names (types, min_length, max_length, rarities),
-            an order, epochs and a factor of the learning rate; null for all names all the time.
-        precision: data type: bfloat16, float32, or auto (bfloat16 on GPUs that have it).
-        device: device: auto, cpu, cuda or cuda:N.
-        deterministic: use only GPU operations that give the same bits in every run, which may be slower; on a
-            CPU the bits are the same anyway.
-        compile: compile the model (torch.compile); pays off on GPUs and long runs.
-        parallel: parallel strategy of several processes: ddp (each has the whole model), fsdp (each has a shard of
-            every weight, gradient and optimizer state), or expert (each has some of the experts, to which tokens are
-            sent, and a shard of the rest). All give the same gradients, to rounding, and the same checkpoints.
-        tracker: experiment tracker: none, wandb (offline unless WANDB_API_KEY is set), tensorboard, or another of
-            accelerate's. metrics.jsonl is always written.
     """
 
-    output_dir: str = "models"
-    run_name: str | None = None
-    seed: int = 0
-    max_steps: int | None = None
-    max_epochs: float | None = 3.0
-    max_minutes: float | None = None
-    tokens_per_batch: int = 4096
-    gradient_accumulation_steps: int = 1
-    learning_rate: float = 5e-4
-    optimizer: Literal["adamw", "muon"] = "adamw"
-    weight_decay: float = 0.1
-    betas: tuple[float, float] = (0.9, 0.95)
-    muon_momentum: float = 0.95
-    lr_scale: LearningRateScale = field(default_factory=LearningRateScale)
-    layer_decay: float = 1.0
-    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
-    decay_share: float = 0.2
-    warmup_steps: int | float = 0.05
-    min_lr_ratio: float = 0.1
-    clip_norm: float | None = 1.0
-    label_smoothing: float = 0.0
-    teacher: str | None = None
-    distill_weight: float = 0.5
-    distill_temperature: float = 1.0
-    distill_kl: Literal["forward", "reverse"] = "forward"
-    ema_decay: float | None = None
-    log_every: int = 10
-    eval_every: int | None = 200
-    validation_names: int | None = 2000
-    checkpoint_every: int | None = 200
-    keep_checkpoints: int = 2
-    save_in_background: bool = True
-    on_nan: Literal["stop", "skip"] = "stop"
-    early_stopping_patience: int | None = None
-    sample_every: int | None = None
-    attribute_dropout: float = 0.3
-    stages: list[Stage] | None = None
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    device: str = "auto"
-    deterministic: bool = False
-    compile: bool = False
-    parallel: Literal["ddp", "fsdp", "expert"] = "ddp"
-    tracker: TrackerName = "none"
+    output_dir: str = option("models", "folder of all runs", _RUN)
+    run_name: str | None = option(
+        None, "name of the run's folder in output_dir; null for the date and the name of the settings file", _RUN
+    )
+    seed: int = option(
+        0, "random seed of the order of names, of attribute dropout and of dropout", _RUN, bounds=(0, 2**32 - 1)
+    )
+    max_steps: int | None = option(None, "optimizer steps; null for no limit", _RUN, bounds=_COUNT)
+    max_epochs: float | None = option(
+        3.0, "passes over the training names (fractions are fine); null for no limit. Must be null with stages, which "
+        "have epochs of their own", _RUN, bounds=_POSITIVE,
+    )  # fmt: skip
+    max_minutes: float | None = option(
+        None, "wall-clock budget of training and all validations, the first and the last included; null for none. The "
+        "schedule then follows the clock, so two such runs are not equal to the bit", _RUN, bounds=_POSITIVE,
+    )  # fmt: skip
+    tokens_per_batch: int = option(
+        4096, "approximate number of tokens of an optimizer step, over all processes and micro-batches. Names are "
+        "packed without padding", _OPTIMIZER, bounds=_COUNT,
+    )  # fmt: skip
+    gradient_accumulation_steps: int = option(
+        1, "micro-batches of each process in an optimizer step. More of them take less memory and give the same result",
+        _OPTIMIZER, bounds=_COUNT,
+    )  # fmt: skip
+    learning_rate: float = option(5e-4, "peak learning rate", _OPTIMIZER, bounds=_POSITIVE)
+    optimizer: Literal["adamw", "muon"] = option(
+        "adamw", "optimizer: adamw, or muon (an experiment) for the matrices of the blocks, with AdamW for the rest",
+        _OPTIMIZER,
+    )  # fmt: skip
+    weight_decay: float = option(
+        0.1, "weight decay of the matrices (biases and norms have none)", _OPTIMIZER, bounds=(0, _MOST)
+    )
+    betas: tuple[float, float] = option((0.9, 0.95), "beta1 and beta2 of AdamW", _OPTIMIZER)
+    muon_momentum: float = option(0.95, "momentum of Muon", _OPTIMIZER, bounds=_UNDER_ONE)
+    lr_scale: LearningRateScale = option(
+        LearningRateScale(), "factors of the learning rate by part of the model", _OPTIMIZER
+    )
+    layer_decay: float = option(
+        1.0, "factor of the learning rate from each block to the one below it; 1 for none. The embeddings come below "
+        "the first block", _OPTIMIZER, bounds=_SHARE,
+    )  # fmt: skip
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = option(
+        "cosine", "learning-rate schedule after the warmup: cosine, linear, constant, or wsd (warmup-stable-decay: "
+        "constant until the last decay_share of the run)", _OPTIMIZER,
+    )  # fmt: skip
+    decay_share: float = option(0.2, "share of the run, at its end, in which wsd decays", _OPTIMIZER, bounds=_SHARE)
+    warmup_steps: int | float = option(
+        0.05, "warmup of the learning rate from 0: number of steps (1 or more) or share of the run (under 1)",
+        _OPTIMIZER, bounds=(0, _MOST),
+    )  # fmt: skip
+    min_lr_ratio: float = option(0.1, "last learning rate over the peak", _OPTIMIZER, bounds=(0, 1))
+    clip_norm: float | None = option(
+        1.0, "largest norm of the gradient; null for no clipping", _OPTIMIZER, bounds=_POSITIVE
+    )
+    label_smoothing: float = option(
+        0.0, "share of each label that is spread over all tokens. The logged loss includes it, the validation does not",
+        _OPTIMIZER, bounds=_UNDER_ONE,
+    )  # fmt: skip
+    teacher: str | None = option(
+        None, "larger model from whose probabilities the model learns (knowledge distillation); null for none. Folder "
+        "or hub id of a model with the same tokenizer, which runs in every step; or the folder that generate "
+        "--top-logits wrote, for the names of extra_names alone, which costs no time", _DISTILLATION,
+    )  # fmt: skip
+    distill_weight: float = option(
+        0.5, "weight of the teacher in the loss; the rest is the cross-entropy of the names", _DISTILLATION,
+        bounds=(0, 1),
+    )  # fmt: skip
+    distill_temperature: float = option(
+        1.0, "temperature of both distributions; over 1, unlikely tokens count more", _DISTILLATION, bounds=_POSITIVE
+    )
+    distill_kl: Literal["forward", "reverse"] = option(
+        "forward", "KL divergence: forward (covers everything that the teacher would write) or reverse (concentrates "
+        "on what the teacher finds likely)", _DISTILLATION,
+    )  # fmt: skip
+    ema_decay: float | None = option(
+        None, "decay of an exponential moving average of the weights over about the last 1 / (1 - ema_decay) steps, "
+        "which is validated, sampled and kept; null for the weights themselves", _OPTIMIZER, bounds=_UNDER_ONE,
+    )  # fmt: skip
+    log_every: int = option(10, "steps between lines of metrics", _RECORDS, bounds=_COUNT)
+    eval_every: int | None = option(
+        200, "steps between validations; null for one at the start and one at the end. The best model is kept, by the "
+        "lowest mean of the bits per character unconditional and given all attributes", _RECORDS, bounds=_COUNT,
+    )  # fmt: skip
+    validation_names: int | None = option(
+        2000, "number of names that a validation scores (a fixed draw); null for all", _RECORDS, bounds=_COUNT
+    )
+    checkpoint_every: int | None = option(
+        200, "steps between checkpoints; null for one at the end", _RECORDS, bounds=_COUNT
+    )
+    keep_checkpoints: int = option(
+        2, "number of newest checkpoints that are kept, besides that of the best validation", _RECORDS, bounds=_COUNT
+    )
+    save_in_background: bool = option(
+        True, "write checkpoints while training continues, which takes memory for a copy of the weights and of the "
+        "optimizer state", _RECORDS,
+    )  # fmt: skip
+    on_nan: Literal["stop", "skip"] = option(
+        "stop", "reaction to a NaN or infinite loss or gradient, before the weights change: stop, or skip the step "
+        "(counted and logged)", _OPTIMIZER,
+    )  # fmt: skip
+    early_stopping_patience: int | None = option(
+        None, "validations in a row without a new best that end the run; null for never", _RUN, bounds=_COUNT
+    )
+    sample_every: int | None = option(
+        None, "steps between sample names (needs a callback that makes them); null for never", _RECORDS, bounds=_COUNT
+    )
+    attribute_dropout: float = option(
+        0.3, "probability that an attribute of a prompt (type, colors, mana value) is left out, drawn in each epoch, "
+        "so that any subset may be given at generation", _NAMES, bounds=(0, 1),
+    )  # fmt: skip
+    stages: list[Stage] | None = option(
+        None, "stages of a curriculum, in order, each with filters of names (types, min_length, max_length, rarities), "
+        "an order, epochs and a factor of the learning rate; null for all names all the time", _NAMES,
+    )  # fmt: skip
+    precision: Literal["auto", "float32", "bfloat16"] = option(
+        "auto", "data type: bfloat16, float32, or auto (bfloat16 on GPUs that have it)", _DEVICE
+    )
+    device: str = option("auto", "device: auto, cpu, cuda or cuda:N", _DEVICE)
+    deterministic: bool = option(
+        False, "use only GPU operations that give the same bits in every run, which may be slower; on a CPU the bits "
+        "are the same anyway", _DEVICE,
+    )  # fmt: skip
+    compile: bool = option(False, "compile the model (torch.compile); pays off on GPUs and long runs", _DEVICE)
+    parallel: Literal["ddp", "fsdp", "expert"] = option(
+        "ddp", "parallel strategy of several processes: ddp (each has the whole model), fsdp (each has a shard of "
+        "every weight, gradient and optimizer state), or expert (each has some of the experts, to which tokens are "
+        "sent, and a shard of the rest). All give the same gradients, to rounding, and the same checkpoints", _DEVICE,
+    )  # fmt: skip
+    tracker: TrackerName = option(
+        "none", "experiment tracker: none, wandb (offline unless WANDB_API_KEY is set), tensorboard, or another of "
+        "accelerate's. metrics.jsonl is always written", _RECORDS,
+    )  # fmt: skip
 
     @property
     def run_dir(self) -> Path:
@@ -175,7 +197,13 @@ class TrainingConfig:
         Raises:
             ValueError: a message with all problems.
         """
-        problems = [*self._number_problems(), *self._choice_problems()]
+        problems = problems_of(self, TrainingConfig)
+        problems += [f"lr_scale.{problem}" for problem in problems_of(self.lr_scale, LearningRateScale)]
+        problems += [
+            f"betas[{at}] is {beta}, but it must be from 0 to under 1"
+            for at, beta in enumerate(self.betas)
+            if not 0 <= beta < 1
+        ]
         if self.stages is not None:
             problems += stage_problems(self.stages)
             if self.max_epochs is not None:
@@ -204,56 +232,6 @@ class TrainingConfig:
             problems.append(f"warmup_steps {self.warmup_steps} is more than max_steps {self.max_steps}")
         if problems:
             raise ValueError("the training configuration is wrong: " + "; ".join(problems))
-
-    def _choice_problems(self) -> list[str]:
-        choices = {
-            "optimizer": ("adamw", "muon"),
-            "schedule": ("cosine", "linear", "constant", "wsd"),
-            "distill_kl": ("forward", "reverse"),
-            "on_nan": ("stop", "skip"),
-            "precision": ("auto", "float32", "bfloat16"),
-            "tracker": get_args(TrackerName),
-            "parallel": ("ddp", "fsdp", "expert"),
-        }
-        return [
-            f"{name} is {getattr(self, name)!r}, but it is one of {', '.join(allowed)}"
-            for name, allowed in choices.items()
-            if getattr(self, name) not in allowed
-        ]
-
-    def _number_problems(self) -> list[str]:
-        problems = []
-
-        def check(name: str, value: float | None, holds: bool, rule: str) -> None:
-            if value is not None and not (math.isfinite(value) and holds):
-                problems.append(f"{name} is {value}, but it must be {rule}")
-
-        at_least_one = (
-            "max_steps tokens_per_batch gradient_accumulation_steps log_every eval_every validation_names "
-            "checkpoint_every keep_checkpoints early_stopping_patience sample_every"
-        )
-        for name in at_least_one.split():
-            value = getattr(self, name)
-            check(name, value, value is None or 1 <= value <= _MOST, f"from 1 to {_MOST:,}")
-        for name in ("max_epochs", "max_minutes", "learning_rate", "clip_norm", "distill_temperature"):
-            value = getattr(self, name)
-            check(name, value, value is None or value > 0, "more than 0")
-        check("seed", self.seed, 0 <= self.seed < 2**32, f"from 0 to {2**32 - 1:,}")
-        for name in ("weight_decay", "warmup_steps"):
-            check(name, getattr(self, name), getattr(self, name) >= 0, "0 or more")
-        for part in PARTS:
-            scale = getattr(self.lr_scale, part)
-            check(f"lr_scale.{part}", scale, scale >= 0, "0 (frozen) or more")
-        for name in ("layer_decay", "decay_share"):
-            check(name, getattr(self, name), 0 < getattr(self, name) <= 1, "more than 0 and at most 1")
-        for name in ("label_smoothing", "ema_decay", "muon_momentum"):
-            value = getattr(self, name)
-            check(name, value, value is None or 0 <= value < 1, "from 0 to under 1")
-        for name in ("min_lr_ratio", "attribute_dropout", "distill_weight"):
-            check(name, getattr(self, name), 0 <= getattr(self, name) <= 1, "from 0 to 1")
-        for index, beta in enumerate(self.betas):
-            check(f"betas[{index}]", beta, 0 <= beta < 1, "from 0 to under 1")
-        return problems
 
 
 def default_run_name(settings_file: str | Path = "train") -> str:

@@ -7,7 +7,7 @@ import pytest
 from flash_experts.data.cards import Card
 from flash_experts.data.prompts import Attributes
 from flash_experts.generation.reranking.name_classifier import real_card_classifier
-from flash_experts.generation.reranking.wording import (
+from flash_experts.generation.reranking.reranker import (
     WordRepetition,
     cards_of_kind,
     character_of,

@@ -24,8 +24,14 @@ from flash_experts.data.cards import Card
 from flash_experts.data.packing import EncodedName, encode_names, pack_all
 from flash_experts.data.prompts import UNCONDITIONAL, Attributes, drop_unknown, read_conditions
 from flash_experts.data.tokenizer import load_tokenizer
-from flash_experts.evaluation.routing.specialization import Specialization, specializations
-from flash_experts.evaluation.routing.tokens import TOKEN_CLASSES, Tokens, card_labels, token_labels
+from flash_experts.evaluation.routing.specialization import (
+    TOKEN_CLASSES,
+    Specialization,
+    Tokens,
+    card_labels,
+    specializations,
+    token_labels,
+)
 from flash_experts.evaluation.scorers import TOKENS_PER_BATCH, check_lengths, scoring
 from flash_experts.generation.filters.vocabulary import NameVocabulary
 from flash_experts.models import router_metrics

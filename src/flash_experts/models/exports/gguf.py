@@ -13,7 +13,7 @@ import torch
 from transformers import GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerBase
 
 from flash_experts.files import whole_file
-from flash_experts.models.exports.logit_difference import LogitDifference, logit_difference
+from flash_experts.models.exports import LogitDifference, logit_difference
 
 _TANH_GELUS = ("gelu_new", "gelu_pytorch_tanh", "gelu_python_tanh")  # llama.cpp's only one for GPT-2
 # transformers' names of a block's parts to GGUF's.

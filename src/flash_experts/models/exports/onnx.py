@@ -16,7 +16,7 @@ from torch import nn
 from transformers import GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from flash_experts.models.exports.logit_difference import LogitDifference, logit_difference
+from flash_experts.models.exports import LogitDifference, logit_difference
 from flash_experts.models.moe import GPT2MoEForCausalLM
 from flash_experts.models.moe_layer import Experts
 from flash_experts.models.saving import write_folder

@@ -1,7 +1,8 @@
-"""The swap baseline: parts of two real names of the kind, exchanged: "Goblin Guide" + "Raging Kobold" -> "Goblin
-Kobold".
+"""The swap baseline, and models mixed with the n-gram baseline.
 
-Both parts read well, so a model has to beat it.
+``swap`` exchanges the parts of two real names of the kind: "Goblin Guide" + "Raging Kobold" -> "Goblin Kobold". Both
+parts read well, so a model has to beat it. ``MODEL+ngram`` is ``p(name) = w * p_model(name) + (1 - w) * p_ngram(name)``
+with the model's own names.
 
 Shape suffixes: N names.
 """
@@ -18,10 +19,8 @@ import numpy as np
 from flash_experts.data.cards import Card
 from flash_experts.data.names import normal_form
 from flash_experts.data.prompts import UNCONDITIONAL, Attributes
-from flash_experts.evaluation.costs import Costs, ModelSize
 from flash_experts.evaluation.metrics import FloatArray
-from flash_experts.evaluation.mixed import mixed
-from flash_experts.evaluation.scorers import NGramBaseline, Prompt, show_unfiltered
+from flash_experts.evaluation.scorers import Costs, LanguageModel, ModelSize, NGramBaseline, Prompt, show_unfiltered
 from flash_experts.generation.formatting import format_name
 from flash_experts.generation.reranking.conditional_ngram import Kind, kinds_of
 
@@ -29,8 +28,10 @@ _JOINTS = (", ", " of the ", " of ", " ")  # where a name is cut, the first that
 _FEWEST = 40  # names of a kind whose parts are exchanged; with fewer, attributes are left out
 # Kinds of attributes that are left out, one after another.
 _LEFT_OUT = ((), ("color",), ("color", "supertype"), ("color", "supertype", "subtype"))
-_WEIGHTS = np.linspace(0.01, 0.5, 50)  # of the parts, next to the n-grams
-_VALIDATION = 1000  # validation names that choose the weight, at most
+SUFFIX = "+ngram"
+_PARTS_WEIGHTS = np.linspace(0.01, 0.5, 50)  # of the parts, next to the n-grams
+_MODEL_WEIGHTS = np.linspace(0.5, 0.99, 50)
+_VALIDATION = 1000  # validation names that choose the weights, at most
 
 
 def parts_of(name: str) -> tuple[str, str, str] | None:
@@ -110,8 +111,8 @@ class SwapBaseline:
         cards = validation[:_VALIDATION]
         names, given = [card.name for card in cards], [Attributes.of(card) for card in cards]
         own_N, ngram_N = self._own_nats(names, given), self._ngrams.nats(names, given)
-        totals = [mixed(own_N, ngram_N, np.full(len(names), weight)).sum() for weight in _WEIGHTS]
-        self.weight = float(_WEIGHTS[int(np.argmin(totals))])
+        totals = [mixed(own_N, ngram_N, np.full(len(names), weight)).sum() for weight in _PARTS_WEIGHTS]
+        self.weight = float(_PARTS_WEIGHTS[int(np.argmin(totals))])
 
     @property
     def size(self) -> ModelSize:
@@ -157,3 +158,60 @@ class SwapBaseline:
                 parts = _Parts(self._names)
             self._parts[kinds] = parts
         return self._parts[kinds]
+
+
+class MixedWithNGrams:
+    """A language model and the n-gram baseline, with one weight for names without a prompt and one for those with."""
+
+    def __init__(self, model: LanguageModel, baseline: NGramBaseline, validation: Sequence[Card]) -> None:
+        """Chooses the weights on validation cards; raises a ValueError if there are none."""
+        if not validation:
+            raise ValueError("no validation names: the weight of the n-grams is chosen on them")
+        self.label = model.label if model.label.endswith(SUFFIX) else model.label + SUFFIX
+        self._model, self._baseline = model, baseline
+        cards = validation[:_VALIDATION]
+        names, given = [card.name for card in cards], [Attributes.of(card) for card in cards]
+        self.unconditional = self._best_weight(names, [UNCONDITIONAL] * len(names))
+        self.conditional = self._best_weight(names, given)
+
+    def _best_weight(self, names: Sequence[str], attributes: Sequence[Attributes]) -> float:
+        first_N, second_N = self._model.nats(names, attributes), self._baseline.nats(names, attributes)
+        totals = [mixed(first_N, second_N, np.full(len(names), weight)).sum() for weight in _MODEL_WEIGHTS]
+        return float(_MODEL_WEIGHTS[int(np.argmin(totals))])
+
+    @property
+    def size(self) -> ModelSize:
+        one, other = self._model.size, self._baseline.size
+        return ModelSize(one.total + other.total, one.active + other.active)
+
+    @property
+    def costs(self) -> Costs:
+        """Those of the model: the n-grams are fitted in seconds."""
+        return self._model.costs
+
+    def nats(self, names: Sequence[str], attributes: Sequence[Attributes]) -> FloatArray:
+        weight_N = np.array([self.unconditional if one == UNCONDITIONAL else self.conditional for one in attributes])
+        return mixed(self._model.nats(names, attributes), self._baseline.nats(names, attributes), weight_N)
+
+    def sample(self, count: int, seed: int, attributes: Attributes = UNCONDITIONAL) -> list[str]:
+        return self._model.sample(count, seed, attributes)
+
+    def sample_each(self, attributes: Sequence[Attributes], seed: int) -> list[str]:
+        return self._model.sample_each(attributes, seed)
+
+    def show(self, prompts: Sequence[Prompt], count: int, seed: int, known: Sequence[str]) -> list[list[str]]:
+        return self._model.show(prompts, count, seed, known)
+
+    def expert_loads(self, names: Sequence[str], attributes: Sequence[Attributes]) -> dict[str, tuple[float, ...]]:
+        return self._model.expert_loads(names, attributes)
+
+
+def mixed(first_N: FloatArray, second_N: FloatArray, weight_N: FloatArray) -> FloatArray:
+    """The nats (N,) of a mixture with the weight of the first, which is between 0 and 1."""
+    assert ((weight_N > 0) & (weight_N < 1)).all()
+    return -np.logaddexp(np.log(weight_N) - first_N, np.log1p(-weight_N) - second_N)
+
+
+def without_suffix(model: str) -> str | None:
+    """The model's part of ``MODEL+ngram``; None without the suffix."""
+    return model.removesuffix(SUFFIX) if model.endswith(SUFFIX) and len(model) > len(SUFFIX) else None
