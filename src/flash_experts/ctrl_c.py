@@ -15,11 +15,10 @@ _AGAIN_SECONDS = 0.05
 
 
 class CtrlC:
-    """While open and listening, Ctrl+C raises KeyboardInterrupt and sets ``pressed``, for a library that is interrupted
-    may raise an error of its own instead.
+    """While open and listening, Ctrl+C raises KeyboardInterrupt and sets ``pressed``.
 
-    In a ``__del__`` or a callback from C, where Python would print a traceback and continue, the signal comes again
-    shortly after.
+    A library that is interrupted may raise an error of its own, so check ``pressed``. In a ``__del__`` or a callback
+    from C, where Python would print a traceback and continue, the signal comes again shortly after.
     """
 
     def __init__(self) -> None:

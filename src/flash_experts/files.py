@@ -1,11 +1,11 @@
 """Output paths, checked before anything is computed, and atomic writes: complete, or not at all.
 
-**No command writes to an existing file or a folder with content without ``--overwrite``** (`check_replaced`). Two may
-be repeated, since nothing is lost: `train` resumes its own run, and `prepare` renews its own files while their hashes
-match meta.json. Without ``--out`` a command uses the first free name: report.html, report-2.html, and so on.
+**No command writes to an existing file or a folder with content without ``--overwrite``** (`check_replaced`), with two
+exceptions that lose nothing: `train` resumes its own run, and `prepare` renews its own files while their hashes match
+meta.json. Without ``--out`` a command uses the first free name.
 
-Temporary files have unguessable names, and only the process that made them removes them. Those that a `kill -9` leaves
-behind are never deleted by pattern: another machine may still be writing them.
+Temporary files have unguessable names, and only the process that made them removes them, never by pattern: another
+machine may still be writing those that a `kill -9` left behind.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ def check_out_folder(out: str, overwrite: bool, source: str | None = None, *, op
     """Checks an output folder before anything is computed.
 
     Raises:
-        ValueError: it is a file, cannot be made, has content, or is the folder of a training run or of the model
-            that is read (``source``).
+        ValueError: it is a file, cannot be made, has content, or is the folder of a training run or of the model that
+            is read (``source``).
     """
     path = Path(out)
     if out == "" or (path.exists() and not path.is_dir()):
@@ -80,8 +80,10 @@ def check_out_file(out: str, overwrite: bool, *, option: str = "--out", also: Se
 
 
 def free_name(name: str, also: Sequence[str] = ()) -> str:
-    """``report.html``, or the first of ``report-2.html``, ``report-3.html``, ... that does not exist, nor do files next
-    to it with the suffixes ``also``."""
+    """``report.html``, or the first of ``report-2.html``, ``report-3.html``, ... that does not exist.
+
+    Nor do files next to it with the suffixes ``also``.
+    """
     first = Path(name)
     for number in count(1):
         path = first if number == 1 else first.with_stem(f"{first.stem}-{number}")
@@ -158,7 +160,6 @@ def move_into_place(file: Path, target: Path) -> None:
 
 
 def _take_mode(file: Path, target: Path) -> None:
-    """Gives a file the mode of the one that it will replace, if any."""
     with suppress(FileNotFoundError):
         file.chmod(stat.S_IMODE(target.stat().st_mode))
 

@@ -70,8 +70,7 @@ def any_family_is_allowed() -> bool:
 
 
 def local_folder(source: str | Path) -> Path:
-    """A model folder as it is, that of a released model, or the one that a hub id is downloaded to; else a
-    ValueError."""
+    """A model folder: the path itself, a released model, or the download of a hub id; else a ValueError."""
     if not str(source):
         raise ValueError("no model: its name is empty: give a folder or a hub id")
     folder = model_folder(source)
@@ -112,8 +111,11 @@ def _unreachable(source: str | Path, error: Exception) -> str:
 
 
 def check_files(folder: Path) -> None:
-    """Checks every file that a library may read, except the weights; raises a ValueError if one is too large, is not a
-    regular file, or is a link that leads out of the folder."""
+    """Checks every file that a library may read, except the weights.
+
+    Raises:
+        ValueError: a file is too large, is not a regular file, or is a link that leads out of the folder.
+    """
     paths = [folder / name for name in _MOST_BYTES]
     if os.path.lexists(folder / _TEMPLATES):
         check_place(folder, folder / _TEMPLATES)
@@ -171,8 +173,11 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def parse_json(data: bytes) -> Any:
-    """Parses JSON from an untrusted source: UTF-8, finite numbers of at most 40 digits, no duplicate keys; else raises
-    a ValueError of one line."""
+    """Parses JSON from an untrusted source: UTF-8, finite numbers of at most 40 digits, no duplicate keys.
+
+    Raises:
+        ValueError: anything else, in one line.
+    """
     if data.count(b"[") + data.count(b"{") > _MOST_CONTAINERS:
         raise ValueError(f"more than {_MOST_CONTAINERS:,} lists and objects")
     try:

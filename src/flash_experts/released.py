@@ -49,8 +49,7 @@ def configurations() -> dict[str, Path]:
 
 
 def configuration(given: str | Path) -> Path:
-    """The file of ``--config``: a path, or the name of one of `configurations`; raises a ValueError if it is
-    neither."""
+    """The file of ``--config``: a path, or one of `configurations`; raises a ValueError if it is neither."""
     path, name, known = Path(given), str(given), configurations()
     if path.exists():
         return path

@@ -73,9 +73,10 @@ def read_yaml(path: str | Path) -> dict[Any, Any]:
 def read_settings(path: str | Path, hints: Mapping[str, Any]) -> dict[str, Any]:
     """Reads a YAML file of options and converts each value to the type of its option, by dotted name in ``hints``.
 
-    Raises a ValueError as `read_yaml`, and if a key is not text, or a value is missing or has a wrong type.
-
     YAML 1.1 reads ``1e-3`` as text, ``no`` as a boolean, ``010`` as 8 and ``1:30`` as 90: here the option's type rules.
+
+    Raises:
+        ValueError: as `read_yaml`, or a key is not text, or a value is missing or has a wrong type.
     """
     content = read_yaml(path)
     written = yaml.load(Path(path).read_text("utf-8-sig"), Loader=yaml.BaseLoader)  # all values as text

@@ -97,7 +97,6 @@ def with_client_errors(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _settings(given: Any) -> Settings:
-    """Settings from a client's JSON object; raises a ValueError for unknown or invalid ones."""
     if not isinstance(given, dict):
         raise ValueError('settings must be an object such as {"colors": "R"}')
     unknown = given.keys() - OPTIONS.keys()

@@ -38,8 +38,7 @@ class TableView:
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """What is shown when settings are opened: values of the controls (those without a value stay), status line (HTML)
-    and settings string, "" for none."""
+    """What is shown when settings are opened; controls without a value stay. The status line is HTML."""
 
     values: Mapping[str, Any]
     status: str
@@ -103,7 +102,6 @@ class Handlers:
     def _answer(
         self, settings: Settings, model: str, session: Session, without: Sequence[str] = ()
     ) -> Iterator[TableView]:
-        """Makes names, apart from the kept ones and ``without``."""
         had, run = [*without, *(row.name.text for row in session.kept)], session.begin()
         for progress in self.playground.names(settings, model, had, is_wanted=partial(session.runs, run)):
             rows = session.put(run, progress.rows, settings)
@@ -223,10 +221,12 @@ class Handlers:
 def for_browser(
     session: Session, address: str | None = None, link: str | None = None, number: int | None = None
 ) -> str:
-    """What the page's script remembers: the kept names; unless None, the query of the page's address, and the one that
-    makes the names on the table again.
+    """What the page's script remembers: the kept names, and unless None, two queries.
 
-    ``number`` is of `Session.next_message` (default: a new one).
+    Args:
+        address: query of the page's address.
+        link: query that makes the names on the table again.
+        number: of `Session.next_message` (default: a new one).
     """
     number = session.next_message() if number is None else number
     return json.dumps({"number": number, "address": address, "link": link, "kept": stored(session.kept)})

@@ -1,6 +1,6 @@
 """Inspection of a model on one name: next-token probabilities, attention weights, and the experts of each token.
 
-The tokens are those of the tokenizer. A generated name may have been made from others, which is rare.
+The tokens are those of the tokenizer; a generated name may, rarely, have been made from others.
 
 Shape suffixes: T tokens that the model reads (BOS token, prompt, name), V tokens of the vocabulary, H heads, S tokens
 of the name and its EOS token.
@@ -36,8 +36,12 @@ EOS_TEXT = "[EOS]"
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """The model's prediction of one token of the name, or of its EOS token: its printable text, probability (at
-    temperature 1, before filters) and rank from 1, and the most likely tokens."""
+    """The model's prediction of one token of the name, or of its EOS token.
+
+    Attributes:
+        probability: at temperature 1, before filters.
+        rank: from 1.
+    """
 
     token: str
     probability: float
@@ -53,7 +57,7 @@ class Inspection:
         name: the name in Unicode normal form, as the model read it.
         prompt_length: number of ``tokens`` before the name, BOS token included.
         steps: predictions of the name's tokens and its EOS token.
-        attention: per block (H, T, T) float32; row t has the weights of query t, the first t + 1 of which sum to 1.
+        attention: per block (H, T, T) float32; the first t + 1 weights of row t, those of query t, sum to 1.
         experts: the experts of each token; None for a dense model.
     """
 
@@ -68,13 +72,11 @@ class Inspection:
 
 
 def inspect_name(loaded: LoadedModel, name: str, settings: Settings) -> Inspection:
-    """Inspects a model on a name, after the prompt that the settings make.
-
-    Locks the model.
+    """Inspects a model, which it locks, on a name after the prompt that the settings make.
 
     Raises:
-        ValueError: the name is blank or too long, the model does not return attention weights, or has not learned
-            the set, year or rarity.
+        ValueError: the name is blank or too long, the model does not return attention weights, or has not learned the
+            set, year or rarity.
     """
     name = shown_form(name)
     if not normal_form(name):

@@ -1,4 +1,4 @@
-"""The layout of the Gradio page: controls on the left, names in the middle, and the card of a chosen name next to them.
+"""The layout of the Gradio page: controls on the left, names in the middle, and the card of a chosen name on the right.
 
 On a narrow screen the card lies over the lower part of the page, and only the main controls stand before the names.
 """
@@ -113,7 +113,6 @@ def _rendered(controls: form.Controls, *names: str) -> form.Controls:
 
 
 def _names_tab() -> events.Parts:
-    """The table of names and what can be done with them."""
     with gr.Row(elem_id="fe-examples"):
         parts: events.Parts = {
             "examples": {title: gr.Button(title, size="sm", min_width=110) for title in events.EXAMPLES}
@@ -144,7 +143,6 @@ def _names_tab() -> events.Parts:
 
 
 def _compare_tab(playground: Playground) -> events.Parts:
-    """Two sides, which share the controls on the left."""
     models = list(playground.models)
     presets = [("as on the left", ""), *((name, name) for name in PRESETS)]
     parts: events.Parts = {"compare": gr.Button("Compare", variant="primary", elem_id="fe-compare")}

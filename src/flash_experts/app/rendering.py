@@ -68,8 +68,11 @@ def _facts(card: Attributes) -> list[str]:
 
 
 def inspection(found: Inspection, model: str, block: int, head: int | None) -> str:
-    """How a model reads a name: attention of a block's head, or the mean of all heads for None; raises a ValueError if
-    there are none of these numbers."""
+    """How a model reads a name: attention of a block's head, or the mean of all heads for None.
+
+    Raises:
+        ValueError: there is no such block or head.
+    """
     if not 0 <= block < len(found.attention):
         raise ValueError(f"no block {block}: the model has {len(found.attention)}")
     weights_HTT = found.attention[block]

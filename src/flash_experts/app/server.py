@@ -107,8 +107,7 @@ def _theme() -> gr.themes.Base:
 
 
 def make_server(playground: Playground, hosts: Iterable[str] = ()) -> uvicorn.Server:
-    """The server for clients that know it by ``hosts``, `LOCAL_HOSTS`, or the address it listens on; it serves with
-    ``run(sockets=[listener])`` until SIGINT, SIGTERM, or ``should_exit``."""
+    """A server of `make_app`; it serves with ``run(sockets=[listener])`` until SIGINT, SIGTERM, or ``should_exit``."""
     config = uvicorn.Config(
         make_app(playground, hosts),
         log_level="critical",  # connections that end with the server are not errors; `Gate` logs errors
@@ -122,7 +121,9 @@ def make_server(playground: Playground, hosts: Iterable[str] = ()) -> uvicorn.Se
 
 class TimeoutProtocol(H11Protocol):
     """HTTP with timeouts for clients that neither complete their request nor read its answer (slowloris attacks).
-    uvicorn waits for such clients forever, and `MOST_CONNECTIONS` of them would block the server."""
+
+    uvicorn waits for such clients forever, and `MOST_CONNECTIONS` of them would block the server.
+    """
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -164,10 +165,10 @@ def _family(host: str, port: int) -> socket.AddressFamily:
 
 
 class Gate:
-    """Middleware that refuses requests for other hosts than ``hosts`` and `LOCAL_HOSTS`, from other sites' pages, or
-    for paths that the playground does not need (uploads, files, ...), and sets the security headers of every answer.
+    """Middleware that refuses requests for unknown hosts, from other sites' pages, or for paths that are not needed.
 
-    Checking Host and Origin prevents DNS rebinding, where another site points its name at this machine.
+    Allowed hosts are ``hosts`` and `LOCAL_HOSTS`: checking Host and Origin prevents DNS rebinding, where another site
+    points its name at this machine. Also sets the security headers of every answer.
     """
 
     def __init__(self, app: ASGIApp, hosts: Iterable[str] = ()) -> None:

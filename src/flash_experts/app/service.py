@@ -48,8 +48,10 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """The progress of a request: all names so far, and at the end (``is_over``) why there are fewer than requested, or
-    ""; the settings include the seed."""
+    """The progress of a request: all names so far, and the settings with the seed.
+
+    At the end (``is_over``) it has why there are fewer names than requested, or "".
+    """
 
     rows: tuple[Row, ...]
     wanted: int
@@ -117,8 +119,11 @@ class Playground:
         seconds: float | None = None,
         is_wanted: Callable[[], bool] = lambda: True,
     ) -> Iterator[Progress]:
-        """Yields the progress after each name but those of ``without``, and once more at the end, for ``seconds``
-        (default: the time limit), as long as ``is_wanted``, asked before each decoding step.
+        """Yields the progress after each name but those of ``without``, and once more at the end.
+
+        Args:
+            seconds: time limit (default: the playground's).
+            is_wanted: asked before each decoding step; if false, the request ends.
 
         Raises:
             ValueError: the model is unknown, or no name satisfies the constraints.
@@ -198,8 +203,7 @@ class Side:
 def compare(
     playground: Playground, settings: Settings, sides: Sequence[Side], is_wanted: Callable[[], bool] = lambda: True
 ) -> Iterator[list[Progress | None]]:
-    """Yields the progress of each side, None where it has no name yet, of names for two or more sides from the same
-    seed, as long as they are wanted.
+    """Yields the progress of each side, None where it has no name yet, for the same seed.
 
     A side's own preset replaces all sampling settings.
     """

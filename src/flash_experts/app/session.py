@@ -32,8 +32,7 @@ Rows = tuple[Row, ...]
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A request of the history: its settings without the seed that was drawn, and the names that it gave, with the
-    seed.
+    """A request of the history, without the seed if it was drawn, and the names that it gave, with the seed.
 
     ``number`` counts the requests of a session from 0.
     """
@@ -76,14 +75,13 @@ class Session:
         return run == self._run
 
     def stop(self) -> None:
-        """Ends the request that runs: its thread may still find names, which `put` leaves out."""
+        """Ends the request that runs: names that its thread still finds are left out by `put`."""
         self.begin()
 
     def put(
         self, run: int, found: Rows, asked: Settings, before: Rows = (), named: tuple[NamedRow, ...] = ()
     ) -> Rows | None:
-        """Replaces all rows but the kept ones by what request ``run`` has found so far, below rows of other requests
-        (``before``).
+        """Replaces all rows but the kept ones by what request ``run`` has found so far, below rows ``before``.
 
         Returns all rows; None if the request has ended, and nothing has changed.
         """
@@ -141,15 +139,16 @@ class Session:
             self.shown = None
 
     def next_message(self) -> int:
-        """A number that grows with each message to the browser, which ignores those that arrive late: microseconds, so
-        that it also grows when a page that stays open gets a new session."""
+        """A number that grows with each message to the browser, which ignores those that arrive late.
+
+        In microseconds, so that it also grows when a page that stays open gets a new session.
+        """
         with self._lock:
             self._sent = max(self._sent + 1, time.time_ns() // 1000)
             return self._sent
 
     def open(self, number: Any) -> Request | None:
-        """Shows the names of an earlier request below the kept ones, and ends the one that runs; None if the
-        history does not have it."""
+        """Shows the names of an earlier request below the kept ones, and ends the one that runs; None if unknown."""
         with self._lock:
             request = next((each for each in self.history if str(each.number) == str(number)[:10]), None)
             if request is not None:
@@ -165,14 +164,13 @@ def picked(rows: Rows, name: Any) -> Row | None:
 
 
 def link_of(settings: Settings, model: str = "") -> str:
-    """The query of a link to the page with these settings, and a model if one is given."""
+    """The query of a link to the page with these settings, and a model if given."""
     parts = [_LINK, settings.to_string().removeprefix(PREFIX), urlencode({"model": model}) if model else ""]
     return "&".join(filter(None, parts))
 
 
 def read_link(query: Any) -> tuple[Settings, str] | None:
-    """The settings and the model ("" for none) of a page's query; None for a query without settings, a ValueError for
-    wrong ones."""
+    """The settings and model ("" for none) of a page's query; None without settings, a ValueError for wrong ones."""
     text = query if isinstance(query, str) else ""
     first, *others = text.removeprefix("?").split("&")
     if first != _LINK:

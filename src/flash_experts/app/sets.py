@@ -22,8 +22,10 @@ _OF_A_LINE = ("type_line", "colors", "mana_value")
 
 @dataclass(frozen=True, slots=True)
 class SetProgress:
-    """The progress of a request for several cards: names of the last card with its settings, of those before it, and
-    all cards with their names so far."""
+    """The progress of a request for several cards.
+
+    Names of the last card with its settings, of those before it, and all cards with their names so far.
+    """
 
     settings: Settings
     before: tuple[Row, ...]
@@ -82,7 +84,7 @@ def name_set(
 ) -> Iterator[SetProgress]:
     """Names for each card that has none, in order, within the time limit of one request.
 
-    No name and no last word is used twice in the set. A card replaces the attributes that it has in ``settings``, whose
+    No name and no last word is used twice in the set. A card's attributes replace those of ``settings``, whose
     ``count`` is of names for each.
 
     Raises:

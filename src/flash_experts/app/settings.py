@@ -83,8 +83,11 @@ class Settings(NameRequest):
 
     @classmethod
     def from_values(cls, values: Mapping[str, Any]) -> Settings:
-        """Settings from a form or JSON: blank texts and None stand for the defaults, whole floats for integers, and
-        texts with ";" (for words also ",") for lists."""
+        """Settings from a form or JSON.
+
+        Blank texts and None stand for the defaults, whole floats for integers, and texts with ";" (for words also ",")
+        for lists.
+        """
         return cls(**{name: read for name, value in values.items() if (read := _tidied(name, value)) is not None})
 
 
@@ -193,8 +196,11 @@ def words_of(name: str) -> list[str]:
 
 
 def with_gap(settings: Settings, name: str, number: Any) -> Settings:
-    """The settings of names that differ from ``name`` in the word of this index, as a browser sends it; raises a
-    ValueError if there is no such word, or the name is too long for a pattern."""
+    """The settings of names that differ from ``name`` in the word of this index.
+
+    Raises:
+        ValueError: there is no such word, or the name is too long for a pattern.
+    """
     places = {str(index): match for index, match in enumerate(_WORD.finditer(name))}
     word = places.get(str(number)[:6])
     if word is None or len(places) < 2:

@@ -181,7 +181,7 @@ def _is_missing(value: Any) -> bool:
 
 
 def _fields(record: Mapping[Any, Any]) -> dict[str, Any]:
-    """The known columns of a record under our names; None where a value is missing."""
+    """The known columns of a record; None where a value is missing."""
     found: dict[str, tuple[tuple[bool, int], Any]] = {}
     cost = None
     for key, value in record.items():

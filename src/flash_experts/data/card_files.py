@@ -56,11 +56,14 @@ _OTHER_KINDS = {
 def read_file(path: Path) -> CardSource:
     """Reads cards from a csv, tsv, json, jsonl or txt file, chosen by its suffix.
 
-    A list of names is enough: one per line in txt, an array of texts in json, a column ``name`` in csv (or a single
-    column without a heading). Other columns become attributes: see `flash_experts.data.card_columns`. A csv may be
-    separated by commas, semicolons, tabs or bars; a txt may be a deck list. Unreadable values are unknown, and counted
-    in ``unread``. Raises a ValueError if the file is empty, not UTF-8 or UTF-16, of another kind or too large, or a
-    line is malformed (``file:line``).
+    A list of names is enough: one per line in txt (which may be a deck list), an array of texts in json, a column
+    ``name`` in csv (or a single column without a heading). Other columns become attributes: see
+    `flash_experts.data.card_columns`. A csv may be separated by commas, semicolons, tabs or bars. Unreadable values are
+    unknown, and counted in ``unread``.
+
+    Raises:
+        ValueError: the file is empty, not UTF-8 or UTF-16, of another kind or too large, or a line is malformed
+            (``file:line``).
     """
     readers = {".csv": _csv_rows, ".tsv": _csv_rows, ".json": _json_rows, ".jsonl": _jsonl_rows, ".txt": _txt_rows}
     suffix = path.suffix.lower()
@@ -323,8 +326,11 @@ def _json_rows(lines: _Lines, unread: Unread) -> Iterator[RawCard]:
 
 
 def _records(document: Any) -> list[Any] | None:
-    """The names or cards of a document, None if it has none: an array, a Scryfall search result, MTGJSON's sets
-    (``data.cards``) and atomic cards (by name), and columns as pandas writes them."""
+    """The names or cards of a document, None if it has none.
+
+    A document is an array, a Scryfall search result, MTGJSON's sets (``data.cards``) or atomic cards (by name), or
+    columns as pandas writes them.
+    """
     for key in ("data", "cards"):
         if isinstance(document, dict):
             document = document.get(key, document)

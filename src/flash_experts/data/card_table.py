@@ -56,8 +56,7 @@ def read_embedded() -> CardSource:
 def embedded_flags() -> dict[str, str]:
     """The flag (or ``""``) of every name in the embedded table, by normal form.
 
-    Live sources prefer these: they mark printings, so an old card reprinted for a franchise would count as one of its
-    cards.
+    Live sources prefer these: they mark printings, so an old card reprinted for a franchise would be flagged.
     """
     found: dict[str, str] = {}
     for row in read_embedded().rows:
@@ -104,7 +103,7 @@ SINCE_2025 = (
 
 
 def is_since_2025(source_id: str) -> bool | None:
-    """Whether a card of the embedded table was first printed in 2025 or later; None for other and for flagged cards."""
+    """Whether a card of the embedded table was first printed in 2025 or later; None for other and flagged cards."""
     source, _, row = source_id.partition(":")
     if source != "embedded" or not row.isdecimal() or read_embedded().rows[int(row)].flag:
         return None

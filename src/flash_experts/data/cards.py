@@ -44,11 +44,10 @@ class RawCard:
 
 @dataclass(frozen=True, slots=True)
 class CardSource:
-    """Raw cards and their provenance.
+    """Raw cards in the source's order, and their provenance.
 
     Attributes:
         name: ``"embedded"``, a live source such as ``"scryfall"``, or the file's name.
-        rows: cards in the source's order.
         unread: counts of `Unread`.
     """
 
@@ -63,7 +62,7 @@ class Unread:
     """Counts values that could not be read, by column, with the first example of each.
 
     Attributes:
-        counts: e.g. ``{"rarity": {"count": 3, "first": "mine.csv:7: 'Promo'"}}``; ready for JSON.
+        counts: e.g. ``{"rarity": {"count": 3, "first": "mine.csv:7: 'Promo'"}}``.
     """
 
     def __init__(self) -> None:
@@ -122,7 +121,7 @@ class Card:
     released: str | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """The JSON object of a prepared line. Optional fields are left out where they are unknown."""
+        """The JSON object of a prepared line, without unknown optional fields."""
         optional = {name: value for name in _OPTIONAL_FIELDS if (value := getattr(self, name)) is not None}
         return {
             "name": self.name,
@@ -198,7 +197,7 @@ def in_color_order(letters: list[str] | tuple[str, ...] | set[str] | str) -> tup
 def parse_colors(text: str | None) -> tuple[str, ...] | None:
     """Parses colors into letters in the order WUBRG; ``()`` for colorless, None for an empty text.
 
-    ``"R"``, ``"WU"``, ``"red"``, ``"white and blue"``, ``"{W}{U}"``, ``"colorless"`` and ``"C"`` are understood.
+    ``"WU"``, ``"white and blue"``, ``"{W}{U}"``, ``"colorless"`` and ``"C"`` are understood.
 
     Raises:
         ValueError: a word is not a color (with a suggestion).
@@ -229,7 +228,7 @@ def parse_colors(text: str | None) -> tuple[str, ...] | None:
 
 
 def parse_rarity(text: str | None) -> str | None:
-    """Parses a rarity (``"Rare"``, ``"mythic rare"``, ``"M"``); None for an empty text, ValueError for others."""
+    """Parses a rarity (``"mythic rare"``, ``"M"``); None for an empty text, ValueError for others."""
     word = " ".join((text or "").casefold().split())
     if not word:
         return None
@@ -269,7 +268,7 @@ def split_type_line(type_line: str) -> tuple[tuple[str, ...], tuple[str, ...], t
 
 
 def join_type_line(supertypes: tuple[str, ...], types: tuple[str, ...], subtypes: tuple[str, ...]) -> str:
-    """The type line as printed on cards; the inverse of `split_type_line`."""
+    """The type line as printed; the inverse of `split_type_line`."""
     line = " ".join((*supertypes, *types))
     return f"{line} — {' '.join(subtypes)}" if subtypes else line
 

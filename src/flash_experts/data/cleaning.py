@@ -61,8 +61,11 @@ _EXCLUDED_LAYOUTS = {
 
 @dataclass(frozen=True, slots=True)
 class Cleaned:
-    """The cleaned cards, one for each name, and how many of the ``faces`` were dropped, by reason; ``unread`` are
-    unreadable mana costs, as in `flash_experts.data.cards.Unread`."""
+    """The cleaned cards, one for each name, and how many faces were dropped, by reason.
+
+    Attributes:
+        unread: unreadable mana costs, as in `flash_experts.data.cards.Unread`.
+    """
 
     cards: tuple[Card, ...]
     dropped: dict[str, int]
@@ -181,9 +184,9 @@ _DECIMAL = re.compile(r"([0-9]{1,7})\.0")  # what pandas makes of 3
 def read_cost(cost: str) -> tuple[str, ...] | None:
     """Parses a mana cost into symbols in capitals; ``()`` for an empty one, None if it cannot be read.
 
-    With braces or without: ``"{4}{W}"``, ``"4W"``, ``"(4)(W)"`` and ``"4 W"`` give ``("4", "W")``; ``"2/W"``,
-    ``"{2W}"``, ``"W/P"`` and ``"wp"`` are one symbol each. Two adjacent colors are a hybrid symbol in brackets, and as
-    one of several words (Forge's ``"1 GW GW"``); elsewhere (``"4WU"``) they are two symbols.
+    With braces or without: ``"{4}{W}"``, ``"4W"``, ``"(4)(W)"`` and ``"4 W"`` give ``("4", "W")``; ``"2/W"``, ``"W/P"``
+    and ``"wp"`` are one symbol each. Two adjacent colors are a hybrid symbol in brackets, and as one of several words
+    (Forge's ``"1 GW GW"``); elsewhere (``"4WU"``) they are two symbols.
     """
     text = cost.strip().upper().replace("|", "/")
     if len(text) > _LONGEST_COST:
@@ -231,8 +234,11 @@ def colors_of_cost(cost: str) -> tuple[str, ...] | None:
 
 @lru_cache(4096)
 def mana_value(cost: str) -> int | None:
-    """Total of a mana cost, None if it cannot be read: X, Y and Z count 0, a hybrid symbol its larger half (``"{2/R}"``
-    is 2), a half symbol (``"{HW}"``, on jokes) one half; the sum is rounded down."""
+    """Total of a mana cost, None if it cannot be read.
+
+    X, Y and Z count 0, a hybrid symbol its larger half (``"{2/R}"`` is 2), a half symbol (``"{HW}"``, on jokes) one
+    half; the sum is rounded down.
+    """
     symbols = read_cost(cost)
     return None if symbols is None else int(sum(map(_symbol_value, symbols)))
 

@@ -1,9 +1,8 @@
 """Tokenization of names, and sequence packing: many names in one padding-free batch.
 
 The training text is ``<|endoftext|> + prompt + " " + name + <|endoftext|>`` (BOS, prompt, name, EOS), with the loss on
-the name and its EOS alone. A batch is one packed sequence, laid out as by transformers' ``DataCollatorWithFlattening``:
-positions start again at each name, so there are no padding tokens and no padding mask. The EOS token is a label and
-never an input.
+the name and its EOS alone. A packed sequence is laid out as by transformers' ``DataCollatorWithFlattening``: positions
+start again at each name, so there is no padding and no padding mask. The EOS token is a label and never an input.
 
 Shape suffixes: T tokens of the packed sequence, L labels, N names.
 """
@@ -58,8 +57,8 @@ class PackedBatch:
         keep: (L,) int64, positions whose next token is a label.
         labels: (L,) int64, those next tokens.
         name_index: (L,) int64, name of each label.
-        characters: (N,) int64, characters of each name plus one for EOS.
-        top_rows: (L,) int64, row of each label in a teacher's `TopLogits`; -1 without a teacher.
+        characters: (N,) int64, as `EncodedName.characters`.
+        top_rows: (L,) int64, as `EncodedName.top_row` for each label.
     """
 
     input_ids: torch.Tensor
@@ -233,7 +232,7 @@ def pack_all(names: Sequence[EncodedName], tokens_per_batch: int) -> list[Packed
 
 
 def name_nats(model: nn.Module, batch: PackedBatch) -> torch.Tensor:
-    """Negative log-likelihood in nats of each name of a packed sequence, EOS token included: (N,) float32.
+    """(N,) float32 negative log-likelihood of each name and its EOS token, in nats.
 
     Of the tokenizer's one tokenization, so an upper bound. The model must use ``fe_attention``.
     """

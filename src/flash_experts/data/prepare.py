@@ -35,8 +35,7 @@ def prepare(
     overwrite: bool = False,
     only: str | None = None,
 ) -> dict[str, Any]:
-    """Writes train, validation, test and test_iid .jsonl, known_names.txt and meta.json, and returns the content of
-    meta.json, and ``"up_to_date"``: whether identical files existed already.
+    """Writes train, validation, test and test_iid .jsonl, known_names.txt and meta.json.
 
     The same source gives the same bytes. ``meta.json`` is written last, so a folder that has one is complete. Its
     ``"changes"`` lists the names that the last run added and removed.
@@ -46,6 +45,9 @@ def prepare(
         include: flagged names to keep: ``"jokes"``, ``"franchises"``.
         overwrite: replace existing files that prepare did not write, or that were changed since.
         only: use the cards with this flag alone.
+
+    Returns:
+        The content of meta.json, and ``"up_to_date"``: whether identical files existed already.
 
     Raises:
         ValueError: the source is unknown, malformed or unreachable, or ``out`` has files that must not be replaced.
@@ -108,7 +110,7 @@ def _write(
     meta: dict[str, Any],
     names: Sequence[str],
 ) -> bool:
-    """Adds the changes to ``meta`` and writes all files. Returns whether identical files existed already."""
+    """Adds the changes to ``meta`` and writes all files; whether identical ones existed already."""
     made = not out.exists()
     out.mkdir(parents=True, exist_ok=True)
     try:
@@ -254,7 +256,7 @@ def load_known_names(folder: str | Path) -> frozenset[str]:
 
 
 def extra_cards(path: str | Path, folder: str | Path) -> list[Card]:
-    """Loads cards to train on in addition to a folder's training split, such as names that a teacher generated.
+    """Loads cards to train on in addition to a folder's training split, such as a teacher's names.
 
     Raises:
         ValueError: as `load_cards`, or a name is in a held-out split.

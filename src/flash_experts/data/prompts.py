@@ -33,13 +33,11 @@ _DASH = re.compile(r"—|–|--|(?:^|\s)-(?=\s|$)")
 
 @dataclass(frozen=True, slots=True)
 class Attributes:
-    """Attributes that a name is conditioned on; None leaves one unspecified, which reads the same in the prompt as
-    ``()`` for supertypes, types and subtypes.
+    """Attributes that a name is conditioned on; None leaves one unspecified.
 
-    Colors are letters in the order WUBRG; ``()`` for colorless.
-
-    The embedded table has no ``rarity``, ``set_code`` (``"ZEN"``) and ``released`` (year): they need a model trained on
-    another source.
+    Colors are letters in the order WUBRG; ``()`` for colorless. For supertypes, types and subtypes, ``()`` reads the
+    same in the prompt as None. The embedded table has no ``rarity``, ``set_code`` (``"ZEN"``) and ``released`` (year):
+    they need a model trained on another source.
     """
 
     supertypes: tuple[str, ...] | None = None
@@ -75,8 +73,7 @@ class Attributes:
         A type line may have "-" or "--" for the dash, or be ``"goblin creature"``.
 
         Raises:
-            ValueError: a value is unknown (with a suggestion) or malformed; `check_known` checks what a model
-                knows.
+            ValueError: a value is unknown (with a suggestion) or malformed; `check_known` checks what a model knows.
         """
         if mana_value is not None and (isinstance(mana_value, bool) or not 0 <= mana_value <= MAX_MANA_VALUE):
             raise ValueError(f"the mana value must be from 0 to {MAX_MANA_VALUE:,}, not {mana_value}")
@@ -88,8 +85,8 @@ class Attributes:
     def drop(self, rng: random.Random, probability: float) -> Attributes:
         """Drops attributes at random (condition dropout), so that a model learns any subset of them, or none.
 
-        Each attribute is dropped with ``probability`` (0 to 1), and all of them together with half of it. The number
-        of draws from ``rng`` does not depend on which attributes are given.
+        Each is dropped with ``probability``, and all of them together with half of it. The number of draws from ``rng``
+        does not depend on which attributes are given.
         """
         *single, everything = (rng.random() for _ in range(6))
         if everything < probability / 2:
@@ -118,8 +115,10 @@ UNCONDITIONAL = Attributes()
 
 
 def prompt_words(cards: Iterable[Card], at_least: int = 3) -> list[str]:
-    """The vocabulary of prompts: words of types, colors and rarities, and of subtypes, sets and years of release that
-    ``at_least`` cards have, except sets and years that are words of names."""
+    """The vocabulary of prompts: words of types, colors and rarities, subtypes, sets and years of release.
+
+    Of the last three those that ``at_least`` cards have, except sets and years that are words of names.
+    """
     cards = list(cards)
     counts = Counter(name for card in cards for name in card.subtypes)
     subtypes = sorted(name for name, count in counts.items() if count >= at_least)
@@ -145,8 +144,7 @@ def collect_conditions(cards: Iterable[Card]) -> Conditions:
 
 
 def read_conditions(config: Mapping[str, Any]) -> Conditions:
-    """The conditions (`collect_conditions`) that training wrote into a model's configuration; {} if there are none, a
-    ValueError if they are malformed."""
+    """The conditions (`collect_conditions`) in a model's configuration; {} if none, a ValueError if malformed."""
     conditions = config.get(CONDITIONS, {})
     kinds = {name: int if name == "released" else str for name in OPTIONAL_ATTRIBUTES}
     if not isinstance(conditions, dict) or not all(
@@ -218,8 +216,7 @@ def known_subtypes() -> tuple[str, ...]:
 
 @dataclass(frozen=True, slots=True)
 class _Vocabulary:
-    """Known words of type lines: printed forms by normal form, normal forms of two-word subtypes, and the mean position
-    of each subtype among a card's subtypes, from 0 (first) to 1 (last)."""
+    """Known words of type lines; ``place`` is the mean position among a card's subtypes, 0 (first) to 1 (last)."""
 
     names: dict[str, str]
     pairs: frozenset[str]
@@ -255,8 +252,10 @@ def _known_type(word: str, vocabulary: _Vocabulary) -> str:
 
 
 def texts_of_cards(cards: Sequence[Card]) -> list[str]:
-    """Texts that cover all that a model reads or writes: names, and prompts of all, two, one and no attributes (prompts
-    of other subsets consist of pieces of these)."""
+    """Texts that cover all that a model reads or writes: names, and prompts of all, two, one and no attributes.
+
+    Prompts of other subsets consist of pieces of these.
+    """
     texts = {" " + card.name for card in cards}
     names = tuple(field.name for field in fields(Attributes))
     for attributes in {Attributes.of(card) for card in cards}:

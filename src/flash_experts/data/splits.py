@@ -1,8 +1,8 @@
 """Train, validation and test splits by family, so that the test does not reward memorized relatives.
 
-Names of one family stay in one split: those that share a rare word or a legend's name before the comma, or are within
-a small edit distance. A hash of the family's first name picks the split, so it does not depend on the order of cards,
-and a new card moves no family but its own.
+Names of one family stay in one split: those that share a rare word or a legend's name before the comma, or are within a
+small edit distance. A hash of the family's first name picks the split, so it does not depend on the order of cards, and
+a new card moves no family but its own.
 """
 
 from __future__ import annotations
@@ -27,8 +27,11 @@ _ROWS_AT_ONCE = 512
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """Cards by split: ``parts`` are the four splits, each in the order of the cards; ``oversized`` families were kept
-    in training for their size (`LARGEST_HELD_OUT`)."""
+    """Cards by split, each in the order of the cards.
+
+    Attributes:
+        oversized: families that were kept in training for their size (`LARGEST_HELD_OUT`).
+    """
 
     parts: dict[str, tuple[Card, ...]]
     families: int

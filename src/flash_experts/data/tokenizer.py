@@ -87,7 +87,7 @@ def _parts(place: str, value: Any) -> Iterator[dict[str, Any]]:
 
 
 def _check_replace(part: dict[str, Any]) -> None:
-    """Accepts a replacement that is not longer, so that no sequence makes a text grow; or a mark before a word."""
+    """Accepts a replacement that is not longer, so that no text grows, or a mark before a word."""
     pattern, new = part.get("pattern"), part.get("content")
     words = pattern.get("Regex") if isinstance(pattern, dict) else None
     if isinstance(words, str) and len(words) <= _MAX_PATTERN and _BEFORE_WORDS.fullmatch(words) and new == WORD_MARK:
@@ -159,9 +159,10 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, whole_words: Sequence
     order between runs: words are counted, the alphabet is sorted, candidates are ordered by frequency and then by ids,
     and each pair becomes a candidate only once.
 
-    ``vocab_size`` is the most tokens, with the 256 bytes and the end of text; with 257, the least (else a ValueError),
-    a character is a token (an accented one two). ``whole_words``, in addition, are one token each wherever they stand
-    alone, with the space before them.
+    Args:
+        vocab_size: most tokens, with the 256 bytes and the end of text; with 257, the least (else a ValueError), a
+            character is a token (an accented one two).
+        whole_words: in addition one token each wherever they stand alone, with the space before them.
     """
     if vocab_size < SMALLEST_VOCABULARY:
         raise ValueError(
@@ -235,8 +236,10 @@ def load_tokenizer(source: str | Path, vocab_size: int | None = None) -> PreTrai
 
 
 def _read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """Reads the tokenizer of a folder that `check_files` accepted, with known settings alone; raises a ValueError if it
-    is not of GPT-2's or Llama's kind, and `any_family` is off."""
+    """Reads the tokenizer of a folder that `check_files` accepted, with known settings alone.
+
+    Raises a ValueError if it is not of GPT-2's or Llama's kind, and `any_family` is off.
+    """
     settings = {**_optional(folder / "special_tokens_map.json"), **_optional(folder / model_files.TOKENIZER_CONFIG)}
     if model_files.any_family_is_allowed():
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)

@@ -44,7 +44,7 @@ def parts_of(name: str) -> tuple[str, str, str] | None:
 
 
 class _Parts:
-    """The parts of names by their joint, of joints that two names have or more."""
+    """The parts of names by their joint, of joints that at least two names have."""
 
     def __init__(self, names: Iterable[str]) -> None:
         pairs: dict[str, list[tuple[str, str]]] = {}
@@ -60,7 +60,7 @@ class _Parts:
         return bool(self._joints)
 
     def draw(self, rng: random.Random) -> str:
-        """The first part of one name and the second of another with the same joint, or of the same."""
+        """The first part of one name and the second of another (or the same) with the same joint."""
         joint = rng.choice(self._joints)
         (first, _), (_, second) = rng.choice(self._pairs[joint]), rng.choice(self._pairs[joint])
         return format_name(first + joint + second)
@@ -75,8 +75,7 @@ class _Parts:
 
 
 def swapped_names(names: Iterable[str], count: int, known: Collection[str], seed: int = 0) -> list[str]:
-    """Up to ``count`` distinct names, each the first part of one name and the second of another with the same joint,
-    without those whose normal forms are ``known``."""
+    """Up to ``count`` distinct swapped names, without those whose normal forms are ``known``."""
     parts, rng, found = _Parts(names), random.Random(seed), dict[str, str]()
     for _ in range(50 * count if parts else 0):
         text = parts.draw(rng)
@@ -89,14 +88,20 @@ def swapped_names(names: Iterable[str], count: int, known: Collection[str], seed
 
 
 class SwapBaseline:
-    """The swap baseline as a `Scorer`: ``p(name) = w * p(joint) p(first | joint) p(second | joint) + (1 - w) *
-    p_ngram(name)``, where the n-gram baseline is for parts that no training name of the kind has."""
+    """The swap baseline as a `Scorer`.
+
+    ``p(name) = w * p(joint) p(first | joint) p(second | joint) + (1 - w) * p_ngram(name)``, where the n-gram baseline
+    is for parts that no training name of the kind has.
+    """
 
     label = "swap"
 
     def __init__(self, train: Sequence[Card], validation: Sequence[Card]) -> None:
-        """Chooses the weight on validation cards; raises a ValueError if there are none, or if no two training names
-        have a joint in common."""
+        """Chooses the weight on validation cards.
+
+        Raises:
+            ValueError: there are no validation cards, or no two training names share a joint.
+        """
         if not validation:
             raise ValueError("no validation names: the weight of the swapped parts is chosen on them")
         self._names = [card.name for card in train]
@@ -161,7 +166,7 @@ class SwapBaseline:
 
 
 class MixedWithNGrams:
-    """A language model and the n-gram baseline, with one weight for names without a prompt and one for those with."""
+    """A language model and the n-gram baseline, with one weight for names with a prompt and one for those without."""
 
     def __init__(self, model: LanguageModel, baseline: NGramBaseline, validation: Sequence[Card]) -> None:
         """Chooses the weights on validation cards; raises a ValueError if there are none."""
@@ -207,7 +212,7 @@ class MixedWithNGrams:
 
 
 def mixed(first_N: FloatArray, second_N: FloatArray, weight_N: FloatArray) -> FloatArray:
-    """The nats (N,) of a mixture with the weight of the first, which is between 0 and 1."""
+    """The nats (N,) of a mixture; ``weight_N`` is that of the first, between 0 and 1."""
     assert ((weight_N > 0) & (weight_N < 1)).all()
     return -np.logaddexp(np.log(weight_N) - first_N, np.log1p(-weight_N) - second_N)
 

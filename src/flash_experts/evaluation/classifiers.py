@@ -33,12 +33,7 @@ _FEWEST = 40  # names of each side, at least
 
 @dataclass(frozen=True, slots=True)
 class Separation:
-    """Separability of two lists of names.
-
-    Attributes:
-        weak: AUC of logistic regression on character n-grams.
-        strong: AUC of gradient boosting on n-gram bits, words, lengths and the weak classifier's score.
-    """
+    """AUC of the weak and the strong classifier on two lists of names."""
 
     names: int
     weak: Estimate
@@ -69,10 +64,7 @@ class Detector:
         self._seed = seed
 
     def detect(self, generated: Sequence[str]) -> Detection | None:
-        """Classifies generated names against equally many real ones.
-
-        Returns:
-            None for fewer than 40 generated or 80 real names.
+        """Classifies generated names against equally many real ones; None for fewer than 40 generated or 80 real names.
 
         Raises:
             ModuleNotFoundError: scikit-learn is not installed.
@@ -84,7 +76,7 @@ class Detector:
 
     @cached_property
     def _halves(self) -> Separation:
-        """Separates halves of the real names, averaged over random halvings."""
+        """Averages over random halvings of the real names."""
         rng, half = np.random.default_rng(self._seed), len(self._real) // 2
         found = []
         for _ in range(_HALVINGS):
@@ -93,7 +85,7 @@ class Detector:
         return Separation(half, _mean([one.weak for one in found]), _mean([one.strong for one in found]))
 
     def separate(self, real: Sequence[str], other: Sequence[str]) -> Separation:
-        """The cross-validated AUC of both classifiers on two lists of names."""
+        """The cross-validated AUC of both classifiers."""
         from sklearn.model_selection import StratifiedKFold
 
         names = [*real, *other]
@@ -116,14 +108,13 @@ class Detector:
         return Separation(len(real), auc_estimate(weak_N, labels_N), auc_estimate(strong_N, labels_N))
 
     def _features(self, names: Sequence[str]) -> FloatArray:
-        """Computes features, (N, F)."""
         columns = [self._bits(model, names) for model in self._models]
         columns.append(np.array([self._of_words(name) for name in names]))
         return np.concatenate(columns, axis=1)
 
     @staticmethod
     def _bits(model: KneserNey, names: Sequence[str]) -> FloatArray:
-        """Computes total and mean bits of each name, bits of its three worst characters and of its EOS."""
+        """Total and mean bits of each name, bits of its three worst characters and of its EOS."""
         rows = []
         for probability in model.symbol_probabilities(names):
             bits = -np.log(probability) / NATS_PER_BIT
@@ -132,7 +123,7 @@ class Detector:
         return np.array(rows)
 
     def _of_words(self, name: str) -> list[float]:
-        """Computes counts and lengths of words, and how common they are."""
+        """Counts and lengths of words, and how common they are."""
         found = words(name)
         counts = [self._word_counts[word] for word in found if word not in _SMALL_WORDS] or [0]
         lengths = [len(word) for word in found] or [0]
@@ -160,7 +151,7 @@ def _mean(estimates: Sequence[Estimate]) -> Estimate:
 
 
 def _grams(names: Sequence[str]) -> Any:
-    """Computes sparse TF-IDF features of character n-grams, with markers for BOS and EOS. It uses no labels."""
+    """Sparse TF-IDF features of character n-grams, with markers for BOS and EOS. No labels are used."""
     from sklearn.feature_extraction.text import TfidfVectorizer
 
     grams = TfidfVectorizer(

@@ -87,8 +87,7 @@ class Difference:
 
     Attributes:
         conditional: whether the names are conditioned on attributes.
-        bits: bits per character of the first minus the second, with a paired 95% interval. Negative: the first is
-            better.
+        bits: bits per character of the first minus the second, with a paired 95% interval.
         significant: whether the interval excludes zero, not corrected for multiple comparisons.
     """
 
@@ -110,11 +109,7 @@ class PromptNames:
 
 @dataclass(frozen=True, slots=True)
 class ComparisonResult:
-    """Metrics, paired differences, training curves and sampled names of several models.
-
-    Attributes:
-        blind_test: real and generated names in random order.
-    """
+    """Metrics, paired differences, training curves, sampled names and blind test of several models."""
 
     models: tuple[EvaluationResult, ...]
     differences: tuple[Difference, ...]
@@ -200,7 +195,7 @@ def unique_labels(models: Sequence[str | Path]) -> list[str]:
 
 
 def differences(results: Sequence[EvaluationResult]) -> list[Difference]:
-    """Computes paired differences of all results on each held-out set, unconditional and conditional.
+    """Paired differences of all results on each held-out set, unconditional and conditional.
 
     The results must come from the same data: names are paired by position.
     """

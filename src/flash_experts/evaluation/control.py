@@ -1,7 +1,7 @@
 """Control accuracy: attribute classifiers recognize from a name alone the attributes that it was conditioned on.
 
 Classifiers on character n-grams learn card type, color and legendary from training names. A good model is recognized as
-often as real names: exaggerated names more often, which `SplitMetrics.control`, in bits, does not reward.
+often as real names; exaggerated names more often, which `SplitMetrics.control`, in bits, does not reward.
 
 Shape suffixes: R resamples, C classes.
 """
@@ -105,10 +105,10 @@ class AttributeClassifiers:
         self._classifiers = {task.name: _fit(train, task) for task in tasks}
 
     def measure(self, model: NameSampler, samples: int, seed: int) -> list[ControlMetrics]:
-        """Generates names for each class of each task and classifies them: half of ``samples`` for held-out cards (or
-        all of those), half for one attribute alone.
+        """Classifies generated names: half for held-out cards (or all of those), half for one attribute alone.
 
-        Leaves out tasks with one class among the held-out cards.
+        ``samples`` is the number of names in all; there may be fewer held-out cards. Leaves out tasks with one class
+        among those.
         """
         classes = {task.name: self._classes(task) for task in self.tasks}
         of_each = max(1, samples // 2 // max(1, sum(map(len, classes.values()))))
@@ -136,7 +136,7 @@ class AttributeClassifiers:
         return recognition({label: self.hits(task, label, some) for label, some in names.items() if some}, shares)
 
     def _classes(self, task: Task) -> dict[str, float]:
-        """Returns the labels that the classifier knows and enough held-out cards have, with their shares."""
+        """The labels that the classifier knows and enough held-out cards have, with their shares."""
         classifier = self._classifiers[task.name]
         if classifier is None:
             return {}
@@ -146,7 +146,7 @@ class AttributeClassifiers:
         return {label: count / sum(kept.values()) for label, count in kept.items()}
 
     def hits(self, task: Task, label: str, names: Sequence[str]) -> npt.NDArray[np.bool_]:
-        """Whether each name (N,) is classified as ``label``."""
+        """(N,) whether each name is classified as ``label``."""
         return np.asarray(self._classifiers[task.name].predict(names) == label)
 
 
@@ -174,7 +174,7 @@ def recognition(hits: dict[str, npt.NDArray[np.bool_]], shares: dict[str, float]
 
 
 def _fit(cards: Sequence[Card], task: Task) -> Any:
-    """Trains a linear support vector machine on character n-grams of words; None for fewer than two classes."""
+    """A linear support vector machine on character n-grams of words; None for fewer than two classes."""
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.pipeline import make_pipeline
     from sklearn.svm import LinearSVC

@@ -35,8 +35,8 @@ class CurvePoint:
 def read_curve(path: Path) -> list[CurvePoint]:
     """Reads the metrics.jsonl of a run as points in the order of steps; empty if there is no such file.
 
-    Lines of validations may have no time: it is interpolated from the lines around. Of a step repeated after a resume,
-    the last values count.
+    Where lines of validations have no time, it is interpolated. Of a step repeated after a resume, the last values
+    count.
     """
     points: dict[int, dict[str, Any]] = {}
     for record in read_untrusted_metrics(path):
@@ -55,12 +55,11 @@ def read_curve(path: Path) -> list[CurvePoint]:
 
 
 def _number(record: dict[str, Any], key: str) -> Any:
-    """Returns a value of a line if it is a finite number, else None."""
     return finite_number(record.get(key))
 
 
 def _seconds_at(step: int, timed: dict[int, float]) -> float | None:
-    """Interpolates the seconds of training at a step; None after the last timed step."""
+    """Interpolates the seconds of training; None after the last timed step."""
     if step in timed:
         return timed[step]
     if not timed or step > max(timed):
@@ -92,14 +91,14 @@ class Panel:
 
 
 def finite_number(value: Any) -> Any:
-    """Returns a value unchanged if it is a number that a finite float can hold, else None. Runs can be untrusted."""
+    """The value if it is a number that a finite float can hold, else None. Runs can be untrusted."""
     if not isinstance(value, int | float) or isinstance(value, bool):
         return None
     return value if abs(value) <= sys.float_info.max else None
 
 
 def load_imbalance(line: Line) -> float | None:
-    """Averages the load imbalance (coefficient of variation of expert loads) over the MoE layers; 0 is balanced."""
+    """The coefficient of variation of expert loads, averaged over the MoE layers; 0 is balanced."""
     names = [name for name in line if name.startswith("router/") and name.endswith("/load_cv")]
     layers = [value for name in names if (value := finite_number(line[name])) is not None]
     return sum(layers) / len(layers) if layers else None

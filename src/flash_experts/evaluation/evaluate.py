@@ -82,8 +82,13 @@ class NameNats:
 
 @dataclass(frozen=True, slots=True)
 class EvaluationResult:
-    """All metrics of one model: ``samples`` were drawn unfiltered at temperature 1, ``expert_loads`` are those of each
-    expert over the mean on held-out names, by block, and ``nats`` those of each name by split, not in the JSON."""
+    """All metrics of one model.
+
+    Attributes:
+        samples: drawn unfiltered at temperature 1.
+        expert_loads: load of each expert over the mean on held-out names, by block.
+        nats: of each name by split; not in the JSON.
+    """
 
     label: str
     size: ModelSize
@@ -121,8 +126,7 @@ def load_scorer(
     device: str | torch.device | None = None,
     label: str | None = None,
 ) -> Scorer:
-    """Loads what is evaluated: a folder or hub id, either with "+ngram" to mix it with the baseline, "ngram" or "swap"
-    for a baseline, or a model with its tokenizer.
+    """Loads what is evaluated; ``model`` as in `evaluate`.
 
     Raises:
         ValueError: it does not exist, or the tokenizer is missing.
@@ -159,7 +163,7 @@ def language_model(
     device: str | torch.device | None,
     label: str | None = None,
 ) -> LanguageModel:
-    """Wraps or loads a language model with its tokenizer. See `load_scorer`."""
+    """Wraps or loads a language model with its tokenizer."""
     if not isinstance(model, PreTrainedModel):
         return LanguageModel.load(model, device, label)
     if tokenizer is None:
@@ -178,8 +182,12 @@ def evaluate(
     tokenizer: PreTrainedTokenizerBase | None = None,
     device: str | torch.device | None = None,
 ) -> EvaluationResult:
-    """Evaluates a model (folder, hub id, "ngram", "swap", "MODEL+ngram", or an object with ``tokenizer``) on at most
-    ``max_names`` held-out names of each set in a folder written by `flash-experts prepare`.
+    """Evaluates a model on the held-out names of a folder written by `flash-experts prepare`.
+
+    Args:
+        model: a folder or hub id, either with "+ngram" to mix it with the baseline, "ngram" or "swap" for a baseline,
+            or a model with its tokenizer.
+        max_names: most names of each set.
 
     Raises:
         ValueError: the data or the model does not exist, or a set is empty.
@@ -190,7 +198,7 @@ def evaluate(
 
 
 def evaluate_scorer(scorer: Scorer, held_out: HeldOut, *, samples: int = SAMPLES, seed: int = 0) -> EvaluationResult:
-    """Runs `evaluate` on loaded data and a loaded model."""
+    """As `evaluate`, on loaded data and a loaded model."""
     metrics, nats = {}, {}
     start = time.perf_counter()
     for split, cards in held_out.splits.items():
@@ -247,7 +255,7 @@ def _evaluate_split(scorer: Scorer, cards: Sequence[Card], seed: int) -> tuple[S
 
 
 def _association(scorer: Scorer, names: Sequence[str], nats_N: FloatArray, seed: int) -> Estimate | None:
-    """Computes the word association of two-word names; ``nats_N`` are the unconditional nats of all names."""
+    """`word_association` of two-word names; ``nats_N`` are the unconditional nats of all names."""
     of_two = [index for index, name in enumerate(names) if len(name.split()) == 2]
     random.Random(f"word association/{seed}").shuffle(of_two)
     of_two = of_two[:ASSOCIATED]
@@ -301,7 +309,7 @@ def evaluate_names(
     tokenizer: PreTrainedTokenizerBase | None = None,
     device: str | torch.device | None = None,
 ) -> NamesResult:
-    """Computes unconditional bits per character of any names; ``model`` as in `evaluate`.
+    """Unconditional bits per character of any names; ``model`` as in `evaluate`.
 
     ``data_dir`` is read for "ngram", "swap" and "MODEL+ngram" alone.
 

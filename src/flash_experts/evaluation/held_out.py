@@ -94,8 +94,10 @@ class HeldOut:
 
     @property
     def real(self) -> list[Card]:
-        """Held-out cards whose names are the reference for generated ones: of the training families, if they are there,
-        since other names have no similar training name by construction."""
+        """The reference for generated names: held-out cards of the training families, if they are there.
+
+        Other names have no similar training name by construction.
+        """
         return self.splits[IID] if IID in self.splits else next(iter(self.splits.values()))
 
     @cached_property

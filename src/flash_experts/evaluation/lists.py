@@ -1,5 +1,4 @@
-"""Lists of names as a user gets them from `NameGenerator`: for requests of held-out cards, at each quality, next to
-real names.
+"""Lists of names as a user gets them, for requests of held-out cards, at each quality, next to real names.
 
 In a good list, types and colors are recognized as often as in a list of real cards, and words are as varied.
 """
@@ -108,7 +107,7 @@ def _request(given: Attributes, cards: Sequence[Card]) -> Request:
 
 
 class ListEvaluation:
-    """Requests of the held-out cards and the classifiers that measure the lists for them."""
+    """Requests of the held-out cards, and the classifiers for their lists."""
 
     def __init__(self, reference: Reference, requests: int = REQUESTS, seed: int = 0) -> None:
         """Trains the classifiers; raises a ValueError if the held-out cards are too few for one request."""
@@ -129,7 +128,7 @@ class ListEvaluation:
         return self._measure(REAL, [names_of(request.cards) for request in self.requests], None)
 
     def swapped(self) -> ListMetrics:
-        """Names of swapped parts of the training names of each kind: see `flash_experts.evaluation.baselines`."""
+        """Names from the swap baseline of each kind (`flash_experts.evaluation.baselines`)."""
         known, lists = frozenset(self._known), []
         for place, request in enumerate(self.requests):
             given = Attributes.parse(request.type_line, request.colors, None)
@@ -193,7 +192,7 @@ def evaluate_lists(
     device: str | None = None,
     progress: Callable[[str], object] = str,
 ) -> list[ListMetrics]:
-    """Measures the lists of a model at each quality, after the real names and those of swapped parts.
+    """Measures the lists of a model at each quality, after the real names and the swap baseline.
 
     ``progress`` is called with a line before each.
 
@@ -206,7 +205,6 @@ def evaluate_lists(
 
 
 def _as_card(request: Request) -> Card:
-    """A card with what the request asks for, and nothing else."""
     given, first = Attributes.parse(request.type_line, request.colors, None), request.cards[0]
     return replace(first, subtypes=given.subtypes or (), colors=given.colors)
 

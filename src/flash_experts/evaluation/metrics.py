@@ -44,9 +44,9 @@ class Estimate:
 
 
 def bits_per_character(nats_N: npt.ArrayLike, characters_N: npt.ArrayLike) -> float:
-    """Computes bits per character: sum of nats / ln 2 / sum of characters.
+    """Sum of nats / ln 2 / sum of characters, independent of the vocabulary.
 
-    It does not depend on the vocabulary. Over one tokenization of each name, it is an upper bound of the true value.
+    Over one tokenization of each name, it is an upper bound of the true value.
 
     Args:
         nats_N: negative log-likelihood of each name and its EOS token, in nats.
@@ -62,7 +62,7 @@ def bits_per_character(nats_N: npt.ArrayLike, characters_N: npt.ArrayLike) -> fl
 def ratio_of_sums(
     numerators_N: npt.ArrayLike, denominators_N: npt.ArrayLike, *, resamples: int = 1000, seed: int = 0
 ) -> Estimate:
-    """Computes sum(numerators) / sum(denominators), with a 95% percentile bootstrap interval over names (Efron 1979).
+    """sum(numerators) / sum(denominators), with a 95% percentile bootstrap interval over names (Efron 1979).
 
     Names of one family are not independent, so on a split by family the interval is somewhat narrow.
 
@@ -84,23 +84,23 @@ def ratio_of_sums(
 
 
 def bits_estimate(nats_N: npt.ArrayLike, characters_N: npt.ArrayLike, *, seed: int = 0) -> Estimate:
-    """Computes `bits_per_character` with its interval."""
+    """`bits_per_character` with its interval."""
     return ratio_of_sums(np.asarray(nats_N, dtype=np.float64) / NATS_PER_BIT, characters_N, seed=seed)
 
 
 def paired_bits_difference(
     nats_a_N: npt.ArrayLike, nats_b_N: npt.ArrayLike, characters_N: npt.ArrayLike, *, seed: int = 0
 ) -> Estimate:
-    """Computes bits per character of ``a`` minus those of ``b`` on the same names, by a paired bootstrap over names.
+    """Bits per character of ``a`` minus those of ``b`` on the same names, by a paired bootstrap.
 
-    The difference has a much narrower interval than either value, since both find the same names hard.
+    The interval is much narrower than that of either value, since both find the same names hard.
     """
     nats_a, nats_b = _same_length(nats_a_N, nats_b_N)
     return bits_estimate(nats_a - nats_b, characters_N, seed=seed)
 
 
 def word_association(nats_own_P: npt.ArrayLike, nats_swapped_P: npt.ArrayLike, *, seed: int = 0) -> Estimate:
-    """Computes how many bits the first word of a two-word name saves on the second word.
+    """How many bits the first word of a two-word name saves on the second word, per name.
 
     Pairs of names swap their second words. The first words cancel, which leaves the pointwise mutual information of the
     two words: zero if they are independent.
@@ -108,16 +108,13 @@ def word_association(nats_own_P: npt.ArrayLike, nats_swapped_P: npt.ArrayLike, *
     Args:
         nats_own_P: nats of both names of each pair.
         nats_swapped_P: the same with second words swapped.
-
-    Returns:
-        Bits per name.
     """
     own, swapped = _same_length(nats_own_P, nats_swapped_P)
     return ratio_of_sums((swapped - own) / NATS_PER_BIT, np.full(own.size, 2.0), seed=seed)
 
 
 def share(hits_N: npt.ArrayLike, *, seed: int = 0) -> Estimate:
-    """Computes a proportion with its 95% interval: bootstrap, or Wilson's (1927) where none or all are hits."""
+    """A proportion with its 95% interval: bootstrap, or Wilson's (1927) where none or all are hits."""
     hits = np.asarray(hits_N, dtype=np.float64)
     total = hits.size
     if total and hits.min() == hits.max():
@@ -133,19 +130,16 @@ def words(name: str) -> list[str]:
 
 
 def exact_known_rate(keys: Sequence[str], known: frozenset[str] | set[str]) -> Estimate:
-    """Computes the share of names that are known, all in `flash_experts.data.names.normal_form`."""
+    """The share of names that are known, all in `flash_experts.data.names.normal_form`."""
     return share([key in known for key in keys])
 
 
 def near_duplicates(keys: Sequence[str], known: Sequence[str], at_least: int = 1) -> npt.NDArray[np.bool_]:
-    """Finds near-duplicates: names with a known name within a normalized edit distance of `NEAR`. Copies count.
+    """(N,) names with a known name within a normalized edit distance of `NEAR`. Copies count.
 
     Args:
         keys: names in `flash_experts.data.names.normal_form`, as ``known``.
-        at_least: number of near known names: 2 for names that are known themselves.
-
-    Returns:
-        (N,).
+        at_least: number of near known names; 2 for names that are known themselves.
     """
     from rapidfuzz.distance import Levenshtein
     from rapidfuzz.process import cdist
@@ -162,7 +156,7 @@ def near_duplicates(keys: Sequence[str], known: Sequence[str], at_least: int = 1
 
 
 def distinct_share(keys: Sequence[Hashable]) -> float:
-    """Computes distinct items / items. It falls with the number of items, so compare lists of equal length.
+    """Distinct items / items. It falls with the number of items, so compare lists of equal length.
 
     Raises:
         ValueError: there are no items.
@@ -173,9 +167,9 @@ def distinct_share(keys: Sequence[Hashable]) -> float:
 
 
 def distinct_in(items: Sequence[Hashable], count: int) -> float | None:
-    """Computes the expected number of distinct items among ``count`` drawn without replacement.
+    """The expected number of distinct items among ``count`` drawn without replacement; None if there are fewer.
 
-    Rarefaction (Hurlbert 1971) makes lists of different lengths comparable. None if there are fewer items.
+    Rarefaction (Hurlbert 1971) makes lists of different lengths comparable.
     """
     total = len(items)
     if total < count:
@@ -207,7 +201,7 @@ def word_metrics(names: Iterable[str], seen: frozenset[str] | set[str]) -> WordM
 
 
 def jensen_shannon(first: Mapping[int, float], second: Mapping[int, float]) -> float:
-    """Computes the Jensen-Shannon divergence of two histograms in bits (Lin 1991): 0 for equal, 1 for disjoint ones.
+    """The Jensen-Shannon divergence of two histograms in bits (Lin 1991): 0 for equal, 1 for disjoint ones.
 
     Raises:
         ValueError: a histogram is empty.
@@ -224,18 +218,18 @@ def jensen_shannon(first: Mapping[int, float], second: Mapping[int, float]) -> f
 
 
 def length_divergence(names: Sequence[str], real: Sequence[str]) -> float:
-    """Computes `jensen_shannon` of the lengths in characters."""
+    """`jensen_shannon` of the lengths in characters."""
     return jensen_shannon(Counter(map(len, names)), Counter(map(len, real)))
 
 
 def word_count_divergence(names: Sequence[str], real: Sequence[str]) -> float:
-    """Computes `jensen_shannon` of the numbers of words."""
+    """`jensen_shannon` of the numbers of words."""
     counts, real_counts = (Counter(len(name.split()) for name in some) for some in (names, real))
     return jensen_shannon(counts, real_counts)
 
 
 def auc_estimate(scores_N: npt.ArrayLike, labels_N: npt.ArrayLike) -> Estimate:
-    """Computes the area under the ROC curve with DeLong et al.'s (1988) interval, by midranks (Sun and Xu 2014).
+    """The area under the ROC curve with DeLong et al.'s (1988) interval, by midranks (Sun and Xu 2014).
 
     Args:
         scores_N: classifier scores, higher for label 1.
@@ -257,19 +251,19 @@ def auc_estimate(scores_N: npt.ArrayLike, labels_N: npt.ArrayLike) -> Estimate:
 
 
 def _midranks(values: FloatArray) -> FloatArray:
-    """Computes ranks from 1; equal values share their mean rank."""
+    """Ranks from 1; equal values share their mean rank."""
     _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
     last = np.cumsum(counts)
     return (last - (counts - 1) / 2.0)[inverse]
 
 
 def types_of(card: Card) -> tuple[str, ...]:
-    """Returns the types of a card (an artifact creature counts in both groups)."""
+    """The types of a card (an artifact creature counts in both groups)."""
     return card.types
 
 
 def colors_of(card: Card) -> tuple[str, ...]:
-    """Returns the color group of a card: its letter, ``multicolor`` or ``colorless``; empty if unknown."""
+    """The color group of a card: its letter, ``multicolor`` or ``colorless``; empty if unknown."""
     if card.colors is None:
         return ()
     if not card.colors:
@@ -290,7 +284,7 @@ UNTIL_2024, SINCE_2025 = "until 2024", "since 2025"
 
 
 def years_of(card: Card) -> tuple[str, ...]:
-    """Returns when a card of the embedded table was first printed; empty for other cards."""
+    """When a card of the embedded table was first printed; empty for other cards."""
     is_recent = is_since_2025(card.source_id)
     return () if is_recent is None else (SINCE_2025 if is_recent else UNTIL_2024,)
 
@@ -302,7 +296,7 @@ def bits_by_group(
     cards: Sequence[Card],
     groups_of: Callable[[Card], tuple[str, ...]],
 ) -> dict[str, GroupBits]:
-    """Computes bits per character of each group of names, the largest group first."""
+    """Bits per character of each group, the largest group first."""
     nats, characters = _same_length(nats_N, characters_N)
     conditional, _ = _same_length(conditional_nats_N, characters_N)
     assert len(cards) == nats.size
@@ -322,7 +316,7 @@ def bits_by_group(
 
 
 def _same_length(first: npt.ArrayLike, second: npt.ArrayLike) -> tuple[FloatArray, FloatArray]:
-    """Converts both to float64 vectors of equal length; raises ValueError if they are empty."""
+    """Both as float64 vectors of equal length; raises ValueError if they are empty."""
     a, b = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
     if a.size == 0:
         raise ValueError("no names to measure: give at least one")

@@ -72,13 +72,12 @@ class NameMetrics:
     Attributes:
         known: share that is a real card of any set, joke or franchise; None for real names.
         in_train: share that is a training name.
-        near_known: share within 0.2 edits per character of a known card (another card, for real names).
-            Many real names are near another card.
+        near_known: share within 0.2 edits per character of a known card (another card, for real names, many of which
+            are).
         memorization: hit ratio; None for real names.
         distinct: distinct names / names.
         distinct_names: expected distinct names in 10,000; None for fewer. 10,000 for real names.
         distinct_words: expected distinct words in 10,000 words; None for fewer.
-        words: word counts, and the share of words that no training name has.
         length_divergence: Jensen-Shannon divergence from the lengths of real held-out names, in bits.
         word_count_divergence: the same for the number of words.
     """
@@ -102,7 +101,6 @@ class Reference:
     """Real names to compare with.
 
     Attributes:
-        validation: reference for the lengths of names.
         test: held-out cards of other families.
         test_iid: held-out cards of the training families, the reference for memorization.
     """
@@ -139,7 +137,7 @@ class Reference:
         return normal_form(name) in self._known
 
     def measure(self, names: Sequence[str], *, real: bool = False) -> NameMetrics:
-        """Measures names. ``real`` marks names of real cards, which are not compared with themselves.
+        """Measures names; those of real cards (``real``) are not compared with themselves.
 
         Raises:
             ValueError: there are no names.
@@ -168,5 +166,5 @@ class Reference:
 
 
 def names_of(cards: Sequence[Card]) -> list[str]:
-    """Returns the names of cards."""
+    """The names of cards."""
     return [card.name for card in cards]

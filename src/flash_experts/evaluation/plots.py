@@ -27,7 +27,7 @@ _PNG_DPI = 160
 
 
 def all_plots(result: ComparisonResult) -> dict[str, tuple[Callable[[], Figure], str]]:
-    """Returns a drawing function and a caption for each plot that has data, by name."""
+    """A drawing function and a caption for each plot that has data, by name."""
     models = result.models
     plots: dict[str, tuple[Callable[[], Figure], str]] = {
         "bits": (
@@ -207,7 +207,6 @@ def _plot_curves(curves: Mapping[str, Sequence[CurvePoint]], flops_per_token: Ma
 
 
 def _plot_experts(models: Sequence[EvaluationResult]) -> Figure:
-    """Draws a heat map of expert loads for each MoE model."""
     moe_models = [model for model in models if model.expert_loads]
     rows = sum(1.3 + 0.34 * len(model.expert_loads) for model in moe_models)
     figure, panels = _figure(9.2, rows, len(moe_models), 1)

@@ -20,10 +20,9 @@ from flash_experts.files import whole_files
 
 
 def render_report(result: ComparisonResult, title: str = "Models compared", day: date | None = None) -> str:
-    """Renders a comparison as an HTML page.
+    """Renders a comparison as an HTML page, with all text of models, names and data escaped.
 
-    All text of models, names and data is escaped. The same result with the same ``day`` (default: today) gives the same
-    bytes.
+    The same result with the same ``day`` (default: today) gives the same bytes.
     """
     script = _resource("blind_test.js")
     first = result.models[0]

@@ -118,7 +118,7 @@ class Scorer(Protocol):
     @property
     def costs(self) -> Costs: ...
     def nats(self, names: Sequence[str], attributes: Sequence[Attributes]) -> FloatArray:
-        """Computes the negative log-likelihood (N,) of each name and EOS given its attributes, in nats."""
+        """(N,) negative log-likelihood of each name and EOS given its attributes, in nats."""
 
     def sample(self, count: int, seed: int, attributes: Attributes = UNCONDITIONAL) -> list[str]:
         """Samples names from the unmodified distribution: temperature 1, no truncation, no filters."""
@@ -130,7 +130,7 @@ class Scorer(Protocol):
         """Generates names for each prompt with the default sampling and filters, without known names."""
 
     def expert_loads(self, names: Sequence[str], attributes: Sequence[Attributes]) -> dict[str, tuple[float, ...]]:
-        """Computes the load of each expert over the mean, by block; empty without experts."""
+        """The load of each expert over the mean, by block; empty without experts."""
 
 
 class LanguageModel:
@@ -169,10 +169,9 @@ class LanguageModel:
         *,
         tokens_per_batch: int = TOKENS_PER_BATCH,
     ) -> FloatArray:
-        """See `Scorer.nats`.
+        """See `Scorer.nats`; without attributes that the model was not trained on.
 
-        Attributes that the model was not trained on are left out. ``tokens_per_batch`` changes the speed, not the
-        result.
+        ``tokens_per_batch`` changes the speed, not the result.
 
         Raises:
             ValueError: a name is longer than the model's context.
@@ -193,7 +192,7 @@ class LanguageModel:
         return nats
 
     def _nats_of_padded(self, encoded: Sequence[EncodedName]) -> list[torch.Tensor]:
-        """Scores padded names, for models whose attention may not separate packed names."""
+        """For models whose attention may not separate packed names."""
         longest = max(name.num_inputs for name in encoded)
         together = max(1, _MOST_LOGITS // (longest * self.model.config.vocab_size))
         scored = []
@@ -260,7 +259,7 @@ class LanguageModel:
 def show_unfiltered(
     scorer: Scorer, prompts: Sequence[Prompt], count: int, seed: int, known: Sequence[str]
 ) -> list[list[str]]:
-    """Samples distinct names per prompt that are not known, up to ``count`` of 4 * ``count`` draws."""
+    """Samples up to ``count`` distinct unknown names per prompt, in at most 4 * ``count`` draws."""
     keys = {normal_form(name) for name in known} | {""}
     shown = []
     for prompt in prompts:
@@ -283,7 +282,7 @@ def fits_context(
     names: Sequence[str],
     attributes: Sequence[Attributes],
 ) -> list[bool]:
-    """Returns whether each name with its prompt fits into the context."""
+    """Whether each name with its prompt fits into the context."""
     context = context_length(config)
     encoded = encode_names(names, known_attributes(config, attributes), tokenizer)
     return [context is None or name.num_inputs <= context for name in encoded]

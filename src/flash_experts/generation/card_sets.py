@@ -31,10 +31,13 @@ _OF_CARDS = {"type_line", "types", "colors", "mana_value", "mana_cost", "rarity"
 
 @dataclass(frozen=True, slots=True)
 class CardRow:
-    """A row of the file at ``where`` (``file:line``, or ``file[index]`` for JSON); ``cells`` has it as it was, by
-    column, and ``name`` the name that the card has already, or "".
+    """A row of a card file.
 
-    ``rules`` are options of `NameRequest` for this row alone.
+    Attributes:
+        where: ``file:line``, or ``file[index]`` for JSON.
+        cells: the row as it was, by column.
+        name: the name that the card has already, or "".
+        rules: options of `NameRequest` for this row alone.
     """
 
     where: str
@@ -58,11 +61,10 @@ class NamedRow:
 
 
 def read_card_rows(path: str | Path) -> list[CardRow]:
-    """Reads the cards of a set: columns such as ``type_line``, ``colors``, ``mana_value``, ``rarity`` (in the spellings
-    of `flash_experts.data.card_columns`), ``name`` for cards that have one, and ``starts_with``, ``contains`` and
-    ``ends_with`` for words that a name must have.
+    """Reads the cards of a set from CSV, or JSON with a list of objects.
 
-    A JSON file is a list of objects with these keys.
+    Columns are those of `flash_experts.data.card_columns`, ``name`` for cards that have one, and ``starts_with``,
+    ``contains`` and ``ends_with`` for words that a name must have.
 
     Raises:
         ValueError: the file is missing, not UTF-8 CSV or JSON, has no such column, or a value is unreadable
@@ -79,7 +81,7 @@ def read_card_rows(path: str | Path) -> list[CardRow]:
 
 
 def card_rows_of(text: str, where: str) -> list[CardRow]:
-    """The cards of a file's text, as `read_card_rows`; ``where`` names the file in messages."""
+    """As `read_card_rows`; ``where`` names the file in messages."""
     records = _json_records if _is_json(text) else _csv_records
     rows = []
     for place, cells in records(text, where):
@@ -92,7 +94,7 @@ def card_rows_of(text: str, where: str) -> list[CardRow]:
 
 
 def is_card_table(text: str) -> bool:
-    """Whether a text is a table of cards: JSON, or CSV whose heading has a column of cards."""
+    """Whether a text is JSON, or CSV whose heading has a column of cards."""
     return _is_json(text) or bool(known_columns(_heading(text)[0]) & _OF_CARDS)
 
 
@@ -171,7 +173,7 @@ def _cell_text(value: Any) -> str:
 
 
 class TakenNames:
-    """The names of a set so far, of which none is used twice, and neither is a last word."""
+    """The names of a set so far: no name and no last word is used twice."""
 
     def __init__(self, names: Iterable[str]) -> None:
         self._names: set[str] = set()
@@ -197,10 +199,10 @@ class TakenNames:
 def name_rows(
     generator: NameGenerator, rows: Sequence[CardRow], candidates: int, seed: int, **options: Any
 ) -> Iterator[NamedRow]:
-    """Names for each row without one, in order, the best of ``candidates`` first.
+    """Names for each row without one, in order, the best of ``candidates`` first; no name or last word comes twice.
 
-    No name and no last word is used twice in the set. Each row has its own stream of ``seed``; ``options`` are fields
-    of `NameRequest` for all rows; a wrong one raises a ValueError.
+    Each row has its own stream of ``seed``; ``options`` are fields of `NameRequest` for all rows; a wrong one raises a
+    ValueError.
     """
     conditions = read_conditions(generator.model.config.to_dict())
     taken = TakenNames(row.name for row in rows)

@@ -84,7 +84,7 @@ class Constraints:
     )  # fmt: skip
 
     def __post_init__(self) -> None:
-        """Checks the rules; raises a ValueError if a value is out of range, or no name can follow two of them."""
+        """Raises a ValueError if a value is out of range, or no name can follow two of the rules."""
         if self.words is not None:
             if self.min_words is not None or self.max_words is not None:
                 raise ValueError("words is the exact number: leave out min_words and max_words")
@@ -119,7 +119,7 @@ class Constraints:
 
     @property
     def has_text_after_gap(self) -> bool:
-        """Whether ``pattern`` has fixed text after a gap: the model fills the gap without knowing what follows."""
+        """Whether ``pattern`` has fixed text after a gap, which the model fills without knowing what follows."""
         return any(part.strip() for part in _GAP.split(self.pattern or "")[1:])
 
     @property
@@ -134,8 +134,11 @@ class Constraints:
         return self.min_words or 1, self.max_words
 
     def filters(self, vocabulary: NameVocabulary, prompt_length: int, known: Collection[str]) -> list[NameFilter]:
-        """The filters that every name has, and those of the rules, after a prompt of ``prompt_length`` tokens with the
-        BOS token; ``known`` are normal forms of names that are never generated.
+        """The filters for these rules, and those that every name has.
+
+        Args:
+            prompt_length: tokens of the prompt with the BOS token.
+            known: normal forms of names that are never generated.
 
         Raises:
             ValueError: a filter cannot be made, such as for a regex that matches no name.
@@ -238,7 +241,6 @@ class Constraints:
             raise ValueError(f"starts_with {shown!r} does not alliterate")
 
     def _check_unwanted(self, name: str, shown: str) -> None:
-        """Refuses a required text that has an unwanted word in it."""
         for field, what, check in _UNWANTED:
             if getattr(self, field):
                 continue
@@ -268,7 +270,6 @@ class Constraints:
 
 
 def _spaced(text: str | None) -> str:
-    """Lower case, with its leading space if it has one."""
     return "" if text is None else (" " if text[:1].isspace() else "") + shown_form(text).lower()
 
 

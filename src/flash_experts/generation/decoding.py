@@ -1,6 +1,4 @@
-"""The decoding loop: batched generation with a KV cache.
-
-A prompt is computed once for all its names, and a row whose name ends goes to the next name (continuous batching).
+"""The decoding loop: batched generation with a KV cache, where a prompt is computed once for all its names.
 
 Shape suffixes: B batch rows, T tokens of prompt and name so far, S tokens that a name may have, V tokens of the
 vocabulary, K columns of the cache.
@@ -35,7 +33,7 @@ class Prompt:
 
 
 class Prompts:
-    """The prompts of a stream of names, computed in small batches when they are first needed."""
+    """The prompts of a stream of names, computed in small batches when first needed."""
 
     def __init__(self, model: PreTrainedModel, ids: Sequence[Sequence[int]]) -> None:
         """Takes BOS token and prompt of each name, by the name's index; one entry serves all names."""
@@ -127,8 +125,7 @@ class PromptRows:
 
 
 def guided(conditional_BV: torch.Tensor, unconditional_BV: torch.Tensor, guidance: float) -> torch.Tensor:
-    """Classifier-free guidance (Ho and Salimans 2022; for language models Sanchez et al. 2023), of
-    log-probabilities."""
+    """Classifier-free guidance (Ho and Salimans 2022; for language models Sanchez et al. 2023)."""
     unconditional_BV = unconditional_BV.log_softmax(dim=-1)
     return unconditional_BV + guidance * (conditional_BV.log_softmax(dim=-1) - unconditional_BV)
 
@@ -153,8 +150,7 @@ class DecodedName:
 
 
 class NameDecoder:
-    """Decodes names from one prompt, or each from its own, within `flash_experts.models.scoring.evaluating` and
-    ``torch.no_grad``."""
+    """Decodes names within `flash_experts.models.scoring.evaluating` and ``torch.no_grad``."""
 
     def __init__(
         self,
@@ -173,9 +169,8 @@ class NameDecoder:
 
         Args:
             processors: logits processors; each `NameFilter` comes after the others.
-            unconditional_ids: BOS token and the prompt without attributes, for ``sampling.guidance``.
-            prompts: a prompt for each index of the stream, instead of ``prompt_ids``; adjacent equal ones are computed
-                once.
+            unconditional_ids: BOS token and the prompt without attributes, for guidance.
+            prompts: a prompt for each index of the stream, instead of ``prompt_ids``.
             top_logits: K, number of most likely tokens to record per position.
 
         Raises:
@@ -217,7 +212,7 @@ class NameDecoder:
             batch.advance(waiting)
 
     def filtered(self, rows: Sequence[_Row], logits_BV: torch.Tensor) -> torch.Tensor:
-        """(B, V) scores after all processors. A row may be left without a token: its name is dropped later."""
+        """(B, V) scores after all processors. A row without any token left is dropped later."""
         scores_BV = logits_BV
         if self.processors:
             tokens_BT = torch.tensor([[*self.prompt_ids, *row.ids] for row in rows], device=self.device)
@@ -281,7 +276,7 @@ class _Batch:
         return names
 
     def advance(self, waiting: deque[int]) -> None:
-        """Gives rows that ended to waiting names, drops the remaining ones, and computes the next logits."""
+        """Gives ended rows to waiting names, drops the remaining ones, and computes the next logits."""
         decoder = self._decoder
         all_ended = len(self._ended) == len(self.rows)
         refill = self._ended if all_ended or not decoder.processors else []
@@ -307,7 +302,6 @@ class _Batch:
             after.advance(tokens, {place: self.rows[place].index for place in new})
 
     def _draw_noise(self, places: Sequence[int]) -> None:
-        """Draws random numbers for the names that start in these rows; they depend on the names' indices alone."""
         if places:
             numbers = [self.rows[place].index for place in places]
             steps = self._decoder.max_new_tokens

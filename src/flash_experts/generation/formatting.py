@@ -62,7 +62,7 @@ def _word(word: str, is_last: bool, after_comma: bool) -> str:
 
 
 def _without_capitals(word: str) -> str:
-    """A word without capitals with those that it needs after its first letter: "two-headed" -> "two-Headed"."""
+    """Adds the capitals after a word's first letter: "two-headed" -> "two-Headed"."""
     if _ROMAN.match(word):
         return word.upper()
     parts = _PART.sub(lambda part: part[0] if part[0] in SMALL_WORDS | {"o"} else _capital(part[0]), word)

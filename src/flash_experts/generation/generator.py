@@ -44,7 +44,6 @@ class NameGenerator:
 
         Args:
             model: a causal LM trained on BOS token + prompt + " " + name + EOS token.
-            tokenizer: the model's byte-level BPE tokenizer.
             known_names: names that are never generated (default: those of all real cards).
 
         Raises:
@@ -69,13 +68,12 @@ class NameGenerator:
         device: str | torch.device | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> NameGenerator:
-        """Loads a model folder or hub id with its tokenizer; the names of all real cards are known.
+        """Loads a model and its tokenizer; the names of all real cards are known.
 
         Args:
             source: model folder or hub id (default: the newest released model, see `flash_experts.released`).
-            device: where the model runs (default: CUDA if available).
-            dtype: data type of the weights; ``torch.bfloat16`` is faster on CPUs with AVX-512, but changes the names
-                of a seed.
+            device: default: CUDA if available.
+            dtype: of the weights; ``torch.bfloat16`` changes the names of a seed.
 
         Raises:
             ValueError: the folder is missing, damaged, or not a causal LM, or no released model is installed.
@@ -93,14 +91,13 @@ class NameGenerator:
         """New names for a card.
 
         The same seed gives the same names for any ``batch_size`` (up to rounding), and a larger ``count`` only adds
-        names. Each prompt has random numbers of its own.
+        names.
 
         Args:
-            count: number of names.
             filters: more token filters: subclasses of `NameFilter`, or functions (vocabulary, prompt length) ->
                 LogitsProcessor.
-            **options: fields of `NameRequest`, such as ``type_line="Creature — Goblin"``, ``colors="R"``,
-                ``preset="creative"``, ``max_words=2``, ``seed=7``. None stands for the default.
+            **options: fields of `NameRequest`, such as ``type_line="Creature — Goblin"``, ``preset="creative"``,
+                ``seed=7``. None stands for the default.
 
         Returns:
             ``count`` names in the order they were found, or fewer, with a warning.
@@ -117,9 +114,6 @@ class NameGenerator:
         """The names of `generate` as they are found. Options are checked at once.
 
         The model may be trained between two names.
-
-        for name in generator.stream(10_000, colors="R"):
-            print(name.text, flush=True)
         """
         return self.answer(NameRequest.of(count=count, **options), filters)
 

@@ -1,5 +1,4 @@
-"""Names that resemble examples: attributes that the examples' cards share go into the prompt, and their sub-word tokens
-get a logit bias.
+"""Names that resemble examples: shared attributes go into the prompt, and the examples' sub-words get a logit bias.
 
 The model was trained on names given attributes, never on names given other names, so it cannot imitate a style.
 
@@ -53,7 +52,7 @@ def examples_of(text: str | Sequence[str]) -> list[str]:
 
 
 def shared_attributes(names: Iterable[str]) -> Attributes:
-    """Attributes that more than half of the known cards among these names share; empty if none is known."""
+    """Attributes that more than half of the known cards among these names share."""
     cards = [card for name in names if (card := _cards().get(normal_form(name))) is not None]
     most = len(cards) / 2
 

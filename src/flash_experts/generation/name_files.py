@@ -1,5 +1,7 @@
-"""Files of names: text, CSV, JSON, JSON lines, Markdown, and the set files of Magic Set Editor (docs/file/format.rst of
-its repository) and Cockatrice (doc/carddatabase_v4/cards.xsd of its own)."""
+"""Files of names: text, CSV, JSON, JSON lines, Markdown, and sets of Magic Set Editor and Cockatrice.
+
+Formats: docs/file/format.rst in the editor's repository, doc/carddatabase_v4/cards.xsd in Cockatrice's.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,7 @@ class NamedCard:
 def write_names(
     names: Iterable[GeneratedName], card: Attributes, file: TextIO, format: Format, raw_cells: bool = False
 ) -> int:
-    """Writes names for one card in a format of text, so not "mse" (see `write_mse`); returns their number.
+    """Writes names for one card in a text format, so not "mse" (see `write_mse`); returns their number.
 
     CSV cells are written as they are with ``raw_cells``.
     """
@@ -149,8 +151,7 @@ def _mse_text(text: str) -> str:
 
 
 def mana_cost(card: Attributes) -> str:
-    """A mana cost of this mana value and these colors, such as ``2R``; "" where either is unknown or the card is a
-    land."""
+    """A mana cost such as ``2R``; "" for a land, or where mana value or colors are unknown."""
     if card.mana_value is None or card.colors is None or "Land" in (card.types or ()):
         return ""
     colors = "".join(card.colors)

@@ -1,8 +1,8 @@
 """`NameRequest`: everything that can be asked of a generator, each option declared once.
 
 `NameGenerator.generate` takes these fields as keyword arguments, ``flash-experts generate`` and its YAML files as
-options, and the playground as controls and shared settings. To add one: a field here (or in `Constraints` or
-`Sampling`), its use, and its test.
+options, the playground as controls. To add one: a field here (or in `Constraints` or `Sampling`), its use, and its
+test.
 """
 
 from __future__ import annotations

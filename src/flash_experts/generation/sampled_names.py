@@ -1,8 +1,8 @@
 """Data for sequence-level knowledge distillation (Kim and Rush 2016): a teacher's names for many attribute sets.
 
 The attribute sets are those of real cards, with attribute dropout as in training. Names are sampled without filters;
-real cards, duplicates and other texts are drawn again for the same attributes, a few times. A killed run loses one
-piece of the file, and resumes to the same names.
+rejected texts (real cards, duplicates) are drawn again, a few times. A killed run loses one piece of the file, and
+resumes to the same names.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class SampledNames:
     Attributes:
         count: number of names; slightly fewer are written if attribute sets run out of new ones.
         attribute_dropout: probability that each part of a card's attributes is left out.
-        top_logits: most likely tokens per position whose log-probabilities are kept; 0 for none.
+        top_logits: most likely tokens recorded per position; 0 for none.
     """
 
     count: int
@@ -75,8 +75,12 @@ class SampledNames:
 
 @dataclass(slots=True)
 class _State:
-    """The state from which a run is resumed: its settings, which must be equal, the number of attribute sets that had
-    their first attempt, those whose last name was rejected with their number of attempts, and the file's length."""
+    """The state from which a run with equal ``settings`` is resumed.
+
+    Attributes:
+        planned: number of attribute sets that had their first attempt.
+        again: attribute sets whose last name was rejected, each with its number of attempts.
+    """
 
     settings: dict[str, Any]
     planned: int = 0
@@ -96,8 +100,7 @@ def write_sampled_names(
     report: Callable[[int], None] = lambda names: None,
     overwrite: bool = False,
 ) -> int:
-    """Samples names for the attributes of ``cards``, and writes them as prepared lines with ``log_prob`` (nats, EOS
-    token included); returns their number.
+    """Writes sampled names as prepared lines with ``log_prob`` (nats, EOS token included); returns their number.
 
     Args:
         known: normal forms of names that the file must not have, besides those that the generator knows.
@@ -154,8 +157,6 @@ def _plan(cards: Sequence[Card], request: SampledNames) -> list[Attributes]:
 
 
 class _Sampler:
-    """Samples one name for each attribute set."""
-
     def __init__(self, generator: NameGenerator, request: SampledNames, plan: Sequence[Attributes]) -> None:
         self.plan = plan
         self._generator, self._request = generator, request

@@ -16,7 +16,7 @@ _FIRST_CANDIDATES = 512  # top-p alone: the mass of this many tokens usually rea
 
 
 def stream_seed(seed: int, prompt_ids: Sequence[int]) -> int:
-    """The seed of a prompt's own stream of names, so that lists for several prompts do not all start alike."""
+    """The seed of a prompt's own stream, so that lists for several prompts do not all start alike."""
     entropy = [seed, len(prompt_ids), *prompt_ids]  # the length, because zeros at the end would not count
     return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0])
 
@@ -24,8 +24,8 @@ def stream_seed(seed: int, prompt_ids: Sequence[int]) -> int:
 def noise(seed: int, indices: Sequence[int], steps: int) -> torch.Tensor:
     """(len(indices), steps, 2) float64 uniform in [0, 1): row i depends on ``seed`` and ``indices[i]`` alone.
 
-    So a name depends neither on the batch composition nor on the device. The second number of a step is for a token
-    that has to be drawn again.
+    So a name depends neither on the batch composition nor on the device. The second number is for drawing a token
+    again.
     """
     rows = [np.random.default_rng((seed, index)).random((steps, 2)) for index in indices]
     return torch.from_numpy(np.stack(rows))
@@ -34,16 +34,16 @@ def noise(seed: int, indices: Sequence[int], steps: int) -> torch.Tensor:
 def draw(scores_BV: torch.Tensor, noise_B2: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor, torch.Tensor]:
     """Draws one token per row with temperature, top-k, top-p and min-p.
 
-    Rejection sampling avoids most sorting: a token is drawn from the whole vocabulary, and only rows whose token is not
-    a candidate draw again from their candidates. The distribution is the same.
+    Rejection sampling avoids most sorting: only rows whose token, drawn from the whole vocabulary, is not a candidate
+    draw again from their candidates. The distribution is the same.
 
-    Draws invert the cumulative distribution in the order of token ids, which does not change when rounding swaps nearly
-    equal logits: a name is the same with another batch size.
+    Draws invert the cumulative distribution in the order of token ids, which rounding does not change, so a name is the
+    same with another batch size.
 
     Args:
         scores_BV: float32 logits, minus infinity where a token is forbidden.
         noise_B2: uniform in [0, 1).
-        sampling: settings; the repetition penalty is ignored.
+        sampling: the repetition penalty is ignored.
 
     Returns:
         (B,) int64 tokens, and (B,) bool: rows without any possible token.
@@ -66,14 +66,14 @@ def draw(scores_BV: torch.Tensor, noise_B2: torch.Tensor, sampling: Sampling) ->
 
 
 def _invert(probs_BK: torch.Tensor, noise_B: torch.Tensor) -> torch.Tensor:
-    """(B,) first places at which the cumulative probabilities (up to a factor per row) exceed the random number."""
+    """(B,) first places where the cumulative probabilities (up to a factor per row) exceed the random number."""
     cumulated_BK = probs_BK.cumsum(dim=-1, dtype=torch.float64)
     target_B1 = noise_B[:, None].to(cumulated_BK) * cumulated_BK[:, -1:]
     return torch.searchsorted(cumulated_BK, target_B1, right=True)[:, 0].clamp_(max=probs_BK.shape[-1] - 1)
 
 
 def _rejected(probs_BV: torch.Tensor, tokens_B: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor, torch.Tensor]:
-    """(B,) bool twice: drawn tokens that are certainly not candidates, and those for which only sorting can decide.
+    """(B,) bool twice: tokens that are certainly not candidates, and those for which only sorting can decide.
 
     The latter occur where top-p is a share of the top-k mass, for which only bounds are known.
     """
@@ -99,8 +99,8 @@ def candidates(scores_BV: torch.Tensor, sampling: Sampling) -> tuple[torch.Tenso
     """The tokens that top-k, top-p and min-p keep.
 
     Returns:
-        (B, K) float32 probabilities up to a factor per row, 0 for tokens that are not kept, and (B, K) their token ids
-        in ascending order, or None where K is V.
+        (B, K) float32 probabilities up to a factor per row, 0 if not kept, and (B, K) their ascending token ids, or
+        None where K is V.
     """
     vocab_size = scores_BV.shape[-1]
     kept = top_k = min(sampling.top_k or vocab_size, vocab_size)
@@ -125,7 +125,7 @@ def candidates(scores_BV: torch.Tensor, sampling: Sampling) -> tuple[torch.Tenso
 
 
 def _cut(probs_BK: torch.Tensor, total_B1: torch.Tensor, sampling: Sampling) -> torch.Tensor:
-    """Sets to zero what top-p and min-p remove; ``total_B1`` is the mass that top-p is a share of."""
+    """Zeroes what top-p and min-p remove; ``total_B1`` is the mass that top-p is a share of."""
     if sampling.top_p < 1:
         sorted_BK, order_BK = probs_BK.sort(dim=-1, descending=True)
         before_BK = sorted_BK.cumsum(dim=-1) - sorted_BK  # mass of the likelier ones: the first always stays
@@ -138,7 +138,7 @@ def _cut(probs_BK: torch.Tensor, total_B1: torch.Tensor, sampling: Sampling) -> 
 
 
 def _softmax(scores_BV: torch.Tensor) -> torch.Tensor:
-    """Unnormalized softmax that gives zeros, not NaN, where a whole row is minus infinity."""
+    """Unnormalized; zeros, not NaN, where a whole row is minus infinity."""
     return (scores_BV - _finite(scores_BV.amax(-1, keepdim=True))).exp()
 
 

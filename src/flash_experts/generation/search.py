@@ -33,7 +33,7 @@ class GeneratedName:
 
     Attributes:
         text: the name as it would be printed.
-        log_prob: log-probability of its tokens and the EOS token, in nats, independent of sampling and filters.
+        log_prob: of its tokens and the EOS token, in nats, independent of sampling and filters.
         nearest_card: the real card with the most similar name; None if the generator knows no names.
         similarity: 1 - edit distance to ``nearest_card`` / the longer length; under 1.
     """
@@ -58,7 +58,6 @@ class Search:
         unconditional_ids: the same without attributes, for guidance.
         processors: filters of ``constraints``, and others.
         best_of: candidates drawn per name returned.
-        reranker: chooses among them.
     """
 
     prompt_ids: Sequence[int]
@@ -93,9 +92,7 @@ class NameSearch:
         self._tried = self._tries_since_new = self._whole = 0
 
     def names(self, count: int) -> Iterator[GeneratedName]:
-        """The first ``count`` acceptable names as they are chosen: one after every ``best_of`` candidates.
-
-        Warns if there are fewer.
+        """The first ``count`` acceptable names, one chosen after every ``best_of`` candidates. Warns if fewer exist.
 
         Raises:
             NoTokenLeftError: no name satisfies the constraints.
@@ -117,8 +114,7 @@ class NameSearch:
             )
 
     def _choose(self, found: Sequence[GeneratedName], wanted: int) -> list[GeneratedName]:
-        """The names chosen after these candidates, independent of how many come at once; if no more will come, all
-        that wait."""
+        """The names chosen after these candidates, however many come at once; if no more will come, all that wait."""
         best_of, reranker = self._search.best_of, self._search.reranker
         if best_of == 1:
             return list(found)
@@ -154,7 +150,7 @@ class NameSearch:
         return found
 
     def _decode(self, wanted: int) -> list[DecodedName]:
-        """The next few names of the stream, whose size is estimated from the acceptance rate so far."""
+        """The next names of the stream, as many as the acceptance rate so far suggests."""
         # Entered again for each part: in between, the caller finds the model and the gradient mode unchanged.
         part = min(_PART, self._search.batch_size)
         with evaluating(self._model), torch.no_grad():
@@ -193,7 +189,6 @@ class NameSearch:
         return text if good and (self._regex is None or self._regex.matches(text)) else ""
 
     def _far_enough(self, texts: Sequence[str]) -> frozenset[str]:
-        """The texts that keep ``min_distance`` from every known card."""
         most = 1 - self._search.constraints.min_distance
         if most == 1:
             return frozenset(texts)

@@ -33,10 +33,9 @@ class KnownNames:
         return frozenset(self._name_of)
 
     def nearest(self, names: Sequence[str]) -> list[tuple[str | None, float]]:
-        """The nearest known name of each, and their similarity: 1 - edit distance / the longer length, of the normal
-        forms.
+        """The nearest known name of each, the first of equals, and their similarity; (None, 0.0) if no name is known.
 
-        Ties go to the first. (None, 0.0) if no name is known.
+        The similarity is 1 - edit distance / the longer length, of the normal forms.
         """
         shown = list(self._name_of.values())
         if not shown:

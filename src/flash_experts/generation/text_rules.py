@@ -71,7 +71,7 @@ def found_in(check: Check, name: str) -> bool:
 
 @cache
 def profane_words() -> frozenset[str]:
-    """Normal forms of the single words on better-profanity's list (MIT; about 850), except `PRINTED_ON_CARDS`."""
+    """Normal forms of the single words on better-profanity's list (MIT), except `PRINTED_ON_CARDS`."""
     lines = (files("better_profanity") / "profanity_wordlist.txt").read_text("utf-8").splitlines()
     words = {normal_form(line) for line in lines if line.strip().isalnum()}
     return frozenset(words - PRINTED_ON_CARDS - {""})
@@ -93,8 +93,11 @@ def _profanity_of(word: str) -> Verdict:
 
 @cache
 def real_places() -> frozenset[str]:
-    """Normal forms of places, except words of fantasy or everyday English: countries, capitals, demonyms and states of
-    the USA from countryinfo (MIT); large cities and continents from the time zones in tzdata (Apache-2.0)."""
+    """Normal forms of places, except words of fantasy or everyday English.
+
+    Countries, capitals, demonyms and states of the USA from countryinfo (MIT); large cities and continents from the
+    time zones in tzdata (Apache-2.0).
+    """
     found = set(_NATIONS)
     for country in (files("countryinfo") / "data").iterdir():
         if country.name.endswith(".json"):
@@ -132,7 +135,6 @@ def _normal(texts: Iterable[str]) -> set[str]:
 
 
 def _listed(word: str, words: frozenset[str]) -> bool:
-    """Whether a word or its singular is on a list."""
     return word in words or (len(word) > 4 and word[-1] == "s" and word[:-1] in words)
 
 

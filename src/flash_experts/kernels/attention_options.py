@@ -3,8 +3,6 @@
 Query i attends to one range of keys, aligned to the bottom right by ``offset = S_k - S_q``:
 
     i + offset - left  <=  j  <=  i + offset + right,        0 <= j < S_k
-
--1 is no limit; causal attention is ``right = 0``.
 """
 
 from __future__ import annotations
@@ -22,7 +20,7 @@ class AttentionOptions:
     Attributes:
         scale: factor of the scores q . k, usually 1 / sqrt(head_dim).
         left: sliding window to the left; -1 is unlimited.
-        right: sliding window to the right; -1 is unlimited, 0 is causal.
+        right: likewise to the right; 0 is causal.
         softcap: scores become ``softcap * tanh(score / softcap)``; 0 is off (Gemma 2).
         alibi_slopes: (H,) or (B, H) float32; scores get ``-slope * |i + offset - j|`` (Press et al. 2021).
         dropout: probability that a weight is dropped after the softmax.
@@ -47,18 +45,17 @@ class AttentionOptions:
 
     @property
     def causal(self) -> bool:
-        """Whether the right window is 0."""
         return self.right == 0
 
 
 class PackedLengths(NamedTuple):
-    """Lengths of the N documents of a packed (variable length) batch.
+    """The N documents of a packed (variable length) batch.
 
     Attributes:
         cu_seqlens_q: (N + 1,) int32 start of each document among the queries, and their number.
         cu_seqlens_k: likewise for the keys. Passing the same tensor for equal lengths is faster.
         max_seqlen_q: length of the longest document, in queries.
-        max_seqlen_k: length of the longest document, in keys.
+        max_seqlen_k: likewise, in keys.
     """
 
     cu_seqlens_q: torch.Tensor

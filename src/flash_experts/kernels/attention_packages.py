@@ -1,7 +1,6 @@
 """Attention by Dao-AILab's packages flash-attn 2, 3 and 4, where installed; imported on first use.
 
-What each of them does not support is in `flash_experts.models.attention_backends`. Shape suffixes as in
-`attention_sdpa`.
+`flash_experts.models.attention_backends` has what each does not support. Shape suffixes as in `attention_sdpa`.
 """
 
 from __future__ import annotations
@@ -25,10 +24,10 @@ def attention(
     needs_lse: bool = False,
     deterministic: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Attention of a batch by flash-attn ``version`` 2, 3 or 4, differentiable in q, k and v, float16 or bfloat16 on
-    CUDA: (B, S_q, H, C), and the log-sum-exp (B, H, S_q) float32 or None.
+    """Attention of a batch by flash-attn ``version`` 2, 3 or 4, differentiable in q, k and v.
 
-    Version 2 alone has dropout (by torch's generator, not the seed), ALiBi, and the log-sum-exp (without dropout).
+    Float16 or bfloat16 on CUDA: (B, S_q, H, C), and the log-sum-exp (B, H, S_q) float32 or None. Version 2 alone has
+    dropout (by torch's generator, not the seed), ALiBi, and the log-sum-exp (without dropout).
     """
     function = importlib.import_module(MODULES[version]).flash_attn_func
     return _outputs(
@@ -46,7 +45,7 @@ def attention_varlen(
     needs_lse: bool = False,
     deterministic: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """`attention` of packed documents: outputs (T_q, H, C), and the log-sum-exp (H, T_q) float32 or None."""
+    """`attention` of packed documents: (T_q, H, C), and the log-sum-exp (H, T_q) float32 or None."""
     function = importlib.import_module(MODULES[version]).flash_attn_varlen_func
     arguments = _arguments(version, options, needs_lse, deterministic)
     return _outputs(function(q_THC, k_TGC, v_TGC, **lengths._asdict(), **arguments), needs_lse)
@@ -74,7 +73,7 @@ def _arguments(version: int, options: AttentionOptions, needs_lse: bool, determi
 def _outputs(
     returned: torch.Tensor | tuple[torch.Tensor, ...], needs_lse: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Output and log-sum-exp: some versions return the output alone, some a tuple that begins with both."""
+    """Some versions return the output alone, some a tuple that begins with output and log-sum-exp."""
     if isinstance(returned, torch.Tensor):
         return returned, None
     return returned[0], returned[1] if needs_lse else None

@@ -1,7 +1,7 @@
 """Attention on PyTorch's scaled_dot_product_attention (SDPA), with as few masks and copies as possible.
 
 SDPA has no softcap, no ALiBi without a full bias and no log-sum-exp. Dropout uses torch's generator, not
-``options.seed``. Packed documents are padded to the longest for the attention only, which costs little for short names.
+``options.seed``. Packed documents are padded to the longest for the attention only.
 
 Shape suffixes: B sequences, S length, H query heads, G key/value heads, R = H / G, C head dim, T tokens of a packed
 sequence, N documents in it, M length of the longest.
@@ -32,9 +32,9 @@ def attention(
     options: AttentionOptions,
     k_lengths_B: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, None]:
-    """Attention of a batch, differentiable in q, k and v, without softcap and ALiBi: (B, S_q, H, C) in the dtype of q,
-    zeros for a fully masked query; and None for the log-sum-exp.
+    """Attention of a batch, differentiable in q, k and v, without softcap and ALiBi.
 
+    Returns (B, S_q, H, C) in the dtype of q, zeros for a fully masked query; and None for the log-sum-exp.
     ``k_lengths_B`` is the int32 number of keys in use per sequence, read on the host.
     """
     if k_lengths_B is not None:
@@ -51,7 +51,7 @@ def attention(
 
 
 def _fully_masked_queries(S_q: int, S_k: int, options: AttentionOptions) -> int:
-    """Number of leading queries without a visible key: they stand before the first key."""
+    """Number of leading queries that stand before the first key."""
     if S_k == 0:
         return S_q
     return max(0, S_q - S_k - options.right) if options.right >= 0 else 0
@@ -60,7 +60,7 @@ def _fully_masked_queries(S_q: int, S_k: int, options: AttentionOptions) -> int:
 def _with_lengths(
     q_BSHC: torch.Tensor, k_BSGC: torch.Tensor, v_BSGC: torch.Tensor, options: AttentionOptions, lengths: list[int]
 ) -> torch.Tensor:
-    """One call for each run of sequences with equal lengths, on views of the cache."""
+    """One call per run of sequences with equal lengths, on views of the cache."""
     outputs, start = [], 0
     for length, run in groupby(lengths):
         rows = slice(start, start + len(list(run)))
@@ -72,7 +72,7 @@ def _with_lengths(
 def _masked(
     q_BSHC: torch.Tensor, k_BSGC: torch.Tensor, v_BSGC: torch.Tensor, options: AttentionOptions
 ) -> torch.Tensor:
-    """Chooses between no mask, SDPA's causal one, and a full one; every query must have a visible key."""
+    """Uses no mask, SDPA's causal one, or a full one; every query must see a key."""
     S_q, S_k = q_BSHC.shape[1], k_BSGC.shape[1]
     limited_left = 0 <= options.left < S_k - 1
     limited_right = 0 <= options.right < S_q - 1
@@ -86,7 +86,7 @@ def _masked(
 
 
 def _within(distance: torch.Tensor, options: AttentionOptions) -> torch.Tensor:
-    """Whether a key at this distance before the query's position is within the window."""
+    """Whether a key at this distance before the query is within the window."""
     visible = torch.ones_like(distance, dtype=torch.bool)
     if options.left >= 0:
         visible = visible & (distance <= options.left)
@@ -128,7 +128,7 @@ def _sdpa(
 def _unfused_causal(
     q_NMHC: torch.Tensor, k_NMHC: torch.Tensor, v_NMHC: torch.Tensor, options: AttentionOptions
 ) -> torch.Tensor:
-    """Causal attention from plain matmuls, with materialised scores."""
+    """Causal attention with materialised scores."""
     q_NHMC, k_NHMC, v_NHMC = (x.transpose(1, 2) for x in (q_NMHC, k_NMHC, v_NMHC))
     hidden_MM = torch.full((q_NMHC.shape[1],) * 2, -torch.inf, dtype=q_NMHC.dtype).triu(1)
     scores_NHMM = (q_NHMC @ k_NHMC.mT) * options.scale + hidden_MM
@@ -138,7 +138,7 @@ def _unfused_causal(
 
 @dataclass(frozen=True, slots=True)
 class _Documents:
-    """Positions of the tokens of a packed sequence when its documents are padded."""
+    """Positions of a packed sequence's tokens when its documents are padded."""
 
     length_N: torch.Tensor
     longest: int
@@ -172,7 +172,7 @@ def attention_varlen(
 ) -> tuple[torch.Tensor, None]:
     """`attention` of packed documents (variable length), each of which attends to itself only.
 
-    Where queries and keys share one ``cu_seqlens``, causal attention needs no mask: padding comes after each document.
+    Where queries and keys share ``cu_seqlens``, causal attention needs no mask: padding comes after each document.
     """
     cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k = lengths
     total_q, total_k, N = q_THC.shape[0], k_TGC.shape[0], cu_seqlens_q.numel() - 1
@@ -197,7 +197,7 @@ def attention_varlen(
 
 
 def _visible(of_q: _Documents, of_k: _Documents, options: AttentionOptions) -> torch.Tensor:
-    """Attention mask (N, M_q or 1, M_k), true at visible keys; M_q is 1 where all queries see the same."""
+    """(N, M_q or 1, M_k), true at visible keys; M_q is 1 where all queries see the same."""
     device = of_q.place_T.device
     column_M = torch.arange(of_k.longest, device=device)
     is_key_N1M = (column_M < of_k.length_N[:, None])[:, None]
@@ -216,7 +216,7 @@ def _by_length(
     cu_seqlens_k: torch.Tensor,
     options: AttentionOptions,
 ) -> torch.Tensor:
-    """Attention by groups of documents with equally many binary digits in their length: at most half is padding."""
+    """Groups documents by the binary digits of their length: at most half is padding."""
     lengths_2N = torch.stack([cu_seqlens_q.diff(), cu_seqlens_k.diff()])
     digits_N = torch.tensor([length.bit_length() for length in lengths_2N.amax(0).tolist()], device=q_THC.device)
     of_q = _Documents.of(cu_seqlens_q, 0, q_THC.shape[0])

@@ -1,5 +1,7 @@
-"""Matmuls with a weight matrix on a CPU, by the faster library: oneDNN with AVX-512, else MKL, which PyTorch uses for
-float32, and whose AVX-512 kernels run on Intel processors only."""
+"""Matmuls with a weight matrix on a CPU, by the faster library: oneDNN with AVX-512, else MKL.
+
+PyTorch uses MKL for float32, but its AVX-512 kernels run on Intel processors only.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,7 @@ _DTYPES = (torch.float32, torch.bfloat16)
 def linear(x_ND: torch.Tensor, weight_DF: torch.Tensor, bias_F: torch.Tensor | None = None) -> torch.Tensor:
     """``x @ weight + bias``, (N, F), any float dtype and device; not differentiable.
 
-    ``weight_DF`` may be the transposed view of an (F, D) matrix: neither layout is copied.
+    ``weight_DF`` may be a transposed (F, D) matrix: neither layout is copied.
     """
     if uses_onednn(x_ND):
         out_NF: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x_ND, weight_DF.T, bias_F, "none", [], "")
@@ -22,7 +24,7 @@ def linear(x_ND: torch.Tensor, weight_DF: torch.Tensor, bias_F: torch.Tensor | N
 
 
 def linear_gelu_tanh(x_ND: torch.Tensor, weight_DF: torch.Tensor, bias_F: torch.Tensor) -> torch.Tensor:
-    """``gelu_tanh(x @ weight + bias)``, (N, F); not differentiable. oneDNN fuses the activation."""
+    """``gelu_tanh(x @ weight + bias)``, (N, F); not differentiable. oneDNN fuses it."""
     if uses_onednn(x_ND):
         out_NF: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x_ND, weight_DF.T, bias_F, "gelu", [], "tanh")
         return out_NF
@@ -30,7 +32,7 @@ def linear_gelu_tanh(x_ND: torch.Tensor, weight_DF: torch.Tensor, bias_F: torch.
 
 
 def uses_onednn(x_ND: torch.Tensor) -> bool:
-    """Whether oneDNN multiplies these rows. It generates code for each new number of rows."""
+    """Whether oneDNN multiplies these rows; it generates code for each new number of rows."""
     if torch.compiler.is_compiling():  # the compiler calls oneDNN itself, and cannot lower this operator
         return False
     is_float = x_ND.device.type == "cpu" and x_ND.dtype in _DTYPES

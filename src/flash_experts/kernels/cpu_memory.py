@@ -1,9 +1,9 @@
 """malloc settings on Linux that keep freed memory in the process for the next training step.
 
-glibc returns large blocks to the system when they are freed, and Linux clears the pages when the next step asks for
-them again, which is slow for the large gradients of experts. So our commands and the first training forward of experts
-on a CPU call `keep_freed_memory`; ``FLASH_EXPERTS_KEEP_MEMORY=0`` turns it off. Our commands also ask for transparent
-huge pages of 2 MB (``THP_MEM_ALLOC_ENABLE=1``, which PyTorch reads at its first tensor).
+glibc returns large blocks to the system, and Linux clears their pages at the next step, which is slow for the large
+gradients of experts. So our commands and the first training forward of experts on a CPU call `keep_freed_memory`;
+``FLASH_EXPERTS_KEEP_MEMORY=0`` turns it off. Our commands also ask for transparent huge pages of 2 MB
+(``THP_MEM_ALLOC_ENABLE=1``, which PyTorch reads at its first tensor).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _MMAP_THRESHOLD, _MMAP_MAX = 2**25, 2**16  # what glibc's dynamic rules reach in
 
 
 def keep_freed_memory() -> bool:
-    """Makes the process keep freed memory; its peak does not change. False if not supported, or turned off."""
+    """Makes the process keep freed memory, at the same peak. False if not supported, or turned off."""
     return os.environ.get(ENVIRONMENT_VARIABLE) != "0" and _set(0, _MOST_KEPT)
 
 
@@ -34,7 +34,7 @@ def keep_freed_memory_once() -> bool:
 
 @contextmanager
 def freed_memory_returned() -> Iterator[None]:
-    """Restores glibc's default within the context: large freed blocks go back to the system."""
+    """Restores glibc's default within the context."""
     _set(_MMAP_MAX, 2 * _MMAP_THRESHOLD, _MMAP_THRESHOLD)
     try:
         yield

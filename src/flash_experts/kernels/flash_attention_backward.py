@@ -50,7 +50,7 @@ def sum_over_queries(
     C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr, MASKED: tl.constexpr,
     SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, DROPOUT: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Adds the contribution of the queries [begin, end) to dk (unscaled) and dv of a tile of keys."""
+    """Adds the queries [begin, end) to dk (unscaled) and dv of a tile of keys."""
     m_M = tl.arange(0, BLOCK_M)
     for m in tl.range(begin, end, BLOCK_M):
         q_MC = load_rows(Q, m, m_M, stride_qs, last, C, BLOCK_C, MASKED)
@@ -136,7 +136,7 @@ def sum_over_keys(
     C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
     SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, DROPOUT: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Adds the contribution of the keys [begin, end) to dq (unscaled) of a tile of queries."""
+    """Adds the keys [begin, end) to dq (unscaled) of a tile of queries."""
     n_N = tl.arange(0, BLOCK_N)
     for n in tl.range(begin, end, BLOCK_N):
         k_NC = load_rows(K, n, n_N, stride_ks, last, C, BLOCK_C, MASKED)

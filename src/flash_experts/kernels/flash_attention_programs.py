@@ -1,18 +1,18 @@
 """Flash attention in Triton: the forward kernel.
 
 A program instance computes BLOCK_M queries of one head. It iterates over the visible keys, BLOCK_N at a time, with the
-online softmax (Dao 2022, algorithm 1; Dao 2023, section 3.1). The (S_q, S_k) scores stay in SRAM; only the log-sum-exp,
-one number per query, is kept for the backward.
+online softmax (Dao 2022, algorithm 1; Dao 2023, section 3.1). The (S_q, S_k) scores stay in SRAM; only the log-sum-exp
+of each query is kept for the backward.
 
 Each query sees one range of keys, [low, high) (`AttentionOptions`), which moves right from query to query. So the keys
-of a tile fall into three ranges: a masked left edge, fully visible tiles that need no mask, and a masked right edge.
+of a tile fall into a masked left edge, fully visible tiles that need no mask, and a masked right edge.
 
 Three layouts share the kernels:
 
 - dense: (B, S, H, C), sequences of equal length, or with keys cut to ``K_LENGTHS``;
 - ragged: all documents in one (T, H, C); a program instance works within one of them (``CU_Q``, ``CU_K``);
-- packed: the same, with queries and keys of the same documents and tiles that span documents; each query sees its own
-  document (``DOC``). So many short documents share a tile.
+- packed: the same, with queries and keys of the same documents and tiles that span many short ones; each query sees its
+  own (``DOC``).
 
 Shape suffixes: M queries of a tile, N keys of a tile, C head dim (BLOCK_C: the next power of two).
 Scores are in units of log 2, since the hardware has exp2.
@@ -29,7 +29,7 @@ LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def load_rows(base, first, rows_R, stride, last, C: tl.constexpr, BLOCK_C: tl.constexpr, MASKED: tl.constexpr):
-    """(R, BLOCK_C) rows ``first + rows_R`` of a matrix; with MASKED, rows from ``last`` on are zero."""
+    """(R, BLOCK_C) rows ``first + rows_R``; with MASKED, those from ``last`` on are zero."""
     c_C = tl.arange(0, BLOCK_C)
     pointers = base + tl.cast(first, tl.int64) * stride + rows_R[:, None] * stride + c_C[None, :]
     if MASKED:
@@ -44,7 +44,7 @@ def load_rows(base, first, rows_R, stride, last, C: tl.constexpr, BLOCK_C: tl.co
 
 @triton.jit
 def store_rows(base, first, rows_R, stride, last, values, C: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Writes (R, BLOCK_C) values to the rows ``first + rows_R`` before ``last``."""
+    """Writes (R, BLOCK_C) to the rows ``first + rows_R`` before ``last``."""
     c_C = tl.arange(0, BLOCK_C)
     pointers = base + tl.cast(first, tl.int64) * stride + rows_R[:, None] * stride + c_C[None, :]
     inside = (first + rows_R < last)[:, None] & (c_C < C)[None, :]
@@ -61,7 +61,7 @@ def matmul(a, b, UPCAST: tl.constexpr):
 
 @triton.jit
 def sequence_of(b, CU_Q, CU_K, K_LENGTHS, S_q, S_k, RAGGED: tl.constexpr):
-    """First query, first key, number of queries and number of keys of document b."""
+    """First query, first key, and numbers of queries and keys of document b."""
     q_start, k_start, num_q, num_k = 0, 0, S_q, S_k
     if RAGGED:
         q_start = tl.load(CU_Q + b)
@@ -75,7 +75,7 @@ def sequence_of(b, CU_Q, CU_K, K_LENGTHS, S_q, S_k, RAGGED: tl.constexpr):
 
 @triton.jit
 def documents_of(rows_R, b, num_others, CU, DOC, PACKED: tl.constexpr):
-    """For each row (query or key): its document, and the rows [start, end) of that document on the other side."""
+    """Each row's document, and the rows [start, end) of that document on the other side."""
     if PACKED:
         doc_R = tl.load(DOC + rows_R)
         start_R = tl.load(CU + doc_R)
@@ -89,7 +89,7 @@ def documents_of(rows_R, b, num_others, CU, DOC, PACKED: tl.constexpr):
 
 @triton.jit
 def visible_range(rows_R, start_R, end_R, shift, before, after, PACKED: tl.constexpr):
-    """The range [low, high) on the other side that each row attends to (or is attended by), around ``row + shift``."""
+    """The range [low, high) on the other side that each row sees (or is seen by), around ``row + shift``."""
     low_R = tl.maximum(rows_R + shift - before, start_R)
     high_R = tl.minimum(rows_R + shift + after + 1, end_R)
     if PACKED:  # rows after the last document have an empty range
@@ -117,7 +117,7 @@ def capped(x, softcap):
 
 @triton.jit
 def scores_of(qk, distance, slope, scale, softcap, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr):
-    """Scores, the factor that converts them to units of log 2, and the derivative of the softcap.
+    """Scores, their factor to units of log 2, and the derivative of the softcap.
 
     Without softcap and ALiBi the factor is fused into the exponent's multiply-add.
     """
@@ -151,7 +151,7 @@ def attend(
     C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
     SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, DROPOUT: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """One pass of the online softmax over the keys [begin, end): updates output, sum and maximum."""
+    """One pass of the online softmax over the keys [begin, end)."""
     n_N = tl.arange(0, BLOCK_N)
     for n in tl.range(begin, end, BLOCK_N):
         k_NC = load_rows(K, n, n_N, stride_ks, last, C, BLOCK_C, MASKED)

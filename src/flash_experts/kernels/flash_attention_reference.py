@@ -1,7 +1,7 @@
 """Flash attention in plain PyTorch, tile by tile, to read next to the papers.
 
 Dao et al. 2022, "FlashAttention", and Dao 2023, "FlashAttention-2" (Algorithms 1 and 2). Attention is
-``softmax(scale * q k^T) v``. The (S_q, S_k) matrix of scores is never materialised, only one tile at a time:
+``softmax(scale * q k^T) v``. Of the (S_q, S_k) matrix of scores only one tile is materialised at a time:
 
 1. Online softmax (`_forward_tile`): going through the keys, each query keeps the running maximum of its scores, the sum
    of exp(score - maximum), and the weighted sum of the values. When the maximum grows, both sums are rescaled by
@@ -11,8 +11,7 @@ Dao et al. 2022, "FlashAttention", and Dao 2023, "FlashAttention-2" (Algorithms 
 3. The softmax's gradient needs the row sum ``sum_j weight_ij * dweight_ij``, which equals ``sum_c dout_ic * out_ic``
    (delta).
 
-Fully masked tiles are skipped (`_Mask.keys_seen`, `_Mask.queries_seeing`) and fully visible ones need no mask, so
-causal attention costs half.
+Fully masked tiles are skipped and fully visible ones need no mask, so causal attention costs half.
 
 Shape suffixes: B sequences, S length, H query heads, G key/value heads, R = H / G query heads that share a
 key/value head, C head dim, M queries of a tile, N keys of a tile, T tokens of a packed sequence.
@@ -33,7 +32,7 @@ from flash_experts.kernels.attention_options import AttentionOptions, PackedLeng
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """Sequences of equal length: a whole batch, one sequence with its own number of keys, or one packed document."""
+    """Sequences of equal length: a whole batch, one sequence with its own keys, or a packed document."""
 
     batch: slice
     queries: slice
@@ -64,19 +63,19 @@ class _Mask:
         return self.num_keys - self.num_queries
 
     def keys_seen(self, queries: range) -> range:
-        """The range of keys that any of these queries sees."""
+        """The keys that any of these queries sees."""
         first = max(0, queries.start + self.offset - self.left)
         last = min(self.num_keys - 1, queries.stop - 1 + self.offset + self.right)
         return range(int(first), int(last) + 1)
 
     def queries_seeing(self, keys: range) -> range:
-        """The range of queries that see any of these keys."""
+        """The queries that see any of these keys."""
         first = max(0, keys.start - self.offset - self.right)
         last = min(self.num_queries - 1, keys.stop - 1 - self.offset + self.left)
         return range(int(first), int(last) + 1)
 
     def is_full(self, queries: range, keys: range) -> bool:
-        """Whether each of these queries sees each of these keys."""
+        """Whether all these queries see all these keys."""
         sees_first = keys.start >= queries.stop - 1 + self.offset - self.left
         sees_last = keys.stop - 1 <= queries.start + self.offset + self.right
         return sees_first and sees_last
@@ -88,7 +87,7 @@ def _tiles(positions: range, size: int) -> Iterator[range]:
 
 
 class _Scores:
-    """Computes tiles of scores of one part, for the forward and the backward."""
+    """Computes tiles of scores of one part."""
 
     def __init__(self, part: _Part, options: AttentionOptions, heads: int, groups: int):
         self.part, self.options, self.heads, self.groups = part, options, heads, groups
@@ -97,7 +96,7 @@ class _Scores:
     def tile(
         self, q_BGRMC: torch.Tensor, k_BGNC: torch.Tensor, queries: range, keys: range
     ) -> tuple[torch.Tensor, torch.Tensor | float]:
-        """Scores (B, G, R, M, N), -inf where masked, and their derivative with respect to ``q k^T``."""
+        """Scores (B, G, R, M, N), -inf where masked, and their derivative by ``q k^T``."""
         options = self.options
         score_BGRMN = options.scale * torch.einsum("bgrmc,bgnc->bgrmn", q_BGRMC, k_BGNC)
         derivative: torch.Tensor | float = options.scale
@@ -119,13 +118,13 @@ class _Scores:
         return score_BGRMN, derivative
 
     def _slopes(self, slopes: torch.Tensor) -> torch.Tensor:
-        """ALiBi slopes, (H,) or (B, H), as (1 or B, G, R, 1, 1) of this part."""
+        """(H,) or (B, H) to this part's (1 or B, G, R, 1, 1)."""
         if slopes.dim() == 2:
             slopes = slopes[self.part.sequences().start : self.part.sequences().stop]
         return slopes.reshape(-1, self.groups, self.heads // self.groups, 1, 1)
 
     def drop(self, weight_BGRMN: torch.Tensor, queries: range, keys: range) -> torch.Tensor:
-        """Weights (or their gradients) after dropout; kept ones are divided by 1 - p."""
+        """Weights (or gradients) after dropout; kept ones are divided by 1 - p."""
         p, seed = self.options.dropout, self.options.seed
         if seed is None:
             return weight_BGRMN
@@ -243,7 +242,7 @@ class _FlashAttention(torch.autograd.Function):
 
 
 def _query_heads(x_BSHC: torch.Tensor, groups: int) -> torch.Tensor:
-    """A view (B, G, R, S, C): query head h is number h % R in the group of key/value head h // R."""
+    """A view (B, G, R, S, C): query head h is number h % R of key/value head h // R."""
     return x_BSHC.unflatten(2, (groups, -1)).permute(0, 2, 3, 1, 4)
 
 
@@ -260,10 +259,8 @@ def attention(
     """Attention of a batch, differentiable once in q, k and v; every option on every device.
 
     Args:
-        q_BSHC: queries, any float dtype and strides.
-        k_BSGC: keys; query head h uses key/value head h // (H / G).
-        v_BSGC: values.
-        options: scale, masks, softcap, ALiBi, dropout.
+        q_BSHC: any float dtype and strides.
+        k_BSGC: query head h uses key/value head h // (H / G).
         k_lengths_B: int32 number of keys in use per sequence, read on the host; the rest of the KV cache is ignored.
         block_q: M, queries of a tile.
         block_k: N, keys of a tile.
@@ -290,7 +287,7 @@ def attention_varlen(
     block_q: int = 64,
     block_k: int = 64,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`attention` of packed documents (variable length), one after the other: (T_q, H, C), log-sum-exp (H, T_q).
+    """`attention` of packed documents (variable length): (T_q, H, C), log-sum-exp (H, T_q).
 
     The starts are read on the host. ALiBi slopes may be (N, H).
     """
@@ -318,10 +315,9 @@ _TO_UNIT = 4.6566127342e-10  # the largest float32 that keeps (2**31 - 1) times 
 def philox4x32(
     key: tuple[torch.Tensor, torch.Tensor], counter: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Philox-4x32 with 10 rounds (Salmon et al. 2011, "Parallel random numbers"): four random words from a key, the low
-    and high word of the seed, and a counter.
+    """Philox-4x32 with 10 rounds (Salmon et al. 2011, "Parallel random numbers"): four random words.
 
-    All are int64 tensors with values in [0, 2**32); shapes broadcast.
+    ``key`` is the low and high word of the seed. All are int64 tensors with values in [0, 2**32); shapes broadcast.
     """
     key_0, key_1 = key
     word_0, word_1, word_2, word_3 = counter
@@ -348,7 +344,7 @@ def dropout_keep_mask(
     """Dropout mask of attention weights, (B, H, M, N) bool, true where a weight is kept, with probability 1 - p.
 
     ``seed`` is (1,) int64. ``batch`` numbers the sequences, or documents of a packed sequence; ``rows`` and ``cols``
-    are the positions of queries and keys within their sequence. An int n for one of them is ``range(n)``.
+    are positions of queries and keys within their sequence. An int n is ``range(n)``.
     """
     sequence_B, row_M, col_N = (_numbers(numbers, seed.device) for numbers in (batch, rows, cols))
     head_BH = sequence_B[:, None] * heads + torch.arange(heads, device=seed.device)

@@ -3,8 +3,8 @@
 The kernels are in `flash_attention_programs` (forward) and `flash_attention_backward`. The custom operators
 ``flash_experts::attention_forward`` and ``_backward`` support autograd and ``torch.compile``.
 
-Tile sizes are autotuned at the first call for each head dim, length bucket, dtype and kind of mask, and cached on disk
-with Triton's compiled kernels. ``TRITON_INTERPRET=1`` runs the kernels on a CPU, for tests only.
+Tile sizes are autotuned at the first call for each head dim, length bucket, dtype and kind of mask, and cached on disk.
+``TRITON_INTERPRET=1`` runs the kernels on a CPU, for tests only.
 
 Shape suffixes: B batch, S length, H query heads, G key/value heads, C head dim, T tokens of all documents.
 """
@@ -44,7 +44,6 @@ def fitting(kernel: str, configs: list[Any], block_c: int, element_size: int) ->
 
     Args:
         kernel: "forward", "keys" or "queries".
-        configs: settings to choose from.
         block_c: head dim, rounded up to a power of two.
         element_size: bytes of an element of q, k and v.
     """
@@ -64,7 +63,7 @@ def fitting(kernel: str, configs: list[Any], block_c: int, element_size: int) ->
 
 
 def _tuned(name: str, kernel: Any, tiles: list[tuple[int, int, int, int]]) -> Any:
-    """An autotuned kernel; ``tiles`` are the settings (BLOCK_M, BLOCK_N, warps, stages) to try."""
+    """``tiles`` are the settings (BLOCK_M, BLOCK_N, warps, stages) to try."""
 
     def prune(configs: list[Any], named_args: dict[str, Any], **meta: Any) -> list[Any]:
         return fitting(name, configs, meta["BLOCK_C"], named_args["Q"].element_size())
@@ -125,7 +124,7 @@ _NO_LIMIT = 2**30
 
 @dataclass(frozen=True, slots=True)
 class _Problem:
-    """The tensors and numbers of one call, in the order of the kernels' arguments."""
+    """One call, in the order of the kernels' arguments."""
 
     q: torch.Tensor
     k: torch.Tensor
@@ -146,14 +145,14 @@ class _Problem:
 
     @property
     def batch(self) -> int:
-        """Sequences, documents, or 1 in the packed layout; times the heads, the second axis of the grid."""
+        """Sequences, documents, or 1 if packed; times the heads, the grid's second axis."""
         if self.cu_q is None:
             return self.q.shape[0]
         return 1 if self.packed else self.cu_q.numel() - 1
 
     @property
     def lengths(self) -> tuple[int, int]:
-        """Numbers of queries and keys along the first axis of the grid."""
+        """Numbers of queries and keys along the grid's first axis."""
         return (self.q.shape[0], self.k.shape[0]) if self.packed else (self.max_q, self.max_k)
 
     @property
@@ -165,7 +164,6 @@ class _Problem:
         return self.k.shape[-2]
 
     def empty_lse(self) -> torch.Tensor:
-        """Uninitialised, (B, H, S) or (H, T) float32."""
         shape = (self.q.shape[0], self.heads, self.q.shape[1]) if self.cu_q is None else (self.heads, self.q.shape[0])
         return self.q.new_empty(shape, dtype=torch.float32)
 
@@ -201,7 +199,7 @@ class _Problem:
 
 
 def _row_strides(x: torch.Tensor) -> tuple[int, int, int]:
-    """Strides of batch, row and head of (B, S, H, C) or (T, H, C), in elements."""
+    """Strides of batch, row and head, in elements."""
     return (x.stride(0), x.stride(1), x.stride(2)) if x.ndim == 4 else (0, x.stride(0), x.stride(1))
 
 
@@ -210,7 +208,7 @@ def _lse_strides(lse: torch.Tensor) -> tuple[int, int]:
 
 
 def _launch(kernel: Any, tile: str, length: int, sequences: int, *arguments: Any, **flags: Any) -> None:
-    """Launches a kernel on a grid of (tiles of that length, sequences), unless it is empty."""
+    """Launches a grid of (tiles of that length, sequences), unless it is empty."""
     if length and sequences:
         kernel[lambda meta: (triton.cdiv(length, meta[tile]), sequences)](*arguments, **flags)
 
@@ -288,7 +286,7 @@ def _(
 
 
 def _delta(out: torch.Tensor, dout: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
-    """Sum over C of out * dout, float32, in the shape of the log-sum-exp."""
+    """Sum over C of out * dout, float32, shaped as the log-sum-exp."""
     delta = torch.empty_like(lse)
     rows, heads, head_dim = out.shape[-3:]
     _launch(
@@ -320,18 +318,9 @@ def attention(
     options: AttentionOptions,
     k_lengths_B: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention of a batch, differentiable in q, k and v.
+    """As `flash_attention_reference.attention`, for float16, bfloat16 or float32 and C from 16 to 256.
 
-    Args:
-        q_BSHC: queries, float16, bfloat16 or float32, any strides; C from 16 to 256.
-        k_BSGC: keys; query head h uses key/value head h // (H / G).
-        v_BSGC: values.
-        options: scale, masks, softcap, ALiBi, dropout.
-        k_lengths_B: int32 number of keys in use per sequence; None is all. The queries stand at the last ones.
-
-    Returns:
-        (B, S_q, H, C), contiguous, dtype of q; log-sum-exp (B, H, S_q) float32, without gradient. A fully masked query
-        gets 0 and -inf.
+    The output is contiguous, the log-sum-exp float32. With ``k_lengths_B`` the queries stand at the last keys in use.
     """
     if flash_decode_triton.suits(q_BSHC, k_BSGC, v_BSGC, options):
         return flash_decode_triton.decode(q_BSHC, k_BSGC, v_BSGC, options, k_lengths_B)

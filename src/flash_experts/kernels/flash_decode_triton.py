@@ -1,8 +1,8 @@
 """Flash decoding in Triton (split-KV): a few queries against a long KV cache (Dao et al. 2023, "Flash-Decoding").
 
-One program instance per head would leave most of a GPU idle. So the keys are split: `decode_kernel` attends to one
-share of the keys, `combine_kernel` merges the shares by their log-sum-exps. The query heads of a key/value head share a
-tile, so that the cache is read once.
+One program instance per head would leave most of a GPU idle. So `decode_kernel` attends to one share of the keys, and
+`combine_kernel` merges the shares by their log-sum-exps. The query heads of a key/value head share a tile, so that the
+cache is read once.
 
 Shape suffixes: B batch, S length, H query heads, G key/value heads, C head dim, P splits; R rows of a tile (the H / G
 heads of all queries); N keys of a tile.
@@ -80,7 +80,7 @@ def combine_kernel(
     PARTS, LSES, OUT, LSE, splits, rows, S_q, H, GROUP,
     C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """Merges the shares of one query and head into OUT (B, S, H, C) and LSE (B, H, S). Grid: (R, B * G)."""
+    """Merges the shares into OUT (B, S, H, C) and LSE (B, H, S), one query and head each. Grid: (R, B * G)."""
     row, pair = tl.program_id(0), tl.cast(tl.program_id(1), tl.int64)
     p_P = tl.arange(0, BLOCK_P)
     lse_P = tl.load(LSES + (pair * splits + p_P) * rows + row, mask=p_P < splits, other=float("-inf"))
@@ -159,8 +159,10 @@ def decode(
     k_lengths_B: torch.Tensor | None = None,
     splits: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `flash_attention_triton.attention`, for few queries (S_q * H / G up to `MAX_ROWS`), without gradients and
-    dropout, in ``splits`` shares of the keys; None gives every multiprocessor two program instances."""
+    """As `flash_attention_triton.attention`, for few queries (S_q * H / G up to `MAX_ROWS`), forward only.
+
+    ``splits`` is the number of shares; None gives every multiprocessor two program instances.
+    """
     assert options.dropout == 0, "decoding has no dropout"
     if splits is None:
         programs = q_BSHC.shape[0] * k_BSGC.shape[2]

@@ -3,7 +3,7 @@
 The plain loop (`flash_experts.models.moe_layer.Experts`) lets autograd allocate and add a full-size weight gradient per
 expert. Here the (token, expert) pairs are sorted once. With many rows per expert (`_GroupedMLP`) each weight gradient
 is written straight into one buffer; with few (`_BatchedMLP`), where matmuls are memory-bound, all experts are
-multiplied at once, each padded to the rows of the busiest one.
+multiplied at once, each padded to the busiest one.
 
 Shape suffixes: T tokens, K experts per token, S = T * K pairs sorted by expert, P the same with each expert's rows
 padded, E experts, M rows of the busiest expert, D width, F hidden units of an expert.
@@ -35,9 +35,9 @@ _ROWS_MULTIPLE = 32
 
 @dataclass(frozen=True, slots=True)
 class _Groups:
-    """The pairs sorted by expert, without and with each expert's rows padded for the matmuls.
+    """The pairs sorted by expert, without and with padding for the matmuls.
 
-    Padding is token 0 with a gate of zero: it adds nothing to any gradient, and its outputs are not read.
+    Padding is token 0 with a gate of zero: it adds nothing to gradients, and its outputs are not read.
     """
 
     pair_of_S: torch.Tensor
@@ -63,7 +63,7 @@ class _Groups:
         return cls(pair_of_S, token_of_P, place_of_S, counts, filled_E.tolist())
 
     def __iter__(self) -> Iterator[tuple[int, slice, torch.Tensor]]:
-        """For each expert with tokens: its number, its padded rows, and its pairs (the first of those rows)."""
+        """For each expert with tokens: number, padded rows, and pairs (the first of those rows)."""
         pair = row = 0
         for expert, (count, filled) in enumerate(zip(self.counts, self.filled, strict=True)):
             if count:
@@ -195,7 +195,7 @@ def _one_token(
     weights: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
     activation: Activation,
 ) -> torch.Tensor:
-    """The forward of a single token (decoding), (1, D): no sorting, nothing saved for the backward."""
+    """(1, D), for decoding: no sorting, nothing saved for the backward."""
     up_EDF, up_bias_EF, down_EFD, down_bias_ED = weights
     rows = []
     for e in experts_1K[0].tolist():
@@ -208,24 +208,24 @@ def _one_token(
 
 
 def _in_slots(rows_PD: torch.Tensor, slot_of_pair: torch.Tensor, E: int, M: int) -> torch.Tensor:
-    """One row per pair to (E, M, D), each in its slot, zeros elsewhere."""
+    """One row per pair to (E, M, D), zeros elsewhere."""
     slots = rows_PD.new_zeros(E * M, rows_PD.shape[1])
     return slots.index_copy_(0, slot_of_pair, rows_PD).view(E, M, -1)
 
 
 def _combine(y_pairs_D: torch.Tensor, gates_TK: torch.Tensor) -> torch.Tensor:
-    """Weighted sums (T, D) of outputs (T * K, D) in token order."""
+    """Weighted sums (T, D) of (T * K, D) in token order."""
     T, K = gates_TK.shape
     return torch.bmm(gates_TK[:, None, :], y_pairs_D.view(T, K, y_pairs_D.shape[1]))[:, 0]
 
 
 def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
-    """GPT-2's activation, the tanh approximation of GELU."""
+    """The tanh approximation of GELU."""
     return F.gelu(x, approximate="tanh")
 
 
 def _activation_gradient(activation: Activation, hidden: torch.Tensor, dact: torch.Tensor) -> torch.Tensor:
-    """The gradient of the activation's input; other activations than GELU are recomputed under autograd."""
+    """Other activations than GELU are recomputed under autograd."""
     if activation is gelu_tanh:
         return torch.ops.aten.gelu_backward(dact, hidden, approximate="tanh")
     with torch.enable_grad():

@@ -1,8 +1,8 @@
 """All experts' two-layer MLPs over their tokens, as one differentiable operation for GPUs (grouped GEMM).
 
-The same function as `flash_experts.kernels.grouped_mlp`, whose shape suffixes it uses, on the Triton kernels of
-`grouped_gemm_triton`. There is no host synchronisation, so CUDA graphs can capture it, and as a custom operator
-(``flash_experts::grouped_mlp``) no graph break. The backward recomputes the activation.
+The function and shape suffixes of `flash_experts.kernels.grouped_mlp`, on the kernels of `grouped_gemm_triton`. There
+is no host synchronisation, so CUDA graphs can capture it, and as a custom operator (``flash_experts::grouped_mlp``) no
+graph break. The backward recomputes the activation.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _SMALLEST_COLUMNS = 32 if INTERPRETED else 64  # the narrowest tile below
 
 
 def _tuned(kernel: Any, key: list[str], tiles: list[tuple[int, int, int, int, int]]) -> Any:
-    """An autotuned kernel; ``tiles`` are the settings (BLOCK_M, BLOCK_N, BLOCK_I, warps, stages) to try."""
+    """``tiles`` are the settings (BLOCK_M, BLOCK_N, BLOCK_I, warps, stages) to try."""
     if INTERPRETED:
         tiles = [(32, 32, 32, 4, 1)]
     configs = [
@@ -58,12 +58,12 @@ _WEIGHT_GRADIENT = _tuned(gemm_kernels.weight_gradient_kernel, ["size_a", "size_
 
 
 def _rows_bucket(rows: int) -> int:
-    """The number of rows as a key of the autotuner: a power of two."""
+    """The autotuner's key: a power of two."""
     return min(triton.next_power_of_2(max(rows, 16)), 2**16)
 
 
 def _launch_rows(kernel: Any, x: torch.Tensor, w_EIN: torch.Tensor, rows: int, *tensors: Any, **flags: Any) -> None:
-    """Launches a kernel over tiles of rows; ``tensors`` are its first arguments, up to E."""
+    """Launches over tiles of rows; ``tensors`` are the first arguments, up to E."""
     E, size_i, size_n = w_EIN.shape
 
     def grid(meta: dict[str, Any]) -> tuple[int]:  # each expert's last tile may be partial
@@ -97,7 +97,7 @@ def _forward(
     activation: int,
     keep: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """out (T, D), hidden (S, F) if ``keep`` else empty, pairs (S,), their tokens (S,), starts of experts (E + 1,)."""
+    """out (T, D), hidden (S, F) if ``keep`` else empty, pairs (S,), their tokens (S,), experts' starts (E + 1,)."""
     (T, K), (E, D, F) = experts.shape, up.shape
     pair, token, starts = _sorted_pairs(experts, E)
     act = x.new_empty(T * K, F)
@@ -138,7 +138,7 @@ def _backward_op(
     activation: int,
     weights_too: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """dx, dgates, and the gradients of up, its bias, down, its bias (empty for frozen weights)."""
+    """dx, dgates, and the gradients of up and down and their biases (empty for frozen weights)."""
     (T, K), (E, D, F) = experts.shape, up.shape
     dout = dout.contiguous()
     dhidden, gated_act = torch.empty_like(hidden), torch.empty_like(hidden)
@@ -170,7 +170,7 @@ def _backward_op(
 def _weight_gradient(
     a: torch.Tensor, b: torch.Tensor, w_EAB: torch.Tensor, index: tuple[torch.Tensor, ...], gathers_a: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The gradients of an expert's matrices and biases, of the rows ``a`` and ``b``, one of which is by token."""
+    """Gradients of an expert's matrices and biases from the rows ``a`` and ``b``, one of which is by token."""
     E, size_a, size_b = w_EAB.shape
     dw_EAB, dbias_EB = torch.empty_like(w_EAB), w_EAB.new_empty(E, size_b)
 

@@ -3,13 +3,13 @@
     reference            flash attention in plain PyTorch, for reading; every option, any device
     triton               our kernel for GPUs
     sdpa                 PyTorch's scaled_dot_product_attention
-    flash_attention_2, flash_attention_3, flash_attention_4       Dao-AILab's packages, where they are installed
+    flash_attention_2, flash_attention_3, flash_attention_4       Dao-AILab's packages, where installed
     auto                 the first of `preferences` that supports the call
 
 `attention_backend` overrides ``FLASH_EXPERTS_ATTENTION``, which overrides ``config.attention_backend``.
 
-Shape suffixes: B sequences, S length, H query heads, G key/value heads, C head dim, T tokens of a packed sequence, N
-documents in it.
+Shape suffixes: B sequences, S length, H query heads, G key/value heads (query head h uses h // (H / G)), C head dim, T
+tokens of a packed sequence, N documents in it.
 """
 
 from __future__ import annotations
@@ -40,8 +40,10 @@ _ODD_SCALE = "scales of zero and below"
 
 @dataclass(frozen=True, slots=True)
 class Backend:
-    """What one kernel supports; ``lacks`` names features as `_requested_features` does, None is any device, and
-    ``package`` is a module that must be installed."""
+    """What one kernel supports.
+
+    ``lacks`` names features as `_requested_features` does; ``devices`` None is any; ``package`` must be installed.
+    """
 
     dtypes: frozenset[torch.dtype]
     lacks: frozenset[str]
@@ -63,7 +65,7 @@ class Backend:
 
 
 class _TritonBackend(Backend):
-    """On a CPU it needs Triton's interpreter, which must be set before Triton is first imported."""
+    """On a CPU it needs Triton's interpreter, set before Triton is first imported."""
 
     def obstacle(self, device_type: str, dtype: torch.dtype, features: tuple[str, ...]) -> str | None:
         obstacle = Backend.obstacle(self, device_type, dtype, features)
@@ -106,15 +108,17 @@ NAMES = (*BACKENDS, "auto")
 
 
 def preferences(device_type: str, dtype: torch.dtype, packed: bool = False) -> tuple[str, ...]:
-    """The order in which ``auto`` tries the backends: on a GPU our kernel first for packed sequences, where PyTorch's
-    would compute padding, and SDPA first for plain batches."""
+    """The order in which ``auto`` tries the backends.
+
+    On a GPU our kernel is first for packed sequences, where SDPA would compute padding.
+    """
     if device_type != "cuda":
         return "sdpa", "reference"
     return ("triton", "sdpa", "reference") if packed and dtype in _HALF else ("sdpa", "triton", "reference")
 
 
 def check_name(name: str, source: str) -> str:
-    """Returns a known backend name; ValueError, with the source and the nearest name, for an unknown one."""
+    """Returns a known backend name; a ValueError for an unknown one has the source and the nearest name."""
     if name in NAMES:
         return name
     near = nearest(name, NAMES, cutoff=0.4)
@@ -140,8 +144,11 @@ def forced_backend() -> str | None:
 def choose(
     config_backend: str, device_type: str, dtype: torch.dtype, features: tuple[str, ...] = (), packed: bool = False
 ) -> str:
-    """The name of the backend for a call with these input properties and `_requested_features`; raises a ValueError for
-    an unknown name, or a forced backend that does not support the call."""
+    """The name of the backend for a call with these `_requested_features`.
+
+    Raises:
+        ValueError: an unknown name, or a forced backend that does not support the call.
+    """
     name, source = _forced.get(), "attention_backend()"
     if name is None:
         name, source = os.environ.get(ENVIRONMENT_VARIABLE), ENVIRONMENT_VARIABLE
@@ -182,7 +189,7 @@ def _listed(words: Iterable[str]) -> str:
 def _requested_features(
     q: torch.Tensor, options: AttentionOptions, has_lengths: bool, needs_lse: bool, deterministic: bool
 ) -> tuple[str, ...]:
-    """The features that a call needs beyond plain attention. Comparisons only, which torch.compile folds."""
+    """What a call needs beyond plain attention. Comparisons only, which torch.compile folds."""
     head_dim = q.shape[-1]
     features = (
         ("head dims under 16", head_dim < 16),
@@ -213,12 +220,15 @@ def attention(
     needs_lse: bool = False,
     deterministic: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Attention of a batch by the chosen backend, differentiable in q, k and v: (B, S_q, H, C) in the dtype of q, and
-    the log-sum-exp (B, H, S_q) if ``needs_lse``, else possibly None.
+    """Attention of a batch by the chosen backend, differentiable in q, k and v.
 
-    With fewer key/value heads, query head h uses key/value head h // (H / G). ``k_lengths_B`` is the int32 number of
-    keys in use per sequence. Raises a ValueError for an unknown name, or a forced backend that does not support the
-    call.
+    ``k_lengths_B`` is the int32 number of keys in use per sequence.
+
+    Returns:
+        (B, S_q, H, C) in the dtype of q; the log-sum-exp (B, H, S_q) if ``needs_lse``, else possibly None.
+
+    Raises:
+        ValueError: as `choose`.
     """
     features = _requested_features(q_BSHC, options, k_lengths_B is not None, needs_lse, deterministic)
     name = choose(backend, q_BSHC.device.type, q_BSHC.dtype, features)
@@ -245,8 +255,7 @@ def attention_varlen(
     needs_lse: bool = False,
     deterministic: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """`attention` of packed documents (variable length), each of which attends to itself only; the log-sum-exp is
-    (H, T_q)."""
+    """`attention` of packed documents, each of which attends to itself only; the log-sum-exp is (H, T_q)."""
     features = _requested_features(q_THC, options, False, needs_lse, deterministic)
     name = choose(backend, q_THC.device.type, q_THC.dtype, features, packed=True)
     packed = (q_THC, k_TGC, v_TGC, lengths, options)
@@ -263,5 +272,5 @@ def attention_varlen(
 
 
 def choose_for_mask(config_backend: str, device_type: str, dtype: torch.dtype) -> str:
-    """As `choose`, for a padded batch with a padding mask, which only SDPA supports."""
+    """`choose` for a batch with a padding mask, which only SDPA supports."""
     return choose(config_backend, device_type, dtype, (_PADDING_MASK,))

@@ -40,7 +40,7 @@ def check_cache(
 def check_new_keys(
     k_cache: torch.Tensor, k: torch.Tensor | None, v: torch.Tensor | None, seqlens: int | torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, int | torch.Tensor]:
-    """Checks that new keys and values fit the cache; returns them and the lengths, none of them None."""
+    """Checks that new keys and values fit the cache; returns them and the lengths."""
     if k is None or v is None:
         raise ValueError("new keys and new values come together: give both k and v, or neither")
     B, S_cache = k_cache.shape[:2]
@@ -62,21 +62,21 @@ def check_new_keys(
 
 
 def _known_lengths(seqlens: int | torch.Tensor | None) -> list[int]:
-    """Lengths whose values can be read without a host synchronisation."""
+    """Lengths that the host knows without a synchronisation."""
     if not isinstance(seqlens, torch.Tensor):
         return [] if seqlens is None else [seqlens]
     return [] if seqlens.device.type != "cpu" or torch.compiler.is_compiling() else seqlens.tolist()
 
 
 def refuse(function: str, **arguments: torch.Tensor | None) -> None:
-    """Raises a ValueError for arguments of flash-attn that are not supported, unless they are None."""
+    """Raises a ValueError for unsupported arguments that are not None."""
     for name, value in arguments.items():
         if value is not None:
             raise ValueError(f"{function} does not support {name}: leave it None")
 
 
 def unpacked(packed: torch.Tensor, name: str, layout: str, ndim: int) -> tuple[torch.Tensor, ...]:
-    """Views of queries, keys and values packed in one tensor, along the third axis from the end."""
+    """Views of packed queries, keys and values, along the third axis from the end."""
     if packed.ndim != ndim or packed.shape[-3] != len(name):
         raise ValueError(f"{name} must be {layout}, not {tuple(packed.shape)}")
     return packed.unbind(-3)
@@ -162,7 +162,7 @@ def make_options(
     softcap: float,
     alibi_slopes: torch.Tensor | None,
 ) -> AttentionOptions:
-    """Checks the arguments that all functions share, and collects them."""
+    """Checks and collects the arguments that all functions share."""
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p is {dropout_p}: give a probability of at least 0 and under 1")
     if softcap < 0 or not math.isfinite(softcap):

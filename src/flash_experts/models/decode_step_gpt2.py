@@ -1,7 +1,7 @@
 """A fast decoding step: one token per row through a GPT-2, dense or MoE, with a KV cache and few operations.
 
-It reads the model's weights in place. Anything but a plain GPT-2 (adapters, hooks, a forced attention backend) uses the
-model's own forward. On a CPU activations stay float32.
+Anything but a plain GPT-2 (adapters, hooks, a forced attention backend) uses the model's own forward. On a CPU
+activations stay float32.
 
 Shape suffixes: B rows, D width, H heads, C head dim, K columns of the cache, V tokens of the vocabulary.
 """
@@ -48,7 +48,7 @@ def is_attention_forced(model: PreTrainedModel) -> bool:
 
 
 def has_hooks(model: nn.Module) -> bool:
-    """Whether modules have hooks other than transformers' own, which it leaves after recording outputs once."""
+    """Whether modules have hooks other than those that transformers leaves after recording outputs once."""
     hooks = (hook for module in model.modules() for hook in module._forward_hooks.values())
     is_heard = any(hook.__module__ != output_capturing.__name__ for hook in hooks)
     return is_heard or any(module._forward_pre_hooks for module in model.modules())
@@ -70,8 +70,7 @@ def _is_plain(block: Any) -> bool:
 
 
 def next_logits(model: Any, tokens_B: torch.Tensor, cache: RingCache) -> torch.Tensor:
-    """(B, V) float32 logits after one more int64 token per row of a model that `supports` accepts, in eval mode; writes
-    the next column of the cache."""
+    """(B, V) float32 logits after one more int64 token per row; writes the next column of the cache."""
     body: Any = model.transformer
     mask_BK, positions_B1 = cache.step(tokens_B.device)
     dtype = activation_dtype(model)
@@ -87,7 +86,7 @@ def next_logits(model: Any, tokens_B: torch.Tensor, cache: RingCache) -> torch.T
 
 
 def activation_dtype(model: Any) -> torch.dtype:
-    """The dtype of the residual stream, norms, attention and its KV cache."""
+    """The dtype of the residual stream, norms and KV cache."""
     weight: torch.Tensor = model.transformer.wte.weight  # `model.dtype` would go through all modules
     return torch.promote_types(weight.dtype, torch.float32) if weight.device.type == "cpu" else weight.dtype
 
@@ -97,7 +96,7 @@ def _norm(norm: nn.LayerNorm, x_BD: torch.Tensor) -> torch.Tensor:
 
 
 def _linear(x_BD: torch.Tensor, weight_DF: torch.Tensor, bias_F: torch.Tensor | None = None) -> torch.Tensor:
-    """`linear` in the weights' dtype, (B, F) in that of ``x_BD``."""
+    """`linear` in the weights' dtype; (B, F) in that of ``x_BD``."""
     return linear(x_BD.to(weight_DF.dtype), weight_DF, bias_F).to(x_BD.dtype)
 
 

@@ -50,7 +50,7 @@ def next_logits(model: Any, tokens_B: torch.Tensor, cache: RingCache) -> torch.T
 
 
 def activation_dtype(model: Any) -> torch.dtype:
-    """The dtype of norms, attention and its KV cache: that of the weights."""
+    """The dtype of norms and KV cache: that of the weights."""
     weight: torch.Tensor = model.model.embed_tokens.weight
     return weight.dtype
 

@@ -2,8 +2,7 @@
 
 Each process routes its own tokens among all experts. `ShardedExperts` (Lepikhin et al. 2020, GShard; dropless, as in
 MegaBlocks, Gale et al. 2022) sorts (token, expert) pairs by expert, sends hidden states to the processes with their
-experts, computes the local experts, sends the results back, and applies the gates. Weights are DTensors, so optimizers,
-norms and checkpoints see whole experts.
+experts, and gets the results back. Weights are DTensors, so optimizers, norms and checkpoints see whole experts.
 
 Shape suffixes: X processes that hold different experts, E experts, L = E / X local experts, T tokens, K experts per
 token, S = T * K pairs of this process, R pairs received, D width.
@@ -27,7 +26,7 @@ from flash_experts.models.moe_layer import Experts, MoELayer
 
 
 def expert_group(config: PreTrainedConfig, processes: int) -> int:
-    """X, the size of an expert-parallel group: ``gcd(E, processes)``. Each group of X holds all experts."""
+    """X, ``gcd(E, processes)``: each group of X processes holds all experts."""
     return math.gcd(config.num_experts, processes) if isinstance(config, GPT2MoEConfig) else 1
 
 
@@ -71,14 +70,14 @@ class ShardedExperts(nn.Module):
         return torch.bmm(gates_TK[:, None], y_SD[back_S].view(T, K, D))[:, 0]
 
     def _count_pairs(self, experts_TK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Numbers of pairs sent and received: (X, L) int64 each, by process and expert."""
+        """Pairs sent and received: (X, L) int64 each, by process and expert."""
         choices_S = experts_TK.reshape(-1)
         sent_E = choices_S.new_zeros(self.num_experts).scatter_add_(0, choices_S, torch.ones_like(choices_S))
         come_E = all_to_all_single(sent_E, None, None, self._group)
         return sent_E.view(self.group_size, -1), come_E.view(self.group_size, -1)
 
     def _compute_pairs(self, x_RD: torch.Tensor, come_XL: torch.Tensor) -> torch.Tensor:
-        """(R, D): outputs of the local experts for the received pairs, in their order."""
+        """(R, D): outputs of the local experts."""
         local_L = torch.arange(come_XL.shape[1], device=x_RD.device)
         expert_R = local_L.repeat(self.group_size).repeat_interleave(come_XL.reshape(-1), output_size=len(x_RD))
         # Gradients here cover one row of the mesh: `reduce_expert_gradients` sums over the replicas.
@@ -91,7 +90,7 @@ class ShardedExperts(nn.Module):
 
 
 def shard_experts(model: nn.Module, config: GPT2MoEConfig, mesh: DeviceMesh) -> list[nn.Parameter]:
-    """Replaces the experts of every MoE layer by `ShardedExperts`, in place; returns the sharded weights."""
+    """Replaces the experts of every MoE layer in place; returns the sharded weights."""
     sharded: list[nn.Parameter] = []
     for layer in model.modules():
         if isinstance(layer, MoELayer):
@@ -103,7 +102,7 @@ def shard_experts(model: nn.Module, config: GPT2MoEConfig, mesh: DeviceMesh) -> 
 
 @torch.no_grad()
 def reduce_expert_gradients(weights: list[nn.Parameter]) -> None:
-    """All-reduces gradients over the replicas of each expert. Call once a step, before gradient clipping."""
+    """All-reduces gradients over the replicas of each expert, once a step, before gradient clipping."""
     for weight in weights:
         if isinstance(weight.grad, DTensor) and isinstance(weight, DTensor):
             weight.grad = weight.grad.redistribute(placements=weight.placements)

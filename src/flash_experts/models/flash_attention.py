@@ -1,8 +1,8 @@
 """The attention function that GPT-2's blocks call, registered with transformers as ``fe_attention``.
 
 A padding mask goes to PyTorch's SDPA; the rest goes, without mask or copy, to the backend that
-`flash_experts.models.attention_backends` chooses: also queries against a KV cache, and packed sequences, many names in
-one row that must not attend to each other.
+`flash_experts.models.attention_backends` chooses: also queries against a KV cache, and packed sequences (many names in
+one row that must not attend to each other).
 
 Shape suffixes: B batch, H heads, S length, T tokens of a packed sequence, N names in it, M length of the longest, C
 head dim.
@@ -26,7 +26,7 @@ ATTENTION_IMPLEMENTATION = "fe_attention"  # a name with "flash" in it would be 
 
 
 def separates_packed_sequences(config: PretrainedConfig) -> bool:
-    """Whether the model's blocks pass the boundaries of a packed sequence on to the attention function."""
+    """Whether the model's blocks pass the boundaries of a packed sequence to the attention function."""
     return isinstance(config, GPT2Config | LlamaConfig)
 
 
@@ -114,13 +114,13 @@ def _options(query: torch.Tensor, right: int, scaling: float | None, dropout: fl
 
 
 def _configured_backend(module: torch.nn.Module) -> str:
-    """The configured backend; a dense GPT-2 has no such field."""
+    """A dense GPT-2 has no such field."""
     config = getattr(module, "config", None)
     return config.attention_backend if isinstance(config, GPT2MoEConfig) else "auto"
 
 
 def _needs_sdpa_function(kwargs: dict[str, Any]) -> bool:
-    """Whether the call uses features that only transformers' SDPA function supports (models other than GPT-2)."""
+    """Whether only transformers' SDPA function supports the call (models other than GPT-2)."""
     more = ("position_bias", "softcap", "sliding_window", "cache")
     return bool(kwargs.get("output_attentions")) or any(kwargs.get(name) is not None for name in more)
 
@@ -128,7 +128,7 @@ def _needs_sdpa_function(kwargs: dict[str, Any]) -> bool:
 def packed_starts(position_ids: torch.Tensor | None, rows: int, length: int) -> torch.Tensor | None:
     """(N + 1,) int32 starts of the documents of a packed sequence, and ``length``; None for a single document.
 
-    A document starts wherever a position is not its predecessor plus one, as in transformers.
+    As in transformers, a document starts where a position is not its predecessor plus one.
     """
     if position_ids is None or rows != 1 or position_ids.shape[-1] != length:
         return None
@@ -144,7 +144,7 @@ def sequence_of_tokens(
     position_ids: torch.Tensor | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, int]:
-    """(T,) number of each token's sequence, and their count: documents of a packed sequence, or rows of a batch."""
+    """(T,) number of each token's sequence (document, or row of a batch), and their count."""
     num_rows, length = hidden.shape[:2]
     token_T = torch.arange(num_rows * length, device=hidden.device)
     if cu_seq_lens_q is None:
@@ -163,8 +163,10 @@ def fe_attention_mask(
     allow_is_causal_skip: bool = True,
     **kwargs: Any,
 ) -> torch.Tensor | None:
-    """The mask that transformers builds for `fe_attention_forward`: SDPA's, but none for a packed sequence, for which
-    transformers sets ``allow_is_causal_skip=False`` to get a full (T, T) mask."""
+    """SDPA's mask, but none for a packed sequence: `fe_attention_forward` needs no (T, T) mask.
+
+    For a packed sequence transformers sets ``allow_is_causal_skip=False``.
+    """
     if attention_mask is None and not allow_is_causal_skip and batch_size == 1 and q_length == kv_length > 1:
         return None
     kwargs |= {"batch_size": batch_size, "q_length": q_length, "kv_length": kv_length}

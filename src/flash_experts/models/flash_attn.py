@@ -4,16 +4,14 @@
 
 Names, argument order, layouts, defaults and semantics are those of ``flash_attn`` 2.8 (Dao-AILab). Ours also support
 CPUs, float32 and float64, dropout with softcap, head dims from 1 to 256 and any strides. Unsupported arguments raise a
-ValueError. `flash_experts.models.attention_backends` chooses the kernel. With ``return_attn_probs=True`` the third
-element is always None, since the matrix of probabilities is never materialised.
+ValueError. `flash_experts.models.attention_backends` chooses the kernel.
 
 - ``causal=True``, ``window_size`` (left, right) and ``alibi_slopes`` are aligned to the bottom right: query i stands at
   key i + S_k - S_q. A fully masked query gets zeros.
 - Grouped-query attention: query head h uses key/value head h // (H / G).
 - Dropout takes its seed from torch's generator of the device.
 
-Shape suffixes: B batch, S length, H query heads, G key/value heads, C head dim, T tokens of a packed sequence, N
-documents in it.
+Shape suffixes: B batch, S length, H query heads, G key/value heads, C head dim, T packed tokens, N documents in them.
 """
 
 from __future__ import annotations
@@ -44,7 +42,7 @@ Forward = Callable[..., Result]
 def _with_rest_of(
     target: Callable[..., Result], first: str
 ) -> Callable[[Callable[..., Result]], Callable[..., Result]]:
-    """Shows a function that forwards to ``target`` with the parameters of ``target`` from ``first`` on."""
+    """Gives a function that forwards to ``target`` a signature with its parameters from ``first`` on."""
 
     def show(function: Forward) -> Forward:
         own = [each for each in signature(function).parameters.values() if each.kind is each.POSITIONAL_OR_KEYWORD]
@@ -75,13 +73,13 @@ def flash_attn_func(
         q: (B, S_q, H, C) float16, bfloat16, float32 or float64.
         k: (B, S_k, G, C), as ``v``; H is a multiple of G.
         dropout_p: probability that a weight is dropped, in [0, 1); 0 in evaluation.
-        softmax_scale: factor of the scores; None is 1 / sqrt(C).
-        causal: causal mask; overrides the right side of the window.
+        softmax_scale: None is 1 / sqrt(C).
+        causal: overrides the right side of the window.
         window_size: keys to the left and right of its position that a query attends to; negative is unlimited.
         softcap: scores become ``softcap * tanh(score / softcap)``; 0 is off.
         alibi_slopes: (H,) or (B, H) float32; the scores get ``-slope * |i + S_k - S_q - j|``.
         deterministic: bitwise reproducible gradients.
-        return_attn_probs: return the log-sum-exp as well.
+        return_attn_probs: return the log-sum-exp as well, and None: the probabilities are never materialised.
 
     Returns:
         (B, S_q, H, C), dtype of q; with ``return_attn_probs`` (output, log-sum-exp (B, H, S_q), None).
@@ -99,14 +97,14 @@ def flash_attn_func(
 
 @_with_rest_of(flash_attn_func, "dropout_p")
 def flash_attn_kvpacked_func(q: torch.Tensor, kv: torch.Tensor, *args: Any, **kwargs: Any) -> Result:
-    """`flash_attn_func` with ``kv`` (B, S_k, 2, G, C); all further arguments are the same."""
+    """`flash_attn_func` with ``kv`` (B, S_k, 2, G, C)."""
     k, v = unpacked(kv, "kv", "(batch, seqlen, 2, heads_k, head_dim)", 5)
     return flash_attn_func(q, k, v, *args, **kwargs)
 
 
 @_with_rest_of(flash_attn_func, "dropout_p")
 def flash_attn_qkvpacked_func(qkv: torch.Tensor, *args: Any, **kwargs: Any) -> Result:
-    """`flash_attn_func` with ``qkv`` (B, S, 3, H, C); all further arguments are the same."""
+    """`flash_attn_func` with ``qkv`` (B, S, 3, H, C)."""
     q, k, v = unpacked(qkv, "qkv", "(batch, seqlen, 3, heads, head_dim)", 5)
     return flash_attn_func(q, k, v, *args, **kwargs)
 
@@ -133,11 +131,11 @@ def flash_attn_varlen_func(
 
     Args:
         q: (T_q, H, C); ``k`` and ``v`` are (T_k, G, C).
-        cu_seqlens_q: (N + 1,) int32 start of each document, and T_q. Its values are not checked on a GPU, which would
+        cu_seqlens_q: (N + 1,) int32 start of each document, and T_q. On a GPU its values are not checked, which would
             need a host synchronisation.
         cu_seqlens_k: likewise for the keys; passing the same tensor for equal lengths is faster.
         max_seqlen_q: length of the longest document, in queries.
-        max_seqlen_k: length of the longest document, in keys.
+        max_seqlen_k: likewise, in keys.
         alibi_slopes: (H,) or (N, H) float32.
         block_table: must be None (a paged KV cache is not supported).
 
@@ -155,7 +153,7 @@ def flash_attn_varlen_func(
 
 @_with_rest_of(flash_attn_varlen_func, "cu_seqlens_q")
 def flash_attn_varlen_kvpacked_func(q: torch.Tensor, kv: torch.Tensor, *args: Any, **kwargs: Any) -> Result:
-    """`flash_attn_varlen_func` with ``kv`` (T_k, 2, G, C); all further arguments are the same."""
+    """`flash_attn_varlen_func` with ``kv`` (T_k, 2, G, C)."""
     k, v = unpacked(kv, "kv", "(total tokens, 2, heads_k, head_dim)", 4)
     return flash_attn_varlen_func(q, k, v, *args, **kwargs)
 
@@ -164,7 +162,7 @@ def flash_attn_varlen_kvpacked_func(q: torch.Tensor, kv: torch.Tensor, *args: An
 def flash_attn_varlen_qkvpacked_func(
     qkv: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int, *args: Any, **kwargs: Any
 ) -> Result:
-    """`flash_attn_varlen_func` with ``qkv`` (T, 3, H, C); all further arguments are the same."""
+    """`flash_attn_varlen_func` with ``qkv`` (T, 3, H, C)."""
     q, k, v = unpacked(qkv, "qkv", "(total tokens, 3, heads, head_dim)", 4)
     return flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, *args, **kwargs)
 
@@ -193,8 +191,7 @@ def flash_attn_with_kvcache(
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor | None]:
     """Appends new keys and values to the KV cache in place, and attends to it. For generation, without gradients.
 
-    ``rotary_cos``, ``rotary_sin``, ``cache_batch_idx``, ``cache_leftpad`` and ``block_table`` are not supported and
-    must be None.
+    Rotary embeddings and ``cache_batch_idx``, ``cache_leftpad`` and ``block_table`` are not supported: leave them None.
 
     Args:
         q: (B, S_q, H, C); the last query stands at the last key in use.
@@ -202,7 +199,6 @@ def flash_attn_with_kvcache(
         k: (B, S_new, G, C), as ``v``: written from ``cache_seqlens`` on. None writes nothing.
         cache_seqlens: tokens in the cache before the call: an int, or (B,) int32; None is all of it.
         num_splits: 0 or 1; the kernel chooses.
-        return_softmax_lse: return the log-sum-exp as well.
 
     Returns:
         (B, S_q, H, C), dtype of q; with ``return_softmax_lse`` (output, log-sum-exp (B, H, S_q)).
@@ -238,7 +234,7 @@ def _append(
     v: torch.Tensor | None,
     seqlens: int | torch.Tensor | None,
 ) -> int | torch.Tensor:
-    """Appends k and v to the cache; returns its new lengths."""
+    """Returns the new lengths."""
     k, v, seqlens = check_new_keys(k_cache, k, v, seqlens)
     B, S_new = k.shape[:2]
     if isinstance(seqlens, int):

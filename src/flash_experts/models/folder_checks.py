@@ -1,7 +1,6 @@
 """Checks of a model folder from an untrusted source, before it is loaded.
 
-No code in it runs, no file outside of it is read, and claimed sizes are compared with actual ones. Only known
-configuration fields reach transformers.
+No code in it runs, no file outside of it is read, and claimed sizes are compared with actual ones.
 """
 
 from __future__ import annotations
@@ -92,7 +91,7 @@ def check_folder(folder: Path) -> None:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Paths of the weight files, by the index; they may not exist. Raises a ValueError for none, or only pickles."""
+    """Paths of the weight files, by the index; they may not exist. ValueError for none, or only pickles."""
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
     if (folder / INDEX).is_file():
@@ -110,7 +109,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def weights_sha256(source: str | Path) -> str:
-    """Identifies a model's weights: the SHA-256 of a folder's weight files, or a hub id as it is."""
+    """Identifies a model's weights: the SHA-256 of a folder's weight files, or a hub id."""
     folder = model_folder(source)
     if folder is None or not folder.is_dir():
         return str(source)
@@ -118,7 +117,7 @@ def weights_sha256(source: str | Path) -> str:
 
 
 def read_config(folder: Path) -> PretrainedConfig:
-    """The configuration of a folder that `check_folder` has checked, from its known fields only.
+    """The configuration of a checked folder, from its known fields only.
 
     Raises:
         ValueError: the model is not of `FAMILIES` (see `any_family`), a field is invalid, or the sizes do not match
@@ -182,7 +181,7 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def _check_values(path: Path, known: dict[str, Any]) -> None:
-    """Checks fields whose values could be large or call code; transformers checks the types of the others."""
+    """Checks fields that could be large or call code; transformers checks the types of others."""
     for name in ("dtype", "torch_dtype"):
         if known.get(name) not in _DTYPES:
             raise ValueError(f"{path} cannot be loaded: {name} {known[name]!r} is not a dtype of weights")
@@ -198,8 +197,7 @@ def _check_values(path: Path, known: dict[str, Any]) -> None:
 
 
 def check_sizes(folder: Path, config: PretrainedConfig) -> None:
-    """Compares the size of the configured model with the weights in the folder; raises a ValueError if weights are
-    missing or damaged."""
+    """Compares the configured model's size with the weights; ValueError if some are missing or damaged."""
     tensors = [size for path in weight_files(folder) for size in tensor_sizes(path)]
     layers = getattr(config, "num_hidden_layers", 1)  # some classes of transformers do not have it
     if not 1 <= layers <= min(max(1, len(tensors)), _MOST_LAYERS):  # the empty model would take long to make
@@ -220,8 +218,10 @@ def check_sizes(folder: Path, config: PretrainedConfig) -> None:
 
 
 def tensor_sizes(path: Path) -> list[int]:
-    """Number of elements of each tensor in a safetensors file, from its checked header; 0 for those without
-    floating-point numbers, which can be buffers, but not weights."""
+    """Elements of each tensor in a safetensors file, from its checked header.
+
+    Tensors without floating-point numbers count as 0: they can be buffers, but not weights.
+    """
     size = path.stat().st_size
     try:
         with path.open("rb") as file:
@@ -252,7 +252,7 @@ def _elements(name: str, entry: Mapping[str, Any]) -> int:
 
 
 def check_finite(source: object, model: torch.nn.Module) -> None:
-    """A NaN/Inf check: ValueError for the first weight that is not finite; ``source`` names the model."""
+    """A NaN/Inf check of the weights: raises a ValueError; ``source`` names the model."""
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
             raise ValueError(f"{source} is damaged: {name} has values that are not finite numbers")

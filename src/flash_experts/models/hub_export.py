@@ -1,7 +1,7 @@
-"""A model folder that transformers loads without flash-experts, by ``trust_remote_code=True``: its files are the
-sources of this package, reduced to every top-level statement that the model classes reach.
+"""A model folder that transformers loads without flash-experts, by ``trust_remote_code=True``.
 
-Attention and experts are transformers' own (``sdpa`` and the plain loop), so logits agree up to rounding.
+Its code is this package's, reduced to every top-level statement that the model classes reach. Attention and experts
+are transformers' own (``sdpa`` and the plain loop), so logits agree up to rounding.
 """
 
 from __future__ import annotations
@@ -59,8 +59,7 @@ The Python files of the folder are those of flash-experts, which need not be ins
 
 
 def export_for_hub(source: str | Path, out: Path, overwrite: bool = False) -> list[str]:
-    """Writes a folder with the weights, tokenizer and model card of an MoE model, and the code that they need; returns
-    the names of its Python files.
+    """Writes a folder with weights, tokenizer, card and code of an MoE model; returns the names of its Python files.
 
     Raises:
         ValueError: it is not an MoE model, is damaged, or ``out`` is not empty and ``overwrite`` is not given.
@@ -87,10 +86,7 @@ def export_for_hub(source: str | Path, out: Path, overwrite: bool = False) -> li
 
 
 def add_code(folder: Path) -> list[str]:
-    """Adds the Python files to a folder that `save_pretrained` wrote, and their names to its configuration.
-
-    Returns the names of the files.
-    """
+    """Adds the Python files to a saved folder, and to its configuration; returns their names."""
     config = {**read_object(folder / CONFIG), "auto_map": _AUTO_MAP}
     (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
     code = sources()
@@ -100,7 +96,6 @@ def add_code(folder: Path) -> list[str]:
 
 
 def _write_card(folder: Path, target: Path) -> None:
-    """The folder's model card, with the library that loads it now and how to."""
     data, text = read_card(folder)
     data.library_name, data.language = "transformers", data.language or "en"
     write_card(target / CARD, data, text.strip() + "\n" + _LOADING)
@@ -108,7 +103,7 @@ def _write_card(folder: Path, target: Path) -> None:
 
 @dataclass
 class _Module:
-    """A module of this package: its statements, and which of them the model uses."""
+    """A module, and which of its statements the model uses."""
 
     name: str
     used: set[int] = field(default_factory=set)
@@ -125,12 +120,12 @@ class _Module:
 
     @cached_property
     def defined(self) -> dict[str, int]:
-        """Name to the place of the statement that defines it."""
+        """Name to the place of its statement."""
         return {name: place for place, node in enumerate(self.tree.body) for name in _defined_by(node)}
 
     @cached_property
     def imported(self) -> dict[str, tuple[str, str]]:
-        """Name to module and name there, for what is imported from this package."""
+        """Name to module and name there, for imports from this package."""
         return {
             alias.asname or alias.name: (node.module or "", alias.name)
             for node in self.tree.body
@@ -143,7 +138,7 @@ class _Module:
         return _FILES.get(self.name, self.name.rpartition(".")[2])
 
     def code_of(self, place: int) -> str:
-        """A statement as it is written, with the comments above it, or what replaces it."""
+        """A statement with the comments above it, or what replaces it."""
         node = self.tree.body[place]
         for name in _defined_by(node):
             if (self.name, name) in _REPLACED:
@@ -179,7 +174,6 @@ def sources() -> dict[str, str]:
 
 
 def _written(module: _Module, modules: dict[str, _Module]) -> str:
-    """A module's file: its docstring, the imports that it needs, and the statements that are used."""
     code = [module.code_of(place) for place in sorted(module.used)]
     needed = set(_names_in(ast.parse("\n".join(code))))
     found: dict[str, list[str]] = {}  # from which module, which names; "" for imports of modules
@@ -201,7 +195,7 @@ def _written(module: _Module, modules: dict[str, _Module]) -> str:
 def _imports(
     node: ast.Import | ast.ImportFrom, needed: set[str], modules: dict[str, _Module]
 ) -> Iterator[tuple[str, str]]:
-    """What an import takes from where, of what is needed; of this package, from the file next to it."""
+    """What an import takes from where, of what is needed."""
     source = (node.module or "") if isinstance(node, ast.ImportFrom) else ""
     for alias in node.names:
         if source != "__future__" and (alias.asname or alias.name).partition(".")[0] not in needed:
@@ -215,7 +209,7 @@ def _imports(
 
 
 def _without_methods(tree: ast.Module) -> ast.Module:
-    """Takes the methods of `_LEFT_OUT` out of their classes, and keeps their lines in ``removed``."""
+    """Takes the methods of `_LEFT_OUT` out; their lines go to ``removed``."""
     for node in tree.body:
         if isinstance(node, ast.ClassDef) and node.name in _LEFT_OUT:
             gone = [each for each in node.body if getattr(each, "name", None) in _LEFT_OUT[node.name]]
@@ -236,7 +230,7 @@ def _defined_by(node: ast.stmt) -> list[str]:
 
 
 def _names_in(tree: ast.AST) -> Iterator[str]:
-    """The names that code reads; raises a ValueError if it imports from this package inside a function."""
+    """The names that code reads; ValueError if it imports from this package inside a function."""
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and _is_ours(node.module):
             raise ValueError(f"the exported code imports {node.module} inside a function: import it at the top")

@@ -1,4 +1,4 @@
-"""Loads models from folders or the hub: safetensors only, and every failure is one line that says what to do."""
+"""Loads models from folders or the hub, safetensors only; every failure is one line that says what to do."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def load_model(
 
     Args:
         source: folder that `save_pretrained` wrote, or a hub id.
-        device: target device; None is CUDA if available, else the CPU.
+        device: None is CUDA if available, else the CPU.
         dtype: dtype to convert the weights to.
 
     Raises:
@@ -72,7 +72,7 @@ def load_model(
 
 
 def load_dense(source: str | Path, dtype: torch.dtype = torch.float32) -> GPT2LMHeadModel:
-    """Loads a dense GPT-2 to upcycle, on the CPU; ValueError as `load_model`, or for any other model."""
+    """Loads a dense GPT-2 on the CPU; ValueError as `load_model`, or for any other model."""
     model = load_model(source, "cpu", dtype)
     if model.config.model_type != "gpt2" or not isinstance(model, GPT2LMHeadModel):
         raise ValueError(f"{source} is a {model.config.model_type} model: upcycling takes a dense gpt2")
@@ -80,7 +80,7 @@ def load_dense(source: str | Path, dtype: torch.dtype = torch.float32) -> GPT2LM
 
 
 def resolve_device(device: str | torch.device | None) -> torch.device:
-    """The named device, or for None CUDA if available, else the CPU.
+    """The named device; for None CUDA if available, else the CPU.
 
     Raises:
         ValueError: the name is unknown, or CUDA is not available.

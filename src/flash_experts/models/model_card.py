@@ -45,8 +45,7 @@ def card_data(
 
 
 def bits_per_character(source: str | None, split: str, values: Mapping[str, float]) -> list[EvalResult]:
-    """Results for the ``model-index``; ``values`` are by what the model was given: "unconditional", "given type,
-    colors, mana value"."""
+    """Results for the ``model-index``; ``values`` by what the model was given, as "unconditional" or "given type"."""
     return [
         EvalResult(
             task_type="text-generation",
@@ -66,7 +65,7 @@ def write_card(path: Path, data: ModelCardData, text: str) -> None:
 
 
 def read_card(folder: Path) -> tuple[ModelCardData, str]:
-    """Metadata and text of a model folder's card; its name alone if there is none, or the metadata is damaged."""
+    """Metadata and text of a folder's card; its name alone without a card, or with damaged metadata."""
     try:
         card = ModelCard((folder / CARD).read_text("utf-8"), ignore_metadata_errors=True)
     except (OSError, ValueError, yaml.YAMLError):
@@ -75,7 +74,7 @@ def read_card(folder: Path) -> tuple[ModelCardData, str]:
 
 
 def origin_of(base: str | None) -> tuple[str | None, str]:
-    """Hub id and license of the model that a run started from: those on its card, where it is a folder."""
+    """Hub id and license of a run's base, from the card of a folder."""
     if base is None:
         return None, "unknown"
     folder = model_folder(base)

@@ -42,7 +42,7 @@ from flash_experts.options import options_of
 
 @dataclass
 class GPT2MoEOutput(MoeCausalLMOutputWithPast):
-    """Output of `GPT2MoEForCausalLM`: transformers' MoE output and the router z-loss.
+    """Output of `GPT2MoEForCausalLM`.
 
     Attributes:
         loss: cross-entropy (nats), in training plus the weighted load-balancing loss and z-loss.
@@ -71,7 +71,7 @@ class GPT2MoEBlock(GPT2Block):
 
 
 class GPT2MoEPreTrainedModel(GPT2PreTrainedModel):
-    """Base class with the hooks of transformers: configuration, initialisation, defaults, recordable outputs."""
+    """Base class with the hooks of transformers."""
 
     config: GPT2MoEConfig
     config_class = GPT2MoEConfig
@@ -133,7 +133,7 @@ class GPT2MoEPreTrainedModel(GPT2PreTrainedModel):
 
 
 class GPT2MoEModel(GPT2MoEPreTrainedModel, GPT2Model):
-    """The transformer without its head, with GPT-2's forward."""
+    """The transformer without its head."""
 
     def __init__(self, config: GPT2MoEConfig):
         # Not GPT2Model.__init__, which would build every block dense first.
@@ -239,7 +239,7 @@ class GPT2MoEForCausalLM(GPT2MoEPreTrainedModel, GPT2LMHeadModel):
         wants_routing: bool,
         **kwargs: Any,
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-        """The total loss, the auxiliary loss and the z-loss."""
+        """Total loss, auxiliary loss and z-loss."""
         loss = aux_loss = z_loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
@@ -253,7 +253,7 @@ class GPT2MoEForCausalLM(GPT2MoEPreTrainedModel, GPT2LMHeadModel):
     def _router_losses(
         self, outputs: Any, mask_T: torch.Tensor | None, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Load-balancing loss and z-loss, means over MoE layers; records the routing of training steps."""
+        """Auxiliary loss and z-loss, means over MoE layers; records the routing of training steps."""
         logits, choices, sequences = outputs.router_logits, outputs.router_choices, None
         if self.config.router_aux_loss_scope == "sequence":
             sequences = sequence_of_tokens(outputs.last_hidden_state, **kwargs)
@@ -308,7 +308,7 @@ class GPT2MoEForCausalLM(GPT2MoEPreTrainedModel, GPT2LMHeadModel):
         cache: Any = None,  # past_key_values from transformers 5.24 on
         **_: Any,
     ) -> dict[str, Any]:
-        """Arguments for blocks where tokens compete for experts: the padding mask, and no KV cache unless allowed."""
+        """What blocks need where tokens compete for experts: the padding mask, and no KV cache unless allowed."""
         arguments: dict[str, Any] = {}
         if mask_T is not None and (not self.config.has_causal_routing or self.config.capacity_factor is not None):
             arguments["token_mask_T"] = mask_T
@@ -319,7 +319,7 @@ class GPT2MoEForCausalLM(GPT2MoEPreTrainedModel, GPT2LMHeadModel):
         return arguments
 
     def save_pretrained(self, save_directory: Any, *args: Any, for_hub: bool = False, **kwargs: Any) -> None:
-        """Saves the model; with ``for_hub`` also its code, for ``trust_remote_code=True`` without flash-experts."""
+        """With ``for_hub`` also saves the code, for ``trust_remote_code=True`` without flash-experts."""
         if for_hub and kwargs.get("push_to_hub"):  # it would upload the folder before the code is there
             raise ValueError("save_pretrained takes for_hub or push_to_hub: upload the folder with `hf upload`")
         super().save_pretrained(save_directory, *args, **kwargs)
@@ -341,9 +341,7 @@ class GPT2MoEForCausalLM(GPT2MoEPreTrainedModel, GPT2LMHeadModel):
     ) -> Self:
         """Sparse upcycling (Komatsuzaki et al. 2022): an MoE model whose experts come from the MLPs of a dense one.
 
-        With ``copy`` the gates of a token sum to one over equal experts, so the new model's logits are the dense
-        model's, to rounding (at most 1e-5 apart in float32), for every number of experts and of experts per token.
-        `flash_experts.models.upcycling` describes the other methods and what each keeps of the dense model's output.
+        `flash_experts.models.upcycling` describes the methods; ``copy`` keeps the dense model's logits, up to rounding.
 
         Args:
             dense: a GPT-2, which is left as it is; or a folder that `save_pretrained` wrote or a hub id, of which never
@@ -353,10 +351,7 @@ class GPT2MoEForCausalLM(GPT2MoEPreTrainedModel, GPT2LMHeadModel):
             moe_layer_freq: 1 for experts in every block, 2 for every other.
             method: ``copy``, ``noise``, ``drop``, ``granular`` or ``shared``.
             dtype: of the new weights; None for that of a given model, and float32 for a folder or hub id. A folder is
-                read in it too. In bfloat16, steps between numbers are up to 0.8% of them: ``noise_scale`` under 0.01
-                mostly rounds away.
-                A folder of GPT-2 xl's shape in bfloat16 (3.1 GB) becomes 5.0 billion weights (10.0 GB) with a peak of
-                10.5 GB of memory of the process's own, besides the folder's file, which is mapped.
+                read in it too. In bfloat16 (steps of up to 0.8%) a ``noise_scale`` under 0.01 mostly rounds away.
             **options: fields of `UpcyclingOptions` and of `GPT2MoEConfig`.
 
         Raises:
@@ -382,7 +377,7 @@ class GPT2MoEForCausalLM(GPT2MoEPreTrainedModel, GPT2LMHeadModel):
 
 
 def _padding_mask(attention_mask: torch.Tensor | None, inputs: torch.Tensor | None) -> torch.Tensor | None:
-    """Padding mask (T,), true at real tokens; None if the mask has another shape (with a cache it covers the past)."""
+    """(T,), true at real tokens; None if the mask has another shape (with a cache it covers the past)."""
     if attention_mask is None or inputs is None or attention_mask.shape != inputs.shape[:2]:
         return None
     return attention_mask.reshape(-1).bool()
@@ -391,7 +386,7 @@ def _padding_mask(attention_mask: torch.Tensor | None, inputs: torch.Tensor | No
 def _share_of_items(
     labels: torch.Tensor, num_items_in_batch: int | torch.Tensor | None = None, **_: Any
 ) -> torch.Tensor | float:
-    """This micro-batch's share of the step's labels: router losses average under gradient accumulation."""
+    """This micro-batch's share of the step's labels, by which router losses average under gradient accumulation."""
     if num_items_in_batch is None:
         return 1.0
     return (labels != -100).sum() / num_items_in_batch

@@ -23,15 +23,14 @@ class GPT2MoEConfig(MoEOptions, GPT2Config):
     Attributes:
         moe_intermediate_size: hidden units of one expert; None is the dense layer's own (``n_inner`` or 4 x width).
             Fine-grained experts (Dai et al. 2024, DeepSeekMoE, section 3.1; Krajewski et al. 2024) of granularity g are
-            g * E experts of this size ff / g, g * k of them per token: the same weights and FLOPs, more ways to combine
-            them.
+            g * E experts of size ff / g, g * k per token: the same weights and FLOPs, more ways to combine them.
         num_shared_experts: experts that every token goes through besides its k, added without a gate (DeepSeekMoE,
             section 3.2). They are computed as one MLP, that many times as wide as an expert.
-        norm_topk_prob: divide the k gates by their sum, so that they sum to one. Upcycling is exact only then.
-        output_router_logits: return the router's logits and the balancing loss from every forward. In training both
-            losses are part of ``.loss`` whether this is set or not.
-        attention_backend: what computes the attention: ``auto``, ``triton``, ``sdpa``, ``reference``, ... (the names
-            are in `flash_experts.models.attention_backends`, whose context manager and environment variable go first).
+        norm_topk_prob: divide the k gates by their sum. Upcycling is exact only then.
+        output_router_logits: return the router's logits and losses from every forward. In training both losses are
+            part of ``.loss`` in any case.
+        attention_backend: ``auto``, ``triton``, ``sdpa``, ``reference``, ... (see
+            `flash_experts.models.attention_backends`, whose context manager and environment variable go first).
 
     Raises:
         ValueError: k > E, a value out of bounds, settings that contradict each other, or a misspelled field.
@@ -54,7 +53,7 @@ class GPT2MoEConfig(MoEOptions, GPT2Config):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As in transformers, but warns about misspelled saved fields, and raises ValueError for misspelled kwargs."""
+        """As in transformers, but warns about misspelled saved fields; ValueError for misspelled kwargs."""
         for key, near in cls._misspelled(kwargs).items():
             raise ValueError(f"GPT2MoEConfig has no field {key!r}: did you mean {near!r}?")
         unknown = cls._misspelled(config_dict)
@@ -64,7 +63,7 @@ class GPT2MoEConfig(MoEOptions, GPT2Config):
 
     @classmethod
     def _misspelled(cls, names: Iterable[str]) -> dict[str, str]:
-        """Misspelled names, and the field that each is close to."""
+        """Misspelled names, and the nearest field."""
         known = {field.name for field in fields(cls)}
         near = {name: nearest(name, cls.own_fields(), cutoff=0.75) for name in names if name not in known}
         return {name: match for name, match in near.items() if match}
@@ -86,7 +85,6 @@ class GPT2MoEConfig(MoEOptions, GPT2Config):
         self._check_routing()
 
     def _check_routing(self) -> None:
-        """What cannot go together."""
         if self.num_shared_experts < 0:
             raise ValueError(f"num_shared_experts must be 0 or more, not {self.num_shared_experts}")
         if self.scoring_func == "topk_softmax" and not self.norm_topk_prob:
@@ -108,7 +106,7 @@ class GPT2MoEConfig(MoEOptions, GPT2Config):
 
     @classmethod
     def own_fields(cls) -> list[str]:
-        """Names of the fields that GPT-2's configuration does not have."""
+        """Names of the fields that GPT-2's configuration lacks."""
         inherited = {field.name for field in fields(GPT2Config)}
         return [field.name for field in fields(cls) if field.name not in inherited]
 
@@ -118,7 +116,7 @@ class GPT2MoEConfig(MoEOptions, GPT2Config):
         return self.routing != "expert_choice"
 
     def is_moe_layer(self, layer_idx: int) -> bool:
-        """Whether block ``layer_idx`` (from 0) has experts: the last of each group of ``moe_layer_freq`` blocks."""
+        """Whether block ``layer_idx`` (from 0) has experts: the last of each ``moe_layer_freq`` blocks."""
         return (layer_idx + 1) % self.moe_layer_freq == 0
 
     @property

@@ -1,14 +1,7 @@
-"""The mixture-of-experts (MoE) layer: a router that chooses experts for each token, the experts, load-balancing losses.
-
-Auxiliary losses prevent routing collapse. Routers are in `flash_experts.models.router`.
+"""The mixture-of-experts (MoE) layer: router, experts, and the load-balancing losses that prevent routing collapse.
 
 Shape suffixes: T tokens (batch and sequence flattened), D width, E experts, K experts per token, F hidden
 units of an expert, C tokens per expert, S (token, expert) pairs, N sequences.
-
-Sources: Shazeer et al. 2017 (sparsely gated experts), Fedus et al. 2021 (Switch Transformer), Zoph et al. 2022
-(ST-MoE), Komatsuzaki et al. 2022 (sparse upcycling), Zhou et al. 2022 (expert choice), Dai et al. 2024 (DeepSeekMoE:
-shared and fine-grained experts), DeepSeek-AI 2024 (DeepSeek-V3: sigmoid scores, balance per sequence), Wang et al. 2024
-(loss-free balancing), Qiu et al. 2025 (balance over the global batch).
 """
 
 from __future__ import annotations
@@ -48,8 +41,8 @@ _TANH_GELUS = ("gelu_new", "gelu_pytorch_tanh", "gelu_python_tanh")  # transform
 class Experts(nn.Module):
     """E two-layer MLPs. Weights are stored as in GPT-2's Conv1D, (in, out), stacked over experts.
 
-    ``config._experts_implementation`` chooses how they are computed: ``eager`` (the loop below), transformers'
-    ``batched_mm`` or ``grouped_mm``, ``fe_experts`` (the default) or ``fe_experts_triton``.
+    ``config._experts_implementation`` is ``eager`` (the loop below), transformers' ``batched_mm`` or ``grouped_mm``,
+    ``fe_experts`` (the default) or ``fe_experts_triton``.
     """
 
     def __init__(self, config: GPT2MoEConfig):
@@ -79,8 +72,7 @@ class Experts(nn.Module):
 def fe_experts_forward(
     self: Experts, x_TD: torch.Tensor, experts_TK: torch.Tensor, gates_TK: torch.Tensor
 ) -> torch.Tensor:
-    """The default for `Experts`: one fused operation on a CPU; transformers' grouped_mm elsewhere and in compiled
-    graphs (no graph break)."""
+    """One fused operation on a CPU; transformers' grouped_mm elsewhere and in compiled graphs (no graph break)."""
     if x_TD.device.type != "cpu" or torch.compiler.is_compiling():
         return ALL_EXPERTS_FUNCTIONS["grouped_mm"](self, x_TD, experts_TK, gates_TK)
     if torch.is_grad_enabled():
@@ -93,7 +85,7 @@ def fe_experts_forward(
 def fe_experts_triton_forward(
     self: Experts, x_TD: torch.Tensor, experts_TK: torch.Tensor, gates_TK: torch.Tensor
 ) -> torch.Tensor:
-    """`Experts` by our Triton kernels: gather, bias, activation, gates and scatter are fused into the matmuls.
+    """`Experts` by our Triton kernels, which fuse gather, bias, activation, gates and scatter into the matmuls.
 
     Raises:
         ValueError: an activation that is not fused.
@@ -111,7 +103,7 @@ def fe_experts_triton_forward(
 
 
 def _autocast(experts: Experts, x_TD: torch.Tensor, gates_TK: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Tokens, gates and weights in autocast's dtype, if it is on: autocast does not cast custom operators."""
+    """Casts to autocast's dtype, if it is on: autocast does not cast custom operators."""
     tensors = (x_TD, gates_TK, experts.up_proj, experts.up_proj_bias, experts.down_proj, experts.down_proj_bias)
     device = x_TD.device.type
     if not torch.is_autocast_enabled(device):
@@ -125,9 +117,9 @@ ALL_EXPERTS_FUNCTIONS.register(TRITON_EXPERTS_IMPLEMENTATION, fe_experts_triton_
 
 
 class SharedExperts(nn.Module):
-    """The shared experts, which every token goes through (Dai et al. 2024, section 3.2).
+    """The shared experts, which every token goes through (Dai et al. 2024, DeepSeekMoE, section 3.2).
 
-    The sum of S two-layer MLPs is one MLP with S times the hidden units, whose second bias is the sum of theirs.
+    The sum of S two-layer MLPs is one MLP with S times the hidden units and the sum of their second biases.
     """
 
     def __init__(self, config: GPT2MoEConfig):
@@ -143,11 +135,11 @@ class SharedExperts(nn.Module):
 
 
 class MoELayer(nn.Module):
-    """The feed-forward part of a block as a mixture of experts: ``dropout(shared(x) + sum_e g_e(x) MLP_e(x))``.
+    """A block's mixture of experts (Shazeer et al. 2017): ``dropout(shared(x) + sum_e g_e(x) MLP_e(x))``.
 
     With expert choice a token may have any number of experts, so each (token, expert) pair is passed to the experts as
-    a token with K = 1, and the results are summed. Dropped tokens have a gate of zero; on a CPU they are not computed
-    at all, elsewhere they are, since their number is not known without a host synchronisation.
+    a token with K = 1, and the results are summed. Dropped tokens have a gate of zero; only a CPU leaves them out,
+    since their number is not known on the host without a synchronisation.
     """
 
     def __init__(self, config: GPT2MoEConfig):
@@ -180,13 +172,13 @@ class MoELayer(nn.Module):
     def _combine_pairs(
         self, x_TD: torch.Tensor, token_S: torch.Tensor, expert_S: torch.Tensor, gate_S: torch.Tensor
     ) -> torch.Tensor:
-        """(T, D): the sum of each token's weighted expert outputs, zero for a token without experts."""
+        """(T, D): sums of each token's weighted expert outputs."""
         y_SD = self.experts(x_TD[token_S], expert_S[:, None], gate_S[:, None])
         return torch.zeros_like(x_TD, dtype=y_SD.dtype).index_add(0, token_S, y_SD)
 
 
 def _probabilities(logits_TE: torch.Tensor, scoring_func: str) -> torch.Tensor:
-    """(T, E) scores divided by their sum: the softmax, or normalised sigmoids (DeepSeek-V3, eq. 19)."""
+    """(T, E) normalised scores: the softmax, or sigmoids divided by their sum (DeepSeek-V3, eq. 19)."""
     return (F.logsigmoid(logits_TE) if scoring_func == "sigmoid" else logits_TE).softmax(-1)
 
 
@@ -197,10 +189,10 @@ def load_balancing_loss(
     scoring_func: str = "softmax",
     counts_E: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The load-balancing auxiliary loss of one layer, ``E * sum_e f_e * P_e`` (Fedus et al. 2021, eq. 4-6).
+    """The load-balancing auxiliary loss, ``E * sum_e f_e * P_e`` (Fedus et al. 2021, Switch Transformer, eq. 4-6).
 
-    f_e is the share of the choices that went to expert e, dropped ones included; P_e is its mean probability. The loss
-    is 1 at perfect balance. Only P carries a gradient. ``mask_T`` is true where a token counts.
+    f_e is the share of the choices that went to expert e, dropped ones included; P_e, which alone carries a gradient,
+    is its mean probability. The loss is 1 at perfect balance. ``mask_T`` is true where a token counts.
 
     With ``router_aux_loss_scope="global_batch"`` (Qiu et al. 2025) ``counts_E`` has the choices of all processes and
     micro-batches of the step so far, so a micro-batch of similar names need not use every expert.
@@ -223,11 +215,10 @@ def sequence_balancing_loss(
     mask_T: torch.Tensor | None = None,
     scoring_func: str = "softmax",
 ) -> torch.Tensor:
-    """The sequence-wise load-balancing loss (DeepSeek-V3, eq. 17-20): the mean of each sequence's own loss, 1 at
-    balance.
+    """The sequence-wise load-balancing loss (DeepSeek-V3, eq. 17-20), 1 at balance: the mean of each sequence's loss.
 
-    Stricter than `load_balancing_loss`, whose arguments it takes: the tokens of each name must use all experts. Every
-    sequence has equal weight. ``sequence_T`` numbers each token's sequence from 0.
+    Stricter than `load_balancing_loss`: the tokens of each name must use all experts. ``sequence_T`` numbers each
+    token's sequence from 0.
     """
     num_experts, top_k = logits_TE.shape[-1], experts_TK.shape[1]
     probs_TE = _probabilities(logits_TE, scoring_func)
@@ -242,9 +233,9 @@ def sequence_balancing_loss(
 
 
 def router_z_loss(logits_TE: torch.Tensor, mask_T: torch.Tensor | None = None) -> torch.Tensor:
-    """The router z-loss, the mean of ``logsumexp(logits)^2`` (Zoph et al. 2022, eq. 5), a float32 scalar.
+    """The router z-loss, the mean of ``logsumexp(logits)^2`` (Zoph et al. 2022, ST-MoE, eq. 5), a float32 scalar.
 
-    It keeps the (T, E) logits small, which keeps the softmax precise. ``mask_T`` is true where a token counts.
+    Small logits keep the softmax precise. ``mask_T`` is true where a token counts.
     """
     z_T = logits_TE.logsumexp(-1).square()
     if mask_T is None:

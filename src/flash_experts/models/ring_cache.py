@@ -1,8 +1,8 @@
 """A ring KV cache for continuous batching: rows that begin and end at different times.
 
-The first columns hold each row's prompt (shorter ones are masked), computed once. The row's own tokens go into a ring
-of columns: step t writes column t mod R of all rows. A finished row is replaced at once by a new one, which attends
-only to columns written since it began; nothing is moved or cleared.
+The first columns hold each row's prompt (shorter ones are masked). The row's own tokens go into a ring of columns: step
+t writes column t mod R of all rows. A finished row is replaced at once by a new one, which attends only to columns
+written since it began; nothing is moved or cleared.
 
 Shape suffixes: B rows, H key/value heads, P tokens of the longest prompt, R columns of the ring, K = P + R, C head dim.
 """
@@ -23,7 +23,7 @@ _MORE_COLUMNS = 8
 
 
 class _RingLayer(DynamicLayer):
-    """Keys and values of one layer, (B, H, P + R, C), written in place at ``column``."""
+    """Keys and values of one layer, (B, H, P + R, C)."""
 
     def __init__(self, prompt: DynamicLayer, num_rows: int, columns: int) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class _RingLayer(DynamicLayer):
         return self.keys, self.values
 
     def put(self, rows: Sequence[int] | slice, prompt: DynamicLayer) -> None:
-        """Writes a prompt's keys and values, (1, H, length, C), into the first columns of ``rows``."""
+        """Writes a prompt's keys and values, (1, H, length, C)."""
         assert self.keys is not None and self.values is not None
         assert prompt.keys is not None and prompt.values is not None
         length = prompt.keys.shape[2]
@@ -70,7 +70,7 @@ class RingCache(Cache):
 
         Args:
             prompts: each row's prompt cache (one row, not changed); rows with equal prompts share the object.
-            longest: P, length of the longest prompt of any row, now or later.
+            longest: P, for any row, now or later.
         """
         num_rows, layers = len(prompts), _layers(prompts[0])
         self._rings = [_RingLayer(layer, num_rows, longest + _FIRST_COLUMNS) for layer in layers]
@@ -104,14 +104,11 @@ class RingCache(Cache):
         return mask_BK, lengths_B1 + self._now - begun_B1 - 1
 
     def write(self, layer: int, keys_BHC: torch.Tensor, values_BHC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Writes the step's keys and values into a layer, and returns all of its own, (B, H, P + R, C) each."""
+        """Writes the step's keys and values into a layer; returns all of its own, (B, H, P + R, C) each."""
         return self._rings[layer].write(keys_BHC, values_BHC)
 
     def replace(self, rows: Sequence[int], prompts: Sequence[DynamicCache]) -> None:
-        """Gives finished rows to new names, whose first own token comes at the step after next.
-
-        ``prompts`` are the prompt caches of these rows, as in `__init__`.
-        """
+        """Gives finished rows to new names, whose first own token comes at the step after next."""
         for row in rows:
             self.begun[row] = self._now + 1
         self._put(rows, prompts)
@@ -126,7 +123,7 @@ class RingCache(Cache):
             layer.batch_select_indices(rows)
 
     def _put(self, rows: Sequence[int], prompts: Sequence[DynamicCache]) -> None:
-        """Writes the prompts of rows whose prompt changes, each prompt once."""
+        """Writes the prompts of rows whose prompt changes."""
         places: dict[int, list[int]] = {}
         by_id = {id(prompt): prompt for prompt in prompts}
         for row, prompt in zip(rows, prompts, strict=True):
@@ -140,7 +137,7 @@ class RingCache(Cache):
                 ring.put(where, layer)
 
     def _grow(self) -> None:
-        """Adds columns to the ring, and moves each written column to its new place."""
+        """Adds columns to the ring; each written column moves."""
         columns = len(self._written) + _MORE_COLUMNS
         written = [-1] * columns
         old, new = list(range(self._longest)), list(range(self._longest))

@@ -1,13 +1,13 @@
 """Routers: token choice (top-k routing) and expert choice.
 
-Both score every (token, expert) pair in float32: ``logits = W x``, then by ``scoring_func``
+Both score every (token, expert) pair in float32, ``logits = W x``, then by ``scoring_func``
 
     softmax       s = softmax(logits) over the experts, then the K largest (Shazeer et al. 2017, Fedus et al. 2021)
     topk_softmax  the K largest logits, then a softmax over those K (Mixtral: Jiang et al. 2024, section 2.1)
     sigmoid       s = sigmoid(logits), each expert by itself (DeepSeek-V3, 2024, eq. 13-16)
 
-With ``norm_topk_prob`` gates are divided by their sum, and ``softmax`` and ``topk_softmax`` are equal in value and
-gradient. They differ in the bias of loss-free balancing, which is added to s, but in ``topk_softmax`` to the logits.
+With ``norm_topk_prob``, ``softmax`` and ``topk_softmax`` have equal values and gradients. Only the bias of loss-free
+balancing differs: it is added to s, but in ``topk_softmax`` to the logits.
 
 Shape suffixes: T tokens, D width, E experts, K experts per token, C tokens per expert, S = T * K choices.
 """
@@ -27,7 +27,7 @@ from flash_experts.models.moe_config import GPT2MoEConfig
 
 
 class Router(nn.Module, ABC):
-    """Base class of the routers: scores, the load-balancing bias, and the counts that metrics read."""
+    """Base class: scores, the load-balancing bias, and the counts that metrics read."""
 
     selection_bias_E: torch.Tensor
     step_counts_E: torch.Tensor
@@ -58,7 +58,7 @@ class Router(nn.Module, ABC):
             self.register_buffer(name, torch.zeros(size, dtype=torch.float32), persistent=name == "selection_bias_E")
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Router:
-        """Moves and casts the weights; buffers stay float32 (bfloat16 cannot count beyond 256)."""
+        """Casts the weights alone; buffers stay float32 (bfloat16 cannot count beyond 256)."""
         before = dict(self._buffers)
         super()._apply(fn, recurse)
         for name, buffer in before.items():
@@ -74,7 +74,7 @@ class Router(nn.Module, ABC):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def logits(self, x_TD: torch.Tensor) -> torch.Tensor:
-        """(T, E) router logits, in float32 or float64 even under autocast: bfloat16 rounding would decide near ties."""
+        """(T, E), in float32 or float64 even under autocast: bfloat16 rounding would decide near ties."""
         with torch.autocast(x_TD.device.type, enabled=False):
             dtype = torch.float64 if x_TD.dtype == torch.float64 else torch.float32
             x_TD = x_TD.to(dtype)
@@ -87,7 +87,7 @@ class Router(nn.Module, ABC):
         return F.logsigmoid(logits_TE) if self.scoring_func == "sigmoid" else logits_TE
 
     def scores(self, logits_TE: torch.Tensor) -> torch.Tensor:
-        """s: the softmax over all experts, or each expert's sigmoid."""
+        """s: the softmax over all experts, or the sigmoids."""
         return logits_TE.sigmoid() if self.scoring_func == "sigmoid" else logits_TE.softmax(-1)
 
     def capacity(self, tokens: int) -> int:
@@ -98,27 +98,27 @@ class Router(nn.Module, ABC):
 
     @abstractmethod
     def count(self, choices: torch.Tensor, weight_T: torch.Tensor) -> torch.Tensor:
-        """(E,) load of each expert, tokens counted by their weight (0 for padding)."""
+        """(E,) load, tokens counted by their weight (0 for padding)."""
 
     @abstractmethod
     def membership(self, choices: torch.Tensor, tokens: int) -> torch.Tensor:
-        """(T, E) float32, 1 where the token is assigned to the expert."""
+        """(T, E) float32, 1 where the token is assigned."""
 
     @abstractmethod
     def left_out(self, logits_TE: torch.Tensor, choices: torch.Tensor, mask_T: torch.Tensor | None) -> torch.Tensor:
-        """Scalar: choices dropped over capacity (token choice), or tokens without an expert (expert choice)."""
+        """Scalar: choices dropped over capacity, or tokens without an expert (expert choice)."""
 
     @abstractmethod
     def left_out_rate(self, left_out: float, tokens: float) -> dict[str, float]:
-        """The metric of a sum of `left_out` over tokens, by its name; empty where nothing can be left out."""
+        """The metric of `left_out` summed over tokens, by its name; empty if nothing can be left out."""
 
     @abstractmethod
     def dense_gates(self, gates: torch.Tensor, choices: torch.Tensor, tokens: int) -> torch.Tensor:
-        """(T, E) float32 gates, 0 where the token is not assigned to the expert."""
+        """(T, E) float32 gates, 0 where the token is not assigned."""
 
     @torch.no_grad()
     def record(self, logits_TE: torch.Tensor, choices: torch.Tensor, mask_T: torch.Tensor | None) -> None:
-        """Adds the routing of a training forward (its logits and choices) to the counts."""
+        """Adds the routing of a training forward to the counts."""
         # Activation checkpointing runs a forward again within the backward: that one is counted already.
         if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
             return
@@ -147,10 +147,9 @@ class TopKRouter(Router):
     ``norm_topk_prob`` divided by its sum over the chosen. Normalised gates of identical experts give the router no
     gradient, as right after upcycling, so the gate is straight-through: ``g = s / sum(s) + (s - stop_gradient(s))``.
 
-    In training an expert takes at most ``ceil(capacity_factor * T * K / E)`` choices (Fedus et al. 2021, section 2.2):
-    the highest s first (batch-prioritised routing, Riquelme et al. 2021, section 4.1), then earlier tokens. Token
-    dropping sets the gates of the others to zero. It is off in evaluation, where a name's score must not depend on the
-    rest of the batch.
+    In training an expert takes choices up to its `capacity`: the highest s first (batch-prioritised routing, Riquelme
+    et al. 2021, section 4.1), then earlier tokens. Token dropping sets the other gates to zero. It is off in
+    evaluation, where a name's score must not depend on the batch.
     """
 
     def forward(
@@ -159,8 +158,8 @@ class TopKRouter(Router):
         """Routes tokens (T, D); ``mask_T`` is false at padding, which takes no capacity.
 
         Returns:
-            logits (T, E) float32; gates (T, K) in the dtype of ``x_TD``, zero where a choice was dropped; chosen
-            experts (T, K) int64, best first, dropped choices included.
+            logits (T, E) float32; gates (T, K) in the dtype of ``x_TD``, zero if dropped; experts (T, K) int64, best
+            first, dropped choices included.
         """
         logits_TE = self.logits(x_TD)
         scores_TE = self.scores(logits_TE)
@@ -180,7 +179,7 @@ class TopKRouter(Router):
     def within_capacity(
         self, scores_TK: torch.Tensor, experts_TK: torch.Tensor, mask_T: torch.Tensor | None
     ) -> torch.Tensor:
-        """(T, K) true where a choice is within its expert's capacity. Padding takes none."""
+        """(T, K) true where a choice is within its expert's capacity."""
         T, K = experts_TK.shape
         expert_S = experts_TK.reshape(-1)
         if mask_T is not None:
@@ -217,12 +216,11 @@ class TopKRouter(Router):
 class ExpertChoiceRouter(Router):
     """Expert choice: each expert takes the C tokens that score highest for it (Zhou et al. 2022, section 3.2).
 
-    ``C = ceil(capacity_factor * T * K / E)``: a token has K experts on average, some more and some none, and the load
-    is balanced by construction. The gate is s, with ``norm_topk_prob`` divided by its sum over the token's experts
-    (straight-through, as in `TopKRouter`).
+    C is the `capacity`: a token has K experts on average, some more and some none, and the load is balanced by
+    construction. Gates are as in `TopKRouter`, normalised over the token's experts.
 
-    This is **not causal**: an expert's choice depends on all tokens of the forward, also later ones. Such a model
-    scores names too well, and cannot generate token by token as it was trained. To generate, use token choice.
+    This is **not causal**: an expert's choice depends on later tokens too. Such a model scores names too well, and
+    cannot generate token by token as it was trained. To generate, use token choice.
     """
 
     def forward(
@@ -231,7 +229,7 @@ class ExpertChoiceRouter(Router):
         """Routes tokens (T, D); ``mask_T`` is false at padding, which no expert takes.
 
         Returns:
-            logits (T, E) float32; gates (E, C) in the dtype of ``x_TD``; chosen tokens (E, C) int64, best first.
+            logits (T, E) float32; gates (E, C) in the dtype of ``x_TD``; tokens (E, C) int64, best first.
         """
         logits_TE = self.logits(x_TD)
         scores_TE = self.scores(logits_TE)

@@ -1,6 +1,6 @@
 """Router metrics: load balance per expert, warnings about dead experts and routing collapse, loss-free balancing.
 
-Routers count on their own device (`Router.record`); only `router_metrics` synchronises with the host.
+Only `router_metrics` synchronises with the host.
 
 Shape suffixes: E experts, K experts per token.
 """
@@ -25,8 +25,7 @@ Listener = Callable[[int, Router, torch.Tensor, torch.Tensor, torch.Tensor], Non
 
 
 def modules_in_use(module: nn.Module, kind: type[nn.Module], name: str = "") -> Iterator[tuple[str, Any]]:
-    """The modules of a class that a forward runs, with their names, seen through the wrappers of other libraries: of
-    the two copies that PEFT's ``modules_to_save`` keeps, the active one."""
+    """Names and modules of a class that a forward runs: of PEFT's two copies (``modules_to_save``), the active one."""
     if isinstance(module, kind):
         yield name, module
         return
@@ -51,7 +50,7 @@ def _children_in_use(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def routers_of(model: nn.Module) -> dict[int, Router]:
-    """The active routers of a model by block number, from 0 (the next free number where the name has none)."""
+    """The active routers by block number, from 0 (the next free number where the name has none)."""
     routers: dict[int, Router] = {}
     for name, router in modules_in_use(model, Router):
         block = next((int(part) for part in name.split(".") if part.isdigit()), 0)
@@ -62,7 +61,7 @@ def routers_of(model: nn.Module) -> dict[int, Router]:
 
 
 def counts_of_all_processes(routers: list[Router]) -> torch.Tensor:
-    """(layers, E) choices since the last optimizer step, over all processes."""
+    """(layers, E) choices since the last optimizer step."""
     counts_LE = torch.stack([router.step_counts_E for router in routers])
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(counts_LE)
@@ -71,7 +70,7 @@ def counts_of_all_processes(routers: list[Router]) -> torch.Tensor:
 
 @contextmanager
 def listening(model: nn.Module, listener: Listener) -> Iterator[None]:
-    """Calls ``listener`` at every forward of every router, before the experts compute."""
+    """Calls ``listener`` at each forward of each router, before the experts compute."""
 
     def hook_of(block: int) -> Callable[[Router, object, tuple[torch.Tensor, torch.Tensor, torch.Tensor]], None]:
         return lambda router, _, output: listener(block, router, *output)
@@ -83,11 +82,7 @@ def listening(model: nn.Module, listener: Listener) -> Iterator[None]:
 
 
 def count_loads(model: nn.Module, forward: Callable[[], object]) -> dict[int, torch.Tensor]:
-    """Loads (E,) float64 on the CPU by block number: how many tokens, padding too, each expert is chosen for while
-    ``forward`` runs.
-
-    Empty for a dense model.
-    """
+    """Loads (E,) float64 on the CPU by block number while ``forward`` runs, padding included; {} for a dense model."""
     loads = {
         block: torch.zeros(router.num_experts, dtype=torch.float64, device=router.weight.device)
         for block, router in routers_of(model).items()
@@ -118,7 +113,7 @@ _bad_reads: WeakKeyDictionary[Router, int] = WeakKeyDictionary()
 def update_router_biases(model: nn.Module) -> None:
     """Auxiliary-loss-free load balancing (Wang et al. 2024, algorithm 1): call once after each optimizer step.
 
-    ``bias += rate * sign(mean load - load)``, then centred, with the loads of all processes. Resets the step's counts.
+    ``bias += rate * sign(mean load - load)``, then centred, with the loads of all processes. Resets the counts.
     """
     for router in routers_of(model).values():
         if router.bias_update_rate > 0:
@@ -134,8 +129,7 @@ def update_router_biases(model: nn.Module) -> None:
 def router_metrics(model: nn.Module) -> dict[str, float]:
     """Statistics of each MoE layer over this process's training forwards since the last call; resets them.
 
-    Warns once per layer (`UserWarning`) about dead experts or routing collapse: see `DEAD_LOAD`, `COLLAPSED` and
-    `READS_BEFORE_WARNING`.
+    Warns once per layer (`UserWarning`) about dead experts or routing collapse.
 
     Returns:
         For block ``i``, under ``router/i/``: ``load/e`` (load of expert e over the mean), ``load_cv`` (coefficient of
@@ -194,7 +188,7 @@ def pair_metrics(pairs_EE: torch.Tensor) -> dict[str, float]:
 def diagnose_loads(load_E: torch.Tensor, top_k: int) -> str | None:
     """Describes routing collapse or dead experts in the loads of a router (not all zero); None if there are none.
 
-    Collapse is measured by the effective number of experts, ``exp(entropy of the load shares)`` (Hill 1973).
+    Collapse depends on the effective number of experts, ``exp(entropy of the load shares)`` (Hill 1973).
     """
     share_E = load_E.double() / load_E.sum()
     E = len(share_E)
@@ -210,7 +204,7 @@ def diagnose_loads(load_E: torch.Tensor, top_k: int) -> str | None:
 
 
 def advice(config: GPT2MoEConfig) -> str:
-    """The setting to change where experts die, with its present value."""
+    """The setting to change where experts die."""
     coefficient, rate = config.router_aux_loss_coef, config.router_bias_update_rate
     if rate > 0:
         return f"raise router_bias_update_rate (now {rate:g}) or router_aux_loss_coef (now {coefficient:g})"

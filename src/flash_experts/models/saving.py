@@ -1,5 +1,8 @@
-"""Atomic saving of model folders, only safetensors and JSON: a folder is written under an unguessable temporary name,
-flushed to disk, given a manifest with the SHA-256 of each file, and renamed."""
+"""Atomic saving of model folders, only safetensors and JSON.
+
+A folder is written under an unguessable temporary name, flushed to disk with a manifest of each file's SHA-256, and
+renamed.
+"""
 
 from __future__ import annotations
 
@@ -38,8 +41,11 @@ def export_model(
     tokenizer: PreTrainedTokenizerBase,
     weights: Mapping[str, torch.Tensor],
 ) -> None:
-    """Writes the model into the run's folder, each file by rename, the manifest last; raises a `CheckpointError` if it
-    cannot be written, and the former model is intact."""
+    """Writes the model into the run's folder, each file by rename, the manifest last.
+
+    Raises:
+        CheckpointError: it cannot be written; the former model is intact.
+    """
     temporary = _temporary(run_dir / "checkpoints", "export")
     _fill_folder(run_dir, temporary, lambda folder: _save_model(folder, model, tokenizer, weights))
 
@@ -56,7 +62,7 @@ def write_model(out: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenize
 
 
 def write_folder(out: Path, write: Callable[[Path], None], overwrite: bool = False) -> None:
-    """Writes a folder of files atomically, as `write_model` does; ``write`` fills the folder that it is given."""
+    """Writes a folder of files atomically, as `write_model`; ``write`` fills the folder that it is given."""
     out = Path(os.path.realpath(out))
     if not out.is_dir():
         with_manifest(out, write)
@@ -67,7 +73,7 @@ def write_folder(out: Path, write: Callable[[Path], None], overwrite: bool = Fal
 
 
 def _fill_folder(folder: Path, temporary: Path, write: Callable[[Path], None]) -> None:
-    """Fills ``temporary`` with ``write``, then moves its files into an existing folder."""
+    """Fills ``temporary``, then moves its files into an existing folder."""
     try:
         _write_staged(folder, write, temporary)
         with deferred_ctrl_c():
@@ -80,7 +86,7 @@ def _fill_folder(folder: Path, temporary: Path, write: Callable[[Path], None]) -
 
 
 def with_manifest(target: Path, write: Callable[[Path], None], temporary: Path | None = None) -> None:
-    """Fills a temporary folder with ``write``, adds the manifest, flushes, and renames it to ``target``.
+    """Fills a temporary folder with ``write``, adds the manifest, flushes, and renames it.
 
     Raises:
         CheckpointError: it could not be written, or another process wrote ``target`` in the meantime.
@@ -100,7 +106,7 @@ def with_manifest(target: Path, write: Callable[[Path], None], temporary: Path |
 
 
 def _write_staged(target: Path, write: Callable[[Path], None], temporary: Path) -> None:
-    """Fills the temporary folder of ``target``, and removes it on failure."""
+    """Fills the temporary folder, and removes it on failure."""
     try:
         temporary.mkdir(parents=True)
         write(temporary)
@@ -134,7 +140,7 @@ def _temporary(checkpoints: Path, name: str) -> Path:
 
 
 def remove_folder(folder: Path) -> None:
-    """Removes a folder. Renamed first, so that a kill halfway leaves no partial checkpoint under its name."""
+    """Removes a folder, renamed first, so that a kill halfway leaves no partial checkpoint under its name."""
     doomed = folder.with_name(f".tmp-removed-{folder.name}")
     shutil.rmtree(doomed, ignore_errors=True)
     os.rename(folder, doomed)
@@ -147,7 +153,7 @@ def _save_model(
     tokenizer: PreTrainedTokenizerBase,
     weights: Mapping[str, torch.Tensor],
 ) -> None:
-    """`save_pretrained` of model and tokenizer, without transformers' progress bars."""
+    """`save_pretrained` without transformers' progress bars."""
     had_bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:

@@ -1,8 +1,8 @@
 """A teacher's top-K logits for the names that it sampled, so that knowledge distillation needs no teacher forward.
 
 For each label of a name (its tokens and the EOS token) a shard holds ids and log-probabilities of the K most likely
-tokens; the rest of the vocabulary counts as one outcome. A folder has one safetensors shard per piece of the names, and
-``index.json`` with their SHA-256.
+tokens; the rest of the vocabulary counts as one outcome. A folder has safetensors shards, and ``index.json`` with their
+SHA-256.
 
 Shape suffixes: N names, L labels of all names, K tokens kept per label.
 """
@@ -28,8 +28,10 @@ SUFFIX = ".top-logits"  # NAMES.jsonl has its logits in the folder NAMES.top-log
 
 @dataclass(frozen=True, slots=True)
 class NameLogits:
-    """The teacher's top-K logits of one name: labels are its token ids and the EOS token; ``ids`` (labels, K) int32 the
-    most likely tokens; ``log_probs`` (labels, K) float16, in nats."""
+    """The teacher's top-K logits of one name.
+
+    ``labels`` are its token ids and EOS; ``ids`` (labels, K) are int32; ``log_probs`` (labels, K) float16, in nats.
+    """
 
     labels: tuple[int, ...]
     ids: torch.Tensor
@@ -66,12 +68,17 @@ def holds_top_logits(folder: str | Path) -> bool:
 
 
 class TopLogits:
-    """The folder's top-K logits in memory, with the token ids of a student whose vocabulary is a subset: ``ids`` (L, K)
-    int32, -1 for tokens that the student does not have, and ``log_probs`` (L, K) float16, in nats."""
+    """The folder's top-K logits in memory, for a student whose vocabulary is a subset of the teacher's.
+
+    ``ids`` (L, K) int32 are the student's, -1 for tokens that it does not have; ``log_probs`` (L, K) float16, in nats.
+    """
 
     def __init__(self, folder: str | Path, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Reads the shards; raises a ValueError if one is missing or changed, or the tokenizer has tokens that the
-        teacher's lacks."""
+        """Reads the shards.
+
+        Raises:
+            ValueError: a shard is missing or changed, or the tokenizer has tokens that the teacher's lacks.
+        """
         folder = Path(folder)
         try:
             index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
@@ -112,7 +119,7 @@ class TopLogits:
         return _number(source_id) in self._rows
 
     def first_row(self, source_id: str, labels: Sequence[int]) -> int:
-        """Index in ``ids`` of a name's first label; -1 where the name is missing or has other tokens."""
+        """Index in ``ids`` of a name's first label; -1 if it is missing or has other tokens."""
         row, known = self._rows.get(_number(source_id), (-1, ()))
         return row if known == tuple(labels) else -1
 

@@ -22,11 +22,8 @@ def trim_tokenizer(
 ) -> tuple[PreTrainedTokenizerFast, list[int]]:
     """Reduces a byte-level BPE tokenizer to the tokens that some texts need; their tokenization does not change.
 
-    Args:
-        tokenizer: byte-level BPE, as GPT-2's.
-        texts: texts whose tokens are kept.
-        keep_words: also keep the tokens of capitalized words and of parts of words, so that new words in names are not
-            split into smaller pieces than the model was trained on.
+    With ``keep_words`` it also keeps the tokens of capitalized words and of parts of words, so that new words in names
+    are not split into smaller pieces than the model was trained on.
 
     Returns:
         The new tokenizer, and the old id of each of its ids, ascending: the embedding rows to keep.
@@ -76,7 +73,6 @@ def trim_tokenizer(
 
 
 def _renumber_template(processor: dict[str, Any] | None, new_id: dict[int, int]) -> None:
-    """Renumbers the special tokens in the post-processor's template."""
     if processor is not None and processor["type"] == "TemplateProcessing":
         for token in processor["special_tokens"].values():
             token["ids"] = [new_id[old] for old in token["ids"]]
@@ -84,13 +80,10 @@ def _renumber_template(processor: dict[str, Any] | None, new_id: dict[int, int])
 
 @torch.no_grad()
 def trim_vocabulary(model: PreTrainedModel, kept_ids: Sequence[int]) -> None:
-    """Shrinks a model's input and output embeddings from (V, D) to (W, D), in place.
+    """Shrinks a model's input and output embeddings, tied or not, from (V, D) to (W, D), in place.
 
-    The logits of the kept tokens do not change, so their probabilities are renormalised.
-
-    Args:
-        model: causal language model, with tied embeddings or not.
-        kept_ids: the W old ids, in the order of the new ones (`trim_tokenizer`).
+    ``kept_ids`` are the W old ids, in the order of the new ones. The logits of the kept tokens do not change, so their
+    probabilities are renormalised.
 
     Raises:
         ValueError: an id that the model does not have, or a BOS, EOS or padding token that is not kept.

@@ -7,14 +7,14 @@ one over the k chosen. Before any training, for every token, k and E:
     noise     Copies plus N(0, (noise_scale * std(W))^2) on both matrices. The output differs in proportion to
               noise_scale.
     drop      Each expert redraws a share ``drop_ratio`` of its hidden units: their columns of W1, b1 and rows of W2,
-              from normal distributions with the mean and standard deviation of the dense W1, b1 and W2 (Nakamura et al.
-              2025, Drop-Upcycling). The output differs by what those units contributed.
+              from normal distributions with the mean and standard deviation of the dense ones (Nakamura et al. 2025,
+              Drop-Upcycling). The output differs by what those units contributed.
     granular  Virtual groups (He et al. 2024): g * E experts of ff / g hidden units, g * k per token. Expert
               ``r * g + s`` of group r holds shard s. The g experts of a group share one row of the router, so a token
               takes whole groups with equal gates, 1/g of one expert's: W2 is multiplied by g, b2 is not. Exact.
     shared    The shared expert is the dense layer. Routed experts copy W1 and have W2 = 0, b2 = 0, so they are silent
-              until trained. With granularity g, g shared experts make up the dense layer, and routed ones have a shard
-              of W1. Exact with any gates. The router gets no gradient while the routed experts are silent.
+              until trained, and until then the router gets no gradient. With granularity g, g shared experts make up
+              the dense layer, and routed ones have a shard of W1. Exact with any gates.
 
 Exact means up to rounding: logits at most 1e-5 apart in float32. With ``routing="expert_choice"`` it holds for tokens
 with an expert; with ``capacity_factor``, for tokens without dropped choices.
@@ -41,7 +41,7 @@ from flash_experts.options import option, problems_of
 
 @dataclass(kw_only=True)
 class Upcycling(UpcyclingOptions):
-    """How experts are made of a dense layer. The module's text describes the methods.
+    """How experts are made of a dense layer (see the module).
 
     Raises:
         ValueError: an unknown name, a number out of bounds, or a granularity that the method has no use for.
@@ -65,7 +65,7 @@ class Upcycling(UpcyclingOptions):
     def config(
         self, dense: GPT2Config, num_experts: int, num_experts_per_tok: int, **config_fields: Any
     ) -> GPT2MoEConfig:
-        """The dense model's configuration with experts, and with the fused form of its activation.
+        """The dense model's configuration with experts, and the fused form of its activation.
 
         Raises:
             ValueError: a field is wrong, or would change the dense model's output.
@@ -91,7 +91,7 @@ class Upcycling(UpcyclingOptions):
         return config
 
     def _check(self, config: GPT2MoEConfig, dense_size: int) -> None:
-        """Rejects fields that would change the layer's function."""
+        """Rejects fields that would change the output."""
         if config.expert_size * self.granularity != dense_size:
             raise ValueError(
                 f"the experts have {dense_size // self.granularity} of the dense layer's {dense_size} hidden units, "
@@ -117,8 +117,6 @@ def fill_from_dense(model: PreTrainedModel, dense: GPT2LMHeadModel, upcycling: U
 
     Args:
         model: model with the configuration of ``upcycling.config``, weights uninitialised.
-        dense: source of the weights.
-        upcycling: method and its settings.
         take: free each part of ``dense`` once copied, so that memory never holds two whole models; ``dense`` is
             unusable afterwards.
     """
@@ -146,7 +144,6 @@ def fill_from_dense(model: PreTrainedModel, dense: GPT2LMHeadModel, upcycling: U
 
 
 def _fill_experts(layer: MoELayer, mlp: GPT2MLP, upcycling: Upcycling) -> None:
-    """Fills the experts of one layer by the method."""
     experts, granularity = layer.experts, upcycling.granularity
     up_DF, up_bias_F, down_FD, down_bias_D = mlp.c_fc.weight, mlp.c_fc.bias, mlp.c_proj.weight, mlp.c_proj.bias
     hidden_units = experts.up_proj.shape[2]
@@ -174,12 +171,11 @@ def _fill_experts(layer: MoELayer, mlp: GPT2MLP, upcycling: Upcycling) -> None:
 
 
 def _alike(source: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Normal random numbers in the shape of ``like`` with the mean and standard deviation of ``source``."""
+    """Normal random numbers with the mean and standard deviation of ``source``."""
     return torch.randn_like(like) * source.std() + source.mean()
 
 
 def _fill_router(layer: MoELayer, upcycling: Upcycling, std: float) -> None:
-    """Initialises the router; virtual groups share a row."""
     weight_ED = layer.router.weight
     repeats = upcycling.granularity if upcycling.method == "granular" else 1
     drawn_in = torch.promote_types(weight_ED.dtype, torch.float32)  # PyTorch cannot orthogonalise bfloat16

@@ -1,4 +1,4 @@
-"""Fine-tuning on card names: one loop for CPU, GPU and many GPUs. Names are imported when they are first used."""
+"""Fine-tuning on card names: one loop for CPU, GPU and many GPUs. Names are imported on first use."""
 
 from __future__ import annotations
 

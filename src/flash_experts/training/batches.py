@@ -1,8 +1,8 @@
 """The dataloader: the names of a step are a pure function of (seed, step), so resuming needs no loader state.
 
 A run is a sequence of stages (a curriculum; usually one), a stage a sequence of epochs. In each epoch the names are
-shuffled and the attributes of their prompts dropped at random, both from (seed, epoch). The shuffled names are cut into
-``steps_per_epoch`` batches of nearly equal numbers of tokens, with every name once and no small last batch.
+shuffled and the attributes of their prompts dropped at random, both from (seed, epoch), and cut into
+``steps_per_epoch`` batches of nearly equal numbers of tokens, every name once.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class PlannedStage:
         cards: cards that pass the stage's filters.
         first_step: first optimizer step, from 0.
         first_epoch: first epoch, counted through all stages.
-        steps: number of optimizer steps; None if the stage lasts until the run ends.
+        steps: optimizer steps; None if the stage lasts until the run ends.
     """
 
     stage: Stage
@@ -69,8 +69,8 @@ class NameBatches:
     Args:
         tokens_per_batch: approximate number of tokens of a step.
         attribute_dropout: probability that an attribute of a prompt is left out.
-        seed: random seed of the order and of attribute dropout.
-        top_logits: cached logits of a teacher for names that it generated; these keep their prompts.
+        seed: seed of the order and of attribute dropout.
+        top_logits: a teacher's cached logits for names that it generated; these keep their prompts.
 
     Raises:
         ValueError: there are no cards, or none passes the filters of a stage.
@@ -113,27 +113,26 @@ class NameBatches:
         config: TrainingConfig,
         top_logits: TopLogits | None = None,
     ) -> NameBatches:
-        """The batches of a run."""
         dropout, stages = config.attribute_dropout, config.planned_stages
         return cls(cards, tokenizer, config.tokens_per_batch, dropout, config.seed, stages, top_logits)
 
     @property
     def planned_steps(self) -> int | None:
-        """Steps of all stages together; None if the last one lasts until the run ends."""
+        """Steps of all stages; None if the last one lasts until the run ends."""
         last = self.plan[-1]
         return None if last.steps is None else last.first_step + last.steps
 
     def stage_of(self, step: int) -> PlannedStage:
-        """The stage of optimizer step ``step`` (from 0)."""
+        """The stage of step ``step`` (from 0)."""
         return self.plan[bisect_right(self.plan, step, key=lambda planned: planned.first_step) - 1]
 
     def epochs_done(self, steps: int) -> float:
-        """Epochs after ``steps`` optimizer steps; a partial epoch at the end of a stage counts as a whole one."""
+        """Epochs after ``steps`` optimizer steps; a stage's partial last epoch counts as a whole one."""
         planned = self.stage_of(steps)
         return planned.first_epoch + (steps - planned.first_step) / planned.steps_per_epoch
 
     def names_of_step(self, step: int) -> list[EncodedName]:
-        """The names of optimizer step ``step`` (from 0)."""
+        """The names of step ``step`` (from 0)."""
         planned = self.stage_of(step)
         epoch, batch = divmod(step - planned.first_step, planned.steps_per_epoch)
         epoch += planned.first_epoch
@@ -158,7 +157,6 @@ class NameBatches:
         return [names[one.start : one.stop] for one in split_evenly(_lengths(names), num_micro_batches)]
 
     def _encode(self, stage: Stage, cards: Sequence[Card], epoch: int) -> list[EncodedName]:
-        """The encoded names of an epoch in its order."""
         rng = random.Random(f"attributes/{self.seed}/{epoch}")
         attributes = [Attributes.of(card).drop(rng, self.attribute_dropout) for card in cards]
         if self.top_logits is not None:
@@ -175,7 +173,7 @@ class NameBatches:
 
 
 def order_of_epoch(stage: Stage, cards: Sequence[Card], seed: int, epoch: int) -> list[int]:
-    """Indices of a stage's cards in the order of an epoch."""
+    """Indices of a stage's cards in an epoch's order."""
     indices = list(range(len(cards)))
     random.Random(f"order/{seed}/{epoch}").shuffle(indices)
     if stage.order == "length":
@@ -194,7 +192,7 @@ def fitting_cards(
     tokenizer: PreTrainedTokenizerBase,
     notify: Callable[[str], None],
 ) -> tuple[list[Card], list[Card]]:
-    """Leaves out the names that are longer than the model's context, and reports how many.
+    """Leaves out names longer than the model's context, and reports how many.
 
     Raises:
         ValueError: no training name fits.

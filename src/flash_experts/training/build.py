@@ -69,8 +69,7 @@ def build_model(
 
 
 def _record_conditions(model: PreTrainedModel, cards: Sequence[Card]) -> None:
-    """Adds to the configuration the attributes of these cards that only some sources have: the model learns to be
-    conditioned on them."""
+    """Adds attributes that only some sources have to the configuration: the model learns to use them."""
     before, now = read_conditions(model.config.to_dict()), collect_conditions(cards)
     if now:
         names = {**before, **now}
@@ -78,13 +77,13 @@ def _record_conditions(model: PreTrainedModel, cards: Sequence[Card]) -> None:
 
 
 def tokenizer_texts(cards: Sequence[Card]) -> list[str]:
-    """The texts that a new tokenizer is trained on: all prompts, and all names with a space before them."""
+    """What a new tokenizer is trained on: all prompts, and all names after a space."""
     prompts = [Attributes.of(card).prompt() for card in cards]
     return [*prompts, *(" " + card.name for card in cards)]
 
 
 def _new_tokenizer(config: ModelConfig, cards: Sequence[Card]) -> PreTrainedTokenizerBase:
-    """A tokenizer trained on the cards, or ``config.tokenizer``, trimmed to the cards' vocabulary if configured."""
+    """A tokenizer trained on the cards, or ``config.tokenizer``, trimmed if configured."""
     if config.tokenizer is None:
         return train_tokenizer(tokenizer_texts(cards), config.vocab_size, prompt_words(cards))
     tokenizer = load_tokenizer(config.tokenizer)
@@ -141,7 +140,6 @@ def _embeddings(model: PreTrainedModel) -> torch.Tensor:
 
 
 def _set_dropout(model: PreTrainedModel, probability: float) -> None:
-    """Sets all dropout probabilities, in the modules and in the configuration that is saved."""
     model.config.resid_pdrop = model.config.embd_pdrop = model.config.attn_pdrop = probability
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):

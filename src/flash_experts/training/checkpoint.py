@@ -1,8 +1,7 @@
-"""The checkpoint format: folders that survive a kill at any moment. `checkpointer` decides what is saved and when.
+"""The checkpoint format: folders that survive a kill at any moment.
 
-A checkpoint is written to a temporary folder, flushed to the disk with a manifest of each file's SHA-256, and renamed:
-it is complete, or it does not exist. Pickles, which can run code when loaded, are refused. Random states are not
-stored: the trainer seeds dropout at each step.
+A checkpoint is written as `models.saving` writes folders: it is complete, or it does not exist. Pickles, which can run
+code when loaded, are refused. Random states are not stored: the trainer seeds dropout at each step.
 """
 
 from __future__ import annotations
@@ -57,7 +56,7 @@ def save_checkpoint(
         metadata: JSON values: ``state``, configuration, data hashes.
 
     Raises:
-        CheckpointError: it could not be written, such as on a full disk; no partial folder is left.
+        CheckpointError: it could not be written, as on a full disk; no partial folder is left.
     """
 
     def write(folder: Path) -> None:
@@ -71,7 +70,7 @@ def save_checkpoint(
 
 
 def verify_checkpoint(folder: Path) -> None:
-    """Checks every file of a checkpoint against its manifest.
+    """Checks a checkpoint's files against its manifest.
 
     Raises:
         CheckpointError: a file is missing or damaged, or a pickle.
@@ -110,12 +109,12 @@ def checkpoint_steps(run_dir: Path) -> list[int]:
 
 
 def latest_checkpoint(run_dir: Path, warn: Callable[[str], None]) -> Path | None:
-    """The newest checkpoint that verifies; warns of damaged ones that are skipped."""
+    """The newest checkpoint that verifies; warns of damaged ones."""
     return first_valid(run_dir, list(reversed(checkpoint_steps(run_dir))), warn)
 
 
 def first_valid(run_dir: Path, steps: list[int], warn: Callable[[str], None]) -> Path | None:
-    """The first checkpoint of ``steps`` that verifies; warns of damaged ones before it."""
+    """The first of ``steps`` whose checkpoint verifies; warns of damaged ones."""
     for step in steps:
         folder = checkpoint_path(run_dir, step)
         try:
@@ -208,14 +207,14 @@ def prune_checkpoints(run_dir: Path, keep: int, best_step: int, warn: Callable[[
 
 
 def drop_later(run_dir: Path, step: int) -> None:
-    """Removes checkpoints after ``step``: a run that resumes there writes them again."""
+    """Removes checkpoints after ``step``, which a resumed run writes again."""
     for later in checkpoint_steps(run_dir):
         if later > step:
             remove_folder(checkpoint_path(run_dir, later))
 
 
 def remove_leftovers(run_dir: Path) -> None:
-    """Removes temporary folders of a killed run. The caller holds the run's lock."""
+    """Removes temporary folders of a killed run; needs the run's lock."""
     for path in (run_dir / "checkpoints").glob(".tmp-*"):
         if re.fullmatch(r"\.tmp-(export|(removed-)?step-\d{6,})", path.name):
             shutil.rmtree(path, ignore_errors=True)

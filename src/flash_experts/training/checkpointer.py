@@ -1,4 +1,4 @@
-"""Saving and resuming a run: asynchronous checkpoints, which a thread writes from a copy while training continues."""
+"""Saving and resuming a run: asynchronous checkpoints, which a thread writes while training continues."""
 
 from __future__ import annotations
 
@@ -29,8 +29,7 @@ _DATA_ORDER_FIELDS = ("seed", "tokens_per_batch", "attribute_dropout", "stages")
 
 
 class Checkpointer:
-    """Saves and restores a run: the weights of a plain model, which may be sharded, a `TrainerState`, and every
-    registered object.
+    """Saves and restores a run: weights, which may be sharded, a `TrainerState`, and every registered object.
 
     Args:
         info: ``config``, ``data``, ``processes``, ``device`` and ``identity`` of the run, compared on resuming.
@@ -55,12 +54,12 @@ class Checkpointer:
         self._copies = {use: CpuCopy() for use in ("weights", "tensors", "export")}
 
     def register(self, name: str, stateful: Stateful) -> None:
-        """Adds an object's state to every checkpoint, under a name that must stay the same."""
+        """Adds an object's state to every checkpoint; its name must stay the same."""
         assert name not in self._registered and "/" not in name, name
         self._registered[name] = stateful
 
     def save(self, state: TrainerState) -> Path:
-        """Writes the checkpoint of this step, unless it exists, and removes old ones. All processes call it."""
+        """Writes this step's checkpoint, unless it exists, and removes old ones. All processes call it."""
         path = checkpoint_path(self.run_dir, state.step)
         if self._saved == path:
             return path
@@ -77,25 +76,24 @@ class Checkpointer:
         return path
 
     def export(self) -> None:
-        """Writes the current model to the run's folder, where `load_model` finds it. All processes call it."""
+        """Writes the model to the run's folder, for `load_model`. All processes call it."""
         weights = self._copy("export", self._weights())
         self._submit(partial(export_model, self.run_dir, self.model, self.tokenizer, weights))
 
     @property
     def is_writing(self) -> bool:
-        """Whether a write is not finished yet."""
         return self._writer.busy
 
     def check(self) -> None:
-        """Raises the `CheckpointError` of a write that has failed; never waits."""
+        """Raises the `CheckpointError` of a failed write; never waits."""
         self._writer.check()
 
     def wait(self) -> None:
-        """Waits until everything is written, and raises the first `CheckpointError`."""
+        """Waits for all writes, and raises the first `CheckpointError`."""
         self._writer.wait()
 
     def close(self) -> None:
-        """Waits at the end of a run that may have failed already: the error of a write is shown, not raised."""
+        """Waits; shows the error of a write instead of raising it, since the run may have failed already."""
         try:
             self.wait()
         except CheckpointError as error:
@@ -107,7 +105,7 @@ class Checkpointer:
         return checkpoints.latest_checkpoint(self.run_dir, self._notify)
 
     def _copy(self, use: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The full tensors on the main process, {} on the others. Copies, if a thread is to read them."""
+        """The full tensors on the main process, {} on the others. Copies, if a thread reads them."""
         full: dict[str, torch.Tensor] = {}
         if self._is_main and self._writer.has_thread:
             self.wait()
@@ -139,7 +137,7 @@ class Checkpointer:
         checkpoints.prune_checkpoints(self.run_dir, self._keep, best_step, self._notify)
 
     def restore(self, resume: str | Path | None, overwrite: bool = False) -> TrainerState:
-        """Restores the model and all registered objects from a checkpoint; arguments as in `Trainer.train`.
+        """Restores the model and all registered objects; arguments as in `Trainer.train`.
 
         Raises:
             ValueError: ``resume`` is None, and there are checkpoints that a new run would overwrite.
@@ -172,7 +170,7 @@ class Checkpointer:
         return state
 
     def drop_later(self, step: int) -> None:
-        """Removes checkpoints after ``step``, which the run writes again."""
+        """Removes checkpoints after ``step``."""
         if self._is_main:
             checkpoints.drop_later(self.run_dir, step)
 
@@ -217,7 +215,7 @@ class Checkpointer:
         return folder
 
     def _compare(self, metadata: Mapping[str, Any]) -> None:
-        """Warns of differences from the checkpoint's run that change the order of data or the rounding."""
+        """Warns of differences that change the order of data or the rounding."""
         then, now = metadata["config"], self._metadata["config"]
         changed = [name for name in _DATA_ORDER_FIELDS if then.get(name) != now[name]]
         if metadata["data"].get("train_sha256") != self._metadata["data"]["train_sha256"]:
@@ -234,15 +232,17 @@ class Checkpointer:
 
 
 class CpuCopy:
-    """Copies tensors to CPU buffers that are kept between saves (page faults of fresh memory cost more than the copy);
-    for tensors on CUDA the buffers are pinned, for asynchronous copies."""
+    """Copies tensors to CPU buffers that are kept: page faults of fresh memory cost more than the copy.
+
+    For tensors on CUDA the buffers are pinned, for asynchronous copies.
+    """
 
     def __init__(self) -> None:
         self._buffers: dict[str, torch.Tensor] = {}
 
     @torch.no_grad()
     def take(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Copies of the full tensors, one for tied weights. They overwrite those of the last call."""
+        """Copies of the full tensors, one for tied weights; the next call overwrites them."""
         copies: dict[str, torch.Tensor] = {}
         for name, first, tensor in gather_each(tensors):
             if tensor is not None:
@@ -272,7 +272,7 @@ def gather_each(tensors: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, str,
 
 
 class Background:
-    """A thread that runs queued work in order, for which the interpreter waits when it exits; or none: at once."""
+    """A thread that runs work in order, for which the interpreter waits at exit; or none: at once."""
 
     def __init__(self, has_thread: bool) -> None:
         self.has_thread = has_thread
@@ -287,11 +287,10 @@ class Background:
 
     @property
     def busy(self) -> bool:
-        """Whether queued work is not done yet."""
         return any(not future.done() for future in self._pending)
 
     def check(self) -> None:
-        """Raises the error of finished work; never waits."""
+        """Raises the error of finished work."""
         while self._pending and self._pending[0].done():
             self._pending.pop(0).result()
 

@@ -1,6 +1,4 @@
-"""Several processes (GPUs or machines): data parallel (DDP), sharded (FSDP2) and expert parallel models, agreement
-between processes, and a heartbeat that notices a dead machine.
-"""
+"""Several processes: data parallel (DDP), sharded (FSDP2) and expert parallel models, agreement, and a heartbeat."""
 
 from __future__ import annotations
 
@@ -82,7 +80,7 @@ class Replicated:
     """Data parallel: every process has the whole model (DistributedDataParallel). Base of the other strategies.
 
     Args:
-        model: plain model, distributed in place: optimizers are made after this.
+        model: distributed in place: optimizers are made after this.
 
     Attributes:
         wrapped: module that training calls. Validation and saving use the plain model.
@@ -105,25 +103,28 @@ class Replicated:
         self.accelerator.backward(loss * self.accelerator.num_processes)  # undoes DDP's mean over processes
 
     def clip(self, limit: float) -> torch.Tensor:
-        """Clips the global gradient norm to ``limit`` after the last backward of a step. Returns the norm before, a
-        0-dimensional tensor equal on all processes."""
+        """Clips the global gradient norm after the last backward of a step.
+
+        Returns the norm before, a 0-dimensional tensor equal on all processes.
+        """
         return clip_grad_norm(self.model.parameters(), limit)
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """While open the plain model may be called in eval mode; equally often on every process if it is sharded."""
+        """While open, the plain model is in eval mode; if it is sharded, all processes must call it equally often."""
         self.model.eval()
         yield
 
     def full_model(self) -> PreTrainedModel | None:
-        """On the main process, an unsharded model with the current weights in eval mode; None on the others. All must
-        call it."""
+        """On the main process an unsharded model in eval mode; None on the others. All must call it."""
         return self.model.eval() if self.accelerator.is_main_process else None
 
 
 class Sharded(Replicated):
-    """Fully sharded data parallel (FSDP2, ZeRO-3): every process has a shard of each weight, gradient and optimizer
-    state. The weights of a block are all-gathered when it is computed, and freed after."""
+    """Fully sharded data parallel (FSDP2, ZeRO-3): every process has a shard of weights, gradients and optimizer state.
+
+    The weights of a block are all-gathered when it is computed, and freed after.
+    """
 
     def __init__(self, model: PreTrainedModel, accelerator: Accelerator, compile: bool):
         self._class = type(model)
@@ -134,13 +135,13 @@ class Sharded(Replicated):
         return module
 
     def _shard(self, ignored: set[nn.Parameter]) -> None:
-        """Shards each block, and the rest as one more unit."""
+        """Shards each block, and the rest as one unit."""
         world = self.accelerator.num_processes
         mesh = init_device_mesh(self.accelerator.device.type, (world,))
         stacked = {weight for name, weight in self.model.named_parameters() if ".experts." in name}
 
         def placement(weight: nn.Parameter) -> Shard | None:
-            """Shards the first dimension, or the second if the processes cannot share the experts evenly."""
+            """The first dimension, or the second if the processes cannot share the experts evenly."""
             cut_inside = weight in stacked and weight.shape[0] % world and weight.shape[1] % world == 0
             return Shard(1) if cut_inside else None
 
@@ -160,7 +161,7 @@ class Sharded(Replicated):
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
-        """As with DDP; each process keeps its own unsharded gradients until the last backward of the step."""
+        """As with DDP; each process keeps unsharded gradients until the last backward of the step."""
         self._fsdp.set_requires_gradient_sync(False)
         yield
         self._fsdp.set_requires_gradient_sync(True)
@@ -192,8 +193,10 @@ class Sharded(Replicated):
 
 
 class ExpertParallel(Sharded):
-    """Every process has some whole experts, to which tokens are sent by all-to-all (`models.expert_parallel`); the rest
-    of the model is sharded. Several groups of processes may have all experts each, whose gradients are all-reduced."""
+    """Every process has some whole experts, to which tokens are sent by all-to-all; the rest of the model is sharded.
+
+    Several groups of processes may have all experts each, whose gradients are all-reduced.
+    """
 
     def _wrap(self, module: nn.Module) -> nn.Module:
         config, world = self.model.config, self.accelerator.num_processes
@@ -221,7 +224,7 @@ def seed_dropout(seed: int, step: int, rank: int) -> None:
 
 
 def max_over_processes(accelerator: Accelerator, values: list[float]) -> list[float]:
-    """Maximum of each value over the processes, in float64."""
+    """Maximum over the processes, in float64."""
     mine = torch.tensor([values], device=accelerator.device, dtype=torch.float64)
     return cast(list[float], cast(torch.Tensor, accelerator.gather(mine)).amax(0).tolist())
 
@@ -244,7 +247,7 @@ def agree(accelerator: Accelerator, seconds: float, stop: bool, due: bool, secon
 
 
 def is_lost_process(error: BaseException) -> bool:
-    """Whether an error means that another process is gone; gloo and NCCL have no class of their own for it."""
+    """Whether another process is gone; gloo and NCCL have no class of their own for it."""
     text = str(error)
     return isinstance(error, torch.distributed.DistError) or "gloo" in text or "NCCL" in text
 
@@ -253,7 +256,7 @@ def is_lost_process(error: BaseException) -> bool:
 
 
 def watch_other_processes(accelerator: Accelerator) -> AbstractContextManager[object]:
-    """A `Heartbeat` of this process, or nothing where it is alone."""
+    """A `Heartbeat`, or nothing for a single process."""
     if accelerator.num_processes == 1:
         return nullcontext()
     address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
@@ -265,11 +268,11 @@ class Heartbeat:
     """While open, ends this process when another one has been silent for too long.
 
     The main thread then most likely waits for the other inside PyTorch, where no exception reaches it. So a thread
-    ends the process, as NCCL's own watchdog does; checkpoints are atomic, so nothing is lost.
+    ends the process, as NCCL's watchdog does; checkpoints are atomic, so nothing is lost.
 
     Args:
         address: host and port of the process group's store.
-        timeout: seconds of silence after which a process counts as lost.
+        timeout: seconds of silence.
         end: called with the rank of the lost process.
     """
 

@@ -1,6 +1,4 @@
-"""Training losses: cross-entropy with label smoothing, and knowledge distillation from a teacher model or from its
-cached top logits.
-"""
+"""Training losses: cross-entropy, and knowledge distillation from a teacher model or its cached top logits."""
 
 from __future__ import annotations
 
@@ -54,7 +52,7 @@ def make_loss(
 
 
 def _vocabulary(tokenizer: PreTrainedTokenizerBase) -> object:
-    """Everything that decides how a text becomes ids."""
+    """What decides how a text becomes ids."""
     special_ids = tokenizer.bos_token_id, tokenizer.eos_token_id
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         return type(tokenizer), tokenizer.get_vocab(), special_ids
@@ -74,7 +72,7 @@ class CausalLoss:
         self.smoothing = smoothing
 
     def prepare(self, batch: PackedBatch) -> None:
-        """Called before the forward of each packed batch, which is on the model's device."""
+        """Called before the forward of each packed batch, on the model's device."""
 
     def __call__(
         self,
@@ -93,7 +91,7 @@ class CausalLoss:
             labels: (..., S) int64, shifted here unless ``shift_labels`` is given.
             num_items_in_batch: divisor of the sum; None for the number of labels.
             ignore_index: label of positions without one.
-            shift_labels: (..., S), labels that are shifted already.
+            shift_labels: (..., S), shifted already.
         """
         if shift_labels is None:
             shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
@@ -104,7 +102,6 @@ class CausalLoss:
     def _per_item(
         self, logits_LV: torch.Tensor, targets_L: torch.Tensor, items: torch.Tensor | int, ignore_index: int
     ) -> torch.Tensor:
-        """The sum of the losses over ``items``."""
         total = F.cross_entropy(
             logits_LV.float(), targets_L, ignore_index=ignore_index, reduction="sum", label_smoothing=self.smoothing
         )
@@ -115,7 +112,7 @@ class DistillationLoss(CausalLoss):
     """Knowledge distillation: ``(1 - w) * cross-entropy + w * t^2 * KL`` of teacher and student at temperature t.
 
     Hinton et al. 2015, Distilling the Knowledge in a Neural Network; with the reverse KL, Gu et al. 2024, MiniLLM. The
-    factor t^2 keeps the scale of the gradients. The teacher runs on the same packed batches as the student.
+    factor t^2 keeps the scale of the gradients.
 
     Args:
         teacher: model in eval mode, on the student's device and with its vocabulary.
@@ -149,8 +146,8 @@ class DistillationLoss(CausalLoss):
 class TopLogitsLoss(CausalLoss):
     """`DistillationLoss` from top-K logits that were cached while the teacher generated the names.
 
-    The divergence is over K + 1 outcomes: the K most likely tokens, and the rest of the vocabulary as one. Other labels
-    have the cross-entropy alone.
+    The divergence is over K + 1 outcomes: the K most likely tokens, and the rest of the vocabulary. Other labels have
+    the cross-entropy alone.
     """
 
     def __init__(self, smoothing: float, top_logits: TopLogits, weight: float, kl: Direction) -> None:
@@ -190,14 +187,14 @@ def top_divergence(student_LK: torch.Tensor, teacher_LK: torch.Tensor, kl: Direc
 
 
 def _log_rest(log_probs_LK: torch.Tensor) -> torch.Tensor:
-    """Log-probability of the rest of the vocabulary, (L, 1); at least -10, for float16 rounds the sum of the K."""
+    """(L, 1) log-probability of the rest; at least -10, for float16 rounds the sum of the K."""
     return (1 - log_probs_LK.exp().sum(-1, keepdim=True)).clamp(min=4.5e-5).log()
 
 
 def kl_divergence(
     student_LV: torch.Tensor, teacher_LV: torch.Tensor, temperature: float, kl: Direction
 ) -> torch.Tensor:
-    """KL divergence in nats, (L,), of logits that are divided by the temperature; computed in at least float32."""
+    """KL divergence in nats, (L,), at a temperature; computed in at least float32."""
     dtype = torch.promote_types(student_LV.dtype, torch.float32)
     student_LV = (student_LV.to(dtype) / temperature).log_softmax(-1)
     teacher_LV = (teacher_LV.to(dtype) / temperature).log_softmax(-1)

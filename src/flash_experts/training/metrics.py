@@ -39,7 +39,7 @@ def training_metrics(
     share: float,
     measured: Mapping[str, float],
 ) -> dict[str, float]:
-    """A line of training metrics: ``rate`` is the last learning rate, ``share`` (0 to 1) of the run is done."""
+    """A line of metrics: ``rate`` is the last learning rate, ``share`` (0 to 1) of the run is done."""
     metrics: dict[str, float] = {
         "step": state.step,
         "epoch": round(epoch, 4),
@@ -58,7 +58,7 @@ def training_metrics(
 
 
 class LoggingWindow:
-    """Sums of losses since the last line of metrics, kept on the device, so that adding to them does not synchronize.
+    """Sums of losses since the last line of metrics, on the device, so that adding to them does not synchronize.
 
     Bits per character follow from the loss if it is plain cross-entropy (``is_code_length``).
     """
@@ -72,7 +72,7 @@ class LoggingWindow:
         self._balancing: list[str] = []  # names of those that the model has
 
     def add_step(self, loss: torch.Tensor, grad_norm: torch.Tensor, is_bad: torch.Tensor) -> None:
-        """Counts a step, unless it is bad and thus skipped. All arguments are 0-dimensional."""
+        """Counts a step, unless it is bad. All arguments are 0-dimensional."""
         total, steps, _ = self._sums[:3]
         added = torch.stack([total + loss, steps + 1, grad_norm.to(total.dtype)])
         added = torch.cat([added, self._sums[3:] + self._forwards_of_step])
@@ -166,14 +166,13 @@ class SpeedMeter:
 
     @contextmanager
     def pause(self) -> Iterator[None]:
-        """Time while this is open does not count."""
+        """Time in it does not count."""
         start = time.perf_counter()
         yield
         self._paused += time.perf_counter() - start
 
     def metrics(self) -> dict[str, float]:
-        """``tokens_per_second``, ``peak_memory_gib`` of this process, and ``mfu`` (model FLOPs utilization) if the peak
-        is known; starts a new window."""
+        """``tokens_per_second``, ``peak_memory_gib`` of this process, ``mfu`` if the peak is known; starts again."""
         seconds = max(1e-9, time.perf_counter() - self._start - self._paused)
         metrics = {"tokens_per_second": round(self._tokens / seconds, 1)} | peak_memory(self._device)
         if self._peak is not None:
@@ -183,8 +182,7 @@ class SpeedMeter:
 
 
 def multiplied_parameters(model: PreTrainedModel) -> dict[str, int]:
-    """Counts weights: ``total``; ``body``, those that multiply a token in the blocks (its k experts alone); ``head``,
-    the output layer's.
+    """Counts weights: ``total``; ``body``, which multiply a token in the blocks (k experts); ``head``, the output's.
 
     ``body_flops`` per token and ``head_flops`` per label are training FLOPs per weight: 2 for the forward, 2 for the
     gradient of its input, if anything before it is trained, and 2 for its own, if it is trained.
@@ -207,7 +205,7 @@ def multiplied_parameters(model: PreTrainedModel) -> dict[str, int]:
 
 
 def expert_shares(model: nn.Module) -> dict[nn.Parameter, float]:
-    """Maps each parameter of routed experts to the share of it that is active per token (k of E experts)."""
+    """Share of each routed expert's parameter that is active per token (k of E experts)."""
     shares: dict[nn.Parameter, float] = {}
     for layer in model.modules():
         if isinstance(layer, MoELayer):
@@ -217,12 +215,12 @@ def expert_shares(model: nn.Module) -> dict[nn.Parameter, float]:
 
 
 def training_flops(counts: dict[str, int], tokens: int, labels: int) -> float:
-    """FLOPs of forward and backward from `multiplied_parameters`, without attention's own matmuls: names are short."""
+    """FLOPs of forward and backward, without attention's own matmuls: names are short."""
     return float(counts["body_flops"] * tokens + counts["head_flops"] * labels)
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """The device's dense bfloat16 FLOP/s by its data sheet; None if unknown."""
+    """Dense bfloat16 FLOP/s by data sheet; None if unknown."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
@@ -230,7 +228,7 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 def peak_memory(device: torch.device) -> dict[str, float]:
-    """``peak_memory_gib`` since the process began: tensors on a GPU, the whole process on a CPU; empty if unknown."""
+    """``peak_memory_gib`` since the process began: tensors on a GPU, the process on a CPU; {} if unknown."""
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(device)
     elif device.type == "cpu" and sys.platform != "win32":

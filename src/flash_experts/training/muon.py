@@ -1,7 +1,7 @@
 """The Muon optimizer (Keller Jordan 2024, https://kellerjordan.github.io/posts/muon/): orthogonalized momentum.
 
-Unlike torch.optim.Muon it takes stacked matrices: experts' weights, (E, D, F), and GPT-2's c_attn, (D, 3 D), which is
-query, key and value side by side. Each matrix is orthogonalized by itself.
+Unlike torch.optim.Muon it orthogonalizes each matrix of a stack: experts' weights, (E, D, F), and GPT-2's c_attn,
+(D, 3 D), which is query, key and value side by side.
 
 Shape suffixes: N matrices of a batch, R rows, C columns.
 """
@@ -24,9 +24,8 @@ _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 def orthogonalize(matrices_NRC: torch.Tensor, steps: int = 5, dtype: torch.dtype | None = None) -> torch.Tensor:
     """Newton-Schulz iteration: singular vectors stay, singular values go to about 1.
 
-    Args:
-        matrices_NRC: floating type, as the result.
-        dtype: type of the matmuls: None for that of the matrices. The iteration tolerates the rounding of bfloat16.
+    The result has the input's dtype; ``dtype`` is that of the matmuls (None for the same), which may be bfloat16: the
+    iteration tolerates its rounding.
     """
     first, third, fifth = _COEFFICIENTS
     x = matrices_NRC.to(dtype or matrices_NRC.dtype)
@@ -46,8 +45,8 @@ class Muon(torch.optim.Optimizer):
     (Liu et al. 2025, Muon is scalable for LLM training, section 2.2).
 
     Args:
-        groups: parameter groups; ``blocks`` is the number of matrices side by side in a parameter of two dimensions.
-        dtype: type of the matmuls in `orthogonalize`.
+        groups: ``blocks`` is the number of matrices side by side in a parameter of two dimensions.
+        dtype: of the matmuls in `orthogonalize`.
     """
 
     def __init__(
@@ -83,7 +82,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def _direction(gradient: torch.Tensor, blocks: int, dtype: torch.dtype | None) -> tuple[torch.Tensor, int]:
-    """This process's shard of the orthogonal update, and the longer side of its matrices."""
+    """This process's shard of the update, and its matrices' longer side."""
     is_whole = holds_whole_matrices(gradient)  # a shard of a matrix cannot be orthogonalized by itself
     matrices = local_shard(gradient) if is_whole else gather_full(gradient)
     matrices_NRC = as_matrices(matrices, blocks)
@@ -92,7 +91,7 @@ def _direction(gradient: torch.Tensor, blocks: int, dtype: torch.dtype | None) -
 
 
 def as_matrices(tensor: torch.Tensor, blocks: int) -> torch.Tensor:
-    """Views (R, blocks C) or (N, R, C) as a batch of matrices (N, R, C)."""
+    """Views (R, blocks C) or (N, R, C) as matrices (N, R, C)."""
     if tensor.ndim == 3:
         return tensor
     return tensor.unflatten(-1, (blocks, -1)).transpose(0, 1)

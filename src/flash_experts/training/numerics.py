@@ -19,9 +19,7 @@ MOST_SKIPS_IN_A_ROW = 20
 
 
 def use_bfloat16(precision: str, device: torch.device) -> bool:
-    """Whether forwards run under bfloat16 autocast.
-
-    Weights and optimizer state stay in float32.
+    """Whether forwards run under bfloat16 autocast; weights and optimizer state stay float32.
 
     Raises:
         ValueError: the GPU has no bfloat16.
@@ -33,7 +31,7 @@ def use_bfloat16(precision: str, device: torch.device) -> bool:
 
 
 def check_dtype(model: PreTrainedModel) -> PreTrainedModel:
-    """Returns the same model; raises a ValueError if its weights are not float32 (16 bits lose AdamW's small steps)."""
+    """Returns the model; ValueError unless its weights are float32 (16 bits lose AdamW's small steps)."""
     if any(parameter.dtype != torch.float32 for parameter in model.parameters()):
         raise ValueError("the model's weights must be float32 to train: load it with dtype=torch.float32")
     return model
@@ -63,8 +61,8 @@ def deterministic_algorithms(wanted: bool) -> Iterator[None]:
 class FiniteGuard:
     """The NaN/Inf check of loss and gradient norm before each update; a bad step on one process is bad for all.
 
-    On a GPU reading the flag would synchronize at every step: the fused optimizer gets it as a tensor and skips by
-    itself, and the host reads it at the next line of metrics. With ``stop``, no later update is applied either.
+    On a GPU reading the flag would synchronize: the fused optimizer gets it as a tensor and skips by itself, and the
+    host reads it at the next line of metrics. With ``stop``, no later update is applied either.
     """
 
     def __init__(self, stop: bool, device: torch.device, world: int):
@@ -86,7 +84,7 @@ class FiniteGuard:
         return is_bad
 
     def update(self, optimizer: torch.optim.Optimizer, is_bad: torch.Tensor) -> bool:
-        """Passes the flag to the optimizer. Returns whether its ``step`` is to be called."""
+        """Passes the flag to the optimizer; returns whether to call its ``step``."""
         found_bad = self._any_bad if self._stop else is_bad
         # torch's fused optimizers skip where `found_inf` is 1, which is GradScaler's way too.
         if self._on_cpu or not getattr(optimizer, "_step_supports_amp_scaling", False):
@@ -95,7 +93,7 @@ class FiniteGuard:
         return True
 
     def bad_steps(self) -> list[int]:
-        """The bad steps among those checked since the last call. Waits for the device."""
+        """Bad steps since the last call. Waits for the device."""
         if not self._unread:
             return []
         flags = torch.stack([flag for _, flag in self._unread]).tolist()
@@ -109,7 +107,7 @@ def names_in(batch: Sequence[EncodedName], tokenizer: PreTrainedTokenizerBase) -
 
 
 def write_bad_batch(run_dir: Path, step: int, names: Sequence[str]) -> Path:
-    """Writes the names of the batch that a run stopped at, for inspection."""
+    """Writes the names of the batch at which a run stopped."""
     path = run_dir / f"bad-batch-{step:06d}.json"
     text = json.dumps({"step": step, "names": list(names)}, indent=2, ensure_ascii=False)
     path.write_text(text + "\n", encoding="utf-8")

@@ -25,14 +25,14 @@ _EMBEDDINGS = ("wte.weight", "wpe.weight")
 
 
 def part_of(name: str) -> str:
-    """The part of the model (`PARTS`) that a parameter belongs to. Shared experts get every token: they are dense."""
+    """The part of the model (`PARTS`) of a parameter. Shared experts get every token: they are dense."""
     if ".router." in name:
         return "router"
     return "experts" if ".experts." in name else "dense"
 
 
 def freeze_parts(model: nn.Module, scale: LearningRateScale) -> None:
-    """Freezes the parts whose scale is 0, in the model itself.
+    """Freezes the parts whose scale is 0.
 
     Raises:
         ValueError: the model lacks a part that has a scale, or nothing is left to train.
@@ -90,7 +90,7 @@ def make_optimizers(model: nn.Module, config: TrainingConfig) -> dict[str, torch
 
 
 class _Groups:
-    """Parameter groups, one for each distinct set of settings."""
+    """Parameter groups, one per set of settings."""
 
     def __init__(self) -> None:
         self._groups: dict[tuple[object, ...], dict[str, Any]] = {}
@@ -111,7 +111,7 @@ def _is_matrix(name: str, parameter: nn.Parameter) -> bool:
 
 
 def _is_hidden_matrix(name: str, parameter: nn.Parameter) -> bool:
-    """Whether Muon is for it. Routers and embeddings are tables of vectors, not maps between spaces."""
+    """Routers and embeddings are tables of vectors, not maps between spaces: not for Muon."""
     return _is_matrix(name, parameter) and part_of(name) != "router" and _BLOCK.search(name) is not None
 
 
@@ -119,7 +119,7 @@ def _is_hidden_matrix(name: str, parameter: nn.Parameter) -> bool:
 
 
 def _scales(model: nn.Module, config: TrainingConfig) -> dict[str, float]:
-    """Each parameter's factor of the learning rate: the scale of its part times the decay of its layer."""
+    """Factors of the learning rate: the part's scale times the layer's decay."""
     names = [name for name, _ in model.named_parameters()]
     blocks = {name: int(match[1]) for name in names if (match := _BLOCK.search(name))}
     num_blocks = 1 + max(blocks.values(), default=-1)
@@ -131,14 +131,14 @@ def _scales(model: nn.Module, config: TrainingConfig) -> dict[str, float]:
 
 
 def set_rates(optimizers: Iterable[torch.optim.Optimizer], rate: float) -> None:
-    """Sets each group's learning rate: the rate of the step times the group's scale."""
+    """Sets each group's learning rate to ``rate`` times its scale."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = rate * group["scale"]
 
 
 def part_rates(scale: LearningRateScale, rate: float) -> dict[str, float]:
-    """Metrics ``lr/router`` and so on; empty if all parts have the rate of the schedule."""
+    """Metrics ``lr/router`` etc.; empty if all parts have the schedule's rate."""
     scales = {part: getattr(scale, part) for part in PARTS}
     if all(factor == 1 for factor in scales.values()):
         return {}
@@ -156,8 +156,8 @@ class Schedule:
         kind: cosine, linear, constant or wsd (warmup-stable-decay).
         warmup: steps (1 or more) or share of the run (under 1).
         min_ratio: last rate over the peak.
-        planned_steps: steps of the whole run; None for no limit.
-        planned_seconds: seconds of the whole run; None for no limit.
+        planned_steps: None for no limit.
+        planned_seconds: None for no limit.
         decay_share: last share of the run, in which wsd decays.
     """
 
@@ -170,7 +170,7 @@ class Schedule:
 
     @classmethod
     def of(cls, config: TrainingConfig, planned_steps: int | None) -> Schedule:
-        """The schedule of a run; ``planned_steps`` is the number of steps of its epochs, None if they set no limit."""
+        """A run's schedule; ``planned_steps`` is that of its epochs, None if they set no limit."""
         steps = [limit for limit in (config.max_steps, planned_steps) if limit is not None]
         return cls(
             kind=config.schedule,
@@ -196,7 +196,7 @@ class Schedule:
         return min(1.0, max(0.0, by_steps, by_clock))
 
     def factor(self, step: int, seconds: float, evaluation_seconds: float = 0.0) -> float:
-        """Learning rate of the step after ``step`` finished ones, over the peak. Arguments as in `progress`."""
+        """Learning rate after ``step`` steps, over the peak. Arguments as in `progress`."""
         progress = self.progress(step, seconds, evaluation_seconds)
         if self.warmup >= 1:
             warm, warm_end = (step + 1) / self.warmup, self.warmup / (self.planned_steps or math.inf)
@@ -227,8 +227,8 @@ class Schedule:
 class WeightAverage:
     """Exponential moving average (EMA) of the trained weights: ``a = d a + (1 - d) w`` after each step.
 
-    ``d = min(decay, (1 + n) / (10 + n))`` after n steps, so that the first, bad weights are soon forgotten (the warmup
-    of TensorFlow's ExponentialMovingAverage). About the last 1 / (1 - decay) steps count.
+    ``d = min(decay, (1 + n) / (10 + n))`` after n steps, so that the first, bad weights are soon forgotten (as in
+    TensorFlow's ExponentialMovingAverage). About the last 1 / (1 - decay) steps count.
     """
 
     def __init__(self, model: nn.Module, decay: float):
@@ -237,19 +237,19 @@ class WeightAverage:
         self._averages = {name: weight.detach().clone() for name, weight in self._weights.items()}
 
     def decay_after(self, step: int) -> float:
-        """d after ``step`` optimizer steps."""
+        """d after ``step`` steps."""
         return min(self._decay, (1 + step) / (10 + step))
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Updates the averages after optimizer step ``step`` (from 1)."""
+        """Updates the averages after step ``step`` (from 1)."""
         weights = [local_shard(weight) for weight in self._weights.values()]
         averages = [local_shard(average) for average in self._averages.values()]
         torch._foreach_lerp_(averages, weights, 1 - self.decay_after(step))
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """While open, the model has the averages; after it its own weights again, to the bit."""
+        """While open, the model has the averages; after it its own weights, to the bit."""
         self._swap()
         try:
             yield

@@ -1,4 +1,4 @@
-"""Reporting: sends the events of a run to metrics.jsonl, the progress bar on stderr, and the callbacks."""
+"""Reporting: the events of a run in metrics.jsonl, the progress bar, and callbacks."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from flash_experts.training.validation import BITS_PER_CHAR, SELECTION
 
 
 class Reporter:
-    """Sends the events of a run to metrics.jsonl, the progress bar and the callbacks, on the main process alone."""
+    """Sends events to metrics.jsonl, the progress bar and the callbacks, on the main process alone."""
 
     def __init__(
         self,
@@ -42,7 +42,7 @@ class Reporter:
         }
 
     def start(self, step: int, run_info: Mapping[str, object], tracker: Callback | None) -> None:
-        """Removes metrics after ``step`` and starts the display and the callbacks."""
+        """Removes metrics after ``step``; starts the display and the callbacks."""
         if self.is_main:
             self._file.truncate(step)
             if tracker is not None:
@@ -55,7 +55,7 @@ class Reporter:
         self.display.notify(text)
 
     def log(self, metrics: Mapping[str, float], share: float) -> None:
-        """Reports training metrics; ``share`` (0 to 1) of the run is done."""
+        """Reports metrics; ``share`` (0 to 1) of the run is done."""
         if self.is_main:
             self._file.append("train", metrics)
         for callback in self._callbacks:
@@ -63,7 +63,7 @@ class Reporter:
         self.display.update(share, metrics)
 
     def stage_begins(self, plan: Sequence[PlannedStage], planned: PlannedStage) -> None:
-        """Reports that a stage of the curriculum begins with the next step."""
+        """Reports that a stage begins with the next step."""
         if self.is_main:
             self._file.append("stage", {"step": planned.first_step + 1, "stage": planned.stage.name})
         place = f"stage {plan.index(planned) + 1} of {len(plan)}, {planned.stage.name}"
@@ -71,7 +71,7 @@ class Reporter:
         self.notify(f"{place}: {len(planned.cards):,} names, {length}")
 
     def skipped(self, step: int, names: Sequence[str]) -> None:
-        """Reports a step that was skipped, since its loss or gradient was not finite."""
+        """Reports a step skipped for a non-finite loss or gradient."""
         if self.is_main:
             self._file.append("skipped", {"step": step, "names": list(names)})
         self.notify(
@@ -113,7 +113,7 @@ class Reporter:
 
 
 class ProgressDisplay:
-    """Progress on stderr: a bar by `rich` if stderr is a terminal, else lines."""
+    """A bar by `rich` if stderr is a terminal, else lines."""
 
     def __init__(self, enabled: bool = True):
         self.enabled = enabled
@@ -132,7 +132,7 @@ class ProgressDisplay:
         self._bar.start()
 
     def update(self, share: float, metrics: Mapping[str, float]) -> None:
-        """Shows a line of metrics, with ``share`` (0 to 1) of the run done."""
+        """Shows a line of metrics; ``share`` (0 to 1) of the run is done."""
         line = metrics_line(metrics)
         if self._bar is None:
             self.notify(f"{share:4.0%}  {line}")
@@ -158,7 +158,7 @@ class ProgressDisplay:
 
 @contextmanager
 def _ignore_closed_output() -> Iterator[None]:
-    """Sends all further output to /dev/null if the terminal or the reading program is gone."""
+    """Sends output to /dev/null once the terminal or reading program is gone."""
     try:
         yield
     except OSError:

@@ -94,8 +94,11 @@ MAY_CHANGE = {
 
 
 def check_run_folder(run_dir: Path, overwrite: bool, accelerator: Accelerator) -> None:
-    """Refuses a folder that is neither new nor empty nor a run's (with a lock file or checkpoints), on all processes:
-    raises a ValueError unless ``overwrite`` is given."""
+    """Refuses a folder that is neither new nor empty nor a run's (with a lock file or checkpoints), on all processes.
+
+    Raises:
+        ValueError: unless ``overwrite`` is given.
+    """
     # The main process decides: a late one would find what the main one has begun.
     problem: ValueError | None = None
     is_run = (run_dir / LOCK_FILE).is_file() or checkpoint_steps(run_dir)
@@ -112,10 +115,10 @@ def check_run_folder(run_dir: Path, overwrite: bool, accelerator: Accelerator) -
 
 
 class RunLock:
-    """While open, no second trainer can use the run's folder, which is created; entering raises a ValueError if another
-    process trains into it.
+    """While open, no second trainer can use the run's folder, which is created.
 
-    The main process holds a lock (``flock``), which ends with it.
+    The main process holds a lock (``flock``), which ends with it. Entering raises a ValueError if another process
+    trains into the folder.
     """
 
     def __init__(self, run_dir: Path, accelerator: Accelerator):
@@ -147,7 +150,6 @@ class RunLock:
         self._lock.release()
 
     def _remove_if_nothing_was_written(self) -> None:
-        """Removes the folder of a run that failed before its first file."""
         checkpoints = self._run_dir / "checkpoints"
         if [*self._run_dir.iterdir()] == [checkpoints] and [*checkpoints.iterdir()] == [self._run_dir / LOCK_FILE]:
             (self._run_dir / LOCK_FILE).unlink()
@@ -177,8 +179,7 @@ def describe_data(train: Sequence[Card], validation: Sequence[Card], meta: Mappi
 def identity(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, validation_sha256: str | None
 ) -> dict[str, Any]:
-    """What must be equal when a run is resumed: SHA-256 of tokenizer and validation names, and the model configuration
-    without `MAY_CHANGE`."""
+    """What must be equal on resuming: tokenizer, validation names, and model configuration without `MAY_CHANGE`."""
     config = model.config.to_dict()
     kept = {name: value for name, value in config.items() if name not in MAY_CHANGE and not name.startswith("_")}
     return {
@@ -213,7 +214,7 @@ def describe_run(
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python, the platform and the packages that can change results."""
+    """Versions of Python, the platform and packages that can change results."""
     found = {"python": platform.python_version(), "platform": platform.platform()}
     for package in _PACKAGES:
         try:
@@ -224,7 +225,7 @@ def versions() -> dict[str, str]:
 
 
 def git_commit() -> str | None:
-    """Commit of this package's source, with "+" if files differ from it; None outside a checkout."""
+    """Commit of this package's source, "+" if files differ; None outside a checkout."""
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(Path(__file__).parent), *arguments]
@@ -245,8 +246,10 @@ def write_run_info(path: Path, info: dict[str, Any]) -> None:
 
 # A card without this line is the user's own.
 def write_run_card(run_dir: Path, info: Mapping[str, Any], result: TrainingResult, overwrite: bool = False) -> None:
-    """Writes the card of the model in a run's folder from ``info``, what run.json holds; nothing if there is no model
-    yet, or a card of the user's own without ``overwrite``."""
+    """Writes the model's card in a run's folder from ``info``, what run.json holds, if there is a model.
+
+    A card of the user's own stays without ``overwrite``.
+    """
     path = run_dir / CARD
     if not (run_dir / CONFIG).is_file():
         return

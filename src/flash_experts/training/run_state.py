@@ -1,5 +1,4 @@
-"""The state of a run: how far it is, why it ends (limits, early stopping, signals), the errors that stop it, and the
-``state_dict`` protocol of what a checkpoint keeps besides the weights and `TrainerState`."""
+"""The state of a run: how far it is, why it ends, the errors that stop it, and the ``state_dict`` protocol."""
 
 from __future__ import annotations
 
@@ -47,14 +46,14 @@ class TrainerState:
     last_skipped: int = 0
 
     def skip(self, step: int) -> int:
-        """Counts a skipped step. Returns how many in a row that makes."""
+        """Counts a skipped step; returns how many in a row."""
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if step == self.last_skipped + 1 else 1
         self.last_skipped = step
         self.skipped_steps += 1
         return self.skipped_in_a_row
 
     def validated(self, bits_per_char: float) -> bool:
-        """Records the validation metric of this step. Returns whether it is a new best."""
+        """Records a validation; returns whether it is a new best."""
         if self.best_bits_per_char is not None and bits_per_char >= self.best_bits_per_char:
             self.bad_evaluations += 1
             return False
@@ -68,7 +67,7 @@ def checkpoint_path(run_dir: Path, step: int) -> Path:
 
 
 def reason_to_end(state: TrainerState, schedule: Schedule, patience: int | None) -> str | None:
-    """Why a run is over, or None. It depends on state and configuration alone, so a resumed run decides alike."""
+    """Why a run is over, or None: by state and configuration alone, so a resumed run decides alike."""
     if schedule.planned_steps is not None and state.step >= schedule.planned_steps:
         return "steps"
     seconds = state.seconds + state.evaluation_seconds  # with the validation that is still to come
@@ -153,8 +152,7 @@ class TrainingError(RuntimeError):
 
 
 class NonFiniteLossError(TrainingError):
-    """The loss or its gradient became NaN or infinite: at ``step`` (from 1), with the training names of that step,
-    or in a validation, without names."""
+    """A NaN or infinite loss or gradient, at ``step`` (from 1) with its training names, or in a validation, without."""
 
     def __init__(self, step: int, names: Sequence[str], last_good: Path | None, config: TrainingConfig, bfloat16: bool):
         where = f"in the validation at step {step}"
@@ -175,7 +173,7 @@ class NonFiniteLossError(TrainingError):
 
 
 class LostProcessError(TrainingError):
-    """Another process of the run died, or its machine stopped responding."""
+    """Another process died, or its machine stopped responding."""
 
     def __init__(self, step: int, last_good: Path | None):
         good = f"resume {last_good} with --resume auto" if last_good else "there is no checkpoint yet: start again"
@@ -196,19 +194,20 @@ class OutOfMemoryError(TrainingError):
 
 
 class Stateful(Protocol):
-    """An object whose state is part of a checkpoint, once it is registered with the `Checkpointer`."""
+    """An object that a checkpoint keeps, once registered with the `Checkpointer`."""
 
     def state_dict(self) -> Mapping[str, Any]:
-        """Tensors (sharded ones too) and JSON values by key. Called on every process, so it may gather."""
+        """Tensors (sharded ones too) and JSON values. Called on every process, so it may gather."""
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restores what `state_dict` gave (tensors are full and on the CPU), or raises a ValueError if it does not
-        match."""
+        """Restores what `state_dict` gave (tensors are full and on the CPU); ValueError if it does not match."""
 
 
 class OptimizerState:
-    """The state of AdamW or Muon by parameter names, ``h.0.ln_1.weight|exp_avg``, which, unlike torch's indices, stay
-    right when parameters are grouped differently."""
+    """The state of AdamW or Muon by parameter names, ``h.0.ln_1.weight|exp_avg``.
+
+    Unlike torch's indices, names stay right when parameters are grouped differently.
+    """
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer):
         self._names: dict[torch.Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
@@ -245,14 +244,14 @@ class OptimizerState:
 
 
 def split_state(name: str, state: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Separates the tensors of a state, with keys ``name/key``, from its JSON values."""
+    """The tensors of a state, with keys ``name/key``, and its JSON values."""
     tensors = {f"{name}/{key}": value for key, value in state.items() if isinstance(value, torch.Tensor)}
     values = {key: value for key, value in state.items() if not isinstance(value, torch.Tensor)}
     return tensors, values
 
 
 def join_state(name: str, tensors: Mapping[str, torch.Tensor], values: Mapping[str, Any]) -> dict[str, Any]:
-    """The inverse of `split_state`; ``tensors`` may also have other names' keys."""
+    """The inverse of `split_state`; ``tensors`` may have other names' keys."""
     prefix = name + "/"
     own = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
     return own | dict(values)

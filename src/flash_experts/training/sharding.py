@@ -1,7 +1,7 @@
 """Sharded tensors (PyTorch DTensors) for optimizer, clipping and checkpoints.
 
-Each process holds a shard of a tensor that has the name, shape and value of the full one. Every function here also
-takes ordinary tensors.
+Each process holds a shard of a tensor that has the name, shape and value of the full one. Every function also takes
+ordinary tensors.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 
 def local_shard(tensor: torch.Tensor) -> torch.Tensor:
-    """This process's shard, which shares the memory of the tensor."""
+    """This process's shard, in the tensor's memory."""
     return tensor.to_local().detach() if isinstance(tensor, DTensor) else tensor.detach()
 
 
 def gather_full(tensor: torch.Tensor) -> torch.Tensor:
-    """The full tensor, on every process (all-gather). All of them must call it, in the same order."""
+    """The full tensor, on every process (all-gather). All must call it, in the same order."""
     return tensor.full_tensor().detach() if isinstance(tensor, DTensor) else tensor.detach()
 
 
 def shard_like(full: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Shards ``full``, which every process has, as ``like`` is. Nothing is sent."""
+    """Shards ``full``, which every process has, as ``like``. Nothing is sent."""
     if not isinstance(like, DTensor):
         return full
     mesh = like.device_mesh
@@ -33,7 +33,7 @@ def shard_like(full: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 
 def holds_whole_matrices(tensor: torch.Tensor) -> bool:
-    """Whether no matrix is cut: an ordinary tensor, or a stack of experts' matrices (N, R, C) sharded over N alone."""
+    """Whether no matrix is cut: an ordinary tensor, or experts' matrices (N, R, C) sharded over N alone."""
     if not isinstance(tensor, DTensor):
         return True
     shards = [placement for placement in tensor.placements if not placement.is_replicate()]
@@ -42,7 +42,7 @@ def holds_whole_matrices(tensor: torch.Tensor) -> bool:
 
 @torch.no_grad()
 def clip_grad_norm(parameters: Iterable[torch.Tensor], limit: float) -> torch.Tensor:
-    """Scales the full gradient down to the norm ``limit`` if it is larger; returns the norm before, 0-dimensional."""
+    """Scales the full gradient down to the norm ``limit``; returns the norm before, 0-dimensional."""
     trained = [parameter for parameter in parameters if parameter.grad is not None]
     # A shard may be on one process alone or replicated on several: DTensors know which, and count each one once.
     by_mesh: dict[object, list[torch.Tensor]] = {}

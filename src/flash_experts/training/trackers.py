@@ -1,7 +1,6 @@
 """Experiment trackers: accelerate's classes behind the hooks of a run, with panels ``train/``, ``eval/``, ``router/``.
 
-A tracker never ends a run: if it fails, training goes on without it, and metrics.jsonl has everything. Whether wandb
-records online or offline is never a question to the user.
+A tracker never ends a run: if it fails, training goes on without it, and metrics.jsonl has everything.
 """
 
 from __future__ import annotations
@@ -32,11 +31,12 @@ _MOST_BINS = 512  # of a histogram in wandb
 
 
 def make_tracker(name: str, run_dir: Path, step: int, notify: Callable[[str], None]) -> Callback | None:
-    """The tracker ``name`` of `training_config.TrackerName`; None for "none", or if its package is not installed,
-    with a warning.
+    """The tracker ``name`` of `training_config.TrackerName`.
+
+    None for "none", or, with a warning, if its package is not installed.
 
     Args:
-        step: optimizer steps that are done already.
+        step: optimizer steps done.
         notify: shows a line to the user.
 
     Raises:
@@ -57,7 +57,7 @@ def make_tracker(name: str, run_dir: Path, step: int, notify: Callable[[str], No
 
 
 def by_layer(metrics: Mapping[str, float]) -> tuple[dict[int, list[float]], dict[int, dict[str, float]]]:
-    """Splits the ``router/`` metrics of a line by block: the loads of the experts in order, and other statistics."""
+    """Splits ``router/`` metrics by block: the loads of the experts, and other statistics."""
     loads: dict[int, list[float]] = {}
     statistics: dict[int, dict[str, float]] = {}
     for name, value in metrics.items():
@@ -72,7 +72,7 @@ def by_layer(metrics: Mapping[str, float]) -> tuple[dict[int, list[float]], dict
 
 
 def over_layers(statistics: Mapping[int, Mapping[str, float]]) -> dict[str, float]:
-    """One panel for each router statistic: its mean over the blocks, or the largest for ``max_load``, ``max_pair``."""
+    """Each router statistic's mean over the blocks; the largest for ``max_load``, ``max_pair``."""
     by_name: dict[str, list[float]] = {}
     for values in statistics.values():
         for name, value in values.items():
@@ -146,7 +146,7 @@ class Tracker(Callback):
 
     @contextmanager
     def _guarded(self) -> Iterator[None]:
-        """Keeps what a tracker prints off stdout, which may be JSON, and its failure from ending the run."""
+        """Keeps a tracker's output off stdout, which may be JSON, and its failure from ending the run."""
         try:
             with redirect_stdout(sys.stderr):
                 yield
@@ -156,7 +156,6 @@ class Tracker(Callback):
             self._notify(f"{problem}: training continues without it, {METRICS_FILE} has all metrics")
 
     def _start(self, run_name: str, run_info: Mapping[str, object]) -> GeneralTracker:
-        """Starts accelerate's tracker, with the configuration of the run."""
         kind = LOGGER_TYPE_TO_CLASS[self.name]
         arguments: dict[str, dict[str, Any]] = {
             "aim": {"logging_dir": str(self.run_dir)},
@@ -175,7 +174,7 @@ class Tracker(Callback):
         self._tracker.log(values, step=step)
 
     def _layer_panels(self, loads: Mapping[int, Sequence[float]], step: int) -> dict[str, Any]:
-        """The panels of each block. Scalars here, which have no place for the loads of many experts."""
+        """The panels of each block: scalars, without the loads of many experts."""
         return {
             f"{_ROUTER}block_{block}/{name}": value
             for block, values in self._layers.items()
@@ -199,7 +198,7 @@ class Wandb(Tracker):
 
     It writes to ``$WANDB_DIR/wandb``, or ``wandb`` in the current directory. A resumed run has the id in
     ``wandb_id.txt``: online it continues the same run of wandb, which ignores steps that it has; offline it is another
-    folder of the same id, and one `wandb sync` of all of them appends each to the one before.
+    folder of the same id, and one `wandb sync` of all appends each to the one before.
     """
 
     def __init__(self, run_dir: Path, step: int, notify: Callable[[str], None], mode: str):
@@ -246,7 +245,7 @@ class Wandb(Tracker):
         return Path(self._tracker.tracker.settings.sync_dir)
 
     def _layer_panels(self, loads: Mapping[int, Sequence[float]], step: int) -> dict[str, Any]:
-        """Histograms whose bins are the experts: over the steps wandb draws a heat map of each."""
+        """Histograms with the experts as bins, which wandb draws as heat maps over the steps."""
         import wandb
 
         panels = {}
@@ -268,7 +267,7 @@ class Wandb(Tracker):
 
 
 class TensorBoard(Tracker):
-    """Event files in ``run_dir/tensorboard``; those of a killed run after ``step`` are not shown."""
+    """Event files in ``run_dir/tensorboard``, without those of a killed run after ``step``."""
 
     def _start(self, run_name: str, run_info: Mapping[str, object]) -> GeneralTracker:
         tracker = TensorBoardTracker("tensorboard", self.run_dir, purge_step=self._step + 1)
@@ -279,7 +278,7 @@ class TensorBoard(Tracker):
         return tracker
 
     def _layer_panels(self, loads: Mapping[int, Sequence[float]], step: int) -> dict[str, Any]:
-        """Histograms whose bins are the experts, which accelerate's class cannot log."""
+        """Histograms with the experts as bins, which accelerate's class cannot log."""
         for block, load_E in loads.items():
             moments = [sum(load * (expert + 0.5) ** power for expert, load in enumerate(load_E)) for power in range(3)]
             self._tracker.tracker.add_histogram_raw(
@@ -304,8 +303,11 @@ class TensorBoard(Tracker):
 
 
 class Mlflow(Tracker):
-    """MLflow, in its local store or that of ``MLFLOW_TRACKING_URI``. A resumed run continues the same run of MLflow, by
-    the id in ``mlflow_run_id.txt``, and keeps its first configuration, which MLflow does not change."""
+    """MLflow, in its local store or that of ``MLFLOW_TRACKING_URI``.
+
+    A resumed run continues the run in ``mlflow_run_id.txt`` and keeps its first configuration: MLflow does not change
+    it.
+    """
 
     def _start(self, run_name: str, run_info: Mapping[str, object]) -> GeneralTracker:
         import mlflow
@@ -327,12 +329,11 @@ def _one_line(error: Exception) -> str:
 
 
 def _shown(path: Path) -> str:
-    """A path as it is shown: relative to the current directory, if it is below it."""
     return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
 def wandb_mode(warn: Callable[[str], None]) -> str:
-    """``WANDB_MODE``, or online if there is an API key; always offline without one, for wandb would ask for it."""
+    """``WANDB_MODE``, or online if there is an API key; offline without one, for wandb would ask for it."""
     mode = os.environ.get("WANDB_MODE") or ("online" if _has_key() else "offline")
     if mode not in _MODES:
         raise ValueError(f"WANDB_MODE is {mode!r}: set it to online, offline or disabled, or unset it")
@@ -343,7 +344,7 @@ def wandb_mode(warn: Callable[[str], None]) -> str:
 
 
 def _has_key() -> bool:
-    """Whether an API key is in the environment, or in .netrc, where `wandb login` puts it."""
+    """Whether an API key is in the environment or .netrc (`wandb login`)."""
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
     host = urlsplit(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").hostname

@@ -17,7 +17,7 @@ _MAX_STEP = 2**53
 
 
 class Callback:
-    """Hooks of a run, on the main process alone; a subclass overrides some. They may draw random numbers."""
+    """Hooks of a run, on the main process alone; they may draw random numbers."""
 
     def on_start(self, run_name: str, run_info: Mapping[str, object]) -> None:
         """Before the first step. ``run_info`` is what `run.json` holds."""
@@ -29,14 +29,14 @@ class Callback:
         """After each validation."""
 
     def on_sample(self, step: int, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Sequence[str]:
-        """Every ``sample_every`` steps, with the model in eval mode. Returns sample names, which are shown and kept."""
+        """Every ``sample_every`` steps, in eval mode. Returns sample names, which are shown and kept."""
         return ()
 
     def on_names(self, step: int, groups: Mapping[str, Sequence[str]]) -> None:
-        """The sample names of a step in groups: ``new``, ``in train``, ``in validation``."""
+        """A step's sample names in groups: ``new``, ``in train``, ``in validation``."""
 
     def on_end(self, summary: Mapping[str, object]) -> None:
-        """After the last step, or when the run is interrupted."""
+        """After the last step, or when interrupted."""
 
 
 class MetricsFile:
@@ -51,7 +51,7 @@ class MetricsFile:
             file.write(json.dumps({"event": event, **values}, ensure_ascii=False) + "\n")
 
     def truncate(self, step: int) -> None:
-        """Removes lines after ``step``, which a resumed run writes again, and a line that a kill cut off."""
+        """Removes lines after ``step``, which a resumed run writes again, and a line cut off by a kill."""
         if not self.path.exists():
             return
         kept = []
@@ -66,7 +66,7 @@ class MetricsFile:
 
 
 def parse_metrics(text: str, *fields: str) -> dict[str, Any]:
-    """Parses one line of a metrics.jsonl; raises a ValueError if it is not a JSON object with these fields."""
+    """Parses a line of metrics.jsonl; ValueError if it is not a JSON object with these fields."""
     try:
         line: dict[str, Any] = json.loads(text)
         for field in fields:
@@ -77,8 +77,7 @@ def parse_metrics(text: str, *fields: str) -> dict[str, Any]:
 
 
 def read_metrics(path: str | Path, event: str | None = None) -> list[dict[str, Any]]:
-    """Reads the lines of a metrics.jsonl, of one event (train, validation, samples) or of all, but not a last line that
-    a kill truncated.
+    """Reads a metrics.jsonl, one event (train, validation, samples) or all; skips a last line that a kill truncated.
 
     Raises:
         ValueError: there is no such file, it is not UTF-8 text or too large, or a line is damaged (``file:line``).
@@ -104,7 +103,7 @@ def read_metrics(path: str | Path, event: str | None = None) -> list[dict[str, A
 
 
 def read_untrusted_metrics(path: Path) -> list[dict[str, Any]]:
-    """Reads the lines of a metrics.jsonl that have a step, and skips all others; empty if there is no such file."""
+    """Reads the lines that have a step, and skips all others; empty if there is no such file."""
     if not path.is_file():
         return []
     lines = []

@@ -1,7 +1,6 @@
 """The training loop, on a CPU, a GPU, or many GPUs under ``torchrun`` or ``accelerate launch``.
 
 One optimizer step: take its names, cut them into micro-batches, accumulate the gradients, clip, update the weights.
-Between steps: logging, validation, samples, checkpoints, stopping.
 """
 
 from __future__ import annotations
@@ -46,14 +45,15 @@ from flash_experts.training.validation import SELECTION, Validation
 class Trainer:
     """Fine-tunes a causal language model on card names.
 
-    Raises a ValueError if the configuration is wrong, or its device is not available.
-
     Args:
         model: causal LM with float32 weights that takes packed sequences, trained in place; ``config.precision``
             selects bfloat16 autocast.
         callbacks: listeners; one of them may make sample names.
         data_info: meta.json of the data, kept with the run.
         origin: base of the model and options of its experts, kept with the run.
+
+    Raises:
+        ValueError: the configuration is wrong, or its device is not available.
     """
 
     def __init__(
@@ -112,7 +112,7 @@ class Trainer:
         Args:
             resume: ``auto`` for the newest checkpoint that verifies, or a new run if there is none; a checkpoint's
                 folder; None for a new run, in a folder without checkpoints.
-            overwrite: start over, replacing the run or model in the folder.
+            overwrite: replace the run or model in the folder.
 
         Raises:
             CheckpointError: a checkpoint is missing, damaged, or cannot be written.
@@ -151,7 +151,7 @@ class Trainer:
             return result
 
     def _loop(self, signals: run_state.StopSignals) -> str:
-        """Steps until the run ends; returns why."""
+        """Returns why the run ended."""
         config, state = self.config, self.state
         started = time.monotonic() - state.seconds
         if state.step == 0:
@@ -217,7 +217,7 @@ class Trainer:
             self._check_finite()
 
     def _backward(self, batch: PackedBatch, num_labels: int) -> torch.Tensor:
-        """Adds the gradient of a micro-batch; returns its part of the step's loss."""
+        """Returns the micro-batch's part of the step's loss."""
         batch = batch.to(self.device)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
             self.loss.prepare(batch)
@@ -227,7 +227,7 @@ class Trainer:
         return cast(torch.Tensor, output.loss.detach())
 
     def _micro_batches_of_step(self) -> tuple[list[PackedBatch], int]:
-        """This process's micro-batches of the next step, and the number of labels over all processes."""
+        """This process's micro-batches, and the number of labels over all processes."""
         batches = self.batches.micro_batches_of_step(self.state.step, self.micro_batches_per_step)
         names = [name for batch in batches for name in batch]
         tokens = sum(name.num_inputs for name in names)
@@ -237,7 +237,7 @@ class Trainer:
         return [pack(batch) for batch in batches[self.rank :: self.world]], num_labels
 
     def _check_finite(self) -> None:
-        """Ends the run at a step whose loss or gradient is NaN or infinite, or counts the step as skipped."""
+        """Ends the run at a NaN or infinite loss or gradient, or counts the step as skipped."""
         for step in self.guard.bad_steps():
             names = numerics.names_in(self.batches.names_of_step(step - 1), self.tokenizer)
             if self.config.on_nan == "skip" and self.state.skip(step) <= numerics.MOST_SKIPS_IN_A_ROW:
@@ -259,7 +259,7 @@ class Trainer:
         self.report.log(training_metrics(state, self.config, epoch, rate, share, measured), share)
 
     def _evaluate_first(self, started: float) -> None:
-        """Validates before the first step; as much time is reserved for the validation at the end."""
+        """As much time is reserved for the validation at the end."""
         if self.validation is None:
             return
         self.report.notify(f"validating on {self.validation.num_names:,} names before the first step ...")
@@ -270,7 +270,7 @@ class Trainer:
         self.report.notify("training ...")
 
     def _evaluate(self) -> None:
-        """Validates, and writes a new best model to the run's folder."""
+        """Writes a new best model to the run's folder."""
         if self.validation is None:
             return
         state = self.state
@@ -296,7 +296,7 @@ class Trainer:
                     self.report.sample(self.state.step, model, self.tokenizer)
 
     def _export(self) -> None:
-        """Writes the model to the run's folder, with averaged weights if ``ema_decay`` is set."""
+        """Writes the model, with averaged weights if ``ema_decay`` is set."""
         with self._averaged():
             self.checkpointer.export()
 

@@ -30,10 +30,10 @@ class Validation:
     Args:
         max_names: names to score, drawn by ``seed``; None for all.
         tokens_per_row: most tokens of a packed batch.
-        process: rank of this process and number of processes, among which the batches are shared.
+        process: rank and number of processes, which share the batches.
 
     Attributes:
-        sha256: hash of the names that are scored and their prompts.
+        sha256: hash of the scored names and their prompts.
     """
 
     def __init__(
@@ -65,14 +65,14 @@ class Validation:
         config: TrainingConfig,
         process: tuple[int, int],
     ) -> Validation | None:
-        """The validation of a run, with packed batches as large as its micro-batches; None without cards."""
+        """The validation of a run, in packed batches as large as its micro-batches; None without cards."""
         if not cards:
             return None
         tokens_per_row = math.ceil(config.tokens_per_batch / (config.gradient_accumulation_steps * process[1]))
         return cls(cards, tokenizer, config.validation_names, tokens_per_row, config.seed, process)
 
     def score(self, model: nn.Module, accelerator: Accelerator) -> dict[str, float]:
-        """The metrics on all names, equal on all processes. Every process must call it."""
+        """The metrics, equal on all processes. Every process must call it."""
         # Sums are all-reduced before the division: a mean of means would give more weight to a process with few names.
         sums = self.sums(model, accelerator.device).to(accelerator.device)
         return self.metrics(cast(torch.Tensor, accelerator.reduce(sums, "sum")))
@@ -93,8 +93,7 @@ class Validation:
         return totals
 
     def metrics(self, totals: torch.Tensor) -> dict[str, float]:
-        """Nats per token and bits per character (the EOS token counts as one) from the sums over all processes, and
-        `SELECTION`."""
+        """Nats per token, bits per character (the EOS token counts as one), and `SELECTION`."""
         metrics = {}
         for suffix, (nats, tokens, characters) in zip(self._batches, totals.tolist(), strict=True):
             metrics[f"validation/loss{suffix}"] = nats / tokens
@@ -106,8 +105,8 @@ class Validation:
 def share_of_batches(batches: Sequence[PackedBatch], rank: int, world: int) -> list[tuple[PackedBatch, bool]]:
     """Every ``world``-th batch from ``rank`` on, each with whether it counts.
 
-    All processes get equally many, since with sharded weights all must take part in each forward: one that has no batch
-    left computes the first again, uncounted.
+    All processes get equally many, as sharded weights need: one that has no batch left computes the first again,
+    uncounted.
     """
     share = [(batches[index], True) for index in range(rank, len(batches), world)]
     rounds = -(-len(batches) // world)

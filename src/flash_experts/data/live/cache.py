@@ -37,7 +37,7 @@ def cache_folder() -> Path:
 
 @dataclass(frozen=True, slots=True)
 class CachedFiles:
-    """The cached files of a source with its own version, and the time of the download or last check, with a zone."""
+    """The cached files of a source with its own version; ``fetched`` (with a zone) is the download or last check."""
 
     version: str
     fetched: datetime

@@ -41,10 +41,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class RetryPolicy:
-    """Timeouts and retries of a download: the wait doubles from ``first_wait`` to ``longest_wait`` seconds, times a
-    random 0.5 to 1 (jitter), but a Retry-After may ask for more.
+    """Timeouts and retries of a download.
 
-    ``connect_attempts`` find no server: few, so that a missing network is reported soon.
+    The wait doubles from ``first_wait`` to ``longest_wait`` seconds, times a random 0.5 to 1 (jitter), but a
+    Retry-After may ask for more. ``connect_attempts`` find no server: few, so that a missing network is reported soon.
     """
 
     connect_seconds: float = 10.0
@@ -124,9 +124,12 @@ class Downloader:
     def file(self, url: str, path: Path, expected_bytes: int | None = None) -> None:
         """Streams a file to ``path``, resuming a partial download there, as a `DownloadError` leaves it.
 
-        ``expected_bytes`` is for the progress bar if the server sends no length. Raises a DownloadError if it failed
-        within the limits of `RetryPolicy`, is too large, or redirects where it must not, an OSError if it cannot be
-        written.
+        Args:
+            expected_bytes: for the progress bar if the server sends no length.
+
+        Raises:
+            DownloadError: it failed within the limits of `RetryPolicy`, is too large, or redirects where it must not.
+            OSError: it cannot be written.
         """
         partial = Partial(path)
         try:
@@ -194,7 +197,6 @@ class Downloader:
     def _receive(
         self, client: httpx.Client, url: str, partial: Partial, deadline: float, expected_bytes: int | None
     ) -> None:
-        """Sends one request for the file, or for the rest of it."""
         have, validators, whole = partial.resumable(url)
         if have and have == whole:
             return

@@ -1,8 +1,8 @@
 """Reads MTGJSON files as streams: atomic cards, the list of sets (for dates) and all printings (for rarities).
 
 ``AtomicCards.json`` has one entry per card, with the set of its first printing but without a rarity or a mark of
-franchises (see `flash_experts.data.card_table.FRANCHISE_SETS`). ``AllPrintings.json`` is several times as large.
-Fields: https://mtgjson.com/data-models/card/card-atomic/ and card-set/
+franchises (see `flash_experts.data.card_table.FRANCHISE_SETS`). Fields:
+https://mtgjson.com/data-models/card/card-atomic/ and card-set/
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def read_cards(path: Path, sets: dict[str, Set], rarities: Mapping[str, str]) ->
 
 
 def raw_cards(entries: list[dict[str, Any]], sets: dict[str, Set], rarities: Mapping[str, str]) -> Iterator[RawCard]:
-    """Raw cards of the entries of one name: one card for its faces, or several cards of that name."""
+    """Raw cards of the entries of one name: faces of one card, or several cards."""
     by_side = {entry["side"]: entry for entry in reversed(entries) if entry.get("side")}  # the first of each
     if by_side:
         yield _raw_card([by_side[side] for side in sorted(by_side)], sets, rarities)

@@ -1,8 +1,8 @@
 """Finds and reads Scryfall's bulk file of oracle cards (https://scryfall.com/docs/api/cards).
 
-The index (``/bulk-data``) lists a gzip file of JSON lines, ``jsonl_download_uri``; until July 2026 it listed a JSON
-array, ``download_uri``. An object is one card with the rarity, set and date of the printing that Scryfall considers the
-most recognizable, not always the first.
+The index (``/bulk-data``) lists a gzip file of JSON lines, ``jsonl_download_uri``, or (until July 2026) a JSON array,
+``download_uri``. An object is one card with the rarity, set and date of the printing that Scryfall considers the most
+recognizable, not always the first.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
-"""The newest cards from Scryfall or MTGJSON, from a cache for a day, or with a warning an older one if there is no
-network.
+"""The newest cards from Scryfall or MTGJSON, cached for a day; without a network, older ones with a warning.
 
-    FLASH_EXPERTS_CACHE           cache folder
-    FLASH_EXPERTS_SCRYFALL_URL    instead of https://api.scryfall.com
-    FLASH_EXPERTS_MTGJSON_URL     instead of https://mtgjson.com/api/v5
+FLASH_EXPERTS_CACHE           cache folder
+FLASH_EXPERTS_SCRYFALL_URL    instead of https://api.scryfall.com
+FLASH_EXPERTS_MTGJSON_URL     instead of https://mtgjson.com/api/v5
 """
 
 from __future__ import annotations

@@ -70,8 +70,11 @@ def _is_page(path: Path) -> bool:
 
 
 def json_lines(file: BinaryIO) -> Iterator[tuple[int, Any]]:
-    """Numbers (from 1) and values of non-empty JSON lines, or of a JSON array with one item per line; `DamagedError`
-    for too long ones."""
+    """Numbers (from 1) and values of non-empty JSON lines, or of a JSON array with one item per line.
+
+    Raises:
+        DamagedError: a line is too long.
+    """
     number = 0
     while line := file.readline(MAX_LINE_BYTES + 1):
         number += 1

@@ -1,8 +1,8 @@
 """Router maps: which expert processes which token of given names, with load balance and entropy of each router.
 
 The EOS token is never read, so it has no expert. With expert choice, the experts of a token depend on the batch
-composition, here `TOKENS_PER_BATCH` tokens. Token dropping by a capacity factor happens in training only; it is counted
-here.
+composition, here `TOKENS_PER_BATCH` tokens. Token dropping by a capacity factor happens in training only; here it is
+counted.
 
 Shape suffixes: T tokens of all names, E experts, K experts per token, L MoE layers.
 """
@@ -54,7 +54,7 @@ class BlockRouting:
 
     Attributes:
         chosen_TE: true where the token goes to the expert.
-        gates_TE: gates, 0 where it does not.
+        gates_TE: 0 where it does not.
         entropy: mean entropy of a token's routing probabilities / log E.
         top1: mean probability of a token's best expert.
         left_out: by its name, the share of choices that the capacity factor would drop in training, or of tokens
@@ -71,12 +71,11 @@ class BlockRouting:
 
 @dataclass(frozen=True, slots=True)
 class BlockMetrics:
-    """Router metrics of one block; see `flash_experts.models.router_metrics.router_metrics`.
+    """Router metrics of one block.
 
     Attributes:
         load: load of each expert over the mean, on all tokens; ``load_of_names`` without BOS token and prompt.
-        metrics: ``load_cv``, ``max_load``, ``load_entropy``, ``entropy``, ``top1``, and if they apply ``max_pair``,
-            ``pair_entropy``, ``drop_rate`` or ``untaken_rate``.
+        metrics: see `flash_experts.models.router_metrics.router_metrics`.
         together: coactivation: for each expert the share of its tokens that also go to each other expert.
         trouble: problem (such as routing collapse) and the setting to change, or None.
     """
@@ -91,10 +90,9 @@ class BlockMetrics:
 
 @dataclass(frozen=True, slots=True)
 class NameMap:
-    """Experts of the tokens of one name, with BOS token and prompt: (expert, gate) pairs of each token by block, the
-    largest gate first.
+    """Experts of the tokens of one name, with BOS token and prompt.
 
-    Classes are from `TOKEN_CLASSES`.
+    By block and token: (expert, gate) pairs, the largest gate first. Classes are from `TOKEN_CLASSES`.
     """
 
     name: str
@@ -113,8 +111,7 @@ class TrainingLoads:
 
 @dataclass(frozen=True, slots=True)
 class RouterMap:
-    """Result of `inspect_router`; ``left_out_labels`` have too few tokens, ``training`` is None without
-    metrics.jsonl."""
+    """Result of `inspect_router`; ``left_out_labels`` have too few tokens, ``training`` needs metrics.jsonl."""
 
     model: str
     settings: dict[str, Any]
@@ -159,8 +156,10 @@ def inspect_router(
 ) -> RouterMap:
     """Runs names through a model (folder, hub id, or object with ``tokenizer``) and analyzes its routers.
 
-    ``cards`` are those of the names, for labels by type and color; ``prompted`` conditions on them. The first ``shown``
-    names get maps.
+    Args:
+        cards: those of the names, for labels by type and color.
+        prompted: whether names are conditioned on their cards.
+        shown: number of first names that get maps.
 
     Raises:
         ValueError: there are no names, a name is too long, the model does not exist or has fewer than two experts.
@@ -218,8 +217,7 @@ def _load(
 def route(
     model: GPT2MoEForCausalLM, names: Sequence[EncodedName], tokens_per_batch: int = TOKENS_PER_BATCH
 ) -> list[BlockRouting]:
-    """Records the routing of each block for encoded names; ``tokens_per_batch`` matters only to expert choice and
-    capacity factors."""
+    """Records the routing of each block; ``tokens_per_batch`` matters only to expert choice and capacity factors."""
     routers = router_metrics.routers_of(model)
     seen: dict[int, list[tuple[torch.Tensor, ...]]] = {block: [] for block in routers}
 
@@ -237,7 +235,7 @@ def route(
 def _routing_of(
     router: Router, logits_TE: torch.Tensor, gates: torch.Tensor, choices: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Returns (T, E) choices, (T, E) gates, and sums of entropy, best probability and left-out tokens of a forward."""
+    """(T, E) choices, (T, E) gates, and sums of entropy, best probability and left-out tokens of a forward."""
     member_TE = router.membership(choices, len(logits_TE))
     gates_TE = router.dense_gates(gates, choices, len(logits_TE))
     logprobs_TE = router.log_scores(logits_TE).log_softmax(-1)
@@ -298,7 +296,7 @@ def _experts_of(routing: BlockRouting, token: int) -> tuple[tuple[int, float], .
 
 
 def read_loads(path: Path) -> TrainingLoads | None:
-    """Reads expert loads during training, averaged over up to 12 intervals, from metrics.jsonl; None if not recorded.
+    """Reads expert loads during training from metrics.jsonl, averaged over up to 12 intervals; None if not recorded.
 
     Of a step repeated after a resume, the last values count.
     """

@@ -1,5 +1,4 @@
-"""Router report of `flash_experts.evaluation.routing.maps`: text for a terminal, and a self-contained HTML page, which
-has no script.
+"""Router report: text for a terminal, and a self-contained HTML page without scripts.
 
 Every color is next to its number.
 """
@@ -52,8 +51,13 @@ class HeatTable:
 
 @dataclass(frozen=True, slots=True)
 class MapCell:
-    """Experts of a token in one block, their gates in percent ("" if there are too many), CSS classes for color and
-    highlighting, and the percent of the cell with the first expert's color."""
+    """Experts of a token in one block.
+
+    Attributes:
+        gates: in percent; "" if there are too many.
+        classes: CSS classes for color and highlighting.
+        split: percent of the cell with the first expert's color.
+    """
 
     experts: str
     gates: str
@@ -90,7 +94,7 @@ def format_router(result: RouterMap, width: int = 120) -> str:
 
 
 def metrics_table(blocks: Sequence[BlockMetrics]) -> Table:
-    """Makes a table with one row per metric and one column per block."""
+    """One row per metric and one column per block."""
     names = [name for name in _METRICS if name in blocks[0].metrics or any(name in each.metrics for each in blocks)]
     rows = tuple(
         (_METRICS[name], *(f"{each.metrics[name]:.3f}" if name in each.metrics else MISSING for each in blocks))
@@ -100,7 +104,7 @@ def metrics_table(blocks: Sequence[BlockMetrics]) -> Table:
 
 
 def verdicts(result: RouterMap) -> list[str]:
-    """Writes one sentence per label: whether experts specialize in it."""
+    """One sentence per label: whether experts specialize in it."""
     sentences = []
     for title, group in groupby(result.specializations, key=lambda each: each.title):
         each = list(group)
@@ -124,7 +128,7 @@ def _shade(value: float, highest: float) -> int:
 
 
 def _in_order(tables: Sequence[HeatTable]) -> list[tuple[HeatTable, bool]]:
-    """Returns tables, and whether each is the one that is open at first."""
+    """The tables, and whether each is the one that is open at first."""
     heaviest = max(range(len(tables)), key=lambda index: tables[index].weight, default=0)
     return [(table, index == heaviest) for index, table in enumerate(tables)]
 
@@ -215,12 +219,12 @@ def _training_tables(result: RouterMap) -> list[tuple[HeatTable, bool]]:
 
 
 def expert_hues(num_experts: int) -> list[int]:
-    """Returns evenly spaced hues of the experts, in degrees."""
+    """Evenly spaced hues of the experts, in degrees."""
     return [round(20 + 360 * expert / num_experts) for expert in range(num_experts)]
 
 
 def map_rows(found: NameMap) -> tuple[NameMap, list[tuple[str, list[MapCell]]]]:
-    """Makes one row of cells per block."""
+    """One row of cells per block."""
     blocks = found.experts.items()
     return found, [(f"block {block}", [_map_cell(experts) for experts in of_tokens]) for block, of_tokens in blocks]
 

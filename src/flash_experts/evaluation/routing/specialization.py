@@ -65,7 +65,7 @@ class Specialization:
 
     Attributes:
         share: share of the choices that went to each expert, by group.
-        marks: 1 (more than chance), -1 (less) or 0, by group and expert; all 0 if the table is not significant.
+        marks: 1 (more than chance), -1 (less) or 0, by group and expert.
         shuffled: mean information of the shuffles.
         shuffled_high: 95% quantile of the shuffles.
     """
@@ -92,7 +92,7 @@ class Specialization:
 
 
 def mutual_information(counts_GE: npt.ArrayLike) -> FloatArray:
-    """Computes the mutual information in bits of (..., G, E) counts; 0 for empty tables."""
+    """The mutual information in bits of (..., G, E) counts; 0 for empty tables."""
     counts = np.asarray(counts_GE, dtype=np.float64)
     total = np.maximum(counts.sum((-2, -1), keepdims=True), 1.0)
     joint = counts / total
@@ -110,16 +110,13 @@ def specializations(
     shuffles: int = SHUFFLES,
     seed: int = 0,
 ) -> list[Specialization]:
-    """Tests every label against the experts of every layer.
+    """Tests every label against the experts of every layer, and lists the results in the order of both.
 
     Args:
-        labels: labels; those with fewer than two large groups (`FEWEST_TOKENS`, `FEWEST_NAMES`) are left out.
+        labels: those with fewer than two large groups (`FEWEST_TOKENS`, `FEWEST_NAMES`) are left out.
         chosen_LTE: (T, E) of each layer, true where the token goes to the expert.
         name_T: name of each token, ascending.
         shuffles: B; the smallest p-value is 1 / (B + 1).
-
-    Returns:
-        All layers of each remaining label, in the order of both.
     """
     if not blocks:
         return []
@@ -170,7 +167,6 @@ def _specialization(
 
 
 def _large_groups(label: LabelSet, name_T: IntArray) -> LabelSet | None:
-    """Keeps the large groups of a label; None if fewer than two are left."""
     kept = []
     for group in range(len(label.groups)):
         mine = label.label_T == group
@@ -206,13 +202,13 @@ def _shuffled_tables(
 
 
 def _standardized(values: FloatArray) -> FloatArray:
-    """Standardizes values (B + 1, ...) by mean and deviation of the shuffles; 0 where they do not vary."""
+    """Standardizes (B + 1, ...) by mean and deviation of the shuffles; 0 where they do not vary."""
     mean, deviation = values[1:].mean(0), values[1:].std(0)
     return np.divide(values - mean, deviation, out=np.zeros_like(values), where=deviation > 1e-12)
 
 
 def _marks(table: FloatArray) -> IntArray:
-    """Marks significant cells of counts (B + 1, G, L, E) with 1 or -1, others with 0. Returns (G, L, E).
+    """(G, L, E): 1 or -1 for significant cells of counts (B + 1, G, L, E), else 0.
 
     It tests shares, since a group's number of tokens changes with the names that a shuffle gives it.
     """
@@ -223,8 +219,10 @@ def _marks(table: FloatArray) -> IntArray:
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """All input tokens, one name after the other: ``texts`` to print, indices of the name and of the class in
-    `TOKEN_CLASSES`, and the position in the name, from 0; -1 for BOS token and prompt."""
+    """All input tokens, one name after the other.
+
+    Classes index `TOKEN_CLASSES`; positions in the name count from 0, -1 for BOS token and prompt.
+    """
 
     texts: tuple[str, ...]
     name_T: IntArray

@@ -1,16 +1,8 @@
 """Token filters (constrained decoding): which tokens may come next in a name.
 
 Each filter is a transformers ``LogitsProcessor``, so it also works in ``model.generate(logits_processor=[...])``. It
-looks at the *text* so far, not at token ids, since one text has many tokenizations.
-
-To write your own, define the state of a name and the tokens that a state forbids::
-
-    class NoLetter(NameFilter):                                       # no "e" before the second word
-        def rule(self, name): return "no e" if len(name.split()) < 2 else None
-        def forbidden(self, rule): return self.vocabulary.where(lambda text: "e" in text)
-
-Pass the class to ``NameGenerator.generate(filters=[NoLetter])``; examples/extending/custom_filter.py runs two.
-``rule`` is called once per row and step, so keep it fast; ``forbidden`` once per distinct rule, and cached.
+looks at the *text* so far, not at token ids, since one text has many tokenizations. To write your own, see
+examples/extending/custom_filter.py.
 
 Shape suffixes: B batch rows, T tokens of prompt and name, V tokens of the vocabulary.
 """
@@ -43,7 +35,6 @@ def room(limit: int, name: str) -> int:
 
 
 def _remember(known: dict[Hashable, torch.Tensor], rule: Hashable, row: torch.Tensor) -> None:
-    """Caches a row for a rule; evicts the oldest when the cache is full."""
     if rule not in known and len(known) >= max(_CACHE_BYTES // row.nbytes, 64):
         del known[next(iter(known))]
     known[rule] = row
@@ -61,14 +52,17 @@ class NameFilter(LogitsProcessor, ABC):
 
     @abstractmethod
     def rule(self, name: str) -> Hashable | None:
-        """The state after ``name``, the text so far with its leading space: a key for `forbidden`, None for no rule."""
+        """The state after ``name``, the text so far with its leading space: a key for `forbidden`, None for no rule.
+
+        Called once per row and step, so keep it fast.
+        """
 
     @abstractmethod
     def forbidden(self, rule: Hashable) -> torch.Tensor:
         """(V,) bool on the CPU: tokens that must not follow in this state."""
 
     def apply(self, names: Sequence[str], scores: torch.Tensor) -> torch.Tensor:
-        """(B, V) masked logits, as `mask` for B texts; ``scores`` (B, V) are not changed in place."""
+        """(B, V) masked logits, as `mask` for B texts."""
         rules = [self.rule(name) for name in names]
         first = rules[0]
         if all(rule == first for rule in rules):
@@ -76,7 +70,7 @@ class NameFilter(LogitsProcessor, ABC):
         return scores + torch.stack([self._penalty_of(rule, scores) for rule in rules])
 
     def mask(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """(B, V) logits with forbidden tokens at minus infinity; possibly all tokens of a row.
+        """(B, V) logits with forbidden tokens at minus infinity, possibly all tokens of a row.
 
         Args:
             input_ids: (B, T) int64, prompt and name so far.
@@ -101,7 +95,6 @@ class NameFilter(LogitsProcessor, ABC):
         return self._checked(input_ids, scores, self.mask(input_ids, scores))
 
     def _checked(self, input_ids: torch.Tensor, scores: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
-        """``masked``, if it leaves each row a token."""
         if masked is not scores:
             dead_B = (masked == -torch.inf).all(dim=-1)
             if dead_B.any():
@@ -123,7 +116,7 @@ class NameFilter(LogitsProcessor, ABC):
         return mask
 
     def _penalty_of(self, rule: Hashable | None, scores: torch.Tensor) -> torch.Tensor:
-        """(V,) minus infinity for forbidden tokens, else 0; adding it is faster on CPUs than a masked fill."""
+        """(V,) minus infinity for forbidden tokens, else 0; adding is faster on CPUs than a masked fill."""
         penalty = self._penalties.get(rule)
         if penalty is None or penalty.device != scores.device or penalty.dtype != scores.dtype:
             penalty = torch.zeros(self.vocabulary.size).masked_fill_(self.mask_of(rule), -torch.inf).to(scores)
@@ -131,17 +124,13 @@ class NameFilter(LogitsProcessor, ABC):
         return penalty
 
     def _eos_only(self) -> torch.Tensor:
-        """(V,) bool: the EOS token alone."""
         mask = torch.zeros(self.vocabulary.size, dtype=torch.bool)
         mask[self.vocabulary.eos_id] = True
         return mask
 
 
 class AllOf(NameFilter):
-    """Several filters as one: masks are joined and cached per combination of rules, and applied in one pass.
-
-    Filters that override `apply` come after the joined mask, in their order.
-    """
+    """Several filters as one: masks are cached per combination of rules; filters that override `apply` come last."""
 
     def __init__(self, filters: Sequence[NameFilter]) -> None:
         """Takes one or more filters of the same vocabulary and prompt length."""
@@ -168,13 +157,10 @@ class AllOf(NameFilter):
 
 
 class KnownNameFilter(NameFilter):
-    """Novelty by construction: the EOS token is forbidden while the text is a known name, so the name must continue.
-
-    Texts are compared in normal form, so another tokenization, case, accents or punctuation make no difference.
-    """
+    """Forbids the EOS token while the text is a known name, in normal form, so the name must continue."""
 
     def __init__(self, vocabulary: NameVocabulary, prompt_length: int, known: Collection[str]) -> None:
-        """Takes the *normal forms* of known names (`flash_experts.data.names.normal_form`), as a set for speed."""
+        """``known``: *normal forms* of names (`flash_experts.data.names.normal_form`), as a set for speed."""
         super().__init__(vocabulary, prompt_length)
         self.known = known
 

@@ -1,7 +1,7 @@
-"""Filters on the length of names, in characters and words; `flash_experts.generation.filters.base` defines a filter.
+"""Filters on the length of names, in characters and words.
 
 A plain mask distorts names at a limit: without the EOS token the last word grows ("Raiderirefur"), and without room a
-name is cut ("Goblin Gui", "Lord of"). So there these filters look at what the model prefers.
+name is cut ("Goblin Gui", "Lord of"). So these filters look at what the model prefers there.
 
 Shape suffixes: B batch rows, N of them near a limit, V tokens of the vocabulary.
 """
@@ -27,19 +27,15 @@ _MIN_LOG_SHARE = math.log(0.5)  # log of the probability mass that a limit must 
 
 
 class _Limit(NameFilter):
-    """Base class that knows the tokens that continue a word."""
-
     def __init__(self, vocabulary: NameVocabulary, prompt_length: int) -> None:
         super().__init__(vocabulary, prompt_length)
         self._continues_word = vocabulary.where(lambda text: text[0].isalnum() or text[0] in "-'" + PARTIAL_BYTES)
 
 
 class UpperLimit(_Limit):
-    """Base class of upper limits, which drop names that would be cut: those with more than half of the model's
-    probability on tokens that the limit forbids.
+    """Drops names that would be cut: more than half of the model's probability is on tokens that the limit forbids.
 
-    `mask` leaves such a row no token, so `NameGenerator` drops it; ``model.generate`` cannot drop a row, so there the
-    name ends.
+    `mask` leaves such a row no token, so `NameGenerator` drops it; ``model.generate`` cannot, so there the name ends.
     """
 
     @abstractmethod
@@ -61,11 +57,13 @@ class UpperLimit(_Limit):
 
 
 class MaxLength(UpperLimit):
-    """At most ``limit`` characters, without cutting a word: at the limit only the EOS token is left, and no word starts
-    where fewer than two of its letters would fit."""
+    """At most ``limit`` characters, without cutting a word.
+
+    At the limit only the EOS token is left, and no word starts where fewer than two of its letters would fit.
+    """
 
     def __init__(self, vocabulary: NameVocabulary, prompt_length: int, limit: int, drops: bool = True) -> None:
-        """Sets the limit, 1 or more. ``drops``: whether names that would be cut are dropped instead of ended."""
+        """Sets the limit. ``drops``: whether names that would be cut are dropped instead of ended."""
         super().__init__(vocabulary, prompt_length)
         self.drops = drops
         self.limit = at_least("max_length", limit, 1, "a name has one character or more")
@@ -86,8 +84,10 @@ class MaxLength(UpperLimit):
 
 
 class MaxWords(UpperLimit):
-    """At most ``limit`` words, separated by spaces ("Lava-Axe" is one), without cutting a name: at the limit only
-    tokens that continue the last word and the EOS token are left, and a small word ("of") cannot be the last."""
+    """At most ``limit`` words, separated by spaces ("Lava-Axe" is one), without cutting a name.
+
+    At the limit only the EOS token and tokens that continue the last word are left; it cannot be a small word ("of").
+    """
 
     def __init__(self, vocabulary: NameVocabulary, prompt_length: int, limit: int) -> None:
         super().__init__(vocabulary, prompt_length)
@@ -116,7 +116,7 @@ class MaxWords(UpperLimit):
 class LowerLimit(_Limit):
     """Base class of lower limits, below which a name cannot end.
 
-    Where the model prefers the EOS token, the word is complete: the name continues with a new word.
+    Where the model prefers the EOS token, the name continues with a new word, since the last one is complete.
     """
 
     @abstractmethod

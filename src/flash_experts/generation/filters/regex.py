@@ -1,8 +1,8 @@
-"""Regular expressions as a filter (constrained decoding); `flash_experts.generation.filters.base` defines a filter.
+"""Regular expressions as a filter (constrained decoding).
 
-llguidance compiles the expression lazily to an automaton, which walks a trie of the vocabulary. The expression is
-intersected with the length limit and the alphabet, so every token offered can lead to a match in time, and an
-expression that no name matches is refused at once. Where only one text can follow, the tokenizer's own cut is offered.
+llguidance compiles the expression lazily to an automaton, which walks a trie of the vocabulary. With the length limit
+and the alphabet intersected, every token offered can lead to a match in time. Where only one text can follow, the
+tokenizer's own cut is offered.
 """
 
 from __future__ import annotations
@@ -38,8 +38,7 @@ class MatchesRegex(NameFilter):
         alphabet: Collection[str] = CARD_ALPHABET,
         also: Sequence[str] = (),
     ) -> None:
-        """Compiles the expression, around which ``^`` and ``$`` have no effect; the expressions ``also`` must match,
-        too.
+        """Compiles the expression (``^`` and ``$`` around it have no effect); those of ``also`` must match, too.
 
         Raises:
             ValueError: it is not a regular expression, or no name of that length and alphabet matches it.
@@ -102,7 +101,7 @@ class MatchesRegex(NameFilter):
         return b"" if self._matcher.is_error() else bits
 
     def _ids_of(self, word: str) -> list[int]:
-        """Token ids of a word as the tokenizer cuts it, without the whole-word tokens that only prompts have."""
+        """Token ids of a word, without the whole-word tokens that only prompts have."""
         ids = self._ids.get(word)
         if ids is None:
             if len(self._ids) > _CACHED_TEXTS:
@@ -121,7 +120,7 @@ class MatchesRegex(NameFilter):
 
 
 class _Bytes:
-    """The vocabulary in the form that llguidance reads: the bytes of each token."""
+    """The vocabulary in the form that llguidance reads."""
 
     bos_token_id = None
 
@@ -140,7 +139,7 @@ def _slashed(pattern: str) -> str:
 
 
 def _reason(error: str) -> str:
-    """One line of llguidance's error message: that of its parser if there is one."""
+    """The line of llguidance's error message to show, the parser's if there is one."""
     lines = [line.strip() for line in error.splitlines() if line.strip()]
     reason: Any = next((line.removeprefix("error: ") for line in lines if line.startswith("error: ")), None)
     return reason or (lines[0] if lines else "it is blank")

@@ -22,14 +22,13 @@ _MUCH = 3  # letters of the wanted text
 
 
 class StartsWith(NameFilter):
-    """Names that start with a prefix, as given or capitalized, also where a token crosses its end (" Dragon" for
-    "Drag").
+    """Names that start with a prefix, as given or capitalized; a token may cross its end (" Dragon" for "Drag").
 
     Within the prefix only the tokenizer's own tokens are allowed, since the model never saw other cuts in training.
     """
 
     def __init__(self, vocabulary: NameVocabulary, prompt_length: int, prefix: str) -> None:
-        """Finds the token paths through the prefix, which must not be blank (ValueError)."""
+        """Finds the token paths through the prefix; raises a ValueError if it is blank."""
         super().__init__(vocabulary, prompt_length)
         if not prefix.strip():
             raise ValueError("starts_with is blank: leave it out, or give the letters that names start with")
@@ -60,7 +59,7 @@ class StartsWith(NameFilter):
 
 
 def _prefix_forms(prefix: str) -> list[str]:
-    """The texts that a name may start with: " " and the prefix, its last word as given and capitalized."""
+    """Texts that a name may start with: " " and the prefix, its last word as given and capitalized."""
     words = shown_form(prefix).split()
     words = [
         word if place and word.lower() in SMALL_WORDS else word[0].upper() + word[1:]
@@ -78,12 +77,15 @@ class WantedText(LowerLimit):
 
     Tokens that start the letters get a bias, that of the exact posterior if the letters were equally likely to follow
     every prefix (a twist function, Lew et al. 2023, "Sequential Monte Carlo steering"). Letters once started are
-    completed. Near the length limit only tokens are left after which the remaining letters fit.
+    completed, in time for the length limit.
     """
 
     def __init__(self, vocabulary: NameVocabulary, prompt_length: int, text: str, max_length: int) -> None:
-        """Cuts the wanted letters, with a leading space if they must start a word, into tokens; raises a ValueError if
-        they are blank, or longer than a name."""
+        """Cuts the wanted letters into tokens; a leading space means that they start a word.
+
+        Raises:
+            ValueError: the letters are blank, or longer than a name.
+        """
         super().__init__(vocabulary, prompt_length)
         words = shown_form(text)
         if not words:
@@ -106,7 +108,7 @@ class WantedText(LowerLimit):
 
     @abstractmethod
     def state(self, text: str) -> int:
-        """Number of wanted characters matched at the end of ``text`` (lower case), or all if the text is complete."""
+        """Number of wanted characters at the end of ``text`` (lower case), or all if the text is complete."""
 
     def is_short(self, name: str) -> bool:
         return self.state(name.lower()) < len(self.text)
@@ -142,7 +144,7 @@ class WantedText(LowerLimit):
         return masked.index_put_((places[0], places[1]), values, accumulate=True)
 
     def favored(self, name: str) -> list[tuple[int, float]]:
-        """Tokens that start or continue the wanted text after ``name``, each with its bias in nats."""
+        """Tokens that start or continue the wanted text, each with its bias in nats."""
         if not self.is_short(name):
             return []
         begun = [(token, _FORCE) for part, token in self._next.items() if name.endswith(part)]
@@ -152,7 +154,7 @@ class WantedText(LowerLimit):
         return [(token, weight) for token in [self._first, *(self._within if name else ())]]
 
     def _states_after(self, state: int) -> torch.Tensor:
-        """(V,) int64: the state after each token, which depends on the matched letters alone (Knuth-Morris-Pratt)."""
+        """(V,) int64: the state after each token (Knuth-Morris-Pratt)."""
         if state not in self._states:
             matched = self.text[:state]
             self._states[state] = torch.tensor([self.state(matched + text.lower()) for text in self.vocabulary.texts])
@@ -188,7 +190,7 @@ class LeadsTo(NameFilter):
     def __init__(
         self, vocabulary: NameVocabulary, prompt_length: int, before: str, parts: Sequence[str], ends: bool
     ) -> None:
-        """Takes the text before the first gap, those after gaps in their order, and whether the last ends the name."""
+        """Takes the text before the first gap, those after gaps, and whether the last ends the name."""
         super().__init__(vocabulary, prompt_length)
         self._last = len(parts) - 1 if ends else len(parts)
         self._before = len(before) + 1  # with the space that a name starts with
@@ -215,8 +217,7 @@ class LeadsTo(NameFilter):
         return scores
 
     def _favored(self, name: str) -> tuple[int | torch.Tensor, float] | None:
-        """The tokens that start, continue or end the next fixed text, one or (V,) bool, and their bias in nats; None
-        where it cannot start."""
+        """Tokens of the next fixed text, one or (V,) bool, and their bias in nats; None where it cannot start."""
         low, start = name.lower(), self._before
         for number, (part, following) in enumerate(zip(self._parts, self._next, strict=True)):
             place, gap, is_last = low.find(part, start + 1), name[start:], number == self._last
@@ -243,7 +244,7 @@ def _cased(text: str) -> str:
 
 
 def _forms_within(words: str, begins_word: bool) -> list[str]:
-    """The wanted text in card capitals: as separate words, and as the rest of a word."""
+    """The wanted text in card capitals, as separate words and as the rest of a word."""
     cased = [word if word in SMALL_WORDS else word[0].upper() + word[1:] for word in words.split()]
     start = " " + " ".join(cased)
     return [start] if begins_word else [start, " ".join([words.split()[0], *cased[1:]])]

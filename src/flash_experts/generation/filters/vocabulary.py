@@ -1,9 +1,9 @@
 """Texts of the tokens of a byte-level BPE vocabulary: the strings that filters check.
 
-A token is a sequence of bytes that need not be whole characters: a rare "û" is two tokens of one byte. Texts are
-decoded with ``surrogateescape``, so each byte of an incomplete character is kept as one surrogate (U+DC80 to U+DCFF).
+A token need not be whole characters: a rare "û" is two tokens of one byte. Texts are decoded with ``surrogateescape``,
+so each byte of an incomplete character is kept as one surrogate (U+DC80 to U+DCFF).
 
-Shape suffixes: V tokens of the vocabulary (of the model's logits), B batch rows, T tokens of a row.
+Shape suffixes: V tokens of the vocabulary, B batch rows, T tokens of a row.
 """
 
 from __future__ import annotations
@@ -27,18 +27,13 @@ class NameVocabulary:
 
     Attributes:
         size: V, the width of the model's logits. Ids that the tokenizer lacks (padding) have no text.
-        eos_id: id of the EOS token.
-        texts: V strings; "" for special tokens, for ids without a token, and for whole-word tokens that absorb the
-            space before them (`train_tokenizer` has them for prompts), which names do not have.
-        prompt_texts: V strings; `texts`, and " word" for a whole-word token.
+        texts: V strings; "" for ids without a token, special tokens, and whole-word tokens that absorb the space before
+            them (`train_tokenizer` has them for prompts; names do not have them).
+        prompt_texts: `texts`, and " word" for a whole-word token.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, size: int | None = None) -> None:
-        """Reads the vocabulary.
-
-        Args:
-            tokenizer: byte-level BPE tokenizer, such as GPT-2's.
-            size: V, the model's ``config.vocab_size`` (default: the tokenizer's size).
+        """Reads a byte-level BPE tokenizer; ``size`` is the model's ``config.vocab_size`` (default: the tokenizer's).
 
         Raises:
             ValueError: the tokenizer has no EOS token, has more tokens than the model, or is of another kind.
@@ -101,8 +96,7 @@ class NameVocabulary:
     def where(self, condition: Callable[[str], bool], key: Hashable = None) -> torch.Tensor:
         """(V,) bool on the CPU: tokens whose text satisfies the condition; false for tokens without text (EOS).
 
-        Asks for all texts, which takes some 10 ms. Under a ``key`` that says what the condition is, the answer is kept
-        for the filters of later requests.
+        Slow, so the answer is cached by ``key``, which identifies the condition.
         """
         found = self._found.get(key)
         if found is None:

@@ -24,7 +24,7 @@ def _words(name: str) -> list[str]:
 
 
 class WordFilter(NameFilter):
-    """Base class of filters that refuse words: a refused last word cannot end, only become longer."""
+    """Refuses words: a refused last word cannot end, only become longer."""
 
     @abstractmethod
     def refuses(self, words: list[str]) -> bool:
@@ -49,7 +49,7 @@ class NoRepeatedWords(WordFilter):
 
 
 class BannedWords(WordFilter):
-    """Words that must not be in a name, whatever their case or accents. Longer words may include them."""
+    """No such words, whatever their case or accents. Longer words may include them."""
 
     def __init__(self, vocabulary: NameVocabulary, prompt_length: int, words: Iterable[str]) -> None:
         """Takes single words; raises a ValueError for any other entry."""
@@ -94,7 +94,7 @@ UNWANTED: dict[Check, type[UnwantedWords]] = {profanity_at_end: NoProfanity, pla
 
 
 class Alliterates(WordFilter):
-    """Names of two words or more with the same first letter. Ignores small words ("of", "the"), accents and case."""
+    """Names of two words or more with the same first letter; case, accents and small words do not count."""
 
     def rule(self, name: str) -> Hashable | None:
         words = name.split()

@@ -1,8 +1,8 @@
 """The conditional n-gram baseline: n-grams of cards with the given attributes, backing off to those of all names.
 
 Each card type, color, subtype and supertype has n-gram counts of its own. The attributes of a prompt select layers:
-each layer predicts with Kneser-Ney discounts and backs off to the layer below, down to the model of all names. So
-``Goblin`` is likely at the start of a Goblin's name, and a context that no Goblin has had is predicted as in any name.
+each predicts with Kneser-Ney discounts and backs off to the layer below, down to the model of all names. So ``Goblin``
+is likely at the start of a Goblin's name.
 
 Shape suffixes: N names, Q symbols of all names, B sampled names.
 """
@@ -91,7 +91,7 @@ class ConditionalNGrams:
         return self.unconditional.num_active_parameters
 
     def nats(self, names: Sequence[str], attributes: Sequence[Attributes]) -> ngram.FloatArray:
-        """Computes the negative log-likelihood (N,) of each name and EOS given its attributes, in nats."""
+        """(N,) negative log-likelihood of each name and EOS given its attributes, in nats."""
         nats = np.empty(len(names))
         for given, rows in _rows_of_each(attributes).items():
             nats[rows] = ngram.mixture_nats(self._models_for(given), [names[row] for row in rows])
@@ -138,5 +138,5 @@ def _rows_of_each(attributes: Sequence[Attributes]) -> dict[Attributes, list[int
 
 
 def _longest(contexts: ngram.IntArray) -> ngram.IntArray:
-    """The longest available context of each symbol, (Q,): longer ones have larger codes, since none starts with 0."""
+    """(Q,) longest available contexts; longer ones have larger codes, since none starts with 0."""
     return contexts.max(axis=0)

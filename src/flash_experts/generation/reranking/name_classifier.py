@@ -30,7 +30,7 @@ _CODE_BITS = 9  # bits of a character; five characters fit into 63 bits
 
 
 class AttributeClassifier:
-    """Naive Bayes on character n-grams of card names, which scores how well names match attributes."""
+    """Scores how well names match attributes."""
 
     def __init__(self, cards: Iterable[Card]) -> None:
         self.cards = tuple(cards)
@@ -66,12 +66,12 @@ class AttributeClassifier:
 
 @cache
 def real_card_classifier() -> AttributeClassifier:
-    """The classifier of all serious cards in the embedded table; made once, in about a second."""
+    """The classifier of all serious cards in the embedded table, made once."""
     return AttributeClassifier(clean(load_source("embedded").rows).cards)
 
 
 def has_questions(attributes: Attributes) -> bool:
-    """Whether there is an attribute to match: a type, supertype, subtype or color."""
+    """Whether there is an attribute to match."""
     return bool(_questions(attributes))
 
 
@@ -91,7 +91,7 @@ def _has(field: str, one: str, card: Card) -> bool:
 
 
 def character_ngrams(names: Sequence[str]) -> tuple[IntArray, IntArray]:
-    """(G,) a number for each character n-gram, where the ends of a name count as characters, and (G,) its name."""
+    """(G,) a number for each character n-gram (the ends of a name count as characters), and (G,) its name."""
     texts = [f"\n{name.lower()}\n" for name in names]
     codes = np.frombuffer("".join(texts).encode("utf-32-le", "surrogatepass"), dtype=np.uint32).astype(np.int64)
     codes = np.minimum(codes, (1 << _CODE_BITS) - 1)
@@ -109,7 +109,7 @@ def character_ngrams(names: Sequence[str]) -> tuple[IntArray, IntArray]:
 
 
 def _places(known_U: IntArray, ngrams_G: IntArray) -> IntArray:
-    """(G,) the place of each n-gram among the known ones, which ascend; U for those that are not known."""
+    """(G,) the place of each n-gram among the known ones, which ascend; U for unknown ones."""
     index_G = np.searchsorted(known_U, ngrams_G)
     index_G[index_G == len(known_U)] = 0
     index_G[known_U[index_G] != ngrams_G] = len(known_U)

@@ -50,7 +50,7 @@ class Order:
 
 
 def _discounts(counts: IntArray) -> FloatArray:
-    """Estimates the discounts of n-grams with counts 1, 2, and 3 or more (Chen and Goodman, equation 26)."""
+    """Estimates the discounts of counts 1, 2, and 3 or more (Chen and Goodman, equation 26)."""
     n1, n2, n3, n4 = (int((counts == times).sum()) for times in (1, 2, 3, 4))
     if not (n1 and n2 and n3 and n4):
         return np.array(_FALLBACK_DISCOUNTS)
@@ -82,10 +82,7 @@ def look_up(keys: IntArray, values: FloatArray, wanted: IntArray, missing: float
 def draw_from(
     order: Order, contexts: IntArray, base: int, rng: np.random.Generator
 ) -> tuple[IntArray, npt.NDArray[np.bool_]]:
-    """Samples symbols from the n-grams of one order: those of the contexts that sampled one, and (B,) which did.
-
-    The others back off to the lower order.
-    """
+    """Samples symbols from one order, for the contexts that do not back off; (B,) says which those are."""
     first = np.searchsorted(order.grams, contexts * base)
     last = np.searchsorted(order.grams, (contexts + 1) * base)
     threshold = order.cumulated[first] + rng.random(contexts.size)
@@ -108,7 +105,7 @@ class CharacterModel(Protocol):
 
 
 class KneserNey:
-    """A character n-gram model of one order with interpolated modified Kneser-Ney smoothing."""
+    """A character n-gram model of one order."""
 
     def __init__(self, names: Sequence[str], order: int = 6, alphabet: Sequence[str] | None = None) -> None:
         """Fits the model; averaged models share a sorted ``alphabet``, by default that of the names.
@@ -131,10 +128,9 @@ class KneserNey:
         self.orders = self._fit(*self.queries(names))
 
     def queries(self, names: Sequence[str]) -> tuple[IntArray, IntArray]:
-        """Encodes each symbol of names, EOS included, (Q,), and the contexts before it: (order, Q), of 0 .. order - 1
-        symbols, -1 where the name is shorter.
+        """Encodes the contexts of each symbol of names, EOS included, and the symbols (Q,).
 
-        Returns contexts and symbols.
+        Contexts are (order, Q), of 0 .. order - 1 symbols, -1 where the name is shorter.
         """
         coded = [[self._bos, *(self._symbol.get(c, UNKNOWN) for c in name), EOS] for name in names]
         flat = np.array([symbol for name in coded for symbol in name], dtype=np.int64)
@@ -167,7 +163,7 @@ class KneserNey:
         return orders[::-1]
 
     def _probabilities(self, contexts: IntArray, symbols: IntArray) -> FloatArray:
-        """Computes the probability (Q,) of each symbol after its contexts (order, Q), encoded by `queries`."""
+        """(Q,) probability of each symbol after its contexts (order, Q), encoded by `queries`."""
         probability = np.full(symbols.shape, 1.0 / self.num_symbols)
         for context, order in zip(contexts, self.orders, strict=True):
             grams = np.where(context >= 0, context * self.base + symbols, -1)
@@ -177,18 +173,18 @@ class KneserNey:
         return probability
 
     def symbol_probabilities(self, names: Sequence[str]) -> list[FloatArray]:
-        """Computes the probabilities of the characters and EOS of each name, (characters + 1,) each."""
+        """(characters + 1,) probabilities of the characters and EOS, for each name."""
         contexts, symbols = self.queries(names)
         probability = self._probabilities(contexts, symbols)
         probability[symbols == UNKNOWN] /= _UNICODE - len(self.alphabet)
         return np.split(probability, np.cumsum([len(name) + 1 for name in names])[:-1])
 
     def nats(self, names: Sequence[str]) -> FloatArray:
-        """Computes the negative log-likelihood (N,) of each name and EOS, in nats."""
+        """(N,) negative log-likelihood of each name and EOS, in nats."""
         return np.array([-np.log(p).sum() for p in self.symbol_probabilities(names)])
 
     def next_symbol(self, prefixes: Sequence[str]) -> FloatArray:
-        """Computes the next-symbol distribution after prefixes, (B, V): EOS, unknown, ``alphabet``."""
+        """(B, V) next-symbol distribution after prefixes: EOS, unknown, ``alphabet``."""
         contexts, _ = self.queries(prefixes)
         last = np.cumsum([len(prefix) + 1 for prefix in prefixes]) - 1  # position at which EOS is predicted
         every = np.tile(np.arange(self.num_symbols), len(prefixes))
@@ -196,8 +192,7 @@ class KneserNey:
         return self._probabilities(after, every).reshape(len(prefixes), self.num_symbols)
 
     def draw(self, contexts: IntArray, rng: np.random.Generator) -> IntArray:
-        """Samples the next symbols (B,), possibly `UNKNOWN`, for contexts (order or more, B) encoded by `queries`, from
-        an n-gram of the highest order or by backing off."""
+        """Samples the next symbols (B,), possibly `UNKNOWN`, for contexts (order or more, B) encoded by `queries`."""
         symbols = np.asarray(rng.integers(0, self.num_symbols, size=contexts.shape[1]))  # if all orders back off
         undecided = np.arange(contexts.shape[1])
         for length in range(self.order - 1, -1, -1):
@@ -210,7 +205,7 @@ class KneserNey:
         return symbols
 
     def first_contexts(self, count: int) -> IntArray:
-        """Returns the contexts (order, count) at the start of a name, encoded as by `queries`."""
+        """(order, count) contexts at the start of a name."""
         contexts = np.full((self.order, count), -1, dtype=np.int64)
         contexts[:2] = np.array([[0], [self._bos]])
         return contexts
@@ -236,7 +231,7 @@ class NGramMixture:
         return sum(2 * model.order for model in self.models)
 
     def nats(self, names: Sequence[str]) -> FloatArray:
-        """Computes the negative log-likelihood (N,) of each name and EOS, in nats."""
+        """As `KneserNey.nats`."""
         return mixture_nats(self.models, names)
 
     def sample(self, count: int, seed: int = 0) -> list[str]:
@@ -245,13 +240,13 @@ class NGramMixture:
 
 
 def mixture_nats(models: Sequence[CharacterModel], names: Sequence[str]) -> FloatArray:
-    """Computes the negative log-likelihood (N,) of each name and EOS under the average of models, in nats."""
+    """(N,) negative log-likelihood of each name and EOS under the average of models, in nats."""
     parts = zip(*(model.symbol_probabilities(names) for model in models), strict=True)
     return np.array([-np.log(np.mean(part, axis=0)).sum() for part in parts])
 
 
 def sample_mixture(models: Sequence[CharacterModel], count: int, rng: np.random.Generator) -> list[str]:
-    """Samples names from the average of models: for each character a random model, then a character from it."""
+    """Samples names: for each character a random model, then a character from it."""
     highest = max(models, key=lambda model: model.order)
     contexts = highest.first_contexts(count)
     running = np.arange(count)

@@ -3,10 +3,9 @@
     score(name) = (log p(name | card) + START + match_weight * match(name)) / (characters + 1)
                   - fault_weight * (flaws(name) + borrowed(name) + repetition(name, list so far))
 
-in nats per character, the EOS token counted as one. The match is the attribute classifier's. Flaws are faults of
-wording that real names do not have, borrowed is 1 for the name of a real legend's character, and repetition keeps the
-words of a list as varied as those of real cards (maximal marginal relevance; Carbonell and Goldstein 1998).
-docs/experiments.md has what each part is worth, and what was tried and left out.
+in nats per character, the EOS token counted as one. The match is the attribute classifier's, borrowed is 1 for the name
+of a real legend's character, and repetition keeps the words of a list as varied as those of real cards (maximal
+marginal relevance; Carbonell and Goldstein 1998). docs/experiments.md has what each part is worth.
 
 Shape suffixes: N candidates.
 """
@@ -45,8 +44,7 @@ def content_words(name: str) -> tuple[str, ...]:
 
 
 def flaws(name: str) -> int:
-    """Faults of wording that almost no real name has: a word that echoes another ("Angelic Angel", "Wurm Wurmguard"),
-    a lone letter, a capital inside a word."""
+    """Counts faults of wording that almost no real name has: echoes ("Angelic Angel"), lone letters, inner capitals."""
     words = re.split(r"[\s-]+", name)
     stems = [stem for word in words if len(stem := normal_form(word.removesuffix("'s"))[:_ECHO]) == _ECHO]
     return len(stems) - len(set(stems)) + len(_LONE_LETTER.findall(name)) + len(_INNER_CAPITAL.findall(name))
@@ -59,8 +57,10 @@ def character_of(name: str) -> str:
 
 
 class WordRepetition:
-    """Counts how far a candidate repeats the words of the names chosen so far, beyond what real cards do: a word may be
-    in ``max(1, share of real names that have it * names chosen)`` of them."""
+    """How far a candidate repeats the words of the names chosen so far, beyond what real cards do.
+
+    A word may be in ``max(1, share of real names that have it * names chosen)`` of them.
+    """
 
     def __init__(self, names: Iterable[str]) -> None:
         of_each = [content_words(name) for name in names]
@@ -120,8 +120,7 @@ C = TypeVar("C", bound=Candidate)
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """Weights of the score, chosen on validation cards: ``match`` of the attribute classifier's log-odds, ``fault`` in
-    nats per character for a flaw, a borrowed name or a repeated word."""
+    """Weights of the score, chosen on validation cards; ``fault`` is in nats per character."""
 
     match: float = 0.3
     fault: float = 0.25
@@ -131,7 +130,7 @@ DEFAULT_WEIGHTS = Weights()
 
 
 class Reranker(Generic[C]):
-    """Chooses names one after another from the candidates that were added so far. For one request."""
+    """Chooses names one after another from the candidates added so far. For one request."""
 
     def __init__(
         self,
@@ -163,7 +162,7 @@ class Reranker(Generic[C]):
         return chosen
 
     def scores(self, candidates: Sequence[C]) -> name_classifier.FloatArray:
-        """The scores (N,) of candidates, apart from the list so far."""
+        """The scores (N,) of candidates, apart from repetition."""
         if not candidates:
             return np.empty(0)
         texts = [one.text for one in candidates]

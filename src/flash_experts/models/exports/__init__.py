@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 @dataclass(frozen=True)
 class LogitDifference:
-    """The largest absolute difference of two models' logits, and the largest absolute logit of the source."""
+    """The largest absolute difference of two models' logits, and the source's largest absolute logit."""
 
     largest: float
     scale: float
@@ -30,7 +30,7 @@ def logit_difference(
 ) -> LogitDifference:
     """Compares two models name by name, so that no name is padded, in eval mode on the CPU.
 
-    ``exported`` gives float logits (1, S, V) of ids (1, S) int64; ids beyond the model's context are cut off.
+    ``exported`` gives float logits (1, S, V) of ids (1, S) int64, cut off at the model's context.
     """
     largest = scale = 0.0
     for ids in names:

@@ -2,8 +2,8 @@
 
 It is a baseline for the value of separate experts (Wortsman et al. 2022, model soups; Li et al. 2022,
 branch-train-merge), and a model for programs that know no experts. An upcycled model that was not trained gives back
-the dense weights, bit by bit for copies: the mean is the first expert plus the mean difference of the others from it.
-Shared experts are kept next to the mean of the routed ones: a sum of MLPs is one MLP with the hidden units of both.
+the dense weights, bit by bit for copies. Shared experts are kept next to the mean of the routed ones: a sum of MLPs is
+one MLP with the hidden units of both.
 
 Shape suffixes: E experts, R = E / g groups of g experts (granular upcycling; g is 1 otherwise), F hidden units.
 """
@@ -75,7 +75,7 @@ def _sizes(config: GPT2MoEConfig) -> tuple[int, int]:
 
 
 def _shares(index: int, loads: Mapping[int, torch.Tensor] | None, num_experts: int, granularity: int) -> torch.Tensor:
-    """(R,) float64 weights of the groups of a block, normalised."""
+    """(R,) float64 normalised weights of a block's groups."""
     if loads is None:
         load_E = torch.ones(num_experts, dtype=torch.float64)
     elif index not in loads:
@@ -91,7 +91,7 @@ def _shares(index: int, loads: Mapping[int, torch.Tensor] | None, num_experts: i
 
 
 def _mean_layer(layer: MoELayer, share_R: torch.Tensor, granularity: int) -> dict[str, torch.Tensor]:
-    """The mean of a layer's experts, with its shared experts, named as GPT-2's MLP."""
+    """The mean of a layer's experts, named as GPT-2's MLP."""
     experts = layer.experts
     # Mean over groups, (R, g, ...) to (g, ...); then the shards are concatenated along the hidden units.
     up, up_bias, down, down_bias = (
@@ -109,7 +109,7 @@ def _mean_layer(layer: MoELayer, share_R: torch.Tensor, granularity: int) -> dic
 
 
 def _widened(mlp: dict[str, torch.Tensor], width: int) -> dict[str, torch.Tensor]:
-    """The same MLP with more hidden units: copies of the first ones, whose output weights are zero.
+    """The same MLP with more hidden units: copies of the first, with output weights of zero.
 
     (Units with input weights of zero as well would get no gradient.)
     """
@@ -121,7 +121,7 @@ def _widened(mlp: dict[str, torch.Tensor], width: int) -> dict[str, torch.Tensor
 
 
 def _mean(stacked_R: torch.Tensor, share_R: torch.Tensor) -> torch.Tensor:
-    """Weighted mean over the first dimension; exact where all are equal."""
+    """Weighted mean over the first dimension, as the first plus a mean difference: exact where all are equal."""
     first = stacked_R[0]
     return first + torch.tensordot(share_R.to(first.dtype), stacked_R - first, dims=1)
 

@@ -35,8 +35,9 @@ def export_gguf(
     names: Sequence[Sequence[int]],
     out: Path,
 ) -> LogitDifference:
-    """Writes a dense GPT-2 in eval mode on the CPU and its tokenizer, and reads them back with transformers to compare
-    on ``names``, token ids of real names.
+    """Writes a dense GPT-2 in eval mode on the CPU and its tokenizer, and compares what transformers reads back.
+
+    ``names`` are token ids of real names.
 
     Raises:
         ValueError: a model or tokenizer that llama.cpp's GPT-2 is not.
@@ -57,7 +58,7 @@ def export_gguf(
 
 
 def _check_model(source: str | Path, config: Any) -> None:
-    """Raises ValueError for variants of GPT-2 that the architecture ``gpt2`` of GGUF cannot say."""
+    """ValueError for variants of GPT-2 that GGUF's ``gpt2`` cannot express."""
     if config.activation_function not in _TANH_GELUS:
         raise ValueError(f"{source} has the activation {config.activation_function}: llama.cpp's GPT-2 has gelu_new")
     if config.scale_attn_by_inverse_layer_idx or not config.scale_attn_weights or config.add_cross_attention:
@@ -65,7 +66,7 @@ def _check_model(source: str | Path, config: Any) -> None:
 
 
 def _check_tokenizer(source: str | Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raises ValueError for a tokenizer that is not GPT-2's kind of byte-level BPE."""
+    """ValueError for any but GPT-2's kind of byte-level BPE."""
     content = json.loads(tokenizer.backend_tokenizer.to_str())
     before = content.get("pre_tokenizer") or {}
     plain = before.get("type") == "ByteLevel" and before.get("use_regex", True) and not before.get("add_prefix_space")
@@ -127,7 +128,7 @@ def _add_tokenizer(writer: Any, vocab_size: int, tokenizer: PreTrainedTokenizerB
 
 
 def _tensors(model: GPT2LMHeadModel) -> Iterator[tuple[str, torch.Tensor]]:
-    """GGUF's names and weights; matrices are (out, in) there, but (in, out) in GPT-2's Conv1D."""
+    """GGUF's names and weights; matrices are (out, in), but (in, out) in GPT-2's Conv1D."""
     weights = model.transformer.state_dict()
     for ours, theirs in _ENDS.items():
         for kind in ("weight", "bias"):
@@ -143,7 +144,7 @@ def _tensors(model: GPT2LMHeadModel) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _read_back(file: Path, model: GPT2LMHeadModel) -> GPT2LMHeadModel:
-    """The model as transformers reads it; it reads the number of positions and hidden units from no GGUF file."""
+    """The model as transformers reads it, which skips the numbers of positions and hidden units."""
     config = type(model.config)(**model.config.to_dict())
     with redirect_stderr(StringIO()):  # transformers' progress bar
         read: Any = GPT2LMHeadModel.from_pretrained(

@@ -1,7 +1,7 @@
 """A model as an ONNX file, for ONNX Runtime in any language and in a browser: ids in, logits out, no KV cache.
 
-Every expert is computed for every token and weighted by its gate, 0 for those that were not chosen: E / k times the
-FLOPs of the experts, but in a few large matmuls.
+Every expert is computed for every token and weighted by its gate, 0 if not chosen: E / k times the FLOPs of the
+experts, but in a few large matmuls.
 """
 
 from __future__ import annotations
@@ -72,8 +72,9 @@ def export_onnx(
     out: Path,
     overwrite: bool = False,
 ) -> LogitDifference:
-    """Writes a folder with the ONNX file of a GPT-2 in eval mode on the CPU, configuration, tokenizer and a README, and
-    runs it on ``names``, token ids of real names.
+    """Writes a folder with the ONNX file of a GPT-2 in eval mode on the CPU, configuration, tokenizer and a README.
+
+    The file is run on ``names``, token ids of real names.
 
     Raises:
         ValueError: another kind of model, expert choice, or a folder that is not empty without ``overwrite``.
@@ -96,7 +97,7 @@ def export_onnx(
 
 
 class _Logits(nn.Module):
-    """ids (B, S) to logits (B, S, V): GPT-2's forward without what only a cache, padding and packing need."""
+    """ids (B, S) to logits (B, S, V): GPT-2's forward without cache, padding and packing."""
 
     def __init__(self, model: GPT2LMHeadModel):
         super().__init__()
@@ -114,7 +115,7 @@ class _Logits(nn.Module):
 
 
 def _trace(model: GPT2LMHeadModel, file: Path) -> None:
-    """Writes the graph of a model; its implementations of attention and experts are put back afterwards."""
+    """Writes the graph; puts the attention and experts back afterwards."""
     config: Any = model.config
     attention, experts = config._attn_implementation, config._experts_implementation
     has_experts = isinstance(model, GPT2MoEForCausalLM)
