@@ -87,7 +87,8 @@ class Difference:
 
     Attributes:
         conditional: whether the names are conditioned on attributes.
-        bits: bits per character of the first minus the second, with a paired 95% interval.
+        bits: bits per character of the first minus the second, with a paired 95% interval: the first is better if
+            negative.
         significant: whether the interval excludes zero, not corrected for multiple comparisons.
     """
 

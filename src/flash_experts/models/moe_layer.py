@@ -1,5 +1,10 @@
 """The mixture-of-experts (MoE) layer: router, experts, and the load-balancing losses that prevent routing collapse.
 
+Sources: Shazeer et al. 2017 (sparsely gated experts), Fedus et al. 2021 (Switch Transformer), Zoph et al. 2022
+(ST-MoE), Komatsuzaki et al. 2022 (sparse upcycling), Zhou et al. 2022 (expert choice), Dai et al. 2024 (DeepSeekMoE:
+shared and fine-grained experts), DeepSeek-AI 2024 (DeepSeek-V3: sigmoid scores, balance per sequence), Wang et al. 2024
+(loss-free balancing), Qiu et al. 2025 (balance over the global batch).
+
 Shape suffixes: T tokens (batch and sequence flattened), D width, E experts, K experts per token, F hidden
 units of an expert, C tokens per expert, S (token, expert) pairs, N sequences.
 """

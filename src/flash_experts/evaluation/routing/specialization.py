@@ -65,7 +65,7 @@ class Specialization:
 
     Attributes:
         share: share of the choices that went to each expert, by group.
-        marks: 1 (more than chance), -1 (less) or 0, by group and expert.
+        marks: 1 (more than chance), -1 (less) or 0, by group and expert; all 0 if the table is not significant.
         shuffled: mean information of the shuffles.
         shuffled_high: 95% quantile of the shuffles.
     """

@@ -1,8 +1,15 @@
 """Token filters (constrained decoding): which tokens may come next in a name.
 
 Each filter is a transformers ``LogitsProcessor``, so it also works in ``model.generate(logits_processor=[...])``. It
-looks at the *text* so far, not at token ids, since one text has many tokenizations. To write your own, see
-examples/extending/custom_filter.py.
+looks at the *text* so far, not at token ids, since one text has many tokenizations.
+
+To write your own, define the state of a name and the tokens that a state forbids::
+
+    class NoLetter(NameFilter):                                       # no "e" before the second word
+        def rule(self, name): return "no e" if len(name.split()) < 2 else None
+        def forbidden(self, rule): return self.vocabulary.where(lambda text: "e" in text)
+
+Pass the class to ``NameGenerator.generate(filters=[NoLetter])``; examples/extending/custom_filter.py runs two.
 
 Shape suffixes: B batch rows, T tokens of prompt and name, V tokens of the vocabulary.
 """
