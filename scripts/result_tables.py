@@ -32,6 +32,9 @@ WRITTEN_BY = {
     "moe_2cores": "flash-experts benchmark moe --out FILE",
     "generate_2cores": "flash-experts benchmark generate --count 1024 --out FILE",
     "generate_experts_2cores": "flash-experts benchmark generate --model models/mtg-names --count 1024 --out FILE",
+    "generate_experts_256_rows_2cores": (
+        "flash-experts benchmark generate --model models/mtg-names --count 1024 --batch-size 256 --out FILE"
+    ),
     "lists_mtg-names_2cores": "flash-experts evaluate models/mtg-names --lists --json > FILE",
     "lists_mtg-base_2cores": "flash-experts evaluate models/mtg-base --lists --json > FILE",
 }
@@ -253,7 +256,7 @@ def _training_rows() -> list[list[str]]:
 
 def _generating_rows() -> list[list[str]]:
     lines = []
-    for name in ("generate_2cores", "generate_experts_2cores"):
+    for name in ("generate_2cores", "generate_experts_2cores", "generate_experts_256_rows_2cores"):
         what, rate = _generating(name)
         theirs, theirs16 = f"{rate['theirs']:.0f}", f"{rate['theirs16']:.0f}"
         times = {key: f"{rate[key] / rate['theirs']:.1f} x" for key in ("ours", "filtered", "ours16")}

@@ -18,7 +18,18 @@ from flash_experts.options import option, problems_of
 from flash_experts.plain_text import did_you_mean
 from flash_experts.settings_files import read_yaml
 
-__all__ = ["CARD", "MODEL", "OUTPUT", "RULES", "SAMPLING", "NameRequest"]
+__all__ = [
+    "CARD",
+    "MODEL",
+    "OUTPUT",
+    "PRESETS",
+    "RULES",
+    "SAMPLING",
+    "NameRequest",
+    "Sampling",
+    "load_presets",
+    "sampling_of",
+]
 CANDIDATES = {"fast": 1, "good": 8, "best": 32}  # names drawn for each one shown, by quality
 # The same for a pattern with text after a gap, which few ways to fill the gap lead to.
 _CANDIDATES_AFTER_GAP = {"fast": 1, "good": 32, "best": 64}
