@@ -37,6 +37,6 @@ Try next:
   . .venv/bin/activate
   flash-experts generate --type "Legendary Creature - Dragon" --colors UR --count 10     (the released model's names)
   flash-experts generate --model models/quickstart --type Instant --starts-with Th --preset creative
-  flash-experts train --config quickstart --data data/franchises --training.run-name wide --model.num-experts 16
+  flash-experts train --config quickstart --data data/franchises --training.max-epochs 3 --training.run-name wide --model.num-experts 16
   flash-experts compare models/quickstart models/wide --data data/franchises       (then open the report that it names)
 END
