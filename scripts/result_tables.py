@@ -175,14 +175,10 @@ def _ms(row: dict[str, Any], digits: int = 0) -> str:
 
 def _generating(name: str) -> tuple[str, dict[str, float]]:
     """What was measured, and names a second: theirs, ours, filtered (all of ours), theirs16 and ours16 (bfloat16)."""
-    found = load(name)
-    kind = "the MoE model" if "experts" in name else "the dense model"
-    # A file without a date is older than the models that are released now, and is of those before them.
-    dated = "date" in found["machine"]
-    what = f"{kind} `{found['settings']['model']}`" if dated else f"{kind} released before this one"
-    keys = ("theirs", "ours", "filtered", "theirs16", "ours16")
+    found, kind = load(name), "the MoE model" if "experts" in name else "the dense model"
     rates = (row["names_per_second"] for row in found["rows"])
-    return f"names/s of {what}, batch {found['settings']['batch_size']}", dict(zip(keys, rates, strict=True))
+    what = f"names/s of {kind} `{found['settings']['model']}`, batch {found['settings']['batch_size']}"
+    return what, dict(zip(("theirs", "ours", "filtered", "theirs16", "ours16"), rates, strict=True))
 
 
 HEADER = ["what", "ours", "the baseline", "ratio"]

@@ -1,4 +1,4 @@
-"""`NameRequest`: everything that can be asked of a generator, each option declared once.
+"""`NameRequest`: everything that can be asked of a generator, each option declared once; `Sampling` and its presets.
 
 `NameGenerator.generate` takes these fields as keyword arguments, ``flash-experts generate`` and its YAML files as
 options, the playground as controls. To add one: a field here (or in `Constraints` or `Sampling`), its use, and its
