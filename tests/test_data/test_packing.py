@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
-from transformers import AutoTokenizer, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from flash_experts import GPT2MoEForCausalLM
 from flash_experts.data.packing import EncodedName, encode_name, encode_names, name_nats, pack, pack_all
@@ -37,6 +46,56 @@ def test_the_worked_example_of_the_docstring() -> None:
     assert batch.keep.tolist() == [1, 2, 3, 4, 5]
     assert batch.labels.tolist() == [2, 9, 3, 4, 9]
     assert batch.name_index.tolist() == [0, 0, 1, 1, 1]
+
+
+def test_the_worked_example_of_shared_prompts() -> None:
+    bos, prompt, eos = 0, 1, 9
+    names = [EncodedName((bos, prompt, last, eos), 2, 2) for last in (2, 3)]
+    batch = pack(names, share_prompts=True)
+    assert batch.input_ids.tolist() == [[0, 1, 2, 3]] and batch.position_ids.tolist() == [[0, 1, 2, 2]]
+    assert batch.row_of is not None and batch.row_of.tolist() == [0, 1, 2, 0, 1, 3]
+    assert batch.copy_of is not None and batch.copy_of.tolist() == [0, 1, 2, 5]
+    assert batch.cu_seq_lens.tolist() == [0, 3, 6] and batch.max_length == 3
+    assert batch.keep.tolist() == [1, 2, 1, 3] and batch.labels.tolist() == [2, 9, 3, 9]
+    assert pack(names).row_of is None and pack(names[:1], share_prompts=True).row_of is None
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    prompts=st.lists(st.sampled_from([(), (5,), (5, 6), (7, 8, 9)]), min_size=1, max_size=9),
+    kind=st.sampled_from(["gpt2", "moe", "llama"]),
+)
+def test_shared_prompts_change_no_loss_and_no_gradient(prompts: list[tuple[int, ...]], kind: str) -> None:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 40, "max_position_embeddings": 32, "bos_token_id": 0, "eos_token_id": 1}
+    model: PreTrainedModel
+    if kind == "llama":
+        shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+        llama = LlamaConfig(num_attention_heads=4, num_key_value_heads=2, **shape, **sizes)
+        model = LlamaForCausalLM(llama)
+    else:
+        gpt2 = GPT2Config(n_embd=32, n_layer=2, n_head=2, attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0, **sizes)
+        model = GPT2LMHeadModel(gpt2)
+        if kind == "moe":  # balancing losses off: they are means over computed tokens
+            model = GPT2MoEForCausalLM.from_dense(model, num_experts=4, router_aux_loss_coef=0, router_z_loss_coef=0)
+    model = model.double().train()
+    model.set_attn_implementation("fe_attention")
+    names = []
+    for number, prompt in enumerate(prompts):
+        own = torch.randint(10, 40, (1 + number % 4,)).tolist()
+        names.append(EncodedName((0, *prompt, *own, 1), 1 + len(prompt), len(own) + 1))
+    found = []
+    for share in (False, True):
+        batch = pack(names, share)
+        model.zero_grad()
+        output = model(**batch.inputs_with_loss(10))
+        output.loss.backward()
+        found.append([output.logits, output.loss, *(parameter.grad for parameter in model.parameters())])
+    shared = sum(len(one) + 1 for one, other in pairwise(prompts) if one == other)
+    assert batch.num_tokens == sum(name.num_inputs for name in names) - shared
+    rtol, atol = (1e-9, 1e-12) if kind == "gpt2" else (1e-5, 1e-7)  # routers and Llama's norms compute in float32
+    for whole, less in zip(*found, strict=True):
+        torch.testing.assert_close(less, whole, rtol=rtol, atol=atol)
 
 
 @given(lengths=st.lists(st.tuples(st.integers(1, 5), st.integers(1, 6)), min_size=1, max_size=8))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -91,6 +93,23 @@ def test_epochs_differ_in_order_and_in_prompts(tokenizer: PreTrainedTokenizerFas
         names = sorted(name.ids for step in steps for name in batches.names_of_step(step))
         lengths.append(sum(map(len, names)))
     assert lengths[0] != lengths[1]
+
+
+@settings(max_examples=15, deadline=None)
+@given(most=st.integers(1, 9), seed=st.integers(0, 3))
+def test_names_of_one_prompt_come_in_runs(tokenizer: PreTrainedTokenizerFast, most: int, seed: int) -> None:
+    cards = make_cards(60)
+    batches = NameBatches(cards, tokenizer, 10_000, 0.0, seed, names_per_prompt=most)
+    assert Counter(names_of_epoch(batches, 0, tokenizer)) == Counter(card.name for card in cards)
+    prompts = [name.ids[: name.prompt_length] for name in batches.names_of_step(0)]
+    runs = sum(math.ceil(count / most) for count in Counter(prompts).values())
+    if most > 1:  # adjacent runs may have the same prompt
+        assert 1 + sum(one != other for one, other in pairwise(prompts)) <= runs
+    else:
+        assert names_of_epoch(batches, 0, tokenizer) == names_of_epoch(
+            NameBatches(cards, tokenizer, 10_000, 0.0, seed), 0, tokenizer
+        )
+    assert names_of_epoch(batches, 1, tokenizer) != names_of_epoch(batches, 0, tokenizer)
 
 
 def test_batches_have_about_the_tokens_asked_for(tokenizer: PreTrainedTokenizerFast) -> None:

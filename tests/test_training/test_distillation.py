@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -312,3 +313,26 @@ def test_a_student_with_fewer_tokens_learns_from_those_it_has(
     torch.testing.assert_close(found.double(), expected / len(row.labels), atol=2e-3, rtol=2e-3)
     found.backward()
     assert torch.isfinite(student.grad).all()
+
+
+@pytest.mark.parametrize("kind", ["cross-entropy", "forward", "reverse"])
+def test_a_loss_in_chunks_is_the_whole_loss(
+    kind: Any, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cards = sampled_cards(6)
+    write_top_logits(tmp_path / "cache", tokenizer, cards, 5)
+    logits = TopLogits(tmp_path / "cache", tokenizer)
+    names = NameBatches([*cards, *TRAIN], tokenizer, 10_000, 0.0, 0, top_logits=logits).names_of_step(0)
+    row = pack(names)
+    assert (row.top_rows >= 0).any() and (row.top_rows < 0).any()
+    loss = CausalLoss(0.1) if kind == "cross-entropy" else TopLogitsLoss(0.1, logits, weight=0.7, kl=kind)
+    torch.manual_seed(5)
+    student = torch.randn(row.labels.numel(), len(tokenizer), dtype=torch.float64, requires_grad=True)
+    found = []
+    for chunk in (2**40, 3 * len(tokenizer)):  # all rows at once, and three at a time
+        monkeypatch.setattr("flash_experts.training.loss._CHUNK", chunk)
+        loss.prepare(row)
+        total = loss(student, row.labels, len(tokenizer), 20, shift_labels=row.labels)
+        found.append((total.detach(), *torch.autograd.grad(total, student)))
+    for whole, parts in zip(*found, strict=True):
+        torch.testing.assert_close(parts.double(), whole.double(), rtol=1e-5, atol=1e-7)

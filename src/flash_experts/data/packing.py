@@ -2,16 +2,16 @@
 
 The training text is ``<|endoftext|> + prompt + " " + name + <|endoftext|>`` (BOS, prompt, name, EOS), with the loss on
 the name and its EOS alone. A packed sequence is laid out as by transformers' ``DataCollatorWithFlattening``: positions
-start again at each name, so there is no padding and no padding mask. The EOS token is a label and never an input.
+start again at each name, so there is no padding and no padding mask. The EOS token is a label and never an input. Adjacent
+names with the same prompt may share its tokens, which are then computed once.
 
-Shape suffixes: T tokens of the packed sequence, L labels, N names.
+Shape suffixes: T tokens of the packed sequence, E of its names written out (T without shared prompts), L labels, N names.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -52,13 +52,15 @@ class PackedBatch:
     Attributes:
         input_ids: (1, T) int64.
         position_ids: (1, T) int64, from 0 in each name.
-        cu_seq_lens: (N + 1,) int32, start of each name, and T.
-        max_length: tokens of the longest name.
+        cu_seq_lens: (N + 1,) int32, start of each name, and E.
+        max_length: tokens of the longest name, with its prompt.
         keep: (L,) int64, positions whose next token is a label.
         labels: (L,) int64, those next tokens.
         name_index: (L,) int64, name of each label.
         characters: (N,) int64, as `EncodedName.characters`.
         top_rows: (L,) int64, as `EncodedName.top_row` for each label.
+        row_of: (E,) int64, position in ``input_ids`` of each token of the names written out; None without shared prompts.
+        copy_of: (T,) int64, the first copy of each token among those E; None without shared prompts.
     """
 
     input_ids: torch.Tensor
@@ -70,6 +72,8 @@ class PackedBatch:
     name_index: torch.Tensor
     characters: torch.Tensor
     top_rows: torch.Tensor
+    row_of: torch.Tensor | None = None
+    copy_of: torch.Tensor | None = None
 
     @property
     def num_names(self) -> int:
@@ -83,7 +87,8 @@ class PackedBatch:
     @property
     def inputs(self) -> dict[str, Any]:
         """Arguments of a causal LM's forward, whose logits are (1, L, vocabulary)."""
-        return {
+        shared = {} if self.row_of is None else {"packed_row_of": self.row_of, "packed_copy_of": self.copy_of}
+        return shared | {
             "input_ids": self.input_ids,
             "position_ids": self.position_ids,
             "cu_seq_lens_q": self.cu_seq_lens,
@@ -174,7 +179,7 @@ def _token_ids(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[lis
     return tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
 
 
-def pack(names: Sequence[EncodedName]) -> PackedBatch:
+def pack(names: Sequence[EncodedName], share_prompts: bool = False) -> PackedBatch:
     """Packs names into one sequence.
 
     Two names of ids ``[b p | a e]`` and ``[b | c d e]`` (``b`` BOS, ``p`` prompt, ``e`` EOS) become::
@@ -183,35 +188,54 @@ def pack(names: Sequence[EncodedName]) -> PackedBatch:
         position_ids  0 1 2   0 1 2
         cu_seq_lens   0       3       6
         keep            1 2   3 4 5         labels    a e   c d e
+
+    With ``share_prompts`` adjacent names of one prompt have its tokens once, and the attention function sees a copy for
+    each of them: ``[b p | a e]`` and ``[b p | c e]`` become::
+
+        input_ids     b p a c
+        position_ids  0 1 2 2
+        row_of        0 1 2   0 1 3         copy_of   0 1 2 5
+        cu_seq_lens   0       3       6
+        keep            1 2   1 3           labels    a e   c e
     """
     assert names, "a batch needs a name"
     input_ids: list[int] = []
     position_ids: list[int] = []
+    row_of: list[int] = []
+    copy_of: list[int] = []
     starts = [0]
     keep: list[int] = []
     labels: list[int] = []
     name_index: list[int] = []
     top_rows: list[int] = []
+    prompt, prompt_rows = None, range(0)
     for index, name in enumerate(names):
-        start, length = starts[-1], name.num_inputs
-        input_ids.extend(name.ids[:-1])
-        position_ids.extend(range(length))
-        keep.extend(range(start + name.prompt_length - 1, start + length))
+        own = name.prompt_length if share_prompts and name.ids[: name.prompt_length] == prompt else 0
+        rows = [*prompt_rows[:own], *range(len(input_ids), len(input_ids) + name.num_inputs - own)]
+        prompt, prompt_rows = name.ids[: name.prompt_length], range(rows[0], rows[0] + name.prompt_length)
+        copy_of.extend(range(starts[-1] + own, starts[-1] + name.num_inputs))
+        row_of.extend(rows)
+        input_ids.extend(name.ids[own:-1])
+        position_ids.extend(range(own, name.num_inputs))
+        keep.extend(rows[name.prompt_length - 1 :])
         labels.extend(name.ids[name.prompt_length :])
         num_labels = len(name.ids) - name.prompt_length
         name_index.extend([index] * num_labels)
         top_rows.extend(range(name.top_row, name.top_row + num_labels) if name.top_row >= 0 else [-1] * num_labels)
-        starts.append(start + length)
+        starts.append(starts[-1] + name.num_inputs)
+    is_shared = len(row_of) > len(input_ids)
     return PackedBatch(
         input_ids=torch.tensor([input_ids]),
         position_ids=torch.tensor([position_ids]),
         cu_seq_lens=torch.tensor(starts, dtype=torch.int32),
-        max_length=max(end - start for start, end in pairwise(starts)),
+        max_length=max(name.num_inputs for name in names),
         keep=torch.tensor(keep),
         labels=torch.tensor(labels),
         name_index=torch.tensor(name_index),
         characters=torch.tensor([name.characters for name in names]),
         top_rows=torch.tensor(top_rows),
+        row_of=torch.tensor(row_of) if is_shared else None,
+        copy_of=torch.tensor(copy_of) if is_shared else None,
     )
 
 

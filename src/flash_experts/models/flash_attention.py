@@ -4,8 +4,8 @@ A padding mask goes to PyTorch's SDPA; the rest goes, without mask or copy, to t
 `flash_experts.models.attention_backends` chooses: also queries against a KV cache, and packed sequences (many names in
 one row that must not attend to each other).
 
-Shape suffixes: B batch, H heads, S length, T tokens of a packed sequence, N names in it, M length of the longest, C
-head dim.
+Shape suffixes: B batch, H heads, S length, T tokens of a packed sequence, E of its names written out, N names in it, M
+length of the longest, C head dim.
 """
 
 from __future__ import annotations
@@ -41,6 +41,8 @@ def fe_attention_forward(
     cu_seq_lens_q: torch.Tensor | None = None,
     max_length_q: int | None = None,
     position_ids: torch.Tensor | None = None,
+    packed_row_of: torch.Tensor | None = None,
+    packed_copy_of: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention with the signature of transformers' attention functions; returns (B, S, H, C) and no weights.
@@ -51,6 +53,9 @@ def fe_attention_forward(
         cu_seq_lens_q: (N + 1,) starts of the names of a packed sequence, and T.
         max_length_q: M; None reads it from ``cu_seq_lens_q`` (one host synchronisation).
         position_ids: (B, S); without ``cu_seq_lens_q``, a jump in them starts another document.
+        packed_row_of: where names of a packed sequence share prompts, position in it of each token of the names
+            written out, whose starts ``cu_seq_lens_q`` has (`flash_experts.data.packing.PackedBatch`).
+        packed_copy_of: (S,) the first copy of each token among those.
 
     Raises:
         ValueError: a packed sequence in a batch or with a cache, or a forced backend that does not support the call.
@@ -58,8 +63,12 @@ def fe_attention_forward(
     backend = _configured_backend(module)
     if cu_seq_lens_q is None and attention_mask is None and query.shape[2] == key.shape[2] > 1:
         cu_seq_lens_q = packed_starts(position_ids, query.shape[0], query.shape[2])
+    if packed_row_of is not None:
+        assert packed_copy_of is not None and cu_seq_lens_q is not None, "PackedBatch.inputs has all three"
+        query, key, value = (_copies(x, packed_row_of) for x in (query, key, value))
     if cu_seq_lens_q is not None:
-        return _packed(query, key, value, cu_seq_lens_q, max_length_q, scaling, dropout, backend), None
+        out_BSHC = _packed(query, key, value, cu_seq_lens_q, max_length_q, scaling, dropout, backend)
+        return (out_BSHC if packed_copy_of is None else out_BSHC[:, packed_copy_of]), None
     if attention_mask is not None or _needs_sdpa_function(kwargs):
         choose_for_mask(backend, query.device.type, query.dtype)
         return sdpa_attention_forward(
@@ -104,6 +113,12 @@ def _packed(
     return out_THC[None]
 
 
+def _copies(x_1HTC: torch.Tensor, row_of_E: torch.Tensor) -> torch.Tensor:
+    """(1, H, E, C): a copy of the row of each token. As an embedding, whose backward is the fast sum over copies."""
+    rows_TD = x_1HTC[0].transpose(0, 1).flatten(1)
+    return F.embedding(row_of_E, rows_TD).unflatten(1, (x_1HTC.shape[1], -1)).transpose(0, 1)[None]
+
+
 def _options(query: torch.Tensor, right: int, scaling: float | None, dropout: float) -> AttentionOptions:
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if dropout == 0:
@@ -142,16 +157,21 @@ def sequence_of_tokens(
     hidden: torch.Tensor,
     cu_seq_lens_q: torch.Tensor | None = None,
     position_ids: torch.Tensor | None = None,
+    packed_copy_of: torch.Tensor | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, int]:
-    """(T,) number of each token's sequence (document, or row of a batch), and their count."""
+    """(T,) number of each token's sequence (document, or row of a batch), and their count.
+
+    A prompt that names share belongs to the first of them.
+    """
     num_rows, length = hidden.shape[:2]
     token_T = torch.arange(num_rows * length, device=hidden.device)
     if cu_seq_lens_q is None:
         cu_seq_lens_q = packed_starts(position_ids, num_rows, length)
     if cu_seq_lens_q is None:
         return token_T // max(length, 1), num_rows
-    return torch.searchsorted(cu_seq_lens_q[1:].long(), token_T, right=True), len(cu_seq_lens_q) - 1
+    places_T = token_T if packed_copy_of is None else packed_copy_of
+    return torch.searchsorted(cu_seq_lens_q[1:].long(), places_T, right=True), len(cu_seq_lens_q) - 1
 
 
 def fe_attention_mask(

@@ -69,6 +69,7 @@ class NameBatches:
     Args:
         tokens_per_batch: approximate number of tokens of a step.
         attribute_dropout: probability that an attribute of a prompt is left out.
+        names_per_prompt: most names in a row with one prompt (see `group_by_prompt`).
         seed: seed of the order and of attribute dropout.
         top_logits: a teacher's cached logits for names that it generated; these keep their prompts.
 
@@ -85,11 +86,13 @@ class NameBatches:
         seed: int,
         stages: Sequence[Stage] = (ALL_NAMES,),
         top_logits: TopLogits | None = None,
+        names_per_prompt: int = 1,
     ):
         if not cards:
             raise ValueError("there are no training names: run `flash-experts prepare` or check the data folder")
         self.tokenizer = tokenizer
         self.attribute_dropout = attribute_dropout
+        self.names_per_prompt = names_per_prompt
         self.seed = seed
         self.top_logits = top_logits
         self.plan: list[PlannedStage] = []
@@ -113,8 +116,8 @@ class NameBatches:
         config: TrainingConfig,
         top_logits: TopLogits | None = None,
     ) -> NameBatches:
-        dropout, stages = config.attribute_dropout, config.planned_stages
-        return cls(cards, tokenizer, config.tokens_per_batch, dropout, config.seed, stages, top_logits)
+        dropout, stages, run = config.attribute_dropout, config.planned_stages, config.names_per_prompt
+        return cls(cards, tokenizer, config.tokens_per_batch, dropout, config.seed, stages, top_logits, run)
 
     @property
     def planned_steps(self) -> int | None:
@@ -169,7 +172,20 @@ class NameBatches:
                 for card, name in zip(cards, encoded, strict=True)
             )
             encoded = [replace(name, top_row=row) for name, row in zip(encoded, rows, strict=True)]
-        return [encoded[index] for index in order_of_epoch(stage, cards, self.seed, epoch)]
+        ordered = [encoded[index] for index in order_of_epoch(stage, cards, self.seed, epoch)]
+        return group_by_prompt(ordered, self.names_per_prompt, random.Random(f"prompts/{self.seed}/{epoch}"))
+
+
+def group_by_prompt(names: Sequence[EncodedName], most: int, rng: random.Random) -> list[EncodedName]:
+    """Reorders names in shuffled runs of at most ``most`` with one prompt, whose tokens each run shares."""
+    if most == 1:
+        return list(names)
+    names_of: dict[tuple[int, ...], list[EncodedName]] = {}
+    for name in names:
+        names_of.setdefault(name.ids[: name.prompt_length], []).append(name)
+    runs = [same[start : start + most] for same in names_of.values() for start in range(0, len(same), most)]
+    rng.shuffle(runs)
+    return [name for run in runs for name in run]
 
 
 def order_of_epoch(stage: Stage, cards: Sequence[Card], seed: int, epoch: int) -> list[int]:

@@ -23,9 +23,9 @@ from flash_experts.training.training_config import TrainingConfig
 # A resumed run may differ from the checkpoint:
 # - refused: tokenizer, validation names, model configuration (except `run_folder.MAY_CHANGE`), kind of optimizer,
 #   ema_decay set or unset;
-# - accepted with a warning: the four settings below, training names, number of processes, device, `parallel`;
+# - accepted with a warning: the settings below, training names, number of processes, device, `parallel`;
 # - accepted: every other setting, such as limits, learning rates, logging and the tracker.
-_DATA_ORDER_FIELDS = ("seed", "tokens_per_batch", "attribute_dropout", "stages")
+_DATA_ORDER_FIELDS = ("seed", "tokens_per_batch", "attribute_dropout", "names_per_prompt", "stages")
 
 
 class Checkpointer:
@@ -217,7 +217,7 @@ class Checkpointer:
     def _compare(self, metadata: Mapping[str, Any]) -> None:
         """Warns of differences that change the order of data or the rounding."""
         then, now = metadata["config"], self._metadata["config"]
-        changed = [name for name in _DATA_ORDER_FIELDS if then.get(name) != now[name]]
+        changed = [name for name in _DATA_ORDER_FIELDS if then.get(name, now[name]) != now[name]]
         if metadata["data"].get("train_sha256") != self._metadata["data"]["train_sha256"]:
             changed.append("the training names")
         if changed:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any, Literal, cast
 
 import torch
 from torch.nn import functional as F
@@ -18,6 +19,7 @@ from flash_experts.training.training_config import TrainingConfig
 
 Direction = Literal["forward", "reverse"]
 _NEVER = -20.0  # log-probability
+_CHUNK = 2**22  # logits, 16 MB in float32
 
 
 def make_loss(
@@ -97,15 +99,51 @@ class CausalLoss:
             shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
         targets_L = shift_labels.reshape(-1).to(logits.device)
         items = (targets_L != ignore_index).sum() if num_items_in_batch is None else num_items_in_batch
-        return self._per_item(logits.reshape(-1, vocab_size), targets_L, items, ignore_index)
+        logits_LV = logits.reshape(-1, vocab_size)
+        sum_of_rows = self._prepared(targets_L, ignore_index)
+        if logits_LV.device.type == "cpu" and logits_LV.requires_grad and logits_LV.numel() > _CHUNK:
+            return cast(torch.Tensor, _SumInChunks.apply(logits_LV, sum_of_rows)) / items
+        return sum_of_rows(logits_LV, slice(None)) / items
 
-    def _per_item(
-        self, logits_LV: torch.Tensor, targets_L: torch.Tensor, items: torch.Tensor | int, ignore_index: int
-    ) -> torch.Tensor:
-        total = F.cross_entropy(
-            logits_LV.float(), targets_L, ignore_index=ignore_index, reduction="sum", label_smoothing=self.smoothing
-        )
-        return total / items
+    def _prepared(self, targets_L: torch.Tensor, ignore_index: int) -> SumOfRows:
+        """The summed loss of some rows of the logits, for this batch."""
+
+        def sum_of_rows(logits_LV: torch.Tensor, rows: slice) -> torch.Tensor:
+            smoothing, targets = self.smoothing, targets_L[rows]
+            return F.cross_entropy(
+                logits_LV.float(), targets, ignore_index=ignore_index, reduction="sum", label_smoothing=smoothing
+            )
+
+        return sum_of_rows
+
+
+SumOfRows = Callable[[torch.Tensor, slice], torch.Tensor]
+
+
+class _SumInChunks(torch.autograd.Function):
+    """A loss summed over chunks of rows, each with its gradient at once, so that float32 copies stay in the cache.
+
+    As the fused cross-entropy of Liger Kernel (Hsu et al. 2024), without the matmul before it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits_LV: torch.Tensor, sum_of_rows: SumOfRows) -> torch.Tensor:
+        L, V = logits_LV.shape
+        total = torch.zeros((), dtype=torch.promote_types(logits_LV.dtype, torch.float32))
+        gradient_LV = torch.empty_like(logits_LV)
+        for start in range(0, L, step := max(1, _CHUNK // V)):
+            rows = slice(start, start + step)
+            with torch.enable_grad():
+                chunk = logits_LV[rows].detach().requires_grad_()
+                loss = sum_of_rows(chunk, rows)
+            (gradient_LV[rows],) = torch.autograd.grad(loss, chunk)
+            total += loss.detach()
+        ctx.save_for_backward(gradient_LV)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+        return ctx.saved_tensors[0] * gradient, None
 
 
 class DistillationLoss(CausalLoss):
@@ -133,14 +171,17 @@ class DistillationLoss(CausalLoss):
         with torch.no_grad():
             self._teacher_logits_LV = self.teacher(**batch.inputs).logits[0]
 
-    def _per_item(
-        self, logits_LV: torch.Tensor, targets_L: torch.Tensor, items: torch.Tensor | int, ignore_index: int
-    ) -> torch.Tensor:
-        hard = super()._per_item(logits_LV, targets_L, items, ignore_index)
+    def _prepared(self, targets_L: torch.Tensor, ignore_index: int) -> SumOfRows:
+        cross_entropy = super()._prepared(targets_L, ignore_index)
         teacher_LV, self._teacher_logits_LV = self._teacher_logits_LV, None
         assert teacher_LV is not None, "prepare comes before each forward"
-        divergence_L = kl_divergence(logits_LV, teacher_LV, self.temperature, self.kl)
-        return (1 - self.weight) * hard + self.weight * self.temperature**2 * divergence_L.sum() / items
+
+        def sum_of_rows(logits_LV: torch.Tensor, rows: slice) -> torch.Tensor:
+            divergence_L = kl_divergence(logits_LV, teacher_LV[rows], self.temperature, self.kl)
+            hard = cross_entropy(logits_LV, rows)
+            return (1 - self.weight) * hard + self.weight * self.temperature**2 * divergence_L.sum()
+
+        return sum_of_rows
 
 
 class TopLogitsLoss(CausalLoss):
@@ -158,25 +199,30 @@ class TopLogitsLoss(CausalLoss):
     def prepare(self, batch: PackedBatch) -> None:
         self._rows_L = batch.top_rows
 
-    def _per_item(
-        self, logits_LV: torch.Tensor, targets_L: torch.Tensor, items: torch.Tensor | int, ignore_index: int
-    ) -> torch.Tensor:
-        rows_L, self._rows_L = self._rows_L, None
-        assert rows_L is not None and self.top_logits is not None, "prepare comes before each forward"
-        log_probs_LV = logits_LV.float().log_softmax(-1)
+    def _prepared(self, targets_L: torch.Tensor, ignore_index: int) -> SumOfRows:
+        top_rows_L, self._rows_L = self._rows_L, None
+        assert top_rows_L is not None, "prepare comes before each forward"
+
+        def sum_of_rows(logits_LV: torch.Tensor, rows: slice) -> torch.Tensor:
+            return self._sum(logits_LV.float().log_softmax(-1), targets_L[rows], top_rows_L[rows])
+
+        return sum_of_rows
+
+    def _sum(self, log_probs_LV: torch.Tensor, targets_L: torch.Tensor, top_rows_L: torch.Tensor) -> torch.Tensor:
+        assert self.top_logits is not None
         nats_L = -log_probs_LV.gather(1, targets_L[:, None])[:, 0]
         if self.smoothing:
             nats_L = (1 - self.smoothing) * nats_L - self.smoothing * log_probs_LV.mean(-1)
-        at = (rows_L >= 0).nonzero()[:, 0]
-        rows = rows_L[at].to(self.top_logits.ids.device)
+        has_teacher_L = top_rows_L >= 0
+        cached = top_rows_L.clamp(min=0).to(self.top_logits.ids.device)
         ids_LK, teacher_LK = (
-            each[rows].to(logits_LV.device) for each in (self.top_logits.ids, self.top_logits.log_probs)
+            each[cached].to(log_probs_LV.device) for each in (self.top_logits.ids, self.top_logits.log_probs)
         )
-        student_LK = log_probs_LV[at].gather(1, ids_LK.clamp(min=0).long())
+        student_LK = log_probs_LV.gather(1, ids_LK.clamp(min=0).long())
         # Tokens that the student lacks belong to the rest: nearly impossible on both sides, they add nothing.
         student_LK, teacher_LK = (each.float().masked_fill(ids_LK < 0, _NEVER) for each in (student_LK, teacher_LK))
         divergence_L = top_divergence(student_LK, teacher_LK, self.kl)
-        return (nats_L.sum() - self.weight * nats_L[at].sum() + self.weight * divergence_L.sum()) / items
+        return (nats_L + self.weight * (divergence_L - nats_L) * has_teacher_L).sum()
 
 
 def top_divergence(student_LK: torch.Tensor, teacher_LK: torch.Tensor, kl: Direction) -> torch.Tensor:

@@ -234,7 +234,8 @@ class Trainer:
         num_labels = sum(len(name.ids) - name.prompt_length for name in names)
         self.state.tokens += tokens
         self.speed.add(tokens, num_labels)
-        return [pack(batch) for batch in batches[self.rank :: self.world]], num_labels
+        share = self.config.names_per_prompt > 1
+        return [pack(batch, share) for batch in batches[self.rank :: self.world]], num_labels
 
     def _check_finite(self) -> None:
         """Ends the run at a NaN or infinite loss or gradient, or counts the step as skipped."""
