@@ -12,7 +12,8 @@ import torch
 
 from flash_experts.generation.request import Sampling
 
-_FIRST_CANDIDATES = 512  # top-p alone: the mass of this many tokens usually reaches p, and sorting all is slow
+_NUCLEUS_WIDTHS = (512, 4096)  # top-p alone: the mass of so many tokens usually reaches p, and sorting all is slow
+_BLOCK = 128  # probabilities that are summed at once
 
 
 def stream_seed(seed: int, prompt_ids: Sequence[int]) -> int:
@@ -66,10 +67,26 @@ def draw(scores_BV: torch.Tensor, noise_B2: torch.Tensor, sampling: Sampling) ->
 
 
 def _invert(probs_BK: torch.Tensor, noise_B: torch.Tensor) -> torch.Tensor:
-    """(B,) first places where the cumulative probabilities (up to a factor per row) exceed the random number."""
-    cumulated_BK = probs_BK.cumsum(dim=-1, dtype=torch.float64)
-    target_B1 = noise_B[:, None].to(cumulated_BK) * cumulated_BK[:, -1:]
-    return torch.searchsorted(cumulated_BK, target_B1, right=True)[:, 0].clamp_(max=probs_BK.shape[-1] - 1)
+    """(B,) first places where the cumulative probabilities (up to a factor per row) exceed the random number.
+
+    Sums of blocks say in which block that is, so that only one block of each row is cumulated.
+    """
+    K = probs_BK.shape[1]
+    whole = K - K % _BLOCK
+    blocks = [probs_BK[:, :whole].unflatten(1, (-1, _BLOCK)).sum(-1, dtype=torch.float64)] if whole else []
+    if whole < K:
+        blocks.append(probs_BK[:, whole:].sum(-1, keepdim=True, dtype=torch.float64))
+    ends_BN = torch.cat(blocks, dim=1).cumsum(-1)
+    target_B1 = noise_B[:, None].to(ends_BN) * ends_BN[:, -1:]
+    block_B1 = torch.searchsorted(ends_BN, target_B1, right=True).clamp_(max=ends_BN.shape[1] - 1)
+    before_B1 = torch.nn.functional.pad(ends_BN, (1, 0)).gather(1, block_B1)
+    place_BW = block_B1 * _BLOCK + torch.arange(_BLOCK, device=probs_BK.device)
+    probs_BW = probs_BK.gather(1, place_BW.clamp(max=K - 1)).masked_fill(place_BW >= K, 0)
+    within_BW = probs_BW.cumsum(-1, dtype=torch.float64)
+    # A target that rounding puts at the end of its block must still find a token that is possible.
+    last_B1 = torch.nextafter(within_BW[:, -1:], torch.zeros_like(target_B1))
+    found_B1 = torch.searchsorted(within_BW, torch.minimum(target_B1 - before_B1, last_B1), right=True)
+    return (block_B1 * _BLOCK + found_B1)[:, 0].clamp_(max=K - 1)
 
 
 def _rejected(probs_BV: torch.Tensor, tokens_B: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor, torch.Tensor]:
@@ -103,25 +120,24 @@ def candidates(scores_BV: torch.Tensor, sampling: Sampling) -> tuple[torch.Tenso
         None where K is V.
     """
     vocab_size = scores_BV.shape[-1]
-    kept = top_k = min(sampling.top_k or vocab_size, vocab_size)
-    if top_k == vocab_size and sampling.top_p < 1 and vocab_size > _FIRST_CANDIDATES:
-        kept = _FIRST_CANDIDATES
-    if kept == vocab_size:
-        probs_BV = _softmax(scores_BV / sampling.temperature)
-        return _cut(probs_BV, probs_BV.sum(-1, keepdim=True), sampling), None
-
-    top_BK, ids_BK = scores_BV.topk(kept, dim=-1)
-    ids_BK, order_BK = ids_BK.sort(dim=-1)
-    scaled_BK = top_BK.gather(1, order_BK) / sampling.temperature
-    best_B1 = _finite(scaled_BK.amax(-1, keepdim=True))
-    probs_BK = (scaled_BK - best_B1).exp()
-    if top_k < vocab_size:  # top-p is a share of what top-k left
-        return _cut(probs_BK, probs_BK.sum(-1, keepdim=True), sampling), ids_BK
-    total_B1 = (scores_BV / sampling.temperature - best_B1).exp().sum(-1, keepdim=True)
-    if (probs_BK.sum(-1, keepdim=True) < sampling.top_p * total_B1).any():
-        probs_BV = (scores_BV / sampling.temperature - best_B1).exp()
-        return _cut(probs_BV, total_B1, sampling), None
-    return _cut(probs_BK, total_B1, sampling), ids_BK
+    scaled_BV = scores_BV / sampling.temperature
+    best_B1 = scaled_BV.amax(-1, keepdim=True)
+    # Zeros, not NaN, where a whole row is minus infinity.
+    probs_BV = (scaled_BV - best_B1.masked_fill(best_B1 == -torch.inf, 0)).exp()
+    total_B1 = probs_BV.sum(-1, keepdim=True)
+    limits_k = 0 < sampling.top_k < vocab_size
+    widths = (sampling.top_k,) if limits_k else _NUCLEUS_WIDTHS if sampling.top_p < 1 else ()
+    for width in widths:
+        if width >= vocab_size:
+            break
+        ids_BK = scores_BV.topk(width, dim=-1).indices.sort(dim=-1).values
+        probs_BK = probs_BV.gather(1, ids_BK)
+        mass_B1 = probs_BK.sum(-1, keepdim=True)
+        if limits_k:  # top-p is a share of what top-k left
+            return _cut(probs_BK, mass_B1, sampling), ids_BK
+        if (mass_B1 >= sampling.top_p * total_B1).all():
+            return _cut(probs_BK, total_B1, sampling), ids_BK
+    return _cut(probs_BV, total_B1, sampling), None
 
 
 def _cut(probs_BK: torch.Tensor, total_B1: torch.Tensor, sampling: Sampling) -> torch.Tensor:
@@ -135,12 +151,3 @@ def _cut(probs_BK: torch.Tensor, total_B1: torch.Tensor, sampling: Sampling) -> 
         least_B1 = sampling.min_p * probs_BK.amax(-1, keepdim=True)
         probs_BK = probs_BK.masked_fill(probs_BK < least_B1, 0.0)
     return probs_BK
-
-
-def _softmax(scores_BV: torch.Tensor) -> torch.Tensor:
-    """Unnormalized; zeros, not NaN, where a whole row is minus infinity."""
-    return (scores_BV - _finite(scores_BV.amax(-1, keepdim=True))).exp()
-
-
-def _finite(best_B1: torch.Tensor) -> torch.Tensor:
-    return best_B1.masked_fill(best_B1 == float("-inf"), 0.0)
