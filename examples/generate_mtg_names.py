@@ -30,6 +30,8 @@ def base_of(model: str) -> str:
     path, root = Path(model) / "run.json", MODELS.parent
     origin = json.loads(path.read_text("utf-8")).get("origin", {}) if path.is_file() else {}
     base = origin.get("base") or "models/mtg-base"
+    if base.startswith("models/") and not (root / base).exists():
+        base = "models/mtg-base"  # the released models' own start is not in the repository
     return str(root / base) if (root / base).exists() else base
 
 

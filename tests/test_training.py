@@ -358,14 +358,14 @@ def test_mfu_is_the_flops_of_active_weights_over_time_and_peak(
     counts = multiplied_parameters(GPT2MoEForCausalLM.from_dense(dense, num_experts=4, num_experts_per_tok=1))
     assert counts["body"] == multiplied_parameters(dense)["body"] + 2 * 4 * dense.config.n_embd, "and two routers"
     speed = SpeedMeter(counts, torch.device("cpu"), world=2)
-    speed.add(600, 200)
-    speed.add(400, 100)
+    speed.add(900, 200, 600)
+    speed.add(600, 100, 400)
     clock[0] += 3.0
     with speed.pause():
         clock[0] += 50.0
     clock[0] += 1.0
     measured = speed.metrics()
-    assert measured["tokens_per_second"] == 250.0
+    assert measured["tokens_per_second"] == 375.0, "what is read, not what is multiplied"
     assert measured["mfu"] == pytest.approx(6 * (1000 * counts["body"] + 300 * counts["head"]) / 4.0 / 2e9)
 
 

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from flash_experts import GPT2MoEForCausalLM
-from flash_experts.data.packing import EncodedName, encode_name, encode_names, name_nats, pack, pack_all
+from flash_experts.data.packing import EncodedName, encode_name, encode_names, name_nats, pack, pack_all, packed_length
 from flash_experts.data.prompts import Attributes
 from flash_experts.data.tokenizer import load_tokenizer, train_tokenizer
 
@@ -92,7 +92,7 @@ def test_shared_prompts_change_no_loss_and_no_gradient(prompts: list[tuple[int, 
         output.loss.backward()
         found.append([output.logits, output.loss, *(parameter.grad for parameter in model.parameters())])
     shared = sum(len(one) + 1 for one, other in pairwise(prompts) if one == other)
-    assert batch.num_tokens == sum(name.num_inputs for name in names) - shared
+    assert batch.num_tokens == sum(name.num_inputs for name in names) - shared == packed_length(names, True)
     rtol, atol = (1e-9, 1e-12) if kind == "gpt2" else (1e-5, 1e-7)  # routers and Llama's norms compute in float32
     for whole, less in zip(*found, strict=True):
         torch.testing.assert_close(less, whole, rtol=rtol, atol=atol)

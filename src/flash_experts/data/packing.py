@@ -2,16 +2,18 @@
 
 The training text is ``<|endoftext|> + prompt + " " + name + <|endoftext|>`` (BOS, prompt, name, EOS), with the loss on
 the name and its EOS alone. A packed sequence is laid out as by transformers' ``DataCollatorWithFlattening``: positions
-start again at each name, so there is no padding and no padding mask. The EOS token is a label and never an input. Adjacent
-names with the same prompt may share its tokens, which are then computed once.
+start again at each name, so there is no padding and no padding mask. The EOS token is a label and never an input.
+Adjacent names with the same prompt may share its tokens, which are then computed once.
 
-Shape suffixes: T tokens of the packed sequence, E of its names written out (T without shared prompts), L labels, N names.
+Shape suffixes: T tokens of the packed sequence, E of its names written out (T if they share no prompt), L labels, N
+names.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -59,8 +61,9 @@ class PackedBatch:
         name_index: (L,) int64, name of each label.
         characters: (N,) int64, as `EncodedName.characters`.
         top_rows: (L,) int64, as `EncodedName.top_row` for each label.
-        row_of: (E,) int64, position in ``input_ids`` of each token of the names written out; None without shared prompts.
-        copy_of: (T,) int64, the first copy of each token among those E; None without shared prompts.
+        row_of: (E,) int64, position in ``input_ids`` of each token of the names written out; None if they share no
+            prompt.
+        copy_of: (T,) int64, the first copy of each token among those E; None if names share no prompt.
     """
 
     input_ids: torch.Tensor
@@ -177,6 +180,12 @@ def split_by_context(
 
 def _token_ids(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     return tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
+
+
+def packed_length(names: Sequence[EncodedName], share_prompts: bool) -> int:
+    """`PackedBatch.num_tokens` of these names, without packing them."""
+    prompts = [name.ids[: name.prompt_length] for name in names] if share_prompts else []
+    return sum(name.num_inputs for name in names) - sum(len(one) for one, other in pairwise(prompts) if one == other)
 
 
 def pack(names: Sequence[EncodedName], share_prompts: bool = False) -> PackedBatch:

@@ -18,6 +18,7 @@ from flash_experts.models.top_logits import TopLogits, holds_top_logits
 from flash_experts.training.training_config import TrainingConfig
 
 Direction = Literal["forward", "reverse"]
+SumOfRows = Callable[[torch.Tensor, slice], torch.Tensor]  # the summed loss of some rows of the logits
 _NEVER = -20.0  # log-probability
 _CHUNK = 2**22  # logits, 16 MB in float32
 
@@ -101,7 +102,8 @@ class CausalLoss:
         items = (targets_L != ignore_index).sum() if num_items_in_batch is None else num_items_in_batch
         logits_LV = logits.reshape(-1, vocab_size)
         sum_of_rows = self._prepared(targets_L, ignore_index)
-        if logits_LV.device.type == "cpu" and logits_LV.requires_grad and logits_LV.numel() > _CHUNK:
+        is_large = logits_LV.device.type == "cpu" and logits_LV.numel() > _CHUNK
+        if is_large and logits_LV.requires_grad and not torch.compiler.is_compiling():
             return cast(torch.Tensor, _SumInChunks.apply(logits_LV, sum_of_rows)) / items
         return sum_of_rows(logits_LV, slice(None)) / items
 
@@ -115,9 +117,6 @@ class CausalLoss:
             )
 
         return sum_of_rows
-
-
-SumOfRows = Callable[[torch.Tensor, slice], torch.Tensor]
 
 
 class _SumInChunks(torch.autograd.Function):

@@ -156,13 +156,15 @@ class SpeedMeter:
         self.begin()
 
     def begin(self) -> None:
-        self._tokens = self._labels = 0
+        self._tokens = self._computed = self._labels = 0
         self._paused = 0.0
         self._start = time.perf_counter()
 
-    def add(self, tokens: int, labels: int) -> None:
+    def add(self, tokens: int, labels: int, computed: int) -> None:
+        """Counts a step; ``computed`` are the tokens that the model multiplies: fewer where names share prompts."""
         self._tokens += tokens
         self._labels += labels
+        self._computed += computed
 
     @contextmanager
     def pause(self) -> Iterator[None]:
@@ -176,7 +178,7 @@ class SpeedMeter:
         seconds = max(1e-9, time.perf_counter() - self._start - self._paused)
         metrics = {"tokens_per_second": round(self._tokens / seconds, 1)} | peak_memory(self._device)
         if self._peak is not None:
-            metrics["mfu"] = training_flops(self._counts, self._tokens, self._labels) / seconds / self._peak
+            metrics["mfu"] = training_flops(self._counts, self._computed, self._labels) / seconds / self._peak
         self.begin()
         return metrics
 

@@ -17,7 +17,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flash_experts.data.cards import Card
-from flash_experts.data.packing import PackedBatch, pack
+from flash_experts.data.packing import PackedBatch, pack, packed_length
 from flash_experts.models.router_metrics import update_router_biases
 from flash_experts.training import distributed, numerics, run_state
 from flash_experts.training.batches import NameBatches, fitting_cards
@@ -233,8 +233,8 @@ class Trainer:
         tokens = sum(name.num_inputs for name in names)
         num_labels = sum(len(name.ids) - name.prompt_length for name in names)
         self.state.tokens += tokens
-        self.speed.add(tokens, num_labels)
         share = self.config.names_per_prompt > 1
+        self.speed.add(tokens, num_labels, sum(packed_length(batch, share) for batch in batches))
         return [pack(batch, share) for batch in batches[self.rank :: self.world]], num_labels
 
     def _check_finite(self) -> None:
