@@ -3,10 +3,11 @@
     python benchmarks/train_released.py                              # everything: hours on two cores
     python benchmarks/train_released.py --contenders dense moe --seeds 0     # a part of it
 
-Every contender has the same two training stages: distillation (configs/student.yaml) on names from a teacher and real
-names, then the data of the released MoE model (configs/names.yaml). They differ in added parameters: none (dense); more
-hidden units in each MLP (scripts/widen.py), for dense models with the active or the total parameters of the MoE model;
-experts. Parameters are added between the stages, from models/mtg-base, or before the first (early).
+Every contender has the same two training stages: distillation on names from a teacher and real names at a constant
+learning rate (configs/student.yaml), then the same data while it falls to 0 (configs/names.yaml). They differ in added
+parameters: none (dense); more hidden units in each MLP (scripts/widen.py), for dense models with the active or the
+total parameters of the MoE model; experts. Parameters are added between the stages, to models/student, or before the
+first (early).
 
 Both test sets are used once, at the end. Finished runs are not repeated, and interrupted runs resume.
 
@@ -56,7 +57,7 @@ class Contender:
     early: bool = False
 
 
-ACTIVE, TOTAL = 1920, 3200  # hidden units of dense models with the active and the total parameters of the MoE model
+ACTIVE, TOTAL = 1792, 2304  # hidden units of dense models with the active and the total parameters of the MoE model
 DENSE = "dense"
 CONTENDERS = {
     DENSE: Contender(),
@@ -180,7 +181,7 @@ def compete(bench: Bench, names: Sequence[str], seeds: Sequence[int]) -> dict[st
 def main() -> None:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
-    parser.add_argument("--base", type=Path, default=Path("models/mtg-base"), help="model from configs/student.yaml")
+    parser.add_argument("--base", type=Path, default=Path("models/student"), help="model from configs/student.yaml")
     parser.add_argument("--data", type=Path, default=Path("data/mtg"))
     parser.add_argument("--models", type=Path, default=Path("models"), help="folder of the runs")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])

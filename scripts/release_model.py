@@ -27,7 +27,7 @@ from flash_experts.training.tracking import read_metrics
 
 INTRODUCTION = """A {kind} of {parameters:.1f} million parameters ({active:.1f} million active per token, bfloat16
 weights) that names Magic: The Gathering cards. Its tokenizer has {vocabulary:,} tokens: the bytes, {merges:,} merges
-of them, and the symbols of texts, the part of SmolLM2's that names and prompts need. {about}"""
+of them, and the symbols of texts, the part of SmolLM2's that has words and what cards use. {about}"""
 CARD = """# {name}
 
 {introduction}

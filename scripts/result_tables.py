@@ -160,7 +160,7 @@ def by_year() -> str:
 
 def _training(name: str) -> dict[str, dict[str, Any]]:
     short = {"transformers Trainer, padded": "trainer", "ours, dense": "ours", "ours, dense, vocabulary": "trimmed"}
-    short["ours, 8 experts in every second block"] = "experts"
+    short |= {"ours, 8 experts in every second block": "experts", "the same, the prompt computed once a step": "shared"}
     return {short[row["name"].split(" trimmed")[0]]: row for row in load(name)["rows"]}
 
 
@@ -229,6 +229,7 @@ def _training_rows() -> list[list[str]]:
             times(few["ours"]),
         ],
         ["the same with the vocabulary trimmed to what cards need", rate(few["trimmed"]), base, times(few["trimmed"])],
+        ["and the prompt of a step's names computed once", rate(few["shared"]), base, times(few["shared"])],
         [
             "the same with 256 names a step, and with the vocabulary trimmed besides",
             f"{rate(many['ours'])}; {rate(many['trimmed'])}",

@@ -137,10 +137,12 @@ q_SC, k_SC, v_SC = (x[0, :, head] for x in (q, k, v))
 raw_SS = q_SC @ k_SC.T
 scores_SS = raw_SS / C**0.5
 visible_SS = torch.ones(S, S, dtype=torch.bool).tril()
-largest = []
-for label, each in (("q k^T", raw_SS), ("q k^T / sqrt(C)", scores_SS)):
-    largest.append(each.masked_fill(~visible_SS, -torch.inf).softmax(-1)[encoded.prompt_length :].amax(-1).mean())
-    print(f"{label:16} spread of the scores {each[visible_SS].std():5.2f}, largest weight of a row {largest[-1]:.2f}")
+raw_HSS, largest = torch.einsum("ihc,jhc->hij", q[0], k[0]), []
+for label, each_HSS in (("q k^T", raw_HSS), ("q k^T / sqrt(C)", raw_HSS / C**0.5)):
+    weights_HSS = each_HSS.masked_fill(~visible_SS, -torch.inf).softmax(-1)
+    largest.append(weights_HSS[:, encoded.prompt_length :].amax(-1).mean())  # over the rows of the name, in all heads
+    spread = each_HSS[:, visible_SS].std()
+    print(f"{label:16} spread of the scores {spread:5.2f}, largest weight of a row {largest[-1]:.2f}")
 holds("without the root of C the largest weight of a row is much larger", largest[0] > 1.2 * largest[1])
 
 # %% [markdown]

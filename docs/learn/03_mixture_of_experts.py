@@ -48,7 +48,8 @@ from flash_experts.training.training_config import LearningRateScale
 dense, tokenizer = load_base()
 train_cards, validation_cards = cards("train"), cards("validation")[:200]
 names = [card.name for card in validation_cards]
-E, K, LAST = 8, 2, dense.config.n_layer - 1
+E, K = 8, 2
+LAST = dense.config.n_layer // 2 * 2 - 1  # the last block with experts: every second one has them
 
 torch.manual_seed(0)
 model = GPT2MoEForCausalLM.from_dense(dense, num_experts=E, num_experts_per_tok=K, moe_layer_freq=2)

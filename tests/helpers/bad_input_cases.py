@@ -134,7 +134,6 @@ _TRAINING = """
 --training.attribute-dropout 2 :: attribute_dropout is 2
 --training.stages [] :: stages is empty
 --training.stages '[{name: a}]' :: max_epochs is for runs without stages
---training.names-per-prompt 2 --training.stages '[{name: a, epochs: 1, order: length}]' :: names_per_prompt reorders
 --training.names-per-prompt 0 :: names_per_prompt is 0
 --training.stages '[{name: a, epochs: -1}]' --training.max-epochs null :: epochs is -1
 --training.stages '[{name: a, types: [Goblin]}]' --training.max-epochs null :: types has 'Goblin'

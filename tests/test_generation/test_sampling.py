@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from flash_experts.generation.request import PRESETS, Sampling, sampling_of
-from flash_experts.generation.sampling import candidates, draw, noise
+from flash_experts.generation.sampling import _invert, candidates, draw, noise
 
 
 def _by_transformers(scores: torch.Tensor, sampling: Sampling) -> torch.Tensor:
@@ -83,6 +83,24 @@ def test_draws_follow_the_distribution(sampling: Sampling) -> None:
     possible = expected > 0
     chi_squared = ((counts - expected)[possible] ** 2 / expected[possible]).sum()
     assert chi_squared < 35  # 11 degrees of freedom at most: one in 4,000 by chance, and the seed is fixed
+
+
+@settings(max_examples=60, deadline=None)
+@given(K=st.integers(1, 700), zeros=st.floats(0, 0.99), seed=st.integers(0, 99))
+def test_a_draw_inverts_the_cumulative_distribution(K: int, zeros: float, seed: int) -> None:
+    """Whole numbers have exact sums, so that sums of blocks round nothing."""
+    generator = torch.Generator().manual_seed(seed)
+    weights_BK = torch.randint(1, 9, (4, K), generator=generator).float()
+    weights_BK[torch.rand(4, K, generator=generator) < zeros] = 0
+    weights_BK[:, K // 2] = 1
+    drawn = torch.rand(2, dtype=torch.float64, generator=generator).tolist()
+    noise_B = torch.tensor([0.0, 1 - 2**-53, *drawn], dtype=torch.float64)
+    sums_BK = weights_BK.double().cumsum(-1)
+    expected = [int((sums > share * sums[-1]).nonzero()[0]) for sums, share in zip(sums_BK, noise_B, strict=True)]
+    found_B = _invert(weights_BK, noise_B)
+    assert found_B.tolist() == expected
+    thirds_BK = weights_BK / 3  # and never to a token of no probability, whatever is rounded
+    assert (thirds_BK.gather(1, _invert(thirds_BK, noise_B)[:, None]) > 0).all()
 
 
 def test_rows_without_a_token_are_reported_and_do_not_affect_others() -> None:

@@ -26,7 +26,7 @@ sys.path.append(str(Path(globals().get("__file__", "a notebook")).resolve().pare
 import torch
 from chapter_claims import holds
 from chapter_models import bits_per_character, nats_of_names
-from chapter_tools import BASE, ROOT, cards, load_released, table
+from chapter_tools import ROOT, cards, load_released, table
 
 from flash_experts.evaluation.routing.maps import inspect_router
 from flash_experts.models.router_metrics import routers_of
@@ -66,15 +66,13 @@ holds("the stricter rule keeps no more than the plain one", together <= alone)
 #
 # ## 2. At equal FLOPs
 #
-# The dense student's own log, validation bits against the logarithm of the tokens: the slope between its last two entries
-# is what more reading brought at the end. (With a learning rate that decays, the true gain of a longer run would be another
-# one: this is a rough scale, not a measurement.)
+# The dense student's own log, validation bits against the logarithm of the tokens: the slope over its last thousand steps
+# is what more reading brought at the end, at a constant learning rate.
 
 # %%
-validations = [
-    line for line in read_metrics(BASE / "metrics.jsonl") if line["event"] == "validation" and line["tokens"]
-]
-first, last = validations[-3], validations[-1]
+validations = read_metrics(ROOT / "benchmarks/results/student_validations.jsonl", "validation")
+last = validations[-1]
+first = max((line for line in validations if line["step"] <= last["step"] - 1000), key=lambda line: line["step"])
 key = "validation/bits_per_char"
 slope = (last[key] - first[key]) / math.log(last["tokens"] / first["tokens"])
 experts = [name for name, of in runs.items() if of[0]["size"]["total"] > of[0]["size"]["active"]]

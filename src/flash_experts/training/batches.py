@@ -173,7 +173,8 @@ class NameBatches:
             )
             encoded = [replace(name, top_row=row) for name, row in zip(encoded, rows, strict=True)]
         ordered = [encoded[index] for index in order_of_epoch(stage, cards, self.seed, epoch)]
-        return group_by_prompt(ordered, self.names_per_prompt, random.Random(f"prompts/{self.seed}/{epoch}"))
+        most = self.names_per_prompt if stage.order == "shuffled" else 1
+        return group_by_prompt(ordered, most, random.Random(f"prompts/{self.seed}/{epoch}"))
 
 
 def group_by_prompt(names: Sequence[EncodedName], most: int, rng: random.Random) -> list[EncodedName]:

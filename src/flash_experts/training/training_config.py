@@ -156,7 +156,8 @@ class TrainingConfig:
     )  # fmt: skip
     names_per_prompt: int = option(
         1, "most names in a row with one prompt, whose tokens a step then computes once: fewer tokens to compute (a "
-        "third for real names, half for a teacher's), less mixed steps. 1 for names in random order", _NAMES,
+        "third for real names, half for a teacher's), less mixed steps. 1 for names in random order; without effect in "
+        "stages that are ordered by length", _NAMES,
         bounds=_COUNT,
     )  # fmt: skip
     stages: list[Stage] | None = option(
@@ -211,8 +212,6 @@ class TrainingConfig:
         ]
         if self.stages is not None:
             problems += stage_problems(self.stages)
-            if self.names_per_prompt != 1 and any(stage.order != "shuffled" for stage in self.stages):
-                problems.append("names_per_prompt reorders names, so it must be 1 where a stage has an order")
             if self.max_epochs is not None:
                 problems.append("max_epochs is for runs without stages, which have their own epochs: set it to null")
         if self.max_steps is None and self.max_minutes is None and self.planned_stages[-1].epochs is None:
