@@ -47,7 +47,7 @@ def upcycled(**fields: object) -> GPT2MoEForCausalLM:
 def favouring_two(**fields: object) -> GPT2MoEForCausalLM:
     """The same, whose router favours the first two experts."""
     model = upcycled(**fields)
-    favour_two(model, LAST, train_cards[:100], tokenizer)
+    favour_two(model, LAST, train_cards[:100], tokenizer, 8.0)
     return model
 
 
