@@ -77,7 +77,7 @@ def test_train_and_generate() -> None:
     report = measured("train", *options.replace("-per-", "_per_").replace("names-", "names_").split())
     assert [row["name"] for row in report.rows][:2] == ["transformers Trainer, padded", "ours, dense"]
     assert "trimmed" in report.rows[2]["name"]
-    assert len(report.rows) == 4 and all(row["tokens_per_second"] > 0 for row in report.rows)
+    assert len(report.rows) == 5 and all(row["tokens_per_second"] > 0 for row in report.rows)
     report = measured("generate", "--model", MODEL, "--count", "4", "--batch_size", "4", "--rounds", "1")
     assert report.rows[0]["times_peer"] == 1 and len(report.rows) == 5
     assert "transformers generate" in report.text

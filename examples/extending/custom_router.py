@@ -71,7 +71,7 @@ def main() -> None:
             optimizer.step()
             optimizer.zero_grad()
         read = router_metrics(model)
-        last = f"router/{model.config.n_layer - 1}"
+        last = f"router/{model.config.n_layer // 2 * 2 - 1}"  # every second block has experts
         metrics = {name: read[f"{last}/{name}"] for name in ("load_cv", "max_load", "entropy")}
         print(f"{label}:", ", ".join(f"{name} {value:.2f}" for name, value in metrics.items()))
 
