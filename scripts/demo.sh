@@ -14,7 +14,7 @@ step "2/5  Upcycle: the dense GPT-2 in models/mtg-base becomes an MoE model of 8
 if [ -f models/demo-upcycled/config.json ]; then
   echo "models/demo-upcycled already exists"
 else
-  flash-experts upcycle models/mtg-base --num-experts 8 --out models/demo-upcycled
+  flash-experts upcycle models/mtg-base --num-experts 8 --router-aux-loss-coef 0.05 --out models/demo-upcycled
 fi
 
 step "3/5  Fine-tune the experts on the 2,500 names of those franchises, three passes: more would memorize them (1 to 3 minutes); wandb records it in ./wandb, offline without a key"
