@@ -14,7 +14,8 @@ from flash_experts.cli import COMMANDS, _dashes_to_underscores
 ROOT = Path(__file__).parent.parent
 WRITTEN = [
     *(ROOT / name for name in ("README.md", "SECURITY.md", "data/README.md", "scripts/demo.sh")),
-    *(path for folder in ("docs", "examples", "configs", "models") for path in (ROOT / folder).rglob("*.*")),
+    *(path for folder in ("docs", "examples", "configs") for path in (ROOT / folder).rglob("*.*")),
+    *(ROOT / "models").glob("mtg-*/*.md"),  # the released ones; others are a user's
 ]
 TEXTS = {
     path.relative_to(ROOT).as_posix(): path.read_text("utf-8").replace("\\\n", " ")
