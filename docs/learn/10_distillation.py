@@ -348,37 +348,31 @@ quote(top_divergence)
 # one memorizes them). 3. `generate --attributes-from train --top-logits 256`: names at temperature 1, with what the teacher
 # found likely. 4. `train --config student`: the student, from the principal components of the teacher's token embeddings, at a
 # constant learning rate. 5. `train --config names`: the rate falls to 0, without experts (`models/mtg-base`) and with them
-# (`models/mtg-names`). Two logs (each run validates on its own draw of 1,500 names, so the second starts a little elsewhere):
+# (`models/mtg-names`). Two logs, each on its own draw of 1,500 validation names:
 
 # %%
 keys = {"unconditional": "validation/bits_per_char", "given attributes": "validation/bits_per_char_given_attributes"}
 logs = {"student": ROOT / "benchmarks/results/student_validations.jsonl", "mtg-base": BASE / "metrics.jsonl"}
 stages = {name: read_metrics(log, "validation") for name, log in logs.items()}
-figure, axis = plt.subplots(figsize=(7, 3))
-rows, read = [], 0
-for (stage, validations), style in zip(stages.items(), ("o-", "s--"), strict=True):
-    for line in validations:
-        tokens = f"{(read + line['tokens']) / 1e6:.1f}"
-        rows.append([stage, f"{line['step']:,}", tokens, *(f"{line[key]:.3f}" for key in keys.values())])
-    later = [line for line in validations if read + line["tokens"]]
-    for (label, key), color in zip(keys.items(), ("C0", "C1"), strict=True):
-        x, y = [(read + line["tokens"]) / 1e6 for line in later], [line[key] for line in later]
-        axis.plot(x, y, style, color=color, label=f"{stage}, {label}")
+(figure, axis), read = plt.subplots(figsize=(7, 3)), 0
+for stage, validations in stages.items():
+    tokens = [(read + line["tokens"]) / 1e6 for line in validations]
+    bits = [[round(line[key], 3) for key in keys.values()] for line in validations]
+    first = int(not read)  # step 0 is off the scale
+    axis.plot(tokens[first:], bits[first:], "o-", label=[f"{stage}, {label}" for label in keys])
+    table([stage, "million tokens", *keys], [["", f"{x:.1f}", *y] for x, y in zip(tokens, bits, strict=True)])
     read += validations[-1]["tokens"]
-table(["", "step", "million tokens", *keys], rows)
-axis.set(xlabel="million tokens", ylabel="validation bits per character")
-axis.set_title("what the released student learns from the 135M teacher")
+axis.set(xlabel="million tokens", ylabel="validation bits per character", title="the student learns from the teacher")
 axis.legend(fontsize=8)
 show(figure, "10_released")
-given = {stage: [line[keys["given attributes"]] for line in each] for stage, each in stages.items()}
-thousands = given["student"][::2]  # a validation every thousand steps, and the last
-holds("at a constant rate the student improved up to the end", all(a > b for a, b in pairwise(thousands)))
-holds("and again when the rate fell to 0", given["mtg-base"][-1] < given["mtg-base"][0])
+first, last = ([line[keys["given attributes"]] for line in each] for each in stages.values())
+holds("at a constant rate the student improved up to the end", all(a > b for a, b in pairwise(first[::2])))
+holds("and again when the rate fell to 0", last[-1] < last[0])
 
 # %% [markdown]
 # The test results, next to those of models that had read dictionaries instead and of the teacher, are in
-# [results](../results.md) and [experiments](../experiments.md) (29 November): embeddings from the teacher helped three times as
-# much as its probabilities, early in training; the real names once more at the end made it worse.
+# [results](../results.md) and [experiments](../experiments.md): embeddings from the teacher helped three times as much as its
+# probabilities, early in training; the real names once more at the end made it worse.
 #
 # ## What to remember
 #
@@ -391,8 +385,7 @@ holds("and again when the rate fell to 0", given["mtg-base"][-1] < given["mtg-ba
 # ## Exercises
 #
 # 1. **The weight.** Train students with w = 0, 0.5 and 1 on the 600 names. Is the teacher alone enough?
-# 2. **A wrong teacher.** The control above, at w = 0.5, next to a teacher that finds every token equally likely. What does each
-#    do to the student?
+# 2. **A wrong teacher.** The control above at w = 0.5, and a teacher to whom all tokens are equally likely: what do they do?
 # 3. **Fresh or repeated?** With the same number of steps, take 100, 400 and 1,600 of the 135M teacher's names, without any real
 #    ones. How do the held-out bits depend on the number of different names?
 #
@@ -404,5 +397,4 @@ holds("and again when the rate fell to 0", given["mtg-base"][-1] < given["mtg-ba
 #   [Kim and Rush 2016](https://arxiv.org/abs/1606.07947): sequence level. [Gu et al. 2024](https://arxiv.org/abs/2306.08543): reverse KL.
 # - [Agarwal et al. 2023](https://arxiv.org/abs/2306.13649): the student's own texts (on-policy).
 #   [DistilBERT, Sanh et al. 2019](https://arxiv.org/abs/1910.01108), and DistilGPT2 after it.
-# - [SmolLM2](https://arxiv.org/abs/2502.02737), the teacher.
-# - Back to [chapter 9](09_do_experts_pay.py): what experts add to the student.
+# - [SmolLM2](https://arxiv.org/abs/2502.02737), the teacher. Back to [chapter 9](09_do_experts_pay.py): what experts add.
