@@ -1,4 +1,4 @@
-"""Blind human evaluation: a shuffled sheet of names from several sources for the same requests.
+"""Blind evaluation by a reader, human or not: a shuffled sheet of names from several sources for the same requests.
 
     python benchmarks/blind_sheet.py make SHEET.csv KEY.csv raw=models/mtg-names:fast good=models/mtg-names:good ngram
     python benchmarks/blind_sheet.py score SHEET.csv KEY.csv

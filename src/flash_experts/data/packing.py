@@ -219,13 +219,13 @@ def pack(names: Sequence[EncodedName], share_prompts: bool = False) -> PackedBat
     top_rows: list[int] = []
     prompt, prompt_rows = None, range(0)
     for index, name in enumerate(names):
-        own = name.prompt_length if share_prompts and name.ids[: name.prompt_length] == prompt else 0
-        rows = [*prompt_rows[:own], *range(len(input_ids), len(input_ids) + name.num_inputs - own)]
+        shared = name.prompt_length if share_prompts and name.ids[: name.prompt_length] == prompt else 0
+        rows = [*prompt_rows[:shared], *range(len(input_ids), len(input_ids) + name.num_inputs - shared)]
         prompt, prompt_rows = name.ids[: name.prompt_length], range(rows[0], rows[0] + name.prompt_length)
-        copy_of.extend(range(starts[-1] + own, starts[-1] + name.num_inputs))
+        copy_of.extend(range(starts[-1] + shared, starts[-1] + name.num_inputs))
         row_of.extend(rows)
-        input_ids.extend(name.ids[own:-1])
-        position_ids.extend(range(own, name.num_inputs))
+        input_ids.extend(name.ids[shared:-1])
+        position_ids.extend(range(shared, name.num_inputs))
         keep.extend(rows[name.prompt_length - 1 :])
         labels.extend(name.ids[name.prompt_length :])
         num_labels = len(name.ids) - name.prompt_length

@@ -50,7 +50,7 @@ def fe_attention_forward(
     Args:
         query: (B, H, S, C); key and value are (B, H, S_k, C).
         attention_mask: (B, 1, S, S_k), true where a query attends; None for causal attention.
-        cu_seq_lens_q: (N + 1,) starts of the names of a packed sequence, and T.
+        cu_seq_lens_q: (N + 1,) starts of the names of a packed sequence, and E.
         max_length_q: M; None reads it from ``cu_seq_lens_q`` (one host synchronisation).
         position_ids: (B, S); without ``cu_seq_lens_q``, a jump in them starts another document.
         packed_row_of: where names of a packed sequence share prompts, position in it of each token of the names
