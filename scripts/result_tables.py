@@ -342,8 +342,8 @@ def acceptable() -> str:
     share = {label: f"{sum(given) / len(given):.0%}" for label, given in marks.items()}
     return (
         f"On a blind sheet a language model, the one reader, accepted {share['good']} of such names,\n"
-        f"{share['best']} with `--quality best` (32 drawn), {share['raw']} as they come (`--raw`), {share['ngram']} of the "
-        f"n-gram's and {share['real']} of real ones\n([docs/results.md](docs/results.md#lists-of-names))."
+        f"{share['best']} with `--quality best` (32 drawn), {share['raw']} as they come (`--raw`), {share['ngram']} of "
+        f"the n-gram's and {share['real']} of real ones\n([docs/results.md](docs/results.md#lists-of-names))."
     )
 
 
