@@ -267,6 +267,7 @@ def split_type_line(type_line: str) -> tuple[tuple[str, ...], tuple[str, ...], t
     return supertypes, tuple(word for word in words if word not in SUPERTYPES), _subtypes("".join(rest))
 
 
+@lru_cache(8192)
 def join_type_line(supertypes: tuple[str, ...], types: tuple[str, ...], subtypes: tuple[str, ...]) -> str:
     """The type line as printed; the inverse of `split_type_line`."""
     line = " ".join((*supertypes, *types))

@@ -138,6 +138,7 @@ def _faces(row: RawCard, unread: Unread) -> Iterator[Card]:
         )
 
 
+@lru_cache(8192)
 def _colors(given: str, symbols: tuple[str, ...] | None, types: tuple[str, ...]) -> tuple[str, ...] | None:
     if given != UNKNOWN:
         return in_color_order(given)
