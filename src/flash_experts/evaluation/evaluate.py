@@ -19,8 +19,7 @@ from flash_experts.data.cards import Card
 from flash_experts.data.prompts import UNCONDITIONAL, Attributes
 from flash_experts.data.tokenizer import load_tokenizer
 from flash_experts.evaluation.baselines import MixedWithNGrams, SwapBaseline, without_suffix
-from flash_experts.evaluation.classifiers import Detection
-from flash_experts.evaluation.control import ControlMetrics
+from flash_experts.evaluation.classifiers import ControlMetrics, Detection
 from flash_experts.evaluation.held_out import SPLITS, HeldOut, shuffled
 from flash_experts.evaluation.metrics import (
     NATS_PER_BIT,

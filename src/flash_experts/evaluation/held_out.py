@@ -15,8 +15,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from flash_experts.data.cards import Card
 from flash_experts.data.prepare import META, load_meta, load_split
 from flash_experts.data.prompts import Attributes
-from flash_experts.evaluation.classifiers import Detector
-from flash_experts.evaluation.control import AttributeClassifiers
+from flash_experts.evaluation.classifiers import AttributeClassifiers, Detector
 from flash_experts.evaluation.novelty import IID, Reference, names_of
 from flash_experts.evaluation.scorers import fits_context
 from flash_experts.extras import is_installed, missing

@@ -6,8 +6,8 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from flash_experts.evaluation.classifiers import Recognition
 from flash_experts.evaluation.compare import ComparisonResult, Difference
-from flash_experts.evaluation.control import Recognition
 from flash_experts.evaluation.evaluate import EvaluationResult, NamesResult
 from flash_experts.evaluation.lists import ListMetrics
 from flash_experts.evaluation.metrics import SINCE_2025, UNTIL_2024, Estimate, GroupBits
