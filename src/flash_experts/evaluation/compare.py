@@ -19,9 +19,8 @@ from flash_experts.evaluation.evaluate import (
     evaluate_scorer,
     load_scorer,
 )
-from flash_experts.evaluation.held_out import SPLITS, HeldOut
+from flash_experts.evaluation.held_out import SPLITS, HeldOut, names_of
 from flash_experts.evaluation.metrics import Estimate, paired_bits_difference
-from flash_experts.evaluation.novelty import names_of
 from flash_experts.evaluation.scorers import Prompt
 from flash_experts.released import model_folder
 from flash_experts.training.tracking import METRICS_FILE

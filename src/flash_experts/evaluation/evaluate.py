@@ -20,7 +20,7 @@ from flash_experts.data.prompts import UNCONDITIONAL, Attributes
 from flash_experts.data.tokenizer import load_tokenizer
 from flash_experts.evaluation.baselines import MixedWithNGrams, SwapBaseline, without_suffix
 from flash_experts.evaluation.classifiers import ControlMetrics, Detection
-from flash_experts.evaluation.held_out import SPLITS, HeldOut, shuffled
+from flash_experts.evaluation.held_out import SPLITS, HeldOut, NameMetrics, names_of, shuffled
 from flash_experts.evaluation.metrics import (
     NATS_PER_BIT,
     Estimate,
@@ -34,7 +34,6 @@ from flash_experts.evaluation.metrics import (
     word_association,
     years_of,
 )
-from flash_experts.evaluation.novelty import NameMetrics, names_of
 from flash_experts.evaluation.scorers import Costs, LanguageModel, ModelSize, NGramBaseline, Scorer
 from flash_experts.models.loading import load_config
 

@@ -18,8 +18,8 @@ from flash_experts.data.names import normal_form
 from flash_experts.data.prompts import Attributes
 from flash_experts.evaluation.baselines import swapped_names
 from flash_experts.evaluation.classifiers import TASKS, AttributeClassifiers, Detector, Separation, Task
+from flash_experts.evaluation.held_out import Reference, names_of
 from flash_experts.evaluation.metrics import Estimate, near_duplicates, share, words
-from flash_experts.evaluation.novelty import Reference, names_of
 from flash_experts.generation.generator import NameGenerator
 from flash_experts.generation.name_files import type_line_of
 from flash_experts.generation.request import CANDIDATES

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 
 import numpy as np
@@ -153,6 +153,39 @@ def near_duplicates(keys: Sequence[str], known: Sequence[str], at_least: int = 1
         distances = cdist(keys[some], known, scorer=Levenshtein.normalized_distance, score_cutoff=NEAR)
         near[some] = (distances <= NEAR).sum(axis=1) >= at_least
     return near
+
+
+@dataclass(frozen=True, slots=True)
+class Memorization:
+    """The hit ratio and its counts.
+
+    Attributes:
+        ratio: hit rate of training names / hit rate of held-out names. 1 is no memorization; 10 means that nine of ten
+            generated training names were memorized. None without hits. Use 10,000 samples or more.
+    """
+
+    train_hits: int
+    held_out_hits: int
+    ratio: Estimate | None
+
+
+def hit_ratio(samples: Set[str], train: Set[str], held_out: Set[str]) -> Memorization:
+    """Measures memorization by the hit ratio.
+
+    Half a hit is added on each side (Haldane 1956). The interval is the normal approximation of the logarithm (Katz et
+    al. 1978).
+
+    Args:
+        samples: distinct generated names in `flash_experts.data.names.normal_form`.
+        held_out: unseen names of the same families; other families are hit less often, which looks like memorization.
+    """
+    held_out = held_out - train
+    in_train, in_held_out = len(samples & train), len(samples & held_out)
+    if not (in_train or in_held_out) or not train or not held_out:
+        return Memorization(in_train, in_held_out, None)
+    value = ((in_train + 0.5) / len(train)) / ((in_held_out + 0.5) / len(held_out))
+    spread = 1.959964 * math.sqrt(1 / (in_train + 0.5) + 1 / (in_held_out + 0.5))
+    return Memorization(in_train, in_held_out, Estimate(value, value * math.exp(-spread), value * math.exp(spread)))
 
 
 def distinct_share(keys: Sequence[Hashable]) -> float:

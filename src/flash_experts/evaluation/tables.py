@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from flash_experts.evaluation.classifiers import Recognition
 from flash_experts.evaluation.compare import ComparisonResult, Difference
 from flash_experts.evaluation.evaluate import EvaluationResult, NamesResult
+from flash_experts.evaluation.held_out import NameMetrics
 from flash_experts.evaluation.lists import ListMetrics
 from flash_experts.evaluation.metrics import SINCE_2025, UNTIL_2024, Estimate, GroupBits
-from flash_experts.evaluation.novelty import NameMetrics
 from flash_experts.plain_text import one_line
 
 MISSING = "-"
