@@ -1,16 +1,33 @@
-"""Nearest real card of a name, by edit distance (Levenshtein)."""
+"""Names and cards that are similar: the nearest real card of a name, and names that resemble examples.
+
+The model was trained on names given attributes, never on names given other names, so it cannot imitate a style. Instead,
+attributes that the examples share go into the prompt, and their sub-words get a logit bias.
+
+Shape suffix: V tokens of the vocabulary.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
+import re
+from collections import Counter
+from collections.abc import Collection, Hashable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
 
 import torch
 
-from flash_experts.data.names import normal_form
+from flash_experts.data.cards import Card
+from flash_experts.data.cleaning import clean
+from flash_experts.data.names import normal_form, shown_form
+from flash_experts.data.prompts import Attributes
+from flash_experts.data.sources import load_source
+from flash_experts.generation.filters.base import NameFilter
+from flash_experts.generation.filters.vocabulary import NameVocabulary
+from flash_experts.generation.formatting import SMALL_WORDS
 
 _ROWS_AT_ONCE = 64  # with 35,000 cards: 9 MB of similarities
+STRENGTH = 2.0  # logit bias of the examples' most common sub-word, in nats
+_SHORTEST = 2  # letters: single ones do not characterize a style
 
 
 @dataclass(frozen=True)
@@ -53,3 +70,100 @@ class KnownNames:
             best = similarity.argmax(axis=1)
             found += [(shown[place], float(similarity[row, place])) for row, place in enumerate(best)]
         return found
+
+
+def examples_of(text: str | Sequence[str]) -> list[str]:
+    """The names in a list separated by ";" or ",": ``"Krenko, Mob Boss, Goblin Guide"`` are two, as Krenko is a card.
+
+    Raises:
+        ValueError: the list has no name.
+    """
+    if not isinstance(text, str):
+        found = [shown_form(name) for name in text]
+    else:
+        found, cards = [], _cards()
+        for part in re.split(r"[;\n]", text):
+            pieces = [shown_form(piece) for piece in part.split(",")]
+            while pieces:
+                joined = (size for size in range(len(pieces), 1, -1) if normal_form(" ".join(pieces[:size])) in cards)
+                size = next(joined, 1)
+                found.append(", ".join(pieces[:size]))
+                del pieces[:size]
+    found = [name for name in found if normal_form(name)]
+    if not found:
+        raise ValueError('like has no name in it: give examples such as "Goblin Guide; Lightning Bolt"')
+    return found
+
+
+def shared_attributes(names: Iterable[str]) -> Attributes:
+    """Attributes that more than half of the known cards among these names share."""
+    cards = [card for name in names if (card := _cards().get(normal_form(name))) is not None]
+    most = len(cards) / 2
+
+    def common(values: Iterable[Collection[str]]) -> tuple[str, ...]:
+        counts = Counter(value for one in values for value in one)
+        return tuple(value for value, count in counts.items() if count > most)
+
+    types, colors = common(card.types for card in cards), common(card.colors or () for card in cards)
+    return Attributes(
+        supertypes=common(card.supertypes for card in cards) or None,
+        types=types or None,
+        subtypes=common(card.subtypes for card in cards) or None,
+        colors=tuple(color for color in "WUBRG" if color in colors) or None,
+    )
+
+
+def filled_in(given: Attributes, inferred: Attributes) -> Attributes:
+    """``given``, with the inferred type line and colors where it has none."""
+    has_type = (given.supertypes, given.types, given.subtypes) != (None, None, None)
+    typed = given if has_type else inferred
+    return replace(
+        given,
+        supertypes=typed.supertypes,
+        types=typed.types,
+        subtypes=typed.subtypes,
+        colors=inferred.colors if given.colors is None else given.colors,
+    )
+
+
+class Resembles(NameFilter):
+    """Adds a bias to the sub-words of examples, as the tokenizer cuts them; forbids nothing.
+
+    The bias is ``strength sqrt(count / largest count)`` over the examples; 0 for a sub-word that the name already has.
+    """
+
+    def __init__(
+        self, vocabulary: NameVocabulary, prompt_length: int, examples: Sequence[str], strength: float = STRENGTH
+    ) -> None:
+        """``strength``: bias of the most common sub-word, in nats."""
+        super().__init__(vocabulary, prompt_length)
+        counts: Counter[int] = Counter()
+        for name in examples:
+            counts.update(token for token in set(vocabulary.encode(" " + name)) if self._is_characteristic(token))
+        most = max(counts.values(), default=1)
+        self.weights = {token: strength * (count / most) ** 0.5 for token, count in counts.items()}
+
+    def rule(self, name: str) -> Hashable | None:
+        return None
+
+    def forbidden(self, rule: Hashable) -> torch.Tensor:
+        return torch.zeros(self.vocabulary.size, dtype=torch.bool)
+
+    def apply(self, names: Sequence[str], scores: torch.Tensor) -> torch.Tensor:
+        bias_V = torch.zeros(self.vocabulary.size, dtype=scores.dtype)
+        bias_V[list(self.weights)] = torch.tensor(list(self.weights.values()), dtype=scores.dtype)
+        biased = scores + bias_V.to(scores.device)
+        for row, name in enumerate(names):
+            used = [token for token in self.weights if self.vocabulary.texts[token] in name]
+            biased[row, used] = scores[row, used]
+        return biased
+
+    def _is_characteristic(self, token: int) -> bool:
+        text = self.vocabulary.texts[token].strip()
+        return len(text) >= _SHORTEST and text.isalpha() and text.lower() not in SMALL_WORDS
+
+
+@cache
+def _cards() -> dict[str, Card]:
+    """The cards of the embedded table by normal form of their names."""
+    return {normal_form(card.name): card for card in clean(load_source("embedded").rows).cards}
