@@ -11,7 +11,7 @@ import torch
 from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
 from flash_experts.data.prompts import UNCONDITIONAL, Attributes, check_known, read_conditions
-from flash_experts.generation.filters.vocabulary import NameVocabulary
+from flash_experts.generation.filters.base import NameVocabulary
 from flash_experts.generation.request import NameRequest
 from flash_experts.generation.reranking.name_classifier import AttributeClassifier
 from flash_experts.generation.reranking.reranker import Reranker

@@ -14,9 +14,8 @@ from transformers import LogitsProcessor, PreTrainedModel
 from flash_experts.data.names import normal_form
 from flash_experts.generation.constraints import Constraints
 from flash_experts.generation.decoding import DecodedName, NameDecoder
-from flash_experts.generation.filters.base import NoTokenLeftError
+from flash_experts.generation.filters.base import NameVocabulary, NoTokenLeftError
 from flash_experts.generation.filters.regex import MatchesRegex
-from flash_experts.generation.filters.vocabulary import NameVocabulary
 from flash_experts.generation.formatting import format_name
 from flash_experts.generation.request import Sampling
 from flash_experts.generation.reranking.reranker import Reranker

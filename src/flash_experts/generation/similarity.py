@@ -1,6 +1,6 @@
 """Names and cards that are similar: the nearest real card of a name, and names that resemble examples.
 
-The model was trained on names given attributes, never on names given other names, so it cannot imitate a style. Instead,
+The model was trained on names given attributes, never on names given other names, so it cannot imitate a style. So
 attributes that the examples share go into the prompt, and their sub-words get a logit bias.
 
 Shape suffix: V tokens of the vocabulary.
@@ -21,8 +21,7 @@ from flash_experts.data.cleaning import clean
 from flash_experts.data.names import normal_form, shown_form
 from flash_experts.data.prompts import Attributes
 from flash_experts.data.sources import load_source
-from flash_experts.generation.filters.base import NameFilter
-from flash_experts.generation.filters.vocabulary import NameVocabulary
+from flash_experts.generation.filters.base import NameFilter, NameVocabulary
 from flash_experts.generation.formatting import SMALL_WORDS
 
 _ROWS_AT_ONCE = 64  # with 35,000 cards: 9 MB of similarities

@@ -33,7 +33,7 @@ from flash_experts.evaluation.routing.specialization import (
     token_labels,
 )
 from flash_experts.evaluation.scorers import TOKENS_PER_BATCH, check_lengths, scoring
-from flash_experts.generation.filters.vocabulary import NameVocabulary
+from flash_experts.generation.filters.base import NameVocabulary
 from flash_experts.models import router_metrics
 from flash_experts.models.loading import load_model
 from flash_experts.models.moe import GPT2MoEForCausalLM

@@ -14,8 +14,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-from flash_experts.generation.filters.base import NameFilter
-from flash_experts.generation.filters.vocabulary import NameVocabulary
+from flash_experts.generation.filters.base import NameFilter, NameVocabulary
 from flash_experts.generation.text_rules import CARD_ALPHABET
 
 _CACHED_TEXTS = 10_000

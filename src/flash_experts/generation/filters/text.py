@@ -9,9 +9,8 @@ from typing import cast
 import torch
 
 from flash_experts.data.names import shown_form
-from flash_experts.generation.filters.base import NameFilter, room
+from flash_experts.generation.filters.base import NameFilter, NameVocabulary, room
 from flash_experts.generation.filters.limits import LowerLimit
-from flash_experts.generation.filters.vocabulary import NameVocabulary
 from flash_experts.generation.formatting import SMALL_WORDS
 
 _FAVOR = 4.0  # nats: the wanted letters come in about one of e^4 = 55 places where they could

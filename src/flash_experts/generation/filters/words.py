@@ -10,8 +10,7 @@ from typing import cast
 import torch
 
 from flash_experts.data.names import normal_form
-from flash_experts.generation.filters.base import NameFilter
-from flash_experts.generation.filters.vocabulary import NameVocabulary
+from flash_experts.generation.filters.base import NameFilter, NameVocabulary
 from flash_experts.generation.formatting import SMALL_WORDS
 from flash_experts.generation.text_rules import PARTIAL_BYTES, WORD, Check, alliterates, place_at_end, profanity_at_end
 
