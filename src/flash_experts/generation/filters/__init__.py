@@ -11,14 +11,17 @@ from flash_experts.generation.filters.base import (
 )
 from flash_experts.generation.filters.limits import MaxLength, MaxWords, MinLength, MinWords
 from flash_experts.generation.filters.regex import MatchesRegex
-from flash_experts.generation.filters.text import Contains, EndsWith, LeadsTo, StartsWith
-from flash_experts.generation.filters.words import (
+from flash_experts.generation.filters.text import (
     UNWANTED,
     Alliterates,
     BannedWords,
+    Contains,
+    EndsWith,
+    LeadsTo,
     NoProfanity,
     NoRealPlaces,
     NoRepeatedWords,
+    StartsWith,
     WordFilter,
 )
 
