@@ -14,8 +14,8 @@ import flash_experts  # noqa: F401  registers the mixture with AutoModel
 from flash_experts.data.prepare import load_split, prepare
 from flash_experts.data.prompts import UNCONDITIONAL, Attributes
 from flash_experts.data.tokenizer import load_tokenizer
+from flash_experts.evaluation.ngram import NGramMixture
 from flash_experts.evaluation.scorers import LanguageModel
-from flash_experts.generation.reranking.ngram import NGramMixture
 from flash_experts.models.loading import load_model
 from flash_experts.models.moe import GPT2MoEForCausalLM
 from flash_experts.training.run_folder import fingerprint

@@ -13,7 +13,7 @@ from flash_experts.data.cleaning import clean
 from flash_experts.data.prompts import UNCONDITIONAL, Attributes
 from flash_experts.data.sources import load_source
 from flash_experts.evaluation.classifiers import AttributeClassifiers, Detector, recognition
-from flash_experts.generation.reranking.ngram import KneserNey, NGramMixture, sample_mixture
+from flash_experts.evaluation.ngram import KneserNey, NGramMixture, sample_mixture
 
 pytest.importorskip("sklearn")
 

@@ -20,9 +20,9 @@ from flash_experts.data.cards import Card
 from flash_experts.data.names import normal_form
 from flash_experts.data.prompts import UNCONDITIONAL, Attributes
 from flash_experts.evaluation.metrics import FloatArray
+from flash_experts.evaluation.ngram import Kind, kinds_of
 from flash_experts.evaluation.scorers import Costs, LanguageModel, ModelSize, NGramBaseline, Prompt, show_unfiltered
 from flash_experts.generation.formatting import format_name
-from flash_experts.generation.reranking.conditional_ngram import Kind, kinds_of
 
 _JOINTS = (", ", " of the ", " of ", " ")  # where a name is cut, the first that it has
 _FEWEST = 40  # names of a kind whose parts are exchanged; with fewer, attributes are left out

@@ -27,7 +27,7 @@ import numpy.typing as npt
 from flash_experts.data.cards import COLOR_WORDS, Card
 from flash_experts.data.prompts import UNCONDITIONAL, Attributes
 from flash_experts.evaluation.metrics import NATS_PER_BIT, Estimate, FloatArray, auc_estimate, words
-from flash_experts.generation.reranking.ngram import KneserNey
+from flash_experts.evaluation.ngram import KneserNey
 
 # The first matching type is the label: an artifact creature is named like a creature.
 _TYPES = ("Creature", "Planeswalker", "Land", "Instant", "Sorcery", "Artifact", "Enchantment")

@@ -23,8 +23,7 @@ from flash_experts.evaluation.metrics import Estimate, near_duplicates, share, w
 from flash_experts.generation.generator import NameGenerator
 from flash_experts.generation.name_files import type_line_of
 from flash_experts.generation.request import CANDIDATES
-from flash_experts.generation.reranking.name_classifier import AttributeClassifier
-from flash_experts.generation.reranking.reranker import cards_of_kind, content_words
+from flash_experts.generation.reranker import AttributeClassifier, cards_of_kind, content_words
 
 PER_LIST = 20
 REQUESTS = 50

@@ -23,10 +23,10 @@ from flash_experts.data.prompts import UNCONDITIONAL, Attributes, drop_unknown, 
 from flash_experts.data.tokenizer import load_tokenizer
 from flash_experts.evaluation.curves import read_curve
 from flash_experts.evaluation.metrics import FloatArray
+from flash_experts.evaluation.ngram import ConditionalNGrams
 from flash_experts.generation.decoding import NameDecoder
 from flash_experts.generation.generator import NameGenerator
 from flash_experts.generation.request import Sampling
-from flash_experts.generation.reranking.conditional_ngram import ConditionalNGrams
 from flash_experts.models.flash_attention import ATTENTION_IMPLEMENTATION, separates_packed_sequences
 from flash_experts.models.loading import load_model
 from flash_experts.models.router_metrics import count_loads, over_mean

@@ -17,7 +17,7 @@ from flash_experts.data.prompts import Attributes, Conditions, drop_unknown, rea
 from flash_experts.generation.filters.base import NoTokenLeftError
 from flash_experts.generation.generator import NameGenerator
 from flash_experts.generation.name_files import Format, NamedCard, cell, type_line_of, write_cards
-from flash_experts.generation.reranking.reranker import content_words
+from flash_experts.generation.reranker import content_words
 from flash_experts.generation.search import GeneratedName
 from flash_experts.plain_text import from_cell, say
 

@@ -13,8 +13,7 @@ from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBa
 from flash_experts.data.prompts import UNCONDITIONAL, Attributes, check_known, read_conditions
 from flash_experts.generation.filters.base import NameVocabulary
 from flash_experts.generation.request import NameRequest
-from flash_experts.generation.reranking.name_classifier import AttributeClassifier
-from flash_experts.generation.reranking.reranker import Reranker
+from flash_experts.generation.reranker import AttributeClassifier, Reranker
 from flash_experts.generation.sampling import stream_seed
 from flash_experts.generation.search import GeneratedName, NameSearch, Search
 from flash_experts.generation.similarity import KnownNames, Resembles, examples_of, filled_in, shared_attributes

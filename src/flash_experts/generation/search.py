@@ -18,7 +18,7 @@ from flash_experts.generation.filters.base import NameVocabulary, NoTokenLeftErr
 from flash_experts.generation.filters.regex import MatchesRegex
 from flash_experts.generation.formatting import format_name
 from flash_experts.generation.request import Sampling
-from flash_experts.generation.reranking.reranker import Reranker
+from flash_experts.generation.reranker import Reranker
 from flash_experts.generation.similarity import KnownNames
 from flash_experts.models.scoring import evaluating
 
