@@ -13,18 +13,33 @@ from hypothesis import strategies as st
 
 from flash_experts.data.cards import Card
 from flash_experts.data.prompts import UNCONDITIONAL, Attributes
-from flash_experts.evaluation.ngram import EOS, ConditionalNGrams, KneserNey, NGramMixture
+from flash_experts.evaluation.ngram import ConditionalNGrams, KneserNey, mixture_nats, sample_mixture
 from tests.helpers.evaluation import FIRST, SECOND
 
 LETTERS = st.text("abc ", min_size=1, max_size=8)
 
 
+def following(model: KneserNey, prefix: str) -> dict[str, float]:
+    """The probability of each character after a prefix, "" for the end, and "Ω", which no name has."""
+    characters = [*model.alphabet, "Ω"]
+    names = [prefix + character for character in characters]
+    probabilities = [of_name[len(prefix)] for of_name in model.symbol_probabilities(names)]
+    return dict(zip(characters, probabilities, strict=True)) | {"": model.symbol_probabilities([prefix])[0][-1]}
+
+
+def mixture(names: list[str], *orders: int) -> list[KneserNey]:
+    return [KneserNey(names, order) for order in orders]
+
+
 @settings(deadline=None, max_examples=60)
 @given(st.lists(LETTERS, min_size=1, max_size=12), st.integers(2, 6), st.text("abcz", max_size=7))
 def test_probabilities_sum_to_one_after_any_prefix(names: list[str], order: int, prefix: str) -> None:
-    following = KneserNey(names, order).next_symbol([prefix, ""])
-    assert (following > 0).all()
-    np.testing.assert_allclose(following.sum(axis=1), 1.0, atol=1e-12)
+    model = KneserNey(names, order)
+    for text in (prefix, ""):
+        after = following(model, text)
+        assert min(after.values()) > 0
+        after["Ω"] *= 0x110000 - len(model.alphabet)  # it stands for all unknown characters
+        assert sum(after.values()) == pytest.approx(1.0, abs=1e-12)
 
 
 def test_order_two_by_hand() -> None:
@@ -35,27 +50,25 @@ def test_order_two_by_hand() -> None:
     left_over = (1.0 + 0.5 + 1.0) / 5
     unigram = {"a": (2 - 1.0) / 5 + left_over / 4, "b": (1 - 0.5) / 5 + left_over / 4}
     # After begin: a twice of two, discount 1.
-    first = model.next_symbol([""])[0]
-    assert first[2] == pytest.approx((2 - 1.0) / 2 + (1.0 / 2) * unigram["a"])
-    assert first[3] == pytest.approx((1.0 / 2) * unigram["b"])
+    first = following(model, "")
+    assert first["a"] == pytest.approx((2 - 1.0) / 2 + (1.0 / 2) * unigram["a"])
+    assert first["b"] == pytest.approx((1.0 / 2) * unigram["b"])
     # After a: a, b and the end once each, discount 0.5 of each.
-    second = model.next_symbol(["a"])[0]
-    assert second[3] == pytest.approx((1 - 0.5) / 3 + (1.5 / 3) * unigram["b"])
+    second = following(model, "a")
+    assert second["b"] == pytest.approx((1 - 0.5) / 3 + (1.5 / 3) * unigram["b"])
 
 
 def test_nats_are_the_product_of_the_symbols() -> None:
     model = KneserNey(["Goblin King", "Goblin Guide"], order=4)
-    name = "Gob"
-    steps = model.next_symbol(["", "G", "Go", "Gob"])
-    symbols = [2 + model.alphabet.index(letter) for letter in name] + [EOS]
-    expected = -sum(math.log(row[symbol]) for row, symbol in zip(steps, symbols, strict=True))
-    assert model.nats([name])[0] == pytest.approx(expected)
+    steps = [("", "G"), ("G", "o"), ("Go", "b"), ("Gob", "")]
+    expected = -sum(math.log(following(model, prefix)[symbol]) for prefix, symbol in steps)
+    assert model.nats(["Gob"])[0] == pytest.approx(expected)
 
 
 def test_scores_do_not_depend_on_the_batch_composition() -> None:
-    model = NGramMixture(["Goblin King", "Elvish Guide"], orders=(3, 4))
-    together = model.nats(["Goblin Guide", "Elf", "Ω"])
-    alone = [model.nats([name])[0] for name in ("Goblin Guide", "Elf", "Ω")]
+    models = mixture(["Goblin King", "Elvish Guide"], 3, 4)
+    together = mixture_nats(models, ["Goblin Guide", "Elf", "Ω"])
+    alone = [mixture_nats(models, [name])[0] for name in ("Goblin Guide", "Elf", "Ω")]
     np.testing.assert_allclose(together, alone)
 
 
@@ -64,7 +77,7 @@ def test_a_higher_order_and_the_mixture_beat_a_lower_one() -> None:
     random.Random(1).shuffle(every)
     train, held_out = every[:150], every[150:]
     bigram, fourgram = (KneserNey(train, order).nats(held_out).sum() for order in (2, 4))
-    mixed = NGramMixture(train, (3, 4, 5)).nats(held_out).sum()
+    mixed = mixture_nats(mixture(train, 3, 4, 5), held_out).sum()
     assert fourgram < 0.7 * bigram
     assert mixed < bigram
 
@@ -78,14 +91,13 @@ def test_an_unknown_character_is_uniform_over_all_unknown_ones() -> None:
 
 def test_samples_follow_the_model() -> None:
     """Each of the likeliest names is drawn as often as the mixture's own probability of it says."""
-    model = NGramMixture(["ab"] * 40 + ["ba"] * 30 + ["bab"] * 20 + ["c"] * 10, orders=(2, 3, 4))
-    drawn = model.sample(4000, seed=0)
+    models = mixture(["ab"] * 40 + ["ba"] * 30 + ["bab"] * 20 + ["c"] * 10, 2, 3, 4)
+    drawn, again, other = (sample_mixture(models, 4000, np.random.default_rng(seed)) for seed in (0, 0, 1))
     for name in ("ab", "ba", "bab", "c", "abab"):
-        expected = math.exp(-model.nats([name])[0])
+        expected = math.exp(-mixture_nats(models, [name])[0])
         error = math.sqrt(expected * (1 - expected) / 4000)
         assert drawn.count(name) / 4000 == pytest.approx(expected, abs=4 * error)
-    assert drawn == model.sample(4000, seed=0)
-    assert drawn != model.sample(4000, seed=1)
+    assert drawn == again and drawn != other
 
 
 def test_bad_arguments() -> None:
@@ -113,10 +125,10 @@ def model() -> ConditionalNGrams:
 
 
 def test_without_attributes_it_is_the_unconditional_mixture(model: ConditionalNGrams) -> None:
-    plain = NGramMixture([card.name for card in CARDS])
+    plain = mixture([card.name for card in CARDS], 5, 6, 7)
     names = ["bolt", "calm", "zap"]
-    np.testing.assert_allclose(model.nats(names, [UNCONDITIONAL] * 3), plain.nats(names))
-    assert model.sample(20, 0, UNCONDITIONAL) == plain.sample(20, 0)
+    np.testing.assert_allclose(model.nats(names, [UNCONDITIONAL] * 3), mixture_nats(plain, names))
+    assert model.sample(20, 0, UNCONDITIONAL) == sample_mixture(plain, 20, np.random.default_rng(0))
 
 
 def test_given_a_color_its_own_names_are_more_likely(model: ConditionalNGrams) -> None:

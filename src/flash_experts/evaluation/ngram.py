@@ -8,30 +8,31 @@ The conditional model has more n-grams for each card type, color, subtype and su
 select layers: each predicts with Kneser-Ney discounts and backs off to the layer below, down to the model of all names.
 So ``Goblin`` is likely at the start of a Goblin's name.
 
-Shape suffixes: N names, Q symbols of all names, V symbols, B prefixes or sampled names, G n-grams, C contexts.
+Shape suffixes: N names, Q symbols of all names, B sampled names, G n-grams, C contexts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from flash_experts.data.cards import Card
-from flash_experts.data.prompts import Attributes
+from flash_experts.data.prompts import UNCONDITIONAL, Attributes
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
+Kind = tuple[str, str]
 
 EOS = 0  # symbols: EOS, unknown character, known characters, BOS
 UNKNOWN = 1
+_ORDERS = (5, 6, 7)  # their average is slightly better than each
 _UNICODE = 0x110000  # unknown characters share their probability equally
 _FALLBACK_DISCOUNTS = (0.5, 1.0, 1.5)  # if there are too few counts to estimate them (as in KenLM)
 _LONGEST_SAMPLE = 64
-Kind = tuple[str, str]
 _FEWEST_NAMES = 5  # names of an attribute that gets a layer, at least
 
 
@@ -57,6 +58,40 @@ class Order:
     def num_parameters(self) -> int:
         return self.shares.size + self.left_over.size
 
+    def probabilities(self, grams: IntArray, contexts: IntArray, lower: FloatArray) -> FloatArray:
+        """(Q,) probabilities of n-grams, interpolated with those of the lower order."""
+        return (
+            _look_up(self.grams, self.shares, grams, 0.0)
+            + _look_up(self.contexts, self.left_over, contexts, 1.0) * lower
+        )
+
+    def draw(self, contexts: IntArray, base: int, rng: np.random.Generator) -> tuple[IntArray, npt.NDArray[np.bool_]]:
+        """Samples symbols for the contexts (B,) that do not back off, and (B,) whether each does not."""
+        first = np.searchsorted(self.grams, contexts * base)
+        last = np.searchsorted(self.grams, (contexts + 1) * base)
+        threshold = self.cumulated[first] + rng.random(contexts.size)
+        inside = threshold < self.cumulated[last]
+        at = np.searchsorted(self.cumulated, threshold[inside], side="right") - 1
+        return self.grams[at] % base, inside
+
+
+def _look_up(keys: IntArray, values: FloatArray, wanted: IntArray, missing: float) -> FloatArray:
+    """Returns values[keys == wanted], or ``missing``; ``keys`` are sorted."""
+    if not keys.size:  # every name is shorter than this order
+        return np.full(wanted.shape, missing)
+    at = np.minimum(np.searchsorted(keys, wanted), keys.size - 1)
+    return np.where(keys[at] == wanted, values[at], missing)
+
+
+def _smooth(grams: IntArray, counts: IntArray, base: int) -> Order:
+    """Shares and backoff masses of counted n-grams (sorted, distinct)."""
+    discounts = _discounts(counts)[np.minimum(counts, 3) - 1]
+    contexts, context_of = np.unique(grams // base, return_inverse=True)
+    totals = np.bincount(context_of, weights=counts)
+    left_over = np.bincount(context_of, weights=discounts) / totals
+    shares = (counts - discounts) / totals[context_of]
+    return Order(grams, shares, contexts, left_over, np.concatenate([[0.0], np.cumsum(shares)]))
+
 
 def _discounts(counts: IntArray) -> FloatArray:
     """Estimates the discounts of counts 1, 2, and 3 or more (Chen and Goodman, equation 26)."""
@@ -70,54 +105,11 @@ def _discounts(counts: IntArray) -> FloatArray:
     return estimated if inside else np.array(_FALLBACK_DISCOUNTS)
 
 
-def smooth(grams: IntArray, counts: IntArray, base: int) -> Order:
-    """Computes shares and backoff masses of counted n-grams (sorted, distinct)."""
-    discounts = _discounts(counts)[np.minimum(counts, 3) - 1]
-    contexts, context_of = np.unique(grams // base, return_inverse=True)
-    totals = np.bincount(context_of, weights=counts)
-    left_over = np.bincount(context_of, weights=discounts) / totals
-    shares = (counts - discounts) / totals[context_of]
-    return Order(grams, shares, contexts, left_over, np.concatenate([[0.0], np.cumsum(shares)]))
-
-
-def look_up(keys: IntArray, values: FloatArray, wanted: IntArray, missing: float) -> FloatArray:
-    """Returns values[keys == wanted], or ``missing``; ``keys`` are sorted."""
-    if not keys.size:  # every name is shorter than this order
-        return np.full(wanted.shape, missing)
-    at = np.minimum(np.searchsorted(keys, wanted), keys.size - 1)
-    return np.where(keys[at] == wanted, values[at], missing)
-
-
-def draw_from(
-    order: Order, contexts: IntArray, base: int, rng: np.random.Generator
-) -> tuple[IntArray, npt.NDArray[np.bool_]]:
-    """Samples symbols from one order, for the contexts that do not back off; (B,) says which those are."""
-    first = np.searchsorted(order.grams, contexts * base)
-    last = np.searchsorted(order.grams, (contexts + 1) * base)
-    threshold = order.cumulated[first] + rng.random(contexts.size)
-    inside = threshold < order.cumulated[last]
-    at = np.searchsorted(order.cumulated, threshold[inside], side="right") - 1
-    return order.grams[at] % base, inside
-
-
-class CharacterModel(Protocol):
-    """A character language model that `NGramMixture` can average."""
-
-    @property
-    def order(self) -> int: ...
-    @property
-    def alphabet(self) -> Sequence[str]: ...
-    def symbol_probabilities(self, names: Sequence[str]) -> list[FloatArray]: ...
-    def draw(self, contexts: IntArray, rng: np.random.Generator) -> IntArray: ...
-    def first_contexts(self, count: int) -> IntArray: ...
-    def next_contexts(self, contexts: IntArray, symbols: IntArray) -> IntArray: ...
-
-
 class KneserNey:
-    """A character n-gram model of one order."""
+    """A character n-gram model of one order; `layered` puts n-grams of some of the names on top."""
 
-    def __init__(self, names: Sequence[str], order: int = 6, alphabet: Sequence[str] | None = None) -> None:
-        """Fits the model; averaged models share a sorted ``alphabet``, by default that of the names.
+    def __init__(self, names: Sequence[str], order: int = 6) -> None:
+        """Fits the model.
 
         Raises:
             ValueError: there are no names, or the order is not in 2..8.
@@ -127,20 +119,29 @@ class KneserNey:
         if not 2 <= order <= 8:
             raise ValueError(f"order {order} is not in 2..8")
         self.order = order
-        self.alphabet = sorted(set("".join(names))) if alphabet is None else list(alphabet)
+        self.alphabet = sorted(set("".join(names)))
         self._symbol = {character: index for index, character in enumerate(self.alphabet, start=2)}
-        self.num_symbols = len(self.alphabet) + 2
-        self._bos = self.num_symbols
-        self.base = self.num_symbols + 1
-        if self.base**order > 2**62:
-            raise ValueError(f"{self.num_symbols} characters are too many for order {order}: take a lower order")
-        self.orders = self._fit(*self.queries(names))
+        self._num_symbols = self._bos = len(self.alphabet) + 2
+        self._base = self._num_symbols + 1
+        if self._base**order > 2**62:
+            raise ValueError(f"{self._num_symbols} characters are too many for order {order}: take a lower order")
+        self.orders = self._fit(*self._queries(names))
+        self._layers: Sequence[Order] = ()
 
-    def queries(self, names: Sequence[str]) -> tuple[IntArray, IntArray]:
-        """Encodes the contexts of each symbol of names, EOS included, and the symbols (Q,).
+    def layer(self, names: Sequence[str]) -> Order:
+        """The n-grams of some names, as long as possible."""
+        contexts, symbols = self._queries(names)
+        grams, counts = np.unique(_longest(contexts) * self._base + symbols, return_counts=True)
+        return _smooth(grams, counts.astype(np.int64), self._base)
 
-        Contexts are (order, Q), of 0 .. order - 1 symbols, -1 where the name is shorter.
-        """
+    def layered(self, layers: Sequence[Order]) -> KneserNey:
+        """The same model below layers from `layer`."""
+        model = copy(self)
+        model._layers = layers
+        return model
+
+    def _queries(self, names: Sequence[str]) -> tuple[IntArray, IntArray]:
+        """(order, Q) contexts of 0 .. order - 1 symbols, -1 where the name is shorter, and (Q,) symbols with EOS."""
         coded = [[self._bos, *(self._symbol.get(c, UNKNOWN) for c in name), EOS] for name in names]
         flat = np.array([symbol for name in coded for symbol in name], dtype=np.int64)
         position = np.concatenate([np.arange(len(name)) for name in coded])
@@ -149,7 +150,7 @@ class KneserNey:
         for length in range(1, self.order):
             reached = position >= length
             before = np.roll(flat, length)[reached]
-            contexts[length, reached] = contexts[length - 1, reached] + before * self.base ** (length - 1)
+            contexts[length, reached] = contexts[length - 1, reached] + before * self._base ** (length - 1)
         predicted = position > 0
         return contexts[:, predicted], flat[predicted]
 
@@ -158,55 +159,49 @@ class KneserNey:
         orders: list[Order] = []
         longer: IntArray | None = None
         for length in range(self.order - 1, -1, -1):
-            grams = contexts[length][contexts[length] >= 0] * self.base + symbols[contexts[length] >= 0]
+            grams = contexts[length][contexts[length] >= 0] * self._base + symbols[contexts[length] >= 0]
             distinct, counts = np.unique(grams, return_counts=True)
             if longer is not None:
-                size = self.base ** (length + 1)
+                size = self._base ** (length + 1)
                 followed, kinds = np.unique(longer % size, return_counts=True)
                 # Nothing precedes BOS: n-grams that start with it keep raw counts.
                 inside = np.isin(distinct, followed, assume_unique=True)
                 counts = counts.copy()
                 counts[inside] = kinds
-            orders.append(smooth(distinct, counts.astype(np.int64), self.base))
+            orders.append(_smooth(distinct, counts.astype(np.int64), self._base))
             longer = distinct
         return orders[::-1]
 
-    def _probabilities(self, contexts: IntArray, symbols: IntArray) -> FloatArray:
-        """(Q,) probability of each symbol after its contexts (order, Q), encoded by `queries`."""
-        probability = np.full(symbols.shape, 1.0 / self.num_symbols)
-        for context, order in zip(contexts, self.orders, strict=True):
-            grams = np.where(context >= 0, context * self.base + symbols, -1)
-            share = look_up(order.grams, order.shares, grams, 0.0)
-            left_over = look_up(order.contexts, order.left_over, context, 1.0)
-            probability = share + left_over * probability
-        return probability
-
     def symbol_probabilities(self, names: Sequence[str]) -> list[FloatArray]:
         """(characters + 1,) probabilities of the characters and EOS, for each name."""
-        contexts, symbols = self.queries(names)
-        probability = self._probabilities(contexts, symbols)
+        contexts, symbols = self._queries(names)
+        probability = np.full(symbols.shape, 1.0 / self._num_symbols)
+        for context, order in zip(contexts, self.orders, strict=True):
+            grams = np.where(context >= 0, context * self._base + symbols, -1)
+            probability = order.probabilities(grams, context, probability)
         probability[symbols == UNKNOWN] /= _UNICODE - len(self.alphabet)
+        longest = _longest(contexts)
+        for layer in self._layers:
+            probability = layer.probabilities(longest * self._base + symbols, longest, probability)
         return np.split(probability, np.cumsum([len(name) + 1 for name in names])[:-1])
 
     def nats(self, names: Sequence[str]) -> FloatArray:
         """(N,) negative log-likelihood of each name and EOS, in nats."""
         return np.array([-np.log(p).sum() for p in self.symbol_probabilities(names)])
 
-    def next_symbol(self, prefixes: Sequence[str]) -> FloatArray:
-        """(B, V) next-symbol distribution after prefixes: EOS, unknown, ``alphabet``."""
-        contexts, _ = self.queries(prefixes)
-        last = np.cumsum([len(prefix) + 1 for prefix in prefixes]) - 1  # position at which EOS is predicted
-        every = np.tile(np.arange(self.num_symbols), len(prefixes))
-        after = np.repeat(contexts[:, last], self.num_symbols, axis=1)
-        return self._probabilities(after, every).reshape(len(prefixes), self.num_symbols)
-
     def draw(self, contexts: IntArray, rng: np.random.Generator) -> IntArray:
-        """Samples the next symbols (B,), possibly `UNKNOWN`, for contexts (order or more, B) encoded by `queries`."""
-        symbols = np.asarray(rng.integers(0, self.num_symbols, size=contexts.shape[1]))  # if all orders back off
+        """Samples the next symbols (B,), possibly `UNKNOWN`, after contexts (order or more, B), the top layer first."""
+        symbols = np.empty(contexts.shape[1], dtype=np.int64)
         undecided = np.arange(contexts.shape[1])
+        longest = _longest(contexts[: self.order])
+        for layer in reversed(self._layers):
+            drawn, decided = layer.draw(longest[undecided], self._base, rng)
+            symbols[undecided[decided]] = drawn
+            undecided = undecided[~decided]
+        symbols[undecided] = rng.integers(0, self._num_symbols, size=undecided.size)  # if all orders back off
         for length in range(self.order - 1, -1, -1):
             reached = contexts[length, undecided] >= 0
-            drawn, inside = draw_from(self.orders[length], contexts[length, undecided[reached]], self.base, rng)
+            drawn, inside = self.orders[length].draw(contexts[length, undecided[reached]], self._base, rng)
             decided = np.zeros(undecided.size, dtype=np.bool_)
             decided[np.flatnonzero(reached)[inside]] = True
             symbols[undecided[decided]] = drawn
@@ -221,41 +216,23 @@ class KneserNey:
 
     def next_contexts(self, contexts: IntArray, symbols: IntArray) -> IntArray:
         """Appends one symbol to the contexts (order, B)."""
-        shifted = np.where(contexts[:-1] >= 0, contexts[:-1] * self.base + symbols, -1)
+        shifted = np.where(contexts[:-1] >= 0, contexts[:-1] * self._base + symbols, -1)
         return np.concatenate([np.zeros_like(contexts[:1]), shifted])
 
 
-class NGramMixture:
-    """The average of n-gram models of several orders, symbol by symbol; slightly better than each."""
-
-    def __init__(self, names: Sequence[str], orders: Sequence[int] = (5, 6, 7)) -> None:
-        self.models = [KneserNey(names, order) for order in orders]
-
-    @property
-    def num_parameters(self) -> int:
-        return sum(order.num_parameters for model in self.models for order in model.orders)
-
-    @property
-    def num_active_parameters(self) -> int:
-        return sum(2 * model.order for model in self.models)
-
-    def nats(self, names: Sequence[str]) -> FloatArray:
-        """As `KneserNey.nats`."""
-        return mixture_nats(self.models, names)
-
-    def sample(self, count: int, seed: int = 0) -> list[str]:
-        """Samples names of at most 64 characters, reproducible by ``seed``."""
-        return sample_mixture(self.models, count, np.random.default_rng(seed))
+def _longest(contexts: IntArray) -> IntArray:
+    """(Q,) longest available contexts; longer ones have larger codes, since none starts with 0."""
+    return contexts.max(axis=0)
 
 
-def mixture_nats(models: Sequence[CharacterModel], names: Sequence[str]) -> FloatArray:
-    """(N,) negative log-likelihood of each name and EOS under the average of models, in nats."""
+def mixture_nats(models: Sequence[KneserNey], names: Sequence[str]) -> FloatArray:
+    """(N,) negative log-likelihood of each name and EOS under the average of models, symbol by symbol, in nats."""
     parts = zip(*(model.symbol_probabilities(names) for model in models), strict=True)
     return np.array([-np.log(np.mean(part, axis=0)).sum() for part in parts])
 
 
-def sample_mixture(models: Sequence[CharacterModel], count: int, rng: np.random.Generator) -> list[str]:
-    """Samples names: for each character a random model, then a character from it."""
+def sample_mixture(models: Sequence[KneserNey], count: int, rng: np.random.Generator) -> list[str]:
+    """Samples names of at most 64 characters: for each character a random model, then a character from it."""
     highest = max(models, key=lambda model: model.order)
     contexts = highest.first_contexts(count)
     running = np.arange(count)
@@ -272,7 +249,7 @@ def sample_mixture(models: Sequence[CharacterModel], count: int, rng: np.random.
     return ["".join(highest.alphabet[symbol - 2] for symbol in symbols) for symbols in drawn]
 
 
-def _draw(models: Sequence[CharacterModel], contexts: IntArray, rng: np.random.Generator) -> IntArray:
+def _draw(models: Sequence[KneserNey], contexts: IntArray, rng: np.random.Generator) -> IntArray:
     """Samples one symbol per context, (B,). Unknown characters have no text, so they are drawn again."""
     symbols = np.full(contexts.shape[1], UNKNOWN, dtype=np.int64)
     while (again := np.flatnonzero(symbols == UNKNOWN)).size:
@@ -293,49 +270,13 @@ def kinds_of(attributes: Attributes) -> list[Kind]:
     return found + [("subtype", value) for value in attributes.subtypes or ()]
 
 
-class _Layered:
-    """A `KneserNey` model of all names below layers of n-grams of its order."""
-
-    def __init__(self, model: KneserNey, layers: Sequence[Order]) -> None:
-        self.order = model.order
-        self.alphabet = model.alphabet
-        self._model, self._layers = model, layers
-
-    def first_contexts(self, count: int) -> IntArray:
-        return self._model.first_contexts(count)
-
-    def next_contexts(self, contexts: IntArray, symbols: IntArray) -> IntArray:
-        return self._model.next_contexts(contexts, symbols)
-
-    def symbol_probabilities(self, names: Sequence[str]) -> list[FloatArray]:
-        probability = np.concatenate(self._model.symbol_probabilities(names))
-        contexts, symbols = self._model.queries(names)
-        context = _longest(contexts)
-        grams = context * self._model.base + symbols
-        for layer in self._layers:
-            share = look_up(layer.grams, layer.shares, grams, 0.0)
-            probability = share + look_up(layer.contexts, layer.left_over, context, 1.0) * probability
-        return np.split(probability, np.cumsum([len(name) + 1 for name in names])[:-1])
-
-    def draw(self, contexts: IntArray, rng: np.random.Generator) -> IntArray:
-        """See `KneserNey.draw`; the top layer first."""
-        context = _longest(contexts[: self.order])
-        symbols = np.empty(contexts.shape[1], dtype=np.int64)
-        undecided = np.arange(contexts.shape[1])
-        for layer in reversed(self._layers):
-            drawn, decided = draw_from(layer, context[undecided], self._model.base, rng)
-            symbols[undecided[decided]] = drawn
-            undecided = undecided[~decided]
-        symbols[undecided] = self._model.draw(contexts[:, undecided], rng)
-        return symbols
-
-
 class ConditionalNGrams:
-    """A conditional `NGramMixture`. Without attributes it is the unconditional mixture."""
+    """The average of n-gram models of several orders, with layers for the attributes."""
 
     def __init__(self, cards: Sequence[Card]) -> None:
-        """Fits the model of all names of one card or more; layers are fitted when first needed."""
-        self.unconditional = NGramMixture([card.name for card in cards])
+        """Fits the models of all names of one card or more; layers are fitted when first needed."""
+        names = [card.name for card in cards]
+        self._models = [KneserNey(names, order) for order in _ORDERS]
         self._names: dict[Kind, list[str]] = {}
         for card in cards:
             for kind in kinds_of(Attributes.of(card)):
@@ -344,13 +285,14 @@ class ConditionalNGrams:
 
     @property
     def num_parameters(self) -> int:
-        layers = [order for kind in self._names for order in self._layers_of(kind)]
-        return self.unconditional.num_parameters + sum(order.num_parameters for order in layers)
+        orders = [order for model in self._models for order in model.orders]
+        layers = [layer for kind in self._names for layer in self._layers_of(kind)]
+        return sum(order.num_parameters for order in (*orders, *layers))
 
     @property
     def num_active_parameters(self) -> int:
         """Number of parameters that one character's unconditional probability uses."""
-        return self.unconditional.num_active_parameters
+        return sum(2 * model.order for model in self._models)
 
     def nats(self, names: Sequence[str], attributes: Sequence[Attributes]) -> FloatArray:
         """(N,) negative log-likelihood of each name and EOS given its attributes, in nats."""
@@ -359,7 +301,7 @@ class ConditionalNGrams:
             nats[rows] = mixture_nats(self._models_for(given), [names[row] for row in rows])
         return nats
 
-    def sample(self, count: int, seed: int, attributes: Attributes) -> list[str]:
+    def sample(self, count: int, seed: int, attributes: Attributes = UNCONDITIONAL) -> list[str]:
         """Samples names for a card with these attributes, reproducible by ``seed``."""
         return sample_mixture(self._models_for(attributes), count, np.random.default_rng(seed))
 
@@ -373,22 +315,13 @@ class ConditionalNGrams:
 
     def _layers_of(self, kind: Kind) -> list[Order]:
         if kind not in self._fitted:
-            self._fitted[kind] = [self._fit(model, self._names[kind]) for model in self.unconditional.models]
+            self._fitted[kind] = [model.layer(self._names[kind]) for model in self._models]
         return self._fitted[kind]
 
-    @staticmethod
-    def _fit(model: KneserNey, names: Sequence[str]) -> Order:
-        contexts, symbols = model.queries(names)
-        grams, counts = np.unique(_longest(contexts) * model.base + symbols, return_counts=True)
-        return smooth(grams, counts.astype(np.int64), model.base)
-
-    def _models_for(self, attributes: Attributes) -> list[_Layered]:
+    def _models_for(self, attributes: Attributes) -> list[KneserNey]:
         kinds = [kind for kind in kinds_of(attributes) if len(self._names.get(kind, ())) >= _FEWEST_NAMES]
         layers = [self._layers_of(kind) for kind in kinds]
-        return [
-            _Layered(model, [of_kind[index] for of_kind in layers])
-            for index, model in enumerate(self.unconditional.models)
-        ]
+        return [model.layered([each[index] for each in layers]) for index, model in enumerate(self._models)]
 
 
 def _rows_of_each(attributes: Sequence[Attributes]) -> dict[Attributes, list[int]]:
@@ -397,8 +330,3 @@ def _rows_of_each(attributes: Sequence[Attributes]) -> dict[Attributes, list[int
     for index, one in enumerate(attributes):
         rows.setdefault(replace(one, mana_value=None, rarity=None, set_code=None, released=None), []).append(index)
     return rows
-
-
-def _longest(contexts: IntArray) -> IntArray:
-    """(Q,) longest available contexts; longer ones have larger codes, since none starts with 0."""
-    return contexts.max(axis=0)

@@ -16,7 +16,6 @@ import torch
 from torch.nn import functional as F
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from flash_experts.data.cards import Card
 from flash_experts.data.names import normal_form
 from flash_experts.data.packing import EncodedName, encode_name, encode_names, name_nats, pack_all
 from flash_experts.data.prompts import UNCONDITIONAL, Attributes, drop_unknown, read_conditions
@@ -312,31 +311,19 @@ def scoring(model: PreTrainedModel) -> Iterator[None]:
             model.set_attn_implementation(attention)
 
 
-class NGramBaseline:
-    """`ConditionalNGrams` fitted on the training cards. It ignores mana values."""
+class NGramBaseline(ConditionalNGrams):
+    """The n-gram baseline as a `Scorer`. It ignores mana values."""
 
     label = "ngram"
 
-    def __init__(self, train: Sequence[Card]) -> None:
-        self._model = ConditionalNGrams(train)
-
     @property
     def size(self) -> ModelSize:
-        return ModelSize(self._model.num_parameters, self._model.num_active_parameters)
+        return ModelSize(self.num_parameters, self.num_active_parameters)
 
     @property
     def costs(self) -> Costs:
         """Eight bytes per parameter, and no training."""
-        return Costs(8 * self._model.num_parameters, None, None, None, 0.0)
-
-    def nats(self, names: Sequence[str], attributes: Sequence[Attributes]) -> FloatArray:
-        return self._model.nats(names, attributes)
-
-    def sample(self, count: int, seed: int, attributes: Attributes = UNCONDITIONAL) -> list[str]:
-        return self._model.sample(count, seed, attributes)
-
-    def sample_each(self, attributes: Sequence[Attributes], seed: int) -> list[str]:
-        return self._model.sample_each(attributes, seed)
+        return Costs(8 * self.num_parameters, None, None, None, 0.0)
 
     def show(self, prompts: Sequence[Prompt], count: int, seed: int, known: Sequence[str]) -> list[list[str]]:
         return show_unfiltered(self, prompts, count, seed, known)
