@@ -27,13 +27,9 @@ _SHORTEST_COUNTED_WORD = 4  # letters: "of the ... of the" and the "s" after apo
 
 
 class StartsWith(NameFilter):
-    """Names that start with a prefix, as given or capitalized; a token may cross its end (" Dragon" for "Drag").
-
-    Within the prefix only the tokenizer's own tokens are allowed, since the model never saw other cuts in training.
-    """
+    """A prefix, as given or capitalized, in the tokenizer's own cut; a token may cross its end (" Dragon", "Drag")."""
 
     def __init__(self, vocabulary: NameVocabulary, prompt_length: int, prefix: str) -> None:
-        """Finds the token paths through the prefix; raises a ValueError if it is blank."""
         super().__init__(vocabulary, prompt_length)
         if not prefix.strip():
             raise ValueError("starts_with is blank: leave it out, or give the letters that names start with")
@@ -41,7 +37,11 @@ class StartsWith(NameFilter):
         self._next: dict[str, set[int]] = {}
         self._forms = tuple(dict.fromkeys(_prefix_forms(prefix)))
         for form in self._forms:
-            self._add_way(form)
+            ids = vocabulary.encode(form.rstrip())
+            for place, token in enumerate(ids):
+                self._next.setdefault(vocabulary.decode(ids[:place]), set()).add(token)
+            if vocabulary.decode(ids) != form:  # a trailing space belongs to the next token
+                self._next.setdefault(vocabulary.decode(ids), set())
 
     def rule(self, name: str) -> Hashable | None:
         return None if any(name.startswith(form) for form in self._forms) else name
@@ -55,16 +55,9 @@ class StartsWith(NameFilter):
             allowed |= self.vocabulary.where(lambda text: text.startswith(rests))
         return ~allowed
 
-    def _add_way(self, form: str) -> None:
-        ids = self.vocabulary.encode(form.rstrip())
-        for place, token in enumerate(ids):
-            self._next.setdefault(self.vocabulary.decode(ids[:place]), set()).add(token)
-        if self.vocabulary.decode(ids) != form:  # a trailing space belongs to the next token
-            self._next.setdefault(self.vocabulary.decode(ids), set())
-
 
 def _prefix_forms(prefix: str) -> list[str]:
-    """Texts that a name may start with: " " and the prefix, its last word as given and capitalized."""
+    """ " " and the prefix, its last word as given and capitalized."""
     words = shown_form(prefix).split()
     words = [
         word if place and word.lower() in SMALL_WORDS else word[0].upper() + word[1:]
@@ -78,7 +71,7 @@ def _prefix_forms(prefix: str) -> list[str]:
 
 
 class WantedText(LowerLimit):
-    """Base class of `Contains` and `EndsWith`: a name cannot end before it has the wanted letters. Ignores case.
+    """A name cannot end before it has the wanted letters, in any case.
 
     Tokens that start the letters get a bias, that of the exact posterior if the letters were equally likely to follow
     every prefix (a twist function, Lew et al. 2023, "Sequential Monte Carlo steering"). Letters once started are
@@ -86,11 +79,7 @@ class WantedText(LowerLimit):
     """
 
     def __init__(self, vocabulary: NameVocabulary, prompt_length: int, text: str, max_length: int) -> None:
-        """Cuts the wanted letters into tokens; a leading space means that they start a word.
-
-        Raises:
-            ValueError: the letters are blank, or longer than a name.
-        """
+        """A leading space means that the letters start a word."""
         super().__init__(vocabulary, prompt_length)
         words = shown_form(text)
         if not words:
@@ -113,7 +102,7 @@ class WantedText(LowerLimit):
 
     @abstractmethod
     def state(self, text: str) -> int:
-        """Number of wanted characters at the end of ``text`` (lower case), or all if the text is complete."""
+        """Number of wanted characters that ``text`` (lower case) ends with, all once it has them."""
 
     def is_short(self, name: str) -> bool:
         return self.state(name.lower()) < len(self.text)
@@ -149,7 +138,7 @@ class WantedText(LowerLimit):
         return masked.index_put_((places[0], places[1]), values, accumulate=True)
 
     def favored(self, name: str) -> list[tuple[int, float]]:
-        """Tokens that start or continue the wanted text, each with its bias in nats."""
+        """Tokens that start or continue the wanted text, with their biases."""
         if not self.is_short(name):
             return []
         begun = [(token, _FORCE) for part, token in self._next.items() if name.endswith(part)]
@@ -177,7 +166,7 @@ class Contains(WantedText):
 
 
 class EndsWith(WantedText):
-    """Names that end with the letters, as a separate word or the end of one."""
+    """Names that end with the letters."""
 
     def state(self, text: str) -> int:
         return self._overlap(text)
@@ -187,15 +176,12 @@ class EndsWith(WantedText):
 
 
 class LeadsTo(NameFilter):
-    """A bias to the fixed text after the gaps of a pattern, which `MatchesRegex` enforces: see `WantedText`.
-
-    Without it, the model fills a gap until only the fixed text has room.
-    """
+    """A bias to the fixed text after a pattern's gaps, or the model fills a gap until only that has room."""
 
     def __init__(
         self, vocabulary: NameVocabulary, prompt_length: int, before: str, parts: Sequence[str], ends: bool
     ) -> None:
-        """Takes the text before the first gap, those after gaps, and whether the last ends the name."""
+        """``before`` the first gap, ``parts`` after gaps, of which the last ``ends`` the name."""
         super().__init__(vocabulary, prompt_length)
         self._last = len(parts) - 1 if ends else len(parts)
         self._before = len(before) + 1  # with the space that a name starts with
@@ -222,7 +208,7 @@ class LeadsTo(NameFilter):
         return scores
 
     def _favored(self, name: str) -> tuple[int | torch.Tensor, float] | None:
-        """Tokens of the next fixed text, one or (V,) bool, and their bias in nats; None where it cannot start."""
+        """Tokens of the next fixed text, one or (V,) bool, and their bias; None where it cannot start."""
         low, start = name.lower(), self._before
         for number, (part, following) in enumerate(zip(self._parts, self._next, strict=True)):
             place, gap, is_last = low.find(part, start + 1), name[start:], number == self._last
@@ -242,14 +228,13 @@ class LeadsTo(NameFilter):
 
 
 def _cased(text: str) -> str:
-    """Fixed text with the capitals of a card's name; what continues a word stays."""
     first, *words = text.split(" ")
     cased = (word if word.lower() in SMALL_WORDS else word[:1].upper() + word[1:] for word in words)
     return " ".join([first, *cased])
 
 
 def _forms_within(words: str, begins_word: bool) -> list[str]:
-    """The wanted text in card capitals, as separate words and as the rest of a word."""
+    """In card capitals: as separate words, and as the rest of a word."""
     cased = [word if word in SMALL_WORDS else word[0].upper() + word[1:] for word in words.split()]
     start = " " + " ".join(cased)
     return [start] if begins_word else [start, " ".join([words.split()[0], *cased[1:]])]
@@ -279,17 +264,16 @@ class WordFilter(NameFilter):
 
 
 class NoRepeatedWords(WordFilter):
-    """No word of four letters or more occurs twice in a name."""
+    """No word of four letters or more twice."""
 
     def refuses(self, words: list[str]) -> bool:
         return len(words[-1]) >= _SHORTEST_COUNTED_WORD and words[-1] in words[:-1]
 
 
 class BannedWords(WordFilter):
-    """No such words, whatever their case or accents. Longer words may include them."""
+    """No such words, in any case. Longer words may include them."""
 
     def __init__(self, vocabulary: NameVocabulary, prompt_length: int, words: Iterable[str]) -> None:
-        """Takes single words; raises a ValueError for any other entry."""
         super().__init__(vocabulary, prompt_length)
         self.words = frozenset(normal_form(_single(word)) for word in words)
 
@@ -298,7 +282,7 @@ class BannedWords(WordFilter):
 
 
 class UnwantedWords(WordFilter):
-    """Base class of filters with a `Check`: a word that cannot become acceptable leaves no token."""
+    """Words that a `Check` refuses; one that cannot become acceptable leaves no token."""
 
     check: Check
 
@@ -316,13 +300,13 @@ class UnwantedWords(WordFilter):
 
 
 class NoProfanity(UnwantedWords):
-    """No swear words or slurs, nor words that contain one. Needs the package better-profanity."""
+    """No words with a swear word or slur in them; needs the package better-profanity."""
 
     check = staticmethod(profanity_at_end)
 
 
 class NoRealPlaces(UnwantedWords):
-    """No countries, nations or large cities of the real world. Needs the packages countryinfo and tzdata."""
+    """No countries, nations or large cities; needs the packages countryinfo and tzdata."""
 
     check = staticmethod(place_at_end)
 
@@ -331,7 +315,7 @@ UNWANTED: dict[Check, type[UnwantedWords]] = {profanity_at_end: NoProfanity, pla
 
 
 class Alliterates(WordFilter):
-    """Names of two words or more with the same first letter; case, accents and small words do not count."""
+    """All words start with the same letter; case, accents and small words do not count."""
 
     def rule(self, name: str) -> Hashable | None:
         words = name.split()
@@ -353,7 +337,7 @@ class Alliterates(WordFilter):
         return forbidden
 
     def _fits(self, text: str, letter: str, begins_word: bool) -> bool:
-        """Whether all words that start in a token may be in a name whose first letter is ``letter``."""
+        """Whether all words that start in a token may follow ``letter``."""
         begun = text.split() if begins_word or text[0].isspace() else text.split()[1:]
         if not letter:
             return len({normal_form(word)[:1] for word in begun}) < 2
