@@ -20,7 +20,7 @@ from flash_experts.generation.reranker import (
     character_of,
     content_words,
     flaws,
-    has_questions,
+    questions_of,
     real_card_classifier,
 )
 
@@ -61,8 +61,8 @@ def test_it_recognizes_colors_of_unseen_names() -> None:
 
 
 def test_mana_value_and_rarity_are_nothing_to_match() -> None:
-    assert not has_questions(Attributes(mana_value=3, rarity="rare"))
-    assert all(map(has_questions, (Attributes(colors=()), Attributes(supertypes=()), Attributes(types=("Land",)))))
+    assert not questions_of(Attributes(mana_value=3, rarity="rare"))
+    assert all(map(questions_of, (Attributes(colors=()), Attributes(supertypes=()), Attributes(types=("Land",)))))
 
 
 @pytest.mark.parametrize(

@@ -43,10 +43,7 @@ class NamedCard:
 def write_names(
     names: Iterable[GeneratedName], card: Attributes, file: TextIO, format: Format, raw_cells: bool = False
 ) -> int:
-    """Writes names for one card in a text format, so not "mse" (see `write_mse`); returns their number.
-
-    CSV cells are written as they are with ``raw_cells``.
-    """
+    """Writes names for one card as text, so not "mse" (see `write_mse`); returns their number."""
     if format == "csv":
         return write_csv(names, file, raw_cells)
     if format == "jsonl":
@@ -59,7 +56,7 @@ def write_names(
 
 
 def write_cards(cards: Iterable[NamedCard], file: TextIO, format: Format) -> int:
-    """Writes names with or without their cards, as text, Markdown or a set of Cockatrice; returns their number."""
+    """Writes names as text, Markdown or a set of Cockatrice; returns their number."""
     if format == "text":
         return _write_lines((one_line(one.text) for one in cards), file)
     if format == "markdown":
@@ -91,7 +88,7 @@ def row_of(name: GeneratedName) -> dict[str, Any]:
 
 
 def write_csv(names: Iterable[GeneratedName], file: TextIO, raw: bool = False) -> int:
-    """Writes CSV with a header; returns the number of names. Unless ``raw``, formulas are escaped (see `to_cell`)."""
+    """Writes CSV; returns the number of names. Unless ``raw``, formulas are escaped (see `to_cell`)."""
     table = csv.DictWriter(file, COLUMNS, lineterminator="\n")
     table.writeheader()
     written = 0
@@ -113,7 +110,7 @@ def _escaped(text: str) -> str:
 
 
 def write_mse(cards: Iterable[NamedCard], file: BinaryIO) -> int:
-    """Writes a set of Magic Set Editor (.mse-set), a zip archive with a text file; returns the number of cards."""
+    """Writes a set of Magic Set Editor, a zip archive with a text file; returns the number of cards."""
     lines = ["mse version: 2.0.2", "game: magic", "stylesheet: m15", "set info:", "\ttitle: New names"]
     count = 0
     for one in cards:
@@ -127,7 +124,7 @@ def write_mse(cards: Iterable[NamedCard], file: BinaryIO) -> int:
 
 def _mse_fields(one: NamedCard) -> dict[str, str]:
     card = one.card
-    fields = {"has styling": "false", "name": _mse_text(one.text), "casting cost": mana_cost(card)}
+    fields = {"has styling": "false", "name": one_line(one.text).replace("<", "&lt;"), "casting cost": mana_cost(card)}
     if card.types or card.supertypes:
         words = [*(card.supertypes or ()), *(card.types or ())]
         fields["super type"] = " ".join(f"<word-list-type>{word}</word-list-type>" for word in words)
@@ -146,10 +143,6 @@ def _mse_kind(types: Iterable[str]) -> str:
     return next((kind for word, kind in kinds.items() if word in types), "race")
 
 
-def _mse_text(text: str) -> str:
-    return one_line(text).replace("<", "&lt;")
-
-
 def mana_cost(card: Attributes) -> str:
     """A mana cost such as ``2R``; "" for a land, or where mana value or colors are unknown."""
     if card.mana_value is None or card.colors is None or "Land" in (card.types or ()):
@@ -162,7 +155,7 @@ def mana_cost(card: Attributes) -> str:
 
 
 def cockatrice_set(cards: Iterable[NamedCard]) -> str:
-    """The XML of a card database of Cockatrice, version 4."""
+    """The XML of a card database, version 4."""
     root = Xml.Element("cockatrice_carddatabase", version="4")
     one_set = Xml.SubElement(Xml.SubElement(root, "sets"), "set")
     Xml.SubElement(one_set, "name").text = _SET

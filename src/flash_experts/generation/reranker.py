@@ -29,11 +29,10 @@ import numpy as np
 import numpy.typing as npt
 
 from flash_experts.data.cards import Card
-from flash_experts.data.cleaning import clean
 from flash_experts.data.names import normal_form
 from flash_experts.data.prompts import Attributes
-from flash_experts.data.sources import load_source
 from flash_experts.generation.formatting import SMALL_WORDS
+from flash_experts.generation.similarity import real_cards
 from flash_experts.generation.text_rules import words_of
 
 FloatArray = npt.NDArray[np.float64]
@@ -44,6 +43,7 @@ _ORDERS = range(2, 6)  # characters of an n-gram
 _PER_CHARACTER = sum(_ORDERS)  # n-grams that contain a given character: together they count as one
 _PRIOR = 40_000  # n-grams of all names, added to those of either group of cards; chosen on the validation names
 _CODE_BITS = 9  # bits of a character; five characters fit into 63 bits
+# The first characters of a name cost a model about 3 nats, whatever follows: without this, long names would win.
 START_NATS = 3.0
 _MOST_WAITING = 256  # candidates kept for later choices
 _FEWEST = 40  # real cards that show how often a word repeats; with fewer, attributes are left out
@@ -65,7 +65,7 @@ class AttributeClassifier:
     def scorer(self, attributes: Attributes) -> Scorer:
         """The match score for these attributes; zeros where no card has any of them."""
         odds_U = np.zeros(len(self._ngrams_U) + 1)
-        for has in _questions(attributes):
+        for has in questions_of(attributes):
             mine_N = np.array([has(card) for card in self.cards], dtype=bool)
             if mine_N.any():
                 odds_U += self._log_odds(mine_N)
@@ -78,7 +78,7 @@ class AttributeClassifier:
         return score
 
     def _log_odds(self, mine_N: np.ndarray) -> FloatArray:
-        """(U + 1,) log odds of each n-gram in the chosen names against the others; the last is for unseen ones."""
+        """(U + 1,) log odds of n-grams in the chosen names against the others, the last for unseen ones."""
         logs = []
         for some_N in (mine_N, ~mine_N):
             seen_U = np.bincount(self._index_G[some_N[self._name_G]], minlength=len(self._ngrams_U))
@@ -89,16 +89,11 @@ class AttributeClassifier:
 
 @cache
 def real_card_classifier() -> AttributeClassifier:
-    """The classifier of all serious cards in the embedded table, made once."""
-    return AttributeClassifier(clean(load_source("embedded").rows).cards)
+    return AttributeClassifier(real_cards())
 
 
-def has_questions(attributes: Attributes) -> bool:
-    """Whether there is an attribute to match."""
-    return bool(_questions(attributes))
-
-
-def _questions(attributes: Attributes) -> list[Callable[[Card], bool]]:
+def questions_of(attributes: Attributes) -> list[Callable[[Card], bool]]:
+    """Whether a card has each of the attributes that names can match."""
     questions: list[Callable[[Card], bool]] = []
     for field in ("supertypes", "types", "subtypes"):
         questions += [partial(_has, field, one) for one in getattr(attributes, field) or ()]
@@ -114,7 +109,7 @@ def _has(field: str, one: str, card: Card) -> bool:
 
 
 def character_ngrams(names: Sequence[str]) -> tuple[IntArray, IntArray]:
-    """(G,) a number for each character n-gram (the ends of a name count as characters), and (G,) its name."""
+    """(G,) a number for each character n-gram, ends included, and (G,) its name."""
     texts = [f"\n{name.lower()}\n" for name in names]
     codes = np.frombuffer("".join(texts).encode("utf-32-le", "surrogatepass"), dtype=np.uint32).astype(np.int64)
     codes = np.minimum(codes, (1 << _CODE_BITS) - 1)
@@ -132,7 +127,7 @@ def character_ngrams(names: Sequence[str]) -> tuple[IntArray, IntArray]:
 
 
 def _places(known_U: IntArray, ngrams_G: IntArray) -> IntArray:
-    """(G,) the place of each n-gram among the known ones, which ascend; U for unknown ones."""
+    """(G,) the place of each n-gram among the known ones, which ascend, or U."""
     index_G = np.searchsorted(known_U, ngrams_G)
     index_G[index_G == len(known_U)] = 0
     index_G[known_U[index_G] != ngrams_G] = len(known_U)
@@ -141,26 +136,26 @@ def _places(known_U: IntArray, ngrams_G: IntArray) -> IntArray:
 
 @lru_cache(maxsize=1 << 14)  # each waiting candidate is asked for again at each choice
 def content_words(name: str) -> tuple[str, ...]:
-    """The distinct words of a name that matter for repetition, singular and without possessive 's."""
+    """The distinct words of a name that matter for repetition, in the singular."""
     words = (word.removesuffix("s") if len(word) > 3 else word for word in words_of(name))
     return tuple(dict.fromkeys(word for word in words if len(word) > 1 and word not in SMALL_WORDS))
 
 
 def flaws(name: str) -> int:
-    """Counts faults of wording that almost no real name has: echoes ("Angelic Angel"), lone letters, inner capitals."""
+    """Counts what almost no real name has: echoes ("Angelic Angel"), lone letters, inner capitals."""
     words = re.split(r"[\s-]+", name)
     stems = [stem for word in words if len(stem := normal_form(word.removesuffix("'s"))[:_ECHO]) == _ECHO]
     return len(stems) - len(set(stems)) + len(_LONE_LETTER.findall(name)) + len(_INNER_CAPITAL.findall(name))
 
 
 def character_of(name: str) -> str:
-    """The character that a name is of: ``krenko`` for "Krenko, Mob Boss"; "" without a comma."""
+    """``krenko`` for "Krenko, Mob Boss"; "" without a comma."""
     before, comma, _ = name.partition(",")
     return normal_form(before) if comma else ""
 
 
 class WordRepetition:
-    """How far a candidate repeats the words of the names chosen so far, beyond what real cards do.
+    """How far a candidate repeats words of the names chosen so far.
 
     A word may be in ``max(1, share of real names that have it * names chosen)`` of them.
     """
@@ -177,7 +172,7 @@ class WordRepetition:
         self._names += 1
 
     def excess(self, name: str) -> float:
-        """Occurrences over what is usual, if this name were chosen: 1 for the second use of a rare word."""
+        """Occurrences over what is usual, such as 1 for the second use of a rare word."""
         return sum(
             max(0.0, self._chosen[word] + 1 - max(1.0, self._share.get(word, 0.0) * (self._names + 1)))
             for word in content_words(name)
@@ -185,7 +180,7 @@ class WordRepetition:
 
 
 def cards_of_kind(cards: Iterable[Card], attributes: Attributes) -> list[Card]:
-    """The cards with these attributes; attributes are left out, the most particular first, while there are few."""
+    """The cards with these attributes; while they are few, attributes are left out, the most particular first."""
     cards = list(cards)
     without: tuple[dict[str, None], ...] = (
         {}, {"colors": None}, {"supertypes": None}, {"subtypes": None}, {"types": None},
@@ -204,9 +199,6 @@ def _has_all(card: Card, attributes: Attributes) -> bool:
         for field in ("supertypes", "types", "subtypes")
     )
     return typed and attributes.colors in (None, card.colors)
-
-
-# The first characters of a name cost a model about 3 nats, whatever follows: without this, long names would win.
 
 
 class Candidate(Protocol):
@@ -233,7 +225,7 @@ DEFAULT_WEIGHTS = Weights()
 
 
 class Reranker(Generic[C]):
-    """Chooses names one after another from the candidates added so far. For one request."""
+    """Chooses names one after another from the candidates added so far, for one request."""
 
     def __init__(
         self,
@@ -241,7 +233,7 @@ class Reranker(Generic[C]):
         weights: Weights = DEFAULT_WEIGHTS,
         classifier: AttributeClassifier | None = None,
     ) -> None:
-        """``classifier`` is of the cards that names are compared with (default: `real_card_classifier`)."""
+        """``classifier``: of the cards that names are compared with (default: all real ones)."""
         self._attributes, self._weights, self._given = attributes, weights, classifier
         self._waiting: list[C] = []
         self._score_N: FloatArray = np.empty(0)
@@ -270,7 +262,7 @@ class Reranker(Generic[C]):
             return np.empty(0)
         texts = [one.text for one in candidates]
         nats_N = np.array([one.log_prob for one in candidates]) + START_NATS
-        if self._weights.match and has_questions(self._attributes):
+        if self._weights.match and questions_of(self._attributes):
             nats_N += self._weights.match * self._match(texts)
         faults_N = np.array([flaws(text) + (character_of(text) in known_characters()) for text in texts])
         return nats_N / np.array([len(text) + 1 for text in texts]) - self._weights.fault * faults_N
@@ -290,5 +282,4 @@ class Reranker(Generic[C]):
 
 @cache
 def known_characters() -> frozenset[str]:
-    """The characters of real legends, as `character_of` writes them."""
     return frozenset(character_of(card.name) for card in real_card_classifier().cards) - {""}

@@ -1,8 +1,7 @@
 """Data for sequence-level knowledge distillation (Kim and Rush 2016): a teacher's names for many attribute sets.
 
 The attribute sets are those of real cards, with attribute dropout as in training. Names are sampled without filters;
-rejected texts (real cards, duplicates) are drawn again, a few times. A killed run loses one piece of the file, and
-resumes to the same names.
+rejected texts are drawn again, a few times. A killed run loses one piece of the file, and resumes to the same names.
 """
 
 from __future__ import annotations
@@ -46,9 +45,9 @@ class SampledNames:
     """The settings of a run.
 
     Attributes:
-        count: number of names; slightly fewer are written if attribute sets run out of new ones.
+        count: slightly fewer names are written if attribute sets run out of new ones.
         attribute_dropout: probability that each part of a card's attributes is left out.
-        top_logits: most likely tokens recorded per position; 0 for none.
+        top_logits: most likely tokens recorded per position.
     """
 
     count: int
@@ -79,7 +78,7 @@ class _State:
 
     Attributes:
         planned: number of attribute sets that had their first attempt.
-        again: attribute sets whose last name was rejected, each with its number of attempts.
+        again: attribute sets whose last name was rejected, with their attempts.
     """
 
     settings: dict[str, Any]
@@ -109,7 +108,7 @@ def write_sampled_names(
         report: called after each piece with the number of names so far.
 
     Raises:
-        ValueError: the file exists, another process writes it, or an unfinished one is damaged or has other settings.
+        ValueError: the file exists or is being written, or an unfinished one is damaged or has other settings.
     """
     logits = out.with_suffix(SUFFIX) if request.top_logits else None
     check_replaced(out, overwrite)
@@ -145,7 +144,7 @@ def write_sampled_names(
 
 
 def _plan(cards: Sequence[Card], request: SampledNames) -> list[Attributes]:
-    """Attribute sets to sample names for: equal ones are grouped in runs, and the runs shuffled."""
+    """Attribute sets to sample names for: shuffled runs of equal ones."""
     rng = random.Random(f"attribute sets/{request.seed}")
     drawn: dict[str, list[Attributes]] = {}
     for _ in range(request.count):
@@ -199,7 +198,7 @@ class _Sampler:
 def _piece(
     draw: _Sampler, state: _State, forbidden: Collection[str], seen: set[str]
 ) -> tuple[bytes, dict[int, NameLogits], _State]:
-    """Lines and logits of the next piece, and the state after it. Adds the new names to ``seen``."""
+    """Lines and logits of the next piece, and the state after it; ``seen`` gets the new names."""
     retried = sorted(state.again[:_PIECE], key=lambda one: draw.plan[one[0]].prompt())
     first = range(state.planned, min(state.planned + _PIECE - len(retried), len(draw.plan)))
     attempts = dict.fromkeys(first, 0) | dict(retried)
@@ -262,7 +261,7 @@ def _locked(out: Path) -> Iterator[None]:
 
 
 def _resumed(part: Path, state_file: Path, settings: dict[str, Any]) -> tuple[_State, set[str]]:
-    """The state of an unfinished file, truncated to its last complete piece, and the normal forms of its names."""
+    """The state and known names of an unfinished file, which is truncated to its last complete piece."""
     if not state_file.exists():
         part.unlink(missing_ok=True)  # its first piece was never complete
         return _State(settings), set()

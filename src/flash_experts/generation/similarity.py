@@ -1,7 +1,7 @@
-"""Names and cards that are similar: the nearest real card of a name, and names that resemble examples.
+"""The nearest real card of a name, and names that resemble examples.
 
-The model was trained on names given attributes, never on names given other names, so it cannot imitate a style. So
-attributes that the examples share go into the prompt, and their sub-words get a logit bias.
+The model was never trained on names given other names, so it cannot imitate a style. Instead, attributes that the
+examples share go into the prompt, and their sub-words get a logit bias.
 
 Shape suffix: V tokens of the vocabulary.
 """
@@ -37,7 +37,6 @@ class KnownNames:
 
     @cached_property
     def _name_of(self) -> dict[str, str]:
-        """Normal form to the first name that has it."""
         forms: dict[str, str] = {}
         for name in self.names:
             forms.setdefault(normal_form(name), name)
@@ -51,7 +50,7 @@ class KnownNames:
     def nearest(self, names: Sequence[str]) -> list[tuple[str | None, float]]:
         """The nearest known name of each, the first of equals, and their similarity; (None, 0.0) if no name is known.
 
-        The similarity is 1 - edit distance / the longer length, of the normal forms.
+        Similarity is 1 - edit distance / the longer length, of normal forms.
         """
         shown = list(self._name_of.values())
         if not shown:
@@ -72,11 +71,7 @@ class KnownNames:
 
 
 def examples_of(text: str | Sequence[str]) -> list[str]:
-    """The names in a list separated by ";" or ",": ``"Krenko, Mob Boss, Goblin Guide"`` are two, as Krenko is a card.
-
-    Raises:
-        ValueError: the list has no name.
-    """
+    """The names in a list separated by ";" or ",": "Krenko, Mob Boss, Goblin Guide" are two, as Krenko is a card."""
     if not isinstance(text, str):
         found = [shown_form(name) for name in text]
     else:
@@ -126,15 +121,11 @@ def filled_in(given: Attributes, inferred: Attributes) -> Attributes:
 
 
 class Resembles(NameFilter):
-    """Adds a bias to the sub-words of examples, as the tokenizer cuts them; forbids nothing.
-
-    The bias is ``strength sqrt(count / largest count)`` over the examples; 0 for a sub-word that the name already has.
-    """
+    """Adds a bias of ``strength sqrt(count / largest count)`` to the examples' sub-words that a name lacks so far."""
 
     def __init__(
         self, vocabulary: NameVocabulary, prompt_length: int, examples: Sequence[str], strength: float = STRENGTH
     ) -> None:
-        """``strength``: bias of the most common sub-word, in nats."""
         super().__init__(vocabulary, prompt_length)
         counts: Counter[int] = Counter()
         for name in examples:
@@ -163,6 +154,11 @@ class Resembles(NameFilter):
 
 
 @cache
+def real_cards() -> tuple[Card, ...]:
+    """The serious cards of the embedded table."""
+    return tuple(clean(load_source("embedded").rows).cards)
+
+
+@cache
 def _cards() -> dict[str, Card]:
-    """The cards of the embedded table by normal form of their names."""
-    return {normal_form(card.name): card for card in clean(load_source("embedded").rows).cards}
+    return {normal_form(card.name): card for card in real_cards()}
