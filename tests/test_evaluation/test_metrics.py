@@ -38,7 +38,6 @@ def test_word_association_is_the_information_of_the_first_word_on_the_second() -
         lambda: metrics.bits_estimate([], []),
         lambda: metrics.share([]),
         lambda: metrics.distinct_share([]),
-        lambda: metrics.exact_known_rate([], {"a"}),
         lambda: metrics.length_divergence([], ["a"]),
         lambda: metrics.word_count_divergence(["a"], []),
         lambda: metrics.auc_estimate([1.0, 2.0], [1, 1]),
@@ -106,7 +105,6 @@ def test_share_of_none_and_all_keeps_an_interval() -> None:
 
 
 def test_known_and_distinct() -> None:
-    assert metrics.exact_known_rate(["a", "b", "a", "c"], {"a"}).value == 0.5
     assert metrics.distinct_share(["a", "b", "a", "c"]) == 0.75
 
 
@@ -154,7 +152,7 @@ def test_length_and_word_divergence() -> None:
 def test_bits_by_group_puts_a_card_in_each_of_its_types() -> None:
     cards = [make_card("a", 0), make_card("b", 1), make_card("c", 2)]  # creature, instant, artifact creature
     nats = np.array([1.0, 2.0, 4.0]) * math.log(2)
-    groups = metrics.bits_by_group(nats, nats / 2, [1, 1, 2], cards, metrics.types_of)
+    groups = metrics.bits_by_group(nats, nats / 2, [1, 1, 2], cards, lambda card: card.types)
     assert groups["Creature"].conditional.value == pytest.approx(5 / 6)
     assert {name: (group.names, group.bits.value) for name, group in groups.items()} == {
         "Creature": (2, pytest.approx(5 / 3)),

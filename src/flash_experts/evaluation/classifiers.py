@@ -1,13 +1,12 @@
 """Two tests of generated names with classifiers: are attributes recognized, and are names real or generated?
 
 Control: linear support vector machines on character n-grams learn card type, color and legendary from training names. A
-good model's names are recognized as often as real names; exaggerated names more often, which `SplitMetrics.control`, in
-bits, does not reward.
+good model's names are recognized as often as real names; exaggerated names more often.
 
-Detection: a classifier two-sample test. The weak classifier, a logistic regression on character n-grams, detects
+Detection is a classifier two-sample test. The weak classifier, a logistic regression on character n-grams, detects
 spelling only. The strong one, gradient boosting, also has bits under character n-gram models and the number, rarity and
-length of words. An area under the ROC curve (AUC) of 0.5 is chance; real names against other real names show the noise.
-A copy of the training set passes the weak classifier, so read the AUC together with the hit ratio of memorization.
+length of words. An area under the ROC curve (AUC) of 0.5 is chance; real names against each other show the noise. A
+copy of the training set passes the weak classifier: see the hit ratio of memorization.
 
 Shape suffixes: N names, F features, R resamples, C classes.
 """
@@ -50,7 +49,7 @@ class NameSampler(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """One classification task: the label of a card (None leaves it out), and the attributes of a label's prompt."""
+    """The label of a card (None leaves it out), and the attributes of a label's prompt."""
 
     name: str
     label_of: Callable[[Card], str | None]
@@ -85,7 +84,7 @@ TASKS = (
 
 @dataclass(frozen=True, slots=True)
 class Recognition:
-    """Accuracy of a classifier; in ``plain`` each class is weighted by its share of the held-out cards."""
+    """Accuracy; in ``plain`` each class is weighted by its share of the held-out cards."""
 
     names: int
     plain: Estimate
@@ -98,9 +97,9 @@ class ControlMetrics:
     """Accuracy on one task.
 
     Attributes:
-        model: on names conditioned on all attributes of held-out cards.
-        alone: on names conditioned on this attribute only.
-        real: on the real names of the held-out cards.
+        model: on names given all attributes of held-out cards.
+        alone: on names given this attribute only.
+        real: on the names of the held-out cards.
         majority: of always predicting the most common class.
     """
 
@@ -112,19 +111,18 @@ class ControlMetrics:
 
 
 class AttributeClassifiers:
-    """One attribute classifier per task, trained once and used for any number of models."""
+    """One classifier per task, for any number of models."""
 
     def __init__(self, train: Sequence[Card], held_out: Sequence[Card], tasks: Sequence[Task] = TASKS) -> None:
-        """Trains the classifiers; ``held_out`` has cards of the same families. Needs scikit-learn."""
+        """Trains the classifiers; ``held_out`` has cards of the same families."""
         self._held_out = held_out
         self.tasks = tasks
         self._classifiers = {task.name: _fit(train, task) for task in tasks}
 
     def measure(self, model: NameSampler, samples: int, seed: int) -> list[ControlMetrics]:
-        """Classifies generated names: half for held-out cards (or all of those), half for one attribute alone.
+        """Classifies up to ``samples`` generated names: half for held-out cards, half for one attribute alone.
 
-        ``samples`` is the number of names in all; there may be fewer held-out cards. Leaves out tasks with one class
-        among those.
+        Leaves out tasks with one class.
         """
         classes = {task.name: self._classes(task) for task in self.tasks}
         of_each = max(1, samples // 2 // max(1, sum(map(len, classes.values()))))
@@ -152,7 +150,7 @@ class AttributeClassifiers:
         return recognition({label: self.hits(task, label, some) for label, some in names.items() if some}, shares)
 
     def _classes(self, task: Task) -> dict[str, float]:
-        """The labels that the classifier knows and enough held-out cards have, with their shares."""
+        """The labels that enough held-out cards have, with their shares."""
         classifier = self._classifiers[task.name]
         if classifier is None:
             return {}
@@ -167,7 +165,7 @@ class AttributeClassifiers:
 
 
 def recognition(hits: dict[str, npt.NDArray[np.bool_]], shares: dict[str, float]) -> Recognition:
-    """Accuracies with 95% bootstrap intervals over the names of each class, whose weights are ``shares``."""
+    """Accuracies with 95% bootstrap intervals over the names of each class; ``shares`` are weights."""
     rng = np.random.default_rng(0)
     # The number of hits among n resampled names with accuracy p is binomial.
     drawn_RC = np.stack(
@@ -190,7 +188,7 @@ def recognition(hits: dict[str, npt.NDArray[np.bool_]], shares: dict[str, float]
 
 
 def _fit(cards: Sequence[Card], task: Task) -> Any:
-    """A linear support vector machine on character n-grams of words; None for fewer than two classes."""
+    """A linear support vector machine; None for fewer than two classes."""
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.pipeline import make_pipeline
     from sklearn.svm import LinearSVC
@@ -207,7 +205,7 @@ def _fit(cards: Sequence[Card], task: Task) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class Separation:
-    """AUC of the weak and the strong classifier on two lists of names."""
+    """AUC of both classifiers on two lists of names."""
 
     names: int
     weak: Estimate
@@ -226,23 +224,14 @@ class Detector:
     """Classifies names as real or generated."""
 
     def __init__(self, train: Sequence[str], real: Sequence[str], seed: int = 0) -> None:
-        """Fits the features.
-
-        Args:
-            train: training names, for the n-gram models and word counts.
-            real: held-out names of the same families, none of them in ``train``.
-        """
+        """Fits n-gram models and word counts; ``real`` are held-out names of the same families as ``train``."""
         self._models = [KneserNey(train, order) for order in _ORDERS]
         self._word_counts = Counter(word for name in train for word in words(name))
         self._real = list(real)
         self._seed = seed
 
     def detect(self, generated: Sequence[str]) -> Detection | None:
-        """Classifies generated names against equally many real ones; None for fewer than 40 generated or 80 real names.
-
-        Raises:
-            ModuleNotFoundError: scikit-learn is not installed.
-        """
+        """Classifies generated names against as many real ones; None for fewer than 40 generated or 80 real names."""
         count = min(len(generated), len(self._real))
         if count < _FEWEST_OF_A_SIDE or len(self._real) < 2 * _FEWEST_OF_A_SIDE:
             return None
@@ -288,7 +277,7 @@ class Detector:
 
     @staticmethod
     def _bits(model: KneserNey, names: Sequence[str]) -> FloatArray:
-        """Total and mean bits of each name, bits of its three worst characters and of its EOS."""
+        """Total and mean bits of each name, and of its three worst characters and EOS."""
         rows = []
         for probability in model.symbol_probabilities(names):
             bits = -np.log(probability) / NATS_PER_BIT
@@ -319,13 +308,13 @@ class Detector:
 
 
 def _mean(estimates: Sequence[Estimate]) -> Estimate:
-    """Averages estimates and their bounds: the halves share names, so the interval does not shrink."""
+    """Averages also the bounds: the halves share names, so the interval does not shrink."""
     value, low, high = np.mean([[one.value, one.low, one.high] for one in estimates], axis=0).tolist()
     return Estimate(value, low, high)
 
 
 def _grams(names: Sequence[str]) -> Any:
-    """Sparse TF-IDF features of character n-grams, with markers for BOS and EOS. No labels are used."""
+    """Sparse TF-IDF features of character n-grams, with markers for BOS and EOS."""
     from sklearn.feature_extraction.text import TfidfVectorizer
 
     grams = TfidfVectorizer(

@@ -23,7 +23,6 @@ from flash_experts.evaluation.metrics import (
     WordMetrics,
     distinct_in,
     distinct_share,
-    exact_known_rate,
     hit_ratio,
     length_divergence,
     near_duplicates,
@@ -51,13 +50,11 @@ class NameMetrics:
 
     Attributes:
         known: share that is a real card of any set, joke or franchise; None for real names.
-        in_train: share that is a training name.
-        near_known: share within 0.2 edits per character of a known card (another card, for real names, many of which
-            are).
-        memorization: hit ratio; None for real names.
+        near_known: share within 0.2 edits per character of a known card, for real names another one.
+        memorization: None for real names.
         distinct: distinct names / names.
         distinct_names: expected distinct names in 10,000; None for fewer. 10,000 for real names.
-        distinct_words: expected distinct words in 10,000 words; None for fewer.
+        distinct_words: the same for words.
         length_divergence: Jensen-Shannon divergence from the lengths of real held-out names, in bits.
         word_count_divergence: the same for the number of words.
     """
@@ -78,12 +75,7 @@ class NameMetrics:
 
 @dataclass(frozen=True)
 class Reference:
-    """Real names to compare with.
-
-    Attributes:
-        test: held-out cards of other families.
-        test_iid: held-out cards of the training families, the reference for memorization.
-    """
+    """Real names to compare with; ``test`` is of other families, ``test_iid`` of those of the training cards."""
 
     train: tuple[Card, ...]
     validation: tuple[Card, ...]
@@ -117,21 +109,18 @@ class Reference:
         return normal_form(name) in self._known
 
     def measure(self, names: Sequence[str], *, real: bool = False) -> NameMetrics:
-        """Measures names; those of real cards (``real``) are not compared with themselves.
-
-        Raises:
-            ValueError: there are no names.
-        """
+        """Measures one name or more; those of real cards (``real``) are not compared with themselves."""
         keys = [normal_form(name) for name in names]
         near = near_duplicates(keys, sorted(self._known), at_least=2 if real else 1)
         every_name = names_of((*self.train, *self.validation, *self.test, *self.test_iid)) if real else names
         validation = names_of(self.validation)
+        unseen = {normal_form(card.name) for card in self.test_iid}
         return NameMetrics(
             names=len(names),
-            known=None if real else exact_known_rate(keys, self._known),
-            in_train=exact_known_rate(keys, self._train_keys),
+            known=None if real else share([key in self._known for key in keys]),
+            in_train=share([key in self._train_keys for key in keys]),
             near_known=share(near),
-            memorization=None if real else self._memorization(keys),
+            memorization=None if real else hit_ratio(set(keys), self._train_keys, unseen),
             distinct=distinct_share(keys),
             distinct_names=float(PER) if real else distinct_in(keys, PER),
             distinct_words=distinct_in([word for name in every_name for word in words(name)], PER),
@@ -140,9 +129,6 @@ class Reference:
             length_divergence=length_divergence(names, validation),
             word_count_divergence=word_count_divergence(names, validation),
         )
-
-    def _memorization(self, keys: Sequence[str]) -> Memorization:
-        return hit_ratio(set(keys), self._train_keys, {normal_form(card.name) for card in self.test_iid})
 
 
 def shuffled(attributes: Sequence[Attributes], seed: int) -> list[Attributes]:
@@ -164,7 +150,7 @@ def _too_long(
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Held-out cards by split, the real names to compare with, and source and version from meta.json."""
+    """Held-out cards by split, the real names to compare with, and the source of the data."""
 
     splits: dict[str, list[Card]]
     reference: Reference
@@ -174,11 +160,7 @@ class HeldOut:
     def load(
         cls, folder: str | Path, splits: Sequence[str] = SPLITS, max_names: int | None = None, seed: int = 0
     ) -> HeldOut:
-        """Loads a folder written by `flash-experts prepare`, with at most ``max_names`` random names per set.
-
-        Raises:
-            ValueError: there is no prepared data, or a set is empty.
-        """
+        """Loads a prepared folder, with at most ``max_names`` random names per set, or raises a ValueError."""
         path = Path(folder)
         if not (path / META).is_file():
             raise ValueError(f"no prepared data in {path}: run `flash-experts prepare --out {path}` first")
@@ -193,9 +175,7 @@ class HeldOut:
         return cls(chosen, Reference.load(path), data)
 
     def within_context(self, models: Sequence[tuple[PretrainedConfig, PreTrainedTokenizerBase]], seed: int) -> HeldOut:
-        """Leaves out names that exceed the context of any model, with a warning.
-
-        ``seed`` is that of `shuffled`.
+        """Leaves out names that exceed the context of any model, with a warning; ``seed`` is that of `shuffled`.
 
         Raises:
             ValueError: no name of a set is left.
@@ -215,10 +195,7 @@ class HeldOut:
 
     @property
     def real(self) -> list[Card]:
-        """The reference for generated names: held-out cards of the training families, if they are there.
-
-        Other names have no similar training name by construction.
-        """
+        """The reference for generated names: held-out cards of the training families, if they are there."""
         return self.splits[IID] if IID in self.splits else next(iter(self.splits.values()))
 
     @cached_property

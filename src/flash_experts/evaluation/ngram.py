@@ -4,9 +4,8 @@ After Chen and Goodman (1999), "An empirical study of smoothing techniques for l
 the start of a name keep raw counts in the lower orders, as in SRILM and KenLM. An n-gram is one integer with its
 symbols as digits, so numpy counts by sorting and looks up by binary search.
 
-The conditional model has more n-grams for each card type, color, subtype and supertype. The attributes of a prompt
+The conditional model has n-grams for each card type, color, subtype and supertype, too. The attributes of a prompt
 select layers: each predicts with Kneser-Ney discounts and backs off to the layer below, down to the model of all names.
-So ``Goblin`` is likely at the start of a Goblin's name.
 
 Shape suffixes: N names, Q symbols of all names, B sampled names, G n-grams, C contexts.
 """
@@ -38,10 +37,10 @@ _FEWEST_NAMES = 5  # names of an attribute that gets a layer, at least
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """N-grams of one order: their discounted probabilities and the backoff mass of each context.
+    """N-grams of one order.
 
     Attributes:
-        grams: (G,) sorted codes of the n-grams.
+        grams: (G,) sorted codes.
         shares: (G,) (count - discount) / count of the context.
         contexts: (C,) sorted codes.
         left_over: (C,) backoff mass of the lower order, in (0, 1].
@@ -66,7 +65,7 @@ class Order:
         )
 
     def draw(self, contexts: IntArray, base: int, rng: np.random.Generator) -> tuple[IntArray, npt.NDArray[np.bool_]]:
-        """Samples symbols for the contexts (B,) that do not back off, and (B,) whether each does not."""
+        """Symbols after the contexts (B,) that do not back off, and (B,) which those are."""
         first = np.searchsorted(self.grams, contexts * base)
         last = np.searchsorted(self.grams, (contexts + 1) * base)
         threshold = self.cumulated[first] + rng.random(contexts.size)
@@ -106,14 +105,10 @@ def _discounts(counts: IntArray) -> FloatArray:
 
 
 class KneserNey:
-    """A character n-gram model of one order; `layered` puts n-grams of some of the names on top."""
+    """A character n-gram model of one order; `layered` puts n-grams of some names on top."""
 
     def __init__(self, names: Sequence[str], order: int = 6) -> None:
-        """Fits the model.
-
-        Raises:
-            ValueError: there are no names, or the order is not in 2..8.
-        """
+        """Fits a model of an order from 2 to 8."""
         if not names:
             raise ValueError("no names to fit: give at least one")
         if not 2 <= order <= 8:
@@ -155,7 +150,7 @@ class KneserNey:
         return contexts[:, predicted], flat[predicted]
 
     def _fit(self, contexts: IntArray, symbols: IntArray) -> list[Order]:
-        """Fits all orders from 1 up. Lower orders use continuation counts: distinct symbols before each n-gram."""
+        """All orders from 1 up. Lower ones use continuation counts: distinct symbols before each n-gram."""
         orders: list[Order] = []
         longer: IntArray | None = None
         for length in range(self.order - 1, -1, -1):
@@ -190,7 +185,7 @@ class KneserNey:
         return np.array([-np.log(p).sum() for p in self.symbol_probabilities(names)])
 
     def draw(self, contexts: IntArray, rng: np.random.Generator) -> IntArray:
-        """Samples the next symbols (B,), possibly `UNKNOWN`, after contexts (order or more, B), the top layer first."""
+        """Samples the next symbols (B,), possibly `UNKNOWN`, after contexts (order or more, B)."""
         symbols = np.empty(contexts.shape[1], dtype=np.int64)
         undecided = np.arange(contexts.shape[1])
         longest = _longest(contexts[: self.order])
@@ -226,7 +221,7 @@ def _longest(contexts: IntArray) -> IntArray:
 
 
 def mixture_nats(models: Sequence[KneserNey], names: Sequence[str]) -> FloatArray:
-    """(N,) negative log-likelihood of each name and EOS under the average of models, symbol by symbol, in nats."""
+    """(N,) negative log-likelihood of each name and EOS under the average of models, in nats."""
     parts = zip(*(model.symbol_probabilities(names) for model in models), strict=True)
     return np.array([-np.log(np.mean(part, axis=0)).sum() for part in parts])
 
@@ -250,7 +245,7 @@ def sample_mixture(models: Sequence[KneserNey], count: int, rng: np.random.Gener
 
 
 def _draw(models: Sequence[KneserNey], contexts: IntArray, rng: np.random.Generator) -> IntArray:
-    """Samples one symbol per context, (B,). Unknown characters have no text, so they are drawn again."""
+    """One symbol per context, (B,). Unknown characters have no text, so they are drawn again."""
     symbols = np.full(contexts.shape[1], UNKNOWN, dtype=np.int64)
     while (again := np.flatnonzero(symbols == UNKNOWN)).size:
         chosen = rng.integers(0, len(models), size=again.size)
@@ -274,7 +269,7 @@ class ConditionalNGrams:
     """The average of n-gram models of several orders, with layers for the attributes."""
 
     def __init__(self, cards: Sequence[Card]) -> None:
-        """Fits the models of all names of one card or more; layers are fitted when first needed."""
+        """Fits the models of all names; layers are fitted when first needed."""
         names = [card.name for card in cards]
         self._models = [KneserNey(names, order) for order in _ORDERS]
         self._names: dict[Kind, list[str]] = {}
@@ -291,18 +286,17 @@ class ConditionalNGrams:
 
     @property
     def num_active_parameters(self) -> int:
-        """Number of parameters that one character's unconditional probability uses."""
+        """Those that one character's unconditional probability uses."""
         return sum(2 * model.order for model in self._models)
 
     def nats(self, names: Sequence[str], attributes: Sequence[Attributes]) -> FloatArray:
-        """(N,) negative log-likelihood of each name and EOS given its attributes, in nats."""
+        """As `mixture_nats`, given attributes."""
         nats = np.empty(len(names))
         for given, rows in _rows_of_each(attributes).items():
             nats[rows] = mixture_nats(self._models_for(given), [names[row] for row in rows])
         return nats
 
     def sample(self, count: int, seed: int, attributes: Attributes = UNCONDITIONAL) -> list[str]:
-        """Samples names for a card with these attributes, reproducible by ``seed``."""
         return sample_mixture(self._models_for(attributes), count, np.random.default_rng(seed))
 
     def sample_each(self, attributes: Sequence[Attributes], seed: int) -> list[str]:
@@ -325,7 +319,7 @@ class ConditionalNGrams:
 
 
 def _rows_of_each(attributes: Sequence[Attributes]) -> dict[Attributes, list[int]]:
-    """Groups indices by the attributes that the n-grams use."""
+    """Indices by the attributes that the n-grams use."""
     rows: dict[Attributes, list[int]] = {}
     for index, one in enumerate(attributes):
         rows.setdefault(replace(one, mana_value=None, rarity=None, set_code=None, released=None), []).append(index)

@@ -36,7 +36,7 @@ _PNG_DPI = 160
 def render_report(result: ComparisonResult, title: str = "Models compared", day: date | None = None) -> str:
     """Renders a comparison as an HTML page, with all text of models, names and data escaped.
 
-    The same result with the same ``day`` (default: today) gives the same bytes.
+    The same result and ``day`` (default: today) give the same bytes.
     """
     script = _resource("blind_test.js")
     first = result.models[0]
@@ -251,7 +251,7 @@ def _validated(curves: Mapping[str, Sequence[CurvePoint]]) -> bool:
 
 
 def _plot_curves(curves: Mapping[str, Sequence[CurvePoint]], flops_per_token: Mapping[str, float]) -> Figure:
-    """Draws validation bits (or training loss, if no run has them) by steps, FLOPs and seconds."""
+    """Validation bits (or training loss, if no run has them) by steps, FLOPs and seconds."""
     validated = _validated(curves)
     figure, panels = _figure(9.2, 3.6, 1, 3)
     units: list[tuple[str, Callable[[str, CurvePoint], float | None]]] = [

@@ -1,4 +1,4 @@
-"""The interface of evaluated models (`Scorer`), and its implementations: language models and the n-gram baseline.
+"""The interface of evaluated models (`Scorer`), language models, and the n-gram baseline.
 
 Shape suffixes: N names, B batch, T tokens, V vocabulary.
 """
@@ -48,7 +48,7 @@ class Costs:
     """Memory, and training where metrics.jsonl records it.
 
     Attributes:
-        memory_bytes: parameters and buffers in memory (float32).
+        memory_bytes: of parameters and buffers.
         training_tokens: with prompts, without those of the model that training started from.
         flops_per_token: training FLOPs per token: 6 per active weight (Kaplan et al. 2020, section 2.1), with the
             output layer at every token, without attention scores.
@@ -73,7 +73,7 @@ def parameter_counts(model: torch.nn.Module) -> ModelSize:
 
 
 def costs_of(model: PreTrainedModel, folder: Path | None) -> Costs:
-    """Measures a language model; ``folder`` is where it was loaded from, if any."""
+    """Measures a language model; ``folder`` is where it was loaded from."""
     held = {tensor.data_ptr(): tensor for tensor in (*model.parameters(), *model.buffers())}
     stored = [] if folder is None else [path.stat().st_size for path in folder.glob("*.safetensors")]
     points = [] if folder is None else read_curve(folder / METRICS_FILE)
@@ -147,7 +147,7 @@ class LanguageModel:
     def load(
         cls, source: str | Path, device: str | torch.device | None = None, label: str | None = None
     ) -> LanguageModel:
-        """Loads a folder or hub id; raises ValueError as `load_model` and `load_tokenizer` do."""
+        """Loads a folder or hub id, or raises a ValueError."""
         folder = model_folder(source)
         model = load_model(source, device)
         tokenizer = load_tokenizer(source, model.config.vocab_size)
@@ -168,9 +168,7 @@ class LanguageModel:
         *,
         tokens_per_batch: int = TOKENS_PER_BATCH,
     ) -> FloatArray:
-        """See `Scorer.nats`; without attributes that the model was not trained on.
-
-        ``tokens_per_batch`` changes the speed, not the result.
+        """See `Scorer.nats`; ``tokens_per_batch`` changes the speed, not the result.
 
         Raises:
             ValueError: a name is longer than the model's context.
@@ -258,7 +256,7 @@ class LanguageModel:
 def show_unfiltered(
     scorer: Scorer, prompts: Sequence[Prompt], count: int, seed: int, known: Sequence[str]
 ) -> list[list[str]]:
-    """Samples up to ``count`` distinct unknown names per prompt, in at most 4 * ``count`` draws."""
+    """Up to ``count`` distinct unknown names per prompt, in at most 4 * ``count`` draws."""
     keys = {normal_form(name) for name in known} | {""}
     shown = []
     for prompt in prompts:
@@ -270,7 +268,7 @@ def show_unfiltered(
 
 
 def known_attributes(config: PretrainedConfig, attributes: Sequence[Attributes]) -> list[Attributes]:
-    """Keeps the attributes that a model was trained on; cards of another source may have more."""
+    """The attributes that a model was trained on; cards of another source may have more."""
     conditions = read_conditions(config.to_dict())
     return [drop_unknown(each, conditions) for each in attributes]
 
@@ -288,7 +286,7 @@ def fits_context(
 
 
 def check_lengths(model: PreTrainedModel, names: Sequence[str], encoded: Sequence[EncodedName]) -> None:
-    """Raises a ValueError if a name does not fit into the model's context."""
+    """Raises a ValueError if a name exceeds the model's context."""
     context = context_length(model.config)
     for name, ids in zip(names, encoded, strict=True):
         if context is not None and ids.num_inputs > context:
