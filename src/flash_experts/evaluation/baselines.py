@@ -43,13 +43,12 @@ def parts_of(name: str) -> tuple[str, str, str] | None:
 
 
 class _Parts:
-    """The parts of names, by joints that at least two names have."""
-
     def __init__(self, names: Iterable[str]) -> None:
         pairs: dict[str, list[tuple[str, str]]] = {}
         for name in names:
             if (parts := parts_of(name)) is not None:
                 pairs.setdefault(parts[1], []).append((parts[0], parts[2]))
+        # Only joints that at least two names have.
         self._pairs = {joint: each for joint, each in pairs.items() if len(each) > 1}
         self._joints = [joint for joint, each in self._pairs.items() for _ in each]
         self._firsts = {joint: Counter(first for first, _ in each) for joint, each in self._pairs.items()}

@@ -239,7 +239,6 @@ class Detector:
 
     @cached_property
     def _halves(self) -> Separation:
-        """Averages over random halvings of the real names."""
         rng, half = np.random.default_rng(self._seed), len(self._real) // 2
         found = []
         for _ in range(_HALVINGS):
@@ -286,7 +285,6 @@ class Detector:
         return np.array(rows)
 
     def _of_words(self, name: str) -> list[float]:
-        """Counts and lengths of words, and how common they are."""
         found = words(name)
         counts = [self._word_counts[word] for word in found if word not in _SMALL_WORDS] or [0]
         lengths = [len(word) for word in found] or [0]

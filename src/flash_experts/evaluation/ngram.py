@@ -319,7 +319,6 @@ class ConditionalNGrams:
 
 
 def _rows_of_each(attributes: Sequence[Attributes]) -> dict[Attributes, list[int]]:
-    """Indices by the attributes that the n-grams use."""
     rows: dict[Attributes, list[int]] = {}
     for index, one in enumerate(attributes):
         rows.setdefault(replace(one, mana_value=None, rarity=None, set_code=None, released=None), []).append(index)

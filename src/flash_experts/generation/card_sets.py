@@ -35,8 +35,8 @@ class CardRow:
 
     Attributes:
         where: ``file:line``, or ``file[index]`` for JSON.
-        name: the name that the card has already, or "".
-        rules: options of `NameRequest` for this row alone.
+        name: that the card has already, or "".
+        rules: options of `NameRequest`.
     """
 
     where: str
@@ -227,7 +227,7 @@ def asked_for(row: CardRow, conditions: Conditions) -> dict[str, Any]:
 
 
 def table_of(named: Sequence[NamedRow]) -> list[dict[str, str]]:
-    """The rows of the file with the columns ``name`` and ``alternatives`` (separated by ";")."""
+    """The rows of the file with the columns ``name`` and ``alternatives``."""
     rows = []
     for one in named:
         others = {column: value for column, value in one.row.cells.items() if column.lower() not in _OWN}

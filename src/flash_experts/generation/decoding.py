@@ -25,14 +25,14 @@ _COMPUTED_AHEAD = 128  # prompts computed together where each name has its own: 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A prompt's KV cache (one row) and the float32 logits of the first token after it."""
+    """A prompt's KV cache (one row) and float32 logits after it."""
 
     cache: DynamicCache
     first_V: torch.Tensor
 
 
 class Prompts:
-    """The prompts of a stream of names, computed in small batches when first needed."""
+    """The prompts of a stream of names, computed when first needed."""
 
     def __init__(self, model: PreTrainedModel, ids: Sequence[Sequence[int]]) -> None:
         """``ids``: BOS token and prompt of each name, by its index; one entry serves all names."""
@@ -138,7 +138,7 @@ class DecodedName:
         ids: without prompt and EOS token.
         log_prob: of ``ids`` and the EOS token, in nats, without sampling settings and filters.
         is_whole: false if the filters left no token, or the EOS token did not come in time.
-        top: for each of ``ids`` and the EOS token the most likely ids (K,) and their log-probabilities (K,), float16.
+        top: for each of ``ids`` and the EOS token the most likely ids (K,) and their log-probabilities (K,).
     """
 
     index: int
@@ -168,9 +168,9 @@ class NameDecoder:
 
         Args:
             processors: each `NameFilter` comes after the others.
-            unconditional_ids: BOS token and the prompt without attributes, for guidance.
-            prompts: a prompt for each index of the stream, instead of ``prompt_ids``; only with filters.
-            top_logits: K, number of most likely tokens to record per position.
+            unconditional_ids: prompt without attributes, for guidance.
+            prompts: one for each index of the stream, instead of ``prompt_ids``; only with filters.
+            top_logits: K, most likely tokens to record per position.
         """
         self.device = model.device
         self.prompt_ids, self.eos_id = prompt_ids, eos_id
@@ -226,8 +226,6 @@ class _Row:
 
 
 class _Batch:
-    """The rows that are computed together."""
-
     def __init__(self, decoder: NameDecoder, size: int, waiting: deque[int]) -> None:
         self._decoder = decoder
         self.rows = [_Row(waiting.popleft()) for _ in range(size)]

@@ -98,10 +98,7 @@ class NameGenerator:
     def stream(
         self, count: int = 20, *, filters: Sequence[FilterFactory] = (), **options: Any
     ) -> Iterator[GeneratedName]:
-        """The names of `generate` as they are found. Options are checked at once.
-
-        The model may be trained between two names.
-        """
+        """The names of `generate` as they are found; the model may be trained between two of them."""
         return self.answer(NameRequest.of(count=count, **options), filters)
 
     def answer(self, request: NameRequest, filters: Sequence[FilterFactory] = ()) -> Iterator[GeneratedName]:

@@ -137,7 +137,6 @@ def _mse_fields(one: NamedCard) -> dict[str, str]:
 
 
 def _mse_kind(types: Iterable[str]) -> str:
-    """The word list of subtypes that the editor has for a card's types."""
     kinds = {"Creature": "race", "Instant": "spell", "Sorcery": "spell", "Artifact": "artifact",
              "Enchantment": "enchantment", "Land": "land", "Planeswalker": "planeswalker"}  # fmt: skip
     return next((kind for word, kind in kinds.items() if word in types), "race")

@@ -77,8 +77,8 @@ class _State:
     """The state from which a run with equal ``settings`` is resumed.
 
     Attributes:
-        planned: number of attribute sets that had their first attempt.
-        again: attribute sets whose last name was rejected, with their attempts.
+        planned: attribute sets that had their first attempt.
+        again: those whose last name was rejected, with their attempts.
     """
 
     settings: dict[str, Any]
@@ -104,8 +104,8 @@ def write_sampled_names(
     Args:
         known: normal forms of names that the file must not have, besides those that the generator knows.
         out: a ``.jsonl`` file, written as ``out.part`` until it is complete.
-        source: further inputs that decide the names: only a run with the same ones is resumed.
-        report: called after each piece with the number of names so far.
+        source: further inputs that decide the names: a run is resumed only with the same ones.
+        report: called with the number of names so far.
 
     Raises:
         ValueError: the file exists or is being written, or an unfinished one is damaged or has other settings.
@@ -144,7 +144,6 @@ def write_sampled_names(
 
 
 def _plan(cards: Sequence[Card], request: SampledNames) -> list[Attributes]:
-    """Attribute sets to sample names for: shuffled runs of equal ones."""
     rng = random.Random(f"attribute sets/{request.seed}")
     drawn: dict[str, list[Attributes]] = {}
     for _ in range(request.count):

@@ -137,7 +137,6 @@ class NameSearch:
         return [name for name in chosen if name is not None]
 
     def _next_batch(self, wanted: int) -> list[GeneratedName]:
-        """The new and acceptable ones among the next names of the stream, at most ``wanted``."""
         batch = self._decode(wanted)
         texts = [self._accept(name) for name in batch]
         far = self._far_enough(texts)

@@ -52,9 +52,8 @@ class BlockRouting:
     """Routing of T tokens in one block.
 
     Attributes:
-        chosen_TE: true where the token goes to the expert.
-        gates_TE: 0 where it does not.
-        entropy: mean entropy of a token's routing probabilities / log E.
+        chosen_TE: true where the token goes to the expert; else, ``gates_TE`` is 0.
+        entropy: of a token's routing probabilities / log E, mean.
         top1: mean probability of a token's best expert.
         left_out: by name, the share of choices that the capacity factor would drop in training, or of tokens without an
             expert (expert choice).
@@ -110,7 +109,7 @@ class TrainingLoads:
 
 @dataclass(frozen=True, slots=True)
 class RouterMap:
-    """Result of `inspect_router`; ``left_out_labels`` have too few tokens, ``training`` needs metrics.jsonl."""
+    """Result of `inspect_router`; ``left_out_labels`` have too few tokens."""
 
     model: str
     settings: dict[str, Any]
@@ -206,7 +205,7 @@ def _load(
 def route(
     model: GPT2MoEForCausalLM, names: Sequence[EncodedName], tokens_per_batch: int = TOKENS_PER_BATCH
 ) -> list[BlockRouting]:
-    """Records the routing of each block; ``tokens_per_batch`` matters only to expert choice and capacity factors."""
+    """Records routing; ``tokens_per_batch`` matters only to expert choice and capacity factors."""
     routers = router_metrics.routers_of(model)
     seen: dict[int, list[tuple[torch.Tensor, ...]]] = {block: [] for block in routers}
 

@@ -119,7 +119,6 @@ def _shade(value: float, highest: float) -> int:
 
 
 def _in_order(tables: Sequence[HeatTable]) -> list[tuple[HeatTable, bool]]:
-    """The tables, and whether each is open at first."""
     heaviest = max(range(len(tables)), key=lambda index: tables[index].weight, default=0)
     return [(table, index == heaviest) for index, table in enumerate(tables)]
 
