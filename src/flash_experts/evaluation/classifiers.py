@@ -142,12 +142,12 @@ class AttributeClassifiers:
             for card, name in zip(cards, names, strict=True):
                 if (label := task.label_of(card)) in made:
                     made[label].append(name)
-            of_model, of_alone, of_real = (self._recognition(task, found, shares) for found in (made, alone, real))
+            of_model, of_alone, of_real = (
+                recognition({label: self.hits(task, label, some) for label, some in found.items() if some}, shares)
+                for found in (made, alone, real)
+            )
             metrics.append(ControlMetrics(task.name, of_model, of_alone, of_real, max(shares.values())))
         return metrics
-
-    def _recognition(self, task: Task, names: dict[str, list[str]], shares: dict[str, float]) -> Recognition:
-        return recognition({label: self.hits(task, label, some) for label, some in names.items() if some}, shares)
 
     def _classes(self, task: Task) -> dict[str, float]:
         """The labels that enough held-out cards have, with their shares."""
@@ -253,7 +253,8 @@ class Detector:
         names = [*real, *other]
         labels_N = np.repeat([0, 1], [len(real), len(other)])
         grams = _grams(names)
-        features_NF = self._features(names)
+        of_words = np.array([self._of_words(name) for name in names])
+        features_NF = np.concatenate([*(self._bits(model, names) for model in self._models), of_words], axis=1)
         weak_N, strong_N = np.empty(len(names)), np.empty(len(names))
         for train, test in StratifiedKFold(FOLDS, shuffle=True, random_state=self._seed).split(grams, labels_N):
             weak_N[test] = _weak_scores(grams[train], labels_N[train], grams[test])
@@ -268,11 +269,6 @@ class Detector:
                 np.column_stack([features_NF[test], weak_N[test]]),
             )
         return Separation(len(real), auc_estimate(weak_N, labels_N), auc_estimate(strong_N, labels_N))
-
-    def _features(self, names: Sequence[str]) -> FloatArray:
-        columns = [self._bits(model, names) for model in self._models]
-        columns.append(np.array([self._of_words(name) for name in names]))
-        return np.concatenate(columns, axis=1)
 
     @staticmethod
     def _bits(model: KneserNey, names: Sequence[str]) -> FloatArray:

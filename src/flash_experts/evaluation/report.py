@@ -77,12 +77,8 @@ def _resource(name: str) -> str:
 
 
 def write_report(result: ComparisonResult, path: str | Path, title: str = "Models compared") -> Path:
-    return write_page(render_report(result, title), path)
-
-
-def write_page(page: str, path: str | Path) -> Path:
-    """Writes a text file atomically and returns its path; raises a ValueError if it cannot be written."""
-    write_pages({Path(path): page})
+    """Writes the page atomically and returns its path; raises a ValueError if it cannot be written."""
+    write_pages({Path(path): render_report(result, title)})
     return Path(path)
 
 

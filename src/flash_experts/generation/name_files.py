@@ -29,7 +29,10 @@ BY_SUFFIX: dict[str, Format] = {
 }  # fmt: skip
 _SET = "NEW"  # code of the set that Cockatrice lists the cards in
 _RARITIES = {"mythic": "mythic rare"}  # Magic Set Editor's words
-_LANDS, _OTHERS, _CREATURES, _SPELLS = range(4)  # rows of Cockatrice's table
+# Magic Set Editor's lists of subtypes and Cockatrice's rows of the table, by the first of these types of a card.
+_KINDS = {"Creature": "race", "Instant": "spell", "Sorcery": "spell", "Artifact": "artifact",
+          "Enchantment": "enchantment", "Land": "land", "Planeswalker": "planeswalker"}  # fmt: skip
+_TABLE_ROWS = {"Land": "0", "Creature": "2", "Instant": "3", "Sorcery": "3"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,18 +131,12 @@ def _mse_fields(one: NamedCard) -> dict[str, str]:
     if card.types or card.supertypes:
         words = [*(card.supertypes or ()), *(card.types or ())]
         fields["super type"] = " ".join(f"<word-list-type>{word}</word-list-type>" for word in words)
-        kind = _mse_kind(card.types or ())
+        kind = next((kind for word, kind in _KINDS.items() if word in (card.types or ())), "race")
         subtypes = (f"<word-list-{kind}>{word}</word-list-{kind}>" for word in card.subtypes or ())
         fields["sub type"] = " ".join(subtypes)
     if card.rarity:
         fields["rarity"] = _RARITIES.get(card.rarity, card.rarity)
     return fields
-
-
-def _mse_kind(types: Iterable[str]) -> str:
-    kinds = {"Creature": "race", "Instant": "spell", "Sorcery": "spell", "Artifact": "artifact",
-             "Enchantment": "enchantment", "Land": "land", "Planeswalker": "planeswalker"}  # fmt: skip
-    return next((kind for word, kind in kinds.items() if word in types), "race")
 
 
 def mana_cost(card: Attributes) -> str:
@@ -187,15 +184,11 @@ def _add_cockatrice_card(listed: Xml.Element, one: NamedCard) -> None:
         if value:
             Xml.SubElement(prop, name).text = value
     Xml.SubElement(element, "set", {"rarity": card.rarity} if card.rarity else {}).text = _SET
-    Xml.SubElement(element, "tablerow").text = str(_table_row(card.types or ()))
+    row = next((row for word, row in _TABLE_ROWS.items() if word in (card.types or ())), "1")
+    Xml.SubElement(element, "tablerow").text = row
 
 
 def type_line_of(card: Attributes) -> str:
     """The type line, such as ``Legendary Creature — Goblin``; "" where it is unknown."""
     line = join_type_line(card.supertypes or (), card.types or (), card.subtypes or ())
     return line.removeprefix(" — ")  # subtypes alone
-
-
-def _table_row(types: Iterable[str]) -> int:
-    rows = {"Land": _LANDS, "Creature": _CREATURES, "Instant": _SPELLS, "Sorcery": _SPELLS}
-    return next((row for word, row in rows.items() if word in types), _OTHERS)
