@@ -108,9 +108,7 @@ class SwapBaseline(NGramBaseline):
         super().__init__(train)
         cards = validation[:_VALIDATION]
         names, given = [card.name for card in cards], [Attributes.of(card) for card in cards]
-        own_N, ngram_N = self._own_nats(names, given), super().nats(names, given)
-        totals = [mixed(own_N, ngram_N, np.full(len(names), weight)).sum() for weight in _PARTS_WEIGHTS]
-        self.weight = float(_PARTS_WEIGHTS[int(np.argmin(totals))])
+        self.weight = _best_weight(self._own_nats(names, given), super().nats(names, given), _PARTS_WEIGHTS)
 
     def nats(self, names: Sequence[str], attributes: Sequence[Attributes]) -> FloatArray:
         weight_N = np.full(len(names), self.weight)
@@ -155,13 +153,10 @@ class MixedWithNGrams:
         self._model, self._baseline = model, baseline
         cards = validation[:_VALIDATION]
         names, given = [card.name for card in cards], [Attributes.of(card) for card in cards]
-        self.unconditional = self._best_weight(names, [UNCONDITIONAL] * len(names))
-        self.conditional = self._best_weight(names, given)
-
-    def _best_weight(self, names: Sequence[str], attributes: Sequence[Attributes]) -> float:
-        first_N, second_N = self._model.nats(names, attributes), self._baseline.nats(names, attributes)
-        totals = [mixed(first_N, second_N, np.full(len(names), weight)).sum() for weight in _MODEL_WEIGHTS]
-        return float(_MODEL_WEIGHTS[int(np.argmin(totals))])
+        self.unconditional, self.conditional = (
+            _best_weight(model.nats(names, attributes), baseline.nats(names, attributes), _MODEL_WEIGHTS)
+            for attributes in ([UNCONDITIONAL] * len(names), given)
+        )
 
     @property
     def size(self) -> ModelSize:
@@ -194,6 +189,11 @@ def mixed(first_N: FloatArray, second_N: FloatArray, weight_N: FloatArray) -> Fl
     """The nats (N,) of a mixture; ``weight_N`` is that of the first, between 0 and 1."""
     assert ((weight_N > 0) & (weight_N < 1)).all()
     return -np.logaddexp(np.log(weight_N) - first_N, np.log1p(-weight_N) - second_N)
+
+
+def _best_weight(first_N: FloatArray, second_N: FloatArray, weights: FloatArray) -> float:
+    totals = [mixed(first_N, second_N, np.full(len(first_N), weight)).sum() for weight in weights]
+    return float(weights[int(np.argmin(totals))])
 
 
 def without_suffix(model: str) -> str | None:

@@ -58,14 +58,11 @@ class SampledNames:
     top_logits: int = 0
 
     def __post_init__(self) -> None:
-        if not 1 <= self.count <= 10_000_000:
-            raise ValueError(f"count is {self.count}: it must be from 1 to 10,000,000")
-        if not 0 <= self.attribute_dropout <= 1:
-            raise ValueError(f"attribute_dropout is {self.attribute_dropout}: it must be from 0 to 1")
-        if not 1 <= self.batch_size <= 65_536:
-            raise ValueError(f"batch_size is {self.batch_size}: it must be from 1 to 65,536")
-        if not 0 <= self.top_logits <= 1024:
-            raise ValueError(f"top_logits is {self.top_logits}: it must be from 0 to 1,024")
+        bounds = {"count": (1, 10_000_000), "attribute_dropout": (0, 1), "batch_size": (1, 65_536),
+                  "top_logits": (0, 1024)}  # fmt: skip
+        for name, (low, high) in bounds.items():
+            if not low <= (value := getattr(self, name)) <= high:
+                raise ValueError(f"{name} is {value}: it must be from {low} to {high:,}")
         if self.sampling.repetition_penalty != 1 or self.sampling.guidance != 1:
             raise ValueError(
                 "repetition_penalty and guidance need a single prompt: leave them out with attributes_from"
