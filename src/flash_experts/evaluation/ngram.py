@@ -290,7 +290,7 @@ class ConditionalNGrams:
         return sum(2 * model.order for model in self._models)
 
     def nats(self, names: Sequence[str], attributes: Sequence[Attributes]) -> FloatArray:
-        """As `mixture_nats`, given attributes."""
+        """As `mixture_nats`, given the attributes of each name."""
         nats = np.empty(len(names))
         for given, rows in _rows_of_each(attributes).items():
             nats[rows] = mixture_nats(self._models_for(given), [names[row] for row in rows])

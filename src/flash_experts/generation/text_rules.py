@@ -84,7 +84,7 @@ def profanity_at_end(name: str) -> Verdict:
 
 @lru_cache(maxsize=1 << 16)
 def _profanity_of(word: str) -> Verdict:
-    """For a word as a whole, and for its part after the last hyphen or apostrophe."""
+    """Checks a word as a whole, and its part after the last hyphen or apostrophe."""
     parts = {normal_form(word), *map(normal_form, WORD.findall(word)[-1:])}
     if any(_STEMS.search(part) for part in parts):
         return "dropped"

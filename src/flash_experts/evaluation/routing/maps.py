@@ -53,7 +53,7 @@ class BlockRouting:
 
     Attributes:
         chosen_TE: true where the token goes to the expert; else, ``gates_TE`` is 0.
-        entropy: of a token's routing probabilities / log E, mean.
+        entropy: mean entropy of a token's routing probabilities / log E.
         top1: mean probability of a token's best expert.
         left_out: by name, the share of choices that the capacity factor would drop in training, or of tokens without an
             expert (expert choice).

@@ -198,7 +198,7 @@ def _shuffled_tables(
 
 
 def _standardized(values: FloatArray) -> FloatArray:
-    """(B + 1, ...) by mean and deviation of the shuffles; 0 where they do not vary."""
+    """Standardizes by mean and deviation of the shuffles; 0 where they do not vary."""
     mean, deviation = values[1:].mean(0), values[1:].std(0)
     return np.divide(values - mean, deviation, out=np.zeros_like(values), where=deviation > 1e-12)
 
