@@ -14,8 +14,8 @@ import flash_experts  # noqa: F401  registers the mixture with AutoModel
 from flash_experts.data.prepare import load_split, prepare
 from flash_experts.data.prompts import UNCONDITIONAL, Attributes
 from flash_experts.data.tokenizer import load_tokenizer
+from flash_experts.evaluation.ngram import ConditionalNGrams
 from flash_experts.evaluation.scorers import LanguageModel
-from flash_experts.generation.reranking.ngram import NGramMixture
 from flash_experts.models.loading import load_model
 from flash_experts.models.moe import GPT2MoEForCausalLM
 from flash_experts.training.run_folder import fingerprint
@@ -64,9 +64,10 @@ def test_auto_model_loads_the_mixture() -> None:
 def test_they_predict_unseen_names_better_than_letter_statistics(data: Path) -> None:
     cards = load_split(data, "test")[::10]
     names = [card.name for card in cards]
-    letters = NGramMixture([card.name for card in load_split(data, "train")]).nats(names).sum()
+    no_attributes = [UNCONDITIONAL] * len(names)
+    letters = ConditionalNGrams(load_split(data, "train")).nats(names, no_attributes).sum()
     model = LanguageModel.load(MODELS / "mtg-names", "cpu")
-    nothing_told = model.nats(names, [UNCONDITIONAL] * len(names)).sum()
+    nothing_told = model.nats(names, no_attributes).sum()
     all_told = model.nats(names, [Attributes.of(card) for card in cards]).sum()
     assert all_told < nothing_told < letters
 

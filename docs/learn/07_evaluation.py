@@ -41,9 +41,8 @@ from flash_experts.evaluation import compare, format_comparison, write_report
 from flash_experts.evaluation.compare import REAL, make_blind_test
 from flash_experts.evaluation.evaluate import load_scorer
 from flash_experts.evaluation.held_out import HeldOut
-from flash_experts.evaluation.metrics import bits_estimate, bits_per_character, paired_bits_difference
-from flash_experts.evaluation.novelty import hit_ratio
-from flash_experts.generation.reranking.ngram import KneserNey
+from flash_experts.evaluation.metrics import bits_estimate, bits_per_character, hit_ratio, paired_bits_difference
+from flash_experts.evaluation.ngram import KneserNey
 
 torch.set_grad_enabled(False)
 train_names = [card.name for card in cards("train")]

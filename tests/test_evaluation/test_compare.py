@@ -22,8 +22,7 @@ from flash_experts.evaluation.compare import (
     unique_labels,
 )
 from flash_experts.evaluation.curves import CurvePoint, read_curve
-from flash_experts.evaluation.plots import write_plots
-from flash_experts.evaluation.report import render_report
+from flash_experts.evaluation.report import render_report, write_plots
 from flash_experts.evaluation.tables import Table, bits_table
 
 

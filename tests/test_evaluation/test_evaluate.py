@@ -19,8 +19,7 @@ from flash_experts.data.prompts import Attributes
 from flash_experts.evaluation import evaluate, evaluate_names, format_evaluation, read_names
 from flash_experts.evaluation import held_out as held_out_module
 from flash_experts.evaluation.evaluate import _association, config_and_tokenizer
-from flash_experts.evaluation.held_out import HeldOut
-from flash_experts.evaluation.novelty import Reference
+from flash_experts.evaluation.held_out import HeldOut, Reference
 from flash_experts.evaluation.scorers import LanguageModel, Prompt, costs_of, parameter_counts
 from flash_experts.models.moe import GPT2MoEForCausalLM
 from tests.helpers.evaluation import tiny_model, write_data

@@ -11,8 +11,8 @@ from flash_experts.data.cards import Card
 from flash_experts.data.cleaning import clean
 from flash_experts.data.sources import load_source
 from flash_experts.evaluation import format_lists
+from flash_experts.evaluation.held_out import Reference, names_of
 from flash_experts.evaluation.lists import ListEvaluation, ListMetrics, requests_of
-from flash_experts.evaluation.novelty import Reference, names_of
 
 pytest.importorskip("sklearn")
 

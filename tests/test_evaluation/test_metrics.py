@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flash_experts.evaluation import metrics
+from flash_experts.evaluation.metrics import hit_ratio
 from tests.helpers.evaluation import make_card
 
 
@@ -36,7 +38,6 @@ def test_word_association_is_the_information_of_the_first_word_on_the_second() -
         lambda: metrics.bits_estimate([], []),
         lambda: metrics.share([]),
         lambda: metrics.distinct_share([]),
-        lambda: metrics.exact_known_rate([], {"a"}),
         lambda: metrics.length_divergence([], ["a"]),
         lambda: metrics.word_count_divergence(["a"], []),
         lambda: metrics.auc_estimate([1.0, 2.0], [1, 1]),
@@ -104,7 +105,6 @@ def test_share_of_none_and_all_keeps_an_interval() -> None:
 
 
 def test_known_and_distinct() -> None:
-    assert metrics.exact_known_rate(["a", "b", "a", "c"], {"a"}).value == 0.5
     assert metrics.distinct_share(["a", "b", "a", "c"]) == 0.75
 
 
@@ -152,7 +152,7 @@ def test_length_and_word_divergence() -> None:
 def test_bits_by_group_puts_a_card_in_each_of_its_types() -> None:
     cards = [make_card("a", 0), make_card("b", 1), make_card("c", 2)]  # creature, instant, artifact creature
     nats = np.array([1.0, 2.0, 4.0]) * math.log(2)
-    groups = metrics.bits_by_group(nats, nats / 2, [1, 1, 2], cards, metrics.types_of)
+    groups = metrics.bits_by_group(nats, nats / 2, [1, 1, 2], cards, lambda card: card.types)
     assert groups["Creature"].conditional.value == pytest.approx(5 / 6)
     assert {name: (group.names, group.bits.value) for name, group in groups.items()} == {
         "Creature": (2, pytest.approx(5 / 3)),
@@ -193,3 +193,44 @@ def test_distinct_items_to_expect_in_a_smaller_draw() -> None:
     items = list("aaaaabbbccd")
     drawn = [len(set(rng.permutation(items)[:4])) for _ in range(4000)]
     assert metrics.distinct_in(items, 4) == pytest.approx(np.mean(drawn), abs=0.05)
+
+
+TRAIN = {f"t{index}" for index in range(1000)}
+HELD_OUT = {f"h{index}" for index in range(100)}
+
+
+def test_equal_hit_rates_give_one() -> None:
+    """One name in ten of either side: 100 of 1,000 and 10 of 100."""
+    samples = {f"t{index}" for index in range(100)} | {f"h{index}" for index in range(10)} | {"new"}
+    found = hit_ratio(samples, TRAIN, HELD_OUT)
+    assert (found.train_hits, found.held_out_hits) == (100, 10)
+    assert found.ratio is not None
+    assert found.ratio.value == pytest.approx((100.5 / 1000) / (10.5 / 100))
+    assert found.ratio.low < 1.0 < found.ratio.high
+    spread = 1.959964 * math.sqrt(1 / 100.5 + 1 / 10.5)
+    assert found.ratio.high == pytest.approx(found.ratio.value * math.exp(spread))
+
+
+def test_a_copy_is_detected() -> None:
+    found = hit_ratio(set(TRAIN), TRAIN, HELD_OUT)
+    assert found.ratio is not None
+    assert found.ratio.value == pytest.approx((1000.5 / 1000) / (0.5 / 100))
+    assert found.ratio.low > 10
+
+
+def test_no_hits_give_none() -> None:
+    assert hit_ratio({"new"}, TRAIN, HELD_OUT).ratio is None
+    assert hit_ratio(set(), TRAIN, HELD_OUT).ratio is None
+    assert hit_ratio({"t1"}, TRAIN, set()).ratio is None
+
+
+def test_a_held_out_name_that_is_in_train_too_counts_as_trained() -> None:
+    found = hit_ratio({"t1"}, TRAIN, HELD_OUT | {"t1"})
+    assert (found.train_hits, found.held_out_hits) == (1, 0)
+
+
+def test_the_interval_covers_one_for_a_model_that_memorizes_nothing() -> None:
+    rng = random.Random(0)
+    every = sorted(TRAIN | HELD_OUT)
+    found = [hit_ratio(set(rng.sample(every, 300)), TRAIN, HELD_OUT).ratio for _ in range(200)]
+    assert 180 <= sum(ratio is not None and ratio.low <= 1.0 <= ratio.high for ratio in found) <= 200

@@ -22,7 +22,7 @@ from flash_experts.data.prompts import UNCONDITIONAL, Attributes
 from flash_experts.evaluation.routing.maps import RouterMap, inspect_router, read_loads, route
 from flash_experts.evaluation.routing.report import format_router, render_router_report
 from flash_experts.evaluation.routing.specialization import TOKEN_CLASSES, Tokens
-from flash_experts.generation.filters.vocabulary import NameVocabulary
+from flash_experts.generation.filters.base import NameVocabulary
 from flash_experts.models.router_metrics import router_metrics
 
 FIRST = "Goblin Llanowar Serra Shivan Dark Giant Ancestral Healing Black Lightning".split()

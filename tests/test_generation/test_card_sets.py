@@ -12,7 +12,7 @@ from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
 from flash_experts import NameGenerator
 from flash_experts.cli import main
 from flash_experts.generation.card_sets import name_rows, read_card_rows
-from flash_experts.generation.reranking.reranker import content_words
+from flash_experts.generation.reranker import content_words
 
 SET = """Name;Type line;Colors;Mana value;Rarity;Starts with
 ;Creature — Goblin;Red;2;common;

@@ -14,6 +14,7 @@ from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from flash_experts.data.card_table import known_names
 from flash_experts.data.names import normal_form
+from flash_experts.data.tokenizer import train_tokenizer
 from flash_experts.generation import (
     Alliterates,
     AllOf,
@@ -381,3 +382,12 @@ def test_nearly_all_real_names_pass_all_filters(vocabulary: NameVocabulary) -> N
     refused = [name for name in names if not all(admits(one, " " + name) for one in filters)]
     # Jokes and other franchises have digits, dots and ampersands; they are among the known names too.
     assert len(refused) / len(names) < 0.03, refused
+
+
+def test_a_whole_word_token_of_prompts_is_not_allowed_in_names() -> None:
+    """Its token absorbs the space before it: "Mighty creature" would become "Mightycreature"."""
+    vocabulary = NameVocabulary(train_tokenizer(["Mighty Goblin"], 257, whole_words=["creature"]))
+    [word] = vocabulary.encode(" creature")
+    assert vocabulary.texts[word] == ""
+    scores_1V = AllowedCharacters(vocabulary, 1)(torch.tensor([[vocabulary.eos_id]]), torch.zeros(1, vocabulary.size))
+    assert scores_1V[0, word] == -torch.inf and scores_1V[0, vocabulary.encode("M")[0]] == 0

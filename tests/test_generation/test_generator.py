@@ -25,7 +25,7 @@ from flash_experts.generation import (
     NameGenerator,
     format_name,
 )
-from flash_experts.generation.reranking.reranker import Reranker
+from flash_experts.generation.reranker import Reranker
 from flash_experts.generation.sampling import stream_seed
 from flash_experts.generation.text_rules import alliterates
 

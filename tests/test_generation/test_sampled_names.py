@@ -18,7 +18,7 @@ from flash_experts.data.prepare import extra_cards, load_cards, load_known_names
 from flash_experts.data.prompts import Attributes
 from flash_experts.data.tokenizer import load_tokenizer
 from flash_experts.generation import sampled_names
-from flash_experts.generation.filters.vocabulary import NameVocabulary
+from flash_experts.generation.filters.base import NameVocabulary
 from flash_experts.models.loading import load_model
 from flash_experts.models.top_logits import TopLogits
 

@@ -129,7 +129,7 @@ holds("the more candidates there are, the more varied the words of the list", di
 
 # %% [markdown]
 # The time rises with the draws. A word that the list has already costs a candidate score, so the list gains words, and names
-# that are less likely on their own are chosen. `Weights` in `flash_experts.generation.reranking.reranker` holds the trade.
+# that are less likely on their own are chosen. `Weights` in `flash_experts.generation.reranker` holds the trade.
 #
 # ## 4. Without the novelty filter
 

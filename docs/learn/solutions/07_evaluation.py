@@ -31,8 +31,7 @@ from flash_experts.data.names import normal_form
 from flash_experts.data.prompts import UNCONDITIONAL
 from flash_experts.evaluation.evaluate import load_scorer
 from flash_experts.evaluation.held_out import HeldOut
-from flash_experts.evaluation.metrics import bits_estimate, bits_per_character
-from flash_experts.evaluation.novelty import hit_ratio
+from flash_experts.evaluation.metrics import bits_estimate, bits_per_character, hit_ratio
 
 train_names = [card.name for card in cards("train")]
 held_out = HeldOut.load(DATA, ("test_iid",))

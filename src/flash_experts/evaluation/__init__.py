@@ -5,8 +5,7 @@ from __future__ import annotations
 from flash_experts.evaluation.compare import ComparisonResult, compare
 from flash_experts.evaluation.evaluate import EvaluationResult, NamesResult, evaluate, evaluate_names, read_names
 from flash_experts.evaluation.lists import ListMetrics, evaluate_lists
-from flash_experts.evaluation.plots import write_plots
-from flash_experts.evaluation.report import write_report
+from flash_experts.evaluation.report import write_plots, write_report
 from flash_experts.evaluation.tables import format_comparison, format_evaluation, format_lists, format_names
 
 __all__ = [

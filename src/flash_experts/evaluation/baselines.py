@@ -1,8 +1,7 @@
 """The swap baseline, and models mixed with the n-gram baseline.
 
 ``swap`` exchanges the parts of two real names of the kind: "Goblin Guide" + "Raging Kobold" -> "Goblin Kobold". Both
-parts read well, so a model has to beat it. ``MODEL+ngram`` is ``p(name) = w * p_model(name) + (1 - w) * p_ngram(name)``
-with the model's own names.
+read well, so a model has to beat it. ``MODEL+ngram`` is ``p(name) = w * p_model(name) + (1 - w) * p_ngram(name)``.
 
 Shape suffixes: N names.
 """
@@ -20,9 +19,9 @@ from flash_experts.data.cards import Card
 from flash_experts.data.names import normal_form
 from flash_experts.data.prompts import UNCONDITIONAL, Attributes
 from flash_experts.evaluation.metrics import FloatArray
-from flash_experts.evaluation.scorers import Costs, LanguageModel, ModelSize, NGramBaseline, Prompt, show_unfiltered
+from flash_experts.evaluation.ngram import Kind, kinds_of
+from flash_experts.evaluation.scorers import Costs, LanguageModel, ModelSize, NGramBaseline, Prompt
 from flash_experts.generation.formatting import format_name
-from flash_experts.generation.reranking.conditional_ngram import Kind, kinds_of
 
 _JOINTS = (", ", " of the ", " of ", " ")  # where a name is cut, the first that it has
 _FEWEST = 40  # names of a kind whose parts are exchanged; with fewer, attributes are left out
@@ -35,7 +34,7 @@ _VALIDATION = 1000  # validation names that choose the weights, at most
 
 
 def parts_of(name: str) -> tuple[str, str, str] | None:
-    """First part, joint and second part of a name; None for one word, or more than two without a joint."""
+    """First part, joint and second part; None for one word, or more than two without a joint."""
     for joint in _JOINTS:
         first, found, second = name.partition(joint)
         if found and first and second:
@@ -44,13 +43,12 @@ def parts_of(name: str) -> tuple[str, str, str] | None:
 
 
 class _Parts:
-    """The parts of names by their joint, of joints that at least two names have."""
-
     def __init__(self, names: Iterable[str]) -> None:
         pairs: dict[str, list[tuple[str, str]]] = {}
         for name in names:
             if (parts := parts_of(name)) is not None:
                 pairs.setdefault(parts[1], []).append((parts[0], parts[2]))
+        # Only joints that at least two names have.
         self._pairs = {joint: each for joint, each in pairs.items() if len(each) > 1}
         self._joints = [joint for joint, each in self._pairs.items() for _ in each]
         self._firsts = {joint: Counter(first for first, _ in each) for joint, each in self._pairs.items()}
@@ -60,7 +58,7 @@ class _Parts:
         return bool(self._joints)
 
     def draw(self, rng: random.Random) -> str:
-        """The first part of one name and the second of another (or the same) with the same joint."""
+        """The first part of one name and the second of another with the same joint."""
         joint = rng.choice(self._joints)
         (first, _), (_, second) = rng.choice(self._pairs[joint]), rng.choice(self._pairs[joint])
         return format_name(first + joint + second)
@@ -87,24 +85,19 @@ def swapped_names(names: Iterable[str], count: int, known: Collection[str], seed
     return list(found.values())
 
 
-class SwapBaseline:
-    """The swap baseline as a `Scorer`.
+class SwapBaseline(NGramBaseline):
+    """The swap baseline; the n-grams are for parts that no training name of the kind has.
 
-    ``p(name) = w * p(joint) p(first | joint) p(second | joint) + (1 - w) * p_ngram(name)``, where the n-gram baseline
-    is for parts that no training name of the kind has.
+    ``p(name) = w * p(joint) p(first | joint) p(second | joint) + (1 - w) * p_ngram(name)``.
     """
 
     label = "swap"
 
     def __init__(self, train: Sequence[Card], validation: Sequence[Card]) -> None:
-        """Chooses the weight on validation cards.
-
-        Raises:
-            ValueError: there are no validation cards, or no two training names share a joint.
-        """
+        """Chooses the weight on validation cards."""
         if not validation:
             raise ValueError("no validation names: the weight of the swapped parts is chosen on them")
-        self._names = [card.name for card in train]
+        self._train = [card.name for card in train]
         self._of_kind: dict[Kind, set[int]] = {}
         for place, card in enumerate(train):
             for kind in kinds_of(Attributes.of(card)):
@@ -112,24 +105,14 @@ class SwapBaseline:
         self._parts: dict[tuple[Kind, ...], _Parts] = {}
         if not self._parts_for(UNCONDITIONAL):
             raise ValueError("no two training names have a joint in common, such as of: swap needs some")
-        self._ngrams = NGramBaseline(train)
+        super().__init__(train)
         cards = validation[:_VALIDATION]
         names, given = [card.name for card in cards], [Attributes.of(card) for card in cards]
-        own_N, ngram_N = self._own_nats(names, given), self._ngrams.nats(names, given)
-        totals = [mixed(own_N, ngram_N, np.full(len(names), weight)).sum() for weight in _PARTS_WEIGHTS]
-        self.weight = float(_PARTS_WEIGHTS[int(np.argmin(totals))])
-
-    @property
-    def size(self) -> ModelSize:
-        return self._ngrams.size
-
-    @property
-    def costs(self) -> Costs:
-        return self._ngrams.costs
+        self.weight = _best_weight(self._own_nats(names, given), super().nats(names, given), _PARTS_WEIGHTS)
 
     def nats(self, names: Sequence[str], attributes: Sequence[Attributes]) -> FloatArray:
         weight_N = np.full(len(names), self.weight)
-        return mixed(self._own_nats(names, attributes), self._ngrams.nats(names, attributes), weight_N)
+        return mixed(self._own_nats(names, attributes), super().nats(names, attributes), weight_N)
 
     def _own_nats(self, names: Sequence[str], attributes: Sequence[Attributes]) -> FloatArray:
         pairs = zip(names, attributes, strict=True)
@@ -143,46 +126,37 @@ class SwapBaseline:
         rng = random.Random(seed)
         return [self._parts_for(given).draw(rng) for given in attributes]
 
-    def show(self, prompts: Sequence[Prompt], count: int, seed: int, known: Sequence[str]) -> list[list[str]]:
-        return show_unfiltered(self, prompts, count, seed, known)
-
-    def expert_loads(self, names: Sequence[str], attributes: Sequence[Attributes]) -> dict[str, tuple[float, ...]]:
-        return {}
-
     def _parts_for(self, attributes: Attributes) -> _Parts:
-        """The parts of the names with these attributes; attributes are left out while there are few."""
+        """The parts of names with these attributes, which are left out while there are few."""
         kinds = tuple(kinds_of(attributes))
         if kinds not in self._parts:
             for left_out in _LEFT_OUT:
                 sets = [self._of_kind.get(kind, set()) for kind in kinds if kind[0] not in left_out]
-                places = set.intersection(*sets) if sets else set(range(len(self._names)))
-                parts = _Parts(self._names[place] for place in sorted(places))
+                places = set.intersection(*sets) if sets else set(range(len(self._train)))
+                parts = _Parts(self._train[place] for place in sorted(places))
                 if parts and len(places) >= _FEWEST:
                     break
             else:
-                parts = _Parts(self._names)
+                parts = _Parts(self._train)
             self._parts[kinds] = parts
         return self._parts[kinds]
 
 
 class MixedWithNGrams:
-    """A language model and the n-gram baseline, with one weight for names with a prompt and one for those without."""
+    """A language model and the n-gram baseline, with a weight for names with a prompt and one without."""
 
     def __init__(self, model: LanguageModel, baseline: NGramBaseline, validation: Sequence[Card]) -> None:
-        """Chooses the weights on validation cards; raises a ValueError if there are none."""
+        """Chooses the weights on validation cards."""
         if not validation:
             raise ValueError("no validation names: the weight of the n-grams is chosen on them")
         self.label = model.label if model.label.endswith(SUFFIX) else model.label + SUFFIX
         self._model, self._baseline = model, baseline
         cards = validation[:_VALIDATION]
         names, given = [card.name for card in cards], [Attributes.of(card) for card in cards]
-        self.unconditional = self._best_weight(names, [UNCONDITIONAL] * len(names))
-        self.conditional = self._best_weight(names, given)
-
-    def _best_weight(self, names: Sequence[str], attributes: Sequence[Attributes]) -> float:
-        first_N, second_N = self._model.nats(names, attributes), self._baseline.nats(names, attributes)
-        totals = [mixed(first_N, second_N, np.full(len(names), weight)).sum() for weight in _MODEL_WEIGHTS]
-        return float(_MODEL_WEIGHTS[int(np.argmin(totals))])
+        self.unconditional, self.conditional = (
+            _best_weight(model.nats(names, attributes), baseline.nats(names, attributes), _MODEL_WEIGHTS)
+            for attributes in ([UNCONDITIONAL] * len(names), given)
+        )
 
     @property
     def size(self) -> ModelSize:
@@ -215,6 +189,11 @@ def mixed(first_N: FloatArray, second_N: FloatArray, weight_N: FloatArray) -> Fl
     """The nats (N,) of a mixture; ``weight_N`` is that of the first, between 0 and 1."""
     assert ((weight_N > 0) & (weight_N < 1)).all()
     return -np.logaddexp(np.log(weight_N) - first_N, np.log1p(-weight_N) - second_N)
+
+
+def _best_weight(first_N: FloatArray, second_N: FloatArray, weights: FloatArray) -> float:
+    totals = [mixed(first_N, second_N, np.full(len(first_N), weight)).sum() for weight in weights]
+    return float(weights[int(np.argmin(totals))])
 
 
 def without_suffix(model: str) -> str | None:

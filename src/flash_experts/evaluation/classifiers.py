@@ -1,39 +1,211 @@
-"""Real or generated: a classifier two-sample test of generated names, with two cross-validated classifiers.
+"""Two tests of generated names with classifiers: are attributes recognized, and are names real or generated?
 
-The weak classifier, a logistic regression on character n-grams, detects spelling only. The strong classifier, gradient
-boosting, also has bits under character n-gram models and the number, rarity and length of words. An area under the ROC
-curve (AUC) of 0.5 is chance; real names against other real names show the noise. A copy of the training set passes the
-weak classifier, so read the AUC together with the hit ratio of memorization.
+Control: linear support vector machines on character n-grams learn card type, color and legendary from training names. A
+good model's names are recognized as often as real names; exaggerated names more often.
 
-Shape suffixes: N names, F features.
+Detection is a classifier two-sample test. The weak classifier, a logistic regression on character n-grams, detects
+spelling only. The strong one, gradient boosting, also has bits under character n-gram models and the number, rarity and
+length of words. An area under the ROC curve (AUC) of 0.5 is chance; real names against each other show the noise. A
+copy of the training set passes the weak classifier: see the hit ratio of memorization.
+
+Shape suffixes: N names, F features, R resamples, C classes.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from flash_experts.data.cards import COLOR_WORDS, Card
+from flash_experts.data.prompts import UNCONDITIONAL, Attributes
 from flash_experts.evaluation.metrics import NATS_PER_BIT, Estimate, FloatArray, auc_estimate, words
-from flash_experts.generation.reranking.ngram import KneserNey
+from flash_experts.evaluation.ngram import KneserNey
 
+# The first matching type is the label: an artifact creature is named like a creature.
+_TYPES = ("Creature", "Planeswalker", "Land", "Instant", "Sorcery", "Artifact", "Enchantment")
+_FEWEST_OF_A_CLASS = 8  # held-out names of a class, at least
+_RESAMPLES = 1000
 FOLDS = 5
 _INNER_FOLDS = 4
 _HALVINGS = 3  # random halvings of the real names
 _ORDERS = (3, 6)  # of the character n-gram models
 _SMALL_WORDS = frozenset("a an and as at by for from in into of on or the to with".split())
-_FEWEST = 40  # names of each side, at least
+_FEWEST_OF_A_SIDE = 40  # names of each side, at least
+
+
+class NameSampler(Protocol):
+    """A model that generates names for attributes."""
+
+    def sample(self, count: int, seed: int, attributes: Attributes = UNCONDITIONAL) -> list[str]: ...
+    def sample_each(self, attributes: Sequence[Attributes], seed: int) -> list[str]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """The label of a card (None leaves it out), and the attributes of a label's prompt."""
+
+    name: str
+    label_of: Callable[[Card], str | None]
+    prompt_of: Callable[[str], Attributes]
+
+
+def _type(card: Card) -> str | None:
+    return next((one for one in _TYPES if one in card.types), None)
+
+
+def _color(card: Card) -> str | None:
+    return COLOR_WORDS[card.colors[0]] if card.colors is not None and len(card.colors) == 1 else None
+
+
+def _legendary(card: Card) -> str | None:
+    if "Creature" not in card.types:
+        return None
+    return "legendary" if "Legendary" in card.supertypes else "not legendary"
+
+
+_LETTERS = {word: letter for letter, word in COLOR_WORDS.items()}
+TASKS = (
+    Task("type", _type, lambda label: Attributes(types=(label,))),
+    Task("color", _color, lambda label: Attributes(colors=(_LETTERS[label],))),
+    Task(
+        "legendary creature",
+        _legendary,
+        lambda label: Attributes(supertypes=("Legendary",) if label == "legendary" else (), types=("Creature",)),
+    ),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Recognition:
+    """Accuracy; in ``plain`` each class is weighted by its share of the held-out cards."""
+
+    names: int
+    plain: Estimate
+    balanced: Estimate
+    by_class: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class ControlMetrics:
+    """Accuracy on one task.
+
+    Attributes:
+        model: on names given all attributes of held-out cards.
+        alone: on names given this attribute only.
+        real: on the names of the held-out cards.
+        majority: of always predicting the most common class.
+    """
+
+    task: str
+    model: Recognition
+    alone: Recognition
+    real: Recognition
+    majority: float
+
+
+class AttributeClassifiers:
+    """One classifier per task, for any number of models."""
+
+    def __init__(self, train: Sequence[Card], held_out: Sequence[Card], tasks: Sequence[Task] = TASKS) -> None:
+        """Trains the classifiers; ``held_out`` has cards of the same families."""
+        self._held_out = held_out
+        self.tasks = tasks
+        self._classifiers = {task.name: _fit(train, task) for task in tasks}
+
+    def measure(self, model: NameSampler, samples: int, seed: int) -> list[ControlMetrics]:
+        """Classifies up to ``samples`` generated names: half for held-out cards, half for one attribute alone.
+
+        Leaves out tasks with one class.
+        """
+        classes = {task.name: self._classes(task) for task in self.tasks}
+        of_each = max(1, samples // 2 // max(1, sum(map(len, classes.values()))))
+        cards = self._held_out[: max(_FEWEST_OF_A_CLASS, samples // 2)]
+        names = model.sample_each([Attributes.of(card) for card in cards], seed)
+        metrics = []
+        for task in self.tasks:
+            shares = classes[task.name]
+            if len(shares) < 2:
+                continue
+            alone = {label: model.sample(of_each, seed, task.prompt_of(label)) for label in shares}
+            made: dict[str, list[str]] = {label: [] for label in shares}
+            real: dict[str, list[str]] = {label: [] for label in shares}
+            for card in self._held_out:
+                if (label := task.label_of(card)) in real:
+                    real[label].append(card.name)
+            for card, name in zip(cards, names, strict=True):
+                if (label := task.label_of(card)) in made:
+                    made[label].append(name)
+            of_model, of_alone, of_real = (
+                recognition({label: self.hits(task, label, some) for label, some in found.items() if some}, shares)
+                for found in (made, alone, real)
+            )
+            metrics.append(ControlMetrics(task.name, of_model, of_alone, of_real, max(shares.values())))
+        return metrics
+
+    def _classes(self, task: Task) -> dict[str, float]:
+        """The labels that enough held-out cards have, with their shares."""
+        classifier = self._classifiers[task.name]
+        if classifier is None:
+            return {}
+        labels = [task.label_of(card) for card in self._held_out]
+        counts = {str(label): labels.count(str(label)) for label in classifier.classes_}
+        kept = {label: count for label, count in counts.items() if count >= _FEWEST_OF_A_CLASS}
+        return {label: count / sum(kept.values()) for label, count in kept.items()}
+
+    def hits(self, task: Task, label: str, names: Sequence[str]) -> npt.NDArray[np.bool_]:
+        """(N,) whether each name is classified as ``label``."""
+        return np.asarray(self._classifiers[task.name].predict(names) == label)
+
+
+def recognition(hits: dict[str, npt.NDArray[np.bool_]], shares: dict[str, float]) -> Recognition:
+    """Accuracies with 95% bootstrap intervals over the names of each class; ``shares`` are weights."""
+    rng = np.random.default_rng(0)
+    # The number of hits among n resampled names with accuracy p is binomial.
+    drawn_RC = np.stack(
+        [rng.binomial(some.size, some.mean(), size=_RESAMPLES) / some.size for some in hits.values()], axis=1
+    )
+    found_C = np.array([some.mean() for some in hits.values()])
+    weights_C = np.array([shares[label] for label in hits])
+    weights_C /= weights_C.sum()
+
+    def estimate(weight_C: npt.NDArray[np.float64]) -> Estimate:
+        low, high = np.percentile(drawn_RC @ weight_C, [2.5, 97.5])
+        return Estimate(float(found_C @ weight_C), float(low), float(high))
+
+    return Recognition(
+        names=sum(some.size for some in hits.values()),
+        plain=estimate(weights_C),
+        balanced=estimate(np.full(len(hits), 1.0 / len(hits))),
+        by_class={label: float(share) for label, share in zip(hits, found_C, strict=True)},
+    )
+
+
+def _fit(cards: Sequence[Card], task: Task) -> Any:
+    """A linear support vector machine; None for fewer than two classes."""
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.pipeline import make_pipeline
+    from sklearn.svm import LinearSVC
+
+    labelled = [(card.name, label) for card in cards if (label := task.label_of(card)) is not None]
+    if len({label for _, label in labelled}) < 2:
+        return None
+    grams = TfidfVectorizer(analyzer="char_wb", ngram_range=(1, 5), sublinear_tf=True, min_df=2, dtype=np.float32)
+    # Balanced class weights, so that rare types such as instants are predicted too.
+    classifier = make_pipeline(grams, LinearSVC(C=0.1, class_weight="balanced", random_state=0))
+    names, labels = zip(*labelled, strict=True)
+    return classifier.fit(names, labels)
 
 
 @dataclass(frozen=True, slots=True)
 class Separation:
-    """AUC of the weak and the strong classifier on two lists of names."""
+    """AUC of both classifiers on two lists of names."""
 
     names: int
     weak: Estimate
@@ -52,31 +224,21 @@ class Detector:
     """Classifies names as real or generated."""
 
     def __init__(self, train: Sequence[str], real: Sequence[str], seed: int = 0) -> None:
-        """Fits the features.
-
-        Args:
-            train: training names, for the n-gram models and word counts.
-            real: held-out names of the same families, none of them in ``train``.
-        """
+        """Fits n-gram models and word counts; ``real`` are held-out names of the same families as ``train``."""
         self._models = [KneserNey(train, order) for order in _ORDERS]
         self._word_counts = Counter(word for name in train for word in words(name))
         self._real = list(real)
         self._seed = seed
 
     def detect(self, generated: Sequence[str]) -> Detection | None:
-        """Classifies generated names against equally many real ones; None for fewer than 40 generated or 80 real names.
-
-        Raises:
-            ModuleNotFoundError: scikit-learn is not installed.
-        """
+        """Classifies generated names against as many real ones; None for fewer than 40 generated or 80 real names."""
         count = min(len(generated), len(self._real))
-        if count < _FEWEST or len(self._real) < 2 * _FEWEST:
+        if count < _FEWEST_OF_A_SIDE or len(self._real) < 2 * _FEWEST_OF_A_SIDE:
             return None
         return Detection(self.separate(self._real[:count], generated[:count]), self._halves)
 
     @cached_property
     def _halves(self) -> Separation:
-        """Averages over random halvings of the real names."""
         rng, half = np.random.default_rng(self._seed), len(self._real) // 2
         found = []
         for _ in range(_HALVINGS):
@@ -91,7 +253,8 @@ class Detector:
         names = [*real, *other]
         labels_N = np.repeat([0, 1], [len(real), len(other)])
         grams = _grams(names)
-        features_NF = self._features(names)
+        of_words = np.array([self._of_words(name) for name in names])
+        features_NF = np.concatenate([*(self._bits(model, names) for model in self._models), of_words], axis=1)
         weak_N, strong_N = np.empty(len(names)), np.empty(len(names))
         for train, test in StratifiedKFold(FOLDS, shuffle=True, random_state=self._seed).split(grams, labels_N):
             weak_N[test] = _weak_scores(grams[train], labels_N[train], grams[test])
@@ -107,14 +270,9 @@ class Detector:
             )
         return Separation(len(real), auc_estimate(weak_N, labels_N), auc_estimate(strong_N, labels_N))
 
-    def _features(self, names: Sequence[str]) -> FloatArray:
-        columns = [self._bits(model, names) for model in self._models]
-        columns.append(np.array([self._of_words(name) for name in names]))
-        return np.concatenate(columns, axis=1)
-
     @staticmethod
     def _bits(model: KneserNey, names: Sequence[str]) -> FloatArray:
-        """Total and mean bits of each name, bits of its three worst characters and of its EOS."""
+        """Total and mean bits of each name, and of its three worst characters and EOS."""
         rows = []
         for probability in model.symbol_probabilities(names):
             bits = -np.log(probability) / NATS_PER_BIT
@@ -123,7 +281,6 @@ class Detector:
         return np.array(rows)
 
     def _of_words(self, name: str) -> list[float]:
-        """Counts and lengths of words, and how common they are."""
         found = words(name)
         counts = [self._word_counts[word] for word in found if word not in _SMALL_WORDS] or [0]
         lengths = [len(word) for word in found] or [0]
@@ -145,13 +302,13 @@ class Detector:
 
 
 def _mean(estimates: Sequence[Estimate]) -> Estimate:
-    """Averages estimates and their bounds: the halves share names, so the interval does not shrink."""
+    """Averages also the bounds: the halves share names, so the interval does not shrink."""
     value, low, high = np.mean([[one.value, one.low, one.high] for one in estimates], axis=0).tolist()
     return Estimate(value, low, high)
 
 
 def _grams(names: Sequence[str]) -> Any:
-    """Sparse TF-IDF features of character n-grams, with markers for BOS and EOS. No labels are used."""
+    """Sparse TF-IDF features of character n-grams, with markers for BOS and EOS."""
     from sklearn.feature_extraction.text import TfidfVectorizer
 
     grams = TfidfVectorizer(

@@ -33,10 +33,9 @@ class CurvePoint:
 
 
 def read_curve(path: Path) -> list[CurvePoint]:
-    """Reads the metrics.jsonl of a run as points in the order of steps; empty if there is no such file.
+    """Reads a metrics.jsonl as points in the order of steps; empty if there is no such file.
 
-    Where lines of validations have no time, it is interpolated. Of a step repeated after a resume, the last values
-    count.
+    Missing times are interpolated. Of a step repeated after a resume, the last values count.
     """
     points: dict[int, dict[str, Any]] = {}
     for record in read_untrusted_metrics(path):
@@ -59,7 +58,7 @@ def _number(record: dict[str, Any], key: str) -> Any:
 
 
 def _seconds_at(step: int, timed: dict[int, float]) -> float | None:
-    """Interpolates the seconds of training; None after the last timed step."""
+    """Interpolated; None after the last timed step."""
     if step in timed:
         return timed[step]
     if not timed or step > max(timed):
@@ -78,8 +77,7 @@ class Panel:
     """One pair of axes.
 
     Attributes:
-        name: key in the JSON.
-        event: event of the lines: train or validation.
+        event: train or validation.
         x: field of the horizontal axis: step, tokens or seconds.
     """
 
@@ -91,14 +89,14 @@ class Panel:
 
 
 def finite_number(value: Any) -> Any:
-    """The value if it is a number that a finite float can hold, else None. Runs can be untrusted."""
+    """The value if it is a number that a finite float can hold, else None: runs can be untrusted."""
     if not isinstance(value, int | float) or isinstance(value, bool):
         return None
     return value if abs(value) <= sys.float_info.max else None
 
 
 def load_imbalance(line: Line) -> float | None:
-    """The coefficient of variation of expert loads, averaged over the MoE layers; 0 is balanced."""
+    """The coefficient of variation of expert loads, averaged over layers; 0 is balanced."""
     names = [name for name in line if name.startswith("router/") and name.endswith("/load_cv")]
     layers = [value for name in names if (value := finite_number(line[name])) is not None]
     return sum(layers) / len(layers) if layers else None
@@ -127,11 +125,10 @@ _AXES = {"step": "optimizer steps", "tokens": "tokens", "seconds": "seconds of t
 def read_curves(runs: Sequence[str | Path]) -> dict[str, dict[str, Points]]:
     """Reads the points of each panel by run name (or path, where two names are equal).
 
-    Args:
-        runs: folders written by ``train``, or metrics.jsonl files.
+    ``runs`` are folders written by ``train``, or metrics.jsonl files.
 
     Raises:
-        ValueError: a metrics.jsonl does not exist, has a damaged line, or a run is given twice.
+        ValueError: a metrics.jsonl does not exist or has a damaged line, or a run is given twice.
     """
     found = [model_folder(run) or Path(run) for run in runs]
     paths = [path / METRICS_FILE if path.is_dir() else path for path in found]
@@ -148,12 +145,7 @@ def read_curves(runs: Sequence[str | Path]) -> dict[str, dict[str, Points]]:
 
 
 def write_curves(curves: Mapping[str, Mapping[str, Points]], out: Path) -> None:
-    """Writes a picture, by the suffix of ``out``; whole or not at all.
-
-    Raises:
-        ValueError: the suffix is not one of `PICTURES`, or matplotlib is missing.
-        OSError: the file cannot be written.
-    """
+    """Writes a picture, by the suffix of ``out``, atomically; raises ValueErrors as `check_format`, and OSErrors."""
     check_format(out)
     content = _picture(draw(curves), out.suffix[1:])
     with whole_file(out) as path:

@@ -19,9 +19,8 @@ from flash_experts.data.cards import Card
 from flash_experts.data.prompts import UNCONDITIONAL, Attributes
 from flash_experts.data.tokenizer import load_tokenizer
 from flash_experts.evaluation.baselines import MixedWithNGrams, SwapBaseline, without_suffix
-from flash_experts.evaluation.classifiers import Detection
-from flash_experts.evaluation.control import ControlMetrics
-from flash_experts.evaluation.held_out import SPLITS, HeldOut, shuffled
+from flash_experts.evaluation.classifiers import ControlMetrics, Detection
+from flash_experts.evaluation.held_out import SPLITS, HeldOut, NameMetrics, names_of, shuffled
 from flash_experts.evaluation.metrics import (
     NATS_PER_BIT,
     Estimate,
@@ -31,11 +30,9 @@ from flash_experts.evaluation.metrics import (
     bits_estimate,
     colors_of,
     paired_bits_difference,
-    types_of,
     word_association,
     years_of,
 )
-from flash_experts.evaluation.novelty import NameMetrics, names_of
 from flash_experts.evaluation.scorers import Costs, LanguageModel, ModelSize, NGramBaseline, Scorer
 from flash_experts.models.loading import load_config
 
@@ -57,7 +54,7 @@ class SplitMetrics:
         control: shuffled - conditional, paired. Zero means that the model ignores its prompt.
         by_year: cards first printed until 2024 and since 2025 (embedded table only): a check for contamination, since a
             teacher pretrained on the web of 2024 cannot have read the latter.
-        association: `word_association` of up to `ASSOCIATED` two-word names, unconditional; None for very few names.
+        association: `word_association` of up to `ASSOCIATED` names; None for very few.
     """
 
     names: int
@@ -86,8 +83,8 @@ class EvaluationResult:
 
     Attributes:
         samples: drawn unfiltered at temperature 1.
-        expert_loads: load of each expert over the mean on held-out names, by block.
-        nats: of each name by split; not in the JSON.
+        expert_loads: over the mean load on held-out names, by block.
+        nats: by split; not in the JSON.
     """
 
     label: str
@@ -107,16 +104,9 @@ class EvaluationResult:
     nats: dict[str, NameNats] = field(repr=False, compare=False)
 
     def to_json(self) -> dict[str, Any]:
-        fields = {name: getattr(self, name) for name in self.__slots__ if name != "nats"}
-        return {name: _plain(value) for name, value in fields.items()}
-
-
-def _plain(value: Any) -> Any:
-    if hasattr(value, "__dataclass_fields__"):
-        return asdict(value)
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, tuple) else value
+        fields = asdict(replace(self, nats={}))
+        del fields["nats"]
+        return fields
 
 
 def load_scorer(
@@ -126,11 +116,7 @@ def load_scorer(
     device: str | torch.device | None = None,
     label: str | None = None,
 ) -> Scorer:
-    """Loads what is evaluated; ``model`` as in `evaluate`.
-
-    Raises:
-        ValueError: it does not exist, or the tokenizer is missing.
-    """
+    """Loads what is evaluated; ``model`` as in `evaluate`."""
     language = partial(language_model, tokenizer=tokenizer, device=device, label=label)
     if isinstance(model, PreTrainedModel):
         return language(model)
@@ -147,7 +133,7 @@ def load_scorer(
 def config_and_tokenizer(
     model: str | Path | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> list[tuple[PretrainedConfig, PreTrainedTokenizerBase]]:
-    """Loads configuration and tokenizer without weights; empty for baselines, which take names of any length."""
+    """Configuration and tokenizer without weights; empty for baselines, which take names of any length."""
     if isinstance(model, PreTrainedModel):
         return [] if tokenizer is None else [(model.config, tokenizer)]
     if str(model) in (NGRAM, SWAP):
@@ -187,7 +173,7 @@ def evaluate(
     Args:
         model: a folder or hub id, either with "+ngram" to mix it with the baseline, "ngram" or "swap" for a baseline,
             or a model with its tokenizer.
-        max_names: most names of each set.
+        max_names: of each set.
 
     Raises:
         ValueError: the data or the model does not exist, or a set is empty.
@@ -248,7 +234,7 @@ def _evaluate_split(scorer: Scorer, cards: Sequence[Card], seed: int) -> tuple[S
         conditional=bits_estimate(conditional, characters),
         shuffled=bits_estimate(others, characters),
         control=paired_bits_difference(others, conditional, characters),
-        by_type=bits_by_group(unconditional, conditional, characters, cards, types_of),
+        by_type=bits_by_group(unconditional, conditional, characters, cards, lambda card: card.types),
         by_color=bits_by_group(unconditional, conditional, characters, cards, colors_of),
         by_year=bits_by_group(unconditional, conditional, characters, cards, years_of),
     ), NameNats(characters, unconditional, conditional)
@@ -284,11 +270,7 @@ class NamesResult:
 
 
 def read_names(path: str | Path) -> list[str]:
-    """Reads names from a text file, one per line; skips blank lines.
-
-    Raises:
-        ValueError: the file does not exist, is not UTF-8 text, has no names, or is too large (``file:line``).
-    """
+    """Reads names from a text file, one per line, or raises a ValueError with ``file:line``."""
     path = Path(path)
     if path.is_dir():
         raise ValueError(f"cannot read the names in {path}: it is a folder: give a text file with one name per line")
@@ -312,9 +294,6 @@ def evaluate_names(
     """Unconditional bits per character of any names; ``model`` as in `evaluate`.
 
     ``data_dir`` is read for "ngram", "swap" and "MODEL+ngram" alone.
-
-    Raises:
-        ValueError: there are no names, or the model does not exist.
     """
     if not names:
         raise ValueError("no names to measure: give at least one")

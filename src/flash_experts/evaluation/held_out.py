@@ -1,4 +1,4 @@
-"""Held-out data and the classifiers trained on prepared data, shared by all evaluated models."""
+"""Held-out data and the real names to compare with: novelty and diversity of names, and classifiers trained once."""
 
 from __future__ import annotations
 
@@ -13,15 +13,122 @@ from typing import Any
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from flash_experts.data.cards import Card
-from flash_experts.data.prepare import META, load_meta, load_split
+from flash_experts.data.names import normal_form
+from flash_experts.data.prepare import KNOWN_NAMES, META, load_meta, load_split
 from flash_experts.data.prompts import Attributes
-from flash_experts.evaluation.classifiers import Detector
-from flash_experts.evaluation.control import AttributeClassifiers
-from flash_experts.evaluation.novelty import IID, Reference, names_of
+from flash_experts.evaluation.classifiers import AttributeClassifiers, Detector
+from flash_experts.evaluation.metrics import (
+    Estimate,
+    Memorization,
+    WordMetrics,
+    distinct_in,
+    distinct_share,
+    hit_ratio,
+    length_divergence,
+    near_duplicates,
+    share,
+    word_count_divergence,
+    word_metrics,
+    words,
+)
 from flash_experts.evaluation.scorers import fits_context
 from flash_experts.extras import is_installed, missing
 
+IID = "test_iid"  # held-out names of the same families as the training names
+PER = 10_000  # names or words among which distinct ones are counted
 SPLITS = (IID, "test")
+
+
+def names_of(cards: Sequence[Card]) -> list[str]:
+    """The names of cards."""
+    return [card.name for card in cards]
+
+
+@dataclass(frozen=True, slots=True)
+class NameMetrics:
+    """Novelty and diversity metrics of a list of names.
+
+    Attributes:
+        known: share that is a real card of any set, joke or franchise; None for real names.
+        near_known: share within 0.2 edits per character of a known card, for real names another one.
+        memorization: None for real names.
+        distinct: distinct names / names.
+        distinct_names: expected distinct names in 10,000; None for fewer. 10,000 for real names.
+        distinct_words: the same for words.
+        length_divergence: Jensen-Shannon divergence from the lengths of real held-out names, in bits.
+        word_count_divergence: the same for the number of words.
+    """
+
+    names: int
+    known: Estimate | None
+    in_train: Estimate
+    near_known: Estimate
+    memorization: Memorization | None
+    distinct: float
+    distinct_names: float | None
+    distinct_words: float | None
+    words: WordMetrics
+    mean_length: float
+    length_divergence: float
+    word_count_divergence: float
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Real names to compare with; ``test`` is of other families, ``test_iid`` of those of the training cards."""
+
+    train: tuple[Card, ...]
+    validation: tuple[Card, ...]
+    test: tuple[Card, ...]
+    test_iid: tuple[Card, ...]
+    known_names: tuple[str, ...]
+
+    @cached_property
+    def _known(self) -> frozenset[str]:
+        return frozenset(map(normal_form, self.known_names)) - {""}
+
+    @cached_property
+    def _train_keys(self) -> frozenset[str]:
+        return frozenset(normal_form(card.name) for card in self.train)
+
+    @cached_property
+    def _train_words(self) -> frozenset[str]:
+        return frozenset(word for card in self.train for word in words(card.name))
+
+    @classmethod
+    def load(cls, folder: Path) -> Reference:
+        """Loads a prepared folder; raises ValueError if a file is missing."""
+        splits = {split: tuple(load_split(folder, split)) for split in ("train", "validation", "test", IID)}
+        if not (folder / KNOWN_NAMES).is_file():
+            raise ValueError(f"{folder / KNOWN_NAMES} is missing: run `flash-experts prepare --out {folder}` again")
+        lines = (folder / KNOWN_NAMES).read_text(encoding="utf-8").splitlines()
+        return cls(**splits, known_names=tuple(line for line in lines if line))
+
+    def is_known(self, name: str) -> bool:
+        """Whether a name is an existing card."""
+        return normal_form(name) in self._known
+
+    def measure(self, names: Sequence[str], *, real: bool = False) -> NameMetrics:
+        """Measures one name or more; those of real cards (``real``) are not compared with themselves."""
+        keys = [normal_form(name) for name in names]
+        near = near_duplicates(keys, sorted(self._known), at_least=2 if real else 1)
+        every_name = names_of((*self.train, *self.validation, *self.test, *self.test_iid)) if real else names
+        validation = names_of(self.validation)
+        unseen = {normal_form(card.name) for card in self.test_iid}
+        return NameMetrics(
+            names=len(names),
+            known=None if real else share([key in self._known for key in keys]),
+            in_train=share([key in self._train_keys for key in keys]),
+            near_known=share(near),
+            memorization=None if real else hit_ratio(set(keys), self._train_keys, unseen),
+            distinct=distinct_share(keys),
+            distinct_names=float(PER) if real else distinct_in(keys, PER),
+            distinct_words=distinct_in([word for name in every_name for word in words(name)], PER),
+            words=word_metrics(names, self._train_words),
+            mean_length=sum(map(len, names)) / len(names),
+            length_divergence=length_divergence(names, validation),
+            word_count_divergence=word_count_divergence(names, validation),
+        )
 
 
 def shuffled(attributes: Sequence[Attributes], seed: int) -> list[Attributes]:
@@ -43,7 +150,7 @@ def _too_long(
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Held-out cards by split, the real names to compare with, and source and version from meta.json."""
+    """Held-out cards by split, the real names to compare with, and the source of the data."""
 
     splits: dict[str, list[Card]]
     reference: Reference
@@ -53,11 +160,7 @@ class HeldOut:
     def load(
         cls, folder: str | Path, splits: Sequence[str] = SPLITS, max_names: int | None = None, seed: int = 0
     ) -> HeldOut:
-        """Loads a folder written by `flash-experts prepare`, with at most ``max_names`` random names per set.
-
-        Raises:
-            ValueError: there is no prepared data, or a set is empty.
-        """
+        """Loads a prepared folder, with at most ``max_names`` random names per set, or raises a ValueError."""
         path = Path(folder)
         if not (path / META).is_file():
             raise ValueError(f"no prepared data in {path}: run `flash-experts prepare --out {path}` first")
@@ -72,9 +175,7 @@ class HeldOut:
         return cls(chosen, Reference.load(path), data)
 
     def within_context(self, models: Sequence[tuple[PretrainedConfig, PreTrainedTokenizerBase]], seed: int) -> HeldOut:
-        """Leaves out names that exceed the context of any model, with a warning.
-
-        ``seed`` is that of `shuffled`.
+        """Leaves out names that exceed the context of any model, with a warning; ``seed`` is that of `shuffled`.
 
         Raises:
             ValueError: no name of a set is left.
@@ -94,10 +195,7 @@ class HeldOut:
 
     @property
     def real(self) -> list[Card]:
-        """The reference for generated names: held-out cards of the training families, if they are there.
-
-        Other names have no similar training name by construction.
-        """
+        """The reference for generated names: held-out cards of the training families, if they are there."""
         return self.splits[IID] if IID in self.splits else next(iter(self.splits.values()))
 
     @cached_property

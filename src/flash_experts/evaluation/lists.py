@@ -1,6 +1,6 @@
 """Lists of names as a user gets them, for requests of held-out cards, at each quality, next to real names.
 
-In a good list, types and colors are recognized as often as in a list of real cards, and words are as varied.
+In a good list, types and colors are recognized as often as in real ones, and words are as varied.
 """
 
 from __future__ import annotations
@@ -17,15 +17,13 @@ from flash_experts.data.cards import Card
 from flash_experts.data.names import normal_form
 from flash_experts.data.prompts import Attributes
 from flash_experts.evaluation.baselines import swapped_names
-from flash_experts.evaluation.classifiers import Detector, Separation
-from flash_experts.evaluation.control import TASKS, AttributeClassifiers, Task
+from flash_experts.evaluation.classifiers import TASKS, AttributeClassifiers, Detector, Separation, Task
+from flash_experts.evaluation.held_out import Reference, names_of
 from flash_experts.evaluation.metrics import Estimate, near_duplicates, share, words
-from flash_experts.evaluation.novelty import Reference, names_of
 from flash_experts.generation.generator import NameGenerator
 from flash_experts.generation.name_files import type_line_of
 from flash_experts.generation.request import CANDIDATES
-from flash_experts.generation.reranking.name_classifier import AttributeClassifier
-from flash_experts.generation.reranking.reranker import cards_of_kind, content_words
+from flash_experts.generation.reranker import AttributeClassifier, cards_of_kind, content_words
 
 PER_LIST = 20
 REQUESTS = 50
@@ -38,12 +36,12 @@ class ListMetrics:
 
     Attributes:
         recognized: share of names whose type, color, subtype or legendary a classifier recognizes, by task.
-        separation: AUC of classifiers against real held-out names of the same requests; None for real names.
-        distinct_words: distinct content words / content words of a list, averaged over lists.
-        distinct_heads: distinct last content words / names of a list, averaged over lists.
+        separation: from real held-out names of the same requests; None for real names.
+        distinct_words: distinct content words / content words, averaged over lists.
+        distinct_heads: distinct last content words / names, averaged over lists.
         unknown_words: share of names with a word that is on no training card.
-        near_known: share within 0.2 edits per character of another real card; None without rapidfuzz.
-        per_second: names per second, loading not counted; None for real names.
+        near_known: share within 0.2 edits per character of another real card.
+        per_second: without loading; None for real names.
     """
 
     label: str
@@ -53,7 +51,7 @@ class ListMetrics:
     distinct_words: float
     distinct_heads: float
     unknown_words: Estimate
-    near_known: Estimate | None
+    near_known: Estimate
     per_second: float | None
 
     def to_json(self) -> dict[str, Any]:
@@ -73,7 +71,7 @@ class Request:
 
 
 def requests_of(cards: Sequence[Card], count: int = REQUESTS, per_list: int = PER_LIST, seed: int = 0) -> list[Request]:
-    """Distinct requests of randomly drawn cards, each as particular as ``per_list`` of the cards allow."""
+    """Distinct requests of random cards, each as particular as ``per_list`` cards allow."""
     rng, found = random.Random(seed), dict[tuple[str, str | None], Request]()
     for card in rng.sample(cards, len(cards)):
         for given in _requests_for(card):
@@ -110,7 +108,7 @@ class ListEvaluation:
     """Requests of the held-out cards, and the classifiers for their lists."""
 
     def __init__(self, reference: Reference, requests: int = REQUESTS, seed: int = 0) -> None:
-        """Trains the classifiers; raises a ValueError if the held-out cards are too few for one request."""
+        """Trains the classifiers; raises a ValueError for too few held-out cards."""
         # Of the same families as the training cards: in others, every second name has a word that no training card has.
         held_out = reference.test_iid
         self.requests = requests_of(held_out, requests, seed=seed)
@@ -137,20 +135,19 @@ class ListEvaluation:
         return self._measure(SWAPPED, lists, None)
 
     def generated(self, generator: NameGenerator, progress: Callable[[str], object] = str) -> list[ListMetrics]:
-        """The lists that a generator gives at each quality. Its reranker knows the training cards only."""
+        """A generator's lists at each quality. Its reranker knows the training cards only."""
         generator.classifier = self._reranking
         found = []
         for quality in CANDIDATES:
             progress(f"{len(self.requests)} lists of {PER_LIST} names, quality {quality} ...")
             start = time.perf_counter()
-            lists = [self._list(generator, request, quality) for request in self.requests]
+            lists = []
+            for request in self.requests:
+                given: dict[str, Any] = {"type_line": request.type_line, "colors": request.colors, "seed": self._seed}
+                lists.append([name.text for name in generator.generate(PER_LIST, quality=quality, **given)])
             seconds = time.perf_counter() - start
             found.append(self._measure(quality, lists, sum(map(len, lists)) / seconds))
         return found
-
-    def _list(self, generator: NameGenerator, request: Request, quality: str) -> list[str]:
-        given: dict[str, Any] = {"type_line": request.type_line, "colors": request.colors, "seed": self._seed}
-        return [name.text for name in generator.generate(PER_LIST, quality=quality, **given)]
 
     def _measure(self, label: str, lists: Sequence[Sequence[str]], per_second: float | None) -> ListMetrics:
         names = [name for one in lists for name in one]
@@ -165,7 +162,7 @@ class ListEvaluation:
             distinct_words=_mean([_distinct([content_words(name) for name in one]) for one in lists]),
             distinct_heads=_mean([_distinct([content_words(name)[-1:] for name in one]) for one in lists]),
             unknown_words=share([not self._training_words.issuperset(words(name)) for name in names]),
-            near_known=None if near is None else share(near),
+            near_known=share(near),
             per_second=per_second,
         )
 
@@ -192,12 +189,9 @@ def evaluate_lists(
     device: str | None = None,
     progress: Callable[[str], object] = str,
 ) -> list[ListMetrics]:
-    """Measures the lists of a model at each quality, after the real names and the swap baseline.
+    """Measures the real names, the swap baseline, and the lists of a model at each quality.
 
     ``progress`` is called with a line before each.
-
-    Raises:
-        ValueError: the model or the data is missing or damaged, or there are too few held-out cards.
     """
     generator = NameGenerator.from_pretrained(model, device)
     lists = ListEvaluation(Reference.load(Path(data)), requests, seed)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,7 +35,7 @@ class Estimate:
 
     @property
     def excludes_zero(self) -> bool:
-        """Whether the estimate differs from zero significantly (5% level, two-sided)."""
+        """Whether it differs from zero significantly (5% level, two-sided)."""
         return self.low > 0.0 or self.high < 0.0
 
     def __format__(self, spec: str) -> str:
@@ -44,16 +44,11 @@ class Estimate:
 
 
 def bits_per_character(nats_N: npt.ArrayLike, characters_N: npt.ArrayLike) -> float:
-    """Sum of nats / ln 2 / sum of characters, independent of the vocabulary.
-
-    Over one tokenization of each name, it is an upper bound of the true value.
+    """Sum of nats / ln 2 / sum of characters: independent of the vocabulary, and an upper bound of the true value.
 
     Args:
-        nats_N: negative log-likelihood of each name and its EOS token, in nats.
+        nats_N: negative log-likelihood of each name and its EOS token.
         characters_N: characters of each name, plus one for the EOS token.
-
-    Raises:
-        ValueError: there are no names.
     """
     nats, characters = _same_length(nats_N, characters_N)
     return float(nats.sum() / NATS_PER_BIT / characters.sum())
@@ -65,9 +60,6 @@ def ratio_of_sums(
     """sum(numerators) / sum(denominators), with a 95% percentile bootstrap interval over names (Efron 1979).
 
     Names of one family are not independent, so on a split by family the interval is somewhat narrow.
-
-    Raises:
-        ValueError: there are no names.
     """
     numerators, denominators = _same_length(numerators_N, denominators_N)
     count = numerators.size
@@ -91,9 +83,9 @@ def bits_estimate(nats_N: npt.ArrayLike, characters_N: npt.ArrayLike, *, seed: i
 def paired_bits_difference(
     nats_a_N: npt.ArrayLike, nats_b_N: npt.ArrayLike, characters_N: npt.ArrayLike, *, seed: int = 0
 ) -> Estimate:
-    """Bits per character of ``a`` minus those of ``b`` on the same names, by a paired bootstrap.
+    """Bits per character of ``a`` minus ``b`` on the same names, by a paired bootstrap.
 
-    The interval is much narrower than that of either value, since both find the same names hard.
+    The interval is much narrower than that of either, since both find the same names hard.
     """
     nats_a, nats_b = _same_length(nats_a_N, nats_b_N)
     return bits_estimate(nats_a - nats_b, characters_N, seed=seed)
@@ -102,12 +94,8 @@ def paired_bits_difference(
 def word_association(nats_own_P: npt.ArrayLike, nats_swapped_P: npt.ArrayLike, *, seed: int = 0) -> Estimate:
     """How many bits the first word of a two-word name saves on the second word, per name.
 
-    Pairs of names swap their second words. The first words cancel, which leaves the pointwise mutual information of the
-    two words: zero if they are independent.
-
-    Args:
-        nats_own_P: nats of both names of each pair.
-        nats_swapped_P: the same with second words swapped.
+    In a pair of names whose second words are swapped, the first words cancel, which leaves the pointwise mutual
+    information of the two words: zero if they are independent.
     """
     own, swapped = _same_length(nats_own_P, nats_swapped_P)
     return ratio_of_sums((swapped - own) / NATS_PER_BIT, np.full(own.size, 2.0), seed=seed)
@@ -129,17 +117,10 @@ def words(name: str) -> list[str]:
     return [word.casefold().replace("’", "'") for word in _WORD.findall(name)]
 
 
-def exact_known_rate(keys: Sequence[str], known: frozenset[str] | set[str]) -> Estimate:
-    """The share of names that are known, all in `flash_experts.data.names.normal_form`."""
-    return share([key in known for key in keys])
-
-
 def near_duplicates(keys: Sequence[str], known: Sequence[str], at_least: int = 1) -> npt.NDArray[np.bool_]:
-    """(N,) names with a known name within a normalized edit distance of `NEAR`. Copies count.
+    """(N,) whether a name has known ones within a normalized edit distance of `NEAR`, all in normal form.
 
-    Args:
-        keys: names in `flash_experts.data.names.normal_form`, as ``known``.
-        at_least: number of near known names; 2 for names that are known themselves.
+    ``at_least``: number of near known names; 2 for names that are known themselves.
     """
     from rapidfuzz.distance import Levenshtein
     from rapidfuzz.process import cdist
@@ -155,22 +136,44 @@ def near_duplicates(keys: Sequence[str], known: Sequence[str], at_least: int = 1
     return near
 
 
-def distinct_share(keys: Sequence[Hashable]) -> float:
-    """Distinct items / items. It falls with the number of items, so compare lists of equal length.
+@dataclass(frozen=True, slots=True)
+class Memorization:
+    """The hit ratio and its counts.
 
-    Raises:
-        ValueError: there are no items.
+    Attributes:
+        ratio: hit rate of training names / hit rate of held-out names: 1 without memorization; 10 means that nine of
+            ten generated training names were memorized. None without hits. Use 10,000 samples or more.
     """
+
+    train_hits: int
+    held_out_hits: int
+    ratio: Estimate | None
+
+
+def hit_ratio(samples: Set[str], train: Set[str], held_out: Set[str]) -> Memorization:
+    """Measures memorization by the hit ratio of names in normal form.
+
+    Half a hit is added on each side (Haldane 1956); the interval is the normal approximation of the logarithm (Katz et
+    al. 1978). ``held_out`` are unseen names of the same families: others are hit less often, as after memorization.
+    """
+    held_out = held_out - train
+    in_train, in_held_out = len(samples & train), len(samples & held_out)
+    if not (in_train or in_held_out) or not train or not held_out:
+        return Memorization(in_train, in_held_out, None)
+    value = ((in_train + 0.5) / len(train)) / ((in_held_out + 0.5) / len(held_out))
+    spread = 1.959964 * math.sqrt(1 / (in_train + 0.5) + 1 / (in_held_out + 0.5))
+    return Memorization(in_train, in_held_out, Estimate(value, value * math.exp(-spread), value * math.exp(spread)))
+
+
+def distinct_share(keys: Sequence[Hashable]) -> float:
+    """Distinct items / items. It falls with the number of items, so compare lists of equal length."""
     if not keys:
         raise ValueError("no names to measure: give at least one")
     return len(set(keys)) / len(keys)
 
 
 def distinct_in(items: Sequence[Hashable], count: int) -> float | None:
-    """The expected number of distinct items among ``count`` drawn without replacement; None if there are fewer.
-
-    Rarefaction (Hurlbert 1971) makes lists of different lengths comparable.
-    """
+    """The expected number of distinct items in ``count`` drawn ones: rarefaction (Hurlbert 1971); None for fewer."""
     total = len(items)
     if total < count:
         return None
@@ -185,7 +188,7 @@ def distinct_in(items: Sequence[Hashable], count: int) -> float | None:
 
 @dataclass(frozen=True, slots=True)
 class WordMetrics:
-    """Words of a list of names: total, distinct, and the share that no training name has."""
+    """Words of a list of names; ``unseen_share`` is on no training name."""
 
     total: int
     distinct: int
@@ -193,7 +196,7 @@ class WordMetrics:
 
 
 def word_metrics(names: Iterable[str], seen: frozenset[str] | set[str]) -> WordMetrics:
-    """Counts words. ``seen`` holds the words of the training names, from `words`."""
+    """Counts words; ``seen`` has those of the training names."""
     counts = Counter(word for name in names for word in words(name))
     total = sum(counts.values())
     unseen = sum(count for word, count in counts.items() if word not in seen)
@@ -201,11 +204,7 @@ def word_metrics(names: Iterable[str], seen: frozenset[str] | set[str]) -> WordM
 
 
 def jensen_shannon(first: Mapping[int, float], second: Mapping[int, float]) -> float:
-    """The Jensen-Shannon divergence of two histograms in bits (Lin 1991): 0 for equal, 1 for disjoint ones.
-
-    Raises:
-        ValueError: a histogram is empty.
-    """
+    """The Jensen-Shannon divergence of two histograms in bits (Lin 1991): 0 for equal, 1 for disjoint ones."""
     total_first, total_second = sum(first.values()), sum(second.values())
     if not total_first or not total_second:
         raise ValueError("no names to measure: a histogram is empty")
@@ -231,11 +230,7 @@ def word_count_divergence(names: Sequence[str], real: Sequence[str]) -> float:
 def auc_estimate(scores_N: npt.ArrayLike, labels_N: npt.ArrayLike) -> Estimate:
     """The area under the ROC curve with DeLong et al.'s (1988) interval, by midranks (Sun and Xu 2014).
 
-    Args:
-        scores_N: classifier scores, higher for label 1.
-
-    Raises:
-        ValueError: one of the labels is missing.
+    ``scores_N`` are higher for label 1.
     """
     scores, labels = np.asarray(scores_N, dtype=np.float64), np.asarray(labels_N)
     ones, zeros = scores[labels == 1], scores[labels == 0]
@@ -257,11 +252,6 @@ def _midranks(values: FloatArray) -> FloatArray:
     return (last - (counts - 1) / 2.0)[inverse]
 
 
-def types_of(card: Card) -> tuple[str, ...]:
-    """The types of a card (an artifact creature counts in both groups)."""
-    return card.types
-
-
 def colors_of(card: Card) -> tuple[str, ...]:
     """The color group of a card: its letter, ``multicolor`` or ``colorless``; empty if unknown."""
     if card.colors is None:
@@ -273,7 +263,7 @@ def colors_of(card: Card) -> tuple[str, ...]:
 
 @dataclass(frozen=True, slots=True)
 class GroupBits:
-    """Bits per character of one group of names, unconditional and conditioned on all attributes."""
+    """Bits per character of one group of names, unconditional and given all attributes."""
 
     names: int
     bits: Estimate
@@ -284,7 +274,7 @@ UNTIL_2024, SINCE_2025 = "until 2024", "since 2025"
 
 
 def years_of(card: Card) -> tuple[str, ...]:
-    """When a card of the embedded table was first printed; empty for other cards."""
+    """When a card of the embedded table was first printed."""
     is_recent = is_since_2025(card.source_id)
     return () if is_recent is None else (SINCE_2025 if is_recent else UNTIL_2024,)
 
@@ -316,7 +306,7 @@ def bits_by_group(
 
 
 def _same_length(first: npt.ArrayLike, second: npt.ArrayLike) -> tuple[FloatArray, FloatArray]:
-    """Both as float64 vectors of equal length; raises ValueError if they are empty."""
+    """Both as float64 vectors; raises ValueError if they are empty."""
     a, b = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
     if a.size == 0:
         raise ValueError("no names to measure: give at least one")

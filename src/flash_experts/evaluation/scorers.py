@@ -1,4 +1,4 @@
-"""The interface of evaluated models (`Scorer`), and its implementations: language models and the n-gram baseline.
+"""The interface of evaluated models (`Scorer`), language models, and the n-gram baseline.
 
 Shape suffixes: N names, B batch, T tokens, V vocabulary.
 """
@@ -16,17 +16,16 @@ import torch
 from torch.nn import functional as F
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from flash_experts.data.cards import Card
 from flash_experts.data.names import normal_form
 from flash_experts.data.packing import EncodedName, encode_name, encode_names, name_nats, pack_all
 from flash_experts.data.prompts import UNCONDITIONAL, Attributes, drop_unknown, read_conditions
 from flash_experts.data.tokenizer import load_tokenizer
 from flash_experts.evaluation.curves import read_curve
 from flash_experts.evaluation.metrics import FloatArray
+from flash_experts.evaluation.ngram import ConditionalNGrams
 from flash_experts.generation.decoding import NameDecoder
 from flash_experts.generation.generator import NameGenerator
 from flash_experts.generation.request import Sampling
-from flash_experts.generation.reranking.conditional_ngram import ConditionalNGrams
 from flash_experts.models.flash_attention import ATTENTION_IMPLEMENTATION, separates_packed_sequences
 from flash_experts.models.loading import load_model
 from flash_experts.models.router_metrics import count_loads, over_mean
@@ -49,7 +48,7 @@ class Costs:
     """Memory, and training where metrics.jsonl records it.
 
     Attributes:
-        memory_bytes: parameters and buffers in memory (float32).
+        memory_bytes: of parameters and buffers.
         training_tokens: with prompts, without those of the model that training started from.
         flops_per_token: training FLOPs per token: 6 per active weight (Kaplan et al. 2020, section 2.1), with the
             output layer at every token, without attention scores.
@@ -74,7 +73,7 @@ def parameter_counts(model: torch.nn.Module) -> ModelSize:
 
 
 def costs_of(model: PreTrainedModel, folder: Path | None) -> Costs:
-    """Measures a language model; ``folder`` is where it was loaded from, if any."""
+    """Measures a language model; ``folder`` is where it was loaded from."""
     held = {tensor.data_ptr(): tensor for tensor in (*model.parameters(), *model.buffers())}
     stored = [] if folder is None else [path.stat().st_size for path in folder.glob("*.safetensors")]
     points = [] if folder is None else read_curve(folder / METRICS_FILE)
@@ -148,7 +147,7 @@ class LanguageModel:
     def load(
         cls, source: str | Path, device: str | torch.device | None = None, label: str | None = None
     ) -> LanguageModel:
-        """Loads a folder or hub id; raises ValueError as `load_model` and `load_tokenizer` do."""
+        """Loads a folder or hub id, or raises a ValueError."""
         folder = model_folder(source)
         model = load_model(source, device)
         tokenizer = load_tokenizer(source, model.config.vocab_size)
@@ -169,9 +168,7 @@ class LanguageModel:
         *,
         tokens_per_batch: int = TOKENS_PER_BATCH,
     ) -> FloatArray:
-        """See `Scorer.nats`; without attributes that the model was not trained on.
-
-        ``tokens_per_batch`` changes the speed, not the result.
+        """See `Scorer.nats`; ``tokens_per_batch`` changes the speed, not the result.
 
         Raises:
             ValueError: a name is longer than the model's context.
@@ -259,7 +256,7 @@ class LanguageModel:
 def show_unfiltered(
     scorer: Scorer, prompts: Sequence[Prompt], count: int, seed: int, known: Sequence[str]
 ) -> list[list[str]]:
-    """Samples up to ``count`` distinct unknown names per prompt, in at most 4 * ``count`` draws."""
+    """Up to ``count`` distinct unknown names per prompt, in at most 4 * ``count`` draws."""
     keys = {normal_form(name) for name in known} | {""}
     shown = []
     for prompt in prompts:
@@ -271,7 +268,7 @@ def show_unfiltered(
 
 
 def known_attributes(config: PretrainedConfig, attributes: Sequence[Attributes]) -> list[Attributes]:
-    """Keeps the attributes that a model was trained on; cards of another source may have more."""
+    """The attributes that a model was trained on; cards of another source may have more."""
     conditions = read_conditions(config.to_dict())
     return [drop_unknown(each, conditions) for each in attributes]
 
@@ -289,7 +286,7 @@ def fits_context(
 
 
 def check_lengths(model: PreTrainedModel, names: Sequence[str], encoded: Sequence[EncodedName]) -> None:
-    """Raises a ValueError if a name does not fit into the model's context."""
+    """Raises a ValueError if a name exceeds the model's context."""
     context = context_length(model.config)
     for name, ids in zip(names, encoded, strict=True):
         if context is not None and ids.num_inputs > context:
@@ -312,31 +309,19 @@ def scoring(model: PreTrainedModel) -> Iterator[None]:
             model.set_attn_implementation(attention)
 
 
-class NGramBaseline:
-    """`ConditionalNGrams` fitted on the training cards. It ignores mana values."""
+class NGramBaseline(ConditionalNGrams):
+    """The n-gram baseline as a `Scorer`. It ignores mana values."""
 
     label = "ngram"
 
-    def __init__(self, train: Sequence[Card]) -> None:
-        self._model = ConditionalNGrams(train)
-
     @property
     def size(self) -> ModelSize:
-        return ModelSize(self._model.num_parameters, self._model.num_active_parameters)
+        return ModelSize(self.num_parameters, self.num_active_parameters)
 
     @property
     def costs(self) -> Costs:
         """Eight bytes per parameter, and no training."""
-        return Costs(8 * self._model.num_parameters, None, None, None, 0.0)
-
-    def nats(self, names: Sequence[str], attributes: Sequence[Attributes]) -> FloatArray:
-        return self._model.nats(names, attributes)
-
-    def sample(self, count: int, seed: int, attributes: Attributes = UNCONDITIONAL) -> list[str]:
-        return self._model.sample(count, seed, attributes)
-
-    def sample_each(self, attributes: Sequence[Attributes], seed: int) -> list[str]:
-        return self._model.sample_each(attributes, seed)
+        return Costs(8 * self.num_parameters, None, None, None, 0.0)
 
     def show(self, prompts: Sequence[Prompt], count: int, seed: int, known: Sequence[str]) -> list[list[str]]:
         return show_unfiltered(self, prompts, count, seed, known)

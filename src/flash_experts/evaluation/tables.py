@@ -6,12 +6,12 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from flash_experts.evaluation.classifiers import Recognition
 from flash_experts.evaluation.compare import ComparisonResult, Difference
-from flash_experts.evaluation.control import Recognition
 from flash_experts.evaluation.evaluate import EvaluationResult, NamesResult
+from flash_experts.evaluation.held_out import NameMetrics
 from flash_experts.evaluation.lists import ListMetrics
 from flash_experts.evaluation.metrics import SINCE_2025, UNTIL_2024, Estimate, GroupBits
-from flash_experts.evaluation.novelty import NameMetrics
 from flash_experts.plain_text import one_line
 
 MISSING = "-"
@@ -52,10 +52,7 @@ def _percent(estimate: Estimate | None) -> str:
 
 
 def bits_table(results: Sequence[EvaluationResult], differences: Sequence[Difference] = ()) -> Table:
-    """Tabulates bits per character of each model on each held-out set.
-
-    With ``differences``, a star marks each model that is not significantly worse than another.
-    """
+    """Bits per character; with ``differences``, a star marks models that are not significantly worse than another."""
     beaten = {
         (difference.split, difference.conditional, difference.second if difference.bits.value < 0 else difference.first)
         for difference in differences
@@ -134,7 +131,7 @@ def _count(value: float | None) -> str:
 
 
 def detection_table(results: Sequence[EvaluationResult]) -> Table:
-    """Tabulates the AUC of generated against real names, and of real names against each other."""
+    """The AUC of generated against real names, and of real names against each other."""
     rows = []
     found = [(result.label, result.detection) for result in results if result.detection is not None]
     pairs = [(label, detection.generated) for label, detection in found]
@@ -194,7 +191,7 @@ def cost_table(results: Sequence[EvaluationResult]) -> Table:
 
 
 def group_table(result: EvaluationResult, split: str) -> Table:
-    """Tabulates bits per character by card type and color, for groups of at least 20 names."""
+    """Bits per character by card type and color, for groups of at least 20 names."""
     metrics = result.splits[split]
     every = {**metrics.by_type, **metrics.by_color}
     groups = {name: group for name, group in every.items() if group.names >= _FEWEST}
@@ -204,7 +201,7 @@ def group_table(result: EvaluationResult, split: str) -> Table:
 
 
 def year_table(results: Sequence[EvaluationResult]) -> Table:
-    """Tabulates bits of cards that pretraining data may contain, and of cards printed since."""
+    """Bits of cards that pretraining data may contain, and of cards printed since."""
     rows = [
         (
             result.label,
@@ -255,7 +252,7 @@ def format_comparison(result: ComparisonResult, width: int = 120) -> str:
 
 
 def format_lists(results: Sequence[ListMetrics], width: int = 120) -> str:
-    """Formats the metrics of lists of names as text: one row for the real names and each quality."""
+    """Formats the metrics of lists: one row for the real names and each quality."""
     tasks = list(results[0].recognized)
     rows = []
     for one in results:

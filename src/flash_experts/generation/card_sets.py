@@ -17,7 +17,7 @@ from flash_experts.data.prompts import Attributes, Conditions, drop_unknown, rea
 from flash_experts.generation.filters.base import NoTokenLeftError
 from flash_experts.generation.generator import NameGenerator
 from flash_experts.generation.name_files import Format, NamedCard, cell, type_line_of, write_cards
-from flash_experts.generation.reranking.reranker import content_words
+from flash_experts.generation.reranker import content_words
 from flash_experts.generation.search import GeneratedName
 from flash_experts.plain_text import from_cell, say
 
@@ -35,9 +35,8 @@ class CardRow:
 
     Attributes:
         where: ``file:line``, or ``file[index]`` for JSON.
-        cells: the row as it was, by column.
-        name: the name that the card has already, or "".
-        rules: options of `NameRequest` for this row alone.
+        name: that the card has already, or "".
+        rules: options of `NameRequest`.
     """
 
     where: str
@@ -61,14 +60,10 @@ class NamedRow:
 
 
 def read_card_rows(path: str | Path) -> list[CardRow]:
-    """Reads the cards of a set from CSV, or JSON with a list of objects.
+    """Reads the cards of a set from CSV, or JSON with a list of objects, or raises a ValueError with ``file:line``.
 
     Columns are those of `flash_experts.data.card_columns`, ``name`` for cards that have one, and ``starts_with``,
     ``contains`` and ``ends_with`` for words that a name must have.
-
-    Raises:
-        ValueError: the file is missing, not UTF-8 CSV or JSON, has no such column, or a value is unreadable
-            (``file:line``).
     """
     path = Path(path)
     try:
@@ -166,14 +161,13 @@ def _row_of(cells: dict[Any, Any], where: str) -> CardRow:
 
 
 def _cell_text(value: Any) -> str:
-    """A cell of CSV or a value of JSON as text; "" for null."""
     if isinstance(value, list):
         value = " ".join(map(str, value))
     return "" if value is None else from_cell(str(value)).strip()
 
 
 class TakenNames:
-    """The names of a set so far: no name and no last word is used twice."""
+    """The names of a set so far."""
 
     def __init__(self, names: Iterable[str]) -> None:
         self._names: set[str] = set()
@@ -191,7 +185,7 @@ class TakenNames:
         return normal_form(name) not in self._names and self._last_words.isdisjoint(content_words(name)[-1:])
 
     def named(self, row: CardRow, found: Sequence[GeneratedName]) -> NamedRow:
-        """The row with these names, of which the first is taken."""
+        """The row with these names, of which it takes the first."""
         self.add(found[0].text if found else "")
         return NamedRow(row, found, "" if found else "each name drawn ends in a word that the set has already")
 
@@ -201,8 +195,7 @@ def name_rows(
 ) -> Iterator[NamedRow]:
     """Names for each row without one, in order, the best of ``candidates`` first; no name or last word comes twice.
 
-    Each row has its own stream of ``seed``; ``options`` are fields of `NameRequest` for all rows; a wrong one raises a
-    ValueError.
+    ``options`` are fields of `NameRequest` for all rows; a wrong one raises a ValueError.
     """
     conditions = read_conditions(generator.model.config.to_dict())
     taken = TakenNames(row.name for row in rows)
@@ -225,7 +218,7 @@ def name_rows(
 
 
 def asked_for(row: CardRow, conditions: Conditions) -> dict[str, Any]:
-    """The options of `NameRequest` that a row sets, of those that a model has learned."""
+    """The options of `NameRequest` that a row sets and a model has learned."""
     card = drop_unknown(row.card, conditions)
     colors = None if card.colors is None else "".join(card.colors) or "C"
     attributes = {"type_line": type_line_of(card) or None, "colors": colors, "mana_value": card.mana_value,
@@ -234,7 +227,7 @@ def asked_for(row: CardRow, conditions: Conditions) -> dict[str, Any]:
 
 
 def table_of(named: Sequence[NamedRow]) -> list[dict[str, str]]:
-    """The rows of the file with the columns ``name`` and ``alternatives`` (separated by ";")."""
+    """The rows of the file with the columns ``name`` and ``alternatives``."""
     rows = []
     for one in named:
         others = {column: value for column, value in one.row.cells.items() if column.lower() not in _OWN}
@@ -243,19 +236,19 @@ def table_of(named: Sequence[NamedRow]) -> list[dict[str, str]]:
 
 
 def write_set(named: Sequence[NamedRow], file: TextIO, format: Format, raw_cells: bool = False) -> int:
-    """Writes all rows in a format of text, so not "mse" (see `write_mse`); returns their number."""
+    """Writes all rows as text, so not "mse" (see `write_mse`); returns their number."""
+    if format not in ("csv", "json", "jsonl"):
+        return write_cards(cards_of(named), file, format)
+    rows = table_of(named)
     if format == "csv":
-        rows = table_of(named)
         table = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         table.writeheader()
         table.writerows({column: cell(value, raw_cells) for column, value in row.items()} for row in rows)
-        return len(rows)
-    if format in ("json", "jsonl"):
-        rows = table_of(named)
-        lines = [json.dumps(row, ensure_ascii=False) for row in rows]
-        say("\n".join(lines) if format == "jsonl" else json.dumps(rows, indent=2, ensure_ascii=False), file)
-        return len(rows)
-    return write_cards(cards_of(named), file, format)
+    elif format == "json":
+        say(json.dumps(rows, indent=2, ensure_ascii=False), file)
+    else:
+        say("\n".join(json.dumps(row, ensure_ascii=False) for row in rows), file)
+    return len(rows)
 
 
 def cards_of(named: Sequence[NamedRow]) -> list[NamedCard]:

@@ -134,11 +134,7 @@ class Constraints:
         return self.min_words or 1, self.max_words
 
     def filters(self, vocabulary: NameVocabulary, prompt_length: int, known: Collection[str]) -> list[NameFilter]:
-        """The filters for these rules, and those that every name has.
-
-        Args:
-            prompt_length: tokens of the prompt with the BOS token.
-            known: normal forms of names that are never generated.
+        """The filters for these rules, and those that every name has; ``known`` are normal forms.
 
         Raises:
             ValueError: a filter cannot be made, such as for a regex that matches no name.

@@ -1,7 +1,6 @@
 """The decoding loop: batched generation with a KV cache, where a prompt is computed once for all its names.
 
-Shape suffixes: B batch rows, T tokens of prompt and name so far, S tokens that a name may have, V tokens of the
-vocabulary, K columns of the cache.
+Shape suffixes: B batch rows, T tokens of prompt and name, S most tokens of a name, V vocabulary, K cache columns.
 """
 
 from __future__ import annotations
@@ -26,17 +25,17 @@ _COMPUTED_AHEAD = 128  # prompts computed together where each name has its own: 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A prompt's KV cache (one row) and the float32 logits of the first token after it."""
+    """A prompt's KV cache (one row) and float32 logits after it."""
 
     cache: DynamicCache
     first_V: torch.Tensor
 
 
 class Prompts:
-    """The prompts of a stream of names, computed in small batches when first needed."""
+    """The prompts of a stream of names, computed when first needed."""
 
     def __init__(self, model: PreTrainedModel, ids: Sequence[Sequence[int]]) -> None:
-        """Takes BOS token and prompt of each name, by the name's index; one entry serves all names."""
+        """``ids``: BOS token and prompt of each name, by its index; one entry serves all names."""
         self.model = model
         self.longest = max(map(len, ids))
         self._ids = ids
@@ -44,7 +43,7 @@ class Prompts:
         self._steps = next((steps for steps in (decode_step_gpt2, decode_step_llama) if steps.supports(model)), None)
 
     def of(self, name: int) -> Prompt:
-        """The prompt of a name. Names must be requested in the order of their indices: earlier prompts are dropped."""
+        """The prompt of a name; names must come in order, since earlier prompts are dropped."""
         place = 0 if len(self._ids) == 1 else name
         ids = tuple(self._ids[place])
         if ids not in self._computed:
@@ -98,7 +97,7 @@ class PromptRows:
     """Batch rows that continue their prompts, with float32 next-token logits in ``logits_BV``."""
 
     def __init__(self, prompts: Prompts, names: Sequence[int]) -> None:
-        """Starts at the end of the prompts of these names (by index), one per row."""
+        """``names``: the index of each row's name."""
         self._prompts = prompts
         self._begin(names)
 
@@ -113,7 +112,7 @@ class PromptRows:
         self._cache.select(rows)
 
     def advance(self, tokens: Sequence[int], new: Mapping[int, int]) -> None:
-        """Appends a token to each row; ``new`` maps rows that start again to their name's index (token ignored)."""
+        """Appends a token to each row, except those that start again with the names of ``new``, by row."""
         if len(new) == len(tokens):
             self._begin([new[place] for place in range(len(tokens))])
             return
@@ -135,11 +134,11 @@ class DecodedName:
     """One name as tokens.
 
     Attributes:
-        index: place in the seed's stream of names.
-        ids: tokens after the prompt, without the EOS token.
+        index: place in the seed's stream.
+        ids: without prompt and EOS token.
         log_prob: of ``ids`` and the EOS token, in nats, without sampling settings and filters.
         is_whole: false if the filters left no token, or the EOS token did not come in time.
-        top: for each of ``ids`` and the EOS token the most likely ids (K,) and their log-probabilities (K,), float16.
+        top: for each of ``ids`` and the EOS token the most likely ids (K,) and their log-probabilities (K,).
     """
 
     index: int
@@ -168,13 +167,10 @@ class NameDecoder:
         """Stores what all names share.
 
         Args:
-            processors: logits processors; each `NameFilter` comes after the others.
-            unconditional_ids: BOS token and the prompt without attributes, for guidance.
-            prompts: a prompt for each index of the stream, instead of ``prompt_ids``.
-            top_logits: K, number of most likely tokens to record per position.
-
-        Raises:
-            ValueError: different prompts with a repetition penalty or with a processor that is not a `NameFilter`.
+            processors: each `NameFilter` comes after the others.
+            unconditional_ids: prompt without attributes, for guidance.
+            prompts: one for each index of the stream, instead of ``prompt_ids``; only with filters.
+            top_logits: K, most likely tokens to record per position.
         """
         self.device = model.device
         self.prompt_ids, self.eos_id = prompt_ids, eos_id
@@ -194,7 +190,7 @@ class NameDecoder:
             self.prompts.append(Prompts(model, [unconditional_ids]))
 
     def stream(self, indices: range, batch_size: int) -> Iterator[DecodedName]:
-        """The names of these indices of the stream, in order; the batch composition does not change them.
+        """The names of these indices of the stream, in order.
 
         A row whose name ends is given to the next name at once (continuous batching, Yu et al. 2022), except with
         processors other than `NameFilter`, which need rows of equal length.
@@ -212,7 +208,7 @@ class NameDecoder:
             batch.advance(waiting)
 
     def filtered(self, rows: Sequence[_Row], logits_BV: torch.Tensor) -> torch.Tensor:
-        """(B, V) scores after all processors. A row without any token left is dropped later."""
+        """(B, V) scores after all processors."""
         scores_BV = logits_BV
         if self.processors:
             tokens_BT = torch.tensor([[*self.prompt_ids, *row.ids] for row in rows], device=self.device)
@@ -230,8 +226,6 @@ class _Row:
 
 
 class _Batch:
-    """The rows that are computed together; ended names make room for waiting ones."""
-
     def __init__(self, decoder: NameDecoder, size: int, waiting: deque[int]) -> None:
         self._decoder = decoder
         self.rows = [_Row(waiting.popleft()) for _ in range(size)]

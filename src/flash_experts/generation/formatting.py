@@ -31,7 +31,7 @@ _LOOSE_END = " ,:;-/&"
 
 
 def format_name(text: str) -> str:
-    """A name as it would be printed on a card; of "one // other" only the first face is kept. Idempotent.
+    """A name as printed on a card; of "one // other" only the first face. Idempotent.
 
     " wrath  Of the reef ,tide-caller "  ->  "Wrath of the Reef, Tide-caller"
     """
@@ -62,7 +62,7 @@ def _word(word: str, is_last: bool, after_comma: bool) -> str:
 
 
 def _without_capitals(word: str) -> str:
-    """Adds the capitals after a word's first letter: "two-headed" -> "two-Headed"."""
+    """With capitals after the first letter: "two-headed" -> "two-Headed"."""
     if _ROMAN.match(word):
         return word.upper()
     parts = _PART.sub(lambda part: part[0] if part[0] in SMALL_WORDS | {"o"} else _capital(part[0]), word)
@@ -71,7 +71,7 @@ def _without_capitals(word: str) -> str:
 
 
 def _capital(word: str) -> str:
-    """Its first letter as a capital, the rest unchanged ("lava-Axe" -> "Lava-Axe", "'em" -> "'Em")."""
+    """Its first letter as a capital ("lava-Axe" -> "Lava-Axe", "'em" -> "'Em")."""
     for place, character in enumerate(word):
         if character.isalnum():
             high = character.upper()

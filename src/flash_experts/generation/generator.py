@@ -11,14 +11,12 @@ import torch
 from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
 from flash_experts.data.prompts import UNCONDITIONAL, Attributes, check_known, read_conditions
-from flash_experts.generation.filters.vocabulary import NameVocabulary
-from flash_experts.generation.likeness import Resembles, examples_of, filled_in, shared_attributes
+from flash_experts.generation.filters.base import NameVocabulary
 from flash_experts.generation.request import NameRequest
-from flash_experts.generation.reranking.name_classifier import AttributeClassifier
-from flash_experts.generation.reranking.reranker import Reranker
+from flash_experts.generation.reranker import AttributeClassifier, Reranker
 from flash_experts.generation.sampling import stream_seed
-from flash_experts.generation.search import GeneratedName, NameSearch, Search
-from flash_experts.generation.similarity import KnownNames
+from flash_experts.generation.search import GeneratedName, NameSearch
+from flash_experts.generation.similarity import KnownNames, Resembles, examples_of, filled_in, shared_attributes
 from flash_experts.released import default_model
 
 FilterFactory = Callable[[NameVocabulary, int], LogitsProcessor]
@@ -40,14 +38,9 @@ class NameGenerator:
         tokenizer: PreTrainedTokenizerBase,
         known_names: Iterable[str] | None = None,
     ) -> None:
-        """Wraps a model.
+        """Wraps a model trained on BOS token + prompt + " " + name + EOS token, and its byte-level BPE tokenizer.
 
-        Args:
-            model: a causal LM trained on BOS token + prompt + " " + name + EOS token.
-            known_names: names that are never generated (default: those of all real cards).
-
-        Raises:
-            ValueError: model and tokenizer do not belong together, or the tokenizer is not byte-level BPE.
+        ``known_names`` are never generated (default: those of all real cards).
         """
         if tokenizer.bos_token_id is None:
             raise ValueError("the tokenizer has no BOS token: set tokenizer.bos_token to that of training")
@@ -68,15 +61,12 @@ class NameGenerator:
         device: str | torch.device | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> NameGenerator:
-        """Loads a model and its tokenizer; the names of all real cards are known.
+        """Loads a model and its tokenizer, or raises a ValueError.
 
         Args:
             source: model folder or hub id (default: the newest released model, see `flash_experts.released`).
             device: default: CUDA if available.
-            dtype: of the weights; ``torch.bfloat16`` changes the names of a seed.
-
-        Raises:
-            ValueError: the folder is missing, damaged, or not a causal LM, or no released model is installed.
+            dtype: ``torch.bfloat16`` changes the names of a seed.
         """
         from flash_experts.data.tokenizer import load_tokenizer
         from flash_experts.models.loading import load_model
@@ -91,16 +81,13 @@ class NameGenerator:
         """New names for a card.
 
         The same seed gives the same names for any ``batch_size`` (up to rounding), and a larger ``count`` only adds
-        names.
+        names. Warns if there are fewer.
 
         Args:
             filters: more token filters: subclasses of `NameFilter`, or functions (vocabulary, prompt length) ->
                 LogitsProcessor.
-            **options: fields of `NameRequest`, such as ``type_line="Creature — Goblin"``, ``preset="creative"``,
-                ``seed=7``. None stands for the default.
-
-        Returns:
-            ``count`` names in the order they were found, or fewer, with a warning.
+            **options: fields of `NameRequest`, such as ``type_line="Creature — Goblin"``, ``seed=7``; None stands for
+                the default.
 
         Raises:
             ValueError: a value is out of range or unknown, or no name satisfies the constraints.
@@ -111,10 +98,7 @@ class NameGenerator:
     def stream(
         self, count: int = 20, *, filters: Sequence[FilterFactory] = (), **options: Any
     ) -> Iterator[GeneratedName]:
-        """The names of `generate` as they are found. Options are checked at once.
-
-        The model may be trained between two names.
-        """
+        """The names of `generate` as they are found; the model may be trained between two of them."""
         return self.answer(NameRequest.of(count=count, **options), filters)
 
     def answer(self, request: NameRequest, filters: Sequence[FilterFactory] = ()) -> Iterator[GeneratedName]:
@@ -131,7 +115,10 @@ class NameGenerator:
         processors += [make(self.vocabulary, len(prompt_ids)) for make in filters]
         if examples:
             processors.append(Resembles(self.vocabulary, len(prompt_ids), examples))
-        search = Search(
+        search = NameSearch(
+            model=self.model,
+            vocabulary=self.vocabulary,
+            known=self.known,
             prompt_ids=prompt_ids,
             unconditional_ids=unconditional_ids,
             sampling=request.sampling(),
@@ -142,10 +129,10 @@ class NameGenerator:
             best_of=request.num_candidates,
             reranker=Reranker(attributes, classifier=self.classifier),
         )
-        return NameSearch(self.model, self.vocabulary, self.known, search).names(request.count)
+        return search.names(request.count)
 
 
 def completed_attributes(request: NameRequest) -> Attributes:
-    """The attributes of the prompt: those given, completed by what most of the names to resemble share."""
+    """The given attributes, completed by what most of the names to resemble share."""
     given = request.attributes()
     return filled_in(given, shared_attributes(examples_of(request.like))) if request.like else given

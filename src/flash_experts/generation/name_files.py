@@ -29,7 +29,10 @@ BY_SUFFIX: dict[str, Format] = {
 }  # fmt: skip
 _SET = "NEW"  # code of the set that Cockatrice lists the cards in
 _RARITIES = {"mythic": "mythic rare"}  # Magic Set Editor's words
-_LANDS, _OTHERS, _CREATURES, _SPELLS = range(4)  # rows of Cockatrice's table
+# Magic Set Editor's lists of subtypes and Cockatrice's rows of the table, by the first of these types of a card.
+_KINDS = {"Creature": "race", "Instant": "spell", "Sorcery": "spell", "Artifact": "artifact",
+          "Enchantment": "enchantment", "Land": "land", "Planeswalker": "planeswalker"}  # fmt: skip
+_TABLE_ROWS = {"Land": "0", "Creature": "2", "Instant": "3", "Sorcery": "3"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,10 +46,7 @@ class NamedCard:
 def write_names(
     names: Iterable[GeneratedName], card: Attributes, file: TextIO, format: Format, raw_cells: bool = False
 ) -> int:
-    """Writes names for one card in a text format, so not "mse" (see `write_mse`); returns their number.
-
-    CSV cells are written as they are with ``raw_cells``.
-    """
+    """Writes names for one card as text, so not "mse" (see `write_mse`); returns their number."""
     if format == "csv":
         return write_csv(names, file, raw_cells)
     if format == "jsonl":
@@ -59,7 +59,7 @@ def write_names(
 
 
 def write_cards(cards: Iterable[NamedCard], file: TextIO, format: Format) -> int:
-    """Writes names with or without their cards, as text, Markdown or a set of Cockatrice; returns their number."""
+    """Writes names as text, Markdown or a set of Cockatrice; returns their number."""
     if format == "text":
         return _write_lines((one_line(one.text) for one in cards), file)
     if format == "markdown":
@@ -91,7 +91,7 @@ def row_of(name: GeneratedName) -> dict[str, Any]:
 
 
 def write_csv(names: Iterable[GeneratedName], file: TextIO, raw: bool = False) -> int:
-    """Writes CSV with a header; returns the number of names. Unless ``raw``, formulas are escaped (see `to_cell`)."""
+    """Writes CSV; returns the number of names. Unless ``raw``, formulas are escaped (see `to_cell`)."""
     table = csv.DictWriter(file, COLUMNS, lineterminator="\n")
     table.writeheader()
     written = 0
@@ -113,7 +113,7 @@ def _escaped(text: str) -> str:
 
 
 def write_mse(cards: Iterable[NamedCard], file: BinaryIO) -> int:
-    """Writes a set of Magic Set Editor (.mse-set), a zip archive with a text file; returns the number of cards."""
+    """Writes a set of Magic Set Editor, a zip archive with a text file; returns the number of cards."""
     lines = ["mse version: 2.0.2", "game: magic", "stylesheet: m15", "set info:", "\ttitle: New names"]
     count = 0
     for one in cards:
@@ -127,27 +127,16 @@ def write_mse(cards: Iterable[NamedCard], file: BinaryIO) -> int:
 
 def _mse_fields(one: NamedCard) -> dict[str, str]:
     card = one.card
-    fields = {"has styling": "false", "name": _mse_text(one.text), "casting cost": mana_cost(card)}
+    fields = {"has styling": "false", "name": one_line(one.text).replace("<", "&lt;"), "casting cost": mana_cost(card)}
     if card.types or card.supertypes:
         words = [*(card.supertypes or ()), *(card.types or ())]
         fields["super type"] = " ".join(f"<word-list-type>{word}</word-list-type>" for word in words)
-        kind = _mse_kind(card.types or ())
+        kind = next((kind for word, kind in _KINDS.items() if word in (card.types or ())), "race")
         subtypes = (f"<word-list-{kind}>{word}</word-list-{kind}>" for word in card.subtypes or ())
         fields["sub type"] = " ".join(subtypes)
     if card.rarity:
         fields["rarity"] = _RARITIES.get(card.rarity, card.rarity)
     return fields
-
-
-def _mse_kind(types: Iterable[str]) -> str:
-    """The word list of subtypes that the editor has for a card's types."""
-    kinds = {"Creature": "race", "Instant": "spell", "Sorcery": "spell", "Artifact": "artifact",
-             "Enchantment": "enchantment", "Land": "land", "Planeswalker": "planeswalker"}  # fmt: skip
-    return next((kind for word, kind in kinds.items() if word in types), "race")
-
-
-def _mse_text(text: str) -> str:
-    return one_line(text).replace("<", "&lt;")
 
 
 def mana_cost(card: Attributes) -> str:
@@ -162,7 +151,7 @@ def mana_cost(card: Attributes) -> str:
 
 
 def cockatrice_set(cards: Iterable[NamedCard]) -> str:
-    """The XML of a card database of Cockatrice, version 4."""
+    """The XML of a card database, version 4."""
     root = Xml.Element("cockatrice_carddatabase", version="4")
     one_set = Xml.SubElement(Xml.SubElement(root, "sets"), "set")
     Xml.SubElement(one_set, "name").text = _SET
@@ -195,15 +184,11 @@ def _add_cockatrice_card(listed: Xml.Element, one: NamedCard) -> None:
         if value:
             Xml.SubElement(prop, name).text = value
     Xml.SubElement(element, "set", {"rarity": card.rarity} if card.rarity else {}).text = _SET
-    Xml.SubElement(element, "tablerow").text = str(_table_row(card.types or ()))
+    row = next((row for word, row in _TABLE_ROWS.items() if word in (card.types or ())), "1")
+    Xml.SubElement(element, "tablerow").text = row
 
 
 def type_line_of(card: Attributes) -> str:
     """The type line, such as ``Legendary Creature — Goblin``; "" where it is unknown."""
     line = join_type_line(card.supertypes or (), card.types or (), card.subtypes or ())
     return line.removeprefix(" — ")  # subtypes alone
-
-
-def _table_row(types: Iterable[str]) -> int:
-    rows = {"Land": _LANDS, "Creature": _CREATURES, "Instant": _SPELLS, "Sorcery": _SPELLS}
-    return next((row for word, row in rows.items() if word in types), _OTHERS)

@@ -1,8 +1,7 @@
 """`NameRequest`: everything that can be asked of a generator, each option declared once; `Sampling` and its presets.
 
-`NameGenerator.generate` takes these fields as keyword arguments, ``flash-experts generate`` and its YAML files as
-options, the playground as controls. To add one: a field here (or in `Constraints` or `Sampling`), its use, and its
-test.
+The fields are arguments of `NameGenerator.generate`, options of ``flash-experts generate`` and its YAML files, and
+controls of the playground. To add one: a field here (or in `Constraints` or `Sampling`), its use, and its test.
 """
 
 from __future__ import annotations
@@ -94,11 +93,7 @@ class Sampling:
 
 
 def load_presets(path: str | Path) -> dict[str, Sampling]:
-    """Presets of a YAML file that maps names to settings of `Sampling`.
-
-    Raises:
-        ValueError: the file is missing or not such YAML, or a setting is unknown or out of range.
-    """
+    """Presets of a YAML file that maps names to settings of `Sampling`, or a ValueError."""
     content = read_yaml(path)
     if not all(isinstance(one, dict) for one in content.values()):
         raise ValueError(f"{path}: presets are written as NAME: and under it temperature: 0.9, top_k: 50, ...")
@@ -123,11 +118,7 @@ PRESETS = load_presets(Path(__file__).with_name("presets.yaml"))
 
 
 def sampling_of(preset: str, presets: str | Path | None = None, **overrides: float | int | None) -> Sampling:
-    """The settings of a preset of `PRESETS` or of the file ``presets``, replaced by ``overrides`` that are not None.
-
-    Raises:
-        ValueError: the preset is unknown, or a setting is out of range.
-    """
+    """A preset of `PRESETS` or of the file ``presets``, with ``overrides`` that are not None, or a ValueError."""
     known = PRESETS if presets is None else PRESETS | load_presets(presets)
     if preset not in known:
         hint = did_you_mean(preset, known, prefix=" ", cutoff=0.3)
@@ -147,13 +138,10 @@ def _override(name: str) -> Any:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NameRequest(Constraints):
-    """One request for names: the card, how names are drawn, the rules that they follow, and how many.
-
-    None leaves an option open. Each field's `Option` has its help text, bounds and label.
+    """One request for names; None leaves an option open. Each field's `Option` has its help text, bounds and label.
 
     Raises:
         ValueError: a value is out of range, unknown, or contradicts another.
-        TypeError: an option is unknown.
     """
 
     type_line: str | None = option(
@@ -215,23 +203,15 @@ class NameRequest(Constraints):
 
     @property
     def num_candidates(self) -> int:
-        """Names drawn for each one shown: more where text follows a gap of ``pattern``."""
+        """Names drawn for each one shown."""
         by_quality = _CANDIDATES_AFTER_GAP if self.has_text_after_gap else CANDIDATES
         return by_quality[self.quality] if self.best_of is None else self.best_of
 
     def attributes(self) -> Attributes:
-        """The attributes of the card, without those that `like` adds.
-
-        Raises:
-            ValueError: a type, color, rarity, set or year is unknown.
-        """
+        """The attributes of the card, without those that `like` adds; raises a ValueError for an unknown one."""
         return Attributes.parse(self.type_line, self.colors, self.mana_value, self.rarity, self.set_code, self.released)
 
     def sampling(self) -> Sampling:
-        """The preset, with this request's own settings.
-
-        Raises:
-            ValueError: the preset is unknown, or a setting is out of range.
-        """
+        """The preset with this request's own settings, or a ValueError."""
         own = {each.name: getattr(self, each.name) for each in fields(Sampling)}
         return sampling_of(self.preset, self.presets, **own)

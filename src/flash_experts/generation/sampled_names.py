@@ -1,8 +1,7 @@
 """Data for sequence-level knowledge distillation (Kim and Rush 2016): a teacher's names for many attribute sets.
 
 The attribute sets are those of real cards, with attribute dropout as in training. Names are sampled without filters;
-rejected texts (real cards, duplicates) are drawn again, a few times. A killed run loses one piece of the file, and
-resumes to the same names.
+rejected texts are drawn again, a few times. A killed run loses one piece of the file, and resumes to the same names.
 """
 
 from __future__ import annotations
@@ -46,9 +45,9 @@ class SampledNames:
     """The settings of a run.
 
     Attributes:
-        count: number of names; slightly fewer are written if attribute sets run out of new ones.
+        count: slightly fewer names are written if attribute sets run out of new ones.
         attribute_dropout: probability that each part of a card's attributes is left out.
-        top_logits: most likely tokens recorded per position; 0 for none.
+        top_logits: most likely tokens recorded per position.
     """
 
     count: int
@@ -59,14 +58,11 @@ class SampledNames:
     top_logits: int = 0
 
     def __post_init__(self) -> None:
-        if not 1 <= self.count <= 10_000_000:
-            raise ValueError(f"count is {self.count}: it must be from 1 to 10,000,000")
-        if not 0 <= self.attribute_dropout <= 1:
-            raise ValueError(f"attribute_dropout is {self.attribute_dropout}: it must be from 0 to 1")
-        if not 1 <= self.batch_size <= 65_536:
-            raise ValueError(f"batch_size is {self.batch_size}: it must be from 1 to 65,536")
-        if not 0 <= self.top_logits <= 1024:
-            raise ValueError(f"top_logits is {self.top_logits}: it must be from 0 to 1,024")
+        bounds = {"count": (1, 10_000_000), "attribute_dropout": (0, 1), "batch_size": (1, 65_536),
+                  "top_logits": (0, 1024)}  # fmt: skip
+        for name, (low, high) in bounds.items():
+            if not low <= (value := getattr(self, name)) <= high:
+                raise ValueError(f"{name} is {value}: it must be from {low} to {high:,}")
         if self.sampling.repetition_penalty != 1 or self.sampling.guidance != 1:
             raise ValueError(
                 "repetition_penalty and guidance need a single prompt: leave them out with attributes_from"
@@ -78,8 +74,8 @@ class _State:
     """The state from which a run with equal ``settings`` is resumed.
 
     Attributes:
-        planned: number of attribute sets that had their first attempt.
-        again: attribute sets whose last name was rejected, each with its number of attempts.
+        planned: attribute sets that had their first attempt.
+        again: those whose last name was rejected, with their attempts.
     """
 
     settings: dict[str, Any]
@@ -105,11 +101,11 @@ def write_sampled_names(
     Args:
         known: normal forms of names that the file must not have, besides those that the generator knows.
         out: a ``.jsonl`` file, written as ``out.part`` until it is complete.
-        source: further inputs that decide the names: only a run with the same ones is resumed.
-        report: called after each piece with the number of names so far.
+        source: further inputs that decide the names: a run is resumed only with the same ones.
+        report: called with the number of names so far.
 
     Raises:
-        ValueError: the file exists, another process writes it, or an unfinished one is damaged or has other settings.
+        ValueError: the file exists or is being written, or an unfinished one is damaged or has other settings.
     """
     logits = out.with_suffix(SUFFIX) if request.top_logits else None
     check_replaced(out, overwrite)
@@ -145,7 +141,6 @@ def write_sampled_names(
 
 
 def _plan(cards: Sequence[Card], request: SampledNames) -> list[Attributes]:
-    """Attribute sets to sample names for: equal ones are grouped in runs, and the runs shuffled."""
     rng = random.Random(f"attribute sets/{request.seed}")
     drawn: dict[str, list[Attributes]] = {}
     for _ in range(request.count):
@@ -199,7 +194,7 @@ class _Sampler:
 def _piece(
     draw: _Sampler, state: _State, forbidden: Collection[str], seen: set[str]
 ) -> tuple[bytes, dict[int, NameLogits], _State]:
-    """Lines and logits of the next piece, and the state after it. Adds the new names to ``seen``."""
+    """Lines and logits of the next piece, and the state after it; ``seen`` gets the new names."""
     retried = sorted(state.again[:_PIECE], key=lambda one: draw.plan[one[0]].prompt())
     first = range(state.planned, min(state.planned + _PIECE - len(retried), len(draw.plan)))
     attempts = dict.fromkeys(first, 0) | dict(retried)
@@ -262,7 +257,7 @@ def _locked(out: Path) -> Iterator[None]:
 
 
 def _resumed(part: Path, state_file: Path, settings: dict[str, Any]) -> tuple[_State, set[str]]:
-    """The state of an unfinished file, truncated to its last complete piece, and the normal forms of its names."""
+    """The state and known names of an unfinished file, which is truncated to its last complete piece."""
     if not state_file.exists():
         part.unlink(missing_ok=True)  # its first piece was never complete
         return _State(settings), set()

@@ -25,8 +25,7 @@ def stream_seed(seed: int, prompt_ids: Sequence[int]) -> int:
 def noise(seed: int, indices: Sequence[int], steps: int) -> torch.Tensor:
     """(len(indices), steps, 2) float64 uniform in [0, 1): row i depends on ``seed`` and ``indices[i]`` alone.
 
-    So a name depends neither on the batch composition nor on the device. The second number is for drawing a token
-    again.
+    So a name depends neither on the batch nor on the device. The second number is for a token that is drawn again.
     """
     rows = [np.random.default_rng((seed, index)).random((steps, 2)) for index in indices]
     return torch.from_numpy(np.stack(rows))
@@ -36,18 +35,15 @@ def draw(scores_BV: torch.Tensor, noise_B2: torch.Tensor, sampling: Sampling) ->
     """Draws one token per row with temperature, top-k, top-p and min-p.
 
     Rejection sampling avoids most sorting: only rows whose token, drawn from the whole vocabulary, is not a candidate
-    draw again from their candidates. The distribution is the same.
-
-    Draws invert the cumulative distribution in the order of token ids, which rounding does not change, so a name is the
-    same with another batch size.
+    draw again from their candidates. Draws invert the cumulative distribution in the order of token ids, which rounding
+    does not change, so a name is the same with another batch size.
 
     Args:
         scores_BV: float32 logits, minus infinity where a token is forbidden.
-        noise_B2: uniform in [0, 1).
-        sampling: the repetition penalty is ignored.
+        noise_B2: from `noise`.
 
     Returns:
-        (B,) int64 tokens, and (B,) bool: rows without any possible token.
+        (B,) tokens, and (B,) bool: rows without any possible token.
     """
     dead_B = scores_BV.amax(-1) == -torch.inf
     probs_BV = (scores_BV if sampling.temperature == 1 else scores_BV / sampling.temperature).softmax(-1)
@@ -67,11 +63,9 @@ def draw(scores_BV: torch.Tensor, noise_B2: torch.Tensor, sampling: Sampling) ->
 
 
 def _invert(probs_BK: torch.Tensor, noise_B: torch.Tensor) -> torch.Tensor:
-    """(B,) first places where the cumulative probabilities (up to a factor per row) exceed the random number.
-
-    Sums of blocks say in which block that is, so that only one block of each row is cumulated.
-    """
+    """(B,) first places where the cumulative probabilities (up to a factor per row) exceed the random number."""
     K = probs_BK.shape[1]
+    # Sums of blocks show in which block that is, so that only one block of each row is cumulated.
     whole = K - K % _BLOCK
     blocks = [probs_BK[:, :whole].unflatten(1, (-1, _BLOCK)).sum(-1, dtype=torch.float64)] if whole else []
     if whole < K:
@@ -90,10 +84,7 @@ def _invert(probs_BK: torch.Tensor, noise_B: torch.Tensor) -> torch.Tensor:
 
 
 def _rejected(probs_BV: torch.Tensor, tokens_B: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor, torch.Tensor]:
-    """(B,) bool twice: tokens that are certainly not candidates, and those for which only sorting can decide.
-
-    The latter occur where top-p is a share of the top-k mass, for which only bounds are known.
-    """
+    """(B,) bool twice: tokens that are certainly not candidates, and those for which only sorting can decide."""
     own_B1 = probs_BV.gather(1, tokens_B[:, None])
     is_out_B = own_B1[:, 0] < sampling.min_p * probs_BV.amax(-1)
     is_unsure_B = torch.zeros_like(is_out_B)
@@ -105,7 +96,7 @@ def _rejected(probs_BV: torch.Tensor, tokens_B: torch.Tensor, sampling: Sampling
         if sampling.top_p < 1:
             before_B = (probs_BV * likelier_BV).sum(-1)
             is_out_B |= before_B >= sampling.top_p
-            if limits_k:
+            if limits_k:  # top-p is a share of the top-k mass, for which only bounds are known
                 high_BV = probs_BV >= 1 / (4 * sampling.top_k)
                 least_B = (probs_BV * high_BV).sum(-1).masked_fill_(high_BV.sum(-1) > sampling.top_k, 0)
                 is_unsure_B = (before_B >= sampling.top_p * least_B) & ~is_out_B

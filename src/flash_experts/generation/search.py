@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import islice
 
 import torch
@@ -14,12 +15,11 @@ from transformers import LogitsProcessor, PreTrainedModel
 from flash_experts.data.names import normal_form
 from flash_experts.generation.constraints import Constraints
 from flash_experts.generation.decoding import DecodedName, NameDecoder
-from flash_experts.generation.filters.base import NoTokenLeftError
+from flash_experts.generation.filters.base import NameVocabulary, NoTokenLeftError
 from flash_experts.generation.filters.regex import MatchesRegex
-from flash_experts.generation.filters.vocabulary import NameVocabulary
 from flash_experts.generation.formatting import format_name
 from flash_experts.generation.request import Sampling
-from flash_experts.generation.reranking.reranker import Reranker
+from flash_experts.generation.reranker import Reranker
 from flash_experts.generation.similarity import KnownNames
 from flash_experts.models.scoring import evaluating
 
@@ -32,7 +32,6 @@ class GeneratedName:
     """A new card name.
 
     Attributes:
-        text: the name as it would be printed.
         log_prob: of its tokens and the EOS token, in nats, independent of sampling and filters.
         nearest_card: the real card with the most similar name; None if the generator knows no names.
         similarity: 1 - edit distance to ``nearest_card`` / the longer length; under 1.
@@ -49,9 +48,9 @@ class GeneratedName:
         return self.log_prob / (len(self.text) + 1)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Search:
-    """The settings of one search.
+@dataclass(kw_only=True)
+class NameSearch:
+    """Finds the acceptable names of a seed's stream, in its order, independent of the batch size.
 
     Attributes:
         prompt_ids: BOS token and prompt.
@@ -60,6 +59,9 @@ class Search:
         best_of: candidates drawn per name returned.
     """
 
+    model: PreTrainedModel
+    vocabulary: NameVocabulary
+    known: KnownNames
     prompt_ids: Sequence[int]
     unconditional_ids: Sequence[int]
     sampling: Sampling
@@ -70,41 +72,46 @@ class Search:
     best_of: int
     reranker: Reranker[GeneratedName]
 
-
-class NameSearch:
-    """Finds the acceptable names of a seed's stream, in its order, independent of the batch size."""
-
-    def __init__(self, model: PreTrainedModel, vocabulary: NameVocabulary, known: KnownNames, search: Search) -> None:
-        """Prepares the search.
-
-        Raises:
-            ValueError: the prompt fills the model's context.
-        """
-        self._model = model
-        self._vocabulary = vocabulary
-        self._known = known
-        self._search = search
-        self._regex = next((one for one in search.processors if isinstance(one, MatchesRegex)), None)
-        self._steps = _steps(model, len(search.prompt_ids), search.constraints.longest)
-        self._decoder: NameDecoder | None = None
+    def __post_init__(self) -> None:
+        """Raises a ValueError if the prompt fills the model's context."""
+        context, length = self.model.config.max_position_embeddings, len(self.prompt_ids)
+        if context - length < 2:
+            raise ValueError(
+                f"the prompt takes {length} tokens, the model's context has {context}: shorten the type line"
+            )
+        # Four bytes per character, a space and the EOS token.
+        self._steps = min(4 * self.constraints.longest + 2, context - length)
+        self._regex = next((one for one in self.processors if isinstance(one, MatchesRegex)), None)
         self._stream: Iterator[DecodedName] | None = None
         self._seen: set[str] = set()
         self._tried = self._tries_since_new = self._whole = 0
 
-    def names(self, count: int) -> Iterator[GeneratedName]:
-        """The first ``count`` acceptable names, one chosen after every ``best_of`` candidates. Warns if fewer exist.
+    @cached_property
+    def _decoder(self) -> NameDecoder:
+        return NameDecoder(
+            self.model,
+            self.prompt_ids,
+            self.vocabulary.eos_id,
+            self.sampling,
+            self.processors,
+            self._steps,
+            self.seed,
+            self.unconditional_ids,
+        )
 
-        Raises:
-            NoTokenLeftError: no name satisfies the constraints.
+    def names(self, count: int) -> Iterator[GeneratedName]:
+        """The first ``count`` acceptable names, one chosen after every ``best_of`` candidates.
+
+        Warns if it finds fewer; raises a NoTokenLeftError if no name satisfies the constraints.
         """
         given = 0
         while given < count and self._tries_since_new < _GIVE_UP_AFTER:
-            chosen = self._choose(self._next_batch(count * self._search.best_of - len(self._seen)), count - given)
+            chosen = self._choose(self._next_batch(count * self.best_of - len(self._seen)), count - given)
             given += len(chosen)
             yield from self._with_nearest(chosen)
         if count and not self._whole:
             raise NoTokenLeftError(
-                f"no name can be made with {self._search.constraints.describe()}: loosen one of these constraints"
+                f"no name can be made with {self.constraints.describe()}: loosen one of these constraints"
             )
         if given < count:
             warnings.warn(
@@ -115,7 +122,7 @@ class NameSearch:
 
     def _choose(self, found: Sequence[GeneratedName], wanted: int) -> list[GeneratedName]:
         """The names chosen after these candidates, however many come at once; if no more will come, all that wait."""
-        best_of, reranker = self._search.best_of, self._search.reranker
+        best_of, reranker = self.best_of, self.reranker
         if best_of == 1:
             return list(found)
         chosen: list[GeneratedName | None] = []
@@ -130,7 +137,6 @@ class NameSearch:
         return [name for name in chosen if name is not None]
 
     def _next_batch(self, wanted: int) -> list[GeneratedName]:
-        """The new and acceptable ones among the next names of the stream, at most ``wanted``."""
         batch = self._decode(wanted)
         texts = [self._accept(name) for name in batch]
         far = self._far_enough(texts)
@@ -152,63 +158,37 @@ class NameSearch:
     def _decode(self, wanted: int) -> list[DecodedName]:
         """The next names of the stream, as many as the acceptance rate so far suggests."""
         # Entered again for each part: in between, the caller finds the model and the gradient mode unchanged.
-        part = min(_PART, self._search.batch_size)
-        with evaluating(self._model), torch.no_grad():
+        part = min(_PART, self.batch_size)
+        with evaluating(self.model), torch.no_grad():
             names = list(islice(self._stream, part)) if self._stream is not None else []
             if not names:
                 rate = max(len(self._seen), 1) / max(self._tried, 1)
                 size = max(math.ceil(1.05 * wanted / rate), 1)
                 indices = range(self._tried, self._tried + size)
-                self._stream = self._make_decoder().stream(indices, self._search.batch_size)
+                self._stream = self._decoder.stream(indices, self.batch_size)
                 names = list(islice(self._stream, part))
         return names
 
-    def _make_decoder(self) -> NameDecoder:
-        search = self._search
-        if self._decoder is None:
-            self._decoder = NameDecoder(
-                self._model,
-                search.prompt_ids,
-                self._vocabulary.eos_id,
-                search.sampling,
-                search.processors,
-                self._steps,
-                search.seed,
-                search.unconditional_ids,
-            )
-        return self._decoder
-
     def _accept(self, name: DecodedName) -> str:
-        """The formatted text of a name, or "" if it is not acceptable (whatever the filters did)."""
-        text = self._vocabulary.decode(name.ids) if name.is_whole else ""
+        """The formatted text of a name, or "" if it is not acceptable, whatever the filters did."""
+        text = self.vocabulary.decode(name.ids) if name.is_whole else ""
         if not text.isprintable():  # bytes that make no character
             return ""
         text = format_name(text)
         key = normal_form(text)
-        good = key and key not in self._known.normal_forms and self._search.constraints.held_by(text)
+        good = key and key not in self.known.normal_forms and self.constraints.held_by(text)
         return text if good and (self._regex is None or self._regex.matches(text)) else ""
 
     def _far_enough(self, texts: Sequence[str]) -> frozenset[str]:
-        most = 1 - self._search.constraints.min_distance
+        most = 1 - self.constraints.min_distance
         if most == 1:
             return frozenset(texts)
         new = [text for text in dict.fromkeys(texts) if text and normal_form(text) not in self._seen]
-        return frozenset(text for text, (_, near) in zip(new, self._known.nearest(new), strict=True) if near <= most)
+        return frozenset(text for text, (_, near) in zip(new, self.known.nearest(new), strict=True) if near <= most)
 
     def _with_nearest(self, names: Sequence[GeneratedName]) -> list[GeneratedName]:
-        nearest = self._known.nearest([name.text for name in names])
+        nearest = self.known.nearest([name.text for name in names])
         return [
             replace(name, nearest_card=card, similarity=similarity)
             for name, (card, similarity) in zip(names, nearest, strict=True)
         ]
-
-
-def _steps(model: PreTrainedModel, prompt_length: int, max_length: int) -> int:
-    """Most tokens of a name: four bytes per character, a space and the EOS token, within the context."""
-    context = model.config.max_position_embeddings
-    room = context - prompt_length
-    if room < 2:
-        raise ValueError(
-            f"the prompt takes {prompt_length} tokens, the model's context has {context}: shorten the type line"
-        )
-    return min(4 * max_length + 2, room)

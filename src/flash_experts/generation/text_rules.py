@@ -1,4 +1,4 @@
-"""Rules on the text of a name, shared by the token filters and the final check: pure functions on strings."""
+"""Rules on the text of a name, shared by the token filters and the final check."""
 
 from __future__ import annotations
 
@@ -78,13 +78,13 @@ def profane_words() -> frozenset[str]:
 
 
 def profanity_at_end(name: str) -> Verdict:
-    """Whether the last word of a text, perhaps unfinished, is or contains a swear word or slur."""
+    """Whether the last word of a text, perhaps unfinished, has a swear word or slur in it."""
     return _profanity_of(name.rpartition(" ")[2])
 
 
 @lru_cache(maxsize=1 << 16)
 def _profanity_of(word: str) -> Verdict:
-    """`profanity_at_end` for a word as a whole and for its part after the last hyphen or apostrophe."""
+    """Checks a word as a whole, and its part after the last hyphen or apostrophe."""
     parts = {normal_form(word), *map(normal_form, WORD.findall(word)[-1:])}
     if any(_STEMS.search(part) for part in parts):
         return "dropped"
@@ -95,8 +95,8 @@ def _profanity_of(word: str) -> Verdict:
 def real_places() -> frozenset[str]:
     """Normal forms of places, except words of fantasy or everyday English.
 
-    Countries, capitals, demonyms and states of the USA from countryinfo (MIT); large cities and continents from the
-    time zones in tzdata (Apache-2.0).
+    Countries, capitals, demonyms and states of the USA from countryinfo (MIT), large cities and continents from tzdata
+    (Apache-2.0).
     """
     found = set(_NATIONS)
     for country in (files("countryinfo") / "data").iterdir():
@@ -113,7 +113,6 @@ def real_places() -> frozenset[str]:
 
 @cache
 def _starts_of_places() -> frozenset[str]:
-    """Places of `_START_OF_WORD` letters or more, which no word may start with."""
     return frozenset(place for place in real_places() - _NO_STARTS if len(place) >= _START_OF_WORD)
 
 
@@ -139,11 +138,11 @@ def _listed(word: str, words: frozenset[str]) -> bool:
 
 
 def alliterates(text: str, least: int = 2) -> bool:
-    """Whether a text has ``least`` words or more, all starting with the same letter; small words do not count."""
+    """Whether a text has ``least`` words, all with the same first letter; small words do not count."""
     forms = [normal_form(word) for word in text.split() if word.lower() not in SMALL_WORDS]
     return len(forms) >= least and len({form[:1] for form in forms}) == 1 and all(forms)
 
 
 def words_of(text: str) -> list[str]:
-    """The words of a text as `BannedWords` compares them: letters and digits, in normal form."""
+    """The words of a text: letters and digits, in normal form."""
     return [normal_form(word) for word in WORD.findall(text)]

@@ -1,8 +1,7 @@
 """Router maps: which expert processes which token of given names, with load balance and entropy of each router.
 
-The EOS token is never read, so it has no expert. With expert choice, the experts of a token depend on the batch
-composition, here `TOKENS_PER_BATCH` tokens. Token dropping by a capacity factor happens in training only; here it is
-counted.
+The EOS token is never read, so it has no expert. With expert choice, the experts of a token depend on the batch, here
+`TOKENS_PER_BATCH` tokens. A capacity factor drops tokens in training only; here they are counted.
 
 Shape suffixes: T tokens of all names, E experts, K experts per token, L MoE layers.
 """
@@ -11,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,7 @@ from flash_experts.evaluation.routing.specialization import (
     token_labels,
 )
 from flash_experts.evaluation.scorers import TOKENS_PER_BATCH, check_lengths, scoring
-from flash_experts.generation.filters.vocabulary import NameVocabulary
+from flash_experts.generation.filters.base import NameVocabulary
 from flash_experts.models import router_metrics
 from flash_experts.models.loading import load_model
 from flash_experts.models.moe import GPT2MoEForCausalLM
@@ -53,12 +52,11 @@ class BlockRouting:
     """Routing of T tokens in one block.
 
     Attributes:
-        chosen_TE: true where the token goes to the expert.
-        gates_TE: 0 where it does not.
+        chosen_TE: true where the token goes to the expert; else, ``gates_TE`` is 0.
         entropy: mean entropy of a token's routing probabilities / log E.
         top1: mean probability of a token's best expert.
-        left_out: by its name, the share of choices that the capacity factor would drop in training, or of tokens
-            without an expert (expert choice); empty if neither applies.
+        left_out: by name, the share of choices that the capacity factor would drop in training, or of tokens without an
+            expert (expert choice).
     """
 
     block: int
@@ -74,10 +72,10 @@ class BlockMetrics:
     """Router metrics of one block.
 
     Attributes:
-        load: load of each expert over the mean, on all tokens; ``load_of_names`` without BOS token and prompt.
+        load: over the mean load, on all tokens; ``load_of_names`` without BOS token and prompt.
         metrics: see `flash_experts.models.router_metrics.router_metrics`.
         together: coactivation: for each expert the share of its tokens that also go to each other expert.
-        trouble: problem (such as routing collapse) and the setting to change, or None.
+        trouble: problem (such as routing collapse) and the setting to change.
     """
 
     block: int
@@ -111,7 +109,7 @@ class TrainingLoads:
 
 @dataclass(frozen=True, slots=True)
 class RouterMap:
-    """Result of `inspect_router`; ``left_out_labels`` have too few tokens, ``training`` needs metrics.jsonl."""
+    """Result of `inspect_router`; ``left_out_labels`` have too few tokens."""
 
     model: str
     settings: dict[str, Any]
@@ -130,17 +128,7 @@ class RouterMap:
         return self.settings["num_experts_per_tok"] > 1 or self.settings["routing"] == "expert_choice"
 
     def to_json(self) -> dict[str, Any]:
-        own = {name: getattr(self, name) for name in ("model", "settings", "names", "tokens", "seed")}
-        maps = [{key: getattr(each, key) for key in NameMap.__slots__} for each in self.maps]
-        training = self.training and {key: getattr(self.training, key) for key in TrainingLoads.__slots__}
-        return {
-            **own,
-            "blocks": [{key: getattr(each, key) for key in BlockMetrics.__slots__} for each in self.blocks],
-            "specializations": [each.to_json() for each in self.specializations],
-            "left_out_labels": list(self.left_out_labels),
-            "maps": maps,
-            "training": training,
-        }
+        return asdict(self) | {"specializations": [each.to_json() for each in self.specializations]}
 
 
 def inspect_router(
@@ -162,7 +150,7 @@ def inspect_router(
         shown: number of first names that get maps.
 
     Raises:
-        ValueError: there are no names, a name is too long, the model does not exist or has fewer than two experts.
+        ValueError: there are no names, one is too long, or the model has fewer than two experts.
     """
     if not names:
         raise ValueError("no names to inspect: give at least one")
@@ -217,7 +205,7 @@ def _load(
 def route(
     model: GPT2MoEForCausalLM, names: Sequence[EncodedName], tokens_per_batch: int = TOKENS_PER_BATCH
 ) -> list[BlockRouting]:
-    """Records the routing of each block; ``tokens_per_batch`` matters only to expert choice and capacity factors."""
+    """Records routing; ``tokens_per_batch`` matters only to expert choice and capacity factors."""
     routers = router_metrics.routers_of(model)
     seen: dict[int, list[tuple[torch.Tensor, ...]]] = {block: [] for block in routers}
 
@@ -235,7 +223,7 @@ def route(
 def _routing_of(
     router: Router, logits_TE: torch.Tensor, gates: torch.Tensor, choices: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(T, E) choices, (T, E) gates, and sums of entropy, best probability and left-out tokens of a forward."""
+    """(T, E) choices, (T, E) gates, and sums of entropy, best probability and left-out tokens."""
     member_TE = router.membership(choices, len(logits_TE))
     gates_TE = router.dense_gates(gates, choices, len(logits_TE))
     logprobs_TE = router.log_scores(logits_TE).log_softmax(-1)
@@ -274,7 +262,7 @@ def _metrics(routing: BlockRouting, tokens: Tokens, model: GPT2MoEForCausalLM) -
 
 
 def name_maps(names: Sequence[str], tokens: Tokens, routing: Sequence[BlockRouting]) -> tuple[NameMap, ...]:
-    """Maps each token of the first names to its experts; ``names`` may be fewer than those of ``tokens``."""
+    """Maps each token of the first names to its experts."""
     maps = []
     for index, name in enumerate(names):
         mine = np.flatnonzero(tokens.name_T == index).tolist()
@@ -298,7 +286,7 @@ def _experts_of(routing: BlockRouting, token: int) -> tuple[tuple[int, float], .
 def read_loads(path: Path) -> TrainingLoads | None:
     """Reads expert loads during training from metrics.jsonl, averaged over up to 12 intervals; None if not recorded.
 
-    Of a step repeated after a resume, the last values count.
+    Of a repeated step, the last values count.
     """
     steps: dict[int, dict[int, list[float]]] = {}
     for record in read_untrusted_metrics(path):

@@ -1,7 +1,4 @@
-"""Router report: text for a terminal, and a self-contained HTML page without scripts.
-
-Every color is next to its number.
-"""
+"""Router report: text for a terminal, and a self-contained HTML page without scripts."""
 
 from __future__ import annotations
 
@@ -30,7 +27,7 @@ _METRICS = {
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """A number in a shaded cell: ``shade`` from 0 to 100, ``mark`` next to it, ``small`` below it."""
+    """A number, its ``shade`` from 0 to 100, the ``mark`` next to it, and ``small`` text below it."""
 
     text: str
     shade: int
@@ -51,13 +48,7 @@ class HeatTable:
 
 @dataclass(frozen=True, slots=True)
 class MapCell:
-    """Experts of a token in one block.
-
-    Attributes:
-        gates: in percent; "" if there are too many.
-        classes: CSS classes for color and highlighting.
-        split: percent of the cell with the first expert's color.
-    """
+    """Experts of a token in one block; ``split`` is the percentage of the cell with the first one's color."""
 
     experts: str
     gates: str
@@ -128,7 +119,6 @@ def _shade(value: float, highest: float) -> int:
 
 
 def _in_order(tables: Sequence[HeatTable]) -> list[tuple[HeatTable, bool]]:
-    """The tables, and whether each is the one that is open at first."""
     heaviest = max(range(len(tables)), key=lambda index: tables[index].weight, default=0)
     return [(table, index == heaviest) for index, table in enumerate(tables)]
 

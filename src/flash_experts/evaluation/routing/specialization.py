@@ -7,11 +7,10 @@ Even a random router shows a pattern, so each statistic is compared with that af
                   tokens; the mean over shuffles measures that bias.
     p-value       share of shuffles that are as extreme, corrected over all layers and labels by the largest
                   standardized statistic of each shuffle (Westfall and Young 1993, section 2.5).
-    marks         cells whose share at most 5% of the shuffles exceed in any cell of the label; only in tables that are
-                  significant as a whole.
+    marks         cells whose share at most 5% of the shuffles exceed, in tables that are significant as a whole.
 
-Shuffled units must be exchangeable. All tokens of a name share its card type, so types are shuffled between names;
-classes and positions of tokens are shuffled within each name.
+Shuffled units must be exchangeable: card types are shuffled between names, whose tokens share them; classes and
+positions of tokens within each name.
 
 Shape suffixes: T tokens, E experts, G groups of a label, L MoE layers, U shuffled units, B shuffles.
 """
@@ -50,7 +49,7 @@ class LabelSet:
 
     Attributes:
         label_T: group of each token, -1 for none.
-        shuffled: unit of shuffling: ``names`` (all tokens of a name share a label), ``within names`` or ``tokens``.
+        shuffled: unit of shuffling.
     """
 
     title: str
@@ -64,10 +63,9 @@ class Specialization:
     """Dependence between the experts of one layer and one label.
 
     Attributes:
-        share: share of the choices that went to each expert, by group.
-        marks: 1 (more than chance), -1 (less) or 0, by group and expert; all 0 if the table is not significant.
-        shuffled: mean information of the shuffles.
-        shuffled_high: 95% quantile of the shuffles.
+        share: of the choices that went to each expert, by group.
+        marks: 1 (more than chance), -1 (less) or 0, by group and expert.
+        shuffled: mean information of the shuffles; ``shuffled_high`` is their 95% quantile.
     """
 
     title: str
@@ -83,11 +81,9 @@ class Specialization:
 
     @property
     def is_specialized(self) -> bool:
-        """Whether the dependence is significant."""
         return self.p_value <= SIGNIFICANT
 
     def to_json(self) -> dict[str, Any]:
-        """Returns plain values, ready for json.dumps."""
         return {name: getattr(self, name) for name in self.__slots__} | {"is_specialized": self.is_specialized}
 
 
@@ -110,12 +106,12 @@ def specializations(
     shuffles: int = SHUFFLES,
     seed: int = 0,
 ) -> list[Specialization]:
-    """Tests every label against the experts of every layer, and lists the results in the order of both.
+    """Tests every label against the experts of every layer, in the order of both.
 
     Args:
         labels: those with fewer than two large groups (`FEWEST_TOKENS`, `FEWEST_NAMES`) are left out.
-        chosen_LTE: (T, E) of each layer, true where the token goes to the expert.
-        name_T: name of each token, ascending.
+        chosen_LTE: true where the token goes to the expert.
+        name_T: ascending.
         shuffles: B; the smallest p-value is 1 / (B + 1).
     """
     if not blocks:
@@ -149,7 +145,7 @@ def specializations(
 def _specialization(
     label: LabelSet, block: int, counts_GE: FloatArray, marks_GE: IntArray, information: FloatArray, p_value: float
 ) -> Specialization:
-    """Summarizes one layer. ``information`` is (B + 1,): of the counts, then of each shuffle."""
+    """One layer. ``information`` is (B + 1,): of the counts, then of each shuffle."""
     share_GE = counts_GE / np.maximum(counts_GE.sum(1, keepdims=True), 1.0)
     sizes_G = np.bincount(label.label_T[label.label_T >= 0], minlength=len(label.groups))
     return Specialization(
@@ -202,16 +198,14 @@ def _shuffled_tables(
 
 
 def _standardized(values: FloatArray) -> FloatArray:
-    """Standardizes (B + 1, ...) by mean and deviation of the shuffles; 0 where they do not vary."""
+    """Standardizes by mean and deviation of the shuffles; 0 where they do not vary."""
     mean, deviation = values[1:].mean(0), values[1:].std(0)
     return np.divide(values - mean, deviation, out=np.zeros_like(values), where=deviation > 1e-12)
 
 
 def _marks(table: FloatArray) -> IntArray:
-    """(G, L, E): 1 or -1 for significant cells of counts (B + 1, G, L, E), else 0.
-
-    It tests shares, since a group's number of tokens changes with the names that a shuffle gives it.
-    """
+    """(G, L, E): 1 or -1 for significant cells of counts (B + 1, G, L, E), else 0."""
+    # Shares, since a group's number of tokens changes with the names that a shuffle gives it.
     z = _standardized(table / np.maximum(table.sum(-1, keepdims=True), 1.0))
     limit = np.quantile(np.abs(z[1:]).max(axis=(1, 2, 3)), 0.95)
     return np.where(np.abs(z[0]) > limit, np.sign(z[0]), 0).astype(np.int64)
@@ -221,7 +215,7 @@ def _marks(table: FloatArray) -> IntArray:
 class Tokens:
     """All input tokens, one name after the other.
 
-    Classes index `TOKEN_CLASSES`; positions in the name count from 0, -1 for BOS token and prompt.
+    Classes index `TOKEN_CLASSES`; places in the name count from 0, -1 for BOS token and prompt.
     """
 
     texts: tuple[str, ...]
@@ -231,7 +225,7 @@ class Tokens:
 
     @classmethod
     def of(cls, names: Sequence[EncodedName], prompt_texts: Sequence[str]) -> Tokens:
-        """Lists the tokens of encoded names; ``prompt_texts`` has the text of each id, from `NameVocabulary`."""
+        """``prompt_texts`` is of `NameVocabulary`."""
         texts: list[str] = []
         rows: list[tuple[int, int, int]] = []
         for index, name in enumerate(names):
@@ -259,13 +253,13 @@ def _class_in_name(text: str, place: int) -> int:
 
 
 def shown_text(text: str) -> str:
-    """Makes a token printable: spaces become "·", bytes of incomplete characters ``\\xc3``."""
+    """A token in print: spaces become "·", bytes of incomplete characters ``\\xc3``."""
     shown = (f"\\x{ord(c) - 0xDC00:02x}" if "\udc80" <= c <= "\udcff" else c for c in text.replace(" ", "·"))
     return "".join(shown)
 
 
 def token_labels(tokens: Tokens) -> list[LabelSet]:
-    """Labels tokens by class, by position in the name, and by the token itself (the most frequent ones)."""
+    """Labels by class, by place in the name, and by the token itself (the most frequent ones)."""
     in_name_T = tokens.place_T >= 0
     place_T = np.where(in_name_T, np.minimum(tokens.place_T, len(_PLACES) - 1), -1)
     counted = Counter(text for text, inside in zip(tokens.texts, in_name_T, strict=True) if inside)
@@ -281,7 +275,7 @@ def token_labels(tokens: Tokens) -> list[LabelSet]:
 
 
 def card_labels(cards: Sequence[Card], tokens: Tokens) -> list[LabelSet]:
-    """Labels the tokens within names by card type (an Artifact Creature is a Creature) and color."""
+    """Labels within names by card type (an Artifact Creature is a Creature) and color."""
     in_name_T = tokens.place_T >= 0
     types = [next((name for name in reversed(TYPES) if name in card.types), None) for card in cards]
     colors = [next(iter(colors_of(card)), None) for card in cards]

@@ -5,20 +5,23 @@ from flash_experts.generation.filters.base import (
     AllowedCharacters,
     KnownNameFilter,
     NameFilter,
+    NameVocabulary,
     NoTokenLeftError,
     WellFormed,
 )
 from flash_experts.generation.filters.limits import MaxLength, MaxWords, MinLength, MinWords
 from flash_experts.generation.filters.regex import MatchesRegex
-from flash_experts.generation.filters.text import Contains, EndsWith, LeadsTo, StartsWith
-from flash_experts.generation.filters.vocabulary import NameVocabulary
-from flash_experts.generation.filters.words import (
+from flash_experts.generation.filters.text import (
     UNWANTED,
     Alliterates,
     BannedWords,
+    Contains,
+    EndsWith,
+    LeadsTo,
     NoProfanity,
     NoRealPlaces,
     NoRepeatedWords,
+    StartsWith,
     WordFilter,
 )
 

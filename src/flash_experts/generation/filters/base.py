@@ -1,15 +1,16 @@
-"""Token filters (constrained decoding): which tokens may come next in a name.
+"""Token filters (constrained decoding): which tokens may come next in a name, and the texts of the tokens.
 
-Each filter is a transformers ``LogitsProcessor``, so it also works in ``model.generate(logits_processor=[...])``. It
-looks at the *text* so far, not at token ids, since one text has many tokenizations.
-
-To write your own, define the state of a name and the tokens that a state forbids::
+Each filter is a transformers ``LogitsProcessor`` that looks at the *text* so far, since one text has many
+tokenizations. Your own needs the state of a name, and what that forbids::
 
     class NoLetter(NameFilter):                                       # no "e" before the second word
         def rule(self, name): return "no e" if len(name.split()) < 2 else None
         def forbidden(self, rule): return self.vocabulary.where(lambda text: "e" in text)
 
-Pass the class to ``NameGenerator.generate(filters=[NoLetter])``; examples/extending/custom_filter.py runs two.
+Pass the class to ``NameGenerator.generate(filters=[NoLetter])``, as examples/extending/custom_filter.py does.
+
+A token need not be whole characters: a rare "û" is two tokens of one byte. With ``surrogateescape``, each byte of an
+incomplete character is one surrogate (U+DC80 to U+DCFF).
 
 Shape suffixes: B batch rows, T tokens of prompt and name, V tokens of the vocabulary.
 """
@@ -17,18 +18,126 @@ Shape suffixes: B batch rows, T tokens of prompt and name, V tokens of the vocab
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
+from functools import cached_property
 from typing import cast
 
 import torch
-from transformers import LogitsProcessor
+from transformers import LogitsProcessor, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from flash_experts.data.names import normal_form
-from flash_experts.generation.filters.vocabulary import NameVocabulary
 from flash_experts.generation.formatting import DANGLING_WORDS
 from flash_experts.generation.text_rules import BAD_MARKS, CARD_ALPHABET, OPEN_END, PARTIAL_BYTES
 
 _CACHE_BYTES = 32 << 20  # largest cache of masks of a filter
+
+
+def _byte_of_character() -> dict[str, int]:
+    """Inverse of GPT-2's table of bytes as characters (its ``encoder.py``)."""
+    visible = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    hidden = [byte for byte in range(256) if byte not in set(visible)]
+    return {chr(byte): byte for byte in visible} | {chr(256 + rank): byte for rank, byte in enumerate(hidden)}
+
+
+class NameVocabulary:
+    """The texts of a byte-level BPE tokenizer's tokens.
+
+    Attributes:
+        size: V, the width of the model's logits.
+        texts: V strings; "" for padding, special tokens, and the whole-word tokens of prompts (`train_tokenizer`),
+            which absorb the space before them.
+        prompt_texts: `texts`, and " word" for a whole-word token.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, size: int | None = None) -> None:
+        """Reads a byte-level BPE tokenizer with an EOS token, or raises a ValueError.
+
+        ``size`` is the model's ``config.vocab_size`` (default: the tokenizer's).
+        """
+        self.size = len(tokenizer) if size is None else size
+        if not isinstance(tokenizer, PreTrainedTokenizerFast):
+            raise ValueError(
+                f"{type(tokenizer).__name__} is not from the tokenizers library: load it with AutoTokenizer"
+            )
+        if tokenizer.eos_token_id is None:
+            raise ValueError("the tokenizer has no EOS token: set tokenizer.eos_token to that of training")
+        if len(tokenizer) > self.size:
+            raise ValueError(
+                f"the tokenizer has {len(tokenizer)} tokens but the model only {self.size}: they do not "
+                "belong together; load both from the same folder"
+            )
+        self.eos_id: int = tokenizer.eos_token_id
+        self._found: dict[Hashable, torch.Tensor] = {}
+        self._backend = tokenizer.backend_tokenizer
+        self._pieces = _pieces(tokenizer, self.size)
+        self.texts = tuple(piece.decode("utf-8", "surrogateescape") for piece in self._pieces)
+        prompt_texts = list(self.texts)
+        for index, token in tokenizer.added_tokens_decoder.items():
+            if token.lstrip and not token.special:
+                prompt_texts[index] = " " + token.content
+        self.prompt_texts = tuple(prompt_texts)
+
+    def encode(self, text: str) -> list[int]:
+        """The tokenizer's own ids, without special tokens."""
+        # What calling the tokenizer does, without the outputs other than ids that make it slow.
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        return self._backend.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text up to the EOS token. A name starts with the space that separates it from its prompt."""
+        pieces = []
+        for token in ids:
+            if token == self.eos_id:
+                break
+            pieces.append(self._pieces[token])
+        return b"".join(pieces).decode("utf-8", "surrogateescape")
+
+    def names(self, input_ids_BT: torch.Tensor, prompt_length: int) -> list[str]:
+        """B texts after the first ``prompt_length`` tokens."""
+        return [self.decode(row) for row in input_ids_BT[:, prompt_length:].tolist()]
+
+    def extend(self, name: str, token: int) -> str:
+        """``name`` and one more token, equal to `decode` of all its tokens."""
+        piece = self._pieces[token]
+        if name and "\udc80" <= name[-1] <= "\udcff":  # an incomplete character
+            return (name.encode("utf-8", "surrogateescape") + piece).decode("utf-8", "surrogateescape")
+        return name + self.texts[token]
+
+    @cached_property
+    def lengths(self) -> torch.Tensor:
+        """(V,) int64: characters of each token's text."""
+        return torch.tensor([len(text) for text in self.texts])
+
+    def where(self, condition: Callable[[str], bool], key: Hashable = None) -> torch.Tensor:
+        """(V,) bool on the CPU: tokens with a text that satisfies the condition. Slow; cached if it has a ``key``."""
+        found = self._found.get(key)
+        if found is None:
+            found = torch.tensor([text != "" and condition(text) for text in self.texts])
+            if key is not None:
+                self._found[key] = found
+        return found.clone()
+
+
+def _pieces(tokenizer: PreTrainedTokenizerBase, size: int) -> tuple[bytes, ...]:
+    byte_of = _byte_of_character()
+    added = {token.content: token for token in tokenizer.added_tokens_decoder.values()}
+    special = set(tokenizer.all_special_tokens)
+    pieces = [b""] * size
+    for token, index in tokenizer.get_vocab().items():
+        if token in special:
+            continue
+        if token in added:
+            pieces[index] = b"" if added[token].lstrip else token.encode()
+            continue
+        try:
+            pieces[index] = bytes(byte_of[character] for character in token)
+        except KeyError:
+            raise ValueError(
+                f"token {index} ({token!r}) is not byte-level: name generation needs a byte-level BPE tokenizer, "
+                "such as GPT-2's or one from train_tokenizer"
+            ) from None
+    return tuple(pieces)
 
 
 class NoTokenLeftError(ValueError):
@@ -36,7 +145,7 @@ class NoTokenLeftError(ValueError):
 
 
 def room(limit: int, name: str) -> int:
-    """Characters that may follow ``name`` within ``limit``; its leading space and partial character do not count."""
+    """Characters that may follow a name, whose leading space and partial character do not count."""
     is_partial = name != "" and name[-1] in PARTIAL_BYTES
     return limit + 1 - len(name) + is_partial
 
@@ -59,10 +168,7 @@ class NameFilter(LogitsProcessor, ABC):
 
     @abstractmethod
     def rule(self, name: str) -> Hashable | None:
-        """The state after ``name``, the text so far with its leading space: a key for `forbidden`, None for no rule.
-
-        Called once per row and step, so keep it fast.
-        """
+        """The state after ``name``, the text so far with its leading space: a key for `forbidden`, None for no rule."""
 
     @abstractmethod
     def forbidden(self, rule: Hashable) -> torch.Tensor:
@@ -77,15 +183,7 @@ class NameFilter(LogitsProcessor, ABC):
         return scores + torch.stack([self._penalty_of(rule, scores) for rule in rules])
 
     def mask(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """(B, V) logits with forbidden tokens at minus infinity, possibly all tokens of a row.
-
-        Args:
-            input_ids: (B, T) int64, prompt and name so far.
-            scores: (B, V) logits; not changed in place.
-
-        Raises:
-            ValueError: V is not the vocabulary's size.
-        """
+        """(B, V) logits with forbidden tokens at minus infinity, possibly all of a row; ``scores`` stay as they are."""
         if scores.shape[-1] != self.vocabulary.size:
             raise ValueError(
                 f"the scores have {scores.shape[-1]} tokens but the vocabulary {self.vocabulary.size}: make it "
@@ -94,11 +192,7 @@ class NameFilter(LogitsProcessor, ABC):
         return self.apply(self.vocabulary.names(input_ids, self.prompt_length), scores)
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """As `mask`, for ``model.generate``.
-
-        Raises:
-            NoTokenLeftError: a row has no token left, which ``model.generate`` would turn into NaN.
-        """
+        """As `mask`, but raises NoTokenLeftError for a row without tokens, which ``model.generate`` makes NaN."""
         return self._checked(input_ids, scores, self.mask(input_ids, scores))
 
     def _checked(self, input_ids: torch.Tensor, scores: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
@@ -114,7 +208,7 @@ class NameFilter(LogitsProcessor, ABC):
         return masked
 
     def mask_of(self, rule: Hashable | None) -> torch.Tensor:
-        """(V,) bool on the CPU: `forbidden` of a rule, cached; nothing is forbidden for None."""
+        """`forbidden` of a rule, cached; nothing is forbidden for None."""
         mask = self._masks.get(rule)
         if mask is None:
             size = self.vocabulary.size
@@ -123,7 +217,7 @@ class NameFilter(LogitsProcessor, ABC):
         return mask
 
     def _penalty_of(self, rule: Hashable | None, scores: torch.Tensor) -> torch.Tensor:
-        """(V,) minus infinity for forbidden tokens, else 0; adding is faster on CPUs than a masked fill."""
+        """(V,) minus infinity or 0: on CPUs, adding is faster than a masked fill."""
         penalty = self._penalties.get(rule)
         if penalty is None or penalty.device != scores.device or penalty.dtype != scores.dtype:
             penalty = torch.zeros(self.vocabulary.size).masked_fill_(self.mask_of(rule), -torch.inf).to(scores)
@@ -137,10 +231,9 @@ class NameFilter(LogitsProcessor, ABC):
 
 
 class AllOf(NameFilter):
-    """Several filters as one: masks are cached per combination of rules; filters that override `apply` come last."""
+    """Several filters as one: masks are cached by combination of rules; filters that override `apply` come last."""
 
     def __init__(self, filters: Sequence[NameFilter]) -> None:
-        """Takes one or more filters of the same vocabulary and prompt length."""
         super().__init__(filters[0].vocabulary, filters[0].prompt_length)
         self.joined = [one for one in filters if type(one).apply is NameFilter.apply]
         self.others = [one for one in filters if type(one).apply is not NameFilter.apply]
@@ -164,10 +257,10 @@ class AllOf(NameFilter):
 
 
 class KnownNameFilter(NameFilter):
-    """Forbids the EOS token while the text is a known name, in normal form, so the name must continue."""
+    """A known name cannot end, so it must continue."""
 
     def __init__(self, vocabulary: NameVocabulary, prompt_length: int, known: Collection[str]) -> None:
-        """``known``: *normal forms* of names (`flash_experts.data.names.normal_form`), as a set for speed."""
+        """``known``: normal forms (`flash_experts.data.names.normal_form`), as a set for speed."""
         super().__init__(vocabulary, prompt_length)
         self.known = known
 
@@ -179,7 +272,7 @@ class KnownNameFilter(NameFilter):
 
 
 class AllowedCharacters(NameFilter):
-    """Only characters of an alphabet, and EOS. The state is the bytes of an incomplete UTF-8 character."""
+    """Only characters of an alphabet. The state is the bytes of an incomplete UTF-8 character."""
 
     def __init__(
         self, vocabulary: NameVocabulary, prompt_length: int, alphabet: Collection[str] = CARD_ALPHABET
@@ -207,7 +300,7 @@ class AllowedCharacters(NameFilter):
 
 
 class WellFormed(NameFilter):
-    """Spaces and punctuation as in names. A name must not end in a space, an open mark, or a word such as "of"."""
+    """Spaces and punctuation as in names, which do not end in a space, an open mark or "of"."""
 
     def rule(self, name: str) -> Hashable | None:
         if not name:

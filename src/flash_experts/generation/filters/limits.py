@@ -1,7 +1,6 @@
 """Filters on the length of names, in characters and words.
 
-A plain mask distorts names at a limit: without the EOS token the last word grows ("Raiderirefur"), and without room a
-name is cut ("Goblin Gui", "Lord of"). So these filters look at what the model prefers there.
+A plain mask distorts names ("Raiderirefur", "Goblin Gui"), so at a limit these filters look at what the model prefers.
 
 Shape suffixes: B batch rows, N of them near a limit, V tokens of the vocabulary.
 """
@@ -15,8 +14,7 @@ from typing import cast
 
 import torch
 
-from flash_experts.generation.filters.base import NameFilter, room
-from flash_experts.generation.filters.vocabulary import NameVocabulary
+from flash_experts.generation.filters.base import NameFilter, NameVocabulary, room
 from flash_experts.generation.formatting import SMALL_WORDS
 from flash_experts.generation.text_rules import PARTIAL_BYTES
 from flash_experts.options import at_least
@@ -26,16 +24,10 @@ _NEAR = 16  # characters before the limit within which a word may no longer fit
 _MIN_LOG_SHARE = math.log(0.5)  # log of the probability mass that a limit must leave to the model
 
 
-class _Limit(NameFilter):
-    def __init__(self, vocabulary: NameVocabulary, prompt_length: int) -> None:
-        super().__init__(vocabulary, prompt_length)
-        self._continues_word = vocabulary.where(lambda text: text[0].isalnum() or text[0] in "-'" + PARTIAL_BYTES)
+class UpperLimit(NameFilter):
+    """Leaves a name no token if more than half of the model's probability is on forbidden ones: it would be cut.
 
-
-class UpperLimit(_Limit):
-    """Drops names that would be cut: more than half of the model's probability is on tokens that the limit forbids.
-
-    `mask` leaves such a row no token, so `NameGenerator` drops it; ``model.generate`` cannot, so there the name ends.
+    ``model.generate`` cannot drop names, so there it ends.
     """
 
     @abstractmethod
@@ -57,13 +49,10 @@ class UpperLimit(_Limit):
 
 
 class MaxLength(UpperLimit):
-    """At most ``limit`` characters, without cutting a word.
-
-    At the limit only the EOS token is left, and no word starts where fewer than two of its letters would fit.
-    """
+    """At most ``limit`` characters; no word is cut, or starts where only one letter has room."""
 
     def __init__(self, vocabulary: NameVocabulary, prompt_length: int, limit: int, drops: bool = True) -> None:
-        """Sets the limit. ``drops``: whether names that would be cut are dropped instead of ended."""
+        """``drops``: whether names that would be cut are dropped instead of ended."""
         super().__init__(vocabulary, prompt_length)
         self.drops = drops
         self.limit = at_least("max_length", limit, 1, "a name has one character or more")
@@ -84,10 +73,7 @@ class MaxLength(UpperLimit):
 
 
 class MaxWords(UpperLimit):
-    """At most ``limit`` words, separated by spaces ("Lava-Axe" is one), without cutting a name.
-
-    At the limit only the EOS token and tokens that continue the last word are left; it cannot be a small word ("of").
-    """
+    """At most ``limit`` words; the last one allowed cannot be a small word ("of")."""
 
     def __init__(self, vocabulary: NameVocabulary, prompt_length: int, limit: int) -> None:
         super().__init__(vocabulary, prompt_length)
@@ -113,11 +99,12 @@ class MaxWords(UpperLimit):
         return len(name.split()) == self.limit and name[-1].isalnum()
 
 
-class LowerLimit(_Limit):
-    """Base class of lower limits, below which a name cannot end.
+class LowerLimit(NameFilter):
+    """A name cannot end yet; where the model would end it, a new word starts."""
 
-    Where the model prefers the EOS token, the name continues with a new word, since the last one is complete.
-    """
+    def __init__(self, vocabulary: NameVocabulary, prompt_length: int) -> None:
+        super().__init__(vocabulary, prompt_length)
+        self._continues_word = vocabulary.where(lambda text: text[0].isalnum() or text[0] in "-'" + PARTIAL_BYTES)
 
     @abstractmethod
     def is_short(self, name: str) -> bool:
@@ -155,7 +142,7 @@ class MinLength(LowerLimit):
 
 
 class MinWords(LowerLimit):
-    """At least ``least`` words, separated by spaces."""
+    """At least ``least`` words."""
 
     def __init__(self, vocabulary: NameVocabulary, prompt_length: int, least: int) -> None:
         super().__init__(vocabulary, prompt_length)

@@ -1,8 +1,7 @@
 """Regular expressions as a filter (constrained decoding).
 
 llguidance compiles the expression lazily to an automaton, which walks a trie of the vocabulary. With the length limit
-and the alphabet intersected, every token offered can lead to a match in time. Where only one text can follow, the
-tokenizer's own cut is offered.
+and the alphabet intersected, every token offered can lead to a match in time.
 """
 
 from __future__ import annotations
@@ -14,8 +13,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-from flash_experts.generation.filters.base import NameFilter
-from flash_experts.generation.filters.vocabulary import NameVocabulary
+from flash_experts.generation.filters.base import NameFilter, NameVocabulary
 from flash_experts.generation.text_rules import CARD_ALPHABET
 
 _CACHED_TEXTS = 10_000
@@ -23,11 +21,7 @@ _WORD = re.compile("^[^ ]+| [^ ]*")  # with the space before it: a byte-level to
 
 
 class MatchesRegex(NameFilter):
-    """Names that a regular expression matches as a whole.
-
-    The syntax is that of Rust's ``regex`` crate, without look-around and back references; ``(?i)`` at the start ignores
-    case.
-    """
+    """Names that a regular expression matches as a whole: syntax of Rust's ``regex`` crate, without look-around."""
 
     def __init__(
         self,
@@ -38,11 +32,7 @@ class MatchesRegex(NameFilter):
         alphabet: Collection[str] = CARD_ALPHABET,
         also: Sequence[str] = (),
     ) -> None:
-        """Compiles the expression (``^`` and ``$`` around it have no effect); those of ``also`` must match, too.
-
-        Raises:
-            ValueError: it is not a regular expression, or no name of that length and alphabet matches it.
-        """
+        """Compiles the expression; those of ``also`` must match, too. Raises a ValueError if no name can match."""
         super().__init__(vocabulary, prompt_length)
         from llguidance import LLMatcher, LLTokenizer
         from llguidance._tokenizer import TokenizerWrapper
@@ -85,7 +75,7 @@ class MatchesRegex(NameFilter):
         return bool(self._unpacked(self._bits_after(" " + text))[self.vocabulary.eos_id])
 
     def _bits_after(self, name: str) -> bytes:
-        """One bit per token: whether it may follow. Empty if no match starts with ``name``."""
+        """One bit per token that may follow; empty if no match starts with ``name``."""
         ids = [token for word in _WORD.findall(name) for token in self._ids_of(word)]
         bits = self._read(ids)
         if self._matcher.is_error():  # permanent; after many texts it may exceed its limit of states
@@ -101,7 +91,7 @@ class MatchesRegex(NameFilter):
         return b"" if self._matcher.is_error() else bits
 
     def _ids_of(self, word: str) -> list[int]:
-        """Token ids of a word, without the whole-word tokens that only prompts have."""
+        """Without the whole-word tokens that only prompts have."""
         ids = self._ids.get(word)
         if ids is None:
             if len(self._ids) > _CACHED_TEXTS:
@@ -139,7 +129,7 @@ def _slashed(pattern: str) -> str:
 
 
 def _reason(error: str) -> str:
-    """The line of llguidance's error message to show, the parser's if there is one."""
+    """The most telling line of llguidance's error message."""
     lines = [line.strip() for line in error.splitlines() if line.strip()]
     reason: Any = next((line.removeprefix("error: ") for line in lines if line.startswith("error: ")), None)
     return reason or (lines[0] if lines else "it is blank")

@@ -1,34 +1,35 @@
-"""Filters on the letters that a name starts with, contains or ends with. Shape suffix: V tokens of the vocabulary."""
+"""Filters on letters that a name must have, and on words: repeated, banned, swear words, places, alliteration.
+
+Shape suffix: V tokens of the vocabulary.
+"""
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
+from functools import lru_cache
 from typing import cast
 
 import torch
 
-from flash_experts.data.names import shown_form
-from flash_experts.generation.filters.base import NameFilter, room
+from flash_experts.data.names import normal_form, shown_form
+from flash_experts.generation.filters.base import NameFilter, NameVocabulary, room
 from flash_experts.generation.filters.limits import LowerLimit
-from flash_experts.generation.filters.vocabulary import NameVocabulary
 from flash_experts.generation.formatting import SMALL_WORDS
+from flash_experts.generation.text_rules import PARTIAL_BYTES, WORD, Check, alliterates, place_at_end, profanity_at_end
 
 _FAVOR = 4.0  # nats: the wanted letters come in about one of e^4 = 55 places where they could
 _FAVOR_PER_CHARACTER = 0.5  # nats past a name's usual length, or rare letters would come too late
 _USUAL_LENGTH = 12
 _FORCE = 50.0  # nats: practically certain
 _MUCH = 3  # letters of the wanted text
+_SHORTEST_COUNTED_WORD = 4  # letters: "of the ... of the" and the "s" after apostrophes may repeat
 
 
 class StartsWith(NameFilter):
-    """Names that start with a prefix, as given or capitalized; a token may cross its end (" Dragon" for "Drag").
-
-    Within the prefix only the tokenizer's own tokens are allowed, since the model never saw other cuts in training.
-    """
+    """A prefix, as given or capitalized, in the tokenizer's own cut; a token may cross its end (" Dragon", "Drag")."""
 
     def __init__(self, vocabulary: NameVocabulary, prompt_length: int, prefix: str) -> None:
-        """Finds the token paths through the prefix; raises a ValueError if it is blank."""
         super().__init__(vocabulary, prompt_length)
         if not prefix.strip():
             raise ValueError("starts_with is blank: leave it out, or give the letters that names start with")
@@ -36,7 +37,11 @@ class StartsWith(NameFilter):
         self._next: dict[str, set[int]] = {}
         self._forms = tuple(dict.fromkeys(_prefix_forms(prefix)))
         for form in self._forms:
-            self._add_way(form)
+            ids = vocabulary.encode(form.rstrip())
+            for place, token in enumerate(ids):
+                self._next.setdefault(vocabulary.decode(ids[:place]), set()).add(token)
+            if vocabulary.decode(ids) != form:  # a trailing space belongs to the next token
+                self._next.setdefault(vocabulary.decode(ids), set())
 
     def rule(self, name: str) -> Hashable | None:
         return None if any(name.startswith(form) for form in self._forms) else name
@@ -50,16 +55,9 @@ class StartsWith(NameFilter):
             allowed |= self.vocabulary.where(lambda text: text.startswith(rests))
         return ~allowed
 
-    def _add_way(self, form: str) -> None:
-        ids = self.vocabulary.encode(form.rstrip())
-        for place, token in enumerate(ids):
-            self._next.setdefault(self.vocabulary.decode(ids[:place]), set()).add(token)
-        if self.vocabulary.decode(ids) != form:  # a trailing space belongs to the next token
-            self._next.setdefault(self.vocabulary.decode(ids), set())
-
 
 def _prefix_forms(prefix: str) -> list[str]:
-    """Texts that a name may start with: " " and the prefix, its last word as given and capitalized."""
+    """ " " and the prefix, its last word as given and capitalized."""
     words = shown_form(prefix).split()
     words = [
         word if place and word.lower() in SMALL_WORDS else word[0].upper() + word[1:]
@@ -73,7 +71,7 @@ def _prefix_forms(prefix: str) -> list[str]:
 
 
 class WantedText(LowerLimit):
-    """Base class of `Contains` and `EndsWith`: a name cannot end before it has the wanted letters. Ignores case.
+    """A name cannot end before it has the wanted letters, in any case.
 
     Tokens that start the letters get a bias, that of the exact posterior if the letters were equally likely to follow
     every prefix (a twist function, Lew et al. 2023, "Sequential Monte Carlo steering"). Letters once started are
@@ -81,11 +79,7 @@ class WantedText(LowerLimit):
     """
 
     def __init__(self, vocabulary: NameVocabulary, prompt_length: int, text: str, max_length: int) -> None:
-        """Cuts the wanted letters into tokens; a leading space means that they start a word.
-
-        Raises:
-            ValueError: the letters are blank, or longer than a name.
-        """
+        """A leading space means that the letters start a word."""
         super().__init__(vocabulary, prompt_length)
         words = shown_form(text)
         if not words:
@@ -108,7 +102,7 @@ class WantedText(LowerLimit):
 
     @abstractmethod
     def state(self, text: str) -> int:
-        """Number of wanted characters at the end of ``text`` (lower case), or all if the text is complete."""
+        """Number of wanted characters that ``text`` (lower case) ends with, all once it has them."""
 
     def is_short(self, name: str) -> bool:
         return self.state(name.lower()) < len(self.text)
@@ -144,7 +138,7 @@ class WantedText(LowerLimit):
         return masked.index_put_((places[0], places[1]), values, accumulate=True)
 
     def favored(self, name: str) -> list[tuple[int, float]]:
-        """Tokens that start or continue the wanted text, each with its bias in nats."""
+        """Tokens that start or continue the wanted text, with their biases."""
         if not self.is_short(name):
             return []
         begun = [(token, _FORCE) for part, token in self._next.items() if name.endswith(part)]
@@ -172,7 +166,7 @@ class Contains(WantedText):
 
 
 class EndsWith(WantedText):
-    """Names that end with the letters, as a separate word or the end of one."""
+    """Names that end with the letters."""
 
     def state(self, text: str) -> int:
         return self._overlap(text)
@@ -182,15 +176,12 @@ class EndsWith(WantedText):
 
 
 class LeadsTo(NameFilter):
-    """A bias to the fixed text after the gaps of a pattern, which `MatchesRegex` enforces: see `WantedText`.
-
-    Without it, the model fills a gap until only the fixed text has room.
-    """
+    """A bias to the fixed text after a pattern's gaps, or the model fills a gap until only that has room."""
 
     def __init__(
         self, vocabulary: NameVocabulary, prompt_length: int, before: str, parts: Sequence[str], ends: bool
     ) -> None:
-        """Takes the text before the first gap, those after gaps, and whether the last ends the name."""
+        """``before`` the first gap, ``parts`` after gaps, of which the last ``ends`` the name."""
         super().__init__(vocabulary, prompt_length)
         self._last = len(parts) - 1 if ends else len(parts)
         self._before = len(before) + 1  # with the space that a name starts with
@@ -217,7 +208,7 @@ class LeadsTo(NameFilter):
         return scores
 
     def _favored(self, name: str) -> tuple[int | torch.Tensor, float] | None:
-        """Tokens of the next fixed text, one or (V,) bool, and their bias in nats; None where it cannot start."""
+        """Tokens of the next fixed text, one or (V,) bool, and their bias; None where it cannot start."""
         low, start = name.lower(), self._before
         for number, (part, following) in enumerate(zip(self._parts, self._next, strict=True)):
             place, gap, is_last = low.find(part, start + 1), name[start:], number == self._last
@@ -237,14 +228,125 @@ class LeadsTo(NameFilter):
 
 
 def _cased(text: str) -> str:
-    """Fixed text with the capitals of a card's name; what continues a word stays."""
     first, *words = text.split(" ")
     cased = (word if word.lower() in SMALL_WORDS else word[:1].upper() + word[1:] for word in words)
     return " ".join([first, *cased])
 
 
 def _forms_within(words: str, begins_word: bool) -> list[str]:
-    """The wanted text in card capitals, as separate words and as the rest of a word."""
+    """In card capitals: as separate words, and as the rest of a word."""
     cased = [word if word in SMALL_WORDS else word[0].upper() + word[1:] for word in words.split()]
     start = " " + " ".join(cased)
     return [start] if begins_word else [start, " ".join([words.split()[0], *cased[1:]])]
+
+
+@lru_cache(maxsize=1024)  # several filters need the words of the same rows
+def _words(name: str) -> list[str]:
+    return WORD.findall(name.casefold())
+
+
+class WordFilter(NameFilter):
+    """Refuses words: a refused last word cannot end, only become longer."""
+
+    @abstractmethod
+    def refuses(self, words: list[str]) -> bool:
+        """Whether the last of ``words`` (lower case, perhaps unfinished) is refused."""
+
+    def rule(self, name: str) -> Hashable | None:
+        if not name or not name[-1].isalnum():
+            return None
+        words = _words(name)
+        return "refused" if words and self.refuses(words) else None
+
+    def forbidden(self, rule: Hashable) -> torch.Tensor:
+        ends_word = self.vocabulary.where(lambda text: not text[0].isalnum() and text[0] not in PARTIAL_BYTES)
+        return ends_word | self._eos_only()
+
+
+class NoRepeatedWords(WordFilter):
+    """No word of four letters or more twice."""
+
+    def refuses(self, words: list[str]) -> bool:
+        return len(words[-1]) >= _SHORTEST_COUNTED_WORD and words[-1] in words[:-1]
+
+
+class BannedWords(WordFilter):
+    """No such words, in any case. Longer words may include them."""
+
+    def __init__(self, vocabulary: NameVocabulary, prompt_length: int, words: Iterable[str]) -> None:
+        super().__init__(vocabulary, prompt_length)
+        self.words = frozenset(normal_form(_single(word)) for word in words)
+
+    def refuses(self, words: list[str]) -> bool:
+        return normal_form(words[-1]) in self.words
+
+
+class UnwantedWords(WordFilter):
+    """Words that a `Check` refuses; one that cannot become acceptable leaves no token."""
+
+    check: Check
+
+    def rule(self, name: str) -> Hashable | None:
+        verdict = type(self).check(name)
+        return "dropped" if verdict and not name[-1].isalnum() else verdict
+
+    def refuses(self, words: list[str]) -> bool:
+        return type(self).check(" ".join(words)) is not None
+
+    def forbidden(self, rule: Hashable) -> torch.Tensor:
+        if rule == "dropped":
+            return torch.ones(self.vocabulary.size, dtype=torch.bool)
+        return super().forbidden(rule)
+
+
+class NoProfanity(UnwantedWords):
+    """No words with a swear word or slur in them; needs the package better-profanity."""
+
+    check = staticmethod(profanity_at_end)
+
+
+class NoRealPlaces(UnwantedWords):
+    """No countries, nations or large cities; needs the packages countryinfo and tzdata."""
+
+    check = staticmethod(place_at_end)
+
+
+UNWANTED: dict[Check, type[UnwantedWords]] = {profanity_at_end: NoProfanity, place_at_end: NoRealPlaces}
+
+
+class Alliterates(WordFilter):
+    """All words start with the same letter; case, accents and small words do not count."""
+
+    def rule(self, name: str) -> Hashable | None:
+        words = name.split()
+        begins_word = not name or name.endswith(" ")
+        large = [word for word in words if word.lower() not in SMALL_WORDS]
+        letter = normal_form(large[0])[:1] if large else ""
+        unfinished = not begins_word and words[-1].islower() and self.refuses(words)
+        return letter, begins_word, unfinished, alliterates(name)
+
+    def refuses(self, words: list[str]) -> bool:
+        return words[-1].lower() not in SMALL_WORDS and not alliterates(" ".join(words), least=1)
+
+    def forbidden(self, rule: Hashable) -> torch.Tensor:
+        letter, begins_word, unfinished, whole = cast(tuple[str, bool, bool, bool], rule)
+        forbidden = self.vocabulary.where(lambda text: not self._fits(text, letter, begins_word))
+        if unfinished:  # "o" may still become "of"
+            forbidden |= super().forbidden(rule)
+        forbidden[self.vocabulary.eos_id] = not whole
+        return forbidden
+
+    def _fits(self, text: str, letter: str, begins_word: bool) -> bool:
+        """Whether all words that start in a token may follow ``letter``."""
+        begun = text.split() if begins_word or text[0].isspace() else text.split()[1:]
+        if not letter:
+            return len({normal_form(word)[:1] for word in begun}) < 2
+        starts = (normal_form(word)[:1] for word in begun)
+        small = [word.islower() and any(one.startswith(word) for one in SMALL_WORDS) for word in begun]
+        return all(start in (letter, "") or low for start, low in zip(starts, small, strict=True))
+
+
+def _single(word: str) -> str:
+    if not WORD.fullmatch(word.strip()):
+        raise ValueError(f"banned word {word!r} is not a single word of letters: ban its words one by one")
+    return word.strip()

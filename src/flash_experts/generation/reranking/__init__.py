@@ -1,1 +1,0 @@
-"""Reranking: more names are drawn than are shown, and the best are chosen."""
