@@ -13,10 +13,18 @@ from functools import partial
 from typing import Any
 
 from flash_experts.app import form, rendering, sets
-from flash_experts.app.exporting import exported, exported_set
-from flash_experts.app.inspecting import inspect_name
-from flash_experts.app.service import Playground, Row, Side, compare
-from flash_experts.app.session import Request, Rows, Session, link_of, read_link, restored, stored
+from flash_experts.app.service import Playground, Row, Side, compare, inspect_name
+from flash_experts.app.session import (
+    Request,
+    Rows,
+    Session,
+    exported,
+    exported_set,
+    link_of,
+    read_link,
+    restored,
+    stored,
+)
 from flash_experts.app.settings import Settings, with_gap
 from flash_experts.generation.generator import completed_attributes
 

@@ -1,4 +1,4 @@
-"""The names of one session: the table, the kept names, and the history of its requests.
+"""The names of one session: the table, the kept names, the history of its requests, and files of names.
 
 The browser stores the kept names, and the page's address the settings; what comes back from there is untrusted
 (`restored`, `read_link`).
@@ -6,19 +6,31 @@ The browser stores the kept names, and the page's address the settings; what com
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import unquote_plus, urlencode
 
 from flash_experts.app.service import Row
 from flash_experts.app.settings import PREFIX, Settings
+from flash_experts.data.prompts import Attributes
 from flash_experts.generation import GeneratedName
-from flash_experts.generation.card_sets import NamedRow
-from flash_experts.generation.name_files import row_of
+from flash_experts.generation.card_sets import NamedRow, cards_of, write_set
+from flash_experts.generation.generator import completed_attributes
+from flash_experts.generation.name_files import (
+    BY_SUFFIX,
+    Format,
+    NamedCard,
+    row_of,
+    write_cards,
+    write_mse,
+    write_names,
+)
 
 MOST_KEPT = 50
 MOST_IN_HISTORY = 400  # names of all requests in the history
@@ -27,6 +39,10 @@ _OTHERS = ("__", "view=")  # parameters of Gradio
 _LONGEST_NAME = 100  # characters of a stored name
 _LONGEST_STORED = 500  # characters of a kept name's settings string; longer ones are not stored
 _MOST_STORED = 60_000  # characters of the browser's storage that are read
+# Formats on the page, by label, and their suffixes.
+FORMATS: dict[str, str] = {
+    "Text": "txt", "CSV": "csv", "JSON": "json", "Markdown": "md", "Magic Set Editor": "mse-set", "Cockatrice": "xml",
+}  # fmt: skip
 Rows = tuple[Row, ...]
 
 
@@ -223,3 +239,52 @@ def _number(value: Any) -> float:
     """The number in JSON within a million; 0 for anything else."""
     is_number = isinstance(value, int | float) and abs(value) < 1e6  # which NaN is not
     return float(value) if is_number else 0.0
+
+
+# ----------------------------------------------------------------------------------------------------------- files
+
+
+def exported(rows: Sequence[Row], suffix: str) -> str:
+    """A file of names as JSON for the page's script: its name, and its content as text or as base64.
+
+    Raises:
+        ValueError: no format has this suffix.
+    """
+    return _as_json("names", suffix, lambda: _cards(rows), lambda format: _text(rows, format))
+
+
+def exported_set(named: Sequence[NamedRow], kept: Sequence[Row], suffix: str) -> str:
+    """The file of a set with all its cards, as `exported`. Of a card's names, a kept one comes first."""
+    first = {row.name.text for row in kept}
+    chosen = [replace(one, names=sorted(one.names, key=lambda name: name.text not in first)) for one in named]
+
+    def text(format: Format) -> str:
+        file = io.StringIO()
+        write_set(chosen, file, format)
+        return file.getvalue()
+
+    return _as_json("named-set", suffix, lambda: cards_of(chosen), text)
+
+
+def _as_json(stem: str, suffix: str, cards: Callable[[], Sequence[NamedCard]], text: Callable[[Format], str]) -> str:
+    if suffix not in FORMATS.values():
+        raise ValueError(f"no format {str(suffix)[:20]!r}: use one of {', '.join(FORMATS.values())}")
+    name, format = f"{stem}.{suffix}", BY_SUFFIX[f".{suffix}"]
+    if format == "mse":
+        binary = io.BytesIO()
+        write_mse(cards(), binary)
+        return json.dumps({"name": name, "base64": base64.b64encode(binary.getvalue()).decode("ascii")})
+    return json.dumps({"name": name, "text": text(format)})
+
+
+def _text(rows: Sequence[Row], format: Format) -> str:
+    file = io.StringIO()
+    if format == "cockatrice":  # its names may be of different cards
+        write_cards(_cards(rows), file, format)
+    else:
+        write_names([row.name for row in rows], Attributes(), file, format)
+    return file.getvalue()
+
+
+def _cards(rows: Sequence[Row]) -> list[NamedCard]:
+    return [NamedCard(row.name.text, completed_attributes(row.settings)) for row in rows]
