@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from flash_experts.benchmarks import attention, attention_baselines, everything, generate, moe, report, train
-from flash_experts.benchmarks.attention_problems import BatchProblem, DecodeProblem, PackedProblem, Trial, name_lengths
+from flash_experts.benchmarks.attention_baselines import BatchProblem, DecodeProblem, PackedProblem, Trial
 from flash_experts.benchmarks.attention_tables import choices
 from flash_experts.benchmarks.report import Report, find_recorded, find_worse, machine_facts, main
 from flash_experts.benchmarks.timing import Implementation, Timing, peak_memory, relative_error, time_in_rounds
@@ -294,8 +294,8 @@ def test_relative_error() -> None:
 
 
 def test_lengths_of_real_names() -> None:
-    lengths = name_lengths(500, MODEL)
+    lengths = attention.name_lengths(500, MODEL)
     assert 450 < sum(lengths) <= 500 and all(3 < length < 60 for length in lengths)
-    assert lengths == name_lengths(500, MODEL)
+    assert lengths == attention.name_lengths(500, MODEL)
     with pytest.raises(ValueError, match="names-tokens"):
-        name_lengths(1, MODEL)
+        attention.name_lengths(1, MODEL)
