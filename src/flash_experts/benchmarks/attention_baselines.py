@@ -82,7 +82,7 @@ def _leaves(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) ->
 
 class _Problem:
     qkv: Tensors
-    dout: torch.Tensor | None = None
+    dout: Any = None  # gradient of the output; without one only the forward runs
 
     def pick(self, x: torch.Tensor) -> torch.Tensor:
         raise NotImplementedError
@@ -145,7 +145,7 @@ class DecodeProblem(_Problem):
 
 @dataclass(eq=False)
 class PackedProblem(_Problem):
-    """Causal attention within each of many card names: one packed sequence, or padded (not timed) for some baselines."""
+    """Causal attention within each of many card names: one packed sequence, or padded (untimed) for some baselines."""
 
     lengths: list[int]
     heads: int

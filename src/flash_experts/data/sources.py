@@ -82,10 +82,9 @@ def load_source(source: str | Path) -> CardSource:
 def read_file(path: Path) -> CardSource:
     """Reads cards from a csv, tsv, json, jsonl or txt file, chosen by its suffix.
 
-    A list of names is enough: one per line in txt (which may be a deck list), an array of texts in json, a column
-    ``name`` in csv (or a single column without a heading). Other columns become attributes: see
-    `flash_experts.data.card_formats`. A csv may be separated by commas, semicolons, tabs or bars. Unreadable values are
-    unknown, and counted in ``unread``.
+    Names are enough: one per line in txt (which may be a deck list), an array of texts in json, a column ``name`` (or a
+    single column without a heading) in csv. Other columns become attributes (`flash_experts.data.card_formats`).
+    Unreadable values are unknown, and counted in ``unread``.
 
     Raises:
         ValueError: the file is empty, not UTF-8 or UTF-16, of another kind or too large, or a line is malformed
@@ -145,7 +144,6 @@ class _Lines:
                 yield from _parts(_decoded(line, f"{self.path}:{number}", number == 1))
 
     def whole(self) -> str:
-        """The whole text of a small file."""
         size = self.path.stat().st_size
         if size > MAX_JSON_BYTES:
             kind, instead = ("UTF-16 text", "UTF-8 text beyond")
@@ -352,11 +350,8 @@ def _json_rows(lines: _Lines, unread: Unread) -> Iterator[RawCard]:
 
 
 def _records(document: Any) -> list[Any] | None:
-    """The names or cards of a document, None if it has none.
-
-    A document is an array, a Scryfall search result, MTGJSON's sets (``data.cards``) or atomic cards (by name), or
-    columns as pandas writes them.
-    """
+    """The names or cards of an array, a Scryfall search result, MTGJSON's sets (``data.cards``) or atomic cards (by
+    name), or columns as pandas writes them; None for another document."""
     for key in ("data", "cards"):
         if isinstance(document, dict):
             document = document.get(key, document)

@@ -1,11 +1,10 @@
 """Reads the files of Scryfall and MTGJSON into raw cards, as bounded streams; any damage is a `DamagedError`.
 
-Scryfall's file of oracle cards (https://scryfall.com/docs/api/cards) has JSON lines or a JSON array. An object is one
-card with the rarity, set and date of the printing that Scryfall considers the most recognizable, not always the first.
+https://scryfall.com/docs/api/cards: an object is one card with the rarity, set and date of the printing that Scryfall
+considers the most recognizable, not always the first.
 
-MTGJSON's ``AtomicCards.json`` (https://mtgjson.com/data-models/card/card-atomic/ and card-set/) has one entry per card,
-with the set of its first printing but without a rarity or a mark of franchises
-(see `flash_experts.data.card_table.FRANCHISE_SETS`). The list of sets has dates, all printings have rarities.
+https://mtgjson.com/data-models/card/card-atomic/ and card-set/: atomic cards have the set of their first printing, but
+neither rarity nor a mark of franchises. The list of sets has dates, all printings have rarities.
 """
 
 from __future__ import annotations
@@ -56,10 +55,9 @@ class _Bounded(io.RawIOBase):
 
 @contextmanager
 def unpacked(path: Path) -> Iterator[BinaryIO]:
-    """Opens a file, decompressed if it starts as gzip does, and reads it to its end to verify the checksum.
+    """Opens a file, decompressed if it is gzip; after the ``with`` block reads the rest to verify the checksum.
 
-    Raises:
-        DamagedError: it is truncated or altered, unpacks to too much, or the ``with`` block found invalid JSON.
+    Raises a `DamagedError` also for invalid JSON that the block finds.
     """
     from ijson import JSONError
 
@@ -85,11 +83,7 @@ def _is_page(path: Path) -> bool:
 
 
 def json_lines(file: BinaryIO) -> Iterator[tuple[int, Any]]:
-    """Numbers (from 1) and values of non-empty JSON lines, or of a JSON array with one item per line.
-
-    Raises:
-        DamagedError: a line is too long.
-    """
+    """Numbers (from 1) and values of non-empty JSON lines, or of a JSON array with one item per line."""
     number = 0
     while line := file.readline(MAX_LINE_BYTES + 1):
         number += 1
@@ -104,7 +98,6 @@ def json_lines(file: BinaryIO) -> Iterator[tuple[int, Any]]:
 
 
 def read_scryfall(path: Path) -> Iterator[RawCard]:
-    """The cards of a file of JSON lines, or of a JSON array with one card per line. Raises `DamagedError`."""
     with unpacked(path) as file:
         for number, record in json_lines(file):
             try:
@@ -114,7 +107,6 @@ def read_scryfall(path: Path) -> Iterator[RawCard]:
 
 
 def scryfall_card(card: dict[str, Any]) -> RawCard:
-    """Converts Scryfall's card object."""
     faces = card.get("card_faces") or [card]
     name = FACE_SEPARATOR.join(face["name"] for face in faces)
     known = embedded_flags().get(normal_form(faces[0]["name"]))
@@ -144,7 +136,7 @@ def _colors(face: dict[str, Any], card: dict[str, Any]) -> str:
 
 
 def _flag(card: dict[str, Any]) -> str:
-    """Flag of a card that is not in the embedded table, by the marks of its printing."""
+    """Flag by the marks of the printing, for a card that is not in the embedded table."""
     promo_types, stamp = card.get("promo_types") or (), card.get("security_stamp")
     if card.get("set_type") == "funny" or stamp in _JOKE_STAMPS or "playtest" in promo_types:
         return JOKES
@@ -165,7 +157,7 @@ def _exclusion(card: dict[str, Any]) -> str:
 
 
 def read_version(path: Path) -> str:
-    """The version of a downloaded file, e.g. ``"5.3.0+20261101"``. Raises `DamagedError` without one."""
+    """The version of a file of MTGJSON, such as ``"5.3.0+20261101"``."""
     import ijson
 
     with unpacked(path) as file:
@@ -176,7 +168,7 @@ def read_version(path: Path) -> str:
 
 
 def read_sets(path: Path) -> dict[str, Set]:
-    """Dates and types of sets, by set code. Raises `DamagedError` for another file."""
+    """Dates and types of sets, by set code."""
     import ijson
 
     with unpacked(path) as file:
@@ -185,11 +177,8 @@ def read_sets(path: Path) -> dict[str, Set]:
 
 
 def read_rarities(path: Path) -> dict[str, str]:
-    """Scryfall's oracle id -> rarity of the card's first printing; raises `DamagedError` for another file.
-
-    Of several printings on the first day (a set and its promos) the most common one counts. Other rarities
-    (``special``, ``bonus``) and sets that are not playable are ignored.
-    """
+    """Scryfall's oracle id -> rarity of the card's first printing, the most common one of that day (a set and its
+    promos). Other rarities (``special``, ``bonus``) and sets that are not playable are ignored."""
     import ijson
 
     first: dict[str, tuple[str, int]] = {}
@@ -215,10 +204,7 @@ def _printings(of_set: dict[str, Any]) -> Iterator[tuple[str, int]]:
 
 
 def read_mtgjson(path: Path, sets: dict[str, Set], rarities: Mapping[str, str]) -> Iterator[RawCard]:
-    """The cards of a downloaded ``AtomicCards.json``, with `read_sets` and, if any, `read_rarities`.
-
-    Raises `DamagedError` for another file.
-    """
+    """The cards of an ``AtomicCards.json``, with `read_sets` and, if any, `read_rarities`."""
     import ijson
 
     with unpacked(path) as file:

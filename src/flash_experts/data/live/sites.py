@@ -4,13 +4,11 @@ FLASH_EXPERTS_CACHE           cache folder
 FLASH_EXPERTS_SCRYFALL_URL    instead of https://api.scryfall.com
 FLASH_EXPERTS_MTGJSON_URL     instead of https://mtgjson.com/api/v5
 
-A file in the cache is complete and verified, or absent::
+The cache has complete and verified files::
 
-    <cache>/scryfall/manifest.json              names, SHA-256, version, time of download
+    <cache>/scryfall/manifest.json              names, SHA-256, version, time of download; replaced after its files
     <cache>/scryfall/oracle_cards-1f0c9a2b      content
     <cache>/scryfall/oracle_cards.part(.json)   an unfinished download
-
-The manifest is replaced atomically after the files that it names, so a reader sees the old state or the new one.
 """
 
 from __future__ import annotations
@@ -60,15 +58,15 @@ def cache_folder() -> Path:
 
 @dataclass(frozen=True, slots=True)
 class CachedFiles:
-    """The cached files of a source with its own version; ``fetched`` (with a zone) is the download or last check."""
+    """The cached files of a source."""
 
-    version: str
-    fetched: datetime
+    version: str  # the source's own
+    fetched: datetime  # of the download or last check, with a zone
     files: dict[str, Path]
     sha256: dict[str, str]
 
     def is_fresh(self, now: datetime) -> bool:
-        """Whether no check for updates is needed. A date in the future, from a wrong clock, is not fresh."""
+        """Whether no check for updates is needed. A date in the future, of a wrong clock, is not fresh."""
         return timedelta(0) <= now - self.fetched < MAX_AGE
 
 
@@ -80,7 +78,7 @@ class Cache:
 
     @contextmanager
     def lock(self, seconds: float) -> Iterator[None]:
-        """Locks the folder for one process; raises a ValueError if another one holds it for longer than ``seconds``."""
+        """Locks the folder for one process; a ValueError if another one holds it for longer than ``seconds``."""
         from filelock import FileLock, Timeout
 
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -149,7 +147,7 @@ class Site(Protocol):
         """Updates the cache and reads it."""
 
     def read(self, files: Mapping[str, Path], version: str) -> CardSource:
-        """Reads cached or downloaded files."""
+        """Reads files by name."""
 
 
 def _base(variable: str, usual: str) -> str:
@@ -158,15 +156,18 @@ def _base(variable: str, usual: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class BulkFile:
-    """An entry of the index. ``updated`` is the time of the export, ``size`` in bytes."""
+    """An entry of Scryfall's index."""
 
     url: str
-    updated: str
-    size: int | None
+    updated: str  # time of the export
+    size: int | None  # bytes
 
 
 def bulk_file(downloader: Downloader, base: str) -> BulkFile:
-    """The newest file in the index of ``base``; raises a `DownloadError` if it is not listed."""
+    """The newest file in Scryfall's index: gzip of JSON lines, or (until July 2026) a JSON array.
+
+    Raises a `DownloadError` if it is not listed.
+    """
     address = f"{base}/bulk-data"
     text = downloader.text(address, accept="application/json")
     try:
@@ -201,7 +202,7 @@ class Scryfall:
         return source
 
     def _fetch(self, downloader: Downloader, file: BulkFile, part: Path) -> CardSource:
-        """Downloads and reads the file. (Scryfall publishes no checksum, but gzip contains one.)"""
+        # Scryfall publishes no checksum, but gzip contains one.
         downloader.file(file.url, part, file.size)
         return _checked(file.url, part, lambda: self.read({_BULK_TYPE: part}, file.updated))
 
@@ -244,7 +245,7 @@ class Mtgjson:
 
 
 def _checksum(downloader: Downloader, url: str) -> str:
-    """The SHA-256 of the file at ``url``, from its ``.sha256`` file; raises a `DownloadError` if there is none."""
+    """The SHA-256 of the file at ``url``, from its ``.sha256`` file; a `DownloadError` if there is none."""
     text = downloader.text(f"{url}.sha256")
     found = re.match(r"\s*([0-9a-fA-F]{64})\b", text)
     if found is None:
@@ -264,7 +265,7 @@ def _source(name: str, version: str, path: Path, rows: tuple[RawCard, ...]) -> C
 
 
 def _checked(url: str, part: Path, read: Callable[[], T]) -> T:
-    """Reads a downloaded file; deletes it and names it in the error if it is damaged."""
+    """Reads a downloaded file; if it is damaged, deletes it and names it in the error."""
     try:
         return read()
     except DamagedError as error:
@@ -281,12 +282,7 @@ def _fetch(downloader: Downloader, url: str, part: Path, digest: str) -> None:
 
 
 def read_live(name: str, downloader: Downloader | None = None, now: datetime | None = None) -> CardSource:
-    """Loads the cards of a live source, one of `SITES`; ``now`` has a time zone.
-
-    Raises:
-        ValueError: they are available neither from the network nor from the cache.
-        OSError: the cache cannot be written.
-    """
+    """Loads the cards of one of `SITES`; a ValueError if neither the network nor the cache has them."""
     require(f"--source {name}", "httpx", "ijson")
     site, now = SITES[name], now or datetime.now(UTC)
     downloader = downloader or Downloader()
