@@ -147,10 +147,7 @@ class _Clock(TrainerCallback):
 
 
 def _transformers_trainer(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    batches: list[list[EncodedName]],
-    device: torch.device,
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batches: list[list[EncodedName]], device: torch.device
 ) -> float:
     """Times the same steps with transformers' Trainer and its language-modelling collator."""
     dataset = [{"input_ids": list(name.ids)} for names in batches for name in names]

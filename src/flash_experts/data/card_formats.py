@@ -24,42 +24,32 @@ MAX_NAME = 300  # characters; the longest real name has 141
 # Shield, TCGplayer, Delver Lens, Urza Gatherer, Cube Cobra, MTGGoldfish, MTGO), and German, French, Spanish, Italian
 # and Portuguese words.
 _COLUMNS = {
-    "name": (
-        *("name", "cardname", "englishname", "nameen", "productname", "card", "simplename", "names", "cardnames"),
-        *("cards", "kartenname", "karte", "nom", "nomdelacarte", "nomcarte", "carte", "nombre", "nombredelacarta"),
-        *("carta", "nomedellacarta", "nomecarta", "nomedacarta", "nome", "cardtitle", "title", "titel", "titre"),
-        "titulo",
-    ),
-    "face_name": ("facename",),
-    "type_line": (
-        *("typeline", "type", "cardtype", "typ", "kartentyp", "typedecarte", "tipo", "tipodecarta", "tipodicarta"),
-        *("tipocarta", "tipodacarta"),
-    ),
-    "supertypes": ("supertypes",),
-    "types": ("types",),
-    "subtypes": ("subtypes",),
-    "mana_cost": (
-        *("manacost", "castingcost", "manakosten", "coutdemana", "coutenmana", "costedemana", "costemana"),
-        *("costodimana", "costomana", "custodemana"),
-    ),
-    "mana_value": (
-        *("manavalue", "cmc", "convertedmanacost", "convertedcost", "mv", "manawert", "valeurdemana", "ccm"),
-        *("valordemana", "costedemanaconvertido", "valoredimana", "umgewandeltemanakosten"),
-    ),
-    "face_mana_value": ("facemanavalue", "faceconvertedmanacost"),
-    "colors": (
-        *("colors", "color", "colours", "colour", "cardcolors", "cardcolor", "farben", "farbe", "couleurs", "couleur"),
-        *("colores", "colori", "colore", "cores", "cor"),
-    ),
-    "layout": ("layout",),
-    "flag": ("flag",),
-    "source_id": ("sourceid", "oracleid", "scryfalloracleid", "uuid", "scryfallid", "id"),
-    "rarity": ("rarity", "seltenheit", "rarete", "rareza", "rarita", "raridade"),
-    "set_code": (
-        *("setcode", "editioncode", "expansioncode", "setid", "editionid", "set", "edition", "expansion", "exp"),
-        *("codigodelaedicion", "codeedition", "codicedelset", "codigodacolecao"),
-    ),
-    "released": ("released", "releasedat", "releasedate"),
+    column: spellings.split()
+    for column, spellings in {
+        "name": "name cardname englishname nameen productname card simplename names cardnames cards kartenname karte "
+        "nom nomdelacarte nomcarte carte nombre nombredelacarta carta nomedellacarta nomecarta nomedacarta nome "
+        "cardtitle title titel titre titulo",
+        "face_name": "facename",
+        "type_line": "typeline type cardtype typ kartentyp typedecarte tipo tipodecarta tipodicarta tipocarta "
+        "tipodacarta",
+        "supertypes": "supertypes",
+        "types": "types",
+        "subtypes": "subtypes",
+        "mana_cost": "manacost castingcost manakosten coutdemana coutenmana costedemana costemana costodimana "
+        "costomana custodemana",
+        "mana_value": "manavalue cmc convertedmanacost convertedcost mv manawert valeurdemana ccm valordemana "
+        "costedemanaconvertido valoredimana umgewandeltemanakosten",
+        "face_mana_value": "facemanavalue faceconvertedmanacost",
+        "colors": "colors color colours colour cardcolors cardcolor farben farbe couleurs couleur colores colori "
+        "colore cores cor",
+        "layout": "layout",
+        "flag": "flag",
+        "source_id": "sourceid oracleid scryfalloracleid uuid scryfallid id",
+        "rarity": "rarity seltenheit rarete rareza rarita raridade",
+        "set_code": "setcode editioncode expansioncode setid editionid set edition expansion exp codigodelaedicion "
+        "codeedition codicedelset codigodacolecao",
+        "released": "released releasedat releasedate",
+    }.items()
 }
 _COLUMN_OF = {
     spelling: (column, place) for column, spellings in _COLUMNS.items() for place, spelling in enumerate(spellings)

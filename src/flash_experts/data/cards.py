@@ -63,10 +63,7 @@ _RARITY_WORDS = {"c": "common", "u": "uncommon", "r": "rare", "m": "mythic", "my
 SUPERTYPES = ("Basic", "Legendary", "World", "Snow")
 
 # In the order of a type line: "Kindred Instant", "Artifact Land", "Enchantment Artifact Creature".
-TYPES = (
-    *("Kindred", "Enchantment", "Artifact", "Land", "Planeswalker"),
-    *("Battle", "Creature", "Instant", "Sorcery"),
-)
+TYPES = ("Kindred", "Enchantment", "Artifact", "Land", "Planeswalker", "Battle", "Creature", "Instant", "Sorcery")
 _OLD_TYPES = {"Tribal": "Kindred"}  # renamed by Wizards of the Coast in 2023
 _DASH = re.compile(r"\s*(?:—|–|--)\s*|\s+-\s+")
 _SUBTYPES_OF_TWO_WORDS = ("Time Lord",)

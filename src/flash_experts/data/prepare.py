@@ -103,12 +103,7 @@ def _names_of(source: CardSource) -> Iterable[str]:
 
 
 def _write(
-    out: Path,
-    source: str | Path,
-    overwrite: bool,
-    files: dict[str, bytes],
-    meta: dict[str, Any],
-    names: Sequence[str],
+    out: Path, source: str | Path, overwrite: bool, files: dict[str, bytes], meta: dict[str, Any], names: Sequence[str]
 ) -> bool:
     """Adds the changes to ``meta`` and writes all files; whether identical ones existed already."""
     made = not out.exists()

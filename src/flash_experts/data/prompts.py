@@ -172,9 +172,7 @@ def drop_unknown(attributes: Attributes, conditions: Conditions) -> Attributes:
     return replace(attributes, **dict.fromkeys(unknown)) if unknown else attributes
 
 
-def parse_type_line(
-    text: str | None,
-) -> tuple[tuple[str, ...] | None, tuple[str, ...] | None, tuple[str, ...] | None]:
+def parse_type_line(text: str | None) -> tuple[tuple[str, ...] | None, tuple[str, ...] | None, tuple[str, ...] | None]:
     """Parses a user's type line into supertypes, types and subtypes; three None for an empty text.
 
     Case, order and dash are free: ``"warrior goblin creature"`` is a Creature — Goblin Warrior, in the order of real

@@ -24,9 +24,7 @@ _MAX_PARTS = 16  # parts of a sequence
 _MAX_TEXT = 64  # characters of a prefix
 _KINDS = {
     "normalizer": {"NFC", "NFD", "NFKC", "NFKD", "Lowercase", "Strip", "StripAccents", "Prepend", "Replace"},
-    "pre_tokenizer": {
-        *("ByteLevel", "Digits", "Split", "Metaspace", "Punctuation", "Whitespace", "WhitespaceSplit"),
-    },
+    "pre_tokenizer": {"ByteLevel", "Digits", "Split", "Metaspace", "Punctuation", "Whitespace", "WhitespaceSplit"},
     "post_processor": {"ByteLevel", "TemplateProcessing"},
     "decoder": {"ByteLevel", "ByteFallback", "Fuse", "Metaspace", "Replace", "Strip", "BPEDecoder"},
 }

@@ -22,7 +22,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Protocol, TypeVar
 
 from flash_experts.data.card_table import EMBEDDED
 from flash_experts.data.cards import CardSource, RawCard
@@ -43,7 +42,6 @@ MAX_AGE = timedelta(hours=24)  # Scryfall asks for this at least; MTGJSON is bui
 _MANIFEST = "manifest.json"
 _BULK_TYPE = "oracle_cards"
 _CARDS, _SETS, _PRINTINGS = "AtomicCards.json.gz", "SetList.json.gz", "AllPrintings.json.gz"
-T = TypeVar("T")
 
 
 def cache_folder() -> Path:
@@ -137,19 +135,6 @@ class Cache:
         os.replace(temporary, self.folder / _MANIFEST)
 
 
-class Site(Protocol):
-    """A live source of cards."""
-
-    name: str
-    title: str
-
-    def refresh(self, downloader: Downloader, cache: Cache, cached: CachedFiles | None, now: datetime) -> CardSource:
-        """Updates the cache and reads it."""
-
-    def read(self, files: Mapping[str, Path], version: str) -> CardSource:
-        """Reads files by name."""
-
-
 def _base(variable: str, usual: str) -> str:
     return (os.environ.get(variable) or usual).rstrip("/")
 
@@ -190,6 +175,7 @@ class Scryfall:
     name, title = "scryfall", "Scryfall"
 
     def refresh(self, downloader: Downloader, cache: Cache, cached: CachedFiles | None, now: datetime) -> CardSource:
+        """Updates the cache and reads it."""
         file = bulk_file(downloader, _base("FLASH_EXPERTS_SCRYFALL_URL", "https://api.scryfall.com"))
         if cached is not None and cached.version == file.updated:
             return self.read(cache.touch(cached, now).files, file.updated)
@@ -253,9 +239,7 @@ def _checksum(downloader: Downloader, url: str) -> str:
     return found[1].lower()
 
 
-SITES: dict[str, Site] = {
-    site.name: site for site in (Scryfall(), Mtgjson(with_printings=False), Mtgjson(with_printings=True))
-}
+SITES = {site.name: site for site in (Scryfall(), Mtgjson(with_printings=False), Mtgjson(with_printings=True))}
 
 
 def _source(name: str, version: str, path: Path, rows: tuple[RawCard, ...]) -> CardSource:
@@ -264,7 +248,7 @@ def _source(name: str, version: str, path: Path, rows: tuple[RawCard, ...]) -> C
     return CardSource(name, version, sha256_of(path), rows)
 
 
-def _checked(url: str, part: Path, read: Callable[[], T]) -> T:
+def _checked(url: str, part: Path, read: Callable[[], CardSource]) -> CardSource:
     """Reads a downloaded file; if it is damaged, deletes it and names it in the error."""
     try:
         return read()
