@@ -219,10 +219,14 @@ def _after(parts: Parts) -> list[Any]:
 
 
 def _compare(handlers: Handlers, parts: Parts) -> None:
+    def name_pressed(rows: Rows, event: gr.EventData) -> tuple[Row | None, str]:
+        row = picked(rows, _button_data(event).get("name"))
+        return row, handlers.inspect(row)
+
     outputs = [component for side in parts["sides"] for component in side]
     inputs = [*parts["controls"].values(), *parts["choices"], parts["session"]]
     for table, _, rows in parts["sides"]:
-        pressed = table.click(_side_pressed(handlers), rows, [parts["inspected"], parts["panel"]], **_QUEUED)
+        pressed = table.click(name_pressed, rows, [parts["inspected"], parts["panel"]], **_QUEUED)
         pressed.then(None, js="() => flashExperts.showPanel()", **_UNQUEUED)
     parts["compare"].click(_comparing(handlers, parts["controls"]), inputs, outputs, **_REQUEST)
 
@@ -344,14 +348,6 @@ def _names_leave_the_page(handlers: Handlers, parts: Parts) -> None:
     for button, is_kept in ((parts["download"], False), (parts["download_kept"], True)):
         written = button.click(export(is_kept), [session, parts["format"]], parts["file"], **_UNQUEUED)
         written.then(None, parts["file"], js="(text) => flashExperts.download(text)", **_UNQUEUED)
-
-
-def _side_pressed(handlers: Handlers) -> Callable[..., Any]:
-    def pressed(rows: Rows, event: gr.EventData) -> tuple[Row | None, str]:
-        row = picked(rows, _button_data(event).get("name"))
-        return row, handlers.inspect(row)
-
-    return pressed
 
 
 def _button_data(event: gr.EventData) -> dict[str, Any]:

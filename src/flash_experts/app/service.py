@@ -65,17 +65,14 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """The progress of a request: all names so far, and the settings with the seed.
+    """The progress of a request."""
 
-    At the end (``is_over``) it has why there are fewer names than requested, or "".
-    """
-
-    rows: tuple[Row, ...]
+    rows: tuple[Row, ...]  # all names so far
     wanted: int
     seconds: float
-    settings: Settings
+    settings: Settings  # with the seed
     is_over: bool = False
-    note: str = ""
+    note: str = ""  # at the end, why there are fewer names than requested
 
     @property
     def seed(self) -> int:
@@ -87,7 +84,7 @@ class Playground:
     """The models of one server, and requests to them."""
 
     def __init__(self, models: Mapping[str, NameGenerator], time_limit: float = TIME_LIMIT) -> None:
-        """Wraps models by the name that clients see; the first is the default. The time limit is in seconds."""
+        """Serves models by the name that clients see, the first by default, for ``time_limit`` seconds a request."""
         if not models:
             raise ValueError("no model to serve: give at least one")
         if not 0 < time_limit < float("inf"):
@@ -158,7 +155,8 @@ class Playground:
         stream = loaded.generator.answer(request, filters=[watch])
         while len(rows) < settings.count:
             try:
-                found = self._next(loaded, stream)
+                with loaded.lock:
+                    found = next(stream, None)
             except UnwantedError:
                 return
             except TimeUpError:
@@ -171,10 +169,6 @@ class Playground:
                 rows.append(Row(found, settings, loaded.name))
                 yield Progress(tuple(rows), settings.count, time.monotonic() - start, settings)
         yield Progress(tuple(rows), settings.count, time.monotonic() - start, settings, is_over=True, note=note)
-
-    def _next(self, loaded: LoadedModel, stream: Iterator[GeneratedName]) -> GeneratedName | None:
-        with loaded.lock:
-            return next(stream, None)
 
 
 class TimeUpError(Exception):
@@ -220,10 +214,7 @@ class Side:
 def compare(
     playground: Playground, settings: Settings, sides: Sequence[Side], is_wanted: Callable[[], bool] = lambda: True
 ) -> Iterator[list[Progress | None]]:
-    """Yields the progress of each side, None where it has no name yet, for the same seed.
-
-    A side's own preset replaces all sampling settings.
-    """
+    """Yields the progress of each side, None where it has no name yet, for the same seed."""
     seed = secrets.randbelow(LARGEST_SEED + 1) if settings.seed is None else settings.seed
     settings = replace(settings, seed=seed)
     streams = [playground.names(_of_side(settings, side), side.model, is_wanted=is_wanted) for side in sides]
@@ -240,6 +231,7 @@ def compare(
 
 
 def _of_side(settings: Settings, side: Side) -> Settings:
+    """The settings with the side's own preset, if any, instead of all sampling settings."""
     if not side.preset:
         return settings
     own: dict[str, Any] = dict.fromkeys(options_of(Sampling))
@@ -251,43 +243,30 @@ def _of_side(settings: Settings, side: Side) -> Settings:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """The model's prediction of one token of the name, or of its EOS token.
-
-    Attributes:
-        probability: at temperature 1, before filters.
-        rank: from 1.
-    """
+    """The model's prediction of one token of the name, or of its EOS token."""
 
     token: str
-    probability: float
-    rank: int
+    probability: float  # at temperature 1, before filters
+    rank: int  # from 1
     alternatives: tuple[tuple[str, float], ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
-    """What `inspect_name` found.
+    """What `inspect_name` found."""
 
-    Attributes:
-        name: the name in Unicode normal form, as the model read it.
-        prompt_length: number of ``tokens`` before the name, BOS token included.
-        steps: predictions of the name's tokens and its EOS token.
-        attention: per block (H, T, T) float32; the first t + 1 weights of row t, those of query t, sum to 1.
-        experts: the experts of each token; None for a dense model.
-    """
-
-    name: str
+    name: str  # in Unicode normal form, as the model read it
     prompt: str
     tokens: tuple[str, ...]
-    prompt_length: int
-    steps: tuple[Step, ...]
-    attention: tuple[npt.NDArray[np.float32], ...]
-    experts: NameMap | None
+    prompt_length: int  # tokens before the name, with the BOS token
+    steps: tuple[Step, ...]  # of the name's tokens and its EOS token
+    attention: tuple[npt.NDArray[np.float32], ...]  # per block (H, T, T); the first t + 1 weights of row t sum to 1
+    experts: NameMap | None  # of each token; None for a dense model
     num_experts: int
 
 
 def inspect_name(loaded: LoadedModel, name: str, settings: Settings) -> Inspection:
-    """Inspects a model, which it locks, on a name after the prompt that the settings make.
+    """Inspects how a model reads a name after the prompt that the settings make.
 
     The tokens are those of the tokenizer; a generated name may, rarely, have been made from others.
 
@@ -309,7 +288,7 @@ def inspect_name(loaded: LoadedModel, name: str, settings: Settings) -> Inspecti
     texts = generator.vocabulary.prompt_texts
     tokens = Tokens.of([encoded], texts)
     with loaded.lock:
-        logits_TV, attention = _read(model, encoded.ids[:-1])
+        logits_TV, attention = _logits_and_attention(model, encoded.ids[:-1])
         routing = route(model, [encoded]) if isinstance(model, GPT2MoEForCausalLM) else None
     steps = _steps(logits_TV[encoded.prompt_length - 1 :], encoded.ids[encoded.prompt_length :], texts)
     return Inspection(
@@ -324,7 +303,9 @@ def inspect_name(loaded: LoadedModel, name: str, settings: Settings) -> Inspecti
     )
 
 
-def _read(model: PreTrainedModel, ids: tuple[int, ...]) -> tuple[torch.Tensor, tuple[npt.NDArray[np.float32], ...]]:
+def _logits_and_attention(
+    model: PreTrainedModel, ids: tuple[int, ...]
+) -> tuple[torch.Tensor, tuple[npt.NDArray[np.float32], ...]]:
     """(T, V) float32 logits, and (H, T, T) attention weights of each block."""
     with evaluating(model), torch.inference_mode(), _eager_attention(model):
         ids_1T = torch.tensor([ids], device=model.device)

@@ -48,14 +48,11 @@ Rows = tuple[Row, ...]
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A request of the history, without the seed if it was drawn, and the names that it gave, with the seed.
+    """A request of the history."""
 
-    ``number`` counts the requests of a session from 0.
-    """
-
-    number: int
-    asked: Settings
-    rows: Rows
+    number: int  # of a session's requests, from 0
+    asked: Settings  # without the seed if it was drawn
+    rows: Rows  # with the seed
 
 
 class Session:
@@ -99,7 +96,7 @@ class Session:
     ) -> Rows | None:
         """Replaces all rows but the kept ones by what request ``run`` has found so far, below rows ``before``.
 
-        Returns all rows; None if the request has ended, and nothing has changed.
+        Returns all rows; None if the request has ended, so that nothing changed.
         """
         with self._lock:
             if not self.runs(run):
@@ -247,10 +244,9 @@ def _number(value: Any) -> float:
 def exported(rows: Sequence[Row], suffix: str) -> str:
     """A file of names as JSON for the page's script: its name, and its content as text or as base64.
 
-    Raises:
-        ValueError: no format has this suffix.
+    Raises a ValueError if no format has this suffix.
     """
-    return _as_json("names", suffix, lambda: _cards(rows), lambda format: _text(rows, format))
+    return _as_json("names", suffix, lambda: _named_cards(rows), lambda format: _text_of(rows, format))
 
 
 def exported_set(named: Sequence[NamedRow], kept: Sequence[Row], suffix: str) -> str:
@@ -277,14 +273,14 @@ def _as_json(stem: str, suffix: str, cards: Callable[[], Sequence[NamedCard]], t
     return json.dumps({"name": name, "text": text(format)})
 
 
-def _text(rows: Sequence[Row], format: Format) -> str:
+def _text_of(rows: Sequence[Row], format: Format) -> str:
     file = io.StringIO()
     if format == "cockatrice":  # its names may be of different cards
-        write_cards(_cards(rows), file, format)
+        write_cards(_named_cards(rows), file, format)
     else:
         write_names([row.name for row in rows], Attributes(), file, format)
     return file.getvalue()
 
 
-def _cards(rows: Sequence[Row]) -> list[NamedCard]:
+def _named_cards(rows: Sequence[Row]) -> list[NamedCard]:
     return [NamedCard(row.name.text, completed_attributes(row.settings)) for row in rows]
