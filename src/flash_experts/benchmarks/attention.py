@@ -12,6 +12,8 @@ import random
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -47,7 +49,7 @@ SECTIONS = ("batch", "packed", "decode")
 
 def run(args: Any) -> report.Report:
     """Time attention: ours, PyTorch's SDPA and FlexAttention, transformers' eager, flash-attn."""
-    return report.run_topic(args, measure)
+    return report.run_topic("attention", args, measure)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -132,7 +134,7 @@ def measure(args: Any, device: torch.device) -> report.Report:
         rows += _measure_one(what, make, backends, settings["rounds"], device, machine)
         report.write_partial(args, "attention", machine, settings, rows)
     return report.Report(
-        "attention", machine, settings, rows, format_report(rows, machine, settings), lambda f: draw(rows, f)
+        "attention", machine, settings, rows, format_report(rows, machine, settings), partial(draw, rows)
     )
 
 
@@ -150,30 +152,25 @@ def _problems(
     lengths = name_lengths(settings["names_tokens"], settings["tokenizer"]) if "packed" in wanted else []
     heads_of = {head_dim: width // head_dim for head_dim in settings["head_dims"]}
 
-    def batches(mask: str) -> Iterator[tuple[report.Row, Callable[[], baselines.Problem]]]:
-        for head_dim, heads in heads_of.items():
-            for length in settings["lengths"]:
-                batch, causal = settings["tokens"] // length, mask == "causal"
-                yield (
-                    _what("batch", head_dim, heads, batch, length, causal, settings["tokens"]),
-                    _maker(baselines.BatchProblem, batch, length, heads, head_dim, causal, device, dtype),
-                )
-
     # The most important comes first, in case --budget runs out.
-    for mask in settings["masks"] if "batch" in wanted else ():
-        yield from batches(mask)
+    masks = settings["masks"] if "batch" in wanted else ()
+    for mask, (head_dim, heads), length in product(masks, heads_of.items(), settings["lengths"]):
+        batch, causal = settings["tokens"] // length, mask == "causal"
+        yield (
+            _what("batch", head_dim, heads, batch, length, causal, settings["tokens"]),
+            partial(baselines.BatchProblem, batch, length, heads, head_dim, causal, device, dtype),
+        )
     for head_dim, heads in heads_of.items() if "packed" in wanted else ():
         yield (
             _what("packed", head_dim, heads, len(lengths), max(lengths), True, sum(lengths)),
-            _maker(baselines.PackedProblem, lengths, heads, head_dim, device, dtype),
+            partial(baselines.PackedProblem, lengths, heads, head_dim, device, dtype),
         )
-    for head_dim, heads in heads_of.items() if "decode" in wanted else ():
-        for batch in settings["decode_batches"]:
-            for length in settings["decode_lengths"]:
-                yield (
-                    _what("decode", head_dim, heads, batch, length, True, batch),
-                    _maker(baselines.DecodeProblem, batch, length, heads, head_dim, device, dtype),
-                )
+    batches = settings["decode_batches"] if "decode" in wanted else ()
+    for (head_dim, heads), batch, length in product(heads_of.items(), batches, settings["decode_lengths"]):
+        yield (
+            _what("decode", head_dim, heads, batch, length, True, batch),
+            partial(baselines.DecodeProblem, batch, length, heads, head_dim, device, dtype),
+        )
 
 
 def name_lengths(tokens: int, tokenizer: str) -> list[int]:
@@ -201,10 +198,6 @@ def _what(section: str, head_dim: int, heads: int, batch: int, length: int, caus
         "section": section, "head_dim": head_dim, "heads": heads, "batch": batch, "length": length, "causal": causal,
         "tokens": tokens,
     }  # fmt: skip
-
-
-def _maker(kind: Callable[..., baselines.Problem], *arguments: Any) -> Callable[[], baselines.Problem]:
-    return lambda: kind(*arguments)
 
 
 def _measure_one(
