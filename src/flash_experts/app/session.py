@@ -19,18 +19,9 @@ from urllib.parse import unquote_plus, urlencode
 from flash_experts.app.service import Row
 from flash_experts.app.settings import PREFIX, Settings
 from flash_experts.data.prompts import Attributes
-from flash_experts.generation import GeneratedName
+from flash_experts.generation import GeneratedName, name_files
 from flash_experts.generation.card_sets import NamedRow, cards_of, write_set
 from flash_experts.generation.generator import completed_attributes
-from flash_experts.generation.name_files import (
-    BY_SUFFIX,
-    Format,
-    NamedCard,
-    row_of,
-    write_cards,
-    write_mse,
-    write_names,
-)
 
 MOST_KEPT = 50
 MOST_IN_HISTORY = 400  # names of all requests in the history
@@ -197,7 +188,7 @@ def stored(rows: Rows) -> list[dict[str, Any]]:
     """The kept names as the browser stores them."""
     strings = [row.settings.to_string() for row in rows]
     return [
-        row_of(row.name) | {"model": row.model, "settings": text if len(text) <= _LONGEST_STORED else PREFIX}
+        name_files.row_of(row.name) | {"model": row.model, "settings": text if len(text) <= _LONGEST_STORED else PREFIX}
         for row, text in zip(rows, strings, strict=True)
     ]
 
@@ -254,7 +245,7 @@ def exported_set(named: Sequence[NamedRow], kept: Sequence[Row], suffix: str) ->
     first = {row.name.text for row in kept}
     chosen = [replace(one, names=sorted(one.names, key=lambda name: name.text not in first)) for one in named]
 
-    def text(format: Format) -> str:
+    def text(format: name_files.Format) -> str:
         file = io.StringIO()
         write_set(chosen, file, format)
         return file.getvalue()
@@ -262,25 +253,30 @@ def exported_set(named: Sequence[NamedRow], kept: Sequence[Row], suffix: str) ->
     return _as_json("named-set", suffix, lambda: cards_of(chosen), text)
 
 
-def _as_json(stem: str, suffix: str, cards: Callable[[], Sequence[NamedCard]], text: Callable[[Format], str]) -> str:
+def _as_json(
+    stem: str,
+    suffix: str,
+    cards: Callable[[], Sequence[name_files.NamedCard]],
+    text: Callable[[name_files.Format], str],
+) -> str:
     if suffix not in FORMATS.values():
         raise ValueError(f"no format {str(suffix)[:20]!r}: use one of {', '.join(FORMATS.values())}")
-    name, format = f"{stem}.{suffix}", BY_SUFFIX[f".{suffix}"]
+    name, format = f"{stem}.{suffix}", name_files.BY_SUFFIX[f".{suffix}"]
     if format == "mse":
         binary = io.BytesIO()
-        write_mse(cards(), binary)
+        name_files.write_mse(cards(), binary)
         return json.dumps({"name": name, "base64": base64.b64encode(binary.getvalue()).decode("ascii")})
     return json.dumps({"name": name, "text": text(format)})
 
 
-def _text_of(rows: Sequence[Row], format: Format) -> str:
+def _text_of(rows: Sequence[Row], format: name_files.Format) -> str:
     file = io.StringIO()
     if format == "cockatrice":  # its names may be of different cards
-        write_cards(_named_cards(rows), file, format)
+        name_files.write_cards(_named_cards(rows), file, format)
     else:
-        write_names([row.name for row in rows], Attributes(), file, format)
+        name_files.write_names([row.name for row in rows], Attributes(), file, format)
     return file.getvalue()
 
 
-def _named_cards(rows: Sequence[Row]) -> list[NamedCard]:
-    return [NamedCard(row.name.text, completed_attributes(row.settings)) for row in rows]
+def _named_cards(rows: Sequence[Row]) -> list[name_files.NamedCard]:
+    return [name_files.NamedCard(row.name.text, completed_attributes(row.settings)) for row in rows]

@@ -25,14 +25,8 @@ from pathlib import Path
 
 from flash_experts.data.card_table import EMBEDDED
 from flash_experts.data.cards import CardSource, RawCard
-from flash_experts.data.live.bulk_files import (
-    DamagedError,
-    read_mtgjson,
-    read_rarities,
-    read_scryfall,
-    read_sets,
-    read_version,
-)
+from flash_experts.data.live import bulk_files
+from flash_experts.data.live.bulk_files import DamagedError
 from flash_experts.data.live.download import Downloader, DownloadError, Partial, checked_url
 from flash_experts.extras import require
 from flash_experts.files import sha256_of
@@ -194,7 +188,7 @@ class Scryfall:
 
     def read(self, files: Mapping[str, Path], version: str) -> CardSource:
         path = files[_BULK_TYPE]
-        return _source(self.name, version, path, tuple(read_scryfall(path)))
+        return _source(self.name, version, path, tuple(bulk_files.read_scryfall(path)))
 
 
 class Mtgjson:
@@ -225,9 +219,11 @@ class Mtgjson:
 
     def read(self, files: Mapping[str, Path], version: str) -> CardSource:
         path = files[_CARDS]
-        sets = read_sets(files[_SETS])
-        rarities = read_rarities(files[_PRINTINGS]) if _PRINTINGS in self._names else {}
-        return _source(self.name, read_version(path), path, tuple(read_mtgjson(path, sets, rarities)))
+        sets = bulk_files.read_sets(files[_SETS])
+        rarities = bulk_files.read_rarities(files[_PRINTINGS]) if _PRINTINGS in self._names else {}
+        return _source(
+            self.name, bulk_files.read_version(path), path, tuple(bulk_files.read_mtgjson(path, sets, rarities))
+        )
 
 
 def _checksum(downloader: Downloader, url: str) -> str:
