@@ -28,7 +28,7 @@ _SEPARATORS = ",;\t|"
 _SEPARATOR_LINE = re.compile(r'"?sep=([,;\t|:^~ ]|\\t)"?[,;\t ]*', re.IGNORECASE)  # Excel's and Dragon Shield's
 _SAVE_AS = "save the file as UTF-8 (in Excel: CSV UTF-8)"
 _BETWEEN_CELLS = re.compile(r"^,|(?<![0-9]),(?=\S)|,(?=[^\s0-9])|[\t|]")  # not in "Krenko, Mob Boss", "1,000 Eyes"
-_LINE_ENDS = re.compile(r"(?<=\n)|(?<=\r)(?!\n)")
+_LINE_ENDS = re.compile(r"(?<=\n)|(?<=\r)(?!\n)")  # those of classic Mac OS, too
 _BINARY = {
     b"PK\x03\x04": "a zip archive or a spreadsheet: save the sheet as CSV",
     b"\xd0\xcf\x11\xe0": "an Excel workbook: save the sheet as CSV",
@@ -130,7 +130,7 @@ class _Lines:
     def __iter__(self) -> Iterator[str]:
         with open(self.path, "rb") as file:
             if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
-                yield from _parts(self.whole())
+                yield from _split_lines(self.whole())
                 return
             file.seek(0)
             number = 0
@@ -141,16 +141,15 @@ class _Lines:
                         f"{self.path}:{number}: a line of more than {MAX_LINE_BYTES:,} bytes is not a card"
                     )
                 self.digest.update(line)
-                yield from _parts(_decoded(line, f"{self.path}:{number}", number == 1))
+                yield from _split_lines(_decoded(line, f"{self.path}:{number}", number == 1))
 
     def whole(self) -> str:
         size = self.path.stat().st_size
         if size > MAX_JSON_BYTES:
-            kind, instead = ("UTF-16 text", "UTF-8 text beyond")
-            if self.path.suffix.lower() == ".json":
-                kind, instead = ("json", "jsonl (one card per line) beyond")
-            most = MAX_JSON_BYTES // 2**20
-            raise ValueError(f"{self.path}: {size // 2**20:,} MB: {kind} is read up to {most} MB, {instead}")
+            is_json = self.path.suffix.lower() == ".json"
+            kind, other = ("json", "jsonl (one card per line)") if is_json else ("UTF-16 text", "UTF-8 text")
+            sizes = f"{size // 2**20:,} MB: {kind} is read up to {MAX_JSON_BYTES // 2**20} MB"
+            raise ValueError(f"{self.path}: {sizes}, {other} beyond")
         data = self.path.read_bytes()
         self.digest.update(data)
         if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
@@ -164,8 +163,7 @@ class _Lines:
             raise ValueError(f"{self.path}:{line}: not UTF-8 text: {_SAVE_AS}") from error
 
 
-def _parts(text: str) -> Iterator[str]:
-    """Lines of a text, with classic Mac OS line ends too."""
+def _split_lines(text: str) -> Iterator[str]:
     return filter(None, _LINE_ENDS.split(text))
 
 
@@ -175,10 +173,9 @@ def _decoded(data: bytes, where: str, is_first: bool) -> str:
             raise ValueError
         return data.decode("utf-8-sig" if is_first else "utf-8")
     except ValueError as error:
-        kinds = [kind for start, kind in _BINARY.items() if is_first and data.startswith(start)]
         guess = "null characters, as UTF-16 has, " if b"\0" in data else "perhaps Windows-1252: "
-        what = f"it is {kinds[0]}" if kinds else f"{guess}{_SAVE_AS}"
-        raise ValueError(f"{where}: not UTF-8 text: {what}") from error
+        kinds = [f"it is {kind}" for start, kind in _BINARY.items() if is_first and data.startswith(start)]
+        raise ValueError(f"{where}: not UTF-8 text: {kinds[0] if kinds else guess + _SAVE_AS}") from error
 
 
 def _refuse_foreign(line: str, where: str) -> None:
