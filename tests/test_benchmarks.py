@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from flash_experts.benchmarks import attention, attention_baselines, everything, generate, moe, report, train
-from flash_experts.benchmarks.attention_problems import BatchProblem, DecodeProblem, PackedProblem, Trial, name_lengths
+from flash_experts.benchmarks import attention, attention_baselines, everything, generate, moe, train
+from flash_experts.benchmarks.attention_baselines import BatchProblem, DecodeProblem, PackedProblem, Trial
 from flash_experts.benchmarks.attention_tables import choices
 from flash_experts.benchmarks.report import Report, find_recorded, find_worse, machine_facts, main
 from flash_experts.benchmarks.timing import Implementation, Timing, peak_memory, relative_error, time_in_rounds
@@ -207,9 +207,7 @@ def test_a_regression_is_reported_after_a_second_measurement(
     assert find_worse([slower], [faster]) and not find_worse([faster], [slower])
 
     runs = iter([[row("steady", 2.5), row("busy", 3.0)], [row("steady", 2.5), row("busy", 2.0)]])
-    assert report._topic_of(moe.measure) == "moe"
     monkeypatch.setattr(moe, "measure", lambda args, device: Report("moe", here, {}, next(runs), "", lambda _: None))
-    monkeypatch.setattr(report, "_topic_of", lambda measure: "moe")
     measured("moe", "--check", str(tmp_path))
     assert capsys.readouterr().err.splitlines() == [
         "2 ratios look worse than recorded: measuring them again",
@@ -232,7 +230,6 @@ def test_all_topics_are_recorded_by_machine_and_checked(
         assert args.plot is None and len(vars(args)) > 6, "with all options of the topic"
         return Report(topic, machine_facts(device), {}, rows[topic], f"table of {topic}", lambda _: None)
 
-    monkeypatch.setattr(report, "_topic_of", lambda measure: measure.args[0])
     for module in (attention, moe, train, generate):
         monkeypatch.setattr(module, "measure", partial(measure, module.__name__.rpartition(".")[2]))
     given = ["benchmark", "all", "--device", "cpu"]
@@ -294,8 +291,8 @@ def test_relative_error() -> None:
 
 
 def test_lengths_of_real_names() -> None:
-    lengths = name_lengths(500, MODEL)
+    lengths = attention.name_lengths(500, MODEL)
     assert 450 < sum(lengths) <= 500 and all(3 < length < 60 for length in lengths)
-    assert lengths == name_lengths(500, MODEL)
+    assert lengths == attention.name_lengths(500, MODEL)
     with pytest.raises(ValueError, match="names-tokens"):
-        name_lengths(1, MODEL)
+        attention.name_lengths(1, MODEL)

@@ -14,7 +14,7 @@ from unittest import mock
 import pytest
 
 from flash_experts.data.live import download
-from flash_experts.data.live.cache import MAX_AGE, Cache, CachedFiles
+from flash_experts.data.live.sites import MAX_AGE, Cache, CachedFiles
 from flash_experts.training.checkpoint import checkpoint_steps, latest_checkpoint
 from flash_experts.training.run_state import checkpoint_path
 from tests.helpers.command_line import BASE_RUN, ok

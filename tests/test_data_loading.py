@@ -114,7 +114,7 @@ def test_a_json_file_too_large_to_parse_whole_is_refused(tmp_path: Path) -> None
 
 
 def test_more_cards_than_fit_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("flash_experts.data.card_files.MAX_CARDS", 2)
+    monkeypatch.setattr("flash_experts.data.sources.MAX_CARDS", 2)
     (tmp_path / "a.txt").write_text("One\nTwo\nThree\n", encoding="utf-8")
     with pytest.raises(ValueError, match=r"a\.txt: more than 2 cards"):
         load_source(tmp_path / "a.txt")

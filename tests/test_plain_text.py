@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from flash_experts.data.card_files import read_file
+from flash_experts.data.sources import read_file
 from flash_experts.evaluation.tables import Table
 from flash_experts.generation import name_files as tables
 from flash_experts.generation.search import GeneratedName

@@ -13,12 +13,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flash_experts.data.card_files import MAX_NAME, read_file
 from flash_experts.data.cards import parse_colors
 from flash_experts.data.cleaning import clean
 from flash_experts.data.names import faces_of, normal_form, shown_form
 from flash_experts.data.prompts import Attributes
-from flash_experts.data.sources import load_source
+from flash_experts.data.sources import MAX_NAME, load_source, read_file
 from flash_experts.generation.formatting import format_name
 from flash_experts.models.folder_checks import check_folder
 from flash_experts.models.saving import MANIFEST, CheckpointError

@@ -28,8 +28,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 with atheris.instrument_imports(include=["flash_experts", "json", "csv", "yaml"]):
     import json
 
-    from flash_experts.data.card_files import read_file
     from flash_experts.data.cleaning import clean
+    from flash_experts.data.sources import read_file
     from flash_experts.models import folder_checks
     from flash_experts.models.saving import MANIFEST
     from flash_experts.settings_files import read_yaml

@@ -17,7 +17,7 @@ from urllib.parse import quote_plus
 import pytest
 
 from flash_experts import NameGenerator
-from flash_experts.app.exporting import FORMATS
+from flash_experts.app.session import FORMATS
 from flash_experts.app.settings import PREFIX, Settings
 from tests.helpers.playground_page import (
     EVIL,

@@ -14,8 +14,7 @@ pytest.importorskip("gradio", reason="the playground's extra is not installed: p
 from flash_experts import NameGenerator
 from flash_experts.app import rendering
 from flash_experts.app.handlers import Handlers
-from flash_experts.app.inspecting import inspect_name
-from flash_experts.app.service import Playground, Progress, Row, Side, compare
+from flash_experts.app.service import Playground, Progress, Row, Side, compare, inspect_name
 from flash_experts.app.session import MOST_KEPT, Session
 from flash_experts.app.settings import Settings
 from flash_experts.generation import GeneratedName

@@ -13,10 +13,19 @@ import pytest
 pytest.importorskip("gradio", reason="the playground's extra is not installed: pip install -e '.[app]'")
 
 from flash_experts.app import form
-from flash_experts.app.exporting import FORMATS, exported
 from flash_experts.app.handlers import Handlers
 from flash_experts.app.service import Playground, Row
-from flash_experts.app.session import MOST_IN_HISTORY, MOST_KEPT, Session, link_of, read_link, restored, stored
+from flash_experts.app.session import (
+    FORMATS,
+    MOST_IN_HISTORY,
+    MOST_KEPT,
+    Session,
+    exported,
+    link_of,
+    read_link,
+    restored,
+    stored,
+)
 from flash_experts.app.settings import PREFIX, Settings, with_gap, words_of
 from flash_experts.generation import GeneratedName
 

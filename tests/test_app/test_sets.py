@@ -17,10 +17,9 @@ import pytest
 pytest.importorskip("gradio", reason="the playground's extra is not installed: pip install -e '.[app]'")
 
 from flash_experts.app import form, service, sets
-from flash_experts.app.exporting import FORMATS
 from flash_experts.app.handlers import Handlers
 from flash_experts.app.service import Playground, Progress, Row
-from flash_experts.app.session import Session
+from flash_experts.app.session import FORMATS, Session
 from flash_experts.app.settings import Settings
 from flash_experts.generation import GeneratedName
 from flash_experts.generation.card_sets import card_rows_of, name_rows

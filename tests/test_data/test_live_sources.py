@@ -15,10 +15,10 @@ import pytest
 
 from flash_experts.cli import main
 from flash_experts.data.card_table import read_embedded
-from flash_experts.data.live import unpack
+from flash_experts.data.live import bulk_files
+from flash_experts.data.live.bulk_files import DamagedError
 from flash_experts.data.live.download import Downloader, RetryPolicy
 from flash_experts.data.live.sites import read_live
-from flash_experts.data.live.unpack import DamagedError
 from flash_experts.data.prepare import load_split, prepare
 from flash_experts.data.prompts import Attributes
 from flash_experts.data.sources import load_source
@@ -233,11 +233,11 @@ def test_files_that_unpack_to_too_much_are_refused(
     server: TestServer, downloader: Downloader, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     index(server, gzip.compress(b"\n" * 10**6))
-    monkeypatch.setattr(unpack, "MAX_UNPACKED_BYTES", 10**5)
+    monkeypatch.setattr(bulk_files, "MAX_UNPACKED_BYTES", 10**5)
     with pytest.raises(ValueError, match="it unpacks to more than 100,000 bytes"):
         read_live("scryfall", downloader, NOW)
-    monkeypatch.setattr(unpack, "MAX_UNPACKED_BYTES", 10**7)
-    monkeypatch.setattr(unpack, "MAX_LINE_BYTES", 10**5)
+    monkeypatch.setattr(bulk_files, "MAX_UNPACKED_BYTES", 10**7)
+    monkeypatch.setattr(bulk_files, "MAX_LINE_BYTES", 10**5)
     index(server, gzip.compress(b"x" * 10**6), "later")
     with pytest.raises(ValueError, match="its line 1 has more than 100,000 bytes"):
         read_live("scryfall", downloader, NOW)
@@ -375,5 +375,5 @@ def test_live_sources_are_loaded_by_name(server: TestServer) -> None:
 
 def test_a_truncated_file_is_reported_as_damaged(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(GOOD[:100])
-    with pytest.raises(DamagedError), unpack.unpacked(tmp_path / "x") as file:
-        list(unpack.json_lines(file))
+    with pytest.raises(DamagedError), bulk_files.unpacked(tmp_path / "x") as file:
+        list(bulk_files.json_lines(file))

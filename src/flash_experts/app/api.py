@@ -11,8 +11,7 @@ from typing import Any, TypeVar
 import gradio as gr
 import numpy as np
 
-from flash_experts.app.inspecting import Inspection, inspect_name
-from flash_experts.app.service import Playground, Progress, Side, compare
+from flash_experts.app.service import Inspection, Playground, Progress, Side, compare, inspect_name
 from flash_experts.app.settings import MOST_NAMES, OPTIONS, Settings
 from flash_experts.generation import PRESETS
 from flash_experts.generation.name_files import row_of

@@ -7,16 +7,24 @@ number of a block or a head.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 from flash_experts.app import form, rendering, sets
-from flash_experts.app.exporting import exported, exported_set
-from flash_experts.app.inspecting import inspect_name
-from flash_experts.app.service import Playground, Row, Side, compare
-from flash_experts.app.session import Request, Rows, Session, link_of, read_link, restored, stored
+from flash_experts.app.service import Playground, Row, Side, compare, inspect_name
+from flash_experts.app.session import (
+    Request,
+    Rows,
+    Session,
+    exported,
+    exported_set,
+    link_of,
+    read_link,
+    restored,
+    stored,
+)
 from flash_experts.app.settings import Settings, with_gap
 from flash_experts.generation.generator import completed_attributes
 
@@ -28,21 +36,35 @@ EMPTY = (
 
 @dataclass(frozen=True, slots=True)
 class TableView:
-    """A table of names: its HTML, status line (HTML), rows, and settings string ("" if there is none yet)."""
+    """A table of names."""
 
-    table: str
-    status: str
+    table: str  # HTML
+    status: str  # HTML
     rows: Rows
-    settings: str
+    settings: str  # settings string; "" if there is none yet
 
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """What is shown when settings are opened; controls without a value stay. The status line is HTML."""
+    """What is shown when settings are opened."""
 
-    values: Mapping[str, Any]
-    status: str
+    values: Mapping[str, Any]  # by control; others stay
+    status: str  # HTML
     settings: str = ""
+
+
+def _with_failures(handler: Callable[..., Iterator[TableView]]) -> Callable[..., Iterator[TableView]]:
+    """The handler, whose last argument is the session, with a ValueError shown above the names so far."""
+
+    @wraps(handler)
+    def shown(*args: Any) -> Iterator[TableView]:
+        try:
+            yield from handler(*args)
+        except ValueError as error:
+            rows = args[-1].rows
+            yield TableView(table_of(rows), _failure(error), rows, "")
+
+    return shown
 
 
 class Handlers:
@@ -51,55 +73,43 @@ class Handlers:
     def __init__(self, playground: Playground) -> None:
         self.playground = playground
 
+    @_with_failures
     def make(self, values: Mapping[str, Any], session: Session) -> Iterator[TableView]:
         """Makes new names below the kept ones."""
-        yield from self._make(values, session, ())
+        yield from self._make(form.settings_of(values), values["model"], session)
 
+    @_with_failures
     def more_like(self, values: Mapping[str, Any], session: Session) -> Iterator[TableView]:
         """Makes names that resemble the kept ones."""
         kept = tuple(row.name.text for row in session.kept)
         if not kept:
-            message = "keep a name first: press the ☆ next to it, and the new names will resemble it"
-            yield self._failed(message, session.rows)
-            return
-        yield from self._make({**values, "seed": None}, session, kept[-20:])
+            raise ValueError("keep a name first: press the ☆ next to it, and the new names will resemble it")
+        settings = replace(form.settings_of({**values, "seed": None}), like=kept[-20:])
+        yield from self._make(settings, values["model"], session)
 
+    @_with_failures
     def make_several(self, values: Mapping[str, Any], cards: str, count: Any, session: Session) -> Iterator[TableView]:
         """Makes a few names for each of several cards: a line for each, or a set as CSV or JSON."""
-        try:
-            rows, number = sets.cards_of(cards), sets.number_for_each(count)
-            settings, had = replace(form.settings_of(values), count=number), [row.name.text for row in session.kept]
-            run = session.begin()
-            wanted = partial(session.runs, run)
-            for progress in sets.name_set(self.playground, settings, values["model"], rows, had, wanted):
-                shown = session.put(run, progress.new, progress.settings, progress.before, progress.named)
-                if shown is None:
-                    return
-                table, last = rendering.names_table(shown, "New names"), (progress.new or progress.before)[-1:]
-                shared = last[0].settings.to_string() if last else ""
-                yield TableView(table, rendering.set_status(progress), shown, shared)
-        except ValueError as error:
-            yield self._failed(form.with_labels(str(error)), session.rows)
+        rows, number = sets.cards_of(cards), sets.number_for_each(count)
+        settings, had = replace(form.settings_of(values), count=number), [row.name.text for row in session.kept]
+        run = session.begin()
+        wanted = partial(session.runs, run)
+        for progress in sets.name_set(self.playground, settings, values["model"], rows, had, wanted):
+            shown = session.put(run, progress.new, progress.settings, progress.before, progress.named)
+            if shown is None:
+                return
+            table, last = rendering.names_table(shown, "New names"), (progress.new or progress.before)[-1:]
+            shared = last[0].settings.to_string() if last else ""
+            yield TableView(table, rendering.set_status(progress), shown, shared)
 
+    @_with_failures
     def another_word(self, row: Row | None, number: Any, session: Session) -> Iterator[TableView]:
         """Makes names that differ from that of an opened card in one word."""
-        if row is None:
-            return
-        try:
+        if row is not None:
             settings = with_gap(row.settings, row.name.text, number)
-            yield from self._answer(settings, row.model, session, [row.name.text])
-        except ValueError as error:
-            yield self._failed(form.with_labels(str(error)), session.rows)
+            yield from self._make(settings, row.model, session, [row.name.text])
 
-    def _make(self, values: Mapping[str, Any], session: Session, like: Sequence[str]) -> Iterator[TableView]:
-        try:
-            settings = form.settings_of(values)
-            settings = replace(settings, like=tuple(like)) if like else settings
-            yield from self._answer(settings, values["model"], session)
-        except ValueError as error:
-            yield self._failed(form.with_labels(str(error)), session.rows)
-
-    def _answer(
+    def _make(
         self, settings: Settings, model: str, session: Session, without: Sequence[str] = ()
     ) -> Iterator[TableView]:
         had, run = [*without, *(row.name.text for row in session.kept)], session.begin()
@@ -109,9 +119,6 @@ class Handlers:
                 return
             shared = progress.settings.to_string()
             yield TableView(rendering.names_table(rows, "New names"), rendering.status(progress), rows, shared)
-
-    def _failed(self, message: str, rows: Rows) -> TableView:
-        return TableView(table_of(rows), rendering.failure(message), rows, "")
 
     def open_page(self, kept: Any, query: Any, session: Session) -> Opened:
         """Restores the kept names that a browser stored, and reads the settings of the page's address."""
@@ -194,7 +201,7 @@ class Handlers:
             found = inspect_name(self.playground.model(row.model), row.name.text, row.settings)
             inspection = rendering.inspection(found, row.model, block, None if head == -1 else head)
         except ValueError as error:
-            inspection = rendering.failure(form.with_labels(str(error)))
+            inspection = _failure(error)
         card = completed_attributes(row.settings)
         return rendering.panel(row, card, inspection)
 
@@ -215,25 +222,24 @@ class Handlers:
                     for one in progress
                 ]
         except ValueError as error:
-            yield [TableView("", rendering.failure(form.with_labels(str(error))), (), "") for _ in sides]
+            yield [TableView("", _failure(error), (), "") for _ in sides]
 
 
 def for_browser(
     session: Session, address: str | None = None, link: str | None = None, number: int | None = None
 ) -> str:
-    """What the page's script remembers: the kept names, and unless None, two queries.
-
-    Args:
-        address: query of the page's address.
-        link: query that makes the names on the table again.
-        number: of `Session.next_message` (default: a new one).
-    """
+    """What the page's script remembers: the kept names, and unless None the queries of the page's ``address`` and of a
+    ``link`` that makes the names on the table again. ``number`` is of `Session.next_message`."""
     number = session.next_message() if number is None else number
     return json.dumps({"number": number, "address": address, "link": link, "kept": stored(session.kept)})
 
 
 def table_of(rows: Rows) -> str:
     return rendering.names_table(rows, "Names") or EMPTY
+
+
+def _failure(error: ValueError) -> str:
+    return rendering.failure(form.with_labels(str(error)))
 
 
 def _integer(value: Any) -> int | None:

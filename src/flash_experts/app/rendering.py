@@ -9,8 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from markupsafe import Markup, escape
 
-from flash_experts.app.inspecting import Inspection
-from flash_experts.app.service import Progress, Row
+from flash_experts.app.service import Inspection, Progress, Row
 from flash_experts.app.session import Request
 from flash_experts.app.sets import SetProgress
 from flash_experts.app.settings import Settings, words_of

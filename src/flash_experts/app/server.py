@@ -153,15 +153,12 @@ def bind(host: str, port: int) -> socket.socket:
     if not 0 <= port <= 65535:
         raise ValueError(f"port {port}: it must be from 0 (any free port) to 65535")
     try:
-        return socket.create_server((host, port), backlog=MOST_CONNECTIONS, family=_family(host, port))
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), backlog=MOST_CONNECTIONS, family=family)
     except OSError as error:
         raise ValueError(
             f"cannot listen on {host}, port {port}: {error.strerror or error}. Choose another --port"
         ) from None
-
-
-def _family(host: str, port: int) -> socket.AddressFamily:
-    return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
 
 
 class Gate:

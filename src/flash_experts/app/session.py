@@ -1,4 +1,4 @@
-"""The names of one session: the table, the kept names, and the history of its requests.
+"""The names of one session: the table, the kept names, the history of its requests, and files of names.
 
 The browser stores the kept names, and the page's address the settings; what comes back from there is untrusted
 (`restored`, `read_link`).
@@ -6,19 +6,22 @@ The browser stores the kept names, and the page's address the settings; what com
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import unquote_plus, urlencode
 
 from flash_experts.app.service import Row
 from flash_experts.app.settings import PREFIX, Settings
-from flash_experts.generation import GeneratedName
-from flash_experts.generation.card_sets import NamedRow
-from flash_experts.generation.name_files import row_of
+from flash_experts.data.prompts import Attributes
+from flash_experts.generation import GeneratedName, name_files
+from flash_experts.generation.card_sets import NamedRow, cards_of, write_set
+from flash_experts.generation.generator import completed_attributes
 
 MOST_KEPT = 50
 MOST_IN_HISTORY = 400  # names of all requests in the history
@@ -27,19 +30,20 @@ _OTHERS = ("__", "view=")  # parameters of Gradio
 _LONGEST_NAME = 100  # characters of a stored name
 _LONGEST_STORED = 500  # characters of a kept name's settings string; longer ones are not stored
 _MOST_STORED = 60_000  # characters of the browser's storage that are read
+# Formats on the page, by label, and their suffixes.
+FORMATS: dict[str, str] = {
+    "Text": "txt", "CSV": "csv", "JSON": "json", "Markdown": "md", "Magic Set Editor": "mse-set", "Cockatrice": "xml",
+}  # fmt: skip
 Rows = tuple[Row, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A request of the history, without the seed if it was drawn, and the names that it gave, with the seed.
+    """A request of the history."""
 
-    ``number`` counts the requests of a session from 0.
-    """
-
-    number: int
-    asked: Settings
-    rows: Rows
+    number: int  # of a session's requests, from 0
+    asked: Settings  # without the seed if it was drawn
+    rows: Rows  # with the seed
 
 
 class Session:
@@ -83,7 +87,7 @@ class Session:
     ) -> Rows | None:
         """Replaces all rows but the kept ones by what request ``run`` has found so far, below rows ``before``.
 
-        Returns all rows; None if the request has ended, and nothing has changed.
+        Returns all rows; None if the request has ended, so that nothing changed.
         """
         with self._lock:
             if not self.runs(run):
@@ -184,7 +188,7 @@ def stored(rows: Rows) -> list[dict[str, Any]]:
     """The kept names as the browser stores them."""
     strings = [row.settings.to_string() for row in rows]
     return [
-        row_of(row.name) | {"model": row.model, "settings": text if len(text) <= _LONGEST_STORED else PREFIX}
+        name_files.row_of(row.name) | {"model": row.model, "settings": text if len(text) <= _LONGEST_STORED else PREFIX}
         for row, text in zip(rows, strings, strict=True)
     ]
 
@@ -223,3 +227,56 @@ def _number(value: Any) -> float:
     """The number in JSON within a million; 0 for anything else."""
     is_number = isinstance(value, int | float) and abs(value) < 1e6  # which NaN is not
     return float(value) if is_number else 0.0
+
+
+# ----------------------------------------------------------------------------------------------------------- files
+
+
+def exported(rows: Sequence[Row], suffix: str) -> str:
+    """A file of names as JSON for the page's script: its name, and its content as text or as base64.
+
+    Raises a ValueError if no format has this suffix.
+    """
+    return _as_json("names", suffix, lambda: _named_cards(rows), lambda format: _text_of(rows, format))
+
+
+def exported_set(named: Sequence[NamedRow], kept: Sequence[Row], suffix: str) -> str:
+    """The file of a set with all its cards, as `exported`. Of a card's names, a kept one comes first."""
+    first = {row.name.text for row in kept}
+    chosen = [replace(one, names=sorted(one.names, key=lambda name: name.text not in first)) for one in named]
+
+    def text(format: name_files.Format) -> str:
+        file = io.StringIO()
+        write_set(chosen, file, format)
+        return file.getvalue()
+
+    return _as_json("named-set", suffix, lambda: cards_of(chosen), text)
+
+
+def _as_json(
+    stem: str,
+    suffix: str,
+    cards: Callable[[], Sequence[name_files.NamedCard]],
+    text: Callable[[name_files.Format], str],
+) -> str:
+    if suffix not in FORMATS.values():
+        raise ValueError(f"no format {str(suffix)[:20]!r}: use one of {', '.join(FORMATS.values())}")
+    name, format = f"{stem}.{suffix}", name_files.BY_SUFFIX[f".{suffix}"]
+    if format == "mse":
+        binary = io.BytesIO()
+        name_files.write_mse(cards(), binary)
+        return json.dumps({"name": name, "base64": base64.b64encode(binary.getvalue()).decode("ascii")})
+    return json.dumps({"name": name, "text": text(format)})
+
+
+def _text_of(rows: Sequence[Row], format: name_files.Format) -> str:
+    file = io.StringIO()
+    if format == "cockatrice":  # its names may be of different cards
+        name_files.write_cards(_named_cards(rows), file, format)
+    else:
+        name_files.write_names([row.name for row in rows], Attributes(), file, format)
+    return file.getvalue()
+
+
+def _named_cards(rows: Sequence[Row]) -> list[name_files.NamedCard]:
+    return [name_files.NamedCard(row.name.text, completed_attributes(row.settings)) for row in rows]

@@ -22,23 +22,19 @@ _OF_A_LINE = ("type_line", "colors", "mana_value")
 
 @dataclass(frozen=True, slots=True)
 class SetProgress:
-    """The progress of a request for several cards.
+    """The progress of a request for several cards."""
 
-    Names of the last card with its settings, of those before it, and all cards with their names so far.
-    """
-
-    settings: Settings
-    before: tuple[Row, ...]
-    new: tuple[Row, ...]
-    named: tuple[card_sets.NamedRow, ...]
+    settings: Settings  # of the last card
+    before: tuple[Row, ...]  # names of the cards before it
+    new: tuple[Row, ...]  # its names
+    named: tuple[card_sets.NamedRow, ...]  # all cards with their names so far
     seconds: float
 
 
 def cards_of(text: object) -> list[card_sets.CardRow]:
     """The cards of a text: a set (see `card_rows_of`), or a line for each, such as "Creature — Angel, W, 5".
 
-    Raises:
-        ValueError: there are none, the text is too long, or a value is not understood.
+    Raises a ValueError if there are none, the text is too long, or a value is not understood.
     """
     text = text if isinstance(text, str) else ""
     if len(text) > LONGEST_SET:

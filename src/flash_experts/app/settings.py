@@ -49,7 +49,6 @@ class Settings(NameRequest):
         self.sampling()
 
     def options(self) -> dict[str, Any]:
-        """The options that clients can set, by name."""
         return {name: getattr(self, name) for name in OPTIONS}
 
     def changed(self) -> dict[str, Any]:
@@ -78,15 +77,14 @@ class Settings(NameRequest):
                 raise ValueError(f"unknown setting {name[:40]!r}" + did_you_mean(name, DEFAULTS, prefix=": "))
             if name in values:
                 raise ValueError(f"the setting {name} is given twice")
-            values[name] = _reader(name)(name, value)
+            values[name] = _read(name, value)
         return cls(**values)
 
     @classmethod
     def from_values(cls, values: Mapping[str, Any]) -> Settings:
         """Settings from a form or JSON.
 
-        Blank texts and None stand for the defaults, whole floats for integers, and texts with ";" (for words also ",")
-        for lists.
+        Blank texts and None stand for the defaults, whole floats for integers, texts with ";" or "," for lists.
         """
         return cls(**{name: read for name, value in values.items() if (read := _tidied(name, value)) is not None})
 
@@ -147,29 +145,22 @@ def _written(value: Any) -> str:
     return "1" if value is True else str(value)
 
 
-def _reader(name: str) -> Callable[[str, str], Any]:
-    readers: dict[Kind, Callable[[str, str], Any]] = {
-        "list": lambda _, text: tuple(text.split(";")), "flag": _read_flag, "integer": _read_int, "number": _read_float
-    }  # fmt: skip
-    return readers.get(KINDS[name], lambda _, text: text)
+# How numbers and flags are written in a settings string, and what reads them.
+_WRITTEN_AS: dict[Kind, tuple[str, Callable[[str], Any], str]] = {
+    "flag": ("1", bool, "1, or leave it out"),
+    "integer": ("[0-9]{1,10}", int, "a whole number"),
+    "number": (r"[0-9]{1,6}(\.[0-9]{1,20})?(e-[0-9]{1,3})?", float, "a number such as 0.9"),
+}
 
 
-def _read_flag(name: str, text: str) -> bool:
-    if text != "1":
-        raise ValueError(f"{name}={text[:40]!r}: give 1, or leave it out")
-    return True
-
-
-def _read_int(name: str, text: str) -> int:
-    if not re.fullmatch("[0-9]{1,10}", text):
-        raise ValueError(f"{name}={text[:40]!r}: give a whole number")
-    return int(text)
-
-
-def _read_float(name: str, text: str) -> float:
-    if not re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,20})?(e-[0-9]{1,3})?", text):
-        raise ValueError(f"{name}={text[:40]!r}: give a number such as 0.9")
-    return float(text)
+def _read(name: str, text: str) -> Any:
+    kind = KINDS[name]
+    if kind not in _WRITTEN_AS:
+        return tuple(text.split(";")) if kind == "list" else text
+    pattern, convert, wanted = _WRITTEN_AS[kind]
+    if not re.fullmatch(pattern, text):
+        raise ValueError(f"{name}={text[:40]!r}: give {wanted}")
+    return convert(text)
 
 
 def _tidied(name: str, value: Any) -> Any:
@@ -198,8 +189,7 @@ def words_of(name: str) -> list[str]:
 def with_gap(settings: Settings, name: str, number: Any) -> Settings:
     """The settings of names that differ from ``name`` in the word of this index.
 
-    Raises:
-        ValueError: there is no such word, or the name is too long for a pattern.
+    Raises a ValueError if there is no such word, or the name is too long for a pattern.
     """
     places = {str(index): match for index, match in enumerate(_WORD.finditer(name))}
     word = places.get(str(number)[:6])

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import argparse
 import gc
+import random
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
 
-from flash_experts.benchmarks import attention_problems as problems
+from flash_experts.benchmarks import attention_baselines as baselines
 from flash_experts.benchmarks import report
-from flash_experts.benchmarks.attention_baselines import IMPLEMENTATIONS, PACKED_ONLY, Unavailable
 from flash_experts.benchmarks.attention_tables import draw, format_report
 from flash_experts.benchmarks.timing import (
     TOLERANCES,
@@ -47,7 +49,7 @@ SECTIONS = ("batch", "packed", "decode")
 
 def run(args: Any) -> report.Report:
     """Time attention: ours, PyTorch's SDPA and FlexAttention, transformers' eager, flash-attn."""
-    return report.run_topic(args, measure)
+    return report.run_topic("attention", args, measure)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -62,8 +64,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     measured.add_argument(
         "--backends",
         nargs="+",
-        choices=tuple(IMPLEMENTATIONS),
-        default=list(IMPLEMENTATIONS),
+        choices=tuple(baselines.IMPLEMENTATIONS),
+        default=list(baselines.IMPLEMENTATIONS),
         help="implementations to measure, by name",
     )
     measured.add_argument("--head_dims", type=int, nargs="+", default=[64, 128], help="head dimensions")
@@ -122,7 +124,9 @@ def measure(args: Any, device: torch.device) -> report.Report:
     machine = report.machine_facts(device) | report.ceilings(device, _DTYPES[settings["dtype"]])
     rows: list[report.Row] = []
     for what, make in _problems(settings, device):
-        backends = [name for name in settings["backends"] if what["section"] == "packed" or name not in PACKED_ONLY]
+        backends = [
+            name for name in settings["backends"] if what["section"] == "packed" or name not in baselines.PACKED_ONLY
+        ]
         if deadline.is_over():
             rows += [what | {"backend": name, "reason": "out of time (--budget)"} for name in backends]
             continue
@@ -130,7 +134,7 @@ def measure(args: Any, device: torch.device) -> report.Report:
         rows += _measure_one(what, make, backends, settings["rounds"], device, machine)
         report.write_partial(args, "attention", machine, settings, rows)
     return report.Report(
-        "attention", machine, settings, rows, format_report(rows, machine, settings), lambda f: draw(rows, f)
+        "attention", machine, settings, rows, format_report(rows, machine, settings), partial(draw, rows)
     )
 
 
@@ -141,37 +145,52 @@ def _describe(what: report.Row) -> str:
 
 def _problems(
     settings: dict[str, Any], device: torch.device
-) -> Iterator[tuple[report.Row, Callable[[], problems.Problem]]]:
+) -> Iterator[tuple[report.Row, Callable[[], baselines.Problem]]]:
     """Yields the description of each problem and a function that makes its tensors."""
     dtype, width = _DTYPES[settings["dtype"]], settings["width"]
     wanted = settings["sections"]
-    lengths = problems.name_lengths(settings["names_tokens"], settings["tokenizer"]) if "packed" in wanted else []
+    lengths = name_lengths(settings["names_tokens"], settings["tokenizer"]) if "packed" in wanted else []
     heads_of = {head_dim: width // head_dim for head_dim in settings["head_dims"]}
 
-    def batches(mask: str) -> Iterator[tuple[report.Row, Callable[[], problems.Problem]]]:
-        for head_dim, heads in heads_of.items():
-            for length in settings["lengths"]:
-                batch, causal = settings["tokens"] // length, mask == "causal"
-                yield (
-                    _what("batch", head_dim, heads, batch, length, causal, settings["tokens"]),
-                    _maker(problems.BatchProblem, batch, length, heads, head_dim, causal, device, dtype),
-                )
-
     # The most important comes first, in case --budget runs out.
-    for mask in settings["masks"] if "batch" in wanted else ():
-        yield from batches(mask)
+    masks = settings["masks"] if "batch" in wanted else ()
+    for mask, (head_dim, heads), length in product(masks, heads_of.items(), settings["lengths"]):
+        batch, causal = settings["tokens"] // length, mask == "causal"
+        yield (
+            _what("batch", head_dim, heads, batch, length, causal, settings["tokens"]),
+            partial(baselines.BatchProblem, batch, length, heads, head_dim, causal, device, dtype),
+        )
     for head_dim, heads in heads_of.items() if "packed" in wanted else ():
         yield (
             _what("packed", head_dim, heads, len(lengths), max(lengths), True, sum(lengths)),
-            _maker(problems.PackedProblem, lengths, heads, head_dim, device, dtype),
+            partial(baselines.PackedProblem, lengths, heads, head_dim, device, dtype),
         )
-    for head_dim, heads in heads_of.items() if "decode" in wanted else ():
-        for batch in settings["decode_batches"]:
-            for length in settings["decode_lengths"]:
-                yield (
-                    _what("decode", head_dim, heads, batch, length, True, batch),
-                    _maker(problems.DecodeProblem, batch, length, heads, head_dim, device, dtype),
-                )
+    batches = settings["decode_batches"] if "decode" in wanted else ()
+    for (head_dim, heads), batch, length in product(heads_of.items(), batches, settings["decode_lengths"]):
+        yield (
+            _what("decode", head_dim, heads, batch, length, True, batch),
+            partial(baselines.DecodeProblem, batch, length, heads, head_dim, device, dtype),
+        )
+
+
+def name_lengths(tokens: int, tokenizer: str) -> list[int]:
+    """The lengths in tokens of real names with full prompts, about ``tokens`` in total."""
+    from flash_experts.data.cleaning import clean
+    from flash_experts.data.packing import encode_cards
+    from flash_experts.data.sources import load_source
+    from flash_experts.data.tokenizer import load_tokenizer
+
+    loaded = load_tokenizer(tokenizer)
+    cards = list(clean(load_source("embedded").rows).cards)
+    random.Random(0).shuffle(cards)
+    lengths: list[int] = []
+    for name in encode_cards(cards[: tokens // 4 + 1], loaded):  # a name has more than four tokens
+        if sum(lengths) + name.num_inputs > tokens:
+            break
+        lengths.append(name.num_inputs)
+    if not lengths:
+        raise ValueError(f"--names-tokens {tokens} is less than one name: give 100 or more")
+    return lengths
 
 
 def _what(section: str, head_dim: int, heads: int, batch: int, length: int, causal: bool, tokens: int) -> report.Row:
@@ -181,13 +200,9 @@ def _what(section: str, head_dim: int, heads: int, batch: int, length: int, caus
     }  # fmt: skip
 
 
-def _maker(kind: Callable[..., problems.Problem], *arguments: Any) -> Callable[[], problems.Problem]:
-    return lambda: kind(*arguments)
-
-
 def _measure_one(
     what: report.Row,
-    make: Callable[[], problems.Problem],
+    make: Callable[[], baselines.Problem],
     backends: list[str],
     rounds: int,
     device: torch.device,
@@ -200,7 +215,7 @@ def _measure_one(
         truth = problem.truth()
     except torch.OutOfMemoryError:
         return [row | {"reason": "out of memory for the inputs"} for row in rows.values()]
-    trials: dict[str, problems.Trial] = {}
+    trials: dict[str, baselines.Trial] = {}
     for name, row in rows.items():
         trial = _first_run(name, problem, truth, row)
         if trial is not None:
@@ -215,12 +230,14 @@ def _measure_one(
     return list(rows.values())
 
 
-def _first_run(name: str, problem: problems.Problem, truth: problems.Tensors, row: report.Row) -> problems.Trial | None:
+def _first_run(
+    name: str, problem: baselines.Problem, truth: baselines.Tensors, row: report.Row
+) -> baselines.Trial | None:
     """Compiles, tunes, checks the result and measures memory; writes the reason of a failure into the row."""
     with warnings.catch_warnings(record=True) as noted:  # PyTorch warns why a backend is not available
         warnings.simplefilter("always")
         try:
-            trial = IMPLEMENTATIONS[name](problem)
+            trial = baselines.IMPLEMENTATIONS[name](problem)
             with trial.context():
                 found = trial.picked()
                 row["error_forward"] = relative_error(found[:1], truth[:1])
@@ -229,7 +246,7 @@ def _first_run(name: str, problem: problems.Problem, truth: problems.Tensors, ro
                 del found
                 row["peak_mib"] = peak_memory(lambda: trial.run(lambda: None), problem.device) / 2**20
             return trial
-        except Unavailable as error:
+        except baselines.Unavailable as error:
             row["reason"] = str(error)
         except Exception as error:  # from a compiler, driver or package: the others still run
             details = [str(note.message) for note in noted if "kernel" in str(note.message).lower()]
@@ -245,14 +262,14 @@ def _free(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def _metrics(problem: problems.Problem, timing: Timing, machine: report.Row) -> report.Row:
+def _metrics(problem: baselines.Problem, timing: Timing, machine: report.Row) -> report.Row:
     """Returns milliseconds, TFLOP/s or GB/s, and their share of the machine's peak (roofline): matmul or copy."""
     passes = {"forward": timing.parts[0]}
     if len(timing.parts) > 1:
         passes |= {"backward": timing.parts[1], "both": timing.total}
     row: report.Row = {f"{name}_ms": seconds * 1e3 for name, seconds in passes.items()}
     row["call_ms"] = timing.call * 1e3 if timing.call is not None else None
-    if isinstance(problem, problems.BatchProblem):
+    if isinstance(problem, baselines.BatchProblem):
         factor = {"forward": 1.0, "backward": 2.5, "both": 3.5}
         for name, seconds in passes.items():
             row[f"{name}_tflops"] = factor[name] * problem.flops / seconds / 1e12

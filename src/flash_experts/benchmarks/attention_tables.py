@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import product
 from typing import Any
 
 from flash_experts.benchmarks.attention_baselines import OURS, SELECTABLE
@@ -30,36 +31,36 @@ def _values(rows: Iterable[Row], name: str) -> list[Any]:
     return list(dict.fromkeys(row[name] for row in rows))
 
 
-def _grid(rows: Sequence[Row], across: str, cell: Callable[[Row], str], corner: str) -> str:
-    """Makes a table with one row per backend and one column per value of ``across``."""
-    columns = _values(rows, across)
+def _groups(rows: Sequence[Row], *names: str) -> Iterator[list[Row]]:
+    """The rows of each combination of values in these columns."""
+    for values in product(*(_values(rows, name) for name in names)):
+        if own := _of(rows, **dict(zip(names, values, strict=True))):
+            yield own
+
+
+def _grid(rows: Sequence[Row], cell: Callable[[Row], str]) -> str:
+    """Makes a table with one row per backend and one column per length."""
+    columns = _values(rows, "length")
     lines = []
-    for backend in _values(rows, "backend"):
-        own = {row[across]: cell(row) for row in _of(rows, backend=backend)}
-        lines.append([backend, *(own.get(column, "-") for column in columns)])
-    return table([corner, *map(str, columns)], lines)
+    for own in _groups(rows, "backend"):
+        cells = {row["length"]: cell(row) for row in own}
+        lines.append([own[0]["backend"], *(cells.get(column, "-") for column in columns)])
+    return table(["backend", *map(str, columns)], lines)
 
 
 def _batch_tables(rows: Sequence[Row]) -> list[str]:
     parts = []
-    batches = _of(rows, section="batch")
-    for head_dim in _values(batches, "head_dim"):
-        for causal in _values(batches, "causal"):
-            chosen = _of(batches, head_dim=head_dim, causal=causal)
-            if not chosen:
-                continue
-            title = f"Head dim {head_dim}, {_mask(causal)}, {chosen[0]['tokens']} tokens"
-            speed = _grid(
-                chosen, "length", lambda row: f"{row['forward_tflops']:.3g} {row['backward_tflops']:.3g}", "backend"
-            )
-            parts.append(f"{title}: TFLOP/s forward, backward\n{speed}")
-            memory = _grid(chosen, "length", lambda row: f"{row['peak_mib']:.4g}", "backend")
-            parts.append(f"{title}: peak MiB of both, beyond the inputs\n{memory}")
+    for chosen in _groups(_of(rows, section="batch"), "head_dim", "causal"):
+        title = f"Head dim {chosen[0]['head_dim']}, {_mask(chosen[0])}, {chosen[0]['tokens']} tokens"
+        speed = _grid(chosen, lambda row: f"{row['forward_tflops']:.3g} {row['backward_tflops']:.3g}")
+        parts.append(f"{title}: TFLOP/s forward, backward\n{speed}")
+        memory = _grid(chosen, lambda row: f"{row['peak_mib']:.4g}")
+        parts.append(f"{title}: peak MiB of both, beyond the inputs\n{memory}")
     return parts
 
 
-def _mask(causal: bool) -> str:
-    return "causal" if causal else "full"
+def _mask(row: Row) -> str:
+    return "causal" if row["causal"] else "full"
 
 
 def _share(row: Row) -> str:
@@ -68,9 +69,7 @@ def _share(row: Row) -> str:
 
 def _packed_tables(rows: Sequence[Row]) -> list[str]:
     parts = []
-    packed = _of(rows, section="packed")
-    for head_dim in _values(packed, "head_dim"):
-        chosen = _of(packed, head_dim=head_dim)
+    for chosen in _groups(_of(rows, section="packed"), "head_dim"):
         baseline = min((row["both_ms"] for row in chosen if _is_sdpa(row)), default=None)
         lines = [
             [
@@ -87,7 +86,7 @@ def _packed_tables(rows: Sequence[Row]) -> list[str]:
         first = chosen[0]
         title = (
             f"{first['batch']} packed names of {first['tokens']} tokens, the longest {first['length']}, head dim "
-            f"{head_dim} (sdpa_flash, _efficient, _cudnn, _math and eager: padded before the clock starts)"
+            f"{first['head_dim']} (sdpa_flash, _efficient, _cudnn, _math and eager: padded before the clock starts)"
         )
         parts.append(f"{title}\n{table(header, lines)}")
     return parts
@@ -95,33 +94,22 @@ def _packed_tables(rows: Sequence[Row]) -> list[str]:
 
 def _decode_tables(rows: Sequence[Row]) -> list[str]:
     parts = []
-    decoding = _of(rows, section="decode")
-    for head_dim in _values(decoding, "head_dim"):
-        for batch in _values(decoding, "batch"):
-            chosen = _of(decoding, head_dim=head_dim, batch=batch)
-            if chosen:
-                grid = _grid(chosen, "length", lambda row: f"{row['forward_ms'] * 1e3:.4g} {_share(row)}", "backend")
-                parts.append(
-                    f"Decoding {batch} sequences, head dim {head_dim}, by cache: microseconds, share of a copy\n{grid}"
-                )
+    for chosen in _groups(_of(rows, section="decode"), "head_dim", "batch"):
+        title = f"Decoding {chosen[0]['batch']} sequences, head dim {chosen[0]['head_dim']}, by cache"
+        grid = _grid(chosen, lambda row: f"{row['forward_ms'] * 1e3:.4g} {_share(row)}")
+        parts.append(f"{title}: microseconds, share of a copy\n{grid}")
     return parts
 
 
 def _wrong(rows: Sequence[Row]) -> str:
     lines = []
-    for backend in _values(rows, "backend"):
-        own = _of(rows, backend=backend)
+    for own in _groups(rows, "backend"):
         forward = max(row["error_forward"] for row in own)
         backward = max((row["error_backward"] for row in own if row["error_backward"] is not None), default=None)
         wrong = sum(not row["right"] for row in own)
-        lines.append(
-            [
-                backend,
-                f"{forward:.1e}",
-                "-" if backward is None else f"{backward:.1e}",
-                f"WRONG at {wrong} of {len(own)}" if wrong else "right",
-            ]
-        )
+        verdict = f"WRONG at {wrong} of {len(own)}" if wrong else "right"
+        gradients = "-" if backward is None else f"{backward:.1e}"
+        lines.append([own[0]["backend"], f"{forward:.1e}", gradients, verdict])
     if not lines:
         return ""
     header = ("backend", "output", "gradients", "")
@@ -164,7 +152,7 @@ def choices(rows: Sequence[Row]) -> list[Row]:
 def _auto_table(rows: Sequence[Row]) -> str:
     lines = []
     for entry in choices(rows):
-        shape = {"batch": _mask(entry["causal"]), "packed": "names", "decode": f"decode {entry['batch']}"}
+        shape = {"batch": _mask(entry), "packed": "names", "decode": f"decode {entry['batch']}"}
         ratios = (f"{entry[part]:.2f} x" if entry[part] else "-" for part in ("forward", "backward"))
         baseline = f"{entry['baseline']} {entry['baseline_ms']:.4g}" if entry["baseline"] else "-"
         head = (str(entry["head_dim"]), shape[entry["section"]], str(entry["length"]))
@@ -178,37 +166,28 @@ def _auto_table(rows: Sequence[Row]) -> str:
 def draw(rows: Sequence[Row], figure: Any) -> None:
     done = [row for row in rows if row["reason"] is None]
     batches, packed = _of(done, section="batch"), _of(done, section="packed")
-    kinds = [
-        (head_dim, causal)
-        for head_dim in _values(batches, "head_dim")
-        for causal in _values(batches, "causal")
-        if _of(batches, head_dim=head_dim, causal=causal)
-    ]
-    decoding = list(dict.fromkeys((row["head_dim"], row["batch"]) for row in _of(done, section="decode")))
-    names = _values(packed, "head_dim")
-    panels = [*((kind, part) for kind in kinds for part in ("forward", "backward")), *names, *decoding]
-    lines = max((len(panels) + 1) // 2, 1)
+    kinds, names = list(_groups(batches, "head_dim", "causal")), list(_groups(packed, "head_dim"))
+    decoding = list(_groups(_of(done, section="decode"), "head_dim", "batch"))
+    lines = max((2 * len(kinds) + len(names) + len(decoding) + 1) // 2, 1)
     figure.set_size_inches(12, 3.6 * lines)
     axes = iter(figure.subplots(lines, 2, squeeze=False).flat)
-    for head_dim, causal in kinds:
-        for part in ("forward", "backward"):
-            chosen = _of(batches, head_dim=head_dim, causal=causal)
-            _lines(next(axes), chosen, f"{part}_tflops", f"head dim {head_dim}, {_mask(causal)}, {part}", "TFLOP/s")
-    for head_dim in names:
-        chosen = _of(packed, head_dim=head_dim)
+    for chosen, part in product(kinds, ("forward", "backward")):
+        title = f"head dim {chosen[0]['head_dim']}, {_mask(chosen[0])}, {part}"
+        _lines(next(axes), chosen, f"{part}_tflops", title, "TFLOP/s")
+    for chosen in names:
         labels = [f"{row['backend']} (ours)" if row["backend"] in OURS else row["backend"] for row in chosen]
-        title = f"packed names, head dim {head_dim}, forward and backward"
+        title = f"packed names, head dim {chosen[0]['head_dim']}, forward and backward"
         draw_bars(next(axes), labels, [row["both_ms"] for row in chosen], title, "ms")
-    for head_dim, batch in decoding:
-        chosen = _of(done, section="decode", head_dim=head_dim, batch=batch)
-        _lines(next(axes), chosen, "forward_gb_per_s", f"decoding {batch}, head dim {head_dim}", "GB/s of the cache")
+    for chosen in decoding:
+        title = f"decoding {chosen[0]['batch']}, head dim {chosen[0]['head_dim']}"
+        _lines(next(axes), chosen, "forward_gb_per_s", title, "GB/s of the cache")
     for unused in axes:
         unused.set_visible(False)
 
 
 def _lines(axes: Any, rows: Sequence[Row], value: str, title: str, unit: str) -> None:
-    for backend in _values(rows, "backend"):
-        own = _of(rows, backend=backend)
+    for own in _groups(rows, "backend"):
+        backend = own[0]["backend"]
         style = {"linewidth": 2.5, "color": "#b8582d"} if backend == "triton" else {"linewidth": 1.2}
         axes.plot([row["length"] for row in own], [row[value] for row in own], marker="o", label=backend, **style)
     axes.set_xscale("log", base=2)

@@ -12,6 +12,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ LONGEST, TOP_K = 48, 200  # maximum tokens of a name; top-k
 
 def run(args: Any) -> report.Report:
     """Time generation of names: ours, and transformers' generate."""
-    return report.run_topic(args, measure)
+    return report.run_topic("generate", args, measure)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -109,23 +110,16 @@ def measure(args: Any, device: torch.device) -> report.Report:
         for name, rate in medians.items()
     ]
     settings = {key: getattr(args, key) for key in ("model", "count", "batch_size", "rounds")}
-    text = _format(rows, machine, settings)
-    return report.Report("generate", machine, settings, rows, text, lambda figure: _draw(rows, figure))
+    draw = partial(report.draw_rates, rows, "names_per_second", "generating names", "names/s")
+    return report.Report("generate", machine, settings, rows, _format(rows, machine, settings), draw)
 
 
 def _format(rows: list[report.Row], machine: report.Row, settings: report.Row) -> str:
-    lines = [[row["name"], f"{row['names_per_second']:.1f}", f"{row['times_peer']:.2f} x"] for row in rows]
     head = (
         f"{machine['device']}, {machine['threads']} threads, load {machine['load_average']}; {settings['model']}, "
         f"{settings['count']} names, batches of {settings['batch_size']}"
     )
-    return f"{head}\n\n{report.table(('', 'names/s', 'times the baseline'), lines)}"
-
-
-def _draw(rows: list[report.Row], figure: Any) -> None:
-    figure.set_size_inches(9, 3)
-    rates = [row["names_per_second"] for row in rows]
-    report.draw_bars(figure.subplots(), [row["name"] for row in rows], rates, "generating names", "names/s")
+    return f"{head}\n\n{report.rate_table(rows, 'names_per_second', '', 'names/s')}"
 
 
 if __name__ == "__main__":

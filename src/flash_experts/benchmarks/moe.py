@@ -14,6 +14,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -44,7 +45,7 @@ _CHECK = {"width": 64, "hidden": 128, "tokens": 48}  # size of the comparison wi
 
 def run(args: Any) -> report.Report:
     """Time an MoE layer: ours, transformers' three ways, a dense MLP, sonic-moe and liger-kernel where installed."""
-    return report.run_topic(args, measure)
+    return report.run_topic("moe", args, measure)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -138,9 +139,7 @@ def measure(args: Any, device: torch.device) -> report.Report:
             report.say(f"moe: {section}, {shape.name}, {shape.num_experts} experts of {shape.hidden}, {tokens} tokens")
             rows += _measure_one(what, shape, errors, settings, device, dtype, machine)
             report.write_partial(args, "moe", machine, settings, rows)
-    return report.Report(
-        "moe", machine, settings, rows, _format(rows, machine, settings), lambda figure: _draw(rows, figure)
-    )
+    return report.Report("moe", machine, settings, rows, _format(rows, machine, settings), partial(_draw, rows))
 
 
 def _experts(

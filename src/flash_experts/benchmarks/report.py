@@ -29,22 +29,20 @@ _PACKAGES = ("torch", "transformers", "triton", *_FLASH_PACKAGES, "sonic-moe", "
 
 @dataclass(slots=True)
 class Report:
-    """Results of one run: facts from `machine_facts`, options, one row per implementation and size (``reason`` says why
-    one was not measured), formatted tables, and a function that draws into a matplotlib figure."""
+    """Results of one run."""
 
     topic: str
-    machine: dict[str, Any]
-    settings: dict[str, Any]
-    rows: list[Row]
-    text: str
-    draw: Callable[[Any], None]
+    machine: dict[str, Any]  # `machine_facts`
+    settings: dict[str, Any]  # options
+    rows: list[Row]  # by implementation and size; ``reason`` says why one was not measured
+    text: str  # tables
+    draw: Callable[[Any], None]  # into a matplotlib figure
 
     def to_json(self) -> dict[str, Any]:
         return {"topic": self.topic, "machine": self.machine, "settings": self.settings, "rows": self.rows}
 
 
 def machine_facts(device: torch.device) -> dict[str, Any]:
-    """Collects device, threads, versions and load average."""
     facts: dict[str, Any] = {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
         "threads": torch.get_num_threads(),
@@ -139,6 +137,17 @@ def draw_bars(axes: Any, labels: Sequence[str], values: Sequence[float], title: 
     axes.margins(x=0.15)
 
 
+def rate_table(rows: Sequence[Row], rate: str, corner: str, unit: str) -> str:
+    """Formats rates of implementations, each also as a multiple of the baseline."""
+    lines = [[row["name"], f"{row[rate]:.1f}", f"{row['times_peer']:.2f} x"] for row in rows]
+    return table((corner, unit, "times the baseline"), lines)
+
+
+def draw_rates(rows: Sequence[Row], rate: str, title: str, unit: str, figure: Any) -> None:
+    figure.set_size_inches(9, 3)
+    draw_bars(figure.subplots(), [row["name"] for row in rows], [row[rate] for row in rows], title, unit)
+
+
 def add_common_options(parser: argparse.ArgumentParser) -> None:
     run = parser.add_argument_group("The run")
     run.add_argument("--device", help="cpu, cuda or cuda:1 (default: a GPU if there is one)")
@@ -152,7 +161,7 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--overwrite", action="store_true", help="replace files that exist")
 
 
-def run_topic(args: Any, measure: Callable[[Any, torch.device], Report]) -> Report:
+def run_topic(topic: str, args: Any, measure: Callable[[Any, torch.device], Report]) -> Report:
     """Checks the options before minutes of work, measures, and writes the files."""
     device = resolve_device(args.device)
     if args.out is not None and args.out == args.plot:
@@ -165,7 +174,7 @@ def run_topic(args: Any, measure: Callable[[Any, torch.device], Report]) -> Repo
             check_out_file(path, args.overwrite, option=f"--{option}")
     if args.plot is not None:
         require("--plot", "matplotlib")
-    recorded = None if args.check is None else find_recorded(Path(args.check), _topic_of(measure), device)
+    recorded = None if args.check is None else find_recorded(Path(args.check), topic, device)
     report = measure(args, device)
     if recorded is not None:
         worse = find_worse(report.rows, recorded)
@@ -187,10 +196,6 @@ _WORSE = 1.1
 _SAME_MACHINE = ("device", "cpu_capability", "threads", "cuda")
 
 Key = tuple[tuple[str, Any], ...]
-
-
-def _topic_of(measure: Callable[[Any, torch.device], Report]) -> str:
-    return Path(sys.modules[measure.__module__].__file__ or "").stem
 
 
 def find_recorded(path: Path, topic: str, device: torch.device) -> list[Row]:
@@ -215,8 +220,8 @@ def find_recorded(path: Path, topic: str, device: torch.device) -> list[Row]:
 
 
 def find_worse(rows: Sequence[Row], recorded: Sequence[Row], among: Collection[Key] | None = None) -> dict[Key, str]:
-    """Finds rows whose ratio is worse than recorded by more than 10%, with a message for each; checks the keys
-    ``among``, or all."""
+    """Finds rows (with one of the keys ``among``, if given) whose ratio is worse than recorded by more than 10%, with a
+    message for each."""
     before = {_key(row): row for row in recorded}
     worse: dict[Key, str] = {}
     for row in rows:
@@ -232,7 +237,7 @@ def find_worse(rows: Sequence[Row], recorded: Sequence[Row], among: Collection[K
 
 
 def _key(row: Row) -> Key:
-    """Returns the names and sizes of a row, without measurements."""
+    """The names and sizes of a row, without measurements."""
     return tuple((name, value) for name, value in row.items() if type(value) in (str, int))
 
 

@@ -21,45 +21,27 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 Lap = Callable[[], None]
-
-
 _FLUSH_BYTES, _FLUSHES = 256 * 2**20, 4  # larger than any L2 cache; four times
-
-
 _MOST_REPEATS = 20  # passes of one implementation in one round, at most
-
-
 _CALLS = 10
 
 
 @dataclass(frozen=True, slots=True)
 class Implementation:
-    """An implementation to time.
+    """An implementation to time."""
 
-    Attributes:
-        run: runs one pass, and calls its argument at the end of each part.
-        context: context manager around the passes of a round, not timed.
-    """
-
-    run: Callable[[Lap], object]
-    context: Callable[[], AbstractContextManager[Any]] = nullcontext
+    run: Callable[[Lap], object]  # runs one pass, and calls its argument at the end of each part
+    context: Callable[[], AbstractContextManager[Any]] = nullcontext  # around the passes of a round, not timed
 
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """Medians over all passes, in seconds.
+    """Medians over all passes, in seconds."""
 
-    Attributes:
-        parts: time of each part of a pass.
-        total: time of a whole pass.
-        call: time per pass of several launched without synchronization; None on a CPU.
-        rounds: median of each round.
-    """
-
-    parts: tuple[float, ...]
-    total: float
-    call: float | None
-    rounds: tuple[float, ...] = ()
+    parts: tuple[float, ...]  # of each part of a pass
+    total: float  # of a whole pass
+    call: float | None  # per pass of several launched without synchronization; None on a CPU
+    rounds: tuple[float, ...] = ()  # of each round
 
     def times(self, baseline: Timing) -> float:
         """Returns the time relative to a baseline: the median over rounds of the ratio within each."""
@@ -113,8 +95,6 @@ def time_in_rounds(
     """Times implementations in alternating rounds. They must have run before, so that compilation is not timed.
 
     Args:
-        implementations: implementations by name.
-        device: device they run on.
         rounds: number of rounds, after one for warm-up.
         seconds: time of each implementation over all rounds: at least one pass per round, more if passes are short.
     """

@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from dataclasses import replace
+from functools import partial
 from importlib import resources
 from typing import Any
 
@@ -46,7 +47,7 @@ BASELINE = "transformers Trainer, padded"
 
 def run(args: Any) -> report.Report:
     """Time fine-tuning of GPT-2 small on names: ours, and transformers' Trainer with padding."""
-    return report.run_topic(args, measure)
+    return report.run_topic("train", args, measure)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -60,10 +61,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     measured.add_argument("--layers", type=int, default=12, help="blocks of the model")
     report.add_common_options(parser)
-
-
-def _load_cards(data: str) -> list[Card]:
-    return list(clean(load_source(data).rows).cards if data == "embedded" else load_split(data, "train"))
 
 
 def _encode(cards: list[Card], data: str, tokenizer: PreTrainedTokenizerBase, count: int) -> list[EncodedName]:
@@ -147,10 +144,7 @@ class _Clock(TrainerCallback):
 
 
 def _transformers_trainer(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    batches: list[list[EncodedName]],
-    device: torch.device,
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batches: list[list[EncodedName]], device: torch.device
 ) -> float:
     """Times the same steps with transformers' Trainer and its language-modelling collator."""
     dataset = [{"input_ids": list(name.ids)} for names in batches for name in names]
@@ -185,7 +179,9 @@ def measure(args: Any, device: torch.device) -> report.Report:
         raise ValueError("--experts needs --layers 2 or more: every second block has experts")
     tokenizer = _load_tokenizer(args.tokenizer)
     size, steps = args.names_per_step, args.steps + WARMUP_STEPS
-    cards = _load_cards(args.data)
+    cards = list(
+        clean(load_source(args.data).rows).cards if args.data == "embedded" else load_split(args.data, "train")
+    )
     names = _encode(cards, args.data, tokenizer, size * steps)
     batches = _batches(names, size)
     tokens = sum(len(name.ids) for batch in batches[WARMUP_STEPS:] for name in batch)
@@ -196,14 +192,12 @@ def measure(args: Any, device: torch.device) -> report.Report:
     report.say("train: ours, dense")
     dense = _gpt2(args.layers, "gelu_pytorch_tanh")  # as load_model loads it
     seconds["ours, dense"] = _ours(dense, batches, device)
-    report.say("train: ours, dense, trimmed vocabulary")
-    dense = _gpt2(args.layers, "gelu_pytorch_tanh")
-    trimmed = _batches(_trimmed(dense, tokenizer, cards, names), size)
-    seconds[f"ours, dense, vocabulary trimmed to {dense.config.vocab_size:,}"] = _ours(dense, trimmed, device)
-    report.say("train: ours, dense, trimmed vocabulary, the prompt computed once a step")
-    dense = _gpt2(args.layers, "gelu_pytorch_tanh")
-    trimmed = _batches(_trimmed(dense, tokenizer, cards, names), size)
-    seconds["the same, the prompt computed once a step"] = _ours(dense, trimmed, device, share_prompts=True)
+    for extra in ("", ", the prompt computed once a step"):
+        report.say(f"train: ours, dense, trimmed vocabulary{extra}")
+        dense = _gpt2(args.layers, "gelu_pytorch_tanh")
+        trimmed = _batches(_trimmed(dense, tokenizer, cards, names), size)
+        name = f"the same{extra}" if extra else f"ours, dense, vocabulary trimmed to {dense.config.vocab_size:,}"
+        seconds[name] = _ours(dense, trimmed, device, share_prompts=bool(extra))
     if args.experts:
         report.say(f"train: ours, {args.experts} experts")
         moe = GPT2MoEForCausalLM.from_dense(_gpt2(args.layers), args.experts, 2, 2)
@@ -219,27 +213,17 @@ def measure(args: Any, device: torch.device) -> report.Report:
         key: getattr(args, key) for key in ("data", "tokenizer", "names_per_step", "steps", "experts", "layers")
     }
     settings["dtype"] = "bfloat16" if device.type == "cuda" else "float32"
-    return report.Report(
-        "train", machine, settings, rows, _format(rows, machine, settings), lambda figure: _draw(rows, figure)
-    )
+    draw = partial(report.draw_rates, rows, "tokens_per_second", "fine-tuning GPT-2 small", "real tokens/s")
+    return report.Report("train", machine, settings, rows, _format(rows, machine, settings), draw)
 
 
 def _format(rows: list[report.Row], machine: report.Row, settings: report.Row) -> str:
-    lines = [[row["name"], f"{row['tokens_per_second']:.1f}", f"{row['times_peer']:.2f} x"] for row in rows]
     per_step = rows[0]["tokens"] / settings["steps"]
     head = (
         f"{machine['device']}, {settings['dtype']}, {machine['threads']} threads, load {machine['load_average']}; "
         f"{settings['names_per_step']} names per step, {per_step:.0f} real tokens, {settings['layers']} blocks"
     )
-    return f"{head}\n\n{report.table(('GPT-2 small', 'real tokens/s', 'times the baseline'), lines)}"
-
-
-def _draw(rows: list[report.Row], figure: Any) -> None:
-    figure.set_size_inches(9, 3)
-    rates = [row["tokens_per_second"] for row in rows]
-    report.draw_bars(
-        figure.subplots(), [row["name"] for row in rows], rates, "fine-tuning GPT-2 small", "real tokens/s"
-    )
+    return f"{head}\n\n{report.rate_table(rows, 'tokens_per_second', 'GPT-2 small', 'real tokens/s')}"
 
 
 if __name__ == "__main__":

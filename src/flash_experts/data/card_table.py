@@ -56,7 +56,7 @@ def read_embedded() -> CardSource:
 def embedded_flags() -> dict[str, str]:
     """The flag (or ``""``) of every name in the embedded table, by normal form.
 
-    Live sources prefer these: they mark printings, so an old card reprinted for a franchise would be flagged.
+    Live sources prefer these, since their own marks are of printings: an old card may be reprinted for a franchise.
     """
     found: dict[str, str] = {}
     for row in read_embedded().rows:
@@ -71,10 +71,7 @@ FRANCHISES = "franchises"
 # Franchise (Universes Beyond) sets as of November 2026, for cards that the table does not have. MTGJSON does not mark
 # franchises; Scryfall does, but not in all newer sets.
 FRANCHISE_SETS = frozenset(
-    (
-        *("40K", "ACR", "BOT", "FIC", "FIN", "HOB", "HOC", "LTC", "LTR", "MAR", "MSC", "MSH", "PIP", "PZA", "REX"),
-        *("SDS", "SPE", "SPM", "TLA", "TLE", "TMC", "TMT", "TRC", "TRK", "WHO"),
-    )
+    "40K ACR BOT FIC FIN HOB HOC LTC LTR MAR MSC MSH PIP PZA REX SDS SPE SPM TLA TLE TMC TMT TRC TRK WHO".split()
 )
 
 # Row ranges of cards first printed in 2025 or 2026, which a model pretrained on texts up to 2024 cannot have memorized.
@@ -110,17 +107,13 @@ def is_since_2025(source_id: str) -> bool | None:
     return any(first <= int(row) <= last for first, last, _ in SINCE_2025)
 
 
-@cache
-def _embedded_names() -> tuple[str, ...]:
-    return face_names(row.name for row in read_embedded().rows)
-
-
 def face_names(row_names: Iterable[str]) -> tuple[str, ...]:
     """Distinct face names of cards, in order, without rebalanced duplicates ("A-" before another name)."""
     faces = dict.fromkeys(shown_form(face) for name in row_names for face in faces_of(name))
     return tuple(face for face in faces if face and not is_rebalanced(face, faces))
 
 
-def known_names() -> list[str]:
+@cache
+def known_names() -> tuple[str, ...]:
     """Every name in the embedded table, jokes and franchises included."""
-    return list(_embedded_names())
+    return face_names(row.name for row in read_embedded().rows)

@@ -17,59 +17,40 @@ FILE_KINDS = ", ".join(FILE_SUFFIXES)
 
 @dataclass(frozen=True, slots=True)
 class RawCard:
-    """One card as a source lists it. Values of several faces are joined by " // ", as the names are.
-
-    Attributes:
-        type_line: None if unknown. With fewer faces than the name, the other faces are unknown.
-        mana_cost: e.g. ``"{1}{R}"`` (see `flash_experts.data.cleaning.read_cost`); None if unknown or absent.
-        colors: letters, e.g. ``"WU"``; ``""`` for colorless, ``"?"`` for unknown; None to take the mana cost's.
-        mana_value: used where there is no mana cost.
-        flag: ``"jokes"``, ``"franchises"`` or ``""``.
-        excluded: reason why the source itself rules the card out, e.g. ``"memorabilia"``; else ``""``.
-    """
+    """One card as a source lists it. Values of several faces are joined by " // ", as names are; None is unknown."""
 
     name: str
     type_line: str | None = None
-    mana_cost: str | None = None
-    colors: str | None = None
-    mana_value: int | None = None
+    mana_cost: str | None = None  # as `flash_experts.data.cleaning.read_cost` takes it; None also if there is none
+    colors: str | None = None  # "WU"; "" for colorless, "?" for unknown; None for those of the mana cost
+    mana_value: int | None = None  # where there is no mana cost
     layout: str = ""
-    flag: str = ""
+    flag: str = ""  # "jokes", "franchises" or ""
     source_id: str = ""
     rarity: str | None = None
     set_code: str | None = None
     released: str | None = None
-    excluded: str = ""
+    excluded: str = ""  # why the source itself rules the card out, such as "memorabilia"
 
 
 @dataclass(frozen=True, slots=True)
 class CardSource:
-    """Raw cards in the source's order, and their provenance.
+    """Raw cards in the source's order, and their provenance."""
 
-    Attributes:
-        name: ``"embedded"``, a live source such as ``"scryfall"``, or the file's name.
-        unread: counts of `Unread`.
-    """
-
-    name: str
+    name: str  # "embedded", a live source such as "scryfall", or the file's name
     version: str
     sha256: str
     rows: tuple[RawCard, ...]
-    unread: dict[str, dict[str, Any]] = field(default_factory=dict)
+    unread: dict[str, dict[str, Any]] = field(default_factory=dict)  # as `Unread.counts`
 
 
 class Unread:
-    """Counts values that could not be read, by column, with the first example of each.
-
-    Attributes:
-        counts: e.g. ``{"rarity": {"count": 3, "first": "mine.csv:7: 'Promo'"}}``.
-    """
+    """Counts unreadable values by column: ``{"rarity": {"count": 3, "first": "mine.csv:7: 'Promo'"}}``."""
 
     def __init__(self) -> None:
         self.counts: dict[str, dict[str, Any]] = {}
 
     def add(self, column: str, where: str, value: object) -> None:
-        """Counts one value of a column; ``where`` is its ``file:line``."""
         entry = self.counts.setdefault(column, {"count": 0, "first": f"{Path(where).name}: {str(value)[:50]!r}"})
         entry["count"] += 1
 
@@ -82,10 +63,7 @@ _RARITY_WORDS = {"c": "common", "u": "uncommon", "r": "rare", "m": "mythic", "my
 SUPERTYPES = ("Basic", "Legendary", "World", "Snow")
 
 # In the order of a type line: "Kindred Instant", "Artifact Land", "Enchantment Artifact Creature".
-TYPES = (
-    *("Kindred", "Enchantment", "Artifact", "Land", "Planeswalker"),
-    *("Battle", "Creature", "Instant", "Sorcery"),
-)
+TYPES = ("Kindred", "Enchantment", "Artifact", "Land", "Planeswalker", "Battle", "Creature", "Instant", "Sorcery")
 _OLD_TYPES = {"Tribal": "Kindred"}  # renamed by Wizards of the Coast in 2023
 _DASH = re.compile(r"\s*(?:—|–|--)\s*|\s+-\s+")
 _SUBTYPES_OF_TWO_WORDS = ("Time Lord",)
@@ -95,30 +73,19 @@ _DATE = re.compile(r"(?:19|20)\d\d(?:-\d\d(?:-\d\d)?)?", re.ASCII)
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """One name and the attributes of its card (of the face, where a card has two).
-
-    Attributes:
-        type_line: e.g. ``"Legendary Creature — Goblin Warrior"``; ``""`` if unknown.
-        types: e.g. ``("Creature",)``; ``()`` if unknown.
-        colors: letters in the order WUBRG; ``()`` is colorless, None unknown.
-        mana_value: total of the mana cost with X as 0; None without a mana cost, or if unknown.
-        source_id: ``"embedded:123"`` (row), ``"mine.csv:7"`` (line), or the source's id.
-        rarity: one of `RARITIES`; None if unknown, as in the embedded table.
-        set_code: set of one printing, e.g. ``"ZEN"``: MTGJSON gives the first, Scryfall the best-known one.
-        released: date of that printing, ``"2009-10-02"``, or its year alone.
-    """
+    """One name and the attributes of its card (of the face, where a card has two); None is unknown."""
 
     name: str
-    type_line: str
+    type_line: str  # "Legendary Creature — Goblin Warrior"; unknown: "", and () for its three parts
     supertypes: tuple[str, ...]
     types: tuple[str, ...]
     subtypes: tuple[str, ...]
-    colors: tuple[str, ...] | None
-    mana_value: int | None
-    source_id: str
-    rarity: str | None = None
-    set_code: str | None = None
-    released: str | None = None
+    colors: tuple[str, ...] | None  # letters in the order WUBRG; () for colorless
+    mana_value: int | None  # total of the mana cost with X as 0; None also without a mana cost
+    source_id: str  # "embedded:123" (row), "mine.csv:7" (line), or the source's id
+    rarity: str | None = None  # one of `RARITIES`
+    set_code: str | None = None  # of one printing: MTGJSON gives the first, Scryfall the best-known one
+    released: str | None = None  # date of that printing, "2009-10-02", or its year alone
 
     def to_json(self) -> dict[str, Any]:
         """The JSON object of a prepared line, without unknown optional fields."""
@@ -137,11 +104,7 @@ class Card:
 
     @classmethod
     def from_json(cls, fields: dict[str, Any], where: str) -> Card:
-        """The card of a prepared line; ``where`` is its ``file:line``, for errors.
-
-        Raises:
-            ValueError: a field is missing or has a wrong type.
-        """
+        """The card of a prepared line; a ValueError with ``where`` (``file:line``) if a field is missing or wrong."""
         if not isinstance(fields, dict):
             raise ValueError(f"{where}: a card must be a JSON object, not {type(fields).__name__}")
         missing = [name for name in cls.__slots__ if name not in fields and name not in _OPTIONAL_FIELDS]
@@ -195,12 +158,9 @@ def in_color_order(letters: list[str] | tuple[str, ...] | set[str] | str) -> tup
 
 
 def parse_colors(text: str | None) -> tuple[str, ...] | None:
-    """Parses colors into letters in the order WUBRG; ``()`` for colorless, None for an empty text.
+    """Parses ``"WU"``, ``"white and blue"``, ``"{W}{U}"``, ``"colorless"`` or ``"C"`` into letters in the order WUBRG.
 
-    ``"WU"``, ``"white and blue"``, ``"{W}{U}"``, ``"colorless"`` and ``"C"`` are understood.
-
-    Raises:
-        ValueError: a word is not a color (with a suggestion).
+    ``()`` for colorless, None for an empty text, a ValueError (with a suggestion) if a word is not a color.
     """
     letter_of = {word: letter for letter, word in COLOR_WORDS.items()}
     words = [word for word in re.split(r"[\s,/{}&+]+|\band\b", (text or "").casefold()) if word]
@@ -228,7 +188,7 @@ def parse_colors(text: str | None) -> tuple[str, ...] | None:
 
 
 def parse_rarity(text: str | None) -> str | None:
-    """Parses a rarity (``"mythic rare"``, ``"M"``); None for an empty text, ValueError for others."""
+    """Parses a rarity (``"mythic rare"``, ``"M"``); None for an empty text, a ValueError for others."""
     word = " ".join((text or "").casefold().split())
     if not word:
         return None
@@ -240,7 +200,7 @@ def parse_rarity(text: str | None) -> str | None:
 
 
 def parse_set_code(text: str | None) -> str | None:
-    """Parses a set code into capitals, ``"ZEN"``; None for an empty text, ValueError for a malformed one."""
+    """A set code in capitals; None for an empty text, a ValueError for a malformed one."""
     code = (text or "").strip().upper()
     if code and not _SET_CODE.fullmatch(code):
         raise ValueError(f"a set is given by its code, 2 to 10 letters and digits such as ZEN, not {code[:50]!r}")
@@ -248,7 +208,7 @@ def parse_set_code(text: str | None) -> str | None:
 
 
 def parse_date(text: str | None) -> str | None:
-    """Checks a release date (``"2009-10-02"``) or year; None for an empty text, ValueError for a malformed one."""
+    """A release date (``"2009-10-02"``) or year; None for an empty text, a ValueError for a malformed one."""
     date = (text or "").strip()
     if date and not _DATE.fullmatch(date):
         raise ValueError(f"a release is given by its date or year, such as 2009-10-02 or 2009, not {date[:50]!r}")
@@ -257,10 +217,7 @@ def parse_date(text: str | None) -> str | None:
 
 @lru_cache(8192)  # 35,000 cards have 4,200 different type lines
 def split_type_line(type_line: str) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
-    """Splits one face's type line into supertypes, types and subtypes, without checking types or subtypes.
-
-    ``"Legendary Creature — Goblin Warrior"`` gives ``("Legendary",), ("Creature",), ("Goblin", "Warrior")``.
-    """
+    """Splits one face's type line into supertypes, types and subtypes, without checking that they exist."""
     line, *rest = _DASH.split(type_line, maxsplit=1)
     words = [_OLD_TYPES.get(word, word) for word in line.split()]
     supertypes = tuple(word for word in words if word in SUPERTYPES)

@@ -31,54 +31,36 @@ NOT_CARDS = frozenset({"token", "double_faced_token", "emblem", "art_series", "f
 _BLANK = re.compile(r"_{2,}")
 # Types, subtypes and layouts of cards that cannot be in a deck, with the reason that is counted.
 _EXCLUDED_TYPES = {
-    "plane": "plane",
-    "phenomenon": "phenomenon",
-    "scheme": "scheme",
-    "vanguard": "vanguard",
-    "stickers": "stickers",
-    "conspiracy": "conspiracy",
-    "hero": "hero",
-    "dungeon": "dungeon",
-    "token": "token",
-    "emblem": "token",
-    "card": "token",
+    **{
+        kind: kind
+        for kind in ("plane", "phenomenon", "scheme", "vanguard", "stickers", "conspiracy", "hero", "dungeon")
+    },
+    **dict.fromkeys(("token", "emblem", "card"), "token"),
 }
 _EXCLUDED_SUBTYPES = {"Attraction": "attraction", "Contraption": "contraption"}
 _EXCLUDED_LAYOUTS = {
-    "host": "host",
-    "augment": "augment",
-    "planar": "plane",
-    "scheme": "scheme",
-    "vanguard": "vanguard",
-    "token": "token",
-    "double_faced_token": "token",
-    "emblem": "token",
-    "dungeon": "dungeon",
-    "art_series": "art_card",
-    "front_card": "front_card",
+    **{layout: layout for layout in ("host", "augment", "scheme", "vanguard", "dungeon", "front_card")},
+    **dict.fromkeys(("token", "double_faced_token", "emblem"), "token"),
+    **{"planar": "plane", "art_series": "art_card"},
 }
 
 
 @dataclass(frozen=True, slots=True)
 class Cleaned:
-    """The cleaned cards, one for each name, and how many faces were dropped, by reason.
-
-    Attributes:
-        unread: unreadable mana costs, as in `flash_experts.data.cards.Unread`.
-    """
+    """The cleaned cards, one for each name, and how many faces were dropped, by reason."""
 
     cards: tuple[Card, ...]
     dropped: dict[str, int]
     faces: int
-    unread: dict[str, dict[str, Any]] = field(default_factory=dict)
+    unread: dict[str, dict[str, Any]] = field(default_factory=dict)  # mana costs, as `Unread.counts`
 
 
 def clean(rows: Iterable[RawCard], include: Collection[str] = ()) -> Cleaned:
-    """Turns raw cards into the names of the dataset.
+    """Turns raw cards into the names of the dataset; each face is a name of its own.
 
-    Each face is a name of its own. Cards that cannot be in a deck, rebalanced duplicates ("A-"), names with blanks,
-    flagged names (except with the flags ``include``; a ValueError for an unknown one) and repeated names are dropped
-    and counted. Of two faces with the same name the one with more known attributes stays, at the position of the first.
+    Cards that cannot be in a deck, rebalanced duplicates ("A-"), names with blanks, flagged names (but for the flags
+    ``include``; a ValueError for an unknown one) and repeated names are dropped and counted. Of two faces with the same
+    name the one with more known attributes stays, at the position of the first.
     """
     unknown = sorted(set(include) - set(FLAGS))
     if unknown:
@@ -148,7 +130,6 @@ def _colors(given: str, symbols: tuple[str, ...] | None, types: tuple[str, ...])
 
 
 def _completeness(card: Card) -> int:
-    """Rank by how many attributes are known: types, then mana value, then colors."""
     return 4 * bool(card.types) + 2 * (card.mana_value is not None) + (card.colors is not None)
 
 
@@ -185,9 +166,9 @@ _DECIMAL = re.compile(r"([0-9]{1,7})\.0")  # what pandas makes of 3
 def read_cost(cost: str) -> tuple[str, ...] | None:
     """Parses a mana cost into symbols in capitals; ``()`` for an empty one, None if it cannot be read.
 
-    With braces or without: ``"{4}{W}"``, ``"4W"``, ``"(4)(W)"`` and ``"4 W"`` give ``("4", "W")``; ``"2/W"``, ``"W/P"``
-    and ``"wp"`` are one symbol each. Two adjacent colors are a hybrid symbol in brackets, and as one of several words
-    (Forge's ``"1 GW GW"``); elsewhere (``"4WU"``) they are two symbols.
+    ``"{4}{W}"``, ``"4W"``, ``"(4)(W)"`` and ``"4 W"`` give ``("4", "W")``; ``"2/W"`` and ``"wp"`` are one symbol. Two
+    adjacent colors are a hybrid symbol in brackets, and as one of several words (Forge's ``"1 GW GW"``), else
+    (``"4WU"``) two symbols.
     """
     text = cost.strip().upper().replace("|", "/")
     if len(text) > _LONGEST_COST:
@@ -220,7 +201,7 @@ def _short_hybrid(word: str) -> list[str] | None:
 
 
 def _bare(word: str) -> list[str] | None:
-    """Symbols of a cost without brackets, such as ``"10WW"``."""
+    """Symbols without brackets, such as ``"10WW"``."""
     found: list[str] = _BARE.findall(word)
     if "".join(found) != word or any(len(symbol) > 7 for symbol in found):
         return None
@@ -235,10 +216,9 @@ def colors_of_cost(cost: str) -> tuple[str, ...] | None:
 
 @lru_cache(4096)
 def mana_value(cost: str) -> int | None:
-    """Total of a mana cost, None if it cannot be read.
+    """Total of a mana cost, rounded down; None if it cannot be read.
 
-    X, Y and Z count 0, a hybrid symbol its larger half (``"{2/R}"`` is 2), a half symbol (``"{HW}"``, on jokes) one
-    half; the sum is rounded down.
+    X, Y and Z count 0, a hybrid symbol its larger half, a half symbol (``"{HW}"``, on jokes) one half.
     """
     symbols = read_cost(cost)
     return None if symbols is None else int(sum(map(_symbol_value, symbols)))

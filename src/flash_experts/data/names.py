@@ -28,7 +28,7 @@ _NO_LETTERS_OR_DIGITS = bytes(code for code in range(128) if not chr(code).isaln
 
 
 def shown_form(name: str) -> str:
-    """The form of a name for display and training: NFC, one kind of apostrophe, quote, dash and space; accents stay."""
+    """The form for display and training: NFC, one kind of apostrophe, quote, dash and space; accents stay."""
     if name.isascii() and name.isprintable() and "  " not in name and "`" not in name:
         return name.strip()
     spaced = "".join(" " if character.isspace() else character for character in name)
@@ -42,10 +42,8 @@ def shown_form(name: str) -> str:
 
 
 def normal_form(name: str) -> str:
-    """The key for comparing names: letters and digits alone, lower case, without accents; may be ``""``. Idempotent.
-
-    ``"Lim-Dûl's Vault"``, ``"lim dul's vault"`` and ``"LimDûls Vault"`` are one: ``"limdulsvault"``.
-    """
+    """The key for comparing names: lower case letters and digits without accents, ``"limdulsvault"`` for ``"Lim-Dûl's
+    Vault"``; may be ``""``. Idempotent."""
     if name.isascii():
         return name.encode().translate(_LOWER, _NO_LETTERS_OR_DIGITS).decode()
     # Compatibility caseless matching, The Unicode Standard, definition D146: folding can undo a composition and
@@ -69,8 +67,7 @@ def is_rebalanced(name: str, names: Container[str]) -> bool:
 
 
 def family_words(name: str) -> frozenset[str]:
-    """Words of a name that can link it to a family, in normal form and without possessive endings: ``limdul`` and
-    ``vault`` for ``"Lim-Dûl's Vault"``."""
+    """The words of a name in normal form, without possessive endings: ``limdul``, ``vault``."""
     words = (word.strip(',.!?:"()') for word in shown_form(name).split())
     forms = (normal_form(_POSSESSIVE.sub("", word)) for word in words)
     return frozenset(form for form in forms if form)

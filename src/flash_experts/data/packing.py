@@ -1,9 +1,8 @@
 """Tokenization of names, and sequence packing: many names in one padding-free batch.
 
-The training text is ``<|endoftext|> + prompt + " " + name + <|endoftext|>`` (BOS, prompt, name, EOS), with the loss on
-the name and its EOS alone. A packed sequence is laid out as by transformers' ``DataCollatorWithFlattening``: positions
-start again at each name, so there is no padding and no padding mask. The EOS token is a label and never an input.
-Adjacent names with the same prompt may share its tokens, which are then computed once.
+The training text is BOS + prompt + " " + name + EOS, with the loss on the name and its EOS alone. A packed sequence is
+laid out as by transformers' ``DataCollatorWithFlattening``: positions start again at each name, without padding or a
+padding mask. EOS is a label and never an input. Adjacent names with the same prompt may share its tokens.
 
 Shape suffixes: T tokens of the packed sequence, E of its names written out (T if they share no prompt), L labels, N
 names.
@@ -27,19 +26,12 @@ from flash_experts.data.prompts import Attributes
 
 @dataclass(frozen=True, slots=True)
 class EncodedName:
-    """One name as token ids.
-
-    Attributes:
-        ids: BOS, prompt, name, EOS.
-        prompt_length: number of ids before the name, BOS included.
-        characters: characters of the name plus one for EOS.
-        top_row: row of its first label in a teacher's `TopLogits`; -1 without a teacher.
-    """
+    """One name as token ids: BOS, prompt, name, EOS."""
 
     ids: tuple[int, ...]
-    prompt_length: int
-    characters: int
-    top_row: int = -1
+    prompt_length: int  # with BOS
+    characters: int  # of the name, plus one for EOS
+    top_row: int = -1  # row of its first label in a teacher's `TopLogits`; -1 without a teacher
 
     @property
     def num_inputs(self) -> int:
@@ -49,34 +41,20 @@ class EncodedName:
 
 @dataclass(frozen=True, slots=True)
 class PackedBatch:
-    """A packed sequence of names without padding, and its labels.
+    """A packed sequence of names and its labels; all tensors are int64 but ``cu_seq_lens``, which is int32."""
 
-    Attributes:
-        input_ids: (1, T) int64.
-        position_ids: (1, T) int64, from 0 in each name.
-        cu_seq_lens: (N + 1,) int32, start of each name, and E.
-        max_length: tokens of the longest name, with its prompt.
-        keep: (L,) int64, positions whose next token is a label.
-        labels: (L,) int64, those next tokens.
-        name_index: (L,) int64, name of each label.
-        characters: (N,) int64, as `EncodedName.characters`.
-        top_rows: (L,) int64, as `EncodedName.top_row` for each label.
-        row_of: (E,) int64, position in ``input_ids`` of each token of the names written out; None if they share no
-            prompt.
-        copy_of: (T,) int64, the first copy of each token among those E; None if names share no prompt.
-    """
-
-    input_ids: torch.Tensor
-    position_ids: torch.Tensor
-    cu_seq_lens: torch.Tensor
-    max_length: int
-    keep: torch.Tensor
-    labels: torch.Tensor
-    name_index: torch.Tensor
-    characters: torch.Tensor
-    top_rows: torch.Tensor
-    row_of: torch.Tensor | None = None
-    copy_of: torch.Tensor | None = None
+    input_ids: torch.Tensor  # (1, T)
+    position_ids: torch.Tensor  # (1, T), from 0 in each name
+    cu_seq_lens: torch.Tensor  # (N + 1,), start of each name, and E
+    max_length: int  # tokens of the longest name, with its prompt
+    keep: torch.Tensor  # (L,), positions whose next token is a label
+    labels: torch.Tensor  # (L,), those next tokens
+    name_index: torch.Tensor  # (L,), name of each label
+    characters: torch.Tensor  # (N,), as `EncodedName.characters`
+    top_rows: torch.Tensor  # (L,), as `EncodedName.top_row`, for each label
+    # None if names share no prompt:
+    row_of: torch.Tensor | None = None  # (E,), place in ``input_ids`` of each token of the names written out
+    copy_of: torch.Tensor | None = None  # (T,), first copy of each token among those E
 
     @property
     def num_names(self) -> int:
@@ -105,9 +83,7 @@ class PackedBatch:
     def inputs_with_loss(self, num_items: int | torch.Tensor) -> dict[str, Any]:
         """`inputs` plus labels: the forward's ``.loss`` is the summed cross-entropy (nats) divided by ``num_items``.
 
-        Args:
-            num_items: labels of the whole optimizer step over all micro-batches and processes, so that the losses of
-                gradient accumulation add up to that of one large batch.
+        With the labels of all micro-batches and processes of a step, losses add up to that of one large batch.
         """
         return self.inputs | {
             "labels": self.labels[None],
@@ -116,7 +92,6 @@ class PackedBatch:
         }
 
     def to(self, device: torch.device | str) -> PackedBatch:
-        """Copies the batch to a device."""
         moved: dict[str, Any] = {
             name: value.to(device, non_blocking=True)
             for name in self.__slots__
@@ -133,10 +108,7 @@ def encode_name(name: str, attributes: Attributes, tokenizer: PreTrainedTokenize
 def encode_names(
     names: Sequence[str], attributes: Sequence[Attributes], tokenizer: PreTrainedTokenizerBase
 ) -> list[EncodedName]:
-    """Token ids of names, each after the prompt of its attributes.
-
-    Prompt and name are tokenized separately, so that the boundary is the same as in generation.
-    """
+    """Token ids of names after the prompts of their attributes, tokenized separately, as in generation."""
     assert len(names) == len(attributes)
     if not names:
         return []
@@ -157,7 +129,7 @@ def encode_cards(
     tokenizer: PreTrainedTokenizerBase,
     attributes_of: Callable[[Card], Attributes] = Attributes.of,
 ) -> list[EncodedName]:
-    """`encode_names` of cards; ``attributes_of`` picks the attributes of each prompt (default: all that are known)."""
+    """`encode_names` of cards; ``attributes_of`` picks the attributes of each prompt."""
     return encode_names([card.name for card in cards], [attributes_of(card) for card in cards], tokenizer)
 
 
@@ -265,9 +237,9 @@ def pack_all(names: Sequence[EncodedName], tokens_per_batch: int) -> list[Packed
 
 
 def name_nats(model: nn.Module, batch: PackedBatch) -> torch.Tensor:
-    """(N,) float32 negative log-likelihood of each name and its EOS token, in nats.
+    """(N,) float32 negative log-likelihood of each name and its EOS, in nats, by a model that uses ``fe_attention``.
 
-    Of the tokenizer's one tokenization, so an upper bound. The model must use ``fe_attention``.
+    An upper bound, since the same text could be tokenized in other ways.
     """
     logits_LV = model(**batch.inputs).logits[0]
     nats_L = functional.cross_entropy(logits_LV.float(), batch.labels, reduction="none")

@@ -51,7 +51,6 @@ def prepare(
 
     Raises:
         ValueError: the source is unknown, malformed or unreachable, or ``out`` has files that must not be replaced.
-        OSError: the folder cannot be written.
     """
     out = Path(out)
     _check_out(out, source, overwrite)
@@ -59,7 +58,8 @@ def prepare(
     rows = cards.rows if only is None else _flagged(cards.rows, only)
     cleaned = clean(rows, include if only is None else [only])
     if not cleaned.cards:
-        raise ValueError(f"{source}: no name is left after cleaning ({_reasons(cleaned.dropped) or 'no such cards'})")
+        reasons = ", ".join(f"{count} {reason}" for reason, count in cleaned.dropped.items())
+        raise ValueError(f"{source}: no name is left after cleaning ({reasons or 'there was none'})")
     split = split_by_family(cleaned.cards)
     known = dict.fromkeys((*known_names(), *_names_of(cards)))
     files = {f"{name}.jsonl": _lines(card.to_json() for card in split.parts[name]) for name in SPLITS}
@@ -103,12 +103,7 @@ def _names_of(source: CardSource) -> Iterable[str]:
 
 
 def _write(
-    out: Path,
-    source: str | Path,
-    overwrite: bool,
-    files: dict[str, bytes],
-    meta: dict[str, Any],
-    names: Sequence[str],
+    out: Path, source: str | Path, overwrite: bool, files: dict[str, bytes], meta: dict[str, Any], names: Sequence[str]
 ) -> bool:
     """Adds the changes to ``meta`` and writes all files; whether identical ones existed already."""
     made = not out.exists()
@@ -117,7 +112,7 @@ def _write(
         with folder_lock(out):
             meta["changes"] = _changes(out, meta, names)
             files[META] = (json.dumps(meta, indent=2, ensure_ascii=False) + "\n").encode("utf-8")
-            if all(_holds(out / name, data) for name, data in files.items()):
+            if all((out / name).is_file() and (out / name).read_bytes() == data for name, data in files.items()):
                 return True
             _check_out(out, source, overwrite)
             _write_all(out, files, meta["sha256"])
@@ -178,16 +173,8 @@ def _changes(out: Path, meta: Mapping[str, Any], names: Iterable[str]) -> dict[s
     }
 
 
-def _reasons(dropped: dict[str, int]) -> str:
-    return ", ".join(f"{count} {reason}" for reason, count in dropped.items()) or "there was none"
-
-
 def _lines(records: Iterable[dict[str, Any]]) -> bytes:
     return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode("utf-8")
-
-
-def _holds(path: Path, data: bytes) -> bool:
-    return path.is_file() and path.stat().st_size == len(data) and path.read_bytes() == data
 
 
 def _write_all(out: Path, files: dict[str, bytes], hashes: Mapping[str, str]) -> None:
@@ -205,11 +192,7 @@ def _write_all(out: Path, files: dict[str, bytes], hashes: Mapping[str, str]) ->
 
 
 def load_split(folder: str | Path, split: str) -> list[Card]:
-    """Loads one of `SPLITS` from a folder that `prepare` wrote.
-
-    Raises:
-        ValueError: there is no such split or file, it is empty, or a line is malformed (``file:line``).
-    """
+    """Loads one of `SPLITS` from a folder that `prepare` wrote; a ValueError for an unknown one, or as `load_cards`."""
     if split not in SPLITS:
         raise ValueError(f"no split {split!r}: there are {', '.join(SPLITS)}")
     path = Path(folder) / f"{split}.jsonl"
@@ -258,8 +241,7 @@ def load_known_names(folder: str | Path) -> frozenset[str]:
 def extra_cards(path: str | Path, folder: str | Path) -> list[Card]:
     """Loads cards to train on in addition to a folder's training split, such as a teacher's names.
 
-    Raises:
-        ValueError: as `load_cards`, or a name is in a held-out split.
+    Raises a ValueError as `load_cards`, or if a name is in a held-out split of the folder.
     """
     cards = load_cards(path)
     held_out = {normal_form(card.name) for split in SPLITS if split != "train" for card in load_split(folder, split)}
@@ -273,7 +255,7 @@ def extra_cards(path: str | Path, folder: str | Path) -> list[Card]:
 
 
 def load_meta(folder: str | Path) -> dict[str, Any]:
-    """Loads the meta.json that `prepare` wrote. Raises ValueError if it is missing or malformed."""
+    """Loads the meta.json that `prepare` wrote; a ValueError if it is missing or malformed."""
     path = Path(folder) / META
     _check_there(path)
     try:
@@ -293,7 +275,7 @@ def _check_there(path: Path) -> None:
 
 
 def check_prepared(folder: str | Path, splits: Sequence[str] = ("train", "validation")) -> None:
-    """Compares each split's file with its SHA-256 in meta.json, if there is one; raises a ValueError if it differs."""
+    """Raises a ValueError if a split's file differs from its SHA-256 in meta.json."""
     recorded = load_meta(folder).get("sha256", {})
     for split in splits:
         path = Path(folder) / f"{split}.jsonl"

@@ -35,19 +35,17 @@ _DASH = re.compile(r"—|–|--|(?:^|\s)-(?=\s|$)")
 class Attributes:
     """Attributes that a name is conditioned on; None leaves one unspecified.
 
-    Colors are letters in the order WUBRG; ``()`` for colorless. For supertypes, types and subtypes, ``()`` reads the
-    same in the prompt as None. The embedded table has no ``rarity``, ``set_code`` (``"ZEN"``) and ``released`` (year):
-    they need a model trained on another source.
+    The embedded table has no rarities, sets and years: they need a model trained on another source.
     """
 
     supertypes: tuple[str, ...] | None = None
     types: tuple[str, ...] | None = None
     subtypes: tuple[str, ...] | None = None
-    colors: tuple[str, ...] | None = None
+    colors: tuple[str, ...] | None = None  # letters in the order WUBRG; () for colorless
     mana_value: int | None = None
     rarity: str | None = None
-    set_code: str | None = None
-    released: int | None = None
+    set_code: str | None = None  # such as "ZEN"
+    released: int | None = None  # year
 
     @classmethod
     def of(cls, card: Card) -> Attributes:
@@ -70,8 +68,6 @@ class Attributes:
     ) -> Attributes:
         """Parses attributes as users write them; None (or an empty text) leaves one unspecified.
 
-        A type line may have "-" or "--" for the dash, or be ``"goblin creature"``.
-
         Raises:
             ValueError: a value is unknown (with a suggestion) or malformed; `check_known` checks what a model knows.
         """
@@ -83,11 +79,8 @@ class Attributes:
         return cls(supertypes, types, subtypes, parse_colors(colors), mana_value, *optional)
 
     def drop(self, rng: random.Random, probability: float) -> Attributes:
-        """Drops attributes at random (condition dropout), so that a model learns any subset of them, or none.
-
-        Each is dropped with ``probability``, and all of them together with half of it. The number of draws from ``rng``
-        does not depend on which attributes are given.
-        """
+        """Drops each attribute with ``probability``, and all together with half of it (condition dropout), so that a
+        model learns any subset of them. The number of draws from ``rng`` is always the same."""
         *single, everything = (rng.random() for _ in range(6))
         if everything < probability / 2:
             return UNCONDITIONAL
@@ -100,8 +93,8 @@ class Attributes:
     def prompt(self) -> str:
         """Plain text: ``"legendary creature goblin warrior, red, 3, rare, ZEN, 2009:"``; ``":"`` for unconditional.
 
-        The training text is BOS + prompt + " " + name + EOS. Types are in lower case and sets in capitals, as names
-        never have them: so a tokenizer can have one token per prompt word and spell names character by character.
+        Types are in lower case and sets in capitals, as names never have them, so that a tokenizer can have one token
+        per prompt word and spell names character by character.
         """
         parts = [" ".join((*(self.supertypes or ()), *(self.types or ()), *(self.subtypes or ()))).lower()]
         if self.colors is not None:
@@ -115,10 +108,8 @@ UNCONDITIONAL = Attributes()
 
 
 def prompt_words(cards: Iterable[Card], at_least: int = 3) -> list[str]:
-    """The vocabulary of prompts: words of types, colors and rarities, subtypes, sets and years of release.
-
-    Of the last three those that ``at_least`` cards have, except sets and years that are words of names.
-    """
+    """The vocabulary of prompts: types, colors, rarities; and subtypes, sets and years that ``at_least`` cards have,
+    except sets and years that are words of names."""
     cards = list(cards)
     counts = Counter(name for card in cards for name in card.subtypes)
     subtypes = sorted(name for name, count in counts.items() if count >= at_least)
@@ -137,14 +128,14 @@ OPTIONAL_ATTRIBUTES = {"rarity": "rarities", "set_code": "sets", "released": "ye
 
 
 def collect_conditions(cards: Iterable[Card]) -> Conditions:
-    """The values of optional attributes that occur in cards: attribute -> sorted values, where there are any."""
+    """The sorted values of each optional attribute that occurs in cards."""
     attributes = [Attributes.of(card) for card in cards]
     found = {name: sorted({getattr(one, name) for one in attributes} - {None}) for name in OPTIONAL_ATTRIBUTES}
     return {name: values for name, values in found.items() if values}
 
 
 def read_conditions(config: Mapping[str, Any]) -> Conditions:
-    """The conditions (`collect_conditions`) in a model's configuration; {} if none, a ValueError if malformed."""
+    """What `collect_conditions` found for a model, from its configuration; a ValueError if malformed."""
     conditions = config.get(CONDITIONS, {})
     kinds = {name: int if name == "released" else str for name in OPTIONAL_ATTRIBUTES}
     if not isinstance(conditions, dict) or not all(
@@ -181,14 +172,11 @@ def drop_unknown(attributes: Attributes, conditions: Conditions) -> Attributes:
     return replace(attributes, **dict.fromkeys(unknown)) if unknown else attributes
 
 
-Parts = tuple[tuple[str, ...] | None, tuple[str, ...] | None, tuple[str, ...] | None]
+def parse_type_line(text: str | None) -> tuple[tuple[str, ...] | None, tuple[str, ...] | None, tuple[str, ...] | None]:
+    """Parses a user's type line into supertypes, types and subtypes; three None for an empty text.
 
-
-def parse_type_line(text: str | None) -> Parts:
-    """Parses a user's type line, in any case, into supertypes, types and subtypes; three None for an empty text.
-
-    Supertypes and types are put into the order of real cards; so are subtypes without a dash before them (``"warrior
-    goblin"`` is a Goblin Warrior). Raises a ValueError for an unknown type (with a suggestion).
+    Case, order and dash are free: ``"warrior goblin creature"`` is a Creature — Goblin Warrior, in the order of real
+    cards. Only subtypes after a dash keep theirs. Raises a ValueError for an unknown type (with a suggestion).
     """
     if text is None or not text.strip():
         return None, None, None
@@ -210,17 +198,16 @@ def parse_type_line(text: str | None) -> Parts:
 
 
 def known_subtypes() -> tuple[str, ...]:
-    """All subtypes that `parse_type_line` knows, sorted."""
     return tuple(sorted(set(_type_vocabulary().names.values()) - {*SUPERTYPES, *TYPES}))
 
 
 @dataclass(frozen=True, slots=True)
 class _Vocabulary:
-    """Known words of type lines; ``place`` is the mean position among a card's subtypes, 0 (first) to 1 (last)."""
+    """Known words of type lines."""
 
-    names: dict[str, str]
-    pairs: frozenset[str]
-    place: dict[str, float]
+    names: dict[str, str]  # by normal form
+    pairs: frozenset[str]  # subtypes of two words
+    place: dict[str, float]  # mean position among a card's subtypes, 0 (first) to 1 (last)
 
 
 @cache
@@ -252,10 +239,8 @@ def _known_type(word: str, vocabulary: _Vocabulary) -> str:
 
 
 def texts_of_cards(cards: Sequence[Card]) -> list[str]:
-    """Texts that cover all that a model reads or writes: names, and prompts of all, two, one and no attributes.
-
-    Prompts of other subsets consist of pieces of these.
-    """
+    """Texts that cover all that a model reads or writes: names, and prompts of all, two, one and no attributes, which
+    have all the pieces of other subsets."""
     texts = {" " + card.name for card in cards}
     names = tuple(field.name for field in fields(Attributes))
     for attributes in {Attributes.of(card) for card in cards}:

@@ -1,8 +1,7 @@
 """Train, validation and test splits by family, so that the test does not reward memorized relatives.
 
-Names of one family stay in one split: those that share a rare word or a legend's name before the comma, or are within a
-small edit distance. A hash of the family's first name picks the split, so it does not depend on the order of cards, and
-a new card moves no family but its own.
+A family are names that share a rare word or a legend's name before the comma, or are within a small edit distance. A
+hash of its first name picks the split, so the order of cards does not matter, and a new card moves only its own family.
 """
 
 from __future__ import annotations
@@ -27,16 +26,12 @@ _ROWS_AT_ONCE = 512
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """Cards by split, each in the order of the cards.
-
-    Attributes:
-        oversized: families that were kept in training for their size (`LARGEST_HELD_OUT`).
-    """
+    """Cards by split, each in the order of the cards."""
 
     parts: dict[str, tuple[Card, ...]]
     families: int
     largest_family: int
-    oversized: int
+    oversized: int  # families that were kept in training for their size (`LARGEST_HELD_OUT`)
 
 
 def split_by_family(cards: Sequence[Card]) -> Split:
@@ -51,7 +46,9 @@ def split_by_family(cards: Sequence[Card]) -> Split:
     split_of = [""] * len(cards)
     for place, group in enumerate(groups):
         names = sorted((cards[index].name for index in group), key=lambda name: (normal_form(name), name))
-        side = "train" if place in oversized else _side(names[0])
+        share = _hash("family", names[0])
+        side = "test" if share >= TEST_FROM else "validation" if share >= VALIDATION_FROM else "train"
+        side = "train" if place in oversized else side
         for index in group:
             iid = side == "train" and _hash("iid", cards[index].name) < IID_SHARE
             split_of[index] = "test_iid" if iid else side
@@ -68,22 +65,14 @@ def split_by_family(cards: Sequence[Card]) -> Split:
     return Split({name: tuple(part) for name, part in parts.items()}, len(groups), largest, len(oversized))
 
 
-def _side(first_name: str) -> str:
-    share = _hash("family", first_name)
-    return "train" if share < VALIDATION_FROM else "validation" if share < TEST_FROM else "test"
-
-
 def _hash(purpose: str, name: str) -> float:
-    """A reproducible number in [0, 1) of a name, independent for each purpose."""
+    """A reproducible number in [0, 1) for a name, independent for each purpose."""
     digest = hashlib.sha256(f"{purpose}/{name}".encode()).digest()
     return int.from_bytes(digest[:6], "big") / 2**48
 
 
 def families(names: Sequence[str]) -> list[list[int]]:
-    """Groups indices of related names (connected components); a name without relatives is a group by itself.
-
-    Indices ascend, and groups are in the order of their first one.
-    """
+    """Groups indices of related names (connected components), ascending; a name without relatives is its own group."""
     parents = list(range(len(names)))
 
     def root(item: int) -> int:

@@ -1,7 +1,7 @@
 """Trains byte-level BPE tokenizers, and loads tokenizers after checks, since their files may be untrusted.
 
 The tokenizers library executes whatever a tokenizer.json asks for: a normalizer that doubles a text thirty times, a
-regular expression that takes hours, a prefix at which its BPE panics. Only components of bounded cost are accepted.
+regular expression that takes hours. Only components of bounded cost are accepted.
 """
 
 from __future__ import annotations
@@ -24,9 +24,7 @@ _MAX_PARTS = 16  # parts of a sequence
 _MAX_TEXT = 64  # characters of a prefix
 _KINDS = {
     "normalizer": {"NFC", "NFD", "NFKC", "NFKD", "Lowercase", "Strip", "StripAccents", "Prepend", "Replace"},
-    "pre_tokenizer": {
-        *("ByteLevel", "Digits", "Split", "Metaspace", "Punctuation", "Whitespace", "WhitespaceSplit"),
-    },
+    "pre_tokenizer": {"ByteLevel", "Digits", "Split", "Metaspace", "Punctuation", "Whitespace", "WhitespaceSplit"},
     "post_processor": {"ByteLevel", "TemplateProcessing"},
     "decoder": {"ByteLevel", "ByteFallback", "Fuse", "Metaspace", "Replace", "Strip", "BPEDecoder"},
 }
@@ -45,7 +43,7 @@ _MAX_PATTERN = 100_000  # characters
 
 
 def before_words(words: Iterable[str]) -> str:
-    """A regular expression for the empty text before a token that is one of these words (letters and hyphens)."""
+    """A regular expression for the empty text before a token that is one of these words."""
     return f"^(?=(?:{'|'.join(words)})$)"
 
 
@@ -153,15 +151,10 @@ def _byte_level(model: models.BPE) -> Tokenizer:
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, whole_words: Sequence[str] = ()) -> PreTrainedTokenizerFast:
-    """Trains a byte-level BPE like GPT-2's on texts.
-
-    The same texts, in any order, give the same tokenizer byte for byte, although the library's hash maps change their
-    order between runs: words are counted, the alphabet is sorted, candidates are ordered by frequency and then by ids,
-    and each pair becomes a candidate only once.
+    """Trains a byte-level BPE like GPT-2's on texts; in any order, they give the same tokenizer byte for byte.
 
     Args:
-        vocab_size: most tokens, with the 256 bytes and the end of text; with 257, the least (else a ValueError), a
-            character is a token (an accented one two).
+        vocab_size: most tokens, with the 256 bytes and the end of text; a ValueError if it is less than 257.
         whole_words: in addition one token each wherever they stand alone, with the space before them.
     """
     if vocab_size < SMALLEST_VOCABULARY:
@@ -201,7 +194,7 @@ def _decoder_with_spaces(words: Sequence[str]) -> decoders.Decoder:
 
 
 def gpt2_tokenizer(vocab: str | Path, merges: str | Path) -> PreTrainedTokenizerFast:
-    """GPT-2's tokenizer from its vocabulary and merges (OpenAI's ``encoder.json`` and ``vocab.bpe``)."""
+    """GPT-2's tokenizer from OpenAI's ``encoder.json`` and ``vocab.bpe``."""
     tokenizer = _byte_level(models.BPE.from_file(str(vocab), str(merges)))
     tokenizer.add_special_tokens([END_OF_TEXT])
     return _wrap(tokenizer)
@@ -236,10 +229,7 @@ def load_tokenizer(source: str | Path, vocab_size: int | None = None) -> PreTrai
 
 
 def _read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """Reads the tokenizer of a folder that `check_files` accepted, with known settings alone.
-
-    Raises a ValueError if it is not of GPT-2's or Llama's kind, and `any_family` is off.
-    """
+    """Reads a tokenizer with known settings alone; unless any family is allowed, it must be GPT-2's or Llama's kind."""
     settings = {**_optional(folder / "special_tokens_map.json"), **_optional(folder / model_files.TOKENIZER_CONFIG)}
     if model_files.any_family_is_allowed():
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)

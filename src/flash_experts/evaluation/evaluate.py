@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from flash_experts.data.card_files import read_text
 from flash_experts.data.cards import Card
 from flash_experts.data.prompts import UNCONDITIONAL, Attributes
+from flash_experts.data.sources import read_text
 from flash_experts.data.tokenizer import load_tokenizer
 from flash_experts.evaluation.baselines import MixedWithNGrams, SwapBaseline, without_suffix
 from flash_experts.evaluation.classifiers import ControlMetrics, Detection

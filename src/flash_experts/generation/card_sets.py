@@ -10,7 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
 
-from flash_experts.data.card_columns import known_columns, raw_card
+from flash_experts.data.card_formats import known_columns, raw_card
 from flash_experts.data.cards import UNKNOWN, Unread
 from flash_experts.data.names import normal_form
 from flash_experts.data.prompts import Attributes, Conditions, drop_unknown, read_conditions
@@ -62,7 +62,7 @@ class NamedRow:
 def read_card_rows(path: str | Path) -> list[CardRow]:
     """Reads the cards of a set from CSV, or JSON with a list of objects, or raises a ValueError with ``file:line``.
 
-    Columns are those of `flash_experts.data.card_columns`, ``name`` for cards that have one, and ``starts_with``,
+    Columns are those of `flash_experts.data.card_formats`, ``name`` for cards that have one, and ``starts_with``,
     ``contains`` and ``ends_with`` for words that a name must have.
     """
     path = Path(path)

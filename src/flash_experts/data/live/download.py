@@ -41,19 +41,15 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class RetryPolicy:
-    """Timeouts and retries of a download.
-
-    The wait doubles from ``first_wait`` to ``longest_wait`` seconds, times a random 0.5 to 1 (jitter), but a
-    Retry-After may ask for more. ``connect_attempts`` find no server: few, so that a missing network is reported soon.
-    """
+    """Timeouts and retries of a download."""
 
     connect_seconds: float = 10.0
     read_seconds: float = 30.0
     total_seconds: float = 1800.0
     attempts: int = 8
-    connect_attempts: int = 3
-    first_wait: float = 1.0
-    longest_wait: float = 60.0
+    connect_attempts: int = 3  # if no server is found: few, so that a missing network is reported soon
+    first_wait: float = 1.0  # seconds; doubles up to the longest wait, times a random 0.5 to 1 (jitter)
+    longest_wait: float = 60.0  # but a Retry-After may ask for more
 
 
 class DownloadError(ValueError):
@@ -61,7 +57,7 @@ class DownloadError(ValueError):
 
 
 class _RetryableError(Exception):
-    """A failed attempt that is worth a retry. ``wait``: seconds that the server asks for."""
+    """A failed attempt that is worth a retry, after the seconds that the server asks for."""
 
     def __init__(self, reason: str, wait: float | None = None, unreachable: bool = False):
         super().__init__(reason)
@@ -90,7 +86,7 @@ class Partial:
         self._note.write_text(json.dumps(note), encoding="utf-8")
 
     def resumable(self, url: str) -> tuple[int, dict[str, str], int | None]:
-        """Bytes already downloaded from this URL, the validators and the total length; 0 bytes to start again."""
+        """Bytes already downloaded from this URL (0 to start again), the validators and the total length."""
         try:
             note = json.loads(self._note.read_text(encoding="utf-8"))
             same, validators, whole = note["url"] == url, note["validators"], note["bytes"]
@@ -124,12 +120,7 @@ class Downloader:
     def file(self, url: str, path: Path, expected_bytes: int | None = None) -> None:
         """Streams a file to ``path``, resuming a partial download there, as a `DownloadError` leaves it.
 
-        Args:
-            expected_bytes: for the progress bar if the server sends no length.
-
-        Raises:
-            DownloadError: it failed within the limits of `RetryPolicy`, is too large, or redirects where it must not.
-            OSError: it cannot be written.
+        ``expected_bytes`` is for the progress bar, if the server sends no length.
         """
         partial = Partial(path)
         try:
@@ -140,11 +131,7 @@ class Downloader:
             raise OSError(error.errno, f"{error.strerror or error} ({hint})", str(path)) from error
 
     def text(self, url: str, accept: str = "*/*") -> str:
-        """Downloads a small text, such as an index or a checksum.
-
-        Raises:
-            DownloadError: it failed, is not UTF-8, or has more than `MAX_TEXT_BYTES`.
-        """
+        """Downloads a text of at most `MAX_TEXT_BYTES`, such as an index or a checksum."""
 
         def attempt(client: httpx.Client, deadline: float) -> str:
             with self._response(client, url, {"Accept": accept}) as response:

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from flash_experts.commands.prepare import summary
-from flash_experts.data.card_files import read_file
 from flash_experts.data.card_table import read_embedded
 from flash_experts.data.cards import Card, CardSource
 from flash_experts.data.cleaning import clean
 from flash_experts.data.prepare import prepare
+from flash_experts.data.sources import read_file
 
 
 def source_of(folder: Path, name: str, text: str | bytes) -> CardSource:

@@ -1,18 +1,21 @@
-"""Parses one record of a user's file into a card: known column names and spellings of values."""
+"""The ways in which users' files write cards: names of columns, spellings of values, and lines of deck lists."""
 
 from __future__ import annotations
 
 import math
 import re
 import unicodedata
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from string import capwords
 from typing import Any
 
 from flash_experts.data import cards
-from flash_experts.data.names import FACE_SEPARATOR
+from flash_experts.data.card_table import known_names
+from flash_experts.data.names import FACE_SEPARATOR, normal_form
 
 MAX_NAME = 300  # characters; the longest real name has 141
 
@@ -21,42 +24,32 @@ MAX_NAME = 300  # characters; the longest real name has 141
 # Shield, TCGplayer, Delver Lens, Urza Gatherer, Cube Cobra, MTGGoldfish, MTGO), and German, French, Spanish, Italian
 # and Portuguese words.
 _COLUMNS = {
-    "name": (
-        *("name", "cardname", "englishname", "nameen", "productname", "card", "simplename", "names", "cardnames"),
-        *("cards", "kartenname", "karte", "nom", "nomdelacarte", "nomcarte", "carte", "nombre", "nombredelacarta"),
-        *("carta", "nomedellacarta", "nomecarta", "nomedacarta", "nome", "cardtitle", "title", "titel", "titre"),
-        "titulo",
-    ),
-    "face_name": ("facename",),
-    "type_line": (
-        *("typeline", "type", "cardtype", "typ", "kartentyp", "typedecarte", "tipo", "tipodecarta", "tipodicarta"),
-        *("tipocarta", "tipodacarta"),
-    ),
-    "supertypes": ("supertypes",),
-    "types": ("types",),
-    "subtypes": ("subtypes",),
-    "mana_cost": (
-        *("manacost", "castingcost", "manakosten", "coutdemana", "coutenmana", "costedemana", "costemana"),
-        *("costodimana", "costomana", "custodemana"),
-    ),
-    "mana_value": (
-        *("manavalue", "cmc", "convertedmanacost", "convertedcost", "mv", "manawert", "valeurdemana", "ccm"),
-        *("valordemana", "costedemanaconvertido", "valoredimana", "umgewandeltemanakosten"),
-    ),
-    "face_mana_value": ("facemanavalue", "faceconvertedmanacost"),
-    "colors": (
-        *("colors", "color", "colours", "colour", "cardcolors", "cardcolor", "farben", "farbe", "couleurs", "couleur"),
-        *("colores", "colori", "colore", "cores", "cor"),
-    ),
-    "layout": ("layout",),
-    "flag": ("flag",),
-    "source_id": ("sourceid", "oracleid", "scryfalloracleid", "uuid", "scryfallid", "id"),
-    "rarity": ("rarity", "seltenheit", "rarete", "rareza", "rarita", "raridade"),
-    "set_code": (
-        *("setcode", "editioncode", "expansioncode", "setid", "editionid", "set", "edition", "expansion", "exp"),
-        *("codigodelaedicion", "codeedition", "codicedelset", "codigodacolecao"),
-    ),
-    "released": ("released", "releasedat", "releasedate"),
+    column: spellings.split()
+    for column, spellings in {
+        "name": "name cardname englishname nameen productname card simplename names cardnames cards kartenname karte "
+        "nom nomdelacarte nomcarte carte nombre nombredelacarta carta nomedellacarta nomecarta nomedacarta nome "
+        "cardtitle title titel titre titulo",
+        "face_name": "facename",
+        "type_line": "typeline type cardtype typ kartentyp typedecarte tipo tipodecarta tipodicarta tipocarta "
+        "tipodacarta",
+        "supertypes": "supertypes",
+        "types": "types",
+        "subtypes": "subtypes",
+        "mana_cost": "manacost castingcost manakosten coutdemana coutenmana costedemana costemana costodimana "
+        "costomana custodemana",
+        "mana_value": "manavalue cmc convertedmanacost convertedcost mv manawert valeurdemana ccm valordemana "
+        "costedemanaconvertido valoredimana umgewandeltemanakosten",
+        "face_mana_value": "facemanavalue faceconvertedmanacost",
+        "colors": "colors color colours colour cardcolors cardcolor farben farbe couleurs couleur colores colori "
+        "colore cores cor",
+        "layout": "layout",
+        "flag": "flag",
+        "source_id": "sourceid oracleid scryfalloracleid uuid scryfallid id",
+        "rarity": "rarity seltenheit rarete rareza rarita raridade",
+        "set_code": "setcode editioncode expansioncode setid editionid set edition expansion exp codigodelaedicion "
+        "codeedition codicedelset codigodacolecao",
+        "released": "released releasedat releasedate",
+    }.items()
 }
 _COLUMN_OF = {
     spelling: (column, place) for column, spellings in _COLUMNS.items() for place, spelling in enumerate(spellings)
@@ -109,11 +102,7 @@ def _folded(text: str) -> str:
 
 
 def known_columns(headings: Iterable[str]) -> set[str]:
-    """The known columns in a heading; ``"other"`` stands for columns of `_OTHER_COLUMNS`.
-
-    Raises:
-        ValueError: two columns are called "name".
-    """
+    """The known columns in a heading, ``"other"`` for `_OTHER_COLUMNS`; a ValueError if two are called "name"."""
     folded = [_folded(heading) for heading in headings]
     known = {column for column, spellings in _COLUMNS.items() if not set(spellings).isdisjoint(folded)}
     name = next((spelling for spelling in _COLUMNS["name"] if spelling in folded), None)
@@ -123,9 +112,7 @@ def known_columns(headings: Iterable[str]) -> set[str]:
 
 
 def raw_card(record: Any, where: str, unread: cards.Unread) -> cards.RawCard | None:
-    """Parses a name, or values by column; None if the name is empty.
-
-    Counts unreadable values in ``unread``.
+    """Parses a name, or values by column, into a card; None if the name is empty. Counts unreadable values.
 
     Raises:
         ValueError: the record is neither, its name is too long, or a value has a wrong type.
@@ -259,14 +246,8 @@ def _colors(fields: Mapping[str, Any], type_line: str | None, read: Callable[...
 
 
 def _color_letters(value: Any) -> str:
-    """``"WU"`` of ``["U", "W"]``, ``"['W', 'U']"``, ``"White/Blue"``; ``"?"`` for unnamed ones ("multicolor").
-
-    Raises:
-        ValueError: a value that is neither.
-    """
+    """``"WU"`` of ``["U", "W"]``, ``"['W', 'U']"``, ``"White/Blue"``; ``"?"`` for unnamed ones ("multicolor")."""
     if isinstance(value, list):
-        if not all(isinstance(letter, str) for letter in value):
-            raise ValueError
         value = ",".join(value)
     if not isinstance(value, str):
         raise ValueError
@@ -292,3 +273,86 @@ def _mana_value(value: Any) -> int:
     if not 0 <= number < 10**7 or isinstance(value, bool):
         raise ValueError
     return int(number)
+
+
+# --------------------------------------------------------------------------------------------------------- deck lists
+
+
+_COUNT = re.compile(r"^(?:SB:\s*)?(?:\d{1,3}\s*[x×]?|[x×]\d{1,3})\s+(?=\S)", re.IGNORECASE)
+_MARK = re.compile(r"^(?:[-*•]|\d{1,4}[.)])\s+(?=\S)")
+_COUNT_AFTER = re.compile(r"\s+[x×]\s?\d{1,3}$", re.IGNORECASE)
+_SIDEBOARD = re.compile(r"SB:\s*", re.IGNORECASE)
+_COMMENT = re.compile(r"//|#")
+# Headings of Arena, MTGO, Moxfield, Archidekt, MTGGoldfish and Cockatrice, with or without a count: "Creatures (12)".
+_SECTION = re.compile(
+    r"[\[(]?(deck|decklist|main ?board|main ?deck|main|side ?board|maybe ?board|considering|commanders?|companions?|"
+    r"oathbreakers?|attractions?|stickers?|tokens?(?: & extras)?|creatures?|spells?|lands?|"
+    r"basic lands?|instants?|sorcer(?:y|ies)|artifacts?|enchantments?|planeswalkers?|battles?|other(?: spells)?|about|"
+    r"mazo|mazzo|banquillo|réserve|reserva|metadata|general)[\])]?\s*(?:[:(\[]?\s*\d*\s*[)\]]?)?:?",
+    re.IGNORECASE,
+)
+_TITLE = re.compile(r"(deck|decklist|main ?deck|main ?board|side ?board|commander|about)\s*:?", re.IGNORECASE)
+# Suffixes of a name, removed from the right: foil marks, tags, categories, set and collector number.
+_BEHIND = re.compile(
+    r"\s+(?:\*\S{1,8}\*|#.*|\^[^^]*\^|`[^`]*`|<[^<>]*>|\((?:F|foil|etched)\)|\[[A-Z][^\[\]]*[a-z{][^\[\]]*\])$"
+)
+_SET = re.compile(
+    r"\s+[(\[]([A-Z0-9_]{2,8}|[a-z0-9_]{2,6})(?:[:#]\S+)?[)\]](?:\s+[\w★†\-/]{1,12})?$|\|([A-Z0-9_]{2,8})(?:\|\S+)?$"
+)  # | is Forge's
+_SET_BEFORE = re.compile(r"[(\[]([A-Za-z0-9_]{2,8})(?:[:#]\S+)?[)\]]\s+")
+_SHARE = 0.5  # a text with counts on more than this share of its lines is a deck list
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One card of a deck list."""
+
+    name: str
+    set_code: str | None
+    is_token: bool
+
+
+class DeckList:
+    """Reads a deck list line by line; a line that is a real name in ``known`` stays whole ("50 Feet of Rope")."""
+
+    def __init__(self, known: frozenset[str]) -> None:
+        self.known = known
+        self.section = ""
+
+    @classmethod
+    def of(cls, lines: Sequence[str]) -> DeckList | None:
+        """A reader, if these first non-empty lines of a file look like a deck list; None if they are names alone."""
+        entries = [line for line in lines if not _COMMENT.match(line) and not _SECTION.fullmatch(line)]
+        counted = [line for line in entries if _COUNT.match(line) or _MARK.match(line) or _COUNT_AFTER.search(line)]
+        titled = bool(lines) and _TITLE.fullmatch(lines[0]) is not None
+        if not titled and len(counted) <= _SHARE * len(entries):
+            return None
+        known = frozenset(map(normal_form, known_names()))
+        counted = [line for line in counted if normal_form(line) not in known]
+        return cls(known) if titled or len(counted) > _SHARE * len(entries) else None
+
+    def read(self, line: str) -> Entry | None:
+        """The card of a line; None for a heading or a comment."""
+        if section := _SECTION.fullmatch(line):
+            self.section = section[1].casefold()
+            return None
+        if _COMMENT.match(line) or self.section in ("about", "metadata", "general"):
+            if line.startswith("//") and (section := _SECTION.fullmatch(line.strip("/ "))):
+                self.section = section[1].casefold()
+            return None
+        set_code = None
+        text = _SIDEBOARD.sub("", line, count=1) if _SIDEBOARD.match(line) else line
+        if normal_form(text) not in self.known:
+            text = _COUNT_AFTER.sub("", _COUNT.sub("", _MARK.sub("", text, count=1), count=1))
+            if before := _SET_BEFORE.match(text):
+                set_code, text = before[1], text[before.end() :]
+            while behind := _BEHIND.search(text) or _SET.search(text):
+                set_code = behind[1] or behind[2] if behind.re is _SET else set_code
+                text = text[: behind.start()]
+        return Entry(text.strip(), _code(set_code), self.section.startswith("token"))
+
+
+def _code(text: str | None) -> str | None:
+    with suppress(ValueError):
+        return cards.parse_set_code(text)
+    return None

@@ -8,8 +8,7 @@ import pytest
 
 from flash_experts.data.cards import Card
 from flash_experts.data.cleaning import clean
-from flash_experts.data.live.mtgjson import raw_cards
-from flash_experts.data.live.scryfall import raw_card
+from flash_experts.data.live import bulk_files
 from flash_experts.data.prompts import Attributes
 from tests.helpers.live_samples import atomic_card, scryfall_card
 
@@ -20,7 +19,7 @@ def one(row: Any, include: tuple[str, ...] = ()) -> Card:
 
 
 def test_a_card_of_scryfall() -> None:
-    row = raw_card(scryfall_card("Zzyrt Ambler", "Legendary Creature — Elf Scout", "{2}{G}{G}"))
+    row = bulk_files.scryfall_card(scryfall_card("Zzyrt Ambler", "Legendary Creature — Elf Scout", "{2}{G}{G}"))
     assert one(row).to_json() == {
         "name": "Zzyrt Ambler",
         "type_line": "Legendary Creature — Elf Scout",
@@ -85,7 +84,7 @@ def test_faces_of_scryfall(
     layout: str, top: dict[str, Any], faces: list[dict[str, Any]] | None, expected: list[tuple[Any, ...]]
 ) -> None:
     name = " // ".join(part["name"] for part in faces) if faces else "Zdevoid"
-    cards = clean([raw_card(scryfall_card(name, layout=layout, card_faces=faces, **top))]).cards
+    cards = clean([bulk_files.scryfall_card(scryfall_card(name, layout=layout, card_faces=faces, **top))]).cards
     assert [(card.name, card.colors, card.mana_value) for card in cards] == expected
     assert all(card.type_line and not card.source_id.endswith("None") for card in cards)
 
@@ -117,26 +116,30 @@ def test_faces_of_scryfall(
     ],
 )
 def test_what_scryfall_has_besides_cards_is_dropped_with_its_reason(fields: dict[str, Any], reason: str | None) -> None:
-    cleaned = clean([raw_card(scryfall_card("Zzyrt Ambler", **fields))])
+    cleaned = clean([bulk_files.scryfall_card(scryfall_card("Zzyrt Ambler", **fields))])
     assert cleaned.dropped == ({reason: 1} if reason else {})
 
 
 def test_the_embedded_table_decides_for_the_cards_it_has() -> None:
     marks = {"promo_types": ["universesbeyond"], "set": "msc", "set_type": "memorabilia", "reprint": True}
-    assert one(raw_card(scryfall_card("Meteor Golem", **marks))).name == "Meteor Golem", "a reprint for a franchise"
-    assert clean([raw_card(scryfall_card("The One Ring"))]).dropped == {"franchises": 1}
-    assert clean(raw_cards([atomic_card("Chicken à la King")], {}, {})).dropped == {"jokes": 1}
+    assert one(bulk_files.scryfall_card(scryfall_card("Meteor Golem", **marks))).name == "Meteor Golem", (
+        "a reprint for a franchise"
+    )
+    assert clean([bulk_files.scryfall_card(scryfall_card("The One Ring"))]).dropped == {"franchises": 1}
+    assert clean(bulk_files.mtgjson_cards([atomic_card("Chicken à la King")], {}, {})).dropped == {"jokes": 1}
 
 
 @pytest.mark.parametrize("rarity", ["special", "bonus", None])
 def test_a_rarity_that_is_none_of_the_four_is_unknown(rarity: str | None) -> None:
-    card = one(raw_card(scryfall_card("Zzyrt Ambler", rarity=rarity)))
+    card = one(bulk_files.scryfall_card(scryfall_card("Zzyrt Ambler", rarity=rarity)))
     assert card.rarity is None and "rarity" not in card.to_json()
 
 
 def test_cards_of_mtgjson() -> None:
     sets = {"ABC": {"releaseDate": "2026-02-06", "type": "expansion"}, "MEM": {"type": "memorabilia"}}
-    card = one(*raw_cards([atomic_card("Zzyrt Ambler", "Legendary Creature — Elf", "{2}{G}{G}")], sets, {}))
+    card = one(
+        *bulk_files.mtgjson_cards([atomic_card("Zzyrt Ambler", "Legendary Creature — Elf", "{2}{G}{G}")], sets, {})
+    )
     assert (card.name, card.colors, card.mana_value, card.rarity) == ("Zzyrt Ambler", ("G",), 4, None)
     assert (card.set_code, card.released) == ("ABC", "2026-02-06")
     assert card.source_id == "mtgjson:oracle-Zzyrt Ambler"
@@ -144,7 +147,7 @@ def test_cards_of_mtgjson() -> None:
         atomic_card("Zd // Zm", "Creature — Insect", None, colors=["U"], side="b", faceName="Zm", layout="transform"),
         atomic_card("Zd // Zm", "Creature — Human", "{U}", colors=["U"], side="a", faceName="Zd", layout="transform"),
     ]
-    found = clean(raw_cards(sides, sets, {})).cards
+    found = clean(bulk_files.mtgjson_cards(sides, sets, {})).cards
     assert [(card.name, card.type_line, card.mana_value) for card in found] == [
         ("Zd", "Creature — Human", 1),
         ("Zm", "Creature — Insect", None),
@@ -154,6 +157,6 @@ def test_cards_of_mtgjson() -> None:
         ({"firstPrinting": "TRK"}, "franchises"),
         ({"firstPrinting": "MEM"}, "memorabilia"),
     ):
-        assert clean(raw_cards([atomic_card("Zzyrt Ambler", **fields)], sets, {})).dropped == {reason: 1}
-    land = one(*raw_cards([atomic_card("Zford", "Land", None, colors=[], manaValue=0.0)], sets, {}))
+        assert clean(bulk_files.mtgjson_cards([atomic_card("Zzyrt Ambler", **fields)], sets, {})).dropped == {reason: 1}
+    land = one(*bulk_files.mtgjson_cards([atomic_card("Zford", "Land", None, colors=[], manaValue=0.0)], sets, {}))
     assert (land.colors, land.mana_value) == ((), None)
