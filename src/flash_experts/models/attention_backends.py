@@ -25,7 +25,7 @@ from functools import lru_cache
 
 import torch
 
-from flash_experts.kernels import attention_packages, attention_sdpa, flash_attention_reference
+from flash_experts.kernels import attention_libraries, flash_attention_reference
 from flash_experts.kernels.attention_options import AttentionOptions, PackedLengths
 from flash_experts.plain_text import nearest
 
@@ -83,7 +83,9 @@ def _is_installed(module: str) -> bool:
 
 def _package(version: int, *lacks: str) -> Backend:
     common = {"key lengths", _PADDING_MASK, _ODD_SCALE, "head dims that are not a multiple of 8", "head dims over 256"}
-    return Backend(_HALF, frozenset(lacks) | common, frozenset({"cuda"}), attention_packages.MODULES[version])
+    return Backend(
+        _HALF, frozenset(lacks) | common, frozenset({"cuda"}), attention_libraries.FLASH_ATTN_MODULES[version]
+    )
 
 
 _SINGLE = _HALF | {torch.float32}
@@ -233,7 +235,7 @@ def attention(
     features = _requested_features(q_BSHC, options, k_lengths_B is not None, needs_lse, deterministic)
     name = choose(backend, q_BSHC.device.type, q_BSHC.dtype, features)
     if name == "sdpa":
-        return attention_sdpa.attention(q_BSHC, k_BSGC, v_BSGC, options, k_lengths_B)
+        return attention_libraries.sdpa(q_BSHC, k_BSGC, v_BSGC, options, k_lengths_B)
     if name == "triton":
         from flash_experts.kernels import flash_attention_triton
 
@@ -241,7 +243,7 @@ def attention(
     if name == "reference":
         return flash_attention_reference.attention(q_BSHC, k_BSGC, v_BSGC, options, k_lengths_B)
     version = int(name.removeprefix("flash_attention_"))
-    return attention_packages.attention(version, q_BSHC, k_BSGC, v_BSGC, options, needs_lse, deterministic)
+    return attention_libraries.flash_attn(version, q_BSHC, k_BSGC, v_BSGC, options, needs_lse, deterministic)
 
 
 def attention_varlen(
@@ -260,7 +262,7 @@ def attention_varlen(
     name = choose(backend, q_THC.device.type, q_THC.dtype, features, packed=True)
     packed = (q_THC, k_TGC, v_TGC, lengths, options)
     if name == "sdpa":
-        return attention_sdpa.attention_varlen(*packed)
+        return attention_libraries.sdpa_varlen(*packed)
     if name == "triton":
         from flash_experts.kernels import flash_attention_triton
 
@@ -268,7 +270,7 @@ def attention_varlen(
     if name == "reference":
         return flash_attention_reference.attention_varlen(*packed)
     version = int(name.removeprefix("flash_attention_"))
-    return attention_packages.attention_varlen(version, *packed, needs_lse, deterministic)
+    return attention_libraries.flash_attn_varlen(version, *packed, needs_lse, deterministic)
 
 
 def choose_for_mask(config_backend: str, device_type: str, dtype: torch.dtype) -> str:
