@@ -1,8 +1,8 @@
 """All experts' two-layer MLPs over their tokens, as one differentiable operation for GPUs (grouped GEMM).
 
-The function and shape suffixes of `flash_experts.kernels.grouped_mlp`, on the kernels of `grouped_gemm_triton`. There
-is no host synchronisation, so CUDA graphs can capture it, and as a custom operator (``flash_experts::grouped_mlp``) no
-graph break. The backward recomputes the activation.
+The function and shape suffixes of `flash_experts.kernels.cpu`, on the kernels of `grouped_gemm_triton`. There is no
+host synchronisation, so CUDA graphs can capture it, and as a custom operator (``flash_experts::grouped_mlp``) no graph
+break. The backward recomputes the activation.
 """
 
 from __future__ import annotations
@@ -229,7 +229,7 @@ def grouped_mlp(
 ) -> torch.Tensor:
     """``sum_k gates[t, k] * MLP_{experts[t, k]}(x[t])``, (T, D), differentiable in every float input.
 
-    Arguments as in `flash_experts.kernels.grouped_mlp`, but expert E stands for none, and ``activation`` is one of
+    Arguments as in `flash_experts.kernels.cpu.grouped_mlp`, but expert E stands for none, and ``activation`` is one of
     `ACTIVATIONS`. All floats have one dtype, float16, bfloat16 or float32; matmuls accumulate in float32.
     """
     inputs = (x_TD, gates_TK, up_EDF, up_bias_EF, down_EFD, down_bias_ED)

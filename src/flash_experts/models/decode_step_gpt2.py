@@ -20,7 +20,7 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2MLP, GPT2Attention, GPT2B
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import output_capturing
 
-from flash_experts.kernels.cpu_linear import linear, linear_gelu_tanh
+from flash_experts.kernels.cpu import linear, linear_gelu_tanh
 from flash_experts.models.attention_backends import ENVIRONMENT_VARIABLE, forced_backend
 from flash_experts.models.moe import GPT2MoEBlock, GPT2MoEForCausalLM
 from flash_experts.models.moe_config import GPT2MoEConfig

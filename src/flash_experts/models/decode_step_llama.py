@@ -16,7 +16,7 @@ from transformers.models.llama.modeling_llama import (
     LlamaRotaryEmbedding,
 )
 
-from flash_experts.kernels.cpu_linear import linear
+from flash_experts.kernels.cpu import linear
 from flash_experts.models.decode_step_gpt2 import has_hooks, is_attention_forced
 from flash_experts.models.ring_cache import RingCache
 

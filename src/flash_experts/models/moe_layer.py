@@ -18,8 +18,8 @@ from transformers.activations import ACT2FN
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, use_experts_implementation
 from transformers.pytorch_utils import Conv1D
 
+from flash_experts.kernels.cpu import gelu_tanh, grouped_mlp
 from flash_experts.kernels.cpu_memory import keep_freed_memory_once
-from flash_experts.kernels.grouped_mlp import gelu_tanh, grouped_mlp
 from flash_experts.models.moe_config import GPT2MoEConfig
 from flash_experts.models.router import ExpertChoiceRouter, Router, TopKRouter, count_choices, make_router
 from flash_experts.models.router_metrics import in_use
