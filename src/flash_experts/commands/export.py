@@ -43,7 +43,7 @@ def run(args: Namespace) -> None:
 
 
 def _export_hub(args: Namespace) -> None:
-    from flash_experts.models.hub_export import export_for_hub
+    from flash_experts.models.hub import export_for_hub
 
     files = export_for_hub(args.model, Path(args.out), args.overwrite)
     print_result(args, {"out": args.out, "code": files}, f"{args.out}: {args.model} with {', '.join(files)}")

@@ -324,7 +324,7 @@ class GPT2MoEForCausalLM(GPT2MoEPreTrainedModel, GPT2LMHeadModel):
             raise ValueError("save_pretrained takes for_hub or push_to_hub: upload the folder with `hf upload`")
         super().save_pretrained(save_directory, *args, **kwargs)
         if for_hub:
-            from flash_experts.models.hub_export import add_code  # which reads this file: seldom needed
+            from flash_experts.models.hub import add_code  # which reads this file: seldom needed
 
             add_code(Path(save_directory))
 
