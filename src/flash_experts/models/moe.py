@@ -1,6 +1,6 @@
 """The MoE model: GPT-2 with a mixture of experts in some of its blocks.
 
-`flash_experts.models.upcycling` makes it from a dense GPT-2, `flash_experts.models.exports.dense` turns it back.
+`flash_experts.models.upcycling` makes it from a dense GPT-2, and turns it back.
 """
 
 import warnings

@@ -39,7 +39,7 @@ __all__ = [
 
 EXPERTS_IMPLEMENTATION = "fe_experts"
 TRITON_EXPERTS_IMPLEMENTATION = "fe_experts_triton"
-_TANH_GELUS = ("gelu_new", "gelu_pytorch_tanh", "gelu_python_tanh")  # transformers' names of one function
+TANH_GELUS = ("gelu_new", "gelu_pytorch_tanh", "gelu_python_tanh")  # transformers' names of one function
 
 
 @use_experts_implementation(is_transposed=True, has_bias=True, has_gate=False)
@@ -83,7 +83,7 @@ def fe_experts_forward(
     if torch.is_grad_enabled():
         keep_freed_memory_once()
     x_TD, gates_TK, up, up_bias, down, down_bias = _autocast(self, x_TD, gates_TK)
-    activation = gelu_tanh if self.activation in _TANH_GELUS else self.act_fn
+    activation = gelu_tanh if self.activation in TANH_GELUS else self.act_fn
     return grouped_mlp(x_TD, experts_TK, gates_TK, up, up_bias, down, down_bias, activation)
 
 
