@@ -35,10 +35,10 @@ def sdpa(
     options: AttentionOptions,
     k_lengths_B: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, None]:
-    """Attention of a batch, differentiable in q, k and v, without softcap and ALiBi.
+    """Attention of a batch by SDPA, differentiable in q, k and v, without softcap, ALiBi and log-sum-exp.
 
-    Returns (B, S_q, H, C) in the dtype of q, zeros for a fully masked query; and None for the log-sum-exp.
-    ``k_lengths_B`` is the int32 number of keys in use per sequence, read on the host.
+    Returns (B, S_q, H, C), zeros for a fully masked query. ``k_lengths_B`` is the int32 number of keys in use per
+    sequence, read on the host.
     """
     if k_lengths_B is not None:
         return _with_lengths(q_BSHC, k_BSGC, v_BSGC, options, k_lengths_B.tolist()), None
@@ -46,18 +46,12 @@ def sdpa(
     if options.left >= 0:  # cut off the keys before the first query's window
         unseen = max(0, S_k - S_q - options.left)
         k_BSGC, v_BSGC, S_k = k_BSGC[:, unseen:], v_BSGC[:, unseen:], S_k - unseen
-    fully_masked = _fully_masked_queries(S_q, S_k, options)
+    # Leading queries may stand before the first key.
+    fully_masked = S_q if S_k == 0 else max(0, S_q - S_k - options.right) if options.right >= 0 else 0
     if fully_masked > 0:
         out_BSHC = _masked(q_BSHC[:, fully_masked:], k_BSGC, v_BSGC, options)
         return F.pad(out_BSHC, (0, 0, 0, 0, fully_masked, 0)), None
     return _masked(q_BSHC, k_BSGC, v_BSGC, options), None
-
-
-def _fully_masked_queries(S_q: int, S_k: int, options: AttentionOptions) -> int:
-    """Number of leading queries that stand before the first key."""
-    if S_k == 0:
-        return S_q
-    return max(0, S_q - S_k - options.right) if options.right >= 0 else 0
 
 
 def _with_lengths(
@@ -89,7 +83,6 @@ def _masked(
 
 
 def _within(distance: torch.Tensor, options: AttentionOptions) -> torch.Tensor:
-    """Whether a key at this distance before the query is within the window."""
     visible = torch.ones_like(distance, dtype=torch.bool)
     if options.left >= 0:
         visible = visible & (distance <= options.left)
@@ -131,7 +124,6 @@ def _call_sdpa(
 def _unfused_causal(
     q_NMHC: torch.Tensor, k_NMHC: torch.Tensor, v_NMHC: torch.Tensor, options: AttentionOptions
 ) -> torch.Tensor:
-    """Causal attention with materialised scores."""
     q_NHMC, k_NHMC, v_NHMC = (x.transpose(1, 2) for x in (q_NMHC, k_NMHC, v_NMHC))
     hidden_MM = torch.full((q_NMHC.shape[1],) * 2, -torch.inf, dtype=q_NMHC.dtype).triu(1)
     scores_NHMM = (q_NHMC @ k_NHMC.mT) * options.scale + hidden_MM
@@ -248,10 +240,10 @@ def flash_attn(
     needs_lse: bool = False,
     deterministic: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Attention of a batch by flash-attn ``version`` 2, 3 or 4, differentiable in q, k and v.
+    """Attention of a batch by flash-attn ``version`` 2, 3 or 4 on CUDA, differentiable in q, k and v.
 
-    Float16 or bfloat16 on CUDA: (B, S_q, H, C), and the log-sum-exp (B, H, S_q) float32 or None. Version 2 alone has
-    dropout (by torch's generator, not the seed), ALiBi, and the log-sum-exp (without dropout).
+    Returns (B, S_q, H, C), and the log-sum-exp (B, H, S_q) float32 or None. Version 2 alone has dropout, ALiBi, and the
+    log-sum-exp (without dropout).
     """
     function = importlib.import_module(FLASH_ATTN_MODULES[version]).flash_attn_func
     return _flash_attn_outputs(

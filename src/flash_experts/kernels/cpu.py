@@ -225,7 +225,7 @@ def _one_token(
     weights: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
     activation: Activation,
 ) -> torch.Tensor:
-    """(1, D), for decoding: no sorting, nothing saved for the backward."""
+    """For decoding: no sorting, nothing saved for the backward."""
     up_EDF, up_bias_EF, down_EFD, down_bias_ED = weights
     rows = []
     for e in experts_1K[0].tolist():
@@ -250,7 +250,6 @@ def _combine(y_pairs_D: torch.Tensor, gates_TK: torch.Tensor) -> torch.Tensor:
 
 
 def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
-    """The tanh approximation of GELU."""
     return F.gelu(x, approximate="tanh")
 
 
@@ -277,16 +276,8 @@ def grouped_mlp(
 ) -> torch.Tensor:
     """``sum_k gates[t, k] * MLP_{experts[t, k]}(x[t])``, (T, D), differentiable in every float input.
 
-    Args:
-        x_TD: tokens, any float dtype.
-        experts_TK: chosen experts, integers in [0, E).
-        gates_TK: weights of the choices, dtype of ``x_TD``.
-        up_EDF: first matrices.
-        up_bias_EF: biases of the first matrices.
-        down_EFD: second matrices.
-        down_bias_ED: biases of the second matrices.
-        activation: elementwise function between them.
-        batched: force the batched or the grouped way; None chooses the faster one.
+    Floats have one dtype; experts are integers in [0, E). ``batched`` forces the batched or the grouped way; None
+    chooses the faster one.
     """
     num_experts = up_EDF.shape[0]
     weights = (up_EDF, up_bias_EF, down_EFD, down_bias_ED)

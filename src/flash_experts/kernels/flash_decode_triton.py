@@ -33,7 +33,7 @@ def decode_kernel(
     C: tl.constexpr, BLOCK_C: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Attention over one share of the keys: OUT (B, G, P, R, C), LSE (B, G, P, R), float32. Grid: (P, B * G)."""
+    """OUT (B, G, P, R, C) and LSE (B, G, P, R), float32, of one share of the keys. Grid: (P, B * G)."""
     b, g = tl.program_id(1) // (H // GROUP), tl.program_id(1) % (H // GROUP)
     split, splits = tl.program_id(0), tl.num_programs(0)
     num_k = S_k
@@ -161,7 +161,7 @@ def decode(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As `flash_attention_triton.attention`, for few queries (S_q * H / G up to `MAX_ROWS`), forward only.
 
-    ``splits`` is the number of shares; None gives every multiprocessor two program instances.
+    ``splits`` None gives every multiprocessor two program instances.
     """
     assert options.dropout == 0, "decoding has no dropout"
     if splits is None:
