@@ -1,10 +1,7 @@
 """Attention by kernels of others: PyTorch's scaled_dot_product_attention (SDPA), and flash-attn 2, 3 and 4 (Dao-AILab).
 
 `flash_experts.models.attention_backends` has what each does not support. Dropout uses torch's generator, not
-``options.seed``. flash-attn is imported on first use.
-
-Shape suffixes: B sequences, S length, H query heads, G key/value heads, R = H / G, C head dim, T tokens of a packed
-sequence, N documents in it, M length of the longest.
+``options.seed``. flash-attn is imported on first use. Shape suffixes as in `attention_options`.
 """
 
 from __future__ import annotations

@@ -3,6 +3,9 @@
 Query i attends to one range of keys, aligned to the bottom right by ``offset = S_k - S_q``:
 
     i + offset - left  <=  j  <=  i + offset + right,        0 <= j < S_k
+
+Shape suffixes of attention: B sequences, S length, H query heads, G key/value heads (query head h uses h // R), R = H /
+G, C head dim, T tokens of a packed sequence, N documents in it, M length of the longest.
 """
 
 from __future__ import annotations

@@ -2,10 +2,10 @@
 
 `linear` takes the faster library: oneDNN with AVX-512, else MKL, whose AVX-512 kernels run on Intel processors only.
 
-`grouped_mlp` replaces the plain loop (`flash_experts.models.moe_layer.Experts`), in which autograd allocates and adds a
-full-size weight gradient per expert. Here the (token, expert) pairs are sorted once. With many rows per expert
-(`_GroupedMLP`, grouped GEMM) each weight gradient is written straight into one buffer; with few (`_BatchedMLP`, batched
-GEMM), where matmuls are memory-bound, all experts are multiplied at once, each padded to the busiest one.
+`grouped_mlp` replaces the plain loop over experts, in which autograd adds a full-size weight gradient per expert. Here
+the (token, expert) pairs are sorted once. With many rows per expert (`_GroupedMLP`, grouped GEMM) each weight gradient
+is written straight into one buffer; with few (`_BatchedMLP`, batched GEMM), where matmuls are memory-bound, all experts
+are multiplied at once, each padded to the busiest one.
 
 Shape suffixes: N rows, T tokens, K experts per token, S = T * K pairs sorted by expert, P the same with each expert's
 rows padded, E experts, M rows of the busiest expert, D width, F hidden units of an expert.
@@ -65,10 +65,7 @@ def uses_onednn(x_ND: torch.Tensor) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class _Groups:
-    """The pairs sorted by expert, without and with padding for the matmuls.
-
-    Padding is token 0 with a gate of zero: it adds nothing to gradients, and its outputs are not read.
-    """
+    """The pairs sorted by expert, without and with padding (token 0 with a gate of zero) for the matmuls."""
 
     pair_of_S: torch.Tensor
     token_of_P: torch.Tensor

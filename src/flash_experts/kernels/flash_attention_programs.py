@@ -3,8 +3,8 @@
 A program instance iterates over the keys that its queries see with the online softmax (Dao 2022, algorithm 1; Dao
 2023, section 3.1). The (S_q, S_k) scores stay in SRAM; only each query's log-sum-exp is kept for the backward.
 
-Each query sees one range of keys, [low, high) (`AttentionOptions`), which moves right from query to query. So the keys
-of a tile fall into a masked left edge, fully visible tiles that need no mask, and a masked right edge.
+Each query sees one range of keys, [low, high), which moves right from query to query. So the keys of a tile fall into
+a masked left edge, fully visible tiles that need no mask, and a masked right edge.
 
 Three layouts share the kernels:
 

@@ -1,12 +1,8 @@
 """Flash attention on a GPU: launch, autotuning and PyTorch operators of our Triton kernels.
 
-The kernels are in `flash_attention_programs` (forward) and `flash_attention_backward`. The custom operators
-``flash_experts::attention_forward`` and ``_backward`` support autograd and ``torch.compile``.
-
-Tile sizes are autotuned at the first call for each head dim, length bucket, dtype and kind of mask, and cached on disk.
-``TRITON_INTERPRET=1`` runs the kernels on a CPU, for tests only.
-
-Shape suffixes: B batch, S length, H query heads, G key/value heads, C head dim, T tokens of all documents.
+The custom operators ``flash_experts::attention_forward`` and ``_backward`` support autograd and ``torch.compile``. Tile
+sizes are autotuned at the first call for each head dim, length bucket, dtype and kind of mask, and cached on disk.
+``TRITON_INTERPRET=1`` runs the kernels on a CPU, for tests only. Shape suffixes as in `attention_options`.
 """
 
 from __future__ import annotations

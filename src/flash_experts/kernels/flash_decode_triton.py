@@ -4,8 +4,7 @@ One program instance per head would leave most of a GPU idle. So `decode_kernel`
 `combine_kernel` merges the shares by their log-sum-exps. The query heads of a key/value head share a tile, so that the
 cache is read once.
 
-Shape suffixes: B batch, S length, H query heads, G key/value heads, C head dim, P splits; R rows of a tile (the H / G
-heads of all queries); N keys of a tile.
+Shape suffixes as in `attention_options`, but P splits, R rows of a tile (H / G heads of all queries), N keys of a tile.
 """
 
 from __future__ import annotations

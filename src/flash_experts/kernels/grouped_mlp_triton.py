@@ -1,8 +1,7 @@
 """All experts' two-layer MLPs over their tokens, as one differentiable operation for GPUs (grouped GEMM).
 
-The function and shape suffixes of `flash_experts.kernels.cpu`, on the kernels of `grouped_gemm_triton`. There is no
-host synchronisation, so CUDA graphs can capture it, and as a custom operator (``flash_experts::grouped_mlp``) no graph
-break. The backward recomputes the activation.
+The function and shape suffixes of `flash_experts.kernels.cpu`, on the kernels of `grouped_gemm_triton`, without a host
+synchronisation (CUDA graphs can capture it) or a graph break. The backward recomputes the activation.
 """
 
 from __future__ import annotations

@@ -51,7 +51,6 @@ def supports(model: PreTrainedModel) -> bool:
 
 
 def _is_attention_forced(model: PreTrainedModel) -> bool:
-    """Whether an attention backend is forced: by context, environment or configuration."""
     config = model.config
     chosen = config.attention_backend if isinstance(config, GPT2MoEConfig) else "auto"
     return bool(forced_backend() or os.environ.get(ENVIRONMENT_VARIABLE) or chosen != "auto")
@@ -122,7 +121,7 @@ def _layer_norm(norm: nn.LayerNorm, x_BD: torch.Tensor) -> torch.Tensor:
 
 
 def _linear(x_BD: torch.Tensor, weight_DF: torch.Tensor, bias_F: torch.Tensor | None = None) -> torch.Tensor:
-    """`linear` in the weights' dtype; (B, F) in that of ``x_BD``."""
+    """`linear` in the weights' dtype."""
     return linear(x_BD.to(weight_DF.dtype), weight_DF, bias_F).to(x_BD.dtype)
 
 

@@ -1,9 +1,9 @@
 """Models for other runtimes, each compared with its source: ONNX, and GGUF for llama.cpp.
 
-ONNX is for ONNX Runtime in any language and in a browser: ids in, logits out, no KV cache. Every expert is computed for
-every token and weighted by its gate, 0 if not chosen: E / k times the FLOPs of the experts, but in a few large matmuls.
+ONNX: ids in, logits out, no KV cache. Every expert is computed for every token and weighted by its gate, 0 if not
+chosen: E / k times the FLOPs of the experts, but in a few large matmuls.
 
-GGUF (github.com/ggml-org/ggml, docs/gguf.md) is for a dense GPT-2, in float32.
+GGUF (github.com/ggml-org/ggml, docs/gguf.md): a dense GPT-2 in float32.
 """
 
 from __future__ import annotations
@@ -86,12 +86,9 @@ class LogitDifference:
 def logit_difference(
     source: PreTrainedModel, exported: Callable[[torch.Tensor], torch.Tensor], names: Sequence[Sequence[int]]
 ) -> LogitDifference:
-    """Compares two models name by name, so that no name is padded, in eval mode on the CPU.
-
-    ``exported`` gives float logits (1, S, V) of ids (1, S) int64, cut off at the model's context.
-    """
+    """Compares two models in eval mode on the CPU; ``exported`` gives float logits (1, S, V) of ids (1, S) int64."""
     largest = scale = 0.0
-    for ids in names:
+    for ids in names:  # one by one, so that none is padded
         ids_1S = torch.tensor([ids[: source.config.max_position_embeddings]])
         wanted = source(ids_1S, use_cache=False).logits
         largest = max(largest, (exported(ids_1S) - wanted).abs().max().item())
@@ -103,7 +100,7 @@ def logit_difference(
 def all_experts_forward(
     self: Experts, x_TD: torch.Tensor, experts_TK: torch.Tensor, gates_TK: torch.Tensor
 ) -> torch.Tensor:
-    """`Experts` by matmuls over all experts, (T, D)."""
+    """`Experts` by matmuls over all experts."""
     gates_TE = x_TD.new_zeros(x_TD.shape[0], self.num_experts).scatter_add(1, experts_TK, gates_TK)
     hidden_ETF = self.act_fn(x_TD @ self.up_proj + self.up_proj_bias[:, None])
     y_ETD = hidden_ETF @ self.down_proj + self.down_proj_bias[:, None]
@@ -121,9 +118,9 @@ def export_onnx(
     out: Path,
     overwrite: bool = False,
 ) -> LogitDifference:
-    """Writes a folder with the ONNX file of a GPT-2 in eval mode on the CPU, configuration, tokenizer and a README.
+    """Writes a folder with a GPT-2 in eval mode on the CPU, configuration, tokenizer and a README.
 
-    The file is run on ``names``, token ids of real names.
+    ``names`` are token ids of real names, to compare it on.
 
     Raises:
         ValueError: another kind of model, expert choice, or a folder that is not empty without ``overwrite``.
@@ -164,7 +161,6 @@ class _Logits(nn.Module):
 
 
 def _write_onnx(model: GPT2LMHeadModel, file: Path) -> None:
-    """Writes the graph; puts the attention and experts back afterwards."""
     config: Any = model.config
     attention, experts = config._attn_implementation, config._experts_implementation
     has_experts = isinstance(model, GPT2MoEForCausalLM)
@@ -227,9 +223,7 @@ def export_gguf(
     names: Sequence[Sequence[int]],
     out: Path,
 ) -> LogitDifference:
-    """Writes a dense GPT-2 in eval mode on the CPU and its tokenizer, and compares what transformers reads back.
-
-    ``names`` are token ids of real names.
+    """Writes a dense GPT-2 and its tokenizer, and compares what transformers reads back, as `export_onnx`.
 
     Raises:
         ValueError: a model or tokenizer that llama.cpp's GPT-2 is not.
@@ -250,7 +244,6 @@ def export_gguf(
 
 
 def _check_gguf_model(source: str | Path, config: Any) -> None:
-    """ValueError for variants of GPT-2 that GGUF's ``gpt2`` cannot express."""
     if config.activation_function not in TANH_GELUS:  # llama.cpp's only one for GPT-2
         raise ValueError(f"{source} has the activation {config.activation_function}: llama.cpp's GPT-2 has gelu_new")
     if config.scale_attn_by_inverse_layer_idx or not config.scale_attn_weights or config.add_cross_attention:
@@ -258,7 +251,6 @@ def _check_gguf_model(source: str | Path, config: Any) -> None:
 
 
 def _check_gguf_tokenizer(source: str | Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    """ValueError for any but GPT-2's kind of byte-level BPE."""
     content = json.loads(tokenizer.backend_tokenizer.to_str())
     before = content.get("pre_tokenizer") or {}
     plain = before.get("type") == "ByteLevel" and before.get("use_regex", True) and not before.get("add_prefix_space")
@@ -320,7 +312,7 @@ def _add_gguf_tokenizer(writer: Any, vocab_size: int, tokenizer: PreTrainedToken
 
 
 def _gguf_tensors(model: GPT2LMHeadModel) -> Iterator[tuple[str, torch.Tensor]]:
-    """GGUF's names and weights; matrices are (out, in), but (in, out) in GPT-2's Conv1D."""
+    """Matrices are (out, in), but (in, out) in GPT-2's Conv1D."""
     weights = model.transformer.state_dict()
     for ours, theirs in _GGUF_ENDS.items():
         for kind in ("weight", "bias"):

@@ -1,17 +1,13 @@
 """The API of the flash-attn package on our kernels: code written for that package runs after changing the import.
 
-    from flash_experts.models.flash_attn import flash_attn_func, flash_attn_varlen_func
-
 Names, argument order, layouts, defaults and semantics are those of ``flash_attn`` 2.8 (Dao-AILab). Ours also support
 CPUs, float32 and float64, dropout with softcap, head dims from 1 to 256 and any strides. Unsupported arguments raise a
 ValueError. `flash_experts.models.attention_backends` chooses the kernel.
 
-- ``causal=True``, ``window_size`` (left, right) and ``alibi_slopes`` are aligned to the bottom right: query i stands at
-  key i + S_k - S_q. A fully masked query gets zeros.
-- Grouped-query attention: query head h uses key/value head h // (H / G).
-- Dropout takes its seed from torch's generator of the device.
+``causal``, ``window_size`` (left, right) and ``alibi_slopes`` are aligned to the bottom right: query i stands at key
+i + S_k - S_q. A fully masked query gets zeros. Dropout takes its seed from torch's generator of the device.
 
-Shape suffixes: B batch, S length, H query heads, G key/value heads, C head dim, T packed tokens, N documents in them.
+Shape suffixes as in `flash_experts.kernels.attention_options`.
 """
 
 from __future__ import annotations
@@ -65,22 +61,21 @@ def flash_attn_func(
     """``softmax(softmax_scale * q k^T) v``, differentiable in q, k and v.
 
     Args:
-        q: (B, S_q, H, C) float16, bfloat16, float32 or float64.
-        k: (B, S_k, G, C), as ``v``; H is a multiple of G.
-        dropout_p: probability that a weight is dropped, in [0, 1); 0 in evaluation.
-        softmax_scale: None is 1 / sqrt(C).
+        q: (B, S_q, H, C).
+        k: (B, S_k, G, C), as ``v``.
+        dropout_p: probability that a weight is dropped, in [0, 1).
+        softmax_scale: by default 1 / sqrt(C).
         causal: overrides the right side of the window.
         window_size: keys to the left and right of its position that a query attends to; negative is unlimited.
         softcap: scores become ``softcap * tanh(score / softcap)``; 0 is off.
         alibi_slopes: (H,) or (B, H) float32; the scores get ``-slope * |i + S_k - S_q - j|``.
         deterministic: bitwise reproducible gradients.
-        return_attn_probs: return the log-sum-exp as well, and None: the probabilities are never materialised.
 
     Returns:
         (B, S_q, H, C), dtype of q; with ``return_attn_probs`` (output, log-sum-exp (B, H, S_q), None).
 
     Raises:
-        ValueError: shapes, dtypes, devices or numbers that do not match, or a forced backend without support.
+        ValueError: arguments that do not match, or that a forced backend does not support.
     """
     _check_qkv(q, k, v, "(batch, seqlen, heads, head_dim)", 4)
     if q.shape[0] != k.shape[0]:
@@ -124,18 +119,8 @@ def flash_attn_varlen_func(
 ) -> Result:
     """`flash_attn_func` of packed documents (variable length), each of which attends to itself only.
 
-    Args:
-        q: (T_q, H, C); ``k`` and ``v`` are (T_k, G, C).
-        cu_seqlens_q: (N + 1,) int32 start of each document, and T_q. On a GPU its values are not checked, which would
-            need a host synchronisation.
-        cu_seqlens_k: likewise for the keys; passing the same tensor for equal lengths is faster.
-        max_seqlen_q: length of the longest document, in queries.
-        max_seqlen_k: likewise, in keys.
-        alibi_slopes: (H,) or (N, H) float32.
-        block_table: must be None (a paged KV cache is not supported).
-
-    Returns:
-        (T_q, H, C), dtype of q; with ``return_attn_probs`` (output, log-sum-exp (H, T_q), None).
+    ``q`` is (T_q, H, C), ``k`` and ``v`` are (T_k, G, C), ``alibi_slopes`` (H,) or (N, H), the log-sum-exp (H, T_q).
+    `PackedLengths` describes the lengths, whose values are not checked on a GPU. ``block_table`` must be None.
     """
     _refuse("flash_attn_varlen_func", block_table=block_table)
     _check_qkv(q, k, v, "(total tokens, heads, head_dim)", 3)
@@ -191,15 +176,12 @@ def flash_attn_with_kvcache(
     Args:
         q: (B, S_q, H, C); the last query stands at the last key in use.
         k_cache: (B, S_cache, G, C), as ``v_cache``.
-        k: (B, S_new, G, C), as ``v``: written from ``cache_seqlens`` on. None writes nothing.
+        k: (B, S_new, G, C), as ``v``: written from ``cache_seqlens`` on.
         cache_seqlens: tokens in the cache before the call: an int, or (B,) int32; None is all of it.
         num_splits: 0 or 1; the kernel chooses.
 
     Returns:
         (B, S_q, H, C), dtype of q; with ``return_softmax_lse`` (output, log-sum-exp (B, H, S_q)).
-
-    Raises:
-        ValueError: as `flash_attn_func`; an unsupported argument; new keys that do not fit the cache.
     """
     _refuse(
         "flash_attn_with_kvcache",
@@ -229,7 +211,7 @@ def _append(
     v: torch.Tensor | None,
     seqlens: int | torch.Tensor | None,
 ) -> int | torch.Tensor:
-    """Writes new keys and values into the cache, if they fit; returns the new lengths."""
+    """Writes new keys and values into the cache; returns the new lengths."""
     if k is None or v is None:
         raise ValueError("new keys and new values come together: give both k and v, or neither")
     if k.ndim != 4 or k.shape != v.shape or k.shape[0] != k_cache.shape[0] or k.shape[2:] != k_cache.shape[2:]:
@@ -284,14 +266,12 @@ def _known_lengths(seqlens: int | torch.Tensor | None) -> list[int]:
 
 
 def _refuse(function: str, **arguments: torch.Tensor | None) -> None:
-    """Raises a ValueError for unsupported arguments that are not None."""
     for name, value in arguments.items():
         if value is not None:
             raise ValueError(f"{function} does not support {name}: leave it None")
 
 
 def _unpacked(packed: torch.Tensor, name: str, layout: str, ndim: int) -> tuple[torch.Tensor, ...]:
-    """Views of packed queries, keys and values, along the third axis from the end."""
     if packed.ndim != ndim or packed.shape[-3] != len(name):
         raise ValueError(f"{name} must be {layout}, not {tuple(packed.shape)}")
     return packed.unbind(-3)
@@ -320,7 +300,7 @@ def _check_qkv(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: str, n
 
 
 def _check_documents(q: torch.Tensor, k: torch.Tensor, lengths: PackedLengths) -> int:
-    """Checks the ``cu_seqlens`` of packed documents; returns their number N."""
+    """Returns N."""
     cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k = lengths
     for name, max_seqlen in (("q", max_seqlen_q), ("k", max_seqlen_k)):
         if isinstance(max_seqlen, torch.Tensor):
@@ -369,7 +349,6 @@ def _make_options(
     softcap: float,
     alibi_slopes: torch.Tensor | None,
 ) -> AttentionOptions:
-    """Checks and collects the arguments that all functions share."""
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p is {dropout_p}: give a probability of at least 0 and under 1")
     if softcap < 0 or not math.isfinite(softcap):

@@ -76,10 +76,7 @@ def card_data(
     license: str = "unknown",
     results: Iterable[EvalResult] = (),
 ) -> ModelCardData:
-    """The metadata of a model's card. transformers alone loads every ``model_type`` but ``gpt2_moe``.
-
-    ``source`` is that of its cards, as in meta.json; a file of the user's own is not a dataset that a hub knows.
-    """
+    """The metadata of a model's card; ``source`` is that of its names, as in meta.json."""
     is_moe = model_type == "gpt2_moe"
     found = list(results)
     return ModelCardData(
@@ -96,7 +93,7 @@ def card_data(
 
 
 def bits_per_character(source: str | None, split: str, values: Mapping[str, float]) -> list[EvalResult]:
-    """Results for the ``model-index``; ``values`` by what the model was given, as "unconditional" or "given type"."""
+    """Results for the ``model-index``; ``values`` by condition, as "unconditional" or "given type"."""
     return [
         EvalResult(
             task_type="text-generation",
@@ -116,7 +113,7 @@ def write_card(path: Path, data: ModelCardData, text: str) -> None:
 
 
 def read_card(folder: Path) -> tuple[ModelCardData, str]:
-    """Metadata and text of a folder's card; its name alone without a card, or with damaged metadata."""
+    """Metadata and text of a folder's card; its name alone without a card, or with a damaged one."""
     try:
         card = ModelCard((folder / CARD).read_text("utf-8"), ignore_metadata_errors=True)
     except (OSError, ValueError, yaml.YAMLError):
@@ -125,7 +122,7 @@ def read_card(folder: Path) -> tuple[ModelCardData, str]:
 
 
 def origin_of(base: str | None) -> tuple[str | None, str]:
-    """Hub id and license of a run's base, from the card of a folder."""
+    """Hub id and license of a run's base."""
     if base is None:
         return None, "unknown"
     folder = model_folder(base)
@@ -137,10 +134,10 @@ def origin_of(base: str | None) -> tuple[str | None, str]:
 
 
 def export_for_hub(source: str | Path, out: Path, overwrite: bool = False) -> list[str]:
-    """Writes a folder with weights, tokenizer, card and code of an MoE model; returns the names of its Python files.
+    """Writes weights, tokenizer, card and code of an MoE model; returns the names of its Python files.
 
     Raises:
-        ValueError: it is not an MoE model, is damaged, or ``out`` is not empty and ``overwrite`` is not given.
+        ValueError: it is not an MoE model, is damaged, or ``out`` is not empty without ``overwrite``.
     """
     folder = local_folder(source)
     check_folder(folder)
@@ -164,7 +161,7 @@ def export_for_hub(source: str | Path, out: Path, overwrite: bool = False) -> li
 
 
 def add_code(folder: Path) -> list[str]:
-    """Adds the Python files to a saved folder, and to its configuration; returns their names."""
+    """Adds the Python files to a saved folder, and to its configuration."""
     config = {**read_object(folder / CONFIG), "auto_map": _AUTO_MAP}
     (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
     code = sources()
@@ -198,7 +195,6 @@ class _Module:
 
     @cached_property
     def defined(self) -> dict[str, int]:
-        """Name to the place of its statement."""
         return {name: place for place, node in enumerate(self.tree.body) for name in _defined_by(node)}
 
     @cached_property
@@ -232,7 +228,6 @@ class _Module:
 
 
 def sources() -> dict[str, str]:
-    """The Python files of an exported model, by name."""
     modules: dict[str, _Module] = {}
     waiting = [(module, name) for module, names in _ROOTS.items() for name in names]
     while waiting:
@@ -273,7 +268,6 @@ def _written(module: _Module, modules: dict[str, _Module]) -> str:
 def _imports(
     node: ast.Import | ast.ImportFrom, needed: set[str], modules: dict[str, _Module]
 ) -> Iterator[tuple[str, str]]:
-    """What an import takes from where, of what is needed."""
     source = (node.module or "") if isinstance(node, ast.ImportFrom) else ""
     for alias in node.names:
         if source != "__future__" and (alias.asname or alias.name).partition(".")[0] not in needed:
@@ -287,7 +281,7 @@ def _imports(
 
 
 def _without_methods(tree: ast.Module) -> ast.Module:
-    """Takes the methods of `_LEFT_OUT` out; their lines go to ``removed``."""
+    """The lines of methods of `_LEFT_OUT` go to ``removed``."""
     for node in tree.body:
         if isinstance(node, ast.ClassDef) and node.name in _LEFT_OUT:
             gone = [each for each in node.body if getattr(each, "name", None) in _LEFT_OUT[node.name]]

@@ -1,7 +1,7 @@
 """Loads models from folders or the hub, safetensors only; every failure is one line that says what to do.
 
-A folder may come from an untrusted source. So it is checked before it is loaded: no code in it runs, no file outside of
-it is read, and claimed sizes are compared with actual ones.
+A folder may come from an untrusted source: no code in it runs, no file outside of it is read, and claimed sizes are
+compared with actual ones before it is loaded.
 """
 
 from __future__ import annotations
@@ -77,11 +77,7 @@ _WITHOUT_EFFECT = {field.name for field in fields(PretrainedConfig)} | set(
 
 
 def load_config(source: str | Path) -> GPT2Config:
-    """The configuration of a model folder or hub id.
-
-    Raises:
-        ValueError: it is missing, damaged, or of a model family that is not allowed (`any_family`).
-    """
+    """The configuration of a model folder or hub id; ValueError if it is damaged or not allowed (`any_family`)."""
     folder = local_folder(source)
     check_folder(folder)
     return cast(GPT2Config, read_config(folder))
@@ -93,11 +89,6 @@ def load_model(
     """Loads a causal language model in eval mode: ours, or a dense one of transformers.
 
     A GPT-2 gets our attention and the fused form of its activation: the same numbers up to rounding.
-
-    Args:
-        source: folder that `save_pretrained` wrote, or a hub id.
-        device: None is CUDA if available, else the CPU.
-        dtype: dtype to convert the weights to.
 
     Raises:
         ValueError: missing, damaged, a pickle, not a causal LM, or CUDA requested but not available.
@@ -140,11 +131,7 @@ def load_dense(source: str | Path, dtype: torch.dtype = torch.float32) -> GPT2LM
 
 
 def resolve_device(device: str | torch.device | None) -> torch.device:
-    """The named device; for None CUDA if available, else the CPU.
-
-    Raises:
-        ValueError: the name is unknown, or CUDA is not available.
-    """
+    """The named device; for None CUDA if available, else the CPU. ValueError if it does not exist."""
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -172,8 +159,8 @@ def check_folder(folder: Path) -> None:
     """Checks the files of a folder before transformers reads them.
 
     Raises:
-        ValueError: it is not a directory, a file is missing, too large or not JSON, the weights are pickled or
-            elsewhere, or the configuration names code to run.
+        ValueError: a file is missing, too large or not JSON, the weights are pickled or elsewhere, or the configuration
+            names code to run.
     """
     if not folder.is_dir():
         raise ValueError(f"{folder} is a file: give the folder that save_pretrained wrote")
@@ -198,7 +185,7 @@ def check_folder(folder: Path) -> None:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Paths of the weight files, by the index; they may not exist. ValueError for none, or only pickles."""
+    """Paths of the weight files, which may not exist; ValueError for none, or only pickles."""
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
     if (folder / INDEX).is_file():
@@ -227,8 +214,7 @@ def read_config(folder: Path) -> PretrainedConfig:
     """The configuration of a checked folder, from its known fields only.
 
     Raises:
-        ValueError: the model is not of `FAMILIES` (see `any_family`), a field is invalid, or the sizes do not match
-            the weights.
+        ValueError: the model is not of `FAMILIES`, a field is invalid, or the sizes do not match the weights.
     """
     path = folder / CONFIG
     values = read_object(path)
@@ -288,7 +274,7 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def _check_values(path: Path, known: dict[str, Any]) -> None:
-    """Checks fields that could be large or call code; transformers checks the types of others."""
+    """Checks fields that could be large or call code."""
     for name in ("dtype", "torch_dtype"):
         if known.get(name) not in _DTYPES:
             raise ValueError(f"{path} cannot be loaded: {name} {known[name]!r} is not a dtype of weights")
@@ -304,7 +290,7 @@ def _check_values(path: Path, known: dict[str, Any]) -> None:
 
 
 def check_sizes(folder: Path, config: PretrainedConfig) -> None:
-    """Compares the configured model's size with the weights; ValueError if some are missing or damaged."""
+    """ValueError if the configured model is larger than the weights."""
     tensors = [size for path in weight_files(folder) for size in tensor_sizes(path)]
     layers = getattr(config, "num_hidden_layers", 1)  # some classes of transformers do not have it
     if not 1 <= layers <= min(max(1, len(tensors)), _MOST_LAYERS):  # the empty model would take long to make
@@ -325,10 +311,7 @@ def check_sizes(folder: Path, config: PretrainedConfig) -> None:
 
 
 def tensor_sizes(path: Path) -> list[int]:
-    """Elements of each tensor in a safetensors file, from its checked header.
-
-    Tensors without floating-point numbers count as 0: they can be buffers, but not weights.
-    """
+    """Elements of each tensor in a safetensors file, from its checked header; 0 for integers, which are no weights."""
     size = path.stat().st_size
     try:
         with path.open("rb") as file:
@@ -359,7 +342,7 @@ def _elements(name: str, entry: Mapping[str, Any]) -> int:
 
 
 def check_finite(source: object, model: torch.nn.Module) -> None:
-    """A NaN/Inf check of the weights: raises a ValueError; ``source`` names the model."""
+    """A NaN/Inf check of the weights."""
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
             raise ValueError(f"{source} is damaged: {name} has values that are not finite numbers")

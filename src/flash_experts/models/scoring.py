@@ -1,8 +1,7 @@
 """Models that score names: eval mode, context length, and a teacher's top-K logits for knowledge distillation.
 
 For each label of a name that the teacher sampled (its tokens and the EOS token) a shard holds ids and log-probabilities
-of the K most likely tokens; the rest of the vocabulary counts as one outcome. So a student needs no teacher forward. A
-folder has safetensors shards, and ``index.json`` with their SHA-256.
+of the K most likely tokens. So a student needs no teacher forward. ``index.json`` has the shards' SHA-256.
 
 Shape suffixes: L labels of all names, K tokens kept per label.
 """
@@ -29,7 +28,7 @@ SUFFIX = ".top-logits"  # NAMES.jsonl has its logits in the folder NAMES.top-log
 
 @contextmanager
 def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Eval mode within the context; afterwards each module gets its own former mode back."""
+    """Eval mode within the context; afterwards each module's former mode."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -40,21 +39,18 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
 
 
 def context_length(config: PretrainedConfig) -> int | None:
-    """Maximum number of tokens of a model; None where its configuration has no limit."""
+    """Maximum number of tokens; None where the configuration has no limit."""
     limit = config.to_dict().get("max_position_embeddings")
     return config.n_positions if isinstance(config, GPT2Config) else limit
 
 
 @dataclass(frozen=True, slots=True)
 class NameLogits:
-    """The teacher's top-K logits of one name.
+    """The teacher's top-K logits of one name."""
 
-    ``labels`` are its token ids and EOS; ``ids`` (labels, K) are int32; ``log_probs`` (labels, K) float16, in nats.
-    """
-
-    labels: tuple[int, ...]
-    ids: torch.Tensor
-    log_probs: torch.Tensor
+    labels: tuple[int, ...]  # its token ids and EOS
+    ids: torch.Tensor  # (labels, K) int32
+    log_probs: torch.Tensor  # (labels, K) float16, in nats
 
 
 def write_shard(folder: Path, number: int, names: dict[int, NameLogits]) -> None:
@@ -82,7 +78,6 @@ def write_index(folder: Path, shards: int, tokenizer: PreTrainedTokenizerBase, s
 
 
 def holds_top_logits(folder: str | Path) -> bool:
-    """Whether the folder was completed by `write_index`."""
     return (Path(folder) / INDEX).is_file()
 
 
@@ -93,11 +88,7 @@ class TopLogits:
     """
 
     def __init__(self, folder: str | Path, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Reads the shards.
-
-        Raises:
-            ValueError: a shard is missing or changed, or the tokenizer has tokens that the teacher's lacks.
-        """
+        """ValueError if a shard is missing or changed, or the tokenizer has tokens that the teacher's lacks."""
         folder = Path(folder)
         try:
             index = json.loads((folder / INDEX).read_text(encoding="utf-8"))

@@ -1,6 +1,4 @@
-"""Between a dense GPT-2 and an MoE model: sparse upcycling, and downcycling, which averages experts.
-
-Upcycling initialises the experts of an MoE model from the MLPs of a dense GPT-2.
+"""Sparse upcycling: an MoE model whose experts are initialised from the MLPs of a dense GPT-2; and the way back.
 
 Write the dense layer as ``W2 act(W1 x + b1) + b2`` and the MoE layer as ``sum_e g_e MLP_e(x)``, with gates that sum to
 one over the k chosen. Before any training, for every token, k and E:
@@ -15,16 +13,14 @@ one over the k chosen. Before any training, for every token, k and E:
               ``r * g + s`` of group r holds shard s. The g experts of a group share one row of the router, so a token
               takes whole groups with equal gates, 1/g of one expert's: W2 is multiplied by g, b2 is not. Exact.
     shared    The shared expert is the dense layer. Routed experts copy W1 and have W2 = 0, b2 = 0, so they are silent
-              until trained, and until then the router gets no gradient. With granularity g, g shared experts make up
-              the dense layer, and routed ones have a shard of W1. Exact with any gates.
+              and the router gets no gradient until they are trained. With granularity g, g shared experts make up the
+              dense layer, and routed ones have a shard of W1. Exact with any gates.
 
-Exact means up to rounding: logits at most 1e-5 apart in float32. With ``routing="expert_choice"`` it holds for tokens
-with an expert; with ``capacity_factor``, for tokens without dropped choices.
+Exact means up to rounding (logits at most 1e-5 apart in float32), for tokens that have an expert and no dropped choice.
 
-Downcycling (`to_dense`) averages the weights of each layer's experts: a baseline for the value of separate experts
-(Wortsman et al. 2022, model soups; Li et al. 2022, branch-train-merge), and a model for programs that know no experts.
-An upcycled model that was not trained gives back the dense weights, bit by bit for copies. Shared experts are kept next
-to the mean of the routed ones: a sum of MLPs is one MLP with the hidden units of both.
+Downcycling (`to_dense`) averages the weights of each layer's experts (Wortsman et al. 2022, model soups; Li et al.
+2022, branch-train-merge). An upcycled model that was not trained gives back the dense weights, bit by bit for copies.
+Shared experts are kept next to the mean of the routed ones: a sum of MLPs is one MLP with the hidden units of both.
 
 Shape suffixes: E experts, R = E / g groups of g experts (granular upcycling; g is 1 otherwise), D width, F hidden
 units of the dense layer.
@@ -54,11 +50,7 @@ _CLASS_FIELDS = ("model_type", "architectures", "transformers_version")  # set b
 
 @dataclass(kw_only=True)
 class Upcycling(UpcyclingOptions):
-    """How experts are made of a dense layer (see the module).
-
-    Raises:
-        ValueError: an unknown name, a number out of bounds, or a granularity that the method has no use for.
-    """
+    """How experts are made of a dense layer (see the module)."""
 
     method: Method = option("copy", METHOD_HELP, EXPERTS)
 
@@ -78,11 +70,7 @@ class Upcycling(UpcyclingOptions):
     def config(
         self, dense: GPT2Config, num_experts: int, num_experts_per_tok: int, **config_fields: Any
     ) -> GPT2MoEConfig:
-        """The dense model's configuration with experts, and the fused form of its activation.
-
-        Raises:
-            ValueError: a field is wrong, or would change the dense model's output.
-        """
+        """The dense model's configuration with experts; ValueError for a field that would change its output."""
         inherited = {name: value for name, value in dense.to_dict().items() if name not in _CLASS_FIELDS}
         activation = inherited["activation_function"]
         inherited["activation_function"] = FUSED_ACTIVATIONS.get(activation, activation)
@@ -102,7 +90,6 @@ class Upcycling(UpcyclingOptions):
         return config
 
     def _check(self, config: GPT2MoEConfig, dense_size: int) -> None:
-        """Rejects fields that would change the output."""
         if config.expert_size * self.granularity != dense_size:
             raise ValueError(
                 f"the experts have {dense_size // self.granularity} of the dense layer's {dense_size} hidden units, "
@@ -126,10 +113,7 @@ class Upcycling(UpcyclingOptions):
 def fill_from_dense(model: PreTrainedModel, dense: GPT2LMHeadModel, upcycling: Upcycling, take: bool) -> None:
     """Fills every weight of a new `GPT2MoEForCausalLM` from a dense model, block by block.
 
-    Args:
-        model: model with the configuration of ``upcycling.config``, weights uninitialised.
-        take: free each part of ``dense`` once copied, so that memory never holds two whole models; ``dense`` is
-            unusable afterwards.
+    ``take`` frees each part of ``dense`` once copied, so that memory never holds two whole models.
     """
     old: Any = dense.transformer
     new: Any = model.transformer
@@ -182,7 +166,7 @@ def _fill_experts(layer: MoELayer, mlp: GPT2MLP, upcycling: Upcycling) -> None:
 
 
 def _alike(source: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Normal random numbers with the mean and standard deviation of ``source``."""
+    """Normal, with the mean and standard deviation of ``source``."""
     return torch.randn_like(like) * source.std() + source.mean()
 
 
@@ -204,9 +188,6 @@ def to_dense(moe: PreTrainedModel, loads: Mapping[int, torch.Tensor] | None = No
     """A dense GPT-2 whose MLPs are the means of a `GPT2MoEForCausalLM`'s experts, in eval mode.
 
     ``loads`` has weights (E,) of the experts, by block number from 0; None is equal weights.
-
-    Raises:
-        ValueError: loads of the wrong shape.
     """
     config = moe.config
     granularity, width = _dense_sizes(config)
@@ -264,7 +245,6 @@ def _shares(index: int, loads: Mapping[int, torch.Tensor] | None, num_experts: i
 
 
 def _mean_layer(layer: MoELayer, share_R: torch.Tensor, granularity: int) -> dict[str, torch.Tensor]:
-    """The mean of a layer's experts, named as GPT-2's MLP."""
     experts = layer.experts
     # Mean over groups, (R, g, ...) to (g, ...); then the shards are concatenated along the hidden units.
     up, up_bias, down, down_bias = (
@@ -282,10 +262,7 @@ def _mean_layer(layer: MoELayer, share_R: torch.Tensor, granularity: int) -> dic
 
 
 def _widened(mlp: dict[str, torch.Tensor], width: int) -> dict[str, torch.Tensor]:
-    """The same MLP with more hidden units: copies of the first, with output weights of zero.
-
-    (Units with input weights of zero as well would get no gradient.)
-    """
+    """The same MLP with more hidden units: copies (zeros would get no gradient) with output weights of zero."""
     up_DF, up_bias_F, down_FD = mlp["c_fc.weight"], mlp["c_fc.bias"], mlp["c_proj.weight"]
     size = len(up_bias_F)
     unit_F = torch.arange(width, device=up_bias_F.device) % size
@@ -294,14 +271,14 @@ def _widened(mlp: dict[str, torch.Tensor], width: int) -> dict[str, torch.Tensor
 
 
 def _mean(stacked_R: torch.Tensor, share_R: torch.Tensor) -> torch.Tensor:
-    """Weighted mean over the first dimension, as the first plus a mean difference: exact where all are equal."""
+    """Weighted mean, as the first plus a mean difference: exact where all are equal."""
     first = stacked_R[0]
     return first + torch.tensordot(share_R.to(first.dtype), stacked_R - first, dims=1)
 
 
 @torch.no_grad()
 def measure_loads(moe: PreTrainedModel, rows: Iterable[Mapping[str, Any]]) -> dict[int, torch.Tensor]:
-    """Expert loads (E,) float64 by block number, over forwards in eval mode without padding."""
+    """Expert loads (E,) float64 by block number."""
 
     def forwards() -> None:
         for row in rows:
