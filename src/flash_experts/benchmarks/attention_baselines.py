@@ -59,8 +59,8 @@ def _package(version: int, problem: Problem) -> Trial:
         found = None
     if found is None:
         raise Unavailable(f"the package with {module} is not installed")
-    functions = (attention_libraries.flash_attn, attention_libraries.flash_attn_varlen)
-    return _ours(*(partial(function, version) for function in functions), problem)
+    attention = partial(attention_libraries.flash_attn, version)
+    return _ours(attention, partial(attention_libraries.flash_attn_varlen, version), problem)
 
 
 def _sdpa(backend: SDPBackend, problem: Problem) -> Trial:

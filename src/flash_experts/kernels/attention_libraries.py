@@ -162,10 +162,7 @@ def sdpa_varlen(
     lengths: PackedLengths,
     options: AttentionOptions,
 ) -> tuple[torch.Tensor, None]:
-    """`sdpa` of packed documents (variable length), each of which attends to itself only.
-
-    Where queries and keys share ``cu_seqlens``, causal attention needs no mask: padding comes after each document.
-    """
+    """`sdpa` of packed documents (variable length), each of which attends to itself only."""
     cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k = lengths
     total_q, total_k, N = q_THC.shape[0], k_TGC.shape[0], cu_seqlens_q.numel() - 1
     if N * (max_seqlen_q + max_seqlen_k) > _MOST_PADDING * (total_q + total_k) > 0:
@@ -176,7 +173,7 @@ def sdpa_varlen(
         of_k = _Documents.of(cu_seqlens_k, max_seqlen_k, total_k)
     q, k, v = of_q.pad(q_THC), of_k.pad(k_TGC), of_k.pad(v_TGC)
     limited_left = 0 <= options.left < max_seqlen_k - 1
-    if of_k is of_q and options.right == 0 and not limited_left:
+    if of_k is of_q and options.right == 0 and not limited_left:  # no mask: padding comes after each document
         is_short = max_seqlen_q <= _SHORT and q.shape[2] == k.shape[2]
         if is_short and q.device.type == "cpu" and q.dtype == torch.bfloat16 and torch.is_grad_enabled():
             return of_q.unpad(_unfused_causal(q, k, v, options)), None

@@ -253,12 +253,11 @@ def attention(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of a batch, differentiable once in q, k and v; every option on every device.
 
-    Query head h uses key/value head h // (H / G). ``k_lengths_B`` is the int32 number of keys in use per sequence, read
-    on the host; ``block_q`` and ``block_k`` are M and N.
+    ``k_lengths_B`` is the int32 number of keys in use per sequence, read on the host; ``block_q`` and ``block_k`` are M
+    and N.
 
     Returns:
-        (B, S_q, H, C) in the dtype of q, and the log-sum-exp (B, H, S_q) float32 (float64 for float64 input), without
-        gradient. A fully masked query gets 0 and -inf.
+        (B, S_q, H, C) and the log-sum-exp (B, H, S_q), without gradient. A fully masked query gets 0 and -inf.
     """
     (B, S_q), S_k = q_BSHC.shape[:2], k_BSGC.shape[1]
     parts = [_Part(slice(0, B), slice(0, S_q), slice(0, S_k), 0)]

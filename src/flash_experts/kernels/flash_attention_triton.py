@@ -227,7 +227,7 @@ def _attention_backward(
     """(dq, dk, dv)."""
     problem = _Problem(*arguments)
     q, k, v, heads = problem.q, problem.k, problem.v, problem.heads
-    dout = dout if dout.stride(-1) == 1 else dout.contiguous()
+    dout = _with_dense_rows(dout)
     delta = _delta(out, dout, lse)
     all_are_written = problem.packed or (problem.cu_q is None and problem.k_lengths is None)
     make = torch.empty_like if all_are_written else torch.zeros_like

@@ -1,9 +1,9 @@
 """Grouped GEMM in Triton: the matmuls of the experts, rows sorted by expert, each group times its expert's matrix.
 
 Passes over HBM are fused into the matmuls: the first gathers the tokens and applies bias and activation, the second
-applies the gates and scatters back to token order; likewise in the backward. The number of rows per expert stays on the
-GPU: the grid covers the largest possible number of tiles, and a program instance finds its expert by counting
-(MegaBlocks, Gale et al. 2022; ScatterMoE, Tan et al. 2024).
+applies the gates and scatters back to token order. The number of rows per expert stays on the GPU: the grid covers the
+largest possible number of tiles, and a program instance finds its expert by counting (MegaBlocks, Gale et al. 2022;
+ScatterMoE, Tan et al. 2024).
 
 Shape suffixes: T tokens, K experts per token, S = T * K pairs of them sorted by expert, E experts, D width,
 F hidden units of an expert; a tile has M rows, N columns and the inner dimension I.

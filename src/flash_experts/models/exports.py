@@ -118,9 +118,7 @@ def export_onnx(
     out: Path,
     overwrite: bool = False,
 ) -> LogitDifference:
-    """Writes a folder with a GPT-2 in eval mode on the CPU, configuration, tokenizer and a README.
-
-    ``names`` are token ids of real names, to compare it on.
+    """Writes a folder with a GPT-2 in eval mode on the CPU, and compares it on ``names``, token ids of real names.
 
     Raises:
         ValueError: another kind of model, expert choice, or a folder that is not empty without ``overwrite``.

@@ -51,9 +51,8 @@ def fe_attention_forward(
         cu_seq_lens_q: (N + 1,) starts of the names of a packed sequence, and E.
         max_length_q: M; None reads it from ``cu_seq_lens_q`` (one host synchronisation).
         position_ids: (B, S); without ``cu_seq_lens_q``, a jump in them starts another document.
-        packed_row_of: (E,) where names share prompts, position of each token of the names written out
-            (`flash_experts.data.packing.PackedBatch`).
-        packed_copy_of: (S,) the first copy of each token among those.
+        packed_row_of: (E,) where names share prompts (`flash_experts.data.packing.PackedBatch`), place of each token.
+        packed_copy_of: (S,) first copy of each token.
     """
     backend = _configured_backend(module)
     if cu_seq_lens_q is None and attention_mask is None and query.shape[2] == key.shape[2] > 1:

@@ -123,7 +123,7 @@ def load_model(
 
 
 def load_dense(source: str | Path, dtype: torch.dtype = torch.float32) -> GPT2LMHeadModel:
-    """Loads a dense GPT-2 on the CPU; ValueError as `load_model`, or for any other model."""
+    """`load_model` of a dense GPT-2, on the CPU."""
     model = load_model(source, "cpu", dtype)
     if model.config.model_type != "gpt2" or not isinstance(model, GPT2LMHeadModel):
         raise ValueError(f"{source} is a {model.config.model_type} model: upcycling takes a dense gpt2")
@@ -211,11 +211,7 @@ def weights_sha256(source: str | Path) -> str:
 
 
 def read_config(folder: Path) -> PretrainedConfig:
-    """The configuration of a checked folder, from its known fields only.
-
-    Raises:
-        ValueError: the model is not of `FAMILIES`, a field is invalid, or the sizes do not match the weights.
-    """
+    """The configuration of a checked folder, from its known fields; ValueError if it is not allowed or invalid."""
     path = folder / CONFIG
     values = read_object(path)
     family = values.get("model_type")

@@ -15,7 +15,6 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import Cache, GPT2LMHeadModel
 from transformers import initialization as init
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 from transformers.models.gpt2.modeling_gpt2 import GPT2Attention, GPT2Block, GPT2Model, GPT2PreTrainedModel
 from transformers.utils import can_return_tuple
@@ -134,17 +133,14 @@ class GPT2MoEModel(GPT2MoEPreTrainedModel, GPT2Model):
         self.wte = nn.Embedding(config.vocab_size, self.embed_dim)
         self.wpe = nn.Embedding(config.max_position_embeddings, self.embed_dim)
         self.drop = nn.Dropout(config.embd_pdrop)
-        self.h: nn.ModuleList = nn.ModuleList(self._block(config, i) for i in range(config.num_hidden_layers))
+        self.h: nn.ModuleList = nn.ModuleList(
+            GPT2MoEBlock(config, i) if config.is_moe_layer(i) else GPT2Block(config, layer_idx=i)
+            for i in range(config.num_hidden_layers)
+        )
         self.ln_f = nn.LayerNorm(self.embed_dim, eps=config.layer_norm_epsilon)
         self.gradient_checkpointing = False
         self._attn_implementation = config._attn_implementation
         self.post_init()
-
-    @staticmethod
-    def _block(config: GPT2MoEConfig, layer_idx: int) -> GradientCheckpointingLayer:
-        if config.is_moe_layer(layer_idx):
-            return GPT2MoEBlock(config, layer_idx)
-        return GPT2Block(config, layer_idx=layer_idx)
 
 
 class GPT2MoEForCausalLM(GPT2MoEPreTrainedModel, GPT2LMHeadModel):
@@ -178,12 +174,13 @@ class GPT2MoEForCausalLM(GPT2MoEPreTrainedModel, GPT2LMHeadModel):
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Any,
     ) -> GPT2MoEOutput:
-        """As `GPT2LMHeadModel.forward`. transformers' ``generate`` and ``Trainer`` need every argument by name.
+        """As `GPT2LMHeadModel.forward`, with the router's logits and losses by ``output_router_logits``.
 
-        The router's losses ignore padding. In a packed sequence (no mask, no cache) each document restarts its
-        ``position_ids``. With ``num_items_in_batch`` the loss is a sum divided by it, and the router's losses are
-        weighted by this micro-batch's share of the items. ``output_router_logits`` returns these losses as well.
+        In a packed sequence (no mask, no cache) each document restarts its ``position_ids``. With
+        ``num_items_in_batch`` the loss is a sum divided by it; the router's losses are weighted by this micro-batch's
+        share of the items.
         """
+        # transformers' generate and Trainer need every argument by name.
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
         wants_routing = output_router_logits or (self.training and labels is not None)

@@ -22,16 +22,14 @@ class GPT2MoEConfig(MoEOptions, GPT2Config):
 
     Attributes:
         moe_intermediate_size: hidden units of one expert; None is the dense layer's own (``n_inner`` or 4 x width).
-            Fine-grained experts (Dai et al. 2024, DeepSeekMoE, section 3.1; Krajewski et al. 2024) of granularity g are
-            g * E experts of size ff / g, g * k per token: the same weights and FLOPs, more ways to combine them.
-        num_shared_experts: experts that every token goes through besides its k, added without a gate (DeepSeekMoE,
-            section 3.2).
+            Smaller ones are fine-grained experts (Dai et al. 2024, DeepSeekMoE, section 3.1; Krajewski et al. 2024).
+        num_shared_experts: experts of every token besides its k, added without a gate (DeepSeekMoE, section 3.2).
         norm_topk_prob: divide the k gates by their sum. Upcycling is exact only then.
         output_router_logits: return the router's logits and losses from every forward.
         attention_backend: name in `flash_experts.models.attention_backends`.
 
     Raises:
-        ValueError: a value out of bounds, settings that contradict each other, or a misspelled field.
+        ValueError: values out of bounds, settings that contradict each other, misspelled fields.
     """
 
     model_type = "gpt2_moe"

@@ -85,7 +85,7 @@ def fe_experts_forward(
 def fe_experts_triton_forward(
     self: Experts, x_TD: torch.Tensor, experts_TK: torch.Tensor, gates_TK: torch.Tensor
 ) -> torch.Tensor:
-    """`Experts` by our Triton kernels, which fuse gather, bias, activation, gates and scatter into the matmuls."""
+    """`Experts` by our Triton kernels."""
     from flash_experts.kernels import grouped_mlp_triton
 
     activation = self.activation

@@ -67,7 +67,7 @@ def counts_of_all_processes(routers: list[Router]) -> torch.Tensor:
 
 @contextmanager
 def listening(model: nn.Module, listener: Listener) -> Iterator[None]:
-    """Calls ``listener`` at each forward of each router, before the experts compute."""
+    """Calls ``listener`` at each forward of each router."""
 
     def hook_of(block: int) -> Callable[[Router, object, tuple[torch.Tensor, torch.Tensor, torch.Tensor]], None]:
         return lambda router, _, output: listener(block, router, *output)

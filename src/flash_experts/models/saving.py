@@ -37,11 +37,7 @@ def export_model(
     tokenizer: PreTrainedTokenizerBase,
     weights: Mapping[str, torch.Tensor],
 ) -> None:
-    """Writes the model into the run's folder, each file by rename, the manifest last.
-
-    Raises:
-        CheckpointError: it could not be written; what was there is intact.
-    """
+    """Writes the model into the run's folder, each file by rename, the manifest last (`CheckpointError`)."""
     temporary = _temporary(run_dir / "checkpoints", "export")
     _fill_folder(run_dir, temporary, lambda folder: _save_model(folder, model, tokenizer, weights))
 
@@ -68,7 +64,6 @@ def write_folder(out: Path, write: Callable[[Path], None], overwrite: bool = Fal
 
 
 def _fill_folder(folder: Path, temporary: Path, write: Callable[[Path], None]) -> None:
-    """Fills ``temporary``, then moves its files into an existing folder."""
     try:
         _write_staged(folder, write, temporary)
         with deferred_ctrl_c():

@@ -82,10 +82,7 @@ def holds_top_logits(folder: str | Path) -> bool:
 
 
 class TopLogits:
-    """The folder's top-K logits in memory, for a student whose vocabulary is a subset of the teacher's.
-
-    ``ids`` (L, K) int32 are the student's, -1 for tokens that it does not have; ``log_probs`` (L, K) float16, in nats.
-    """
+    """The folder's top-K logits in memory, for a student whose vocabulary is a subset of the teacher's."""
 
     def __init__(self, folder: str | Path, tokenizer: PreTrainedTokenizerBase) -> None:
         """ValueError if a shard is missing or changed, or the tokenizer has tokens that the teacher's lacks."""
@@ -106,6 +103,7 @@ class TopLogits:
         if not shards:
             raise ValueError(f"{folder} has no logits: write them again")
         student_id_of_V = torch.tensor([student.get(token, -1) for token in tokens], dtype=torch.int32)
+        # (L, K) int32, -1 for tokens that the student does not have; (L, K) float16, in nats.
         self.ids = student_id_of_V[torch.cat([shard["ids"] for shard in shards])]
         self.log_probs = torch.cat([shard["log_probs"] for shard in shards])
         labels = student_id_of_V[torch.cat([shard["labels"] for shard in shards])].tolist()

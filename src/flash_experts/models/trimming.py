@@ -6,7 +6,6 @@ import itertools
 import json
 import re
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import torch
 from tokenizers import Tokenizer, pre_tokenizers
@@ -22,8 +21,8 @@ def trim_tokenizer(
 ) -> tuple[PreTrainedTokenizerFast, list[int]]:
     """Reduces a byte-level BPE tokenizer to the tokens that some texts need; their tokenization does not change.
 
-    ``keep_words`` also keeps capitalized words and parts of words, so that new words in names are not split into smaller
-    pieces than in training. Returns the new tokenizer, and the old id of each of its ids, ascending.
+    ``keep_words`` also keeps capitalized words and parts of words, so that new words in names are not split into
+    smaller pieces than in training. Returns the new tokenizer, and the old id of each of its ids, ascending.
     """
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ValueError("trimming needs a byte-level BPE tokenizer with a tokenizer.json, as GPT-2's")
@@ -53,7 +52,10 @@ def trim_tokenizer(
     state["model"]["merges"] = [list(merge) for merge in merges if "".join(merge) in kept]
     for token in state["added_tokens"]:
         token["id"] = new_id[token["id"]]
-    _renumber_template(state["post_processor"], new_id)
+    processor = state["post_processor"]
+    if processor is not None and processor["type"] == "TemplateProcessing":
+        for token in processor["special_tokens"].values():
+            token["ids"] = [new_id[old] for old in token["ids"]]
     trimmed = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(json.dumps(state)),
         bos_token=tokenizer.bos_token,
@@ -64,12 +66,6 @@ def trim_tokenizer(
         model_max_length=tokenizer.model_max_length,
     )
     return trimmed, old_ids
-
-
-def _renumber_template(processor: dict[str, Any] | None, new_id: dict[int, int]) -> None:
-    if processor is not None and processor["type"] == "TemplateProcessing":
-        for token in processor["special_tokens"].values():
-            token["ids"] = [new_id[old] for old in token["ids"]]
 
 
 @torch.no_grad()

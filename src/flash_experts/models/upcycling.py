@@ -19,8 +19,8 @@ one over the k chosen. Before any training, for every token, k and E:
 Exact means up to rounding (logits at most 1e-5 apart in float32), for tokens that have an expert and no dropped choice.
 
 Downcycling (`to_dense`) averages the weights of each layer's experts (Wortsman et al. 2022, model soups; Li et al.
-2022, branch-train-merge). An upcycled model that was not trained gives back the dense weights, bit by bit for copies.
-Shared experts are kept next to the mean of the routed ones: a sum of MLPs is one MLP with the hidden units of both.
+2022, branch-train-merge), which gives back the dense weights if nothing was trained, bit by bit for copies. Shared
+experts are kept next to the mean of the routed ones: a sum of MLPs is one MLP with the hidden units of both.
 
 Shape suffixes: E experts, R = E / g groups of g experts (granular upcycling; g is 1 otherwise), D width, F hidden
 units of the dense layer.
@@ -111,10 +111,7 @@ class Upcycling(UpcyclingOptions):
 
 @torch.no_grad()
 def fill_from_dense(model: PreTrainedModel, dense: GPT2LMHeadModel, upcycling: Upcycling, take: bool) -> None:
-    """Fills every weight of a new `GPT2MoEForCausalLM` from a dense model, block by block.
-
-    ``take`` frees each part of ``dense`` once copied, so that memory never holds two whole models.
-    """
+    """Fills a new `GPT2MoEForCausalLM`; ``take`` frees each part of ``dense`` once copied, to save memory."""
     old: Any = dense.transformer
     new: Any = model.transformer
     if model.config.tie_word_embeddings:
@@ -189,7 +186,7 @@ def to_dense(moe: PreTrainedModel, loads: Mapping[int, torch.Tensor] | None = No
 
     ``loads`` has weights (E,) of the experts, by block number from 0; None is equal weights.
     """
-    config = moe.config
+    config: Any = moe.config
     granularity, width = _dense_sizes(config)
     dropped = {*config.own_fields(), *_CLASS_FIELDS}
     kept = {name: value for name, value in config.to_dict().items() if name not in dropped}
