@@ -236,8 +236,7 @@ def flash_attn(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attention of a batch by flash-attn ``version`` 2, 3 or 4 on CUDA, differentiable in q, k and v.
 
-    Returns (B, S_q, H, C), and the log-sum-exp (B, H, S_q) float32 or None. Version 2 alone has dropout, ALiBi, and the
-    log-sum-exp (without dropout).
+    Returns (B, S_q, H, C), and the log-sum-exp (B, H, S_q) or None. Version 2 alone has dropout, ALiBi and the latter.
     """
     function = importlib.import_module(FLASH_ATTN_MODULES[version]).flash_attn_func
     return _flash_attn_outputs(

@@ -1,7 +1,7 @@
 """malloc settings on Linux that keep freed memory in the process for the next training step.
 
 glibc returns large blocks to the system, and Linux clears their pages at the next step, which is slow for the large
-gradients of experts. So our commands and the first training forward of experts on a CPU call `keep_freed_memory`.
+gradients of experts.
 """
 
 from __future__ import annotations

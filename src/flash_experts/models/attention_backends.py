@@ -242,7 +242,7 @@ def attention_varlen(
     needs_lse: bool = False,
     deterministic: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """`attention` of packed documents, each of which attends to itself only; the log-sum-exp is (H, T_q)."""
+    """`attention` of packed documents; the log-sum-exp is (H, T_q)."""
     features = _requested_features(q_THC, options, False, needs_lse, deterministic)
     name = choose(backend, q_THC.device.type, q_THC.dtype, features, packed=True)
     packed = (q_THC, k_TGC, v_TGC, lengths, options)

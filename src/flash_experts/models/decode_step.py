@@ -92,7 +92,7 @@ def activation_dtype(model: Any) -> torch.dtype:
 
 
 def next_logits(model: Any, tokens_B: torch.Tensor, cache: RingCache) -> torch.Tensor:
-    """(B, V) float32 logits after one more int64 token per row; writes the next column of the cache."""
+    """(B, V) float32 logits after one more token per row; writes the next column of the cache."""
     is_llama = isinstance(model, LlamaForCausalLM)
     mask_BK, positions_B1 = cache.step(tokens_B.device)
     penalty_BK = torch.zeros(mask_BK.shape, dtype=activation_dtype(model), device=tokens_B.device)

@@ -86,7 +86,7 @@ class ShardedExperts(nn.Module):
 
 
 def shard_experts(model: nn.Module, config: GPT2MoEConfig, mesh: DeviceMesh) -> list[nn.Parameter]:
-    """Returns the sharded weights."""
+    """Shards the experts of every MoE layer in place; returns the sharded weights."""
     sharded: list[nn.Parameter] = []
     for layer in model.modules():
         if isinstance(layer, MoELayer):

@@ -3,8 +3,7 @@
 A padding mask goes to PyTorch's SDPA; the rest, also packed sequences (many names in one row that must not attend to
 each other), goes without mask or copy to the backend that `flash_experts.models.attention_backends` chooses.
 
-Shape suffixes: B batch, H heads, S length, T tokens of a packed sequence, E of its names written out, N names in it, M
-length of the longest, C head dim.
+Shape suffixes as in `flash_experts.kernels.attention_options`; E tokens of packed names, each with its prompt.
 """
 
 from __future__ import annotations

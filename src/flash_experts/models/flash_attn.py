@@ -171,14 +171,12 @@ def flash_attn_with_kvcache(
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor | None]:
     """Appends new keys and values to the KV cache in place, and attends to it. For generation, without gradients.
 
-    Rotary embeddings and ``cache_batch_idx``, ``cache_leftpad`` and ``block_table`` are not supported: leave them None.
-
     Args:
         q: (B, S_q, H, C); the last query stands at the last key in use.
         k_cache: (B, S_cache, G, C), as ``v_cache``.
         k: (B, S_new, G, C), as ``v``: written from ``cache_seqlens`` on.
         cache_seqlens: tokens in the cache before the call: an int, or (B,) int32; None is all of it.
-        num_splits: 0 or 1; the kernel chooses.
+        num_splits: 0 or 1. Rotary embeddings, ``cache_batch_idx``, ``cache_leftpad``, ``block_table`` must be None.
 
     Returns:
         (B, S_q, H, C), dtype of q; with ``return_softmax_lse`` (output, log-sum-exp (B, H, S_q)).
@@ -300,7 +298,7 @@ def _check_qkv(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: str, n
 
 
 def _check_documents(q: torch.Tensor, k: torch.Tensor, lengths: PackedLengths) -> int:
-    """Returns N."""
+    """Returns the number of documents."""
     cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k = lengths
     for name, max_seqlen in (("q", max_seqlen_q), ("k", max_seqlen_k)):
         if isinstance(max_seqlen, torch.Tensor):

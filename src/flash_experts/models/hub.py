@@ -134,11 +134,7 @@ def origin_of(base: str | None) -> tuple[str | None, str]:
 
 
 def export_for_hub(source: str | Path, out: Path, overwrite: bool = False) -> list[str]:
-    """Writes weights, tokenizer, card and code of an MoE model; returns the names of its Python files.
-
-    Raises:
-        ValueError: it is not an MoE model, is damaged, or ``out`` is not empty without ``overwrite``.
-    """
+    """Writes weights, tokenizer, card and code of an MoE model (else ValueError); returns the names of its code."""
     folder = local_folder(source)
     check_folder(folder)
     model_type = read_config(folder).model_type

@@ -156,12 +156,7 @@ def _damaged(source: str | Path, error: Exception) -> str:
 
 # ------------------------------------------------------------------------------------------------- checks of a folder
 def check_folder(folder: Path) -> None:
-    """Checks the files of a folder before transformers reads them.
-
-    Raises:
-        ValueError: a file is missing, too large or not JSON, the weights are pickled or elsewhere, or the configuration
-            names code to run.
-    """
+    """ValueError if a file is missing, too large, not JSON, pickled or elsewhere, or the configuration names code."""
     if not folder.is_dir():
         raise ValueError(f"{folder} is a file: give the folder that save_pretrained wrote")
     if not (folder / CONFIG).is_file():
@@ -270,7 +265,6 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def _check_values(path: Path, known: dict[str, Any]) -> None:
-    """Checks fields that could be large or call code."""
     for name in ("dtype", "torch_dtype"):
         if known.get(name) not in _DTYPES:
             raise ValueError(f"{path} cannot be loaded: {name} {known[name]!r} is not a dtype of weights")

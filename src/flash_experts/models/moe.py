@@ -330,8 +330,8 @@ class GPT2MoEForCausalLM(GPT2MoEPreTrainedModel, GPT2LMHeadModel):
                 memory next to the new model.
             num_experts: E, or E / g for experts of granularity g.
             num_experts_per_tok: k, or k / g.
-            dtype: of the new weights; None is that of a given model, and float32 for a folder. In bfloat16 (steps of up
-                to 0.8%) a ``noise_scale`` under 0.01 mostly rounds away.
+            dtype: None is that of a given model, and float32 for a folder. In bfloat16 (steps of up to 0.8%) a
+                ``noise_scale`` under 0.01 mostly rounds away.
             **options: fields of `UpcyclingOptions` and of `GPT2MoEConfig`.
 
         Raises:
@@ -357,7 +357,7 @@ class GPT2MoEForCausalLM(GPT2MoEPreTrainedModel, GPT2LMHeadModel):
 
 
 def _padding_mask(attention_mask: torch.Tensor | None, inputs: torch.Tensor | None) -> torch.Tensor | None:
-    """(T,), true at real tokens; None if the mask covers the past of a cache."""
+    """(T,), true at real tokens; None if the mask has another shape (with a cache it covers the past)."""
     if attention_mask is None or inputs is None or attention_mask.shape != inputs.shape[:2]:
         return None
     return attention_mask.reshape(-1).bool()

@@ -1,5 +1,10 @@
 """The mixture-of-experts (MoE) layer: router, experts, and the load-balancing losses that prevent routing collapse.
 
+Sources: Shazeer et al. 2017 (sparsely gated experts), Fedus et al. 2021 (Switch Transformer), Zoph et al. 2022
+(ST-MoE), Zhou et al. 2022 (expert choice), Dai et al. 2024 (DeepSeekMoE: shared and fine-grained experts), DeepSeek-AI
+2024 (DeepSeek-V3: sigmoid scores, balance per sequence), Wang et al. 2024 (loss-free balancing), Qiu et al. 2025
+(balance over the global batch).
+
 Shape suffixes: T tokens (batch and sequence flattened), D width, E experts, K experts per token, F hidden
 units of an expert, C tokens per expert, S (token, expert) pairs, N sequences.
 """
@@ -85,7 +90,7 @@ def fe_experts_forward(
 def fe_experts_triton_forward(
     self: Experts, x_TD: torch.Tensor, experts_TK: torch.Tensor, gates_TK: torch.Tensor
 ) -> torch.Tensor:
-    """`Experts` by our Triton kernels."""
+    """`Experts` by our Triton kernels; ValueError for an activation that they do not fuse."""
     from flash_experts.kernels import grouped_mlp_triton
 
     activation = self.activation
@@ -99,7 +104,7 @@ def fe_experts_triton_forward(
 
 
 def _autocast(experts: Experts, x_TD: torch.Tensor, gates_TK: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Autocast does not cast the arguments of custom operators."""
+    """Casts to autocast's dtype, if it is on: autocast does not cast custom operators."""
     tensors = (x_TD, gates_TK, experts.up_proj, experts.up_proj_bias, experts.down_proj, experts.down_proj_bias)
     device = x_TD.device.type
     if not torch.is_autocast_enabled(device):
@@ -205,9 +210,9 @@ def sequence_balancing_loss(
     mask_T: torch.Tensor | None = None,
     scoring_func: str = "softmax",
 ) -> torch.Tensor:
-    """The sequence-wise load-balancing loss (DeepSeek-V3, eq. 17-20): the mean over sequences of each one's loss.
+    """The sequence-wise load-balancing loss (DeepSeek-V3, eq. 17-20), 1 at balance: the mean of each sequence's loss.
 
-    ``sequence_T`` numbers each token's sequence from 0.
+    The tokens of each name must use all experts. ``sequence_T`` numbers each token's sequence from 0.
     """
     num_experts, top_k = logits_TE.shape[-1], experts_TK.shape[1]
     probs_TE = _probabilities(logits_TE, scoring_func)

@@ -27,7 +27,7 @@ from flash_experts.models.moe_config import GPT2MoEConfig
 
 
 class Router(nn.Module, ABC):
-    """Scores, the load-balancing bias, and the counts that metrics read."""
+    """Base class: scores, the load-balancing bias, and the counts that metrics read."""
 
     selection_bias_E: torch.Tensor
     step_counts_E: torch.Tensor
@@ -148,8 +148,8 @@ class TopKRouter(Router):
     gradient, as right after upcycling, so the gate is straight-through: ``g = s / sum(s) + (s - stop_gradient(s))``.
 
     In training an expert takes choices up to its `capacity`: the highest s first (batch-prioritised routing, Riquelme
-    et al. 2021, section 4.1), then earlier tokens. Token dropping sets the other gates to zero; in evaluation a name's
-    score must not depend on the batch.
+    et al. 2021, section 4.1), then earlier tokens. Token dropping sets the other gates to zero. It is off in
+    evaluation, where a name's score must not depend on the batch.
     """
 
     def forward(

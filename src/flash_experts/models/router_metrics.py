@@ -130,10 +130,9 @@ def router_metrics(model: nn.Module) -> dict[str, float]:
 
     Returns:
         For block ``i``, under ``router/i/``: ``load/e`` (load of expert e over the mean), ``load_cv`` (coefficient of
-        variation), ``max_load``, ``load_entropy`` and ``entropy`` (of the loads, and of the router's probabilities,
-        over log E), ``top1`` (mean probability of the best expert); with K > 1 and E > 2 the co-activation ``max_pair``
-        (most frequent pair of experts over the mean) and ``pair_entropy``; ``drop_rate`` with a capacity,
-        ``untaken_rate`` (tokens without an expert) with expert choice.
+        variation), ``max_load``, ``load_entropy`` and ``entropy`` (of loads and probabilities, over log E), ``top1``
+        (mean probability of the best expert); with K > 1 and E > 2 the co-activation ``max_pair`` (most frequent pair
+        over the mean) and ``pair_entropy``; ``drop_rate`` with a capacity, ``untaken_rate`` with expert choice.
     """
     metrics: dict[str, float] = {}
     for block, router in routers_of(model).items():

@@ -122,7 +122,7 @@ def _not_written(target: Path, error: BaseException) -> CheckpointError:
 
 
 def _temporary(checkpoints: Path, name: str) -> Path:
-    """A temporary folder of the run that holds the lock; removes what a killed save left there."""
+    """A temporary folder of a locked run; removes what a killed save left there."""
     temporary = checkpoints / f".tmp-{name}"
     shutil.rmtree(temporary, ignore_errors=True)
     return temporary

@@ -1,7 +1,7 @@
 """Models that score names: eval mode, context length, and a teacher's top-K logits for knowledge distillation.
 
 For each label of a name that the teacher sampled (its tokens and the EOS token) a shard holds ids and log-probabilities
-of the K most likely tokens. So a student needs no teacher forward. ``index.json`` has the shards' SHA-256.
+of the K most likely tokens, so a student needs no teacher forward.
 
 Shape suffixes: L labels of all names, K tokens kept per label.
 """

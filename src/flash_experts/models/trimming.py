@@ -72,7 +72,7 @@ def trim_tokenizer(
 def trim_vocabulary(model: PreTrainedModel, kept_ids: Sequence[int]) -> None:
     """Shrinks a model's input and output embeddings, tied or not, from (V, D) to (W, D), in place.
 
-    ``kept_ids`` are the W old ids, in the order of the new ones. The logits of the kept tokens do not change.
+    ``kept_ids`` are the old ids in the order of the new ones, whose logits do not change.
     """
     before_VD, head = model.get_input_embeddings().weight, model.get_output_embeddings()
     assert isinstance(before_VD, torch.Tensor)
