@@ -20,9 +20,9 @@ import torch
 from flash_experts.data.tokenizer import load_tokenizer
 from flash_experts.evaluation import evaluate
 from flash_experts.files import check_out_folder
+from flash_experts.models.hub import CARD as CARD_FILE
+from flash_experts.models.hub import bits_per_character, card_data, write_card
 from flash_experts.models.loading import load_model
-from flash_experts.models.model_card import CARD as CARD_FILE
-from flash_experts.models.model_card import bits_per_character, card_data, write_card
 from flash_experts.training.tracking import read_metrics
 
 INTRODUCTION = """A {kind} of {parameters:.1f} million parameters ({active:.1f} million active per token, bfloat16

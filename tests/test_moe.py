@@ -14,9 +14,8 @@ from transformers.activations import ACT2FN
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from flash_experts import GPT2MoEConfig, GPT2MoEForCausalLM
-from flash_experts.kernels import grouped_mlp as grouped_mlp_module
-from flash_experts.kernels.cpu_linear import linear
-from flash_experts.kernels.grouped_mlp import grouped_mlp
+from flash_experts.kernels import cpu
+from flash_experts.kernels.cpu import grouped_mlp, linear
 from flash_experts.models.moe_layer import MoELayer, TopKRouter, load_balancing_loss, router_z_loss
 from flash_experts.models.router_metrics import router_metrics, update_router_biases
 
@@ -120,7 +119,7 @@ def test_a_token_is_multiplied_as_one_row_and_as_eager_does(monkeypatch: pytest.
         rows.append(len(x_ND))
         return linear(x_ND, *others)
 
-    monkeypatch.setattr(grouped_mlp_module, "linear", counted)
+    monkeypatch.setattr(cpu, "linear", counted)
     torch.manual_seed(0)
     layer = make_layer(4, 2).eval()
     for activation in ("gelu_pytorch_tanh", "relu"):
@@ -136,11 +135,12 @@ def test_a_token_is_multiplied_as_one_row_and_as_eager_does(monkeypatch: pytest.
 
 
 def test_with_onednn_many_rows_are_padded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(grouped_mlp_module, "uses_onednn", lambda x_ND: True)
+    monkeypatch.setattr(cpu, "uses_onednn", lambda x_ND: True)
+    monkeypatch.setattr(cpu, "linear", lambda x_ND, weight_DF, bias_F=0: x_ND @ weight_DF + bias_F)  # takes float64
     torch.manual_seed(0)
     experts = make_layer(3, 1).experts
     experts_TK = torch.tensor([0] * 40 + [2] * 5 + [0] * 3)[:, None]
-    groups = grouped_mlp_module._Groups.of(experts_TK, torch.tensor([43, 0, 5]), fills=True)
+    groups = cpu._Groups.of(experts_TK, torch.tensor([43, 0, 5]), fills=True)
     assert (groups.counts, groups.filled) == ([43, 0, 5], [64, 0, 5])
     x_TD = torch.randn(48, 12, dtype=torch.float64, requires_grad=True)
     gates_TK = torch.rand(48, 1, dtype=torch.float64, requires_grad=True)

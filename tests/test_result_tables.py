@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from flash_experts.models.model_card import read_card
+from flash_experts.models.hub import read_card
 from scripts import result_tables
 
 ROOT = Path(__file__).parent.parent

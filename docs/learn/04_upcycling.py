@@ -376,7 +376,7 @@ holds(
 #
 # ## Exercises
 #
-# 1. **The way back.** `flash_experts.models.exports.dense.to_dense` averages the experts. What must it give for untrained
+# 1. **The way back.** `flash_experts.models.upcycling.to_dense` averages the experts. What must it give for untrained
 #    copies? Fine-tune copies for 20 steps on franchise names, average, and score: is the mean as good as the MoE model?
 # 2. **How much to drop.** For `drop_ratio` 0, 0.25, 0.5, 1: the difference of the logits, and bits per character on 100
 #    training names. What is left of the dense model at 1?

@@ -30,7 +30,7 @@ with atheris.instrument_imports(include=["flash_experts", "json", "csv", "yaml"]
 
     from flash_experts.data.cleaning import clean
     from flash_experts.data.sources import read_file
-    from flash_experts.models import folder_checks
+    from flash_experts.models import loading
     from flash_experts.models.saving import MANIFEST
     from flash_experts.settings_files import read_yaml
     from flash_experts.training import checkpoint as checkpoints
@@ -63,22 +63,22 @@ def model(data: bytes) -> None:
         return
     files = {
         "config.json": b"{}",
-        folder_checks.WEIGHTS: (2).to_bytes(8, "little") + b"{}",
-        folder_checks.INDEX: b"{}",
+        loading.WEIGHTS: (2).to_bytes(8, "little") + b"{}",
+        loading.INDEX: b"{}",
     }
     chosen = list(files)[data[0] % 3]
     files[chosen] = data[1:]
-    if chosen == folder_checks.INDEX:
-        files.pop(folder_checks.WEIGHTS)
-        (FOLDER / folder_checks.WEIGHTS).unlink(missing_ok=True)
+    if chosen == loading.INDEX:
+        files.pop(loading.WEIGHTS)
+        (FOLDER / loading.WEIGHTS).unlink(missing_ok=True)
     else:
-        files.pop(folder_checks.INDEX)
+        files.pop(loading.INDEX)
     for name, content in files.items():
         (FOLDER / name).write_bytes(content)
     try:
-        folder_checks.check_folder(FOLDER)
-        for path in folder_checks.weight_files(FOLDER):
-            folder_checks.tensor_sizes(path)
+        loading.check_folder(FOLDER)
+        for path in loading.weight_files(FOLDER):
+            loading.tensor_sizes(path)
     except ValueError as error:
         assert str(FOLDER) in str(error), repr(error)
 

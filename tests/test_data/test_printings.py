@@ -13,7 +13,7 @@ from flash_experts import GPT2MoEForCausalLM, NameGenerator
 from flash_experts.data.cards import Card
 from flash_experts.data.prompts import CONDITIONS, Attributes
 from flash_experts.evaluation.scorers import LanguageModel
-from flash_experts.models.exports.dense import to_dense
+from flash_experts.models.upcycling import to_dense
 from flash_experts.training.build import build_model
 from flash_experts.training.model_config import ModelConfig
 

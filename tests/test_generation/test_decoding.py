@@ -11,7 +11,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from flash_experts.generation.decoding import DecodedName, NameDecoder, PromptRows, Prompts
 from flash_experts.generation.request import Sampling
-from flash_experts.models import GPT2MoEConfig, GPT2MoEForCausalLM, decode_step_gpt2, decode_step_llama
+from flash_experts.models import GPT2MoEConfig, GPT2MoEForCausalLM, decode_step
 from flash_experts.models.attention_backends import attention_backend
 from flash_experts.models.scoring import evaluating
 
@@ -153,7 +153,7 @@ def test_bfloat16_weights_round_products_alone(kind: str) -> None:
             rows.advance(tokens_B.tolist(), {})
             rows.advance(tokens_B.flip(0).tolist(), {})
             by_dtype.append(rows.logits_BV)
-    assert decode_step_gpt2.activation_dtype(model) == by_dtype[0].dtype == torch.float32
+    assert decode_step.activation_dtype(model) == by_dtype[0].dtype == torch.float32
     rounded, near = by_dtype
     assert 0 < (rounded - near).norm() / near.norm() < 0.1
 
@@ -162,14 +162,14 @@ def test_bfloat16_weights_round_products_alone(kind: str) -> None:
 def test_steps_of_a_plain_gpt2_are_those_of_its_own_forward(kind: str) -> None:
     """A hook is what makes the decoder call the model itself."""
     model = _tiny(kind)
-    assert decode_step_gpt2.supports(model)
+    assert decode_step.supports(model)
     short = _decode(model, range(30), Sampling(temperature=0.9, top_k=20))
     hook = model.transformer.h[1].register_forward_hook(lambda *_: None)
-    assert not decode_step_gpt2.supports(model)
+    assert not decode_step.supports(model)
     by_model = _decode(model, range(30), Sampling(temperature=0.9, top_k=20))
     hook.remove()
     model(torch.tensor([[1, 2]]), output_hidden_states=True)  # transformers leaves hooks of its own, which lie idle
-    assert decode_step_gpt2.supports(model)
+    assert decode_step.supports(model)
     assert [name.ids for name in short] == [name.ids for name in by_model]
     assert [name.log_prob for name in short] == pytest.approx([name.log_prob for name in by_model], abs=1e-4)
 
@@ -177,16 +177,16 @@ def test_steps_of_a_plain_gpt2_are_those_of_its_own_forward(kind: str) -> None:
 def test_what_is_no_plain_gpt2_keeps_its_own_forward(monkeypatch: pytest.MonkeyPatch) -> None:
     model = _tiny("dense")
     with attention_backend("sdpa"):
-        assert not decode_step_gpt2.supports(model)
+        assert not decode_step.supports(model)
     monkeypatch.setenv("FLASH_EXPERTS_ATTENTION", "reference")
-    assert not decode_step_gpt2.supports(model)
+    assert not decode_step.supports(model)
     monkeypatch.delenv("FLASH_EXPERTS_ATTENTION")
-    assert decode_step_gpt2.supports(model)
+    assert decode_step.supports(model)
     projection = model.transformer.h[0].attn.c_attn
     projection.__class__ = type("Adapted", (type(projection),), {})  # as an adapter would take its place
-    assert not decode_step_gpt2.supports(model)
+    assert not decode_step.supports(model)
     config = GPT2MoEConfig(vocab_size=40, n_embd=16, n_layer=2, n_head=2, num_experts=4, routing="expert_choice")
-    assert not decode_step_gpt2.supports(GPT2MoEForCausalLM(config).eval())
+    assert not decode_step.supports(GPT2MoEForCausalLM(config).eval())
 
 
 def test_evaluating_restores_each_modules_mode() -> None:
@@ -243,15 +243,15 @@ def test_rows_of_different_prompts_decode_together(kind: str) -> None:
 def test_steps_of_a_llama_are_those_of_its_own_forward() -> None:
     """A hook is what makes the decoder call the model itself."""
     model = _tiny("llama")
-    assert decode_step_llama.supports(model) and not decode_step_gpt2.supports(model)
-    assert not decode_step_llama.supports(_tiny("mistral"))
+    assert decode_step.supports(model)
+    assert not decode_step.supports(_tiny("mistral"))
     by_steps = _decode(model, range(30), Sampling(temperature=0.9, top_k=20))
     hook = model.model.layers[1].register_forward_hook(lambda *_: None)
-    assert not decode_step_llama.supports(model)
+    assert not decode_step.supports(model)
     by_model = _decode(model, range(30), Sampling(temperature=0.9, top_k=20))
     hook.remove()
     assert [name.ids for name in by_steps] == [name.ids for name in by_model]
     assert [name.log_prob for name in by_steps] == pytest.approx([name.log_prob for name in by_model], abs=1e-4)
     projection = model.model.layers[0].self_attn.q_proj
     projection.__class__ = type("Adapted", (type(projection),), {})  # as an adapter would take its place
-    assert not decode_step_llama.supports(model)
+    assert not decode_step.supports(model)

@@ -20,7 +20,7 @@ from flash_experts.data.tokenizer import load_tokenizer
 from flash_experts.generation import sampled_names
 from flash_experts.generation.filters.base import NameVocabulary
 from flash_experts.models.loading import load_model
-from flash_experts.models.top_logits import TopLogits
+from flash_experts.models.scoring import TopLogits
 
 _TRAIN = [f"{first} {second}" for first in ("Goblin", "Elvish", "Angelic") for second in ("Guide", "Bolt", "Growth")]
 _TYPES = (("Creature",), ("Instant",), ("Artifact", "Creature"))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from flash_experts.kernels import attention_sdpa
+from flash_experts.kernels import attention_libraries
 from flash_experts.kernels.attention_options import AttentionOptions, PackedLengths
 from tests.helpers.attention_cases import Tensors, assert_low_precision_rule, cumulative
 from tests.helpers.attention_oracle import oracle_varlen
@@ -26,7 +26,7 @@ def test_it_is_as_exact_as_pytorch_in_bfloat16() -> None:
     cu = cumulative(LENGTHS)
 
     def attend(qkv: Tensors) -> torch.Tensor:
-        return attention_sdpa.attention_varlen(*qkv, PackedLengths.of(cu, max(LENGTHS)), CAUSAL)[0]
+        return attention_libraries.sdpa_varlen(*qkv, PackedLengths.of(cu, max(LENGTHS)), CAUSAL)[0]
 
     def exact(qkv: Tensors) -> torch.Tensor:
         return oracle_varlen(*qkv, cu, cu, CAUSAL)[0]
@@ -56,5 +56,5 @@ def test_the_fused_kernel_has_the_rest(longest: int, dtype: torch.dtype, needs_g
 
     cu = cumulative(lengths)
     with Watch(), torch.set_grad_enabled(needs_grad):
-        attention_sdpa.attention_varlen(*qkv, PackedLengths.of(cu, longest), CAUSAL)
+        attention_libraries.sdpa_varlen(*qkv, PackedLengths.of(cu, longest), CAUSAL)
     assert bool(calls) == is_fused

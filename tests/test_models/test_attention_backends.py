@@ -12,7 +12,7 @@ import torch
 from transformers import GPT2LMHeadModel
 
 from flash_experts import GPT2MoEConfig, GPT2MoEForCausalLM
-from flash_experts.kernels import attention_packages
+from flash_experts.kernels import attention_libraries
 from flash_experts.kernels.attention_options import AttentionOptions
 from flash_experts.models import attention_backends
 from flash_experts.models.attention_backends import attention, attention_backend, choose
@@ -125,7 +125,7 @@ def test_a_forced_backend_without_support_names_those_with_it(
 def test_a_package_that_is_not_installed_is_named(name: str) -> None:
     version = int(name[-1])
     with pytest.raises(
-        ValueError, match=f"the package that has {attention_packages.MODULES[version]} is not installed"
+        ValueError, match=f"the package that has {attention_libraries.FLASH_ATTN_MODULES[version]} is not installed"
     ):
         choose(name, "cuda", torch.bfloat16)
 

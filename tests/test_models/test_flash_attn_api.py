@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from flash_experts.kernels.attention_options import AttentionOptions, PackedLengths
 from flash_experts.models import flash_attn
 from flash_experts.models.attention_backends import attention_backend
-from flash_experts.models.attention_checks import check_documents, check_qkv, make_options
 from flash_experts.models.flash_attn import (
     flash_attn_func,
     flash_attn_kvpacked_func,
@@ -273,7 +272,7 @@ def test_the_checks_read_no_values() -> None:
     """A tensor on the meta device has none: reading one, which on a GPU would wait for it, raises."""
     q, row = (x.to("meta") for x in (Q, ROW))
     starts = STARTS.to("meta")
-    check_qkv(q, q, q, "", 4)
-    assert check_documents(row, row, PackedLengths(starts, starts.clone(), 6, 6)) == 2
-    options = make_options(q, 2, 0.1, None, True, (3, 3), 1.0, torch.rand(2, 4, device="meta"))
+    flash_attn._check_qkv(q, q, q, "", 4)
+    assert flash_attn._check_documents(row, row, PackedLengths(starts, starts.clone(), 6, 6)) == 2
+    options = flash_attn._make_options(q, 2, 0.1, None, True, (3, 3), 1.0, torch.rand(2, 4, device="meta"))
     assert (options.left, options.right, options.scale) == (3, 0, 0.25)

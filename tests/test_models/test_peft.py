@@ -11,7 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 from flash_experts import GPT2MoEConfig, GPT2MoEForCausalLM
 from flash_experts.evaluation.scorers import parameter_counts
-from flash_experts.models import decode_step_gpt2
+from flash_experts.models import decode_step
 from flash_experts.models.moe_layer import MoELayer
 from flash_experts.models.router import Router
 from flash_experts.models.router_metrics import count_loads, in_use, router_metrics, routers_of, update_router_biases
@@ -107,9 +107,9 @@ def test_the_router_trains_and_is_saved(way: str, routing: str, tmp_path: Path) 
 def test_adapters_of_transformers_itself(way: str) -> None:
     """``add_adapter`` keeps the class of the model; the short way of decoding must see the wrappers all the same."""
     model = make_model().eval()
-    assert decode_step_gpt2.supports(model)
+    assert decode_step.supports(model)
     model.add_adapter(lora(way))
-    assert not decode_step_gpt2.supports(model)
+    assert not decode_step.supports(model)
     assert model.generate(IDS[:1, :5], max_new_tokens=4, do_sample=False, pad_token_id=1).shape == (1, 9)
     model.train()(input_ids=IDS, labels=IDS).loss.backward()
     assert all(weight.grad is not None for name, weight in model.named_parameters() if weight.requires_grad), way

@@ -17,7 +17,7 @@ from flash_experts.data.packing import encode_cards, pack
 from flash_experts.data.prompts import texts_of_cards
 from flash_experts.data.tokenizer import train_tokenizer
 from flash_experts.models.loading import load_model
-from flash_experts.models.top_logits import NameLogits, TopLogits, write_index, write_shard
+from flash_experts.models.scoring import NameLogits, TopLogits, write_index, write_shard
 from flash_experts.models.trimming import trim_tokenizer
 from flash_experts.training import Trainer, TrainingConfig
 from flash_experts.training.batches import NameBatches

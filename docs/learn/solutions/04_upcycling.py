@@ -27,9 +27,9 @@ from chapter_tools import cards, franchise_cards, load_base, table
 
 from flash_experts import GPT2MoEForCausalLM
 from flash_experts.data.packing import encode_cards, pack
-from flash_experts.models.exports.dense import to_dense
 from flash_experts.models.moe_layer import MoELayer
 from flash_experts.models.router_metrics import router_metrics
+from flash_experts.models.upcycling import to_dense
 
 dense, tokenizer = load_base()
 train_cards = cards("train")

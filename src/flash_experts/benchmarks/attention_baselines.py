@@ -15,7 +15,6 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flash_experts.benchmarks.timing import Lap
-from flash_experts.kernels import attention_packages, attention_sdpa, flash_attention_reference
+from flash_experts.kernels import attention_libraries, flash_attention_reference
 from flash_experts.kernels.attention_options import AttentionOptions, PackedLengths
 
 Tensors = tuple[torch.Tensor, ...]
@@ -213,41 +212,38 @@ def _need_gpu(problem: Problem) -> None:
         raise Unavailable("needs a GPU")
 
 
-def _ours(kernel: Any, problem: Problem) -> Trial:
-    """One of our modules with `attention` and `attention_varlen`."""
+def _ours(attention: Callable[..., Any], attention_varlen: Callable[..., Any], problem: Problem) -> Trial:
+    """Functions of `flash_experts.kernels` for a batch and for packed names."""
     if isinstance(problem, PackedProblem):
         lengths = PackedLengths.of(problem.cu_seqlens, problem.longest)
-        return problem.trial(lambda q, k, v: kernel.attention_varlen(q, k, v, lengths, problem.options)[0])
-    return problem.trial(lambda q, k, v: kernel.attention(q, k, v, problem.options)[0])
+        return problem.trial(lambda q, k, v: attention_varlen(q, k, v, lengths, problem.options)[0])
+    return problem.trial(lambda q, k, v: attention(q, k, v, problem.options)[0])
 
 
 def _triton(problem: Problem) -> Trial:
     _need_gpu(problem)
-    from flash_experts.kernels import flash_attention_triton
+    from flash_experts.kernels.flash_attention_triton import attention, attention_varlen
 
-    return _ours(flash_attention_triton, problem)
+    return _ours(attention, attention_varlen, problem)
 
 
 def _reference(problem: Problem) -> Trial:
     if problem.device.type == "cuda":
         raise Unavailable("loops over tiles in Python (reference code): not run on a GPU")
-    return _ours(flash_attention_reference, problem)
+    return _ours(flash_attention_reference.attention, flash_attention_reference.attention_varlen, problem)
 
 
 def _package(version: int, problem: Problem) -> Trial:
     _need_gpu(problem)
-    module = attention_packages.MODULES[version]
+    module = attention_libraries.FLASH_ATTN_MODULES[version]
     try:
         found = importlib.util.find_spec(module)
     except ModuleNotFoundError:
         found = None
     if found is None:
         raise Unavailable(f"the package with {module} is not installed")
-    kernel = SimpleNamespace(
-        attention=partial(attention_packages.attention, version),
-        attention_varlen=partial(attention_packages.attention_varlen, version),
-    )
-    return _ours(kernel, problem)
+    attention = partial(attention_libraries.flash_attn, version)
+    return _ours(attention, partial(attention_libraries.flash_attn_varlen, version), problem)
 
 
 def _sdpa(backend: SDPBackend, problem: Problem) -> Trial:
@@ -360,7 +356,7 @@ def _varlen_attn(problem: Problem) -> Trial:
 
 IMPLEMENTATIONS: dict[str, Callable[[Any], Trial]] = {
     "triton": _triton,
-    "sdpa": partial(_ours, attention_sdpa),
+    "sdpa": partial(_ours, attention_libraries.sdpa, attention_libraries.sdpa_varlen),
     "reference": _reference,
     "sdpa_flash": partial(_sdpa, SDPBackend.FLASH_ATTENTION),
     "sdpa_efficient": partial(_sdpa, SDPBackend.EFFICIENT_ATTENTION),

@@ -43,7 +43,7 @@ def run(args: Namespace) -> None:
 
 
 def _export_hub(args: Namespace) -> None:
-    from flash_experts.models.hub_export import export_for_hub
+    from flash_experts.models.hub import export_for_hub
 
     files = export_for_hub(args.model, Path(args.out), args.overwrite)
     print_result(args, {"out": args.out, "code": files}, f"{args.out}: {args.model} with {', '.join(files)}")
@@ -51,7 +51,7 @@ def _export_hub(args: Namespace) -> None:
 
 def _export_onnx(args: Namespace) -> None:
     require("export onnx", "onnxruntime", "onnx")
-    from flash_experts.models.exports.onnx import export_onnx
+    from flash_experts.models.exports import export_onnx
 
     model, tokenizer = _load(args.model)
     names = _real_names(tokenizer)
@@ -61,7 +61,7 @@ def _export_onnx(args: Namespace) -> None:
 
 def _export_gguf(args: Namespace) -> None:
     require("export gguf", "gguf")
-    from flash_experts.models.exports.gguf import export_gguf
+    from flash_experts.models.exports import export_gguf
 
     model, tokenizer = _load(args.model)
     found = export_gguf(args.model, model, tokenizer, _real_names(tokenizer), Path(args.out))
@@ -70,9 +70,9 @@ def _export_gguf(args: Namespace) -> None:
 
 def _export_dense(args: Namespace) -> None:
     from flash_experts.models.exports import logit_difference
-    from flash_experts.models.exports.dense import to_dense
     from flash_experts.models.moe import GPT2MoEForCausalLM
     from flash_experts.models.saving import write_model
+    from flash_experts.models.upcycling import to_dense
 
     if args.names < 1:
         raise ValueError(f"--names must be 1 or more, not {args.names}")
@@ -142,7 +142,7 @@ def _measured_loads(
     from flash_experts.data.packing import encode_cards, pack_all, split_by_context
     from flash_experts.data.prepare import load_split
     from flash_experts.data.prompts import Attributes
-    from flash_experts.models.exports.dense import measure_loads
+    from flash_experts.models.upcycling import measure_loads
 
     cards, _ = split_by_context(load_split(args.data, "train"), tokenizer, model.config.n_positions)
     cards = random.Random(f"loads/{args.seed}").sample(cards, min(args.names, len(cards)))

@@ -128,7 +128,7 @@ def _run_for_cards(args: Namespace) -> None:
     from flash_experts import NameGenerator
     from flash_experts.data.prepare import load_known_names, load_split
     from flash_experts.generation.sampled_names import SampledNames, write_sampled_names
-    from flash_experts.models.folder_checks import weights_sha256
+    from flash_experts.models.loading import weights_sha256
 
     sampling = _request_of(args).sampling()
     request = SampledNames(

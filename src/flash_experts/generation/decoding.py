@@ -17,7 +17,7 @@ from transformers import DynamicCache, LogitsProcessor, PreTrainedModel, Repetit
 from flash_experts.generation.filters.base import AllOf, NameFilter
 from flash_experts.generation.request import Sampling
 from flash_experts.generation.sampling import draw, noise
-from flash_experts.models import decode_step_gpt2, decode_step_llama
+from flash_experts.models import decode_step
 from flash_experts.models.ring_cache import RingCache
 
 _COMPUTED_AHEAD = 128  # prompts computed together where each name has its own: full matmuls within little memory
@@ -40,7 +40,7 @@ class Prompts:
         self.longest = max(map(len, ids))
         self._ids = ids
         self._computed: dict[tuple[int, ...], Prompt] = {}
-        self._steps = next((steps for steps in (decode_step_gpt2, decode_step_llama) if steps.supports(model)), None)
+        self._is_fast = decode_step.supports(model)
 
     def of(self, name: int) -> Prompt:
         """The prompt of a name; names must come in order, since earlier prompts are dropped."""
@@ -58,8 +58,8 @@ class Prompts:
 
     def next_logits(self, tokens_B: torch.Tensor, cache: RingCache) -> torch.Tensor:
         """(B, V) float32 logits after one more token of each row."""
-        if self._steps is not None:
-            return self._steps.next_logits(self.model, tokens_B, cache)
+        if self._is_fast:
+            return decode_step.next_logits(self.model, tokens_B, cache)
         mask_BK, positions_B1 = cache.step(tokens_B.device)
         out = self.model(
             tokens_B[:, None],
@@ -80,8 +80,8 @@ class Prompts:
         out = self.model(ids_BT, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1)
         first_BV = out.logits[:, -1].float()
         layer: Any
-        if self._steps is not None:
-            dtype = self._steps.activation_dtype(self.model)
+        if self._is_fast:
+            dtype = decode_step.activation_dtype(self.model)
             for layer in cache.layers:
                 layer.keys, layer.values = layer.keys.to(dtype), layer.values.to(dtype)
         prompts = []

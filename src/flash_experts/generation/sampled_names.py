@@ -31,8 +31,7 @@ from flash_experts.generation.generator import NameGenerator
 from flash_experts.generation.request import Sampling
 from flash_experts.generation.sampling import stream_seed
 from flash_experts.generation.text_rules import BAD_MARKS, CARD_ALPHABET
-from flash_experts.models.scoring import evaluating
-from flash_experts.models.top_logits import INDEX, SUFFIX, NameLogits, write_index, write_shard
+from flash_experts.models.scoring import INDEX, SUFFIX, NameLogits, evaluating, write_index, write_shard
 
 _PIECE = 2048  # names between two saves
 _ATTEMPTS = 4  # for each attribute set

@@ -1,1 +1,1 @@
-"""Kernels for attention and experts, on CPUs and GPUs, tested against plain references."""
+"""Kernels for attention and experts, on CPUs and GPUs."""

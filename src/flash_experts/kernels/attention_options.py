@@ -3,6 +3,9 @@
 Query i attends to one range of keys, aligned to the bottom right by ``offset = S_k - S_q``:
 
     i + offset - left  <=  j  <=  i + offset + right,        0 <= j < S_k
+
+Shape suffixes of attention: B sequences, S length, H query heads, G key/value heads (query head h uses h // R), R = H /
+G, C head dim, T tokens of a packed sequence, N documents in it, M length of the longest.
 """
 
 from __future__ import annotations
@@ -15,25 +18,14 @@ import torch
 
 @dataclass(frozen=True, slots=True)
 class AttentionOptions:
-    """Options of one attention call.
-
-    Attributes:
-        scale: factor of the scores q . k, usually 1 / sqrt(head_dim).
-        left: sliding window to the left; -1 is unlimited.
-        right: likewise to the right; 0 is causal.
-        softcap: scores become ``softcap * tanh(score / softcap)``; 0 is off (Gemma 2).
-        alibi_slopes: (H,) or (B, H) float32; scores get ``-slope * |i + offset - j|`` (Press et al. 2021).
-        dropout: probability that a weight is dropped after the softmax.
-        seed: (1,) int64 on the inputs' device; dropout is a pure function of (seed, b * H + h, i, j), which the
-            backward replays. None without dropout.
-    """
-
-    scale: float
-    left: int = -1
-    right: int = -1
-    softcap: float = 0.0
+    scale: float  # factor of the scores q . k, usually 1 / sqrt(head_dim)
+    left: int = -1  # sliding window to the left; -1 is unlimited
+    right: int = -1  # likewise to the right; 0 is causal
+    softcap: float = 0.0  # scores become softcap * tanh(score / softcap); 0 is off (Gemma 2)
+    # (H,) or (B, H) float32; scores get -slope * |i + offset - j| (Press et al. 2021).
     alibi_slopes: torch.Tensor | None = None
-    dropout: float = 0.0
+    dropout: float = 0.0  # probability that a weight is dropped after the softmax
+    # (1,) int64 on the inputs' device. Dropout is a pure function of (seed, b * H + h, i, j): the backward replays it.
     seed: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
@@ -49,18 +41,11 @@ class AttentionOptions:
 
 
 class PackedLengths(NamedTuple):
-    """The N documents of a packed (variable length) batch.
+    """The N documents of a packed (variable length) batch."""
 
-    Attributes:
-        cu_seqlens_q: (N + 1,) int32 start of each document among the queries, and their number.
-        cu_seqlens_k: likewise for the keys. Passing the same tensor for equal lengths is faster.
-        max_seqlen_q: length of the longest document, in queries.
-        max_seqlen_k: likewise, in keys.
-    """
-
-    cu_seqlens_q: torch.Tensor
-    cu_seqlens_k: torch.Tensor
-    max_seqlen_q: int
+    cu_seqlens_q: torch.Tensor  # (N + 1,) int32 start of each document among the queries, and their number
+    cu_seqlens_k: torch.Tensor  # likewise for the keys; the same tensor for equal lengths is faster
+    max_seqlen_q: int  # length of the longest document, in queries
     max_seqlen_k: int
 
     @classmethod

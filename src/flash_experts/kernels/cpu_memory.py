@@ -1,9 +1,7 @@
 """malloc settings on Linux that keep freed memory in the process for the next training step.
 
 glibc returns large blocks to the system, and Linux clears their pages at the next step, which is slow for the large
-gradients of experts. So our commands and the first training forward of experts on a CPU call `keep_freed_memory`;
-``FLASH_EXPERTS_KEEP_MEMORY=0`` turns it off. Our commands also ask for transparent huge pages of 2 MB
-(``THP_MEM_ALLOC_ENABLE=1``, which PyTorch reads at its first tensor).
+gradients of experts.
 """
 
 from __future__ import annotations
@@ -15,21 +13,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 
-ENVIRONMENT_VARIABLE = "FLASH_EXPERTS_KEEP_MEMORY"
+ENVIRONMENT_VARIABLE = "FLASH_EXPERTS_KEEP_MEMORY"  # 0 turns it off
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4  # of glibc's malloc.h
 _MOST_KEPT = 2**31 - 2**12
 _MMAP_THRESHOLD, _MMAP_MAX = 2**25, 2**16  # what glibc's dynamic rules reach in a process with large blocks
 
 
 def keep_freed_memory() -> bool:
-    """Makes the process keep freed memory, at the same peak. False if not supported, or turned off."""
+    """Returns False if it is not supported, or turned off."""
     return os.environ.get(ENVIRONMENT_VARIABLE) != "0" and _set(0, _MOST_KEPT)
 
 
-@cache
-def keep_freed_memory_once() -> bool:
-    """`keep_freed_memory` at the first call only."""
-    return keep_freed_memory()
+keep_freed_memory_once = cache(keep_freed_memory)
 
 
 @contextmanager

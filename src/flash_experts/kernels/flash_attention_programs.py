@@ -1,18 +1,16 @@
 """Flash attention in Triton: the forward kernel.
 
-A program instance computes BLOCK_M queries of one head. It iterates over the visible keys, BLOCK_N at a time, with the
-online softmax (Dao 2022, algorithm 1; Dao 2023, section 3.1). The (S_q, S_k) scores stay in SRAM; only the log-sum-exp
-of each query is kept for the backward.
+A program instance iterates over the keys that its queries see with the online softmax (Dao 2022, algorithm 1; Dao
+2023, section 3.1). The (S_q, S_k) scores stay in SRAM; only each query's log-sum-exp is kept for the backward.
 
-Each query sees one range of keys, [low, high) (`AttentionOptions`), which moves right from query to query. So the keys
-of a tile fall into a masked left edge, fully visible tiles that need no mask, and a masked right edge.
+Each query sees one range of keys, [low, high), which moves right from query to query. So the keys of a tile fall into
+a masked left edge, fully visible tiles that need no mask, and a masked right edge.
 
 Three layouts share the kernels:
 
 - dense: (B, S, H, C), sequences of equal length, or with keys cut to ``K_LENGTHS``;
-- ragged: all documents in one (T, H, C); a program instance works within one of them (``CU_Q``, ``CU_K``);
-- packed: the same, with queries and keys of the same documents and tiles that span many short ones; each query sees its
-  own (``DOC``).
+- ragged: documents in one (T, H, C), each with program instances of its own (``CU_Q``, ``CU_K``);
+- packed: the same for self-attention, with tiles that span many short documents (``DOC``).
 
 Shape suffixes: M queries of a tile, N keys of a tile, C head dim (BLOCK_C: the next power of two).
 Scores are in units of log 2, since the hardware has exp2.

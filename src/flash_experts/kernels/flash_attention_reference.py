@@ -63,19 +63,16 @@ class _Mask:
         return self.num_keys - self.num_queries
 
     def keys_seen(self, queries: range) -> range:
-        """The keys that any of these queries sees."""
         first = max(0, queries.start + self.offset - self.left)
         last = min(self.num_keys - 1, queries.stop - 1 + self.offset + self.right)
         return range(int(first), int(last) + 1)
 
     def queries_seeing(self, keys: range) -> range:
-        """The queries that see any of these keys."""
         first = max(0, keys.start - self.offset - self.right)
         last = min(self.num_queries - 1, keys.stop - 1 - self.offset + self.left)
         return range(int(first), int(last) + 1)
 
     def is_full(self, queries: range, keys: range) -> bool:
-        """Whether all these queries see all these keys."""
         sees_first = keys.start >= queries.stop - 1 + self.offset - self.left
         sees_last = keys.stop - 1 <= queries.start + self.offset + self.right
         return sees_first and sees_last
@@ -87,8 +84,6 @@ def _tiles(positions: range, size: int) -> Iterator[range]:
 
 
 class _Scores:
-    """Computes tiles of scores of one part."""
-
     def __init__(self, part: _Part, options: AttentionOptions, heads: int, groups: int):
         self.part, self.options, self.heads, self.groups = part, options, heads, groups
         self.mask = _Mask.of(part, options)
@@ -258,16 +253,11 @@ def attention(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of a batch, differentiable once in q, k and v; every option on every device.
 
-    Args:
-        q_BSHC: any float dtype and strides.
-        k_BSGC: query head h uses key/value head h // (H / G).
-        k_lengths_B: int32 number of keys in use per sequence, read on the host; the rest of the KV cache is ignored.
-        block_q: M, queries of a tile.
-        block_k: N, keys of a tile.
+    ``k_lengths_B`` is the int32 number of keys in use per sequence, read on the host; ``block_q`` and ``block_k`` are M
+    and N.
 
     Returns:
-        (B, S_q, H, C) in the dtype of q, and the log-sum-exp (B, H, S_q) float32 (float64 for float64 input), without
-        gradient. A fully masked query gets 0 and -inf.
+        (B, S_q, H, C) and the log-sum-exp (B, H, S_q), without gradient. A fully masked query gets 0 and -inf.
     """
     (B, S_q), S_k = q_BSHC.shape[:2], k_BSGC.shape[1]
     parts = [_Part(slice(0, B), slice(0, S_q), slice(0, S_k), 0)]
@@ -343,8 +333,8 @@ def dropout_keep_mask(
 ) -> torch.Tensor:
     """Dropout mask of attention weights, (B, H, M, N) bool, true where a weight is kept, with probability 1 - p.
 
-    ``seed`` is (1,) int64. ``batch`` numbers the sequences, or documents of a packed sequence; ``rows`` and ``cols``
-    are positions of queries and keys within their sequence. An int n is ``range(n)``.
+    ``seed`` is (1,) int64; ``batch`` numbers the sequences or packed documents, ``rows`` and ``cols`` their queries and
+    keys. An int n is ``range(n)``.
     """
     sequence_B, row_M, col_N = (_numbers(numbers, seed.device) for numbers in (batch, rows, cols))
     head_BH = sequence_B[:, None] * heads + torch.arange(heads, device=seed.device)

@@ -1,12 +1,8 @@
 """Flash attention on a GPU: launch, autotuning and PyTorch operators of our Triton kernels.
 
-The kernels are in `flash_attention_programs` (forward) and `flash_attention_backward`. The custom operators
-``flash_experts::attention_forward`` and ``_backward`` support autograd and ``torch.compile``.
-
-Tile sizes are autotuned at the first call for each head dim, length bucket, dtype and kind of mask, and cached on disk.
-``TRITON_INTERPRET=1`` runs the kernels on a CPU, for tests only.
-
-Shape suffixes: B batch, S length, H query heads, G key/value heads, C head dim, T tokens of all documents.
+The custom operators ``flash_experts::attention_forward`` and ``_backward`` support autograd and ``torch.compile``. Tile
+sizes are autotuned at the first call for each head dim, length bucket, dtype and kind of mask, and cached on disk.
+``TRITON_INTERPRET=1`` runs the kernels on a CPU, for tests only. Shape suffixes as in `attention_options`.
 """
 
 from __future__ import annotations
@@ -23,12 +19,11 @@ from flash_experts.kernels.flash_attention_backward import delta_kernel, keys_ke
 from flash_experts.kernels.flash_attention_programs import forward_kernel
 
 INTERPRETED: bool = triton.knobs.runtime.interpret
-
-
+PACKED_UP_TO = 512  # documents up to this length share tiles (packed layout); longer ones fill tiles of their own
 _SHARED_MEMORY = 227 * 1024  # bytes per thread block on a Hopper GPU; with less, such settings fail to compile
-
-
 _SHORTEST_BUCKET, _LONGEST_BUCKET = 64, 8192
+_MIN_HEAD_DIM = 16
+_NO_LIMIT = 2**30
 
 
 def length_bucket(length: int) -> int:
@@ -39,13 +34,7 @@ def length_bucket(length: int) -> int:
 def fitting(kernel: str, configs: list[Any], block_c: int, element_size: int) -> list[Any]:
     """The settings worth tuning: tiles fit in shared memory, accumulators in registers. The smallest if none fits.
 
-    On Hopper, accumulators of up to 128 values per thread in the forward and 160 in the backward hardly spill
-    (scripts/hopper_report.py).
-
-    Args:
-        kernel: "forward", "keys" or "queries".
-        block_c: head dim, rounded up to a power of two.
-        element_size: bytes of an element of q, k and v.
+    ``kernel`` is "forward", "keys" or "queries"; ``block_c`` the head dim, rounded up to a power of two.
     """
 
     def shared_memory(config: Any) -> int:
@@ -57,6 +46,7 @@ def fitting(kernel: str, configs: list[Any], block_c: int, element_size: int) ->
         values = {"forward": m * (block_c + n), "keys": 2 * n * (block_c + m), "queries": m * (block_c + 2 * n)}
         return values[kernel] // (32 * config.num_warps)
 
+    # On Hopper, accumulators of up to so many values per thread hardly spill (scripts/hopper_report.py).
     limit = 128 if kernel == "forward" else 160
     fit = [config for config in configs if per_thread(config) <= limit and shared_memory(config) <= _SHARED_MEMORY]
     return fit or [min(configs, key=per_thread)]
@@ -87,8 +77,6 @@ FORWARD = _tuned(
         (32, 32, 4, 2),
     ],
 )  # fmt: skip
-
-
 KEYS = _tuned(
     "keys",
     keys_kernel,
@@ -97,8 +85,6 @@ KEYS = _tuned(
         (64, 64, 4, 2), (64, 64, 4, 3), (32, 64, 4, 2), (32, 64, 4, 3), (32, 32, 4, 2),
     ],
 )  # fmt: skip
-
-
 QUERIES = _tuned(
     "queries",
     queries_kernel,
@@ -107,24 +93,12 @@ QUERIES = _tuned(
         (64, 64, 4, 3), (64, 32, 4, 3), (32, 32, 4, 2),
     ],
 )  # fmt: skip
-
-
 DELTA = triton.autotune([triton.Config({"BLOCK_M": 64})], key=[])(delta_kernel)
-
-
-_MIN_HEAD_DIM = 16
-
-
-# Documents up to this length share tiles (packed layout). Longer ones fill tiles of their own.
-PACKED_UP_TO = 512
-
-
-_NO_LIMIT = 2**30
 
 
 @dataclass(frozen=True, slots=True)
 class _Problem:
-    """One call, in the order of the kernels' arguments."""
+    """One call, in the order of the operators' arguments."""
 
     q: torch.Tensor
     k: torch.Tensor
@@ -159,10 +133,6 @@ class _Problem:
     def heads(self) -> int:
         return self.q.shape[-2]
 
-    @property
-    def kv_heads(self) -> int:
-        return self.k.shape[-2]
-
     def empty_lse(self) -> torch.Tensor:
         shape = (self.q.shape[0], self.heads, self.q.shape[1]) if self.cu_q is None else (self.heads, self.q.shape[0])
         return self.q.new_empty(shape, dtype=torch.float32)
@@ -179,7 +149,7 @@ class _Problem:
     def numbers(self) -> tuple[Any, ...]:
         left, right = (_NO_LIMIT if limit < 0 else limit for limit in (self.left, self.right))
         bucket = length_bucket(max(self.max_q, self.max_k))
-        sizes = (*self.lengths, self.heads, self.heads // self.kv_heads)
+        sizes = (*self.lengths, self.heads, self.heads // self.k.shape[-2])
         slope_stride = self.slopes.stride(0) if self.slopes is not None and self.slopes.ndim == 2 else 0
         return (slope_stride, *sizes, self.scale, self.softcap, left, right, self.dropout, bucket)
 
@@ -257,7 +227,7 @@ def _attention_backward(
     """(dq, dk, dv)."""
     problem = _Problem(*arguments)
     q, k, v, heads = problem.q, problem.k, problem.v, problem.heads
-    dout = dout if dout.stride(-1) == 1 else dout.contiguous()
+    dout = _with_dense_rows(dout)
     delta = _delta(out, dout, lse)
     all_are_written = problem.packed or (problem.cu_q is None and problem.k_lengths is None)
     make = torch.empty_like if all_are_written else torch.zeros_like
@@ -265,7 +235,7 @@ def _attention_backward(
     tables, numbers, lse_strides = problem.tables(), problem.numbers(), _lse_strides(lse)
     strides = (*_row_strides(q), *_row_strides(k), *_row_strides(v), *_row_strides(dout))
     _launch(
-        KEYS, "BLOCK_N", problem.lengths[1], problem.batch * problem.kv_heads,
+        KEYS, "BLOCK_N", problem.lengths[1], problem.batch * k.shape[-2],
         q, k, v, dout, lse, delta, dk, dv, *tables, *strides, *_row_strides(dk), *lse_strides, *numbers,
         **problem.flags(left_edge=problem.right >= 0),
     )  # fmt: skip
@@ -318,10 +288,7 @@ def attention(
     options: AttentionOptions,
     k_lengths_B: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `flash_attention_reference.attention`, for float16, bfloat16 or float32 and C from 16 to 256.
-
-    The output is contiguous, the log-sum-exp float32. With ``k_lengths_B`` the queries stand at the last keys in use.
-    """
+    """As `flash_attention_reference.attention`, for float16, bfloat16 or float32 and C from 16 to 256."""
     if flash_decode_triton.suits(q_BSHC, k_BSGC, v_BSGC, options):
         return flash_decode_triton.decode(q_BSHC, k_BSGC, v_BSGC, options, k_lengths_B)
     q, k, v = map(_with_dense_rows, (q_BSHC, k_BSGC, v_BSGC))

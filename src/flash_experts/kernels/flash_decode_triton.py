@@ -1,11 +1,9 @@
 """Flash decoding in Triton (split-KV): a few queries against a long KV cache (Dao et al. 2023, "Flash-Decoding").
 
-One program instance per head would leave most of a GPU idle. So `decode_kernel` attends to one share of the keys, and
-`combine_kernel` merges the shares by their log-sum-exps. The query heads of a key/value head share a tile, so that the
-cache is read once.
+One program instance per head would leave most of a GPU idle. So `decode_kernel` attends to a share of the keys, and
+`combine_kernel` merges the shares. The query heads of a key/value head share a tile, so that the cache is read once.
 
-Shape suffixes: B batch, S length, H query heads, G key/value heads, C head dim, P splits; R rows of a tile (the H / G
-heads of all queries); N keys of a tile.
+Shape suffixes as in `attention_options`, but P splits, R rows of a tile (H / G heads of all queries), N keys of a tile.
 """
 
 from __future__ import annotations
@@ -33,7 +31,7 @@ def decode_kernel(
     C: tl.constexpr, BLOCK_C: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Attention over one share of the keys: OUT (B, G, P, R, C), LSE (B, G, P, R), float32. Grid: (P, B * G)."""
+    """OUT (B, G, P, R, C) and LSE (B, G, P, R), float32, of one share of the keys. Grid: (P, B * G)."""
     b, g = tl.program_id(1) // (H // GROUP), tl.program_id(1) % (H // GROUP)
     split, splits = tl.program_id(0), tl.num_programs(0)
     num_k = S_k
@@ -161,7 +159,7 @@ def decode(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As `flash_attention_triton.attention`, for few queries (S_q * H / G up to `MAX_ROWS`), forward only.
 
-    ``splits`` is the number of shares; None gives every multiprocessor two program instances.
+    ``splits`` None gives every multiprocessor two program instances.
     """
     assert options.dropout == 0, "decoding has no dropout"
     if splits is None:

@@ -1,9 +1,9 @@
 """Grouped GEMM in Triton: the matmuls of the experts, rows sorted by expert, each group times its expert's matrix.
 
-Passes over HBM are fused into the matmuls: the first gathers the tokens and applies bias and activation to its tile,
-the second applies the gates and scatters back to token order; likewise in the backward. The number of rows per expert
-stays on the GPU: the grid covers the largest possible number of tiles, and a program instance finds its expert by
-counting (MegaBlocks, Gale et al. 2022; ScatterMoE, Tan et al. 2024).
+Passes over HBM are fused into the matmuls: the first gathers the tokens and applies bias and activation, the second
+applies the gates and scatters back to token order. The number of rows per expert stays on the GPU: the grid covers the
+largest possible number of tiles, and a program instance finds its expert by counting (MegaBlocks, Gale et al. 2022;
+ScatterMoE, Tan et al. 2024).
 
 Shape suffixes: T tokens, K experts per token, S = T * K pairs of them sorted by expert, E experts, D width,
 F hidden units of an expert; a tile has M rows, N columns and the inner dimension I.
@@ -57,10 +57,8 @@ def activated(x, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def place_of(pid, OFFSETS, E, num_n, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr):
-    """Expert (E if there is no work), first row, end of the expert's rows and column tile of a program instance.
-
-    Consecutive instances share an expert's columns, so its weights come from the L2 cache.
-    """
+    """Expert (E if there is no work), first row, end of the expert's rows and column tile of a program instance."""
+    # Consecutive instances share an expert's columns, so its weights come from the L2 cache.
     e_E = tl.arange(0, BLOCK_E)
     start_E = tl.load(OFFSETS + e_E, mask=e_E < E, other=0)
     end_E = tl.load(OFFSETS + e_E + 1, mask=e_E < E, other=0)
@@ -160,10 +158,7 @@ def hidden_gradient_kernel(
     ACTIVATION: tl.constexpr, BLOCK_E: tl.constexpr, EVEN: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_I: tl.constexpr,
 ):  # fmt: skip
-    """From DOUT[token] @ W[e]^T: DHIDDEN, GATED_ACT (for the weight gradients), and DGATE.
-
-    DGATE (F tiles, S) float32 is each tile's share of the gates' gradient.
-    """
+    """From DOUT[token] @ W[e]^T: DHIDDEN, GATED_ACT (for the weight gradients) and DGATE (F tiles, S), tile by tile."""
     e, row, end, n = place_of(tl.program_id(0), OFFSETS, E, tl.cdiv(size_n, BLOCK_N), BLOCK_E, BLOCK_M)
     if e >= E:
         return
@@ -194,8 +189,7 @@ def weight_gradient_kernel(
 ):  # fmt: skip
     """DW[e] (size_a, size_b) = A[rows]^T @ B[rows] over the expert's rows, and DBIAS[e], the sum of these rows of B.
 
-    GATHER_B: B is indexed by token and, for the bias, multiplied by the gate (for the matrix, A includes it).
-    Grid: (tiles of size_a * tiles of size_b, E).
+    GATHER_B: B is indexed by token and, for the bias, multiplied by the gate (which A includes).
     """
     e = tl.program_id(1)
     num_b = tl.cdiv(size_b, BLOCK_N)

@@ -1,8 +1,7 @@
 """All experts' two-layer MLPs over their tokens, as one differentiable operation for GPUs (grouped GEMM).
 
-The function and shape suffixes of `flash_experts.kernels.grouped_mlp`, on the kernels of `grouped_gemm_triton`. There
-is no host synchronisation, so CUDA graphs can capture it, and as a custom operator (``flash_experts::grouped_mlp``) no
-graph break. The backward recomputes the activation.
+The function and shape suffixes of `flash_experts.kernels.cpu`, on the kernels of `grouped_gemm_triton`, without a host
+synchronisation (CUDA graphs can capture it) or a graph break. The backward recomputes the activation.
 """
 
 from __future__ import annotations
@@ -63,7 +62,7 @@ def _rows_bucket(rows: int) -> int:
 
 
 def _launch_rows(kernel: Any, x: torch.Tensor, w_EIN: torch.Tensor, rows: int, *tensors: Any, **flags: Any) -> None:
-    """Launches over tiles of rows; ``tensors`` are the first arguments, up to E."""
+    """``tensors`` are the kernel's first arguments, up to E."""
     E, size_i, size_n = w_EIN.shape
 
     def grid(meta: dict[str, Any]) -> tuple[int]:  # each expert's last tile may be partial
@@ -97,7 +96,7 @@ def _forward(
     activation: int,
     keep: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """out (T, D), hidden (S, F) if ``keep`` else empty, pairs (S,), their tokens (S,), experts' starts (E + 1,)."""
+    """Output, hidden (S, F) if ``keep`` else empty, and `_sorted_pairs`."""
     (T, K), (E, D, F) = experts.shape, up.shape
     pair, token, starts = _sorted_pairs(experts, E)
     act = x.new_empty(T * K, F)
@@ -118,7 +117,6 @@ def _(x: torch.Tensor, experts: torch.Tensor, gates: torch.Tensor, up: torch.Ten
 
 
 def _over_experts(pairs_PD: torch.Tensor, K: int) -> torch.Tensor:
-    """Sums (T, D) of (T * K, D) in token order."""
     return pairs_PD if K == 1 else pairs_PD.view(-1, K, pairs_PD.shape[1]).sum(1)
 
 
@@ -227,10 +225,9 @@ def grouped_mlp(
     down_bias_ED: torch.Tensor,
     activation: str,
 ) -> torch.Tensor:
-    """``sum_k gates[t, k] * MLP_{experts[t, k]}(x[t])``, (T, D), differentiable in every float input.
+    """As `flash_experts.kernels.cpu.grouped_mlp`, but expert E stands for none, and ``activation`` is in `ACTIVATIONS`.
 
-    Arguments as in `flash_experts.kernels.grouped_mlp`, but expert E stands for none, and ``activation`` is one of
-    `ACTIVATIONS`. All floats have one dtype, float16, bfloat16 or float32; matmuls accumulate in float32.
+    Floats are float16, bfloat16 or float32; matmuls accumulate in float32.
     """
     inputs = (x_TD, gates_TK, up_EDF, up_bias_EF, down_EFD, down_bias_ED)
     keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)

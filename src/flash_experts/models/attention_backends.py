@@ -1,15 +1,14 @@
 """Attention backends: a registry, and the choice of a kernel for each call, logged once with its reason.
 
-    reference            flash attention in plain PyTorch, for reading; every option, any device
-    triton               our kernel for GPUs
-    sdpa                 PyTorch's scaled_dot_product_attention
-    flash_attention_2, flash_attention_3, flash_attention_4       Dao-AILab's packages, where installed
-    auto                 the first of `preferences` that supports the call
+    reference              flash attention in plain PyTorch, for reading; every option, any device
+    triton                 our kernel for GPUs
+    sdpa                   PyTorch's scaled_dot_product_attention
+    flash_attention_2/3/4  Dao-AILab's packages, where installed
+    auto                   the first of `preferences` that supports the call
 
 `attention_backend` overrides ``FLASH_EXPERTS_ATTENTION``, which overrides ``config.attention_backend``.
 
-Shape suffixes: B sequences, S length, H query heads, G key/value heads (query head h uses h // (H / G)), C head dim, T
-tokens of a packed sequence, N documents in it.
+Shape suffixes as in `flash_experts.kernels.attention_options`.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from functools import lru_cache
 
 import torch
 
-from flash_experts.kernels import attention_packages, attention_sdpa, flash_attention_reference
+from flash_experts.kernels import attention_libraries, flash_attention_reference
 from flash_experts.kernels.attention_options import AttentionOptions, PackedLengths
 from flash_experts.plain_text import nearest
 
@@ -40,15 +39,12 @@ _ODD_SCALE = "scales of zero and below"
 
 @dataclass(frozen=True, slots=True)
 class Backend:
-    """What one kernel supports.
-
-    ``lacks`` names features as `_requested_features` does; ``devices`` None is any; ``package`` must be installed.
-    """
+    """What one kernel supports."""
 
     dtypes: frozenset[torch.dtype]
-    lacks: frozenset[str]
-    devices: frozenset[str] | None = None
-    package: str | None = None
+    lacks: frozenset[str]  # features, as `_requested_features` names them
+    devices: frozenset[str] | None = None  # None is any
+    package: str | None = None  # must be installed
 
     def obstacle(self, device_type: str, dtype: torch.dtype, features: tuple[str, ...]) -> str | None:
         """Why the backend does not support a call; None if it does."""
@@ -83,7 +79,9 @@ def _is_installed(module: str) -> bool:
 
 def _package(version: int, *lacks: str) -> Backend:
     common = {"key lengths", _PADDING_MASK, _ODD_SCALE, "head dims that are not a multiple of 8", "head dims over 256"}
-    return Backend(_HALF, frozenset(lacks) | common, frozenset({"cuda"}), attention_packages.MODULES[version])
+    return Backend(
+        _HALF, frozenset(lacks) | common, frozenset({"cuda"}), attention_libraries.FLASH_ATTN_MODULES[version]
+    )
 
 
 _SINGLE = _HALF | {torch.float32}
@@ -108,17 +106,15 @@ NAMES = (*BACKENDS, "auto")
 
 
 def preferences(device_type: str, dtype: torch.dtype, packed: bool = False) -> tuple[str, ...]:
-    """The order in which ``auto`` tries the backends.
-
-    On a GPU our kernel is first for packed sequences, where SDPA would compute padding.
-    """
+    """The order in which ``auto`` tries the backends."""
     if device_type != "cuda":
         return "sdpa", "reference"
+    # Our kernel is first for packed sequences, where SDPA would compute padding.
     return ("triton", "sdpa", "reference") if packed and dtype in _HALF else ("sdpa", "triton", "reference")
 
 
 def check_name(name: str, source: str) -> str:
-    """Returns a known backend name; a ValueError for an unknown one has the source and the nearest name."""
+    """Returns a known backend name; ValueError for an unknown one, from ``source``."""
     if name in NAMES:
         return name
     near = nearest(name, NAMES, cutoff=0.4)
@@ -128,7 +124,7 @@ def check_name(name: str, source: str) -> str:
 
 @contextmanager
 def attention_backend(name: str) -> Iterator[None]:
-    """Forces a backend within this context; ``auto`` undoes an outer one. ValueError for an unknown name."""
+    """Forces a backend within this context; ``auto`` undoes an outer one."""
     token = _forced.set(check_name(name, "attention_backend"))
     try:
         yield
@@ -144,11 +140,7 @@ def forced_backend() -> str | None:
 def choose(
     config_backend: str, device_type: str, dtype: torch.dtype, features: tuple[str, ...] = (), packed: bool = False
 ) -> str:
-    """The name of the backend for a call with these `_requested_features`.
-
-    Raises:
-        ValueError: an unknown name, or a forced backend that does not support the call.
-    """
+    """The backend for a call with these `_requested_features`; ValueError if a forced one does not support it."""
     name, source = _forced.get(), "attention_backend()"
     if name is None:
         name, source = os.environ.get(ENVIRONMENT_VARIABLE), ENVIRONMENT_VARIABLE
@@ -189,9 +181,9 @@ def _listed(words: Iterable[str]) -> str:
 def _requested_features(
     q: torch.Tensor, options: AttentionOptions, has_lengths: bool, needs_lse: bool, deterministic: bool
 ) -> tuple[str, ...]:
-    """What a call needs beyond plain attention. Comparisons only, which torch.compile folds."""
+    """What a call needs beyond plain attention."""
     head_dim = q.shape[-1]
-    features = (
+    features = (  # comparisons only, which torch.compile folds
         ("head dims under 16", head_dim < 16),
         ("head dims over 128", head_dim > 128),
         ("head dims over 256", head_dim > 256),
@@ -222,18 +214,13 @@ def attention(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attention of a batch by the chosen backend, differentiable in q, k and v.
 
-    ``k_lengths_B`` is the int32 number of keys in use per sequence.
-
-    Returns:
-        (B, S_q, H, C) in the dtype of q; the log-sum-exp (B, H, S_q) if ``needs_lse``, else possibly None.
-
-    Raises:
-        ValueError: as `choose`.
+    ``k_lengths_B`` is the int32 number of keys in use per sequence. Returns (B, S_q, H, C), and the log-sum-exp
+    (B, H, S_q) if ``needs_lse``.
     """
     features = _requested_features(q_BSHC, options, k_lengths_B is not None, needs_lse, deterministic)
     name = choose(backend, q_BSHC.device.type, q_BSHC.dtype, features)
     if name == "sdpa":
-        return attention_sdpa.attention(q_BSHC, k_BSGC, v_BSGC, options, k_lengths_B)
+        return attention_libraries.sdpa(q_BSHC, k_BSGC, v_BSGC, options, k_lengths_B)
     if name == "triton":
         from flash_experts.kernels import flash_attention_triton
 
@@ -241,7 +228,7 @@ def attention(
     if name == "reference":
         return flash_attention_reference.attention(q_BSHC, k_BSGC, v_BSGC, options, k_lengths_B)
     version = int(name.removeprefix("flash_attention_"))
-    return attention_packages.attention(version, q_BSHC, k_BSGC, v_BSGC, options, needs_lse, deterministic)
+    return attention_libraries.flash_attn(version, q_BSHC, k_BSGC, v_BSGC, options, needs_lse, deterministic)
 
 
 def attention_varlen(
@@ -255,12 +242,12 @@ def attention_varlen(
     needs_lse: bool = False,
     deterministic: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """`attention` of packed documents, each of which attends to itself only; the log-sum-exp is (H, T_q)."""
+    """`attention` of packed documents; the log-sum-exp is (H, T_q)."""
     features = _requested_features(q_THC, options, False, needs_lse, deterministic)
     name = choose(backend, q_THC.device.type, q_THC.dtype, features, packed=True)
     packed = (q_THC, k_TGC, v_TGC, lengths, options)
     if name == "sdpa":
-        return attention_sdpa.attention_varlen(*packed)
+        return attention_libraries.sdpa_varlen(*packed)
     if name == "triton":
         from flash_experts.kernels import flash_attention_triton
 
@@ -268,7 +255,7 @@ def attention_varlen(
     if name == "reference":
         return flash_attention_reference.attention_varlen(*packed)
     version = int(name.removeprefix("flash_attention_"))
-    return attention_packages.attention_varlen(version, *packed, needs_lse, deterministic)
+    return attention_libraries.flash_attn_varlen(version, *packed, needs_lse, deterministic)
 
 
 def choose_for_mask(config_backend: str, device_type: str, dtype: torch.dtype) -> str:

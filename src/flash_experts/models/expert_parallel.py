@@ -1,8 +1,8 @@
 """Expert parallelism: experts sharded over processes, tokens exchanged by all-to-all.
 
-Each process routes its own tokens among all experts. `ShardedExperts` (Lepikhin et al. 2020, GShard; dropless, as in
-MegaBlocks, Gale et al. 2022) sorts (token, expert) pairs by expert, sends hidden states to the processes with their
-experts, and gets the results back. Weights are DTensors, so optimizers, norms and checkpoints see whole experts.
+Each process routes its own tokens among all experts, sends hidden states to the processes with their experts, and gets
+the results back (Lepikhin et al. 2020, GShard; dropless, as in MegaBlocks, Gale et al. 2022). Weights are DTensors, so
+optimizers, norms and checkpoints see whole experts.
 
 Shape suffixes: X processes that hold different experts, E experts, L = E / X local experts, T tokens, K experts per
 token, S = T * K pairs of this process, R pairs received, D width.
@@ -31,10 +31,7 @@ def expert_group(config: PreTrainedConfig, processes: int) -> int:
 
 
 class ShardedExperts(nn.Module):
-    """Replaces `Experts`; this process holds and computes a shard of E / X (ValueError if X does not divide E).
-
-    ``experts`` must be equal on every process. Those in a column of ``mesh``, (replicas, X), hold the same shard.
-    """
+    """Replaces `Experts`, equal on every process. Those in a column of ``mesh``, (replicas, X), hold the same shard."""
 
     def __init__(self, experts: Experts, config: GPT2MoEConfig, mesh: DeviceMesh):
         super().__init__()
@@ -53,7 +50,7 @@ class ShardedExperts(nn.Module):
             self._compute = [Experts(config)]  # in a list, so that it is not a submodule
 
     def forward(self, x_TD: torch.Tensor, experts_TK: torch.Tensor, gates_TK: torch.Tensor) -> torch.Tensor:
-        """As `Experts.forward`. A collective: every process must call it, even without tokens."""
+        """A collective: every process must call it, even without tokens."""
         device = x_TD.device.type
         if torch.is_autocast_enabled(device):  # halves the communication
             x_TD, gates_TK = (tensor.to(torch.get_autocast_dtype(device)) for tensor in (x_TD, gates_TK))
@@ -77,7 +74,6 @@ class ShardedExperts(nn.Module):
         return sent_E.view(self.group_size, -1), come_E.view(self.group_size, -1)
 
     def _compute_pairs(self, x_RD: torch.Tensor, come_XL: torch.Tensor) -> torch.Tensor:
-        """(R, D): outputs of the local experts."""
         local_L = torch.arange(come_XL.shape[1], device=x_RD.device)
         expert_R = local_L.repeat(self.group_size).repeat_interleave(come_XL.reshape(-1), output_size=len(x_RD))
         # Gradients here cover one row of the mesh: `reduce_expert_gradients` sums over the replicas.
@@ -90,7 +86,7 @@ class ShardedExperts(nn.Module):
 
 
 def shard_experts(model: nn.Module, config: GPT2MoEConfig, mesh: DeviceMesh) -> list[nn.Parameter]:
-    """Replaces the experts of every MoE layer in place; returns the sharded weights."""
+    """Shards the experts of every MoE layer in place; returns the sharded weights."""
     sharded: list[nn.Parameter] = []
     for layer in model.modules():
         if isinstance(layer, MoELayer):

@@ -1,11 +1,9 @@
 """The attention function that GPT-2's blocks call, registered with transformers as ``fe_attention``.
 
-A padding mask goes to PyTorch's SDPA; the rest goes, without mask or copy, to the backend that
-`flash_experts.models.attention_backends` chooses: also queries against a KV cache, and packed sequences (many names in
-one row that must not attend to each other).
+A padding mask goes to PyTorch's SDPA; the rest, also packed sequences (many names in one row that must not attend to
+each other), goes without mask or copy to the backend that `flash_experts.models.attention_backends` chooses.
 
-Shape suffixes: B batch, H heads, S length, T tokens of a packed sequence, E of its names written out, N names in it, M
-length of the longest, C head dim.
+Shape suffixes as in `flash_experts.kernels.attention_options`; E tokens of packed names, each with its prompt.
 """
 
 from __future__ import annotations
@@ -45,20 +43,15 @@ def fe_attention_forward(
     packed_copy_of: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention with the signature of transformers' attention functions; returns (B, S, H, C) and no weights.
+    """Attention of (B, H, S, C) with the signature of transformers' attention functions; returns (B, S, H, C), None.
 
     Args:
-        query: (B, H, S, C); key and value are (B, H, S_k, C).
         attention_mask: (B, 1, S, S_k), true where a query attends; None for causal attention.
         cu_seq_lens_q: (N + 1,) starts of the names of a packed sequence, and E.
         max_length_q: M; None reads it from ``cu_seq_lens_q`` (one host synchronisation).
         position_ids: (B, S); without ``cu_seq_lens_q``, a jump in them starts another document.
-        packed_row_of: where names of a packed sequence share prompts, position in it of each token of the names
-            written out, whose starts ``cu_seq_lens_q`` has (`flash_experts.data.packing.PackedBatch`).
-        packed_copy_of: (S,) the first copy of each token among those.
-
-    Raises:
-        ValueError: a packed sequence in a batch or with a cache, or a forced backend that does not support the call.
+        packed_row_of: (E,) where names share prompts (`flash_experts.data.packing.PackedBatch`), place of each token.
+        packed_copy_of: (S,) first copy of each token.
     """
     backend = _configured_backend(module)
     if cu_seq_lens_q is None and attention_mask is None and query.shape[2] == key.shape[2] > 1:
@@ -114,7 +107,7 @@ def _packed(
 
 
 def _copies(x_1HTC: torch.Tensor, row_of_E: torch.Tensor) -> torch.Tensor:
-    """(1, H, E, C): a copy of the row of each token. As an embedding, whose backward is the fast sum over copies."""
+    """(1, H, E, C), as an embedding, whose backward is the fast sum over copies."""
     rows_TD = x_1HTC[0].transpose(0, 1).flatten(1)
     return F.embedding(row_of_E, rows_TD).unflatten(1, (x_1HTC.shape[1], -1)).transpose(0, 1)[None]
 
@@ -129,7 +122,6 @@ def _options(query: torch.Tensor, right: int, scaling: float | None, dropout: fl
 
 
 def _configured_backend(module: torch.nn.Module) -> str:
-    """A dense GPT-2 has no such field."""
     config = getattr(module, "config", None)
     return config.attention_backend if isinstance(config, GPT2MoEConfig) else "auto"
 
@@ -141,10 +133,7 @@ def _needs_sdpa_function(kwargs: dict[str, Any]) -> bool:
 
 
 def packed_starts(position_ids: torch.Tensor | None, rows: int, length: int) -> torch.Tensor | None:
-    """(N + 1,) int32 starts of the documents of a packed sequence, and ``length``; None for a single document.
-
-    As in transformers, a document starts where a position is not its predecessor plus one.
-    """
+    """(N + 1,) int32 starts of packed documents (where a position jumps), and ``length``; None for a single one."""
     if position_ids is None or rows != 1 or position_ids.shape[-1] != length:
         return None
     later = (position_ids.reshape(-1).diff() != 1).nonzero()[:, 0] + 1
@@ -160,10 +149,7 @@ def sequence_of_tokens(
     packed_copy_of: torch.Tensor | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, int]:
-    """(T,) number of each token's sequence (document, or row of a batch), and their count.
-
-    A prompt that names share belongs to the first of them.
-    """
+    """(T,) number of each token's document, or row of a batch, and their count. A shared prompt is its first name's."""
     num_rows, length = hidden.shape[:2]
     token_T = torch.arange(num_rows * length, device=hidden.device)
     if cu_seq_lens_q is None:
@@ -183,10 +169,8 @@ def fe_attention_mask(
     allow_is_causal_skip: bool = True,
     **kwargs: Any,
 ) -> torch.Tensor | None:
-    """SDPA's mask, but none for a packed sequence: `fe_attention_forward` needs no (T, T) mask.
-
-    For a packed sequence transformers sets ``allow_is_causal_skip=False``.
-    """
+    """SDPA's mask, but no (T, T) mask for a packed sequence."""
+    # For that transformers sets allow_is_causal_skip=False.
     if attention_mask is None and not allow_is_causal_skip and batch_size == 1 and q_length == kv_length > 1:
         return None
     kwargs |= {"batch_size": batch_size, "q_length": q_length, "kv_length": kv_length}

@@ -1,6 +1,6 @@
 """The MoE model: GPT-2 with a mixture of experts in some of its blocks.
 
-`flash_experts.models.upcycling` makes it from a dense GPT-2, `flash_experts.models.exports.dense` turns it back.
+`flash_experts.models.upcycling` makes it from a dense GPT-2, and turns it back.
 """
 
 import warnings
@@ -15,7 +15,6 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import Cache, GPT2LMHeadModel
 from transformers import initialization as init
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 from transformers.models.gpt2.modeling_gpt2 import GPT2Attention, GPT2Block, GPT2Model, GPT2PreTrainedModel
 from transformers.utils import can_return_tuple
@@ -44,11 +43,8 @@ from flash_experts.options import options_of
 class GPT2MoEOutput(MoeCausalLMOutputWithPast):
     """Output of `GPT2MoEForCausalLM`.
 
-    Attributes:
-        loss: cross-entropy (nats), in training plus the weighted load-balancing loss and z-loss.
-        aux_loss: load-balancing loss, unweighted mean over MoE layers; 1 at perfect balance and with expert choice.
-        z_loss: router z-loss, unweighted mean over MoE layers.
-        router_logits: one (tokens, E) float32 tensor per MoE layer.
+    ``loss`` is the cross-entropy (nats), in training plus the weighted ``aux_loss`` (load balancing, 1 at perfect
+    balance) and ``z_loss``, means over MoE layers. ``router_logits`` has a (tokens, E) float32 tensor per MoE layer.
     """
 
     z_loss: torch.Tensor | None = None
@@ -65,14 +61,11 @@ class GPT2MoEBlock(GPT2Block):
         self.mlp = MoELayer(config)
 
     def forward(self, *args: Any, token_mask_T: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor:
-        """As `GPT2Block.forward`; ``token_mask_T`` is the router's padding mask."""
         in_use(self.mlp, MoELayer).mask_T = token_mask_T  # GPT-2's block passes only hidden states to its MLP
         return super().forward(*args, **kwargs)
 
 
 class GPT2MoEPreTrainedModel(GPT2PreTrainedModel):
-    """Base class with the hooks of transformers."""
-
     config: GPT2MoEConfig
     config_class = GPT2MoEConfig
     _no_split_modules = ["GPT2Block", "GPT2MoEBlock"]  # noqa: RUF012
@@ -133,8 +126,6 @@ class GPT2MoEPreTrainedModel(GPT2PreTrainedModel):
 
 
 class GPT2MoEModel(GPT2MoEPreTrainedModel, GPT2Model):
-    """The transformer without its head."""
-
     def __init__(self, config: GPT2MoEConfig):
         # Not GPT2Model.__init__, which would build every block dense first.
         GPT2PreTrainedModel.__init__(self, config)
@@ -142,25 +133,22 @@ class GPT2MoEModel(GPT2MoEPreTrainedModel, GPT2Model):
         self.wte = nn.Embedding(config.vocab_size, self.embed_dim)
         self.wpe = nn.Embedding(config.max_position_embeddings, self.embed_dim)
         self.drop = nn.Dropout(config.embd_pdrop)
-        self.h: nn.ModuleList = nn.ModuleList(self._block(config, i) for i in range(config.num_hidden_layers))
+        self.h: nn.ModuleList = nn.ModuleList(
+            GPT2MoEBlock(config, i) if config.is_moe_layer(i) else GPT2Block(config, layer_idx=i)
+            for i in range(config.num_hidden_layers)
+        )
         self.ln_f = nn.LayerNorm(self.embed_dim, eps=config.layer_norm_epsilon)
         self.gradient_checkpointing = False
         self._attn_implementation = config._attn_implementation
         self.post_init()
-
-    @staticmethod
-    def _block(config: GPT2MoEConfig, layer_idx: int) -> GradientCheckpointingLayer:
-        if config.is_moe_layer(layer_idx):
-            return GPT2MoEBlock(config, layer_idx)
-        return GPT2Block(config, layer_idx=layer_idx)
 
 
 class GPT2MoEForCausalLM(GPT2MoEPreTrainedModel, GPT2LMHeadModel):
     """`GPT2LMHeadModel` with experts. Generation, KV caches, checkpoints, PEFT and trainers of transformers work.
 
     PEFT trains routers by ``modules_to_save=["router"]`` or ``target_parameters=["router.weight"]``, experts by
-    ``target_parameters=["experts.up_proj", "experts.down_proj"]``. With these, name the attention ``"c_attn.weight"``
-    in ``target_parameters`` too: PEFT accepts GPT-2's ``Conv1D`` in ``target_modules`` only without them.
+    ``target_parameters=["experts.up_proj", "experts.down_proj"]``; then the attention must be there too, as
+    ``"c_attn.weight"``, not in ``target_modules``.
     """
 
     def __init__(self, config: GPT2MoEConfig):
@@ -186,15 +174,13 @@ class GPT2MoEForCausalLM(GPT2MoEPreTrainedModel, GPT2LMHeadModel):
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Any,
     ) -> GPT2MoEOutput:
-        """As `GPT2LMHeadModel.forward`. transformers' ``generate`` and ``Trainer`` need every argument by name.
+        """As `GPT2LMHeadModel.forward`, with the router's logits and losses by ``output_router_logits``.
 
-        Args:
-            attention_mask: (B, S), 0 at padding, which the router's losses ignore.
-            position_ids: (B, S); in a packed sequence (no mask, no cache) each document restarts its positions.
-            labels: (B, S), shifted here; -100 is ignored. With ``num_items_in_batch`` the loss is a sum divided by
-                it, and the router's losses are weighted by this micro-batch's share of the items.
-            output_router_logits: return router_logits, aux_loss and z_loss; None follows the configuration.
+        In a packed sequence (no mask, no cache) each document restarts its ``position_ids``. With
+        ``num_items_in_batch`` the loss is a sum divided by it; the router's losses are weighted by this micro-batch's
+        share of the items.
         """
+        # transformers' generate and Trainer need every argument by name.
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
         wants_routing = output_router_logits or (self.training and labels is not None)
@@ -239,7 +225,7 @@ class GPT2MoEForCausalLM(GPT2MoEPreTrainedModel, GPT2LMHeadModel):
         wants_routing: bool,
         **kwargs: Any,
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-        """Total loss, auxiliary loss and z-loss."""
+        """Total, auxiliary and z-loss."""
         loss = aux_loss = z_loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
@@ -279,11 +265,7 @@ class GPT2MoEForCausalLM(GPT2MoEPreTrainedModel, GPT2LMHeadModel):
         return torch.stack(aux).mean(), z.mean()
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """As transformers' ``generate``.
-
-        Raises:
-            ValueError: the model has expert choice, unless ``config.allow_noncausal_generation``.
-        """
+        """As in transformers; ValueError with expert choice, unless ``config.allow_noncausal_generation``."""
         self._check_generation()
         return super().generate(*args, **kwargs)  # type: ignore[misc]
 
@@ -308,7 +290,7 @@ class GPT2MoEForCausalLM(GPT2MoEPreTrainedModel, GPT2LMHeadModel):
         cache: Any = None,  # past_key_values from transformers 5.24 on
         **_: Any,
     ) -> dict[str, Any]:
-        """What blocks need where tokens compete for experts: the padding mask, and no KV cache unless allowed."""
+        """What blocks need where tokens compete for experts."""
         arguments: dict[str, Any] = {}
         if mask_T is not None and (not self.config.has_causal_routing or self.config.capacity_factor is not None):
             arguments["token_mask_T"] = mask_T
@@ -324,7 +306,7 @@ class GPT2MoEForCausalLM(GPT2MoEPreTrainedModel, GPT2LMHeadModel):
             raise ValueError("save_pretrained takes for_hub or push_to_hub: upload the folder with `hf upload`")
         super().save_pretrained(save_directory, *args, **kwargs)
         if for_hub:
-            from flash_experts.models.hub_export import add_code  # which reads this file: seldom needed
+            from flash_experts.models.hub import add_code  # which reads this file: seldom needed
 
             add_code(Path(save_directory))
 
@@ -344,18 +326,16 @@ class GPT2MoEForCausalLM(GPT2MoEPreTrainedModel, GPT2LMHeadModel):
         `flash_experts.models.upcycling` describes the methods; ``copy`` keeps the dense model's logits, up to rounding.
 
         Args:
-            dense: a GPT-2, which is left as it is; or a folder that `save_pretrained` wrote or a hub id, of which never
-                more than one layer is in memory next to the new model.
+            dense: a GPT-2, which is left as it is; or a folder or hub id, of which never more than one layer is in
+                memory next to the new model.
             num_experts: E, or E / g for experts of granularity g.
             num_experts_per_tok: k, or k / g.
-            moe_layer_freq: 1 for experts in every block, 2 for every other.
-            method: ``copy``, ``noise``, ``drop``, ``granular`` or ``shared``.
-            dtype: of the new weights; None for that of a given model, and float32 for a folder or hub id. A folder is
-                read in it too. In bfloat16 (steps of up to 0.8%) a ``noise_scale`` under 0.01 mostly rounds away.
+            dtype: None is that of a given model, and float32 for a folder. In bfloat16 (steps of up to 0.8%) a
+                ``noise_scale`` under 0.01 mostly rounds away.
             **options: fields of `UpcyclingOptions` and of `GPT2MoEConfig`.
 
         Raises:
-            ValueError: ``dense`` is not a dense GPT-2, cannot be loaded, or a field is wrong.
+            ValueError: ``dense`` is not a dense GPT-2, or a field is wrong.
         """
         own = {name: options.pop(name) for name in options_of(UpcyclingOptions).keys() & options.keys()}
         upcycling = Upcycling(method=method, **own)

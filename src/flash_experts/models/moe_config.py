@@ -22,18 +22,14 @@ class GPT2MoEConfig(MoEOptions, GPT2Config):
 
     Attributes:
         moe_intermediate_size: hidden units of one expert; None is the dense layer's own (``n_inner`` or 4 x width).
-            Fine-grained experts (Dai et al. 2024, DeepSeekMoE, section 3.1; Krajewski et al. 2024) of granularity g are
-            g * E experts of size ff / g, g * k per token: the same weights and FLOPs, more ways to combine them.
-        num_shared_experts: experts that every token goes through besides its k, added without a gate (DeepSeekMoE,
-            section 3.2). They are computed as one MLP, that many times as wide as an expert.
+            Smaller ones are fine-grained experts (Dai et al. 2024, DeepSeekMoE, section 3.1; Krajewski et al. 2024).
+        num_shared_experts: experts of every token besides its k, added without a gate (DeepSeekMoE, section 3.2).
         norm_topk_prob: divide the k gates by their sum. Upcycling is exact only then.
-        output_router_logits: return the router's logits and losses from every forward. In training both losses are
-            part of ``.loss`` in any case.
-        attention_backend: ``auto``, ``triton``, ``sdpa``, ``reference``, ... (see
-            `flash_experts.models.attention_backends`, whose context manager and environment variable go first).
+        output_router_logits: return the router's logits and losses from every forward.
+        attention_backend: name in `flash_experts.models.attention_backends`.
 
     Raises:
-        ValueError: k > E, a value out of bounds, settings that contradict each other, or a misspelled field.
+        ValueError: values out of bounds, settings that contradict each other, misspelled fields.
     """
 
     model_type = "gpt2_moe"
@@ -53,7 +49,7 @@ class GPT2MoEConfig(MoEOptions, GPT2Config):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As in transformers, but warns about misspelled saved fields; ValueError for misspelled kwargs."""
+        """Warns about misspelled saved fields; ValueError for misspelled kwargs."""
         for key, near in cls._misspelled(kwargs).items():
             raise ValueError(f"GPT2MoEConfig has no field {key!r}: did you mean {near!r}?")
         unknown = cls._misspelled(config_dict)
@@ -63,7 +59,6 @@ class GPT2MoEConfig(MoEOptions, GPT2Config):
 
     @classmethod
     def _misspelled(cls, names: Iterable[str]) -> dict[str, str]:
-        """Misspelled names, and the nearest field."""
         known = {field.name for field in fields(cls)}
         near = {name: nearest(name, cls.own_fields(), cutoff=0.75) for name in names if name not in known}
         return {name: match for name, match in near.items() if match}
@@ -116,7 +111,7 @@ class GPT2MoEConfig(MoEOptions, GPT2Config):
         return self.routing != "expert_choice"
 
     def is_moe_layer(self, layer_idx: int) -> bool:
-        """Whether block ``layer_idx`` (from 0) has experts: the last of each ``moe_layer_freq`` blocks."""
+        """The last of each ``moe_layer_freq`` blocks has experts."""
         return (layer_idx + 1) % self.moe_layer_freq == 0
 
     @property

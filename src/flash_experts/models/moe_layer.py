@@ -1,9 +1,9 @@
 """The mixture-of-experts (MoE) layer: router, experts, and the load-balancing losses that prevent routing collapse.
 
 Sources: Shazeer et al. 2017 (sparsely gated experts), Fedus et al. 2021 (Switch Transformer), Zoph et al. 2022
-(ST-MoE), Komatsuzaki et al. 2022 (sparse upcycling), Zhou et al. 2022 (expert choice), Dai et al. 2024 (DeepSeekMoE:
-shared and fine-grained experts), DeepSeek-AI 2024 (DeepSeek-V3: sigmoid scores, balance per sequence), Wang et al. 2024
-(loss-free balancing), Qiu et al. 2025 (balance over the global batch).
+(ST-MoE), Zhou et al. 2022 (expert choice), Dai et al. 2024 (DeepSeekMoE: shared and fine-grained experts), DeepSeek-AI
+2024 (DeepSeek-V3: sigmoid scores, balance per sequence), Wang et al. 2024 (loss-free balancing), Qiu et al. 2025
+(balance over the global batch).
 
 Shape suffixes: T tokens (batch and sequence flattened), D width, E experts, K experts per token, F hidden
 units of an expert, C tokens per expert, S (token, expert) pairs, N sequences.
@@ -18,8 +18,8 @@ from transformers.activations import ACT2FN
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, use_experts_implementation
 from transformers.pytorch_utils import Conv1D
 
+from flash_experts.kernels.cpu import gelu_tanh, grouped_mlp
 from flash_experts.kernels.cpu_memory import keep_freed_memory_once
-from flash_experts.kernels.grouped_mlp import gelu_tanh, grouped_mlp
 from flash_experts.models.moe_config import GPT2MoEConfig
 from flash_experts.models.router import ExpertChoiceRouter, Router, TopKRouter, count_choices, make_router
 from flash_experts.models.router_metrics import in_use
@@ -39,7 +39,7 @@ __all__ = [
 
 EXPERTS_IMPLEMENTATION = "fe_experts"
 TRITON_EXPERTS_IMPLEMENTATION = "fe_experts_triton"
-_TANH_GELUS = ("gelu_new", "gelu_pytorch_tanh", "gelu_python_tanh")  # transformers' names of one function
+TANH_GELUS = ("gelu_new", "gelu_pytorch_tanh", "gelu_python_tanh")  # transformers' names of one function
 
 
 @use_experts_implementation(is_transposed=True, has_bias=True, has_gate=False)
@@ -83,18 +83,14 @@ def fe_experts_forward(
     if torch.is_grad_enabled():
         keep_freed_memory_once()
     x_TD, gates_TK, up, up_bias, down, down_bias = _autocast(self, x_TD, gates_TK)
-    activation = gelu_tanh if self.activation in _TANH_GELUS else self.act_fn
+    activation = gelu_tanh if self.activation in TANH_GELUS else self.act_fn
     return grouped_mlp(x_TD, experts_TK, gates_TK, up, up_bias, down, down_bias, activation)
 
 
 def fe_experts_triton_forward(
     self: Experts, x_TD: torch.Tensor, experts_TK: torch.Tensor, gates_TK: torch.Tensor
 ) -> torch.Tensor:
-    """`Experts` by our Triton kernels, which fuse gather, bias, activation, gates and scatter into the matmuls.
-
-    Raises:
-        ValueError: an activation that is not fused.
-    """
+    """`Experts` by our Triton kernels; ValueError for an activation that they do not fuse."""
     from flash_experts.kernels import grouped_mlp_triton
 
     activation = self.activation
@@ -122,10 +118,7 @@ ALL_EXPERTS_FUNCTIONS.register(TRITON_EXPERTS_IMPLEMENTATION, fe_experts_triton_
 
 
 class SharedExperts(nn.Module):
-    """The shared experts, which every token goes through (Dai et al. 2024, DeepSeekMoE, section 3.2).
-
-    The sum of S two-layer MLPs is one MLP with S times the hidden units and the sum of their second biases.
-    """
+    """The shared experts, which every token goes through (Dai et al. 2024, DeepSeekMoE, section 3.2), as one MLP."""
 
     def __init__(self, config: GPT2MoEConfig):
         super().__init__()
@@ -135,7 +128,6 @@ class SharedExperts(nn.Module):
         self.act = ACT2FN[config.activation_function]
 
     def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
-        """(T, D) to (T, D)."""
         return self.c_proj(self.act(self.c_fc(x_TD)))
 
 
@@ -143,8 +135,7 @@ class MoELayer(nn.Module):
     """A block's mixture of experts (Shazeer et al. 2017): ``dropout(shared(x) + sum_e g_e(x) MLP_e(x))``.
 
     With expert choice a token may have any number of experts, so each (token, expert) pair is passed to the experts as
-    a token with K = 1, and the results are summed. Dropped tokens have a gate of zero; only a CPU leaves them out,
-    since their number is not known on the host without a synchronisation.
+    a token with K = 1, and the results are summed.
     """
 
     def __init__(self, config: GPT2MoEConfig):
@@ -166,6 +157,7 @@ class MoELayer(nn.Module):
             experts_EC = torch.arange(len(choices), device=x.device)[:, None].expand_as(choices)
             out_TD = self._combine_pairs(x_TD, choices.reshape(-1), experts_EC.reshape(-1), gates.reshape(-1))
         elif drops and x.device.type == "cpu" and not torch.compiler.is_compiling():
+            # Leaves out dropped choices, whose gate is zero. Elsewhere that would be a host synchronisation.
             token_S, k_S = gates.nonzero(as_tuple=True)
             out_TD = self._combine_pairs(x_TD, token_S, choices[token_S, k_S], gates[token_S, k_S])
         else:
@@ -177,7 +169,7 @@ class MoELayer(nn.Module):
     def _combine_pairs(
         self, x_TD: torch.Tensor, token_S: torch.Tensor, expert_S: torch.Tensor, gate_S: torch.Tensor
     ) -> torch.Tensor:
-        """(T, D): sums of each token's weighted expert outputs."""
+        """Sums each token's weighted expert outputs."""
         y_SD = self.experts(x_TD[token_S], expert_S[:, None], gate_S[:, None])
         return torch.zeros_like(x_TD, dtype=y_SD.dtype).index_add(0, token_S, y_SD)
 
@@ -197,10 +189,8 @@ def load_balancing_loss(
     """The load-balancing auxiliary loss, ``E * sum_e f_e * P_e`` (Fedus et al. 2021, Switch Transformer, eq. 4-6).
 
     f_e is the share of the choices that went to expert e, dropped ones included; P_e, which alone carries a gradient,
-    is its mean probability. The loss is 1 at perfect balance. ``mask_T`` is true where a token counts.
-
-    With ``router_aux_loss_scope="global_batch"`` (Qiu et al. 2025) ``counts_E`` has the choices of all processes and
-    micro-batches of the step so far, so a micro-batch of similar names need not use every expert.
+    is its mean probability. The loss is 1 at perfect balance. ``mask_T`` is true where a token counts. ``counts_E`` are
+    the choices of all processes and micro-batches of the step so far, to balance the global batch (Qiu et al. 2025).
     """
     num_experts = logits_TE.shape[-1]
     probs_TE = _probabilities(logits_TE, scoring_func)
@@ -222,8 +212,7 @@ def sequence_balancing_loss(
 ) -> torch.Tensor:
     """The sequence-wise load-balancing loss (DeepSeek-V3, eq. 17-20), 1 at balance: the mean of each sequence's loss.
 
-    Stricter than `load_balancing_loss`: the tokens of each name must use all experts. ``sequence_T`` numbers each
-    token's sequence from 0.
+    The tokens of each name must use all experts. ``sequence_T`` numbers each token's sequence from 0.
     """
     num_experts, top_k = logits_TE.shape[-1], experts_TK.shape[1]
     probs_TE = _probabilities(logits_TE, scoring_func)
@@ -238,9 +227,9 @@ def sequence_balancing_loss(
 
 
 def router_z_loss(logits_TE: torch.Tensor, mask_T: torch.Tensor | None = None) -> torch.Tensor:
-    """The router z-loss, the mean of ``logsumexp(logits)^2`` (Zoph et al. 2022, ST-MoE, eq. 5), a float32 scalar.
+    """The router z-loss, the mean of ``logsumexp(logits)^2`` (Zoph et al. 2022, ST-MoE, eq. 5).
 
-    Small logits keep the softmax precise. ``mask_T`` is true where a token counts.
+    Small logits keep the softmax precise.
     """
     z_T = logits_TE.logsumexp(-1).square()
     if mask_T is None:

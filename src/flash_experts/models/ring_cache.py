@@ -1,8 +1,7 @@
 """A ring KV cache for continuous batching: rows that begin and end at different times.
 
-The first columns hold each row's prompt (shorter ones are masked). The row's own tokens go into a ring of columns: step
-t writes column t mod R of all rows. A finished row is replaced at once by a new one, which attends only to columns
-written since it began; nothing is moved or cleared.
+The first columns hold each row's prompt. Its own tokens go into a ring of columns: step t writes column t mod R of all
+rows. A finished row is replaced at once by a new one, which attends only to columns written since it began.
 
 Shape suffixes: B rows, H key/value heads, P tokens of the longest prompt, R columns of the ring, K = P + R, C head dim.
 """
@@ -16,10 +15,7 @@ from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 _FIRST_COLUMNS = 16  # many names have fewer tokens; for longer ones the ring grows
-
-
-# Small steps, not doubling: every step of decoding reads all columns.
-_MORE_COLUMNS = 8
+_MORE_COLUMNS = 8  # small steps, not doubling: every step of decoding reads all columns
 
 
 class _RingLayer(DynamicLayer):
@@ -35,18 +31,16 @@ class _RingLayer(DynamicLayer):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Writes one token per row, and returns all columns."""
         return self.write(key_states[:, :, 0], value_states[:, :, 0])
 
     def write(self, keys_BHC: torch.Tensor, values_BHC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """As `update`, without the dimension of length one."""
+        """Writes one token per row, and returns all columns."""
         assert self.keys is not None and self.values is not None
         self.keys[:, :, self.column] = keys_BHC
         self.values[:, :, self.column] = values_BHC
         return self.keys, self.values
 
     def put(self, rows: Sequence[int] | slice, prompt: DynamicLayer) -> None:
-        """Writes a prompt's keys and values, (1, H, length, C)."""
         assert self.keys is not None and self.values is not None
         assert prompt.keys is not None and prompt.values is not None
         length = prompt.keys.shape[2]
@@ -59,36 +53,23 @@ def _zeros(like_BHKC: torch.Tensor, num_rows: int, columns: int) -> torch.Tensor
 
 
 class RingCache(Cache):
-    """The ring KV cache (see the module).
-
-    Attributes:
-        begun: last step before each row's first own token.
-    """
+    """The ring KV cache (see the module)."""
 
     def __init__(self, prompts: Sequence[DynamicCache], longest: int) -> None:
-        """Rows that all begin at the next step.
-
-        Args:
-            prompts: each row's prompt cache (one row, not changed); rows with equal prompts share the object.
-            longest: P, for any row, now or later.
-        """
+        """All rows begin at the next step. Rows with equal prompts share the object; ``longest`` is P, now or later."""
         num_rows, layers = len(prompts), _layers(prompts[0])
         self._rings = [_RingLayer(layer, num_rows, longest + _FIRST_COLUMNS) for layer in layers]
         super().__init__(layers=list(self._rings))
         self._longest = longest
         self._now = -1
         self._written = [-1] * _FIRST_COLUMNS  # the step that wrote each column
-        self.begun = [-1] * num_rows
+        self.begun = [-1] * num_rows  # the last step before each row's first own token
         self._prompts: list[DynamicCache | None] = [None] * num_rows
         self._lengths = [0] * num_rows
         self._put(range(num_rows), prompts)
 
     def step(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """Makes room for one token per row.
-
-        Returns:
-            Attention mask (B, P + R), true at visible columns, and position ids (B, 1).
-        """
+        """Makes room for a token per row; returns a mask (B, P + R), true where visible, and position ids (B, 1)."""
         self._now += 1
         if self._now - min(self.begun) > len(self._written):
             self._grow()
@@ -104,7 +85,7 @@ class RingCache(Cache):
         return mask_BK, lengths_B1 + self._now - begun_B1 - 1
 
     def write(self, layer: int, keys_BHC: torch.Tensor, values_BHC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Writes the step's keys and values into a layer; returns all of its own, (B, H, P + R, C) each."""
+        """Writes the step's keys and values; returns all of the layer."""
         return self._rings[layer].write(keys_BHC, values_BHC)
 
     def replace(self, rows: Sequence[int], prompts: Sequence[DynamicCache]) -> None:
@@ -123,7 +104,6 @@ class RingCache(Cache):
             layer.batch_select_indices(rows)
 
     def _put(self, rows: Sequence[int], prompts: Sequence[DynamicCache]) -> None:
-        """Writes the prompts of rows whose prompt changes."""
         places: dict[int, list[int]] = {}
         by_id = {id(prompt): prompt for prompt in prompts}
         for row, prompt in zip(rows, prompts, strict=True):
@@ -137,7 +117,6 @@ class RingCache(Cache):
                 ring.put(where, layer)
 
     def _grow(self) -> None:
-        """Adds columns to the ring; each written column moves."""
         columns = len(self._written) + _MORE_COLUMNS
         written = [-1] * columns
         old, new = list(range(self._longest)), list(range(self._longest))

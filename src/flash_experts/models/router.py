@@ -58,8 +58,7 @@ class Router(nn.Module, ABC):
             self.register_buffer(name, torch.zeros(size, dtype=torch.float32), persistent=name == "selection_bias_E")
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Router:
-        """Casts the weights alone; buffers stay float32 (bfloat16 cannot count beyond 256)."""
-        before = dict(self._buffers)
+        before = dict(self._buffers)  # which stay float32: bfloat16 cannot count beyond 256
         super()._apply(fn, recurse)
         for name, buffer in before.items():
             after = self._buffers[name]
@@ -74,7 +73,8 @@ class Router(nn.Module, ABC):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def logits(self, x_TD: torch.Tensor) -> torch.Tensor:
-        """(T, E), in float32 or float64 even under autocast: bfloat16 rounding would decide near ties."""
+        """(T, E), float32 or float64."""
+        # Even under autocast: bfloat16 rounding would decide near ties.
         with torch.autocast(x_TD.device.type, enabled=False):
             dtype = torch.float64 if x_TD.dtype == torch.float64 else torch.float32
             x_TD = x_TD.to(dtype)
@@ -101,20 +101,20 @@ class Router(nn.Module, ABC):
         """(E,) load, tokens counted by their weight (0 for padding)."""
 
     @abstractmethod
-    def membership(self, choices: torch.Tensor, tokens: int) -> torch.Tensor:
-        """(T, E) float32, 1 where the token is assigned."""
-
-    @abstractmethod
     def left_out(self, logits_TE: torch.Tensor, choices: torch.Tensor, mask_T: torch.Tensor | None) -> torch.Tensor:
-        """Scalar: choices dropped over capacity, or tokens without an expert (expert choice)."""
+        """Choices dropped over capacity, or tokens without an expert (expert choice); a scalar."""
 
     @abstractmethod
     def left_out_rate(self, left_out: float, tokens: float) -> dict[str, float]:
-        """The metric of `left_out` summed over tokens, by its name; empty if nothing can be left out."""
+        """The metric of summed `left_out`, by its name; empty if nothing can be left out."""
 
     @abstractmethod
     def dense_gates(self, gates: torch.Tensor, choices: torch.Tensor, tokens: int) -> torch.Tensor:
         """(T, E) float32 gates, 0 where the token is not assigned."""
+
+    def membership(self, choices: torch.Tensor, tokens: int) -> torch.Tensor:
+        """(T, E) float32, 1 where the token is assigned."""
+        return self.dense_gates(torch.ones_like(choices), choices, tokens)
 
     @torch.no_grad()
     def record(self, logits_TE: torch.Tensor, choices: torch.Tensor, mask_T: torch.Tensor | None) -> None:
@@ -155,11 +155,10 @@ class TopKRouter(Router):
     def forward(
         self, x_TD: torch.Tensor, mask_T: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Routes tokens (T, D); ``mask_T`` is false at padding, which takes no capacity.
+        """``mask_T`` is false at padding, which takes no capacity.
 
         Returns:
-            logits (T, E) float32; gates (T, K) in the dtype of ``x_TD``, zero if dropped; experts (T, K) int64, best
-            first, dropped choices included.
+            logits (T, E) float32; gates (T, K), zero if dropped; experts (T, K) int64, best first, dropped ones too.
         """
         logits_TE = self.logits(x_TD)
         scores_TE = self.scores(logits_TE)
@@ -197,9 +196,6 @@ class TopKRouter(Router):
     def count(self, choices: torch.Tensor, weight_T: torch.Tensor) -> torch.Tensor:
         return count_choices(choices, weight_T, self.num_experts)
 
-    def membership(self, choices: torch.Tensor, tokens: int) -> torch.Tensor:
-        return torch.zeros(tokens, self.num_experts, device=choices.device).scatter_(1, choices, 1.0)
-
     def left_out(self, logits_TE: torch.Tensor, choices: torch.Tensor, mask_T: torch.Tensor | None) -> torch.Tensor:
         if self.capacity_factor is None:
             return logits_TE.new_zeros(())
@@ -216,20 +212,20 @@ class TopKRouter(Router):
 class ExpertChoiceRouter(Router):
     """Expert choice: each expert takes the C tokens that score highest for it (Zhou et al. 2022, section 3.2).
 
-    C is the `capacity`: a token has K experts on average, some more and some none, and the load is balanced by
-    construction. Gates are as in `TopKRouter`, normalised over the token's experts.
+    C is the `capacity`: a token has K experts on average, and the load is balanced by construction. Gates are as in
+    `TopKRouter`, normalised over the token's experts.
 
-    This is **not causal**: an expert's choice depends on later tokens too. Such a model scores names too well, and
-    cannot generate token by token as it was trained. To generate, use token choice.
+    This is **not causal**: an expert's choice depends on later tokens too, so such a model scores names too well, and
+    cannot generate as it was trained.
     """
 
     def forward(
         self, x_TD: torch.Tensor, mask_T: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Routes tokens (T, D); ``mask_T`` is false at padding, which no expert takes.
+        """``mask_T`` is false at padding, which no expert takes.
 
         Returns:
-            logits (T, E) float32; gates (E, C) in the dtype of ``x_TD``; tokens (E, C) int64, best first.
+            logits (T, E) float32; gates (E, C); tokens (E, C) int64, best first.
         """
         logits_TE = self.logits(x_TD)
         scores_TE = self.scores(logits_TE)
@@ -248,9 +244,6 @@ class ExpertChoiceRouter(Router):
     def count(self, choices: torch.Tensor, weight_T: torch.Tensor) -> torch.Tensor:
         return weight_T[choices].sum(-1)
 
-    def membership(self, choices: torch.Tensor, tokens: int) -> torch.Tensor:
-        return torch.zeros(self.num_experts, tokens, device=choices.device).scatter_(1, choices, 1.0).T
-
     def left_out(self, logits_TE: torch.Tensor, choices: torch.Tensor, mask_T: torch.Tensor | None) -> torch.Tensor:
         untaken_T = torch.ones_like(logits_TE[:, 0], dtype=torch.bool) if mask_T is None else mask_T.clone()
         untaken_T[choices.reshape(-1)] = False
@@ -264,11 +257,10 @@ class ExpertChoiceRouter(Router):
 
 
 def make_router(config: GPT2MoEConfig) -> Router:
-    """The router that ``config.routing`` names."""
     return ExpertChoiceRouter(config) if config.routing == "expert_choice" else TopKRouter(config)
 
 
 def count_choices(experts_TK: torch.Tensor, weight_T: torch.Tensor, num_experts: int) -> torch.Tensor:
-    """(E,) choices of each expert, weighted by token, without a host synchronisation."""
+    """(E,) choices of each expert, weighted by token."""
     counts_E = weight_T.new_zeros(num_experts)
     return counts_E.scatter_add_(0, experts_TK.reshape(-1), weight_T.repeat_interleave(experts_TK.shape[1]))

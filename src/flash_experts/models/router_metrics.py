@@ -1,7 +1,5 @@
 """Router metrics: load balance per expert, warnings about dead experts and routing collapse, loss-free balancing.
 
-Only `router_metrics` synchronises with the host.
-
 Shape suffixes: E experts, K experts per token.
 """
 
@@ -25,7 +23,7 @@ Listener = Callable[[int, Router, torch.Tensor, torch.Tensor, torch.Tensor], Non
 
 
 def modules_in_use(module: nn.Module, kind: type[nn.Module], name: str = "") -> Iterator[tuple[str, Any]]:
-    """Names and modules of a class that a forward runs: of PEFT's two copies (``modules_to_save``), the active one."""
+    """Names and modules of a class that a forward runs: of PEFT's two copies, the active one."""
     if isinstance(module, kind):
         yield name, module
         return
@@ -34,7 +32,6 @@ def modules_in_use(module: nn.Module, kind: type[nn.Module], name: str = "") -> 
 
 
 def in_use(module: nn.Module, kind: type[nn.Module]) -> Any:
-    """The module itself, or the one of this class that it wraps."""
     return module if isinstance(module, kind) else next(found for _, found in modules_in_use(module, kind))
 
 
@@ -50,7 +47,7 @@ def _children_in_use(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def routers_of(model: nn.Module) -> dict[int, Router]:
-    """The active routers by block number, from 0 (the next free number where the name has none)."""
+    """The active routers by block number, from 0."""
     routers: dict[int, Router] = {}
     for name, router in modules_in_use(model, Router):
         block = next((int(part) for part in name.split(".") if part.isdigit()), 0)
@@ -70,7 +67,7 @@ def counts_of_all_processes(routers: list[Router]) -> torch.Tensor:
 
 @contextmanager
 def listening(model: nn.Module, listener: Listener) -> Iterator[None]:
-    """Calls ``listener`` at each forward of each router, before the experts compute."""
+    """Calls ``listener`` at each forward of each router."""
 
     def hook_of(block: int) -> Callable[[Router, object, tuple[torch.Tensor, torch.Tensor, torch.Tensor]], None]:
         return lambda router, _, output: listener(block, router, *output)
@@ -82,7 +79,7 @@ def listening(model: nn.Module, listener: Listener) -> Iterator[None]:
 
 
 def count_loads(model: nn.Module, forward: Callable[[], object]) -> dict[int, torch.Tensor]:
-    """Loads (E,) float64 on the CPU by block number while ``forward`` runs, padding included; {} for a dense model."""
+    """Loads (E,) float64 by block number while ``forward`` runs, padding included."""
     loads = {
         block: torch.zeros(router.num_experts, dtype=torch.float64, device=router.weight.device)
         for block, router in routers_of(model).items()
@@ -129,14 +126,13 @@ def update_router_biases(model: nn.Module) -> None:
 def router_metrics(model: nn.Module) -> dict[str, float]:
     """Statistics of each MoE layer over this process's training forwards since the last call; resets them.
 
-    Warns once per layer (`UserWarning`) about dead experts or routing collapse.
+    Warns once per layer about dead experts or routing collapse.
 
     Returns:
         For block ``i``, under ``router/i/``: ``load/e`` (load of expert e over the mean), ``load_cv`` (coefficient of
-        variation), ``max_load``, ``load_entropy`` and ``entropy`` (of the loads, and of the router's probabilities,
-        over log E), ``top1`` (mean probability of the best expert); with K > 1 and E > 2 the co-activation ``max_pair``
-        (most frequent pair of experts over the mean) and ``pair_entropy``; ``drop_rate`` with a capacity,
-        ``untaken_rate`` (tokens without an expert) with expert choice. Loads and pairs include dropped choices.
+        variation), ``max_load``, ``load_entropy`` and ``entropy`` (of loads and probabilities, over log E), ``top1``
+        (mean probability of the best expert); with K > 1 and E > 2 the co-activation ``max_pair`` (most frequent pair
+        over the mean) and ``pair_entropy``; ``drop_rate`` with a capacity, ``untaken_rate`` with expert choice.
     """
     metrics: dict[str, float] = {}
     for block, router in routers_of(model).items():
@@ -158,7 +154,6 @@ def router_metrics(model: nn.Module) -> dict[str, float]:
 
 
 def over_mean(load_E: torch.Tensor) -> tuple[float, ...]:
-    """Each expert's load over the mean load; all 0 where nothing was chosen."""
     return tuple((load_E / load_E.mean().clamp(min=1e-12)).tolist())
 
 
@@ -186,10 +181,7 @@ def pair_metrics(pairs_EE: torch.Tensor) -> dict[str, float]:
 
 
 def diagnose_loads(load_E: torch.Tensor, top_k: int) -> str | None:
-    """Describes routing collapse or dead experts in the loads of a router (not all zero); None if there are none.
-
-    Collapse depends on the effective number of experts, ``exp(entropy of the load shares)`` (Hill 1973).
-    """
+    """Describes routing collapse (by the effective number of experts, Hill 1973) or dead experts; None without."""
     share_E = load_E.double() / load_E.sum()
     E = len(share_E)
     used = math.exp(float(torch.special.entr(share_E).sum()))

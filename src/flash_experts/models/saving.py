@@ -1,8 +1,4 @@
-"""Atomic saving of model folders, only safetensors and JSON.
-
-A folder is written under an unguessable temporary name, flushed to disk with a manifest of each file's SHA-256, and
-renamed.
-"""
+"""Atomic saving of model folders: written under a temporary name, flushed with a manifest of SHA-256, and renamed."""
 
 from __future__ import annotations
 
@@ -41,11 +37,7 @@ def export_model(
     tokenizer: PreTrainedTokenizerBase,
     weights: Mapping[str, torch.Tensor],
 ) -> None:
-    """Writes the model into the run's folder, each file by rename, the manifest last.
-
-    Raises:
-        CheckpointError: it cannot be written; the former model is intact.
-    """
+    """Writes the model into the run's folder, each file by rename, the manifest last (`CheckpointError`)."""
     temporary = _temporary(run_dir / "checkpoints", "export")
     _fill_folder(run_dir, temporary, lambda folder: _save_model(folder, model, tokenizer, weights))
 
@@ -54,15 +46,14 @@ def write_model(out: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenize
     """Writes a model and its tokenizer into a folder atomically; other files there stay.
 
     Raises:
-        ValueError: the folder is not empty and ``overwrite`` is not given.
-        CheckpointError: it could not be written; what was there is intact.
+        ValueError: the folder is not empty without ``overwrite``, or could not be written (`CheckpointError`).
     """
     weights = model.state_dict()
     write_folder(out, lambda folder: _save_model(folder, model, tokenizer, weights), overwrite)
 
 
 def write_folder(out: Path, write: Callable[[Path], None], overwrite: bool = False) -> None:
-    """Writes a folder of files atomically, as `write_model`; ``write`` fills the folder that it is given."""
+    """Writes files atomically, as `write_model`; ``write`` fills the folder that it is given."""
     out = Path(os.path.realpath(out))
     if not out.is_dir():
         with_manifest(out, write)
@@ -73,7 +64,6 @@ def write_folder(out: Path, write: Callable[[Path], None], overwrite: bool = Fal
 
 
 def _fill_folder(folder: Path, temporary: Path, write: Callable[[Path], None]) -> None:
-    """Fills ``temporary``, then moves its files into an existing folder."""
     try:
         _write_staged(folder, write, temporary)
         with deferred_ctrl_c():
@@ -89,7 +79,7 @@ def with_manifest(target: Path, write: Callable[[Path], None], temporary: Path |
     """Fills a temporary folder with ``write``, adds the manifest, flushes, and renames it.
 
     Raises:
-        CheckpointError: it could not be written, or another process wrote ``target`` in the meantime.
+        CheckpointError: it could not be written, or another process wrote ``target`` meanwhile.
     """
     temporary = temporary or temporary_next_to(target)
     _write_staged(target, write, temporary)
@@ -106,7 +96,6 @@ def with_manifest(target: Path, write: Callable[[Path], None], temporary: Path |
 
 
 def _write_staged(target: Path, write: Callable[[Path], None], temporary: Path) -> None:
-    """Fills the temporary folder, and removes it on failure."""
     try:
         temporary.mkdir(parents=True)
         write(temporary)
@@ -133,14 +122,14 @@ def _not_written(target: Path, error: BaseException) -> CheckpointError:
 
 
 def _temporary(checkpoints: Path, name: str) -> Path:
-    """A temporary folder of the run that holds the lock; removes what a killed save left there."""
+    """A temporary folder of a locked run; removes what a killed save left there."""
     temporary = checkpoints / f".tmp-{name}"
     shutil.rmtree(temporary, ignore_errors=True)
     return temporary
 
 
 def remove_folder(folder: Path) -> None:
-    """Removes a folder, renamed first, so that a kill halfway leaves no partial checkpoint under its name."""
+    """Renames it first, so that a kill halfway leaves no partial checkpoint under its name."""
     doomed = folder.with_name(f".tmp-removed-{folder.name}")
     shutil.rmtree(doomed, ignore_errors=True)
     os.rename(folder, doomed)

@@ -6,7 +6,6 @@ import itertools
 import json
 import re
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import torch
 from tokenizers import Tokenizer, pre_tokenizers
@@ -22,14 +21,8 @@ def trim_tokenizer(
 ) -> tuple[PreTrainedTokenizerFast, list[int]]:
     """Reduces a byte-level BPE tokenizer to the tokens that some texts need; their tokenization does not change.
 
-    With ``keep_words`` it also keeps the tokens of capitalized words and of parts of words, so that new words in names
-    are not split into smaller pieces than the model was trained on.
-
-    Returns:
-        The new tokenizer, and the old id of each of its ids, ascending: the embedding rows to keep.
-
-    Raises:
-        ValueError: another kind of tokenizer.
+    ``keep_words`` also keeps capitalized words and parts of words, so that new words in names are not split into
+    smaller pieces than in training. Returns the new tokenizer, and the old id of each of its ids, ascending.
     """
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ValueError("trimming needs a byte-level BPE tokenizer with a tokenizer.json, as GPT-2's")
@@ -59,7 +52,10 @@ def trim_tokenizer(
     state["model"]["merges"] = [list(merge) for merge in merges if "".join(merge) in kept]
     for token in state["added_tokens"]:
         token["id"] = new_id[token["id"]]
-    _renumber_template(state["post_processor"], new_id)
+    processor = state["post_processor"]
+    if processor is not None and processor["type"] == "TemplateProcessing":
+        for token in processor["special_tokens"].values():
+            token["ids"] = [new_id[old] for old in token["ids"]]
     trimmed = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(json.dumps(state)),
         bos_token=tokenizer.bos_token,
@@ -72,21 +68,11 @@ def trim_tokenizer(
     return trimmed, old_ids
 
 
-def _renumber_template(processor: dict[str, Any] | None, new_id: dict[int, int]) -> None:
-    if processor is not None and processor["type"] == "TemplateProcessing":
-        for token in processor["special_tokens"].values():
-            token["ids"] = [new_id[old] for old in token["ids"]]
-
-
 @torch.no_grad()
 def trim_vocabulary(model: PreTrainedModel, kept_ids: Sequence[int]) -> None:
     """Shrinks a model's input and output embeddings, tied or not, from (V, D) to (W, D), in place.
 
-    ``kept_ids`` are the W old ids, in the order of the new ones. The logits of the kept tokens do not change, so their
-    probabilities are renormalised.
-
-    Raises:
-        ValueError: an id that the model does not have, or a BOS, EOS or padding token that is not kept.
+    ``kept_ids`` are the old ids in the order of the new ones, whose logits do not change.
     """
     before_VD, head = model.get_input_embeddings().weight, model.get_output_embeddings()
     assert isinstance(before_VD, torch.Tensor)

@@ -1,4 +1,4 @@
-"""Sparse upcycling: an MoE model whose experts are initialised from the MLPs of a dense GPT-2.
+"""Sparse upcycling: an MoE model whose experts are initialised from the MLPs of a dense GPT-2; and the way back.
 
 Write the dense layer as ``W2 act(W1 x + b1) + b2`` and the MoE layer as ``sum_e g_e MLP_e(x)``, with gates that sum to
 one over the k chosen. Before any training, for every token, k and E:
@@ -13,17 +13,22 @@ one over the k chosen. Before any training, for every token, k and E:
               ``r * g + s`` of group r holds shard s. The g experts of a group share one row of the router, so a token
               takes whole groups with equal gates, 1/g of one expert's: W2 is multiplied by g, b2 is not. Exact.
     shared    The shared expert is the dense layer. Routed experts copy W1 and have W2 = 0, b2 = 0, so they are silent
-              until trained, and until then the router gets no gradient. With granularity g, g shared experts make up
-              the dense layer, and routed ones have a shard of W1. Exact with any gates.
+              and the router gets no gradient until they are trained. With granularity g, g shared experts make up the
+              dense layer, and routed ones have a shard of W1. Exact with any gates.
 
-Exact means up to rounding: logits at most 1e-5 apart in float32. With ``routing="expert_choice"`` it holds for tokens
-with an expert; with ``capacity_factor``, for tokens without dropped choices.
+Exact means up to rounding (logits at most 1e-5 apart in float32), for tokens that have an expert and no dropped choice.
 
-Shape suffixes: E experts, D width, F hidden units of the dense layer.
+Downcycling (`to_dense`) averages the weights of each layer's experts (Wortsman et al. 2022, model soups; Li et al.
+2022, branch-train-merge), which gives back the dense weights if nothing was trained, bit by bit for copies. Shared
+experts are kept next to the mean of the routed ones: a sum of MLPs is one MLP with the hidden units of both.
+
+Shape suffixes: E experts, R = E / g groups of g experts (granular upcycling; g is 1 otherwise), D width, F hidden
+units of the dense layer.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,16 +41,16 @@ from flash_experts.models.loading import FUSED_ACTIVATIONS
 from flash_experts.models.moe_config import GPT2MoEConfig
 from flash_experts.models.moe_layer import MoELayer
 from flash_experts.models.moe_options import EXPERTS, METHOD_HELP, Method, UpcyclingOptions
+from flash_experts.models.router_metrics import count_loads
+from flash_experts.models.scoring import evaluating
 from flash_experts.options import option, problems_of
+
+_CLASS_FIELDS = ("model_type", "architectures", "transformers_version")  # set by the configuration's class
 
 
 @dataclass(kw_only=True)
 class Upcycling(UpcyclingOptions):
-    """How experts are made of a dense layer (see the module).
-
-    Raises:
-        ValueError: an unknown name, a number out of bounds, or a granularity that the method has no use for.
-    """
+    """How experts are made of a dense layer (see the module)."""
 
     method: Method = option("copy", METHOD_HELP, EXPERTS)
 
@@ -65,17 +70,11 @@ class Upcycling(UpcyclingOptions):
     def config(
         self, dense: GPT2Config, num_experts: int, num_experts_per_tok: int, **config_fields: Any
     ) -> GPT2MoEConfig:
-        """The dense model's configuration with experts, and the fused form of its activation.
-
-        Raises:
-            ValueError: a field is wrong, or would change the dense model's output.
-        """
-        inherited = dense.to_dict()
-        for key in ("model_type", "architectures", "transformers_version"):
-            inherited.pop(key, None)
+        """The dense model's configuration with experts; ValueError for a field that would change its output."""
+        inherited = {name: value for name, value in dense.to_dict().items() if name not in _CLASS_FIELDS}
         activation = inherited["activation_function"]
         inherited["activation_function"] = FUSED_ACTIVATIONS.get(activation, activation)
-        dense_size = dense.n_inner if dense.n_inner is not None else 4 * dense.n_embd
+        dense_size = _dense_size(dense)
         if dense_size % self.granularity:
             raise ValueError(f"granularity {self.granularity} does not divide the {dense_size} hidden units of a layer")
         made = {
@@ -91,7 +90,6 @@ class Upcycling(UpcyclingOptions):
         return config
 
     def _check(self, config: GPT2MoEConfig, dense_size: int) -> None:
-        """Rejects fields that would change the output."""
         if config.expert_size * self.granularity != dense_size:
             raise ValueError(
                 f"the experts have {dense_size // self.granularity} of the dense layer's {dense_size} hidden units, "
@@ -113,13 +111,7 @@ class Upcycling(UpcyclingOptions):
 
 @torch.no_grad()
 def fill_from_dense(model: PreTrainedModel, dense: GPT2LMHeadModel, upcycling: Upcycling, take: bool) -> None:
-    """Fills every weight of a new `GPT2MoEForCausalLM` from a dense model, block by block.
-
-    Args:
-        model: model with the configuration of ``upcycling.config``, weights uninitialised.
-        take: free each part of ``dense`` once copied, so that memory never holds two whole models; ``dense`` is
-            unusable afterwards.
-    """
+    """Fills a new `GPT2MoEForCausalLM`; ``take`` frees each part of ``dense`` once copied, to save memory."""
     old: Any = dense.transformer
     new: Any = model.transformer
     if model.config.tie_word_embeddings:
@@ -171,7 +163,7 @@ def _fill_experts(layer: MoELayer, mlp: GPT2MLP, upcycling: Upcycling) -> None:
 
 
 def _alike(source: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Normal random numbers with the mean and standard deviation of ``source``."""
+    """Normal, with the mean and standard deviation of ``source``."""
     return torch.randn_like(like) * source.std() + source.mean()
 
 
@@ -185,3 +177,109 @@ def _fill_router(layer: MoELayer, upcycling: Upcycling, std: float) -> None:
     elif upcycling.router_init == "orthogonal":
         nn.init.orthogonal_(rows_D, gain=std * rows_D.shape[1] ** 0.5)
     weight_ED.copy_(rows_D.repeat_interleave(repeats, 0))
+
+
+# ---------------------------------------------------------------------------------------------------------- downcycling
+@torch.no_grad()
+def to_dense(moe: PreTrainedModel, loads: Mapping[int, torch.Tensor] | None = None) -> GPT2LMHeadModel:
+    """A dense GPT-2 whose MLPs are the means of a `GPT2MoEForCausalLM`'s experts, in eval mode.
+
+    ``loads`` has weights (E,) of the experts, by block number from 0; None is equal weights.
+    """
+    config: Any = moe.config
+    granularity, width = _dense_sizes(config)
+    dropped = {*config.own_fields(), *_CLASS_FIELDS}
+    kept = {name: value for name, value in config.to_dict().items() if name not in dropped}
+    if width != _dense_size(config):
+        kept["n_inner"] = width
+    dense_config = GPT2Config(**kept)
+    dense_config._attn_implementation = config._attn_implementation
+    dense: GPT2LMHeadModel = nn.Module.to(GPT2LMHeadModel(dense_config), device=moe.device, dtype=moe.dtype)
+    weights = {name: tensor for name, tensor in moe.state_dict().items() if ".mlp." not in name}
+    body: Any = moe.transformer
+    for index, block in enumerate(body.h):
+        if isinstance(block.mlp, MoELayer):
+            share_R = _shares(index, loads, config.num_experts, granularity)
+            mlp = _mean_layer(block.mlp, share_R.to(moe.device), granularity)
+        else:
+            mlp = block.mlp.state_dict()
+        prefix = f"transformer.h.{index}.mlp."
+        weights |= {prefix + name: tensor for name, tensor in _widened(mlp, width).items()}
+    dense.load_state_dict(weights)
+    dense.generation_config = moe.generation_config
+    return dense.eval()
+
+
+def _dense_size(config: GPT2Config) -> int:
+    return config.n_inner if config.n_inner is not None else 4 * config.n_embd
+
+
+def _dense_sizes(config: GPT2MoEConfig) -> tuple[int, int]:
+    """g, and the hidden units of every block of the dense model."""
+    granularity, rest = divmod(_dense_size(config), config.expert_size)
+    if rest or config.num_experts % granularity:
+        granularity = 1
+    widths = [(granularity + config.num_shared_experts) * config.expert_size]
+    if not all(map(config.is_moe_layer, range(config.n_layer))):
+        widths.append(_dense_size(config))
+    return granularity, max(widths)
+
+
+def _shares(index: int, loads: Mapping[int, torch.Tensor] | None, num_experts: int, granularity: int) -> torch.Tensor:
+    """(R,) float64 normalised weights of a block's groups."""
+    if loads is None:
+        load_E = torch.ones(num_experts, dtype=torch.float64)
+    elif index not in loads:
+        raise ValueError(f"there are no loads for block {index}, only for {sorted(loads)}")
+    else:
+        load_E = torch.as_tensor(loads[index], dtype=torch.float64).cpu()
+    if load_E.shape != (num_experts,):
+        raise ValueError(f"block {index} has {num_experts} experts, but {load_E.numel()} loads are given")
+    if not torch.isfinite(load_E).all() or (load_E < 0).any() or not load_E.any():
+        raise ValueError(f"the loads of block {index} must be 0 or more and not all 0, but are {load_E.tolist()}")
+    load_R = load_E.view(-1, granularity).sum(1)
+    return load_R / load_R.sum()
+
+
+def _mean_layer(layer: MoELayer, share_R: torch.Tensor, granularity: int) -> dict[str, torch.Tensor]:
+    experts = layer.experts
+    # Mean over groups, (R, g, ...) to (g, ...); then the shards are concatenated along the hidden units.
+    up, up_bias, down, down_bias = (
+        _mean(stacked.unflatten(0, (-1, granularity)), share_R)
+        for stacked in (experts.up_proj, experts.up_proj_bias, experts.down_proj, experts.down_proj_bias)
+    )
+    # Every shard of a group has the whole bias, and the gates sum to one.
+    bias_D = down_bias[0] + (down_bias - down_bias[0]).mean(0)
+    up_DF, up_bias_F, down_FD = torch.cat(list(up), dim=1), up_bias.reshape(-1), torch.cat(list(down)) / granularity
+    if layer.shared_experts is not None:
+        fc, proj = layer.shared_experts.c_fc, layer.shared_experts.c_proj
+        up_DF, up_bias_F = torch.cat([fc.weight, up_DF], dim=1), torch.cat([fc.bias, up_bias_F])
+        down_FD, bias_D = torch.cat([proj.weight, down_FD]), bias_D + proj.bias
+    return {"c_fc.weight": up_DF, "c_fc.bias": up_bias_F, "c_proj.weight": down_FD, "c_proj.bias": bias_D}
+
+
+def _widened(mlp: dict[str, torch.Tensor], width: int) -> dict[str, torch.Tensor]:
+    """The same MLP with more hidden units: copies (zeros would get no gradient) with output weights of zero."""
+    up_DF, up_bias_F, down_FD = mlp["c_fc.weight"], mlp["c_fc.bias"], mlp["c_proj.weight"]
+    size = len(up_bias_F)
+    unit_F = torch.arange(width, device=up_bias_F.device) % size
+    down_FD = torch.cat([down_FD, down_FD.new_zeros(width - size, down_FD.shape[1])])
+    return {**mlp, "c_fc.weight": up_DF[:, unit_F], "c_fc.bias": up_bias_F[unit_F], "c_proj.weight": down_FD}
+
+
+def _mean(stacked_R: torch.Tensor, share_R: torch.Tensor) -> torch.Tensor:
+    """Weighted mean, as the first plus a mean difference: exact where all are equal."""
+    first = stacked_R[0]
+    return first + torch.tensordot(share_R.to(first.dtype), stacked_R - first, dims=1)
+
+
+@torch.no_grad()
+def measure_loads(moe: PreTrainedModel, rows: Iterable[Mapping[str, Any]]) -> dict[int, torch.Tensor]:
+    """Expert loads (E,) float64 by block number."""
+
+    def forwards() -> None:
+        for row in rows:
+            moe(**row)
+
+    with evaluating(moe):
+        return count_loads(moe, forwards)

@@ -20,8 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from flash_experts.data.cards import Card
 from flash_experts.data.packing import EncodedName, encode_names, split_by_context
 from flash_experts.data.prompts import Attributes
-from flash_experts.models.scoring import context_length
-from flash_experts.models.top_logits import TopLogits
+from flash_experts.models.scoring import TopLogits, context_length
 from flash_experts.training.training_config import Stage, TrainingConfig
 
 ALL_NAMES = Stage("all", epochs=None)

@@ -14,7 +14,7 @@ from flash_experts.data.packing import PackedBatch
 from flash_experts.data.tokenizer import load_tokenizer
 from flash_experts.models.flash_attention import separates_packed_sequences
 from flash_experts.models.loading import load_model
-from flash_experts.models.top_logits import TopLogits, holds_top_logits
+from flash_experts.models.scoring import TopLogits, holds_top_logits
 from flash_experts.training.training_config import TrainingConfig
 
 Direction = Literal["forward", "reverse"]

@@ -21,7 +21,7 @@ from flash_experts.data.cards import Card
 from flash_experts.data.prompts import CONDITIONS
 from flash_experts.files import check_replaced, whole_file
 from flash_experts.model_files import CONFIG
-from flash_experts.models.model_card import CARD, bits_per_character, card_data, origin_of, write_card
+from flash_experts.models.hub import CARD, bits_per_character, card_data, origin_of, write_card
 from flash_experts.training.checkpoint import checkpoint_steps
 from flash_experts.training.distributed import max_over_processes
 from flash_experts.training.metrics import multiplied_parameters

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from flash_experts.data.tokenizer import train_tokenizer
-from flash_experts.models.exports.gguf import export_gguf
+from flash_experts.models.exports import export_gguf
 from tests.conftest import WORDS
 from tests.helpers.command_line import ok
 

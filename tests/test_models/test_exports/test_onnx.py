@@ -11,7 +11,7 @@ import torch
 from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from flash_experts import GPT2MoEConfig, GPT2MoEForCausalLM
-from flash_experts.models.exports.onnx import export_onnx
+from flash_experts.models.exports import export_onnx
 from tests.helpers.command_line import ok, run
 
 pytest.importorskip("onnx", reason="onnx is not installed: pip install -e '.[onnx]'")

@@ -11,8 +11,8 @@ import torch
 from torch.nn import functional as F
 
 from flash_experts import GPT2MoEConfig
-from flash_experts.kernels import cpu_linear, cpu_memory
-from flash_experts.kernels.cpu_linear import linear, linear_gelu_tanh
+from flash_experts.kernels import cpu, cpu_memory
+from flash_experts.kernels.cpu import linear, linear_gelu_tanh
 from flash_experts.models import moe_layer
 
 
@@ -20,7 +20,7 @@ from flash_experts.models import moe_layer
 @pytest.mark.parametrize("with_bias", [True, False])
 @pytest.mark.parametrize("onednn", [True, False])
 def test_linear_is_the_matmul(monkeypatch: pytest.MonkeyPatch, rows: int, with_bias: bool, onednn: bool) -> None:
-    monkeypatch.setattr(cpu_linear, "_ONEDNN", onednn)
+    monkeypatch.setattr(cpu, "_ONEDNN", onednn)
     x_ND, weight_DF, bias_F = torch.randn(rows, 48), torch.randn(48, 80), torch.randn(80) if with_bias else None
     truth_NF = x_ND.double() @ weight_DF.double() + (0 if bias_F is None else bias_F.double())
     for weight in (weight_DF, weight_DF.T.contiguous().T):  # as GPT-2 stores it, and the view of the other layout
@@ -31,7 +31,7 @@ def test_linear_is_the_matmul(monkeypatch: pytest.MonkeyPatch, rows: int, with_b
 
 @pytest.mark.parametrize("onednn", [True, False])
 def test_fused_gelu_is_gelu_of_the_matmul(monkeypatch: pytest.MonkeyPatch, onednn: bool) -> None:
-    monkeypatch.setattr(cpu_linear, "_ONEDNN", onednn)
+    monkeypatch.setattr(cpu, "_ONEDNN", onednn)
     x_ND, weight_DF, bias_F = torch.randn(7, 48), torch.randn(48, 80), torch.randn(80)
     truth_NF = F.gelu(x_ND.double() @ weight_DF.double() + bias_F.double(), approximate="tanh")
     torch.testing.assert_close(linear_gelu_tanh(x_ND, weight_DF, bias_F).double(), truth_NF, rtol=1e-4, atol=1e-4)

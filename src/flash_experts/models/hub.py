@@ -1,7 +1,8 @@
-"""A model folder that transformers loads without flash-experts, by ``trust_remote_code=True``.
+"""Models for a hub: model cards, and folders that transformers loads without flash-experts.
 
-Its code is this package's, reduced to every top-level statement that the model classes reach. Attention and experts
-are transformers' own (``sdpa`` and the plain loop), so logits agree up to rounding.
+A card is a README.md with the metadata that a hub reads, written by huggingface_hub. An exported folder has code of its
+own (``trust_remote_code=True``): this package's, reduced to every top-level statement that the model classes reach.
+Attention and experts are transformers' own (``sdpa`` and the plain loop), so logits agree up to rounding.
 """
 
 from __future__ import annotations
@@ -9,16 +10,25 @@ from __future__ import annotations
 import ast
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
+from typing import cast
+
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from flash_experts.model_files import CONFIG, WEIGHTS, check_files, local_folder, read_object
-from flash_experts.models.folder_checks import check_folder, read_config, weight_files
-from flash_experts.models.model_card import CARD, read_card, write_card
+from flash_experts.models.loading import check_folder, read_config, weight_files
 from flash_experts.models.saving import write_folder
+from flash_experts.released import model_folder
+
+CARD = "README.md"
+# Where a source of cards has its names from.
+_DATASETS = {"embedded": "mtgjson", "mtgjson": "mtgjson", "mtgjson-printings": "mtgjson", "scryfall": "scryfall"}
+_NAMES = "names of Magic: The Gathering cards"
 
 _PACKAGE = "flash_experts"
 _CONFIGURATION, _MODELING = f"{_PACKAGE}.models.moe_config", f"{_PACKAGE}.models.moe"
@@ -58,12 +68,73 @@ The Python files of the folder are those of flash-experts, which need not be ins
 """
 
 
-def export_for_hub(source: str | Path, out: Path, overwrite: bool = False) -> list[str]:
-    """Writes a folder with weights, tokenizer, card and code of an MoE model; returns the names of its Python files.
+def card_data(
+    name: str,
+    model_type: str,
+    source: str | None = None,
+    base_model: str | None = None,
+    license: str = "unknown",
+    results: Iterable[EvalResult] = (),
+) -> ModelCardData:
+    """The metadata of a model's card; ``source`` is that of its names, as in meta.json."""
+    is_moe = model_type == "gpt2_moe"
+    found = list(results)
+    return ModelCardData(
+        language="en",
+        license=license,
+        library_name="flash-experts" if is_moe else "transformers",
+        base_model=base_model,
+        datasets=[_DATASETS[source]] if source in _DATASETS else None,
+        pipeline_tag="text-generation",
+        tags=["gpt2" if is_moe else model_type, *(["mixture-of-experts"] if is_moe else []), "names"],
+        model_name=name,
+        eval_results=found or None,
+    )
 
-    Raises:
-        ValueError: it is not an MoE model, is damaged, or ``out`` is not empty and ``overwrite`` is not given.
-    """
+
+def bits_per_character(source: str | None, split: str, values: Mapping[str, float]) -> list[EvalResult]:
+    """Results for the ``model-index``; ``values`` by condition, as "unconditional" or "given type"."""
+    return [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=_DATASETS.get(str(source), "names"),
+            dataset_name=_NAMES if source in _DATASETS else "names",
+            dataset_split=split,
+            metric_type="bits_per_character",
+            metric_name=f"bits per character, {given}",
+            metric_value=round(value, 4),
+        )
+        for given, value in values.items()
+    ]
+
+
+def write_card(path: Path, data: ModelCardData, text: str) -> None:
+    path.write_text(f"---\n{data.to_yaml()}\n---\n\n{text}", encoding="utf-8")
+
+
+def read_card(folder: Path) -> tuple[ModelCardData, str]:
+    """Metadata and text of a folder's card; its name alone without a card, or with a damaged one."""
+    try:
+        card = ModelCard((folder / CARD).read_text("utf-8"), ignore_metadata_errors=True)
+    except (OSError, ValueError, yaml.YAMLError):
+        return ModelCardData(), f"# {folder.name}\n"
+    return cast(ModelCardData, card.data), card.text
+
+
+def origin_of(base: str | None) -> tuple[str | None, str]:
+    """Hub id and license of a run's base."""
+    if base is None:
+        return None, "unknown"
+    folder = model_folder(base)
+    if folder is None:
+        return base, "unknown"
+    data, _ = read_card(folder)
+    first = data.base_model[0] if isinstance(data.base_model, list) and data.base_model else data.base_model
+    return (first if isinstance(first, str) else None), str(data.license or "unknown")
+
+
+def export_for_hub(source: str | Path, out: Path, overwrite: bool = False) -> list[str]:
+    """Writes weights, tokenizer, card and code of an MoE model (else ValueError); returns the names of its code."""
     folder = local_folder(source)
     check_folder(folder)
     model_type = read_config(folder).model_type
@@ -86,7 +157,7 @@ def export_for_hub(source: str | Path, out: Path, overwrite: bool = False) -> li
 
 
 def add_code(folder: Path) -> list[str]:
-    """Adds the Python files to a saved folder, and to its configuration; returns their names."""
+    """Adds the Python files to a saved folder, and to its configuration."""
     config = {**read_object(folder / CONFIG), "auto_map": _AUTO_MAP}
     (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
     code = sources()
@@ -120,7 +191,6 @@ class _Module:
 
     @cached_property
     def defined(self) -> dict[str, int]:
-        """Name to the place of its statement."""
         return {name: place for place, node in enumerate(self.tree.body) for name in _defined_by(node)}
 
     @cached_property
@@ -154,7 +224,6 @@ class _Module:
 
 
 def sources() -> dict[str, str]:
-    """The Python files of an exported model, by name."""
     modules: dict[str, _Module] = {}
     waiting = [(module, name) for module, names in _ROOTS.items() for name in names]
     while waiting:
@@ -195,7 +264,6 @@ def _written(module: _Module, modules: dict[str, _Module]) -> str:
 def _imports(
     node: ast.Import | ast.ImportFrom, needed: set[str], modules: dict[str, _Module]
 ) -> Iterator[tuple[str, str]]:
-    """What an import takes from where, of what is needed."""
     source = (node.module or "") if isinstance(node, ast.ImportFrom) else ""
     for alias in node.names:
         if source != "__future__" and (alias.asname or alias.name).partition(".")[0] not in needed:
@@ -209,7 +277,7 @@ def _imports(
 
 
 def _without_methods(tree: ast.Module) -> ast.Module:
-    """Takes the methods of `_LEFT_OUT` out; their lines go to ``removed``."""
+    """The lines of methods of `_LEFT_OUT` go to ``removed``."""
     for node in tree.body:
         if isinstance(node, ast.ClassDef) and node.name in _LEFT_OUT:
             gone = [each for each in node.body if getattr(each, "name", None) in _LEFT_OUT[node.name]]

@@ -1,12 +1,14 @@
-"""All experts' two-layer MLPs over their tokens, as one differentiable operation for CPUs (grouped or batched GEMM).
+"""Kernels for CPUs: matmuls with a weight matrix, and all experts' two-layer MLPs as one differentiable operation.
 
-The plain loop (`flash_experts.models.moe_layer.Experts`) lets autograd allocate and add a full-size weight gradient per
-expert. Here the (token, expert) pairs are sorted once. With many rows per expert (`_GroupedMLP`) each weight gradient
-is written straight into one buffer; with few (`_BatchedMLP`), where matmuls are memory-bound, all experts are
-multiplied at once, each padded to the busiest one.
+`linear` takes the faster library: oneDNN with AVX-512, else MKL, whose AVX-512 kernels run on Intel processors only.
 
-Shape suffixes: T tokens, K experts per token, S = T * K pairs sorted by expert, P the same with each expert's rows
-padded, E experts, M rows of the busiest expert, D width, F hidden units of an expert.
+`grouped_mlp` replaces the plain loop over experts, in which autograd adds a full-size weight gradient per expert. Here
+the (token, expert) pairs are sorted once. With many rows per expert (`_GroupedMLP`, grouped GEMM) each weight gradient
+is written straight into one buffer; with few (`_BatchedMLP`, batched GEMM), where matmuls are memory-bound, all experts
+are multiplied at once, each padded to the busiest one.
+
+Shape suffixes: N rows, T tokens, K experts per token, S = T * K pairs sorted by expert, P the same with each expert's
+rows padded, E experts, M rows of the busiest expert, D width, F hidden units of an expert.
 """
 
 from __future__ import annotations
@@ -18,9 +20,10 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from flash_experts.kernels.cpu_linear import linear, linear_gelu_tanh, uses_onednn
-
 Activation = Callable[[torch.Tensor], torch.Tensor]
+
+_ONEDNN = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
+_DTYPES = (torch.float32, torch.bfloat16)
 
 # Batched is faster up to this many rows for the busiest expert, from this share of the experts in use, and with at most
 # this many padded rows per pair.
@@ -33,12 +36,36 @@ _MOST_PADDED = 4
 _ROWS_MULTIPLE = 32
 
 
+def linear(x_ND: torch.Tensor, weight_DF: torch.Tensor, bias_F: torch.Tensor | None = None) -> torch.Tensor:
+    """``x @ weight + bias``, (N, F), any float dtype and device; not differentiable.
+
+    ``weight_DF`` may be a transposed (F, D) matrix: neither layout is copied.
+    """
+    if uses_onednn(x_ND):
+        out_NF: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x_ND, weight_DF.T, bias_F, "none", [], "")
+        return out_NF
+    return x_ND @ weight_DF if bias_F is None else torch.addmm(bias_F, x_ND, weight_DF)
+
+
+def linear_gelu_tanh(x_ND: torch.Tensor, weight_DF: torch.Tensor, bias_F: torch.Tensor) -> torch.Tensor:
+    """``gelu_tanh(x @ weight + bias)``, (N, F); not differentiable. oneDNN fuses it."""
+    if uses_onednn(x_ND):
+        out_NF: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x_ND, weight_DF.T, bias_F, "gelu", [], "tanh")
+        return out_NF
+    return F.gelu(torch.addmm(bias_F, x_ND, weight_DF), approximate="tanh")
+
+
+def uses_onednn(x_ND: torch.Tensor) -> bool:
+    """Whether oneDNN multiplies these rows; it generates code for each new number of rows."""
+    if torch.compiler.is_compiling():  # the compiler calls oneDNN itself, and cannot lower this operator
+        return False
+    is_float = x_ND.device.type == "cpu" and x_ND.dtype in _DTYPES
+    return _ONEDNN and bool(torch.backends.mkldnn.enabled) and is_float and x_ND.numel() > 0
+
+
 @dataclass(frozen=True, slots=True)
 class _Groups:
-    """The pairs sorted by expert, without and with padding for the matmuls.
-
-    Padding is token 0 with a gate of zero: it adds nothing to gradients, and its outputs are not read.
-    """
+    """The pairs sorted by expert, without and with padding (token 0 with a gate of zero) for the matmuls."""
 
     pair_of_S: torch.Tensor
     token_of_P: torch.Tensor
@@ -195,7 +222,7 @@ def _one_token(
     weights: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
     activation: Activation,
 ) -> torch.Tensor:
-    """(1, D), for decoding: no sorting, nothing saved for the backward."""
+    """For decoding: no sorting, nothing saved for the backward."""
     up_EDF, up_bias_EF, down_EFD, down_bias_ED = weights
     rows = []
     for e in experts_1K[0].tolist():
@@ -220,7 +247,6 @@ def _combine(y_pairs_D: torch.Tensor, gates_TK: torch.Tensor) -> torch.Tensor:
 
 
 def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
-    """The tanh approximation of GELU."""
     return F.gelu(x, approximate="tanh")
 
 
@@ -247,16 +273,8 @@ def grouped_mlp(
 ) -> torch.Tensor:
     """``sum_k gates[t, k] * MLP_{experts[t, k]}(x[t])``, (T, D), differentiable in every float input.
 
-    Args:
-        x_TD: tokens, any float dtype.
-        experts_TK: chosen experts, integers in [0, E).
-        gates_TK: weights of the choices, dtype of ``x_TD``.
-        up_EDF: first matrices.
-        up_bias_EF: biases of the first matrices.
-        down_EFD: second matrices.
-        down_bias_ED: biases of the second matrices.
-        activation: elementwise function between them.
-        batched: force the batched or the grouped way; None chooses the faster one.
+    Floats have one dtype; experts are integers in [0, E). ``batched`` forces the batched or the grouped way; None
+    chooses the faster one.
     """
     num_experts = up_EDF.shape[0]
     weights = (up_EDF, up_bias_EF, down_EFD, down_bias_ED)

@@ -15,7 +15,7 @@ from huggingface_hub import ModelCard
 from transformers import PreTrainedTokenizerFast
 
 from flash_experts import GPT2MoEConfig, GPT2MoEForCausalLM
-from flash_experts.models.hub_export import export_for_hub, sources
+from flash_experts.models.hub import export_for_hub, sources
 from flash_experts.models.loading import load_model
 from tests.helpers.command_line import run
 

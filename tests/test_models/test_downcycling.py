@@ -11,9 +11,9 @@ from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from flash_experts import GPT2MoEConfig, GPT2MoEForCausalLM
 from flash_experts.cli import main
-from flash_experts.models.exports.dense import measure_loads, to_dense
 from flash_experts.models.loading import load_model
 from flash_experts.models.router_metrics import router_metrics
+from flash_experts.models.upcycling import measure_loads, to_dense
 from tests.helpers.command_line import FIRST, SECOND
 
 IDS = torch.arange(40).view(2, 20)

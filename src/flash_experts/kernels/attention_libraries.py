@@ -1,22 +1,22 @@
-"""Attention on PyTorch's scaled_dot_product_attention (SDPA), with as few masks and copies as possible.
+"""Attention by kernels of others: PyTorch's scaled_dot_product_attention (SDPA), and flash-attn 2, 3 and 4 (Dao-AILab).
 
-SDPA has no softcap, no ALiBi without a full bias and no log-sum-exp. Dropout uses torch's generator, not
-``options.seed``. Packed documents are padded to the longest for the attention only.
-
-Shape suffixes: B sequences, S length, H query heads, G key/value heads, R = H / G, C head dim, T tokens of a packed
-sequence, N documents in it, M length of the longest.
+`flash_experts.models.attention_backends` has what each does not support. Dropout uses torch's generator, not
+``options.seed``. flash-attn is imported on first use. Shape suffixes as in `attention_options`.
 """
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Any
 
 import torch
 from torch.nn import functional as F
 
 from flash_experts.kernels.attention_options import AttentionOptions, PackedLengths
 
+FLASH_ATTN_MODULES = {2: "flash_attn", 3: "flash_attn_interface", 4: "flash_attn.cute"}
 # Documents of very different lengths are mostly padding. Where padding would multiply the tokens by more than this,
 # they are grouped by length first (which reads the lengths on the host).
 _MOST_PADDING = 8
@@ -25,17 +25,17 @@ _MOST_PADDING = 8
 _SHORT = 128
 
 
-def attention(
+def sdpa(
     q_BSHC: torch.Tensor,
     k_BSGC: torch.Tensor,
     v_BSGC: torch.Tensor,
     options: AttentionOptions,
     k_lengths_B: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, None]:
-    """Attention of a batch, differentiable in q, k and v, without softcap and ALiBi.
+    """Attention of a batch by SDPA, differentiable in q, k and v, without softcap, ALiBi and log-sum-exp.
 
-    Returns (B, S_q, H, C) in the dtype of q, zeros for a fully masked query; and None for the log-sum-exp.
-    ``k_lengths_B`` is the int32 number of keys in use per sequence, read on the host.
+    Returns (B, S_q, H, C), zeros for a fully masked query. ``k_lengths_B`` is the int32 number of keys in use per
+    sequence, read on the host.
     """
     if k_lengths_B is not None:
         return _with_lengths(q_BSHC, k_BSGC, v_BSGC, options, k_lengths_B.tolist()), None
@@ -43,18 +43,12 @@ def attention(
     if options.left >= 0:  # cut off the keys before the first query's window
         unseen = max(0, S_k - S_q - options.left)
         k_BSGC, v_BSGC, S_k = k_BSGC[:, unseen:], v_BSGC[:, unseen:], S_k - unseen
-    fully_masked = _fully_masked_queries(S_q, S_k, options)
+    # Leading queries may stand before the first key.
+    fully_masked = S_q if S_k == 0 else max(0, S_q - S_k - options.right) if options.right >= 0 else 0
     if fully_masked > 0:
         out_BSHC = _masked(q_BSHC[:, fully_masked:], k_BSGC, v_BSGC, options)
         return F.pad(out_BSHC, (0, 0, 0, 0, fully_masked, 0)), None
     return _masked(q_BSHC, k_BSGC, v_BSGC, options), None
-
-
-def _fully_masked_queries(S_q: int, S_k: int, options: AttentionOptions) -> int:
-    """Number of leading queries that stand before the first key."""
-    if S_k == 0:
-        return S_q
-    return max(0, S_q - S_k - options.right) if options.right >= 0 else 0
 
 
 def _with_lengths(
@@ -64,7 +58,7 @@ def _with_lengths(
     outputs, start = [], 0
     for length, run in groupby(lengths):
         rows = slice(start, start + len(list(run)))
-        outputs.append(attention(q_BSHC[rows], k_BSGC[rows, :length], v_BSGC[rows, :length], options)[0])
+        outputs.append(sdpa(q_BSHC[rows], k_BSGC[rows, :length], v_BSGC[rows, :length], options)[0])
         start = rows.stop
     return torch.cat(outputs) if outputs else torch.zeros_like(q_BSHC)
 
@@ -77,16 +71,15 @@ def _masked(
     limited_left = 0 <= options.left < S_k - 1
     limited_right = 0 <= options.right < S_q - 1
     if not (limited_left or limited_right):
-        return _sdpa(q_BSHC, k_BSGC, v_BSGC, options)
+        return _call_sdpa(q_BSHC, k_BSGC, v_BSGC, options)
     if not limited_left and options.right == 0 and S_q == S_k:
-        return _sdpa(q_BSHC, k_BSGC, v_BSGC, options, is_causal=True)
+        return _call_sdpa(q_BSHC, k_BSGC, v_BSGC, options, is_causal=True)
     place_S = torch.arange(S_k - S_q, S_k, device=q_BSHC.device)
     distance_SS = place_S[:, None] - torch.arange(S_k, device=q_BSHC.device)
-    return _sdpa(q_BSHC, k_BSGC, v_BSGC, options, visible=_within(distance_SS, options))
+    return _call_sdpa(q_BSHC, k_BSGC, v_BSGC, options, visible=_within(distance_SS, options))
 
 
 def _within(distance: torch.Tensor, options: AttentionOptions) -> torch.Tensor:
-    """Whether a key at this distance before the query is within the window."""
     visible = torch.ones_like(distance, dtype=torch.bool)
     if options.left >= 0:
         visible = visible & (distance <= options.left)
@@ -95,7 +88,7 @@ def _within(distance: torch.Tensor, options: AttentionOptions) -> torch.Tensor:
     return visible
 
 
-def _sdpa(
+def _call_sdpa(
     q_BSHC: torch.Tensor,
     k_BSGC: torch.Tensor,
     v_BSGC: torch.Tensor,
@@ -128,7 +121,6 @@ def _sdpa(
 def _unfused_causal(
     q_NMHC: torch.Tensor, k_NMHC: torch.Tensor, v_NMHC: torch.Tensor, options: AttentionOptions
 ) -> torch.Tensor:
-    """Causal attention with materialised scores."""
     q_NHMC, k_NHMC, v_NHMC = (x.transpose(1, 2) for x in (q_NMHC, k_NMHC, v_NMHC))
     hidden_MM = torch.full((q_NMHC.shape[1],) * 2, -torch.inf, dtype=q_NMHC.dtype).triu(1)
     scores_NHMM = (q_NHMC @ k_NHMC.mT) * options.scale + hidden_MM
@@ -163,17 +155,14 @@ class _Documents:
         return x_NMHC.flatten(0, 1)[self.place_T]
 
 
-def attention_varlen(
+def sdpa_varlen(
     q_THC: torch.Tensor,
     k_TGC: torch.Tensor,
     v_TGC: torch.Tensor,
     lengths: PackedLengths,
     options: AttentionOptions,
 ) -> tuple[torch.Tensor, None]:
-    """`attention` of packed documents (variable length), each of which attends to itself only.
-
-    Where queries and keys share ``cu_seqlens``, causal attention needs no mask: padding comes after each document.
-    """
+    """`sdpa` of packed documents (variable length), each of which attends to itself only."""
     cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k = lengths
     total_q, total_k, N = q_THC.shape[0], k_TGC.shape[0], cu_seqlens_q.numel() - 1
     if N * (max_seqlen_q + max_seqlen_k) > _MOST_PADDING * (total_q + total_k) > 0:
@@ -184,15 +173,15 @@ def attention_varlen(
         of_k = _Documents.of(cu_seqlens_k, max_seqlen_k, total_k)
     q, k, v = of_q.pad(q_THC), of_k.pad(k_TGC), of_k.pad(v_TGC)
     limited_left = 0 <= options.left < max_seqlen_k - 1
-    if of_k is of_q and options.right == 0 and not limited_left:
+    if of_k is of_q and options.right == 0 and not limited_left:  # no mask: padding comes after each document
         is_short = max_seqlen_q <= _SHORT and q.shape[2] == k.shape[2]
         if is_short and q.device.type == "cpu" and q.dtype == torch.bfloat16 and torch.is_grad_enabled():
             return of_q.unpad(_unfused_causal(q, k, v, options)), None
-        return of_q.unpad(_sdpa(q, k, v, options, is_causal=True)), None
+        return of_q.unpad(_call_sdpa(q, k, v, options, is_causal=True)), None
     visible_NMM = _visible(of_q, of_k, options)
     # A fully masked query attends to everything instead (no inf - inf), and its output is set to 0.
     empty_NM1 = ~visible_NMM.any(-1, keepdim=True)
-    out_NMHC = _sdpa(q, k, v, options, visible=(visible_NMM | empty_NM1)[:, None])
+    out_NMHC = _call_sdpa(q, k, v, options, visible=(visible_NMM | empty_NM1)[:, None])
     return of_q.unpad(out_NMHC.masked_fill(empty_NM1[..., None], 0)), None
 
 
@@ -230,7 +219,72 @@ def _by_length(
         cu_k = cu_q if torch.equal(cu_q, starts[1]) else starts[1]
         longest_q, longest_k = lengths_2N[:, chosen_N].amax(1).tolist()
         lengths = PackedLengths(cu_q, cu_k, longest_q, longest_k)
-        out, _ = attention_varlen(q_THC[rows_q], k_TGC[rows_k], v_TGC[rows_k], lengths, options)
+        out, _ = sdpa_varlen(q_THC[rows_q], k_TGC[rows_k], v_TGC[rows_k], lengths, options)
         outputs.append(out)
         rows.append(rows_q)
     return torch.cat(outputs)[torch.cat(rows).argsort()]
+
+
+def flash_attn(
+    version: int,
+    q_BSHC: torch.Tensor,
+    k_BSGC: torch.Tensor,
+    v_BSGC: torch.Tensor,
+    options: AttentionOptions,
+    needs_lse: bool = False,
+    deterministic: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Attention of a batch by flash-attn ``version`` 2, 3 or 4 on CUDA, differentiable in q, k and v.
+
+    Returns (B, S_q, H, C), and the log-sum-exp (B, H, S_q) or None. Version 2 alone has dropout, ALiBi and the latter.
+    """
+    function = importlib.import_module(FLASH_ATTN_MODULES[version]).flash_attn_func
+    return _flash_attn_outputs(
+        function(q_BSHC, k_BSGC, v_BSGC, **_flash_attn_arguments(version, options, needs_lse, deterministic)), needs_lse
+    )
+
+
+def flash_attn_varlen(
+    version: int,
+    q_THC: torch.Tensor,
+    k_TGC: torch.Tensor,
+    v_TGC: torch.Tensor,
+    lengths: PackedLengths,
+    options: AttentionOptions,
+    needs_lse: bool = False,
+    deterministic: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`flash_attn` of packed documents: (T_q, H, C), and the log-sum-exp (H, T_q) float32 or None."""
+    function = importlib.import_module(FLASH_ATTN_MODULES[version]).flash_attn_varlen_func
+    arguments = _flash_attn_arguments(version, options, needs_lse, deterministic)
+    return _flash_attn_outputs(function(q_THC, k_TGC, v_TGC, **lengths._asdict(), **arguments), needs_lse)
+
+
+def _flash_attn_arguments(
+    version: int, options: AttentionOptions, needs_lse: bool, deterministic: bool
+) -> dict[str, Any]:
+    no_limit = None if version == 4 else -1
+    # Causal attention is a flag there, which also selects faster kernels.
+    right = -1 if options.causal else options.right
+    left, right_limit = (no_limit if limit < 0 else limit for limit in (options.left, right))
+    arguments: dict[str, Any] = {
+        "softmax_scale": options.scale,
+        "causal": options.causal,
+        "window_size": (left, right_limit),
+        "softcap": options.softcap,
+        "deterministic": deterministic,
+    }
+    if version == 2:
+        arguments["dropout_p"] = options.dropout
+        arguments["alibi_slopes"] = options.alibi_slopes
+        arguments["return_attn_probs"] = needs_lse
+    return arguments
+
+
+def _flash_attn_outputs(
+    returned: torch.Tensor | tuple[torch.Tensor, ...], needs_lse: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Some versions return the output alone, some a tuple that begins with output and log-sum-exp."""
+    if isinstance(returned, torch.Tensor):
+        return returned, None
+    return returned[0], returned[1] if needs_lse else None
