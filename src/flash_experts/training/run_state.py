@@ -13,8 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from flash_experts.training.muon import Muon
-from flash_experts.training.optimizer import Schedule
+from flash_experts.training.optimizer import Muon, Schedule
 from flash_experts.training.sharding import shard_like
 from flash_experts.training.training_config import TrainingConfig
 
