@@ -16,8 +16,7 @@ from transformers import GPT2Config, PreTrainedTokenizerFast
 
 from flash_experts.models import GPT2MoEForCausalLM
 from flash_experts.training import Trainer, TrainingConfig
-from flash_experts.training.loss import CausalLoss
-from flash_experts.training.numerics import FiniteGuard
+from flash_experts.training.loss import CausalLoss, FiniteGuard
 from flash_experts.training.optimizer import (
     Muon,
     WeightAverage,

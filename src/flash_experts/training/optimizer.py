@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from flash_experts.training.numerics import use_bfloat16
+from flash_experts.training.loss import use_bfloat16
 from flash_experts.training.sharding import gather_full, holds_whole_matrices, local_shard, shard_like
 from flash_experts.training.training_config import PARTS, LearningRateScale, TrainingConfig
 

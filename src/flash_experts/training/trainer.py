@@ -19,10 +19,19 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from flash_experts.data.cards import Card
 from flash_experts.data.packing import PackedBatch, pack, packed_length
 from flash_experts.models.router_metrics import update_router_biases
-from flash_experts.training import distributed, numerics, run_state
+from flash_experts.training import distributed, run_state
 from flash_experts.training.batches import NameBatches, fitting_cards
 from flash_experts.training.checkpointer import Checkpointer
-from flash_experts.training.loss import make_loss
+from flash_experts.training.loss import (
+    MOST_SKIPS_IN_A_ROW,
+    FiniteGuard,
+    check_dtype,
+    deterministic_algorithms,
+    make_loss,
+    names_in,
+    use_bfloat16,
+    write_bad_batch,
+)
 from flash_experts.training.metrics import LoggingWindow, SpeedMeter, training_metrics
 from flash_experts.training.optimizer import Schedule, WeightAverage, freeze_parts, make_optimizers, set_rates
 from flash_experts.training.reporting import Reporter
@@ -74,8 +83,8 @@ class Trainer:
         self.device = self.accelerator.device
         self.is_main = self.accelerator.is_main_process
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
-        self.autocast = numerics.use_bfloat16(config.precision, self.device)
-        self.model = numerics.check_dtype(model).to(self.device)
+        self.autocast = use_bfloat16(config.precision, self.device)
+        self.model = check_dtype(model).to(self.device)
         self.model.loss_function = self.loss = make_loss(config, self.model, tokenizer, self.device)
         freeze_parts(self.model, config.lr_scale)
         # Training calls `parallel.wrapped`; validation and saving use the plain model inside it.
@@ -95,7 +104,7 @@ class Trainer:
         validation_sha256 = None if self.validation is None else self.validation.sha256
         self.info |= {"origin": dict(origin or {}), "identity": identity(self.model, tokenizer, validation_sha256)}
         self.speed = SpeedMeter(self.info["model"]["parameters"], self.device, self.world)
-        self.guard = numerics.FiniteGuard(config.on_nan == "stop", self.device, self.world)
+        self.guard = FiniteGuard(config.on_nan == "stop", self.device, self.world)
         # All that a step passes to the next: the weights, `state`, and the registered objects (see `stateful`).
         self.state = run_state.TrainerState()
         self.window = LoggingWindow(self.model, self.accelerator, not config.label_smoothing and config.teacher is None)
@@ -122,7 +131,7 @@ class Trainer:
         check_run_folder(self.run_dir, overwrite, self.accelerator)
         if overwrite and resume == "auto":
             resume = None
-        with numerics.deterministic_algorithms(self.config.deterministic), RunLock(self.run_dir, self.accelerator):
+        with deterministic_algorithms(self.config.deterministic), RunLock(self.run_dir, self.accelerator):
             self.state = self.checkpointer.restore(resume, overwrite)
             if self.state.step and (ended := self._reason_to_end()):
                 self.report.notify(f"{self.run_dir} is finished ({ended}, step {self.state.step:,}): nothing to do")
@@ -240,12 +249,12 @@ class Trainer:
     def _check_finite(self) -> None:
         """Ends the run at a NaN or infinite loss or gradient, or counts the step as skipped."""
         for step in self.guard.bad_steps():
-            names = numerics.names_in(self.batches.names_of_step(step - 1), self.tokenizer)
-            if self.config.on_nan == "skip" and self.state.skip(step) <= numerics.MOST_SKIPS_IN_A_ROW:
+            names = names_in(self.batches.names_of_step(step - 1), self.tokenizer)
+            if self.config.on_nan == "skip" and self.state.skip(step) <= MOST_SKIPS_IN_A_ROW:
                 self.report.skipped(step, names)
                 continue
             if self.is_main:
-                numerics.write_bad_batch(self.run_dir, step, names)
+                write_bad_batch(self.run_dir, step, names)
             raise self._not_finite(step, names)
 
     def _not_finite(self, step: int, names: Sequence[str]) -> run_state.NonFiniteLossError:
