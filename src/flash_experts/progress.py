@@ -1,6 +1,6 @@
 """A progress bar for downloads and lists, drawn by `rich` if stderr is a terminal.
 
-(A run's is in `flash_experts.training.reporting`, with its metrics.)
+(A run's is in `flash_experts.training.tracking`, with its metrics.)
 """
 
 from __future__ import annotations

@@ -26,8 +26,7 @@ from flash_experts.training.checkpoint import checkpoint_steps
 from flash_experts.training.distributed import max_over_processes
 from flash_experts.training.metrics import multiplied_parameters
 from flash_experts.training.run_state import TrainingResult
-from flash_experts.training.tracking import METRICS_FILE, read_untrusted_metrics
-from flash_experts.training.validation import BITS_PER_CHAR
+from flash_experts.training.tracking import BITS_PER_CHAR, METRICS_FILE, read_untrusted_metrics
 
 LOCK_FILE = Path("checkpoints", ".lock")
 _PACKAGES = ("flash-experts", "torch", "transformers", "accelerate", "tokenizers", "safetensors", "numpy")

@@ -28,7 +28,7 @@ class TrainerState:
         tokens: input tokens processed.
         seconds: wall-clock training time, without what a kill lost.
         evaluation_seconds: time of the first validation.
-        best_bits_per_char: lowest `validation.SELECTION` so far.
+        best_bits_per_char: lowest `tracking.SELECTION` so far.
         bad_evaluations: validations since the best one.
         skipped_steps: for a NaN or infinite loss or gradient (``on_nan: skip``).
     """
@@ -81,7 +81,7 @@ def reason_to_end(state: TrainerState, schedule: Schedule, patience: int | None)
 class TrainingResult:
     """How a run ended: by ``steps``, ``time``, ``early stopping``, or a signal's name.
 
-    ``best_bits_per_char`` is the lowest `validation.SELECTION`; None without validation names.
+    ``best_bits_per_char`` is the lowest `tracking.SELECTION`; None without validation names.
     """
 
     reason: str

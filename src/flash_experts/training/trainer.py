@@ -34,7 +34,6 @@ from flash_experts.training.loss import (
 )
 from flash_experts.training.metrics import LoggingWindow, SpeedMeter, training_metrics
 from flash_experts.training.optimizer import Schedule, WeightAverage, freeze_parts, make_optimizers, set_rates
-from flash_experts.training.reporting import Reporter
 from flash_experts.training.run_folder import (
     RunLock,
     check_run_folder,
@@ -46,9 +45,9 @@ from flash_experts.training.run_folder import (
 )
 from flash_experts.training.run_state import OptimizerState
 from flash_experts.training.trackers import make_tracker
-from flash_experts.training.tracking import Callback
+from flash_experts.training.tracking import SELECTION, Callback, Reporter
 from flash_experts.training.training_config import TrainingConfig
-from flash_experts.training.validation import SELECTION, Validation
+from flash_experts.training.validation import Validation
 
 
 class Trainer:

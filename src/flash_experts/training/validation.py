@@ -16,12 +16,8 @@ from transformers import PreTrainedTokenizerBase
 from flash_experts.data.cards import Card
 from flash_experts.data.packing import PackedBatch, encode_cards, name_nats, pack_all
 from flash_experts.data.prompts import Attributes
+from flash_experts.training.tracking import BITS_PER_CHAR, SELECTION
 from flash_experts.training.training_config import TrainingConfig
-
-BITS_PER_CHAR = "validation/bits_per_char"
-# The metric that selects the best model of a run: the mean of the unconditional bits per character and those given all
-# attributes. Users ask for names in both ways, and fine-tuning can improve one at the price of the other.
-SELECTION = f"{BITS_PER_CHAR}_mean"
 
 
 class Validation:
