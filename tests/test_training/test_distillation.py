@@ -30,8 +30,8 @@ from flash_experts.training.loss import (
     make_loss,
     top_divergence,
 )
-from flash_experts.training.model_config import ModelConfig
 from flash_experts.training.tracking import read_metrics
+from flash_experts.training.training_config import ModelConfig
 from tests.test_training import TRAIN, VALIDATION, make_model
 
 

@@ -53,8 +53,7 @@ def run(args: Namespace) -> None:
 
 
 def make_parser() -> CommandParser:
-    from flash_experts.training.model_config import ModelConfig
-    from flash_experts.training.training_config import TrainingConfig
+    from flash_experts.training.training_config import ModelConfig, TrainingConfig
 
     parser = command_parser("train", run)
     parser.section("The run")

@@ -22,7 +22,7 @@ from flash_experts.models.flash_attention import ATTENTION_IMPLEMENTATION
 from flash_experts.models.loading import load_config, load_model
 from flash_experts.models.moe import GPT2MoEForCausalLM
 from flash_experts.models.trimming import trim_tokenizer, trim_vocabulary
-from flash_experts.training.model_config import ModelConfig
+from flash_experts.training.training_config import ModelConfig
 
 
 def build_model(
