@@ -29,8 +29,8 @@ from flash_experts.models.saving import (
     remove_folder,
     with_manifest,
 )
+from flash_experts.training.distributed import shard_like
 from flash_experts.training.run_state import TrainerState, checkpoint_path
-from flash_experts.training.sharding import shard_like
 
 STATE = "trainer_state.json"
 TENSORS = "trainer_state.safetensors"

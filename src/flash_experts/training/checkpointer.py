@@ -15,8 +15,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from flash_experts.files import flush_file
 from flash_experts.models.saving import CheckpointError, export_model
 from flash_experts.training import checkpoint as checkpoints
+from flash_experts.training.distributed import gather_full
 from flash_experts.training.run_state import Stateful, TrainerState, checkpoint_path, join_state, split_state
-from flash_experts.training.sharding import gather_full
 from flash_experts.training.tracking import METRICS_FILE
 from flash_experts.training.training_config import TrainingConfig
 

@@ -16,8 +16,8 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from flash_experts.training.distributed import gather_full, holds_whole_matrices, local_shard, shard_like
 from flash_experts.training.loss import use_bfloat16
-from flash_experts.training.sharding import gather_full, holds_whole_matrices, local_shard, shard_like
 from flash_experts.training.training_config import PARTS, LearningRateScale, TrainingConfig
 
 _BLOCK = re.compile(r"\bh\.(\d+)\.")
@@ -118,14 +118,6 @@ def set_rates(optimizers: Iterable[torch.optim.Optimizer], rate: float) -> None:
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = rate * group["scale"]
-
-
-def part_rates(scale: LearningRateScale, rate: float) -> dict[str, float]:
-    """Metrics ``lr/router`` etc.; empty if all parts have the schedule's rate."""
-    scales = {part: getattr(scale, part) for part in PARTS}
-    if all(factor == 1 for factor in scales.values()):
-        return {}
-    return {f"lr/{part}": rate * factor for part, factor in scales.items()}
 
 
 # ------------------------------------------------------------------------------------------------------------ schedule

@@ -13,8 +13,8 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from flash_experts.training.distributed import shard_like
 from flash_experts.training.optimizer import Muon, Schedule
-from flash_experts.training.sharding import shard_like
 from flash_experts.training.training_config import TrainingConfig
 
 _SLOTS = {torch.optim.AdamW: {"exp_avg", "exp_avg_sq", "step"}, Muon: {"momentum_buffer"}}

@@ -32,7 +32,7 @@ from flash_experts.training.loss import (
     use_bfloat16,
     write_bad_batch,
 )
-from flash_experts.training.metrics import LoggingWindow, SpeedMeter, training_metrics
+from flash_experts.training.metrics import LoggingWindow, SpeedMeter, Validation, training_metrics
 from flash_experts.training.optimizer import Schedule, WeightAverage, freeze_parts, make_optimizers, set_rates
 from flash_experts.training.run_folder import (
     RunLock,
@@ -47,7 +47,6 @@ from flash_experts.training.run_state import OptimizerState
 from flash_experts.training.trackers import make_tracker
 from flash_experts.training.tracking import SELECTION, Callback, Reporter
 from flash_experts.training.training_config import TrainingConfig
-from flash_experts.training.validation import Validation
 
 
 class Trainer:
@@ -98,7 +97,9 @@ class Trainer:
         self.micro_batches_per_step = config.gradient_accumulation_steps * self.world
         self.batches = NameBatches.of(train_cards, tokenizer, config, self.loss.top_logits)
         self.schedule = Schedule.of(config, self.batches.planned_steps)
-        self.validation = Validation.of(validation_cards, tokenizer, config, (self.rank, self.world))
+        self.validation = (
+            Validation(validation_cards, tokenizer, config, self.rank, self.world) if validation_cards else None
+        )
         self.info = describe_run(config.to_dict(), data, self.model, self.device, self.world)
         validation_sha256 = None if self.validation is None else self.validation.sha256
         self.info |= {"origin": dict(origin or {}), "identity": identity(self.model, tokenizer, validation_sha256)}
