@@ -15,10 +15,9 @@ import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter, Namespace
 
 from flash_experts.files import check_out_file, free_name
-from flash_experts.options import defaults_of, options_of
+from flash_experts.options import defaults_of, describe_type, options_of, read_settings
 from flash_experts.plain_text import did_you_mean, one_line, say
 from flash_experts.released import configuration
-from flash_experts.settings_files import kind_of, read_settings
 
 Run = Callable[[Namespace], None]
 # Messages for an unknown option, key in YAML, and key in a list in YAML.
@@ -228,7 +227,7 @@ class CommandParser(ArgumentParser):
     def _expected_kind(self, key: str, value: str | None) -> str | None:
         """Error message with the kind of value that an option takes; None to keep jsonargparse's message."""
         action = next((action for action in self._actions if action.dest == key), None)
-        kind = None if action is None else kind_of(getattr(action, "_typehint", None) or action.type)
+        kind = None if action is None else describe_type(getattr(action, "_typehint", None) or action.type)
         if kind is None or value is None:
             return None
         hint = did_you_mean(value, kind.removeprefix("one of ").split(", "), prefix=": ")
