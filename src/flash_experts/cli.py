@@ -34,7 +34,7 @@ from flash_experts.commands import (
 from flash_experts.commands.common import shortened
 from flash_experts.ctrl_c import CtrlC
 from flash_experts.kernels.cpu_memory import keep_freed_memory
-from flash_experts.plain_text import did_you_mean, one_line, say
+from flash_experts.terminal import did_you_mean, one_line, say
 
 COMMANDS = {
     "prepare": prepare,

@@ -1,4 +1,4 @@
-"""Options: declared once, as fields with all that Python, the command line, YAML and the playground have to know of them;
+"""Options: declared once, as fields with all that Python, command line, YAML and playground have to know of them;
 and files of settings, which give them values.
 """
 
@@ -15,7 +15,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
-from flash_experts.plain_text import did_you_mean
+from flash_experts.terminal import did_you_mean
 
 POSITIVE, UNDER_ONE = math.nextafter(0, 1), math.nextafter(1, 0)  # bounds for more than 0, and for less than 1
 Kind = Literal["text", "list", "flag", "integer", "number", "choice"]

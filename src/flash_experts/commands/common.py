@@ -16,8 +16,8 @@ from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter,
 
 from flash_experts.files import check_out_file, free_name
 from flash_experts.options import defaults_of, describe_type, options_of, read_settings
-from flash_experts.plain_text import did_you_mean, one_line, say
 from flash_experts.released import configuration
+from flash_experts.terminal import did_you_mean, one_line, say
 
 Run = Callable[[Namespace], None]
 # Messages for an unknown option, key in YAML, and key in a list in YAML.

@@ -15,9 +15,8 @@ from flash_experts.files import check_out_file, whole_file
 from flash_experts.generation.name_files import BY_SUFFIX, Format
 from flash_experts.generation.request import CARD, MODEL, OUTPUT, RULES, SAMPLING, NameRequest, Sampling
 from flash_experts.options import defaults_of, kind_of, options_of, type_of
-from flash_experts.plain_text import one_line, say
-from flash_experts.progress import ProgressBar
 from flash_experts.released import default_model
+from flash_experts.terminal import ProgressBar, one_line, say
 
 if TYPE_CHECKING:
     from flash_experts.generation import GeneratedName

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from jsonargparse import Namespace
 
 from flash_experts.commands.common import CommandParser, add_model_family, command_parser
-from flash_experts.plain_text import say
+from flash_experts.terminal import say
 from flash_experts.training.tracking import Callback
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from typing import Any
 from flash_experts.data.card_columns import MAX_NAME, known_columns, raw_card
 from flash_experts.data.cards import FILE_KINDS, CardSource, RawCard, Unread
 from flash_experts.data.deck_lists import DeckList
-from flash_experts.plain_text import from_cell
+from flash_experts.terminal import from_cell
 
 MAX_LINE_BYTES = 2**20  # a card with all its rulings has a few thousand
 MAX_JSON_BYTES = 64 * 2**20  # a json file is parsed at once, in several times its size of memory

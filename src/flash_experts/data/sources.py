@@ -6,7 +6,7 @@ from pathlib import Path
 
 from flash_experts.data.card_table import EMBEDDED, read_embedded
 from flash_experts.data.cards import FILE_KINDS, FILE_SUFFIXES, CardSource
-from flash_experts.plain_text import did_you_mean
+from flash_experts.terminal import did_you_mean
 
 LIVE = ("scryfall", "mtgjson", "mtgjson-printings")
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from flash_experts.data.names import normal_form
 from flash_experts.files import whole_file
-from flash_experts.plain_text import one_line, printable, say
+from flash_experts.terminal import one_line, printable, say
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

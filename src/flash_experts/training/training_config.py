@@ -22,7 +22,7 @@ from flash_experts.models.moe_options import (
     too_many_per_token,
 )
 from flash_experts.options import POSITIVE, UNDER_ONE, option, problems_of
-from flash_experts.plain_text import nearest
+from flash_experts.terminal import nearest
 
 _MOST = 10**12  # steps, tokens or names: more are a typing error
 _COUNT, _POSITIVE, _UNDER_ONE, _SHARE = (1, _MOST), (POSITIVE, _MOST), (0, UNDER_ONE), (POSITIVE, 1)
