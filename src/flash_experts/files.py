@@ -15,13 +15,13 @@ import hashlib
 import os
 import secrets
 import shutil
+import signal
 import stat
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
-
-from flash_experts.ctrl_c import deferred_ctrl_c
 
 if os.name == "posix":
     import fcntl
@@ -138,6 +138,22 @@ def whole_files(paths: Sequence[str | Path]) -> Iterator[list[Path]]:
         for temporary in temporaries:
             temporary.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def deferred_ctrl_c() -> Iterator[None]:
+    """Defers Ctrl+C to the end of the block, for a few renames that belong together."""
+    if threading.current_thread() is not threading.main_thread() or not callable(signal.getsignal(signal.SIGINT)):
+        yield
+        return
+    came: list[int] = []
+    previous = signal.signal(signal.SIGINT, lambda number, _: came.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+        if came:
+            signal.raise_signal(signal.SIGINT)
 
 
 def temporary_next_to(target: Path) -> Path:
