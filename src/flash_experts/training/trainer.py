@@ -95,7 +95,7 @@ class Trainer:
             train_cards, validation_cards, self.model, tokenizer, self.report.notify
         )
         self.micro_batches_per_step = config.gradient_accumulation_steps * self.world
-        self.batches = NameBatches.of(train_cards, tokenizer, config, self.loss.top_logits)
+        self.batches = NameBatches(train_cards, tokenizer, config, self.loss.top_logits)
         self.schedule = Schedule.of(config, self.batches.planned_steps)
         self.validation = (
             Validation(validation_cards, tokenizer, config, self.rank, self.world) if validation_cards else None
