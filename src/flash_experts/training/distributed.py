@@ -39,11 +39,7 @@ _ENDED = "ended"
 
 
 def make_accelerator(device: str) -> Accelerator:
-    """Joins the process group and selects the device of this process.
-
-    Raises:
-        ValueError: the device is not available.
-    """
+    """Joins the process group and selects the device of this process; raises a ValueError if it is not available."""
     found = resolve_device(None if device == "auto" else device)
     # Each router's buffers count its own tokens: DDP would overwrite them with the main process's before each forward.
     # Gradients that are views of DDP's buckets are not held twice.
@@ -104,7 +100,7 @@ def clip_grad_norm(parameters: Iterable[torch.Tensor], limit: float) -> torch.Te
 
 
 def parallelize_model(model: PreTrainedModel, accelerator: Accelerator, config: TrainingConfig) -> Replicated:
-    """Distributes the model by the strategy ``config.parallel``.
+    """Distributes the model in place by the strategy ``config.parallel``: optimizers are made after this.
 
     Raises:
         ValueError: expert parallel, but the model has no experts, or no two processes can share them.
@@ -127,11 +123,7 @@ def parallelize_model(model: PreTrainedModel, accelerator: Accelerator, config: 
 class Replicated:
     """Data parallel: every process has the whole model (DistributedDataParallel). Base of the other strategies.
 
-    Args:
-        model: distributed in place: optimizers are made after this.
-
-    Attributes:
-        wrapped: module that training calls. Validation and saving use the plain model.
+    Training calls ``wrapped``; validation and saving use the plain ``model``.
     """
 
     def __init__(self, model: PreTrainedModel, accelerator: Accelerator, compile: bool):
@@ -151,10 +143,7 @@ class Replicated:
         self.accelerator.backward(loss * self.accelerator.num_processes)  # undoes DDP's mean over processes
 
     def clip(self, limit: float) -> torch.Tensor:
-        """Clips the global gradient norm after the last backward of a step.
-
-        Returns the norm before, a 0-dimensional tensor equal on all processes.
-        """
+        """Clips the global gradient norm after a step's last backward; returns the norm before, equal everywhere."""
         return clip_grad_norm(self.model.parameters(), limit)
 
     @contextmanager
@@ -164,7 +153,7 @@ class Replicated:
         yield
 
     def full_model(self) -> PreTrainedModel | None:
-        """On the main process an unsharded model in eval mode; None on the others. All must call it."""
+        """An unsharded model in eval mode on the main process, None on the others. All must call it."""
         return self.model.eval() if self.accelerator.is_main_process else None
 
 
@@ -269,6 +258,8 @@ def seed_dropout(seed: int, step: int, rank: int) -> None:
 
 def max_over_processes(accelerator: Accelerator, values: list[float]) -> list[float]:
     """Maximum over the processes, in float64."""
+    if accelerator.num_processes == 1:
+        return values
     mine = torch.tensor([values], device=accelerator.device, dtype=torch.float64)
     return cast(list[float], cast(torch.Tensor, accelerator.gather(mine)).amax(0).tolist())
 
@@ -276,15 +267,10 @@ def max_over_processes(accelerator: Accelerator, values: list[float]) -> list[fl
 def agree(accelerator: Accelerator, seconds: float, stop: bool, due: bool, seconds_held: float) -> tuple[float, bool]:
     """Training time and whether to stop, equal on all processes: signals reach one of them, and clocks differ.
 
-    Args:
-        seconds: training time by this process's clock.
-        stop: whether this process received a stop signal.
-        due: whether this is a log step; on GPUs, where it synchronizes, the exchange happens at those alone.
-        seconds_held: time that was agreed last.
+    The exchange would synchronize GPUs, so there it happens at log steps (``due``) alone; at others, ``seconds_held``,
+    the time that was agreed last, stays.
     """
-    if accelerator.num_processes == 1:
-        return seconds, stop
-    if not due and accelerator.device.type != "cpu":
+    if accelerator.num_processes > 1 and not due and accelerator.device.type != "cpu":
         return seconds_held, False
     most_seconds, any_stop = max_over_processes(accelerator, [seconds, float(stop)])
     return most_seconds, bool(any_stop)
@@ -300,7 +286,6 @@ def is_lost_process(error: BaseException) -> bool:
 
 
 def watch_other_processes(accelerator: Accelerator) -> AbstractContextManager[object]:
-    """A `Heartbeat`, or nothing for a single process."""
     rank, world = accelerator.process_index, accelerator.num_processes
     return nullcontext() if world == 1 else Heartbeat(rank, world)
 

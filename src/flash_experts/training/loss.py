@@ -16,7 +16,7 @@ import torch
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from flash_experts.data.packing import EncodedName, PackedBatch
+from flash_experts.data.packing import PackedBatch
 from flash_experts.data.tokenizer import load_tokenizer
 from flash_experts.models.flash_attention import separates_packed_sequences
 from flash_experts.models.loading import load_model
@@ -345,10 +345,6 @@ class FiniteGuard:
         steps = [step for (step, _), is_bad in zip(self._unread, flags, strict=True) if is_bad]
         self._unread.clear()
         return steps
-
-
-def names_in(batch: Sequence[EncodedName], tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    return [str(tokenizer.decode(list(name.ids[name.prompt_length : -1]))).strip() for name in batch]
 
 
 def write_bad_batch(run_dir: Path, step: int, names: Sequence[str]) -> None:

@@ -17,6 +17,7 @@ from flash_experts.training.distributed import shard_like
 from flash_experts.training.optimizer import Muon, Schedule
 from flash_experts.training.training_config import TrainingConfig
 
+# State that an optimizer keeps for each parameter.
 _SLOTS = {torch.optim.AdamW: {"exp_avg", "exp_avg_sq", "step"}, Muon: {"momentum_buffer"}}
 
 
@@ -30,7 +31,6 @@ class TrainerState:
         evaluation_seconds: time of the first validation.
         best_bits_per_char: lowest `tracking.SELECTION` so far.
         bad_evaluations: validations since the best one.
-        skipped_steps: for a NaN or infinite loss or gradient (``on_nan: skip``).
     """
 
     step: int = 0
@@ -79,7 +79,7 @@ def reason_to_end(state: TrainerState, schedule: Schedule, patience: int | None)
 
 @dataclass(frozen=True, slots=True)
 class TrainingResult:
-    """How a run ended: by ``steps``, ``time``, ``early stopping``, or a signal's name.
+    """How a run ended; ``reason`` is ``steps``, ``time``, ``early stopping``, or a signal's name.
 
     ``best_bits_per_char`` is the lowest `tracking.SELECTION`; None without validation names.
     """
@@ -187,9 +187,6 @@ class OutOfMemoryError(TrainingError):
             f"out of memory at step {step}: set gradient_accumulation_steps to {2 * accumulation} (now "
             f"{accumulation}), which learns the same in about half the memory"
         )
-
-
-# State that an optimizer keeps for each parameter.
 
 
 class Stateful(Protocol):

@@ -28,7 +28,6 @@ from flash_experts.training.loss import (
     check_dtype,
     deterministic_algorithms,
     make_loss,
-    names_in,
     use_bfloat16,
     write_bad_batch,
 )
@@ -55,7 +54,6 @@ class Trainer:
     Args:
         model: causal LM with float32 weights that takes packed sequences, trained in place; ``config.precision``
             selects bfloat16 autocast.
-        callbacks: listeners; one of them may make sample names.
         data_info: meta.json of the data, kept with the run.
         origin: base of the model and options of its experts, kept with the run.
 
@@ -85,7 +83,6 @@ class Trainer:
         self.model = check_dtype(model).to(self.device)
         self.model.loss_function = self.loss = make_loss(config, self.model, tokenizer, self.device)
         freeze_parts(self.model, config.lr_scale)
-        # Training calls `parallel.wrapped`; validation and saving use the plain model inside it.
         self.parallel = distributed.parallelize_model(self.model, self.accelerator, config)
         self.optimizers = make_optimizers(self.model, config)
         self.average = None if config.ema_decay is None else WeightAverage(self.model, config.ema_decay)
@@ -105,7 +102,7 @@ class Trainer:
         self.info |= {"origin": dict(origin or {}), "identity": identity(self.model, tokenizer, validation_sha256)}
         self.speed = SpeedMeter(self.info["model"]["parameters"], self.device, self.world)
         self.guard = FiniteGuard(config.on_nan == "stop", self.device, self.world)
-        # All that a step passes to the next: the weights, `state`, and the registered objects (see `stateful`).
+        # All that a step passes to the next: the weights, `state`, and the registered objects (`run_state.Stateful`).
         self.state = run_state.TrainerState()
         self.window = LoggingWindow(self.model, self.accelerator, not config.label_smoothing and config.teacher is None)
         self.checkpointer = Checkpointer(config, self.model, tokenizer, self.info, self.report.notify, self.is_main)
@@ -249,7 +246,8 @@ class Trainer:
     def _check_finite(self) -> None:
         """Ends the run at a NaN or infinite loss or gradient, or counts the step as skipped."""
         for step in self.guard.bad_steps():
-            names = names_in(self.batches.names_of_step(step - 1), self.tokenizer)
+            batch = self.batches.names_of_step(step - 1)
+            names = [str(self.tokenizer.decode(list(name.ids[name.prompt_length : -1]))).strip() for name in batch]
             if self.config.on_nan == "skip" and self.state.skip(step) <= MOST_SKIPS_IN_A_ROW:
                 self.report.skipped(step, names)
                 continue
@@ -274,9 +272,8 @@ class Trainer:
             return
         self.report.notify(f"validating on {self.validation.num_names:,} names before the first step ...")
         self._evaluate()
-        (self.state.evaluation_seconds,) = distributed.max_over_processes(
-            self.accelerator, [time.monotonic() - started]
-        )
+        seconds = time.monotonic() - started
+        (self.state.evaluation_seconds,) = distributed.max_over_processes(self.accelerator, [seconds])
         self.report.notify("training ...")
 
     def _evaluate(self) -> None:
