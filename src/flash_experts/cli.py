@@ -156,7 +156,6 @@ def _run(name: str, arguments: list[str], ctrl_c: CtrlC) -> int:
 
 
 def _model_families(args: Namespace) -> AbstractContextManager[None]:
-    """Allows models of every family with ``--model-family any``."""
     if args.get("model_family") != "any":
         return nullcontext()
     from flash_experts.model_files import any_family
@@ -165,7 +164,7 @@ def _model_families(args: Namespace) -> AbstractContextManager[None]:
 
 
 def _explain(error: BaseException) -> str:
-    """An error as one line that says what to do."""
+    """An error in one line that says what to do."""
     text = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text:
         return "out of memory: lower --training.tokens-per-batch (or --batch-size), or use a smaller model"

@@ -25,20 +25,20 @@ _TYPES_IN_WORDS = {int: "a whole number", float: "a number", bool: "true or fals
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Option:
-    """What is known of an option besides its name, type and default.
+    """What is known of an option besides its name, type and default. The page is the playground's.
 
     Attributes:
-        help: Phrase for ``--help``; ends with the default where that is None.
-        group: Heading that it stands under in the help and on the page.
-        label: Name on the page; None keeps the option off the page and out of shared settings.
-        flag: Name on the command line, where it is not the field's.
-        bounds: Lowest and highest number.
-        page_bounds: The same for clients of a server, for whom it is narrower; for a text its most characters, for a
-            list its most entries and their most characters.
-        slider: Lowest, highest and step of a slider on the page.
-        hint: Line under the control.
-        placeholder: Example in an empty control.
-        labels: Names of the choices on the page.
+        help: phrase for ``--help``; ends with the default where that is None.
+        group: heading that it stands under in the help and on the page.
+        label: name on the page; None keeps the option off the page and out of shared settings.
+        flag: name on the command line, where it is not the field's.
+        bounds: lowest and highest number.
+        page_bounds: narrower bounds for clients of a server; for a text its most characters, for a list its most
+            entries and their most characters.
+        slider: lowest, highest and step of a slider on the page.
+        hint: line under the control.
+        placeholder: example in an empty control.
+        labels: names of the choices on the page.
     """
 
     help: str
@@ -78,7 +78,6 @@ def type_of(cls: Any, name: str) -> Any:
 
 
 def kind_of(cls: Any, name: str) -> Kind:
-    """The kind of value that an option takes."""
     hint = type_of(cls, name)
     if get_origin(hint) is Literal:
         return "choice"
@@ -87,7 +86,6 @@ def kind_of(cls: Any, name: str) -> Kind:
 
 
 def defaults_of(cls: Any) -> dict[str, Any]:
-    """The default of each field."""
     return {each.name: each.default for each in fields(cls)}
 
 
@@ -107,7 +105,6 @@ def problems_of(values: Any, cls: type) -> list[str]:
 
 
 def _range(least: float, most: float) -> str:
-    """Bounds in words."""
     if least == POSITIVE:
         return f"more than 0 and at most {most:,}"
     return f"from {least:,} to under 1" if most == UNDER_ONE else f"from {least:,} to {most:,}"

@@ -18,8 +18,7 @@ _FORMULA = tuple("=+-@\t\r\n＝＋－＠")
 
 
 def printable(text: str, keep: str = "\n\t") -> str:
-    """Text without control characters but ``keep``: escape codes, changes of direction and the like are written as
-    ``\\u001b``, so that JSON stays JSON of the same value."""
+    """Writes control characters but ``keep`` (escape codes, changes of direction) as ``\\u001b``, as JSON does."""
     if text.isprintable():
         return text
     return "".join(character if _is_plain(character, keep) else _escaped(character) for character in text)

@@ -160,8 +160,7 @@ class LoggingWindow:
 class Validation:
     """A fixed draw of validation names, packed once in batches as large as a micro-batch, which the processes share.
 
-    Attributes:
-        sha256: hash of the scored names and their prompts.
+    ``sha256`` is of the names and their prompts.
     """
 
     def __init__(
@@ -245,7 +244,7 @@ class SpeedMeter:
         self._start = time.perf_counter()
 
     def add(self, tokens: int, labels: int, computed: int) -> None:
-        """Counts a step; ``computed`` are the tokens that the model multiplies: fewer where names share prompts."""
+        """Counts a step; the model multiplies ``computed`` tokens: fewer where names share prompts."""
         self._tokens += tokens
         self._labels += labels
         self._computed += computed

@@ -157,10 +157,8 @@ class Schedule:
     def progress(self, step: int, seconds: float, evaluation_seconds: float = 0.0) -> float:
         """Share of the training that is done, 0 to 1, by the nearer limit.
 
-        Args:
-            step: optimizer steps done.
-            seconds: time since the run started, its first validation included.
-            evaluation_seconds: time of that validation; as much is reserved for the last one.
+        ``seconds`` since the run started include the ``evaluation_seconds`` of the first validation; as much is
+        reserved for the last one.
         """
         by_steps = 0.0 if self.planned_steps is None else step / self.planned_steps
         by_clock = 0.0

@@ -36,7 +36,7 @@ _MAX_STEP = 2**53
 
 
 class Callback:
-    """Hooks of a run, on the main process alone; they may draw random numbers."""
+    """Hooks of a run, called on the main process alone; they may draw random numbers."""
 
     def on_start(self, run_name: str, run_info: Mapping[str, object]) -> None:
         """Before the first step. ``run_info`` is what `run.json` holds."""
@@ -93,7 +93,7 @@ class Reporter:
         self.display.notify(text)
 
     def log(self, metrics: Mapping[str, float], share: float) -> None:
-        """Reports metrics; ``share`` (0 to 1) of the run is done."""
+        """``share`` (0 to 1) of the run is done."""
         if self.is_main:
             self._file.append("train", metrics)
         for callback in self._callbacks:
@@ -101,7 +101,6 @@ class Reporter:
         self.display.update(share, metrics)
 
     def stage_begins(self, plan: Sequence[PlannedStage], planned: PlannedStage) -> None:
-        """Reports that a stage begins with the next step."""
         if self.is_main:
             self._file.append("stage", {"step": planned.first_step + 1, "stage": planned.stage.name})
         place = f"stage {plan.index(planned) + 1} of {len(plan)}, {planned.stage.name}"
@@ -109,7 +108,6 @@ class Reporter:
         self.notify(f"{place}: {len(planned.cards):,} names, {length}")
 
     def skipped(self, step: int, names: Sequence[str]) -> None:
-        """Reports a step skipped for a non-finite loss or gradient."""
         if self.is_main:
             self._file.append("skipped", {"step": step, "names": list(names)})
         self.notify(
@@ -247,7 +245,6 @@ class ProgressDisplay:
         self._bar.start()
 
     def update(self, share: float, metrics: Mapping[str, float]) -> None:
-        """Shows a line of metrics; ``share`` (0 to 1) of the run is done."""
         line = _metrics_line(metrics)
         if self._bar is None:
             self.notify(f"{share:4.0%}  {line}")

@@ -191,7 +191,9 @@ class Trainer:
                 reason = signals.received or "SIGTERM"
             if _due(state.step, config.checkpoint_every) or reason:
                 self._save()
-        self._finish(reason)
+        self.checkpointer.wait()
+        self.accelerator.wait_for_everyone()
+        self.report.notify(run_state.TrainingResult.of(state, reason, self.run_dir).closing_message())
         return reason
 
     def _step(self, rate: float) -> None:
@@ -314,11 +316,6 @@ class Trainer:
         self._check_finite()
         with self.speed.pause():
             self.checkpointer.save(self.state)
-
-    def _finish(self, reason: str) -> None:
-        self.checkpointer.wait()
-        self.accelerator.wait_for_everyone()
-        self.report.notify(run_state.TrainingResult.of(self.state, reason, self.run_dir).closing_message())
 
     def _reason_to_end(self) -> str | None:
         return run_state.reason_to_end(self.state, self.schedule, self.config.early_stopping_patience)
