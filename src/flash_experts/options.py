@@ -29,15 +29,13 @@ class Option:
 
     Attributes:
         help: phrase for ``--help``; ends with the default where that is None.
-        group: heading that it stands under in the help and on the page.
+        group: heading in the help and on the page.
         label: name on the page; None keeps the option off the page and out of shared settings.
         flag: name on the command line, where it is not the field's.
-        bounds: lowest and highest number.
         page_bounds: narrower bounds for clients of a server; for a text its most characters, for a list its most
             entries and their most characters.
-        slider: lowest, highest and step of a slider on the page.
+        slider: lowest, highest and step.
         hint: line under the control.
-        placeholder: example in an empty control.
         labels: names of the choices on the page.
     """
 
@@ -177,7 +175,7 @@ def read_yaml(path: str | Path) -> dict[Any, Any]:
 
 
 def read_settings(path: str | Path, hints: Mapping[str, Any]) -> dict[str, Any]:
-    """Reads a YAML file of options and converts each value to the type of its option, by dotted name in ``hints``.
+    """Reads a YAML file of options and converts each value to its type in ``hints``, by dotted name.
 
     YAML 1.1 reads ``1e-3`` as text, ``no`` as a boolean, ``010`` as 8 and ``1:30`` as 90: here the option's type rules.
 

@@ -103,7 +103,6 @@ class CausalLoss:
             logits: (..., S, vocab_size), any floating type.
             labels: (..., S) int64, shifted here unless ``shift_labels``, (..., S), are given.
             num_items_in_batch: divisor of the sum; None for the number of labels.
-            ignore_index: label of positions without one.
         """
         if shift_labels is None:
             shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
@@ -304,7 +303,7 @@ def deterministic_algorithms(wanted: bool) -> Iterator[None]:
 
 
 class FiniteGuard:
-    """The NaN/Inf check of loss and gradient norm before each update; a bad step on one process is bad for all.
+    """The NaN/Inf check before each update; a bad step on one process is bad for all.
 
     On a GPU reading the flag would synchronize: the fused optimizer gets it as a tensor and skips by itself, and the
     host reads it at the next line of metrics. With ``stop``, no later update is applied either.

@@ -68,7 +68,7 @@ def training_metrics(
 class LoggingWindow:
     """Sums of losses since the last line of metrics, on the device, so that adding to them does not synchronize.
 
-    Bits per character follow from the loss if it is plain cross-entropy (``is_code_length``).
+    Bits per character follow from plain cross-entropy alone (``is_code_length``).
     """
 
     def __init__(self, model: PreTrainedModel, accelerator: Accelerator, is_code_length: bool):
