@@ -197,7 +197,7 @@ class CommandParser(ArgumentParser):
         """The type of each option."""
         found: dict[str, Any] = {}
         for action in self._actions:
-            hint = hint_of(action)
+            hint: Any = hint_of(action)
             if action.nargs == 0 and isinstance(action.default, bool):
                 hint = bool
             if hint is not None and not action.dest.endswith(".help"):
