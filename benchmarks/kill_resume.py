@@ -34,7 +34,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerBase
 
 from flash_experts import GPT2MoEConfig, GPT2MoEForCausalLM
-from flash_experts.commands.sample_names import SampleNames
+from flash_experts.commands.train import SampleNames
 from flash_experts.data.cards import Card
 from flash_experts.data.tokenizer import train_tokenizer
 from flash_experts.models.flash_attention import ATTENTION_IMPLEMENTATION

@@ -34,8 +34,7 @@ import yaml
 
 from flash_experts.evaluation import EvaluationResult, evaluate
 from flash_experts.evaluation.metrics import paired_bits_difference
-from flash_experts.training.tracking import read_metrics
-from flash_experts.training.validation import BITS_PER_CHAR
+from flash_experts.training.tracking import BITS_PER_CHAR, read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ROOT / "scripts"

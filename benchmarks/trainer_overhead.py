@@ -30,7 +30,7 @@ from flash_experts.data.packing import pack
 from flash_experts.data.prepare import load_split
 from flash_experts.training import Callback, Trainer, TrainingConfig
 from flash_experts.training.build import build_model
-from flash_experts.training.model_config import ModelConfig
+from flash_experts.training.training_config import ModelConfig
 
 TURN = 2
 RATE = 1e-4

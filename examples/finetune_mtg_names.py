@@ -26,7 +26,7 @@ def finetune(base: str | None, overrides: list[str]) -> None:
     base = base or settings.base
 
     say("importing PyTorch and transformers")
-    from flash_experts.commands.sample_names import SampleNames
+    from flash_experts.commands.train import SampleNames
     from flash_experts.data.prepare import load_meta, load_split, prepare
     from flash_experts.training import Trainer
     from flash_experts.training.build import build_model

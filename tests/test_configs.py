@@ -10,8 +10,7 @@ import pytest
 import yaml
 
 from flash_experts.commands.train import make_parser
-from flash_experts.training.model_config import ModelConfig
-from flash_experts.training.training_config import TrainingConfig
+from flash_experts.training.training_config import ModelConfig, TrainingConfig
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 PRESETS = sorted(path for path in CONFIGS.glob("*.yaml"))

@@ -101,7 +101,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from flash_experts import GPT2MoEConfig, GPT2MoEForCausalLM
 from flash_experts.cli import COMMANDS
-from flash_experts.training.model_config import ModelConfig
+from flash_experts.training.training_config import ModelConfig
 
 config = GPT2MoEConfig(n_layer=2, router_chill=0.5)
 assert GPT2MoEConfig.from_dict(config.to_dict()).router_chill == 0.5

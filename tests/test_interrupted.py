@@ -17,7 +17,8 @@ from typing import Any
 import pytest
 
 from flash_experts import cli
-from flash_experts.ctrl_c import CtrlC, deferred_ctrl_c
+from flash_experts.cli import CtrlC
+from flash_experts.files import deferred_ctrl_c
 from flash_experts.models.saving import CheckpointError, with_manifest
 from flash_experts.training.run_state import StopSignals
 from tests.helpers.command_line import Done, run, run_process

@@ -21,7 +21,7 @@ from flash_experts.data.sources import MAX_NAME, load_source, read_file
 from flash_experts.generation.formatting import format_name
 from flash_experts.models.loading import check_folder
 from flash_experts.models.saving import MANIFEST, CheckpointError
-from flash_experts.settings_files import read_yaml
+from flash_experts.options import read_yaml
 from flash_experts.training import TrainingConfig, checkpoint
 
 FAST = settings(max_examples=60, deadline=None)

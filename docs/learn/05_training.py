@@ -278,7 +278,7 @@ show(figure, "05_schedules")
 
 # %%
 config = TrainingConfig(max_steps=100, max_epochs=None, tokens_per_batch=512, seed=7)
-ask = [NameBatches.of(train_cards[:3000], tokenizer, config).names_of_step(step) for step in (41, 41, 42)]
+ask = [NameBatches(train_cards[:3000], tokenizer, config).names_of_step(step) for step in (41, 41, 42)]
 holds("two objects give the same names for step 41, and others for step 42", ask[0] == ask[1] != ask[2])
 
 # %% [markdown]

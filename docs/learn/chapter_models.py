@@ -93,7 +93,7 @@ def training_steps(
         seed=seed,
     )
     freeze_parts(model, lr_scale)
-    batches, schedule = NameBatches.of(names, tokenizer, config), Schedule.of(config, steps)
+    batches, schedule = NameBatches(names, tokenizer, config), Schedule.of(config, steps)
     optimizers = make_optimizers(model, config)
     torch.manual_seed(seed)
     for step in range(steps):

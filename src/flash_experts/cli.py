@@ -6,11 +6,15 @@ line, 1 for the rest). ``--debug`` shows the traceback as well.
 
 from __future__ import annotations
 
+import _thread
 import os
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from types import FrameType, TracebackType
 from typing import Any, cast
 
 from jsonargparse import Namespace
@@ -32,9 +36,8 @@ from flash_experts.commands import (
     upcycle,
 )
 from flash_experts.commands.common import shortened
-from flash_experts.ctrl_c import CtrlC
 from flash_experts.kernels.cpu_memory import keep_freed_memory
-from flash_experts.plain_text import did_you_mean, one_line, say
+from flash_experts.terminal import did_you_mean, one_line, say
 
 COMMANDS = {
     "prepare": prepare,
@@ -153,7 +156,6 @@ def _run(name: str, arguments: list[str], ctrl_c: CtrlC) -> int:
 
 
 def _model_families(args: Namespace) -> AbstractContextManager[None]:
-    """Allows models of every family with ``--model-family any``."""
     if args.get("model_family") != "any":
         return nullcontext()
     from flash_experts.model_files import any_family
@@ -162,7 +164,7 @@ def _model_families(args: Namespace) -> AbstractContextManager[None]:
 
 
 def _explain(error: BaseException) -> str:
-    """An error as one line that says what to do."""
+    """An error in one line that says what to do."""
     text = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text:
         return "out of memory: lower --training.tokens-per-batch (or --batch-size), or use a smaller model"
@@ -190,6 +192,75 @@ def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__
     """Shows our own warnings in one line, and hides those of libraries."""
     if category is UserWarning:
         say(one_line(f"flash-experts: {message}"), sys.stderr)
+
+
+# --------------------------------------------------------------------------------------------------------------- Ctrl+C
+
+_AGAIN_SECONDS = 0.05
+
+
+class CtrlC:
+    """While open and listening, Ctrl+C raises KeyboardInterrupt and sets ``pressed``.
+
+    A library that is interrupted may raise an error of its own, so check ``pressed``. In a ``__del__`` or a callback
+    from C, where Python would print a traceback and continue, the signal comes again shortly after.
+    """
+
+    def __init__(self) -> None:
+        self.pressed = False
+        self._listening = False
+        self._again: threading.Timer | None = None
+        self._previous: Any = None
+        self._hook = sys.unraisablehook
+
+    def __enter__(self) -> CtrlC:
+        sys.unraisablehook = self._on_unraisable
+        # Python lets the main thread alone set handlers. An ignored SIGINT, as under nohup, stays ignored.
+        if threading.current_thread() is threading.main_thread() and callable(signal.getsignal(signal.SIGINT)):
+            self._previous = signal.signal(signal.SIGINT, self._handle)
+        return self
+
+    def listen(self) -> None:
+        """From here on Ctrl+C raises KeyboardInterrupt, also one that came before."""
+        self._listening = True
+        if self.pressed:
+            raise KeyboardInterrupt
+
+    def close(self) -> None:
+        """From here on Ctrl+C raises nothing: the outcome is decided, and about to be reported."""
+        self._listening = False
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self.pressed = True
+        if self._listening:
+            raise KeyboardInterrupt
+
+    def _on_unraisable(self, about: sys.UnraisableHookArgs) -> None:
+        if not isinstance(about.exc_value, KeyboardInterrupt):
+            self._hook(about)
+        elif self._listening:
+            self._again = threading.Timer(_AGAIN_SECONDS, _interrupt_main_thread)
+            self._again.daemon = True
+            self._again.start()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+        if self._again is not None:
+            self._again.cancel()
+            self._again.join()
+        if self._previous is not None:
+            signal.signal(signal.SIGINT, self._previous)
+        sys.unraisablehook = self._hook
+
+
+def _interrupt_main_thread() -> None:
+    """Sends SIGINT as the key does, which also ends a wait."""
+    if sys.platform == "win32":
+        _thread.interrupt_main()
+    else:
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 **No command writes to an existing file or a folder with content without ``--overwrite``** (`check_replaced`), with two
 exceptions that lose nothing: `train` resumes its own run, and `prepare` renews its own files while their hashes match
-meta.json. Without ``--out`` a command uses the first free name.
+meta.json.
 
 Temporary files have unguessable names, and only the process that made them removes them, never by pattern: another
 machine may still be writing those that a `kill -9` left behind.
@@ -15,20 +15,20 @@ import hashlib
 import os
 import secrets
 import shutil
+import signal
 import stat
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
-
-from flash_experts.ctrl_c import deferred_ctrl_c
 
 if os.name == "posix":
     import fcntl
 
 
 def check_replaced(path: str | Path, overwrite: bool, option: str = "--out") -> None:
-    """Checks the rule above; raises a ValueError. Hidden files in a folder do not count: we write none."""
+    """Raises a ValueError by the rule above. Hidden files in a folder do not count: we write none."""
     path = Path(path)
     if overwrite or not os.path.lexists(path):
         return
@@ -42,12 +42,8 @@ def check_replaced(path: str | Path, overwrite: bool, option: str = "--out") -> 
 
 
 def check_out_folder(out: str, overwrite: bool, source: str | None = None, *, option: str = "--out") -> None:
-    """Checks an output folder before anything is computed.
-
-    Raises:
-        ValueError: it is a file, cannot be made, has content, or is the folder of a training run or of the model that
-            is read (``source``).
-    """
+    """Raises a ValueError for an output folder that is a file, cannot be made, has content, or is that of a training
+    run or of the model that is read (``source``)."""
     path = Path(out)
     if out == "" or (path.exists() and not path.is_dir()):
         raise ValueError(f"{option} {out!r} is not a directory: give a new one")
@@ -60,11 +56,8 @@ def check_out_folder(out: str, overwrite: bool, source: str | None = None, *, op
 
 
 def check_out_file(out: str, overwrite: bool, *, option: str = "--out", also: Sequence[str] = ()) -> None:
-    """Checks an output file before anything is computed; ``also`` are suffixes of files written next to it.
-
-    Raises:
-        ValueError: it is a folder, exists, has one of those suffixes, or its folder cannot be written.
-    """
+    """Raises a ValueError for an output file that is a folder, exists, cannot be written, or has one of the suffixes
+    ``also``, of files that are written next to it."""
     path = Path(out)
     if not path.name or path.is_dir():
         raise ValueError(f"{option} {out!r} is a directory: give a file name")
@@ -80,10 +73,7 @@ def check_out_file(out: str, overwrite: bool, *, option: str = "--out", also: Se
 
 
 def free_name(name: str, also: Sequence[str] = ()) -> str:
-    """``report.html``, or the first of ``report-2.html``, ``report-3.html``, ... that does not exist.
-
-    Nor do files next to it with the suffixes ``also``.
-    """
+    """``report.html``, or the first of ``report-2.html``, ... that does not exist, nor with the suffixes ``also``."""
     first = Path(name)
     for number in count(1):
         path = first if number == 1 else first.with_stem(f"{first.stem}-{number}")
@@ -93,7 +83,6 @@ def free_name(name: str, also: Sequence[str] = ()) -> str:
 
 
 def _check_writable(path: Path, option: str) -> None:
-    """Checks that the path, or its nearest existing folder, can be written."""
     if path.exists():
         if not os.access(path, os.W_OK):
             raise ValueError(f"cannot write {path}: it is read-only: give another {option}")
@@ -115,7 +104,7 @@ def whole_file(path: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def whole_files(paths: Sequence[str | Path]) -> Iterator[list[Path]]:
-    """Atomic writes: temporary paths, renamed in this order when the block ends, removed if it fails.
+    """Yields temporary paths, which are renamed in this order when the block ends, and removed if it fails.
 
     As with `open`, links are followed, an existing file keeps its mode, and a new one gets that of the umask.
     """
@@ -138,6 +127,22 @@ def whole_files(paths: Sequence[str | Path]) -> Iterator[list[Path]]:
         for temporary in temporaries:
             temporary.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def deferred_ctrl_c() -> Iterator[None]:
+    """Defers Ctrl+C to the end of the block, for a few renames that belong together."""
+    if threading.current_thread() is not threading.main_thread() or not callable(signal.getsignal(signal.SIGINT)):
+        yield
+        return
+    came: list[int] = []
+    previous = signal.signal(signal.SIGINT, lambda number, _: came.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+        if came:
+            signal.raise_signal(signal.SIGINT)
 
 
 def temporary_next_to(target: Path) -> Path:
@@ -180,12 +185,11 @@ def folder_lock(folder: Path) -> Iterator[None]:
 
 
 def flush_file(path: Path) -> None:
-    """Flushes a file's content to the disk (fsync)."""
+    """Flushes a file to the disk (fsync)."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
 
 
 def sha256_of(path: Path) -> str:
-    """SHA-256 of a file, as hexadecimal text."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

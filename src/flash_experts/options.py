@@ -1,36 +1,42 @@
-"""How an option is declared: once, as a field with all that Python, the command line, YAML files and the
-playground have to know of it."""
+"""Options: declared once, as fields with all that Python, command line, YAML and playground have to know of them;
+and files of settings, which give them values.
+"""
 
 from __future__ import annotations
 
 import math
-import types
-from dataclasses import dataclass, field, fields
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
 from functools import cache
+from pathlib import Path
+from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from flash_experts.plain_text import did_you_mean
+import yaml
+
+from flash_experts.terminal import did_you_mean
 
 POSITIVE, UNDER_ONE = math.nextafter(0, 1), math.nextafter(1, 0)  # bounds for more than 0, and for less than 1
 Kind = Literal["text", "list", "flag", "integer", "number", "choice"]
+MAX_BYTES = 2**17  # of a settings file; our longest has four thousand
+_TYPES_IN_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", NoneType: "null"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Option:
-    """What is known of an option besides its name, type and default.
+    """What is known of an option besides its name, type and default. The page is the playground's.
 
     Attributes:
-        help: Phrase for ``--help``; ends with the default where that is None.
-        group: Heading that it stands under in the help and on the page.
-        label: Name on the page; None keeps the option off the page and out of shared settings.
-        flag: Name on the command line, where it is not the field's.
-        bounds: Lowest and highest number.
-        page_bounds: The same for clients of a server, for whom it is narrower; for a text its most characters, for a
-            list its most entries and their most characters.
-        slider: Lowest, highest and step of a slider on the page.
-        hint: Line under the control.
-        placeholder: Example in an empty control.
-        labels: Names of the choices on the page.
+        help: phrase for ``--help``; ends with the default where that is None.
+        group: heading in the help and on the page.
+        label: name on the page; None keeps the option off the page and out of shared settings.
+        flag: name on the command line, where it is not the field's.
+        page_bounds: narrower bounds for clients of a server; for a text its most characters, for a list its most
+            entries and their most characters.
+        slider: lowest, highest and step.
+        hint: line under the control.
+        labels: names of the choices on the page.
     """
 
     help: str
@@ -63,14 +69,13 @@ def _hints(cls: type) -> dict[str, Any]:
 def type_of(cls: Any, name: str) -> Any:
     """The type of a field without None: ``int`` for ``int | None``."""
     hint = _hints(cls)[name]
-    if get_origin(hint) in (Union, types.UnionType):
-        kinds = [kind for kind in get_args(hint) if kind is not type(None)]
+    if get_origin(hint) in (Union, UnionType):
+        kinds = [kind for kind in get_args(hint) if kind is not NoneType]
         return next((kind for kind in kinds if get_origin(kind) is not None), kinds[0])
     return hint
 
 
 def kind_of(cls: Any, name: str) -> Kind:
-    """The kind of value that an option takes."""
     hint = type_of(cls, name)
     if get_origin(hint) is Literal:
         return "choice"
@@ -79,7 +84,6 @@ def kind_of(cls: Any, name: str) -> Kind:
 
 
 def defaults_of(cls: Any) -> dict[str, Any]:
-    """The default of each field."""
     return {each.name: each.default for each in fields(cls)}
 
 
@@ -99,7 +103,6 @@ def problems_of(values: Any, cls: type) -> list[str]:
 
 
 def _range(least: float, most: float) -> str:
-    """Bounds in words."""
     if least == POSITIVE:
         return f"more than 0 and at most {most:,}"
     return f"from {least:,} to under 1" if most == UNDER_ONE else f"from {least:,} to {most:,}"
@@ -110,3 +113,153 @@ def at_least(name: str, value: int, least: int, hint: str) -> int:
     if value < least:
         raise ValueError(f"{name} is {value}: {hint}")
     return value
+
+
+# ---------------------------------------------------------------------------------------------------- files of settings
+# Plain values of bounded size, without aliases, since a file may be untrusted.
+
+
+class _Loader(yaml.SafeLoader):
+    """Loads plain values.
+
+    Refuses repeated keys, of which YAML's own loader silently drops the first, and aliases, nine lines of which can
+    stand for 10^9 values.
+    """
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark
+            raise yaml.composer.ComposerError(None, None, "aliases are not supported: write the value", mark)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is given twice", key.start_mark)
+            seen.add(key.value if isinstance(key, yaml.ScalarNode) else id(key))
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(path: str | Path) -> dict[Any, Any]:
+    """Reads the mapping in a YAML file.
+
+    Raises:
+        ValueError: the file does not exist, is too large, or is not UTF-8, YAML (with the line) or a mapping.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path} is not a file: give a YAML file" if path.exists() else f"there is no file {path}")
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
+        if len(data) > MAX_BYTES:
+            raise ValueError(f"{path} has more than {MAX_BYTES:,} bytes: it is not a settings file")
+        text = data.decode("utf-8-sig")
+        content = yaml.load(text, Loader=_Loader)
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: save it as UTF-8") from error
+    except yaml.MarkedYAMLError as error:
+        line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
+        hint = ": indent with spaces, not tabs" if "'\\t'" in str(error.problem) else ""
+        raise ValueError(f"{path}{line} is not valid YAML: {error.problem}{hint}") from error
+    except RecursionError as error:
+        raise ValueError(f"{path} has too many levels for settings") from error
+    except yaml.YAMLError as error:  # a character that YAML does not allow
+        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds no settings: write `name: value`, one per line")
+    return content
+
+
+def read_settings(path: str | Path, hints: Mapping[str, Any]) -> dict[str, Any]:
+    """Reads a YAML file of options and converts each value to its type in ``hints``, by dotted name.
+
+    YAML 1.1 reads ``1e-3`` as text, ``no`` as a boolean, ``010`` as 8 and ``1:30`` as 90: here the option's type rules.
+
+    Raises:
+        ValueError: as `read_yaml`, or a key is not text, or a value is missing or has a wrong type.
+    """
+    content = read_yaml(path)
+    written = yaml.load(Path(path).read_text("utf-8-sig"), Loader=yaml.BaseLoader)  # all values as text
+    return _typed_group(content, written, hints, f"{path}: ", "")
+
+
+def _typed_group(content: Any, written: Any, hints: Mapping[str, Any], where: str, group: str) -> dict[str, Any]:
+    typed = {}
+    for key, value in content.items():
+        if not isinstance(key, str):
+            raise ValueError(f"{where}the key {key!r} is not the name of a setting: write it as text")
+        name = f"{group}{key}"
+        text = written.get(key, str(value)) if isinstance(written, dict) else str(value)
+        inside = any(hint.startswith(f"{name}.") for hint in hints)
+        if name in hints:
+            value = _typed(value, text, hints[name], f"{where}{name}")
+        elif inside and isinstance(value, dict):
+            value = _typed_group(value, text, hints, where, f"{name}.")
+        elif inside:
+            empty = "is empty: write its settings under it, or delete the line"
+            raise ValueError(f"{where}{name} {empty if value is None else f'must have settings under it, not {text}'}")
+        typed[key] = value
+    return typed
+
+
+def _typed(value: Any, text: Any, hint: Any, where: str) -> Any:
+    """Converts a value to its type. ``text`` is its spelling in the file."""
+    options = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    what = describe_type(hint) or "settings"
+    if value is None and NoneType not in options:
+        raise ValueError(f"{where} is empty, but it must be {what}: write a value, or delete the line for the default")
+    if value is None:
+        return None
+    if lists := [option for option in options if get_origin(option) in (list, tuple)]:
+        return _typed_list(value, text, lists[0], where, what)
+    groups = [option for option in options if is_dataclass(option)]
+    if groups and isinstance(value, dict):
+        found = get_type_hints(groups[0])
+        hints = {field.name: found[field.name] for field in fields(groups[0])}
+        return _typed_group(value, text, hints, f"{where}.", "")
+    if groups or (bool in options and not isinstance(value, bool)):
+        raise ValueError(f"{where} must be {what}, not {text!r}")
+    return _typed_scalar(value, text, options, where, what) if isinstance(text, str) else value
+
+
+def _typed_list(value: Any, text: Any, hint: Any, where: str, what: str) -> list[Any]:
+    part = get_args(hint)[0]
+    if isinstance(text, str) and part in (str, int):
+        value, text = [value], [text]  # a single value is a list of one
+    if not isinstance(value, list):
+        raise ValueError(f"{where} must be {what}, not {text!r}")
+    texts = text if isinstance(text, list) and len(text) == len(value) else list(map(str, value))
+    return [_typed(one, texts[place], part, f"{where}[{place}]") for place, one in enumerate(value)]
+
+
+def _typed_scalar(value: Any, text: str, options: tuple[Any, ...], where: str, what: str) -> Any:
+    if not {int, float} & set(options):
+        return value if bool in options else text
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if isinstance(value, bool) or (is_number and ":" in text):
+        raise ValueError(f"{where} must be {what}, not {text!r}")
+    if re.fullmatch(r"[+-]?[0-9]{1,4000}", text):
+        return int(text)
+    if not is_number and re.fullmatch(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]+)?", text, re.IGNORECASE):
+        number = float(text)
+        return int(number) if float not in options and number.is_integer() else number
+    return value if is_number else text
+
+
+def describe_type(hint: Any) -> str | None:
+    """Describes a type in words; None for a type that options do not have."""
+    if get_origin(hint) in (Union, UnionType):
+        kinds = [describe_type(part) for part in get_args(hint)]
+        return None if None in kinds else " or ".join(dict.fromkeys(filter(None, kinds)))
+    if get_origin(hint) is Literal:
+        return f"one of {', '.join(map(str, get_args(hint)))}"
+    if get_origin(hint) is tuple:
+        return f"a list of {len(get_args(hint))}"
+    if get_origin(hint) is list:
+        examples = {str: ", such as [a,b]", int: ", such as [1,2]"}
+        return "a list" + examples.get(get_args(hint)[0], "")
+    return _TYPES_IN_WORDS.get(hint)

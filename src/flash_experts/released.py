@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from flash_experts.extras import install_command
-from flash_experts.plain_text import did_you_mean
+from flash_experts.terminal import did_you_mean
 
 MODELS = ("models/mtg-names", "models/mtg-base")  # the first one is the default of --model
 _MODELS_PACKAGE = "flash_experts_models"

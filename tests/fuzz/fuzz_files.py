@@ -32,7 +32,7 @@ with atheris.instrument_imports(include=["flash_experts", "json", "csv", "yaml"]
     from flash_experts.data.sources import read_file
     from flash_experts.models import loading
     from flash_experts.models.saving import MANIFEST
-    from flash_experts.settings_files import read_yaml
+    from flash_experts.options import read_yaml
     from flash_experts.training import checkpoint as checkpoints
     from flash_experts.training.checkpointer import Checkpointer
     from flash_experts.training.run_state import OptimizerState, split_state

@@ -24,7 +24,7 @@ os.environ |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "e
 
 import torch
 
-import flash_experts.commands.sample_names
+import flash_experts.generation.generator
 import flash_experts.training.trainer  # noqa: F401  (for the forked ones)
 from flash_experts.__main__ import main
 

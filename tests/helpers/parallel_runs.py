@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 from flash_experts.data.tokenizer import train_tokenizer
 from flash_experts.models import GPT2MoEConfig, GPT2MoEForCausalLM
 from flash_experts.training import Callback, Trainer, TrainingConfig
-from flash_experts.training.sharding import local_shard
+from flash_experts.training.distributed import local_shard
 from tests.test_training import TRAIN, VALIDATION
 
 # Six experts: three on each of two processes; on four, where two cannot share them evenly, in two groups of two.

@@ -15,7 +15,7 @@ from flash_experts.data.prompts import CONDITIONS, Attributes
 from flash_experts.evaluation.scorers import LanguageModel
 from flash_experts.models.upcycling import to_dense
 from flash_experts.training.build import build_model
-from flash_experts.training.model_config import ModelConfig
+from flash_experts.training.training_config import ModelConfig
 
 EXPECTED = {"set_code": ["M10", "ZEN"], "released": [2009, 2019]}
 SMALL = ModelConfig(n_layer=2, n_embd=32, n_head=2, n_positions=128, vocab_size=257, num_experts=2)

@@ -16,7 +16,7 @@ from flash_experts.data.prompts import Attributes, texts_of_cards
 from flash_experts.data.tokenizer import gpt2_tokenizer, load_tokenizer
 from flash_experts.models.trimming import trim_tokenizer, trim_vocabulary
 from flash_experts.training.build import build_model
-from flash_experts.training.model_config import ModelConfig
+from flash_experts.training.training_config import ModelConfig
 
 TEXTS = [" Goblin Guide", " Jötun Grunt", "legendary creature goblin, red, 3:", ":"]
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from flash_experts.data.cards import Card
 from flash_experts.training.batches import NameBatches, split_evenly
-from flash_experts.training.training_config import Stage
+from flash_experts.training.training_config import Stage, TrainingConfig
 
 
 def make_cards(count: int) -> list[Card]:
@@ -31,6 +31,13 @@ def make_cards(count: int) -> list[Card]:
         )
         for index in range(count)
     ]
+
+
+def make_batches(
+    cards: list[Card], tokenizer: PreTrainedTokenizerFast, tokens: int, dropout: float, seed: int, **options: Any
+) -> NameBatches:
+    config = TrainingConfig(tokens_per_batch=tokens, attribute_dropout=dropout, seed=seed, **options)
+    return NameBatches(cards, tokenizer, config)
 
 
 def names_of_epoch(batches: NameBatches, epoch: int, tokenizer: PreTrainedTokenizerFast) -> list[str]:
@@ -67,24 +74,24 @@ def test_each_name_comes_once_in_each_epoch(
     tokenizer: PreTrainedTokenizerFast, count: int, tokens: int, dropout: float, seed: int, order: Any
 ) -> None:
     cards = make_cards(count)
-    batches = NameBatches(cards, tokenizer, tokens, dropout, seed, [Stage("all", epochs=None, order=order)])
+    batches = make_batches(cards, tokenizer, tokens, dropout, seed, stages=[Stage("all", epochs=None, order=order)])
     for epoch in (0, 1):
         assert Counter(names_of_epoch(batches, epoch, tokenizer)) == Counter(card.name for card in cards)
 
 
 def test_a_step_depends_on_seed_and_step_alone(tokenizer: PreTrainedTokenizerFast) -> None:
     cards = make_cards(50)
-    walked = NameBatches(cards, tokenizer, 100, 0.5, seed=3)
+    walked = make_batches(cards, tokenizer, 100, 0.5, 3)
     in_order = [walked.names_of_step(step) for step in range(3 * walked.plan[0].steps_per_epoch)]
-    jumping = NameBatches(cards, tokenizer, 100, 0.5, seed=3)
+    jumping = make_batches(cards, tokenizer, 100, 0.5, 3)
     for step in reversed(range(len(in_order))):
         assert jumping.names_of_step(step) == in_order[step]
-    other_seed = NameBatches(cards, tokenizer, 100, 0.5, seed=4)
+    other_seed = make_batches(cards, tokenizer, 100, 0.5, 4)
     assert names_of_epoch(other_seed, 0, tokenizer) != names_of_epoch(walked, 0, tokenizer)
 
 
 def test_epochs_differ_in_order_and_in_prompts(tokenizer: PreTrainedTokenizerFast) -> None:
-    batches = NameBatches(make_cards(50), tokenizer, 100, 0.5, seed=0)
+    batches = make_batches(make_cards(50), tokenizer, 100, 0.5, 0)
     assert names_of_epoch(batches, 0, tokenizer) != names_of_epoch(batches, 1, tokenizer)
     per_epoch = batches.plan[0].steps_per_epoch
     lengths = []
@@ -99,7 +106,7 @@ def test_epochs_differ_in_order_and_in_prompts(tokenizer: PreTrainedTokenizerFas
 @given(most=st.integers(1, 9), seed=st.integers(0, 3))
 def test_names_of_one_prompt_come_in_runs(tokenizer: PreTrainedTokenizerFast, most: int, seed: int) -> None:
     cards = make_cards(60)
-    batches = NameBatches(cards, tokenizer, 10_000, 0.0, seed, names_per_prompt=most)
+    batches = make_batches(cards, tokenizer, 10_000, 0.0, seed, names_per_prompt=most)
     assert Counter(names_of_epoch(batches, 0, tokenizer)) == Counter(card.name for card in cards)
     prompts = [name.ids[: name.prompt_length] for name in batches.names_of_step(0)]
     runs = sum(math.ceil(count / most) for count in Counter(prompts).values())
@@ -107,19 +114,19 @@ def test_names_of_one_prompt_come_in_runs(tokenizer: PreTrainedTokenizerFast, mo
         assert 1 + sum(one != other for one, other in pairwise(prompts)) <= runs
     else:
         assert names_of_epoch(batches, 0, tokenizer) == names_of_epoch(
-            NameBatches(cards, tokenizer, 10_000, 0.0, seed), 0, tokenizer
+            make_batches(cards, tokenizer, 10_000, 0.0, seed), 0, tokenizer
         )
     assert names_of_epoch(batches, 1, tokenizer) != names_of_epoch(batches, 0, tokenizer)
 
 
 def test_batches_have_about_the_tokens_asked_for(tokenizer: PreTrainedTokenizerFast) -> None:
-    batches = NameBatches(make_cards(400), tokenizer, 200, 0.3, seed=0)
+    batches = make_batches(make_cards(400), tokenizer, 200, 0.3, 0)
     for step in range(2 * batches.plan[0].steps_per_epoch):
         assert 160 <= sum(name.num_inputs for name in batches.names_of_step(step)) <= 240
 
 
 def test_rows_cut_the_same_names_for_any_number_of_them(tokenizer: PreTrainedTokenizerFast) -> None:
-    batches = NameBatches(make_cards(60), tokenizer, 200, 0.3, seed=0)
+    batches = make_batches(make_cards(60), tokenizer, 200, 0.3, 0)
     for rows in (1, 2, 5):
         assert [name for row in batches.micro_batches_of_step(1, rows) for name in row] == batches.names_of_step(1)
     with pytest.raises(ValueError, match="raise tokens_per_batch"):
@@ -128,4 +135,4 @@ def test_rows_cut_the_same_names_for_any_number_of_them(tokenizer: PreTrainedTok
 
 def test_no_names_is_an_error_with_advice(tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(ValueError, match="prepare"):
-        NameBatches([], tokenizer, 200, 0.3, seed=0)
+        make_batches([], tokenizer, 200, 0.3, 0)

@@ -30,9 +30,11 @@ from flash_experts.training.loss import (
     make_loss,
     top_divergence,
 )
-from flash_experts.training.model_config import ModelConfig
 from flash_experts.training.tracking import read_metrics
+from flash_experts.training.training_config import ModelConfig
 from tests.test_training import TRAIN, VALIDATION, make_model
+
+ONE_BATCH = TrainingConfig(tokens_per_batch=10_000, attribute_dropout=0.0)
 
 
 @pytest.fixture
@@ -209,7 +211,12 @@ def test_cached_logits_give_the_loss_of_the_teacher_that_runs(
     student = make_model(dense_config, dropout=0.0)
     loss = student.loss_function = make_loss(settings, student, tokenizer, torch.device("cpu"))
     assert isinstance(loss, TopLogitsLoss) and loss.top_logits is not None
-    batches = NameBatches([*cards, TRAIN[5]], tokenizer, 10_000, 0.9, 0, top_logits=loss.top_logits)
+    batches = NameBatches(
+        [*cards, TRAIN[5]],
+        tokenizer,
+        replace(ONE_BATCH, attribute_dropout=0.9),
+        loss.top_logits,
+    )
     names = batches.names_of_step(0)
     assert sorted(name.top_row >= 0 for name in names) == [False] + [True] * 4
     whole = {name.ids for name in encode_cards(cards, tokenizer)}
@@ -298,7 +305,7 @@ def test_a_student_with_fewer_tokens_learns_from_those_it_has(
     torch.manual_seed(5)
     student = torch.randn(len(teacher), len(small), requires_grad=True)
     loss = TopLogitsLoss(0.0, logits, weight=1.0, kl="forward")
-    names = NameBatches(cards, small, 10_000, 0.0, 0, top_logits=logits).names_of_step(0)
+    names = NameBatches(cards, small, ONE_BATCH, logits).names_of_step(0)
     row = pack(names)
     assert (row.top_rows >= 0).all()
     loss.prepare(row)
@@ -322,7 +329,7 @@ def test_a_loss_in_chunks_is_the_whole_loss(
     cards = sampled_cards(6)
     write_top_logits(tmp_path / "cache", tokenizer, cards, 5)
     logits = TopLogits(tmp_path / "cache", tokenizer)
-    names = NameBatches([*cards, *TRAIN], tokenizer, 10_000, 0.0, 0, top_logits=logits).names_of_step(0)
+    names = NameBatches([*cards, *TRAIN], tokenizer, ONE_BATCH, logits).names_of_step(0)
     row = pack(names)
     assert (row.top_rows >= 0).any() and (row.top_rows < 0).any()
     loss = CausalLoss(0.1) if kind == "cross-entropy" else TopLogitsLoss(0.1, logits, weight=0.7, kl=kind)

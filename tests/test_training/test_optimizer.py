@@ -16,10 +16,18 @@ from transformers import GPT2Config, PreTrainedTokenizerFast
 
 from flash_experts.models import GPT2MoEForCausalLM
 from flash_experts.training import Trainer, TrainingConfig
-from flash_experts.training.loss import CausalLoss
-from flash_experts.training.muon import Muon, as_matrices, from_matrices, orthogonalize
-from flash_experts.training.numerics import FiniteGuard
-from flash_experts.training.optimizer import WeightAverage, freeze_parts, make_optimizers, part_of, set_rates
+from flash_experts.training.loss import CausalLoss, FiniteGuard
+from flash_experts.training.optimizer import (
+    Muon,
+    WeightAverage,
+    as_matrices,
+    freeze_parts,
+    from_matrices,
+    make_optimizers,
+    orthogonalize,
+    part_of,
+    set_rates,
+)
 from flash_experts.training.tracking import read_metrics
 from flash_experts.training.training_config import LearningRateScale
 from tests.test_training import TRAIN, VALIDATION, make_model

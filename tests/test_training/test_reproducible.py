@@ -15,7 +15,7 @@ from transformers import GPT2Config, PreTrainedTokenizerFast
 from flash_experts.data.tokenizer import SMALLEST_VOCABULARY, train_tokenizer
 from flash_experts.models import GPT2MoEForCausalLM
 from flash_experts.training import TrainingConfig
-from flash_experts.training.numerics import deterministic_algorithms
+from flash_experts.training.loss import deterministic_algorithms
 from tests.helpers.command_line import ok
 from tests.test_training import make_model, run
 

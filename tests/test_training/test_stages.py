@@ -62,7 +62,7 @@ STAGE = st.builds(
 def test_each_name_of_a_stage_comes_once_in_each_of_its_epochs(
     tokenizer: PreTrainedTokenizerFast, stages: list[Stage], seed: int, tokens: int
 ) -> None:
-    batches = NameBatches(CARDS, tokenizer, tokens, 0.3, seed, stages)
+    batches = NameBatches(CARDS, tokenizer, TrainingConfig(tokens_per_batch=tokens, seed=seed, stages=stages))
     first = 0
     for stage, planned in zip(stages, batches.plan, strict=True):
         wanted = [
@@ -85,7 +85,8 @@ def test_each_name_of_a_stage_comes_once_in_each_of_its_epochs(
 
 def test_a_step_of_a_curriculum_depends_on_seed_and_step_alone(tokenizer: PreTrainedTokenizerFast) -> None:
     stages = [Stage("short", max_length=15), Stage("lands", types=["Land"], epochs=1.5), Stage("all", epochs=None)]
-    walked, jumping = (NameBatches(CARDS, tokenizer, 100, 0.5, 3, stages) for _ in range(2))
+    config = TrainingConfig(tokens_per_batch=100, attribute_dropout=0.5, seed=3, stages=stages)
+    walked, jumping = (NameBatches(CARDS, tokenizer, config) for _ in range(2))
     last = walked.plan[-1]
     assert walked.planned_steps is None and last.steps is None
     in_order = [walked.names_of_step(step) for step in range(last.first_step + 2 * last.steps_per_epoch)]
@@ -98,9 +99,9 @@ def test_a_step_of_a_curriculum_depends_on_seed_and_step_alone(tokenizer: PreTra
 
 
 def test_one_stage_of_all_names_is_a_run_without_stages(tokenizer: PreTrainedTokenizerFast) -> None:
-    plain = NameBatches.of(CARDS, tokenizer, TrainingConfig(max_epochs=2, tokens_per_batch=100))
+    plain = NameBatches(CARDS, tokenizer, TrainingConfig(max_epochs=2, tokens_per_batch=100))
     staged = TrainingConfig(max_epochs=None, stages=[Stage("all", epochs=2)], tokens_per_batch=100)
-    one = NameBatches.of(CARDS, tokenizer, staged)
+    one = NameBatches(CARDS, tokenizer, staged)
     assert one.planned_steps == plain.planned_steps == 2 * plain.plan[0].steps_per_epoch
     for step in range(plain.plan[0].steps_per_epoch * 2):
         assert one.names_of_step(step) == plain.names_of_step(step)
@@ -209,7 +210,7 @@ def test_epochs_belong_to_the_stages() -> None:
 
 def test_a_stage_without_names_is_an_error(tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(ValueError, match=r"no training name passes the filters of stage 'long'"):
-        NameBatches(CARDS, tokenizer, 100, 0.3, 0, [Stage("long", min_length=500)])
+        NameBatches(CARDS, tokenizer, TrainingConfig(stages=[Stage("long", min_length=500)]))
     without_rarities = [replace(card, rarity=None) for card in CARDS]
     with pytest.raises(ValueError, match=r"rarities, which this data does not have.*scryfall"):
-        NameBatches(without_rarities, tokenizer, 100, 0.3, 0, [Stage("rare", rarities=["rare"])])
+        NameBatches(without_rarities, tokenizer, TrainingConfig(stages=[Stage("rare", rarities=["rare"])]))

@@ -20,10 +20,9 @@ from transformers import GPT2Config, PreTrainedModel, PreTrainedTokenizerFast
 from flash_experts.extras import EXTRAS, install_command
 from flash_experts.models import GPT2MoEForCausalLM
 from flash_experts.training import Callback, Trainer, TrainingConfig
-from flash_experts.training.model_config import ModelConfig
 from flash_experts.training.trackers import make_tracker, wandb_mode
 from flash_experts.training.tracking import read_metrics
-from flash_experts.training.training_config import TrackerName
+from flash_experts.training.training_config import ModelConfig, TrackerName
 from tests.helpers.trackers import FakeRun, Kept, made
 from tests.test_training import TRAIN, VALIDATION, make_model
 

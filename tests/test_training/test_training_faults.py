@@ -23,7 +23,7 @@ from flash_experts import cli
 from flash_experts.data.prepare import check_prepared
 from flash_experts.training import Callback, NonFiniteLossError, Trainer, TrainingConfig
 from flash_experts.training.checkpoint import checkpoint_steps
-from flash_experts.training.numerics import MOST_SKIPS_IN_A_ROW, FiniteGuard
+from flash_experts.training.loss import MOST_SKIPS_IN_A_ROW, FiniteGuard
 from flash_experts.training.run_state import STOP_SIGNALS, OutOfMemoryError, StopSignals, checkpoint_path
 from flash_experts.training.tracking import read_metrics
 from tests.test_training import TRAIN, VALIDATION, make_model

@@ -15,7 +15,7 @@ from flash_experts.app.service import Inspection, Playground, Progress, Side, co
 from flash_experts.app.settings import MOST_NAMES, OPTIONS, Settings
 from flash_experts.generation import PRESETS
 from flash_experts.generation.name_files import row_of
-from flash_experts.plain_text import one_line
+from flash_experts.terminal import one_line
 
 Each = TypeVar("Each")
 

@@ -20,7 +20,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from flash_experts.app.page import build_page
 from flash_experts.app.service import Playground
-from flash_experts.plain_text import one_line
+from flash_experts.terminal import one_line
 
 _LOG = logging.getLogger(__name__)
 LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")

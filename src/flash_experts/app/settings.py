@@ -18,7 +18,7 @@ from urllib.parse import parse_qsl, urlencode
 
 from flash_experts.generation.request import NameRequest
 from flash_experts.options import Kind, defaults_of, kind_of, options_of
-from flash_experts.plain_text import did_you_mean
+from flash_experts.terminal import did_you_mean
 
 PREFIX = "flash-experts:1?"
 LONGEST_STRING = 2_000  # characters of a settings string

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from flash_experts import plain_text
+from flash_experts import terminal
 from flash_experts.benchmarks.timing import Implementation, time_in_rounds
 from flash_experts.extras import require
 from flash_experts.files import check_out_file, whole_file
@@ -98,7 +98,7 @@ def ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
 
 def say(text: str) -> None:
     """Logs a line of progress to stderr; only the result goes to stdout."""
-    plain_text.say(text, sys.stderr)
+    terminal.say(text, sys.stderr)
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -292,7 +292,7 @@ def main(
     except (ValueError, OSError) as error:
         say(f"{parser.prog}: {' '.join(str(error).split())}")
         return 1
-    plain_text.say(json.dumps(report.to_json(), indent=2) if args.json else report.text)
+    terminal.say(json.dumps(report.to_json(), indent=2) if args.json else report.text)
     return 0
 
 

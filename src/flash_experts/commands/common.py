@@ -15,10 +15,9 @@ import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter, Namespace
 
 from flash_experts.files import check_out_file, free_name
-from flash_experts.options import defaults_of, options_of
-from flash_experts.plain_text import did_you_mean, one_line, say
+from flash_experts.options import defaults_of, describe_type, options_of, read_settings
 from flash_experts.released import configuration
-from flash_experts.settings_files import kind_of, read_settings
+from flash_experts.terminal import did_you_mean, one_line, say
 
 Run = Callable[[Namespace], None]
 # Messages for an unknown option, key in YAML, and key in a list in YAML.
@@ -79,7 +78,7 @@ class HelpFormatter(DefaultHelpFormatter):
             return "A,B,..." if action.option_strings else f"{name} ..."
         if action.choices or isinstance(action.metavar, str):
             return str(action.metavar) if action.metavar else f"{{{','.join(map(str, action.choices or ()))}}}"
-        hint = getattr(action, "_typehint", None) or action.type
+        hint = hint_of(action)
         return "N" if int in (hint, *get_args(hint)) else "X" if float in (hint, *get_args(hint)) else name
 
     def _get_help_string(self, action: Action) -> str:
@@ -94,8 +93,14 @@ class HelpFormatter(DefaultHelpFormatter):
         return re.sub("%(?![(]|%)", "%%", text)
 
 
+def hint_of(action: Action) -> Any:
+    """The type of an option, whichever class jsonargparse has made for it."""
+    return getattr(action, "_typehint", None) or action.type
+
+
 def _item_of(action: Action) -> Any:
-    hint = getattr(action, "_typehint", None) or action.type
+    """The type of an element of an option that takes a list; None for other options."""
+    hint = hint_of(action)
     kinds = (hint, *(get_args(hint) if get_origin(hint) not in (list, tuple) else ()))
     found = next((get_args(kind)[0] for kind in kinds if get_origin(kind) in (list, tuple)), None)
     if action.nargs in ("+", "*"):
@@ -192,7 +197,7 @@ class CommandParser(ArgumentParser):
         """The type of each option."""
         found: dict[str, Any] = {}
         for action in self._actions:
-            hint: Any = getattr(action, "_typehint", None) or action.type
+            hint: Any = hint_of(action)
             if action.nargs == 0 and isinstance(action.default, bool):
                 hint = bool
             if hint is not None and not action.dest.endswith(".help"):
@@ -228,7 +233,7 @@ class CommandParser(ArgumentParser):
     def _expected_kind(self, key: str, value: str | None) -> str | None:
         """Error message with the kind of value that an option takes; None to keep jsonargparse's message."""
         action = next((action for action in self._actions if action.dest == key), None)
-        kind = None if action is None else kind_of(getattr(action, "_typehint", None) or action.type)
+        kind = None if action is None else describe_type(hint_of(action))
         if kind is None or value is None:
             return None
         hint = did_you_mean(value, kind.removeprefix("one of ").split(", "), prefix=": ")

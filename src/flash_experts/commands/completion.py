@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args, get_origin
 from jsonargparse import Namespace
 
 from flash_experts import commands
-from flash_experts.commands.common import CommandParser, command_parser, print_result
+from flash_experts.commands.common import CommandParser, command_parser, hint_of, print_result
 from flash_experts.released import configurations
 
 Shell = Literal["bash", "zsh"]
@@ -94,7 +94,7 @@ def _choices(action: Any) -> list[str]:
         return []
     if action.choices:
         return [str(choice) for choice in action.choices]
-    hint = getattr(action, "_typehint", None) or action.type
+    hint = hint_of(action)
     kinds = get_args(hint) if get_origin(hint) is not Literal else (hint,)
     return [str(value) for kind in kinds if get_origin(kind) is Literal for value in get_args(kind)]
 

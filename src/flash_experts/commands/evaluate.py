@@ -8,7 +8,7 @@ from functools import partial
 from jsonargparse import Namespace
 
 from flash_experts.commands import common
-from flash_experts.plain_text import say
+from flash_experts.terminal import say
 
 
 def run(args: Namespace) -> None:

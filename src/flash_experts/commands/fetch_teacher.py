@@ -16,7 +16,7 @@ from jsonargparse import Namespace
 from flash_experts.commands.common import CommandParser, command_parser, print_result
 from flash_experts.extras import require
 from flash_experts.files import check_out_folder, sha256_of
-from flash_experts.plain_text import say
+from flash_experts.terminal import say
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

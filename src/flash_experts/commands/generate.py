@@ -15,12 +15,12 @@ from flash_experts.files import check_out_file, whole_file
 from flash_experts.generation.name_files import BY_SUFFIX, Format
 from flash_experts.generation.request import CARD, MODEL, OUTPUT, RULES, SAMPLING, NameRequest, Sampling
 from flash_experts.options import defaults_of, kind_of, options_of, type_of
-from flash_experts.plain_text import one_line, say
-from flash_experts.progress import ProgressBar
 from flash_experts.released import default_model
+from flash_experts.terminal import ProgressBar, one_line, say
 
 if TYPE_CHECKING:
     from flash_experts.generation import GeneratedName
+    from flash_experts.generation.generator import NameGenerator
 
 _EACH_OF_A_SET = 5  # names for each card of a set: 20 for each of 250 cards are more than anyone reads
 _RANDOM = ("count", "seed", "batch_size")  # what --attributes-from takes of a request besides the sampling
@@ -37,14 +37,11 @@ def run(args: Namespace) -> None:
         _run_for_set(args)
         return
     format = _format_of(args)
-    import torch
-
-    from flash_experts import NameGenerator
     from flash_experts.generation.generator import completed_attributes
     from flash_experts.generation.name_files import NamedCard, write_mse, write_names
 
     request = _request_of(args)
-    generator = NameGenerator.from_pretrained(args.model, args.device, getattr(torch, args.dtype))
+    generator = _generator(args)
     card = completed_attributes(request)
     names: Iterable[GeneratedName] = generator.answer(request)
     is_table = args.out is None and format is None and sys.stdout.isatty()
@@ -76,15 +73,12 @@ def _run_for_set(args: Namespace) -> None:
     if args.out is None:
         make_parser().error("--cards writes a file: give --out NAMES.csv")
     format = _format_of(args)
-    import torch
-
-    from flash_experts import NameGenerator
     from flash_experts.generation.card_sets import cards_of, name_rows, read_card_rows, write_set
     from flash_experts.generation.name_files import write_mse
 
     rows, request = read_card_rows(args.cards), _request_of(args)
     given = {name: getattr(request, name) for name in options_of(NameRequest) if name not in ("count", "seed")}
-    generator = NameGenerator.from_pretrained(args.model, args.device, getattr(torch, args.dtype))
+    generator = _generator(args)
     seed = secrets.randbits(31) if request.seed is None else request.seed
     with ProgressBar("cards", 0, len(rows)) as bar:
         named = list(bar.count(name_rows(generator, rows, request.count, seed, **given)))
@@ -100,6 +94,14 @@ def _run_for_set(args: Namespace) -> None:
     for one in named:
         if one.problem:
             say(f"{one.row.where}: no name: {one.problem}", sys.stderr)
+
+
+def _generator(args: Namespace) -> NameGenerator:
+    import torch
+
+    from flash_experts import NameGenerator
+
+    return NameGenerator.from_pretrained(args.model, args.device, getattr(torch, args.dtype))
 
 
 def _request_of(args: Namespace) -> NameRequest:
@@ -123,9 +125,6 @@ def _run_for_cards(args: Namespace) -> None:
     if args.out is None or Path(args.out).suffix.lower() != ".jsonl" or args.json or args.format:
         make_parser().error("--attributes-from writes a .jsonl file: give --out NAMES.jsonl alone")
     check_out_file(args.out, args.overwrite)
-    import torch
-
-    from flash_experts import NameGenerator
     from flash_experts.data.prepare import load_known_names, load_split
     from flash_experts.generation.sampled_names import SampledNames, write_sampled_names
     from flash_experts.models.loading import weights_sha256
@@ -134,16 +133,17 @@ def _run_for_cards(args: Namespace) -> None:
     request = SampledNames(
         args.count, args.seed or 0, args.attribute_dropout, sampling, args.batch_size, args.top_logits
     )
-    model, out = default_model() if args.model is None else args.model, Path(args.out)
+    args.model = default_model() if args.model is None else args.model
     cards = load_split(args.data, args.attributes_from)
-    generator = NameGenerator.from_pretrained(model, args.device, getattr(torch, args.dtype))
-    source = {"model": weights_sha256(model), "data": args.data, "split": args.attributes_from, "dtype": args.dtype}
+    generator = _generator(args)
+    sha256 = weights_sha256(args.model)
+    source = {"model": sha256, "data": args.data, "split": args.attributes_from, "dtype": args.dtype}
     known = load_known_names(args.data)
 
     def report(names: int) -> None:
         say(f"{names:,} of {args.count:,} names", sys.stderr)
 
-    written = write_sampled_names(generator, cards, known, request, out, source, report, args.overwrite)
+    written = write_sampled_names(generator, cards, known, request, Path(args.out), source, report, args.overwrite)
     say(f"{written} names written to {args.out}", sys.stderr)
 
 

@@ -10,8 +10,8 @@ from jsonargparse import Namespace
 
 from flash_experts.commands.common import CommandParser, add_device, add_model_family, command_parser
 from flash_experts.extras import require
-from flash_experts.plain_text import say
 from flash_experts.released import default_model
+from flash_experts.terminal import say
 
 
 def run(args: Namespace) -> None:

@@ -1,20 +1,39 @@
-"""``flash-experts train``."""
+"""``flash-experts train``, with sample names of the model in training."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from jsonargparse import Namespace
 
 from flash_experts.commands.common import CommandParser, add_model_family, command_parser
-from flash_experts.plain_text import say
+from flash_experts.terminal import say
+from flash_experts.training.tracking import Callback
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class SampleNames(Callback):
+    """Draws a few unconditional names, real cards allowed: the trainer reports which are new and which are copies."""
+
+    def __init__(self, count: int = 6):
+        self.count = count
+
+    def on_sample(self, step: int, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Sequence[str]:
+        """Names of the model as it is now; the step is the seed."""
+        from flash_experts.generation.generator import NameGenerator
+
+        generator = NameGenerator(model, tokenizer, known_names=())
+        return [name.text for name in generator.generate(self.count, seed=step, quality="fast")]
 
 
 def run(args: Namespace) -> None:
     """Train or fine-tune a model on prepared names; an interrupted run resumes."""
     from dataclasses import asdict, replace
 
-    from flash_experts.commands.sample_names import SampleNames
     from flash_experts.data.prepare import check_prepared, extra_cards, load_meta, load_split
     from flash_experts.models.moe import GPT2MoEForCausalLM
     from flash_experts.training.build import build_model
@@ -53,8 +72,7 @@ def run(args: Namespace) -> None:
 
 
 def make_parser() -> CommandParser:
-    from flash_experts.training.model_config import ModelConfig
-    from flash_experts.training.training_config import TrainingConfig
+    from flash_experts.training.training_config import ModelConfig, TrainingConfig
 
     parser = command_parser("train", run)
     parser.section("The run")

@@ -8,7 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from flash_experts.plain_text import did_you_mean
+from flash_experts.terminal import did_you_mean
 
 UNKNOWN = "?"  # in the colors of a face
 FILE_SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".txt")

@@ -11,14 +11,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from flash_experts.ctrl_c import deferred_ctrl_c
 from flash_experts.data.card_table import EMBEDDED, face_names, known_names
 from flash_experts.data.cards import Card, CardSource, RawCard
 from flash_experts.data.cleaning import CLEANING_VERSION, FLAGS, NOT_CARDS, clean
 from flash_experts.data.names import faces_of, normal_form, shown_form
 from flash_experts.data.sources import LIVE, load_source
 from flash_experts.data.splits import SPLITS, split_by_family
-from flash_experts.files import flush_file, folder_lock, sha256_of, whole_file, whole_files
+from flash_experts.files import deferred_ctrl_c, flush_file, folder_lock, sha256_of, whole_file, whole_files
 
 META = "meta.json"
 KNOWN_NAMES = "known_names.txt"

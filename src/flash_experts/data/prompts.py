@@ -25,7 +25,7 @@ from flash_experts.data.cards import (
     split_type_line,
 )
 from flash_experts.data.names import normal_form
-from flash_experts.plain_text import nearest
+from flash_experts.terminal import nearest
 
 MAX_MANA_VALUE = 10**7  # the most expensive card costs a million (Gleemax)
 _DASH = re.compile(r"—|–|--|(?:^|\s)-(?=\s|$)")

@@ -16,7 +16,7 @@ from flash_experts.data.card_formats import MAX_NAME, DeckList, known_columns, r
 from flash_experts.data.card_table import EMBEDDED, read_embedded
 from flash_experts.data.cards import FILE_KINDS, FILE_SUFFIXES, CardSource, RawCard, Unread
 from flash_experts.data.live.sites import read_live
-from flash_experts.plain_text import did_you_mean, from_cell
+from flash_experts.terminal import did_you_mean, from_cell
 
 LIVE = ("scryfall", "mtgjson", "mtgjson-printings")
 MAX_LINE_BYTES = 2**20  # a card with all its rulings has a few thousand

@@ -14,8 +14,7 @@ import numpy as np
 from flash_experts.extras import require
 from flash_experts.files import whole_file
 from flash_experts.released import model_folder
-from flash_experts.training.tracking import METRICS_FILE, read_metrics, read_untrusted_metrics
-from flash_experts.training.validation import BITS_PER_CHAR
+from flash_experts.training.tracking import BITS_PER_CHAR, METRICS_FILE, read_metrics, read_untrusted_metrics
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -12,7 +12,7 @@ from flash_experts.evaluation.evaluate import EvaluationResult, NamesResult
 from flash_experts.evaluation.held_out import NameMetrics
 from flash_experts.evaluation.lists import ListMetrics
 from flash_experts.evaluation.metrics import SINCE_2025, UNTIL_2024, Estimate, GroupBits
-from flash_experts.plain_text import one_line
+from flash_experts.terminal import one_line
 
 MISSING = "-"
 _FEWEST = 20  # names of a group, at least

@@ -19,7 +19,7 @@ from flash_experts.generation.generator import NameGenerator
 from flash_experts.generation.name_files import Format, NamedCard, cell, type_line_of, write_cards
 from flash_experts.generation.reranker import content_words
 from flash_experts.generation.search import GeneratedName
-from flash_experts.plain_text import from_cell, say
+from flash_experts.terminal import from_cell, say
 
 MOST_ROWS = 2_000
 RULE_COLUMNS = ("starts_with", "contains", "ends_with")  # a row's own words

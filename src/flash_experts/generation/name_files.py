@@ -16,7 +16,7 @@ from xml.etree import ElementTree as Xml
 
 from flash_experts.data.cards import join_type_line
 from flash_experts.data.prompts import Attributes
-from flash_experts.plain_text import one_line, say, to_cell
+from flash_experts.terminal import one_line, say, to_cell
 
 if TYPE_CHECKING:
     from flash_experts.generation.search import GeneratedName

@@ -13,9 +13,8 @@ from typing import Any, Literal
 
 from flash_experts.data.prompts import Attributes
 from flash_experts.generation.constraints import RULES, Constraints
-from flash_experts.options import option, problems_of
-from flash_experts.plain_text import did_you_mean
-from flash_experts.settings_files import read_yaml
+from flash_experts.options import option, problems_of, read_yaml
+from flash_experts.terminal import did_you_mean
 
 __all__ = [
     "CARD",

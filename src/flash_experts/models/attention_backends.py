@@ -26,7 +26,7 @@ import torch
 
 from flash_experts.kernels import attention_libraries, flash_attention_reference
 from flash_experts.kernels.attention_options import AttentionOptions, PackedLengths
-from flash_experts.plain_text import nearest
+from flash_experts.terminal import nearest
 
 ENVIRONMENT_VARIABLE = "FLASH_EXPERTS_ATTENTION"
 

@@ -13,7 +13,7 @@ from transformers import GPT2Config
 from flash_experts.models.attention_backends import check_name as check_backend_name
 from flash_experts.models.moe_options import MoEOptions, too_many_per_token
 from flash_experts.options import problems_of
-from flash_experts.plain_text import nearest
+from flash_experts.terminal import nearest
 
 
 @strict

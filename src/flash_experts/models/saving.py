@@ -14,9 +14,9 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from flash_experts.ctrl_c import deferred_ctrl_c
 from flash_experts.files import (
     check_replaced,
+    deferred_ctrl_c,
     flush_file,
     folder_lock,
     move_into_place,

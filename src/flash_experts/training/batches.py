@@ -23,8 +23,6 @@ from flash_experts.data.prompts import Attributes
 from flash_experts.models.scoring import TopLogits, context_length
 from flash_experts.training.training_config import Stage, TrainingConfig
 
-ALL_NAMES = Stage("all", epochs=None)
-
 
 def split_evenly(lengths: Sequence[int], parts: int) -> list[range]:
     """Cuts a sequence into ``parts`` consecutive ranges of nearly equal total length, none of them empty.
@@ -45,12 +43,10 @@ def split_evenly(lengths: Sequence[int], parts: int) -> list[range]:
 
 @dataclass(frozen=True, slots=True)
 class PlannedStage:
-    """A stage, and its place in the run.
+    """A stage with the cards that pass its filters, and its place in the run.
 
     Attributes:
-        cards: cards that pass the stage's filters.
-        first_step: first optimizer step, from 0.
-        first_epoch: first epoch, counted through all stages.
+        first_step: counted from 0 through all stages, as ``first_epoch`` is.
         steps: optimizer steps; None if the stage lasts until the run ends.
     """
 
@@ -66,10 +62,6 @@ class NameBatches:
     """The names of every optimizer step.
 
     Args:
-        tokens_per_batch: approximate number of tokens of a step.
-        attribute_dropout: probability that an attribute of a prompt is left out.
-        names_per_prompt: most names in a row with one prompt (see `group_by_prompt`).
-        seed: seed of the order and of attribute dropout.
         top_logits: a teacher's cached logits for names that it generated; these keep their prompts.
 
     Raises:
@@ -80,43 +72,24 @@ class NameBatches:
         self,
         cards: Sequence[Card],
         tokenizer: PreTrainedTokenizerBase,
-        tokens_per_batch: int,
-        attribute_dropout: float,
-        seed: int,
-        stages: Sequence[Stage] = (ALL_NAMES,),
+        config: TrainingConfig,
         top_logits: TopLogits | None = None,
-        names_per_prompt: int = 1,
     ):
         if not cards:
             raise ValueError("there are no training names: run `flash-experts prepare` or check the data folder")
-        self.tokenizer = tokenizer
-        self.attribute_dropout = attribute_dropout
-        self.names_per_prompt = names_per_prompt
-        self.seed = seed
-        self.top_logits = top_logits
+        self.tokenizer, self.config, self.top_logits = tokenizer, config, top_logits
         self.plan: list[PlannedStage] = []
         self._cached: tuple[int, list[list[EncodedName]]] | None = None
         first_step = first_epoch = 0
-        for stage in stages:
+        for stage in config.planned_stages:
             chosen = stage.choose(cards)
             tokens = sum(_lengths(self._encode(stage, chosen, first_epoch)))
-            per_epoch = min(len(chosen), max(1, round(tokens / tokens_per_batch)))
+            per_epoch = min(len(chosen), max(1, round(tokens / config.tokens_per_batch)))
             steps = None if stage.epochs is None else math.ceil(stage.epochs * per_epoch)
             self.plan.append(PlannedStage(stage, chosen, per_epoch, first_step, first_epoch, steps))
             if steps is not None:
                 first_step += steps
                 first_epoch += math.ceil(steps / per_epoch)
-
-    @classmethod
-    def of(
-        cls,
-        cards: Sequence[Card],
-        tokenizer: PreTrainedTokenizerBase,
-        config: TrainingConfig,
-        top_logits: TopLogits | None = None,
-    ) -> NameBatches:
-        dropout, stages, run = config.attribute_dropout, config.planned_stages, config.names_per_prompt
-        return cls(cards, tokenizer, config.tokens_per_batch, dropout, config.seed, stages, top_logits, run)
 
     @property
     def planned_steps(self) -> int | None:
@@ -134,8 +107,7 @@ class NameBatches:
         return planned.first_epoch + (steps - planned.first_step) / planned.steps_per_epoch
 
     def names_of_step(self, step: int) -> list[EncodedName]:
-        """The names of step ``step`` (from 0)."""
-        planned = self.stage_of(step)
+        planned = self.stage_of(step)  # steps are counted from 0
         epoch, batch = divmod(step - planned.first_step, planned.steps_per_epoch)
         epoch += planned.first_epoch
         if self._cached is None or self._cached[0] != epoch:
@@ -159,8 +131,9 @@ class NameBatches:
         return [names[one.start : one.stop] for one in split_evenly(_lengths(names), num_micro_batches)]
 
     def _encode(self, stage: Stage, cards: Sequence[Card], epoch: int) -> list[EncodedName]:
-        rng = random.Random(f"attributes/{self.seed}/{epoch}")
-        attributes = [Attributes.of(card).drop(rng, self.attribute_dropout) for card in cards]
+        seed = self.config.seed
+        rng = random.Random(f"attributes/{seed}/{epoch}")
+        attributes = [Attributes.of(card).drop(rng, self.config.attribute_dropout) for card in cards]
         if self.top_logits is not None:
             generated_from = (Attributes.of(card) if card.source_id in self.top_logits else None for card in cards)
             attributes = [own or drawn for own, drawn in zip(generated_from, attributes, strict=True)]
@@ -171,12 +144,12 @@ class NameBatches:
                 for card, name in zip(cards, encoded, strict=True)
             )
             encoded = [replace(name, top_row=row) for name, row in zip(encoded, rows, strict=True)]
-        ordered = [encoded[index] for index in order_of_epoch(stage, cards, self.seed, epoch)]
-        most = self.names_per_prompt if stage.order == "shuffled" else 1
-        return group_by_prompt(ordered, most, random.Random(f"prompts/{self.seed}/{epoch}"))
+        ordered = [encoded[index] for index in _order_of_epoch(stage, cards, seed, epoch)]
+        most = self.config.names_per_prompt if stage.order == "shuffled" else 1
+        return _group_by_prompt(ordered, most, random.Random(f"prompts/{seed}/{epoch}"))
 
 
-def group_by_prompt(names: Sequence[EncodedName], most: int, rng: random.Random) -> list[EncodedName]:
+def _group_by_prompt(names: Sequence[EncodedName], most: int, rng: random.Random) -> list[EncodedName]:
     """Reorders names in shuffled runs of at most ``most`` with one prompt, whose tokens each run shares."""
     if most == 1:
         return list(names)
@@ -188,7 +161,7 @@ def group_by_prompt(names: Sequence[EncodedName], most: int, rng: random.Random)
     return [name for run in runs for name in run]
 
 
-def order_of_epoch(stage: Stage, cards: Sequence[Card], seed: int, epoch: int) -> list[int]:
+def _order_of_epoch(stage: Stage, cards: Sequence[Card], seed: int, epoch: int) -> list[int]:
     """Indices of a stage's cards in an epoch's order."""
     indices = list(range(len(cards)))
     random.Random(f"order/{seed}/{epoch}").shuffle(indices)
@@ -223,5 +196,4 @@ def fitting_cards(
         raise ValueError(f"no training name fits into the model's {context} tokens: use a model with a longer context")
     if left_out:
         notify(f"left out, since prompt and name take more than the model's {context} tokens: {', '.join(left_out)}")
-
     return kept[0], kept[1]

@@ -22,18 +22,17 @@ from flash_experts.models.flash_attention import ATTENTION_IMPLEMENTATION
 from flash_experts.models.loading import load_config, load_model
 from flash_experts.models.moe import GPT2MoEForCausalLM
 from flash_experts.models.trimming import trim_tokenizer, trim_vocabulary
-from flash_experts.training.model_config import ModelConfig
+from flash_experts.training.training_config import ModelConfig
 
 
 def build_model(
     base: str | None, config: ModelConfig, cards: Sequence[Card], seed: int
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Builds the model and tokenizer of a run, deterministically.
+    """Builds the model and tokenizer of a run, deterministically by ``seed``.
 
     Args:
         base: folder or hub id of a GPT-2, dense or MoE; None for a new model.
         cards: training cards, for a new tokenizer or a trimmed vocabulary.
-        seed: random seed of new weights.
 
     Raises:
         ValueError: the base cannot be loaded, or the configuration is wrong or does not fit it.
@@ -76,16 +75,12 @@ def _record_conditions(model: PreTrainedModel, cards: Sequence[Card]) -> None:
         setattr(model.config, CONDITIONS, {name: sorted({*before.get(name, ()), *now.get(name, ())}) for name in names})
 
 
-def tokenizer_texts(cards: Sequence[Card]) -> list[str]:
-    """What a new tokenizer is trained on: all prompts, and all names after a space."""
-    prompts = [Attributes.of(card).prompt() for card in cards]
-    return [*prompts, *(" " + card.name for card in cards)]
-
-
 def _new_tokenizer(config: ModelConfig, cards: Sequence[Card]) -> PreTrainedTokenizerBase:
-    """A tokenizer trained on the cards, or ``config.tokenizer``, trimmed if configured."""
+    """``config.tokenizer``, trimmed if configured, or one trained on all prompts, and all names after a space."""
     if config.tokenizer is None:
-        return train_tokenizer(tokenizer_texts(cards), config.vocab_size, prompt_words(cards))
+        prompts = [Attributes.of(card).prompt() for card in cards]
+        texts = [*prompts, *(" " + card.name for card in cards)]
+        return train_tokenizer(texts, config.vocab_size, prompt_words(cards))
     tokenizer = load_tokenizer(config.tokenizer)
     if not config.trim_vocabulary:
         return tokenizer
@@ -119,7 +114,6 @@ def _embeddings_from_teacher(
     They keep as much of the inner products between tokens as the new width can hold.
     """
     ids = teacher_tokenizer.get_vocab()
-
     tokens = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
     with torch.no_grad():
         weight_VD = _embeddings(teacher).float()[[ids[token] for token, _ in tokens]]

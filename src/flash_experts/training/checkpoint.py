@@ -29,8 +29,8 @@ from flash_experts.models.saving import (
     remove_folder,
     with_manifest,
 )
+from flash_experts.training.distributed import shard_like
 from flash_experts.training.run_state import TrainerState, checkpoint_path
-from flash_experts.training.sharding import shard_like
 
 STATE = "trainer_state.json"
 TENSORS = "trainer_state.safetensors"
@@ -51,8 +51,7 @@ def save_checkpoint(
 
     Args:
         model: defines how weights are saved; its current weights are not used.
-        weights: state dict of the model.
-        tensors: all other tensors.
+        weights: state dict of the model; ``tensors`` are all others.
         metadata: JSON values: ``state``, configuration, data hashes.
 
     Raises:
@@ -70,11 +69,7 @@ def save_checkpoint(
 
 
 def verify_checkpoint(folder: Path) -> None:
-    """Checks a checkpoint's files against its manifest.
-
-    Raises:
-        CheckpointError: a file is missing or damaged, or a pickle.
-    """
+    """Checks a checkpoint's files against its manifest; a CheckpointError if one is missing, damaged or a pickle."""
     if not folder.is_dir():
         raise CheckpointError(f"no checkpoint at {folder}: the folder does not exist")
     for path in _files(folder):
@@ -127,11 +122,7 @@ def first_valid(run_dir: Path, steps: list[int], warn: Callable[[str], None]) ->
 
 
 def read_state(folder: Path) -> tuple[TrainerState, dict[str, Any]]:
-    """The state of a verified checkpoint, and its other metadata.
-
-    Raises:
-        CheckpointError: the file does not have what a run writes.
-    """
+    """The state of a verified checkpoint, and its other metadata; a CheckpointError if a run writes other things."""
     known = [field.name for field in fields(TrainerState)]
     try:
         metadata = json.loads((folder / STATE).read_text(encoding="utf-8"))
@@ -153,11 +144,7 @@ def read_state(folder: Path) -> tuple[TrainerState, dict[str, Any]]:
 
 
 def load_weights(folder: Path, model: PreTrainedModel) -> None:
-    """Loads the weights of a verified checkpoint into a model, in place.
-
-    Raises:
-        CheckpointError: the checkpoint belongs to another model.
-    """
+    """Loads a verified checkpoint's weights into a model, in place; a CheckpointError if they are another model's."""
     try:
         weights = load_file(folder / "model.safetensors")
         own = model.state_dict()

@@ -15,8 +15,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from flash_experts.files import flush_file
 from flash_experts.models.saving import CheckpointError, export_model
 from flash_experts.training import checkpoint as checkpoints
+from flash_experts.training.distributed import gather_full
 from flash_experts.training.run_state import Stateful, TrainerState, checkpoint_path, join_state, split_state
-from flash_experts.training.sharding import gather_full
 from flash_experts.training.tracking import METRICS_FILE
 from flash_experts.training.training_config import TrainingConfig
 
@@ -31,9 +31,8 @@ _DATA_ORDER_FIELDS = ("seed", "tokens_per_batch", "attribute_dropout", "names_pe
 class Checkpointer:
     """Saves and restores a run: weights, which may be sharded, a `TrainerState`, and every registered object.
 
-    Args:
-        info: ``config``, ``data``, ``processes``, ``device`` and ``identity`` of the run, compared on resuming.
-        is_main: whether this process writes; all processes read.
+    The main process writes, all read. ``info`` is compared on resuming: the run's ``config``, ``data``, ``processes``,
+    ``device`` and ``identity``.
     """
 
     def __init__(
@@ -76,7 +75,7 @@ class Checkpointer:
         return path
 
     def export(self) -> None:
-        """Writes the model to the run's folder, for `load_model`. All processes call it."""
+        """Writes the model to the run's folder. All processes call it."""
         weights = self._copy("export", self._weights())
         self._submit(partial(export_model, self.run_dir, self.model, self.tokenizer, weights))
 
@@ -170,7 +169,6 @@ class Checkpointer:
         return state
 
     def drop_later(self, step: int) -> None:
-        """Removes checkpoints after ``step``."""
         if self._is_main:
             checkpoints.drop_later(self.run_dir, step)
 
@@ -263,7 +261,7 @@ class CpuCopy:
 def gather_each(tensors: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, str, torch.Tensor | None]]:
     """Yields each name, the first name of the same tensor (tied weights), and the full tensor if this is the first.
 
-    Sharded tensors are gathered one at a time; every process must iterate over all of them.
+    Sharded tensors are gathered one by one; every process must iterate over all of them.
     """
     first_names: dict[int, str] = {}
     for name, tensor in tensors.items():
@@ -272,7 +270,7 @@ def gather_each(tensors: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, str,
 
 
 class Background:
-    """A thread that runs work in order, for which the interpreter waits at exit; or none: at once."""
+    """Runs work in order, in a thread for which the interpreter waits at exit, or at once."""
 
     def __init__(self, has_thread: bool) -> None:
         self.has_thread = has_thread

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 import random
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from types import TracebackType
@@ -19,14 +20,13 @@ from torch import nn
 from torch.distributed import DistError, PrefixStore, TCPStore
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import Shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from transformers import PreTrainedModel
 from transformers import initialization as init
 
 from flash_experts.models.expert_parallel import expert_group, reduce_expert_gradients, shard_experts
 from flash_experts.models.loading import resolve_device
 from flash_experts.models.moe_config import GPT2MoEConfig
-from flash_experts.training.sharding import clip_grad_norm, gather_full
 from flash_experts.training.training_config import TrainingConfig
 
 # Longer than what the main process does alone while the others wait for it (sample names). A process that dies closes
@@ -39,11 +39,7 @@ _ENDED = "ended"
 
 
 def make_accelerator(device: str) -> Accelerator:
-    """Joins the process group and selects the device of this process.
-
-    Raises:
-        ValueError: the device is not available.
-    """
+    """Joins the process group and selects the device of this process; raises a ValueError if it is not available."""
     found = resolve_device(None if device == "auto" else device)
     # Each router's buffers count its own tokens: DDP would overwrite them with the main process's before each forward.
     # Gradients that are views of DDP's buckets are not held twice.
@@ -52,11 +48,59 @@ def make_accelerator(device: str) -> Accelerator:
     return Accelerator(cpu=found.type == "cpu", mixed_precision="no", kwargs_handlers=handlers)
 
 
-# ------------------------------------------------------------------------------------------------ parallel strategies
+# ------------------------------------------------------------------------------------------------------ sharded tensors
+# A DTensor has the name, shape and value of the full tensor, of which each process holds a shard. Every function here
+# also takes ordinary tensors.
+
+
+def local_shard(tensor: torch.Tensor) -> torch.Tensor:
+    """This process's shard, in the tensor's memory."""
+    return tensor.to_local().detach() if isinstance(tensor, DTensor) else tensor.detach()
+
+
+def gather_full(tensor: torch.Tensor) -> torch.Tensor:
+    """The full tensor, on every process (all-gather). All must call it, in the same order."""
+    return tensor.full_tensor().detach() if isinstance(tensor, DTensor) else tensor.detach()
+
+
+def shard_like(full: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Shards ``full``, which every process has, as ``like``. Nothing is sent."""
+    if not isinstance(like, DTensor):
+        return full
+    mesh = like.device_mesh
+    return distribute_tensor(full.to(like.device), mesh, like.placements, src_data_rank=None)
+
+
+def holds_whole_matrices(tensor: torch.Tensor) -> bool:
+    """Whether no matrix is cut: an ordinary tensor, or experts' matrices (N, R, C) sharded over N alone."""
+    if not isinstance(tensor, DTensor):
+        return True
+    shards = [placement for placement in tensor.placements if not placement.is_replicate()]
+    return tensor.ndim == 3 and all(isinstance(shard, Shard) and shard.dim == 0 for shard in shards)
+
+
+@torch.no_grad()
+def clip_grad_norm(parameters: Iterable[torch.Tensor], limit: float) -> torch.Tensor:
+    """Scales the full gradient down to the norm ``limit``; returns the norm before, 0-dimensional."""
+    trained = [parameter for parameter in parameters if parameter.grad is not None]
+    # A shard may be on one process alone or replicated on several: DTensors know which, and count each one once.
+    by_mesh: dict[object, list[torch.Tensor]] = {}
+    for parameter in trained:
+        gradient = cast(torch.Tensor, parameter.grad)
+        by_mesh.setdefault(gradient.device_mesh if isinstance(gradient, DTensor) else None, []).append(gradient)
+    norms = [gather_full(torch.nn.utils.get_total_norm(gradients)) for gradients in by_mesh.values()]
+    norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
+    if math.isfinite(limit):
+        scale = (limit / (norm + 1e-6)).clamp(max=1.0)
+        torch._foreach_mul_([local_shard(cast(torch.Tensor, parameter.grad)) for parameter in trained], scale)
+    return norm
+
+
+# -------------------------------------------------------------------------------------------------- parallel strategies
 
 
 def parallelize_model(model: PreTrainedModel, accelerator: Accelerator, config: TrainingConfig) -> Replicated:
-    """Distributes the model by the strategy ``config.parallel``.
+    """Distributes the model in place by the strategy ``config.parallel``: optimizers are made after this.
 
     Raises:
         ValueError: expert parallel, but the model has no experts, or no two processes can share them.
@@ -79,11 +123,7 @@ def parallelize_model(model: PreTrainedModel, accelerator: Accelerator, config: 
 class Replicated:
     """Data parallel: every process has the whole model (DistributedDataParallel). Base of the other strategies.
 
-    Args:
-        model: distributed in place: optimizers are made after this.
-
-    Attributes:
-        wrapped: module that training calls. Validation and saving use the plain model.
+    Training calls ``wrapped``; validation and saving use the plain ``model``.
     """
 
     def __init__(self, model: PreTrainedModel, accelerator: Accelerator, compile: bool):
@@ -103,10 +143,7 @@ class Replicated:
         self.accelerator.backward(loss * self.accelerator.num_processes)  # undoes DDP's mean over processes
 
     def clip(self, limit: float) -> torch.Tensor:
-        """Clips the global gradient norm after the last backward of a step.
-
-        Returns the norm before, a 0-dimensional tensor equal on all processes.
-        """
+        """Clips the global gradient norm after a step's last backward; returns the norm before, equal everywhere."""
         return clip_grad_norm(self.model.parameters(), limit)
 
     @contextmanager
@@ -116,7 +153,7 @@ class Replicated:
         yield
 
     def full_model(self) -> PreTrainedModel | None:
-        """On the main process an unsharded model in eval mode; None on the others. All must call it."""
+        """An unsharded model in eval mode on the main process, None on the others. All must call it."""
         return self.model.eval() if self.accelerator.is_main_process else None
 
 
@@ -145,15 +182,13 @@ class Sharded(Replicated):
             cut_inside = weight in stacked and weight.shape[0] % world and weight.shape[1] % world == 0
             return Shard(1) if cut_inside else None
 
-        units = [module for module in self.model.modules() if type(module).__name__ in self._units()]
+        blocks = self.model._no_split_modules or ()
+        units = [module for module in self.model.modules() if type(module).__name__ in blocks]
         for module in [*units, self.model]:
             fully_shard(module, mesh=mesh, shard_placement_fn=placement, ignored_params=ignored)
             unit = cast(FSDPModule, module)
             unit.set_gradient_divide_factor(1.0)  # a sum over processes, not a mean,
             unit.set_force_sum_reduction_for_comms(True)  # the only reduction that gloo has
-
-    def _units(self) -> list[str]:
-        return list(self.model._no_split_modules or ())
 
     @property
     def _fsdp(self) -> FSDPModule:
@@ -178,18 +213,16 @@ class Sharded(Replicated):
         self._fsdp.reshard()
 
     def full_model(self) -> PreTrainedModel | None:
-        is_main = self.accelerator.is_main_process
-        full = self._empty_copy() if is_main else None
+        full = None
+        if self.accelerator.is_main_process:
+            with init.no_init_weights(), self.accelerator.device:
+                full = self._class(copy.deepcopy(self.model.config)).eval()
         targets = {} if full is None else full.state_dict()
         for name, shard in self.model.state_dict().items():
             gathered = gather_full(shard)
-            if is_main:
+            if full is not None:
                 targets[name].copy_(gathered)
         return full
-
-    def _empty_copy(self) -> PreTrainedModel:
-        with init.no_init_weights(), self.accelerator.device:
-            return self._class(copy.deepcopy(self.model.config)).eval()
 
 
 class ExpertParallel(Sharded):
@@ -225,6 +258,8 @@ def seed_dropout(seed: int, step: int, rank: int) -> None:
 
 def max_over_processes(accelerator: Accelerator, values: list[float]) -> list[float]:
     """Maximum over the processes, in float64."""
+    if accelerator.num_processes == 1:
+        return values
     mine = torch.tensor([values], device=accelerator.device, dtype=torch.float64)
     return cast(list[float], cast(torch.Tensor, accelerator.gather(mine)).amax(0).tolist())
 
@@ -232,15 +267,10 @@ def max_over_processes(accelerator: Accelerator, values: list[float]) -> list[fl
 def agree(accelerator: Accelerator, seconds: float, stop: bool, due: bool, seconds_held: float) -> tuple[float, bool]:
     """Training time and whether to stop, equal on all processes: signals reach one of them, and clocks differ.
 
-    Args:
-        seconds: training time by this process's clock.
-        stop: whether this process received a stop signal.
-        due: whether this is a log step; on GPUs, where it synchronizes, the exchange happens at those alone.
-        seconds_held: time that was agreed last.
+    The exchange would synchronize GPUs, so there it happens at log steps (``due``) alone; at others, ``seconds_held``,
+    the time that was agreed last, stays.
     """
-    if accelerator.num_processes == 1:
-        return seconds, stop
-    if not due and accelerator.device.type != "cpu":
+    if accelerator.num_processes > 1 and not due and accelerator.device.type != "cpu":
         return seconds_held, False
     most_seconds, any_stop = max_over_processes(accelerator, [seconds, float(stop)])
     return most_seconds, bool(any_stop)
@@ -256,12 +286,8 @@ def is_lost_process(error: BaseException) -> bool:
 
 
 def watch_other_processes(accelerator: Accelerator) -> AbstractContextManager[object]:
-    """A `Heartbeat`, or nothing for a single process."""
-    if accelerator.num_processes == 1:
-        return nullcontext()
-    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     rank, world = accelerator.process_index, accelerator.num_processes
-    return Heartbeat(rank, world, address, HEARTBEAT_TIMEOUT_SECONDS, _exit_for_lost_process)
+    return nullcontext() if world == 1 else Heartbeat(rank, world)
 
 
 class Heartbeat:
@@ -269,21 +295,16 @@ class Heartbeat:
 
     The main thread then most likely waits for the other inside PyTorch, where no exception reaches it. So a thread
     ends the process, as NCCL's watchdog does; checkpoints are atomic, so nothing is lost.
-
-    Args:
-        address: host and port of the process group's store.
-        timeout: seconds of silence.
-        end: called with the rank of the lost process.
     """
 
-    def __init__(self, rank: int, world: int, address: tuple[str, int], timeout: float, end: Callable[[int], None]):
+    def __init__(self, rank: int, world: int):
         self._rank, self._others = rank, [other for other in range(world) if other != rank]
-        self._address, self._timeout, self._end = address, timeout, end
+        self._timeout = HEARTBEAT_TIMEOUT_SECONDS
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
 
     def __enter__(self) -> Heartbeat:
-        host, port = self._address
+        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])  # of the process group's store
         timeout = timedelta(seconds=self._timeout)
         # A connection of its own: a wait on another thread's would block this one.
         self._store = PrefixStore("heartbeat", TCPStore(host, port, is_master=False, timeout=timeout))
@@ -309,12 +330,12 @@ class Heartbeat:
                     if latest != heard[other][0] or latest == _ENDED:
                         heard[other] = latest, beat
                     elif beat - heard[other][1] > _BEATS_PER_TIMEOUT:
-                        self._end(other)
+                        _exit_for_lost_process(other)
             self._store.set(str(self._rank), _ENDED)  # from here on silence is expected
         except DistError:
             # The store is gone with the machine that hosts it. At the end of a run the first process may have exited.
             if not self._closing.is_set():
-                self._end(0)
+                _exit_for_lost_process(0)
 
 
 def _exit_for_lost_process(lost: int) -> None:

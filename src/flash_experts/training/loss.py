@@ -1,9 +1,15 @@
-"""Training losses: cross-entropy, and knowledge distillation from a teacher model or its cached top logits."""
+"""The loss of a step and its numerics: cross-entropy, knowledge distillation, precision, determinism, NaN/Inf checks.
+
+Shape suffixes: L positions of a packed batch, V vocabulary, K cached logits.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
@@ -21,6 +27,10 @@ Direction = Literal["forward", "reverse"]
 SumOfRows = Callable[[torch.Tensor, slice], torch.Tensor]  # the summed loss of some rows of the logits
 _NEVER = -20.0  # log-probability
 _CHUNK = 2**22  # logits, 16 MB in float32
+# With `on_nan: skip`: after more of them the weights themselves are likely NaN, and continuing is useless.
+MOST_SKIPS_IN_A_ROW = 20
+
+# --------------------------------------------------------------------------------------------------------------- losses
 
 
 def make_loss(
@@ -91,10 +101,8 @@ class CausalLoss:
 
         Args:
             logits: (..., S, vocab_size), any floating type.
-            labels: (..., S) int64, shifted here unless ``shift_labels`` is given.
+            labels: (..., S) int64, shifted here unless ``shift_labels``, (..., S), are given.
             num_items_in_batch: divisor of the sum; None for the number of labels.
-            ignore_index: label of positions without one.
-            shift_labels: (..., S), shifted already.
         """
         if shift_labels is None:
             shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
@@ -120,7 +128,7 @@ class CausalLoss:
 
 
 class _SumInChunks(torch.autograd.Function):
-    """A loss summed over chunks of rows, each with its gradient at once, so that float32 copies stay in the cache.
+    """Sums a loss over chunks of rows, each with its gradient at once, so that float32 copies stay in the cache.
 
     As the fused cross-entropy of Liger Kernel (Hsu et al. 2024), without the matmul before it.
     """
@@ -153,8 +161,6 @@ class DistillationLoss(CausalLoss):
 
     Args:
         teacher: model in eval mode, on the student's device and with its vocabulary.
-        weight: w, from 0 to 1.
-        temperature: t, more than 0.
         kl: forward is KL(teacher || student), which is mode-covering; reverse is KL(student || teacher), mode-seeking.
     """
 
@@ -227,8 +233,7 @@ class TopLogitsLoss(CausalLoss):
 def top_divergence(student_LK: torch.Tensor, teacher_LK: torch.Tensor, kl: Direction) -> torch.Tensor:
     """KL divergence in nats, (L,), over K tokens and the rest of the vocabulary."""
     student, teacher = (torch.cat([each, _log_rest(each)], dim=-1) for each in (student_LK, teacher_LK))
-    first, second = (teacher, student) if kl == "forward" else (student, teacher)
-    return (first.exp() * (first - second)).sum(-1)
+    return _divergence(student, teacher, kl)
 
 
 def _log_rest(log_probs_LK: torch.Tensor) -> torch.Tensor:
@@ -243,5 +248,105 @@ def kl_divergence(
     dtype = torch.promote_types(student_LV.dtype, torch.float32)
     student_LV = (student_LV.to(dtype) / temperature).log_softmax(-1)
     teacher_LV = (teacher_LV.to(dtype) / temperature).log_softmax(-1)
-    first, second = (teacher_LV, student_LV) if kl == "forward" else (student_LV, teacher_LV)
+    return _divergence(student_LV, teacher_LV, kl)
+
+
+def _divergence(student: torch.Tensor, teacher: torch.Tensor, kl: Direction) -> torch.Tensor:
+    first, second = (teacher, student) if kl == "forward" else (student, teacher)
     return (first.exp() * (first - second)).sum(-1)
+
+
+# -------------------------------------------------------------------------------------------- precision and determinism
+
+
+def use_bfloat16(precision: str, device: torch.device) -> bool:
+    """Whether forwards run under bfloat16 autocast; weights and optimizer state stay float32.
+
+    Raises:
+        ValueError: the GPU has no bfloat16.
+    """
+    has_it = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    if precision == "bfloat16" and device.type == "cuda" and not has_it:
+        raise ValueError("this GPU has no bfloat16: set precision to float32 or auto")
+    return precision == "bfloat16" or (precision == "auto" and has_it)
+
+
+def check_dtype(model: PreTrainedModel) -> PreTrainedModel:
+    """Returns the model; ValueError unless its weights are float32 (16 bits lose AdamW's small steps)."""
+    if any(parameter.dtype != torch.float32 for parameter in model.parameters()):
+        raise ValueError("the model's weights must be float32 to train: load it with dtype=torch.float32")
+    return model
+
+
+@contextmanager
+def deterministic_algorithms(wanted: bool) -> Iterator[None]:
+    """If ``wanted``, restricts PyTorch to operations that give the same bits in every run; others raise.
+
+    On CUDA atomic additions do not, nor does cuBLAS without a fixed workspace (``CUBLAS_WORKSPACE_CONFIG``, read when
+    CUDA starts).
+    """
+    if not wanted:
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        torch.backends.cudnn.benchmark = before[1]
+
+
+# ------------------------------------------------------------------------------------------------------- NaN/Inf checks
+
+
+class FiniteGuard:
+    """The NaN/Inf check before each update; a bad step on one process is bad for all.
+
+    On a GPU reading the flag would synchronize: the fused optimizer gets it as a tensor and skips by itself, and the
+    host reads it at the next line of metrics. With ``stop``, no later update is applied either.
+    """
+
+    def __init__(self, stop: bool, device: torch.device, world: int):
+        self._stop, self._world = stop, world
+        self._on_cpu = device.type == "cpu"
+        self._unread: list[tuple[int, torch.Tensor]] = []
+        self._any_bad = torch.zeros((), dtype=torch.bool, device=device)
+
+    def check(self, step: int, loss: torch.Tensor, grad_norm: torch.Tensor) -> torch.Tensor:
+        """Whether step ``step`` (from 1) is bad: a 0-dimensional bool tensor, equal on all processes."""
+        is_bad = ~(torch.isfinite(loss) & torch.isfinite(grad_norm))
+        if self._world > 1:
+            # The norm is global, but the loss is this process's: without agreement, one alone could skip.
+            flag = is_bad.float()
+            torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
+            is_bad = flag > 0
+        self._any_bad |= is_bad
+        self._unread.append((step, is_bad))
+        return is_bad
+
+    def update(self, optimizer: torch.optim.Optimizer, is_bad: torch.Tensor) -> bool:
+        """Passes the flag to the optimizer; returns whether to call its ``step``."""
+        found_bad = self._any_bad if self._stop else is_bad
+        # torch's fused optimizers skip where `found_inf` is 1, which is GradScaler's way too.
+        if self._on_cpu or not getattr(optimizer, "_step_supports_amp_scaling", False):
+            return not found_bad.item()
+        optimizer.found_inf = found_bad.float()  # type: ignore[attr-defined]
+        return True
+
+    def bad_steps(self) -> list[int]:
+        """Bad steps since the last call. Waits for the device."""
+        if not self._unread:
+            return []
+        flags = torch.stack([flag for _, flag in self._unread]).tolist()
+        steps = [step for (step, _), is_bad in zip(self._unread, flags, strict=True) if is_bad]
+        self._unread.clear()
+        return steps
+
+
+def write_bad_batch(run_dir: Path, step: int, names: Sequence[str]) -> None:
+    """Writes the names of the batch at which a run stopped."""
+    text = json.dumps({"step": step, "names": list(names)}, indent=2, ensure_ascii=False)
+    (run_dir / f"bad-batch-{step:06d}.json").write_text(text + "\n", encoding="utf-8")

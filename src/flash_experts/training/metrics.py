@@ -1,27 +1,31 @@
-"""Training metrics of a logging window: loss, bits per character, router statistics, tokens/s, MFU, memory."""
+"""What a run measures: losses and router statistics of a logging window, bits per character of held-out names, MFU."""
 
 from __future__ import annotations
 
+import hashlib
 import math
+import random
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import ModelOutput
 
-from flash_experts.data.packing import PackedBatch
+from flash_experts.data.cards import Card
+from flash_experts.data.packing import PackedBatch, encode_cards, name_nats, pack_all
+from flash_experts.data.prompts import Attributes
 from flash_experts.models.moe_layer import MoELayer
 from flash_experts.models.router import Router
 from flash_experts.models.router_metrics import in_use, router_metrics
-from flash_experts.training.optimizer import part_rates
 from flash_experts.training.run_state import TrainerState
-from flash_experts.training.training_config import TrainingConfig
+from flash_experts.training.tracking import BITS_PER_CHAR, SELECTION
+from flash_experts.training.training_config import PARTS, TrainingConfig
 
 # Router buffers that are not part of the model: statistics of the logging window.
 _ROUTER_BUFFERS = ("interval_counts_E", "interval_pairs_EE", "interval_sums")
@@ -29,6 +33,9 @@ _BALANCING_LOSSES = ("aux_loss", "z_loss")
 _PARTS = [0, 3, 4, 5, 6]  # those of the sums to which each process adds its own part
 # Dense bfloat16 TFLOP/s by the makers' data sheets, tensor cores, without sparsity.
 _PEAK_TFLOPS = {"H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362, "L4": 121, "A10G": 70}
+
+
+# --------------------------------------------------------------------------------------------------- the logging window
 
 
 def training_metrics(
@@ -40,12 +47,13 @@ def training_metrics(
     measured: Mapping[str, float],
 ) -> dict[str, float]:
     """A line of metrics: ``rate`` is the last learning rate, ``share`` (0 to 1) of the run is done."""
+    scales = {f"lr/{part}": getattr(config.lr_scale, part) for part in PARTS}
     metrics: dict[str, float] = {
         "step": state.step,
         "epoch": round(epoch, 4),
         "tokens": state.tokens,
         "lr": rate,
-        **part_rates(config.lr_scale, rate),
+        **{name: rate * scale for name, scale in scales.items() if set(scales.values()) != {1}},
         "seconds": round(state.seconds, 3),
         **measured,
     }
@@ -60,7 +68,7 @@ def training_metrics(
 class LoggingWindow:
     """Sums of losses since the last line of metrics, on the device, so that adding to them does not synchronize.
 
-    Bits per character follow from the loss if it is plain cross-entropy (``is_code_length``).
+    Bits per character follow from plain cross-entropy alone (``is_code_length``).
     """
 
     def __init__(self, model: PreTrainedModel, accelerator: Accelerator, is_code_length: bool):
@@ -146,6 +154,81 @@ class LoggingWindow:
         return {name: buffer for name, buffer in buffers if name.rpartition(".")[2] in _ROUTER_BUFFERS}
 
 
+# ----------------------------------------------------------------------------------------------------------- validation
+
+
+class Validation:
+    """A fixed draw of validation names, packed once in batches as large as a micro-batch, which the processes share.
+
+    ``sha256`` is of the names and their prompts.
+    """
+
+    def __init__(
+        self,
+        cards: Sequence[Card],
+        tokenizer: PreTrainedTokenizerBase,
+        config: TrainingConfig,
+        rank: int,
+        world: int,
+    ):
+        most = config.validation_names
+        if most is not None and most < len(cards):
+            cards = random.Random(f"validation/{config.seed}").sample(list(cards), most)
+        self.num_names = len(cards)
+        lines = sorted(f"{Attributes.of(card).prompt()} {card.name}\n" for card in cards)
+        self.sha256 = hashlib.sha256("".join(lines).encode()).hexdigest()
+        tokens_per_row = math.ceil(config.tokens_per_batch / (config.gradient_accumulation_steps * world))
+        # Names of similar length together: attention pads a packed row to its longest name.
+        self._batches: dict[str, list[tuple[PackedBatch, bool]]] = {}
+        for suffix, attributes_of in (("", lambda card: Attributes()), ("_given_attributes", Attributes.of)):
+            names = sorted(encode_cards(cards, tokenizer, attributes_of), key=lambda name: name.num_inputs)
+            self._batches[suffix] = _share_of_batches(pack_all(names, tokens_per_row), rank, world)
+
+    def score(self, model: nn.Module, accelerator: Accelerator) -> dict[str, float]:
+        """Nats per token, bits per character (the EOS token counts as one) and `SELECTION`, equal on all processes.
+
+        Every process must call it.
+        """
+        sums = self.sums(model, accelerator.device).to(accelerator.device)
+        # All-reduced before the division: a mean of means would give more weight to a process with few names.
+        totals = cast(torch.Tensor, accelerator.reduce(sums, "sum"))
+        metrics = {}
+        for suffix, (nats, tokens, characters) in zip(self._batches, totals.tolist(), strict=True):
+            metrics[f"validation/loss{suffix}"] = nats / tokens
+            metrics[f"{BITS_PER_CHAR}{suffix}"] = nats / math.log(2) / characters
+        both = [metrics[f"{BITS_PER_CHAR}{suffix}"] for suffix in self._batches]
+        return metrics | {SELECTION: sum(both) / len(both)}
+
+    @torch.no_grad()
+    def sums(self, model: nn.Module, device: torch.device) -> torch.Tensor:
+        """This process's sums of nats, tokens and characters, (2, 3) float64: unconditional, given all attributes."""
+        totals = torch.zeros(len(self._batches), 3, dtype=torch.float64)
+        for total, batches in zip(totals, self._batches.values(), strict=True):
+            nats = torch.zeros((), device=device)
+            for batch, counts in batches:
+                nats_N = name_nats(model, batch.to(device))
+                if counts:
+                    nats += nats_N.sum()
+                    total[1] += batch.labels.numel()
+                    total[2] += batch.characters.sum()
+            total[0] = nats.item()
+        return totals
+
+
+def _share_of_batches(batches: Sequence[PackedBatch], rank: int, world: int) -> list[tuple[PackedBatch, bool]]:
+    """Every ``world``-th batch from ``rank`` on, each with whether it counts.
+
+    All processes get equally many, as sharded weights need: one that has no batch left computes the first again,
+    uncounted.
+    """
+    share = [(batches[index], True) for index in range(rank, len(batches), world)]
+    rounds = -(-len(batches) // world)
+    return share + [(batches[0], False)] * (rounds - len(share))
+
+
+# ---------------------------------------------------------------------------------------------- speed, FLOPs and memory
+
+
 class SpeedMeter:
     """Training speed of ``world`` processes without pauses (validation, samples, checkpoints)."""
 
@@ -161,7 +244,7 @@ class SpeedMeter:
         self._start = time.perf_counter()
 
     def add(self, tokens: int, labels: int, computed: int) -> None:
-        """Counts a step; ``computed`` are the tokens that the model multiplies: fewer where names share prompts."""
+        """Counts a step; the model multiplies ``computed`` tokens: fewer where names share prompts."""
         self._tokens += tokens
         self._labels += labels
         self._computed += computed

@@ -1,10 +1,13 @@
-"""Optimization: parameter groups for AdamW and Muon, learning-rate schedule, moving average (EMA) of the weights."""
+"""Optimization: parameter groups, learning-rate schedule, the Muon optimizer, moving average (EMA) of the weights.
+
+Shape suffixes: N matrices of a batch, R rows, C columns.
+"""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,9 +16,8 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from flash_experts.training.muon import Muon
-from flash_experts.training.numerics import use_bfloat16
-from flash_experts.training.sharding import local_shard, shard_like
+from flash_experts.training.distributed import gather_full, holds_whole_matrices, local_shard, shard_like
+from flash_experts.training.loss import use_bfloat16
 from flash_experts.training.training_config import PARTS, LearningRateScale, TrainingConfig
 
 _BLOCK = re.compile(r"\bh\.(\d+)\.")
@@ -55,55 +57,36 @@ def make_optimizers(model: nn.Module, config: TrainingConfig) -> dict[str, torch
     """The optimizers by their names in checkpoints: ``optimizer`` (fused AdamW), and ``muon``.
 
     Weight decay is on matrices, not on biases and norms. Each group has a ``scale``, see `set_rates`.
-
-    Raises:
-        ValueError: every parameter is frozen.
     """
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    if not trained:
-        raise ValueError("the model has no weights to train: every parameter is frozen")
     scales = _scales(model, config)
-    is_muons = {name: config.optimizer == "muon" and _is_hidden_matrix(name, parameter) for name, parameter in trained}
-    for_adamw, for_muon = _Groups(), _Groups()
+    for_adamw: dict[object, dict[str, Any]] = {}
+    for_muon: dict[object, dict[str, Any]] = {}
     for name, parameter in trained:
-        decay = config.weight_decay if _is_matrix(name, parameter) else 0.0
-        if is_muons[name]:
-            blocks = 3 if name.endswith("c_attn.weight") else 1  # query, key, value
-            for_muon.add(parameter, scale=scales[name], weight_decay=decay, blocks=blocks)
-        else:
-            for_adamw.add(parameter, scale=scales[name], weight_decay=decay)
+        groups = for_adamw
+        settings = {"scale": scales[name], "weight_decay": config.weight_decay if _is_matrix(name, parameter) else 0.0}
+        if config.optimizer == "muon" and _is_hidden_matrix(name, parameter):
+            groups = for_muon
+            settings["blocks"] = 3 if name.endswith("c_attn.weight") else 1  # query, key, value
+        # One fused kernel updates a group, and all its weights must be sharded over the same mesh.
+        mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
+        group = groups.setdefault((mesh, *settings.values()), {"params": [], **settings})
+        group["params"].append(parameter)
     optimizers: dict[str, torch.optim.Optimizer] = {}
-    if for_adamw.groups:
+    if for_adamw:
         first, second = config.betas
         fused = all(parameter.device.type in ("cpu", "cuda", "mps") for _, parameter in trained)
         optimizers["optimizer"] = torch.optim.AdamW(
-            for_adamw.groups, lr=config.learning_rate, betas=(first, second), eps=1e-8, fused=fused
+            list(for_adamw.values()), lr=config.learning_rate, betas=(first, second), eps=1e-8, fused=fused
         )
-    if for_muon.groups:
+    if for_muon:
         optimizers["muon"] = Muon(
-            for_muon.groups,
+            list(for_muon.values()),
             lr=config.learning_rate,
             momentum=config.muon_momentum,
             dtype=torch.bfloat16 if use_bfloat16(config.precision, trained[0][1].device) else None,
         )
     return optimizers
-
-
-class _Groups:
-    """Parameter groups, one per set of settings."""
-
-    def __init__(self) -> None:
-        self._groups: dict[tuple[object, ...], dict[str, Any]] = {}
-
-    @property
-    def groups(self) -> list[dict[str, Any]]:
-        return list(self._groups.values())
-
-    def add(self, parameter: nn.Parameter, **settings: float) -> None:
-        # One fused kernel updates a group, and all its weights must be sharded over the same mesh.
-        mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
-        group = self._groups.setdefault((mesh, *settings.items()), {"params": [], **settings})
-        group["params"].append(parameter)
 
 
 def _is_matrix(name: str, parameter: nn.Parameter) -> bool:
@@ -119,7 +102,7 @@ def _is_hidden_matrix(name: str, parameter: nn.Parameter) -> bool:
 
 
 def _scales(model: nn.Module, config: TrainingConfig) -> dict[str, float]:
-    """Factors of the learning rate: the part's scale times the layer's decay."""
+    """The factor of each parameter's learning rate: the part's scale times the layer's decay."""
     names = [name for name, _ in model.named_parameters()]
     blocks = {name: int(match[1]) for name in names if (match := _BLOCK.search(name))}
     num_blocks = 1 + max(blocks.values(), default=-1)
@@ -137,14 +120,6 @@ def set_rates(optimizers: Iterable[torch.optim.Optimizer], rate: float) -> None:
             group["lr"] = rate * group["scale"]
 
 
-def part_rates(scale: LearningRateScale, rate: float) -> dict[str, float]:
-    """Metrics ``lr/router`` etc.; empty if all parts have the schedule's rate."""
-    scales = {part: getattr(scale, part) for part in PARTS}
-    if all(factor == 1 for factor in scales.values()):
-        return {}
-    return {f"lr/{part}": rate * factor for part, factor in scales.items()}
-
-
 # ------------------------------------------------------------------------------------------------------------ schedule
 
 
@@ -153,12 +128,10 @@ class Schedule:
     """Learning-rate warmup, then decay to ``min_ratio`` of the peak, by steps or by the clock.
 
     Attributes:
-        kind: cosine, linear, constant or wsd (warmup-stable-decay).
+        kind: cosine, linear, constant or wsd (warmup-stable-decay, which decays in the last ``decay_share`` of a run).
         warmup: steps (1 or more) or share of the run (under 1).
         min_ratio: last rate over the peak.
-        planned_steps: None for no limit.
-        planned_seconds: None for no limit.
-        decay_share: last share of the run, in which wsd decays.
+        planned_steps: None for no limit, as with ``planned_seconds``.
     """
 
     kind: str
@@ -170,7 +143,7 @@ class Schedule:
 
     @classmethod
     def of(cls, config: TrainingConfig, planned_steps: int | None) -> Schedule:
-        """A run's schedule; ``planned_steps`` is that of its epochs, None if they set no limit."""
+        """A run's schedule; ``planned_steps`` are those of its epochs, None if they set no limit."""
         steps = [limit for limit in (config.max_steps, planned_steps) if limit is not None]
         return cls(
             kind=config.schedule,
@@ -184,10 +157,8 @@ class Schedule:
     def progress(self, step: int, seconds: float, evaluation_seconds: float = 0.0) -> float:
         """Share of the training that is done, 0 to 1, by the nearer limit.
 
-        Args:
-            step: optimizer steps done.
-            seconds: time since the run started, its first validation included.
-            evaluation_seconds: time of that validation; as much is reserved for the last one.
+        ``seconds`` since the run started include the ``evaluation_seconds`` of the first validation; as much is
+        reserved for the last one.
         """
         by_steps = 0.0 if self.planned_steps is None else step / self.planned_steps
         by_clock = 0.0
@@ -221,6 +192,96 @@ class Schedule:
         return self.min_ratio + (1 - self.min_ratio) * heights[self.kind]
 
 
+# ----------------------------------------------------------------------------------------------------------------- Muon
+
+# Coefficients of the quintic polynomial a x + b x^3 + c x^5, chosen for a steep slope at 0. Singular values end between
+# about 0.7 and 1.2 instead of at 1, which does no harm.
+_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+
+
+def orthogonalize(matrices_NRC: torch.Tensor, steps: int = 5, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """Newton-Schulz iteration: singular vectors stay, singular values go to about 1.
+
+    ``dtype`` is that of the matmuls (None for the input's, which the result has), and may be bfloat16: the iteration
+    tolerates its rounding.
+    """
+    first, third, fifth = _COEFFICIENTS
+    x = matrices_NRC.to(dtype or matrices_NRC.dtype)
+    is_tall = x.size(-2) > x.size(-1)
+    x = x.mT if is_tall else x  # Gram matrices of the shorter side
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)  # no singular value is over 1
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = first * x + (third * gram + fifth * gram @ gram) @ x
+    return (x.mT if is_tall else x).to(matrices_NRC.dtype)
+
+
+class Muon(torch.optim.Optimizer):
+    """Orthogonalized momentum (Keller Jordan 2024, https://kellerjordan.github.io/posts/muon/).
+
+    ``m = momentum m + g``, ``u = orthogonalize(g + momentum m)`` (Nesterov), ``w = (1 - lr decay) w - lr s u``
+
+    ``s = 0.2 sqrt(max(R, C))`` makes updates as large as AdamW's, so both use the same learning rate and weight decay
+    (Liu et al. 2025, Muon is scalable for LLM training, section 2.2). Unlike torch.optim.Muon it orthogonalizes each
+    matrix of a stack: experts' weights, (E, D, F), and the ``blocks`` side by side in a parameter of two dimensions,
+    such as query, key and value in GPT-2's c_attn, (D, 3 D).
+    """
+
+    def __init__(
+        self,
+        groups: list[dict[str, Any]],
+        lr: float,
+        weight_decay: float = 0.0,
+        momentum: float = 0.95,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(groups, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "blocks": 1})
+        self._dtype = dtype
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                assert parameter.ndim in (2, 3) and parameter.size(-1) % group["blocks"] == 0, parameter.shape
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Moves each parameter that has a gradient."""
+        assert closure is None, "Muon takes no closure"
+        for group in self.param_groups:
+            rate, momentum, blocks = group["lr"], group["momentum"], group["blocks"]
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter]
+                if not state:
+                    state["momentum_buffer"] = torch.zeros_like(parameter)
+                total = state["momentum_buffer"].mul_(momentum).add_(parameter.grad)
+                update, longest = _direction(parameter.grad.add(total, alpha=momentum), blocks, self._dtype)
+                size = 0.2 * math.sqrt(longest)
+                local_shard(parameter).mul_(1 - rate * group["weight_decay"]).add_(update, alpha=-rate * size)
+
+
+def _direction(gradient: torch.Tensor, blocks: int, dtype: torch.dtype | None) -> tuple[torch.Tensor, int]:
+    """This process's shard of the update, and its matrices' longer side."""
+    is_whole = holds_whole_matrices(gradient)  # a shard of a matrix cannot be orthogonalized by itself
+    matrices = local_shard(gradient) if is_whole else gather_full(gradient)
+    matrices_NRC = as_matrices(matrices, blocks)
+    update = from_matrices(orthogonalize(matrices_NRC, dtype=dtype), matrices)
+    return update if is_whole else local_shard(shard_like(update, gradient)), max(matrices_NRC.shape[-2:])
+
+
+def as_matrices(tensor: torch.Tensor, blocks: int) -> torch.Tensor:
+    """Views (R, blocks C) or (N, R, C) as matrices (N, R, C)."""
+    if tensor.ndim == 3:
+        return tensor
+    return tensor.unflatten(-1, (blocks, -1)).transpose(0, 1)
+
+
+def from_matrices(matrices_NRC: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """The inverse of `as_matrices`."""
+    if like.ndim == 3:
+        return matrices_NRC
+    return matrices_NRC.transpose(0, 1).flatten(-2)
+
+
 # ---------------------------------------------------------------------------------------- average of the weights (EMA)
 
 
@@ -236,16 +297,12 @@ class WeightAverage:
         self._weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
         self._averages = {name: weight.detach().clone() for name, weight in self._weights.items()}
 
-    def decay_after(self, step: int) -> float:
-        """d after ``step`` steps."""
-        return min(self._decay, (1 + step) / (10 + step))
-
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Updates the averages after step ``step`` (from 1)."""
         weights = [local_shard(weight) for weight in self._weights.values()]
         averages = [local_shard(average) for average in self._averages.values()]
-        torch._foreach_lerp_(averages, weights, 1 - self.decay_after(step))
+        torch._foreach_lerp_(averages, weights, 1 - min(self._decay, (1 + step) / (10 + step)))
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
@@ -273,7 +330,6 @@ class WeightAverage:
         if state.keys() != self._averages.keys():
             first = sorted(state.keys() ^ self._averages.keys())[0]
             raise ValueError(f"the averages are for other weights: {first} differs")
-
         for name, average in self._averages.items():
             if state[name].shape != average.shape:
                 raise ValueError(f"the average of {name} has another shape")

@@ -26,12 +26,12 @@ from flash_experts.training.checkpoint import checkpoint_steps
 from flash_experts.training.distributed import max_over_processes
 from flash_experts.training.metrics import multiplied_parameters
 from flash_experts.training.run_state import TrainingResult
-from flash_experts.training.tracking import METRICS_FILE, read_untrusted_metrics
-from flash_experts.training.validation import BITS_PER_CHAR
+from flash_experts.training.tracking import BITS_PER_CHAR, METRICS_FILE, read_untrusted_metrics
 
 LOCK_FILE = Path("checkpoints", ".lock")
 _PACKAGES = ("flash-experts", "torch", "transformers", "accelerate", "tokenizers", "safetensors", "numpy")
 
+# A card without this line is the user's own.
 MARK = "<!-- Written by flash-experts train. Remove this line, and a resumed run keeps your changes. -->"
 _GIVEN = {"unconditional": BITS_PER_CHAR, "given type, colors, mana value": f"{BITS_PER_CHAR}_given_attributes"}
 _TEXT = """{mark}
@@ -94,10 +94,9 @@ MAY_CHANGE = {
 
 
 def check_run_folder(run_dir: Path, overwrite: bool, accelerator: Accelerator) -> None:
-    """Refuses a folder that is neither new nor empty nor a run's (with a lock file or checkpoints), on all processes.
+    """Raises a ValueError, on all processes, for a folder that is neither new nor empty nor a run's.
 
-    Raises:
-        ValueError: unless ``overwrite`` is given.
+    A run's has a lock file or checkpoints. ``overwrite`` allows any folder.
     """
     # The main process decides: a late one would find what the main one has begun.
     problem: ValueError | None = None
@@ -107,18 +106,14 @@ def check_run_folder(run_dir: Path, overwrite: bool, accelerator: Accelerator) -
             check_replaced(run_dir, overwrite, "the run's folder")
         except ValueError as error:
             problem = error
-    refused = problem is not None
-    if accelerator.num_processes > 1:
-        refused = max_over_processes(accelerator, [float(refused)]) == [1.0]
-    if refused:
+    if max_over_processes(accelerator, [float(problem is not None)]) == [1.0]:
         raise problem or ValueError(f"the run's folder {run_dir} is refused by the main process, see its error")
 
 
 class RunLock:
-    """While open, no second trainer can use the run's folder, which is created.
+    """While open, no second trainer can use the run's folder, which is created; entering raises a ValueError for it.
 
-    The main process holds a lock (``flock``), which ends with it. Entering raises a ValueError if another process
-    trains into the folder.
+    The main process holds a lock (``flock``), which ends with it.
     """
 
     def __init__(self, run_dir: Path, accelerator: Accelerator):
@@ -133,9 +128,7 @@ class RunLock:
                 self._lock.acquire()
             except Timeout:
                 refused = True
-        if self._accelerator.num_processes > 1:
-            refused = max_over_processes(self._accelerator, [float(refused)]) == [1.0]
-        if refused:
+        if max_over_processes(self._accelerator, [float(refused)]) == [1.0]:
             raise ValueError(
                 f"another process is training into {self._run_dir}: wait for its end, stop it, or choose another "
                 "run_name"
@@ -244,9 +237,8 @@ def write_run_info(path: Path, info: dict[str, Any]) -> None:
         temporary.write_text(json.dumps(info, indent=2, default=str) + "\n", encoding="utf-8")
 
 
-# A card without this line is the user's own.
 def write_run_card(run_dir: Path, info: Mapping[str, Any], result: TrainingResult, overwrite: bool = False) -> None:
-    """Writes the model's card in a run's folder from ``info``, what run.json holds, if there is a model.
+    """Writes the model's card, if there is a model, from ``info``, the content of run.json.
 
     A card of the user's own stays without ``overwrite``.
     """

@@ -13,11 +13,11 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from flash_experts.training.muon import Muon
-from flash_experts.training.optimizer import Schedule
-from flash_experts.training.sharding import shard_like
+from flash_experts.training.distributed import shard_like
+from flash_experts.training.optimizer import Muon, Schedule
 from flash_experts.training.training_config import TrainingConfig
 
+# State that an optimizer keeps for each parameter.
 _SLOTS = {torch.optim.AdamW: {"exp_avg", "exp_avg_sq", "step"}, Muon: {"momentum_buffer"}}
 
 
@@ -29,9 +29,8 @@ class TrainerState:
         tokens: input tokens processed.
         seconds: wall-clock training time, without what a kill lost.
         evaluation_seconds: time of the first validation.
-        best_bits_per_char: lowest `validation.SELECTION` so far.
+        best_bits_per_char: lowest `tracking.SELECTION` so far.
         bad_evaluations: validations since the best one.
-        skipped_steps: for a NaN or infinite loss or gradient (``on_nan: skip``).
     """
 
     step: int = 0
@@ -80,9 +79,9 @@ def reason_to_end(state: TrainerState, schedule: Schedule, patience: int | None)
 
 @dataclass(frozen=True, slots=True)
 class TrainingResult:
-    """How a run ended: by ``steps``, ``time``, ``early stopping``, or a signal's name.
+    """How a run ended; ``reason`` is ``steps``, ``time``, ``early stopping``, or a signal's name.
 
-    ``best_bits_per_char`` is the lowest `validation.SELECTION`; None without validation names.
+    ``best_bits_per_char`` is the lowest `tracking.SELECTION`; None without validation names.
     """
 
     reason: str
@@ -188,9 +187,6 @@ class OutOfMemoryError(TrainingError):
             f"out of memory at step {step}: set gradient_accumulation_steps to {2 * accumulation} (now "
             f"{accumulation}), which learns the same in about half the memory"
         )
-
-
-# State that an optimizer keeps for each parameter.
 
 
 class Stateful(Protocol):

@@ -31,16 +31,9 @@ _MOST_BINS = 512  # of a histogram in wandb
 
 
 def make_tracker(name: str, run_dir: Path, step: int, notify: Callable[[str], None]) -> Callback | None:
-    """The tracker ``name`` of `training_config.TrackerName`.
+    """The tracker ``name`` of `TrackerName` after ``step`` steps.
 
-    None for "none", or, with a warning, if its package is not installed.
-
-    Args:
-        step: optimizer steps done.
-        notify: shows a line to the user.
-
-    Raises:
-        ValueError: ``WANDB_MODE`` is not one of wandb's modes.
+    None for "none", or, with a warning, if its package is not installed. A ValueError for an unknown ``WANDB_MODE``.
     """
     if name == "none":
         return None
@@ -99,7 +92,7 @@ def flat(info: Mapping[str, object], prefix: str = "") -> dict[str, Any]:
 
 
 class Tracker(Callback):
-    """Any tracker of accelerate. It records scalars, and tables if accelerate's class has `log_table`."""
+    """Any tracker of accelerate: records scalars, and tables if accelerate's class has `log_table`."""
 
     def __init__(self, name: str, run_dir: Path, step: int, notify: Callable[[str], None]):
         self.name, self.run_dir = name, run_dir

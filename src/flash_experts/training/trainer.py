@@ -19,13 +19,20 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from flash_experts.data.cards import Card
 from flash_experts.data.packing import PackedBatch, pack, packed_length
 from flash_experts.models.router_metrics import update_router_biases
-from flash_experts.training import distributed, numerics, run_state
+from flash_experts.training import distributed, run_state
 from flash_experts.training.batches import NameBatches, fitting_cards
 from flash_experts.training.checkpointer import Checkpointer
-from flash_experts.training.loss import make_loss
-from flash_experts.training.metrics import LoggingWindow, SpeedMeter, training_metrics
+from flash_experts.training.loss import (
+    MOST_SKIPS_IN_A_ROW,
+    FiniteGuard,
+    check_dtype,
+    deterministic_algorithms,
+    make_loss,
+    use_bfloat16,
+    write_bad_batch,
+)
+from flash_experts.training.metrics import LoggingWindow, SpeedMeter, Validation, training_metrics
 from flash_experts.training.optimizer import Schedule, WeightAverage, freeze_parts, make_optimizers, set_rates
-from flash_experts.training.reporting import Reporter
 from flash_experts.training.run_folder import (
     RunLock,
     check_run_folder,
@@ -37,9 +44,8 @@ from flash_experts.training.run_folder import (
 )
 from flash_experts.training.run_state import OptimizerState
 from flash_experts.training.trackers import make_tracker
-from flash_experts.training.tracking import Callback
+from flash_experts.training.tracking import SELECTION, Callback, Reporter
 from flash_experts.training.training_config import TrainingConfig
-from flash_experts.training.validation import SELECTION, Validation
 
 
 class Trainer:
@@ -48,7 +54,6 @@ class Trainer:
     Args:
         model: causal LM with float32 weights that takes packed sequences, trained in place; ``config.precision``
             selects bfloat16 autocast.
-        callbacks: listeners; one of them may make sample names.
         data_info: meta.json of the data, kept with the run.
         origin: base of the model and options of its experts, kept with the run.
 
@@ -74,11 +79,10 @@ class Trainer:
         self.device = self.accelerator.device
         self.is_main = self.accelerator.is_main_process
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
-        self.autocast = numerics.use_bfloat16(config.precision, self.device)
-        self.model = numerics.check_dtype(model).to(self.device)
+        self.autocast = use_bfloat16(config.precision, self.device)
+        self.model = check_dtype(model).to(self.device)
         self.model.loss_function = self.loss = make_loss(config, self.model, tokenizer, self.device)
         freeze_parts(self.model, config.lr_scale)
-        # Training calls `parallel.wrapped`; validation and saving use the plain model inside it.
         self.parallel = distributed.parallelize_model(self.model, self.accelerator, config)
         self.optimizers = make_optimizers(self.model, config)
         self.average = None if config.ema_decay is None else WeightAverage(self.model, config.ema_decay)
@@ -88,15 +92,17 @@ class Trainer:
             train_cards, validation_cards, self.model, tokenizer, self.report.notify
         )
         self.micro_batches_per_step = config.gradient_accumulation_steps * self.world
-        self.batches = NameBatches.of(train_cards, tokenizer, config, self.loss.top_logits)
+        self.batches = NameBatches(train_cards, tokenizer, config, self.loss.top_logits)
         self.schedule = Schedule.of(config, self.batches.planned_steps)
-        self.validation = Validation.of(validation_cards, tokenizer, config, (self.rank, self.world))
+        self.validation = (
+            Validation(validation_cards, tokenizer, config, self.rank, self.world) if validation_cards else None
+        )
         self.info = describe_run(config.to_dict(), data, self.model, self.device, self.world)
         validation_sha256 = None if self.validation is None else self.validation.sha256
         self.info |= {"origin": dict(origin or {}), "identity": identity(self.model, tokenizer, validation_sha256)}
         self.speed = SpeedMeter(self.info["model"]["parameters"], self.device, self.world)
-        self.guard = numerics.FiniteGuard(config.on_nan == "stop", self.device, self.world)
-        # All that a step passes to the next: the weights, `state`, and the registered objects (see `stateful`).
+        self.guard = FiniteGuard(config.on_nan == "stop", self.device, self.world)
+        # All that a step passes to the next: the weights, `state`, and the registered objects (`run_state.Stateful`).
         self.state = run_state.TrainerState()
         self.window = LoggingWindow(self.model, self.accelerator, not config.label_smoothing and config.teacher is None)
         self.checkpointer = Checkpointer(config, self.model, tokenizer, self.info, self.report.notify, self.is_main)
@@ -122,7 +128,7 @@ class Trainer:
         check_run_folder(self.run_dir, overwrite, self.accelerator)
         if overwrite and resume == "auto":
             resume = None
-        with numerics.deterministic_algorithms(self.config.deterministic), RunLock(self.run_dir, self.accelerator):
+        with deterministic_algorithms(self.config.deterministic), RunLock(self.run_dir, self.accelerator):
             self.state = self.checkpointer.restore(resume, overwrite)
             if self.state.step and (ended := self._reason_to_end()):
                 self.report.notify(f"{self.run_dir} is finished ({ended}, step {self.state.step:,}): nothing to do")
@@ -185,7 +191,9 @@ class Trainer:
                 reason = signals.received or "SIGTERM"
             if _due(state.step, config.checkpoint_every) or reason:
                 self._save()
-        self._finish(reason)
+        self.checkpointer.wait()
+        self.accelerator.wait_for_everyone()
+        self.report.notify(run_state.TrainingResult.of(state, reason, self.run_dir).closing_message())
         return reason
 
     def _step(self, rate: float) -> None:
@@ -240,12 +248,13 @@ class Trainer:
     def _check_finite(self) -> None:
         """Ends the run at a NaN or infinite loss or gradient, or counts the step as skipped."""
         for step in self.guard.bad_steps():
-            names = numerics.names_in(self.batches.names_of_step(step - 1), self.tokenizer)
-            if self.config.on_nan == "skip" and self.state.skip(step) <= numerics.MOST_SKIPS_IN_A_ROW:
+            batch = self.batches.names_of_step(step - 1)
+            names = [str(self.tokenizer.decode(list(name.ids[name.prompt_length : -1]))).strip() for name in batch]
+            if self.config.on_nan == "skip" and self.state.skip(step) <= MOST_SKIPS_IN_A_ROW:
                 self.report.skipped(step, names)
                 continue
             if self.is_main:
-                numerics.write_bad_batch(self.run_dir, step, names)
+                write_bad_batch(self.run_dir, step, names)
             raise self._not_finite(step, names)
 
     def _not_finite(self, step: int, names: Sequence[str]) -> run_state.NonFiniteLossError:
@@ -265,9 +274,8 @@ class Trainer:
             return
         self.report.notify(f"validating on {self.validation.num_names:,} names before the first step ...")
         self._evaluate()
-        (self.state.evaluation_seconds,) = distributed.max_over_processes(
-            self.accelerator, [time.monotonic() - started]
-        )
+        seconds = time.monotonic() - started
+        (self.state.evaluation_seconds,) = distributed.max_over_processes(self.accelerator, [seconds])
         self.report.notify("training ...")
 
     def _evaluate(self) -> None:
@@ -308,11 +316,6 @@ class Trainer:
         self._check_finite()
         with self.speed.pause():
             self.checkpointer.save(self.state)
-
-    def _finish(self, reason: str) -> None:
-        self.checkpointer.wait()
-        self.accelerator.wait_for_everyone()
-        self.report.notify(run_state.TrainingResult.of(self.state, reason, self.run_dir).closing_message())
 
     def _reason_to_end(self) -> str | None:
         return run_state.reason_to_end(self.state, self.schedule, self.config.early_stopping_patience)

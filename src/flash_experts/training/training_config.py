@@ -1,21 +1,33 @@
-"""The training configuration (hyperparameters, schedules, limits), and the stages of a curriculum."""
+"""The configuration of a run: what it trains, how (hyperparameters, schedules, limits), the stages of a curriculum.
+
+Light to import: the command line makes its options of it.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from datetime import date
 from pathlib import Path
 from typing import Any, Literal
 
 from flash_experts.data.cards import RARITIES, TYPES, Card
+from flash_experts.models.moe_options import (
+    EXPERTS,
+    METHOD_HELP,
+    Method,
+    MoEOptions,
+    UpcyclingOptions,
+    too_many_per_token,
+)
 from flash_experts.options import POSITIVE, UNDER_ONE, option, problems_of
-from flash_experts.plain_text import nearest
+from flash_experts.terminal import nearest
 
 _MOST = 10**12  # steps, tokens or names: more are a typing error
 _COUNT, _POSITIVE, _UNDER_ONE, _SHARE = (1, _MOST), (POSITIVE, _MOST), (0, UNDER_ONE), (POSITIVE, 1)
 # Headings of the options.
+_VOCABULARY, _NEW = "The vocabulary", "A new model"
 _RUN, _NAMES, _OPTIMIZER, _DISTILLATION = "The run", "The names", "The optimizer", "Knowledge distillation"
 _RECORDS, _DEVICE = "Validation, checkpoints and records", "The device"
 PARTS = ("router", "experts", "dense")
@@ -23,6 +35,59 @@ PARTS = ("router", "experts", "dense")
 TrackerName = Literal[
     "none", "wandb", "tensorboard", "mlflow", "trackio", "aim", "clearml", "comet_ml", "dvclive", "swanlab"
 ]
+
+
+@dataclass
+class ModelConfig(MoEOptions, UpcyclingOptions):
+    """The model.
+
+    ``num_experts: 0`` trains a base as it is, without upcycling.
+    """
+
+    upcycling: Method = option("copy", METHOD_HELP, EXPERTS)
+    trim_vocabulary: bool = option(
+        False, "keep only the tokens of the base that the cards use; the rest cost time and memory for nothing",
+        _VOCABULARY,
+    )  # fmt: skip
+    keep_words: bool = option(
+        False, "keep the tokens of capitalized words and of parts of words, too, when the vocabulary is trimmed: for "
+        "names with words that no card has", _VOCABULARY,
+    )  # fmt: skip
+    dropout: float | None = option(
+        None, "probability of every dropout of the model; null keeps the base's own", _NEW, bounds=(0, 0.999)
+    )
+    n_layer: int = option(6, "blocks of a new model (without a base)", _NEW, bounds=(1, 10_000))
+    n_embd: int = option(256, "width of a new model", _NEW, bounds=(1, 1_000_000))
+    n_head: int = option(4, "attention heads of a new model", _NEW, bounds=(1, 1_000_000))
+    n_positions: int = option(128, "longest text of a new model, in tokens", _NEW, bounds=(2, 10_000_000))
+    vocab_size: int = option(
+        4096, "tokens of a new model's tokenizer, trained on the prepared cards", _NEW, bounds=(257, 10_000_000)
+    )
+    tokenizer: str | None = option(
+        None, "folder or hub id whose tokenizer a new model takes, such as that of its teacher; null trains one", _NEW
+    )
+    teacher_embeddings: bool = option(
+        False, "initialize the token embeddings of a new model from those of the model that its tokenizer is of "
+        "(principal components)", _NEW,
+    )  # fmt: skip
+
+    def validate(self) -> None:
+        """Checks every value; raises a ValueError with all that is wrong."""
+        problems = problems_of(self, ModelConfig)
+        if self.n_head >= 1 and self.n_embd % self.n_head:
+            problems.append(f"n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head})")
+        if self.num_experts:
+            problems += too_many_per_token(self)
+        if self.teacher_embeddings and self.tokenizer is None:
+            problems.append("teacher_embeddings needs a teacher: set model.tokenizer to its folder")
+        if problems:
+            raise ValueError("the model configuration is wrong: " + "; ".join(problems))
+
+    @property
+    def moe_fields(self) -> dict[str, Any]:
+        """What `GPT2MoEForCausalLM.from_dense` takes."""
+        names = [each.name for cls in (MoEOptions, UpcyclingOptions) for each in fields(cls)]
+        return {"method": self.upcycling} | {name: getattr(self, name) for name in names}
 
 
 @dataclass(frozen=True)
@@ -157,8 +222,7 @@ class TrainingConfig:
     names_per_prompt: int = option(
         1, "most names in a row with one prompt, whose tokens a step then computes once: fewer tokens to compute (a "
         "third for real names, half for a teacher's), less mixed steps. 1 for names in random order; without effect in "
-        "stages that are ordered by length", _NAMES,
-        bounds=_COUNT,
+        "stages that are ordered by length", _NAMES, bounds=_COUNT,
     )  # fmt: skip
     stages: list[Stage] | None = option(
         None, "stages of a curriculum, in order, each with filters of names (types, min_length, max_length, rarities), "
@@ -198,18 +262,12 @@ class TrainingConfig:
         return asdict(self) | {"betas": list(self.betas)}
 
     def validate(self) -> None:
-        """Checks every field.
-
-        Raises:
-            ValueError: a message with all problems.
-        """
+        """Checks every value; raises a ValueError with all that is wrong."""
         problems = problems_of(self, TrainingConfig)
         problems += [f"lr_scale.{problem}" for problem in problems_of(self.lr_scale, LearningRateScale)]
-        problems += [
-            f"betas[{at}] is {beta}, but it must be from 0 to under 1"
-            for at, beta in enumerate(self.betas)
-            if not 0 <= beta < 1
-        ]
+        for at, beta in enumerate(self.betas):
+            if not 0 <= beta < 1:
+                problems.append(f"betas[{at}] is {beta}, but it must be from 0 to under 1")
         if self.stages is not None:
             problems += stage_problems(self.stages)
             if self.max_epochs is not None:
@@ -253,13 +311,11 @@ class Stage:
     """A stage of a curriculum. A name must pass all filters; a filter that is null passes all names.
 
     Attributes:
-        name: name that is shown when the stage begins.
         epochs: passes over the names of the stage (fractions are fine); null, for the last stage alone: until the run
             ends by max_steps or max_minutes.
-        learning_rate_scale: factor of the learning rate of the schedule, which covers the whole run.
+        learning_rate_scale: factor of the schedule's learning rate.
         types: card types, of which a card must have one, such as [Creature, Artifact].
-        min_length: shortest name, in characters.
-        max_length: longest name, in characters.
+        min_length: shortest name, in characters; ``max_length`` is that of the longest.
         rarities: card rarities: common, uncommon, rare, mythic.
         order: order of the names in each epoch: shuffled, or length (short ones first, equal lengths shuffled).
     """
@@ -275,22 +331,15 @@ class Stage:
 
     def takes(self, card: Card) -> bool:
         """Whether a card passes the filters."""
-        length = len(card.name)
         return (
             (self.types is None or not set(self.types).isdisjoint(card.types))
-            and (self.min_length is None or length >= self.min_length)
-            and (self.max_length is None or length <= self.max_length)
+            and (self.min_length or 0) <= len(card.name) <= (self.max_length or math.inf)
             and (self.rarities is None or card.rarity in self.rarities)
         )
 
     def choose(self, cards: Sequence[Card]) -> list[Card]:
-        """The cards that pass the filters, in their order.
-
-        Raises:
-            ValueError: no card passes.
-        """
-        chosen = [card for card in cards if self.takes(card)]
-        if chosen:
+        """The cards that pass the filters; raises a ValueError if there are none."""
+        if chosen := [card for card in cards if self.takes(card)]:
             return chosen
         if self.rarities is not None and all(card.rarity is None for card in cards):
             raise ValueError(
@@ -300,7 +349,7 @@ class Stage:
         raise ValueError(f"no training name passes the filters of stage {self.name!r}: loosen them")
 
     def problems(self, is_last: bool) -> list[str]:
-        """The problems of this stage, for `TrainingConfig.validate`."""
+        """What is wrong with this stage, a phrase each."""
         found = [
             *_unknown("types", self.types, TYPES),
             *_unknown("rarities", self.rarities, RARITIES),
@@ -319,7 +368,7 @@ class Stage:
 
 
 def stage_problems(stages: Sequence[Stage]) -> list[str]:
-    """The problems of a curriculum, for `TrainingConfig.validate`."""
+    """What is wrong with a curriculum, a phrase each."""
     if not stages:
         return ["stages is empty: set it to null for a run without stages"]
     problems = [problem for stage in stages for problem in stage.problems(stage is stages[-1])]
@@ -329,10 +378,8 @@ def stage_problems(stages: Sequence[Stage]) -> list[str]:
 
 
 def _unknown(field: str, values: Sequence[str] | None, known: Sequence[str]) -> list[str]:
-    if values is None:
-        return []
     if not values:
-        return [f"{field} is an empty list: leave it out for no filter"]
+        return [] if values is None else [f"{field} is an empty list: leave it out for no filter"]
     problems = []
     for value in values:
         if value not in known:

@@ -24,7 +24,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from flash_experts.progress import ProgressBar
+from flash_experts.terminal import ProgressBar
 
 if TYPE_CHECKING:
     import httpx

@@ -15,7 +15,7 @@ from flash_experts.data.sources import read_file
 from flash_experts.evaluation.tables import Table
 from flash_experts.generation import name_files as tables
 from flash_experts.generation.search import GeneratedName
-from flash_experts.plain_text import did_you_mean, from_cell, nearest, one_line, printable, to_cell
+from flash_experts.terminal import did_you_mean, from_cell, nearest, one_line, printable, to_cell
 from tests.helpers.command_line import run
 from tests.helpers.spoiled import set_config
 
@@ -65,7 +65,7 @@ def test_everything_is_printed_by_one_function() -> None:
         names = [node.func.id for node in nodes if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)]
         if count := names.count("print"):
             calls[path.name] = count
-    assert calls == {"plain_text.py": 1}, "use say"
+    assert calls == {"terminal.py": 1}, "use say"
 
 
 def test_no_cell_is_a_formula_and_ours_are_read_back(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from flash_experts.cli import COMMANDS, main
 from flash_experts.commands.common import CommandParser
-from flash_experts.settings_files import read_settings
+from flash_experts.options import read_settings
 from flash_experts.training.training_config import Stage
 
 PARSERS = {name: command.make_parser() for name, command in COMMANDS.items() if name != "benchmark"}
