@@ -10,10 +10,13 @@ import subprocess
 import sys
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
 
+from flash_experts import NameGenerator
 from flash_experts.cli import main
 
 COLUMNS = {"text", "log_prob", "score", "nearest_card", "similarity"}
@@ -79,6 +82,25 @@ def test_every_constraint_is_an_option(command: list[str], capsys: pytest.Captur
     assert main([*command, "--words", "1", "--dtype", "bfloat16"]) == 0
     assert all(" " not in line for line in capsys.readouterr().out.splitlines())
     assert main([*command, "--alliterate", "--count", "1", "--like", "Goblin Guide"]) == 0
+
+
+@pytest.mark.parametrize("has_it", [True, False])
+def test_bfloat16_only_where_the_processor_has_it(
+    has_it: bool, command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In software its matmuls take more than forty times as long as in float32."""
+    monkeypatch.setattr("flash_experts.kernels.cpu.has_bfloat16", lambda: has_it)
+    dtypes = []
+    loaded = NameGenerator.from_pretrained
+
+    def watched(source: Any, device: Any, dtype: torch.dtype) -> NameGenerator:
+        dtypes.append(dtype)
+        return loaded(source, device, dtype)
+
+    monkeypatch.setattr(NameGenerator, "from_pretrained", watched)
+    assert main([*command, "--dtype", "bfloat16"]) == 0
+    assert dtypes == [torch.bfloat16 if has_it else torch.float32]
+    assert ("bfloat16 in software" in capsys.readouterr().err) != has_it
 
 
 @pytest.mark.parametrize(

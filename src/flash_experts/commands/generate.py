@@ -101,6 +101,13 @@ def _generator(args: Namespace) -> NameGenerator:
 
     from flash_experts import NameGenerator
 
+    if args.dtype == "bfloat16":
+        from flash_experts.kernels.cpu import has_bfloat16
+        from flash_experts.models.loading import resolve_device
+
+        if resolve_device(args.device).type == "cpu" and not has_bfloat16():
+            say("this processor computes bfloat16 in software: float32 is faster here, and is used", sys.stderr)
+            args.dtype = "float32"
     return NameGenerator.from_pretrained(args.model, args.device, getattr(torch, args.dtype))
 
 
@@ -241,5 +248,5 @@ def _add_model(parser: common.CommandParser) -> None:
     parser.add_optional("--model", model)
     common.add_model_family(parser)
     common.add_device(parser)
-    dtype = "data type of the weights; bfloat16 is faster on newer CPUs and rounds, so a seed gives other names"
+    dtype = "data type of the weights; bfloat16, if the processor has it, is faster, and a seed gives other names"
     parser.add_argument("--dtype", type=Literal["float32", "bfloat16"], default="float32", help=dtype)

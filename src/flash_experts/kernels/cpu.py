@@ -36,6 +36,12 @@ _MOST_PADDED = 4
 _ROWS_MULTIPLE = 32
 
 
+def has_bfloat16() -> bool:
+    """Whether this processor multiplies bfloat16 matrices. PyTorch does it in software otherwise, which is far slower
+    than float32."""
+    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 def linear(x_ND: torch.Tensor, weight_DF: torch.Tensor, bias_F: torch.Tensor | None = None) -> torch.Tensor:
     """``x @ weight + bias``, (N, F), any float dtype and device; not differentiable.
 

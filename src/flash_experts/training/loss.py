@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTok
 
 from flash_experts.data.packing import PackedBatch
 from flash_experts.data.tokenizer import load_tokenizer
+from flash_experts.kernels.cpu import has_bfloat16
 from flash_experts.models.flash_attention import separates_packed_sequences
 from flash_experts.models.loading import load_model
 from flash_experts.models.scoring import TopLogits, holds_top_logits
@@ -262,9 +263,13 @@ def _divergence(student: torch.Tensor, teacher: torch.Tensor, kl: Direction) -> 
 def use_bfloat16(precision: str, device: torch.device) -> bool:
     """Whether forwards run under bfloat16 autocast; weights and optimizer state stay float32.
 
+    A processor that would compute bfloat16 in software gets float32 instead.
+
     Raises:
         ValueError: the GPU has no bfloat16.
     """
+    if device.type == "cpu":
+        return precision == "bfloat16" and has_bfloat16()
     has_it = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     if precision == "bfloat16" and device.type == "cuda" and not has_it:
         raise ValueError("this GPU has no bfloat16: set precision to float32 or auto")

@@ -87,6 +87,8 @@ class Trainer:
         self.optimizers = make_optimizers(self.model, config)
         self.average = None if config.ema_decay is None else WeightAverage(self.model, config.ema_decay)
         self.report = Reporter(self.run_dir, callbacks, train_cards, validation_cards, self.is_main)
+        if config.precision == "bfloat16" and not self.autocast:
+            self.report.notify("this processor computes bfloat16 in software: float32 is faster here, and is used")
         data = describe_data(train_cards, validation_cards, data_info)
         train_cards, validation_cards = fitting_cards(
             train_cards, validation_cards, self.model, tokenizer, self.report.notify

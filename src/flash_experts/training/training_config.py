@@ -229,8 +229,9 @@ class TrainingConfig:
         "an order, epochs and a factor of the learning rate; null for all names all the time", _NAMES,
     )  # fmt: skip
     precision: Literal["auto", "float32", "bfloat16"] = option(
-        "auto", "data type: bfloat16, float32, or auto (bfloat16 on GPUs that have it)", _DEVICE
-    )
+        "auto", "data type: float32, bfloat16 (float32 on processors that compute bfloat16 in software), or auto "
+        "(bfloat16 on GPUs that have it)", _DEVICE,
+    )  # fmt: skip
     device: str = option("auto", "device: auto, cpu, cuda or cuda:N", _DEVICE)
     deterministic: bool = option(
         False, "use only GPU operations that give the same bits in every run, which may be slower; on a CPU the bits "
