@@ -50,8 +50,8 @@ class Costs:
     Attributes:
         memory_bytes: of parameters and buffers.
         training_tokens: with prompts, without those of the model that training started from.
-        flops_per_token: training FLOPs per token: 6 per active weight (Kaplan et al. 2020, section 2.1), with the
-            output layer at every token, without attention scores.
+        flops_per_token: training FLOPs per token, at most: 6 per active weight (Kaplan et al. 2020, section 2.1), with
+            the output layer at every token and prompts computed for each name, without attention scores.
     """
 
     memory_bytes: int

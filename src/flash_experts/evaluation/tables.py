@@ -186,7 +186,7 @@ def cost_table(results: Sequence[EvaluationResult]) -> Table:
         )
     header: tuple[str, ...] = ("model", "parameters", "active", "MB", "on disk", "scored/s", "sampled/s")
     header += ("trained on", "FLOPs", "minutes")
-    title = "Size, speed (names per second) and training (tokens, FLOPs, minutes)"
+    title = "Size, speed (names per second) and training (tokens, FLOPs at most, minutes)"
     return Table(title, header, tuple(rows))
 
 
