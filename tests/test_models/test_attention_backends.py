@@ -55,7 +55,7 @@ def test_auto_takes_the_first_that_supports_the_call() -> None:
 def test_auto_on_a_gpu(
     monkeypatch: pytest.MonkeyPatch, has_triton: bool, dtype: torch.dtype, asked: tuple[str, ...], expected: str
 ) -> None:
-    monkeypatch.setattr(attention_backends, "_is_installed", lambda module: has_triton)
+    monkeypatch.setattr(attention_backends, "is_installed", lambda module: has_triton)
     assert choose("auto", "cuda", dtype, asked) == expected
 
 
@@ -63,7 +63,7 @@ def test_auto_on_a_gpu(
 def test_packed_sequences_use_our_kernel_on_a_gpu(
     monkeypatch: pytest.MonkeyPatch, has_triton: bool, expected: str
 ) -> None:
-    monkeypatch.setattr(attention_backends, "_is_installed", lambda module: has_triton)
+    monkeypatch.setattr(attention_backends, "is_installed", lambda module: has_triton)
     assert choose("auto", "cuda", torch.bfloat16, packed=True) == expected
     assert choose("auto", "cpu", torch.bfloat16, packed=True) == "sdpa"
 
@@ -89,7 +89,7 @@ def messages(caplog: pytest.LogCaptureFixture) -> list[str]:
 def test_the_choice_is_logged_once_with_its_reason(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attention_backends, "_is_installed", lambda module: False)
+    monkeypatch.setattr(attention_backends, "is_installed", lambda module: False)
     with caplog.at_level(logging.INFO, logger="flash_experts"):
         for _ in range(3):
             choose("auto", "cpu", torch.float32)
@@ -115,7 +115,7 @@ def test_the_choice_is_logged_once_with_its_reason(
 def test_a_forced_backend_without_support_names_those_with_it(
     monkeypatch: pytest.MonkeyPatch, name: str, dtype: torch.dtype, asked: tuple[str, ...], message: str
 ) -> None:
-    monkeypatch.setattr(attention_backends, "_is_installed", lambda module: True)
+    monkeypatch.setattr(attention_backends, "is_installed", lambda module: True)
     with attention_backend(name), pytest.raises(ValueError, match=message) as error:
         choose("auto", "cpu", dtype, asked)
     assert "\n" not in str(error.value) and str(error.value).startswith(f"attention_backend() = {name!r}")

@@ -9,7 +9,6 @@ name, R tokens of the names that are compared with float64.
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -24,6 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from flash_experts.benchmarks.timing import Lap
 from flash_experts.kernels import attention_libraries, flash_attention_reference
 from flash_experts.kernels.attention_options import AttentionOptions, PackedLengths
+from flash_experts.models.attention_backends import is_installed
 
 Tensors = tuple[torch.Tensor, ...]
 _CHECKED_NAMES = 32  # first and last names of a packed sequence
@@ -236,11 +236,7 @@ def _reference(problem: Problem) -> Trial:
 def _package(version: int, problem: Problem) -> Trial:
     _need_gpu(problem)
     module = attention_libraries.FLASH_ATTN_MODULES[version]
-    try:
-        found = importlib.util.find_spec(module)
-    except ModuleNotFoundError:
-        found = None
-    if found is None:
+    if not is_installed(module):
         raise Unavailable(f"the package with {module} is not installed")
     attention = partial(attention_libraries.flash_attn, version)
     return _ours(attention, partial(attention_libraries.flash_attn_varlen, version), problem)

@@ -55,7 +55,7 @@ class Backend:
         lacking = [feature for feature in features if feature in self.lacks]
         if lacking:
             return f"it does not support {_listed(lacking)}"
-        if self.package is not None and not _is_installed(self.package):
+        if self.package is not None and not is_installed(self.package):
             return f"the package that has {self.package} is not installed"
         return None
 
@@ -70,7 +70,8 @@ class _TritonBackend(Backend):
         return obstacle
 
 
-def _is_installed(module: str) -> bool:
+def is_installed(module: str) -> bool:
+    """Whether a module can be imported, without importing it."""
     try:
         return importlib.util.find_spec(module) is not None
     except ModuleNotFoundError:  # the package that the module would be in

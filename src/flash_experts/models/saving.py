@@ -38,8 +38,8 @@ def export_model(
     weights: Mapping[str, torch.Tensor],
 ) -> None:
     """Writes the model into the run's folder, each file by rename, the manifest last (`CheckpointError`)."""
-    temporary = _temporary(run_dir / "checkpoints", "export")
-    _fill_folder(run_dir, temporary, lambda folder: _save_model(folder, model, tokenizer, weights))
+    temporary = temporary_folder(run_dir / "checkpoints", "export")
+    _fill_folder(run_dir, temporary, lambda folder: save_model(folder, model, tokenizer, weights))
 
 
 def write_model(out: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, overwrite: bool = False) -> None:
@@ -49,7 +49,7 @@ def write_model(out: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenize
         ValueError: the folder is not empty without ``overwrite``, or could not be written (`CheckpointError`).
     """
     weights = model.state_dict()
-    write_folder(out, lambda folder: _save_model(folder, model, tokenizer, weights), overwrite)
+    write_folder(out, lambda folder: save_model(folder, model, tokenizer, weights), overwrite)
 
 
 def write_folder(out: Path, write: Callable[[Path], None], overwrite: bool = False) -> None:
@@ -99,10 +99,12 @@ def _write_staged(target: Path, write: Callable[[Path], None], temporary: Path) 
     try:
         temporary.mkdir(parents=True)
         write(temporary)
-        manifest = {path.name: {"sha256": sha256_of(path), "bytes": path.stat().st_size} for path in _files(temporary)}
+        manifest = {
+            path.name: {"sha256": sha256_of(path), "bytes": path.stat().st_size} for path in files_in(temporary)
+        }
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
         mode = stat.S_IMODE((temporary / MANIFEST).stat().st_mode)
-        for path in _files(temporary):
+        for path in files_in(temporary):
             path.chmod(mode)  # safetensors makes its files readable by their owner only
             flush_file(path)
         flush_folder(temporary)
@@ -121,7 +123,7 @@ def _not_written(target: Path, error: BaseException) -> CheckpointError:
     )
 
 
-def _temporary(checkpoints: Path, name: str) -> Path:
+def temporary_folder(checkpoints: Path, name: str) -> Path:
     """A temporary folder of a locked run; removes what a killed save left there."""
     temporary = checkpoints / f".tmp-{name}"
     shutil.rmtree(temporary, ignore_errors=True)
@@ -136,7 +138,7 @@ def remove_folder(folder: Path) -> None:
     shutil.rmtree(doomed, ignore_errors=True)
 
 
-def _save_model(
+def save_model(
     folder: Path,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -154,7 +156,8 @@ def _save_model(
             logging.enable_progress_bar()
 
 
-def _files(folder: Path) -> Iterator[Path]:
+def files_in(folder: Path) -> Iterator[Path]:
+    """The files of a folder, by name, without folders."""
     return (path for path in sorted(folder.iterdir()) if path.is_file())
 
 

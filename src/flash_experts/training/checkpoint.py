@@ -23,10 +23,10 @@ from flash_experts.files import sha256_of
 from flash_experts.models.saving import (
     MANIFEST,
     CheckpointError,
-    _files,
-    _save_model,
-    _temporary,
+    files_in,
     remove_folder,
+    save_model,
+    temporary_folder,
     with_manifest,
 )
 from flash_experts.training.distributed import shard_like
@@ -59,20 +59,20 @@ def save_checkpoint(
     """
 
     def write(folder: Path) -> None:
-        _save_model(folder, model, tokenizer, weights)
+        save_model(folder, model, tokenizer, weights)
         save_file(dict(tensors), folder / TENSORS)
         (folder / STATE).write_text(json.dumps(metadata, indent=2) + "\n", encoding="utf-8")
 
     if target.exists():  # damaged, or replaced by this run
         remove_folder(target)
-    with_manifest(target, write, _temporary(target.parent, target.name))
+    with_manifest(target, write, temporary_folder(target.parent, target.name))
 
 
 def verify_checkpoint(folder: Path) -> None:
     """Checks a checkpoint's files against its manifest; a CheckpointError if one is missing, damaged or a pickle."""
     if not folder.is_dir():
         raise CheckpointError(f"no checkpoint at {folder}: the folder does not exist")
-    for path in _files(folder):
+    for path in files_in(folder):
         if path.suffix in PICKLES:
             raise CheckpointError(f"{path} is a pickle, which can run code when loaded: refused, remove it")
     try:
