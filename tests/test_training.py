@@ -242,23 +242,6 @@ def test_an_unusable_model_is_refused_before_anything_is_written(
     assert not config.run_dir.exists()
 
 
-@pytest.mark.parametrize("has_it", [True, False])
-def test_bfloat16_only_where_the_processor_has_it(
-    has_it: bool,
-    dense_config: GPT2Config,
-    tokenizer: PreTrainedTokenizerFast,
-    config: TrainingConfig,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    """In software its matmuls take more than forty times as long as in float32."""
-    monkeypatch.setattr("flash_experts.training.loss.has_bfloat16", lambda: has_it)
-    config = replace(config, precision="bfloat16", device="cpu")
-    trainer = Trainer(make_model(dense_config), tokenizer, TRAIN, VALIDATION, config)
-    assert trainer.autocast == has_it
-    assert ("bfloat16 in software" in capsys.readouterr().err) != has_it
-
-
 def test_time_budget_ends_the_run(
     dense_config: GPT2Config, tokenizer: PreTrainedTokenizerFast, config: TrainingConfig
 ) -> None:

@@ -14,10 +14,10 @@ from transformers import GPT2Config, PreTrainedTokenizerFast
 
 from flash_experts.data.tokenizer import SMALLEST_VOCABULARY, train_tokenizer
 from flash_experts.models import GPT2MoEForCausalLM
-from flash_experts.training import TrainingConfig
+from flash_experts.training import Trainer, TrainingConfig
 from flash_experts.training.loss import deterministic_algorithms
 from tests.helpers.command_line import ok
-from tests.test_training import make_model, run
+from tests.test_training import TRAIN, VALIDATION, make_model, run
 
 GOLDEN = Path(__file__).parents[1] / "test_data" / "golden_losses.json"
 # Losses differ between CPUs by the order that their vector units add in. With SSE4.1 in AVX's place, and with two
@@ -126,3 +126,20 @@ def test_a_tokenizer_is_that_of_its_texts() -> None:
     assert len(found) == 1
     merges = json.loads(found.pop())["model"]["merges"]
     assert len(merges) == 330 - 257 and merges[:2] == [["Ġ", "k"], ["Ġ", "l"]]
+
+
+@pytest.mark.parametrize("has_it", [True, False])
+def test_bfloat16_only_where_the_processor_has_it(
+    has_it: bool,
+    dense_config: GPT2Config,
+    tokenizer: PreTrainedTokenizerFast,
+    config: TrainingConfig,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """In software its matmuls take more than forty times as long as in float32."""
+    monkeypatch.setattr("flash_experts.training.loss.has_bfloat16", lambda: has_it)
+    config = replace(config, precision="bfloat16", device="cpu")
+    trainer = Trainer(make_model(dense_config), tokenizer, TRAIN, VALIDATION, config)
+    assert trainer.autocast == has_it
+    assert ("bfloat16 in software" in capsys.readouterr().err) != has_it
