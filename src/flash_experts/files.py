@@ -191,5 +191,6 @@ def flush_file(path: Path) -> None:
 
 
 def sha256_of(path: Path) -> str:
+    """SHA-256 of a file, as hexadecimal text."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

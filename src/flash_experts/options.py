@@ -76,6 +76,7 @@ def type_of(cls: Any, name: str) -> Any:
 
 
 def kind_of(cls: Any, name: str) -> Kind:
+    """The kind of value that an option takes."""
     hint = type_of(cls, name)
     if get_origin(hint) is Literal:
         return "choice"
@@ -84,6 +85,7 @@ def kind_of(cls: Any, name: str) -> Kind:
 
 
 def defaults_of(cls: Any) -> dict[str, Any]:
+    """The default of each field."""
     return {each.name: each.default for each in fields(cls)}
 
 

@@ -43,6 +43,7 @@ class Report:
 
 
 def machine_facts(device: torch.device) -> dict[str, Any]:
+    """Collects device, threads, versions and load average."""
     facts: dict[str, Any] = {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
         "threads": torch.get_num_threads(),

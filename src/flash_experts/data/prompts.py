@@ -198,6 +198,7 @@ def parse_type_line(text: str | None) -> tuple[tuple[str, ...] | None, tuple[str
 
 
 def known_subtypes() -> tuple[str, ...]:
+    """All subtypes that `parse_type_line` knows, sorted."""
     return tuple(sorted(set(_type_vocabulary().names.values()) - {*SUPERTYPES, *TYPES}))
 
 

@@ -89,6 +89,7 @@ class AttributeClassifier:
 
 @cache
 def real_card_classifier() -> AttributeClassifier:
+    """The classifier of all serious cards in the embedded table, made once."""
     return AttributeClassifier(real_cards())
 
 
@@ -282,4 +283,5 @@ class Reranker(Generic[C]):
 
 @cache
 def known_characters() -> frozenset[str]:
+    """The characters of real legends, as `character_of` writes them."""
     return frozenset(character_of(card.name) for card in real_card_classifier().cards) - {""}

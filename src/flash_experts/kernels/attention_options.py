@@ -18,6 +18,8 @@ import torch
 
 @dataclass(frozen=True, slots=True)
 class AttentionOptions:
+    """Options of one attention call."""
+
     scale: float  # factor of the scores q . k, usually 1 / sqrt(head_dim)
     left: int = -1  # sliding window to the left; -1 is unlimited
     right: int = -1  # likewise to the right; 0 is causal

@@ -253,6 +253,7 @@ def _combine(y_pairs_D: torch.Tensor, gates_TK: torch.Tensor) -> torch.Tensor:
 
 
 def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
+    """The tanh approximation of GELU."""
     return F.gelu(x, approximate="tanh")
 
 

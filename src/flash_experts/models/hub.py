@@ -224,6 +224,7 @@ class _Module:
 
 
 def sources() -> dict[str, str]:
+    """The Python files of an exported model, by name."""
     modules: dict[str, _Module] = {}
     waiting = [(module, name) for module, names in _ROOTS.items() for name in names]
     while waiting:

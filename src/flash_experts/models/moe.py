@@ -66,6 +66,8 @@ class GPT2MoEBlock(GPT2Block):
 
 
 class GPT2MoEPreTrainedModel(GPT2PreTrainedModel):
+    """Base class with the hooks of transformers."""
+
     config: GPT2MoEConfig
     config_class = GPT2MoEConfig
     _no_split_modules = ["GPT2Block", "GPT2MoEBlock"]  # noqa: RUF012
@@ -126,6 +128,8 @@ class GPT2MoEPreTrainedModel(GPT2PreTrainedModel):
 
 
 class GPT2MoEModel(GPT2MoEPreTrainedModel, GPT2Model):
+    """The transformer without its head."""
+
     def __init__(self, config: GPT2MoEConfig):
         # Not GPT2Model.__init__, which would build every block dense first.
         GPT2PreTrainedModel.__init__(self, config)

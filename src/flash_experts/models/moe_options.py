@@ -88,6 +88,7 @@ METHOD_HELP = (
 
 
 def too_many_per_token(options: MoEOptions) -> list[str]:
+    """A sentence if tokens are sent to more experts than there are."""
     if options.num_experts_per_tok <= options.num_experts:
         return []
     return [

@@ -257,6 +257,7 @@ class ExpertChoiceRouter(Router):
 
 
 def make_router(config: GPT2MoEConfig) -> Router:
+    """The router that ``config.routing`` names."""
     return ExpertChoiceRouter(config) if config.routing == "expert_choice" else TopKRouter(config)
 
 

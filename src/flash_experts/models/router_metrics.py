@@ -32,6 +32,7 @@ def modules_in_use(module: nn.Module, kind: type[nn.Module], name: str = "") -> 
 
 
 def in_use(module: nn.Module, kind: type[nn.Module]) -> Any:
+    """The module itself, or the one of this class that it wraps."""
     return module if isinstance(module, kind) else next(found for _, found in modules_in_use(module, kind))
 
 
@@ -154,6 +155,7 @@ def router_metrics(model: nn.Module) -> dict[str, float]:
 
 
 def over_mean(load_E: torch.Tensor) -> tuple[float, ...]:
+    """Each expert's load over the mean load; all 0 where nothing was chosen."""
     return tuple((load_E / load_E.mean().clamp(min=1e-12)).tolist())
 
 

@@ -78,6 +78,7 @@ def write_index(folder: Path, shards: int, tokenizer: PreTrainedTokenizerBase, s
 
 
 def holds_top_logits(folder: str | Path) -> bool:
+    """Whether the folder was completed by `write_index`."""
     return (Path(folder) / INDEX).is_file()
 
 

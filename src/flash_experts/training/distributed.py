@@ -286,6 +286,7 @@ def is_lost_process(error: BaseException) -> bool:
 
 
 def watch_other_processes(accelerator: Accelerator) -> AbstractContextManager[object]:
+    """A `Heartbeat`, or nothing for a single process."""
     rank, world = accelerator.process_index, accelerator.num_processes
     return nullcontext() if world == 1 else Heartbeat(rank, world)
 
