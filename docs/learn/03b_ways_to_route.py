@@ -195,9 +195,13 @@ for number, block in enumerate(released.transformer.h):
             )
 released(**inputs)
 table(
-    ["", "routed", "shared"],
+    ["mean length of the output", "routed", "shared", "routed / shared"],
     [
-        [f"block {number}: mean length of the output", *(f"{size:.1f}" for size in parts.values())]
+        [
+            f"block {number}",
+            *(f"{size:.1f}" for size in parts.values()),
+            f"{parts['experts'] / parts['shared_experts']:.1%}",
+        ]
         for number, parts in of_parts.items()
     ],
 )
@@ -216,12 +220,17 @@ if of_parts:
         xticklabels=[f"block {number}" for number in of_parts],
         ylabel="mean length of the output",
     )
-    axis.legend()
+    axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
     show(figure, "03b_shared")
     holds(
-        "in the released model the routed experts do speak, in each block",
+        "in the released model the routed experts add something in each block",
         all(parts["experts"] > 0 for parts in of_parts.values()),
     )
+
+# %% [markdown]
+# Routed experts that are added next to shared ones start with an output of 0. How much of the sum is theirs limits how
+# much routing can matter: at a few percent of the shared experts, the model is nearly the dense model that it came from.
+# Chapter [9](09_do_experts_pay.py) has the bits; `python benchmarks/routed_scale.py` measures how they depend on it.
 
 # %% [markdown]
 # ## The released model's routers
