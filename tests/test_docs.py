@@ -20,6 +20,7 @@ from tests.helpers import command_line
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
+LINKING = [*sorted(ROOT.glob("*.md")), ROOT / "data/README.md", *PAGES, DOCS / "learn/README.md"]
 _DOTTED = re.compile(r"`(flash_experts(?:\.\w+)+)`")
 
 
@@ -47,6 +48,22 @@ def test_what_a_page_names_exists(page: Path) -> None:
         named(dotted)
     for path in re.findall(r"`((?:examples|tests|scripts|configs|benchmarks)/[\w./-]+)`", text):
         assert (ROOT / path).exists(), path
+
+
+def heading_anchors(page: Path) -> set[str]:
+    """The anchors that GitHub gives the headings of a Markdown page."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text("utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", LINKING, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_links_to_files_and_headings_lead_somewhere(page: Path) -> None:
+    for link in re.findall(r"\]\((?!https?:|mailto:)([^)\s]+)\)", page.read_text("utf-8")):
+        path, _, anchor = link.partition("#")
+        linked = (page.parent / path) if path else page
+        assert linked.exists(), link
+        if anchor and linked.suffix == ".md":
+            assert anchor in heading_anchors(linked), link
 
 
 def test_the_code_uses_the_terms_of_the_field() -> None:

@@ -13,7 +13,7 @@ from flash_experts.cli import COMMANDS, _dashes_to_underscores
 
 ROOT = Path(__file__).parent.parent
 WRITTEN = [
-    *(ROOT / name for name in ("README.md", "SECURITY.md", "data/README.md", "scripts/demo.sh")),
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "data/README.md", "scripts/demo.sh")),
     *(path for folder in ("docs", "examples", "configs") for path in (ROOT / folder).rglob("*.*")),
     *(ROOT / "models").glob("mtg-*/*.md"),  # the released ones; others are a user's
 ]
