@@ -133,6 +133,15 @@ def test_rows_cut_the_same_names_for_any_number_of_them(tokenizer: PreTrainedTok
         batches.micro_batches_of_step(0, 1000)
 
 
+@pytest.mark.parametrize(("epochs", "steps"), [(1.1, 11), (1.0, 10), (0.01, 1), (1e-9, 1), (1.11, 12)])
+def test_a_fraction_of_an_epoch_is_rounded_up_to_steps(
+    tokenizer: PreTrainedTokenizerFast, epochs: float, steps: int
+) -> None:
+    """1.1 * 10 is 11.000000000000002 in floating point."""
+    batches = make_batches(make_cards(10), tokenizer, 1, 0.3, 0, max_epochs=epochs)
+    assert batches.plan[0].steps_per_epoch == 10 and batches.planned_steps == steps
+
+
 def test_no_names_is_an_error_with_advice(tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(ValueError, match="prepare"):
         make_batches([], tokenizer, 200, 0.3, 0)

@@ -85,7 +85,8 @@ class NameBatches:
             chosen = stage.choose(cards)
             tokens = sum(_lengths(self._encode(stage, chosen, first_epoch)))
             per_epoch = min(len(chosen), max(1, round(tokens / config.tokens_per_batch)))
-            steps = None if stage.epochs is None else math.ceil(stage.epochs * per_epoch)
+            # A rounding error over a whole number of steps is not a further step: 1.1 * 10 is 11.000000000000002.
+            steps = None if stage.epochs is None else max(1, math.ceil(stage.epochs * per_epoch - 1e-6))
             self.plan.append(PlannedStage(stage, chosen, per_epoch, first_step, first_epoch, steps))
             if steps is not None:
                 first_step += steps
