@@ -21,7 +21,7 @@ from flash_experts.extras import EXTRAS, install_command
 from flash_experts.models import GPT2MoEForCausalLM
 from flash_experts.training import Callback, Trainer, TrainingConfig
 from flash_experts.training.trackers import make_tracker, wandb_mode
-from flash_experts.training.tracking import read_metrics
+from flash_experts.training.tracking import Reporter, read_metrics
 from flash_experts.training.training_config import ModelConfig, TrackerName
 from tests.helpers.trackers import FakeRun, Kept, made
 from tests.test_training import TRAIN, VALIDATION, make_model
@@ -65,12 +65,12 @@ def config(tmp_path: Path) -> TrainingConfig:
 
 @pytest.fixture
 def train(dense_config: GPT2Config, tokenizer: PreTrainedTokenizerFast) -> Any:
-    def train(config: TrainingConfig, resume: str | None = None) -> None:
+    def train(config: TrainingConfig, resume: str | None = None, overwrite: bool = False) -> None:
         model = GPT2MoEForCausalLM.from_dense(make_model(dense_config), num_experts=2)
         scale = replace(config.lr_scale, router=2.0)
         data_info = {"source": "embedded"}
         settings = replace(config, lr_scale=scale)
-        Trainer(model, tokenizer, TRAIN, VALIDATION, settings, [Names()], data_info).train(resume)
+        Trainer(model, tokenizer, TRAIN, VALIDATION, settings, [Names()], data_info).train(resume, overwrite)
 
     return train
 
@@ -126,6 +126,21 @@ def test_metrics_jsonl_and_run_json_have_everything(train: Any, config: Training
             r"^lr/\w+", "lr", re.sub(r"^router/\d+/(load/)?", "router/B/", name).replace("B/0", "B/load/E")
         )
         assert general in explained or general.rpartition("/")[2] in explained or "/load/" in name, name
+
+
+def test_a_name_with_a_line_separator_is_one_line(tmp_path: Path) -> None:
+    """JSON leaves U+2028 and U+0085 as they are, and a model of bytes can write them."""
+
+    class Odd(Callback):
+        def on_sample(self, *_: Any) -> Sequence[str]:
+            return ["Odd\u2028Name", "Odder\u0085Name"]
+
+    nothing: Any = None
+    report = Reporter(tmp_path, [Odd()], [], [], is_main=True)
+    report.sample(3, nothing, nothing)
+    report.start(3, {}, None)
+    (line,) = read_metrics(tmp_path / "metrics.jsonl")
+    assert line["names"]["new"] == ["Odd\u2028Name", "Odder\u0085Name"]
 
 
 def test_run_json_and_wandb_have_the_whole_resolved_configuration(
@@ -193,6 +208,8 @@ def test_a_resumed_run_is_the_same_run_of_wandb(
     assert min(step for step, _ in wandb_runs[1].logged) == 3
     train(replace(config, tracker="wandb", run_name="other"))
     assert wandb_runs[2].started["id"] != first["id"]
+    train(replace(config, tracker="wandb"), "auto", overwrite=True)
+    assert wandb_runs[3].started["id"] != first["id"], "wandb would ignore the steps that the run before has"
 
 
 def test_without_a_connection_wandb_goes_on_offline(

@@ -190,8 +190,8 @@ class Wandb(Tracker):
     """Weights & Biases, online with an API key and offline without one; never interactive.
 
     It writes to ``$WANDB_DIR/wandb``, or ``wandb`` in the current directory. A resumed run has the id in
-    ``wandb_id.txt``: online it continues the same run of wandb, which ignores steps that it has; offline it is another
-    folder of the same id, and one `wandb sync` of all appends each to the one before.
+    ``wandb_id.txt``: online it continues the same run of wandb, offline it writes another folder, and one `wandb sync`
+    of all appends each to the one before. A run that starts over has a new id: wandb ignores steps that it has.
     """
 
     def __init__(self, run_dir: Path, step: int, notify: Callable[[str], None], mode: str):
@@ -202,7 +202,7 @@ class Wandb(Tracker):
         import wandb
 
         path = self.run_dir / "wandb_id.txt"
-        if not path.exists() or not path.stat().st_size:  # a kill may have left it empty
+        if not self._step or not path.exists() or not path.stat().st_size:  # a kill may have left it empty
             path.write_text(secrets.token_hex(4) + "\n", encoding="utf-8")
         place = Path(os.environ.get("WANDB_DIR") or ".")
         place.mkdir(parents=True, exist_ok=True)  # else wandb chooses another folder
@@ -298,15 +298,14 @@ class TensorBoard(Tracker):
 class Mlflow(Tracker):
     """MLflow, in its local store or that of ``MLFLOW_TRACKING_URI``.
 
-    A resumed run continues the run in ``mlflow_run_id.txt`` and keeps its first configuration: MLflow does not change
-    it.
+    A resumed run continues the run in ``mlflow_run_id.txt`` and keeps its configuration, which MLflow does not change.
     """
 
     def _start(self, run_name: str, run_info: Mapping[str, object]) -> GeneralTracker:
         import mlflow
 
         path = self.run_dir / "mlflow_run_id.txt"
-        known = (path.read_text(encoding="utf-8").strip() if path.exists() else "") or None
+        known = (path.read_text(encoding="utf-8").strip() if self._step and path.exists() else "") or None
         tracker = LOGGER_TYPE_TO_CLASS["mlflow"](PROJECT, run_name=run_name, run_id=known)
         tracker.start()
         run_id = tracker.tracker.info.run_id

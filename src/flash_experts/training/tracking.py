@@ -72,7 +72,6 @@ class Reporter:
         self.run_dir, self.is_main = run_dir, is_main
         self.display = ProgressDisplay(is_main)
         self._callbacks = list(callbacks) if is_main else []
-        self._file = MetricsFile(run_dir / METRICS_FILE)
         # Sample names that are among these are reported as copies.
         self._known = {
             "in train": {normal_form(card.name) for card in train_cards},
@@ -82,7 +81,7 @@ class Reporter:
     def start(self, step: int, run_info: Mapping[str, object], tracker: Callback | None) -> None:
         """Removes metrics after ``step``; starts the display and the callbacks."""
         if self.is_main:
-            self._file.truncate(step)
+            _truncate(self.run_dir / METRICS_FILE, step)
             if tracker is not None:
                 self._callbacks.append(tracker)
         for callback in self._callbacks:
@@ -94,29 +93,25 @@ class Reporter:
 
     def log(self, metrics: Mapping[str, float], share: float) -> None:
         """``share`` (0 to 1) of the run is done."""
-        if self.is_main:
-            self._file.append("train", metrics)
+        self._write("train", metrics)
         for callback in self._callbacks:
             callback.on_log(int(metrics["step"]), metrics)
         self.display.update(share, metrics)
 
     def stage_begins(self, plan: Sequence[PlannedStage], planned: PlannedStage) -> None:
-        if self.is_main:
-            self._file.append("stage", {"step": planned.first_step + 1, "stage": planned.stage.name})
+        self._write("stage", {"step": planned.first_step + 1, "stage": planned.stage.name})
         place = f"stage {plan.index(planned) + 1} of {len(plan)}, {planned.stage.name}"
         length = "until the run ends" if planned.steps is None else f"{planned.steps:,} steps"
         self.notify(f"{place}: {len(planned.cards):,} names, {length}")
 
     def skipped(self, step: int, names: Sequence[str]) -> None:
-        if self.is_main:
-            self._file.append("skipped", {"step": step, "names": list(names)})
+        self._write("skipped", {"step": step, "names": list(names)})
         self.notify(
             f"step {step:,} is skipped: its loss or gradient is not a finite number ({', '.join(names[:3])}, ...)"
         )
 
     def evaluated(self, metrics: Mapping[str, float], best: bool) -> None:
-        if self.is_main:
-            self._file.append("validation", metrics)
+        self._write("validation", metrics)
         for callback in self._callbacks:
             callback.on_eval(int(metrics["step"]), metrics)
         self.notify(
@@ -135,7 +130,7 @@ class Reporter:
             key = normal_form(name)
             group = next((group for group, keys in self._known.items() if key in keys), "new")
             groups.setdefault(group, []).append(name)
-        self._file.append("samples", {"step": step, "names": groups})
+        self._write("samples", {"step": step, "names": groups})
         for callback in self._callbacks:
             callback.on_names(step, groups)
         for group, members in groups.items():
@@ -147,28 +142,15 @@ class Reporter:
         for callback in self._callbacks:
             callback.on_end(summary)
 
+    def _write(self, event: str, values: Mapping[str, object]) -> None:
+        """Adds a line to metrics.jsonl; ``values`` include the step."""
+        if self.is_main:
+            with (self.run_dir / METRICS_FILE).open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"event": event, **values}, ensure_ascii=False) + "\n")
+
 
 # -------------------------------------------------------------------------------------------------------- metrics.jsonl
-
-
-class MetricsFile:
-    """``metrics.jsonl``: one JSON object a line, in order of steps, each step and event once."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def append(self, event: str, values: Mapping[str, object]) -> None:
-        """Adds ``{"event": event, **values}``; ``values`` includes the step."""
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"event": event, **values}, ensure_ascii=False) + "\n")
-
-    def truncate(self, step: int) -> None:
-        """Removes lines after ``step``, which a resumed run writes again, and a line cut off by a kill."""
-        if not self.path.exists():
-            return
-        kept = [text + "\n" for text, line in _readable(self.path) if line["step"] <= step]
-        with whole_file(self.path) as temporary:
-            temporary.write_text("".join(kept), encoding="utf-8")
+# One JSON object a line, in order of steps, each step and event once.
 
 
 def _parse(text: str, *fields: str) -> dict[str, Any]:
@@ -194,7 +176,7 @@ def read_metrics(path: str | Path, event: str | None = None) -> list[dict[str, A
     if path.stat().st_size > _MAX_BYTES:
         raise ValueError(f"{path} has more than {_MAX_BYTES:,} bytes: it is not the metrics.jsonl of a run")
     try:
-        texts = path.read_text(encoding="utf-8").splitlines()
+        texts = _lines(path)
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not the metrics.jsonl of a run: it is not UTF-8 text") from error
     lines: list[dict[str, Any]] = []
@@ -215,11 +197,25 @@ def read_untrusted_metrics(path: Path) -> list[dict[str, Any]]:
 
 def _readable(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """The lines that have a step, as text and parsed."""
-    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for text in _lines(path, errors="replace"):
         with suppress(ValueError):
             line = _parse(text, "step")
             if type(line["step"]) is int and abs(line["step"]) < _MAX_STEP:
                 yield text, line
+
+
+def _lines(path: Path, errors: str = "strict") -> list[str]:
+    # str.splitlines would cut at U+2028 and U+0085 too, which JSON leaves as they are in a name.
+    with path.open(encoding="utf-8", errors=errors) as file:
+        return [line.removesuffix("\n") for line in file]
+
+
+def _truncate(path: Path, step: int) -> None:
+    """Removes lines after ``step``, which a resumed run writes again, and a line cut off by a kill."""
+    if path.exists():
+        kept = [text + "\n" for text, line in _readable(path) if line["step"] <= step]
+        with whole_file(path) as temporary:
+            temporary.write_text("".join(kept), encoding="utf-8")
 
 
 # ------------------------------------------------------------------------------------------------------------- progress
