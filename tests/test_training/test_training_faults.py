@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -12,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,6 +26,7 @@ from flash_experts.data.prepare import check_prepared
 from flash_experts.training import Callback, NonFiniteLossError, Trainer, TrainingConfig
 from flash_experts.training.checkpoint import checkpoint_steps
 from flash_experts.training.loss import MOST_SKIPS_IN_A_ROW, FiniteGuard
+from flash_experts.training.run_folder import RunLock
 from flash_experts.training.run_state import STOP_SIGNALS, OutOfMemoryError, StopSignals, checkpoint_path
 from flash_experts.training.tracking import read_metrics
 from tests.test_training import TRAIN, VALIDATION, make_model
@@ -257,6 +260,21 @@ def test_a_second_trainer_is_refused_while_the_first_runs(
     trainer_of(replace(config, max_steps=2), callbacks=[Second()])[1].train()
     assert len(refused) == 2 and "\n" not in refused[0]
     assert trainer_of(config)[1].train("auto").step == 8
+
+
+def test_a_lock_that_cannot_be_removed_does_not_hide_the_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Windows removes no open file."""
+
+    def is_open(path: Path, *_: Any, **__: Any) -> None:
+        raise PermissionError(errno.EACCES, "used by another process", str(path))
+
+    accelerator: Any = SimpleNamespace(is_main_process=True, num_processes=1)
+    with pytest.raises(KeyError), monkeypatch.context() as patch, RunLock(tmp_path / "run", accelerator):
+        patch.setattr(Path, "unlink", is_open)
+        raise KeyError
+    with pytest.raises(KeyError), RunLock(tmp_path / "run", accelerator):
+        raise KeyError
+    assert not (tmp_path / "run").exists()
 
 
 def prepared(folder: Path) -> Path:

@@ -7,6 +7,7 @@ import json
 import platform
 import subprocess
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import TracebackType
@@ -139,7 +140,8 @@ class RunLock:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if error is not None and self._lock.is_locked:
-            self._remove_if_nothing_was_written()
+            with suppress(OSError):  # there is something in a folder, or, on Windows, the lock cannot be removed
+                self._remove_if_nothing_was_written()
         self._lock.release()
 
     def _remove_if_nothing_was_written(self) -> None:
