@@ -87,16 +87,18 @@ def test_divergence_and_its_gradient_are_those_of_float64(kl: str) -> None:
     torch.testing.assert_close(student.grad.double(), expected, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("share_prompts", [False, True])
 def test_the_loss_of_a_packed_row_is_that_of_each_name_alone(
-    config: TrainingConfig, dense_config: GPT2Config, tokenizer: PreTrainedTokenizerFast
+    config: TrainingConfig, dense_config: GPT2Config, tokenizer: PreTrainedTokenizerFast, share_prompts: bool
 ) -> None:
     """The teacher, a Llama, keeps the names of a row apart as the student does."""
     student = make_model(dense_config, dropout=0.0)
     loss = make_loss(config, student, tokenizer, torch.device("cpu"))
     assert isinstance(loss, DistillationLoss)
     student.loss_function = loss
-    names = encode_cards(TRAIN[:3], tokenizer)
-    row = pack(names)
+    names = encode_cards([replace(card, mana_value=2) for card in TRAIN[:3]], tokenizer)
+    row = pack(names, share_prompts)
+    assert (row.row_of is not None) == share_prompts
     loss.prepare(row)
     found = student(**row.inputs_with_loss(row.labels.numel())).loss.double()
     expected = torch.zeros((), dtype=torch.float64)
