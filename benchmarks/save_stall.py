@@ -22,7 +22,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from flash_experts.data.tokenizer import train_tokenizer
 from flash_experts.training.checkpointer import Checkpointer
-from flash_experts.training.run_state import OptimizerState, TrainerState
+from flash_experts.training.optimizer import OptimizerState
+from flash_experts.training.run_state import TrainerState
 
 
 def seconds(work: Callable[[], object]) -> float:

@@ -22,10 +22,9 @@ from flash_experts.data.prompts import Attributes
 from flash_experts.models import GPT2MoEConfig, GPT2MoEForCausalLM
 from flash_experts.models.flash_attention import ATTENTION_IMPLEMENTATION
 from flash_experts.training import Callback, NonFiniteLossError, Trainer, TrainingConfig, metrics
-from flash_experts.training.checkpoint import TrainerState, checkpoint_steps
+from flash_experts.training.checkpoint import checkpoint_steps
 from flash_experts.training.metrics import SpeedMeter, multiplied_parameters, training_flops
 from flash_experts.training.optimizer import Schedule
-from flash_experts.training.run_state import reason_to_end
 from flash_experts.training.tracking import read_metrics
 
 FIRST = ["Goblin", "Elf", "Dragon", "Angel", "Storm", "Fire", "Blood", "Night"]
@@ -287,9 +286,8 @@ def test_the_last_validation_is_within_the_budget() -> None:
     schedule = Schedule("linear", 0.0, 0.0, planned_steps=None, planned_seconds=600)
     shares = [schedule.progress(9, seconds, evaluation_seconds=120) for seconds in (60, 120, 300, 480, 500)]
     assert shares == [0.0, 0.0, 0.5, 1.0, 1.0]
-    state = TrainerState(step=9, evaluation_seconds=120)
-    assert reason_to_end(replace(state, seconds=479.0), schedule, None) is None
-    assert reason_to_end(replace(state, seconds=480.0), schedule, None) == "time"
+    assert schedule.limit_reached(9, 479.0, evaluation_seconds=120) is None
+    assert schedule.limit_reached(9, 480.0, evaluation_seconds=120) == "time"
     short = replace(schedule, planned_seconds=100)
     assert short.progress(1, 121, evaluation_seconds=120) == 1.0, "no time for more than the validations"
 

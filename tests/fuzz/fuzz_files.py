@@ -34,8 +34,8 @@ with atheris.instrument_imports(include=["flash_experts", "json", "csv", "yaml"]
     from flash_experts.models.saving import MANIFEST
     from flash_experts.options import read_yaml
     from flash_experts.training import checkpoint as checkpoints
-    from flash_experts.training.checkpointer import Checkpointer
-    from flash_experts.training.run_state import OptimizerState, split_state
+    from flash_experts.training.checkpointer import Checkpointer, split_state
+    from flash_experts.training.optimizer import OptimizerState
     from flash_experts.training.training_config import TrainingConfig
 
 FOLDER = Path(tempfile.mkdtemp(dir="/dev/shm" if Path("/dev/shm").is_dir() else None))

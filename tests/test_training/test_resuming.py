@@ -63,6 +63,10 @@ def test_a_finished_run_does_nothing_unless_more_is_asked(
     _, result = train(config, "auto")
     assert result.step == 12 and "is finished" in capsys.readouterr().err
     assert (config.run_dir / "metrics.jsonl").read_bytes() == before
+    assert (config.run_dir / "README.md").exists()
+    (config.run_dir / "README.md").unlink()  # as a kill after the last checkpoint leaves it
+    train(config, "auto")
+    assert (config.run_dir / "README.md").exists()
     _, result = train(replace(config, max_steps=14), "auto")
     assert result.step == 14
     with pytest.raises(ValueError, match="--resume auto, or choose another run_name"):

@@ -155,7 +155,7 @@ def test_an_error_in_the_background_comes_up_before_the_next_save(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(checkpoints, "save_file", full)
-    endless = replace(config, max_steps=10**6, checkpoint_every=10**6 - 1, log_every=10**6, eval_every=None)
+    endless = replace(config, max_steps=10**6, checkpoint_every=10**6 - 1, log_every=50, eval_every=None)
     steps = []
     step = Trainer._step
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -16,7 +16,7 @@ from flash_experts.files import flush_file
 from flash_experts.models.saving import CheckpointError, export_model
 from flash_experts.training import checkpoint as checkpoints
 from flash_experts.training.distributed import gather_full
-from flash_experts.training.run_state import Stateful, TrainerState, checkpoint_path, join_state, split_state
+from flash_experts.training.run_state import TrainerState, checkpoint_path
 from flash_experts.training.tracking import METRICS_FILE
 from flash_experts.training.training_config import TrainingConfig
 
@@ -26,6 +26,16 @@ from flash_experts.training.training_config import TrainingConfig
 # - accepted with a warning: the settings below, training names, number of processes, device, `parallel`;
 # - accepted: every other setting, such as limits, learning rates, logging and the tracker.
 _DATA_ORDER_FIELDS = ("seed", "tokens_per_batch", "attribute_dropout", "names_per_prompt", "stages")
+
+
+class Stateful(Protocol):
+    """An object that a checkpoint keeps, once registered with the `Checkpointer`."""
+
+    def state_dict(self) -> Mapping[str, Any]:
+        """Tensors (sharded ones too) and JSON values. Called on every process, so it may gather."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restores what `state_dict` gave (tensors are full and on the CPU); ValueError if it does not match."""
 
 
 class Checkpointer:
@@ -48,78 +58,68 @@ class Checkpointer:
         self._keep, self._notify, self._is_main = config.keep_checkpoints, notify, is_main
         self._metadata = {name: info[name] for name in ("config", "data", "processes", "device", "identity")}
         self._registered: dict[str, Stateful] = {}
-        self._saved: Path | None = None
-        self._writer = Background(config.save_in_background)
-        self._copies = {use: CpuCopy() for use in ("weights", "tensors", "export")}
+        self._thread = ThreadPoolExecutor(1, "checkpoint") if is_main and config.save_in_background else None
+        self._pending: Future[None] | None = None  # what the thread writes
+        self._buffers: dict[str, torch.Tensor] = {}
 
     def register(self, name: str, stateful: Stateful) -> None:
         """Adds an object's state to every checkpoint; its name must stay the same."""
         assert name not in self._registered and "/" not in name, name
         self._registered[name] = stateful
 
-    def save(self, state: TrainerState) -> Path:
-        """Writes this step's checkpoint, unless it exists, and removes old ones. All processes call it."""
-        path = checkpoint_path(self.run_dir, state.step)
-        if self._saved == path:
-            return path
-        self._saved = path
+    # ------------------------------------------------------------------------------------------------------- saving
+
+    def save(self, state: TrainerState) -> None:
+        """Writes this step's checkpoint and removes old ones. All processes call it."""
         tensors: dict[str, torch.Tensor] = {}
         values = {}
         for name, stateful in self._registered.items():
             own, values[name] = split_state(name, stateful.state_dict())
             tensors |= own
         metadata = {"state": asdict(state), **self._metadata, "registered": values}
-        weights = self._copy("weights", self._weights())
-        tensors = self._copy("tensors", tensors)
+        weights, tensors = self._gather(self._weights()), self._gather(tensors)
+        path = checkpoint_path(self.run_dir, state.step)
         self._submit(partial(self._write, path, weights, tensors, metadata, state.best_step))
-        return path
 
     def export(self) -> None:
         """Writes the model to the run's folder. All processes call it."""
-        weights = self._copy("export", self._weights())
+        weights = self._gather(self._weights())
         self._submit(partial(export_model, self.run_dir, self.model, self.tokenizer, weights))
-
-    @property
-    def is_writing(self) -> bool:
-        return self._writer.busy
-
-    def check(self) -> None:
-        """Raises the `CheckpointError` of a failed write; never waits."""
-        self._writer.check()
-
-    def wait(self) -> None:
-        """Waits for all writes, and raises the first `CheckpointError`."""
-        self._writer.wait()
-
-    def close(self) -> None:
-        """Waits; shows the error of a write instead of raising it, since the run may have failed already."""
-        try:
-            self.wait()
-        except CheckpointError as error:
-            self._notify(str(error))
-
-    def last_good(self) -> Path | None:
-        """The newest checkpoint that verifies, after waiting for the one being written."""
-        self.close()
-        return checkpoints.latest_checkpoint(self.run_dir, self._notify)
-
-    def _copy(self, use: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The full tensors on the main process, {} on the others. Copies, if a thread reads them."""
-        full: dict[str, torch.Tensor] = {}
-        if self._is_main and self._writer.has_thread:
-            self.wait()
-            return self._copies[use].take(tensors)
-        for name, first, tensor in gather_each(tensors):
-            if self._is_main:
-                full[name] = full[first] if tensor is None else tensor.contiguous()
-        return full
 
     def _weights(self) -> dict[str, torch.Tensor]:
         return self.model.state_dict(keep_vars=True)  # the parameters themselves: tied ones are the same object
 
+    def _gather(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The full tensors on the main process, {} on the others; copies, if a thread reads them."""
+        self.wait()  # for the buffers
+        full: dict[str, torch.Tensor] = {}
+        first_names: dict[int, str] = {}
+        for name, tensor in tensors.items():
+            first = first_names.setdefault(id(tensor), name)
+            if first == name:
+                gathered = gather_full(tensor)  # one by one; every process takes part
+                if self._is_main:
+                    full[name] = gathered.contiguous() if self._thread is None else self._copy(name, gathered)
+            elif self._is_main:
+                full[name] = full[first]  # tied weights stay one tensor
+        if self._thread is not None and any(tensor.is_cuda for tensor in tensors.values()):
+            torch.cuda.synchronize()  # the next step overwrites what the device still copies
+        return full
+
+    def _copy(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """A copy in a CPU buffer that is kept, since page faults of fresh memory cost more than the copy."""
+        buffer = self._buffers.get(name)
+        if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
+            buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+            self._buffers[name] = buffer
+        return buffer.copy_(tensor, non_blocking=True)
+
     def _submit(self, work: Callable[[], None]) -> None:
-        if self._is_main:
-            self._writer.submit(work)
+        """Runs work on the main process, in a thread for which the interpreter waits at exit, or at once."""
+        if self._thread is not None:
+            self._pending = self._thread.submit(work)
+        elif self._is_main:
+            work()
 
     def _write(
         self,
@@ -134,6 +134,35 @@ class Checkpointer:
             flush_file(metrics)
         checkpoints.save_checkpoint(path, self.model, self.tokenizer, weights, tensors, metadata)
         checkpoints.prune_checkpoints(self.run_dir, self._keep, best_step, self._notify)
+
+    @property
+    def is_writing(self) -> bool:
+        return self._pending is not None and not self._pending.done()
+
+    def check(self) -> None:
+        """Raises the `CheckpointError` of a failed write; never waits."""
+        if not self.is_writing:
+            self.wait()
+
+    def wait(self) -> None:
+        """Waits for the write, and raises its `CheckpointError`."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def close(self) -> None:
+        """Waits; shows the error of a write instead of raising it, since the run may have failed already."""
+        try:
+            self.wait()
+        except CheckpointError as error:
+            self._notify(str(error))
+
+    def last_good(self) -> Path | None:
+        """The newest checkpoint that verifies, after waiting for the one being written."""
+        self.close()
+        return checkpoints.latest_checkpoint(self.run_dir, self._notify)
+
+    # ----------------------------------------------------------------------------------------------------- resuming
 
     def restore(self, resume: str | Path | None, overwrite: bool = False) -> TrainerState:
         """Restores the model and all registered objects; arguments as in `Trainer.train`.
@@ -154,16 +183,14 @@ class Checkpointer:
             return TrainerState()
         folder = self._find(resume)
         state, metadata = checkpoints.read_state(folder)
-        self._check_identity(folder, metadata.get("identity"))
-        checkpoints.load_weights(folder, self.model)
-        self._load_registered(folder, metadata["registered"])
-        if folder.resolve() == checkpoint_path(self.run_dir, state.step).resolve():
-            self._saved = checkpoint_path(self.run_dir, state.step)
-        elif steps:
+        if steps and folder.resolve() != checkpoint_path(self.run_dir, state.step).resolve():
             raise ValueError(
                 f"{self.run_dir} has checkpoints of its own, which resuming {folder} would replace: choose another "
                 "run_name"
             )
+        self._check_identity(folder, metadata.get("identity"))
+        checkpoints.load_weights(folder, self.model)
+        self._load_registered(folder, metadata["registered"])
         self._notify(f"resuming {folder} after step {state.step:,}")
         self._compare(metadata)
         return state
@@ -229,72 +256,15 @@ class Checkpointer:
                 )
 
 
-class CpuCopy:
-    """Copies tensors to CPU buffers that are kept: page faults of fresh memory cost more than the copy.
-
-    For tensors on CUDA the buffers are pinned, for asynchronous copies.
-    """
-
-    def __init__(self) -> None:
-        self._buffers: dict[str, torch.Tensor] = {}
-
-    @torch.no_grad()
-    def take(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Copies of the full tensors, one for tied weights; the next call overwrites them."""
-        copies: dict[str, torch.Tensor] = {}
-        for name, first, tensor in gather_each(tensors):
-            if tensor is not None:
-                self._buffer(name, tensor).copy_(tensor, non_blocking=True)
-            copies[name] = self._buffers[first]
-        if any(tensor.is_cuda for tensor in tensors.values()):
-            torch.cuda.synchronize()  # the next step overwrites what the device still copies
-        return copies
-
-    def _buffer(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        buffer = self._buffers.get(name)
-        if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
-            buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-            self._buffers[name] = buffer
-        return buffer
+def split_state(name: str, state: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """The tensors of a state, with keys ``name/key``, and its JSON values."""
+    tensors = {f"{name}/{key}": value for key, value in state.items() if isinstance(value, torch.Tensor)}
+    values = {key: value for key, value in state.items() if not isinstance(value, torch.Tensor)}
+    return tensors, values
 
 
-def gather_each(tensors: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, str, torch.Tensor | None]]:
-    """Yields each name, the first name of the same tensor (tied weights), and the full tensor if this is the first.
-
-    Sharded tensors are gathered one by one; every process must iterate over all of them.
-    """
-    first_names: dict[int, str] = {}
-    for name, tensor in tensors.items():
-        first = first_names.setdefault(id(tensor), name)
-        yield name, first, gather_full(tensor) if first == name else None
-
-
-class Background:
-    """Runs work in order, in a thread for which the interpreter waits at exit, or at once."""
-
-    def __init__(self, has_thread: bool) -> None:
-        self.has_thread = has_thread
-        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
-        self._pending: list[Future[None]] = []
-
-    def submit(self, work: Callable[[], None]) -> None:
-        if self.has_thread:
-            self._pending.append(self._executor.submit(work))
-        else:
-            work()
-
-    @property
-    def busy(self) -> bool:
-        return any(not future.done() for future in self._pending)
-
-    def check(self) -> None:
-        """Raises the error of finished work."""
-        while self._pending and self._pending[0].done():
-            self._pending.pop(0).result()
-
-    def wait(self) -> None:
-        """Waits until all is done, then raises the first error."""
-        pending, self._pending = self._pending, []
-        errors = [error for error in [future.exception() for future in pending] if error is not None]
-        if errors:
-            raise errors[0]
+def join_state(name: str, tensors: Mapping[str, torch.Tensor], values: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of `split_state`; ``tensors`` may have other names' keys."""
+    prefix = name + "/"
+    own = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
+    return own | dict(values)

@@ -91,8 +91,7 @@ def clip_grad_norm(parameters: Iterable[torch.Tensor], limit: float) -> torch.Te
     norms = [gather_full(torch.nn.utils.get_total_norm(gradients)) for gradients in by_mesh.values()]
     norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
     if math.isfinite(limit):
-        scale = (limit / (norm + 1e-6)).clamp(max=1.0)
-        torch._foreach_mul_([local_shard(cast(torch.Tensor, parameter.grad)) for parameter in trained], scale)
+        torch.nn.utils.clip_grads_with_norm_(trained, limit, norm)
     return norm
 
 
@@ -109,7 +108,7 @@ def parallelize_model(model: PreTrainedModel, accelerator: Accelerator, config: 
     if world == 1 or config.parallel == "ddp":
         return Replicated(model, accelerator, config.compile)
     if config.parallel == "fsdp":
-        return Sharded(model, accelerator, config.compile)
+        return Sharded(model, accelerator)
     if not isinstance(model.config, GPT2MoEConfig):
         raise ValueError("parallel: expert distributes experts, but the model has none: use ddp or fsdp")
     if expert_group(model.config, world) == 1:
@@ -117,7 +116,7 @@ def parallelize_model(model: PreTrainedModel, accelerator: Accelerator, config: 
             f"{world} processes cannot share {model.config.num_experts} experts: start a number of processes that has "
             "a divisor in common with it, or use parallel: fsdp"
         )
-    return ExpertParallel(model, accelerator, config.compile)
+    return ExpertParallel(model, accelerator)
 
 
 class Replicated:
@@ -126,10 +125,10 @@ class Replicated:
     Training calls ``wrapped``; validation and saving use the plain ``model``.
     """
 
-    def __init__(self, model: PreTrainedModel, accelerator: Accelerator, compile: bool):
+    def __init__(self, model: PreTrainedModel, accelerator: Accelerator, compile: bool = False):
         self.model, self.accelerator = model, accelerator
-        module = torch.compile(model, dynamic=True) if compile else model
-        self.wrapped = self._wrap(cast(nn.Module, module))
+        self._class = type(model)  # sharding changes it
+        self.wrapped = self._wrap(cast(nn.Module, torch.compile(model, dynamic=True) if compile else model))
 
     def _wrap(self, module: nn.Module) -> nn.Module:
         return cast(nn.Module, self.accelerator.prepare_model(module))
@@ -162,10 +161,6 @@ class Sharded(Replicated):
 
     The weights of a block are all-gathered when it is computed, and freed after.
     """
-
-    def __init__(self, model: PreTrainedModel, accelerator: Accelerator, compile: bool):
-        self._class = type(model)
-        super().__init__(model, accelerator, compile)
 
     def _wrap(self, module: nn.Module) -> nn.Module:
         self._shard(set())

@@ -66,7 +66,7 @@ def training_metrics(
 
 
 class LoggingWindow:
-    """Sums of losses since the last line of metrics, on the device, so that adding to them does not synchronize.
+    """Sums since the last line of metrics, on the device, so that adding to them does not synchronize.
 
     Bits per character follow from plain cross-entropy alone (``is_code_length``).
     """
@@ -76,28 +76,26 @@ class LoggingWindow:
         # This process's part of the losses, number of steps, norm of the last global gradient; nats of its names
         # without balancing losses, their characters, and its parts of the balancing losses.
         self._sums = torch.zeros(7, device=accelerator.device)
-        self._forwards_of_step = torch.zeros(4, device=accelerator.device)
         self._balancing: list[str] = []  # names of those that the model has
 
-    def add_step(self, loss: torch.Tensor, grad_norm: torch.Tensor, is_bad: torch.Tensor) -> None:
-        """Counts a step, unless it is bad. All arguments are 0-dimensional."""
-        total, steps, _ = self._sums[:3]
-        added = torch.stack([total + loss, steps + 1, grad_norm.to(total.dtype)])
-        added = torch.cat([added, self._sums[3:] + self._forwards_of_step])
-        self._sums = torch.where(is_bad, self._sums, added)
-        self._forwards_of_step = torch.zeros_like(self._forwards_of_step)
-
-    def add_micro_batch(self, output: ModelOutput, batch: PackedBatch, num_labels: int) -> None:
-        """Counts a forward; sums of its parts over micro-batches and processes are the step's means."""
+    def parts(self, output: ModelOutput, batch: PackedBatch, num_labels: int) -> torch.Tensor:
+        """(5,) a micro-batch's part of the step: loss, nats without balancing losses, characters, balancing losses."""
         count = batch.labels.numel()
         balancing = {name: output[name].detach() for name in _BALANCING_LOSSES if output.get(name) is not None}
-        nats = output["loss"].detach() * num_labels
+        self._balancing = list(balancing)
+        loss = output["loss"].detach()
+        nats = loss * num_labels
         for name, value in balancing.items():
             nats = nats - getattr(self._model.config, f"router_{name}_coef") * value * count
-        parts = [balancing.get(name, torch.zeros_like(nats)) * (count / num_labels) for name in _BALANCING_LOSSES]
-        characters = batch.characters.sum().to(nats.device, torch.float32)
-        self._forwards_of_step += torch.stack([nats.float(), characters, *(part.float() for part in parts)])
-        self._balancing = list(balancing)
+        shares = [balancing.get(name, torch.zeros_like(loss)) * (count / num_labels) for name in _BALANCING_LOSSES]
+        characters = batch.characters.sum().to(loss.device)
+        return torch.stack([part.float() for part in (loss, nats, characters, *shares)])
+
+    def add(self, parts: torch.Tensor, grad_norm: torch.Tensor, is_bad: torch.Tensor) -> None:
+        """Counts a step, unless it is bad: the sum of its `parts`, and two 0-dimensional tensors."""
+        loss, steps, _ = self._sums[:3]
+        first = torch.stack([loss + parts[0], steps + 1, grad_norm.to(loss.dtype)])
+        self._sums = torch.where(is_bad, self._sums, torch.cat([first, self._sums[3:] + parts[1:]]))
 
     def metrics(self) -> dict[str, float]:
         """The metrics of the window (no losses if every step was skipped), which then starts again.

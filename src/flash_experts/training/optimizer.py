@@ -1,4 +1,4 @@
-"""Optimization: parameter groups, learning-rate schedule, the Muon optimizer, moving average (EMA) of the weights.
+"""Parameter groups, learning-rate schedule, Muon, the optimizers' state in checkpoints, weight average (EMA).
 
 Shape suffixes: N matrices of a batch, R rows, C columns.
 """
@@ -125,12 +125,11 @@ def set_rates(optimizers: Iterable[torch.optim.Optimizer], rate: float) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """Learning-rate warmup, then decay to ``min_ratio`` of the peak, by steps or by the clock.
+    """Learning-rate warmup, then decay to ``min_ratio`` of the peak, by steps or by the clock, and the end of the run.
 
     Attributes:
         kind: cosine, linear, constant or wsd (warmup-stable-decay, which decays in the last ``decay_share`` of a run).
         warmup: steps (1 or more) or share of the run (under 1).
-        min_ratio: last rate over the peak.
         planned_steps: None for no limit, as with ``planned_seconds``.
     """
 
@@ -143,7 +142,7 @@ class Schedule:
 
     @classmethod
     def of(cls, config: TrainingConfig, planned_steps: int | None) -> Schedule:
-        """A run's schedule; ``planned_steps`` are those of its epochs, None if they set no limit."""
+        """A run's schedule; ``planned_steps`` are those of its epochs."""
         steps = [limit for limit in (config.max_steps, planned_steps) if limit is not None]
         return cls(
             kind=config.schedule,
@@ -157,8 +156,7 @@ class Schedule:
     def progress(self, step: int, seconds: float, evaluation_seconds: float = 0.0) -> float:
         """Share of the training that is done, 0 to 1, by the nearer limit.
 
-        ``seconds`` since the run started include the ``evaluation_seconds`` of the first validation; as much is
-        reserved for the last one.
+        ``seconds`` include the ``evaluation_seconds`` of the first validation; as much is reserved for the last one.
         """
         by_steps = 0.0 if self.planned_steps is None else step / self.planned_steps
         by_clock = 0.0
@@ -166,8 +164,16 @@ class Schedule:
             by_clock = (seconds - evaluation_seconds) / max(1e-9, self.planned_seconds - 2 * evaluation_seconds)
         return min(1.0, max(0.0, by_steps, by_clock))
 
+    def limit_reached(self, step: int, seconds: float, evaluation_seconds: float = 0.0) -> str | None:
+        """``steps`` or ``time``, whichever ends the run here. Arguments as in `progress`."""
+        if self.planned_steps is not None and step >= self.planned_steps:
+            return "steps"
+        if self.planned_seconds is not None and seconds + evaluation_seconds >= self.planned_seconds:
+            return "time"
+        return None
+
     def factor(self, step: int, seconds: float, evaluation_seconds: float = 0.0) -> float:
-        """Learning rate after ``step`` steps, over the peak. Arguments as in `progress`."""
+        """Learning rate after ``step`` steps, over the peak."""
         progress = self.progress(step, seconds, evaluation_seconds)
         if self.warmup >= 1:
             warm, warm_end = (step + 1) / self.warmup, self.warmup / (self.planned_steps or math.inf)
@@ -202,8 +208,7 @@ _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 def orthogonalize(matrices_NRC: torch.Tensor, steps: int = 5, dtype: torch.dtype | None = None) -> torch.Tensor:
     """Newton-Schulz iteration: singular vectors stay, singular values go to about 1.
 
-    ``dtype`` is that of the matmuls (None for the input's, which the result has), and may be bfloat16: the iteration
-    tolerates its rounding.
+    ``dtype`` is that of the matmuls (None: the input's), whose rounding the iteration tolerates.
     """
     first, third, fifth = _COEFFICIENTS
     x = matrices_NRC.to(dtype or matrices_NRC.dtype)
@@ -221,10 +226,9 @@ class Muon(torch.optim.Optimizer):
 
     ``m = momentum m + g``, ``u = orthogonalize(g + momentum m)`` (Nesterov), ``w = (1 - lr decay) w - lr s u``
 
-    ``s = 0.2 sqrt(max(R, C))`` makes updates as large as AdamW's, so both use the same learning rate and weight decay
-    (Liu et al. 2025, Muon is scalable for LLM training, section 2.2). Unlike torch.optim.Muon it orthogonalizes each
-    matrix of a stack: experts' weights, (E, D, F), and the ``blocks`` side by side in a parameter of two dimensions,
-    such as query, key and value in GPT-2's c_attn, (D, 3 D).
+    ``s = 0.2 sqrt(max(R, C))`` makes updates as large as AdamW's (Liu et al. 2025, section 2.2). Unlike
+    torch.optim.Muon it orthogonalizes each matrix of a stack: experts' weights, (E, D, F), and the ``blocks`` side by
+    side in a parameter, such as query, key and value in GPT-2's c_attn, (D, 3 D).
     """
 
     def __init__(
@@ -282,14 +286,59 @@ def from_matrices(matrices_NRC: torch.Tensor, like: torch.Tensor) -> torch.Tenso
     return matrices_NRC.transpose(0, 1).flatten(-2)
 
 
+# ------------------------------------------------------------------------------------------------ state in checkpoints
+
+# State that an optimizer keeps for each parameter.
+_SLOTS = {torch.optim.AdamW: {"exp_avg", "exp_avg_sq", "step"}, Muon: {"momentum_buffer"}}
+
+
+class OptimizerState:
+    """The state of AdamW or Muon by parameter names, ``h.0.ln_1.weight|exp_avg``.
+
+    Unlike torch's indices, names stay right when parameters are grouped differently.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer):
+        self._names: dict[torch.Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+        self._optimizer = optimizer
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            f"{self._names[parameter]}|{slot}": value
+            for parameter, slots in self._optimizer.state.items()
+            for slot, value in slots.items()
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        groups = self._optimizer.param_groups
+        parameters = [parameter for group in groups for parameter in group["params"]]
+        index_of = {self._names[parameter]: index for index, parameter in enumerate(parameters)}
+        slots: dict[int, dict[str, Any]] = {}
+        for key, value in state.items():
+            name, _, slot = key.rpartition("|")
+            if name not in index_of:
+                raise ValueError(f"it has optimizer state for {name}, which is not trained here")
+            parameter = parameters[index_of[name]]
+            shape = torch.Size() if slot == "step" else parameter.shape
+            # The fused kernels do not check shapes: with a smaller tensor they would write out of bounds.
+            if not isinstance(value, torch.Tensor) or value.shape != shape or not value.is_floating_point():
+                raise ValueError(f"{key} is not a floating-point tensor of shape {tuple(shape)}")
+            slots.setdefault(index_of[name], {})[slot] = value if slot == "step" else shard_like(value, parameter)
+        expected = _SLOTS[type(self._optimizer)]
+        for index, own in slots.items():
+            if own.keys() != expected:
+                there, here = ", ".join(sorted(own)), ", ".join(sorted(expected))
+                raise ValueError(f"for {self._names[parameters[index]]} it has {there}, not {here}")
+        self._optimizer.load_state_dict({"state": slots, "param_groups": self._optimizer.state_dict()["param_groups"]})
+
+
 # ---------------------------------------------------------------------------------------- average of the weights (EMA)
 
 
 class WeightAverage:
     """Exponential moving average (EMA) of the trained weights: ``a = d a + (1 - d) w`` after each step.
 
-    ``d = min(decay, (1 + n) / (10 + n))`` after n steps, so that the first, bad weights are soon forgotten (as in
-    TensorFlow's ExponentialMovingAverage). About the last 1 / (1 - decay) steps count.
+    ``d = min(decay, (1 + n) / (10 + n))`` after n steps, so that the first, bad weights are soon forgotten.
     """
 
     def __init__(self, model: nn.Module, decay: float):

@@ -11,13 +11,14 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flash_experts.data.cards import Card
 from flash_experts.data.packing import PackedBatch, pack, packed_length
+from flash_experts.models.hub import CARD
 from flash_experts.models.router_metrics import update_router_biases
 from flash_experts.training import distributed, run_state
 from flash_experts.training.batches import NameBatches, fitting_cards
@@ -32,7 +33,14 @@ from flash_experts.training.loss import (
     write_bad_batch,
 )
 from flash_experts.training.metrics import LoggingWindow, SpeedMeter, Validation, training_metrics
-from flash_experts.training.optimizer import Schedule, WeightAverage, freeze_parts, make_optimizers, set_rates
+from flash_experts.training.optimizer import (
+    OptimizerState,
+    Schedule,
+    WeightAverage,
+    freeze_parts,
+    make_optimizers,
+    set_rates,
+)
 from flash_experts.training.run_folder import (
     RunLock,
     check_run_folder,
@@ -42,7 +50,6 @@ from flash_experts.training.run_folder import (
     write_run_card,
     write_run_info,
 )
-from flash_experts.training.run_state import OptimizerState
 from flash_experts.training.trackers import make_tracker
 from flash_experts.training.tracking import SELECTION, Callback, Reporter
 from flash_experts.training.training_config import TrainingConfig
@@ -104,7 +111,7 @@ class Trainer:
         self.info |= {"origin": dict(origin or {}), "identity": identity(self.model, tokenizer, validation_sha256)}
         self.speed = SpeedMeter(self.info["model"]["parameters"], self.device, self.world)
         self.guard = FiniteGuard(config.on_nan == "stop", self.device, self.world)
-        # All that a step passes to the next: the weights, `state`, and the registered objects (`run_state.Stateful`).
+        # All that a step passes to the next: the weights, `state`, and what is registered (`checkpointer.Stateful`).
         self.state = run_state.TrainerState()
         self.window = LoggingWindow(self.model, self.accelerator, not config.label_smoothing and config.teacher is None)
         self.checkpointer = Checkpointer(config, self.model, tokenizer, self.info, self.report.notify, self.is_main)
@@ -132,34 +139,41 @@ class Trainer:
             resume = None
         with deterministic_algorithms(self.config.deterministic), RunLock(self.run_dir, self.accelerator):
             self.state = self.checkpointer.restore(resume, overwrite)
-            if self.state.step and (ended := self._reason_to_end()):
+            ended = self._reason_to_end() if self.state.step else None
+            if ended:
                 self.report.notify(f"{self.run_dir} is finished ({ended}, step {self.state.step:,}): nothing to do")
-                return run_state.TrainingResult.of(self.state, ended, self.run_dir)
-            self.accelerator.wait_for_everyone()  # all processes have read before checkpoints are removed
-            self.checkpointer.drop_later(self.state.step)
-            if self.is_main:
-                write_run_info(self.run_dir / "run.json", self.info)
-            self.report.notify(f"training into {self.run_dir}")
-            tracker = make_tracker(self.config.tracker, self.run_dir, self.state.step, self.report.notify)
-            self.report.start(self.state.step if self.state.step else -1, self.info, tracker)
-            reason = "error"
-            try:
-                with run_state.StopSignals() as signals, distributed.watch_other_processes(self.accelerator):
-                    reason = self._loop(signals)
-            except RuntimeError as error:
-                if self.world == 1 or not distributed.is_lost_process(error):
-                    raise
-                raise run_state.LostProcessError(self.state.step + 1, self.checkpointer.last_good()) from error
-            finally:
-                self.report.end({"reason": reason, "step": self.state.step})
-                self.checkpointer.close()
-            result = run_state.TrainingResult.of(self.state, reason, self.run_dir)
-            if self.is_main:
+            result = run_state.TrainingResult.of(self.state, ended or self._run(), self.run_dir)
+            has_card = (
+                ended and (self.run_dir / CARD).exists()
+            )  # a kill after the last checkpoint may have prevented it
+            if self.is_main and not has_card:
                 write_run_card(self.run_dir, self.info, result, overwrite)
             return result
 
+    def _run(self) -> str:
+        """Trains between the start and the end of everything around the loop; returns why the run ended."""
+        self.accelerator.wait_for_everyone()  # all processes have read before checkpoints are removed
+        self.checkpointer.drop_later(self.state.step)
+        if self.is_main:
+            write_run_info(self.run_dir / "run.json", self.info)
+        self.report.notify(f"training into {self.run_dir}")
+        tracker = make_tracker(self.config.tracker, self.run_dir, self.state.step, self.report.notify)
+        self.report.start(self.state.step if self.state.step else -1, self.info, tracker)
+        reason = "error"
+        try:
+            with run_state.StopSignals() as signals, distributed.watch_other_processes(self.accelerator):
+                reason = self._loop(signals)
+        except RuntimeError as error:
+            if self.world == 1 or not distributed.is_lost_process(error):
+                raise
+            raise run_state.LostProcessError(self.state.step + 1, self.checkpointer.last_good()) from error
+        finally:
+            self.report.end({"reason": reason, "step": self.state.step})
+            self.checkpointer.close()
+        return reason
+
     def _loop(self, signals: run_state.StopSignals) -> str:
-        """Returns why the run ended."""
+        """Takes steps, with everything that is due after each, until something ends the run; returns what."""
         config, state = self.config, self.state
         started = time.monotonic() - state.seconds
         if state.step == 0:
@@ -167,12 +181,7 @@ class Trainer:
         self.speed.begin()
         reason: str | None = None
         while reason is None:
-            self.checkpointer.check()
-            planned = self.batches.stage_of(state.step)
-            if config.stages and planned.first_step == state.step:
-                self.report.stage_begins(self.batches.plan, planned)
-            factor = self.schedule.factor(state.step, state.seconds, state.evaluation_seconds)
-            rate = config.learning_rate * (factor * planned.stage.learning_rate_scale)
+            rate = self._begin_step()
             self._step(rate)
             state.step += 1
             log_due = _due(state.step, config.log_every)
@@ -198,23 +207,33 @@ class Trainer:
         self.report.notify(run_state.TrainingResult.of(state, reason, self.run_dir).closing_message())
         return reason
 
+    def _begin_step(self) -> float:
+        """Announces a stage that begins; returns the step's learning rate."""
+        state = self.state
+        planned = self.batches.stage_of(state.step)
+        if self.config.stages and planned.first_step == state.step:
+            self.report.stage_begins(self.batches.plan, planned)
+        factor = self.schedule.factor(state.step, state.seconds, state.evaluation_seconds)
+        return self.config.learning_rate * (factor * planned.stage.learning_rate_scale)
+
     def _step(self, rate: float) -> None:
-        batches, num_labels = self._micro_batches_of_step()
+        """One update of the weights."""
+        (*others, last), num_labels = self._micro_batches_of_step()
         distributed.seed_dropout(self.config.seed, self.state.step, self.rank)
         set_rates(self.optimizers.values(), rate)
         self.model.train()
-        loss = torch.zeros((), device=self.device)  # this process's part
+        parts = torch.zeros(5, device=self.device)
         try:
-            for batch in batches[:-1]:
+            for batch in others:
                 with self.parallel.no_sync():
-                    loss += self._backward(batch, num_labels)
-            loss += self._backward(batches[-1], num_labels)
+                    parts += self._backward(batch, num_labels)
+            parts += self._backward(last, num_labels)
         except torch.OutOfMemoryError as error:
             accumulation = self.config.gradient_accumulation_steps
             raise run_state.OutOfMemoryError(self.state.step + 1, accumulation) from error
         limit = math.inf if self.config.clip_norm is None else self.config.clip_norm
         grad_norm = self.parallel.clip(limit)
-        is_bad = self.guard.check(self.state.step + 1, loss, grad_norm)
+        is_bad = self.guard.check(self.state.step + 1, parts[0], grad_norm)
         for optimizer in self.optimizers.values():
             if self.guard.update(optimizer, is_bad):
                 optimizer.step()
@@ -222,19 +241,18 @@ class Trainer:
         if self.average is not None:
             self.average.update(self.state.step + 1)
         update_router_biases(self.model)
-        self.window.add_step(loss, grad_norm, is_bad)
+        self.window.add(parts, grad_norm, is_bad)
         if self.device.type == "cpu":  # on a GPU reading the flag would synchronize
             self._check_finite()
 
     def _backward(self, batch: PackedBatch, num_labels: int) -> torch.Tensor:
-        """Returns the micro-batch's part of the step's loss."""
+        """Adds a micro-batch's gradient; returns its `LoggingWindow.parts` of the step."""
         batch = batch.to(self.device)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
             self.loss.prepare(batch)
             output = self.parallel.wrapped(**batch.inputs_with_loss(num_labels))
         self.parallel.backward(output.loss)
-        self.window.add_micro_batch(output, batch, num_labels)
-        return cast(torch.Tensor, output.loss.detach())
+        return self.window.parts(output, batch, num_labels)
 
     def _micro_batches_of_step(self) -> tuple[list[PackedBatch], int]:
         """This process's micro-batches, and the number of labels over all processes."""
@@ -264,6 +282,7 @@ class Trainer:
 
     def _log(self, rate: float) -> None:
         self._check_finite()
+        self.checkpointer.check()
         state = self.state
         share = self.schedule.progress(state.step, state.seconds, state.evaluation_seconds)
         measured = self.window.metrics() | self.speed.metrics()
@@ -320,7 +339,12 @@ class Trainer:
             self.checkpointer.save(self.state)
 
     def _reason_to_end(self) -> str | None:
-        return run_state.reason_to_end(self.state, self.schedule, self.config.early_stopping_patience)
+        """Why the run is over, or None: by state and configuration alone, so a resumed run decides alike."""
+        state, patience = self.state, self.config.early_stopping_patience
+        reason = self.schedule.limit_reached(state.step, state.seconds, state.evaluation_seconds)
+        if reason is None and patience is not None and state.bad_evaluations >= patience:
+            reason = "early stopping"
+        return reason
 
 
 def _due(step: int, every: int | None) -> bool:
