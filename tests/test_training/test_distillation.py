@@ -135,6 +135,10 @@ def test_a_distilled_run_follows_its_teacher_and_resumes_to_the_bit(
     assert isinstance(loss, DistillationLoss)
     row = pack(encode_cards(VALIDATION, tokenizer))
     with torch.no_grad():
+        ours = student.eval()(**row.inputs_with_loss(row.labels.numel()))
+        torch.testing.assert_close(
+            ours.loss, F.cross_entropy(ours.logits[0], row.labels), msg="it has its own loss again"
+        )
         theirs = loss.teacher(**row.inputs).logits[0]
         near, far = (
             kl_divergence(model.eval()(**row.inputs).logits[0], theirs, 1.0, "forward").mean()

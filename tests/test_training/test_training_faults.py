@@ -26,7 +26,7 @@ from flash_experts.data.prepare import check_prepared
 from flash_experts.training import Callback, NonFiniteLossError, Trainer, TrainingConfig
 from flash_experts.training.checkpoint import checkpoint_steps
 from flash_experts.training.loss import MOST_SKIPS_IN_A_ROW, FiniteGuard
-from flash_experts.training.run_folder import RunLock
+from flash_experts.training.run_folder import run_lock
 from flash_experts.training.run_state import STOP_SIGNALS, OutOfMemoryError, StopSignals, checkpoint_path
 from flash_experts.training.tracking import read_metrics
 from tests.test_training import TRAIN, VALIDATION, make_model
@@ -269,10 +269,10 @@ def test_a_lock_that_cannot_be_removed_does_not_hide_the_error(tmp_path: Path, m
         raise PermissionError(errno.EACCES, "used by another process", str(path))
 
     accelerator: Any = SimpleNamespace(is_main_process=True, num_processes=1)
-    with pytest.raises(KeyError), monkeypatch.context() as patch, RunLock(tmp_path / "run", accelerator):
+    with pytest.raises(KeyError), monkeypatch.context() as patch, run_lock(tmp_path / "run", accelerator):
         patch.setattr(Path, "unlink", is_open)
         raise KeyError
-    with pytest.raises(KeyError), RunLock(tmp_path / "run", accelerator):
+    with pytest.raises(KeyError), run_lock(tmp_path / "run", accelerator):
         raise KeyError
     assert not (tmp_path / "run").exists()
 

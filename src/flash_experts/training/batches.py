@@ -25,7 +25,7 @@ from flash_experts.training.training_config import Stage, TrainingConfig
 
 
 def split_evenly(lengths: Sequence[int], parts: int) -> list[range]:
-    """Cuts a sequence into ``parts`` consecutive ranges of nearly equal total length, none of them empty.
+    """Cuts into consecutive ranges of nearly equal total length, none of them empty.
 
     ``split_evenly([5, 1, 1, 1, 4], 3) == [range(0, 1), range(1, 4), range(4, 5)]``
     """
@@ -33,11 +33,9 @@ def split_evenly(lengths: Sequence[int], parts: int) -> list[range]:
     ends = np.fromiter(accumulate(lengths), dtype=np.int64)
     middles = ends - np.asarray(lengths) / 2
     cuts = np.searchsorted(middles, ends[-1] * np.arange(1, parts) / parts)
-    # Every range keeps at least one item, whatever the lengths.
     bounds = [0]
-    for part, cut in enumerate(cuts.tolist(), start=1):
+    for part, cut in enumerate([*cuts.tolist(), len(lengths)], start=1):  # each range keeps an item, and leaves enough
         bounds.append(min(max(cut, bounds[-1] + 1), len(lengths) - (parts - part)))
-    bounds.append(len(lengths))
     return [range(start, end) for start, end in pairwise(bounds)]
 
 
@@ -59,13 +57,9 @@ class PlannedStage:
 
 
 class NameBatches:
-    """The names of every optimizer step.
+    """The names of every optimizer step; a ValueError if there are none, or a stage has none.
 
-    Args:
-        top_logits: a teacher's cached logits for names that it generated; these keep their prompts.
-
-    Raises:
-        ValueError: there are no cards, or none passes the filters of a stage.
+    Names that a teacher generated and cached ``top_logits`` for keep the prompts that it had.
     """
 
     def __init__(
@@ -94,7 +88,7 @@ class NameBatches:
 
     @property
     def planned_steps(self) -> int | None:
-        """Steps of all stages; None if the last one lasts until the run ends."""
+        """None if the last stage lasts until the run ends."""
         last = self.plan[-1]
         return None if last.steps is None else last.first_step + last.steps
 
@@ -118,11 +112,7 @@ class NameBatches:
         return self._cached[1][batch]
 
     def micro_batches_of_step(self, step: int, num_micro_batches: int) -> list[list[EncodedName]]:
-        """The names of a step in micro-batches of nearly equal numbers of tokens.
-
-        Raises:
-            ValueError: there are fewer names than micro-batches.
-        """
+        """The names of a step in micro-batches of nearly equal numbers of tokens; a ValueError if they are too few."""
         names = self.names_of_step(step)
         if len(names) < num_micro_batches:
             raise ValueError(
@@ -135,40 +125,34 @@ class NameBatches:
         seed = self.config.seed
         rng = random.Random(f"attributes/{seed}/{epoch}")
         attributes = [Attributes.of(card).drop(rng, self.config.attribute_dropout) for card in cards]
-        if self.top_logits is not None:
-            generated_from = (Attributes.of(card) if card.source_id in self.top_logits else None for card in cards)
-            attributes = [own or drawn for own, drawn in zip(generated_from, attributes, strict=True)]
+        cached = self.top_logits
+        if cached is not None:
+            pairs = zip(cards, attributes, strict=True)
+            attributes = [Attributes.of(card) if card.source_id in cached else drawn for card, drawn in pairs]
         encoded = encode_names([card.name for card in cards], attributes, self.tokenizer)
-        if self.top_logits is not None:
-            rows = (
-                self.top_logits.first_row(card.source_id, name.ids[name.prompt_length :])
+        if cached is not None:
+            encoded = [
+                replace(name, top_row=cached.first_row(card.source_id, name.ids[name.prompt_length :]))
                 for card, name in zip(cards, encoded, strict=True)
-            )
-            encoded = [replace(name, top_row=row) for name, row in zip(encoded, rows, strict=True)]
-        ordered = [encoded[index] for index in _order_of_epoch(stage, cards, seed, epoch)]
-        most = self.config.names_per_prompt if stage.order == "shuffled" else 1
-        return _group_by_prompt(ordered, most, random.Random(f"prompts/{seed}/{epoch}"))
+            ]
+        order = list(range(len(cards)))
+        random.Random(f"order/{seed}/{epoch}").shuffle(order)
+        if stage.order == "length":
+            order.sort(key=lambda index: len(cards[index].name))  # stable: equal lengths stay shuffled
+        ordered = [encoded[index] for index in order]
+        if stage.order == "length" or self.config.names_per_prompt == 1:
+            return ordered
+        return _group_by_prompt(ordered, self.config.names_per_prompt, random.Random(f"prompts/{seed}/{epoch}"))
 
 
 def _group_by_prompt(names: Sequence[EncodedName], most: int, rng: random.Random) -> list[EncodedName]:
     """Reorders names in shuffled runs of at most ``most`` with one prompt, whose tokens each run shares."""
-    if most == 1:
-        return list(names)
     names_of: dict[tuple[int, ...], list[EncodedName]] = {}
     for name in names:
         names_of.setdefault(name.ids[: name.prompt_length], []).append(name)
     runs = [same[start : start + most] for same in names_of.values() for start in range(0, len(same), most)]
     rng.shuffle(runs)
     return [name for run in runs for name in run]
-
-
-def _order_of_epoch(stage: Stage, cards: Sequence[Card], seed: int, epoch: int) -> list[int]:
-    """Indices of a stage's cards in an epoch's order."""
-    indices = list(range(len(cards)))
-    random.Random(f"order/{seed}/{epoch}").shuffle(indices)
-    if stage.order == "length":
-        indices.sort(key=lambda index: len(cards[index].name))  # stable: equal lengths stay shuffled
-    return indices
 
 
 def _lengths(names: Sequence[EncodedName]) -> list[int]:
@@ -182,11 +166,7 @@ def fitting_cards(
     tokenizer: PreTrainedTokenizerBase,
     notify: Callable[[str], None],
 ) -> tuple[list[Card], list[Card]]:
-    """Leaves out names longer than the model's context, and reports how many.
-
-    Raises:
-        ValueError: no training name fits.
-    """
+    """Leaves out names longer than the model's context, and reports how many; a ValueError if no training name fits."""
     context, kept, left_out = context_length(model.config), [], []
     for kind, cards in (("training", train), ("validation", validation)):
         fit, too_long = split_by_context(cards, tokenizer, context)

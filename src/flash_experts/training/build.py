@@ -35,7 +35,7 @@ def build_model(
         cards: training cards, for a new tokenizer or a trimmed vocabulary.
 
     Raises:
-        ValueError: the base cannot be loaded, or the configuration is wrong or does not fit it.
+        ValueError: the configuration is wrong, or does not fit the base.
     """
     config.validate()
     torch.manual_seed(seed)

@@ -47,15 +47,11 @@ def save_checkpoint(
     tensors: Mapping[str, torch.Tensor],
     metadata: Mapping[str, Any],
 ) -> None:
-    """Writes a checkpoint folder atomically.
+    """Writes a checkpoint folder atomically; a CheckpointError, as on a full disk, leaves no partial folder.
 
     Args:
-        model: defines how weights are saved; its current weights are not used.
-        weights: state dict of the model; ``tensors`` are all others.
+        model: defines how ``weights`` are saved; its own are not used.
         metadata: JSON values: ``state``, configuration, data hashes.
-
-    Raises:
-        CheckpointError: it could not be written, as on a full disk; no partial folder is left.
     """
 
     def write(folder: Path) -> None:
@@ -69,7 +65,7 @@ def save_checkpoint(
 
 
 def verify_checkpoint(folder: Path) -> None:
-    """Checks a checkpoint's files against its manifest; a CheckpointError if one is missing, damaged or a pickle."""
+    """Checks the files against the manifest; a CheckpointError if one is missing, damaged or a pickle."""
     if not folder.is_dir():
         raise CheckpointError(f"no checkpoint at {folder}: the folder does not exist")
     for path in files_in(folder):
@@ -122,7 +118,7 @@ def first_valid(run_dir: Path, steps: list[int], warn: Callable[[str], None]) ->
 
 
 def read_state(folder: Path) -> tuple[TrainerState, dict[str, Any]]:
-    """The state of a verified checkpoint, and its other metadata; a CheckpointError if a run writes other things."""
+    """The state of a verified checkpoint, and its other metadata; a CheckpointError if it is not what a run writes."""
     known = [field.name for field in fields(TrainerState)]
     try:
         metadata = json.loads((folder / STATE).read_text(encoding="utf-8"))
@@ -144,7 +140,7 @@ def read_state(folder: Path) -> tuple[TrainerState, dict[str, Any]]:
 
 
 def load_weights(folder: Path, model: PreTrainedModel) -> None:
-    """Loads a verified checkpoint's weights into a model, in place; a CheckpointError if they are another model's."""
+    """Loads a verified checkpoint's weights in place; a CheckpointError if they are another model's."""
     try:
         weights = load_file(folder / "model.safetensors")
         own = model.state_dict()
@@ -177,10 +173,7 @@ def mismatch_error(folder: Path, reason: object) -> CheckpointError:
 
 
 def prune_checkpoints(run_dir: Path, keep: int, best_step: int, warn: Callable[[str], None]) -> None:
-    """Removes all checkpoints but the newest ``keep`` and the best one, if one of these verifies.
-
-    Damaged ones must not push out the only good one.
-    """
+    """Removes all but the newest ``keep`` and the best one, if one of these verifies."""
     steps = checkpoint_steps(run_dir)
     stay = {*steps[-keep:], best_step}
     doomed = [step for step in steps if step not in stay]

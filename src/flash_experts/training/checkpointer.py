@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from functools import partial
@@ -31,18 +31,17 @@ _DATA_ORDER_FIELDS = ("seed", "tokens_per_batch", "attribute_dropout", "names_pe
 class Stateful(Protocol):
     """An object that a checkpoint keeps, once registered with the `Checkpointer`."""
 
-    def state_dict(self) -> Mapping[str, Any]:
-        """Tensors (sharded ones too) and JSON values. Called on every process, so it may gather."""
+    def state_dict(self) -> Mapping[str, torch.Tensor]:
+        """Tensors, sharded ones too. Called on every process, so it may gather."""
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
         """Restores what `state_dict` gave (tensors are full and on the CPU); ValueError if it does not match."""
 
 
 class Checkpointer:
     """Saves and restores a run: weights, which may be sharded, a `TrainerState`, and every registered object.
 
-    The main process writes, all read. ``info`` is compared on resuming: the run's ``config``, ``data``, ``processes``,
-    ``device`` and ``identity``.
+    The main process writes, all read. ``info`` is the content of run.json, which is compared on resuming.
     """
 
     def __init__(
@@ -71,12 +70,9 @@ class Checkpointer:
 
     def save(self, state: TrainerState) -> None:
         """Writes this step's checkpoint and removes old ones. All processes call it."""
-        tensors: dict[str, torch.Tensor] = {}
-        values = {}
-        for name, stateful in self._registered.items():
-            own, values[name] = split_state(name, stateful.state_dict())
-            tensors |= own
-        metadata = {"state": asdict(state), **self._metadata, "registered": values}
+        states = {name: stateful.state_dict() for name, stateful in self._registered.items()}
+        tensors = {f"{name}/{key}": tensor for name, own in states.items() for key, tensor in own.items()}
+        metadata = {"state": asdict(state), **self._metadata, "registered": {name: {} for name in states}}
         weights, tensors = self._gather(self._weights()), self._gather(tensors)
         path = checkpoint_path(self.run_dir, state.step)
         self._submit(partial(self._write, path, weights, tensors, metadata, state.best_step))
@@ -190,14 +186,10 @@ class Checkpointer:
             )
         self._check_identity(folder, metadata.get("identity"))
         checkpoints.load_weights(folder, self.model)
-        self._load_registered(folder, metadata["registered"])
+        self._load_registered(folder, metadata["registered"].keys())
         self._notify(f"resuming {folder} after step {state.step:,}")
         self._compare(metadata)
         return state
-
-    def drop_later(self, step: int) -> None:
-        if self._is_main:
-            checkpoints.drop_later(self.run_dir, step)
 
     def _check_identity(self, folder: Path, then: Any) -> None:
         """Refuses a checkpoint with another tokenizer, model configuration or set of validation names."""
@@ -217,15 +209,16 @@ class Checkpointer:
         if changed:
             raise checkpoints.mismatch_error(folder, ", ".join(changed))
 
-    def _load_registered(self, folder: Path, values: Mapping[str, Any]) -> None:
-        if values.keys() != self._registered.keys():
-            there, here = ", ".join(sorted(values)), ", ".join(sorted(self._registered))
+    def _load_registered(self, folder: Path, names: Set[str]) -> None:
+        if names != self._registered.keys():
+            there, here = ", ".join(sorted(names)), ", ".join(sorted(self._registered))
             raise checkpoints.mismatch_error(folder, f"it has the state of {there}, but this run has {here}")
         tensors = checkpoints.load_tensors(folder)
         for name, stateful in self._registered.items():
+            own = {key.removeprefix(f"{name}/"): value for key, value in tensors.items() if key.startswith(f"{name}/")}
             try:
-                stateful.load_state_dict(join_state(name, tensors, values[name]))
-            except (ValueError, KeyError, RuntimeError, AttributeError, TypeError) as error:
+                stateful.load_state_dict(own)
+            except (ValueError, KeyError, RuntimeError) as error:
                 raise checkpoints.mismatch_error(folder, f"{name}: {error}") from error
 
     def _find(self, resume: str | Path) -> Path:
@@ -254,17 +247,3 @@ class Checkpointer:
                     f"not as in the checkpoint: {name} {here}, formerly {before}. Dropout and rounding differ, so the "
                     "results are equivalent, but not equal to the bit"
                 )
-
-
-def split_state(name: str, state: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """The tensors of a state, with keys ``name/key``, and its JSON values."""
-    tensors = {f"{name}/{key}": value for key, value in state.items() if isinstance(value, torch.Tensor)}
-    values = {key: value for key, value in state.items() if not isinstance(value, torch.Tensor)}
-    return tensors, values
-
-
-def join_state(name: str, tensors: Mapping[str, torch.Tensor], values: Mapping[str, Any]) -> dict[str, Any]:
-    """The inverse of `split_state`; ``tensors`` may have other names' keys."""
-    prefix = name + "/"
-    own = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
-    return own | dict(values)

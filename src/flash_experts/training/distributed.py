@@ -11,7 +11,6 @@ import threading
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
-from types import TracebackType
 from typing import Any, cast
 
 import torch
@@ -39,7 +38,7 @@ _ENDED = "ended"
 
 
 def make_accelerator(device: str) -> Accelerator:
-    """Joins the process group and selects the device of this process; raises a ValueError if it is not available."""
+    """Joins the process group and selects this process's device; a ValueError if it is not available."""
     found = resolve_device(None if device == "auto" else device)
     # Each router's buffers count its own tokens: DDP would overwrite them with the main process's before each forward.
     # Gradients that are views of DDP's buckets are not held twice.
@@ -49,8 +48,7 @@ def make_accelerator(device: str) -> Accelerator:
 
 
 # ------------------------------------------------------------------------------------------------------ sharded tensors
-# A DTensor has the name, shape and value of the full tensor, of which each process holds a shard. Every function here
-# also takes ordinary tensors.
+# A DTensor stands for the full tensor, of which each process holds a shard. Functions here take ordinary tensors too.
 
 
 def local_shard(tensor: torch.Tensor) -> torch.Tensor:
@@ -81,7 +79,7 @@ def holds_whole_matrices(tensor: torch.Tensor) -> bool:
 
 @torch.no_grad()
 def clip_grad_norm(parameters: Iterable[torch.Tensor], limit: float) -> torch.Tensor:
-    """Scales the full gradient down to the norm ``limit``; returns the norm before, 0-dimensional."""
+    """Scales the gradient down to the norm ``limit``; returns the norm before, 0-dimensional."""
     trained = [parameter for parameter in parameters if parameter.grad is not None]
     # A shard may be on one process alone or replicated on several: DTensors know which, and count each one once.
     by_mesh: dict[object, list[torch.Tensor]] = {}
@@ -91,7 +89,8 @@ def clip_grad_norm(parameters: Iterable[torch.Tensor], limit: float) -> torch.Te
     norms = [gather_full(torch.nn.utils.get_total_norm(gradients)) for gradients in by_mesh.values()]
     norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
     if math.isfinite(limit):
-        torch.nn.utils.clip_grads_with_norm_(trained, limit, norm)
+        scale = (limit / (norm + 1e-6)).clamp(max=1.0)
+        torch._foreach_mul_([local_shard(cast(torch.Tensor, parameter.grad)) for parameter in trained], scale)
     return norm
 
 
@@ -99,7 +98,7 @@ def clip_grad_norm(parameters: Iterable[torch.Tensor], limit: float) -> torch.Te
 
 
 def parallelize_model(model: PreTrainedModel, accelerator: Accelerator, config: TrainingConfig) -> Replicated:
-    """Distributes the model in place by the strategy ``config.parallel``: optimizers are made after this.
+    """Distributes the model in place by ``config.parallel``, before its optimizers are made.
 
     Raises:
         ValueError: expert parallel, but the model has no experts, or no two processes can share them.
@@ -120,7 +119,7 @@ def parallelize_model(model: PreTrainedModel, accelerator: Accelerator, config: 
 
 
 class Replicated:
-    """Data parallel: every process has the whole model (DistributedDataParallel). Base of the other strategies.
+    """Data parallel: every process has the whole model (DDP). Base of the other strategies.
 
     Training calls ``wrapped``; validation and saving use the plain ``model``.
     """
@@ -134,7 +133,7 @@ class Replicated:
         return cast(nn.Module, self.accelerator.prepare_model(module))
 
     def no_sync(self) -> AbstractContextManager[Any]:
-        """While open, backwards accumulate this process's gradient without communication."""
+        """While open, backwards add to this process's gradient without communication."""
         return self.accelerator.no_sync(self.wrapped)
 
     def backward(self, loss: torch.Tensor) -> None:
@@ -142,22 +141,22 @@ class Replicated:
         self.accelerator.backward(loss * self.accelerator.num_processes)  # undoes DDP's mean over processes
 
     def clip(self, limit: float) -> torch.Tensor:
-        """Clips the global gradient norm after a step's last backward; returns the norm before, equal everywhere."""
+        """Clips the global gradient norm after a step's last backward; returns the norm before."""
         return clip_grad_norm(self.model.parameters(), limit)
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """While open, the plain model is in eval mode; if it is sharded, all processes must call it equally often."""
+        """While open, the plain model is in eval mode; all processes must call a sharded one equally often."""
         self.model.eval()
         yield
 
     def full_model(self) -> PreTrainedModel | None:
-        """An unsharded model in eval mode on the main process, None on the others. All must call it."""
+        """An unsharded model in eval mode on the main process, None on the others; all call it."""
         return self.model.eval() if self.accelerator.is_main_process else None
 
 
 class Sharded(Replicated):
-    """Fully sharded data parallel (FSDP2, ZeRO-3): every process has a shard of weights, gradients and optimizer state.
+    """FSDP2 (ZeRO-3): every process has a shard of weights, gradients and optimizer state.
 
     The weights of a block are all-gathered when it is computed, and freed after.
     """
@@ -203,8 +202,8 @@ class Sharded(Replicated):
     def evaluating(self) -> Iterator[None]:
         with super().evaluating():
             yield
-        # A forward leaves the embeddings gathered for its backward. There is none here, and the next forward would use
-        # them although the weights may have changed (averaged weights, a checkpoint).
+        # A forward leaves the embeddings gathered for its backward. The next one would use them, although the weights
+        # may have changed (averaged weights, a checkpoint).
         self._fsdp.reshard()
 
     def full_model(self) -> PreTrainedModel | None:
@@ -221,7 +220,7 @@ class Sharded(Replicated):
 
 
 class ExpertParallel(Sharded):
-    """Every process has some whole experts, to which tokens are sent by all-to-all; the rest of the model is sharded.
+    """Every process has some whole experts, to which tokens are sent by all-to-all; the rest is sharded.
 
     Several groups of processes may have all experts each, whose gradients are all-reduced.
     """
@@ -244,9 +243,9 @@ class ExpertParallel(Sharded):
 
 
 def seed_dropout(seed: int, step: int, rank: int) -> None:
-    """Makes dropout (and router noise) a function of (seed, step, process).
+    """Makes dropout and router noise a function of (seed, step, process).
 
-    So a checkpoint needs no random state, and neither validation nor sampling changes what training draws.
+    So a checkpoint needs no random state, and validation and sampling may draw.
     """
     torch.manual_seed(random.Random(f"dropout/{seed}/{step}/{rank}").getrandbits(63))
 
@@ -262,8 +261,7 @@ def max_over_processes(accelerator: Accelerator, values: list[float]) -> list[fl
 def agree(accelerator: Accelerator, seconds: float, stop: bool, due: bool, seconds_held: float) -> tuple[float, bool]:
     """Training time and whether to stop, equal on all processes: signals reach one of them, and clocks differ.
 
-    The exchange would synchronize GPUs, so there it happens at log steps (``due``) alone; at others, ``seconds_held``,
-    the time that was agreed last, stays.
+    The exchange would synchronize GPUs: there it waits for a log step (``due``), and ``seconds_held`` stays till then.
     """
     if accelerator.num_processes > 1 and not due and accelerator.device.type != "cpu":
         return seconds_held, False
@@ -289,8 +287,8 @@ def watch_other_processes(accelerator: Accelerator) -> AbstractContextManager[ob
 class Heartbeat:
     """While open, ends this process when another one has been silent for too long.
 
-    The main thread then most likely waits for the other inside PyTorch, where no exception reaches it. So a thread
-    ends the process, as NCCL's watchdog does; checkpoints are atomic, so nothing is lost.
+    The main thread most likely waits for it inside PyTorch, where no exception reaches it. So a thread ends the
+    process, as NCCL's watchdog does; checkpoints are atomic.
     """
 
     def __init__(self, rank: int, world: int):
@@ -307,9 +305,7 @@ class Heartbeat:
         self._thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._closing.set()
         self._thread.join(self._timeout)
 

@@ -37,11 +37,7 @@ MOST_SKIPS_IN_A_ROW = 20
 def make_loss(
     config: TrainingConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, device: torch.device
 ) -> CausalLoss:
-    """The loss of a run; loads its teacher.
-
-    Raises:
-        ValueError: the teacher cannot be loaded, does not take packed sequences, or has another vocabulary.
-    """
+    """The loss of a run, with its teacher; a ValueError if that cannot be loaded or does not fit the model."""
     if config.teacher is None:
         return CausalLoss(config.label_smoothing)
     if holds_top_logits(config.teacher):
@@ -82,7 +78,7 @@ class CausalLoss:
 
     top_logits: TopLogits | None = None  # a teacher's, for names with an `EncodedName.top_row`
 
-    def __init__(self, smoothing: float):
+    def __init__(self, smoothing: float = 0.0):
         self.smoothing = smoothing
 
     def prepare(self, batch: PackedBatch) -> None:
@@ -101,8 +97,7 @@ class CausalLoss:
         """The loss, a 0-dimensional float32 tensor. Arguments as in transformers' losses.
 
         Args:
-            logits: (..., S, vocab_size), any floating type.
-            labels: (..., S) int64, shifted here unless ``shift_labels``, (..., S), are given.
+            labels: (..., S), shifted here unless ``shift_labels``, (..., S), are given.
             num_items_in_batch: divisor of the sum; None for the number of labels.
         """
         if shift_labels is None:
@@ -131,7 +126,7 @@ class CausalLoss:
 class _SumInChunks(torch.autograd.Function):
     """Sums a loss over chunks of rows, each with its gradient at once, so that float32 copies stay in the cache.
 
-    As the fused cross-entropy of Liger Kernel (Hsu et al. 2024), without the matmul before it.
+    As Liger Kernel's fused cross-entropy (Hsu et al. 2024), without the matmul before it.
     """
 
     @staticmethod
@@ -157,12 +152,8 @@ class _SumInChunks(torch.autograd.Function):
 class DistillationLoss(CausalLoss):
     """Knowledge distillation: ``(1 - w) * cross-entropy + w * t^2 * KL`` of teacher and student at temperature t.
 
-    Hinton et al. 2015, Distilling the Knowledge in a Neural Network; with the reverse KL, Gu et al. 2024, MiniLLM. The
-    factor t^2 keeps the scale of the gradients.
-
-    Args:
-        teacher: model in eval mode, on the student's device and with its vocabulary.
-        kl: forward is KL(teacher || student), which is mode-covering; reverse is KL(student || teacher), mode-seeking.
+    Hinton et al. 2015; with the reverse KL, KL(student || teacher), Gu et al. 2024, MiniLLM. The factor t^2 keeps the
+    scale of the gradients. The teacher is in eval mode, on the student's device.
     """
 
     def __init__(
@@ -193,8 +184,7 @@ class DistillationLoss(CausalLoss):
 class TopLogitsLoss(CausalLoss):
     """`DistillationLoss` from top-K logits that were cached while the teacher generated the names.
 
-    The divergence is over K + 1 outcomes: the K most likely tokens, and the rest of the vocabulary. Other labels have
-    the cross-entropy alone.
+    The divergence is over the K most likely tokens and the rest. Labels without logits have the cross-entropy alone.
     """
 
     def __init__(self, smoothing: float, top_logits: TopLogits, weight: float, kl: Direction) -> None:
@@ -261,12 +251,9 @@ def _divergence(student: torch.Tensor, teacher: torch.Tensor, kl: Direction) -> 
 
 
 def use_bfloat16(precision: str, device: torch.device) -> bool:
-    """Whether forwards run under bfloat16 autocast; weights and optimizer state stay float32.
+    """Whether forwards run under bfloat16 autocast; a ValueError if the GPU has none.
 
-    A processor that would compute bfloat16 in software gets float32 instead.
-
-    Raises:
-        ValueError: the GPU has no bfloat16.
+    A processor that would compute it in software gets float32 instead.
     """
     if device.type == "cpu":
         return precision == "bfloat16" and has_bfloat16()
@@ -285,15 +272,11 @@ def check_dtype(model: PreTrainedModel) -> PreTrainedModel:
 
 @contextmanager
 def deterministic_algorithms(wanted: bool) -> Iterator[None]:
-    """If ``wanted``, restricts PyTorch to operations that give the same bits in every run; others raise.
-
-    On CUDA atomic additions do not, nor does cuBLAS without a fixed workspace (``CUBLAS_WORKSPACE_CONFIG``, read when
-    CUDA starts).
-    """
+    """If ``wanted``, restricts PyTorch to operations that give the same bits in every run; others raise."""
     if not wanted:
         yield
         return
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when CUDA starts
     before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False
@@ -310,8 +293,8 @@ def deterministic_algorithms(wanted: bool) -> Iterator[None]:
 class FiniteGuard:
     """The NaN/Inf check before each update; a bad step on one process is bad for all.
 
-    On a GPU reading the flag would synchronize: the fused optimizer gets it as a tensor and skips by itself, and the
-    host reads it at the next line of metrics. With ``stop``, no later update is applied either.
+    On a GPU reading the flag would synchronize: the fused optimizer skips by itself, and the host reads it at the next
+    line of metrics. With ``stop``, no later update is applied either.
     """
 
     def __init__(self, stop: bool, device: torch.device, world: int):

@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import cast
 
 import torch
 from accelerate import Accelerator
@@ -46,7 +46,7 @@ def training_metrics(
     share: float,
     measured: Mapping[str, float],
 ) -> dict[str, float]:
-    """A line of metrics: ``rate`` is the last learning rate, ``share`` (0 to 1) of the run is done."""
+    """A line of metrics; ``share`` (0 to 1) of the run is done."""
     scales = {f"lr/{part}": getattr(config.lr_scale, part) for part in PARTS}
     metrics: dict[str, float] = {
         "step": state.step,
@@ -98,10 +98,7 @@ class LoggingWindow:
         self._sums = torch.where(is_bad, self._sums, torch.cat([first, self._sums[3:] + parts[1:]]))
 
     def metrics(self) -> dict[str, float]:
-        """The metrics of the window (no losses if every step was skipped), which then starts again.
-
-        Every process must call it.
-        """
+        """The metrics of the window, without losses if all steps were skipped; starts again. All processes call it."""
         sums = self._sums.clone()
         sums[_PARTS] = cast(torch.Tensor, self._accelerator.reduce(sums[_PARTS], "sum"))
         total, steps, grad_norm, nats, characters, *parts = sums.tolist()
@@ -115,12 +112,12 @@ class LoggingWindow:
         self._add_up_routers()
         return loss | router_metrics(self._model)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, torch.Tensor]:
         """Sums of every process, (processes, ...): their total would not restore them to the bit."""
         own = {"sums": self._sums} | self._router_buffers()
         return {name: cast(torch.Tensor, self._accelerator.gather(value[None])) for name, value in own.items()}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
         sums = state["sums"].to(self._sums.device)
         if sums.shape[1:] != self._sums.shape:
             raise ValueError("its sums were written by another version of this program")
@@ -156,10 +153,7 @@ class LoggingWindow:
 
 
 class Validation:
-    """A fixed draw of validation names, packed once in batches as large as a micro-batch, which the processes share.
-
-    ``sha256`` is of the names and their prompts.
-    """
+    """A fixed draw of validation names, packed once in batches as large as a micro-batch, which the processes share."""
 
     def __init__(
         self,
@@ -183,10 +177,7 @@ class Validation:
             self._batches[suffix] = _share_of_batches(pack_all(names, tokens_per_row), rank, world)
 
     def score(self, model: nn.Module, accelerator: Accelerator) -> dict[str, float]:
-        """Nats per token, bits per character (the EOS token counts as one) and `SELECTION`, equal on all processes.
-
-        Every process must call it.
-        """
+        """Nats per token, bits per character (the EOS token counts as one) and `SELECTION`. All processes call it."""
         sums = self.sums(model, accelerator.device).to(accelerator.device)
         # All-reduced before the division: a mean of means would give more weight to a process with few names.
         totals = cast(torch.Tensor, accelerator.reduce(sums, "sum"))
@@ -216,8 +207,7 @@ class Validation:
 def _share_of_batches(batches: Sequence[PackedBatch], rank: int, world: int) -> list[tuple[PackedBatch, bool]]:
     """Every ``world``-th batch from ``rank`` on, each with whether it counts.
 
-    All processes get equally many, as sharded weights need: one that has no batch left computes the first again,
-    uncounted.
+    Sharded weights need equally many on all processes: one that has none left computes the first again, uncounted.
     """
     share = [(batches[index], True) for index in range(rank, len(batches), world)]
     rounds = -(-len(batches) // world)
@@ -267,8 +257,8 @@ class SpeedMeter:
 def multiplied_parameters(model: PreTrainedModel) -> dict[str, int]:
     """Counts weights: ``total``; ``body``, which multiply a token in the blocks (k experts); ``head``, the output's.
 
-    ``body_flops`` per token and ``head_flops`` per label are training FLOPs per weight: 2 for the forward, 2 for the
-    gradient of its input, if anything before it is trained, and 2 for its own, if it is trained.
+    ``body_flops`` per token and ``head_flops`` per label count 2 per weight for the forward, 2 for the gradient of its
+    input, if anything before it is trained, and 2 for its own, if it is trained.
     """
     looked_up = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     head = model.get_output_embeddings().weight

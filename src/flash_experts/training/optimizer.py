@@ -34,11 +34,7 @@ def part_of(name: str) -> str:
 
 
 def freeze_parts(model: nn.Module, scale: LearningRateScale) -> None:
-    """Freezes the parts whose scale is 0.
-
-    Raises:
-        ValueError: the model lacks a part that has a scale, or nothing is left to train.
-    """
+    """Freezes the parts whose scale is 0; a ValueError if one with a scale is missing, or nothing is left to train."""
     present = {part_of(name) for name, _ in model.named_parameters()}
     for part in PARTS:
         if getattr(scale, part) != 1 and part not in present:
@@ -56,7 +52,7 @@ def freeze_parts(model: nn.Module, scale: LearningRateScale) -> None:
 def make_optimizers(model: nn.Module, config: TrainingConfig) -> dict[str, torch.optim.Optimizer]:
     """The optimizers by their names in checkpoints: ``optimizer`` (fused AdamW), and ``muon``.
 
-    Weight decay is on matrices, not on biases and norms. Each group has a ``scale``, see `set_rates`.
+    Weight decay is on matrices alone. Each group has a ``scale``, see `set_rates`.
     """
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     scales = _scales(model, config)
@@ -302,14 +298,14 @@ class OptimizerState:
         self._names: dict[torch.Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
         self._optimizer = optimizer
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, torch.Tensor]:
         return {
             f"{self._names[parameter]}|{slot}": value
             for parameter, slots in self._optimizer.state.items()
             for slot, value in slots.items()
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
         groups = self._optimizer.param_groups
         parameters = [parameter for group in groups for parameter in group["params"]]
         index_of = {self._names[parameter]: index for index, parameter in enumerate(parameters)}
@@ -321,7 +317,7 @@ class OptimizerState:
             parameter = parameters[index_of[name]]
             shape = torch.Size() if slot == "step" else parameter.shape
             # The fused kernels do not check shapes: with a smaller tensor they would write out of bounds.
-            if not isinstance(value, torch.Tensor) or value.shape != shape or not value.is_floating_point():
+            if value.shape != shape or not value.is_floating_point():
                 raise ValueError(f"{key} is not a floating-point tensor of shape {tuple(shape)}")
             slots.setdefault(index_of[name], {})[slot] = value if slot == "step" else shard_like(value, parameter)
         expected = _SLOTS[type(self._optimizer)]

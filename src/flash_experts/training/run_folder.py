@@ -6,14 +6,12 @@ import hashlib
 import json
 import platform
 import subprocess
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from filelock import FileLock, Timeout
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -28,6 +26,7 @@ from flash_experts.training.distributed import max_over_processes
 from flash_experts.training.metrics import multiplied_parameters
 from flash_experts.training.run_state import TrainingResult
 from flash_experts.training.tracking import BITS_PER_CHAR, METRICS_FILE, read_untrusted_metrics
+from flash_experts.training.training_config import TrainingConfig
 
 LOCK_FILE = Path("checkpoints", ".lock")
 _PACKAGES = ("flash-experts", "torch", "transformers", "accelerate", "tokenizers", "safetensors", "numpy")
@@ -95,10 +94,7 @@ MAY_CHANGE = {
 
 
 def check_run_folder(run_dir: Path, overwrite: bool, accelerator: Accelerator) -> None:
-    """Raises a ValueError, on all processes, for a folder that is neither new nor empty nor a run's.
-
-    A run's has a lock file or checkpoints. ``overwrite`` allows any folder.
-    """
+    """Raises a ValueError, on all processes, for a folder that is neither new nor empty nor a run's."""
     # The main process decides: a late one would find what the main one has begun.
     problem: ValueError | None = None
     is_run = (run_dir / LOCK_FILE).is_file() or checkpoint_steps(run_dir)
@@ -111,45 +107,40 @@ def check_run_folder(run_dir: Path, overwrite: bool, accelerator: Accelerator) -
         raise problem or ValueError(f"the run's folder {run_dir} is refused by the main process, see its error")
 
 
-class RunLock:
-    """While open, no second trainer can use the run's folder, which is created; entering raises a ValueError for it.
+@contextmanager
+def run_lock(run_dir: Path, accelerator: Accelerator) -> Iterator[None]:
+    """While open, no second trainer can use the run's folder, which is created; a ValueError if one does.
 
     The main process holds a lock (``flock``), which ends with it.
     """
+    lock, refused = FileLock(run_dir / LOCK_FILE, blocking=False), False
+    if accelerator.is_main_process:
+        (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire()
+        except Timeout:
+            refused = True
+    if max_over_processes(accelerator, [float(refused)]) == [1.0]:
+        raise ValueError(
+            f"another process is training into {run_dir}: wait for its end, stop it, or choose another run_name"
+        )
+    try:
+        yield
+    except BaseException:
+        if accelerator.is_main_process:
+            with suppress(OSError):  # Windows does not remove the open lock file
+                _remove_if_nothing_was_written(run_dir)
+        raise
+    finally:
+        lock.release()
 
-    def __init__(self, run_dir: Path, accelerator: Accelerator):
-        self._run_dir, self._accelerator = run_dir, accelerator
-        self._lock = FileLock(run_dir / LOCK_FILE, blocking=False)
 
-    def __enter__(self) -> RunLock:
-        refused = False
-        if self._accelerator.is_main_process:
-            (self._run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
-            try:
-                self._lock.acquire()
-            except Timeout:
-                refused = True
-        if max_over_processes(self._accelerator, [float(refused)]) == [1.0]:
-            raise ValueError(
-                f"another process is training into {self._run_dir}: wait for its end, stop it, or choose another "
-                "run_name"
-            )
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if error is not None and self._lock.is_locked:
-            with suppress(OSError):  # there is something in a folder, or, on Windows, the lock cannot be removed
-                self._remove_if_nothing_was_written()
-        self._lock.release()
-
-    def _remove_if_nothing_was_written(self) -> None:
-        checkpoints = self._run_dir / "checkpoints"
-        if [*self._run_dir.iterdir()] == [checkpoints] and [*checkpoints.iterdir()] == [self._run_dir / LOCK_FILE]:
-            (self._run_dir / LOCK_FILE).unlink()
-            checkpoints.rmdir()
-            self._run_dir.rmdir()
+def _remove_if_nothing_was_written(run_dir: Path) -> None:
+    checkpoints, lock = run_dir / "checkpoints", run_dir / LOCK_FILE
+    if [*run_dir.iterdir()] == [checkpoints] and [*checkpoints.iterdir()] == [lock]:
+        lock.unlink()
+        checkpoints.rmdir()
+        run_dir.rmdir()
 
 
 def fingerprint(cards: Sequence[Card]) -> str:
@@ -171,7 +162,7 @@ def describe_data(train: Sequence[Card], validation: Sequence[Card], meta: Mappi
     return described if meta is None else described | {"meta": dict(meta)}
 
 
-def identity(
+def _identity(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, validation_sha256: str | None
 ) -> dict[str, Any]:
     """What must be equal on resuming: tokenizer, validation names, and model configuration without `MAY_CHANGE`."""
@@ -194,17 +185,25 @@ def _sha256_of_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def describe_run(
-    config: dict[str, Any], data: dict[str, Any], model: PreTrainedModel, device: torch.device, processes: int
+    config: TrainingConfig,
+    data: dict[str, Any],
+    origin: Mapping[str, Any] | None,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    validation_sha256: str | None,
+    accelerator: Accelerator,
 ) -> dict[str, Any]:
     """The content of run.json."""
     return {
-        "config": config,
+        "config": config.to_dict(),
         "data": data,
         "model": {"type": model.config.model_type, "parameters": multiplied_parameters(model)},
-        "device": str(device),
-        "processes": processes,
+        "device": str(accelerator.device),
+        "processes": accelerator.num_processes,
         "git_commit": git_commit(),
         "versions": versions(),
+        "origin": dict(origin or {}),
+        "identity": _identity(model, tokenizer, validation_sha256),
     }
 
 
@@ -251,7 +250,7 @@ def write_run_card(run_dir: Path, info: Mapping[str, Any], result: TrainingResul
         return
     data, origin = info["data"], info["origin"]
     source = data.get("meta", {}).get("source")
-    validations = [line for line in read_untrusted_metrics(run_dir / METRICS_FILE) if line["event"] == "validation"]
+    validations = [line for line in read_untrusted_metrics(run_dir / METRICS_FILE) if line.get("event") == "validation"]
     best = next((line for line in validations if line["step"] == result.best_step), {})
     values = {given: best[name] for given, name in _GIVEN.items() if name in best}
     base_model, license = origin_of(origin.get("base"))

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import FrameType
 
 from flash_experts.training.training_config import TrainingConfig
 
@@ -118,9 +118,7 @@ class StopSignals:
             previous(number, frame)
         self.received = name
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         for number, previous in self._previous.items():
             signal.signal(number, previous)  # type: ignore[arg-type]
 
@@ -130,7 +128,7 @@ class TrainingError(RuntimeError):
 
 
 class NonFiniteLossError(TrainingError):
-    """A NaN or infinite loss or gradient, at ``step`` (from 1) with its training names, or in a validation, without."""
+    """A NaN or infinite loss or gradient at ``step`` (from 1), with its names, or in a validation, without."""
 
     def __init__(self, step: int, names: Sequence[str], last_good: Path | None, config: TrainingConfig, bfloat16: bool):
         where = f"in the validation at step {step}"

@@ -168,7 +168,7 @@ def read_metrics(path: str | Path, event: str | None = None) -> list[dict[str, A
     """Reads a metrics.jsonl, one event (train, validation, samples) or all; skips a last line that a kill truncated.
 
     Raises:
-        ValueError: there is no such file, it is not UTF-8 text or too large, or a line is damaged (``file:line``).
+        ValueError: there is no such file, it is too large, or a line is damaged (``file:line``).
     """
     path = Path(path)
     if not path.is_file():

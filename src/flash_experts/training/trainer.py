@@ -22,9 +22,11 @@ from flash_experts.models.hub import CARD
 from flash_experts.models.router_metrics import update_router_biases
 from flash_experts.training import distributed, run_state
 from flash_experts.training.batches import NameBatches, fitting_cards
+from flash_experts.training.checkpoint import drop_later
 from flash_experts.training.checkpointer import Checkpointer
 from flash_experts.training.loss import (
     MOST_SKIPS_IN_A_ROW,
+    CausalLoss,
     FiniteGuard,
     check_dtype,
     deterministic_algorithms,
@@ -42,11 +44,10 @@ from flash_experts.training.optimizer import (
     set_rates,
 )
 from flash_experts.training.run_folder import (
-    RunLock,
     check_run_folder,
     describe_data,
     describe_run,
-    identity,
+    run_lock,
     write_run_card,
     write_run_info,
 )
@@ -88,7 +89,7 @@ class Trainer:
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         self.autocast = use_bfloat16(config.precision, self.device)
         self.model = check_dtype(model).to(self.device)
-        self.model.loss_function = self.loss = make_loss(config, self.model, tokenizer, self.device)
+        self.loss = make_loss(config, self.model, tokenizer, self.device)
         freeze_parts(self.model, config.lr_scale)
         self.parallel = distributed.parallelize_model(self.model, self.accelerator, config)
         self.optimizers = make_optimizers(self.model, config)
@@ -100,15 +101,13 @@ class Trainer:
         train_cards, validation_cards = fitting_cards(
             train_cards, validation_cards, self.model, tokenizer, self.report.notify
         )
-        self.micro_batches_per_step = config.gradient_accumulation_steps * self.world
         self.batches = NameBatches(train_cards, tokenizer, config, self.loss.top_logits)
         self.schedule = Schedule.of(config, self.batches.planned_steps)
         self.validation = (
             Validation(validation_cards, tokenizer, config, self.rank, self.world) if validation_cards else None
         )
-        self.info = describe_run(config.to_dict(), data, self.model, self.device, self.world)
         validation_sha256 = None if self.validation is None else self.validation.sha256
-        self.info |= {"origin": dict(origin or {}), "identity": identity(self.model, tokenizer, validation_sha256)}
+        self.info = describe_run(config, data, origin, self.model, tokenizer, validation_sha256, self.accelerator)
         self.speed = SpeedMeter(self.info["model"]["parameters"], self.device, self.world)
         self.guard = FiniteGuard(config.on_nan == "stop", self.device, self.world)
         # All that a step passes to the next: the weights, `state`, and what is registered (`checkpointer.Stateful`).
@@ -137,28 +136,28 @@ class Trainer:
         check_run_folder(self.run_dir, overwrite, self.accelerator)
         if overwrite and resume == "auto":
             resume = None
-        with deterministic_algorithms(self.config.deterministic), RunLock(self.run_dir, self.accelerator):
+        with deterministic_algorithms(self.config.deterministic), run_lock(self.run_dir, self.accelerator):
             self.state = self.checkpointer.restore(resume, overwrite)
             ended = self._reason_to_end() if self.state.step else None
             if ended:
                 self.report.notify(f"{self.run_dir} is finished ({ended}, step {self.state.step:,}): nothing to do")
-            result = run_state.TrainingResult.of(self.state, ended or self._run(), self.run_dir)
-            has_card = (
-                ended and (self.run_dir / CARD).exists()
-            )  # a kill after the last checkpoint may have prevented it
-            if self.is_main and not has_card:
+            reason = ended or self._run()
+            result = run_state.TrainingResult.of(self.state, reason, self.run_dir)
+            # A finished run has its card, unless it was killed after the last checkpoint.
+            if self.is_main and not (ended and (self.run_dir / CARD).exists()):
                 write_run_card(self.run_dir, self.info, result, overwrite)
             return result
 
     def _run(self) -> str:
         """Trains between the start and the end of everything around the loop; returns why the run ended."""
         self.accelerator.wait_for_everyone()  # all processes have read before checkpoints are removed
-        self.checkpointer.drop_later(self.state.step)
         if self.is_main:
+            drop_later(self.run_dir, self.state.step)
             write_run_info(self.run_dir / "run.json", self.info)
         self.report.notify(f"training into {self.run_dir}")
         tracker = make_tracker(self.config.tracker, self.run_dir, self.state.step, self.report.notify)
         self.report.start(self.state.step if self.state.step else -1, self.info, tracker)
+        self.model.loss_function = self.loss
         reason = "error"
         try:
             with run_state.StopSignals() as signals, distributed.watch_other_processes(self.accelerator):
@@ -168,6 +167,7 @@ class Trainer:
                 raise
             raise run_state.LostProcessError(self.state.step + 1, self.checkpointer.last_good()) from error
         finally:
+            self.model.loss_function = CausalLoss()  # a teacher and smoothing are for training alone
             self.report.end({"reason": reason, "step": self.state.step})
             self.checkpointer.close()
         return reason
@@ -256,7 +256,8 @@ class Trainer:
 
     def _micro_batches_of_step(self) -> tuple[list[PackedBatch], int]:
         """This process's micro-batches, and the number of labels over all processes."""
-        batches = self.batches.micro_batches_of_step(self.state.step, self.micro_batches_per_step)
+        count = self.config.gradient_accumulation_steps * self.world
+        batches = self.batches.micro_batches_of_step(self.state.step, count)
         names = [name for batch in batches for name in batch]
         tokens = sum(name.num_inputs for name in names)
         num_labels = sum(len(name.ids) - name.prompt_length for name in names)
