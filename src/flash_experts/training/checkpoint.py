@@ -1,7 +1,7 @@
 """The checkpoint format: folders that survive a kill at any moment.
 
-A checkpoint is written as `models.saving` writes folders: it is complete, or it does not exist. Pickles, which can run
-code when loaded, are refused. Random states are not stored: the trainer seeds dropout at each step.
+As `models.saving` writes folders, a checkpoint is complete or does not exist. Pickles, which can run code, are refused.
+Random states are not stored: the trainer seeds dropout at each step.
 """
 
 from __future__ import annotations

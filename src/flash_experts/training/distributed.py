@@ -70,7 +70,7 @@ def shard_like(full: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 
 def holds_whole_matrices(tensor: torch.Tensor) -> bool:
-    """Whether no matrix is cut: an ordinary tensor, or experts' matrices (N, R, C) sharded over N alone."""
+    """Whether no matrix is cut: an ordinary tensor, or experts' (N, R, C) sharded over N alone."""
     if not isinstance(tensor, DTensor):
         return True
     shards = [placement for placement in tensor.placements if not placement.is_replicate()]
@@ -270,7 +270,7 @@ def agree(accelerator: Accelerator, seconds: float, stop: bool, due: bool, secon
 
 
 def is_lost_process(error: BaseException) -> bool:
-    """Whether another process is gone; gloo and NCCL have no class of their own for it."""
+    """Whether another process is gone, for which gloo and NCCL have no class."""
     text = str(error)
     return isinstance(error, torch.distributed.DistError) or "gloo" in text or "NCCL" in text
 

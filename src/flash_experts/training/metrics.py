@@ -218,7 +218,7 @@ def _share_of_batches(batches: Sequence[PackedBatch], rank: int, world: int) -> 
 
 
 class SpeedMeter:
-    """Training speed of ``world`` processes without pauses (validation, samples, checkpoints)."""
+    """Training speed of all processes, without pauses (validation, samples, checkpoints)."""
 
     def __init__(self, counts: dict[str, int], device: torch.device, world: int):
         self._counts, self._device = counts, device

@@ -334,7 +334,7 @@ class OptimizerState:
 class WeightAverage:
     """Exponential moving average (EMA) of the trained weights: ``a = d a + (1 - d) w`` after each step.
 
-    ``d = min(decay, (1 + n) / (10 + n))`` after n steps, so that the first, bad weights are soon forgotten.
+    ``d = min(decay, (1 + n) / (10 + n))`` after n steps, so that the first weights are soon forgotten.
     """
 
     def __init__(self, model: nn.Module, decay: float):

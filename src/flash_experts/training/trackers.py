@@ -187,9 +187,9 @@ class Tracker(Callback):
 class Wandb(Tracker):
     """Weights & Biases, online with an API key and offline without one; never interactive.
 
-    It writes to ``$WANDB_DIR/wandb``, or ``wandb`` in the current directory. A resumed run has the id in
-    ``wandb_id.txt``: online it continues the same run of wandb, offline it writes another folder, and one `wandb sync`
-    of all appends each to the one before. A run that starts over has a new id: wandb ignores steps that it has.
+    A resumed run has the id in ``wandb_id.txt``: online it continues the same run of wandb, offline it writes another
+    folder, and one `wandb sync` of all appends each to the one before. A run that starts over has a new id: wandb
+    ignores steps that it has.
     """
 
     def __init__(self, run_dir: Path, step: int, notify: Callable[[str], None], mode: str):

@@ -217,7 +217,7 @@ class Trainer:
         return self.config.learning_rate * (factor * planned.stage.learning_rate_scale)
 
     def _step(self, rate: float) -> None:
-        """One update of the weights."""
+        """One update of the weights, from the gradients of all micro-batches."""
         (*others, last), num_labels = self._micro_batches_of_step()
         distributed.seed_dropout(self.config.seed, self.state.step, self.rank)
         set_rates(self.optimizers.values(), rate)
