@@ -6,6 +6,7 @@ A tracker never ends a run: if it fails, training goes on without it, and metric
 from __future__ import annotations
 
 import json
+import netrc
 import os
 import secrets
 import shlex
@@ -15,6 +16,7 @@ from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from statistics import fmean
 from typing import Any
+from urllib.parse import urlsplit
 
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, TensorBoardTracker, WandBTracker
 
@@ -337,6 +339,12 @@ def _has_key() -> bool:
     """Whether an API key is in the environment or .netrc (`wandb login`)."""
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
-    from requests.utils import get_netrc_auth  # wandb depends on requests
-
-    return get_netrc_auth(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai") is not None
+    host = urlsplit(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").hostname
+    places = [os.environ["NETRC"]] if os.environ.get("NETRC") else [Path.home() / ".netrc", Path.home() / "_netrc"]
+    for place in places:
+        try:
+            if netrc.netrc(str(place)).hosts.get(str(host)):
+                return True
+        except (OSError, ValueError, netrc.NetrcParseError):
+            continue
+    return False
