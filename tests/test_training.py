@@ -253,6 +253,27 @@ def test_time_budget_ends_the_run(
     assert GPT2LMHeadModel.from_pretrained(config.run_dir)
 
 
+def test_a_validation_that_takes_most_of_the_time_is_reported(
+    dense_config: GPT2Config,
+    tokenizer: PreTrainedTokenizerFast,
+    config: TrainingConfig,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    settings = replace(config, max_epochs=None, max_minutes=0.02, checkpoint_every=None, eval_every=None)
+    trainer = Trainer(make_model(dense_config), tokenizer, TRAIN, VALIDATION, settings)
+    assert trainer.validation is not None
+    score = trainer.validation.sums
+
+    def slow(*args: Any) -> torch.Tensor:
+        time.sleep(0.5)
+        return score(*args)
+
+    monkeypatch.setattr(trainer.validation, "sums", slow)
+    trainer.train()
+    assert "more than half of max_minutes (0.02); validate on fewer names" in capsys.readouterr().err
+
+
 def test_the_best_model_is_that_of_the_lowest_mean_and_is_the_one_in_the_folder(
     dense_config: GPT2Config,
     tokenizer: PreTrainedTokenizerFast,

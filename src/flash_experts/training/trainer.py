@@ -298,6 +298,11 @@ class Trainer:
         self._evaluate()
         seconds = time.monotonic() - started
         (self.state.evaluation_seconds,) = distributed.max_over_processes(self.accelerator, [seconds])
+        if self.config.max_minutes and 4 * seconds > 60 * self.config.max_minutes:
+            self.report.notify(
+                f"validation took {seconds:.0f} s and is repeated at the end: that is more than half of max_minutes "
+                f"({self.config.max_minutes:g}); validate on fewer names with --training.validation-names"
+            )
         self.report.notify("training ...")
 
     def _evaluate(self) -> None:
