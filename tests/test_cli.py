@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 from argparse import SUPPRESS
 from pathlib import Path
 
@@ -144,6 +147,16 @@ def test_a_process_of_its_own_says_the_same(tmp_path: Path) -> None:
     for arguments in (("trian",), ("generate", "--model", "nowhere")):
         done = run_process(*arguments, cwd=tmp_path)
         assert done == run(*arguments, cwd=tmp_path) and done.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("arguments", ["help", "--version", "generate --help", "configs"])
+def test_a_reader_that_closes_the_pipe_early_is_no_error(arguments: str) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "flash_experts", *arguments.split()]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, timeout=300)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, b"")
 
 
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:

@@ -85,7 +85,17 @@ def _dashes_to_underscores(argument: str) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command and returns the exit status: 0, 1 for an error, 2 for a wrong command line, 130 for Ctrl+C."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        status = _main(list(sys.argv[1:] if argv is None else argv))
+        if sys.stdout is not None:
+            sys.stdout.flush()  # argparse leaves its help in the buffer
+        return status
+    except BrokenPipeError:  # the reader of our output closed it, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _main(arguments: list[str]) -> int:
     if arguments[:1] == ["help"] and arguments[1:]:  # "help COMMAND TOPIC" is "COMMAND TOPIC --help"
         arguments = [*arguments[1:], "--help"]
     if not arguments or arguments[0] in ("-h", "--help", "help"):
@@ -111,11 +121,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             ctrl_c.close()
             if ctrl_c.pressed or isinstance(error, KeyboardInterrupt):
                 say(f"flash-experts {name}: interrupted", sys.stderr)
-                status = 130
-            elif isinstance(error, SystemExit):
-                status = int(error.code or 0)
-            else:
+                return 130
+            if not isinstance(error, SystemExit):
                 raise
+            status = int(error.code or 0)
     return status
 
 
@@ -139,9 +148,6 @@ def _run(name: str, arguments: list[str], ctrl_c: CtrlC) -> int:
         with _model_families(args):
             command.run(args)
         return 0
-    except BrokenPipeError:  # the reader of our output closed it
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except ModuleNotFoundError as error:
         if args.debug or str(error.name).startswith("flash_experts"):
             raise
@@ -149,7 +155,7 @@ def _run(name: str, arguments: list[str], ctrl_c: CtrlC) -> int:
         return 1
     except Exception as error:
         fixable = isinstance(error, (ValueError, OSError, RuntimeError, MemoryError))
-        if ctrl_c.pressed or args.debug or not fixable:
+        if ctrl_c.pressed or args.debug or isinstance(error, BrokenPipeError) or not fixable:
             raise
         say(f"flash-experts {name}: {shortened(one_line(_explain(error)))}", sys.stderr)
         return 1
