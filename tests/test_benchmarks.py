@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from flash_experts.benchmarks import attention, attention_baselines, everything, generate, moe, train
+from flash_experts.benchmarks import TOPICS, attention, attention_baselines, generate, moe, train
 from flash_experts.benchmarks.attention_baselines import BatchProblem, DecodeProblem, PackedProblem, Trial
 from flash_experts.benchmarks.attention_tables import choices
 from flash_experts.benchmarks.report import Report, find_recorded, find_worse, machine_facts, main
@@ -215,6 +215,11 @@ def test_a_regression_is_reported_after_a_second_measurement(
     ]
     with pytest.raises(ValueError, match="no results of generate on this machine"):
         find_recorded(tmp_path, "generate", CPU)
+    for name, content in (("rows", {"machine": here}), ("machine", {"machine": 3, "rows": []})):
+        (tmp_path / "elsewhere").mkdir(exist_ok=True)
+        (tmp_path / f"elsewhere/{name}.json").write_text(json.dumps({"topic": "moe"} | content), "utf-8")
+        with pytest.raises(ValueError, match=rf"{name}\.json: not a results file"):
+            find_recorded(tmp_path / f"elsewhere/{name}.json", "moe", CPU)
     (tmp_path / "broken.json").write_text("{", "utf-8")
     with pytest.raises(ValueError, match=r"broken\.json: not a results file"):
         find_recorded(tmp_path, "moe", CPU)
@@ -224,7 +229,7 @@ def test_all_topics_are_recorded_by_machine_and_checked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Each has its usual options; what was not recorded on such a machine is said, and measured all the same."""
-    rows = {topic: [{"name": "ours", "times_peer": 3.0, "reason": None}] for topic in everything.TOPICS}
+    rows = {topic: [{"name": "ours", "times_peer": 3.0, "reason": None}] for topic in TOPICS}
 
     def measure(topic: str, args: Any, device: torch.device) -> Report:
         assert args.plot is None and len(vars(args)) > 6, "with all options of the topic"
@@ -234,7 +239,7 @@ def test_all_topics_are_recorded_by_machine_and_checked(
         monkeypatch.setattr(module, "measure", partial(measure, module.__name__.rpartition(".")[2]))
     given = ["benchmark", "all", "--device", "cpu"]
     assert main_of_commands([*given, "--record", str(tmp_path)]) == 0
-    assert capsys.readouterr().out.split("\n\n") == [f"table of {topic}" for topic in everything.TOPICS[:3]] + [
+    assert capsys.readouterr().out.split("\n\n") == [f"table of {topic}" for topic in list(TOPICS)[:3]] + [
         "table of generate\n"
     ]
     recorded = sorted(tmp_path.iterdir())

@@ -9,11 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from flash_experts.benchmarks import TOPICS
 from flash_experts.benchmarks.report import Report, find_recorded, machine_facts, say
 from flash_experts.files import check_out_file
 from flash_experts.models.loading import resolve_device
-
-TOPICS = ("attention", "moe", "train", "generate")
 
 
 @dataclass(frozen=True, slots=True)

@@ -204,20 +204,24 @@ def find_recorded(path: Path, topic: str, device: torch.device) -> list[Row]:
     folder of them; raises a ValueError if there is none."""
     here = machine_facts(device)
     files = sorted(path.glob("*.json")) if path.is_dir() else [path]
-    runs = []
+    runs: list[tuple[str, list[Row]]] = []
     for file in files:
         try:
             run = json.loads(file.read_text("utf-8"))
         except (OSError, ValueError) as error:
             raise ValueError(f"--check {file}: not a results file that can be read ({error})") from error
-        machine = run.get("machine") if isinstance(run, dict) and run.get("topic") == topic else None
-        if machine is not None and all(machine.get(name) == here[name] for name in _SAME_MACHINE):
-            runs.append((machine.get("date") or "", run["rows"]))
+        if not isinstance(run, dict) or run.get("topic") != topic:
+            continue
+        machine, rows = run.get("machine"), run.get("rows")
+        are_rows = isinstance(rows, list) and all(isinstance(row, dict) for row in rows)
+        if not isinstance(machine, dict) or not are_rows:
+            raise ValueError(f"--check {file}: not a results file: it has no machine and rows, as --out writes them")
+        if all(machine.get(name) == here[name] for name in _SAME_MACHINE):
+            runs.append((str(machine.get("date") or ""), rows))
     if not runs:
         of = ", ".join(f"{name} {here[name]}" for name in _SAME_MACHINE if here[name] is not None)
         raise ValueError(f"--check {path}: no results of {topic} on this machine ({of}): record some with --out FILE")
-    rows: list[Row] = max(runs, key=lambda dated: dated[0])[1]
-    return rows
+    return max(runs, key=lambda dated: dated[0])[1]
 
 
 def find_worse(rows: Sequence[Row], recorded: Sequence[Row], among: Collection[Key] | None = None) -> dict[Key, str]:

@@ -8,16 +8,10 @@ from typing import Any
 
 from jsonargparse import Namespace
 
+from flash_experts import benchmarks
 from flash_experts.commands.common import CommandParser, command_parser, print_result
 
-TOPICS = {
-    "attention": "attention kernels against PyTorch's, transformers' and flash-attn's",
-    "moe": "MoE layers against transformers', a dense MLP and installed packages",
-    "train": "fine-tuning of GPT-2 small against transformers' Trainer",
-    "generate": "names per second against transformers' generate",
-    "all": "each of them, recorded by machine and compared with what was recorded",
-}
-_MODULES = {"all": "everything"}  # others have the topic's name
+TOPICS = benchmarks.TOPICS | {"all": "each of them, recorded by machine and compared with what was recorded"}
 
 
 def run(args: Namespace) -> None:
@@ -27,7 +21,7 @@ def run(args: Namespace) -> None:
 
 
 def _module(topic: str) -> Any:
-    return importlib.import_module(f"flash_experts.benchmarks.{_MODULES.get(topic, topic)}")
+    return importlib.import_module(f"{benchmarks.__name__}.{'everything' if topic == 'all' else topic}")
 
 
 def topic_parser(topic: str) -> CommandParser:
