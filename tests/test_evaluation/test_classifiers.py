@@ -161,3 +161,10 @@ def test_odd_names_do_no_harm(real_names: list[str], detector: Detector) -> None
     assert found is not None and found.generated.strong.value > 0.9
     assert KneserNey(real_names[:50]).nats([""]).shape == (1,)
     assert sample_mixture([KneserNey(["ab"], 3)], 0, np.random.default_rng(0)) == []
+
+
+def test_a_task_without_a_sampled_card_is_left_out(cards: list[Card]) -> None:
+    """With few samples, only the first held-out cards are asked for: here, no creatures."""
+    held_out = sorted(cards[7000:8000], key=lambda card: "Creature" in card.types)
+    found = AttributeClassifiers(cards[:3000], held_out).measure(Archive(cards[8000:]), 1, seed=0)
+    assert [one.task for one in found] == ["type", "color"]

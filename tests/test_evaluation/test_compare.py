@@ -10,6 +10,7 @@ from datetime import date
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from flash_experts.evaluation import compare, format_comparison, write_report
@@ -18,10 +19,12 @@ from flash_experts.evaluation.compare import (
     BlindName,
     ComparisonResult,
     PromptNames,
+    differences,
     make_blind_test,
     unique_labels,
 )
 from flash_experts.evaluation.curves import CurvePoint, read_curve
+from flash_experts.evaluation.evaluate import NameNats
 from flash_experts.evaluation.report import render_report, write_plots
 from flash_experts.evaluation.tables import Table, bits_table
 
@@ -109,6 +112,21 @@ def test_table_for_the_terminal(result: ComparisonResult) -> None:
 def test_text_of_a_table_is_not_taken_for_markup() -> None:
     table = Table("t [bold]", ("a", "b"), (("[red]x[/red]", "1"),))
     assert "[red]x[/red]" in table.to_text()
+
+
+def test_a_table_is_plain_text_even_where_colors_are_forced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert "\x1b" not in Table("t", ("a", "b"), (("x", "1"),)).to_text()
+
+
+@pytest.mark.parametrize(("count", "is_significant"), [(1, False), (5, False), (6, True)])
+def test_few_names_show_no_difference(result: ComparisonResult, count: int, is_significant: bool) -> None:
+    """One model is better on each name: with 5 names, that happens by chance in one of 16 comparisons."""
+    worse, better = (
+        replace(model, nats={"test": NameNats(np.full(count, 10.0), nats, nats)})
+        for model, nats in zip(result.models, (np.full(count, 9.0), np.full(count, 8.0)), strict=False)
+    )
+    assert {found.significant for found in differences([worse, better])} == {is_significant}
 
 
 def test_labels_are_unique() -> None:

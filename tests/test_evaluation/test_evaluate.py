@@ -18,7 +18,7 @@ from flash_experts.data.packing import encode_names
 from flash_experts.data.prompts import Attributes
 from flash_experts.evaluation import evaluate, evaluate_names, format_evaluation, read_names
 from flash_experts.evaluation import held_out as held_out_module
-from flash_experts.evaluation.evaluate import _association, config_and_tokenizer
+from flash_experts.evaluation.evaluate import _association, config_and_tokenizer, is_baseline
 from flash_experts.evaluation.held_out import HeldOut, Reference
 from flash_experts.evaluation.scorers import LanguageModel, Prompt, costs_of, parameter_counts
 from flash_experts.models.moe import GPT2MoEForCausalLM
@@ -246,6 +246,13 @@ def test_the_baseline_is_a_model_like_others(data_dir: Path) -> None:
     assert result.samples is not None and result.samples.names == 50
     names = [card.name for card in HeldOut.load(data_dir, ("test",)).splits["test"]]
     assert evaluate_names(names, "ngram", data_dir).bits == figures.unconditional
+
+
+def test_a_model_whose_name_ends_as_a_baseline_does_is_a_model(model_dirs: list[Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(model_dirs[0], tmp_path / "my-ngram")
+    expected = evaluate_names(["Goblin Guide"], model_dirs[0])
+    assert evaluate_names(["Goblin Guide"], folder, tmp_path / "nowhere") == expected
+    assert not is_baseline(folder) and is_baseline("swap") and is_baseline(f"{folder}+ngram")
 
 
 def test_without_scikit_learn_the_rest_is_evaluated(

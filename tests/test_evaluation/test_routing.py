@@ -271,6 +271,8 @@ def test_loads_of_a_training(tmp_path: Path) -> None:
     assert read_loads(path) is None
     path.write_text('{"event": "train", "step": 1, "loss": 3.0}\n[1]\n', "utf-8")
     assert read_loads(path) is None, "of a dense model"
+    path.write_text('{"event": "train", "step": 1, "router/1/load/0": NaN, "router/1/load/1": 1e999}\n', "utf-8")
+    assert read_loads(path) is None, "JSON and page have numbers only"
     lines = [{"step": step, "router/1/load/0": step / 10, "router/1/load/1": 2 - step / 10} for step in range(1, 25)]
     lines.append(lines[4] | {"router/1/load/0": 99.0, "router/1/load/1": 1.0})  # step 5 again, after a resume
     path.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 25, "router/1/lo', "utf-8")

@@ -32,10 +32,11 @@ def run(args: Namespace) -> None:
 
 def _evaluate_lists(args: Namespace) -> None:
     from flash_experts.evaluation import evaluate_lists, format_lists
+    from flash_experts.evaluation.evaluate import is_baseline
 
     if args.names is not None:
         make_parser().error("--lists measures the model's own lists: leave out --names")
-    if args.model.endswith("ngram") or args.model == "swap":
+    if is_baseline(args.model):
         make_parser().error("--lists needs a model that `generate` can use, not a baseline")
     report = partial(say, file=sys.stderr)
     found = evaluate_lists(args.model, args.data, seed=args.seed, device=args.device, progress=report)

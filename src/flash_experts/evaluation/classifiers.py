@@ -27,6 +27,7 @@ from flash_experts.data.cards import COLOR_WORDS, Card
 from flash_experts.data.prompts import UNCONDITIONAL, Attributes
 from flash_experts.evaluation.metrics import NATS_PER_BIT, Estimate, FloatArray, auc_estimate, words
 from flash_experts.evaluation.ngram import KneserNey
+from flash_experts.generation.formatting import SMALL_WORDS
 
 # The first matching type is the label: an artifact creature is named like a creature.
 _TYPES = ("Creature", "Planeswalker", "Land", "Instant", "Sorcery", "Artifact", "Enchantment")
@@ -36,7 +37,7 @@ FOLDS = 5
 _INNER_FOLDS = 4
 _HALVINGS = 3  # random halvings of the real names
 _ORDERS = (3, 6)  # of the character n-gram models
-_SMALL_WORDS = frozenset("a an and as at by for from in into of on or the to with".split())
+_SMALL_WORDS = SMALL_WORDS - {"but"}  # without it, as when the released models were measured
 _FEWEST_OF_A_SIDE = 40  # names of each side, at least
 
 
@@ -122,7 +123,7 @@ class AttributeClassifiers:
     def measure(self, model: NameSampler, samples: int, seed: int) -> list[ControlMetrics]:
         """Classifies up to ``samples`` generated names: half for held-out cards, half for one attribute alone.
 
-        Leaves out tasks with one class.
+        Leaves out tasks with one class, and those that no sampled card has a label of.
         """
         classes = {task.name: self._classes(task) for task in self.tasks}
         of_each = max(1, samples // 2 // max(1, sum(map(len, classes.values()))))
@@ -142,6 +143,8 @@ class AttributeClassifiers:
             for card, name in zip(cards, names, strict=True):
                 if (label := task.label_of(card)) in made:
                     made[label].append(name)
+            if not any(made.values()):  # few samples, and none for a card with a label
+                continue
             of_model, of_alone, of_real = (
                 recognition({label: self.hits(task, label, some) for label, some in found.items() if some}, shares)
                 for found in (made, alone, real)

@@ -26,9 +26,9 @@ from flash_experts.released import model_folder
 from flash_experts.training.tracking import METRICS_FILE
 
 REAL = "a real card"
-
-
 _OF_EACH_KIND = 12  # real names, and generated names of all models together
+# Of fewer names, all may be better for one model by chance alone: 5 of 5, either way, in one of 16 cases.
+_FEWEST_COMPARED = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +83,7 @@ class Difference:
     Attributes:
         conditional: whether the names are conditioned on attributes.
         bits: of the first minus the second, with a paired 95% interval: the first is better if negative.
-        significant: whether the interval excludes zero, not corrected for multiple comparisons.
+        significant: whether the interval excludes zero, for enough names; not corrected for multiple comparisons.
     """
 
     split: str
@@ -194,5 +194,6 @@ def differences(results: Sequence[EvaluationResult]) -> list[Difference]:
             pairs = [(False, nats.unconditional, other.unconditional), (True, nats.conditional, other.conditional)]
             for conditional, a, b in pairs:
                 bits = paired_bits_difference(a, b, nats.characters)
-                found.append(Difference(split, conditional, first.label, second.label, bits, bits.excludes_zero))
+                significant = bits.excludes_zero and len(a) >= _FEWEST_COMPARED
+                found.append(Difference(split, conditional, first.label, second.label, bits, significant))
     return found

@@ -130,6 +130,11 @@ def load_scorer(
     return language(model)
 
 
+def is_baseline(model: str | Path) -> bool:
+    """Whether this stands for a baseline, or for a model mixed with one, rather than for a model alone."""
+    return str(model) in (NGRAM, SWAP) or without_suffix(str(model)) is not None
+
+
 def config_and_tokenizer(
     model: str | Path | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> list[tuple[PretrainedConfig, PreTrainedTokenizerBase]]:
@@ -298,7 +303,7 @@ def evaluate_names(
     if not names:
         raise ValueError("no names to measure: give at least one")
     scorer: Scorer
-    if isinstance(model, (str, Path)) and str(model).endswith((NGRAM, SWAP)):
+    if isinstance(model, (str, Path)) and is_baseline(model):
         scorer = load_scorer(model, HeldOut.load(data_dir, ()))
     else:
         scorer = language_model(model, tokenizer, device)

@@ -37,7 +37,7 @@ class Table:
             table.add_column(Text(name), justify="left" if index == 0 else "right", overflow="fold", no_wrap=index == 0)
         for row in self.rows:
             table.add_row(*(Text(one_line(cell)) for cell in row))
-        console = Console(file=io.StringIO(), width=width)
+        console = Console(file=io.StringIO(), width=width, color_system=None)  # also where FORCE_COLOR is set
         with console.capture() as captured:
             console.print(table)
         return captured.get().rstrip()

@@ -23,6 +23,7 @@ from flash_experts.data.cards import Card
 from flash_experts.data.packing import EncodedName, encode_names, pack_all
 from flash_experts.data.prompts import UNCONDITIONAL, Attributes, drop_unknown, read_conditions
 from flash_experts.data.tokenizer import load_tokenizer
+from flash_experts.evaluation.curves import finite_number
 from flash_experts.evaluation.routing.specialization import (
     TOKEN_CLASSES,
     Specialization,
@@ -315,5 +316,7 @@ def _loads_of(record: dict[str, Any]) -> dict[int, list[float]]:
     for key, value in record.items():
         match key.split("/"):
             case ["router", block, "load", expert]:
+                if finite_number(value) is None:
+                    raise ValueError(f"{key} is {value!r}")
                 found.setdefault(int(block), {})[int(expert)] = float(value)
     return {block: [loads[expert] for expert in range(len(loads))] for block, loads in found.items()}
