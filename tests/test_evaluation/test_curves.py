@@ -57,6 +57,15 @@ def test_each_panel_draws_each_run(runs: list[str]) -> None:
     assert len(draw(read_curves(runs[:1])).axes) == 5, "no MoE model: no panel for loads"
 
 
+def test_each_run_is_in_the_legend(tmp_path: Path) -> None:
+    """Also one whose name matplotlib would take for a hidden line, or for mathematics."""
+    runs = ["plain", "_old", "$a$"]
+    for name in runs:
+        write_run(tmp_path / name, 1, False)
+    figure = draw(read_curves([tmp_path / name for name in runs]))
+    assert [text.get_text().strip() for text in figure.legends[0].get_texts()] == ["plain", "_old", r"\$a\$"]
+
+
 @pytest.mark.parametrize(("ending", "begins"), [("png", b"\x89PNG"), ("svg", b"<?xml"), ("pdf", b"%PDF")])
 def test_pictures_and_pages_repeat_to_the_byte(runs: list[str], tmp_path: Path, ending: str, begins: bytes) -> None:
     out = tmp_path / f"curves.{ending}"

@@ -83,10 +83,12 @@ def test_nats_do_not_depend_on_packing(
     name_tokenizer: PreTrainedTokenizerFast,
     names: dict[str, list[str]],
     attributes: list[Attributes],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     scorer = LanguageModel(model, name_tokenizer, "tiny")
     one_row = scorer.nats(names["test"], attributes)
-    one_each = scorer.nats(names["test"], attributes, tokens_per_batch=1)
+    monkeypatch.setattr("flash_experts.evaluation.scorers.TOKENS_PER_BATCH", 1)
+    one_each = scorer.nats(names["test"], attributes)
     np.testing.assert_allclose(one_each, one_row, rtol=1e-5)
 
 

@@ -84,7 +84,8 @@ def inspection(found: Inspection, model: str, block: int, head: int | None) -> s
         block=block,
         head=head,
         prompt_words=_prompt_words(found, weights_TT),
-        rows=[] if found.experts is None else _expert_rows(found),
+        rows=[] if found.experts is None else map_rows(found.experts),
+        colors=[f"oklch(var(--fe-lightness) .1 {hue})" for hue in expert_hues(found.num_experts)],
         weights=np.rint(100 * weights_TT).astype(int).tolist(),
         percent=percent,
     )
@@ -141,22 +142,3 @@ def _prompt_words(found: Inspection, weights_TT: npt.NDArray[np.float32]) -> lis
         else:
             words.append((text, share))
     return [(word, round(share)) for word, share in words if any(map(str.isalnum, word))]
-
-
-def _expert_rows(found: Inspection) -> list[tuple[str, list[dict[str, object]]]]:
-    assert found.experts is not None
-    colors = [f"oklch(var(--fe-lightness) .1 {hue})" for hue in expert_hues(found.num_experts)]
-    _, rows = map_rows(found.experts)
-    drawn = []
-    for (title, cells), experts in zip(rows, found.experts.experts.values(), strict=True):
-        drawn.append((title, [
-            {
-                "experts": cell.experts,
-                "gates": cell.gates,
-                "split": cell.split,
-                "first": colors[pairs[0][0]] if pairs else "transparent",
-                "second": colors[pairs[min(1, len(pairs) - 1)][0]] if pairs else "transparent",
-            }
-            for cell, pairs in zip(cells, experts, strict=True)
-        ]))  # fmt: skip
-    return drawn

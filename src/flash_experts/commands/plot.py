@@ -11,10 +11,9 @@ _CURVES = "curves.png"
 
 def run(args: Namespace) -> None:
     """Plot the metrics of training runs side by side."""
-    from flash_experts.evaluation.curves import check_format, read_curves, write_curves
+    from flash_experts.evaluation.curves import read_curves, write_curves
 
     out = out_file(args, _CURVES)
-    check_format(out)
     curves = read_curves(args.runs)
     write_curves(curves, out)
     print_result(args, curves, str(out))

@@ -18,15 +18,16 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from flash_experts.data.cards import COLOR_WORDS, Card
-from flash_experts.data.prompts import UNCONDITIONAL, Attributes
+from flash_experts.data.prompts import Attributes
 from flash_experts.evaluation.metrics import NATS_PER_BIT, Estimate, FloatArray, auc_estimate, words
 from flash_experts.evaluation.ngram import KneserNey
+from flash_experts.evaluation.scorers import Scorer
 from flash_experts.generation.formatting import SMALL_WORDS
 
 # The first matching type is the label: an artifact creature is named like a creature.
@@ -39,13 +40,6 @@ _HALVINGS = 3  # random halvings of the real names
 _ORDERS = (3, 6)  # of the character n-gram models
 _SMALL_WORDS = SMALL_WORDS - {"but"}  # without it, as when the released models were measured
 _FEWEST_OF_A_SIDE = 40  # names of each side, at least
-
-
-class NameSampler(Protocol):
-    """A model that generates names for attributes."""
-
-    def sample(self, count: int, seed: int, attributes: Attributes = UNCONDITIONAL) -> list[str]: ...
-    def sample_each(self, attributes: Sequence[Attributes], seed: int) -> list[str]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +114,7 @@ class AttributeClassifiers:
         self.tasks = tasks
         self._classifiers = {task.name: _fit(train, task) for task in tasks}
 
-    def measure(self, model: NameSampler, samples: int, seed: int) -> list[ControlMetrics]:
+    def measure(self, model: Scorer, samples: int, seed: int) -> list[ControlMetrics]:
         """Classifies up to ``samples`` generated names: half for held-out cards, half for one attribute alone.
 
         Leaves out tasks with one class, and those that no sampled card has a label of.

@@ -26,6 +26,15 @@ from flash_experts.released import model_folder
 from flash_experts.training.tracking import METRICS_FILE
 
 REAL = "a real card"
+PROMPTS = (
+    Prompt(),
+    Prompt("Legendary Creature — Goblin", "R", 3),
+    Prompt("Creature — Angel", "W", 5),
+    Prompt("Instant", "U", 2),
+    Prompt("Sorcery", "B", 4),
+    Prompt("Land"),
+)
+NAMES_PER_PROMPT = 6
 _OF_EACH_KIND = 12  # real names, and generated names of all models together
 # Of fewer names, all may be better for one model by chance alone: 5 of 5, either way, in one of 16 cases.
 _FEWEST_COMPARED = 6
@@ -61,19 +70,6 @@ def make_blind_test(
     chosen = [BlindName(name, REAL) for name in rng.sample(list(real), count)] + list(generated.values())[:count]
     rng.shuffle(chosen)
     return tuple(chosen)
-
-
-PROMPTS = (
-    Prompt(),
-    Prompt("Legendary Creature — Goblin", "R", 3),
-    Prompt("Creature — Angel", "W", 5),
-    Prompt("Instant", "U", 2),
-    Prompt("Sorcery", "B", 4),
-    Prompt("Land"),
-)
-
-
-NAMES_PER_PROMPT = 6
 
 
 @dataclass(frozen=True, slots=True)

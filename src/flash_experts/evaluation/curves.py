@@ -106,8 +106,6 @@ def _field(name: str) -> Callable[[Line], float | None]:
 
 
 _BITS = "validation bits per character"
-
-
 PANELS = (
     Panel("loss", "training loss", "train", "step", _field("loss")),
     Panel("lr", "learning rate", "train", "step", _field("lr")),
@@ -116,8 +114,6 @@ PANELS = (
     Panel("bits_per_token", _BITS, "validation", "tokens", _field(BITS_PER_CHAR)),
     Panel("bits_per_second", _BITS, "validation", "seconds", _field(BITS_PER_CHAR)),
 )
-
-
 _AXES = {"step": "optimizer steps", "tokens": "tokens", "seconds": "seconds of training"}
 
 
@@ -144,18 +140,18 @@ def read_curves(runs: Sequence[str | Path]) -> dict[str, dict[str, Points]]:
 
 
 def write_curves(curves: Mapping[str, Mapping[str, Points]], out: Path) -> None:
-    """Writes a picture, by the suffix of ``out``, atomically; raises ValueErrors as `check_format`, and OSErrors."""
-    check_format(out)
+    """Writes a picture, by the suffix of ``out``, atomically; raises a ValueError for any but `PICTURES`."""
+    if out.suffix not in PICTURES:
+        raise ValueError(f"{out} does not end in one of {', '.join(PICTURES)}")
+    require("drawing", "matplotlib")
     content = _picture(draw(curves), out.suffix[1:])
     with whole_file(out) as path:
         path.write_bytes(content)
 
 
-def check_format(out: Path) -> None:
-    """Raises a ValueError if a picture with this suffix cannot be written."""
-    if out.suffix not in PICTURES:
-        raise ValueError(f"{out} does not end in one of {', '.join(PICTURES)}")
-    require("drawing", "matplotlib")
+def plain_label(label: str) -> str:
+    """Escapes a label: matplotlib reads a pair of dollars as mathematics, and leaves labels with _ first out."""
+    return label.replace("$", r"\$") if not label.startswith("_") else plain_label(f" {label}")
 
 
 def draw(curves: Mapping[str, Mapping[str, Points]]) -> Figure:
@@ -170,7 +166,7 @@ def draw(curves: Mapping[str, Mapping[str, Points]]) -> Figure:
         axes = figure.add_subplot(rows, columns, place)
         for label, points in curves.items():
             own = points[panel.name]
-            axes.plot([x for x, _ in own], [y for _, y in own], label=label.replace("$", r"\$"), linewidth=1.2)
+            axes.plot([x for x, _ in own], [y for _, y in own], label=plain_label(label), linewidth=1.2)
         axes.set_title(panel.title, fontsize="medium")
         axes.set_xlabel(_AXES[panel.x])
         axes.grid(alpha=0.3)

@@ -22,12 +22,10 @@ from flash_experts.evaluation.metrics import (
     Memorization,
     WordMetrics,
     distinct_in,
-    distinct_share,
     hit_ratio,
-    length_divergence,
+    jensen_shannon,
     near_duplicates,
     share,
-    word_count_divergence,
     word_metrics,
     words,
 )
@@ -52,7 +50,7 @@ class NameMetrics:
         known: share that is a real card of any set, joke or franchise; None for real names.
         near_known: share within 0.2 edits per character of a known card, for real names another one.
         memorization: None for real names.
-        distinct: distinct names / names.
+        distinct: distinct names / names. It falls with their number, so compare lists of equal length.
         distinct_names: expected distinct names in 10,000; None for fewer. 10,000 for real names.
         distinct_words: the same for words.
         length_divergence: Jensen-Shannon divergence from the lengths of real held-out names, in bits.
@@ -114,6 +112,7 @@ class Reference:
         near = near_duplicates(keys, sorted(self._known), at_least=2 if real else 1)
         every_name = names_of((*self.train, *self.validation, *self.test, *self.test_iid)) if real else names
         validation = names_of(self.validation)
+        word_counts = ([len(name.split()) for name in some] for some in (names, validation))
         unseen = {normal_form(card.name) for card in self.test_iid}
         return NameMetrics(
             names=len(names),
@@ -121,13 +120,13 @@ class Reference:
             in_train=share([key in self._train_keys for key in keys]),
             near_known=share(near),
             memorization=None if real else hit_ratio(set(keys), self._train_keys, unseen),
-            distinct=distinct_share(keys),
+            distinct=len(set(keys)) / len(keys),
             distinct_names=float(PER) if real else distinct_in(keys, PER),
             distinct_words=distinct_in([word for name in every_name for word in words(name)], PER),
             words=word_metrics(names, self._train_words),
             mean_length=sum(map(len, names)) / len(names),
-            length_divergence=length_divergence(names, validation),
-            word_count_divergence=word_count_divergence(names, validation),
+            length_divergence=jensen_shannon(map(len, names), map(len, validation)),
+            word_count_divergence=jensen_shannon(*word_counts),
         )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Hashable, Iterable, Sequence, Set
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +18,7 @@ from flash_experts.data.card_table import is_since_2025
 from flash_experts.data.cards import Card
 
 FloatArray = npt.NDArray[np.float64]
+IntArray = npt.NDArray[np.int64]
 NATS_PER_BIT = math.log(2.0)
 _WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")
 NEAR = 0.2  # edits per character of the longer name, at most, between near-duplicates
@@ -80,15 +81,13 @@ def bits_estimate(nats_N: npt.ArrayLike, characters_N: npt.ArrayLike, *, seed: i
     return ratio_of_sums(np.asarray(nats_N, dtype=np.float64) / NATS_PER_BIT, characters_N, seed=seed)
 
 
-def paired_bits_difference(
-    nats_a_N: npt.ArrayLike, nats_b_N: npt.ArrayLike, characters_N: npt.ArrayLike, *, seed: int = 0
-) -> Estimate:
+def paired_bits_difference(nats_a_N: npt.ArrayLike, nats_b_N: npt.ArrayLike, characters_N: npt.ArrayLike) -> Estimate:
     """Bits per character of ``a`` minus ``b`` on the same names, by a paired bootstrap.
 
     The interval is much narrower than that of either, since both find the same names hard.
     """
     nats_a, nats_b = _same_length(nats_a_N, nats_b_N)
-    return bits_estimate(nats_a - nats_b, characters_N, seed=seed)
+    return bits_estimate(nats_a - nats_b, characters_N)
 
 
 def word_association(nats_own_P: npt.ArrayLike, nats_swapped_P: npt.ArrayLike, *, seed: int = 0) -> Estimate:
@@ -101,7 +100,7 @@ def word_association(nats_own_P: npt.ArrayLike, nats_swapped_P: npt.ArrayLike, *
     return ratio_of_sums((swapped - own) / NATS_PER_BIT, np.full(own.size, 2.0), seed=seed)
 
 
-def share(hits_N: npt.ArrayLike, *, seed: int = 0) -> Estimate:
+def share(hits_N: npt.ArrayLike) -> Estimate:
     """A proportion with its 95% interval: bootstrap, or Wilson's (1927) where none or all are hits."""
     hits = np.asarray(hits_N, dtype=np.float64)
     total = hits.size
@@ -109,7 +108,7 @@ def share(hits_N: npt.ArrayLike, *, seed: int = 0) -> Estimate:
         square = 1.959964**2
         width = square / (total + square)
         return Estimate(0.0, 0.0, width) if hits[0] == 0.0 else Estimate(1.0, 1.0 - width, 1.0)
-    return ratio_of_sums(hits, np.ones(total), seed=seed)
+    return ratio_of_sums(hits, np.ones(total))
 
 
 def words(name: str) -> list[str]:
@@ -165,13 +164,6 @@ def hit_ratio(samples: Set[str], train: Set[str], held_out: Set[str]) -> Memoriz
     return Memorization(in_train, in_held_out, Estimate(value, value * math.exp(-spread), value * math.exp(spread)))
 
 
-def distinct_share(keys: Sequence[Hashable]) -> float:
-    """Distinct items / items. It falls with the number of items, so compare lists of equal length."""
-    if not keys:
-        raise ValueError("no names to measure: give at least one")
-    return len(set(keys)) / len(keys)
-
-
 def distinct_in(items: Sequence[Hashable], count: int) -> float | None:
     """The expected number of distinct items in ``count`` drawn ones: rarefaction (Hurlbert 1971); None for fewer."""
     total = len(items)
@@ -203,28 +195,17 @@ def word_metrics(names: Iterable[str], seen: frozenset[str] | set[str]) -> WordM
     return WordMetrics(total, len(counts), unseen / total if total else 0.0)
 
 
-def jensen_shannon(first: Mapping[int, float], second: Mapping[int, float]) -> float:
-    """The Jensen-Shannon divergence of two histograms in bits (Lin 1991): 0 for equal, 1 for disjoint ones."""
-    total_first, total_second = sum(first.values()), sum(second.values())
-    if not total_first or not total_second:
-        raise ValueError("no names to measure: a histogram is empty")
+def jensen_shannon(first: Iterable[int], second: Iterable[int]) -> float:
+    """The Jensen-Shannon divergence of two samples in bits (Lin 1991): 0 if equally distributed, 1 if disjoint."""
+    counts, others = Counter(first), Counter(second)
+    if not counts or not others:
+        raise ValueError("no names to measure: give at least one of each kind")
     divergence = 0.0
-    for value in first.keys() | second.keys():
-        p, q = first.get(value, 0) / total_first, second.get(value, 0) / total_second
+    for value in counts.keys() | others.keys():
+        p, q = counts[value] / counts.total(), others[value] / others.total()
         middle = (p + q) / 2.0
         divergence += sum(0.5 * x * math.log2(x / middle) for x in (p, q) if x)
     return divergence
-
-
-def length_divergence(names: Sequence[str], real: Sequence[str]) -> float:
-    """`jensen_shannon` of the lengths in characters."""
-    return jensen_shannon(Counter(map(len, names)), Counter(map(len, real)))
-
-
-def word_count_divergence(names: Sequence[str], real: Sequence[str]) -> float:
-    """`jensen_shannon` of the numbers of words."""
-    counts, real_counts = (Counter(len(name.split()) for name in some) for some in (names, real))
-    return jensen_shannon(counts, real_counts)
 
 
 def auc_estimate(scores_N: npt.ArrayLike, labels_N: npt.ArrayLike) -> Estimate:

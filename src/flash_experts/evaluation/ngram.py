@@ -21,9 +21,8 @@ import numpy.typing as npt
 
 from flash_experts.data.cards import Card
 from flash_experts.data.prompts import UNCONDITIONAL, Attributes
+from flash_experts.evaluation.metrics import FloatArray, IntArray
 
-FloatArray = npt.NDArray[np.float64]
-IntArray = npt.NDArray[np.int64]
 Kind = tuple[str, str]
 
 EOS = 0  # symbols: EOS, unknown character, known characters, BOS

@@ -18,7 +18,7 @@ from markupsafe import Markup
 
 from flash_experts.evaluation import tables
 from flash_experts.evaluation.compare import REAL, ComparisonResult
-from flash_experts.evaluation.curves import CurvePoint
+from flash_experts.evaluation.curves import CurvePoint, plain_label
 from flash_experts.evaluation.evaluate import EvaluationResult
 from flash_experts.evaluation.metrics import Estimate
 from flash_experts.files import whole_file, whole_files
@@ -173,9 +173,14 @@ def _figure(width: float, height: float, rows: int, columns: int) -> tuple[Figur
 
 
 def _text(label: str) -> str:
-    """Escapes a label, since matplotlib reads a pair of dollars as mathematics, and shortens long ones."""
-    short = label if len(label) <= 28 else label[:13] + "…" + label[-14:]
-    return short.replace("$", r"\$")
+    """A label as matplotlib takes it, shortened if it is long."""
+    return plain_label(label if len(label) <= 28 else label[:13] + "…" + label[-14:])
+
+
+def _error_bars(estimates: Sequence[Estimate]) -> list[list[float]]:
+    """Lengths below and above; of very few names, rounding may put a bound on the wrong side of the estimate."""
+    below = [max(0.0, estimate.value - estimate.low) for estimate in estimates]
+    return [below, [max(0.0, estimate.high - estimate.value) for estimate in estimates]]
 
 
 def _legend(figure: Figure, axes: Axes, columns: int) -> None:
@@ -195,13 +200,10 @@ def _plot_bits(models: Sequence[EvaluationResult]) -> Figure:
     for column, (split, axes) in enumerate(zip(splits, panels, strict=True)):
         for shift, (name, marker, of) in enumerate(kinds):
             found = [of(model, split) for model in models]
-            errors = [
-                [estimate.value - estimate.low for estimate in found],
-                [estimate.high - estimate.value for estimate in found],
-            ]
             values = [estimate.value for estimate in found]
             rows = [row + 0.2 * (shift - 1) for row in range(len(models))]
-            axes.errorbar(values, rows, xerr=errors, fmt=marker, color=_PALETTE[shift], capsize=3, label=name)
+            bars = _error_bars(found)
+            axes.errorbar(values, rows, xerr=bars, fmt=marker, color=_PALETTE[shift], capsize=3, label=name)
         labels = [_text(model.label) for model in models] if column == 0 else [""] * len(models)
         axes.set_yticks(range(len(models)), labels)
         axes.set_ylim(len(models) - 0.5, -0.5)
@@ -227,7 +229,7 @@ def _plot_speed_quality(models: Sequence[EvaluationResult]) -> Figure:
             axes.errorbar(
                 [cost],
                 [bits.value],
-                yerr=[[bits.value - bits.low], [bits.high - bits.value]],
+                yerr=_error_bars([bits]),
                 fmt=_MARKERS[index % len(_MARKERS)],
                 color=_PALETTE[index % len(_PALETTE)],
                 capsize=3,

@@ -161,26 +161,16 @@ class LanguageModel:
     def costs(self) -> Costs:
         return costs_of(self.model, self._folder)
 
-    def nats(
-        self,
-        names: Sequence[str],
-        attributes: Sequence[Attributes],
-        *,
-        tokens_per_batch: int = TOKENS_PER_BATCH,
-    ) -> FloatArray:
-        """See `Scorer.nats`; ``tokens_per_batch`` changes the speed, not the result.
-
-        Raises:
-            ValueError: a name is longer than the model's context.
-        """
-        encoded = encode_names(names, self._known(attributes), self.tokenizer)
+    def nats(self, names: Sequence[str], attributes: Sequence[Attributes]) -> FloatArray:
+        """See `Scorer.nats`; raises a ValueError if a name is longer than the model's context."""
+        encoded = encode_names(names, known_attributes(self.model.config, attributes), self.tokenizer)
         check_lengths(self.model, names, encoded)
         # Packs names of similar length: on a CPU, attention pads a packed sequence to its longest name.
         order = sorted(range(len(encoded)), key=lambda index: encoded[index].num_inputs)
         ordered = [encoded[index] for index in order]
         with scoring(self.model):
             if separates_packed_sequences(self.model.config):
-                rows = pack_all(ordered, tokens_per_batch)
+                rows = pack_all(ordered, TOKENS_PER_BATCH)
                 scored = [name_nats(self.model, row.to(self.model.device)).cpu() for row in rows]
             else:
                 scored = self._nats_of_padded(ordered)
@@ -208,7 +198,7 @@ class LanguageModel:
 
     def sample(self, count: int, seed: int, attributes: Attributes = UNCONDITIONAL) -> list[str]:
         """See `Scorer.sample`. Names have at most 64 tokens."""
-        (known,) = self._known([attributes])
+        (known,) = known_attributes(self.model.config, [attributes])
         prompt = encode_name("", known, self.tokenizer)
         prompt_ids = prompt.ids[: prompt.prompt_length]
         most = self._most_new_tokens(len(prompt_ids))
@@ -219,7 +209,8 @@ class LanguageModel:
             return self._texts([list(name.ids) for name in drawn])
 
     def sample_each(self, attributes: Sequence[Attributes], seed: int) -> list[str]:
-        encoded = encode_names([""] * len(attributes), self._known(attributes), self.tokenizer)
+        known = known_attributes(self.model.config, attributes)
+        encoded = encode_names([""] * len(known), known, self.tokenizer)
         prompts = [prompt.ids[: prompt.prompt_length] for prompt in encoded]
         most, end_id = self._most_new_tokens(max(map(len, prompts))), self.tokenizer.eos_token_id
         # So that equal prompts are adjacent and computed once.
@@ -229,9 +220,6 @@ class LanguageModel:
             decoder = NameDecoder(self.model, (), end_id, Sampling(), [], most, seed, prompts=ordered)
             texts = self._texts([list(name.ids) for name in decoder.stream(range(len(order)), _SAMPLED_AT_ONCE)])
         return [text for _, text in sorted(zip(order, texts, strict=True))]
-
-    def _known(self, attributes: Sequence[Attributes]) -> list[Attributes]:
-        return known_attributes(self.model.config, attributes)
 
     def _most_new_tokens(self, prompt_length: int) -> int:
         context = context_length(self.model.config)

@@ -129,7 +129,8 @@ class RouterMap:
         return self.settings["num_experts_per_tok"] > 1 or self.settings["routing"] == "expert_choice"
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self) | {"specializations": [each.to_json() for each in self.specializations]}
+        tests = [asdict(each) | {"is_specialized": each.is_specialized} for each in self.specializations]
+        return asdict(self) | {"specializations": tests}
 
 
 def inspect_router(

@@ -50,9 +50,8 @@ class HeatTable:
 class MapCell:
     """Experts of a token in one block; ``split`` is the percentage of the cell with the first one's color."""
 
-    experts: str
+    experts: tuple[int, ...]
     gates: str
-    classes: str
     split: int
 
 
@@ -69,24 +68,24 @@ def render_router_report(result: RouterMap) -> str:
         information=_information_table(result.specializations),
         loads=[_load_table(result.blocks, False), _load_table(result.blocks, True)],
         metrics=metrics_table(result.blocks),
-        maps=[map_rows(each) for each in result.maps],
+        maps=[(each, map_rows(each)) for each in result.maps],
         labels=[(title, _in_order([_share_table(each) for each in group])) for title, group in by_label],
         together=_in_order([_together_table(each) for each in result.blocks]) if result.has_pairs else [],
         training=_training_tables(result),
     )
 
 
-def format_router(result: RouterMap, width: int = 120) -> str:
+def format_router(result: RouterMap) -> str:
     """Formats the router metrics for a terminal."""
     lines = [f"{result.model}: {result.names:,} names, {result.tokens:,} tokens"]
-    lines += [metrics_table(result.blocks).to_text(width), *verdicts(result)]
+    lines += [metrics_table(result.blocks).to_text(), *verdicts(result)]
     lines += [f"block {each.block}: {each.trouble}" for each in result.blocks if each.trouble]
     return "\n".join(lines)
 
 
 def metrics_table(blocks: Sequence[BlockMetrics]) -> Table:
     """One row per metric and one column per block."""
-    names = [name for name in _METRICS if name in blocks[0].metrics or any(name in each.metrics for each in blocks)]
+    names = [name for name in _METRICS if any(name in each.metrics for each in blocks)]
     rows = tuple(
         (_METRICS[name], *(f"{each.metrics[name]:.3f}" if name in each.metrics else MISSING for each in blocks))
         for name in names
@@ -213,21 +212,16 @@ def expert_hues(num_experts: int) -> list[int]:
     return [round(20 + 360 * expert / num_experts) for expert in range(num_experts)]
 
 
-def map_rows(found: NameMap) -> tuple[NameMap, list[tuple[str, list[MapCell]]]]:
+def map_rows(found: NameMap) -> list[tuple[str, list[MapCell]]]:
     """One row of cells per block."""
-    blocks = found.experts.items()
-    return found, [(f"block {block}", [_map_cell(experts) for experts in of_tokens]) for block, of_tokens in blocks]
+    return [(f"block {block}", list(map(_map_cell, of_tokens))) for block, of_tokens in found.experts.items()]
 
 
 def _map_cell(experts: Sequence[tuple[int, float]]) -> MapCell:
-    if not experts:
-        return MapCell("–", "", "", 100)
-    numbers, gates = zip(*experts, strict=True)
-    second = numbers[1] if len(numbers) > 1 else numbers[0]
+    gates = [gate for _, gate in experts]
     total = sum(gates[:2])
     return MapCell(
-        experts=" ".join(map(str, numbers)),
+        experts=tuple(expert for expert, _ in experts),
         gates=" ".join(f"{100 * gate:.0f}" for gate in gates) if len(gates) <= _GATES_SHOWN else "",
-        classes=" ".join([f"e{numbers[0]}", f"f{second}", *(f"h{number}" for number in numbers)]),
         split=round(100 * gates[0] / total) if total > 0 else 100,
     )

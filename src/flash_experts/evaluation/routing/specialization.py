@@ -20,17 +20,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from flash_experts.data.cards import COLOR_WORDS, TYPES, Card
 from flash_experts.data.packing import EncodedName
-from flash_experts.evaluation.metrics import colors_of
-
-FloatArray = npt.NDArray[np.float64]
-IntArray = npt.NDArray[np.int64]
+from flash_experts.evaluation.metrics import FloatArray, IntArray, colors_of
 
 TOKEN_CLASSES = ("BOS token", "prompt", "word start", "continuation", "punctuation")
 BOS, PROMPT, WORD_START, CONTINUATION, PUNCTUATION = range(5)
@@ -82,9 +79,6 @@ class Specialization:
     @property
     def is_specialized(self) -> bool:
         return self.p_value <= SIGNIFICANT
-
-    def to_json(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in self.__slots__} | {"is_specialized": self.is_specialized}
 
 
 def mutual_information(counts_GE: npt.ArrayLike) -> FloatArray:
