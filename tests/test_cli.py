@@ -159,6 +159,12 @@ def test_a_reader_that_closes_the_pipe_early_is_no_error(arguments: str) -> None
     assert (done.returncode, done.stderr) == (0, b"")
 
 
+def test_what_an_encoding_lacks_is_escaped(tmp_path: Path) -> None:
+    """Windows writes cp1252 into files and pipes, which lacks the lines of tables."""
+    done = run_process("generate", "--help", cwd=tmp_path, PYTHONIOENCODING="ascii")
+    assert (done.status, done.err) == (0, "") and r"Creature \u2014 Goblin" in done.out
+
+
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:
     done = run_process("evaluate", "nowhere", "--debug", cwd=tmp_path)
     assert done.status == 1 and "Traceback" in done.err

@@ -15,7 +15,16 @@ from flash_experts.data.sources import read_file
 from flash_experts.evaluation.tables import Table
 from flash_experts.generation import name_files as tables
 from flash_experts.generation.search import GeneratedName
-from flash_experts.terminal import did_you_mean, from_cell, nearest, one_line, printable, to_cell
+from flash_experts.terminal import (
+    did_you_mean,
+    escape_unencodable,
+    from_cell,
+    nearest,
+    one_line,
+    printable,
+    say,
+    to_cell,
+)
 from tests.helpers.command_line import run
 from tests.helpers.spoiled import set_config
 
@@ -56,6 +65,16 @@ def test_errors_warnings_tables_and_labels(workplace: Path, tmp_path: Path) -> N
     assert all(line.isprintable() for line in (done.out + done.err).splitlines())
     table = Table("title\x1b", ("model", "b\nits"), (("label\x1b[31m\n", "1"),))
     assert all(line.isprintable() for line in table.to_text().splitlines())
+
+
+def test_json_stays_valid_where_the_encoding_lacks_a_character() -> None:
+    written = io.BytesIO()
+    stream = io.TextIOWrapper(written, encoding="cp1252")
+    escape_unencodable(stream)
+    names = ["Jötun", "Ōkami", "😀", "──"]
+    say(json.dumps(names, ensure_ascii=False), stream)
+    assert written.getvalue() == b'["J\xf6tun", "\\u014ckami", "\\ud83d\\ude00", "\\u2500\\u2500"]\n'
+    assert json.loads(written.getvalue().decode("cp1252")) == names
 
 
 def test_everything_is_printed_by_one_function() -> None:

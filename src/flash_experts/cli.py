@@ -37,7 +37,7 @@ from flash_experts.commands import (
 )
 from flash_experts.commands.common import shortened
 from flash_experts.kernels.cpu_memory import keep_freed_memory
-from flash_experts.terminal import did_you_mean, one_line, say
+from flash_experts.terminal import did_you_mean, escape_unencodable, one_line, say
 
 COMMANDS = {
     "prepare": prepare,
@@ -85,6 +85,7 @@ def _dashes_to_underscores(argument: str) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command and returns the exit status: 0, 1 for an error, 2 for a wrong command line, 130 for Ctrl+C."""
+    escape_unencodable(sys.stdout)
     try:
         status = _main(list(sys.argv[1:] if argv is None else argv))
         if sys.stdout is not None:

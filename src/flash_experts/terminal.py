@@ -5,14 +5,17 @@ All printing goes through `say`.
 
 from __future__ import annotations
 
+import codecs
 import difflib
 import sys
 import unicodedata
 from collections.abc import Iterable, Iterator
+from io import TextIOWrapper
 from types import TracebackType
 from typing import Any, TextIO, TypeVar
 
 T = TypeVar("T")
+_ESCAPE = "flash_experts.escape"
 # First characters of a formula in spreadsheets (OWASP, "CSV Injection"), full-width forms included.
 _FORMULA = tuple("=+-@\t\r\n＝＋－＠")
 
@@ -31,6 +34,15 @@ def _is_plain(character: str, keep: str) -> bool:
 def _escaped(character: str) -> str:
     units = character.encode("utf-16-be", "surrogatepass")
     return "".join(f"\\u{units[place : place + 2].hex()}" for place in range(0, len(units), 2))
+
+
+codecs.register_error(_ESCAPE, lambda error: (_escaped(error.object[error.start : error.end]), error.end))  # type: ignore[attr-defined]
+
+
+def escape_unencodable(stream: TextIO | None) -> None:
+    """Writes characters that the encoding of a stream lacks as ``\\u2500``: cp1252 has no lines for tables."""
+    if isinstance(stream, TextIOWrapper):
+        stream.reconfigure(errors=_ESCAPE)
 
 
 def one_line(text: str) -> str:
