@@ -16,10 +16,11 @@ from transformers import GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrai
 from flash_experts.data.names import normal_form
 from flash_experts.data.packing import encode_names
 from flash_experts.data.prompts import Attributes
-from flash_experts.evaluation import evaluate, evaluate_names, format_evaluation, read_names
+from flash_experts.evaluation import NamesResult, evaluate, evaluate_names, format_evaluation, format_names, read_names
 from flash_experts.evaluation import held_out as held_out_module
 from flash_experts.evaluation.evaluate import _association, config_and_tokenizer, is_baseline
 from flash_experts.evaluation.held_out import HeldOut, Reference
+from flash_experts.evaluation.metrics import Estimate
 from flash_experts.evaluation.scorers import LanguageModel, Prompt, costs_of, parameter_counts
 from flash_experts.models.moe import GPT2MoEForCausalLM
 from tests.helpers.evaluation import tiny_model, write_data
@@ -352,6 +353,15 @@ def test_names_of_a_file(tmp_path: Path, model_dirs: list[Path]) -> None:
     assert json.loads(json.dumps(result.to_json()))["names"] == names
 
 
+def test_one_name_has_no_interval() -> None:
+    bits = Estimate(2.5, 2.5, 2.5)
+    assert "1 name: 2.500 bits per character" in " ".join(
+        format_names(NamesResult(bits, ("Sol Ring",), (2.5,))).split()
+    )
+    both = NamesResult(Estimate(2.5, 2.0, 3.0), ("Sol Ring", "Mox"), (2.0, 3.0))
+    assert "2 names: 2.500 [2.000, 3.000] bits per character" in " ".join(format_names(both).split())
+
+
 def test_bad_input_is_one_line_with_a_fix(
     tmp_path: Path, model_dirs: list[Path], data_dir: Path, names: dict[str, list[str]]
 ) -> None:
@@ -366,6 +376,7 @@ def test_bad_input_is_one_line_with_a_fix(
         (lambda: evaluate(model_dirs[0], tmp_path / "nowhere"), "flash-experts prepare"),
         (lambda: evaluate(tmp_path / "no-model", data_dir), "no-model"),
         (lambda: evaluate(model_dirs[0], hollow), "test.jsonl is empty"),
+        (lambda: evaluate(model_dirs[0], data_dir, ()), "no held-out names"),
         (lambda: evaluate(model_dirs[0], torn), "known_names.txt is missing"),
         (lambda: read_names(empty), "has no names"),
         (lambda: read_names(binary), "UTF-8"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from contextlib import suppress
 
@@ -17,8 +16,6 @@ from flash_experts.terminal import say
 def run(args: Namespace) -> None:
     """Serve the playground: names in a browser and over HTTP."""
     require("the playground", "gradio")
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
     warnings.filterwarnings("ignore", message=r"found \d+ of \d+ names")  # the page shows it
     sources = args.model or [default_model()]
 

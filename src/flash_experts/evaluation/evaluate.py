@@ -190,6 +190,8 @@ def evaluate(
 
 def evaluate_scorer(scorer: Scorer, held_out: HeldOut, *, samples: int = SAMPLES, seed: int = 0) -> EvaluationResult:
     """As `evaluate`, on loaded data and a loaded model."""
+    if not held_out.splits:
+        raise ValueError("no held-out names to measure: name at least one set")
     metrics, nats = {}, {}
     start = time.perf_counter()
     for split, cards in held_out.splits.items():
@@ -199,6 +201,7 @@ def evaluate_scorer(scorer: Scorer, held_out: HeldOut, *, samples: int = SAMPLES
         association = _association(scorer, names_of(cards), nats[split].unconditional, seed)
         metrics[split] = replace(metrics[split], association=association)
     drawn: list[str] = []
+    sampled_per_second = None
     if samples:
         start = time.perf_counter()
         drawn = scorer.sample(samples, seed)
@@ -218,7 +221,7 @@ def evaluate_scorer(scorer: Scorer, held_out: HeldOut, *, samples: int = SAMPLES
         else tuple(classifiers.measure(scorer, max(1, samples // _CONTROL_SHARE), seed)),
         expert_loads=scorer.expert_loads(names_of(real), [Attributes.of(card) for card in real]),
         scored_per_second=scored_per_second,
-        sampled_per_second=sampled_per_second if drawn else None,
+        sampled_per_second=sampled_per_second,
         seed=seed,
         data=held_out.data,
         examples=tuple(drawn[:EXAMPLES]),

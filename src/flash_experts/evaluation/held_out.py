@@ -82,7 +82,8 @@ class Reference:
     known_names: tuple[str, ...]
 
     @cached_property
-    def _known(self) -> frozenset[str]:
+    def known_keys(self) -> frozenset[str]:
+        """The names of all cards in normal form."""
         return frozenset(map(normal_form, self.known_names)) - {""}
 
     @cached_property
@@ -90,7 +91,8 @@ class Reference:
         return frozenset(normal_form(card.name) for card in self.train)
 
     @cached_property
-    def _train_words(self) -> frozenset[str]:
+    def train_words(self) -> frozenset[str]:
+        """The words of the training names."""
         return frozenset(word for card in self.train for word in words(card.name))
 
     @classmethod
@@ -104,26 +106,26 @@ class Reference:
 
     def is_known(self, name: str) -> bool:
         """Whether a name is an existing card."""
-        return normal_form(name) in self._known
+        return normal_form(name) in self.known_keys
 
     def measure(self, names: Sequence[str], *, real: bool = False) -> NameMetrics:
         """Measures one name or more; those of real cards (``real``) are not compared with themselves."""
         keys = [normal_form(name) for name in names]
-        near = near_duplicates(keys, sorted(self._known), at_least=2 if real else 1)
+        near = near_duplicates(keys, sorted(self.known_keys), at_least=2 if real else 1)
         every_name = names_of((*self.train, *self.validation, *self.test, *self.test_iid)) if real else names
         validation = names_of(self.validation)
         word_counts = ([len(name.split()) for name in some] for some in (names, validation))
         unseen = {normal_form(card.name) for card in self.test_iid}
         return NameMetrics(
             names=len(names),
-            known=None if real else share([key in self._known for key in keys]),
+            known=None if real else share([key in self.known_keys for key in keys]),
             in_train=share([key in self._train_keys for key in keys]),
             near_known=share(near),
             memorization=None if real else hit_ratio(set(keys), self._train_keys, unseen),
             distinct=len(set(keys)) / len(keys),
             distinct_names=float(PER) if real else distinct_in(keys, PER),
             distinct_words=distinct_in([word for name in every_name for word in words(name)], PER),
-            words=word_metrics(names, self._train_words),
+            words=word_metrics(names, self.train_words),
             mean_length=sum(map(len, names)) / len(names),
             length_divergence=jensen_shannon(map(len, names), map(len, validation)),
             word_count_divergence=jensen_shannon(*word_counts),

@@ -117,8 +117,7 @@ class ListEvaluation:
         self._classifiers = AttributeClassifiers(reference.train, held_out, [*TASKS, _subtypes(reference.train)])
         self._detector = Detector(names_of(reference.train), names_of(held_out), seed)
         self._reranking = AttributeClassifier(reference.train)
-        self._known = sorted({normal_form(name) for name in reference.known_names} - {""})
-        self._training_words = frozenset(word for card in reference.train for word in words(card.name))
+        self._reference = reference
         self._seed = seed
 
     def real(self) -> ListMetrics:
@@ -127,11 +126,11 @@ class ListEvaluation:
 
     def swapped(self) -> ListMetrics:
         """Names from the swap baseline of each kind (`flash_experts.evaluation.baselines`)."""
-        known, lists = frozenset(self._known), []
+        lists = []
         for place, request in enumerate(self.requests):
             given = Attributes.parse(request.type_line, request.colors, None)
             names = names_of(cards_of_kind(self._reranking.cards, given))
-            lists.append(swapped_names(names, PER_LIST, known, self._seed + place))
+            lists.append(swapped_names(names, PER_LIST, self._reference.known_keys, self._seed + place))
         return self._measure(SWAPPED, lists, None)
 
     def generated(self, generator: NameGenerator, progress: Callable[[str], object] = str) -> list[ListMetrics]:
@@ -152,7 +151,8 @@ class ListEvaluation:
     def _measure(self, label: str, lists: Sequence[Sequence[str]], per_second: float | None) -> ListMetrics:
         names = [name for one in lists for name in one]
         is_real = label == REAL
-        near = near_duplicates([normal_form(name) for name in names], self._known, at_least=2 if is_real else 1)
+        keys, known = list(map(normal_form, names)), sorted(self._reference.known_keys)
+        near = near_duplicates(keys, known, at_least=2 if is_real else 1)
         real = [name for request in self.requests for name in names_of(request.cards)]
         return ListMetrics(
             label=label,
@@ -161,7 +161,7 @@ class ListEvaluation:
             separation=None if is_real else self._detector.separate(real, names),
             distinct_words=_mean([_distinct([content_words(name) for name in one]) for one in lists]),
             distinct_heads=_mean([_distinct([content_words(name)[-1:] for name in one]) for one in lists]),
-            unknown_words=share([not self._training_words.issuperset(words(name)) for name in names]),
+            unknown_words=share([not self._reference.train_words.issuperset(words(name)) for name in names]),
             near_known=share(near),
             per_second=per_second,
         )

@@ -33,7 +33,7 @@ _INK = "#010203"  # placeholder for the text color of the page, light or dark
 _PNG_DPI = 160
 
 
-def render_report(result: ComparisonResult, title: str = "Models compared", day: date | None = None) -> str:
+def render_report(result: ComparisonResult, day: date | None = None) -> str:
     """Renders a comparison as an HTML page, with all text of models, names and data escaped.
 
     The same result and ``day`` (default: today) give the same bytes.
@@ -41,7 +41,6 @@ def render_report(result: ComparisonResult, title: str = "Models compared", day:
     script = _resource("blind_test.js")
     first = result.models[0]
     return load_template(__package__, "report").render(
-        title=title,
         day=day or date.today(),
         style=Markup(_resource("report.css")),
         script=Markup(script),
@@ -76,9 +75,9 @@ def _resource(name: str) -> str:
     return files("flash_experts.evaluation").joinpath(name).read_text(encoding="utf-8")
 
 
-def write_report(result: ComparisonResult, path: str | Path, title: str = "Models compared") -> Path:
+def write_report(result: ComparisonResult, path: str | Path) -> Path:
     """Writes the page atomically and returns its path; raises a ValueError if it cannot be written."""
-    write_pages({Path(path): render_report(result, title)})
+    write_pages({Path(path): render_report(result)})
     return Path(path)
 
 

@@ -291,5 +291,6 @@ def format_names(result: NamesResult, width: int = 120) -> str:
     """Formats the bits of each name, the most likely first."""
     ordered = sorted(zip(result.bits_of_each, result.names, strict=True))
     rows = tuple((name, f"{bits:.2f}") for bits, name in ordered)
-    title = f"{len(result.names)} names: {result.bits} bits per character"
+    found = f"1 name: {result.bits.value:.3f}" if len(rows) == 1 else f"{len(rows)} names: {result.bits}"
+    title = f"{found} bits per character"
     return Table(title, ("name", "bits/char"), rows).to_text(width)
