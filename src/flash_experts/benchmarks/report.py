@@ -213,8 +213,7 @@ def find_recorded(path: Path, topic: str, device: torch.device) -> list[Row]:
         if not isinstance(run, dict) or run.get("topic") != topic:
             continue
         machine, rows = run.get("machine"), run.get("rows")
-        are_rows = isinstance(rows, list) and all(isinstance(row, dict) for row in rows)
-        if not isinstance(machine, dict) or not are_rows:
+        if not isinstance(machine, dict) or not isinstance(rows, list):
             raise ValueError(f"--check {file}: not a results file: it has no machine and rows, as --out writes them")
         if all(machine.get(name) == here[name] for name in _SAME_MACHINE):
             runs.append((str(machine.get("date") or ""), rows))

@@ -261,18 +261,6 @@ def known_attributes(config: PretrainedConfig, attributes: Sequence[Attributes])
     return [drop_unknown(each, conditions) for each in attributes]
 
 
-def fits_context(
-    config: PretrainedConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    names: Sequence[str],
-    attributes: Sequence[Attributes],
-) -> list[bool]:
-    """Whether each name with its prompt fits into the context."""
-    context = context_length(config)
-    encoded = encode_names(names, known_attributes(config, attributes), tokenizer)
-    return [context is None or name.num_inputs <= context for name in encoded]
-
-
 def check_lengths(model: PreTrainedModel, names: Sequence[str], encoded: Sequence[EncodedName]) -> None:
     """Raises a ValueError if a name exceeds the model's context."""
     context = context_length(model.config)

@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from flash_experts.data.cards import Card
 from flash_experts.data.packing import EncodedName, encode_names, pack_all
-from flash_experts.data.prompts import UNCONDITIONAL, Attributes, drop_unknown, read_conditions
+from flash_experts.data.prompts import UNCONDITIONAL, Attributes
 from flash_experts.data.tokenizer import load_tokenizer
 from flash_experts.evaluation.curves import finite_number
 from flash_experts.evaluation.routing.specialization import (
@@ -32,7 +32,7 @@ from flash_experts.evaluation.routing.specialization import (
     specializations,
     token_labels,
 )
-from flash_experts.evaluation.scorers import TOKENS_PER_BATCH, check_lengths, scoring
+from flash_experts.evaluation.scorers import TOKENS_PER_BATCH, check_lengths, known_attributes, scoring
 from flash_experts.generation.filters.base import NameVocabulary
 from flash_experts.models import router_metrics
 from flash_experts.models.loading import load_model
@@ -159,8 +159,7 @@ def inspect_router(
     model, tokenizer, label = _load(source, tokenizer, device)
     attributes = [UNCONDITIONAL] * len(names)
     if cards is not None and prompted:
-        conditions = read_conditions(model.config.to_dict())
-        attributes = [drop_unknown(Attributes.of(card), conditions) for card in cards]
+        attributes = known_attributes(model.config, [Attributes.of(card) for card in cards])
     encoded = encode_names(names, attributes, tokenizer)
     check_lengths(model, names, encoded)
     routing = route(model, encoded)
