@@ -21,7 +21,7 @@ learn: .venv/.installed-dev  ## every chapter of the learning path and its solut
 docs: .venv/.installed-dev  ## the site, in build/site, with the chapters as notebooks: those that changed are run for it
 	@$(BIN)/python scripts/stage_docs.py --run && $(BIN)/zensical build --strict
 
-lint: .venv/.installed-dev  ## style, types, import directions
+lint: .venv/.installed-dev  ## style, types (scripts and benchmarks too), import directions
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy

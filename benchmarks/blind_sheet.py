@@ -55,7 +55,7 @@ def sampler_of(source: str, data: str) -> Callable[[int, str, str | None], list[
     """Names from ``FOLDER:QUALITY`` or from the n-gram baseline."""
     if source == "ngram":
         train = load_split(data, "train")
-        baseline, known = NGramBaseline(train), load_known_names(data)
+        baseline, known = NGramBaseline(train), sorted(load_known_names(data))
         return lambda count, type_line, colors: baseline.show([Prompt(type_line, colors)], count, SEED, known)[0]
     folder, _, quality = source.partition(":")
     generator = NameGenerator.from_pretrained(folder)

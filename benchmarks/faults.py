@@ -227,13 +227,13 @@ def fill_disk(name: str, words: str, place: Path, temporary: Path) -> dict[str, 
             tried += 1
             with small_disk(temporary / f"{start} {share}") as disk:
                 shutil.copytree(source, disk, dirs_exist_ok=True)
-                before = contents(disk)
+                found = contents(disk)
                 remount(disk, "ro" if share is None else f"size={used_bytes(disk) + int(share * written)}")
                 failed = forked(work, disk)
                 left = contents(disk)
                 remount(disk, "rw,size=64m")
                 again = forked(work, disk)
-                wrong = _wrong(name, failed, before, left, whole)
+                wrong = _wrong(name, failed, found, left, whole)
                 if again.status or (name != "train" and contents(disk) != whole):
                     wrong.append(f"the second run: {again.stderr}")
                 if wrong:

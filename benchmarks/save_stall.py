@@ -24,6 +24,7 @@ from flash_experts.data.tokenizer import train_tokenizer
 from flash_experts.training.checkpointer import Checkpointer
 from flash_experts.training.optimizer import OptimizerState
 from flash_experts.training.run_state import TrainerState
+from flash_experts.training.training_config import TrainingConfig
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -39,7 +40,8 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=None, help="folder on the measured disk (default: temporary)")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = GPT2LMHeadModel(GPT2Config()).to(device)
+    model = GPT2LMHeadModel(GPT2Config())
+    model.to(device)  # type: ignore[arg-type]
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
     tokenizer = train_tokenizer(["Goblin Guide"], vocab_size=300)
     ids = torch.randint(50_000, (1, args.tokens), device=device)
@@ -57,8 +59,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=args.folder) as temporary:
         savers = {}
         for kind in calls:
-            folder = Path(temporary) / kind
-            saver = Checkpointer(folder, model, tokenizer, 1, info, print, True, kind == "background")
+            config = TrainingConfig(
+                output_dir=temporary, run_name=kind, keep_checkpoints=1, save_in_background=kind == "background"
+            )
+            saver = Checkpointer(config, model, tokenizer, info, print, True)
             saver.register("optimizer", OptimizerState(model, optimizer))
             savers[kind] = saver
         step()

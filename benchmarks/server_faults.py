@@ -167,7 +167,9 @@ def experiment(clients: Clients, process: int, requests: int) -> dict[str, Any]:
     divisors = dict(zip(parts, (1, 25, 100, 10, 20, 50), strict=True))
     for part in parts.values():
         part(10)
-    before, counts, lost = settled(clients, process), {}, []
+    before = settled(clients, process)
+    counts: dict[str, dict[str, Any]] = {}
+    lost: list[dict[str, Any]] = []
     for name, part in parts.items():
         tried = requests // divisors[name]
         counts[name] = {"tried": tried, "survived": part(1)}

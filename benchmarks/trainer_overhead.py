@@ -101,7 +101,7 @@ def measure(steps: int, tokens: int, experts: int, base: str, data: str, precisi
             eval_every=None,
             checkpoint_every=None,
             device="cpu",
-            precision=precision,
+            precision=precision,  # type: ignore[arg-type]
         )
         bare = BareLoop()
         trainer = Trainer(model, tokenizer, cards, [], config, [bare])

@@ -88,7 +88,8 @@ def main() -> None:
     model, tokenizer = load_model(args.run, "cpu"), load_tokenizer(args.run)
     merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
     args.out.mkdir(parents=True, exist_ok=True)
-    model.to(torch.bfloat16).save_pretrained(args.out)
+    model.to(dtype=torch.bfloat16)  # type: ignore[call-arg]
+    model.save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
     _compact(args.out / "tokenizer.json")
     home = args.run.parents[1] if args.run.parent.name == "checkpoints" else args.run
@@ -136,7 +137,7 @@ def main() -> None:
     )
     kind = model.config.model_type
     data = card_data(args.out.name, kind, source, "HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0", measured)
-    data.tags = [*data.tags, "magic-the-gathering"]
+    data.tags = [*(data.tags or ()), "magic-the-gathering"]
     write_card(args.out / CARD_FILE, data, text)
 
 

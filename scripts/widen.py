@@ -31,7 +31,7 @@ def widened(model: GPT2LMHeadModel, hidden: int, seed: int = 0) -> GPT2LMHeadMod
     if hidden <= before:
         raise ValueError(f"--hidden must be more than the {before} units that the model has, not {hidden}")
     config = type(model.config).from_dict(model.config.to_dict() | {"n_inner": hidden})
-    wide = GPT2LMHeadModel(config).to(model.dtype)
+    wide = GPT2LMHeadModel(config).to(dtype=model.dtype)  # type: ignore[call-arg]
     generator = torch.Generator().manual_seed(seed)
     weights = model.state_dict()
     for name, weight in wide.state_dict().items():

@@ -186,7 +186,7 @@ def folder_lock(folder: Path) -> Iterator[None]:
 
 def flush_file(path: Path) -> None:
     """Flushes a file to the disk (fsync)."""
-    with path.open("rb") as file:
+    with path.open("r+b") as file:  # Windows flushes only what is open for writing
         os.fsync(file.fileno())
 
 
