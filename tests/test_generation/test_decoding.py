@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from itertools import product
+from itertools import islice, product
 
 import pytest
 import torch
@@ -217,6 +217,14 @@ def test_rows_that_end_are_refilled_and_names_stay_the_same(model: torch.nn.Modu
     longest = max(len(name.ids) for name in streamed)
     assert longest > 16, "the ring grew"
     assert len(calls) <= tokens / 3 + longest + 1, "the rows are full until the last names"
+
+
+def test_any_number_of_names_may_be_asked_for(model: torch.nn.Module) -> None:
+    """The names to come take no memory."""
+    with evaluating(model), torch.no_grad():
+        decoder = NameDecoder(model, [END, 5, 9], END, Sampling(), [], 40, seed=3)
+        many, few = (list(islice(decoder.stream(range(count), 3), 5)) for count in (2**40, 5))
+    assert [name.ids for name in many] == [name.ids for name in few]
 
 
 @pytest.mark.parametrize("kind", ["dense", "moe", "llama", "mistral"])

@@ -5,7 +5,6 @@ Shape suffixes: B batch rows, T tokens of prompt and name, S most tokens of a na
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -195,17 +194,16 @@ class NameDecoder:
         A row whose name ends is given to the next name at once (continuous batching, Yu et al. 2022), except with
         processors other than `NameFilter`, which need rows of equal length.
         """
-        waiting = deque(indices)
         done: dict[int, DecodedName] = {}
         next_index = indices.start
-        batch = _Batch(self, min(batch_size, len(indices)), waiting)
+        batch = _Batch(self, indices, batch_size)
         while batch.rows:
             for name in batch.draw():
                 done[name.index] = name
             while next_index in done:
                 yield done.pop(next_index)
                 next_index += indices.step
-            batch.advance(waiting)
+            batch.advance()
 
     def filtered(self, rows: Sequence[_Row], logits_BV: torch.Tensor) -> torch.Tensor:
         """(B, V) scores after all processors."""
@@ -226,9 +224,11 @@ class _Row:
 
 
 class _Batch:
-    def __init__(self, decoder: NameDecoder, size: int, waiting: deque[int]) -> None:
+    def __init__(self, decoder: NameDecoder, indices: range, most: int) -> None:
         self._decoder = decoder
-        self.rows = [_Row(waiting.popleft()) for _ in range(size)]
+        self.rows = [_Row(index) for index in indices[:most]]
+        self._waiting = indices[most:]
+        size = len(self.rows)
         self._ended: list[int] = []
         device = decoder.device
         self._after = [PromptRows(prompts, [row.index for row in self.rows]) for prompts in decoder.prompts]
@@ -269,14 +269,15 @@ class _Batch:
             names = [replace(name, log_prob=value) for name, value in zip(names, log_probs, strict=True)]
         return names
 
-    def advance(self, waiting: deque[int]) -> None:
+    def advance(self) -> None:
         """Gives ended rows to waiting names, drops the remaining ones, and computes the next logits."""
         decoder = self._decoder
         all_ended = len(self._ended) == len(self.rows)
         refill = self._ended if all_ended or not decoder.processors else []
-        new = refill[: len(waiting)]
-        for place in new:
-            self.rows[place] = _Row(waiting.popleft())
+        new = refill[: len(self._waiting)]
+        for place, index in zip(new, self._waiting, strict=False):
+            self.rows[place] = _Row(index)
+        self._waiting = self._waiting[len(new) :]
         self._draw_noise(new)
         self._log_prob_B[new] = 0
         gone = set(self._ended) - set(new)
