@@ -23,6 +23,7 @@ from flash_experts.generation import (
     GeneratedName,
     NameFilter,
     NameGenerator,
+    NameRequest,
     format_name,
 )
 from flash_experts.generation.reranker import Reranker
@@ -167,6 +168,13 @@ def test_own_filters(generator: NameGenerator) -> None:
         ({"batch_size": 0}, "batch_size"),
         ({"seed": -1}, "seed"),
         ({"starts_with": "Elf", "max_length": 3, "banned_words": ["elf"]}, "no name can be made"),
+        ({"ends_with": " Wolf", "banned_words": ["wolf"]}, "banned word 'wolf'"),
+        ({"starts_with": "Elf of", "banned_words": ["ELF"]}, "banned word 'elf'"),
+        ({"banned_words": "elf"}, "give a list"),
+        ({"starts_with": "Fire // Ice"}, "as on cards"),
+        ({"starts_with": "&elf"}, "as on cards"),
+        ({"contains": "//"}, "as on cards"),
+        ({"pattern": "___ // ___"}, "as on cards"),
         ({"min_words": 3, "max_words": 2}, "min_words 3 is more than max_words 2"),
         ({"min_length": 9, "max_length": 8}, "min_length 9 is more than max_length 8"),
         ({"words": 2, "max_words": 2}, "leave out"),
@@ -198,6 +206,12 @@ def test_own_filters(generator: NameGenerator) -> None:
 def test_bad_and_contradictory_arguments(generator: NameGenerator, arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         generator.generate(**arguments)
+
+
+def test_parts_of_banned_words_and_marks_within_names_are_allowed() -> None:
+    NameRequest.of(ends_with="wolf", contains="elf", starts_with="Elf", banned_words=["wolf", "elf"])
+    NameRequest.of(starts_with="Jötun, ", contains=" l'", ends_with="-ful")
+    NameRequest.of(pattern="___'s ___, the ___")
 
 
 def test_an_unknown_option_is_a_type_error(generator: NameGenerator) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from flash_experts.data.names import normal_form, shown_form
 from flash_experts.generation import text_rules
-from flash_experts.generation.formatting import DANGLING_WORDS
+from flash_experts.generation.formatting import DANGLING_WORDS, format_name
 from flash_experts.options import at_least, option
 
 if TYPE_CHECKING:
@@ -94,6 +94,8 @@ class Constraints:
                 at_least(name, value, 1, "a name has one or more")
         if self.longest > MOST_CHARACTERS:
             raise ValueError(f"max_length {self.longest} is more than a name can have: give {MOST_CHARACTERS} or less")
+        if isinstance(self.banned_words, str):
+            raise ValueError(f"banned_words is the text {self.banned_words!r}: give a list of words")
         if not 0 <= self.min_distance < 1:
             raise ValueError(f"min_distance is {self.min_distance}: it must be 0 or more, and under 1")
         least, most = self.word_limits
@@ -206,9 +208,11 @@ class Constraints:
             raise ValueError("pattern and regex both describe the whole name: give one of them")
         if not _GAP.search(self.pattern):
             raise ValueError(f"pattern {self.pattern!r} has no gap: write ___ where words are to be filled in")
-        for part in filter(None, _GAP.split(shown_form(self.pattern))):
+        parts = _GAP.split(shown_form(self.pattern))
+        for place, part in enumerate(parts):
             if (found := text_rules.BAD_MARKS.search(part)) is not None:
                 raise ValueError(f"pattern {self.pattern!r}: no name has {found[0]!r} in it")
+            _check_kept(f"pattern {self.pattern!r}", part, is_first=place == 0, is_last=place == len(parts) - 1)
             self._check_unwanted("pattern", part)
 
     def _check_text(self, name: str, text: str | None) -> None:
@@ -224,10 +228,12 @@ class Constraints:
         if (found := text_rules.BAD_MARKS.search((" " if name == "starts_with" else "") + shown)) is not None:
             raise ValueError(f"{name} {shown!r}: no name has {found[0]!r} in it")
         self._check_unwanted(name, shown)
+        self._check_banned(name, text)
         if name == "ends_with":
             last, is_word = shown.split()[-1], _spaced(text)[0] == " " or " " in shown
             if shown[-1] in text_rules.OPEN_END or (is_word and last.lower() in DANGLING_WORDS):
                 raise ValueError(f"ends_with {shown!r}: no name ends on {last!r}")
+        _check_kept(f"{name} {shown!r}", _spaced(text), is_first=name == "starts_with", is_last=name == "ends_with")
         if (
             self.alliterate
             and name == "starts_with"
@@ -235,6 +241,14 @@ class Constraints:
             and not text_rules.alliterates(shown, least=1)
         ):
             raise ValueError(f"starts_with {shown!r} does not alliterate")
+
+    def _check_banned(self, name: str, text: str) -> None:
+        """Only whole words are banned: the first may be the end of a word, and the last its start."""
+        words = text_rules.words_of(text)
+        first = 0 if name == "starts_with" or text[0].isspace() else 1
+        last = len(words) if name == "ends_with" else len(words) - 1
+        if found := {normal_form(word) for word in self.banned_words}.intersection(words[first:last]):
+            raise ValueError(f"{name} {shown_form(text)!r} has the banned word {min(found)!r}")
 
     def _check_unwanted(self, name: str, shown: str) -> None:
         for field, what, check in _UNWANTED:
@@ -263,6 +277,13 @@ class Constraints:
                 before = "(.* )?" if text[0].isspace() else ".*"
                 found.append(f"{before}(?i:{_escaped(shown_form(text))}){after}")
         return found
+
+
+def _check_kept(what: str, text: str, is_first: bool, is_last: bool) -> None:
+    """Raises a ValueError if formatting removes a text from each name, as that of "//"."""
+    sample = ("" if is_first else "X") + text + ("" if is_last else "x")
+    if text.lower() not in format_name(sample).lower():
+        raise ValueError(f"{what}: names are written as on cards, which have no {text.strip()!r} there")
 
 
 def _spaced(text: str | None) -> str:
