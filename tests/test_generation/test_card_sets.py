@@ -115,6 +115,8 @@ def test_the_command_writes_every_row(
     [
         ("", ":1: no column type_line"),
         ("name,price\nA,1\n", ":1: no column type_line"),
+        ("name,name,type_line\n", "set.csv:1: two columns are called 'name'"),
+        ("type_line,Notes,Notes\nInstant,a,b\n", ":1: two columns are called 'Notes'"),
         ("type_line,colors\n", "no cards under the heading"),
         ("type_line,colors\nInstant,U,x\n", ":2: another number of cells"),
         ("type_line,colors\nInstant\n", ":2: another number of cells"),
@@ -128,6 +130,58 @@ def test_a_bad_file_is_one_line(text: str, message: str, tmp_path: Path) -> None
     path.write_text(text)
     with pytest.raises(ValueError, match=message):
         read_card_rows(path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        '\r\n\r\nname,type_line,notes\r\n,Instant,"a\r\nb"\r\n'.encode("utf-8-sig"),
+        b'sep=;\nname;type_line;notes\n;Instant;"a\r\nb"\n',
+        'name,type_line,notes\n,Instant,"a\r\nb"\n,,\n , ,\n'.encode("utf-16"),
+        b'name|type_line|notes\n|Instant|"a\r\nb"\n',
+    ],
+)
+def test_tables_as_spreadsheets_write_them(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "set.csv"
+    path.write_bytes(content)
+    [row] = read_card_rows(path)
+    assert row.cells == {"name": "", "type_line": "Instant", "notes": "a\r\nb"}, "rows of empty cells are no cards"
+
+
+def test_a_line_separator_within_a_cell_ends_no_row(tmp_path: Path) -> None:
+    (tmp_path / "set.csv").write_text("type_line,notes\nInstant,a\u2028b\x0bc\nLand,d\n", "utf-8")
+    assert [row.cells["notes"] for row in read_card_rows(tmp_path / "set.csv")] == ["a\u2028b\x0bc", "d"]
+
+
+def test_names_are_found_under_each_heading_of_card_files(tmp_path: Path) -> None:
+    (tmp_path / "set.csv").write_text("Kartenname;Typ\nAlter Name;Instant\n;Land\n")
+    assert [row.name for row in read_card_rows(tmp_path / "set.csv")] == ["Alter Name", ""], "it keeps its name"
+
+
+def test_a_mana_cost_gives_colors_and_mana_value_and_the_first_face_counts(tmp_path: Path) -> None:
+    path = tmp_path / "set.csv"
+    path.write_text("type_line,mana_cost\nInstant,{1}{U}\nCreature // Land,2GG // \nLand,\n")
+    cards = [row.card for row in read_card_rows(path)]
+    assert [(card.types, card.colors, card.mana_value) for card in cards] == [
+        (("Instant",), ("U",), 2),
+        (("Creature",), ("G",), 4),
+        (("Land",), None, None),
+    ]
+    path.write_text("type_line,mana_cost\nInstant,soon\n")
+    with pytest.raises(ValueError, match=r"set.csv:2: mana_cost 'soon' is not understood"):
+        read_card_rows(path)
+
+
+def test_words_of_a_row_that_no_name_has_are_its_problem_alone(
+    model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    path = tmp_path / "set.csv"
+    path.write_text("type_line,starts_with\nInstant,Fire // Ice\nInstant,\n")
+    generator = NameGenerator(model, tokenizer, known_names=[])
+    first, second = name_rows(generator, read_card_rows(path), 1, seed=2**63 - 1, quality="fast")
+    assert "as on cards" in first.problem and second.text, "the seeds of rows start again from 0"
+    with pytest.raises(ValueError, match="unknown preset"):
+        list(name_rows(generator, read_card_rows(path)[1:], 1, seed=1, preset="nowhere"))
 
 
 def test_a_missing_file_and_another_encoding(tmp_path: Path) -> None:

@@ -111,6 +111,11 @@ def known_columns(headings: Iterable[str]) -> set[str]:
     return known | ({"other"} if not set(_OTHER_COLUMNS).isdisjoint(folded) else set())
 
 
+def column_of(heading: str) -> str | None:
+    """The column that a heading stands for, such as ``"name"`` for "Kartenname"; None for another one."""
+    return _COLUMN_OF.get(_folded(heading), (None, 0))[0]
+
+
 def raw_card(record: Any, where: str, unread: cards.Unread) -> cards.RawCard | None:
     """Parses a name, or values by column, into a card; None if the name is empty. Counts unreadable values.
 

@@ -72,7 +72,7 @@ def clean(rows: Iterable[RawCard], include: Collection[str] = ()) -> Cleaned:
     unread = Unread()
     faces = 0
     for row in rows:
-        for card in _faces(row, unread):
+        for card in face_cards(row, unread):
             faces += 1
             rebalanced = is_rebalanced(card.name, face_names)
             reason = "rebalanced" if rebalanced else _reason(row, card, include)
@@ -88,7 +88,7 @@ def clean(rows: Iterable[RawCard], include: Collection[str] = ()) -> Cleaned:
     return Cleaned(tuple(kept.values()), dict(sorted(dropped.items())), faces, unread.counts)
 
 
-def _faces(row: RawCard, unread: Unread) -> Iterator[Card]:
+def face_cards(row: RawCard, unread: Unread) -> Iterator[Card]:
     """One card per face. Values of fewer faces than the name has belong to the first faces."""
     type_lines = faces_of(row.type_line or "")
     costs = (row.mana_cost or "").split(FACE_SEPARATOR)

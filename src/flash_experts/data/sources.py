@@ -96,7 +96,7 @@ def read_file(path: Path) -> CardSource:
         raise ValueError(f"{path} is {_OTHER_KINDS[suffix]}; cards are read from {FILE_KINDS} files")
     if suffix not in readers:
         raise ValueError(f"{path}: cards are read from {FILE_KINDS} files, not {path.suffix or 'this'}")
-    lines, unread = _Lines(path), Unread()
+    lines, unread = Lines(path), Unread()
     rows = _bounded(path, readers[suffix](lines, unread))
     if not rows and "name" in unread.counts:
         raise ValueError(f"{unread.counts['name']['first'].rpartition(': ')[0]}: a card needs a name")
@@ -108,7 +108,7 @@ def read_file(path: Path) -> CardSource:
 
 def read_text(path: Path) -> list[RawCard]:
     """Reads cards from a file of any suffix with one name per line; there may be none. Errors as `read_file`."""
-    return _bounded(path, _txt_rows(_Lines(path), Unread()))
+    return _bounded(path, _txt_rows(Lines(path), Unread()))
 
 
 def _bounded(path: Path, cards: Iterator[RawCard]) -> list[RawCard]:
@@ -120,7 +120,7 @@ def _bounded(path: Path, cards: Iterator[RawCard]) -> list[RawCard]:
     return rows
 
 
-class _Lines:
+class Lines:
     """Iterates over lines of a text file with their ends; ``digest`` is complete after the last one."""
 
     def __init__(self, path: Path):
@@ -130,7 +130,7 @@ class _Lines:
     def __iter__(self) -> Iterator[str]:
         with open(self.path, "rb") as file:
             if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
-                yield from _split_lines(self.whole())
+                yield from split_lines(self.whole())
                 return
             file.seek(0)
             number = 0
@@ -141,9 +141,10 @@ class _Lines:
                         f"{self.path}:{number}: a line of more than {MAX_LINE_BYTES:,} bytes is not a card"
                     )
                 self.digest.update(line)
-                yield from _split_lines(_decoded(line, f"{self.path}:{number}", number == 1))
+                yield from split_lines(_decoded(line, f"{self.path}:{number}", number == 1))
 
     def whole(self) -> str:
+        """The text of the file, as UTF-8 or UTF-16 with a byte order mark."""
         size = self.path.stat().st_size
         if size > MAX_JSON_BYTES:
             is_json = self.path.suffix.lower() == ".json"
@@ -163,7 +164,8 @@ class _Lines:
             raise ValueError(f"{self.path}:{line}: not UTF-8 text: {_SAVE_AS}") from error
 
 
-def _split_lines(text: str) -> Iterator[str]:
+def split_lines(text: str) -> Iterator[str]:
+    """The lines of a text with their ends, ``\\n``, ``\\r\\n`` or ``\\r``."""
     return filter(None, _LINE_ENDS.split(text))
 
 
@@ -184,12 +186,12 @@ def _refuse_foreign(line: str, where: str) -> None:
             raise ValueError(f"{where}: this is {kind}")
 
 
-def _txt_rows(lines: _Lines, unread: Unread) -> Iterator[RawCard]:
+def _txt_rows(lines: Lines, unread: Unread) -> Iterator[RawCard]:
     stream = iter(lines)
-    before, first, separator = _heading(stream)
+    before, first, separator = heading_of(stream)
     where = f"{lines.path}:{before + 1}"
     _refuse_foreign(first, where)
-    found, cells = _separated(first, where, separator)
+    found, cells = separated(first, where, separator)
     known = known_columns(cells)
     is_table = len(cells) > 1 and "name" in known and (len(known) > 1 or found != "," or not _is_one_name(first))
     stream = chain([first], stream)
@@ -217,15 +219,15 @@ def _name_rows(numbered: Iterable[tuple[str, str]], unread: Unread) -> Iterator[
             yield card
 
 
-def _csv_rows(lines: _Lines, unread: Unread) -> Iterator[RawCard]:
+def _csv_rows(lines: Lines, unread: Unread) -> Iterator[RawCard]:
     stream = iter(lines)
-    before, heading, separator = _heading(stream)
+    before, heading, separator = heading_of(stream)
     while heading.count('"') % 2 and len(heading) < MAX_LINE_BYTES and (more := next(stream, "")):
         heading += more  # a heading with a line break in quotes
     yield from _table_rows(chain([heading], stream), lines.path, unread, before, separator)
 
 
-def _heading(lines: Iterator[str]) -> tuple[int, str, str]:
+def heading_of(lines: Iterator[str]) -> tuple[int, str, str]:
     """Number of lines before the heading, the heading, and the separator that a ``sep=`` line names."""
     before, separator = 0, ""
     for line in lines:
@@ -238,7 +240,7 @@ def _heading(lines: Iterator[str]) -> tuple[int, str, str]:
     return before, "", separator
 
 
-def _separated(heading: str, where: str, given: str = "") -> tuple[str, list[str]]:
+def separated(heading: str, where: str, given: str = "") -> tuple[str, list[str]]:
     """The separator that gives a heading the most known columns, and its cells; ``given`` is preferred."""
     found = []
     for separator in dict.fromkeys(given + _SEPARATORS):
@@ -260,11 +262,11 @@ def _table_rows(lines: Iterator[str], path: Path, unread: Unread, before: int, s
         return
     where = f"{path}:{before + 1}"
     _refuse_foreign(sample[0], where)
-    separator, header = _separated(sample[0], where, separator)
+    separator, header = separated(sample[0], where, separator)
     titles = 0
     while "name" not in known_columns(header) and titles < min(_MAX_TITLES, len(sample) - 1):
         titles += 1
-        found, cells = _separated(sample[titles], where)
+        found, cells = separated(sample[titles], where)
         if {"name"} < known_columns(cells):  # a title stands above the heading
             separator, header, sample, before = found, cells, sample[titles:], before + titles
     header = header if any(cell.strip() for cell in header[1:]) else header[:1]
@@ -278,9 +280,9 @@ def _table_rows(lines: Iterator[str], path: Path, unread: Unread, before: int, s
         hint = ": product numbers are not names, export the names as well" if "other" in known else ""
         raise ValueError(f"{where}: no column 'name' in the heading ({', '.join(header)[:MAX_NAME]}){hint}")
     if len(header) == 1 or "name" not in known:
-        yield from _name_rows(_single_cells(_cells(stream, path, before, ",")), unread)
+        yield from _name_rows(_single_cells(cells_of(stream, path, before, ",")), unread)
         return
-    rows = _cells(stream, path, before, separator, skipinitialspace=True)
+    rows = cells_of(stream, path, before, separator, skipinitialspace=True)
     next(rows)
     for place, cells in rows:
         while len(cells) > len(header) and not cells[-1].strip():
@@ -295,9 +297,10 @@ def _table_rows(lines: Iterator[str], path: Path, unread: Unread, before: int, s
             yield card
 
 
-def _cells(
-    lines: Iterator[str], path: Path, before: int, separator: str, **options: Any
+def cells_of(
+    lines: Iterable[str], path: str | Path, before: int, separator: str, **options: Any
 ) -> Iterator[tuple[str, list[str]]]:
+    """The place (``file:line``) and cells of each row that has any; ``before`` lines precede the first."""
     table = csv.reader(lines, delimiter=separator, strict=True, **options)
     try:
         for cells in table:
@@ -324,7 +327,7 @@ def _single_cells(rows: Iterator[tuple[str, list[str]]]) -> Iterator[tuple[str, 
         yield place, name
 
 
-def _jsonl_rows(lines: _Lines, unread: Unread) -> Iterator[RawCard]:
+def _jsonl_rows(lines: Lines, unread: Unread) -> Iterator[RawCard]:
     for number, line in enumerate(lines, start=1):
         if line.strip():
             where = f"{lines.path}:{number}"
@@ -332,7 +335,7 @@ def _jsonl_rows(lines: _Lines, unread: Unread) -> Iterator[RawCard]:
                 yield card
 
 
-def _json_rows(lines: _Lines, unread: Unread) -> Iterator[RawCard]:
+def _json_rows(lines: Lines, unread: Unread) -> Iterator[RawCard]:
     path = lines.path
     text = lines.whole()
     if not text.strip():

@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
-import csv
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, TextIO
 
-from flash_experts.data.card_formats import known_columns, raw_card
+from flash_experts.data.card_formats import column_of, known_columns, raw_card
 from flash_experts.data.cards import UNKNOWN, Unread
+from flash_experts.data.cleaning import face_cards
 from flash_experts.data.names import normal_form
 from flash_experts.data.prompts import Attributes, Conditions, drop_unknown, read_conditions
+from flash_experts.data.sources import MAX_JSON_BYTES, Lines, cells_of, heading_of, separated, split_lines
 from flash_experts.generation.filters.base import NoTokenLeftError
 from flash_experts.generation.generator import NameGenerator
-from flash_experts.generation.name_files import Format, NamedCard, cell, type_line_of, write_cards
+from flash_experts.generation.name_files import TABLES, Format, NamedCard, type_line_of, write_cards, write_table
 from flash_experts.generation.reranker import content_words
 from flash_experts.generation.search import GeneratedName
-from flash_experts.terminal import from_cell, say
 
 MOST_ROWS = 2_000
 RULE_COLUMNS = ("starts_with", "contains", "ends_with")  # a row's own words
 EXTRA = 8  # names drawn beyond the candidates where some repeat a word of the set
+_SEEDS = 2**63
 _UNNAMED = "unnamed"
 _OWN = ("name", "alternatives")  # columns that the result has of its own
 _OF_CARDS = {"type_line", "types", "colors", "mana_value", "mana_cost", "rarity"}  # a file has one of these columns
@@ -63,16 +65,14 @@ def read_card_rows(path: str | Path) -> list[CardRow]:
     """Reads the cards of a set from CSV, or JSON with a list of objects, or raises a ValueError with ``file:line``.
 
     Columns are those of `flash_experts.data.card_formats`, ``name`` for cards that have one, and ``starts_with``,
-    ``contains`` and ``ends_with`` for words that a name must have.
+    ``contains`` and ``ends_with`` for words that a name must have. Of two faces the first one is named.
     """
     path = Path(path)
-    try:
-        text = path.read_text("utf-8-sig")
-    except FileNotFoundError:
-        raise ValueError(f"there is no file {path}") from None
-    except UnicodeDecodeError:
-        raise ValueError(f"{path} is not UTF-8 text: save it as CSV UTF-8") from None
-    return card_rows_of(text, str(path))
+    if not path.is_file():
+        raise ValueError(f"there is no file {path}")
+    if path.stat().st_size > MAX_JSON_BYTES:
+        raise ValueError(f"{path}: more than {MOST_ROWS:,} cards: give a smaller file")
+    return card_rows_of(Lines(path).whole(), str(path))
 
 
 def card_rows_of(text: str, where: str) -> list[CardRow]:
@@ -90,35 +90,33 @@ def card_rows_of(text: str, where: str) -> list[CardRow]:
 
 def is_card_table(text: str) -> bool:
     """Whether a text is JSON, or CSV whose heading has a column of cards."""
-    return _is_json(text) or bool(known_columns(_heading(text)[0]) & _OF_CARDS)
+    if _is_json(text):
+        return True
+    _, heading, separator = heading_of(split_lines(text))
+    return bool(known_columns(separated(heading, "1", separator)[1]) & _OF_CARDS)
 
 
 def _is_json(text: str) -> bool:
     return text.lstrip()[:1] in ("[", "{")
 
 
-def _heading(text: str) -> tuple[list[str], str]:
-    line = text.partition("\n")[0].strip("\r")
-    separator = max(",;\t", key=line.count)
-    return [column.strip(' "') for column in line.split(separator)], separator
-
-
 def _csv_records(text: str, where: str) -> Iterator[tuple[str, dict[Any, Any]]]:
-    columns, separator = _heading(text)
+    lines = split_lines(text)
+    before, heading, separator = heading_of(lines)
+    first = f"{where}:{before + 1}"
+    separator, columns = separated(heading, first, separator)
     if not known_columns(columns) & _OF_CARDS:
-        heading = text.partition("\n")[0]
-        raise ValueError(f"{where}:1: no column type_line, colors or mana_value in the heading ({heading[:100]})")
-    table = csv.DictReader(text.splitlines(), delimiter=separator, strict=True, skipinitialspace=True)
-    try:
-        for cells in table:
-            if None in cells or None in cells.values():
-                raise ValueError(
-                    f"{where}:{table.line_num}: another number of cells than the heading has: "
-                    "put cells with commas in quotes"
-                )
-            yield f"{where}:{table.line_num}", cells
-    except csv.Error as error:
-        raise ValueError(f"{where}:{table.line_num}: {error}") from None
+        named = heading.strip("\r\n")[:100]
+        raise ValueError(f"{first}: no column type_line, colors or mana_value in the heading ({named})")
+    for column, count in Counter(filter(None, map(str.strip, columns))).items():
+        if count > 1:
+            raise ValueError(f"{first}: two columns are called {column!r}: keep one")
+    rows = cells_of(chain([heading], lines), where, before, separator, skipinitialspace=True)
+    next(rows)
+    for place, cells in rows:
+        if len(cells) != len(columns):
+            raise ValueError(f"{place}: another number of cells than the heading has: put cells with commas in quotes")
+        yield place, dict(zip(columns, cells, strict=True))
 
 
 def _json_records(text: str, where: str) -> Iterator[tuple[str, dict[Any, Any]]]:
@@ -142,19 +140,18 @@ def _row_of(cells: dict[Any, Any], where: str) -> CardRow:
     texts = {str(column).strip(): _cell_text(value) for column, value in cells.items()}
     given = {str(column).strip() for column, value in cells.items() if value is not None}
     lower = {column.lower().replace(" ", "_"): value for column, value in texts.items()}
-    name = lower.get("name", "")
+    name = next((text for column, text in texts.items() if text and column_of(column) == "name"), "")
+    known = {column: text for column, text in texts.items() if column in given and column_of(column) != "name"}
     unread = Unread()
-    try:
-        known = {column: text for column, text in texts.items() if column in given}
-        found = raw_card({**known, "name": name or _UNNAMED}, where, unread)
-    except ValueError as error:
-        raise ValueError(f"{where}: {str(error).removeprefix(f'{where}: ')}") from None
-    if found is None or unread.counts:
+    found = raw_card({**known, "name": name or _UNNAMED}, where, unread)
+    front = None if found is None else next(face_cards(found, unread))
+    if found is None or front is None or unread.counts:
         column = next(iter(unread.counts), "name")
         raise ValueError(f"{where}: {column} {lower.get(column, '')!r:.60} is not understood")
-    colors = None if found.colors in (None, UNKNOWN) else found.colors or "C"
+    is_colored = front.colors is not None and (found.mana_cost or found.colors not in (None, UNKNOWN))
+    colors = ("".join(front.colors or ()) or "C") if is_colored else None
     try:
-        card = Attributes.parse(found.type_line or None, colors, found.mana_value, found.rarity)
+        card = Attributes.parse(front.type_line or None, colors, front.mana_value, front.rarity)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
     return CardRow(where, texts, name, card, {rule: lower[rule] for rule in RULE_COLUMNS if lower.get(rule)})
@@ -163,7 +160,7 @@ def _row_of(cells: dict[Any, Any], where: str) -> CardRow:
 def _cell_text(value: Any) -> str:
     if isinstance(value, list):
         value = " ".join(map(str, value))
-    return "" if value is None else from_cell(str(value)).strip()
+    return "" if value is None else str(value).strip()
 
 
 class TakenNames:
@@ -195,7 +192,8 @@ def name_rows(
 ) -> Iterator[NamedRow]:
     """Names for each row without one, in order, the best of ``candidates`` first; no name or last word comes twice.
 
-    ``options`` are fields of `NameRequest` for all rows; a wrong one raises a ValueError.
+    ``options`` are fields of `NameRequest` for all rows; a wrong one raises a ValueError. A row whose own words make
+    no name has the reason as its ``problem``.
     """
     conditions = read_conditions(generator.model.config.to_dict())
     taken = TakenNames(row.name for row in rows)
@@ -207,11 +205,13 @@ def name_rows(
         try:
             asked = options | asked_for(row, conditions)
             for count in (candidates, candidates + EXTRA):  # the first are the same, so most rows need no extra ones
-                drawn = generator.stream(count, seed=seed + place, **asked)
+                drawn = generator.stream(count, seed=(seed + place) % _SEEDS, **asked)
                 found = list(islice((name for name in drawn if taken.allows(name.text)), candidates))
                 if len(found) == candidates:
                     break
-        except NoTokenLeftError as error:
+        except ValueError as error:
+            if not (row.rules or isinstance(error, NoTokenLeftError)):
+                raise
             yield NamedRow(row, (), str(error))
             continue
         yield taken.named(row, found)
@@ -237,18 +237,10 @@ def table_of(named: Sequence[NamedRow]) -> list[dict[str, str]]:
 
 def write_set(named: Sequence[NamedRow], file: TextIO, format: Format, raw_cells: bool = False) -> int:
     """Writes all rows as text, so not "mse" (see `write_mse`); returns their number."""
-    if format not in ("csv", "json", "jsonl"):
+    if format not in TABLES:
         return write_cards(cards_of(named), file, format)
     rows = table_of(named)
-    if format == "csv":
-        table = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        table.writeheader()
-        table.writerows({column: cell(value, raw_cells) for column, value in row.items()} for row in rows)
-    elif format == "json":
-        say(json.dumps(rows, indent=2, ensure_ascii=False), file)
-    else:
-        say("\n".join(json.dumps(row, ensure_ascii=False) for row in rows), file)
-    return len(rows)
+    return write_table(rows, list(rows[0]), file, format, raw_cells)
 
 
 def cards_of(named: Sequence[NamedRow]) -> list[NamedCard]:

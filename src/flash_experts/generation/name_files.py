@@ -9,7 +9,7 @@ import csv
 import io
 import json
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal, TextIO
 from xml.etree import ElementTree as Xml
@@ -29,6 +29,7 @@ BY_SUFFIX: dict[str, Format] = {
 }  # fmt: skip
 _SET = "NEW"  # code of the set that Cockatrice lists the cards in
 _RARITIES = {"mythic": "mythic rare"}  # Magic Set Editor's words
+TABLES = ("csv", "json", "jsonl")
 # Magic Set Editor's lists of subtypes and Cockatrice's rows of the table, by the first of these types of a card.
 _KINDS = {"Creature": "race", "Instant": "spell", "Sorcery": "spell", "Artifact": "artifact",
           "Enchantment": "enchantment", "Land": "land", "Planeswalker": "planeswalker"}  # fmt: skip
@@ -47,15 +48,34 @@ def write_names(
     names: Iterable[GeneratedName], card: Attributes, file: TextIO, format: Format, raw_cells: bool = False
 ) -> int:
     """Writes names for one card as text, so not "mse" (see `write_mse`); returns their number."""
-    if format == "csv":
-        return write_csv(names, file, raw_cells)
-    if format == "jsonl":
-        return _write_lines((json.dumps(row_of(name), ensure_ascii=False) for name in names), file)
-    if format == "json":
-        rows = [row_of(name) for name in names]
-        say(json.dumps(rows, indent=2, ensure_ascii=False), file)
-        return len(rows)
+    if format in TABLES:
+        return write_table(map(row_of, names), COLUMNS, file, format, raw_cells)
     return write_cards((NamedCard(name.text, card) for name in names), file, format)
+
+
+def write_table(
+    rows: Iterable[dict[str, Any]], columns: Sequence[str], file: TextIO, format: Format, raw_cells: bool = False
+) -> int:
+    """Writes rows in one of `TABLES`; returns their number. Unless ``raw_cells``, CSV has no formulas (`to_cell`)."""
+    if format == "jsonl":
+        return _write_lines((json.dumps(row, ensure_ascii=False) for row in rows), file)
+    if format == "json":
+        listed = list(rows)
+        say(json.dumps(listed, indent=2, ensure_ascii=False), file)
+        return len(listed)
+    table = csv.DictWriter(file, columns, lineterminator="\n")
+    table.writeheader()
+    written = 0
+    for row in rows:
+        table.writerow({column: _cell(value, raw_cells) for column, value in row.items()})
+        written += 1
+    return written
+
+
+def _cell(value: Any, raw: bool) -> Any:
+    if not isinstance(value, str):
+        return value
+    return one_line(value) if raw else to_cell(one_line(value))
 
 
 def write_cards(cards: Iterable[NamedCard], file: TextIO, format: Format) -> int:
@@ -88,24 +108,6 @@ def row_of(name: GeneratedName) -> dict[str, Any]:
         "nearest_card": name.nearest_card,
         "similarity": round(name.similarity, 4),
     }
-
-
-def write_csv(names: Iterable[GeneratedName], file: TextIO, raw: bool = False) -> int:
-    """Writes CSV; returns the number of names. Unless ``raw``, formulas are escaped (see `to_cell`)."""
-    table = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-    table.writeheader()
-    written = 0
-    for name in names:
-        table.writerow({key: cell(value, raw) for key, value in row_of(name).items()})
-        written += 1
-    return written
-
-
-def cell(value: Any, raw: bool = False) -> Any:
-    """A value as it stands in a CSV file."""
-    if not isinstance(value, str):
-        return value
-    return one_line(value) if raw else to_cell(one_line(value))
 
 
 def _escaped(text: str) -> str:
