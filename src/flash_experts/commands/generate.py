@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import secrets
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -56,13 +57,11 @@ def run(args: Namespace) -> None:
     if args.out is None:
         write_names(names, card, sys.stdout, format or "text", args.raw_cells)
         return
-    with whole_file(args.out) as path, ProgressBar("names", 0, args.count) as bar:
+    with _out_file(args.out, format) as file, ProgressBar("names", 0, args.count) as bar:
         if format == "mse":
-            with path.open("wb") as binary:
-                written = write_mse((NamedCard(name.text, card) for name in bar.count(names)), binary)
+            written = write_mse((NamedCard(name.text, card) for name in bar.count(names)), file)
         else:
-            with path.open("w", encoding="utf-8", newline="") as file:
-                written = write_names(bar.count(names), card, file, format or "text", args.raw_cells)
+            written = write_names(bar.count(names), card, file, format or "text", args.raw_cells)
     say(f"{written} names written to {args.out}", sys.stderr)
 
 
@@ -82,18 +81,24 @@ def _run_for_set(args: Namespace) -> None:
     seed = secrets.randbits(31) if request.seed is None else request.seed
     with ProgressBar("cards", 0, len(rows)) as bar:
         named = list(bar.count(name_rows(generator, rows, request.count, seed, **given)))
-    with whole_file(args.out) as path:
+    with _out_file(args.out, format) as file:
         if format == "mse":
-            with path.open("wb") as binary:
-                write_mse(cards_of(named), binary)
+            write_mse(cards_of(named), file)
         else:
-            with path.open("w", encoding="utf-8", newline="") as file:
-                write_set(named, file, format or "text", args.raw_cells)
+            write_set(named, file, format or "text", args.raw_cells)
     new = sum(bool(one.names) for one in named)
     say(f"{new} new names for {len(named)} cards, written to {args.out}", sys.stderr)
     for one in named:
         if one.problem:
             say(f"{one.row.where}: no name: {one.problem}", sys.stderr)
+
+
+@contextmanager
+def _out_file(out: str, format: Format | None) -> Iterator[Any]:
+    """Opens the file to write: bytes for "mse", else text."""
+    text: dict[str, Any] = {"mode": "w", "encoding": "utf-8", "newline": ""}
+    with whole_file(out) as path, path.open(**({"mode": "wb"} if format == "mse" else text)) as file:
+        yield file
 
 
 def _generator(args: Namespace) -> NameGenerator:

@@ -194,9 +194,7 @@ def load_split(folder: str | Path, split: str) -> list[Card]:
     """Loads one of `SPLITS` from a folder that `prepare` wrote; a ValueError for an unknown one, or as `load_cards`."""
     if split not in SPLITS:
         raise ValueError(f"no split {split!r}: there are {', '.join(SPLITS)}")
-    path = Path(folder) / f"{split}.jsonl"
-    _check_there(path)
-    return load_cards(path)
+    return load_cards(_existing(folder, f"{split}.jsonl"))
 
 
 def load_cards(path: str | Path) -> list[Card]:
@@ -230,9 +228,7 @@ def _card(line: bytes, where: str) -> Card:
 
 def load_known_names(folder: str | Path) -> frozenset[str]:
     """Normal forms of all names in a prepared folder: known cards and the names of the splits."""
-    path = Path(folder) / KNOWN_NAMES
-    _check_there(path)
-    names = [name for name in path.read_text(encoding="utf-8").splitlines() if name]
+    names = _existing(folder, KNOWN_NAMES).read_text(encoding="utf-8").splitlines()
     names += [card.name for split in SPLITS for card in load_split(folder, split)]
     return frozenset(map(normal_form, names))
 
@@ -255,8 +251,7 @@ def extra_cards(path: str | Path, folder: str | Path) -> list[Card]:
 
 def load_meta(folder: str | Path) -> dict[str, Any]:
     """Loads the meta.json that `prepare` wrote; a ValueError if it is missing or malformed."""
-    path = Path(folder) / META
-    _check_there(path)
+    path = _existing(folder, META)
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -266,11 +261,12 @@ def load_meta(folder: str | Path) -> dict[str, Any]:
     return meta
 
 
-def _check_there(path: Path) -> None:
-    if not path.parent.is_dir():
-        raise ValueError(f"no prepared names in {path.parent}: {_HINT} --out {path.parent}")
+def _existing(folder: str | Path, name: str) -> Path:
+    path = Path(folder) / name
     if not path.is_file():
-        raise ValueError(f"no {path.name} in {path.parent}: {_HINT} --out {path.parent}")
+        missing = path.name if path.parent.is_dir() else "prepared names"
+        raise ValueError(f"no {missing} in {path.parent}: {_HINT} --out {path.parent}")
+    return path
 
 
 def check_prepared(folder: str | Path, splits: Sequence[str] = ("train", "validation")) -> None:

@@ -77,6 +77,15 @@ def unpacked(path: Path) -> Iterator[BinaryIO]:
             raise DamagedError(f"it is {what}: {' '.join(str(error).split())[:100]}") from error
 
 
+@contextmanager
+def _expected(what: str) -> Iterator[None]:
+    """Turns errors on data of another shape into a `DamagedError`."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise DamagedError(f"its {what} is not as expected ({type(error).__name__}: {error})") from error
+
+
 def _is_page(path: Path) -> bool:
     with open(path, "rb") as file:
         return file.read(200).lstrip().startswith(b"<")
@@ -100,10 +109,9 @@ def json_lines(file: BinaryIO) -> Iterator[tuple[int, Any]]:
 def read_scryfall(path: Path) -> Iterator[RawCard]:
     with unpacked(path) as file:
         for number, record in json_lines(file):
-            try:
-                yield scryfall_card(record)
-            except (KeyError, TypeError, AttributeError, ValueError) as error:
-                raise DamagedError(f"its line {number} is not as expected ({type(error).__name__}: {error})") from error
+            with _expected(f"line {number}"):
+                card = scryfall_card(record)
+            yield card
 
 
 def scryfall_card(card: dict[str, Any]) -> RawCard:
@@ -184,13 +192,10 @@ def read_rarities(path: Path) -> dict[str, str]:
     first: dict[str, tuple[str, int]] = {}
     with unpacked(path) as file:
         for code, of_set in ijson.kvitems(file, "data", use_float=True):
-            try:
+            with _expected(f"set {code!r}"):
                 for oracle_id, rank in _printings(of_set):
                     printing = (of_set["releaseDate"], rank)
                     first[oracle_id] = min(first.get(oracle_id, printing), printing)
-            except (KeyError, TypeError, AttributeError) as error:
-                problem = f"{type(error).__name__}: {error}"
-                raise DamagedError(f"its set {code!r} is not as expected ({problem})") from error
     return {oracle_id: RARITIES[rank] for oracle_id, (_, rank) in first.items()}
 
 
@@ -209,11 +214,9 @@ def read_mtgjson(path: Path, sets: dict[str, Set], rarities: Mapping[str, str]) 
 
     with unpacked(path) as file:
         for name, entries in ijson.kvitems(file, "data", use_float=True):
-            try:
-                yield from mtgjson_cards(entries, sets, rarities)
-            except (KeyError, TypeError, AttributeError, ValueError) as error:
-                problem = f"{type(error).__name__}: {error}"
-                raise DamagedError(f"its card {name!r} is not as expected ({problem})") from error
+            with _expected(f"card {name!r}"):
+                cards = list(mtgjson_cards(entries, sets, rarities))
+            yield from cards
 
 
 def mtgjson_cards(

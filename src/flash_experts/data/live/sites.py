@@ -19,7 +19,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -29,7 +29,7 @@ from flash_experts.data.live import bulk_files
 from flash_experts.data.live.bulk_files import DamagedError
 from flash_experts.data.live.download import Downloader, DownloadError, Partial, checked_url
 from flash_experts.extras import require
-from flash_experts.files import sha256_of
+from flash_experts.files import sha256_of, whole_file
 
 CACHE_VARIABLE = "FLASH_EXPERTS_CACHE"
 MAX_AGE = timedelta(hours=24)  # Scryfall asks for this at least; MTGJSON is built once a day
@@ -104,8 +104,7 @@ class Cache:
             files[name] = self.folder / f"{name}-{digests[name][:8]}"
             os.replace(part, files[name])
             part.with_name(part.name + ".json").unlink(missing_ok=True)
-        cached = CachedFiles(version, now, files, dict(digests))
-        self._write_manifest(cached)
+        cached = self._recorded(CachedFiles(version, now, files, dict(digests)))
         for name, path in files.items():
             for old in self.folder.glob(f"{name}-{'[0-9a-f]' * 8}"):
                 if old != path:
@@ -114,19 +113,14 @@ class Cache:
 
     def touch(self, cached: CachedFiles, now: datetime) -> CachedFiles:
         """Records that the cached files are still the newest."""
-        cached = CachedFiles(cached.version, now, cached.files, cached.sha256)
-        self._write_manifest(cached)
-        return cached
+        return self._recorded(replace(cached, fetched=now))
 
-    def _write_manifest(self, cached: CachedFiles) -> None:
+    def _recorded(self, cached: CachedFiles) -> CachedFiles:
         files = {name: {"file": path.name, "sha256": cached.sha256[name]} for name, path in cached.files.items()}
         manifest = {"version": cached.version, "fetched": cached.fetched.isoformat(), "files": files}
-        temporary = self.folder / f"{_MANIFEST}.new"
-        with open(temporary, "w", encoding="utf-8") as file:
-            json.dump(manifest, file, indent=2)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, self.folder / _MANIFEST)
+        with whole_file(self.folder / _MANIFEST) as temporary:
+            temporary.write_text(json.dumps(manifest, indent=2), encoding="utf-8")
+        return cached
 
 
 def _base(variable: str, usual: str) -> str:
