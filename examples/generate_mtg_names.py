@@ -57,7 +57,7 @@ def main() -> None:
     base_source = options.base or base_of(source)
     from flash_experts import NameGenerator
     from flash_experts.data.names import shown_form
-    from flash_experts.generation.formatting import format_name
+    from flash_experts.generation.text_rules import format_name
 
     def names(generator: NameGenerator, count: int, **settings: object) -> list[str]:
         return [name.text for name in generator.generate(count, **settings, seed=options.seed)]

@@ -18,7 +18,7 @@ from flash_experts.data.cleaning import clean
 from flash_experts.data.names import faces_of, normal_form, shown_form
 from flash_experts.data.prompts import Attributes
 from flash_experts.data.sources import MAX_NAME, load_source, read_file
-from flash_experts.generation.formatting import format_name
+from flash_experts.generation.text_rules import format_name
 from flash_experts.models.loading import check_folder
 from flash_experts.models.saving import MANIFEST, CheckpointError
 from flash_experts.options import read_yaml

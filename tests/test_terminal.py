@@ -14,7 +14,7 @@ import pytest
 from flash_experts.data.sources import read_file
 from flash_experts.evaluation.tables import Table
 from flash_experts.generation import name_files as tables
-from flash_experts.generation.search import GeneratedName
+from flash_experts.generation.generator import GeneratedName
 from flash_experts.terminal import (
     did_you_mean,
     escape_unencodable,

@@ -211,6 +211,7 @@ def test_bad_and_contradictory_arguments(generator: NameGenerator, arguments: di
 def test_parts_of_banned_words_and_marks_within_names_are_allowed() -> None:
     NameRequest.of(ends_with="wolf", contains="elf", starts_with="Elf", banned_words=["wolf", "elf"])
     NameRequest.of(starts_with="Jötun, ", contains=" l'", ends_with="-ful")
+    NameRequest.of(starts_with=" Goblin ", contains=" Axe ", ends_with=" Wolf")
     NameRequest.of(pattern="___'s ___, the ___")
 
 

@@ -22,7 +22,7 @@ from flash_experts.generation import (
     NameVocabulary,
     WellFormed,
 )
-from flash_experts.generation.filters import LeadsTo
+from flash_experts.generation.filters.text import LeadsTo
 from tests.test_generation.test_filters import admits, byte_ids
 
 TEXTS = [

@@ -7,7 +7,6 @@ import re
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from string import capwords
@@ -308,15 +307,6 @@ _SET_BEFORE = re.compile(r"[(\[]([A-Za-z0-9_]{2,8})(?:[:#]\S+)?[)\]]\s+")
 _SHARE = 0.5  # a text with counts on more than this share of its lines is a deck list
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """One card of a deck list."""
-
-    name: str
-    set_code: str | None
-    is_token: bool
-
-
 class DeckList:
     """Reads a deck list line by line; a line that is a real name in ``known`` stays whole ("50 Feet of Rope")."""
 
@@ -336,8 +326,8 @@ class DeckList:
         counted = [line for line in counted if normal_form(line) not in known]
         return cls(known) if titled or len(counted) > _SHARE * len(entries) else None
 
-    def read(self, line: str) -> Entry | None:
-        """The card of a line; None for a heading or a comment."""
+    def read(self, line: str) -> dict[str, str | None] | None:
+        """The card of a line as `raw_card` takes it; None for a heading or a comment."""
         if section := _SECTION.fullmatch(line):
             self.section = section[1].casefold()
             return None
@@ -354,7 +344,8 @@ class DeckList:
             while behind := _BEHIND.search(text) or _SET.search(text):
                 set_code = behind[1] or behind[2] if behind.re is _SET else set_code
                 text = text[: behind.start()]
-        return Entry(text.strip(), _code(set_code), self.section.startswith("token"))
+        layout = "token" if self.section.startswith("token") else ""
+        return {"name": text.strip(), "set": _code(set_code), "layout": layout}
 
 
 def _code(text: str | None) -> str | None:

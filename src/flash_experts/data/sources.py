@@ -213,8 +213,7 @@ def _name_rows(numbered: Iterable[tuple[str, str]], unread: Unread) -> Iterator[
     for where, line in chain(sample, stream):
         record: Any = line.rstrip(",; ").strip('"' if quoted else "")
         if deck is not None:
-            entry = deck.read(line)
-            record = entry and {"name": entry.name, "set": entry.set_code, "layout": "token" if entry.is_token else ""}
+            record = deck.read(line)
         if record and not line.startswith("//") and (card := raw_card(record, where, unread)):
             yield card
 

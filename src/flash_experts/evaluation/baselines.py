@@ -21,7 +21,7 @@ from flash_experts.data.prompts import UNCONDITIONAL, Attributes
 from flash_experts.evaluation.metrics import FloatArray
 from flash_experts.evaluation.ngram import Kind, kinds_of
 from flash_experts.evaluation.scorers import Costs, LanguageModel, ModelSize, NGramBaseline, Prompt
-from flash_experts.generation.formatting import format_name
+from flash_experts.generation.text_rules import format_name
 
 _JOINTS = (", ", " of the ", " of ", " ")  # where a name is cut, the first that it has
 _FEWEST = 40  # names of a kind whose parts are exchanged; with fewer, attributes are left out

@@ -17,10 +17,9 @@ from flash_experts.data.names import normal_form
 from flash_experts.data.prompts import Attributes, Conditions, drop_unknown, read_conditions
 from flash_experts.data.sources import MAX_JSON_BYTES, Lines, cells_of, heading_of, separated, split_lines
 from flash_experts.generation.filters.base import NoTokenLeftError
-from flash_experts.generation.generator import NameGenerator
+from flash_experts.generation.generator import GeneratedName, NameGenerator
 from flash_experts.generation.name_files import TABLES, Format, NamedCard, type_line_of, write_cards, write_table
 from flash_experts.generation.reranker import content_words
-from flash_experts.generation.search import GeneratedName
 
 MOST_ROWS = 2_000
 RULE_COLUMNS = ("starts_with", "contains", "ends_with")  # a row's own words
@@ -93,7 +92,7 @@ def is_card_table(text: str) -> bool:
     if _is_json(text):
         return True
     _, heading, separator = heading_of(split_lines(text))
-    return bool(known_columns(separated(heading, "1", separator)[1]) & _OF_CARDS)
+    return bool(known_columns(separated(heading, "the heading", separator)[1]) & _OF_CARDS)
 
 
 def _is_json(text: str) -> bool:

@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING
 
 from flash_experts.data.names import normal_form, shown_form
 from flash_experts.generation import text_rules
-from flash_experts.generation.formatting import DANGLING_WORDS, format_name
 from flash_experts.options import at_least, option
 
 if TYPE_CHECKING:
-    from flash_experts.generation.filters import NameFilter, NameVocabulary
+    from flash_experts.generation.filters.base import NameFilter, NameVocabulary
 
 RULES = "Rules for the names"
 MOST_CHARACTERS = 1000  # highest max_length
@@ -141,7 +140,7 @@ class Constraints:
         Raises:
             ValueError: a filter cannot be made, such as for a regex that matches no name.
         """
-        from flash_experts.generation import filters as make
+        from flash_experts.generation.filters import base, limits, regex, text
 
         place = vocabulary, prompt_length
         texts = (self.starts_with, self.ends_with, self.contains, _GAP.sub("", self.pattern or ""))
@@ -149,36 +148,36 @@ class Constraints:
         alphabet = text_rules.CARD_ALPHABET | set(shown_form(given)) | set(given.lower())
         least, most = self.word_limits
         found: list[NameFilter] = [
-            make.AllowedCharacters(*place, alphabet),
-            make.WellFormed(*place),
-            make.NoRepeatedWords(*place),
-            make.KnownNameFilter(*place, known),
+            base.AllowedCharacters(*place, alphabet),
+            base.WellFormed(*place),
+            text.NoRepeatedWords(*place),
+            base.KnownNameFilter(*place, known),
         ]
         if self.banned_words:
-            found.append(make.BannedWords(*place, self.banned_words))
-        found += [make.UNWANTED[check](*place) for check in self._unwanted()]
+            found.append(text.BannedWords(*place, self.banned_words))
+        found += [text.UNWANTED[check](*place) for check in self._unwanted()]
         if self.alliterate:
-            found.append(make.Alliterates(*place))
+            found.append(text.Alliterates(*place))
         if self.starts_with is not None:
-            found.append(make.StartsWith(*place, self.starts_with))
+            found.append(text.StartsWith(*place, self.starts_with))
         if self.whole_regex is not None:
-            found.append(make.MatchesRegex(*place, self.whole_regex, self.longest, alphabet, self._as_regexes()))
+            found.append(regex.MatchesRegex(*place, self.whole_regex, self.longest, alphabet, self._as_regexes()))
         if self.has_text_after_gap:
             before, *parts = _GAP.split(shown_form(self.pattern or ""))
             ends = bool(parts[-1].strip())
-            found.append(make.LeadsTo(*place, before, [part for part in parts if part.strip()], ends))
+            found.append(text.LeadsTo(*place, before, [part for part in parts if part.strip()], ends))
         if self.contains is not None:
-            found.append(make.Contains(*place, self.contains, self.longest))
+            found.append(text.Contains(*place, self.contains, self.longest))
         if self.ends_with is not None:
-            found.append(make.EndsWith(*place, self.ends_with, self.longest))
+            found.append(text.EndsWith(*place, self.ends_with, self.longest))
         if least > 1:
-            found.append(make.MinWords(*place, least))
+            found.append(limits.MinWords(*place, least))
         if self.min_length is not None:
-            found.append(make.MinLength(*place, self.min_length))
+            found.append(limits.MinLength(*place, self.min_length))
         if most is not None:
-            found.append(make.MaxWords(*place, most))
+            found.append(limits.MaxWords(*place, most))
         # A barely trained model never ends a name: with drops=True, its names would all be dropped.
-        return [*found, make.MaxLength(*place, self.longest, drops=self.max_length is not None)]
+        return [*found, limits.MaxLength(*place, self.longest, drops=self.max_length is not None)]
 
     def held_by(self, text: str) -> bool:
         """Whether a formatted name follows all rules but ``regex``, ``pattern`` and ``min_distance``."""
@@ -231,9 +230,10 @@ class Constraints:
         self._check_banned(name, text)
         if name == "ends_with":
             last, is_word = shown.split()[-1], _spaced(text)[0] == " " or " " in shown
-            if shown[-1] in text_rules.OPEN_END or (is_word and last.lower() in DANGLING_WORDS):
+            if shown[-1] in text_rules.OPEN_END or (is_word and last.lower() in text_rules.DANGLING_WORDS):
                 raise ValueError(f"ends_with {shown!r}: no name ends on {last!r}")
-        _check_kept(f"{name} {shown!r}", _spaced(text), is_first=name == "starts_with", is_last=name == "ends_with")
+        is_first = name == "starts_with"
+        _check_kept(f"{name} {shown!r}", shown if is_first else _spaced(text), is_first, is_last=name == "ends_with")
         if (
             self.alliterate
             and name == "starts_with"
@@ -282,7 +282,7 @@ class Constraints:
 def _check_kept(what: str, text: str, is_first: bool, is_last: bool) -> None:
     """Raises a ValueError if formatting removes a text from each name, as that of "//"."""
     sample = ("" if is_first else "X") + text + ("" if is_last else "x")
-    if text.lower() not in format_name(sample).lower():
+    if text.lower() not in text_rules.format_name(sample).lower():
         raise ValueError(f"{what}: names are written as on cards, which have no {text.strip()!r} there")
 
 

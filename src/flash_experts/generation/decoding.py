@@ -6,7 +6,7 @@ Shape suffixes: B batch rows, T tokens of prompt and name, S most tokens of a na
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
@@ -252,8 +252,7 @@ class _Batch:
             ids_BK, values_BK = top_BK.indices.to("cpu", torch.int32), top_BK.values.to("cpu", torch.float16)
             for row, ids_K, values_K in zip(rows, ids_BK, values_BK, strict=True):
                 row.top.append((ids_K, values_K))
-        names: list[DecodedName] = []
-        self._ended = []
+        ended: dict[int, bool] = {}  # whether each is whole
         drawn = zip(rows, chosen_B.tolist(), dead_B.tolist(), strict=True)
         for place, (row, token, is_dead) in enumerate(drawn):
             is_whole = token == decoder.eos_id and not is_dead
@@ -262,12 +261,13 @@ class _Batch:
                 if decoder.filters is not None:
                     row.text = decoder.filters.vocabulary.extend(row.text, token)
             if is_whole or is_dead or len(row.ids) == decoder.max_new_tokens:
-                self._ended.append(place)
-                names.append(DecodedName(row.index, tuple(row.ids), 0.0, is_whole, tuple(row.top)))
-        if names:
-            log_probs = self._log_prob_B[self._ended].tolist()
-            names = [replace(name, log_prob=value) for name, value in zip(names, log_probs, strict=True)]
-        return names
+                ended[place] = is_whole
+        self._ended = list(ended)
+        log_probs = self._log_prob_B[self._ended].tolist() if ended else []
+        return [
+            DecodedName(rows[place].index, tuple(rows[place].ids), log_prob, is_whole, tuple(rows[place].top))
+            for (place, is_whole), log_prob in zip(ended.items(), log_probs, strict=True)
+        ]
 
     def advance(self) -> None:
         """Gives ended rows to waiting names, drops the remaining ones, and computes the next logits."""
@@ -275,8 +275,8 @@ class _Batch:
         all_ended = len(self._ended) == len(self.rows)
         refill = self._ended if all_ended or not decoder.processors else []
         new = refill[: len(self._waiting)]
-        for place, index in zip(new, self._waiting, strict=False):
-            self.rows[place] = _Row(index)
+        for place, name in zip(new, self._waiting, strict=False):
+            self.rows[place] = _Row(name)
         self._waiting = self._waiting[len(new) :]
         self._draw_noise(new)
         self._log_prob_B[new] = 0

@@ -19,7 +19,7 @@ from flash_experts.data.prompts import Attributes
 from flash_experts.terminal import one_line, say, to_cell
 
 if TYPE_CHECKING:
-    from flash_experts.generation.search import GeneratedName
+    from flash_experts.generation.generator import GeneratedName
 
 COLUMNS = ("text", "log_prob", "score", "nearest_card", "similarity")
 Format = Literal["text", "csv", "json", "jsonl", "markdown", "mse", "cockatrice"]

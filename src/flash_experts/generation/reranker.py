@@ -21,7 +21,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache, cached_property, lru_cache, partial
 from typing import Generic, Protocol, TypeVar
 
@@ -31,9 +31,8 @@ import numpy.typing as npt
 from flash_experts.data.cards import Card
 from flash_experts.data.names import normal_form
 from flash_experts.data.prompts import Attributes
-from flash_experts.generation.formatting import SMALL_WORDS
 from flash_experts.generation.similarity import real_cards
-from flash_experts.generation.text_rules import words_of
+from flash_experts.generation.text_rules import SMALL_WORDS, words_of
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
@@ -214,28 +213,20 @@ class Candidate(Protocol):
 C = TypeVar("C", bound=Candidate)
 
 
-@dataclass(frozen=True, slots=True)
-class Weights:
-    """Weights of the score, chosen on validation cards; ``fault`` is in nats per character."""
-
-    match: float = 0.3
-    fault: float = 0.25
-
-
-DEFAULT_WEIGHTS = Weights()
-
-
 class Reranker(Generic[C]):
     """Chooses names one after another from the candidates added so far, for one request."""
 
     def __init__(
         self,
         attributes: Attributes,
-        weights: Weights = DEFAULT_WEIGHTS,
+        match_weight: float = 0.3,
+        fault_weight: float = 0.25,
         classifier: AttributeClassifier | None = None,
     ) -> None:
-        """``classifier``: of the cards that names are compared with (default: all real ones)."""
-        self._attributes, self._weights, self._given = attributes, weights, classifier
+        """``classifier``: of the cards that names are compared with (default: all real ones). The weights were chosen
+        on validation cards."""
+        self._attributes, self._given = attributes, classifier
+        self._match_weight, self._fault_weight = match_weight, fault_weight
         self._waiting: list[C] = []
         self._score_N: FloatArray = np.empty(0)
 
@@ -251,7 +242,7 @@ class Reranker(Generic[C]):
         if not self._waiting:
             return None
         repetition_N = np.array([self._repetition.excess(one.text) for one in self._waiting])
-        best = int(np.argmax(self._score_N - self._weights.fault * repetition_N))
+        best = int(np.argmax(self._score_N - self._fault_weight * repetition_N))
         self._score_N = np.delete(self._score_N, best)
         chosen = self._waiting.pop(best)
         self._repetition.add(chosen.text)
@@ -263,10 +254,10 @@ class Reranker(Generic[C]):
             return np.empty(0)
         texts = [one.text for one in candidates]
         nats_N = np.array([one.log_prob for one in candidates]) + START_NATS
-        if self._weights.match and questions_of(self._attributes):
-            nats_N += self._weights.match * self._match(texts)
+        if self._match_weight and questions_of(self._attributes):
+            nats_N += self._match_weight * self._match(texts)
         faults_N = np.array([flaws(text) + (character_of(text) in known_characters()) for text in texts])
-        return nats_N / np.array([len(text) + 1 for text in texts]) - self._weights.fault * faults_N
+        return nats_N / np.array([len(text) + 1 for text in texts]) - self._fault_weight * faults_N
 
     @cached_property
     def _match(self) -> Scorer:

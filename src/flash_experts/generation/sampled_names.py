@@ -26,11 +26,10 @@ from flash_experts.data.prompts import Attributes, drop_unknown, read_conditions
 from flash_experts.files import check_out_folder, check_replaced, whole_file
 from flash_experts.generation.constraints import Constraints
 from flash_experts.generation.decoding import DecodedName, NameDecoder
-from flash_experts.generation.formatting import format_name
 from flash_experts.generation.generator import NameGenerator
 from flash_experts.generation.request import Sampling
 from flash_experts.generation.sampling import stream_seed
-from flash_experts.generation.text_rules import BAD_MARKS, CARD_ALPHABET
+from flash_experts.generation.text_rules import BAD_MARKS, CARD_ALPHABET, format_name
 from flash_experts.models.scoring import INDEX, SUFFIX, NameLogits, evaluating, write_index, write_shard
 
 _PIECE = 2048  # names between two saves

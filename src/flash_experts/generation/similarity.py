@@ -1,4 +1,4 @@
-"""The nearest real card of a name, and names that resemble examples.
+"""Names that resemble examples.
 
 The model was never trained on names given other names, so it cannot imitate a style. Instead, attributes that the
 examples share go into the prompt, and their sub-words get a logit bias.
@@ -11,8 +11,8 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Collection, Hashable, Iterable, Sequence
-from dataclasses import dataclass, replace
-from functools import cache, cached_property
+from dataclasses import replace
+from functools import cache
 
 import torch
 
@@ -22,52 +22,10 @@ from flash_experts.data.names import normal_form, shown_form
 from flash_experts.data.prompts import Attributes
 from flash_experts.data.sources import load_source
 from flash_experts.generation.filters.base import NameFilter, NameVocabulary
-from flash_experts.generation.formatting import SMALL_WORDS
+from flash_experts.generation.text_rules import SMALL_WORDS
 
-_ROWS_AT_ONCE = 64  # with 35,000 cards: 9 MB of similarities
 STRENGTH = 2.0  # logit bias of the examples' most common sub-word, in nats
 _SHORTEST = 2  # letters: single ones do not characterize a style
-
-
-@dataclass(frozen=True)
-class KnownNames:
-    """Names that are already on cards, in printed form."""
-
-    names: tuple[str, ...]
-
-    @cached_property
-    def _name_of(self) -> dict[str, str]:
-        forms: dict[str, str] = {}
-        for name in self.names:
-            forms.setdefault(normal_form(name), name)
-        forms.pop("", None)  # names without letters or digits
-        return forms
-
-    @cached_property
-    def normal_forms(self) -> frozenset[str]:
-        return frozenset(self._name_of)
-
-    def nearest(self, names: Sequence[str]) -> list[tuple[str | None, float]]:
-        """The nearest known name of each, the first of equals, and their similarity; (None, 0.0) if no name is known.
-
-        Similarity is 1 - edit distance / the longer length, of normal forms.
-        """
-        shown = list(self._name_of.values())
-        if not shown:
-            return [(None, 0.0)] * len(names)
-        from rapidfuzz.distance import Levenshtein
-        from rapidfuzz.process import cdist
-
-        known = list(self._name_of)
-        found: list[tuple[str | None, float]] = []
-        for start in range(0, len(names), _ROWS_AT_ONCE):
-            queries = [normal_form(name) for name in names[start : start + _ROWS_AT_ONCE]]
-            similarity = cdist(
-                queries, known, scorer=Levenshtein.normalized_similarity, workers=torch.get_num_threads()
-            )
-            best = similarity.argmax(axis=1)
-            found += [(shown[place], float(similarity[row, place])) for row, place in enumerate(best)]
-        return found
 
 
 def examples_of(text: str | Sequence[str]) -> list[str]:

@@ -26,8 +26,7 @@ import torch
 from transformers import LogitsProcessor, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from flash_experts.data.names import normal_form
-from flash_experts.generation.formatting import DANGLING_WORDS
-from flash_experts.generation.text_rules import BAD_MARKS, CARD_ALPHABET, OPEN_END, PARTIAL_BYTES
+from flash_experts.generation.text_rules import BAD_MARKS, CARD_ALPHABET, DANGLING_WORDS, OPEN_END, PARTIAL_BYTES
 
 _CACHE_BYTES = 32 << 20  # largest cache of masks of a filter
 

@@ -15,8 +15,7 @@ from typing import cast
 import torch
 
 from flash_experts.generation.filters.base import NameFilter, NameVocabulary, room
-from flash_experts.generation.formatting import SMALL_WORDS
-from flash_experts.generation.text_rules import PARTIAL_BYTES
+from flash_experts.generation.text_rules import PARTIAL_BYTES, SMALL_WORDS
 from flash_experts.options import at_least
 
 _SHORTEST_NEW_WORD = 2  # letters: a new word needs room for this many

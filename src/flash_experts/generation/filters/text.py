@@ -15,8 +15,15 @@ import torch
 from flash_experts.data.names import normal_form, shown_form
 from flash_experts.generation.filters.base import NameFilter, NameVocabulary, room
 from flash_experts.generation.filters.limits import LowerLimit
-from flash_experts.generation.formatting import SMALL_WORDS
-from flash_experts.generation.text_rules import PARTIAL_BYTES, WORD, Check, alliterates, place_at_end, profanity_at_end
+from flash_experts.generation.text_rules import (
+    PARTIAL_BYTES,
+    SMALL_WORDS,
+    WORD,
+    Check,
+    alliterates,
+    place_at_end,
+    profanity_at_end,
+)
 
 _FAVOR = 4.0  # nats: the wanted letters come in about one of e^4 = 55 places where they could
 _FAVOR_PER_CHARACTER = 0.5  # nats past a name's usual length, or rare letters would come too late
@@ -31,7 +38,7 @@ class StartsWith(NameFilter):
 
     def __init__(self, vocabulary: NameVocabulary, prompt_length: int, prefix: str) -> None:
         super().__init__(vocabulary, prompt_length)
-        if not prefix.strip():
+        if not shown_form(prefix):
             raise ValueError("starts_with is blank: leave it out, or give the letters that names start with")
         # Text up to a token boundary within the prefix -> the tokenizer's next tokens.
         self._next: dict[str, set[int]] = {}
@@ -58,16 +65,20 @@ class StartsWith(NameFilter):
 
 def _prefix_forms(prefix: str) -> list[str]:
     """ " " and the prefix, its last word as given and capitalized."""
-    words = shown_form(prefix).split()
-    words = [
-        word if place and word.lower() in SMALL_WORDS else word[0].upper() + word[1:]
-        for place, word in enumerate(words[:-1])
-    ] + words[-1:]
+    *words, last = shown_form(prefix).split()
     space = " " if prefix[-1].isspace() else ""
-    last = words[-1]
-    capital = last[0].upper() + last[1:]
-    lasts = [capital] if len(words) == 1 else [last, capital]
-    return [" " + " ".join([*words[:-1], form]) + space for form in lasts]
+    lasts = [last, _capital(last)] if words else [_capital(last)]
+    before = "".join(f" {word}" for word in [*map(_capital, words[:1]), *_cased(words[1:])])
+    return [f"{before} {form}{space}" for form in lasts]
+
+
+def _capital(word: str) -> str:
+    return word[:1].upper() + word[1:]
+
+
+def _cased(words: Iterable[str]) -> list[str]:
+    """Words within a name in card capitals."""
+    return [word if word.lower() in SMALL_WORDS else _capital(word) for word in words]
 
 
 class WantedText(LowerLimit):
@@ -92,12 +103,13 @@ class WantedText(LowerLimit):
         self._states: dict[int, torch.Tensor] = {}
         # As a separate word: the part so far -> the next token. Within a word: the first token, if it has enough of
         # the text; single letters would be repeated.
-        start, *within = _forms_within(words, text[0].isspace())
-        ids = vocabulary.encode(start)
+        first, *others = words.split()
+        ids = vocabulary.encode("".join(f" {word}" for word in _cased([first, *others])))
         self._first = ids[0]
         self._next = {vocabulary.decode(ids[:place]): token for place, token in enumerate(ids) if place}
-        self._within = [vocabulary.encode(form)[0] for form in within]
-        self._within = [one for one in self._within if len(vocabulary.texts[one]) >= min(len(words), _MUCH)]
+        within = vocabulary.encode(" ".join([first, *_cased(others)]))[0]
+        is_enough = not text[0].isspace() and len(vocabulary.texts[within]) >= min(len(words), _MUCH)
+        self._within = [within] if is_enough else []
         self._continues_word[self._within] = False  # such a token may follow a whole word
 
     @abstractmethod
@@ -189,7 +201,8 @@ class LeadsTo(NameFilter):
         self._spaced_V = vocabulary.where(lambda text: text.startswith(" "))
         self._next: list[dict[str, int]] = []  # for each part: what there is of it -> its next token
         for part in parts:
-            ids = vocabulary.encode(_cased(part.rstrip()))
+            first, *words = part.rstrip().split(" ")
+            ids = vocabulary.encode(" ".join([first, *_cased(words)]))
             self._next.append({vocabulary.decode(ids[:place]): token for place, token in enumerate(ids)})
 
     def rule(self, name: str) -> Hashable | None:
@@ -225,19 +238,6 @@ class LeadsTo(NameFilter):
             late = max(0, len(name) + len(part) - _USUAL_LENGTH)
             return following[""], _FAVOR + late * _FAVOR_PER_CHARACTER
         return None
-
-
-def _cased(text: str) -> str:
-    first, *words = text.split(" ")
-    cased = (word if word.lower() in SMALL_WORDS else word[:1].upper() + word[1:] for word in words)
-    return " ".join([first, *cased])
-
-
-def _forms_within(words: str, begins_word: bool) -> list[str]:
-    """In card capitals: as separate words, and as the rest of a word."""
-    cased = [word if word in SMALL_WORDS else word[0].upper() + word[1:] for word in words.split()]
-    start = " " + " ".join(cased)
-    return [start] if begins_word else [start, " ".join([words.split()[0], *cased[1:]])]
 
 
 @lru_cache(maxsize=1024)  # several filters need the words of the same rows
