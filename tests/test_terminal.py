@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from flash_experts.data.prompts import Attributes
 from flash_experts.data.sources import read_file
 from flash_experts.evaluation.tables import Table
 from flash_experts.generation import name_files as tables
@@ -103,7 +104,8 @@ def test_csv_of_generated_names(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tables, "row_of", lambda name: row)
     name = GeneratedName.__new__(GeneratedName)
     safe, raw = io.StringIO(), io.StringIO()
-    assert tables.write_csv([name], safe) == tables.write_csv([name], raw, raw=True) == 1
+    for file, raw_cells in ((safe, False), (raw, True)):
+        assert tables.write_names([name], Attributes(), file, "csv", raw_cells) == 1
     [written], [as_it_is] = ([*csv.DictReader(io.StringIO(file.getvalue()))] for file in (safe, raw))
     assert (written["text"], written["nearest_card"], written["log_prob"]) == ('\'=HYPERLINK("x")', "'+2 Mace", "-3.25")
     assert (as_it_is["text"], as_it_is["nearest_card"]) == ('=HYPERLINK("x")', "+2 Mace")
