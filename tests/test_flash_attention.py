@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
-from transformers import DataCollatorWithFlattening, GPT2LMHeadModel
+from transformers import DataCollatorWithFlattening, GPT2LMHeadModel, MistralConfig, MistralForCausalLM
 
 from flash_experts import GPT2MoEForCausalLM
 from flash_experts.models.flash_attention import fe_attention_forward
@@ -98,6 +98,22 @@ def test_a_document_starts_where_positions_jump(dense: GPT2LMHeadModel, position
         model.set_attn_implementation(attention)
         packed = model(ids, position_ids=position_ids, use_cache=False).logits
         torch.testing.assert_close(packed, alone, rtol=0, atol=1e-12)
+
+
+def test_another_model_keeps_its_mask_of_packed_sequences() -> None:
+    """Mistral's blocks limit attention to a sliding window, which a packed sequence must not lose."""
+    config = MistralConfig(
+        vocab_size=99, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, sliding_window=2,
+    )  # fmt: skip
+    model = MistralForCausalLM(config).double().eval()
+    inputs = {"input_ids": torch.arange(8)[None], "position_ids": torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4]])}
+    expected = model(**inputs, use_cache=False).logits
+    model.set_attn_implementation("fe_attention")
+    torch.testing.assert_close(model(**inputs, use_cache=False).logits, expected, rtol=0, atol=1e-12)
+    starts = torch.tensor([0, 3, 8], dtype=torch.int32)
+    with pytest.raises(ValueError, match="sliding_window"):
+        model(**inputs, use_cache=False, cu_seq_lens_q=starts, cu_seq_lens_k=starts, max_length_q=5, max_length_k=5)
 
 
 def test_left_padding_changes_nothing(dense: GPT2LMHeadModel) -> None:

@@ -155,6 +155,13 @@ def test_compiled_it_computes_the_same(moe: GPT2MoEForCausalLM) -> None:
     assert all(parameter.grad is not None for parameter in moe.parameters())
 
 
+@pytest.mark.parametrize("position_ids", [None, torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4, 0, 1, 2, 3]])])
+def test_exported_it_computes_the_same(moe: GPT2MoEForCausalLM, position_ids: torch.Tensor | None) -> None:
+    inputs = {"input_ids": torch.arange(12)[None], "position_ids": position_ids, "use_cache": False}
+    exported = torch.export.export(moe, (), inputs).module()
+    torch.testing.assert_close(exported(**inputs).logits, moe(**inputs).logits, rtol=0, atol=1e-5)
+
+
 def names_dataset(tokenizer: PreTrainedTokenizerFast) -> list[dict[str, list[int]]]:
     names = ["Goblin Guide", "Serra Angel", "Lightning Bolt", "Dark Ritual"] * 4
     ids = [tokenizer(f": {name}{tokenizer.eos_token}")["input_ids"] for name in names]

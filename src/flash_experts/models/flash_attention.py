@@ -21,6 +21,7 @@ from flash_experts.models.attention_backends import attention, attention_varlen,
 from flash_experts.models.moe_config import GPT2MoEConfig
 
 ATTENTION_IMPLEMENTATION = "fe_attention"  # a name with "flash" in it would be looked up on the hub
+_NOT_PACKED = ("position_bias", "softcap", "sliding_window")  # arguments of models other than GPT-2 and Llama
 
 
 def separates_packed_sequences(config: PretrainedConfig) -> bool:
@@ -60,6 +61,10 @@ def fe_attention_forward(
         assert packed_copy_of is not None and cu_seq_lens_q is not None, "PackedBatch.inputs has all three"
         query, key, value = (_copies(x, packed_row_of) for x in (query, key, value))
     if cu_seq_lens_q is not None:
+        if unsupported := [name for name in _NOT_PACKED if kwargs.get(name) is not None]:
+            raise ValueError(
+                f"packed sequences do not support {', '.join(unsupported)}: use attn_implementation='sdpa'"
+            )
         out_BSHC = _packed(query, key, value, cu_seq_lens_q, max_length_q, scaling, dropout, backend)
         return (out_BSHC if packed_copy_of is None else out_BSHC[:, packed_copy_of]), None
     if attention_mask is not None or _needs_sdpa_function(kwargs):
@@ -128,8 +133,9 @@ def _configured_backend(module: torch.nn.Module) -> str:
 
 def _needs_sdpa_function(kwargs: dict[str, Any]) -> bool:
     """Whether only transformers' SDPA function supports the call (models other than GPT-2)."""
-    more = ("position_bias", "softcap", "sliding_window", "cache")
-    return bool(kwargs.get("output_attentions")) or any(kwargs.get(name) is not None for name in more)
+    return bool(kwargs.get("output_attentions")) or any(
+        kwargs.get(name) is not None for name in (*_NOT_PACKED, "cache")
+    )
 
 
 def packed_starts(position_ids: torch.Tensor | None, rows: int, length: int) -> torch.Tensor | None:
@@ -167,13 +173,16 @@ def fe_attention_mask(
     kv_length: int,
     attention_mask: torch.Tensor | None = None,
     allow_is_causal_skip: bool = True,
+    config: PretrainedConfig | None = None,
     **kwargs: Any,
 ) -> torch.Tensor | None:
-    """SDPA's mask, but no (T, T) mask for a packed sequence."""
-    # For that transformers sets allow_is_causal_skip=False.
-    if attention_mask is None and not allow_is_causal_skip and batch_size == 1 and q_length == kv_length > 1:
+    """SDPA's mask, but no (T, T) mask for a packed sequence of a model that `separates_packed_sequences`."""
+    # For that transformers sets allow_is_causal_skip=False. An exported graph cannot depend on where documents start.
+    is_packed = attention_mask is None and not allow_is_causal_skip and batch_size == 1 and q_length == kv_length > 1
+    is_exported = torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
+    if is_packed and not is_exported and (config is None or separates_packed_sequences(config)):
         return None
-    kwargs |= {"batch_size": batch_size, "q_length": q_length, "kv_length": kv_length}
+    kwargs |= {"batch_size": batch_size, "q_length": q_length, "kv_length": kv_length, "config": config}
     return sdpa_mask(attention_mask=attention_mask, allow_is_causal_skip=allow_is_causal_skip, **kwargs)
 
 
