@@ -86,6 +86,13 @@ def test_probabilities_are_the_former_ones_renormalised(
     assert model.config.vocab_size == len(kept) and model.config.eos_token_id == trimmed.eos_token_id
 
 
+def test_several_eos_tokens_are_renumbered(dense: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast) -> None:
+    _, kept = trim_tokenizer(tokenizer, [" Goblin"])
+    dense.generation_config.eos_token_id = [kept[-1], kept[0]]
+    trim_vocabulary(dense, kept)
+    assert dense.generation_config.eos_token_id == [len(kept) - 1, 0]
+
+
 def test_a_trimmed_model_is_saved_and_loaded(
     dense: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:

@@ -83,14 +83,17 @@ def trim_vocabulary(model: PreTrainedModel, kept_ids: Sequence[int]) -> None:
             f"token {beyond[0]} is not in the model's vocabulary of {V}: is this the model's own tokenizer?"
         )
     new_id = {old: new for new, old in enumerate(kept_ids)}
-    symbols = ("bos_token_id", "eos_token_id", "pad_token_id")
-    configs = (model.config, model.generation_config)
-    old_symbols = [(config, name, getattr(config, name, None)) for config in configs for name in symbols]
-    for _, name, old in old_symbols:
-        if old is not None and old not in new_id:
-            raise ValueError(f"{name} {old} is not among the kept tokens: keep it")
-    for config, name, old in old_symbols:
-        setattr(config, name, None if old is None else new_id[old])
+    new_symbols = []
+    for config in (model.config, model.generation_config):
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            old = getattr(config, name, None)  # some models have a list of EOS tokens
+            ids = old if isinstance(old, list) else [] if old is None else [old]
+            if gone := [token for token in ids if token not in new_id]:
+                raise ValueError(f"{name} {gone[0]} is not among the kept tokens: keep it")
+            new_ids = [new_id[token] for token in ids]
+            new_symbols.append((config, name, new_ids if isinstance(old, list) else next(iter(new_ids), None)))
+    for config, name, new in new_symbols:
+        setattr(config, name, new)
     index_W = torch.tensor(kept_ids, device=before_VD.device)
     tied = head.weight is before_VD
     after = nn.Embedding(len(kept_ids), D, device="meta")
