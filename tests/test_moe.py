@@ -16,6 +16,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from flash_experts import GPT2MoEConfig, GPT2MoEForCausalLM
 from flash_experts.kernels import cpu
 from flash_experts.kernels.cpu import grouped_mlp, linear
+from flash_experts.models.moe import GPT2MoEOutput
 from flash_experts.models.moe_layer import MoELayer, TopKRouter, load_balancing_loss, router_z_loss
 from flash_experts.models.router_metrics import router_metrics, update_router_biases
 
@@ -188,6 +189,9 @@ def test_grouped_mlp_passes_gradcheck_and_skips_frozen_weights(batched: bool) ->
     run(x_TD, gates_TK, *weights).sum().backward()
     assert weights[0].grad is None
     assert not weights[2].grad[1].any(), "an expert without tokens has a zero gradient"
+    (gradient,) = torch.autograd.grad(run(x_TD, gates_TK, *weights).square().sum(), x_TD, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        gradient.sum().backward()
 
 
 def test_router_gates_and_order() -> None:
@@ -307,6 +311,23 @@ def test_losses_reach_the_training_loss_by_default(dense: GPT2LMHeadModel) -> No
     assert asked.aux_loss >= 1 - 1e-6
 
 
+@pytest.mark.parametrize("shifted", [False, True])
+def test_losses_of_micro_batches_add_up_to_the_batch(dense: GPT2LMHeadModel, shifted: bool) -> None:
+    """As transformers' Trainer counts them: nothing predicts the first token of a row."""
+    moe = GPT2MoEForCausalLM.from_dense(dense, 4, 2, 2, router_aux_loss_coef=0.0, router_z_loss_coef=0.25)
+    moe.train().apply(lambda module: setattr(module, "p", 0.0) if isinstance(module, torch.nn.Dropout) else None)
+    ids = torch.arange(28).view(4, 7)
+
+    def out(rows: slice) -> GPT2MoEOutput:
+        labels = {"shift_labels": F.pad(ids[rows, 1:], (0, 1), value=-100)} if shifted else {}
+        return moe(ids[rows], labels=ids[rows], num_items_in_batch=24, output_router_logits=True, **labels)
+
+    whole = out(slice(4))
+    cross_entropy = F.cross_entropy(whole.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    torch.testing.assert_close(whole.loss, cross_entropy + 0.25 * whole.z_loss)
+    torch.testing.assert_close(out(slice(2)).loss + out(slice(2, 4)).loss, whole.loss)
+
+
 def test_padding_stays_out_of_the_router_losses(dense: GPT2LMHeadModel) -> None:
     moe = GPT2MoEForCausalLM.from_dense(dense, 4, 2, 2)
     ids = torch.arange(10)[None]
@@ -345,6 +366,7 @@ def test_router_metrics_and_balancing_bias(dense: GPT2LMHeadModel) -> None:
         ({"num_experts": 0}, "between 1 and num_experts \\(0\\)"),
         ({"moe_layer_freq": 13}, "moe_layer_freq"),
         ({"n_embd": 10, "n_head": 3}, "multiple of n_head"),
+        ({"n_head": 0}, "multiple of n_head"),
         ({"router_jitter_noise": 1.5}, "router_jitter_noise"),
         ({"router_aux_loss_coef": math.nan}, "router_aux_loss_coef is nan, but it must be from 0 to 1,000,000"),
         ({"router_bias_update_rate": math.inf}, "router_bias_update_rate is inf, but it must be"),

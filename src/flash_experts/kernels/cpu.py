@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 Activation = Callable[[torch.Tensor], torch.Tensor]
@@ -132,8 +133,8 @@ class _GroupedMLP(torch.autograd.Function):
         return _combine(y_pairs_D, gates_TK)
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        (dout_TD,) = grads
+    @once_differentiable
+    def backward(ctx: Any, dout_TD: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x_TD, gates_TK, up_EDF, down_EFD, y_pairs_D, *kept = ctx.saved_tensors
         (T, K), D = gates_TK.shape, x_TD.shape[1]
         want_x, _, want_gates, want_up, want_up_bias, want_down, want_down_bias, *_ = ctx.needs_input_grad
@@ -200,8 +201,8 @@ class _BatchedMLP(torch.autograd.Function):
         return _combine(y_pairs_D, gates_TK)
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        (dout_TD,) = grads
+    @once_differentiable
+    def backward(ctx: Any, dout_TD: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x_EMD, gates_TK, up_EDF, down_EFD, hidden_EMF, act_EMF, y_pairs_D, slot_of_pair = ctx.saved_tensors
         (T, K), (E, M, D) = gates_TK.shape, x_EMD.shape
         want_x, _, want_gates, want_up, want_up_bias, want_down, want_down_bias, *_ = ctx.needs_input_grad

@@ -91,10 +91,8 @@ class GPT2MoEPreTrainedModel(GPT2PreTrainedModel):
         onto_residual = std / (2 * self.config.n_layer) ** 0.5
         if isinstance(module, Router):
             init.normal_(module.weight, mean=0.0, std=std)
-            for counts in (module.selection_bias_E, module.step_counts_E, module.interval_counts_E):
-                init.zeros_(counts)
-            init.zeros_(module.interval_pairs_EE)
-            init.zeros_(module.interval_sums)
+            for buffer in module.buffers():
+                init.zeros_(buffer)
         elif isinstance(module, Experts):
             init.normal_(module.up_proj, mean=0.0, std=std)
             init.normal_(module.down_proj, mean=0.0, std=onto_residual)
@@ -244,9 +242,7 @@ class GPT2MoEForCausalLM(GPT2MoEPreTrainedModel, GPT2LMHeadModel):
         self, outputs: Any, mask_T: torch.Tensor | None, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Auxiliary loss and z-loss, means over MoE layers; records the routing of training steps."""
-        logits, choices, sequences = outputs.router_logits, outputs.router_choices, None
-        if self.config.router_aux_loss_scope == "sequence":
-            sequences = sequence_of_tokens(outputs.last_hidden_state, **kwargs)
+        logits, choices, scope = outputs.router_logits, outputs.router_choices, self.config.router_aux_loss_scope
         z = torch.stack([router_z_loss(logits_TE, mask_T) for logits_TE in logits])
         routers = list(routers_of(self).values())
         if self.training:
@@ -256,16 +252,13 @@ class GPT2MoEForCausalLM(GPT2MoEPreTrainedModel, GPT2LMHeadModel):
             return z.new_ones(()), z.mean()  # every expert has the same load: E * sum_e P_e / E = 1
         scoring = self.config.scoring_func
         pairs = list(zip(logits, choices, strict=True))
-        if sequences is not None:
+        if scope == "sequence":
+            sequences = sequence_of_tokens(outputs.last_hidden_state, **kwargs)
             aux = [sequence_balancing_loss(*pair, *sequences, mask_T, scoring) for pair in pairs]
-        elif self.training and self.config.router_aux_loss_scope == "global_batch":
-            counts_LE = counts_of_all_processes(routers)
-            aux = [
-                load_balancing_loss(*pair, mask_T, scoring, counts_E)
-                for pair, counts_E in zip(pairs, counts_LE, strict=True)
-            ]
         else:
-            aux = [load_balancing_loss(*pair, mask_T, scoring) for pair in pairs]
+            is_global = self.training and scope == "global_batch"
+            counts = counts_of_all_processes(routers) if is_global else [None] * len(pairs)
+            aux = [load_balancing_loss(*pair, mask_T, scoring, of) for pair, of in zip(pairs, counts, strict=True)]
         return torch.stack(aux).mean(), z.mean()
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
@@ -368,9 +361,13 @@ def _padding_mask(attention_mask: torch.Tensor | None, inputs: torch.Tensor | No
 
 
 def _share_of_items(
-    labels: torch.Tensor, num_items_in_batch: int | torch.Tensor | None = None, **_: Any
+    labels: torch.Tensor,
+    num_items_in_batch: int | torch.Tensor | None = None,
+    shift_labels: torch.Tensor | None = None,
+    **_: Any,
 ) -> torch.Tensor | float:
     """This micro-batch's share of the step's labels, by which router losses average under gradient accumulation."""
     if num_items_in_batch is None:
         return 1.0
-    return (labels != -100).sum() / num_items_in_batch
+    predicted = labels[..., 1:] if shift_labels is None else shift_labels  # nothing predicts the first token
+    return (predicted != -100).sum() / num_items_in_batch

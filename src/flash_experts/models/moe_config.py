@@ -75,7 +75,7 @@ class GPT2MoEConfig(MoEOptions, GPT2Config):
             )
         if self.moe_intermediate_size is not None and self.moe_intermediate_size < 1:
             raise ValueError(f"moe_intermediate_size must be 1 or more, not {self.moe_intermediate_size}")
-        if self.n_embd % self.n_head:
+        if self.n_head < 1 or self.n_embd % self.n_head:
             raise ValueError(f"n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head})")
         self._check_routing()
 
