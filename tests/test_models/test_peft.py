@@ -13,8 +13,8 @@ from flash_experts import GPT2MoEConfig, GPT2MoEForCausalLM
 from flash_experts.evaluation.scorers import parameter_counts
 from flash_experts.models import decode_step
 from flash_experts.models.moe_layer import MoELayer
-from flash_experts.models.router import Router
-from flash_experts.models.router_metrics import count_loads, in_use, router_metrics, routers_of, update_router_biases
+from flash_experts.models.router import Router, in_use, routers_of
+from flash_experts.models.router_metrics import count_loads, router_metrics, update_router_biases
 
 WAYS: dict[str, dict[str, Any]] = {
     "router copied": {"target_modules": ["c_attn"], "modules_to_save": ["router"]},

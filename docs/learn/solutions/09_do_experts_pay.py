@@ -29,7 +29,7 @@ from chapter_models import bits_per_character, nats_of_names
 from chapter_tools import ROOT, cards, load_released, table
 
 from flash_experts.evaluation.routing.maps import inspect_router
-from flash_experts.models.router_metrics import routers_of
+from flash_experts.models.router import routers_of
 from flash_experts.training.tracking import read_metrics
 
 file = json.loads((ROOT / "benchmarks/results/released_2cores.json").read_text("utf-8"))

@@ -137,35 +137,30 @@ class _GroupedMLP(torch.autograd.Function):
     def backward(ctx: Any, dout_TD: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x_TD, gates_TK, up_EDF, down_EFD, y_pairs_D, *kept = ctx.saved_tensors
         (T, K), D = gates_TK.shape, x_TD.shape[1]
-        want_x, _, want_gates, want_up, want_up_bias, want_down, want_down_bias, *_ = ctx.needs_input_grad
         groups: _Groups = ctx.groups
         gate_P = gates_TK.new_zeros(len(groups.token_of_P))
         gate_P[groups.place_of_S] = gates_TK.reshape(-1)[groups.pair_of_S]
-        dup_EDF = torch.empty_like(up_EDF) if want_up else None
-        ddown_EFD = torch.empty_like(down_EFD) if want_down else None
-        dup_bias_EF = up_EDF.new_zeros(up_EDF.shape[0], up_EDF.shape[2]) if want_up_bias else None
-        ddown_bias_ED = up_EDF.new_zeros(down_EFD.shape[0], down_EFD.shape[2]) if want_down_bias else None
-        dx_pairs_D = torch.empty_like(y_pairs_D) if want_x else None
+        weights_too = any(ctx.needs_input_grad[3:7])
+        dx_pairs_D, dup_EDF, ddown_EFD = (torch.empty_like(tensor) for tensor in (y_pairs_D, up_EDF, down_EFD))
+        dup_bias_EF = up_EDF.new_zeros(up_EDF.shape[0], up_EDF.shape[2])
+        ddown_bias_ED = up_EDF.new_zeros(down_EFD.shape[0], down_EFD.shape[2])
         for (e, rows, pairs), hidden_F, act_F in zip(groups, kept[::2], kept[1::2], strict=True):
             tokens = groups.token_of_P[rows]
             dy_D = dout_TD[tokens] * gate_P[rows, None]
             dhidden_F = _activation_gradient(ctx.activation, hidden_F, linear(dy_D, down_EFD[e].T))
-            if ddown_EFD is not None:
+            dx_pairs_D[pairs] = linear(dhidden_F, up_EDF[e].T)[: len(pairs)]
+            if weights_too:
                 torch.mm(act_F.T, dy_D, out=ddown_EFD[e])
-            if ddown_bias_ED is not None:
                 torch.sum(dy_D, 0, out=ddown_bias_ED[e])
-            if dup_EDF is not None:
                 torch.mm(x_TD[tokens].T, dhidden_F, out=dup_EDF[e])
-            if dup_bias_EF is not None:
                 torch.sum(dhidden_F, 0, out=dup_bias_EF[e])
-            if dx_pairs_D is not None:
-                dx_pairs_D[pairs] = linear(dhidden_F, up_EDF[e].T)[: len(pairs)]
+        dx_TD = dx_pairs_D.view(T, K, D).sum(1)
+        dgates_TK = (y_pairs_D.view(T, K, D) @ dout_TD[:, :, None])[:, :, 0]
+        if not weights_too:
+            return dx_TD, None, dgates_TK, *[None] * 6
         for e in (expert for expert, count in enumerate(groups.counts) if not count):
-            for gradient in (dup_EDF, ddown_EFD):
-                if gradient is not None:
-                    gradient[e].zero_()
-        dx_TD = dx_pairs_D.view(T, K, D).sum(1) if dx_pairs_D is not None else None
-        dgates_TK = (y_pairs_D.view(T, K, D) @ dout_TD[:, :, None])[:, :, 0] if want_gates else None
+            dup_EDF[e].zero_()
+            ddown_EFD[e].zero_()
         return dx_TD, None, dgates_TK, dup_EDF, dup_bias_EF, ddown_EFD, ddown_bias_ED, None, None
 
 
@@ -205,20 +200,17 @@ class _BatchedMLP(torch.autograd.Function):
     def backward(ctx: Any, dout_TD: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x_EMD, gates_TK, up_EDF, down_EFD, hidden_EMF, act_EMF, y_pairs_D, slot_of_pair = ctx.saved_tensors
         (T, K), (E, M, D) = gates_TK.shape, x_EMD.shape
-        want_x, _, want_gates, want_up, want_up_bias, want_down, want_down_bias, *_ = ctx.needs_input_grad
         # Padding rows are zeros here, so they add nothing to any gradient below.
         dy_EMD = _in_slots((dout_TD[:, None] * gates_TK[:, :, None]).view(T * K, D), slot_of_pair, E, M)
         dact_EMF = torch.bmm(dy_EMD, down_EFD.transpose(1, 2))
         dhidden_EMF = _activation_gradient(ctx.activation, hidden_EMF, dact_EMF)
-        ddown_EFD = torch.bmm(act_EMF.transpose(1, 2), dy_EMD) if want_down else None
-        dup_EDF = torch.bmm(x_EMD.transpose(1, 2), dhidden_EMF) if want_up else None
-        dx_TD = None
-        if want_x:
-            dx_EMD = torch.bmm(dhidden_EMF, up_EDF.transpose(1, 2))
-            dx_TD = dx_EMD.view(E * M, D)[slot_of_pair].view(T, K, D).sum(1)
-        dgates_TK = (y_pairs_D.view(T, K, D) @ dout_TD[:, :, None])[:, :, 0] if want_gates else None
-        dup_bias_EF = dhidden_EMF.sum(1) if want_up_bias else None
-        ddown_bias_ED = dy_EMD.sum(1) if want_down_bias else None
+        dx_EMD = torch.bmm(dhidden_EMF, up_EDF.transpose(1, 2))
+        dx_TD = dx_EMD.view(E * M, D)[slot_of_pair].view(T, K, D).sum(1)
+        dgates_TK = (y_pairs_D.view(T, K, D) @ dout_TD[:, :, None])[:, :, 0]
+        if not any(ctx.needs_input_grad[3:7]):
+            return dx_TD, None, dgates_TK, *[None] * 6
+        dup_EDF, dup_bias_EF = torch.bmm(x_EMD.transpose(1, 2), dhidden_EMF), dhidden_EMF.sum(1)
+        ddown_EFD, ddown_bias_ED = torch.bmm(act_EMF.transpose(1, 2), dy_EMD), dy_EMD.sum(1)
         return dx_TD, None, dgates_TK, dup_EDF, dup_bias_EF, ddown_EFD, ddown_bias_ED, None, None
 
 

@@ -33,7 +33,7 @@ ENVIRONMENT_VARIABLE = "FLASH_EXPERTS_ATTENTION"
 _logger = logging.getLogger(__name__)
 _forced: ContextVar[str | None] = ContextVar("attention_backend", default=None)
 _HALF = frozenset({torch.float16, torch.bfloat16})
-_PADDING_MASK = "a padding mask"
+PADDING_MASK = "a padding mask"  # only SDPA supports it
 _ODD_SCALE = "scales of zero and below"
 
 
@@ -57,17 +57,10 @@ class Backend:
             return f"it does not support {_listed(lacking)}"
         if self.package is not None and not is_installed(self.package):
             return f"the package that has {self.package} is not installed"
-        return None
-
-
-class _TritonBackend(Backend):
-    """On a CPU it needs Triton's interpreter, set before Triton is first imported."""
-
-    def obstacle(self, device_type: str, dtype: torch.dtype, features: tuple[str, ...]) -> str | None:
-        obstacle = Backend.obstacle(self, device_type, dtype, features)
-        if obstacle is None and device_type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        # Before Triton is first imported.
+        if self.package == "triton" and device_type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
             return "on a CPU it runs only in Triton's interpreter: set TRITON_INTERPRET=1 before Python starts"
-        return obstacle
+        return None
 
 
 def is_installed(module: str) -> bool:
@@ -79,7 +72,7 @@ def is_installed(module: str) -> bool:
 
 
 def _package(version: int, *lacks: str) -> Backend:
-    common = {"key lengths", _PADDING_MASK, _ODD_SCALE, "head dims that are not a multiple of 8", "head dims over 256"}
+    common = {"key lengths", PADDING_MASK, _ODD_SCALE, "head dims that are not a multiple of 8", "head dims over 256"}
     return Backend(
         _HALF, frozenset(lacks) | common, frozenset({"cuda"}), attention_libraries.FLASH_ATTN_MODULES[version]
     )
@@ -88,10 +81,10 @@ def _package(version: int, *lacks: str) -> Backend:
 _SINGLE = _HALF | {torch.float32}
 _NOT_IN_3_AND_4 = ("dropout", "ALiBi", "the log-sum-exp")
 BACKENDS: dict[str, Backend] = {
-    "reference": Backend(_SINGLE | {torch.float64}, frozenset({_PADDING_MASK})),
-    "triton": _TritonBackend(
+    "reference": Backend(_SINGLE | {torch.float64}, frozenset({PADDING_MASK})),
+    "triton": Backend(
         _SINGLE,
-        frozenset({_PADDING_MASK, _ODD_SCALE, "head dims under 16", "head dims over 256"}),
+        frozenset({PADDING_MASK, _ODD_SCALE, "head dims under 16", "head dims over 256"}),
         frozenset({"cuda", "cpu"}),
         "triton",
     ),
@@ -133,8 +126,13 @@ def attention_backend(name: str) -> Iterator[None]:
         _forced.reset(token)
 
 
-def forced_backend() -> str | None:
-    return _forced.get()
+def requested(config_backend: str) -> tuple[str, str]:
+    """The name of the backend that a user wants, and where it was set."""
+    if name := _forced.get():
+        return name, "attention_backend()"
+    if name := os.environ.get(ENVIRONMENT_VARIABLE):
+        return name, ENVIRONMENT_VARIABLE
+    return config_backend, "config.attention_backend"
 
 
 @torch.compiler.assume_constant_result
@@ -142,12 +140,7 @@ def choose(
     config_backend: str, device_type: str, dtype: torch.dtype, features: tuple[str, ...] = (), packed: bool = False
 ) -> str:
     """The backend for a call with these `_requested_features`; ValueError if a forced one does not support it."""
-    name, source = _forced.get(), "attention_backend()"
-    if name is None:
-        name, source = os.environ.get(ENVIRONMENT_VARIABLE), ENVIRONMENT_VARIABLE
-    if not name:
-        name, source = config_backend, "config.attention_backend"
-    return _choose(name, source, device_type, dtype, features, packed)
+    return _choose(*requested(config_backend), device_type, dtype, features, packed)
 
 
 @lru_cache(maxsize=1024)
@@ -257,8 +250,3 @@ def attention_varlen(
         return flash_attention_reference.attention_varlen(*packed)
     version = int(name.removeprefix("flash_attention_"))
     return attention_libraries.flash_attn_varlen(version, *packed, needs_lse, deterministic)
-
-
-def choose_for_mask(config_backend: str, device_type: str, dtype: torch.dtype) -> str:
-    """`choose` for a batch with a padding mask, which only SDPA supports."""
-    return choose(config_backend, device_type, dtype, (_PADDING_MASK,))

@@ -8,7 +8,6 @@ tokens of the vocabulary.
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import torch
@@ -28,7 +27,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import output_capturing
 
 from flash_experts.kernels.cpu import linear, linear_gelu_tanh
-from flash_experts.models.attention_backends import ENVIRONMENT_VARIABLE, forced_backend
+from flash_experts.models.attention_backends import requested
 from flash_experts.models.moe import GPT2MoEBlock, GPT2MoEForCausalLM
 from flash_experts.models.moe_config import GPT2MoEConfig
 from flash_experts.models.moe_layer import MoELayer, TopKRouter
@@ -41,19 +40,14 @@ _LLAMA_MODULES = (LlamaDecoderLayer, LlamaAttention, LlamaMLP, LlamaRMSNorm, Lla
 
 def supports(model: PreTrainedModel) -> bool:
     """Whether `next_logits` is equal to the model's forward."""
-    if _is_attention_forced(model) or _has_hooks(model):
-        return False
     inner: Any = model
+    backend = model.config.attention_backend if isinstance(model.config, GPT2MoEConfig) else "auto"
+    if requested(backend)[0] != "auto" or _has_hooks(model):
+        return False
     if type(model) is LlamaForCausalLM:
         return all(map(_is_plain_llama, inner.model.layers))
     is_gpt2 = type(model) in (GPT2LMHeadModel, GPT2MoEForCausalLM) and not model.config.add_cross_attention
     return is_gpt2 and all(map(_is_plain_gpt2, inner.transformer.h))
-
-
-def _is_attention_forced(model: PreTrainedModel) -> bool:
-    config = model.config
-    chosen = config.attention_backend if isinstance(config, GPT2MoEConfig) else "auto"
-    return bool(forced_backend() or os.environ.get(ENVIRONMENT_VARIABLE) or chosen != "auto")
 
 
 def _has_hooks(model: nn.Module) -> bool:

@@ -17,7 +17,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from flash_experts.kernels.attention_options import AttentionOptions, PackedLengths
-from flash_experts.models.attention_backends import attention, attention_varlen, choose_for_mask
+from flash_experts.models.attention_backends import PADDING_MASK, attention, attention_varlen, choose
 from flash_experts.models.moe_config import GPT2MoEConfig
 
 ATTENTION_IMPLEMENTATION = "fe_attention"  # a name with "flash" in it would be looked up on the hub
@@ -54,7 +54,8 @@ def fe_attention_forward(
         packed_row_of: (E,) where names share prompts (`flash_experts.data.packing.PackedBatch`), place of each token.
         packed_copy_of: (S,) first copy of each token.
     """
-    backend = _configured_backend(module)
+    config = getattr(module, "config", None)
+    backend = config.attention_backend if isinstance(config, GPT2MoEConfig) else "auto"
     if cu_seq_lens_q is None and attention_mask is None and query.shape[2] == key.shape[2] > 1:
         cu_seq_lens_q = packed_starts(position_ids, query.shape[0], query.shape[2])
     if packed_row_of is not None:
@@ -68,21 +69,19 @@ def fe_attention_forward(
         out_BSHC = _packed(query, key, value, cu_seq_lens_q, max_length_q, scaling, dropout, backend)
         return (out_BSHC if packed_copy_of is None else out_BSHC[:, packed_copy_of]), None
     if attention_mask is not None or _needs_sdpa_function(kwargs):
-        choose_for_mask(backend, query.device.type, query.dtype)
+        choose(backend, query.device.type, query.dtype, (PADDING_MASK,))  # an error if another is forced
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
     S = query.shape[2]
-    is_causal = kwargs.get("is_causal")
-    if is_causal is None:
-        is_causal = module.is_causal
+    is_causal = module.is_causal if kwargs.get("is_causal") is None else kwargs["is_causal"]
     if is_causal and 1 < S < key.shape[2]:
         # Prefill of a static cache: the entries after these tokens are not written yet.
         key, value = key[:, :, :S], value[:, :, :S]
-    options = _options(query, -1 if not is_causal else 0, scaling, dropout)
-    heads_last = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-    out_BSHC, _ = attention(*heads_last, options, backend=backend, deterministic=_deterministic())
-    return out_BSHC, None
+    options = _options(query, 0 if is_causal else -1, scaling, dropout)
+    q_BSHC, k_BSGC, v_BSGC = (x.transpose(1, 2) for x in (query, key, value))
+    is_deterministic = torch.are_deterministic_algorithms_enabled()  # custom kernels must check it themselves
+    return attention(q_BSHC, k_BSGC, v_BSGC, options, backend=backend, deterministic=is_deterministic)[0], None
 
 
 def _packed(
@@ -102,13 +101,10 @@ def _packed(
         )
     if max_length is None:
         max_length = int(cu_seq_lens.diff().max())
-    q_THC, k_THC, v_THC = (x[0].transpose(0, 1) for x in (query, key, value))
-    options = _options(query, 0, scaling, dropout)
-    lengths = PackedLengths.of(cu_seq_lens, max_length)
-    out_THC, _ = attention_varlen(
-        q_THC, k_THC, v_THC, lengths, options, backend=backend, deterministic=_deterministic()
-    )
-    return out_THC[None]
+    packed_THC = (x[0].transpose(0, 1) for x in (query, key, value))
+    lengths, options = PackedLengths.of(cu_seq_lens, max_length), _options(query, 0, scaling, dropout)
+    is_deterministic = torch.are_deterministic_algorithms_enabled()
+    return attention_varlen(*packed_THC, lengths, options, backend=backend, deterministic=is_deterministic)[0][None]
 
 
 def _copies(x_1HTC: torch.Tensor, row_of_E: torch.Tensor) -> torch.Tensor:
@@ -124,11 +120,6 @@ def _options(query: torch.Tensor, right: int, scaling: float | None, dropout: fl
     # Drawn on the device, without a synchronisation; torch.manual_seed and activation checkpointing replay it.
     seed = torch.randint(2**63 - 1, (1,), device=query.device)
     return AttentionOptions(scale, right=right, dropout=dropout, seed=seed)
-
-
-def _configured_backend(module: torch.nn.Module) -> str:
-    config = getattr(module, "config", None)
-    return config.attention_backend if isinstance(config, GPT2MoEConfig) else "auto"
 
 
 def _needs_sdpa_function(kwargs: dict[str, Any]) -> bool:
@@ -184,10 +175,6 @@ def fe_attention_mask(
         return None
     kwargs |= {"batch_size": batch_size, "q_length": q_length, "kv_length": kv_length, "config": config}
     return sdpa_mask(attention_mask=attention_mask, allow_is_causal_skip=allow_is_causal_skip, **kwargs)
-
-
-def _deterministic() -> bool:
-    return torch.are_deterministic_algorithms_enabled()  # custom kernels must check it themselves
 
 
 AttentionInterface.register(ATTENTION_IMPLEMENTATION, fe_attention_forward)

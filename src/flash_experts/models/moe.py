@@ -34,7 +34,7 @@ from flash_experts.models.moe_layer import (
     sequence_balancing_loss,
 )
 from flash_experts.models.moe_options import Method, UpcyclingOptions
-from flash_experts.models.router_metrics import counts_of_all_processes, in_use, routers_of
+from flash_experts.models.router import counts_of_all_processes, in_use, routers_of
 from flash_experts.models.upcycling import Upcycling, fill_from_dense
 from flash_experts.options import options_of
 

@@ -21,8 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from flash_experts.kernels.cpu import gelu_tanh, grouped_mlp
 from flash_experts.kernels.cpu_memory import keep_freed_memory_once
 from flash_experts.models.moe_config import GPT2MoEConfig
-from flash_experts.models.router import ExpertChoiceRouter, Router, TopKRouter, count_choices, make_router
-from flash_experts.models.router_metrics import in_use
+from flash_experts.models.router import ExpertChoiceRouter, Router, TopKRouter, count_choices, in_use, make_router
 
 __all__ = [
     "EXPERTS_IMPLEMENTATION",

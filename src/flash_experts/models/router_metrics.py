@@ -9,61 +9,16 @@ import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 
 from flash_experts.models.moe_config import GPT2MoEConfig
-from flash_experts.models.router import Router
+from flash_experts.models.router import Router, routers_of
 
 # Called with the block's number, its router, and the router's outputs: logits (T, E), gates and choices.
 Listener = Callable[[int, Router, torch.Tensor, torch.Tensor, torch.Tensor], None]
-
-
-def modules_in_use(module: nn.Module, kind: type[nn.Module], name: str = "") -> Iterator[tuple[str, Any]]:
-    """Names and modules of a class that a forward runs: of PEFT's two copies, the active one."""
-    if isinstance(module, kind):
-        yield name, module
-        return
-    for child_name, child in _children_in_use(module):
-        yield from modules_in_use(child, kind, f"{name}.{child_name}")
-
-
-def in_use(module: nn.Module, kind: type[nn.Module]) -> Any:
-    """The module itself, or the one of this class that it wraps."""
-    return module if isinstance(module, kind) else next(found for _, found in modules_in_use(module, kind))
-
-
-def _children_in_use(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    copies: Any = module._modules.get("modules_to_save")
-    if copies is None or "original_module" not in module._modules:
-        yield from module.named_children()
-        return
-    wrapper: Any = module
-    adapters = wrapper.active_adapters
-    has_copy = adapters and not wrapper.disable_adapters and all(adapter in copies for adapter in adapters)
-    yield "", copies[adapters[0]] if has_copy else wrapper.original_module
-
-
-def routers_of(model: nn.Module) -> dict[int, Router]:
-    """The active routers by block number, from 0."""
-    routers: dict[int, Router] = {}
-    for name, router in modules_in_use(model, Router):
-        block = next((int(part) for part in name.split(".") if part.isdigit()), 0)
-        while block in routers:
-            block += 1
-        routers[block] = router
-    return routers
-
-
-def counts_of_all_processes(routers: list[Router]) -> torch.Tensor:
-    """(layers, E) choices since the last optimizer step."""
-    counts_LE = torch.stack([router.step_counts_E for router in routers])
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.all_reduce(counts_LE)
-    return counts_LE
 
 
 @contextmanager

@@ -21,8 +21,8 @@ from flash_experts.data.cards import Card
 from flash_experts.data.packing import PackedBatch, encode_cards, name_nats, pack_all
 from flash_experts.data.prompts import Attributes
 from flash_experts.models.moe_layer import MoELayer
-from flash_experts.models.router import Router
-from flash_experts.models.router_metrics import in_use, router_metrics
+from flash_experts.models.router import Router, in_use
+from flash_experts.models.router_metrics import router_metrics
 from flash_experts.training.run_state import TrainerState
 from flash_experts.training.tracking import BITS_PER_CHAR, SELECTION
 from flash_experts.training.training_config import PARTS, TrainingConfig

@@ -37,7 +37,7 @@ from flash_experts.generation.filters.base import NameVocabulary
 from flash_experts.models import router_metrics
 from flash_experts.models.loading import load_model
 from flash_experts.models.moe import GPT2MoEForCausalLM
-from flash_experts.models.router import Router
+from flash_experts.models.router import Router, routers_of
 from flash_experts.released import model_folder
 from flash_experts.training.tracking import METRICS_FILE, read_untrusted_metrics
 
@@ -207,7 +207,7 @@ def route(
     model: GPT2MoEForCausalLM, names: Sequence[EncodedName], tokens_per_batch: int = TOKENS_PER_BATCH
 ) -> list[BlockRouting]:
     """Records routing; ``tokens_per_batch`` matters only to expert choice and capacity factors."""
-    routers = router_metrics.routers_of(model)
+    routers = routers_of(model)
     seen: dict[int, list[tuple[torch.Tensor, ...]]] = {block: [] for block in routers}
 
     def note(block: int, router: Router, *output: torch.Tensor) -> None:
