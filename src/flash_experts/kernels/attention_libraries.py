@@ -238,10 +238,8 @@ def flash_attn(
 
     Returns (B, S_q, H, C), and the log-sum-exp (B, H, S_q) or None. Version 2 alone has dropout, ALiBi and the latter.
     """
-    function = importlib.import_module(FLASH_ATTN_MODULES[version]).flash_attn_func
-    return _flash_attn_outputs(
-        function(q_BSHC, k_BSGC, v_BSGC, **_flash_attn_arguments(version, options, needs_lse, deterministic)), needs_lse
-    )
+    qkv = q_BSHC, k_BSGC, v_BSGC
+    return _call_flash_attn(version, "flash_attn_func", qkv, {}, options, needs_lse, deterministic)
 
 
 def flash_attn_varlen(
@@ -255,22 +253,29 @@ def flash_attn_varlen(
     deterministic: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """`flash_attn` of packed documents: (T_q, H, C), and the log-sum-exp (H, T_q) float32 or None."""
-    function = importlib.import_module(FLASH_ATTN_MODULES[version]).flash_attn_varlen_func
-    arguments = _flash_attn_arguments(version, options, needs_lse, deterministic)
-    return _flash_attn_outputs(function(q_THC, k_TGC, v_TGC, **lengths._asdict(), **arguments), needs_lse)
+    qkv = q_THC, k_TGC, v_TGC
+    return _call_flash_attn(
+        version, "flash_attn_varlen_func", qkv, lengths._asdict(), options, needs_lse, deterministic
+    )
 
 
-def _flash_attn_arguments(
-    version: int, options: AttentionOptions, needs_lse: bool, deterministic: bool
-) -> dict[str, Any]:
+def _call_flash_attn(
+    version: int,
+    name: str,
+    qkv: tuple[torch.Tensor, ...],
+    lengths: dict[str, Any],
+    options: AttentionOptions,
+    needs_lse: bool,
+    deterministic: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    function = getattr(importlib.import_module(FLASH_ATTN_MODULES[version]), name)
     no_limit = None if version == 4 else -1
     # Causal attention is a flag there, which also selects faster kernels.
-    right = -1 if options.causal else options.right
-    left, right_limit = (no_limit if limit < 0 else limit for limit in (options.left, right))
-    arguments: dict[str, Any] = {
+    limits = options.left, -1 if options.causal else options.right
+    arguments = lengths | {
         "softmax_scale": options.scale,
         "causal": options.causal,
-        "window_size": (left, right_limit),
+        "window_size": tuple(no_limit if limit < 0 else limit for limit in limits),
         "softcap": options.softcap,
         "deterministic": deterministic,
     }
@@ -278,13 +283,8 @@ def _flash_attn_arguments(
         arguments["dropout_p"] = options.dropout
         arguments["alibi_slopes"] = options.alibi_slopes
         arguments["return_attn_probs"] = needs_lse
-    return arguments
-
-
-def _flash_attn_outputs(
-    returned: torch.Tensor | tuple[torch.Tensor, ...], needs_lse: bool
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Some versions return the output alone, some a tuple that begins with output and log-sum-exp."""
+    returned = function(*qkv, **arguments)
+    # Some versions return the output alone, some a tuple that begins with output and log-sum-exp.
     if isinstance(returned, torch.Tensor):
         return returned, None
     return returned[0], returned[1] if needs_lse else None

@@ -2,10 +2,9 @@
 
 `linear` takes the faster library: oneDNN with AVX-512, else MKL, whose AVX-512 kernels run on Intel processors only.
 
-`grouped_mlp` replaces the plain loop over experts, in which autograd adds a full-size weight gradient per expert. Here
-the (token, expert) pairs are sorted once. With many rows per expert (`_GroupedMLP`, grouped GEMM) each weight gradient
-is written straight into one buffer; with few (`_BatchedMLP`, batched GEMM), where matmuls are memory-bound, all experts
-are multiplied at once, each padded to the busiest one.
+`grouped_mlp` replaces the plain loop over experts, in which autograd adds a full-size weight gradient per expert. With
+many rows per expert (`_GroupedMLP`, grouped GEMM) each weight gradient is written into one buffer; with few
+(`_BatchedMLP`, batched GEMM) all experts are multiplied at once, each padded to the busiest one.
 
 Shape suffixes: N rows, T tokens, K experts per token, S = T * K pairs sorted by expert, P the same with each expert's
 rows padded, E experts, M rows of the busiest expert, D width, F hidden units of an expert.

@@ -1,10 +1,8 @@
 """Flash attention in Triton: the forward kernel.
 
 A program instance iterates over the keys that its queries see with the online softmax (Dao 2022, algorithm 1; Dao
-2023, section 3.1). The (S_q, S_k) scores stay in SRAM; only each query's log-sum-exp is kept for the backward.
-
-Each query sees one range of keys, [low, high), which moves right from query to query. So the keys of a tile fall into
-a masked left edge, fully visible tiles that need no mask, and a masked right edge.
+2023, section 3.1). Each query sees one range of keys, [low, high), which moves right from query to query. So the keys
+of a tile fall into a masked left edge, fully visible tiles that need no mask, and a masked right edge.
 
 Three layouts share the kernels:
 
@@ -115,10 +113,7 @@ def capped(x, softcap):
 
 @triton.jit
 def scores_of(qk, distance, slope, scale, softcap, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr):
-    """Scores, their factor to units of log 2, and the derivative of the softcap.
-
-    Without softcap and ALiBi the factor is fused into the exponent's multiply-add.
-    """
+    """Scores, their factor to units of log 2 (fused into the exponent), and the derivative of the softcap."""
     derivative = 1.0
     factor = scale * LOG2E
     if SOFTCAP:

@@ -11,7 +11,7 @@ Dao et al. 2022, "FlashAttention", and Dao 2023, "FlashAttention-2" (Algorithms 
 3. The softmax's gradient needs the row sum ``sum_j weight_ij * dweight_ij``, which equals ``sum_c dout_ic * out_ic``
    (delta).
 
-Fully masked tiles are skipped and fully visible ones need no mask, so causal attention costs half.
+Fully masked tiles are skipped, so causal attention costs half.
 
 Shape suffixes: B sequences, S length, H query heads, G key/value heads, R = H / G query heads that share a
 key/value head, C head dim, M queries of a tile, N keys of a tile, T tokens of a packed sequence.
@@ -159,10 +159,7 @@ def _backward_tile(
     keys: range,
     block_q: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """FlashAttention-2, Algorithm 2, for one tile of keys: returns dk and dv, and adds to dq in place.
-
-    ``q`` has the tensors of the queries, (B, G, R, S, C) or (B, G, R, S): q, dq, dout, delta, lse.
-    """
+    """FlashAttention-2, Algorithm 2, for one tile of keys: returns dk and dv, and adds to ``q["dq"]`` in place."""
     dk_BGNC, dv_BGNC = torch.zeros_like(k_BGNC), torch.zeros_like(v_BGNC)
     for queries in _tiles(scores.mask.queries_seeing(keys), block_q):
         rows = slice(queries.start, queries.stop)
@@ -253,11 +250,8 @@ def attention(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of a batch, differentiable once in q, k and v; every option on every device.
 
-    ``k_lengths_B`` is the int32 number of keys in use per sequence, read on the host; ``block_q`` and ``block_k`` are M
-    and N.
-
-    Returns:
-        (B, S_q, H, C) and the log-sum-exp (B, H, S_q), without gradient. A fully masked query gets 0 and -inf.
+    ``k_lengths_B`` is the int32 number of keys in use per sequence, read on the host. Returns (B, S_q, H, C) and the
+    log-sum-exp (B, H, S_q), without gradient. A fully masked query gets 0 and -inf.
     """
     (B, S_q), S_k = q_BSHC.shape[:2], k_BSGC.shape[1]
     parts = [_Part(slice(0, B), slice(0, S_q), slice(0, S_k), 0)]
@@ -277,10 +271,7 @@ def attention_varlen(
     block_q: int = 64,
     block_k: int = 64,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`attention` of packed documents (variable length): (T_q, H, C), log-sum-exp (H, T_q).
-
-    The starts are read on the host. ALiBi slopes may be (N, H).
-    """
+    """`attention` of packed documents (variable length): (T_q, H, C), log-sum-exp (H, T_q)."""
     starts_q, starts_k = lengths.cu_seqlens_q.tolist(), lengths.cu_seqlens_k.tolist()
     parts = [
         _Part(slice(0, 1), slice(*starts_q[n : n + 2]), slice(*starts_k[n : n + 2]), n)
@@ -333,8 +324,8 @@ def dropout_keep_mask(
 ) -> torch.Tensor:
     """Dropout mask of attention weights, (B, H, M, N) bool, true where a weight is kept, with probability 1 - p.
 
-    ``seed`` is (1,) int64; ``batch`` numbers the sequences or packed documents, ``rows`` and ``cols`` their queries and
-    keys. An int n is ``range(n)``.
+    ``seed`` is (1,) int64; ``batch`` numbers the sequences, ``rows`` and ``cols`` queries and keys. An int n is
+    ``range(n)``.
     """
     sequence_B, row_M, col_N = (_numbers(numbers, seed.device) for numbers in (batch, rows, cols))
     head_BH = sequence_B[:, None] * heads + torch.arange(heads, device=seed.device)

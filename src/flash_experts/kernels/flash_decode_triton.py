@@ -1,7 +1,7 @@
 """Flash decoding in Triton (split-KV): a few queries against a long KV cache (Dao et al. 2023, "Flash-Decoding").
 
-One program instance per head would leave most of a GPU idle. So `decode_kernel` attends to a share of the keys, and
-`combine_kernel` merges the shares. The query heads of a key/value head share a tile, so that the cache is read once.
+`decode_kernel` attends to a share of the keys, and `combine_kernel` merges the shares. The query heads of a key/value
+head share a tile, so that the cache is read once.
 
 Shape suffixes as in `attention_options`, but P splits, R rows of a tile (H / G heads of all queries), N keys of a tile.
 """

@@ -1,8 +1,7 @@
 """Expert parallelism: experts sharded over processes, tokens exchanged by all-to-all.
 
-Each process routes its own tokens among all experts, sends hidden states to the processes with their experts, and gets
-the results back (Lepikhin et al. 2020, GShard; dropless, as in MegaBlocks, Gale et al. 2022). Weights are DTensors, so
-optimizers, norms and checkpoints see whole experts.
+Each process sends hidden states to the processes with their experts, and gets the results back (Lepikhin et al. 2020,
+GShard; dropless, as in MegaBlocks, Gale et al. 2022). As DTensors, optimizers and checkpoints see whole experts.
 
 Shape suffixes: X processes that hold different experts, E experts, L = E / X local experts, T tokens, K experts per
 token, S = T * K pairs of this process, R pairs received, D width.
@@ -31,7 +30,7 @@ def expert_group(config: PreTrainedConfig, processes: int) -> int:
 
 
 class ShardedExperts(nn.Module):
-    """Replaces `Experts`, equal on every process. Those in a column of ``mesh``, (replicas, X), hold the same shard."""
+    """Replaces `Experts`; processes in a column of ``mesh``, (replicas, X), hold the same shard."""
 
     def __init__(self, experts: Experts, config: GPT2MoEConfig, mesh: DeviceMesh):
         super().__init__()
@@ -45,8 +44,7 @@ class ShardedExperts(nn.Module):
             self.register_parameter(name, nn.Parameter(here, requires_grad=weight.requires_grad))
         config = copy.copy(config)
         config.num_experts = self.num_experts // self.group_size
-        with torch.device("meta"):
-            # Has no weights of its own: each forward passes in this process's shard.
+        with torch.device("meta"):  # each forward passes in this process's shard
             self._compute = [Experts(config)]  # in a list, so that it is not a submodule
 
     def forward(self, x_TD: torch.Tensor, experts_TK: torch.Tensor, gates_TK: torch.Tensor) -> torch.Tensor:

@@ -134,7 +134,15 @@ def export_onnx(
         found.append(_onnx_difference(model, folder / ONNX_FILE, names))
         model.config.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        (folder / "README.md").write_text(_onnx_card(source, model, tokenizer, found[0]), "utf-8")
+        card = _ONNX_CARD.format(
+            name=Path(source).name,
+            vocabulary=model.config.vocab_size,
+            positions=model.config.max_position_embeddings,
+            difference=found[0],
+            bos=tokenizer.bos_token_id,
+            eos=tokenizer.eos_token_id,
+        )
+        (folder / "README.md").write_text(card, "utf-8")
 
     write_folder(out, write, overwrite)
     return found[0]
@@ -199,20 +207,6 @@ def _onnx_difference(model: PreTrainedModel, file: Path, names: Sequence[Sequenc
     )
 
 
-def _onnx_card(
-    source: str | Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, difference: LogitDifference
-) -> str:
-    config: Any = model.config
-    return _ONNX_CARD.format(
-        name=Path(source).name,
-        vocabulary=config.vocab_size,
-        positions=config.max_position_embeddings,
-        difference=difference,
-        bos=tokenizer.bos_token_id,
-        eos=tokenizer.eos_token_id,
-    )
-
-
 # ----------------------------------------------------------------------------------------------------------------- GGUF
 def export_gguf(
     source: str | Path,
@@ -221,11 +215,7 @@ def export_gguf(
     names: Sequence[Sequence[int]],
     out: Path,
 ) -> LogitDifference:
-    """Writes a dense GPT-2 and its tokenizer, and compares what transformers reads back, as `export_onnx`.
-
-    Raises:
-        ValueError: a model or tokenizer that llama.cpp's GPT-2 is not.
-    """
+    """Writes a dense GPT-2 and its tokenizer (ValueError for others), and compares what transformers reads back."""
     if model.config.model_type == "gpt2_moe":
         raise ValueError(
             f"{source} has experts, which llama.cpp's GPT-2 has not: export the dense model that flash-experts "

@@ -101,10 +101,13 @@ def _packed(
         )
     if max_length is None:
         max_length = int(cu_seq_lens.diff().max())
-    packed_THC = (x[0].transpose(0, 1) for x in (query, key, value))
+    q_THC, k_THC, v_THC = (x[0].transpose(0, 1) for x in (query, key, value))
     lengths, options = PackedLengths.of(cu_seq_lens, max_length), _options(query, 0, scaling, dropout)
     is_deterministic = torch.are_deterministic_algorithms_enabled()
-    return attention_varlen(*packed_THC, lengths, options, backend=backend, deterministic=is_deterministic)[0][None]
+    out_THC, _ = attention_varlen(
+        q_THC, k_THC, v_THC, lengths, options, backend=backend, deterministic=is_deterministic
+    )
+    return out_THC[None]
 
 
 def _copies(x_1HTC: torch.Tensor, row_of_E: torch.Tensor) -> torch.Tensor:

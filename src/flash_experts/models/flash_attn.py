@@ -1,8 +1,7 @@
 """The API of the flash-attn package on our kernels: code written for that package runs after changing the import.
 
-Names, argument order, layouts, defaults and semantics are those of ``flash_attn`` 2.8 (Dao-AILab). Ours also support
-CPUs, float32 and float64, dropout with softcap, head dims from 1 to 256 and any strides. Unsupported arguments raise a
-ValueError. `flash_experts.models.attention_backends` chooses the kernel.
+Signatures, layouts and semantics are those of ``flash_attn`` 2.8 (Dao-AILab). Ours also support CPUs, float32 and
+float64, dropout with softcap, head dims from 1 to 256 and any strides. Unsupported arguments raise a ValueError.
 
 ``causal``, ``window_size`` (left, right) and ``alibi_slopes`` are aligned to the bottom right: query i stands at key
 i + S_k - S_q. A fully masked query gets zeros. Dropout takes its seed from torch's generator of the device.
@@ -73,9 +72,6 @@ def flash_attn_func(
 
     Returns:
         (B, S_q, H, C), dtype of q; with ``return_attn_probs`` (output, log-sum-exp (B, H, S_q), None).
-
-    Raises:
-        ValueError: arguments that do not match, or that a forced backend does not support.
     """
     _check_qkv(q, k, v, "(batch, seqlen, heads, head_dim)", 4)
     if q.shape[0] != k.shape[0]:

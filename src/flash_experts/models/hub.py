@@ -150,7 +150,9 @@ def export_for_hub(source: str | Path, out: Path, overwrite: bool = False) -> li
         for name in (*sorted(weights), *_TOKENIZER_FILES):
             if (folder / name).is_file():
                 shutil.copyfile(folder / name, target / name)
-        _write_card(folder, target)
+        data, text = read_card(folder)
+        data.library_name, data.language = "transformers", data.language or "en"
+        write_card(target / CARD, data, text.strip() + "\n" + _LOADING)
 
     write_folder(out, write, overwrite)
     return code
@@ -164,12 +166,6 @@ def add_code(folder: Path) -> list[str]:
     for name, text in code.items():
         (folder / name).write_text(text, "utf-8")
     return list(code)
-
-
-def _write_card(folder: Path, target: Path) -> None:
-    data, text = read_card(folder)
-    data.library_name, data.language = "transformers", data.language or "en"
-    write_card(target / CARD, data, text.strip() + "\n" + _LOADING)
 
 
 @dataclass
@@ -187,7 +183,7 @@ class _Module:
 
     @cached_property
     def tree(self) -> ast.Module:
-        return _without_methods(ast.parse(self.text))
+        return ast.parse(self.text)
 
     @cached_property
     def defined(self) -> dict[str, int]:
@@ -208,19 +204,20 @@ class _Module:
         return _FILES.get(self.name, self.name.rpartition(".")[2])
 
     def code_of(self, place: int) -> str:
-        """A statement with the comments above it, or what replaces it."""
+        """A statement with the comments above it, without methods of `_LEFT_OUT`, or what replaces it."""
         node = self.tree.body[place]
         for name in _defined_by(node):
             if (self.name, name) in _REPLACED:
                 return _REPLACED[self.name, name]
         lines = self.text.splitlines()
-        decorators = getattr(node, "decorator_list", [])
-        first = min([node.lineno, *(each.lineno for each in decorators)]) - 1
-        while lines[first - 1].startswith("# "):
-            first -= 1
-        removed = [span for start, end in getattr(node, "removed", ()) for span in range(start - 1, end)]
-        kept = [lines[place] for place in range(first, node.end_lineno or 0) if place not in removed]
-        return "\n".join(kept).rstrip()
+        kept = _lines_of(node)
+        while lines[kept.start - 1].startswith("# "):
+            kept = range(kept.start - 1, kept.stop)
+        gone: list[range] = []
+        if isinstance(node, ast.ClassDef):
+            methods = [each for each in node.body if isinstance(each, ast.FunctionDef)]
+            gone = [_lines_of(each) for each in methods if each.name in _LEFT_OUT.get(node.name, ())]
+        return "\n".join(lines[line] for line in kept if not any(line in each for each in gone)).rstrip()
 
 
 def sources() -> dict[str, str]:
@@ -277,18 +274,10 @@ def _imports(
         yield module, name if name == shown else f"{name} as {shown}"
 
 
-def _without_methods(tree: ast.Module) -> ast.Module:
-    """The lines of methods of `_LEFT_OUT` go to ``removed``."""
-    for node in tree.body:
-        if isinstance(node, ast.ClassDef) and node.name in _LEFT_OUT:
-            gone = [each for each in node.body if getattr(each, "name", None) in _LEFT_OUT[node.name]]
-            node.removed = [  # type: ignore[attr-defined]
-                (min([each.lineno, *(mark.lineno for mark in each.decorator_list)]), each.end_lineno or each.lineno)
-                for each in gone
-                if isinstance(each, ast.FunctionDef)
-            ]
-            node.body = [each for each in node.body if each not in gone]
-    return tree
+def _lines_of(node: ast.stmt) -> range:
+    """From 0, with its decorators."""
+    first = min([node.lineno, *(mark.lineno for mark in getattr(node, "decorator_list", []))])
+    return range(first - 1, node.end_lineno or first)
 
 
 def _defined_by(node: ast.stmt) -> list[str]:

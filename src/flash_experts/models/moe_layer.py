@@ -1,10 +1,5 @@
 """The mixture-of-experts (MoE) layer: router, experts, and the load-balancing losses that prevent routing collapse.
 
-Sources: Shazeer et al. 2017 (sparsely gated experts), Fedus et al. 2021 (Switch Transformer), Zoph et al. 2022
-(ST-MoE), Zhou et al. 2022 (expert choice), Dai et al. 2024 (DeepSeekMoE: shared and fine-grained experts), DeepSeek-AI
-2024 (DeepSeek-V3: sigmoid scores, balance per sequence), Wang et al. 2024 (loss-free balancing), Qiu et al. 2025
-(balance over the global batch).
-
 Shape suffixes: T tokens (batch and sequence flattened), D width, E experts, K experts per token, F hidden
 units of an expert, C tokens per expert, S (token, expert) pairs, N sequences.
 """
@@ -131,11 +126,7 @@ class SharedExperts(nn.Module):
 
 
 class MoELayer(nn.Module):
-    """A block's mixture of experts (Shazeer et al. 2017): ``dropout(shared(x) + sum_e g_e(x) MLP_e(x))``.
-
-    With expert choice a token may have any number of experts, so each (token, expert) pair is passed to the experts as
-    a token with K = 1, and the results are summed.
-    """
+    """A block's mixture of experts (Shazeer et al. 2017): ``dropout(shared(x) + sum_e g_e(x) MLP_e(x))``."""
 
     def __init__(self, config: GPT2MoEConfig):
         super().__init__()
@@ -152,7 +143,7 @@ class MoELayer(nn.Module):
         _, gates, choices = self.router(x_TD, self.mask_T)
         router: Router = in_use(self.router, Router)
         drops = self.training and router.capacity_factor is not None
-        if isinstance(router, ExpertChoiceRouter):
+        if isinstance(router, ExpertChoiceRouter):  # a token may have any number of experts
             experts_EC = torch.arange(len(choices), device=x.device)[:, None].expand_as(choices)
             out_TD = self._combine_pairs(x_TD, choices.reshape(-1), experts_EC.reshape(-1), gates.reshape(-1))
         elif drops and x.device.type == "cpu" and not torch.compiler.is_compiling():
@@ -168,7 +159,7 @@ class MoELayer(nn.Module):
     def _combine_pairs(
         self, x_TD: torch.Tensor, token_S: torch.Tensor, expert_S: torch.Tensor, gate_S: torch.Tensor
     ) -> torch.Tensor:
-        """Sums each token's weighted expert outputs."""
+        """Sums each token's weighted expert outputs; each pair is a token with K = 1 to the experts."""
         y_SD = self.experts(x_TD[token_S], expert_S[:, None], gate_S[:, None])
         return torch.zeros_like(x_TD, dtype=y_SD.dtype).index_add(0, token_S, y_SD)
 
@@ -188,8 +179,8 @@ def load_balancing_loss(
     """The load-balancing auxiliary loss, ``E * sum_e f_e * P_e`` (Fedus et al. 2021, Switch Transformer, eq. 4-6).
 
     f_e is the share of the choices that went to expert e, dropped ones included; P_e, which alone carries a gradient,
-    is its mean probability. The loss is 1 at perfect balance. ``mask_T`` is true where a token counts. ``counts_E`` are
-    the choices of all processes and micro-batches of the step so far, to balance the global batch (Qiu et al. 2025).
+    is its mean probability. It is 1 at perfect balance. ``mask_T`` is true where a token counts. ``counts_E`` are the
+    choices of all processes and micro-batches of the step so far, to balance the global batch (Qiu et al. 2025).
     """
     num_experts = logits_TE.shape[-1]
     probs_TE = _probabilities(logits_TE, scoring_func)
@@ -209,9 +200,9 @@ def sequence_balancing_loss(
     mask_T: torch.Tensor | None = None,
     scoring_func: str = "softmax",
 ) -> torch.Tensor:
-    """The sequence-wise load-balancing loss (DeepSeek-V3, eq. 17-20), 1 at balance: the mean of each sequence's loss.
+    """The sequence-wise load-balancing loss (DeepSeek-V3 2024, eq. 17-20): the mean of each sequence's loss.
 
-    The tokens of each name must use all experts. ``sequence_T`` numbers each token's sequence from 0.
+    ``sequence_T`` numbers each token's sequence from 0.
     """
     num_experts, top_k = logits_TE.shape[-1], experts_TK.shape[1]
     probs_TE = _probabilities(logits_TE, scoring_func)
@@ -226,10 +217,7 @@ def sequence_balancing_loss(
 
 
 def router_z_loss(logits_TE: torch.Tensor, mask_T: torch.Tensor | None = None) -> torch.Tensor:
-    """The router z-loss, the mean of ``logsumexp(logits)^2`` (Zoph et al. 2022, ST-MoE, eq. 5).
-
-    Small logits keep the softmax precise.
-    """
+    """The router z-loss, the mean of ``logsumexp(logits)^2`` (Zoph et al. 2022, ST-MoE, eq. 5)."""
     z_T = logits_TE.logsumexp(-1).square()
     if mask_T is None:
         return z_T.mean()

@@ -1,7 +1,7 @@
 """A ring KV cache for continuous batching: rows that begin and end at different times.
 
-The first columns hold each row's prompt. Its own tokens go into a ring of columns: step t writes column t mod R of all
-rows. A finished row is replaced at once by a new one, which attends only to columns written since it began.
+The first columns hold each row's prompt. Step t writes column t mod R of the others, for all rows. A finished row is
+replaced at once by a new one, which attends only to columns written since it began.
 
 Shape suffixes: B rows, H key/value heads, P tokens of the longest prompt, R columns of the ring, K = P + R, C head dim.
 """

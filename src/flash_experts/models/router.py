@@ -6,8 +6,8 @@ Both score every (token, expert) pair in float32, ``logits = W x``, then by ``sc
     topk_softmax  the K largest logits, then a softmax over those K (Mixtral: Jiang et al. 2024, section 2.1)
     sigmoid       s = sigmoid(logits), each expert by itself (DeepSeek-V3, 2024, eq. 13-16)
 
-With ``norm_topk_prob``, ``softmax`` and ``topk_softmax`` have equal values and gradients. Only the bias of loss-free
-balancing differs: it is added to s, but in ``topk_softmax`` to the logits.
+With ``norm_topk_prob``, ``softmax`` and ``topk_softmax`` differ only in the bias of loss-free balancing, which is added
+to s, but in ``topk_softmax`` to the logits.
 
 Shape suffixes: T tokens, D width, E experts, K experts per token, C tokens per expert, S = T * K choices.
 """
@@ -29,11 +29,11 @@ from flash_experts.models.moe_config import GPT2MoEConfig
 class Router(nn.Module, ABC):
     """Base class: scores, the load-balancing bias, and the counts that metrics read."""
 
-    selection_bias_E: torch.Tensor
+    selection_bias_E: torch.Tensor  # part of the model, so it is saved; the counts are measurements of a run
     step_counts_E: torch.Tensor
     interval_counts_E: torch.Tensor
-    interval_pairs_EE: torch.Tensor
-    interval_sums: torch.Tensor
+    interval_pairs_EE: torch.Tensor  # co-activation: tokens that went to both experts; the diagonal is the load
+    interval_sums: torch.Tensor  # over tokens: 1, entropy of p, largest p, dropped choices (`left_out`)
 
     def __init__(self, config: GPT2MoEConfig):
         super().__init__()
@@ -44,18 +44,12 @@ class Router(nn.Module, ABC):
         self.capacity_factor = config.capacity_factor
         self.jitter_noise = config.router_jitter_noise
         self.bias_update_rate = config.router_bias_update_rate
-        self.weight = nn.Parameter(torch.empty(config.num_experts, config.n_embd))
-        # The balancing bias is part of the model, so it is saved; the counts are measurements of a run.
         E = config.num_experts
-        sizes: dict[str, tuple[int, ...]] = {
-            "selection_bias_E": (E,),
-            "step_counts_E": (E,),
-            "interval_counts_E": (E,),
-            "interval_pairs_EE": (E, E),  # co-activation: tokens that went to both experts; the diagonal is the load
-            "interval_sums": (4,),  # sums over tokens: 1, entropy of p, largest p, dropped choices (`left_out`)
-        }
-        for name, size in sizes.items():
-            self.register_buffer(name, torch.zeros(size, dtype=torch.float32), persistent=name == "selection_bias_E")
+        self.weight = nn.Parameter(torch.empty(E, config.n_embd))
+        self.register_buffer("selection_bias_E", torch.zeros(E, dtype=torch.float32))
+        counts = {"step_counts_E": (E,), "interval_counts_E": (E,), "interval_pairs_EE": (E, E), "interval_sums": (4,)}
+        for name, size in counts.items():
+            self.register_buffer(name, torch.zeros(size, dtype=torch.float32), persistent=False)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Router:
         before = dict(self._buffers)  # which stay float32: bfloat16 cannot count beyond 256
@@ -143,13 +137,12 @@ class Router(nn.Module, ABC):
 class TopKRouter(Router):
     """Token choice, or top-k routing: each token goes to the K experts with the highest scores (Shazeer et al. 2017).
 
-    The K largest ``s + bias`` are chosen (the bias is that of loss-free balancing). Their gates are s, with
-    ``norm_topk_prob`` divided by its sum over the chosen. Normalised gates of identical experts give the router no
-    gradient, as right after upcycling, so the gate is straight-through: ``g = s / sum(s) + (s - stop_gradient(s))``.
+    The K largest ``s + bias`` are chosen. Their gates are s, with ``norm_topk_prob`` divided by its sum over the
+    chosen. Normalised gates of identical experts, as right after upcycling, give the router no gradient, so the gate is
+    straight-through: ``g = s / sum(s) + (s - stop_gradient(s))``.
 
     In training an expert takes choices up to its `capacity`: the highest s first (batch-prioritised routing, Riquelme
-    et al. 2021, section 4.1), then earlier tokens. Token dropping sets the other gates to zero. It is off in
-    evaluation, where a name's score must not depend on the batch.
+    et al. 2021, section 4.1), then earlier tokens. Token dropping sets the other gates to zero.
     """
 
     def forward(
@@ -212,11 +205,9 @@ class TopKRouter(Router):
 class ExpertChoiceRouter(Router):
     """Expert choice: each expert takes the C tokens that score highest for it (Zhou et al. 2022, section 3.2).
 
-    C is the `capacity`: a token has K experts on average, and the load is balanced by construction. Gates are as in
-    `TopKRouter`, normalised over the token's experts.
-
-    This is **not causal**: an expert's choice depends on later tokens too, so such a model scores names too well, and
-    cannot generate as it was trained.
+    C is the `capacity`: a token has K experts on average. Gates are as in `TopKRouter`, normalised over the token's
+    experts. This is **not causal**: an expert's choice depends on later tokens too, so such a model scores names too
+    well, and cannot generate as it was trained.
     """
 
     def forward(

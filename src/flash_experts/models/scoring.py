@@ -1,7 +1,6 @@
 """Models that score names: eval mode, context length, and a teacher's top-K logits for knowledge distillation.
 
-For each label of a name that the teacher sampled (its tokens and the EOS token) a shard holds ids and log-probabilities
-of the K most likely tokens, so a student needs no teacher forward.
+For each label of a sampled name (its tokens and the EOS token) a shard holds the K most likely tokens.
 
 Shape suffixes: L labels of all names, K tokens kept per label.
 """

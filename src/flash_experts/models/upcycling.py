@@ -1,26 +1,26 @@
 """Sparse upcycling: an MoE model whose experts are initialised from the MLPs of a dense GPT-2; and the way back.
 
-Write the dense layer as ``W2 act(W1 x + b1) + b2`` and the MoE layer as ``sum_e g_e MLP_e(x)``, with gates that sum to
-one over the k chosen. Before any training, for every token, k and E:
+The dense layer is ``W2 act(W1 x + b1) + b2``, the MoE layer ``sum_e g_e MLP_e(x)``, with gates that sum to one. Before
+any training:
 
     copy      Every expert is the dense layer (Komatsuzaki et al. 2022). Exact.
     noise     Copies plus N(0, (noise_scale * std(W))^2) on both matrices. The output differs in proportion to
               noise_scale.
-    drop      Each expert redraws a share ``drop_ratio`` of its hidden units: their columns of W1, b1 and rows of W2,
-              from normal distributions with the mean and standard deviation of the dense ones (Nakamura et al. 2025,
-              Drop-Upcycling). The output differs by what those units contributed.
+    drop      Each expert redraws a share ``drop_ratio`` of its hidden units from normal distributions with the mean and
+              standard deviation of the dense ones (Nakamura et al. 2025, Drop-Upcycling). The output differs by what
+              those units contributed.
     granular  Virtual groups (He et al. 2024): g * E experts of ff / g hidden units, g * k per token. Expert
               ``r * g + s`` of group r holds shard s. The g experts of a group share one row of the router, so a token
               takes whole groups with equal gates, 1/g of one expert's: W2 is multiplied by g, b2 is not. Exact.
-    shared    The shared expert is the dense layer. Routed experts copy W1 and have W2 = 0, b2 = 0, so they are silent
-              and the router gets no gradient until they are trained. With granularity g, g shared experts make up the
-              dense layer, and routed ones have a shard of W1. Exact with any gates.
+    shared    The shared expert is the dense layer. Routed experts copy W1 and have W2 = 0, b2 = 0: the router gets no
+              gradient until they are trained. With granularity g, g shared experts make up the dense layer, and routed
+              ones have a shard of W1. Exact with any gates.
 
 Exact means up to rounding (logits at most 1e-5 apart in float32), for tokens that have an expert and no dropped choice.
 
 Downcycling (`to_dense`) averages the weights of each layer's experts (Wortsman et al. 2022, model soups; Li et al.
-2022, branch-train-merge), which gives back the dense weights if nothing was trained, bit by bit for copies. Shared
-experts are kept next to the mean of the routed ones: a sum of MLPs is one MLP with the hidden units of both.
+2022, branch-train-merge), which gives back the dense weights of copies bit by bit. Shared experts are kept next to the
+mean of the routed ones: a sum of MLPs is one MLP with the hidden units of both.
 
 Shape suffixes: E experts, R = E / g groups of g experts (granular upcycling; g is 1 otherwise), D width, F hidden
 units of the dense layer.
