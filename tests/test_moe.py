@@ -289,6 +289,8 @@ def test_from_dense_takes_a_folder_and_leaves_the_dense_model(dense: GPT2LMHeadM
         for parameter in moe.parameters():
             parameter.zero_()
     assert all(torch.equal(before[name], tensor) for name, tensor in dense.state_dict().items())
+    GPT2MoEForCausalLM.from_dense(dense).generation_config.eos_token_id = 7
+    assert dense.generation_config.eos_token_id != 7
     with pytest.raises(ValueError, match="has experts already"):
         GPT2MoEForCausalLM.from_dense(moe)
 

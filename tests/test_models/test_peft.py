@@ -103,6 +103,14 @@ def test_the_router_trains_and_is_saved(way: str, routing: str, tmp_path: Path) 
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("part", ["wte", "lm_head"])
+def test_the_short_way_of_decoding_sees_adapters_outside_of_blocks(part: str) -> None:
+    model = make_model().eval()
+    model.add_adapter(LoraConfig(r=2, target_modules=[part]))
+    assert not decode_step.supports(model)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("way", WAYS)
 def test_adapters_of_transformers_itself(way: str) -> None:
     """``add_adapter`` keeps the class of the model; the short way of decoding must see the wrappers all the same."""

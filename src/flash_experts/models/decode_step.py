@@ -21,7 +21,6 @@ from transformers.models.llama.modeling_llama import (
     LlamaDecoderLayer,
     LlamaMLP,
     LlamaRMSNorm,
-    LlamaRotaryEmbedding,
 )
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import output_capturing
@@ -35,7 +34,7 @@ from flash_experts.models.ring_cache import RingCache
 
 _TANH_GELUS = (GELUTanh, NewGELUActivation)  # transformers' two classes of one function
 _GPT2_MODULES = (nn.Embedding, nn.LayerNorm, nn.Linear, nn.Dropout, Conv1D, GPT2Attention)
-_LLAMA_MODULES = (LlamaDecoderLayer, LlamaAttention, LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding, nn.Linear, nn.SiLU)
+_LLAMA_MODULES = (LlamaDecoderLayer, LlamaAttention, LlamaMLP, LlamaRMSNorm, nn.Embedding, nn.Linear, nn.SiLU)
 
 
 def supports(model: PreTrainedModel) -> bool:
@@ -45,9 +44,14 @@ def supports(model: PreTrainedModel) -> bool:
     if requested(backend)[0] != "auto" or _has_hooks(model):
         return False
     if type(model) is LlamaForCausalLM:
-        return all(map(_is_plain_llama, inner.model.layers))
-    is_gpt2 = type(model) in (GPT2LMHeadModel, GPT2MoEForCausalLM) and not model.config.add_cross_attention
-    return is_gpt2 and all(map(_is_plain_gpt2, inner.transformer.h))
+        body = inner.model
+        ends = (body.embed_tokens, body.norm, inner.lm_head)
+        return all(type(end) in _LLAMA_MODULES for end in ends) and all(map(_is_plain_llama, body.layers))
+    if type(model) not in (GPT2LMHeadModel, GPT2MoEForCausalLM) or model.config.add_cross_attention:
+        return False
+    body = inner.transformer
+    ends = (body.wte, body.wpe, body.ln_f, inner.lm_head)
+    return all(type(end) in _GPT2_MODULES for end in ends) and all(map(_is_plain_gpt2, body.h))
 
 
 def _has_hooks(model: nn.Module) -> bool:

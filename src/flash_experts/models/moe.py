@@ -3,6 +3,7 @@
 `flash_experts.models.upcycling` makes it from a dense GPT-2, and turns it back.
 """
 
+import copy
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -343,7 +344,7 @@ class GPT2MoEForCausalLM(GPT2MoEPreTrainedModel, GPT2LMHeadModel):
             raise ValueError("the model has experts already: from_dense takes a dense GPT-2")
         sizes = {"num_experts": num_experts, "num_experts_per_tok": num_experts_per_tok}
         config = upcycling.config(dense.config, moe_layer_freq=moe_layer_freq, **sizes, **options)
-        was_training, generation_config = dense.training, dense.generation_config
+        was_training, generation_config = dense.training, copy.deepcopy(dense.generation_config)
         # No initialisation here, so the memory of the weights is first touched when they are filled.
         with init.no_init_weights(), torch.device(dense.device):
             model = cls(config)

@@ -28,6 +28,7 @@ units of the dense layer.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -206,7 +207,7 @@ def to_dense(moe: PreTrainedModel, loads: Mapping[int, torch.Tensor] | None = No
         prefix = f"transformer.h.{index}.mlp."
         weights |= {prefix + name: tensor for name, tensor in _widened(mlp, width).items()}
     dense.load_state_dict(weights)
-    dense.generation_config = moe.generation_config
+    dense.generation_config = copy.deepcopy(moe.generation_config)
     return dense.eval()
 
 
