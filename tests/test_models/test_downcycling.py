@@ -38,6 +38,7 @@ def test_copies_give_back_the_dense_weights(
     moe = GPT2MoEForCausalLM.from_dense(dense, num_experts, 1, 2)
     by_block = None if loads is None else {i: torch.tensor(loads[:num_experts]) for i in (1, 3)}
     back = to_dense(moe, by_block)
+    assert back.generation_config is not moe.generation_config
     assert type(back) is GPT2LMHeadModel and back.config.model_type == "gpt2" and not back.training
     assert back.state_dict().keys() == dense.state_dict().keys()
     for name, tensor in dense.state_dict().items():

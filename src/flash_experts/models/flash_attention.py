@@ -1,7 +1,7 @@
 """The attention function that GPT-2's blocks call, registered with transformers as ``fe_attention``.
 
-A padding mask goes to PyTorch's SDPA; the rest, also packed sequences (many names in one row that must not attend to
-each other), goes without mask or copy to the backend that `flash_experts.models.attention_backends` chooses.
+A padding mask goes to PyTorch's SDPA; the rest, also packed sequences (names in one row that must not attend to each
+other), goes without mask to the backend that `flash_experts.models.attention_backends` chooses.
 
 Shape suffixes as in `flash_experts.kernels.attention_options`; E tokens of packed names, each with its prompt.
 """

@@ -28,8 +28,7 @@ class GPT2MoEConfig(MoEOptions, GPT2Config):
         output_router_logits: return the router's logits and losses from every forward.
         attention_backend: name in `flash_experts.models.attention_backends`.
 
-    Raises:
-        ValueError: values out of bounds, settings that contradict each other, misspelled fields.
+    Values out of bounds, settings that contradict each other and misspelled fields raise a ValueError.
     """
 
     model_type = "gpt2_moe"

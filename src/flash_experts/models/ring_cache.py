@@ -56,7 +56,7 @@ class RingCache(Cache):
     """The ring KV cache (see the module)."""
 
     def __init__(self, prompts: Sequence[DynamicCache], longest: int) -> None:
-        """All rows begin at the next step. Rows with equal prompts share the object; ``longest`` is P, now or later."""
+        """Rows with equal prompts share the object; ``longest`` is P, now or later."""
         num_rows, layers = len(prompts), _layers(prompts[0])
         self._rings = [_RingLayer(layer, num_rows, longest + _FIRST_COLUMNS) for layer in layers]
         super().__init__(layers=list(self._rings))

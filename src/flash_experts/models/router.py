@@ -87,7 +87,7 @@ class Router(nn.Module, ABC):
     def capacity(self, tokens: int) -> int:
         """Expert capacity, ``ceil(capacity_factor * tokens * K / E)`` (Fedus et al. 2021, eq. 3)."""
         factor = 1.0 if self.capacity_factor is None else self.capacity_factor
-        # Rounded first: 1.1 * 10 is 11.000000000000002, which must not become 12.
+        # Rounded: 1.1 * 10 is 11.000000000000002, which must not become 12.
         return min(tokens, math.ceil(round(factor * tokens * self.top_k / self.num_experts, 6)))
 
     @abstractmethod
@@ -96,7 +96,7 @@ class Router(nn.Module, ABC):
 
     @abstractmethod
     def left_out(self, logits_TE: torch.Tensor, choices: torch.Tensor, mask_T: torch.Tensor | None) -> torch.Tensor:
-        """Choices dropped over capacity, or tokens without an expert (expert choice); a scalar."""
+        """Choices dropped over capacity, or tokens without an expert (expert choice)."""
 
     @abstractmethod
     def left_out_rate(self, left_out: float, tokens: float) -> dict[str, float]:

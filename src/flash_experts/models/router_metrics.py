@@ -49,15 +49,12 @@ def count_loads(model: nn.Module, forward: Callable[[], object]) -> dict[int, to
     return {block: load_E.cpu() for block, load_E in loads.items()}
 
 
-# An expert is dead when its load is under this share of the mean: even 64 experts badly balanced stay above it.
-DEAD_LOAD = 0.01
+DEAD_LOAD = 0.01  # an expert is dead when its load is under this share of the mean
 # Routing has collapsed when the effective number of experts is under this share of the way from K to E: under 5 with
 # 8 experts and 2 per token.
 COLLAPSED = 0.5
-# Warning threshold, in logging windows in a row: routers start unbalanced and recover in the first steps. A window
-# with fewer choices per expert than `FEWEST_CHOICES` does not count.
-READS_BEFORE_WARNING = 5
-FEWEST_CHOICES = 100
+READS_BEFORE_WARNING = 5  # logging windows in a row: routers start unbalanced and recover in the first steps
+FEWEST_CHOICES = 100  # per expert; a logging window with fewer does not count
 # Bad logging windows in a row of each router; it stays at the threshold once the warning was given.
 _bad_reads: WeakKeyDictionary[Router, int] = WeakKeyDictionary()
 
@@ -138,7 +135,7 @@ def pair_metrics(pairs_EE: torch.Tensor) -> dict[str, float]:
 
 
 def diagnose_loads(load_E: torch.Tensor, top_k: int) -> str | None:
-    """Describes routing collapse (by the effective number of experts, Hill 1973) or dead experts; None without."""
+    """Describes routing collapse (effective number of experts, Hill 1973) or dead experts; None without."""
     share_E = load_E.double() / load_E.sum()
     E = len(share_E)
     used = math.exp(float(torch.special.entr(share_E).sum()))
