@@ -45,12 +45,12 @@ def supports(model: PreTrainedModel) -> bool:
         return False
     if type(model) is LlamaForCausalLM:
         body = inner.model
-        ends = (body.embed_tokens, body.norm, inner.lm_head)
+        ends = [body.embed_tokens, body.norm, inner.lm_head]
         return all(type(end) in _LLAMA_MODULES for end in ends) and all(map(_is_plain_llama, body.layers))
     if type(model) not in (GPT2LMHeadModel, GPT2MoEForCausalLM) or model.config.add_cross_attention:
         return False
     body = inner.transformer
-    ends = (body.wte, body.wpe, body.ln_f, inner.lm_head)
+    ends = [body.wte, body.wpe, body.ln_f, inner.lm_head]
     return all(type(end) in _GPT2_MODULES for end in ends) and all(map(_is_plain_gpt2, body.h))
 
 
