@@ -28,7 +28,7 @@ from flash_experts.data.prompts import Attributes
 from flash_experts.evaluation.metrics import NATS_PER_BIT, Estimate, FloatArray, auc_estimate, words
 from flash_experts.evaluation.ngram import KneserNey
 from flash_experts.evaluation.scorers import Scorer
-from flash_experts.generation.formatting import SMALL_WORDS
+from flash_experts.generation.text_rules import SMALL_WORDS
 
 # The first matching type is the label: an artifact creature is named like a creature.
 _TYPES = ("Creature", "Planeswalker", "Land", "Instant", "Sorcery", "Artifact", "Enchantment")
