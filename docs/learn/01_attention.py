@@ -47,11 +47,11 @@ print(krenko.type_line, krenko.colors, krenko.mana_value)
 print(texts)
 
 # %% [markdown]
-# The card's attributes come first, as a prompt. The name follows. The first token only says that something begins.
+# The card's attributes come first, as a prompt. The name follows. The first token is the BOS token: it only marks the beginning.
 #
 # ## The picture first
 #
-# Each row is a token that looks, each column a token that it looks at. Dark means much. A row sums to 1.
+# Each row is a token that looks, each column a token that it looks at. A dark cell is a large weight. Each row sums to 1.
 
 # %%
 D, H = model.config.n_embd, model.config.n_head
@@ -102,8 +102,8 @@ holds("some head gives the BOS token twice an equal share and more", of_bos > 2 
 
 # %% [markdown]
 # Of all heads we show those that, in the rows of the name, look most at the token itself, at the piece before, and at the
-# card's attributes. Others rest on the BOS token: a softmax has to put its weight somewhere. No loss asked heads to share
-# the work; it is what training on names left behind.
+# card's attributes. Others put much weight on the BOS token, an attention sink: a softmax has to put its weight somewhere
+# ([Xiao et al. 2023](https://arxiv.org/abs/2309.17453)). No loss made heads differ; they became different in training.
 #
 # ## The formula, with shapes
 #
@@ -115,13 +115,13 @@ holds("some head gives the BOS token twice an equal share and more", of_bos > 2 
 # | --- | --- | --- |
 # | q | (S, C) | what each token asks for |
 # | k | (S, C) | what each token offers to be found by |
-# | v | (S, C) | what each token hands over when it is found |
-# | scores | (S, S) | how well each question meets each offer |
+# | v | (S, C) | what each token contributes to those that look at it |
+# | scores | (S, S) | how well each query matches each key |
 # | mask | (S, S) | 0 where a token may look, minus infinity where not |
 # | weights | (S, S) | the scores as shares: each row sums to 1 |
 # | out | (S, C) | for each token the weighted mean of the values |
 #
-# The H heads do this side by side. One matrix product makes q, k and v of all heads from the block's input.
+# The H heads do this in parallel. One matmul makes q, k and v of all heads from the block's input.
 
 # %%
 block, head = divmod(heads["the piece before"], H)  # the head in the middle of the picture
@@ -129,8 +129,8 @@ q, k, v = of_blocks[block]
 print("q, k, v:", tuple(q.shape), "= (batch, tokens S, heads H, width C)")
 
 # %% [markdown]
-# **Step 1: scores.** A score is a dot product of C terms, so its spread grows with C. Dividing by the root of C
-# takes that growth out. Without it the softmax puts far more of its weight on one token.
+# **Step 1: scores.** A score is a dot product of C terms, so its standard deviation grows with the root of C. Dividing by that
+# root takes the growth out. Without it the softmax puts far more of its weight on one token.
 
 # %%
 q_SC, k_SC, v_SC = (x[0, :, head] for x in (q, k, v))
@@ -142,7 +142,7 @@ for label, each_HSS in (("q k^T", raw_HSS), ("q k^T / sqrt(C)", raw_HSS / C**0.5
     weights_HSS = each_HSS.masked_fill(~visible_SS, -torch.inf).softmax(-1)
     largest.append(weights_HSS[:, encoded.prompt_length :].amax(-1).mean())  # over the rows of the name, in all heads
     spread = each_HSS[:, visible_SS].std()
-    print(f"{label:16} spread of the scores {spread:5.2f}, largest weight of a row {largest[-1]:.2f}")
+    print(f"{label:16} standard deviation of the scores {spread:5.2f}, largest weight of a row {largest[-1]:.2f}")
 holds("without the root of C the largest weight of a row is much larger", largest[0] > 1.2 * largest[1])
 
 # %% [markdown]
@@ -164,9 +164,8 @@ table(
 )
 
 # %% [markdown]
-# **Step 4: the weighted mean of the values.** That is all of it. Now the code that ships.
-# `flash_attn_func` computes the same for all heads, and picks a kernel for the machine. Here is the hand-made result
-# against three of its backends:
+# **Step 4: the weighted mean of the values.** That completes the formula. The package's `flash_attn_func` computes the same for all
+# heads, and picks a kernel for the machine. Here is the result by hand against three of its backends:
 
 # %%
 by_hand_SC = weights_SS @ v_SC
@@ -176,7 +175,7 @@ for backend in ("sdpa", "reference", "auto"):
         out = flash_attn_func(q, k, v, causal=True)
     differences.append((out[0, :, head] - by_hand_SC).abs().max().item())
     rows.append([backend, str(tuple(out.shape)), f"{differences[-1]:.1e}"])
-table(["backend", "output", "largest difference from ours"], rows)
+table(["backend", "output", "largest difference from by hand"], rows)
 holds("all backends compute what we did by hand, up to rounding", max(differences) < 1e-5)
 
 # %% [markdown]
@@ -190,10 +189,10 @@ quote(fe_attention_forward)
 # ## Many names in one row
 #
 # A name with its prompt has some 10 to 20 tokens. To use a machine well we want thousands at once. The usual way is a
-# rectangle with one name per line, filled up with padding to the longest. The padding is multiplied for nothing.
+# rectangle with one name per line, filled up with padding to the longest. The model computes the padding for nothing.
 #
-# We lay names one after the other in a single row instead. `position_ids` begin at 0 in each name, and `cu_seq_lens`
-# says where names begin ("cumulative sequence lengths").
+# We put names one after the other in a single row instead: a packed row. `position_ids` begin at 0 in each name, and `cu_seq_lens`
+# ("cumulative sequence lengths") has the places where names begin.
 
 # %%
 some = train_cards[100:164]
@@ -227,10 +226,8 @@ for axis in axes:
 show(figure, "01_packed")
 
 # %% [markdown]
-# **Is it kept?** Two tests with numbers.
-#
-# First: the packed row must equal the names one by one.
-# Second: change a token of the first name. If the logits of the *other* names move, information leaks.
+# **Are names kept apart?** Two tests answer that with numbers. First: the logits of the packed row must equal those of the names one
+# by one. Second: we change a token of the first name. If the logits of the *other* names move, information leaks.
 
 # %%
 together_LV = model(**packed.inputs).logits[0]
@@ -258,7 +255,7 @@ holds("with boundaries other names' logits do not move at all; without them they
 # %% [markdown]
 # ## An experiment that changes one thing
 #
-# What does the leak cost? The same trained model, the same names, the same positions. Only the boundaries go.
+# What does the leak cost? We take the same trained model, the same names and the same positions, and remove only the boundaries.
 
 # %%
 
@@ -278,16 +275,18 @@ apart_N, leaking_N = nats_per_token(packed.cu_seq_lens), nats_per_token(one_docu
 print(f"each name sees itself alone: {apart_N.mean():.2f} nats per token")
 print(f"names see those before them: {leaking_N.mean():.2f} nats per token")
 print(f"names that got harder to predict: {(leaking_N > apart_N).float().mean():.0%}")
-holds("foreign tokens are noise to this model: most names get harder", (leaking_N > apart_N).float().mean() > 0.6)
+holds(
+    "tokens of other names are noise to this model: most names get harder", (leaking_N > apart_N).float().mean() > 0.6
+)
 
 # %% [markdown]
-# The model was trained with boundaries, so foreign tokens are noise to it. A model that is *trained* with the leak could
-# learn to use it, and would then miss its neighbours when it writes a single name. (That was not run here.)
+# The model was trained with boundaries, so tokens of other names are noise to it. A model that is *trained* with the leak could
+# learn to use them, and would then lack them when it writes a single name. (This chapter does not measure that.)
 #
 # ## Writing token by token: the KV cache
 #
 # To write, the model predicts one token, appends it, and predicts the next. Old keys and values never change, because
-# no token looks at a later one. So they are kept (the cache), and each step computes q, k, v of one token only.
+# no token looks at a later one. So they are kept (the KV cache), and each step computes q, k, v of one token only.
 
 # %%
 cache = None
@@ -297,7 +296,7 @@ for step in range(S):
 full_SV = model(ids).logits[0]
 print(f"last logits, with cache against all at once: {(out.logits[0, -1] - full_SV[-1]).abs().max():.1e}")
 holds("the cache changes nothing but rounding", (out.logits[0, -1] - full_SV[-1]).abs().max() < 1e-3)
-print(f"tokens multiplied to write {S}: {S} with the cache, {S * (S + 1) // 2} without")
+print(f"tokens computed to write {S}: {S} with the cache, {S * (S + 1) // 2} without")
 held = 2 * model.config.n_layer * S * D * 4
 print(f"the cache holds k and v of {model.config.n_layer} blocks: {held:,} bytes for one name (float32)")
 
