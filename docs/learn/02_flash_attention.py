@@ -15,13 +15,13 @@
 #
 # **The question: how can one compute softmax(q kᵀ) v without ever having the matrix of scores?**
 #
-# For 16,000 tokens the scores of one head are 256 million numbers: written to memory, read for the softmax, written again,
-# read again for the product with v, while the arithmetic units wait. [Flash attention](../glossary.md#attention) computes
-# the same output, not an approximation, and never writes the matrix down.
+# For 16,000 tokens the scores of one head are 256 million numbers. They are written to memory, read for the softmax, written
+# again, and read again for the matmul with v, while the compute units wait. [Flash attention](../glossary.md#attention) computes
+# the same output, not an approximation, and never writes the matrix to memory.
 #
 # There are three versions of one idea. [FlashAttention](https://arxiv.org/abs/2205.14135) (Dao et al. 2022) has tiles and
-# the online softmax, and makes the scores again in the backward. [FlashAttention-2](https://arxiv.org/abs/2307.08691) (Dao
-# 2023) turns the loops around, so that more of the GPU works. [FlashAttention-3](https://arxiv.org/abs/2407.08608) (Shah et
+# the online softmax, and recomputes the scores in the backward. [FlashAttention-2](https://arxiv.org/abs/2307.08691) (Dao
+# 2023) swaps the loops, so that more of the GPU works. [FlashAttention-3](https://arxiv.org/abs/2407.08608) (Shah et
 # al. 2024) overlaps copies, matmuls and exponentials on Hopper GPUs. Our kernels follow the second.
 #
 # This chapter is the computation, forward and backward. [Chapter 2b](02b_bytes_and_tiles.py) counts the bytes that it saves,
@@ -51,9 +51,10 @@ torch.manual_seed(0)
 # %% [markdown]
 # ## The picture first
 #
-# 16 queries (rows), 16 keys (columns), causal, tiles of 4 x 4. Each frame is one tile, in the order in which our reference
-# makes them: dark the tile at work, light what is done, white what is never computed. A tile is made, used and forgotten.
-# The title gives the only two numbers that remain of the scores of its last query: the largest so far, and a sum.
+# There are 16 queries (rows) and 16 keys (columns), a causal mask, and tiles of 4 x 4. Each frame is one tile, in the order in
+# which our reference computes them: the current tile is dark, finished tiles are light, and what is never computed is white. A
+# tile is computed, used and discarded. The title gives the two numbers that are kept of the scores of its last query: the
+# largest so far, and a sum.
 
 # %%
 q, k, v = torch.randn(3, 1, 16, 1, 64)  # (B, S, H, C)
@@ -105,7 +106,7 @@ else:
 # ## The online softmax, on four numbers
 #
 # A softmax needs the sum over the whole row before its first weight is known, and the largest score before that (so that
-# no exp overflows). The way out: begin with what has been seen, and correct it later.
+# no exp overflows). The online softmax begins with the scores seen so far, and corrects the result later.
 #
 # For one query keep `m`, the largest score so far; `z`, the sum of exp(score - m); `o`, the sum of exp(score - m) x value.
 # When a tile brings a larger maximum, all old terms are wrong by the same factor, exp(old m - new m):
@@ -149,7 +150,7 @@ holds("the log-sum-exp (LSE) is m + log(z)", abs(lse.item() - m - math.log(z)) <
 # %% [markdown]
 # ## The code that ships
 #
-# One tile of queries walks over all keys that it may see. Shapes: M queries, N keys, width C; B, G and R are batch and
+# `_forward_tile` loops over all keys that one tile of queries may see. Shapes: M queries, N keys, width C; B, G and R are batch and
 # heads. `sum_BGRM`, `max_BGRM`, `out_BGRMC` are z, m and o from above. Find the lines of the four-number example.
 
 # %%
@@ -157,11 +158,11 @@ quote(reference._forward_tile)
 
 # %% [markdown]
 # A query that has seen nothing yet has the maximum minus infinity, and `inf - inf` is not a number, so it is shifted by 0
-# instead. Division by z happens once, at the end. What is kept for later is one number per query: `max + log(sum)`, the
+# instead. Division by z happens once, at the end. One number per query is kept for the backward: `max + log(sum)`, the
 # log-sum-exp (LSE).
 #
-# **Is it right?** Against softmax attention in float64, and with the error of PyTorch's own kernel beside it. The standard
-# form is that of chapter 1, with the whole matrix:
+# **Is it right?** We compare with softmax attention in float64, and show the error of PyTorch's own kernel next to ours. The
+# standard form is that of chapter 1, with the whole matrix:
 
 # %%
 quote(standard)
@@ -178,12 +179,12 @@ holds("in float32 all are exact up to rounding", max(float32 for float32, _ in l
 holds("the tiled form's error is at most twice the standard one's", ours[0] <= 2 * usual[0] and ours[1] <= 2 * usual[1])
 
 # %% [markdown]
-# Twice the error of the standard form in the same dtype is the rule that flash-attn's own tests use. Here the tiled form
-# has the better place: it sums in float32 and rounds once.
+# Twice the error of the standard form in the same dtype is the bound that flash-attn's own tests use. The tiled form sums in
+# float32 and rounds once.
 #
-# PyTorch's `scaled_dot_product_attention` is flash attention as well, with conditions: its flash kernel takes `is_causal=True`, and
-# no mask of your own. Given one, it takes another kernel ([documentation](https://docs.pytorch.org/docs/stable/generated/torch.nn.functional.scaled_dot_product_attention.html)).
-# For masks by a rule there is FlexAttention; ours takes ranges of keys. `flash-experts benchmark attention` times them all.
+# PyTorch's `scaled_dot_product_attention` has a flash kernel as well. It takes `is_causal=True`, but no mask tensor: with one,
+# PyTorch uses another kernel ([documentation](https://docs.pytorch.org/docs/stable/generated/torch.nn.functional.scaled_dot_product_attention.html)).
+# FlexAttention takes masks given by a function; our kernels take ranges of keys. `flash-experts benchmark attention` times them.
 #
 # ## What is skipped
 #
@@ -207,7 +208,7 @@ holds(
 holds("only tiles on the diagonal need a mask", all(row[4] == math.ceil(row[0] / 64) for row in rows))
 
 # %% [markdown]
-# Packed names are the extreme case. Each name is its own little triangle, and nothing between names is touched:
+# Packed names skip most. Each name is a small triangle of its own, and no score between two names is computed:
 
 # %%
 _, tokenizer = load_base()
@@ -222,8 +223,8 @@ holds("packed names make under a tenth of the scores of the whole row", made < T
 # %% [markdown]
 # ## One number per query gives the weights back
 #
-# The backward needs the weights again. They are not stored, but `weight = exp(score - LSE)`, and scores are quickly made
-# again from q and k.
+# The backward needs the weights again. They are not stored, but `weight = exp(score - LSE)`, and the scores are recomputed from q
+# and k.
 
 # %%
 q, k, v = torch.randn(3, 1, 6, 1, 64)
@@ -237,12 +238,12 @@ holds("exp(score - LSE) is the softmax's weight", torch.allclose(again, scores.s
 # %% [markdown]
 # ## The backward, step by step
 #
-# S are the scores, P the weights, dX the gradient of the loss by X. The output is P v, so by the rule of a product
+# S are the scores, P the weights, dX is the gradient of the loss with respect to X. The output is P v, so by the product rule
 #
 # $$ dv = P^\top dout \qquad dP = dout\,v^\top $$
 #
-# **Through the softmax.** A row's weights are P_j = exp(S_j) / Z with Z the sum of exp(S_k). The derivative of the upper part
-# by S_k is P_j if j = k and else 0; that of Z is exp(S_k), which takes P_j P_k away:
+# **Through the softmax.** A row's weights are P_j = exp(S_j) / Z, where Z is the sum of exp(S_k). By the quotient rule, the
+# numerator contributes P_j if j = k and else 0, and Z contributes -P_j P_k:
 #
 # $$ \frac{\partial P_j}{\partial S_k} = P_j\,([j = k] - P_k) $$
 #
@@ -252,7 +253,7 @@ holds("exp(score - LSE) is the softmax's weight", torch.allclose(again, scores.s
 #
 # $$ \delta = \sum_j P_j\,dP_j $$
 #
-# So each score's gradient needs its own weight, its own dP, and one number of the row. On four numbers:
+# So each score's gradient needs its own weight, its own dP, and one number of the row, δ. On four numbers:
 
 # %%
 four_S = torch.tensor(four_scores, dtype=torch.float64, requires_grad=True)
@@ -271,7 +272,7 @@ holds("dS is P (dP - delta), and sums to 0 over a row", abs((P_4 * (dP_4 - delta
 # $$ \sum_j P_{ij}\,dP_{ij} = \sum_j P_{ij} \sum_c dout_{ic} v_{jc} = \sum_c dout_{ic} \sum_j P_{ij} v_{jc}
 # = \sum_c dout_{ic}\,out_{ic} $$
 #
-# a dot product of two rows that are there already.
+# δ is a dot product of two rows that are known before the first tile.
 
 # %%
 dout = torch.randn(1, 6, 1, 64)
@@ -286,8 +287,8 @@ holds("delta is the dot product of output and its gradient", torch.allclose(delt
 quote(reference._backward_tile)
 
 # %% [markdown]
-# `weight_BGRMN` is P, made again. `delta_BGRM` comes from outside. Now the whole, against PyTorch's autograd through
-# the standard form, and what each keeps between forward and backward:
+# `weight_BGRMN` is P, recomputed. `delta_BGRM` is an argument. Now we compare the whole backward with PyTorch's autograd through
+# the standard form, and count what each form keeps between forward and backward:
 
 # %%
 inputs = [x.clone().requires_grad_() for x in exact[:, :1]]
@@ -319,13 +320,13 @@ print(f"FLOPs of the backward over those of the forward: {times:.2f}")
 holds("two matmuls a tile in the forward, five in the backward", abs(times - 2.5) < 0.01)
 
 # %% [markdown]
-# With the weights stored it would be four: scores are made again. That costs arithmetic and saves writing and reading the
-# matrix. Our Triton backward does seven: one kernel walks along the queries for dk and dv, another along the keys for dq,
-# and both make scores and dP. In exchange no two programs add to the same number, so it gives the same bits every time.
-# The papers' one kernel has five matmuls, and adds to dq with atomic operations, in any order.
+# With stored weights the backward would have four matmuls; the fifth recomputes the scores. That costs FLOPs and saves writing and
+# reading the matrix. Our Triton backward does seven: one kernel loops over the queries for dk and dv, another over the keys for
+# dq, and both compute scores and dP. In exchange no two programs add to the same number, so results are bit-identical in every
+# run. The papers' kernel has five matmuls, and adds to dq with atomic operations, in any order.
 #
-# **Dropout**: which weights were dropped must be known again in the backward, in another order of tiles. So the random
-# number is a pure function of the place, and a tile asked for alone equals that part of the whole:
+# **Dropout**: the backward must drop the same weights as the forward, in another order of tiles. So the random number is a pure
+# function of the position, and a tile computed alone equals that part of the whole mask:
 
 # %%
 seed = torch.tensor([7])
@@ -333,14 +334,14 @@ whole = dropout_keep_mask(seed, 1, 4, 64, 64, 0.1)
 part = dropout_keep_mask(seed, 1, 4, range(16, 32), range(32, 48), 0.1)
 print("tile of the mask equals the mask's tile:", torch.equal(part, whole[:, :, 16:32, 32:48]))
 print(f"kept: {whole.float().mean():.3f}")
-holds("a tile asked for alone equals that part of the whole", torch.equal(part, whole[:, :, 16:32, 32:48]))
+holds("a tile computed alone equals that part of the whole", torch.equal(part, whole[:, :, 16:32, 32:48]))
 
 # %% [markdown]
 # ## What to remember
 #
-# - Keep a maximum, a sum and an output per query; rescale them when the maximum grows. That is the whole trick.
+# - Keep a maximum, a sum and an output per query, and rescale sum and output when the maximum grows: the online softmax.
 # - The output is exact. What is kept for the backward grows with the length, not with its square.
-# - Arithmetic is cheap, bytes are dear: the backward makes the weights again from one number per query.
+# - FLOPs are cheaper than memory traffic: the backward recomputes the weights from one number per query.
 #
 # ## Exercises
 #
@@ -348,8 +349,8 @@ holds("a tile asked for alone equals that part of the whole", torch.equal(part, 
 #    (the tiles). Show that the order of the tiles does not matter, nor their sizes.
 # 2. **Without the maximum.** Leave m out (use exp(score) directly), in float32. At which scores does it fail, and how?
 #    What does the online form give there?
-# 3. **Two halves.** A machine has computed attention over the first half of the keys, another over the second. Each
-#    tells you its output and LSE. Merge them into the attention over all keys, without seeing q, k or v. (This is how
+# 3. **Two halves.** One machine has computed attention over the first half of the keys, another over the second. Each
+#    returns its output and LSE. Merge them into the attention over all keys, without seeing q, k or v. (This is how
 #    long contexts are spread over GPUs, and how decoding splits a long cache.)
 #
 # Solutions: [solutions/02_flash_attention.py](solutions/02_flash_attention.py).
@@ -359,5 +360,5 @@ holds("a tile asked for alone equals that part of the whole", torch.equal(part, 
 # - [Milakov and Gimelshein 2018](https://arxiv.org/abs/1805.02867): the online softmax, before attention had it.
 # - [Dao et al. 2022](https://arxiv.org/abs/2205.14135): algorithm 1 and appendix B, the backward.
 # - [labml: Flash attention](https://nn.labml.ai/transformers/flash/index.html), annotated line by line: forward and
-#   backward with formulas beside a Triton kernel.
+#   backward with formulas next to a Triton kernel.
 # - Next: [chapter 2b](02b_bytes_and_tiles.py), why that is fast; or [chapter 3](03_mixture_of_experts.py), the other half of a block.
