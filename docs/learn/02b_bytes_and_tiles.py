@@ -15,8 +15,8 @@
 #
 # **The question: why is flash attention fast, and how large may its tiles be?**
 #
-# [Chapter 2](02_flash_attention.py) computed attention tile by tile, and its arithmetic is the same as ever. Here we
-# count what is saved: bytes between a GPU's large, slow memory and its small, fast ones. The words are
+# [Chapter 2](02_flash_attention.py) computed attention tile by tile, with as many FLOPs as the standard way. Here we count what
+# is saved: bytes between a GPU's large, slow memory and its small, fast ones. The terms are
 # [HBM, SRAM, arithmetic intensity and roofline](../glossary.md#attention).
 
 # %%
@@ -37,9 +37,10 @@ torch.manual_seed(0)
 # %% [markdown]
 # ## The picture first
 #
-# A GPU has a large memory far from its arithmetic units (HBM, high-bandwidth memory), and small ones on the chip: SRAM, of
-# which each of the 132 streaming multiprocessors (SMs) has its own, and registers. The figures of an H100 SXM are those
-# of table 1 of the FlashAttention-3 paper; PyTorch's operations write their outputs to HBM, a fused kernel need not.
+# A GPU has a large memory far from its compute units (HBM, high-bandwidth memory), and small ones on the chip: SRAM, of which
+# each of the 132 streaming multiprocessors (SMs) has its own, and registers. The numbers are for an H100 SXM, from table 1 of
+# the [FlashAttention-3 paper](https://arxiv.org/abs/2407.08608). PyTorch's operations write their outputs to HBM; a fused kernel
+# need not.
 
 # %%
 HBM_BYTES, HBM_RATE, PEAK = 80 * 2**30, 3.35e12, 989e12  # bytes, bytes/s, 16-bit FLOP/s without sparsity
@@ -60,7 +61,7 @@ for level, (name, size, rate, use) in enumerate(MEMORIES):
 axis.set(
     xlim=(-4, 11),
     ylim=(-3.2, 1.1),
-    title="memories of an H100, the nearest to the arithmetic on top (Shah et al. 2024, table 1)",
+    title="memories of an H100, the nearest to the compute units on top (Shah et al. 2024, table 1)",
 )
 axis.axis("off")
 show(figure, "02b_memories")
@@ -73,8 +74,9 @@ holds("SRAM is about nine times as fast as HBM", 8 < 31e12 / HBM_RATE < 10)
 
 # %% [markdown]
 # **Arithmetic intensity** is FLOPs per byte that is moved. Under the ridge, here some 300, an operation is *memory-bound*:
-# it takes as long as its bytes. The **roofline** (Williams et al. 2009) is the smaller of the two bounds. One head, 4,096
-# tokens, head dim 64, bfloat16, without a mask, each of the standard way's operations by itself:
+# it takes as long as its bytes. The **roofline** ([Williams et al. 2009](https://doi.org/10.1145/1498765.1498785)) is the smaller
+# of the two bounds. The table has one head, 4,096 tokens, head dim 64, bfloat16, without a mask, and each of the standard way's
+# operations by itself:
 
 # %%
 S, C, BLOCK = 4096, 64, 128
@@ -90,7 +92,7 @@ for name, (flops, moved_bytes) in operations.items():
     intensities[name] = flops / moved_bytes
     bound = min(PEAK, intensities[name] * HBM_RATE)
     cells = (flops / 1e9, moved_bytes / 1e6, intensities[name], bound / 1e12, 1e6 * flops / bound)
-    rows.append([name, *(f"{cell:.1f}" for cell in cells), "memory" if intensities[name] < ridge else "arithmetic"])
+    rows.append([name, *(f"{cell:.1f}" for cell in cells), "memory" if intensities[name] < ridge else "compute"])
 table(["", "GFLOP", "MB", "FLOP a byte", "TFLOP/s at most", "µs at least", "bound by"], rows)
 standard_us, flash_us = sum(float(row[5]) for row in rows[:3]), float(rows[3][5])
 print(f"standard {standard_us:.0f} µs, flash {flash_us:.0f} µs at least, if HBM and tensor cores were all that counts")
@@ -115,7 +117,7 @@ holds(
 )
 
 # %% [markdown]
-# These are bounds on paper, and no measurement. Even the fused kernel's intensity, about the size of its tile, is under the
+# These are theoretical bounds, not measurements. Even the fused kernel's intensity, about the size of its tile, is under the
 # ridge by this count. In practice most tiles of k and v come from the L2 cache, since many SMs read the same ones.
 #
 # ## Bytes moved, counted
@@ -147,12 +149,12 @@ holds(
 )
 
 # %% [markdown]
-# With M queries in a tile each key is read once per M queries and not once per query.
+# With M queries in a tile, each key is read once per M queries, not once per query.
 #
 # **The IO complexity.** The paper's theorem 2: with N tokens, head dim d and room for M numbers on the chip, the standard
 # way makes about N d + N² accesses of HBM, flash attention N² d² / M. The second follows from the count: a tile of B queries
 # reads all keys and values, that is N / B times 2 N d numbers; and four tiles of B x d (q, k, v, output) fill the chip, so
-# B = M / 4d. Together 8 N² d² / M, half of it if causal. Beside the counted numbers:
+# B = M / 4d. Together 8 N² d² / M, half of it if causal. Next to the counted numbers:
 
 # %%
 N, d = 2048, 64
@@ -166,7 +168,7 @@ table(["B", "M, numbers on the chip", "million accesses, counted", "4 N² d² / 
 counted_ratios = [float(row[4]) for row in rows]
 holds("the formula is the count's leading term: within 10% at small tiles", abs(counted_ratios[0] - 1) < 0.1)
 holds(
-    "at large tiles what is left over counts: the output, the queries, whole tiles on the diagonal",
+    "at large tiles the other terms matter: the output, the queries, whole tiles on the diagonal",
     counted_ratios == sorted(counted_ratios),
 )
 
@@ -249,14 +251,14 @@ for head_dim in (64, 128, 256):
 holds("at head dim 64 exponentials take about as long as the matmuls", 0.9 < shares_of_exp[64] < 1.1)
 
 # %% [markdown]
-# So version 3 lets two groups of warps take turns: one multiplies while the other makes exponentials (ping-pong). Other
+# So version 3 lets two groups of warps alternate: one does matmuls while the other computes exponentials (ping-pong). Other
 # warps only copy tiles, by the hardware's asynchronous copies (TMA): warp specialization. It also has FP8. The paper's
 # figures at head dim 64, forward, 16,000 tokens: 324 TFLOP/s with version 2, 497 with version 3. Ours, in Triton, leaves
-# such scheduling to Triton's compiler, and has not been measured on a GPU yet.
+# such scheduling to Triton's compiler. Its speed on a GPU has not been measured yet.
 #
 # ## Memory against length, measured
 #
-# What decides whether a text fits is the largest tensor.
+# The largest tensor decides whether a text fits into memory.
 
 # %%
 largest: dict[str, list[int]] = {name: [] for name in ATTENTIONS}
@@ -291,9 +293,7 @@ holds(
 )
 
 # %% [markdown]
-# ## An experiment that changes one thing
-#
-# The size of a tile.
+# ## An experiment that changes one thing: the size of a tile
 
 # %%
 S = 1024
@@ -332,7 +332,7 @@ holds("smaller tiles move more bytes", moved_megabytes == sorted(moved_megabytes
 #
 # - The standard way's three operations are memory-bound: they take as long as their bytes.
 # - A tile of B queries reads the keys once per B queries. What fits on the chip bounds B.
-# - Version 1 is tiles, version 2 the order of the loops and more programs, version 3 copies and exponentials beside matmuls.
+# - Version 1 has the tiles. Version 2 swaps the loops and has more programs. Version 3 overlaps copies and exponentials with matmuls.
 #
 # ## Exercises
 #
