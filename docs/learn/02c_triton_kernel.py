@@ -43,7 +43,7 @@ torch.manual_seed(0)
 # A kernel is written for one *program*; the grid says how many there are. In flash attention one program has one tile of
 # queries of one head, and walks over the tiles of keys that it may see (left). A grid has more programs than the GPU has
 # SMs, its streaming multiprocessors; each SM takes the next program when it is free. With a causal mask the last queries have
-# the most keys. So our kernel turns the order around: the longest first. Below, 16 tiles of queries on four SMs, one unit of
+# the most keys. So our kernel reverses the order: the longest first. Below, 16 tiles of queries on four SMs, one unit of
 # time for each tile of keys; the number in a bar is its tile of queries:
 
 
@@ -99,8 +99,8 @@ holds("longest first ends earlier, with no gap", ends[1] == math.ceil(sum(ascend
 # %% [markdown]
 # ## Programs, grid, masks
 #
-# A program asks which one it is, works out which numbers are its own, and loads and stores them all at once. A mask keeps
-# it inside.
+# A program reads its index in the grid, computes which elements are its own, and loads and stores them as one block. A mask keeps
+# it from reading or writing past the end.
 
 # %%
 try:
