@@ -15,7 +15,7 @@
 #
 # **The question: in how many ways can tokens and experts be matched, and what does each of them fix?**
 #
-# [Chapter 3](03_mixture_of_experts.py) had top-2: each token takes its two best experts. Each other way below fixes something
+# [Chapter 3](03_mixture_of_experts.py) had top-2: each token takes its two best experts. Each other way below controls something
 # that top-k leaves free, and gives something up for it. The [glossary](../glossary.md#mixture-of-experts) has the terms.
 
 # %%
@@ -38,8 +38,8 @@ names = [card.name for card in validation_cards]
 # %% [markdown]
 # ## The picture first
 #
-# One figure, one set of logits, six ways. Rows are 16 tokens, columns 8 experts; blue is a gate. The logits lean to experts
-# 0 and 1. Above each: the loads, tokens of each expert.
+# The figure routes the same logits in six ways. Rows are 16 tokens, columns 8 experts; blue is a gate. The logits favor experts
+# 0 and 1. The titles have the loads: the number of tokens of each expert.
 
 # %%
 T_SHOWN, E, K = 16, 8, 2
@@ -92,7 +92,7 @@ per_token = {way: (gates_TE > 0).sum(1) for way, gates_TE in ways.items()}
 rows = [[way, int(loads[way].max()), f"{per_token[way].min()} to {per_token[way].max()}"] for way in ways]
 table(["", "largest load (mean: 4; of top-1: 2)", "experts of a token"], rows)
 holds(
-    "top-k fixes the experts of a token, and leaves the loads free",
+    "top-k fixes the number of experts of a token, and leaves the loads free",
     set(per_token["top-2"].tolist()) == {2} and loads["top-2"].max() > 4,
 )
 holds(
@@ -100,7 +100,7 @@ holds(
     loads["top-2, capacity factor 1"].max() <= 4 and loads["top-2, capacity factor 1"].sum() < 32,
 )
 holds(
-    "expert choice fixes the loads, and leaves the experts of a token free",
+    "expert choice fixes the loads, and leaves the number of experts of a token free",
     set(loads["expert choice"].tolist()) == {4} and per_token["expert choice"].unique().numel() > 1,
 )
 holds(
@@ -109,23 +109,23 @@ holds(
 )
 
 # %% [markdown]
-# - **Top-1** (Switch: [Fedus et al. 2021](https://arxiv.org/abs/2101.03961)) is the cheapest. The gate must then be the
-#   probability itself: a gate of one choice that is normalised is always 1, and teaches the router nothing (chapter 4).
-#   **Top-2** (GShard: [Lepikhin et al. 2020](https://arxiv.org/abs/2006.16668)) compares two experts for each token.
+# - **Top-1** (Switch: [Fedus et al. 2021](https://arxiv.org/abs/2101.03961)) is the cheapest. The gate is then the probability
+#   itself: with one choice a normalised gate is always 1, and gives the router no gradient (chapter 4).
+#   **Top-2** (GShard: [Lepikhin et al. 2020](https://arxiv.org/abs/2006.16668)) mixes two experts for each token.
 # - **Noisy top-k** ([Shazeer et al. 2017](https://arxiv.org/abs/1701.06538)) adds noise, of a size that is learned, to the
 #   logits in training: H_e = (x W_r)_e + N(0, 1) softplus((x W_noise)_e). Experts that are nearly as good get tokens as well.
-#   Later models left it out; the package has jitter on the router's input instead (`router_jitter_noise`).
+#   The package has jitter on the router's input instead, as Switch does (`router_jitter_noise`).
 # - **Capacity factor.** On many devices each expert has a buffer of C = factor x T K / E tokens. What does not fit is
 #   **dropped** (the red crosses): that choice adds nothing, and the token keeps its residual connection. A higher
 #   factor drops less, and pads more.
-# - **A random second expert** (GShard): the second of two is used with a probability in proportion to its gate. Another kind of
-#   noise; the package does not have it.
+# - **A random second expert** (GShard): the second of two is used with a probability in proportion to its gate. The package does
+#   not have it.
 # - **Precision.** The router computes in float32 where the rest is bfloat16 (Switch: selective precision). Rounding would
 #   otherwise decide near ties (`Router.logits`).
-# - **Expert choice** ([Zhou et al. 2022](https://arxiv.org/abs/2202.09368)): experts choose tokens. More of it in chapter 3c.
-# - **A bias on the choice** (loss-free balancing: [Wang et al. 2024](https://arxiv.org/abs/2408.15664); DeepSeek-V3). In chapter 3c, too.
-# - **Random or hashed** ([Roller et al. 2021](https://arxiv.org/abs/2106.04426)): a fixed table from token to expert. Nothing to
-#   learn, nothing to balance; a baseline for routers that learn.
+# - **Expert choice** ([Zhou et al. 2022](https://arxiv.org/abs/2202.09368)): experts choose tokens (chapter 3c).
+# - **A bias on the choice** (loss-free balancing: [Wang et al. 2024](https://arxiv.org/abs/2408.15664); DeepSeek-V3), also in chapter 3c.
+# - **Random or hashed** ([Roller et al. 2021](https://arxiv.org/abs/2106.04426)): a fixed table from token to expert. It learns
+#   nothing, and is a baseline for routers that learn.
 #
 # ## Hierarchical MoE
 #
@@ -134,9 +134,10 @@ holds(
 #
 # $$ y = \sum_{i \in \text{groups}} \sum_{j \in \text{group } i} g_i(x)\; g_{j|i}(x)\; \text{MLP}_{ij}(x) $$
 #
-# A token then computes a logits and b for each group that it enters, not a b. And if a group is a device, it is sent to few devices:
-# [DeepSeek-V3](https://arxiv.org/abs/2412.19437) limits the groups of a token for that reason, with one router for all experts. The
-# package has one level. What is lost is choice: the best experts may be in other groups. With random logits, how often?
+# A token then computes a logits, and b logits for each group that it enters, instead of a b. If a group is a device, the token is
+# sent to few devices: [DeepSeek-V3](https://arxiv.org/abs/2412.19437) limits the groups of a token for that reason, with one router
+# for all experts. The package has one level. The cost is choice: the best experts may be in other groups. How often, with random
+# logits?
 
 # %%
 groups, size = 8, 8
@@ -159,22 +160,23 @@ holds(
 # %% [markdown]
 # ## Shared experts and fine-grained experts
 #
-# **Fine-grained** ([Dai et al. 2024](https://arxiv.org/abs/2401.06066), DeepSeekMoE): cut each expert into g parts and choose g
-# times as many of g times as many. Weights and arithmetic stay, the number of different combinations explodes:
+# **Fine-grained** ([Dai et al. 2024](https://arxiv.org/abs/2401.06066), DeepSeekMoE): there are g times as many experts, each of
+# 1/g of the size, and a token takes g times as many. Weights and FLOPs stay the same, but there are far more combinations:
 
 # %%
 combinations = {g: math.comb(8 * g, 2 * g) for g in (1, 2, 4, 8)}
 figure, axis = plt.subplots(figsize=(6, 2.6))
 axis.bar([f"{2 * g} of {8 * g}" for g in combinations], list(combinations.values()))
 axis.set(yscale="log", xlabel="experts chosen, of experts of 1/g of the size", ylabel="combinations")
-axis.set_title("the same weights and arithmetic, cut finer")
+axis.set_title("the same weights and FLOPs, cut finer")
 show(figure, "03b_fine_grained")
 print("; ".join(f"g {g}: {count:,}" for g, count in combinations.items()))
 holds("cut in four, 28 combinations become over ten million", combinations[1] == 28 and combinations[4] > 10_000_000)
 
 # %% [markdown]
-# **Shared** ([DeepSpeed-MoE](https://arxiv.org/abs/2201.05596), 2022): some experts get every token, so that what all tokens need is not learned E times. The released model has both:
-# its dense layer stays as shared experts, beside fine-grained routed ones. How much of its layers' output is whose?
+# **Shared** ([DeepSpeed-MoE](https://arxiv.org/abs/2201.05596), 2022): some experts get every token, so that what all tokens need
+# is not learned E times. The released model has both kinds: its dense layer stays as shared experts, next to fine-grained routed
+# ones. How large is each kind's part of the output?
 
 # %%
 released, released_tokenizer = load_released()
@@ -264,13 +266,14 @@ holds(
 holds("no expert of the released model is dead", all(min(block.load) > 0.01 for block in seen.blocks))
 
 # %% [markdown]
-# What do experts learn, then? Classes of tokens, here as in large models: [ST-MoE](https://arxiv.org/abs/2202.08906) found
-# experts for punctuation, numbers and proper names in its encoder, fewer such in its decoder, and none for a language although
-# it read many.
+# So experts specialize in classes of tokens, here as in large models. [ST-MoE](https://arxiv.org/abs/2202.08906) found experts for
+# punctuation, numbers and proper names in its encoder, fewer of them in its decoder, and none for a language in a multilingual
+# model.
 #
 # ## What to remember
 #
-# - Top-k fixes the experts of a token, expert choice the tokens of an expert. A capacity bounds, and drops.
+# - Top-k fixes the number of experts of a token, expert choice the number of tokens of an expert. A capacity factor bounds the
+#   load, and drops tokens.
 # - Fine-grained experts add combinations for the same weights; shared ones hold what all tokens need.
 #
 # ## Exercises
