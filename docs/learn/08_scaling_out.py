@@ -17,9 +17,9 @@
 # they train one model?**
 #
 # Experts add weights and few FLOPs, so memory is the first limit. There are three ways to use many
-# devices: copy the model (data parallel), shard every weight, or give each device some of the experts (expert parallel). Each
-# trades memory for communication. We run all three on two processes of this machine, count what they send, and then use the
-# package's estimator for other machines. Its numbers for those are a plan on paper, not a measurement. The
+# devices: copy the model (data parallel), shard every weight (ZeRO, FSDP), or give each device some of the experts (expert
+# parallel). Each trades memory for communication. We run all three on two processes of this machine, count what they send, and
+# then use an estimator for other machines. Its numbers for those are estimates, not measurements. The
 # [glossary](../glossary.md#training) has the terms.
 
 # %%
@@ -43,7 +43,7 @@ from flash_experts import GPT2MoEConfig, GPT2MoEForCausalLM
 from flash_experts.data.packing import encode_cards, pack
 from flash_experts.models.expert_parallel import ShardedExperts
 
-# The plan of memory and traffic is a script at the root of the repository.
+# The estimator of memory and traffic is a script at the root of the repository.
 sys.path.append(str(ROOT))
 from scripts import scaling_plan as scaling
 
@@ -73,8 +73,8 @@ print("tokens of the two processes:", [layer["tokens"] for layer in layers])
 # ## The picture first
 #
 # Left: one layer of eight experts on two processes. Each process has tokens of its own names and half of the experts. A
-# cell is how many of its (token, expert) pairs go to an expert; the red ones are sent to the other process. Right: what one of
-# W devices holds in training, for GPT-2 small with eight experts in every second block.
+# cell has the number of a process's (token, expert) pairs that go to an expert; the red ones are sent to the other process. Right:
+# what one of W devices holds in training, for GPT-2 small with eight experts in every second block.
 
 # %%
 E = len(layers[0]["pairs_of_expert"])
@@ -111,7 +111,7 @@ fall = on_one["expert"][eight - 1] / on_one["expert"][eight], on_one["expert"][e
 holds("expert parallel shrinks fast until each device has one expert of a layer, then slowly", fall[0] > 1.5 > fall[1])
 
 # %% [markdown]
-# Shards shrink down to what has to be gathered while a block is computed.
+# Shards do not shrink below the block that is gathered while it is computed.
 #
 # ## The formula, with shapes
 #
@@ -120,8 +120,8 @@ holds("expert parallel shrinks fast until each device has one expert of a layer,
 #
 # | | holds (float32: weight, gradient, two averages) | sends |
 # | --- | --- | --- |
-# | ddp | 16 N bytes | 2 · 4 N (W - 1)/W a step: gradients added up |
-# | fsdp | 16 N / W, and a block whole | 4 N (W - 1)/W a step, and 8 N (W - 1)/W for each forward and backward: weights |
+# | ddp | 16 N bytes | 2 · 4 N (W - 1)/W a step: all-reduce of gradients |
+# | fsdp | 16 N / W, and one whole block | 4 N (W - 1)/W a step: reduce-scatter of gradients; 8 N (W - 1)/W for each forward and backward: all-gather of weights |
 # | expert | 16 (N - N_E) / W + 16 N_E / X | as fsdp without the experts, and for each token: |
 #
 # $$ \text{bytes per token} = 4\,K\,D\,L\,b\;\frac{X-1}{X} $$
@@ -134,7 +134,7 @@ quote(scaling.memory_per_gpu)
 quote(scaling.all_to_all_bytes_per_token)
 
 # %% [markdown]
-# **Is it right?** Weights and optimizer state can be checked on a small model: count them.
+# **Is it right?** We count weights, gradients, optimizer state and activations of a small model:
 
 # %%
 dense, tokenizer = load_base()
@@ -163,8 +163,8 @@ holds(
 holds("activations are an estimate, right within a third", abs(plan.activations / activations - 1) < 1 / 3)
 
 # %% [markdown]
-# (What is counted is what autograd keeps for the backward; the estimate counts the logits' gradient as well, and assumes a share
-# of labels.)
+# (We count what autograd keeps for the backward. The estimate counts the logits' gradient as well, and assumes a share of
+# positions that have a label.)
 #
 # ## Activations of an MoE model, and recomputation
 #
@@ -203,9 +203,9 @@ holds("and gives the same gradient, to rounding", (plain - recomputed).norm() < 
 # %% [markdown]
 # ## Copies: gradients are added up
 #
-# Two processes, each with every second of the 24 names. At first each has the gradient of its own names. After
-# an all-reduce both have the gradient of all, as one process alone computes it. It has to be the *sum*: every process
-# divides by the labels of the whole step (chapter 5).
+# Two processes have every second of the 24 names each. At first each has the gradient of its own names. After an all-reduce both
+# have the gradient of all names, as one process alone computes it. It has to be the *sum*, since every process divides by the
+# labels of the whole step (chapter 5).
 
 # %%
 for rank, each in enumerate(seen):
@@ -214,7 +214,7 @@ for rank, each in enumerate(seen):
         f"process {rank}: gradient off by {reduced['before']:.0%} before, {reduced['after']:.0e} after the all-reduce"
     )
     holds(
-        "before the all-reduce it is another gradient, after it the whole one's",
+        "the all-reduce gives each process the gradient of all names",
         reduced["after"] < 1e-4 < 0.1 < reduced["before"],
     )
 traffic = scaling.traffic_per_gpu(model.config, "ddp", 2)
@@ -223,7 +223,7 @@ print(f"buffer: {seen[0]['data parallel']['bytes']:,} bytes; sent by formula, a 
 # %% [markdown]
 # ## Shards: each process keeps its own part (ZeRO, FSDP)
 #
-# AdamW treats each weight by itself. So process r may keep and update the r-th shard of all weights alone: a reduce-scatter
+# AdamW updates each weight independently. So process r can keep and update the r-th shard of all weights: a reduce-scatter
 # gives each process the sum of its shard's gradients, each updates its shard, and an all-gather collects the new weights.
 
 # %%
@@ -243,8 +243,8 @@ for rank, each in enumerate(seen):
 #
 # ## Expert parallel: tokens are sent to experts
 #
-# Or leave the experts where they are, and send them the tokens. The package's layer, in four steps: count, send, compute,
-# send back.
+# In expert parallel the experts stay where they are, and tokens are sent to them. The package's layer has four steps: count, send,
+# compute, send back.
 
 # %%
 quote(ShardedExperts.forward)
@@ -268,7 +268,7 @@ for rank, layer in enumerate(layers):
     )
 
 # %% [markdown]
-# Compared with the formula. It is for all layers, forward and backward, and a balanced load; this is one layer's forward, so
+# We compare that with the formula. The formula is for all layers, forward and backward, and a balanced load. One layer's forward is
 # half of one layer's share.
 
 # %%
@@ -283,10 +283,10 @@ table(["bytes for each token", "by formula", "counted", "ratio"], rows)
 holds("the formula is right within a third", all(2 / 3 < ratio < 4 / 3 for ratio in ratios))
 
 # %% [markdown]
-# The ratio differs from 1 by the imbalance of this router, which was never trained. See the picture: all devices wait for the
-# one whose experts get most tokens. Load balancing is a matter of learning in chapter 3c, and of speed here.
+# The ratio differs from 1 by the imbalance of this router, which was never trained. All devices wait for the one whose experts get
+# most tokens, so load balancing matters for speed, not only for what experts learn (chapter 3c).
 #
-# ## A plan for larger machines
+# ## An estimate for larger machines
 #
 # The estimator's tables for GPT-2 small with 8 experts, and for GPT-2 xl with 64. FLOPs run at 40% of an H100's
 # peak, links at their data sheet's speed: assumptions, to be changed in `scaling.Device`.
@@ -321,12 +321,12 @@ holds(
 # %% [markdown]
 # The last two columns: from how many tokens a step on each device computation takes longer than communication. With
 # fewer, devices wait. Card names have some thousands of tokens a step, so on a network none of this pays for GPT-2 small:
-# use one device, or copies within one machine.
+# use one device, or data parallel within one machine.
 #
 # ## An experiment that changes one thing: the size of an expert
 #
-# Experts of 3072 hidden units, two per token; or of half the size, four per token; and so on. Active weights and
-# FLOPs stay the same. The bytes sent do not.
+# Each token takes two experts of 3072 hidden units, or four of half the size, and so on. Active weights and FLOPs stay the same. The
+# bytes sent do not.
 
 # %%
 rows, sizes = [], [3072, 1536, 768, 384, 192]
@@ -372,11 +372,11 @@ holds(
 #
 # ## What to remember
 #
-# - Training keeps four numbers for each weight. Copy them, shard them, or spread the experts over devices.
+# - Training with AdamW keeps four numbers for each weight. Copy them, shard them, or spread the experts over devices.
 # - Activations grow with K and the tokens, not with E; recomputation trades most of them for a third more FLOPs.
 # - An all-reduce is a reduce-scatter, then an all-gather. Sharding the optimizer's state adds no traffic.
 # - Experts on other devices cost traffic per token: 4 K D numbers a layer. Sharded experts cost traffic per step.
-# - A plan on paper shows what cannot work. What does work has to be measured.
+# - An estimate shows what cannot work. What does work has to be measured.
 #
 # ## Exercises
 #
@@ -394,6 +394,6 @@ holds(
 #
 # - [Rajbhandari et al. 2020, ZeRO](https://arxiv.org/abs/1910.02054): which of weights, gradients and state to shard.
 # - [Lepikhin et al. 2020, GShard](https://arxiv.org/abs/2006.16668): experts on many devices, all-to-all.
-# - [Our page on scaling](../scaling.md): the same plan as tables, and how to start each.
+# - [Our page on scaling](../scaling.md): the same estimates as tables, and how to start each.
 # - [The Ultra-Scale Playbook](https://huggingface.co/spaces/nanotron/ultrascale-playbook): all of it, measured on many GPUs.
 # - Next: [chapter 9](09_do_experts_pay.py).

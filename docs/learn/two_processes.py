@@ -1,8 +1,8 @@
-"""What two processes tell each other in a training step. Chapter 8 starts this file twice; so would
+"""What two processes send each other in a training step. Chapter 8 starts this file twice, as this command does:
 
     torchrun --nproc-per-node 2 docs/learn/two_processes.py OUT
 
-Each process writes what it saw to OUT/RANK.json. The "devices" are two processes on one machine that talk through gloo.
+Each process writes its measurements to OUT/RANK.json. The "devices" are two processes on one machine that talk through gloo.
 """
 
 from __future__ import annotations
