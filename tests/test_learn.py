@@ -1,4 +1,4 @@
-"""Every chapter of the learning path, and every file of solutions, runs as a script and says what it promises."""
+"""Every chapter of the learning path, and every file of solutions, runs as a script, and its checked claims hold."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ CHAPTERS = sorted(LEARN.glob("[0-9][0-9]*_*.py"))
 SOLUTIONS = sorted((LEARN / "solutions").glob("[0-9][0-9]*_*.py"))
 
 
-# What chapters import, and what it takes most of the seconds of a start to import.
+# What chapters import, and what takes most of the time of a start.
 IMPORTS = ["torch", "transformers", "matplotlib.pyplot", "sklearn.svm", "flash_experts", "flash_experts.training"]
 # No network, no screen; read when the libraries are imported.
 SETTINGS = {"MPLBACKEND": "Agg", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
 def as_script(path: Path, folder: Path, environment: dict[str, str], out: Path, err: Path) -> None:
-    """Runs a script in this process as Python does when it is told to, its streams in files."""
+    """Runs a script in this process as the command `python PATH` would, its streams in files."""
     for descriptor, file in ((1, out), (2, err)):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), descriptor)
     os.environ |= environment
@@ -76,13 +76,13 @@ def skip_without_triton(path: Path) -> None:
 @pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
 def test_chapter_runs_and_draws(path: Path, tmp_path: Path, run_script: Callable[..., str]) -> None:
     skip_without_triton(path)
-    said = run_script(path, tmp_path, LEARN_FIGURES=str(tmp_path / "figures"))
-    named = re.findall(r"^\[figure: (.+)\]$", said, re.MULTILINE)
+    printed = run_script(path, tmp_path, LEARN_FIGURES=str(tmp_path / "figures"))
+    named = re.findall(r"^\[figure: (.+)\]$", printed, re.MULTILINE)
     assert named and all(name.startswith(path.stem.split("_")[0] + "_") for name in named)
     assert sorted(figure.stem for figure in (tmp_path / "figures").iterdir()) == sorted(named)
     assert [left.name for left in tmp_path.iterdir()] == ["figures"], "a chapter leaves nothing where it is run"
-    assert not re.search(r"\bnan\b", said)
-    assert said.count("[holds] ") >= 8, "sentences that rest on numbers are checked"
+    assert not re.search(r"\bnan\b", printed)
+    assert printed.count("[holds] ") >= 8, "sentences that rest on numbers are checked"
 
 
 @pytest.mark.slow
@@ -127,7 +127,7 @@ def test_notebook_and_back(path: Path) -> None:
     jupytext = pytest.importorskip("jupytext", reason="jupytext is in the docs extra")
     from nbformat import NotebookNode
 
-    # jupytext says this to a base class, which no longer counts once jsonargparse has told the dumper something else.
+    # jupytext registers this with a base class, which has no effect once jsonargparse has changed SafeDumper itself.
     yaml.SafeDumper.add_representer(NotebookNode, yaml.SafeDumper.represent_dict)
     text = path.read_text(encoding="utf-8")
     notebook = jupytext.reads(text, fmt="py:percent")

@@ -109,7 +109,7 @@ def token_texts(name: EncodedName, tokenizer: PreTrainedTokenizerBase) -> list[s
 
 
 def show(figure: Figure, name: str) -> None:
-    """Shows a figure in a notebook. A script names it, or saves it where the environment's LEARN_FIGURES says."""
+    """Shows a figure in a notebook. A script prints its name, and saves it in the folder LEARN_FIGURES if that is set."""
     folder = os.environ.get("LEARN_FIGURES")
     if folder:
         Path(folder).mkdir(parents=True, exist_ok=True)
