@@ -16,9 +16,9 @@
 # **The question: where does the time of a training step go, how much of it can be saved without changing the result, and how
 # does a stopped run resume exactly?**
 #
-# Card names are short and of unequal length: the worst case for the usual way to train, where a batch is padded to its
-# longest text, and the model computes the padding as if it were text. This chapter goes from there to
-# the package's own way, one change at a time, times each on your machine, and checks that the gradient stays the same. The
+# Card names are short and of unequal length. The usual way to train suits them badly: a batch is padded to its longest text, and
+# the model computes the padding as if it were text. This chapter goes from there to the package's own way, one change at a
+# time. It times each change on your machine, and checks that the gradient stays the same. The
 # [glossary](../glossary.md#training) has the terms.
 
 # %%
@@ -34,7 +34,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from chapter_claims import holds
-from chapter_models import bits_per_character, mean_and_error, nats_of_names, training_steps, without_dropout
+from chapter_models import bits_per_character, mean_and_error, nats_of_names, training_steps, with_dropout
 from chapter_steps import gradient, timed_step
 from chapter_tools import cards, franchise_cards, load_base, quote, show, table
 from matplotlib.patches import Patch
@@ -88,7 +88,7 @@ holds("over a fifth of the padded batch is padding; the packed row has none", pa
 holds("under half of the packed positions have a label: prompts are longer than names", labelled < 0.5)
 
 # %% [markdown]
-# Every position costs time; only real tokens carry information, and only labels teach. Speed is *real* tokens per second.
+# Every position costs time, but padding carries no information. So we measure speed in *real* tokens per second.
 #
 # ## The formula, with shapes
 #
@@ -112,11 +112,11 @@ for field in ("input_ids", "position_ids", "cu_seq_lens", "keep", "labels"):
     print(f"{field:13}", getattr(pack(batch[:2]), field).flatten().tolist())
 
 # %% [markdown]
-# If M counted the labels of a part of the step (a micro-batch, a process), those of a short part would weigh more. The gradient
-# of a batch as a whole, and that of three micro-batches, added up:
+# If M counted the labels of a part of the step (a micro-batch, a process), labels of a short part would weigh more. We compare the
+# gradient of a whole batch with the sum of the gradients of three micro-batches:
 
 # %%
-model = without_dropout(base)
+model = with_dropout(base, 0.0)
 by_length = sorted(batch, key=lambda name: name.num_inputs)
 whole, parts = pack(by_length), [pack(by_length[start : start + 8]) for start in (0, 8, 16)]
 M = whole.labels.numel()
@@ -132,8 +132,8 @@ right = wrongs[0] < 1e-4 < 1e-2 < wrongs[1]
 holds("divided by the labels of the step, parts give the gradient of the whole; by their own, another", right)
 
 # %% [markdown]
-# The second is another loss (transformers had it [until 2024](https://github.com/huggingface/transformers/pull/34191)). The
-# package's loss; `num_items_in_batch` is M:
+# The second is the gradient of another loss (transformers had it
+# [until 2024](https://github.com/huggingface/transformers/pull/34191)). Below is the package's loss; `num_items_in_batch` is M:
 
 # %%
 quote(CausalLoss.__call__)
@@ -141,7 +141,7 @@ quote(CausalLoss.__call__)
 # %% [markdown]
 # ## The ladder
 #
-# Six ways to do the same step, each with one change to the one before. The first is that of many tutorials.
+# Here are six ways to do the same step. Each makes one change to the one before. The first is that of many tutorials.
 
 
 # %%
@@ -184,7 +184,7 @@ table(["the same step?", "gradient off by"], [[name, f"{each:.0e}"] for name, ea
 holds("all six rungs have one gradient, up to rounding", max(off.values()) < 1e-4)
 
 # %% [markdown]
-# Now the time: all are run in turn, several rounds, and the median counts (as in `flash-experts benchmark`).
+# Now the time. All are run in turn for several rounds, and the median counts (as in `flash-experts benchmark`).
 
 # %%
 timings = time_in_rounds(implementations, torch.device("cpu"), rounds=3, seconds=0.0)
@@ -210,7 +210,7 @@ show(figure, "05_ladder")
 #
 # ## How near is the last rung to what the machine can do?
 #
-# PyTorch counts the FLOPs of a step; the fastest matmul that we can time is the reference.
+# PyTorch counts the FLOPs of a step. The reference is a large matmul, timed here.
 
 # %%
 with FlopCounterMode(display=False) as counter:
@@ -222,8 +222,8 @@ busy = counter.get_total_flops() / sum(timings["fused optimizer"].parts[:2])
 print(f"the step runs at {busy / 1e9:.0f} GFLOP/s, {busy / peak:.0%} of a large matmul's {peak / 1e9:.0f}")
 
 # %% [markdown]
-# That share is the model FLOPs utilization (MFU), the limit of all speed-ups: near 1, only fewer FLOPs
-# help. The rest of the time went into small matmuls, attention, norms, activations, and memory traffic.
+# With the hardware's peak in place of the timed matmul, that share is the model FLOPs utilization (MFU). It bounds all speed-ups:
+# near 1, only fewer FLOPs help. The rest of the time went into small matmuls, attention, norms, activations, and memory traffic.
 #
 # ## The step that ships: accumulation, several processes, clipping, a NaN/Inf check
 
@@ -237,11 +237,11 @@ quote(Trainer._backward)
 # $$ m \leftarrow \beta_1 m + (1-\beta_1)\,g \qquad v \leftarrow \beta_2 v + (1-\beta_2)\,g^2 \qquad
 # w \leftarrow w - \eta\left(\frac{m/(1-\beta_1^t)}{\sqrt{v/(1-\beta_2^t)}+\epsilon} + \lambda\,w\right) $$
 #
-# m and v have w's shape: training needs four numbers a weight (w, g, m, v). By hand, for the first two steps:
+# m and v have w's shape, so training holds four numbers a weight (w, g, m, v). The first two steps by hand:
 
 # %%
 config = TrainingConfig(max_steps=2, max_epochs=None, learning_rate=1e-3)
-model = without_dropout(base)
+model = with_dropout(base, 0.0)
 optimizer = make_optimizers(model, config)["optimizer"]
 weight = model.transformer.h[0].mlp.c_fc.weight
 w, m, v = weight.detach().clone().double(), 0.0, 0.0
@@ -256,7 +256,7 @@ for t in (1, 2):
     holds("AdamW by hand is the fused kernel's, up to rounding", (w - weight).abs().max() < 1e-6)
 
 # %% [markdown]
-# **The schedule** multiplies the rate, as a pure function of how far the run is:
+# **The schedule** multiplies the learning rate. It is a pure function of how far the run is:
 
 # %%
 figure, axis = plt.subplots(figsize=(7, 2.6))
@@ -272,19 +272,19 @@ show(figure, "05_schedules")
 # %% [markdown]
 # ## Resuming a run exactly
 #
-# What must be saved so that the rest of a stopped run is *the same*, to the last bit? The weights, the optimizer's m and v,
-# the step. And three things that are often forgotten: the order of the data, the random state of dropout, and the sums of
-# the log so far. The package makes the first two of these pure functions of (seed, step): nothing to save.
+# What must be saved so that the rest of a stopped run is *the same*, to the last bit? The weights, the optimizer's m and v, and
+# the step. Three more things are often forgotten: the order of the data, the random state of dropout, and the sums of the log
+# so far. In this package the first two of these are pure functions of (seed, step), so there is nothing to save.
 
 # %%
 config = TrainingConfig(max_steps=100, max_epochs=None, tokens_per_batch=512, seed=7)
-ask = [NameBatches(train_cards[:3000], tokenizer, config).names_of_step(step) for step in (41, 41, 42)]
+ask = [NameBatches(train_cards[:1000], tokenizer, config).names_of_step(step) for step in (41, 41, 42)]
 holds("two objects give the same names for step 41, and others for step 42", ask[0] == ask[1] != ask[2])
 
 # %% [markdown]
-# Three runs of eight steps, with dropout. The first is not interrupted. The second gets a SIGTERM, as from a job scheduler, while
-# it writes the log of step 3; it does the next step, saves, and stops, and a new trainer with a new model resumes. The third
-# resumes too, but without the optimizer's state, as if only the weights had been saved.
+# Three runs take six steps each, with dropout. The first is not interrupted. The second gets a SIGTERM, as from a job scheduler,
+# while it writes the log of step 3. It does the next step, saves and stops; then a new trainer with a new model resumes. The
+# third resumes too, but without the optimizer's state, as if only the weights had been saved.
 
 
 # %%
@@ -303,11 +303,11 @@ class Forget(Callback):
 
 def trainer(name: str, model: Any, *callbacks: Callback) -> Trainer:
     config = TrainingConfig(
-        output_dir=folder, run_name=name, max_steps=8, max_epochs=None, tokens_per_batch=512, learning_rate=1e-3,
+        output_dir=folder, run_name=name, max_steps=6, max_epochs=None, tokens_per_batch=256, learning_rate=1e-3,
         schedule="constant", warmup_steps=1, log_every=1, eval_every=None, checkpoint_every=None,
         save_in_background=False,
     )  # fmt: skip
-    return Trainer(model, tokenizer, train_cards[:3000], [], config, callbacks)
+    return Trainer(model, tokenizer, train_cards[:1000], [], config, callbacks)
 
 
 def logged(name: str) -> list[float]:
@@ -315,38 +315,38 @@ def logged(name: str) -> list[float]:
 
 
 with tempfile.TemporaryDirectory() as folder:
-    whole_run = copy.deepcopy(base)
+    whole_run = with_dropout(base, 0.1)
     trainer("whole", whole_run).train()
-    print("ended by", trainer("killed", copy.deepcopy(base), Kill()).train().reason)
+    print("ended by", trainer("killed", with_dropout(base, 0.1), Kill()).train().reason)
     saved = sorted((Path(folder) / "killed/checkpoints").iterdir())[-1]
     print(f"{saved.name}:", *(f"{file.name} {file.stat().st_size:,}" for file in sorted(saved.iterdir())), sep="\n  ")
     shutil.copytree(Path(folder) / "killed", Path(folder) / "forgetful")
-    resumed, weights_only, forget = copy.deepcopy(base), copy.deepcopy(base), Forget()
+    resumed, weights_only, forget = with_dropout(base, 0.1), with_dropout(base, 0.1), Forget()
     trainer("killed", resumed).train(resume="auto")
     forget.forgetful = trainer("forgetful", weights_only, forget)
     forget.forgetful.train(resume="auto")
     losses = {"uninterrupted": logged("whole"), "resumed": logged("killed"), "weights alone": logged("forgetful")}
 
-table(["loss of step", *range(1, 9)], [[name, *(f"{loss:.5f}" for loss in run)] for name, run in losses.items()])
+table(["loss of step", *range(1, 7)], [[name, *(f"{loss:.5f}" for loss in run)] for name, run in losses.items()])
 holds("resumed, the losses are equal to the last bit", losses["resumed"] == losses["uninterrupted"])
 first, second, third = (parameters_to_vector(model.parameters()) for model in (whole_run, resumed, weights_only))
 holds(
     "so are the weights; those of the third run are not", torch.equal(first, second) and not torch.equal(first, third)
 )
 same = [a == b for a, b in zip(losses["weights alone"], losses["uninterrupted"], strict=True)]
-holds("the third run has the right loss up to step 5, and another from step 6 on", same == [True] * 5 + [False] * 3)
+holds("the third run has the right loss up to step 5, and another in step 6", same == [True] * 5 + [False])
 
 # %% [markdown]
-# The loss of step 5 was computed with the old weights. Then m and v began at zero again. In eight steps the difference may be
-# visible; in a long loss curve it may not, so the test of a resume is equality.
+# The loss of step 5 was computed before the first update without the old m and v. In six steps the difference is visible. In a
+# long loss curve it may not be, so the test of a resume is equality.
 #
 # A checkpoint is safetensors and JSON alone; `MANIFEST.json` holds the SHA-256 of each file, and the folder is renamed into
 # place when all of it is on the disk: a kill at any moment leaves a complete checkpoint or none.
 #
 # ## An experiment that changes one thing: the learning rate
 #
-# Names that the base has never seen (cards of franchises), 20 steps, four rates. The interval is 95% over held-out names,
-# minus those before training; it does not cover another seed.
+# The base takes 12 steps on names that it has not seen (cards of franchises), at four rates. The interval of the difference from
+# before training is 95% over held-out names; it does not cover another seed.
 
 # %%
 new_cards, held_out = franchise_cards()
@@ -354,7 +354,7 @@ before_N = nats_of_names(base, held_out, tokenizer)
 rows, gains = [], []
 for rate in (1e-5, 1e-4, 1e-3, 1e-2):
     model = copy.deepcopy(base)
-    losses = list(training_steps(model, new_cards, tokenizer, 20, rate))
+    losses = list(training_steps(model, new_cards, tokenizer, 12, rate))
     nats_N = nats_of_names(model, held_out, tokenizer)
     gain, error = mean_and_error(nats_N - before_N)
     gains.append(gain)
@@ -368,13 +368,13 @@ holds("the lowest wastes steps: it learned less than half as much", gains[0] > g
 holds("the highest destroys what the base knew", gains[-1] > 1)
 
 # %% [markdown]
-# Find the range between these two first.
+# To tune a rate, find a rate that is too low and one that is too high first. Then search between them.
 #
 # ## What to remember
 #
 # - Count real tokens: padding teaches nothing. A speed-up must not change the gradient: check that first.
 # - Divide by the labels of the whole step; then gradient accumulation and several processes change nothing.
-# - A resume is right when it is equal to the bit. With data order and dropout as functions of the step, little has to be saved.
+# - A resume is right when its losses are bit-identical. With data order and dropout as functions of the step, little is saved.
 #
 # ## Exercises
 #

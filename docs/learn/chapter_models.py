@@ -37,12 +37,12 @@ def queries_keys_values(model: Any, ids: torch.Tensor) -> list[tuple[torch.Tenso
     return [(q.unflatten(-1, (H, -1)), k.unflatten(-1, (H, -1)), v.unflatten(-1, (H, -1))) for q, k, v in split]
 
 
-def without_dropout(model: Any) -> Any:
-    """A copy of a model in training mode that computes the same each time."""
+def with_dropout(model: Any, probability: float) -> Any:
+    """A copy of a model in training mode, with this probability in every dropout; with 0 it computes the same each time."""
     model = copy.deepcopy(model)
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
+            module.p = probability
     return model.train()
 
 
@@ -65,7 +65,7 @@ def training_steps(
     tokenizer: PreTrainedTokenizerBase,
     steps: int,
     learning_rate: float,
-    tokens: int = 320,
+    tokens: int = 200,
     lr_scale: LearningRateScale = ALL_PARTS,
     seed: int = 0,
 ) -> Iterator[float]:
@@ -134,8 +134,8 @@ def mean_and_error(values_N: torch.Tensor) -> tuple[float, float]:
 def favour_two(
     model: Any, block: int, names: Sequence[Card], tokenizer: PreTrainedTokenizerBase, by: float = 4.0
 ) -> None:
-    """Raises the logits of the first two experts of a block by so much on average: their rows of the router's weight get
-    the mean of what the router reads from these names."""
+    """Raises the logits of the first two experts of a block by ``by`` on average over these names: the scaled mean of the
+    router's inputs is added to their rows of its weight."""
     router = model.transformer.h[block].mlp.router
     read: list[torch.Tensor] = []
     hook = router.register_forward_hook(lambda module, inputs, output: read.append(inputs[0]))

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from chapter_models import without_dropout
+from chapter_models import with_dropout
 from transformers.activations import ACT2FN
 
 from flash_experts.benchmarks.timing import Implementation, Lap
@@ -34,7 +34,7 @@ def timed_step(
         activation: name of an activation function.
         fused: whether the optimizer is fused.
     """
-    model = without_dropout(base)
+    model = with_dropout(base, 0.0)
     model.set_attn_implementation(attention)
     for block in model.transformer.h:
         block.mlp.act = ACT2FN[activation]

@@ -78,15 +78,15 @@ share = [
     vocabulary * D / (vocabulary * D + 12 * base.config.n_layer * D**2)
     for vocabulary in (base.config.vocab_size, 50_257)
 ]
-print(f"the output layer's share of a forward's multiplications: {share[0]:.0%} and {share[1]:.0%}")
+print(f"the output layer's share of a forward's FLOPs: {share[0]:.0%} and {share[1]:.0%}")
 holds(
     "the larger the vocabulary, the larger the output layer's share, and the gain that was timed",
     share[0] < share[1] and gains[1] > gains[0],
 )
 
 # %% [markdown]
-# The output layer does 2 V D operations a position, each block about 24 D². (The optimizer is not timed here. Its work grows with the table, and no choice of logits changes that;
-# `trim_vocabulary` in the training configuration does, by leaving out what no card uses.)
+# The output layer takes 2 V D FLOPs a position, each block about 24 D². (The optimizer is not timed here. Its work grows with the
+# embedding table. `trim_vocabulary` in the training configuration makes that smaller: it leaves out tokens that no card uses.)
 #
 # ## 2. Sorting instead
 
@@ -95,7 +95,7 @@ lengths = [name.num_inputs for name in encode_cards(train_cards, tokenizer)]
 
 
 def padding(order: list[int], size: int = 48) -> float:
-    """The share of padding in batches of so many names."""
+    """The share of padding in batches of this many names."""
     batches = [order[start : start + size] for start in range(0, len(order), size)]
     return 1 - sum(order) / sum(len(batch) * max(batch) for batch in batches)
 
@@ -129,7 +129,7 @@ holds(
 rows, of_clip, all_acted = [], {}, []
 for clip in (None, 1.0):
     model, config = copy.deepcopy(base), TrainingConfig(max_steps=10, max_epochs=None, tokens_per_batch=384)
-    batches, optimizer = NameBatches(train_cards, tokenizer, config), make_optimizers(model, config)["optimizer"]
+    batches, optimizer = NameBatches(train_cards[:600], tokenizer, config), make_optimizers(model, config)["optimizer"]
     torch.manual_seed(0)
     losses, norms = [], []
     for number in range(10):
@@ -177,4 +177,4 @@ table(["step", "max_steps 100", "changed to 150"], rows)
 
 # %% [markdown]
 # The rate is a function of the share of the run that is done, so with another length the rate jumps at the resume. A
-# schedule that can be prolonged is `wsd`: constant until a fall at the end.
+# schedule that can be prolonged is `wsd` (warmup-stable-decay): it is constant until a decay at the end.

@@ -113,18 +113,18 @@ for best_of in (1, 2, 4, 8):
     mean = sum(name.score for name in names) / len(names)
     means.append(mean)
     different.append(len({word for name in names for word in name.text.split()}))
-    letters = sum(len(name.text) for name in names) / len(names)
+    characters = sum(len(name.text) for name in names) / len(names)
     rows.append(
         [
             best_of,
             f"{mean:.2f}",
             f"{seconds:.2f}",
-            f"{letters:.1f}",
+            f"{characters:.1f}",
             different[-1],
             "; ".join(name.text for name in names[:3]),
         ]
     )
-table(["best of", "nats a character", "seconds", "letters", "different words", "e.g."], rows)
+table(["best of", "nats a character", "seconds", "characters", "different words", "e.g."], rows)
 holds("the more candidates there are, the more varied the words of the list", different[-1] > different[0])
 
 # %% [markdown]

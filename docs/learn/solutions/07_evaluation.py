@@ -69,7 +69,7 @@ honest = ngram.sample(2000, seed=1)
 cheat = [rng.choice(train_names) if place % 2 else name for place, name in enumerate(honest)]
 rows, found_of, ratios_of = [], {}, {}
 for title, made in (("n-gram", honest), ("half of them training names", cheat)):
-    found = held_out.detector.detect(made[:500]).generated
+    found = held_out.detector.separate(names[:500], made[:500])
     ratios = []
     for count in (500, 2000):
         hits = hit_ratio(set(map(normal_form, made[:count])), train_keys, held_keys)
@@ -109,7 +109,7 @@ for title, made in (
     ("filtered, temperature 1, preset's cuts", warm),
     ("filtered, preset balanced", filtered),
 ):
-    found = by_title[title] = held_out.detector.detect(made).generated
+    found = by_title[title] = held_out.detector.separate(names[: len(made)], made)
     rows.append([title, f"{found.weak:.2f}", f"{found.strong:.2f}"])
 table(["", "weak AUC", "strong AUC"], rows)
 for title in list(by_title)[1:]:
@@ -124,8 +124,8 @@ for title in list(by_title)[1:]:
 
 # %% [markdown]
 # One might expect filtered names to be harder to tell: what is obviously wrong is gone. But a classifier also knows what is
-# *too* regular: no rare token, no rare letter, and no real card, of which raw samples have some. What must not be compared is a filtered model with an unfiltered one, since
-# the filter would be measured and not the model. So `evaluate` draws at temperature 1 with nothing held back.
+# *too* regular: no rare token, no rare letter, and no real card, of which raw samples have some. Do not compare a filtered model
+# with an unfiltered one: that measures the filter and not the model. So `evaluate` draws at temperature 1 without filters.
 #
 # ## 4. Twenty comparisons
 
