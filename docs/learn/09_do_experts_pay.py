@@ -14,12 +14,12 @@
 # # 9. Do experts pay?
 #
 # **The question: does a model with experts write better names than a dense model, for what it costs in weights,
-# arithmetic, seconds and text, and when would one use experts at all?**
+# FLOPs, seconds and training data, and when would one use experts at all?**
 #
-# Chapters 3 and 4 show how experts work. This one asks for the evidence, and it is this project's own: dense models and
-# MoE models, trained in the same way with three seeds, and tested once on names that none has read. No number
-# below is written by hand: all come from `benchmarks/results/`, from the logs of the released models, or from this
-# run. Negative results are among them. The [glossary](../glossary.md#mixture-of-experts) has the terms.
+# Chapters 3 and 4 show how experts work. This one has this project's evidence: dense models and MoE models, trained in the same
+# way with three seeds, and tested once on names that none has read. The tables of our models are not written by hand: they come
+# from `benchmarks/results/`, from the logs of the released models, or from this run. Negative results are among them. The
+# [glossary](../glossary.md#mixture-of-experts) has the terms.
 
 # %%
 import copy
@@ -73,8 +73,8 @@ print(f"{len(runs)} kinds of models, {seeds} seeds each, PyTorch {released_runs[
 # %% [markdown]
 # ## The picture first
 #
-# Bits per character minus those of the dense model of the same seed, on the same names: left is better. Three points are
-# three seeds, with 95% intervals over names (paired bootstrap, chapter 7).
+# The figure shows bits per character minus those of the dense model of the same seed, on the same names: left is better. The three
+# points are three seeds, with 95% intervals over names (paired bootstrap, chapter 7).
 
 # %%
 COLORS = {"dense": "tab:blue", "with experts (MoE)": "tab:orange"}
@@ -105,7 +105,7 @@ for name in less_dense:
         print(f"{LABELS.get(name, name)}, {split}: {less_dense[name][split]['mean']:+.4f} on average; {counts}")
 
 # %% [markdown]
-# ## Who competes, and at what price?
+# ## The models, and what they cost
 #
 # - **dense**: the base, fine-tuned on the names.
 # - **equal active parameters**: a dense model, widened so that a token uses as many weights as in the MoE model.
@@ -113,7 +113,7 @@ for name in less_dense:
 # - **upcycled late**: experts made before the last stage of training, the names.
 # - **upcycled early**: experts made one stage before, where there is much more text.
 #
-# "Better" has to say at equal what. Four prices:
+# A comparison has to state what is equal. There are four costs: all weights, active weights, FLOPs and seconds.
 
 # %%
 rows = []
@@ -158,7 +158,8 @@ axes[0].legend(fontsize=6.5)
 show(figure, "09_bits_and_flops")
 
 # %% [markdown]
-# Each point is a seed; lower is better. Experts would pay if orange were below the line that joins the blue groups.
+# Each point is a seed; lower is better. Experts would pay at equal FLOPs if orange points were below the line that joins the blue
+# groups.
 #
 # **Is it more than luck?** The intervals above are over names. Another training seed gives another model. With three seeds
 # the mean difference has a t-interval of ± 4.30 standard deviations over the root of 3 (two degrees of freedom).
@@ -182,11 +183,11 @@ print(
 holds("no model here is better than dense by more than 5%: the differences are small", gain < 0.05)
 
 # %% [markdown]
-# ## Early or late: experts need new text
+# ## Early or late: experts need new training data
 #
-# The dense base of these runs had already read the names. Experts made after that read the same names again and learn little that is new.
-# Experts made a stage earlier had the larger text of that stage to become different on (in the runs of
-# this file 250,000 phrases; [experiments](../experiments.md), 24 November).
+# The dense base of these runs had already read the names. Experts made after that read the same names again, and learn little that
+# is new. Experts made a stage earlier were trained on the larger data of that stage, and could become different there (in the runs
+# of this file 250,000 phrases; [experiments](../experiments.md), 24 November).
 
 # %%
 early = [name for name in experts if name.endswith("early")]
@@ -199,8 +200,7 @@ for split in SETS:
 # %% [markdown]
 # **The released models** were made later, by distillation ([chapter 10](10_distillation.py)): a dense student read the
 # teacher's names at a constant learning rate. From there two runs read the same steps while the rate fell to 0: one dense, one
-# with experts next to some of the MLPs. All else is equal, and the experts have the end of the training to become different.
-# The logs have the result (validation names, bits per character):
+# with experts next to some of the MLPs. All else is equal. The logs have the result (validation names, bits per character):
 
 # %%
 logs = {"dense (models/mtg-base)": BASE, "with experts (models/mtg-names)": RELEASED}
@@ -231,14 +231,14 @@ show(figure, "09_released")
 # %% [markdown]
 # ## Do the released model's experts do anything?
 #
-# A test that needs no training: take the routed experts away, or let a wrong one work, and see what it costs. (The shared
-# experts, which are the old dense layer, stay.)
+# An ablation needs no training: we silence the routed experts, or shuffle the routers so that tokens go to other experts, and
+# measure the nats. (The shared experts, which are the old dense layer, stay.)
 
 # %%
 torch.set_grad_enabled(False)
 model, tokenizer = load_released()
 base, base_tokenizer = load_base()
-some = cards("validation")[:400]
+some = cards("validation")[:200]
 nats = {"as it is": nats_of_names(model, some, tokenizer)}
 for change in ("routed experts silent", "routers shuffled"):
     nats[change] = nats_of_names(altered(model, change), some, tokenizer)
@@ -249,7 +249,7 @@ for name, (mean, error) in more.items():
     rows.append([name, f"{bits_per_character(nats[name], some):.3f}", f"{mean:+.3f} ± {error:.3f}"])
 table(["released model, given attributes", "bits per character", "nats a name, against as it is"], rows)
 SENTENCES = {  # for an interval below zero, above it, and around it
-    "routed experts silent": ("better without its routed experts", "worse without them: they hold something",
+    "routed experts silent": ("better without its routed experts", "worse without them: they contribute something",
                               "not shown to need them"),
     "routers shuffled": ("better with shuffled routers", "worse with them: the choice matters",
                          "not shown to need its choice of experts"),
@@ -264,15 +264,15 @@ shares = {name: more[name][0] / whole for name in ("routed experts silent", "rou
 print("in shares of all its nats:", ", ".join(f"{name} {share:+.2%}" for name, share in shares.items()))
 
 # %% [markdown]
-# Two questions, then. Do the routed experts hold anything? And does it matter *which* expert a token gets? If silencing costs
-# something and shuffling does not, the experts are alike: together they act as one small dense layer, and routing adds nothing
-# to it. Compare also the last row: what they hold may only have moved there from the rest of the model.
+# The two changes answer two questions. Do the routed experts contribute anything? And does it matter *which* expert a token gets?
+# If silencing costs something and shuffling does not, the experts are alike: together they act as one small dense layer, and
+# routing adds nothing to it. Compare also the last row: what they contribute may have moved there from the rest of the model.
 #
 # ## Seconds and memory
 #
 # Measured on two quiet cores of a Zen 4 (`benchmarks/results/moe_2cores.json`): one MoE layer of GPT-2 small's shape, 8
-# experts, 2 for each token, against a dense MLP. In training the dense one has the arithmetic of the *active* experts, in
-# decoding the weights of *all*.
+# experts, 2 for each token, against a dense MLP. In training the dense MLP has the FLOPs of the *active* experts, in decoding the
+# weights of *all*.
 
 # %%
 benchmark = json.loads((RESULTS / "moe_2cores.json").read_text("utf-8"))["rows"]
@@ -284,7 +284,7 @@ trained, decoded = (
     for section in ("training", "decoding")
 )
 figure, axis = plt.subplots(figsize=(7, 3))
-axis.semilogx(*zip(*trained, strict=True), "o-", base=2, label="training, against equal arithmetic")
+axis.semilogx(*zip(*trained, strict=True), "o-", base=2, label="training, against equal FLOPs")
 axis.semilogx(*zip(*decoded, strict=True), "s--", base=2, label="decoding, against equal weights")
 axis.axhline(1, color="black", linewidth=0.8, label="a dense MLP")
 axis.set(xlabel="tokens at once", ylabel="time over a dense MLP's", title="an MoE layer on two cores", ylim=(0, None))
@@ -294,7 +294,7 @@ holds(
     "in training experts cost most where tokens are few",
     [value for _, value in trained] == sorted((value for _, value in trained), reverse=True),
 )
-holds("with 2,048 tokens they cost under a tenth more than equal arithmetic", trained[-1][1] < 1.1)
+holds("with 2,048 tokens they cost under a tenth more than a dense MLP of equal FLOPs", trained[-1][1] < 1.1)
 holds("in decoding they beat a dense layer of the same total weights", max(value for _, value in decoded) < 1)
 
 rates = json.loads((RESULTS / "train_speed_2cores.json").read_text("utf-8"))["rows"]
@@ -302,12 +302,12 @@ by_name = {row["name"]: row["tokens_per_second"] for row in rates}
 dense_rate = by_name["ours, dense"]
 moe_rate = next(rate for name, rate in by_name.items() if "experts" in name)
 print(f"GPT-2 small: {dense_rate:.0f} tokens/s dense, {moe_rate:.0f} with 8 experts: {dense_rate / moe_rate:.1f} x")
-holds("per second, a dense model reads more: experts have to make up for it", dense_rate > moe_rate)
+holds("a dense model reads more tokens per second: experts have to make up for it", dense_rate > moe_rate)
 
 # %% [markdown]
 # ## Fewer bits for each weight
 #
-# All experts take memory, though few work on a token; so it pays to store them in fewer bits (quantization). The released files
+# All experts take memory, though few work on a token. So it pays to store them in fewer bits (quantization). The released files
 # are **bfloat16**, 2 bytes a weight: float32's range, but 8 significant bits of its 24, so rounding moves a weight by at most
 # 2⁻⁸ = 0.4%. Loading makes float32 of them; `--dtype bfloat16` also computes in it. **Integers** of b bits go further, here
 # with one scale s for all weights of an output unit:
@@ -321,29 +321,30 @@ holds("per second, a dense model reads more: experts have to make up for it", de
 
 # %%
 quote(quantized)
-stored = copy.deepcopy(model).to(torch.bfloat16).float()
-costs = {"all weights, bfloat16": stored, "weights and matmuls, bfloat16": copy.deepcopy(model).to(torch.bfloat16)}
-costs |= {
+stored = copy.deepcopy(model).to(torch.bfloat16)
+few_N = nats_of_names(stored, some[:50], tokenizer) - nats["as it is"][:50]  # few: slow where bfloat16 is emulated
+costs = {"all weights, bfloat16": stored.float()} | {
     f"{part}, {b} bits": quantized(model, part, b) for part in ("routed experts", "dense MLPs") for b in (8, 4, 2)
 }
 costs = {name: mean_and_error(nats_of_names(each, some, tokenizer) - nats["as it is"]) for name, each in costs.items()}
-table(
-    ["released model", "nats a name, against as it is"],
-    [[name, f"{m:+.3f} ± {e:.3f}"] for name, (m, e) in costs.items()],
-)
-holds("bfloat16 and 8 bits cost less than 1% of the nats", all(costs[name][0] < 0.01 * whole for name in [*costs][:3]))
+costs["weights and matmuls, bfloat16, 50 names"] = mean_and_error(few_N)
+rows = [[name, f"{m:+.3f} ± {e:.3f}"] for name, (m, e) in costs.items()]
+table(["released model", "nats a name, against as it is"], rows)
+mild = [cost for name, (cost, _) in costs.items() if "bfloat16" in name or "8 bits" in name]
+holds("bfloat16 and 8 bits cost less than 1% of the nats", max(mild) < 0.01 * whole)
 holds("2 bits cost the dense MLPs more than 8 bits", costs["dense MLPs, 2 bits"][0] > costs["dense MLPs, 8 bits"][0])
 robust = costs["routed experts, 2 bits"][0] < costs["dense MLPs, 2 bits"][0]
 print("2 bits cost the routed experts", "less than" if robust else "as much as, or more than,", "the dense MLPs")
 
 # %% [markdown]
-# Compare with the row "routed experts silent" before you call experts robust: what holds little loses little by rounding.
+# Compare with the row "routed experts silent" before you call experts robust: weights that contribute little cost little when they
+# are rounded.
 #
 # ## What others found
 #
 # | who | model | found |
 # | --- | --- | --- |
-# | [Switch Transformer](https://arxiv.org/abs/2101.03961) (2021) | up to 1.6 T weights, from scratch | the same loss up to seven times sooner than a dense model of equal arithmetic |
+# | [Switch Transformer](https://arxiv.org/abs/2101.03961) (2021) | up to 1.6 T weights, from scratch | the same loss up to seven times sooner than a dense model of equal FLOPs |
 # | [Mixtral](https://arxiv.org/abs/2401.04088) (2024) | 47 B, 13 B active | as good as dense models several times its active size |
 # | [OLMoE](https://arxiv.org/abs/2409.02060) (2024) | 7 B, 1 B active, 5 T tokens | a dense model's quality with about a third of its tokens; upcycling fell behind training from scratch after some 600 B |
 # | [sparse upcycling](https://arxiv.org/abs/2212.05055) (2022) | T5, ViT | ahead of the dense models, for about half of their first budget spent again |
@@ -351,30 +352,30 @@ print("2 bits cost the routed experts", "less than" if robust else "as much as, 
 # | [Megatron-LM, issue 894](https://github.com/NVIDIA/Megatron-LM/issues/894) | 125 M | no better than dense |
 # | this project | 3 to 12 M | the table above |
 #
-# So experts win where the model is large, the text is long and many devices share the weights, and they do little where
-# text is the bottleneck: as here. (The numbers of others are from their papers and pages, on their data. They are not
-# measured by us.)
+# So experts help where the model is large, training data are plentiful and many devices share the weights. They do little where
+# training data are the bottleneck, as here. (The numbers of others are from their papers and pages, on their data. We did not
+# measure them.)
 #
 # ## When would you use experts?
 #
-# - **Text in plenty, arithmetic short.** Weights are filled by text. With 22,000 names there is none to spare.
-# - **Early.** Made before the largest text, not before the last one.
-# - **Few tokens at once, or very many.** One user: only K experts are read. Thousands of tokens: every expert is busy. Some
-#   dozens are the worst (chapter 3).
-# - **Memory to spare.** All weights are held, though few work.
-# - **Not to fine-tune on little.** More weights fit few texts more closely; [ST-MoE](https://arxiv.org/abs/2202.08906) found its
-#   sparse models overfit small tasks sooner than dense ones. What it and others found to help: dropout inside the experts; training
+# - **If training data are plentiful and compute is scarce.** With 22,000 names it is the other way round.
+# - **Early.** Make experts before the stage with the most training data, not before the last one.
+# - **For few tokens at once, or very many.** A single token reads only K experts. Thousands of tokens give every expert a large
+#   batch. A few dozen are the worst case (chapter 3).
+# - **If there is memory to spare.** All weights are held, though few work on a token.
+# - **Not to fine-tune on few data.** More weights overfit sooner: [ST-MoE](https://arxiv.org/abs/2202.08906) found that
+#   its sparse models overfit small tasks sooner than dense ones. What helped there and elsewhere: dropout inside the experts; training
 #   all but the MoE layers, nearly as good as training everything (`lr_scale` does that); and many tasks at once, after which
 #   [sparse models gain more than dense ones](https://arxiv.org/abs/2305.14705).
-# - **To serve, or to learn from.** A sparse model distilled into a dense one of its active size kept some 30% of its gain (Switch);
+# - **As a teacher of a dense model.** A sparse model distilled into a dense one of its active size kept some 30% of its gain (Switch);
 #   averaging the experts makes one as well (`flash-experts export dense MODEL --out DIR`; chapter 4, exercise 1).
-# - **Else**: a dense model, more text (chapter 10), or a better teacher.
+# - **Otherwise** use a dense model, more training data, or a teacher ([chapter 10](10_distillation.py)).
 #
 # ## What to remember
 #
-# - Ask: at equal what? Weights, active weights, FLOPs, seconds, text.
+# - Say what is equal: weights, active weights, FLOPs, seconds or training data.
 # - An interval over names is not an interval over seeds. Look at both.
-# - Experts buy room. Room is worth what is put in it.
+# - Experts add capacity, and capacity needs training data.
 # - A negative result with its interval is a result.
 #
 # ## Exercises
