@@ -16,8 +16,8 @@
 # **The question: how do probabilities of tokens become names, and how can one guarantee that a name has what was asked for
 # and is not a real card?**
 #
-# At each step a language model gives a number for every token of its vocabulary. The code around it decides which are
-# left out, how one is drawn, and when to stop. It is short, needs no training, and can give guarantees. The
+# At each step a language model gives a score, the logit, to every token of its vocabulary. The code around the model decides which
+# tokens are left out, how one is drawn, and when to stop. It is short, needs no training, and can give guarantees. The
 # [glossary](../glossary.md) has the terms (nucleus sampling is top-p; a token filter is a logits processor).
 
 # %%
@@ -58,8 +58,8 @@ for name in generator.generate(5, **GOBLIN, mana_value=3, seed=7):
 # %% [markdown]
 # ## The picture first
 #
-# The 24 likeliest first tokens of a name after that prompt, under four settings. Blue is the distribution that tokens are
-# drawn from; the wide grey bars are the same before a cut.
+# The figure shows the 24 likeliest first tokens of a name after that prompt, under four settings. Blue is the distribution that
+# tokens are drawn from; the wide grey bars are the same before a cut.
 
 # %%
 first_V = model(torch.tensor([prompt_ids])).logits[0, -1]
@@ -104,8 +104,9 @@ holds("still, most names of six such tokens would draw from it", (1 - tail) ** 6
 #
 # $$ p_v = \frac{e^{z_v/\tau}}{\sum_u e^{z_u/\tau}} \qquad z_v = -\infty \text{ where a filter forbids } v $$
 #
-# then of these only: the K largest (**top-k**); the largest that together reach P (**top-p**, Holtzman et al. 2020);
-# those with at least m times the probability of the largest (**min-p**, Nguyen et al. 2024).
+# τ is the temperature. Then only some tokens stay: the K largest (**top-k**, [Fan et al. 2018](https://arxiv.org/abs/1805.04833));
+# the largest that together reach P (**top-p**, [Holtzman et al. 2020](https://arxiv.org/abs/1904.09751)); or those with at least m
+# times the probability of the largest (**min-p**, [Nguyen et al. 2024](https://arxiv.org/abs/2407.01082)).
 #
 # | | shape | |
 # | --- | --- | --- |
@@ -130,9 +131,10 @@ for name, (value, expected) in by_hand.items():
 quote(_cut)
 
 # %% [markdown]
-# **The draw** is by inversion: add the probabilities up in the order of token ids, take the first sum above a uniform
-# number. That needs no sorting. Only if the token is not a candidate, the candidates are computed, and one of them is drawn:
-# the result has the same distribution. Name i of a seed has its own row of noise, so it does not depend on the batch.
+# **The draw** is by inversion: it sums the probabilities in the order of token ids, and takes the first token whose sum is above a
+# uniform random number. That needs no sorting. If this token is one that the cut leaves out, the candidates are computed and one
+# of them is drawn with the second number, which gives the same distribution. Name i of a seed has its own row of noise, so a name
+# does not depend on the batch.
 
 # %%
 quote(draw)
@@ -144,7 +146,8 @@ holds("12 names are the same one by one and all at once", [a.text for a in alone
 # %% [markdown]
 # ## The KV cache
 #
-# Without a cache, token n costs a pass over the prompt and n tokens; with a cache of keys and values (chapter 1), over one:
+# Without a cache, the model computes the prompt and all n tokens again for token n. With a cache of keys and values (chapter 1) it
+# computes one token:
 
 # %%
 ids = [*prompt_ids, *vocabulary.encode(" " + generator.generate(1, quality="fast", seed=1)[0].text)]
@@ -193,8 +196,8 @@ unfiltered, forbidding = report("no filter", decode(200)), report("forbidden tok
 holds("the list of tokens helps, but not always", 0 < forbidding < unfiltered)
 
 # %% [markdown]
-# One token ends with a letter, and the next begins with it. So a filter has to look at the *text so far*, and for each token
-# at the text with it.
+# One token may end with a letter, and the next begin with it. So a filter has to look at the *text so far*, and at what each token
+# would make of it.
 
 
 # %%
@@ -210,14 +213,14 @@ class NoDoubledLetters(LogitsProcessor):
 
 
 started = time.process_time()
-scratch = decode(16, NoDoubledLetters())
-print(f"{(time.process_time() - started) / 16:.2f} seconds of CPU a name")
+scratch = decode(6, NoDoubledLetters())
+print(f"{(time.process_time() - started) / 6:.2f} seconds of CPU a name")
 holds("a filter that looks at the text lets none through", report("from scratch", scratch) == 0)
 
 # %% [markdown]
-# Correct, but wasteful: it examines V texts for every row and every step. But the answer depends on the last letter of the
-# name alone. That is the *state* of the filter, one of a few dozen. So the package's filters have two methods. `rule`
-# returns the state of a name. `forbidden` returns what is forbidden in a state; it is called once for each state.
+# This is correct but slow: it examines V texts for every row and every step. The answer depends only on the last letter of the
+# name, which is the *state* of the filter: one of a few dozen. So the package's filters have two methods. `rule` returns the
+# state of a name. `forbidden` returns what is forbidden in a state, and is called once for each state.
 
 
 # %%
@@ -233,8 +236,8 @@ class NoDoubled(NameFilter):
 
 place = vocabulary, len(prompt_ids)
 filter_, started = NoDoubled(*place), time.process_time()
-quick = decode(16, filter_)
-print(f"{(time.process_time() - started) / 16:.3f} seconds a name, {len(filter_._masks)} states met")
+quick = decode(6, filter_)
+print(f"{(time.process_time() - started) / 6:.3f} seconds a name, {len(filter_._masks)} states met")
 holds("two lines give the same names", quick == scratch)
 holds("a few dozen states are met, not one for each name and step", len(filter_._masks) < 60)
 holds("and none of 200 names has a doubled letter", report("two methods", decode(200, filter_)) == 0)
@@ -270,12 +273,12 @@ else:
     holds("a dead end raises", False)
 
 # %% [markdown]
-# `model.generate` would sample from a row of NaN, so our filters raise. `NameGenerator` drops such a name.
+# `model.generate` would sample from a row of NaN, so our filters raise an error. `NameGenerator` drops such a name.
 #
 # ## Novelty by construction
 #
-# Training cannot guarantee that no name is a real card. A filter can: where the text so far is a known name, the EOS token
-# is forbidden. The name has to become longer, so it becomes another one.
+# Training cannot guarantee that no name is a real card. A filter can: where the text so far is a known name, it forbids the EOS
+# token. The name has to continue, so it becomes another one.
 
 # %%
 quote(KnownNameFilter)
@@ -308,13 +311,13 @@ holds("with the filter there is none", len(within) == 0 <= len(without))
 #
 # ## What a filter does to the probabilities
 #
-# Masking does not draw from the model's own distribution of names that fit. Two ways to names of one word: *rejection*, draw
-# freely and keep what fits, gives exactly the model's distribution of such names, and discards most; *masking*, no space after
-# the first word, discards none, but a name that began as half of a longer one has to end there.
+# Masking does not draw from the model's own distribution of names that meet the constraint. There are two ways to get names of one
+# word. *Rejection* draws freely and keeps names of one word: that is exactly the model's distribution of such names, and discards
+# most. *Masking* forbids a space: it discards none, but a name that began as the first word of a longer one has to end there.
 
 # %%
 request = {"quality": "fast", "type_line": "Goblin", "seed": 13, "temperature": 1.0}
-drawn, masking = free.generate(1500, **request), free.generate(100, **request, words=1)
+drawn, masking = free.generate(600, **request), free.generate(100, **request, words=1)
 rejection = [name for name in drawn if " " not in name.text]
 rows, found = [], []
 for title, some in (("rejection", rejection), ("masking", masking)):
@@ -327,28 +330,27 @@ difference, error = found[1][0] - found[0][0], math.hypot(found[0][1], found[1][
 print(f"masking minus rejection: {difference:+.1f} ± {error:.1f}")
 sentences = (
     "masked names are less likely than the model's own names of one word: that is the constraint's cost",
-    "masked names are likelier than the model's own names of one word: it has moved to other, commoner ones",
+    "masked names are likelier than the model's own names of one word: masking prefers other, more common ones",
     "this run shows no difference between the means: look at the examples",
 )
 print(verdict(difference - error, difference + error, *sentences))
 holds("rejection discards most names", len(rejection) < len(drawn) / 2)
 
 # %% [markdown]
-# The two are different distributions, whether or not the means differ: masking is not the model's choice among names that fit.
-# Where masked names are less likely, `quality` and `best_of` draw more of them and choose: the likely ones that match the card
-# and repeat no word of the list (best-of-n reranking).
+# The two distributions differ, whether or not their means do. Where masked names are less likely, `quality` and `best_of` help:
+# they draw more names and choose likely ones that match the card and repeat no word of the list (best-of-n reranking).
 #
 # ## An experiment that changes one thing: the temperature
 #
-# 300 names each, straight from the decoding loop. Three shares: names that are real cards, names that repeat an earlier one of
-# the list, words that no real card has.
+# We draw 200 names at each of five temperatures, straight from the decoding loop, and count three shares: names that are real cards,
+# names that repeat an earlier one, and words that no real card has.
 
 # %%
 card_words = {word for name in generator.known.names for word in words(name)}
 temperatures, rows = [0.3, 0.6, 0.9, 1.2, 1.5], []
 shares: dict[str, list[Estimate]] = {"real cards": [], "repeated": [], "unknown words": []}
 for temperature in temperatures:
-    names = decode(300, sampling=Sampling(temperature=temperature))
+    names = decode(200, sampling=Sampling(temperature=temperature))
     keys = [normal_form(name) for name in names]
     shares["real cards"].append(share([bool(key) and key in card_forms for key in keys]))
     shares["repeated"].append(share([key in keys[:place] for place, key in enumerate(keys)]))
@@ -368,15 +370,15 @@ holds("a low temperature repeats itself more than a high one", repeated[0].value
 holds("a high one invents words that no card has", unknown[-1].low > unknown[0].high)
 
 # %% [markdown]
-# Real cards are few here, so their intervals are wide: look at them before you believe a trend. No temperature is best: it is a
-# trade-off, and the presets are three points on it. `generate` drops repetitions and forbids real cards, so it can use a lower
-# temperature.
+# Real cards are few here, so their intervals are wide: look at them before you believe a trend. No temperature is best: repetition
+# and unknown words are a trade-off, and the presets are three points on it. `generate` drops repetitions and forbids real cards,
+# so it can use a lower temperature.
 #
 # ## What to remember
 #
-# - A draw is: filter, divide by the temperature, cut the tail, invert the cumulative sum. All of it is a page of code.
-# - A filter looks at text, never at token ids. It is a state and what the state forbids.
-# - Constraints by construction are guarantees. Their cost in naturalness is measured by the model's own probability.
+# - A draw has four steps: filter, divide by the temperature, cut the tail, invert the cumulative sum.
+# - A filter looks at text, never at token ids. It is a state, and a set of tokens that the state forbids.
+# - Masking guarantees a constraint. The model's own probability measures what it costs.
 #
 # ## Exercises
 #
