@@ -15,8 +15,8 @@
 #
 # **The question: what keeps the work spread over the experts?**
 #
-# Nothing in the formula of [chapter 3](03_mixture_of_experts.py) does. The more an expert is chosen, the more it learns, the
-# better it fits, the more it is chosen. At the end few experts do all the work:
+# Nothing in the formula of [chapter 3](03_mixture_of_experts.py) does. An expert that is chosen more often learns more, fits
+# better, and is chosen even more often. In the end a few experts do all the work:
 # [routing collapse](../glossary.md#mixture-of-experts). We provoke it, then cure it in three ways.
 
 # %%
@@ -44,12 +44,14 @@ E, K, LAST = 8, 2, dense.config.n_layer - 1
 # %% [markdown]
 # ## The picture first: collapse, provoked and cured
 #
-# Three ingredients: no balancing, a high rate, and a router that favours two experts from the start. To favour: add to
-# two rows of the router's weight the mean of what it reads, so that their logits are 8 higher on average. One MoE layer
-# (the last block), 30 steps, everything but router and experts frozen. Then the same start, names and steps with three cures.
+# Three ingredients make a router collapse: no balancing, a high learning rate, and a router that favours two experts from the
+# start. For the last one we add the mean of the router's inputs to two rows of its weight, scaled so that their logits are 8
+# higher on average. The model has one MoE layer, in the last block. It takes 30 steps, and everything but router and experts is
+# frozen. Then we train from the same start on the same names with three cures.
 
 # %%
 STEPS, BIAS = 30, 8.0
+TOKENS = 440  # of a step: `router_metrics` warns only if there are 100 choices for each expert
 
 
 def biased_model(**fields: object) -> GPT2MoEForCausalLM:
@@ -75,7 +77,7 @@ for method, fields in METHODS.items():
     with torch.enable_grad(), warnings.catch_warnings(record=True) as alarms:
         warnings.simplefilter("always")
         steps = training_steps(
-            trained[method], train_cards, tokenizer, STEPS, 1e-3, 440, lr_scale=LearningRateScale(router=10, dense=0)
+            trained[method], train_cards, tokenizer, STEPS, 1e-3, TOKENS, lr_scale=LearningRateScale(router=10, dense=0)
         )
         for _ in steps:
             history[method].append(router_metrics(trained[method]))
@@ -89,11 +91,10 @@ holds(
 )
 
 # %% [markdown]
-# `router_metrics` reads the counts that the routers kept since the last call. It warns of a router that is in trouble
-# five times in a row, and names the setting to change. (Where a cure works it may still warn in the first steps, before
-# the cure has done its work.)
+# `router_metrics` reads what the routers have counted since the last call. It warns of a router whose loads are collapsed five
+# times in a row, and names the setting to change. (A cure takes some steps, so it may warn before the cure has worked.)
 #
-# Each picture: the share of each expert over the steps.
+# Each picture shows the share of each expert over the steps.
 
 # %%
 figure, axes = plt.subplots(1, len(METHODS), figsize=(13, 3.2), sharey=True)
@@ -129,30 +130,30 @@ widest = max(bits_of.values()) - min(bits_of.values())
 print(
     f"the four differ by {widest:.3f} bits; against the dense model {min(bits_of.values()) - dense_bits:+.3f} to {max(bits_of.values()) - dense_bits:+.3f}"
 )
-holds("in 30 steps the collapse costs little: the four are within 0.03 bits", widest < 0.03)
+holds("in these few steps the collapse costs little: the four are within 0.03 bits", widest < 0.03)
 holds("none of the four is ahead of the dense base by more than 0.01 bits", min(bits_of.values()) > dense_bits - 0.01)
 
 # %% [markdown]
-# **Why do all four runs gain nothing over the base, or lose a little?** The base has read these training names before; what
-# they can teach it, it knows. 30 steps at a high rate then only disturb it. ([The log](../experiments.md) has the long form, and
-# chapter 9 asks when experts pay.) The runs are about loads, not about bits.
+# **Why do all four runs gain nothing over the base, or lose a little?** The base was trained on these names, so they teach it
+# little that is new, and a few steps at a high rate disturb it. ([The log](../experiments.md) has more, and
+# [chapter 9](09_do_experts_pay.py) asks when experts pay.) These runs are about loads, not about bits.
 #
 # ## The Switch loss
 #
-# The usual load-balancing loss ([Fedus et al. 2021](https://arxiv.org/abs/2101.03961)), an *auxiliary loss*, is trained beside the
-# language loss:
+# The usual load-balancing loss ([Fedus et al. 2021](https://arxiv.org/abs/2101.03961)) is an *auxiliary loss*: it is added to the
+# language loss with a small coefficient.
 #
 # $$ L = E \sum_e f_e\,P_e $$
 #
-# f_e is the share of the choices that went to e; it is a count and has no gradient. P_e is the mean probability of e;
-# it has one. So the gradient pushes down the probability of experts in proportion to how busy they are.
+# f_e is the share of the choices that went to e. It is a count and has no gradient. P_e is the mean probability of e, and has one.
+# So the gradient lowers the probability of an expert in proportion to its load.
 
 # %%
 quote(load_balancing_loss)
 
 
 # %% [markdown]
-# Its value at made-up routers. 64 tokens, 8 experts, 2 per token.
+# We compute it for four made-up routers with 64 tokens, 8 experts, and 2 experts per token.
 
 
 # %%
@@ -175,7 +176,7 @@ undecided_TE = 1e-4 * torch.randn(64, E)
 table(
     ["router", "loss", "moves expert 0", "moves expert 7"],
     [
-        ["balanced, sure of itself", *of_router(balanced_TE)],
+        ["balanced, near-certain", *of_router(balanced_TE)],
         ["undecided: all p equal", *of_router(undecided_TE)],
         ["leans to experts 0 and 1", *of_router(leaning_TE)],
         ["all to experts 0 and 1", *of_router(collapsed_TE)],
@@ -183,9 +184,9 @@ table(
 )
 
 # %% [markdown]
-# 1 at balance, E / K when all goes to the same K experts. But look at the second and last row. An undecided router has
-# loss 1 too, whatever it chooses. And a router that is *sure* of its collapse has the largest loss and hardly any
-# gradient: the softmax is flat there. (Is 1 the smallest value there is? Exercise 1.)
+# The loss is 1 at balance, and E / K when all tokens go to the same K experts. But look at the second and the last row. An
+# undecided router has loss 1 too, whatever it chooses. And a collapsed router that is *near-certain* has the largest loss and
+# hardly any gradient, because the softmax is saturated. (Is 1 the smallest possible value? See exercise 1.)
 
 # %%
 holds(
@@ -194,17 +195,18 @@ holds(
 )
 holds("an undecided router has loss 1 too", abs(float(of_router(undecided_TE)[0]) - 1) < 0.01)
 holds(
-    "a leaning router is moved; one that is sure of its collapse is not",
+    "the gradient moves a leaning router; it hardly moves a near-certain one",
     float(of_router(leaning_TE)[1]) < -0.1 and abs(float(of_router(collapsed_TE)[1])) < 0.01,
 )
 
 # %% [markdown]
-# **The z-loss** ([Zoph et al. 2022](https://arxiv.org/abs/2202.08906), ST-MoE) keeps logits small, so that the Switch loss
-# still has a hold on them, and so that rounding to 16 bits does not move probabilities:
+# **The z-loss** ([Zoph et al. 2022](https://arxiv.org/abs/2202.08906), ST-MoE) keeps logits small. Then the softmax does not
+# saturate, so the Switch loss keeps its gradient, and rounding to 16 bits moves probabilities less:
 #
 # $$ L_z = \frac{1}{T} \sum_t \Big(\log \sum_e e^{z_{te}}\Big)^2 $$
 #
-# The figure: a router sends every token to experts 0 and 1, with logits that lead by so much. How strong is each loss's pull?
+# In the figure a router sends every token to experts 0 and 1. The horizontal axis is by how much their logits lead, the vertical
+# axis each loss's gradient.
 
 # %%
 leads, pulls = [0.5 * step for step in range(1, 31)], {"Switch loss": [], "z-loss": []}
@@ -223,23 +225,25 @@ figure, axis = plt.subplots(figsize=(7, 3))
 for (name, pull), style in zip(pulls.items(), ("-", "--"), strict=True):
     axis.plot(leads, pull, style, label=name)
 axis.set(
-    xlabel="logit of the two favoured experts, others 0", ylabel="gradient at expert 0", title="which loss still pulls?"
+    xlabel="logit of the two favoured experts, others 0",
+    ylabel="gradient at expert 0",
+    title="which loss still has a gradient?",
 )
 axis.legend()
 show(figure, "03c_z_loss")
 holds(
-    "the Switch loss's pull ends where the router is sure of itself",
+    "the Switch loss's gradient vanishes where the router is near-certain",
     pulls["Switch loss"][-1] < 0.01 * max(pulls["Switch loss"]),
 )
-holds("the z-loss's pull grows with the logits", pulls["z-loss"] == sorted(pulls["z-loss"]))
+holds("the z-loss's gradient grows with the logits", pulls["z-loss"] == sorted(pulls["z-loss"]))
 quote(router_z_loss)
 # %% [markdown]
 # ## A bias instead of a loss
 #
-# The gradient of the Switch loss moves the router. It also competes with the language loss: too large a coefficient and tokens
-# go where there is room, not where they fit. **Loss-free balancing** ([Wang et al. 2024](https://arxiv.org/abs/2408.15664)) has a
-# number per expert that is added to the scores *for the choice only*; the gates do not see it, so no gradient is disturbed.
-# After each step it moves by a fixed amount against the load:
+# The Switch loss competes with the language loss: if its coefficient is too large, tokens go to idle experts and not to those that
+# fit them. **Loss-free balancing** ([Wang et al. 2024](https://arxiv.org/abs/2408.15664)) adds a bias per expert to the scores *for
+# the choice only*. The gates do not depend on it, so it adds no gradient. After each step the bias moves by a fixed amount
+# against the load:
 
 # %%
 quote(update_router_biases)
@@ -263,14 +267,14 @@ amounts = {round(move, 3) for step in moves - moves.amin(1, keepdim=True) for mo
 holds("each bias moves up or down by 0.02 or not at all, before all are centred", amounts <= {0.0, 0.02, 0.04})
 
 # %% [markdown]
-# The usual rate is 0.001. We took 20 times that because 30 steps are few; see how the loads swing around the mean.
-# DeepSeek-V3 ([2024](https://arxiv.org/abs/2412.19437)) balances so, with a very small loss per sequence besides.
+# The usual rate is 0.001. We took 20 times that because 30 steps are few: the loads swing around the mean.
+# DeepSeek-V3 ([2024](https://arxiv.org/abs/2412.19437)) balances in this way, and adds a very small loss per sequence.
 #
 # ## Expert choice, and its leak
 #
-# Expert choice ([Zhou et al. 2022](https://arxiv.org/abs/2202.09368)) turns the table: each expert takes the C = T K / E tokens
-# that score highest for it. The load is equal by construction, at every step. The price: some tokens are taken by many experts
-# and some by none, and the choice depends on the other tokens, later ones and other names among them:
+# In expert choice ([Zhou et al. 2022](https://arxiv.org/abs/2202.09368)) each expert takes the C = T K / E tokens that score
+# highest for it. The load is equal by construction, at every step. It has two costs. Some tokens are taken by many experts and
+# some by none. And the choice depends on the other tokens: on later ones, and on other names in the packed row.
 
 
 # %%
@@ -298,18 +302,18 @@ holds("token choice does not look ahead, expert choice does", leaks["no balancin
 holds("with expert choice some tokens have more experts than others", len(set(per_token)) > 1)
 
 # %% [markdown]
-# That is the leak of chapter 1 again, now through the router. A model with expert choice can look ahead in training and
-# cannot generate as it was trained, so our `generate` refuses it by default. Its validation bits above were
-# measured with that look ahead. Study it, compare it, and take token choice to write names.
+# That is the leak of chapter 1 again, now through the router. A model with expert choice sees later tokens in training and cannot
+# see them in generation, so our `generate` refuses it by default. Its validation bits above were measured with later tokens in
+# view. Use token choice to generate names.
 #
 # Look at the column of bits once more: all rows are alike. The experts began as copies of a good MLP, so two of them do what
-# one did. What a collapse loses is what the others could have become: their parameters are paid for and not used.
+# one did. A collapse loses what the others could have learned: their parameters take memory and are not used.
 #
 # ## Stable from the start
 #
-# Two more habits keep a router out of trouble. It computes in **float32** (chapter 3b). And it starts **undecided**: Switch draws
+# Two more choices keep a router stable. It computes in **float32** (chapter 3b). And it starts **undecided**: Switch draws
 # weights with a tenth of the usual variance, so that no expert leads by chance before anything is learned. With inputs of
-# unit size the logits' deviation is the root of that scale:
+# unit variance the standard deviation of the logits is the root of that scale:
 
 # %%
 x_TD = torch.randn(1000, 768)
@@ -318,7 +322,7 @@ for scale in (1.0, 0.1):
     logits_TE = x_TD @ (torch.randn(768, E) * math.sqrt(scale / 768))
     leads_at_start[scale] = logits_TE.softmax(-1).max(-1).values.mean().item()
     rows.append([f"{scale:g}", f"{logits_TE.std():.2f}", f"{leads_at_start[scale]:.2f}"])
-table(["scale", "deviation of the logits", "probability of the first choice (even: 0.12)"], rows)
+table(["scale", "deviation of the logits", "probability of the first choice (even: 0.125)"], rows)
 holds(
     "at a tenth of the scale the first choice leads by half as much or less",
     leads_at_start[0.1] - 1 / E < 0.5 * (leads_at_start[1.0] - 1 / E),
@@ -327,9 +331,9 @@ holds(
 # %% [markdown]
 # ## What to remember
 #
-# - Balance does not come by itself. Look at the loads, not at the loss: collapse is silent.
-# - The Switch loss pulls as long as the router doubts; the z-loss keeps it doubting. A bias balances without a gradient.
-# - Expert choice is balanced by construction, and looks ahead.
+# - Routers do not balance by themselves. Look at the loads: a collapse may not show in the loss.
+# - The Switch loss has a gradient until the softmax saturates; the z-loss prevents that. A bias balances without a gradient.
+# - Expert choice is balanced by construction, but it is not causal.
 #
 # ## Exercises
 #

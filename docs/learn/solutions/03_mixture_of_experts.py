@@ -46,7 +46,7 @@ def upcycled(**fields: object) -> GPT2MoEForCausalLM:
 
 # %%
 model = upcycled()
-for _ in training_steps(model, train_cards[::10], tokenizer, 20, 1e-3, lr_scale=EXPERTS_ONLY):
+for _ in training_steps(model, train_cards, tokenizer, 20, 1e-3, 320, lr_scale=EXPERTS_ONLY):
     pass
 rows, bits_of = [], {}
 for k in (1, 2, 4, 8):

@@ -82,7 +82,7 @@ WITHOUT = {"router_z_loss_coef": 0.0}
 for coefficient, more in ((0.0, WITHOUT), (0.0, {}), (0.001, {}), (0.01, {}), (0.1, {}), (1.0, {})):
     model = favouring_two(router_aux_loss_coef=coefficient, **more)
     reads, losses = [], []
-    for loss in training_steps(model, train_cards, tokenizer, 15, 1e-3, lr_scale=EXPERTS_ONLY):
+    for loss in training_steps(model, train_cards, tokenizer, 15, 1e-3, 320, lr_scale=EXPERTS_ONLY):
         reads.append(router_metrics(model)[f"router/{LAST}/load_cv"])
         losses.append(loss)
     late = sum(losses[-5:]) / 5
@@ -104,10 +104,10 @@ holds(
 holds("no cost in bits is seen", max(bits_of.values()) - min(bits_of.values()) < 0.03)
 
 # %% [markdown]
-# The z-loss pulls the large logits of the two favoured experts down, and with them their lead: it has cured most of the
-# collapse before a small balancing loss has done anything. A cost in language loss does not show here: the experts are
-# still nearly equal, so a token loses nothing at the wrong one. Expect it when they have parted. That is why 0.01 is the
-# usual value and not 1.
+# The z-loss lowers the large logits of the two favoured experts, and with them their lead: it has cured most of the
+# collapse before a small balancing loss has an effect. A cost in language loss does not show here: the experts are
+# still nearly equal, so a token loses nothing at the wrong one. Expect a cost when they have become different. That is why 0.01 is
+# the usual value and not 1.
 #
 # ## 3. The rate of the bias
 
@@ -116,7 +116,7 @@ rows, last_of, swings = [], {}, {}
 for rate in (0.001, 0.01, 0.1):
     model = favouring_two(router_aux_loss_coef=0.0, router_z_loss_coef=0.0, router_bias_update_rate=rate)
     spreads = []
-    for _ in training_steps(model, train_cards, tokenizer, 15, 1e-3, lr_scale=EXPERTS_ONLY):
+    for _ in training_steps(model, train_cards, tokenizer, 15, 1e-3, 320, lr_scale=EXPERTS_ONLY):
         spreads.append(router_metrics(model)[f"router/{LAST}/load_cv"])
     last_of[rate] = spreads[-1]
     swings[rate] = (torch.tensor(spreads[-6:]).diff().abs().mean()).item()
