@@ -16,13 +16,12 @@
 # **The question: who decides which weights work on which piece of a name, and what does it cost?**
 #
 # In a dense GPT-2 every token goes through the same MLP. In a mixture of experts (MoE) there are E MLPs, the experts,
-# and a small linear layer, the router, sends each token to K of them. Weights grow with E, arithmetic with K. The
+# and a small linear layer, the router, sends each token to K of them. Weights grow with E, FLOPs with K. The
 # [glossary](../glossary.md#mixture-of-experts) has the terms.
 #
-# A router without training would choose at random, so we make a real one first: eight copies of the MLP in every second
-# block of `models/mtg-base` (chapter 4 is about that step), then 30 steps of fine-tuning on card names. That is the
-# public API, as `examples/finetune_mtg_names.py` uses it. The router learns at ten times the rate of the experts, and
-# all the rest is frozen: so there is something to see after a few seconds.
+# We need a trained router first. We put eight copies of the MLP into every second block of `models/mtg-base` (chapter 4 is about
+# that step), and fine-tune for 30 steps on card names, with the public API, as `examples/finetune_mtg_names.py` does. The router
+# learns at ten times the rate of the experts, and all the rest is frozen, so that a few seconds of training change something.
 
 # %%
 import json
@@ -73,8 +72,8 @@ after = inspect_router(model, names, validation_cards, tokenizer=tokenizer)
 # %% [markdown]
 # ## The picture first
 #
-# Names that the model was not trained on. Color and number are the expert with the largest gate in the last block. The
-# prompt is left out of the picture.
+# The figure shows names that the model was not trained on. Color and number are the expert with the largest gate in the last MoE
+# layer. The prompt is left out.
 
 # %%
 figure, axis = plt.subplots(figsize=(9, 4.6))
@@ -93,16 +92,16 @@ axis.spines[:].set_visible(False)
 show(figure, "03_choices")
 
 # %% [markdown]
-# Is that more than chance? Count how much the experts of a token tell about its class (BOS token, prompt, start of a
-# word, continuation, punctuation), its place and its card: the mutual information, in bits. Estimated from a sample it is
-# never quite 0, so the same is counted with shuffled labels.
+# Is that more than chance? We measure the mutual information, in bits, between the experts of a token and its class (BOS token,
+# prompt, start of a word, continuation, punctuation), its place and its card. An estimate from a sample is never quite 0, so the
+# table has the same estimate with shuffled labels.
 
 # %%
 rows = []
 for old, new in zip(before.specializations, after.specializations, strict=True):
     information = (old.shuffled, old.information, new.information)
     rows.append([f"{old.title}, block {old.block}", *(f"{x:.3f}" for x in information)])
-table(["bits that experts tell about the", "shuffled labels", "untrained router", "trained"], rows)
+table(["mutual information of experts and", "shuffled labels", "untrained router", "trained"], rows)
 strongest = {}
 for each in after.specializations:
     strongest[each.title] = max(strongest.get(each.title, 0.0), each.information)
@@ -110,24 +109,24 @@ holds(
     "even an untrained router sorts tokens",
     all(each.information > 2 * each.shuffled for each in before.specializations if each.title == "token class"),
 )
-holds("experts tell most about the class of the token", max(strongest, key=strongest.get) == "token class")
+holds("experts depend most on the class of the token", max(strongest, key=strongest.get) == "token class")
 changed = [
     new.information - old.information for old, new in zip(before.specializations, after.specializations, strict=True)
 ]
 raised = sum(change > 0 for change in changed)
 print(f"training raised {raised} of the {len(changed)} rows")
-holds("what 30 steps change has no one direction", 0 < raised < len(changed))
+holds("the 30 steps have no one direction", 0 < raised < len(changed))
 
 # %% [markdown]
-# Two lessons. Even an untrained router sorts tokens: it is a linear function of the hidden state, and like tokens have
-# like states. So compare with an untrained router, not with chance alone. And experts tell most about the class of the
-# token, the *form* of the text, before and after. What 30 steps change has no one direction: some rows rise, others fall.
+# Even an untrained router sorts tokens: it is a linear function of the hidden state, and similar tokens have similar states. So
+# compare with an untrained router, not with chance alone. Experts depend most on the class of the token, the *form* of the text,
+# before training and after it. The 30 steps have no one direction: some rows rise, others fall.
 # The makers of Mixtral ([Jiang et al. 2024](https://arxiv.org/abs/2401.04088), section 5) looked for experts by topic and
 # found syntax.
 #
 # ## From the MLP of a GPT to experts, in thirty lines
 #
-# Before the package is opened: all of it, from nothing. First the MLP, as in nanoGPT. Then E of them and a router.
+# Before we read the package's code, here is an MoE layer from scratch: first the MLP, as in nanoGPT, then E of them and a router.
 
 
 # %%
@@ -181,8 +180,8 @@ print(f"thirty lines against the package: {off:.0e}")
 holds("thirty lines compute what the package's layer computes", off < 1e-5)
 
 # %% [markdown]
-# What a library adds: it is fast, it can drop, balance, mask and count, it can start from a dense model. Other ways to match
-# tokens and experts are in [chapter 3b](03b_ways_to_route.py).
+# A library adds speed, token dropping, balancing, masks and counts, and a start from a dense model. Other ways to match tokens and
+# experts are in [chapter 3b](03b_ways_to_route.py).
 #
 # ## The formula, with shapes
 #
@@ -199,7 +198,7 @@ holds("thirty lines compute what the package's layer computes", off < 1e-5)
 # | chosen experts, gates g | (T, K) | gates of a token sum to 1 |
 # | up_proj, down_proj | (E, D, F), (E, F, D) | the experts, stacked |
 #
-# One token, step by step. We catch what enters the last MoE layer for "Krenko, Mob Boss".
+# We follow one token step by step, and catch what enters the last MoE layer for "Krenko, Mob Boss".
 
 # %%
 torch.set_grad_enabled(False)
@@ -249,13 +248,13 @@ quote(TopKRouter.forward)
 quote(Experts.forward)
 
 # %% [markdown]
-# In the router: `topk` chooses by score plus a bias (chapter 3c), and the gates come from the score alone. The
-# line with `detach` adds nothing to the value and gives the router a gradient: chapter 4. The experts' loop is for
-# reading; the default on a CPU is one fused operation, on a GPU a grouped product, with the same numbers.
+# In the router, `topk` chooses by score plus a bias (chapter 3c), and the gates come from the score alone. The line with `detach`
+# does not change the value, and gives the router a gradient (chapter 4). The loop over experts is for reading. The default on a
+# CPU is one fused operation, on a GPU a grouped matmul, with the same numbers.
 #
 # ## What it costs
 #
-# Counted, not computed: the parameters of the layer, and the operations that PyTorch counts in one forward.
+# We count the parameters of the layer, and PyTorch counts the FLOPs of one forward.
 
 # %%
 rows = []
@@ -276,19 +275,19 @@ for name, each in (("dense", dense), ("E 8, K 2 in every second block", model)):
     print(f"whole model, {name}: {size.total:,} parameters, {size.active:,} active")
 of_kind = {row[0]: [float(str(cell).replace(",", "")) for cell in row[1:]] for row in rows}
 holds("64 experts hold 32 times the weights of two", abs(of_kind["E 64, K 2"][0] / of_kind["E 2, K 2"][0] - 32) < 0.1)
-holds("for the same arithmetic, up to 2% for the router", of_kind["E 64, K 2"][2] < 1.02 * of_kind["E 2, K 2"][2])
+holds("for the same FLOPs, up to 2% for the router", of_kind["E 64, K 2"][2] < 1.02 * of_kind["E 2, K 2"][2])
 
 # %% [markdown]
-# That is the offer. DeepSeek-V3 computes 37 of 671 billion weights for a token: 1 shared expert and 8 of 256
-# ([2024](https://arxiv.org/abs/2412.19437)). The price: all weights are held in memory; each expert sees only K / E of the
-# tokens, so its batches are small and uneven; balance; and bytes, which come now.
+# So weights can grow without FLOPs. DeepSeek-V3 uses 37 of its 671 billion weights for a token: 1 shared expert and 8 of 256
+# ([2024](https://arxiv.org/abs/2412.19437)). The costs: all weights are held in memory; each expert sees only K / E of the
+# tokens, so its batches are small and uneven; the load has to be balanced; and decoding reads more bytes, as we see now.
 #
 # ## When do experts decode cheaply?
 #
-# Writing a name is a token at a time, and then reading weights takes the time, not multiplying (chapter 2: memory-bound). One
-# token reads K experts. But the B tokens of a batch choose *different* experts. If all were equally likely, B tokens would
-# read E (1 - (1 - K/E)^B) of them. Below: GPT-2 small's layer, E 8, K 2, float32, bytes of weights read for each token.
-# The dots are counted with this chapter's trained routers on real names.
+# A model writes one token at a time. Then reading the weights takes longer than the matmuls: decoding is memory-bound (chapter
+# 2b). One token reads K experts. But the B tokens of a batch choose *different* experts. If all were equally likely, B tokens
+# would read E (1 - (1 - K/E)^B) of them. The figure shows the bytes of weights read for each token, for GPT-2 small's layer, E 8,
+# K 2, float32. The dots are counted with this chapter's trained routers on real names.
 
 # %%
 routed = route(model, encode_cards(validation_cards, tokenizer))
@@ -341,15 +340,15 @@ holds(
 holds("in the benchmark experts beat the dense MLP of the same total size at every batch", max(decoding.values()) < 1)
 
 # %% [markdown]
-# So a batch of one reads as little as a dense model of the active size; a batch of some dozens reads everything, as a dense
-# model of the *total* size would. Between them experts lose their advantage in bytes and keep the one in arithmetic, which
-# counts again when the batch is large enough to be compute-bound. The last column is of `benchmarks/results/moe_2cores.json`,
-# two cores of a Zen 4; its dense MLP reads the same weights. Experts decode cheaply for one user, or for very many.
+# So a batch of one reads as little as a dense model of the active size. A batch of some dozens reads everything, as a dense model
+# of the *total* size does. There experts have lost their advantage in bytes. They keep the one in FLOPs, which matters again when
+# the batch is large enough to be compute-bound. The last column is from `benchmarks/results/moe_2cores.json`, two cores of a
+# Zen 4; its dense MLP reads the same weights. Experts decode cheaply for one user, or for very many.
 #
 # ## Load
 #
-# Nothing in the formula spreads the tokens. The more an expert is chosen, the more it learns, the better it fits, the
-# more it is chosen. `load` is an expert's tokens over the mean: 1 everywhere is perfect.
+# Nothing in the formula spreads the tokens over the experts. `load` is an expert's tokens over the mean: 1 everywhere is perfect
+# balance.
 
 # %%
 for block in after.blocks:
@@ -365,19 +364,19 @@ holds(
 )
 
 # %% [markdown]
-# 30 steps are short, and the coefficient is small, so one expert may be all but idle here. [Chapter 3c](03c_balance.py) has
-# what there is against that.
+# 30 steps are few, and the coefficient is small, so one expert may be almost idle here. [Chapter 3c](03c_balance.py) shows why loads
+# become uneven, and what balances them.
 #
 # ## What to remember
 #
 # - The router is one linear layer. Gates of a token sum to 1; only the chosen experts compute and learn.
-# - Parameters grow with E, arithmetic with K. All weights are held in memory, though few work on a token.
+# - Parameters grow with E, FLOPs with K. All weights are held in memory, though few work on a token.
 # - Experts decode cheaply for one user, or for very many.
 #
 # ## Exercises
 #
 # 1. **Another K at evaluation.** Fine-tune with K = 2 as above, then set `router.top_k` to 1, 2, 4, 8 and measure
-#    validation bits. What do you expect of experts that have hardly parted?
+#    validation bits. What do you expect of experts that are still nearly equal?
 # 2. **Why 47 billion?** Mixtral 8x7B has 32 blocks of width 4,096, 8 experts of 3 matrices of 4,096 x 14,336 (gated), 2 a token,
 #    32 query heads that share 8 heads of keys and values, and 32,000 tokens in and out. Count its weights, all and active. Why are
 #    they not 8 x 7 and 2 x 7 billion?
