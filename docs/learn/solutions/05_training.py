@@ -129,7 +129,7 @@ holds(
 rows, of_clip, all_acted = [], {}, []
 for clip in (None, 1.0):
     model, config = copy.deepcopy(base), TrainingConfig(max_steps=10, max_epochs=None, tokens_per_batch=384)
-    batches, optimizer = NameBatches(train_cards[:600], tokenizer, config), make_optimizers(model, config)["optimizer"]
+    batches, optimizer = NameBatches(train_cards, tokenizer, config), make_optimizers(model, config)["optimizer"]
     torch.manual_seed(0)
     losses, norms = [], []
     for number in range(10):
