@@ -16,10 +16,10 @@
 # **The question: how does one MLP become eight experts without losing what it knows, and how do eight equal experts
 # become different?**
 #
-# Training an MoE model from scratch is expensive. Sparse upcycling (Komatsuzaki et al. 2022) begins with a
-# trained dense model: every expert is made from its MLP. The new model should compute what the old one did, and be able
-# to learn more from there. The two goals conflict. Equal experts keep the function; but as long as they
-# are equal, there is nothing to choose between. The [glossary](../glossary.md#mixture-of-experts) has the terms.
+# Training an MoE model from scratch is expensive. Sparse upcycling ([Komatsuzaki et al. 2022](https://arxiv.org/abs/2212.05055))
+# begins with a trained dense model: every expert is made from its MLP. The new model should compute what the old one did, and
+# be able to learn more from there. The two goals conflict: equal experts keep the function, but a router has nothing to choose
+# between while they are equal. The [glossary](../glossary.md#mixture-of-experts) has the terms.
 
 # %%
 import copy
@@ -39,7 +39,7 @@ from flash_experts.models import upcycling
 from flash_experts.models.moe_layer import MoELayer
 
 dense, tokenizer = load_base()
-packed = pack(encode_cards(cards("train")[:32], tokenizer))
+packed = pack(encode_cards(cards("train")[:16], tokenizer))
 labels = packed.inputs_with_loss(packed.labels.numel())
 with torch.no_grad():
     dense_logits = dense(**packed.inputs).logits
@@ -71,8 +71,8 @@ def difference(model: GPT2MoEForCausalLM) -> float:
 # %% [markdown]
 # ## The picture first
 #
-# Five ways to make experts, before any training: how far is any logit from the dense model's? Green is rounding (float32
-# has seven digits, and many operations follow each other).
+# Five ways to make experts. The bars show how far any logit is from the dense model's, before any training. Green is rounding
+# (float32 has seven digits, and many operations follow each other).
 
 # %%
 far = {name: difference(upcycled(**fields)) for name, fields in VARIANTS.items()}
@@ -97,12 +97,12 @@ holds(
 )
 
 # %% [markdown]
-# Three methods are exact, two break the symmetry on purpose and pay for it at once. What they do:
+# Three methods are exact. The other two make the experts different on purpose, and change the logits at once:
 #
 # | method | an expert is | exact |
 # | --- | --- | --- |
 # | copy | the dense MLP | yes |
-# | noise | the dense MLP plus noise of 0.001 standard deviations | nearly |
+# | noise | the dense MLP plus noise of 0.001 standard deviations of its weights | nearly |
 # | drop | the dense MLP with half of its hidden units initialized again (Nakamura et al. 2025) | no |
 # | granular | a quarter of the hidden units; 32 experts, 8 per token (He et al. 2024) | yes |
 # | shared | silent (second matrix zero), next to one dense MLP for every token | yes |
@@ -113,7 +113,8 @@ holds(
 #
 # $$ y = \sum_{e \in \text{top}_K} g_e\,\text{MLP}_e(x) = \Big(\sum_e g_e\Big) f(x) = f(x) $$
 #
-# x and y are (T, D), g is (T, K). The one condition, for every K and E: the gates of a token sum to one. Without it:
+# x and y are (T, D), g is (T, K). There is one condition, for every K and E: the gates of a token sum to one. The last row of
+# the table breaks it:
 
 # %%
 rows = [[f"E 8, K {k}", f"{difference(upcycled(k)):.1e}"] for k in (1, 2, 8)]
@@ -151,9 +152,10 @@ except ValueError as error:
 quote(upcycling._fill_experts)
 
 # %% [markdown]
-# The line about granularity: a token takes two whole groups of four shards. The gates of eight chosen
-# experts sum to one, so each shard gets a quarter of what its group's expert would get. Therefore the second matrix is
-# multiplied by 4. Its bias is not: every expert carries it whole, and the gates add it up to once (exercise 3).
+# The line about granularity: a token takes two whole groups of four shards, and the four shards of a group add up to one MLP. The
+# gates of the eight chosen experts sum to one, so each shard gets a quarter of what its group's expert would get. Therefore the
+# second matrix is multiplied by 4. Its bias is not: every expert has the whole bias, and gates that sum to one add it once
+# (exercise 3).
 #
 # ## The trap: a router without a gradient
 #
@@ -162,13 +164,13 @@ quote(upcycling._fill_experts)
 # $$ \frac{\partial y}{\partial g_e} = f(x) \text{ for all chosen } e, \qquad \sum_e \delta g_e = 0
 # \quad\Rightarrow\quad \delta y = f(x) \sum_e \delta g_e = 0 $$
 #
-# The remedy is a straight-through gate. It has the value of the normalised gate and, besides, the gradient of the
-# plain probability:
+# The remedy is a straight-through gate ([Bengio et al. 2013](https://arxiv.org/abs/1308.3432)). Its value is the normalised
+# gate's. Its gradient is that of the normalised gate plus that of the plain probability:
 #
 # $$ g_e = \frac{p_e}{\sum_j p_j} + \big(p_e - \text{stop\_gradient}(p_e)\big) $$
 #
-# It is there in training only (chapter 3 quoted the line with `detach`). So the gradient in eval mode is the one
-# without it, in train mode the one with it. No dropout, no router losses: the language loss alone.
+# The package uses it in training only (chapter 3 quoted the line with `detach`). So the gradient in eval mode is the one without
+# it, in train mode the one with it. Dropout and the router's losses are off: this is the language loss alone.
 
 # %%
 QUIET = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
@@ -177,12 +179,10 @@ QUIET |= {"router_aux_loss_coef": 0.0, "router_z_loss_coef": 0.0}
 
 def router_gradient(model: GPT2MoEForCausalLM, training: bool) -> float:
     """Norm of the language loss's gradient at all routers' weights."""
-    model.train(training)
-    model.zero_grad()
-    model(**labels).loss.backward()
+    weights = [parameter for name, parameter in model.named_parameters() if ".router." in name]
+    gradients = torch.autograd.grad(model.train(training)(**labels).loss, weights)
     model.eval()
-    parts = [parameter.grad.norm() for name, parameter in model.named_parameters() if ".router." in name]
-    return torch.stack(parts).norm().item()
+    return torch.stack([gradient.norm() for gradient in gradients]).norm().item()
 
 
 rows, measured = [], {}
@@ -197,9 +197,10 @@ for label, k, fields in (
     ("shared, K 2", 2, VARIANTS["shared"]),
 ):
     model = upcycled(k, **fields, **QUIET)
+    far_off = difference(model)
     plain, through = router_gradient(model, training=False), router_gradient(model, training=True)
-    measured[label] = difference(model), plain, through
-    rows.append([label, f"{difference(model):.0e}", f"{experts_apart(model):.1e}", f"{plain:.1e}", f"{through:.1e}"])
+    measured[label] = far_off, plain, through
+    rows.append([label, f"{far_off:.0e}", f"{experts_apart(model):.1e}", f"{plain:.1e}", f"{through:.1e}"])
 quote(experts_apart, docstring=True)
 table(["", "logits off by", "experts apart", "router gradient: plain", "straight-through"], rows)
 holds(
@@ -219,19 +220,19 @@ holds(
 holds("silent experts give the router none at all", measured["shared, K 2"][1] == measured["shared, K 2"][2] == 0)
 
 # %% [markdown]
-# Read it row by row.
+# Row by row:
 #
-# - Copies give the plain gate a gradient of rounding errors. The straight-through gate gives a real one, at the same logits.
+# - With copies the plain gate's gradient is rounding error. The straight-through gate gives a real one, at the same logits.
 # - With K = 1 the normalised gate is the constant 1. The plain gradient is zero even when the experts differ.
-# - The plain gradient grows with the noise. With much noise the router would learn without help, but then the logits
-#   are off.
-# - Granular experts hold different shards, so even the plain gate has a gradient: more of this shard, less of that.
-# - Silent experts (shared) put out nothing, so no gate matters. Their second matrices do get a gradient, and once they are
-#   not zero the router gets one, too. That takes a step or two.
+# - The plain gradient grows with the noise. With much noise the router would learn without the straight-through gate, but then
+#   the logits are off.
+# - Granular experts hold different shards of the MLP, so even the plain gate has a gradient.
+# - Silent experts (shared) have the output 0, so no gate matters. Their second matrices do get a gradient. Once these are not
+#   zero the router gets one, too: that takes a step or two.
 #
-# What can the straight-through gradient know while experts are equal? Not which one is better: none is. It is the
-# gradient of "more, or less, of the chosen". It moves the router, and so decides which expert learns from which token.
-# What makes the experts different is the data: they get different tokens, so their gradients differ from the first step.
+# While experts are equal, none is better than another, and the straight-through gradient cannot prefer one. It raises or lowers
+# the probabilities of the chosen experts. So it moves the router, which decides which expert learns from which token. What
+# makes the experts different is the data: they get different tokens, so their gradients differ from the first step.
 
 # %%
 model = upcycled(**QUIET)
@@ -246,7 +247,7 @@ holds("equal experts get gradients that point different ways, from the first ste
 # %% [markdown]
 # ## An experiment that changes one thing: the noise
 #
-# From 0 to one standard deviation. Three curves.
+# The noise goes from 0.0001 to one standard deviation of the weights.
 
 # %%
 scales = [1e-4, 1e-3, 1e-2, 1e-1, 1.0]
@@ -274,20 +275,20 @@ holds(
 holds("the straight-through gradient hardly depends on the noise there", max(through[:4]) < 1.2 * min(through[:4]))
 
 # %% [markdown]
-# Without the straight-through gate a gradient is bought with an error in the logits.
+# Without the straight-through gate, a gradient for the router costs an error in the logits.
 #
 # ## The result: a short training
 #
-# The base has memorized too many of its own training names to learn from them again (`docs/experiments.md`). So we
-# give it names it has never seen: cards of franchises (Universes Beyond), which our cleaning leaves out. Same names,
-# same order, same steps for all; 16 steps of about 320 tokens. Then all are scored on held-out families of names.
+# The base has memorized too many of its own training names to learn from them again ([experiments](../experiments.md)). So we
+# give it names that it has not seen: cards of franchises (Universes Beyond), which our cleaning leaves out. All models get the
+# same names in the same order: 12 steps of about 200 tokens. Then all are scored on held-out families of names.
 
 # %%
 new_cards, held_out = franchise_cards()
 examples = "; ".join(card.name for card in held_out[:4])
 print(f"{len(new_cards)} names to learn, {len(held_out)} held out: {examples} ...")
 
-STEPS, RATE = 16, 2e-4
+STEPS, RATE = 12, 3e-4
 models = {"dense": copy.deepcopy(dense)} | {name: upcycled(**fields) for name, fields in VARIANTS.items()}
 curves: dict[str, list[float]] = {}
 seconds: dict[str, float] = {}
@@ -357,22 +358,22 @@ holds(
 )
 
 # %% [markdown]
-# Read the last column but one with its interval. Where the interval contains 0, the run shows no difference between experts
-# and the dense model; where it does not, see how small it is, and remember that five were tried. The experts differ
-# by a few hundredths of their length, and each has seen a quarter of the tokens that the dense MLP saw. Upcycling adds
-# *capacity*, not an immediate gain. It can pay when there are enough data to use it: the papers train on billions of tokens
-# to show that, and [chapter 9](09_do_experts_pay.py) has what this project found.
+# Read the column "nats a name" with its interval. Where the interval contains 0, the run shows no difference between experts
+# and the dense model. Where it does not, see how small the difference is, and remember that five methods were tried. The
+# experts differ by a few hundredths of their length, and each has seen a quarter of the tokens that the dense MLP saw. Upcycling
+# adds *capacity*, not an immediate gain. It can pay when there are enough data to use it: the papers train on billions of
+# tokens to show that, and [chapter 9](09_do_experts_pay.py) has what this project found.
 #
-# Count the price as well. K = 2 doubles the FLOPs of these layers in every step (and `shared` triples them): see the
-# active parameters and the seconds. At equal FLOPs the dense model would have had more steps. A fair comparison
-# states all three: per step, per FLOP, per second.
+# Count the cost as well. K = 2 doubles the FLOPs of these layers in every step, and `shared` triples them: see the active
+# parameters and the seconds. At equal FLOPs the dense model would have had more steps. A fair comparison states all three: per
+# step, per FLOP, per second.
 #
 # ## What to remember
 #
 # - Gates that sum to one make copies exact, for every K and E.
 # - Equal experts give a normalised gate no gradient. The straight-through gate has one, at no cost in exactness.
-# - Noise and drop break the symmetry at the price of a worse start; shards and silent experts break it at no cost.
-# - So few steps decide nothing. Look at the interval before you believe a difference.
+# - Noise and drop break the symmetry and cost a worse start. Shards and silent experts break it at exact logits.
+# - Twelve steps decide nothing. Look at the interval before you believe a difference.
 #
 # ## Exercises
 #
