@@ -15,9 +15,9 @@
 #
 # **The question: when is one model of names better than another, and how would we notice that it is not?**
 #
-# A list of generated names looks good to a reader who wants it to. So we measure: how well a model predicts names that it has
-# not seen, whether a classifier separates its names from real ones, and whether it has only memorized real ones. Each metric
-# can be fooled. This chapter applies all of them to four sources of names, two of which cheat. The
+# A list of generated names looks good to a reader who wants it to. So we measure three things: how well a model predicts names
+# that it has not seen, whether a classifier separates its names from real ones, and whether it has only memorized real ones.
+# Each metric can be fooled. This chapter applies all of them to four sources of names, two of which cheat. The
 # [glossary](../glossary.md) has the terms.
 
 # %%
@@ -54,8 +54,9 @@ print(f"{len(train_names):,} training names, {len(names):,} held out; {model.lab
 
 # %% [markdown]
 # The second model is not a network. It counts which character followed which four to six characters in the training
-# names (n-grams of orders 5 to 7, averaged, with Kneser-Ney smoothing); that takes seconds. It is a strong baseline, and
-# a metric says little without that of a simple baseline next to it.
+# names: n-grams of orders 5 to 7, averaged, with Kneser-Ney smoothing
+# ([Chen and Goodman 1999](https://doi.org/10.1006/csla.1999.0128)). That takes seconds. It is a strong baseline, and a metric
+# means little without the same metric of a simple baseline.
 #
 # ## The picture first
 #
@@ -97,8 +98,8 @@ holds("both find the same names hard", together > 0.5)
 # | characters | (N,) | plus one for the EOS token |
 # | bits per character | a number | a ratio of two sums, not a mean of ratios |
 #
-# Loss per token would not do: another tokenizer has other tokens, and longer ones are harder. Bits per character do not
-# depend on how names are cut. One name by hand:
+# Loss per token cannot compare models with different tokenizers: they have different tokens, and longer ones are harder to
+# predict. Bits per character do not depend on how names are cut. One name by hand:
 
 # %%
 network, tokenizer = load_released()
@@ -117,8 +118,8 @@ print("an n-gram of order 6:", " ".join(f"{character}{bits:.1f}" for character, 
 holds("by hand and by the package: the same", abs(by_hand - package) < 1e-3)
 
 # %% [markdown]
-# Where does a model spend its bits? Over 300 held-out names, the first character of a word against the others, and the first
-# token of a word against the others:
+# Where does a model spend its bits? We compare the first character of a word with the others, and the first token of a word with
+# the others, over 300 held-out names:
 
 # %%
 some_names = [each for each in names if each.isascii()][:300]
@@ -137,8 +138,8 @@ table(["bits each", "beginning of a word", "inside a word"], rows)
 holds("both spend more bits at the beginnings of words than inside them", all(of[0] > of[1] for of in means.values()))
 
 # %% [markdown]
-# **Other tokenizations.** A name can be cut into tokens in many ways, and the true probability is the sum over all of them. We
-# count the one that the tokenizer gives. How much do the others add?
+# **Other tokenizations.** A name can be cut into tokens in many ways, and its probability is the sum over all of them. The metric
+# counts the one that the tokenizer gives. How much do the others add?
 
 # %%
 ids = encoded.ids[encoded.prompt_length : -1]
@@ -159,14 +160,12 @@ for place, token in enumerate(ids):  # each token in two
         if None not in (left, right):
             cuts.add((*ids[:place], left, right, *ids[place + 1 :]))
 share = math.exp(-nats_of_cut(tuple(ids))) / sum(math.exp(-nats_of_cut(cut)) for cut in cuts)
-print(
-    f"ways to cut {name!r}, at most one token in two: {len(cuts)}; the tokenizer's has {share:.2%} of their probability"
-)
+print(f"{name!r} cut in {len(cuts)} ways, at most one token in two: the tokenizer's has {share:.2%} of the probability")
 holds("the tokenization that is counted has nearly all of the probability", share > 0.9)
 
 # %% [markdown]
-# So the metric is an upper bound, and a close one where that share is near 100%. A tokenizer of single characters cuts a name
-# in one way only, and the metric is exact.
+# So the metric is an upper bound on the bits, and a close one where that share is near 100%. A tokenizer of single characters
+# cuts a name in one way only, and the metric is exact.
 #
 # ## Intervals, and why they are paired
 #
@@ -182,28 +181,28 @@ apart = [bits_estimate(each, characters_N, seed=seed) for seed, each in enumerat
 unpaired = math.hypot(*((each.high - each.low) / 2 for each in apart))
 paired = paired_bits_difference(a, b, characters_N)
 narrower = unpaired / (half := (paired.high - paired.low) / 2)
-print(
-    f"difference: ± {unpaired:.3f} as if measured on different names; name by name {paired:+.3f}, that is ± {half:.3f}"
-)
+print(f"difference: ± {unpaired:.3f} as if on different names; name by name {paired:+.3f}, that is ± {half:.3f}")
 print(f"{narrower:.1f} times narrower: unpaired it would take {narrower**2:.0f} times the names")
 holds("the paired interval is narrower", narrower > 1.2)
 sentences = "the network is better", "the n-gram is better", "neither has been shown to be better"
 print(verdict(paired.low, paired.high, *sentences))
 
 # %% [markdown]
-# Both intervals are of the same difference. The second is narrower, since what makes a name hard for both drops out.
+# Both are intervals of the same difference. The second is narrower, since the paired difference cancels what makes a name hard
+# for both.
 #
 # **Does the network use its prompt?** Given the card's type, color and mana value, it should need fewer bits. Given another
-# card's, more. For a model that ignores its prompt the three values are equal.
+# card's, it should need more. For a model that ignores its prompt the three values are equal. We score 400 names.
 
 # %%
-attributes = [Attributes.of(card) for card in held_out.real]
+some = slice(0, 400)
+attributes = [Attributes.of(card) for card in held_out.real[some]]
 others = random.Random(0).sample(attributes, len(attributes))
 rows = []
 for scorer in (model, ngram):
-    given = nats[scorer.label], scorer.nats(names, attributes), scorer.nats(names, others)
-    control = paired_bits_difference(given[2], given[1], characters_N)
-    nothing, own, another = (bits_per_character(each, characters_N) for each in given)
+    given = nats[scorer.label][some], scorer.nats(names[some], attributes), scorer.nats(names[some], others)
+    control = paired_bits_difference(given[2], given[1], characters_N[some])
+    nothing, own, another = (bits_per_character(each, characters_N[some]) for each in given)
     rows.append([scorer.label, f"{nothing:.3f}", f"{own:.3f}", f"{another:.3f}", f"{control:.3f}"])
     right = own < nothing < another and control.low > 0
     holds(f"{scorer.label} uses the prompt: fewest bits given its card, most given another card", right)
@@ -228,30 +227,30 @@ for maker, made in makers.items():
     print(f"{maker:12}", "; ".join(made[:4]))
 
 # %% [markdown]
-# **Classifiers.** Two of them learn to tell generated names from real ones, and are tested on names they have not seen. The
-# area under the ROC curve (AUC) is the chance that a generated name looks more generated than a real one: 0.5 is a coin. The
-# weak one sees character n-grams, up to four. The strong one has features that spelling hides: how surprising the characters
-# are, and whether the words are words. Real names against real names show the AUC when there is nothing to find.
+# **Classifiers.** Two of them learn to separate generated names from real ones, and are tested on names they have not seen. The
+# area under the ROC curve (AUC) is the chance that a generated name gets a higher score for "generated" than a real one: 0.5 is
+# chance. The weak classifier sees character n-grams of up to four characters. The strong one also has features of the whole
+# name: how surprising the characters are, and whether the words are known. Real names against real names show the AUC when
+# there is nothing to find.
 
 # %%
-weak, strong = {}, {}
-for maker, made in makers.items():
-    found = held_out.detector.detect(made[:300])
-    weak[maker], strong[maker] = found.generated.weak, found.generated.strong
-weak["real against real"], strong["real against real"] = found.real.weak, found.real.strong
+real, weak, strong = random.Random(0).sample(names, 600), {}, {}
+for maker, made in (makers | {"real against real": real[300:]}).items():
+    found = held_out.detector.separate(real[:300], made[:300])
+    weak[maker], strong[maker] = found.weak, found.strong
 rows = [[maker, f"{weak[maker]:.2f}", f"{strong[maker]:.2f}"] for maker in weak]
 table(["AUC [95%]", "weak", "strong"], rows)
 holds("the weak classifier takes the parrot's names for real: its interval is not above 0.5", weak["parrot"].low <= 0.5)
-holds("the strong one recognizes the parrot", strong["parrot"].low > 0.5)
-holds("both recognize the mixer", weak["mixer"].low > 0.5 and strong["mixer"].low > 0.5)
+holds("the strong one separates the parrot's names from real ones", strong["parrot"].low > 0.5)
+holds("both separate the mixer's names from real ones", weak["mixer"].low > 0.5 and strong["mixer"].low > 0.5)
 
 # %% [markdown]
-# The strong one recognizes the parrot for another reason: one of its features is how surprising a name is given the training
-# names, and these are not surprising at all. In general a low AUC says that names look real, not that they are new. So the
-# next metric belongs next to it.
+# The strong one finds the parrot for another reason: one of its features is how surprising a name is given the training names,
+# and training names are not surprising at all. In general a low AUC shows that names look real, not that they are new. So a
+# low AUC needs the next metric next to it.
 #
-# **Memorization.** Every model generates some real names by chance, a better one more of them. Names that it has not read it
-# can only guess. So compare the rates:
+# **Memorization.** Every model generates some real names by chance, and a better model generates more. It can memorize training
+# names only, and has to guess held-out ones. So compare the two rates:
 #
 # $$ \text{ratio} = \frac{\text{training names hit}\,/\,\text{training names}}
 # {\text{held-out names hit}\,/\,\text{held-out names}} $$
@@ -279,8 +278,8 @@ holds("the mixer is among them", "mixer" in wide)
 #
 # ## The blind test
 #
-# Metrics are proxies for a reader's judgement. Half of these names are real cards, the others are by the two models,
-# with real cards left out. Write down your answers before you read on.
+# Metrics are proxies for a reader's judgement. Half of these names are real cards. The two models generated the others, without
+# those that are real cards. Write down your answers before you read on.
 
 # %%
 made = {label: makers[label][:200] for label in nats}
@@ -289,19 +288,22 @@ for place, each in enumerate(test, start=1):
     print(f"{place:2}  {each.text}")
 
 # %% [markdown]
-# How many right answers are more than luck? A coin gets half. The smallest number that guessing reaches in under 5% of tests:
+# How many right answers are more than luck? Guessing gets half. This is the smallest number that guessing reaches in under 5% of
+# tests:
 
 # %%
 n = len(test)
 
 
 def at_least(right: int) -> float:
-    """The chance that a coin gets this many of n right, or more."""
+    """The chance that guessing gets this many of n right, or more."""
     return sum(math.comb(n, k) for k in range(right, n + 1)) / 2**n
 
 
 needed = next(right for right in range(n + 1) if at_least(right) < 0.05)
-print(f"{needed} of {n} right: a coin does that with {at_least(needed):.1%}; {needed - 1}: {at_least(needed - 1):.1%}")
+print(
+    f"{needed} of {n} right: guessing does that with {at_least(needed):.1%}; {needed - 1}: {at_least(needed - 1):.1%}"
+)
 holds("half right is not enough, by far", needed > 0.6 * n)
 
 # %% [markdown]
@@ -331,13 +333,13 @@ with tempfile.TemporaryDirectory() as folder:
 
 # %% [markdown]
 # Read the last table first: a difference whose interval contains zero has not been shown. Two held-out sets are reported,
-# since they test different things: `test_iid` names have relatives in training, those of `test` come from families that
+# since they test different things. The names of `test_iid` have relatives in training; those of `test` come from families that
 # training has not seen.
 #
 # ## An experiment that changes one thing: how many names
 #
-# Two pairs of models on more and more names, the same for both: network and n-gram; and two n-grams, of orders 6 and 7,
-# which are much alike. From how many names on is it known which is better?
+# We compare two pairs of models on more and more names: network and n-gram, and two n-grams of orders 6 and 7, which are much
+# alike. How many names does it take to know which one is better?
 
 # %%
 shuffled = np.random.default_rng(0).permutation(len(names))
@@ -366,14 +368,14 @@ unlike, alike = ([widths[pair, size] for size in sizes] for pair in pairs)
 holds("the interval is narrower where two models are alike", all(map(operator.lt, alike, unlike)))
 
 # %% [markdown]
-# The interval shrinks with the root of the number of names. And it is narrow where two models are alike, since then they err
-# on the same names. The number of names that a test needs follows from the smallest difference that it should detect.
+# The interval shrinks with the root of the number of names. It is narrow where two models are alike, since they find the same
+# names hard. The number of names that a test needs follows from the smallest difference that it should detect.
 #
 # ## What to remember
 #
 # - Bits per character compare models of different tokenizers. Pair the names, and give the interval.
 # - Compare every metric with a simple baseline's, and every metric of generated names with that of real ones.
-# - Looking real and being new are two things. A metric of one is fooled by a source that lacks the other.
+# - Names can look real without being new, or be new without looking real. Measure both.
 # - The interval covers other names. It does not cover another training run, nor another seed.
 #
 # ## Exercises
@@ -383,7 +385,7 @@ holds("the interval is narrower where two models are alike", all(map(operator.lt
 # 2. **A better cheat.** Let half of the n-gram's names be training names. What do the classifiers say, and what does the
 #    hit ratio say, with 500 names and with 2,000?
 # 3. **What the filters do.** Names of `NameGenerator` are filtered and new. Are they easier or harder to tell from real
-#    ones than raw samples? Whom does the comparison favor?
+#    ones than raw samples? Is it fair to compare a filtered model with an unfiltered one?
 # 4. **Twenty comparisons.** Shuffle names between two halves twenty times, and test the n-gram on one half against itself
 #    on the other, unpaired. How often does the interval leave zero out? What follows for a table with many rows?
 #
@@ -391,7 +393,7 @@ holds("the interval is narrower where two models are alike", all(map(operator.lt
 #
 # ## Reading
 #
-# - Chen and Goodman 1998, An Empirical Study of Smoothing Techniques for Language Modeling: Kneser-Ney, modified, measured.
+# - [Chen and Goodman 1999](https://doi.org/10.1006/csla.1999.0128): smoothing of n-grams, modified Kneser-Ney among them.
 # - [Cao and Rimell 2021](https://arxiv.org/abs/2109.02550): does the cut into tokens matter to a likelihood?
 # - [Dror et al. 2018](https://aclanthology.org/P18-1128/): which significance test. [Miller 2024](https://arxiv.org/abs/2411.00640): error bars
 #   of evaluations, paired.
