@@ -25,6 +25,7 @@ from flash_experts.data.cleaning import clean
 from flash_experts.data.prompts import Attributes
 from flash_experts.data.sources import load_source
 from flash_experts.data.tokenizer import load_tokenizer
+from flash_experts.files import sha256_of
 from flash_experts.models.loading import load_model
 
 EXPORTS = (
@@ -42,7 +43,8 @@ def exported(form: str, model: str, out: Path) -> dict[str, Any]:
         assert main(["export", form, model, "--out", str(out), "--json"]) == 0
     found = json.loads(printed.getvalue())
     size = out.stat().st_size if out.is_file() else sum(path.stat().st_size for path in out.iterdir())
-    return {"format": form, "model": model, **found, "bytes": size, "out": out.name}
+    sha256 = sha256_of(Path(model) / "model.safetensors")
+    return {"format": form, "model": model, "sha256": sha256, **found, "bytes": size, "out": out.name}
 
 
 def in_llama_cpp(file: Path, source: str) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from flash_experts.files import sha256_of
 from flash_experts.models.hub import read_card
 from scripts import result_tables
 
@@ -124,3 +126,18 @@ def test_exports() -> None:
     assert f"logits up to {max(row['largest_logit'] for row in found['rows']):.0f})" in text
     assert f"version {llama['version']} of the package xllamacpp" in text and f"names of {llama['names']} cards" in text
     assert f"differ by at most {llama['largest_log_probability_difference']:.4f}" in text
+
+
+def test_the_page_on_exports_has_what_was_measured_on_the_released_models() -> None:
+    page = (ROOT / "docs/change_this.md").read_text("utf-8")
+    measured = json.loads((result_tables.RESULTS / "exports.json").read_text("utf-8"))
+    kinds = {"onnx": "ONNX Runtime", "gguf": "GGUF, read by transformers"}
+    for row in measured["rows"]:
+        assert row["sha256"] == sha256_of(ROOT / row["model"] / "model.safetensors"), (
+            "run: python benchmarks/exports.py"
+        )
+        kind = kinds.get(row["format"], "dense, experts averaged by equal weight")
+        assert f"| `{row['model']}`: {kind} | {row['largest_difference']:.2g} | {row['bytes'] / 1e6:.0f} |" in page
+    assert f"differ by at most {measured['llama.cpp']['largest_log_probability_difference']:.4f}" in page.replace(
+        "\n  ", " "
+    )

@@ -226,6 +226,8 @@ def test_bfloat16_from_a_folder(dense: GPT2LMHeadModel, tmp_path: Path, fields: 
     ("fields", "message"),
     [
         ({"method": "copies"}, "did you mean 'copy'"),
+        ({"upcycling": "shared"}, "no option 'upcycling': give method, dtype or one of granularity"),
+        ({"drop_rate": 0.5}, "no option 'drop_rate': did you mean 'drop_ratio'"),
         ({"router_init": "zero"}, "did you mean 'zeros'"),
         ({"granularity": 0}, "granularity is 0, but it must be from 1"),
         ({"granularity": 4}, "take method 'granular' or 'shared'"),

@@ -30,7 +30,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -44,7 +44,8 @@ from flash_experts.models.moe_layer import MoELayer
 from flash_experts.models.moe_options import EXPERTS, METHOD_HELP, Method, UpcyclingOptions
 from flash_experts.models.router_metrics import count_loads
 from flash_experts.models.scoring import evaluating
-from flash_experts.options import option, problems_of
+from flash_experts.options import option, options_of, problems_of
+from flash_experts.terminal import did_you_mean
 
 _CLASS_FIELDS = ("model_type", "architectures", "transformers_version")  # set by the configuration's class
 
@@ -71,7 +72,12 @@ class Upcycling(UpcyclingOptions):
     def config(
         self, dense: GPT2Config, num_experts: int, num_experts_per_tok: int, **config_fields: Any
     ) -> GPT2MoEConfig:
-        """The dense model's configuration with experts; ValueError for a field that would change its output."""
+        """The dense model's configuration with experts; ValueError for a field unknown or that changes its output."""
+        known = {field.name for field in fields(GPT2MoEConfig)} | GPT2MoEConfig.attribute_map.keys()
+        for name in config_fields.keys() - known - {"attn_implementation"}:
+            own = [*options_of(UpcyclingOptions), *GPT2MoEConfig.own_fields()]
+            listed = f"give method, dtype or one of {', '.join(own)}"
+            raise ValueError(f"from_dense has no option {name!r}: {did_you_mean(name, own, listed, cutoff=0.75)}")
         inherited = {name: value for name, value in dense.to_dict().items() if name not in _CLASS_FIELDS}
         activation = inherited["activation_function"]
         inherited["activation_function"] = FUSED_ACTIVATIONS.get(activation, activation)
