@@ -73,12 +73,13 @@ class NameBatches:
             raise ValueError("there are no training names: run `flash-experts prepare` or check the data folder")
         self.tokenizer, self.config, self.top_logits = tokenizer, config, top_logits
         self.plan: list[PlannedStage] = []
-        self._cached: tuple[int, list[list[EncodedName]]] | None = None
         first_step = first_epoch = 0
         for stage in config.planned_stages:
             chosen = stage.choose(cards)
-            tokens = sum(_lengths(self._encode(stage, chosen, first_epoch)))
-            per_epoch = min(len(chosen), max(1, round(tokens / config.tokens_per_batch)))
+            names = self._encode(stage, chosen, first_epoch)
+            per_epoch = min(len(chosen), max(1, round(sum(_lengths(names)) / config.tokens_per_batch)))
+            if not self.plan:
+                self._epoch = first_epoch, _split(names, per_epoch)
             # A rounding error over a whole number of steps is not a further step: 1.1 * 10 is 11.000000000000002.
             steps = None if stage.epochs is None else max(1, math.ceil(stage.epochs * per_epoch - 1e-6))
             self.plan.append(PlannedStage(stage, chosen, per_epoch, first_step, first_epoch, steps))
@@ -105,11 +106,9 @@ class NameBatches:
         planned = self.stage_of(step)  # steps are counted from 0
         epoch, batch = divmod(step - planned.first_step, planned.steps_per_epoch)
         epoch += planned.first_epoch
-        if self._cached is None or self._cached[0] != epoch:
-            names = self._encode(planned.stage, planned.cards, epoch)
-            ranges = split_evenly(_lengths(names), planned.steps_per_epoch)
-            self._cached = epoch, [names[one.start : one.stop] for one in ranges]
-        return self._cached[1][batch]
+        if self._epoch[0] != epoch:
+            self._epoch = epoch, _split(self._encode(planned.stage, planned.cards, epoch), planned.steps_per_epoch)
+        return self._epoch[1][batch]
 
     def micro_batches_of_step(self, step: int, num_micro_batches: int) -> list[list[EncodedName]]:
         """The names of a step in micro-batches of nearly equal numbers of tokens; a ValueError if they are too few."""
@@ -119,7 +118,7 @@ class NameBatches:
                 f"a step has {len(names)} names, too few for {num_micro_batches} micro-batches "
                 "(gradient_accumulation_steps times processes): raise tokens_per_batch"
             )
-        return [names[one.start : one.stop] for one in split_evenly(_lengths(names), num_micro_batches)]
+        return _split(names, num_micro_batches)
 
     def _encode(self, stage: Stage, cards: Sequence[Card], epoch: int) -> list[EncodedName]:
         seed = self.config.seed
@@ -157,6 +156,11 @@ def _group_by_prompt(names: Sequence[EncodedName], most: int, rng: random.Random
 
 def _lengths(names: Sequence[EncodedName]) -> list[int]:
     return [name.num_inputs for name in names]
+
+
+def _split(names: list[EncodedName], parts: int) -> list[list[EncodedName]]:
+    """Cuts names into parts of nearly equal numbers of tokens."""
+    return [names[one.start : one.stop] for one in split_evenly(_lengths(names), parts)]
 
 
 def fitting_cards(
