@@ -104,7 +104,7 @@ def test_colors(text: str, colors: str) -> None:
         ("Creature — Qqqqq", None, None, "unknown type 'Qqqqq': a type line is like"),
         (None, "bleu", None, "unknown color 'bleu': did you mean 'blue'"),
         (None, "purple", None, "unknown color 'purple'"),
-        (None, "XYZ", None, "unknown color 'xyz': use white, blue, black, red, green, colorless"),
+        (None, "XYZ", None, "unknown color 'XYZ': use white, blue, black, red, green, colorless"),
         (None, "colorless red", None, "^colorless cannot be combined with red: leave out one of them$"),
         (None, "CW", None, "^colorless cannot be combined with white: leave out one of them$"),
         (None, "{U}{C}{R}", None, "^colorless cannot be combined with blue and red: leave out one of them$"),

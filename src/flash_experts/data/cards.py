@@ -163,12 +163,13 @@ def parse_colors(text: str | None) -> tuple[str, ...] | None:
     ``()`` for colorless, None for an empty text, a ValueError (with a suggestion) if a word is not a color.
     """
     letter_of = {word: letter for letter, word in COLOR_WORDS.items()}
-    words = [word for word in re.split(r"[\s,/{}&+]+|\band\b", (text or "").casefold()) if word]
+    words = [word for word in re.split(r"(?i:[\s,/{}&+]+|\band\b)", text or "") if word]
     if not words:
         return None
     letters: set[str] = set()
     colorless = False
-    for word in words:
+    for written in words:
+        word = written.casefold()
         if word in letter_of:
             letters.add(letter_of[word])
         elif word in ("c", COLORLESS, "colourless"):
@@ -179,7 +180,7 @@ def parse_colors(text: str | None) -> tuple[str, ...] | None:
         else:
             others = f"use {', '.join(letter_of)}, {COLORLESS}, or letters of {COLORS} (C for {COLORLESS})"
             hint = did_you_mean(word, [*letter_of, COLORLESS], others, cutoff=0.5)
-            raise ValueError(f"unknown color {word!r}: {hint}")
+            raise ValueError(f"unknown color {written!r}: {hint}")
     found = in_color_order(letters)
     if colorless and found:
         others = " and ".join(COLOR_WORDS[letter] for letter in found)
@@ -189,21 +190,23 @@ def parse_colors(text: str | None) -> tuple[str, ...] | None:
 
 def parse_rarity(text: str | None) -> str | None:
     """Parses a rarity (``"mythic rare"``, ``"M"``); None for an empty text, a ValueError for others."""
-    word = " ".join((text or "").casefold().split())
+    written = " ".join((text or "").split())
+    word = written.casefold()
     if not word:
         return None
     rarity = _RARITY_WORDS.get(word, word)
     if rarity not in RARITIES:
         hint = did_you_mean(word, RARITIES, f"use {', '.join(RARITIES)}", cutoff=0.5)
-        raise ValueError(f"unknown rarity {word!r}: {hint}")
+        raise ValueError(f"unknown rarity {written!r}: {hint}")
     return rarity
 
 
 def parse_set_code(text: str | None) -> str | None:
     """A set code in capitals; None for an empty text, a ValueError for a malformed one."""
-    code = (text or "").strip().upper()
+    written = (text or "").strip()
+    code = written.upper()
     if code and not _SET_CODE.fullmatch(code):
-        raise ValueError(f"a set is given by its code, 2 to 10 letters and digits such as ZEN, not {code[:50]!r}")
+        raise ValueError(f"a set is given by its code, 2 to 10 letters and digits such as ZEN, not {written[:50]!r}")
     return code or None
 
 
