@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
 
+from flash_experts.data.card_table import known_names
 from flash_experts.data.names import normal_form
 from flash_experts.data.prompts import Attributes
 from flash_experts.generation import (
@@ -28,7 +29,7 @@ from flash_experts.generation import (
 )
 from flash_experts.generation.reranker import Reranker
 from flash_experts.generation.sampling import stream_seed
-from flash_experts.generation.text_rules import alliterates
+from flash_experts.generation.text_rules import KNOWN_CHARACTERS, alliterates
 
 REAL = ["Goblin Guide", "Lightning Bolt", "Jötun Grunt", "Lim-Dûl's Vault", "Serra Angel", "Wrath of God"]
 NEW = ["Goblin Ring", "Serra Bolt", "Wrath of Elves", "Giant Ritual", "Black Dragon", "Shivan Growth"]
@@ -72,6 +73,47 @@ def test_a_model_with_few_names_gives_those_and_a_warning(
         names = generator.generate(50, temperature=0.5, top_k=6, top_p=0.97, seed=1)
     assert set(NEW) <= set(texts(names))
     assert generator.generate(3, temperature=0.5, top_k=6, top_p=0.97, seed=1) == names[:3]
+
+
+@pytest.mark.parametrize("batch_size", [5, 256])
+def test_a_search_ends_soon_after_the_only_name(
+    parrot: Callable[..., torch.nn.Module], tokenizer: PreTrainedTokenizerFast, batch_size: int
+) -> None:
+    generator = NameGenerator(parrot(NEW[:1]), tokenizer, REAL)
+    with pytest.warns(UserWarning, match="found 1 of 3 names: the last 128 tries gave no new name"):
+        names = generator.generate(3, temperature=0.1, top_k=1, seed=1, batch_size=batch_size)
+    assert texts(names) == NEW[:1]
+
+
+@pytest.mark.parametrize("batch_size", [7, 256])
+def test_a_search_ends_where_hardly_any_try_gives_a_name(generator: NameGenerator, batch_size: int) -> None:
+    class RareStart(NameFilter):
+        def rule(self, name: str) -> str | None:
+            return "dropped" if name[1:2].strip("Q") else None
+
+        def forbidden(self, rule: object) -> torch.Tensor:
+            return torch.ones(self.vocabulary.size, dtype=torch.bool)
+
+    asked = {"filters": [RareStart], "quality": "fast", "seed": 2, "batch_size": batch_size}
+    with pytest.warns(UserWarning, match="of 200 names: (the last|only)"):
+        names = generator.generate(200, **asked)
+    assert 0 < len(names) < 200
+    assert texts(names) == texts(quietly(generator, 200, **asked | {"batch_size": 31}))
+
+
+def test_the_given_text_alone_is_no_name(
+    parrot: Callable[..., torch.nn.Module], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    generator = NameGenerator(parrot(["Goblin Ring", "Goblin Ring Mage"]), tokenizer, REAL)
+    asked = {"temperature": 0.5, "quality": "fast", "seed": 1}
+    assert "Goblin Ring" in texts(quietly(generator, 5, **asked))
+    for rule, text in {"starts_with": "goblin Ring", "contains": " Goblin Ring"}.items():
+        names = texts(quietly(generator, 5, **asked, **{rule: text}))
+        assert names and "Goblin Ring" not in names
+    assert not any(
+        NameRequest.of(**{rule: "ring"}).held_by("Ring") for rule in ("starts_with", "ends_with", "contains")
+    )
+    assert NameRequest.of(starts_with="Goblin").held_by("Goblins")
 
 
 def test_a_model_that_never_ends_a_name_gives_names_unless_a_length_is_asked_for(
@@ -213,6 +255,39 @@ def test_parts_of_banned_words_and_marks_within_names_are_allowed() -> None:
     NameRequest.of(starts_with="Jötun, ", contains=" l'", ends_with="-ful")
     NameRequest.of(starts_with=" Goblin ", contains=" Axe ", ends_with=" Wolf")
     NameRequest.of(pattern="___'s ___, the ___")
+
+
+@pytest.mark.parametrize(
+    ("rule", "text", "character"),
+    [
+        ("contains", "ß", "ß"),
+        ("contains", "@", "@"),
+        ("contains", " ü", "Ü"),
+        ("starts_with", "Дра", "Д"),
+        ("starts_with", "Ü", "Ü"),
+        ("starts_with", "ü", "Ü"),
+        ("starts_with", "Jötun Ötun", "Ö"),
+        ("starts_with", "龍", "龍"),
+        ("ends_with", "Ж", "Ж"),
+        ("pattern", "___ of ß", "ß"),
+        ("pattern", "Ü___", "Ü"),
+    ],
+)
+def test_a_character_that_no_card_has_is_refused_at_once(rule: str, text: str, character: str) -> None:
+    with pytest.raises(ValueError, match=f"^{rule} '{re.escape(text.strip())}': no card's name has '{character}' in"):
+        NameRequest.of(**{rule: text})
+
+
+@pytest.mark.parametrize("text", ["Jötun", "Éo", "éo", "Lim-Dûl", "El-Hajjâj", "Kennerüd", "X-23", "Aye!", "Who?"])
+def test_characters_of_cards_are_allowed(text: str) -> None:
+    for rule in ("starts_with", "contains", "ends_with"):
+        NameRequest.of(**{rule: text})
+    NameRequest.of(pattern=f"{text} ___", max_length=30)
+    NameRequest.of(contains="ü", ends_with="Û")
+
+
+def test_the_known_characters_are_those_of_all_known_names() -> None:
+    assert set("".join(known_names())) == KNOWN_CHARACTERS
 
 
 def test_an_unknown_option_is_a_type_error(generator: NameGenerator) -> None:

@@ -29,7 +29,9 @@ _UNWANTED: tuple[tuple[str, str, text_rules.Check], ...] = (
 class Constraints:
     """The rules that every name of a request follows; None leaves one open.
 
-    Case never matters. A new rule is a field here, its filter in `filters`, and its last check in `held_by`.
+    Case never matters. No name is a given text alone: it has more letters.
+
+    A new rule is a field here, its filter in `filters`, and its last check in `held_by`.
     """
 
     starts_with: str | None = option(
@@ -151,7 +153,7 @@ class Constraints:
             base.AllowedCharacters(*place, alphabet),
             base.WellFormed(*place),
             text.NoRepeatedWords(*place),
-            base.KnownNameFilter(*place, known),
+            base.KnownNameFilter(*place, self._given_texts().union(known)),
         ]
         if self.banned_words:
             found.append(text.BannedWords(*place, self.banned_words))
@@ -190,9 +192,15 @@ class Constraints:
             and (" " + low).endswith(_spaced(self.ends_with))
             and _spaced(self.contains) in " " + low
             and (not self.alliterate or text_rules.alliterates(text))
+            and normal_form(text) not in self._given_texts()
             and not {normal_form(word) for word in self.banned_words}.intersection(words)
             and not any(text_rules.found_in(check, text) for check in self._unwanted())
         )
+
+    def _given_texts(self) -> frozenset[str]:
+        """Normal forms of the texts that names have in them: a name has more letters than such a text."""
+        texts = (self.starts_with, self.contains, self.ends_with)
+        return frozenset(normal_form(text) for text in texts if text is not None) - {""}
 
     def describe(self) -> str:
         rules = {each.name: (getattr(self, each.name), each.default) for each in fields(Constraints)}
@@ -211,6 +219,7 @@ class Constraints:
         for place, part in enumerate(parts):
             if (found := text_rules.BAD_MARKS.search(part)) is not None:
                 raise ValueError(f"pattern {self.pattern!r}: no name has {found[0]!r} in it")
+            _check_characters(f"pattern {self.pattern!r}", part, begins_word=place == 0 or part[:1] == " ")
             _check_kept(f"pattern {self.pattern!r}", part, is_first=place == 0, is_last=place == len(parts) - 1)
             self._check_unwanted("pattern", part)
 
@@ -226,6 +235,8 @@ class Constraints:
             raise ValueError(f"{name} {shown!r} has more words than max_words {most}")
         if (found := text_rules.BAD_MARKS.search((" " if name == "starts_with" else "") + shown)) is not None:
             raise ValueError(f"{name} {shown!r}: no name has {found[0]!r} in it")
+        begins_word = name == "starts_with" or text[0].isspace()
+        _check_characters(f"{name} {shown!r}", shown, begins_word)
         self._check_unwanted(name, shown)
         self._check_banned(name, text)
         if name == "ends_with":
@@ -277,6 +288,11 @@ class Constraints:
                 before = "(.* )?" if text[0].isspace() else ".*"
                 found.append(f"{before}(?i:{_escaped(shown_form(text))}){after}")
         return found
+
+
+def _check_characters(what: str, text: str, begins_word: bool) -> None:
+    if (found := text_rules.unknown_character(text, begins_word)) is not None:
+        raise ValueError(f"{what}: no card's name has {found!r} in it")
 
 
 def _check_kept(what: str, text: str, is_first: bool, is_last: bool) -> None:

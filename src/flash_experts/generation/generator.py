@@ -30,7 +30,12 @@ from flash_experts.models.scoring import evaluating
 from flash_experts.released import default_model
 
 FilterFactory = Callable[[NameVocabulary, int], LogitsProcessor]
-_GIVE_UP_AFTER = 1024  # consecutive names without a new one
+# When a search ends: tries in a row without a new name, fewer of them if nearly all repeat the few names found so far,
+# and tries altogether. Ordinary requests find a new name in nearly every try.
+_TRIES_WITHOUT_NEW = 1024
+_REPEATS, _REPEATS_PER_NAME = 128, 64
+_NEARLY_ALL = 15 / 16
+_TRIES, _TRIES_PER_NAME = 512, 64
 _PART = 32  # names checked together
 _ROWS_AT_ONCE = 64  # with 35,000 cards: 9 MB of similarities
 
@@ -249,7 +254,7 @@ class NameSearch:
         self._regex = next((one for one in self.processors if isinstance(one, MatchesRegex)), None)
         self._stream: Iterator[DecodedName] | None = None
         self._seen: set[str] = set()
-        self._tried = self._tries_since_new = self._whole = 0
+        self._tried = self._tries_since_new = self._repeats_since_new = self._whole = 0
 
     @cached_property
     def _decoder(self) -> NameDecoder:
@@ -270,7 +275,7 @@ class NameSearch:
         Warns if it finds fewer; raises a NoTokenLeftError if no name satisfies the constraints.
         """
         given = 0
-        while given < count and self._tries_since_new < _GIVE_UP_AFTER:
+        while given < count and not self._is_over:
             chosen = self._choose(self._next_batch(count * self.best_of - len(self._seen)), count - given)
             given += len(chosen)
             yield from self._with_nearest(chosen)
@@ -279,11 +284,20 @@ class NameSearch:
                 f"no name can be made with {self.constraints.describe()}: loosen one of these constraints"
             )
         if given < count:
+            last, seen = self._tries_since_new, len(self._seen)
+            why = f"the last {last} tries gave no new name"
+            if last < min(_TRIES_WITHOUT_NEW, _REPEATS):
+                why = f"only {seen} of {self._tried} tries gave a new name"
             warnings.warn(
-                f"found {given} of {count} names: the last {_GIVE_UP_AFTER} tries gave no new name. "
-                "Loosen the constraints or raise the temperature",
-                stacklevel=3,
+                f"found {given} of {count} names: {why}. Loosen the constraints or raise the temperature", stacklevel=3
             )
+
+    @property
+    def _is_over(self) -> bool:
+        """Whether so many tries gave so few new names that hardly any more will come."""
+        last, seen = self._tries_since_new, len(self._seen)
+        are_all_found = self._repeats_since_new >= max(_NEARLY_ALL * last, _REPEATS, _REPEATS_PER_NAME * seen)
+        return last >= _TRIES_WITHOUT_NEW or are_all_found or self._tried >= _TRIES + _TRIES_PER_NAME * seen
 
     def _choose(self, found: Sequence[GeneratedName], wanted: int) -> list[GeneratedName]:
         """The names chosen after these candidates, however many come at once; if no more will come, all that wait."""
@@ -297,7 +311,7 @@ class NameSearch:
             chosen.append(reranker.choose())
             start = end
         reranker.add(found[start:])
-        if self._tries_since_new >= _GIVE_UP_AFTER:
+        if self._is_over:
             chosen += [reranker.choose() for _ in range(wanted - len(chosen))]
         return [name for name in chosen if name is not None]
 
@@ -313,10 +327,11 @@ class NameSearch:
             if key and key not in self._seen and text in far:
                 self._seen.add(key)
                 found.append(GeneratedName(text, name.log_prob, None, 0.0))
-                self._tries_since_new = 0
+                self._tries_since_new = self._repeats_since_new = 0
             else:
                 self._tries_since_new += 1
-            if len(found) == wanted or self._tries_since_new == _GIVE_UP_AFTER:
+                self._repeats_since_new += key in self._seen
+            if len(found) == wanted or self._is_over:
                 break
         return found
 

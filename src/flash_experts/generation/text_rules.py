@@ -91,6 +91,8 @@ def _capital(word: str) -> str:
 # alphabet to allow them. Each letter has its capital, because formatting capitalizes names.
 _ACCENTED = "áàâäéèêëíîïñóôöúûü"
 CARD_ALPHABET = frozenset(string.ascii_letters + " ,'-:!?" + _ACCENTED + _ACCENTED.upper())
+# All characters of known names, jokes and other franchises included. No name can be asked for with another one.
+KNOWN_CHARACTERS = frozenset(string.ascii_letters + string.digits + " !\"&'()+,-./:;?_" + "àáâäéíîïñóöúûüÉō")
 # Bytes of incomplete characters, as `NameVocabulary` decodes them.
 PARTIAL_BYTES = "".join(map(chr, range(0xDC80, 0xDD00)))
 # "refused": the last word must not end here. "dropped": no longer word that starts with it is acceptable either.
@@ -215,6 +217,17 @@ def alliterates(text: str, least: int = 2) -> bool:
     """Whether a text has ``least`` words, all with the same first letter; small words do not count."""
     forms = [normal_form(word) for word in text.split() if word.lower() not in SMALL_WORDS]
     return len(forms) >= least and len({form[:1] for form in forms}) == 1 and all(forms)
+
+
+def unknown_character(text: str, begins_word: bool) -> str | None:
+    """The first character that no known name has in any case, or as a capital where a word of the text begins with it;
+    ``begins_word``: whether the text itself does."""
+    for character in text:
+        if KNOWN_CHARACTERS.isdisjoint((character, character.lower(), character.upper())):
+            return character
+    begun = text.split() if begins_word else text.split()[1:]
+    initials = (next(filter(str.isalnum, word), "").upper() for word in begun)
+    return next((initial for initial in initials if not KNOWN_CHARACTERS.issuperset(initial)), None)
 
 
 def words_of(text: str) -> list[str]:
