@@ -55,6 +55,7 @@ train --model.num-experts true :: model.num_experts must be a whole number
 train --seed x :: seed must be a whole number or null, not 'x'
 train --seed -1 :: --seed must be from 0 to 4,294,967,295
 train --model.num_experts 3 4 :: unrecognized arguments: 4
+generate --config quickstart :: quickstart is a configuration of train
 train --config quikstart :: did you mean 'quickstart'
 train --config configs/quickstart.yaml :: --config quickstart
 configs quikstart :: did you mean 'quickstart'
@@ -296,6 +297,7 @@ _GENERATE = """
 --type Ꮐoblin :: did you mean 'Goblin'
 --type 'a\u202ea' :: unknown type
 --colors purple :: unknown color
+--colors X :: unknown color 'X'
 --colors WUBRGC :: colorless cannot be combined with white and blue and black and red and green
 --colors 'é\u0302' :: unknown color
 --mana-value -1 :: mana value
@@ -326,9 +328,12 @@ _GENERATE = """
 --guidance 11 :: guidance is 11
 --starts-with ' ' :: starts_with is blank
 --starts-with '...' :: no name has
+--starts-with Дра :: starts_with 'Дра': no card's name has 'Д' in it
 --ends-with '' :: ends_with is blank
+--ends-with Ж :: ends_with 'Ж': no card's name has 'Ж' in it
 --ends-with ' of' :: no name ends on
 --contains '' :: contains is blank
+--contains ß :: contains 'ß': no card's name has 'ß' in it
 --regex '(' :: is not a regular expression
 --regex '' :: it is blank
 --regex '\\d+' :: matches no name

@@ -22,7 +22,8 @@ from flash_experts.app.service import Playground, Progress, Row
 from flash_experts.app.session import FORMATS, Session
 from flash_experts.app.settings import Settings
 from flash_experts.generation import GeneratedName
-from flash_experts.generation.card_sets import card_rows_of, name_rows
+from flash_experts.generation.card_files import card_rows_of
+from flash_experts.generation.card_sets import name_rows
 from flash_experts.generation.filters.base import NoTokenLeftError
 
 ANGEL = Settings(type_line="Creature — Angel", colors="W", seed=3, count=2)

@@ -56,6 +56,28 @@ def test_the_same_names_in_every_format(command: list[str], tmp_path: Path, caps
     assert {file.suffix for file in (tmp_path / "new").iterdir()} == {".txt", ".csv", ".json", ".jsonl"}
 
 
+def test_one_name_is_singular(command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*command, "--count", "1", "--out", str(tmp_path / "names.csv")]) == 0
+    assert capsys.readouterr().err.startswith("1 name written to ")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--preset", "creativ"], "unknown preset 'creativ'"),
+        (["--temperature", "0"], "temperature is 0"),
+        (["--colors", "X"], "unknown color 'X'"),
+        (["--type", "Gobln"], "unknown type 'Gobln'"),
+        (["--contains", "ß"], "no card's name has 'ß' in it"),
+    ],
+)
+def test_what_needs_no_model_is_checked_first(
+    options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["generate", "--model", "nowhere", *options]) == 1
+    assert message in capsys.readouterr().err, "loading would fail with another message"
+
+
 def test_ranked_names_are_the_same_names_best_first(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     main([*command, "--json"])
     rows = json.loads(capsys.readouterr().out)

@@ -11,7 +11,7 @@ from flash_experts.app import form
 from flash_experts.app.service import Playground, Row
 from flash_experts.app.settings import LARGEST_SEED, Settings
 from flash_experts.data.prompts import Attributes, read_conditions
-from flash_experts.generation import card_sets
+from flash_experts.generation import card_files, card_sets
 from flash_experts.generation.filters.base import NoTokenLeftError
 
 LONGEST_SET = 48_000  # characters of a set; as JSON it fits into the body of a request
@@ -31,7 +31,7 @@ class SetProgress:
     seconds: float
 
 
-def cards_of(text: object) -> list[card_sets.CardRow]:
+def cards_of(text: object) -> list[card_files.CardRow]:
     """The cards of a text: a set (see `card_rows_of`), or a line for each, such as "Creature — Angel, W, 5".
 
     Raises a ValueError if there are none, the text is too long, or a value is not understood.
@@ -39,15 +39,15 @@ def cards_of(text: object) -> list[card_sets.CardRow]:
     text = text if isinstance(text, str) else ""
     if len(text) > LONGEST_SET:
         raise ValueError(f"the cards have {len(text):,} characters: the most is {LONGEST_SET:,}")
-    if card_sets.is_card_table(text):
-        return card_sets.card_rows_of(text, "the cards")
+    if card_files.is_card_table(text):
+        return card_files.card_rows_of(text, "the cards")
     lines = [(number, line.strip()) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
     if not lines:
         raise ValueError("no cards: write a line for each, such as Creature — Angel, W, 5, or open a file")
     return [_row_of_line(line, f"line {number}") for number, line in lines]
 
 
-def _row_of_line(line: str, where: str) -> card_sets.CardRow:
+def _row_of_line(line: str, where: str) -> card_files.CardRow:
     parts = [part.strip() for part in line.split(",")]
     if len(parts) > len(_OF_A_LINE):
         raise ValueError(
@@ -59,7 +59,7 @@ def _row_of_line(line: str, where: str) -> card_sets.CardRow:
         card = Attributes.parse(cells["type_line"] or None, cells["colors"] or None, mana_value)
     except ValueError as error:
         raise ValueError(f"{where}, {line!r:.60}: {error}") from None
-    return card_sets.CardRow(where, cells, "", card)
+    return card_files.CardRow(where, cells, "", card)
 
 
 def number_for_each(count: object) -> int:
@@ -74,7 +74,7 @@ def name_set(
     playground: Playground,
     settings: Settings,
     model: str,
-    rows: Sequence[card_sets.CardRow],
+    rows: Sequence[card_files.CardRow],
     without: Sequence[str],
     is_wanted: Callable[[], bool],
 ) -> Iterator[SetProgress]:
@@ -124,7 +124,7 @@ def name_set(
 
 
 def _settings_of_each(
-    playground: Playground, settings: Settings, model: str, rows: Sequence[card_sets.CardRow]
+    playground: Playground, settings: Settings, model: str, rows: Sequence[card_files.CardRow]
 ) -> dict[int, Settings]:
     """The settings of each card without a name, by its place."""
     conditions = read_conditions(playground.model(model).generator.model.config.to_dict())

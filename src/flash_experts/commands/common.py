@@ -15,7 +15,7 @@ import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter, Namespace
 
 from flash_experts.files import check_out_file, free_name
-from flash_experts.options import defaults_of, describe_type, options_of, read_settings
+from flash_experts.options import defaults_of, describe_type, options_of, read_settings, read_yaml
 from flash_experts.released import configuration
 from flash_experts.terminal import did_you_mean, one_line, say
 
@@ -37,7 +37,10 @@ class _ConfigFile(ActionConfigFile):
 
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
         try:
-            settings = read_settings(configuration(values), parser.hints)
+            path = configuration(values)
+            if "training" in read_yaml(path) and "training" not in parser.groups:
+                raise ValueError(f"{values} is a configuration of train: flash-experts train --config {values}")
+            settings = read_settings(path, parser.hints)
             if "config" in settings:
                 raise ValueError(f"{values}: a file of settings cannot name another with `config`")
         except ValueError as error:
@@ -184,7 +187,7 @@ class CommandParser(ArgumentParser):
         for argument in args or ():
             if len(argument) > _MAX_CHARACTERS:
                 self.error(f"{argument[:30]}...: {len(argument):,} characters are too long for an option")
-            if argument.partition("=")[0].removeprefix("--") in self._groups:
+            if argument.partition("=")[0].removeprefix("--") in self.groups:
                 self.error(f"{argument.partition('=')[0]} is a group of options and takes no value")
         namespace = super().parse_args(args, *others, **options)
         seed = namespace.get("seed")
@@ -206,7 +209,7 @@ class CommandParser(ArgumentParser):
         return found
 
     @property
-    def _groups(self) -> set[str]:
+    def groups(self) -> set[str]:
         """``training`` and ``training.lr_scale`` of ``training.lr_scale.router``."""
         dests = [action.dest for action in self._actions if not action.dest.endswith(".help")]
         return {dest.rpartition(".")[0] for dest in dests} - {""}
@@ -247,7 +250,7 @@ class CommandParser(ArgumentParser):
         general.title = "Other options" if grouped else "Options"
         self._action_groups = sorted(self._action_groups, key=lambda group: group is general)
         for action in self._actions:
-            group = action.dest in self._groups or action.dest.endswith(".help")
+            group = action.dest in self.groups or action.dest.endswith(".help")
             action.help = SUPPRESS if group else _GENERAL_HELP.get(action.dest, action.help)
         return super().format_help(*args, **kwargs)
 

@@ -21,6 +21,7 @@ from flash_experts.terminal import ProgressBar, one_line, say
 
 if TYPE_CHECKING:
     from flash_experts.generation import GeneratedName
+    from flash_experts.generation.card_files import CardRow
     from flash_experts.generation.generator import NameGenerator
 
 _EACH_OF_A_SET = 5  # names for each card of a set: 20 for each of 250 cards are more than anyone reads
@@ -37,11 +38,10 @@ def run(args: Namespace) -> None:
     if args.cards is not None:
         _run_for_set(args)
         return
-    format = _format_of(args)
+    format, request = _format_of(args), _request_of(args)
     from flash_experts.generation.generator import completed_attributes
     from flash_experts.generation.name_files import NamedCard, write_mse, write_names
 
-    request = _request_of(args)
     generator = _generator(args)
     card = completed_attributes(request)
     names: Iterable[GeneratedName] = generator.answer(request)
@@ -62,7 +62,7 @@ def run(args: Namespace) -> None:
             written = write_mse((NamedCard(name.text, card) for name in bar.count(names)), file)
         else:
             written = write_names(bar.count(names), card, file, format or "text", args.raw_cells)
-    say(f"{written} names written to {args.out}", sys.stderr)
+    say(f"{_count(written, 'name')} written to {args.out}", sys.stderr)
 
 
 def _run_for_set(args: Namespace) -> None:
@@ -71,11 +71,11 @@ def _run_for_set(args: Namespace) -> None:
             make_parser().error(f"--cards has each card's own attributes: leave out --{option.flag or name}")
     if args.out is None:
         make_parser().error("--cards writes a file: give --out NAMES.csv")
-    format = _format_of(args)
-    from flash_experts.generation.card_sets import cards_of, name_rows, read_card_rows, write_set
+    format, request = _format_of(args), _request_of(args)
+    rows = _rows_of(args.cards)
+    from flash_experts.generation.card_sets import cards_of, name_rows, write_set
     from flash_experts.generation.name_files import write_mse
 
-    rows, request = read_card_rows(args.cards), _request_of(args)
     given = {name: getattr(request, name) for name in options_of(NameRequest) if name not in ("count", "seed")}
     generator = _generator(args)
     seed = secrets.randbits(31) if request.seed is None else request.seed
@@ -87,10 +87,26 @@ def _run_for_set(args: Namespace) -> None:
         else:
             write_set(named, file, format or "text", args.raw_cells)
     new = sum(bool(one.names) for one in named)
-    say(f"{new} new names for {len(named)} cards, written to {args.out}", sys.stderr)
+    say(f"{_count(new, 'new name')} for {_count(len(named), 'card')}, written to {args.out}", sys.stderr)
     for one in named:
         if one.problem:
             say(f"{one.row.where}: no name: {one.problem}", sys.stderr)
+
+
+def _rows_of(path: str) -> list[CardRow]:
+    """The cards of a set; a ValueError after a line for each of the first rows that are not understood."""
+    from flash_experts.generation.card_files import BadRowsError, read_card_rows
+
+    try:
+        return read_card_rows(path)
+    except BadRowsError as error:
+        for problem in error.problems:
+            say(common.shortened(one_line(problem)), sys.stderr)
+        raise ValueError(error.summary) from None
+
+
+def _count(count: int, what: str) -> str:
+    return f"{count} {what}{'s' * (count != 1)}"
 
 
 @contextmanager
@@ -120,7 +136,10 @@ def _request_of(args: Namespace) -> NameRequest:
     given = {name: args[known.flag or name] for name, known in options_of(NameRequest).items()}
     if args.raw and (args.best_of is not None or args.quality != defaults_of(NameRequest)["quality"]):
         make_parser().error("--raw gives samples as they come: leave out --quality and --best-of")
-    return NameRequest.of(**given | ({"quality": "fast"} if args.raw else {}))
+    request = NameRequest.of(**given | ({"quality": "fast"} if args.raw else {}))
+    request.sampling()  # both raise a ValueError before the model is loaded, which takes seconds
+    request.attributes()
+    return request
 
 
 def _run_for_cards(args: Namespace) -> None:
@@ -156,7 +175,7 @@ def _run_for_cards(args: Namespace) -> None:
         say(f"{names:,} of {args.count:,} names", sys.stderr)
 
     written = write_sampled_names(generator, cards, known, request, Path(args.out), source, report, args.overwrite)
-    say(f"{written} names written to {args.out}", sys.stderr)
+    say(f"{_count(written, 'name')} written to {args.out}", sys.stderr)
 
 
 def _print_table(names: Iterable[GeneratedName]) -> None:

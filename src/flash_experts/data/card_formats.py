@@ -56,7 +56,14 @@ _COLUMN_OF = {
 _TEXT_COLUMNS = ("type_line", "layout", "flag", "rarity", "set_code", "released")
 # Headings of files with product numbers instead of names, or with another name for the column of names.
 _OTHER_COLUMNS = ("idproduct", "multiverseid", "quantity", "qty", "collectornumber", "tcgplayerid", "productid", "sku")
-_TYPE_WORDS = {word.casefold(): word for word in (*cards.TYPES, *cards.SUPERTYPES, "Token")}
+_TYPE_WORDS = {word.casefold(): word for word in (*cards.TYPES, *cards.SUPERTYPES, "Token")} | {
+    "kreatur": "Creature", "spontanzauber": "Instant", "hexerei": "Sorcery", "artefakt": "Artifact",
+    "verzauberung": "Enchantment", "artefaktkreatur": "Artifact Creature",
+    "verzauberungskreatur": "Enchantment Creature", "standardland": "Basic Land",
+    **dict.fromkeys(("legendär", "legendäre", "legendärer", "legendäres"), "Legendary"),
+    **dict.fromkeys(("verschneit", "verschneite", "verschneiter", "verschneites"), "Snow"),
+}  # fmt: skip
+_HYPHEN = re.compile(rf"\b({'|'.join(cards.TYPES)})(?:-\s*|\s+-)(?=\w)")  # "Creature-Elf"
 _MISSING = frozenset(("", "nan", "none", "<na>", "nat", "null", "n/a", "\\n", "no cost", "-", "\u2014"))
 _MISSING_NAMES = frozenset(("nan", "NaN", "<NA>", "None", "null", "NULL"))
 _FACES = re.compile(r"\s+/{1,3}\s+|(?<=[a-z])//(?=[A-Z])")  # " / " is Moxfield's, " /// " Arena's
@@ -234,6 +241,7 @@ def _type_line(fields: Mapping[str, Any]) -> str | None:
     if line.isupper() or line.islower():
         line = capwords(line)
     line = re.sub(r"\w+", lambda match: _TYPE_WORDS.get(match[0].casefold(), match[0]), line)
+    line = _HYPHEN.sub(r"\1 — ", line)
     return _FACES.sub(FACE_SEPARATOR, line) or None
 
 

@@ -41,7 +41,7 @@ _FOREIGN = {
     r"(Name|ManaCost|Types|Oracle):\S": "a card script of Forge, one card per file: write the names into one txt file",
     r"mse[ _]version:": "a set of Magic Set Editor: export it there as CSV or plain text",
 }
-_OTHER_KINDS = {
+OTHER_KINDS = {
     ".xml": _FOREIGN["<"],
     ".cod": "a deck of Cockatrice: save it there as plain text (.txt)",
     ".dek": "a deck of MTGO in XML: export it as text (.txt) or CSV",
@@ -49,6 +49,7 @@ _OTHER_KINDS = {
     ".mwdeck": "a deck list: rename it to .txt",
     ".mse-set": _FOREIGN["mse[ _]version:"],
     ".ndjson": "JSON lines: rename it to .jsonl",
+    ".md": "Markdown: save the names as plain text (.txt)",
     ".xlsx": _BINARY[b"PK\x03\x04"],
     ".xls": _BINARY[b"\xd0\xcf\x11\xe0"],
     ".ods": _BINARY[b"PK\x03\x04"],
@@ -92,8 +93,8 @@ def read_file(path: Path) -> CardSource:
     """
     readers = {".csv": _csv_rows, ".tsv": _csv_rows, ".json": _json_rows, ".jsonl": _jsonl_rows, ".txt": _txt_rows}
     suffix = path.suffix.lower()
-    if suffix in _OTHER_KINDS:
-        raise ValueError(f"{path} is {_OTHER_KINDS[suffix]}; cards are read from {FILE_KINDS} files")
+    if suffix in OTHER_KINDS:
+        raise ValueError(f"{path} is {OTHER_KINDS[suffix]}; cards are read from {FILE_KINDS} files")
     if suffix not in readers:
         raise ValueError(f"{path}: cards are read from {FILE_KINDS} files, not {path.suffix or 'this'}")
     lines, unread = Lines(path), Unread()
@@ -121,10 +122,15 @@ def _bounded(path: Path, cards: Iterator[RawCard]) -> list[RawCard]:
 
 
 class Lines:
-    """Iterates over lines of a text file with their ends; ``digest`` is complete after the last one."""
+    """Iterates over lines of a text file with their ends; ``digest`` is complete after the last one.
+
+    Attributes:
+        has_bom: whether the text of `whole` followed a byte order mark.
+    """
 
     def __init__(self, path: Path):
         self.path = path
+        self.has_bom = False
         self.digest = hashlib.sha256()
 
     def __iter__(self) -> Iterator[str]:
@@ -153,6 +159,7 @@ class Lines:
             raise ValueError(f"{self.path}: {sizes}, {other} beyond")
         data = self.path.read_bytes()
         self.digest.update(data)
+        self.has_bom = data.startswith((codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
         if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
             text = data.decode("utf-16", errors="replace")
             if "\0" not in text and "\ufffd" not in text:

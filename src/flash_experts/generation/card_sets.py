@@ -1,50 +1,24 @@
-"""Names for a whole set of cards: a CSV or JSON file with a row for each, no name or last word twice."""
+"""Names for a whole set of cards, such as the rows of a file: no name or last word twice."""
 
 from __future__ import annotations
 
-import json
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import chain, islice
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
 from typing import Any, TextIO
 
-from flash_experts.data.card_formats import column_of, known_columns, raw_card
-from flash_experts.data.cards import UNKNOWN, Unread
-from flash_experts.data.cleaning import face_cards
+from flash_experts.data.card_formats import column_of
 from flash_experts.data.names import normal_form
-from flash_experts.data.prompts import Attributes, Conditions, drop_unknown, read_conditions
-from flash_experts.data.sources import MAX_JSON_BYTES, Lines, cells_of, heading_of, separated, split_lines
+from flash_experts.data.prompts import Conditions, drop_unknown, read_conditions
+from flash_experts.generation.card_files import CardRow, plain_headings
 from flash_experts.generation.filters.base import NoTokenLeftError
 from flash_experts.generation.generator import GeneratedName, NameGenerator
 from flash_experts.generation.name_files import TABLES, Format, NamedCard, type_line_of, write_cards, write_table
 from flash_experts.generation.reranker import content_words
 
-MOST_ROWS = 2_000
-RULE_COLUMNS = ("starts_with", "contains", "ends_with")  # a row's own words
 EXTRA = 8  # names drawn beyond the candidates where some repeat a word of the set
 _SEEDS = 2**63
-_UNNAMED = "unnamed"
-_OWN = ("name", "alternatives")  # columns that the result has of its own
-_OF_CARDS = {"type_line", "types", "colors", "mana_value", "mana_cost", "rarity"}  # a file has one of these columns
-
-
-@dataclass(frozen=True, slots=True)
-class CardRow:
-    """A row of a card file.
-
-    Attributes:
-        where: ``file:line``, or ``file[index]`` for JSON.
-        name: that the card has already, or "".
-        rules: options of `NameRequest`.
-    """
-
-    where: str
-    cells: Mapping[str, str]
-    name: str
-    card: Attributes
-    rules: Mapping[str, str] = field(default_factory=dict)
+_NAME, _ALTERNATIVES = "name", "alternatives"  # columns of the result
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,108 +32,6 @@ class NamedRow:
     @property
     def text(self) -> str:
         return self.names[0].text if self.names else self.row.name
-
-
-def read_card_rows(path: str | Path) -> list[CardRow]:
-    """Reads the cards of a set from CSV, or JSON with a list of objects, or raises a ValueError with ``file:line``.
-
-    Columns are those of `flash_experts.data.card_formats`, ``name`` for cards that have one, and ``starts_with``,
-    ``contains`` and ``ends_with`` for words that a name must have. Of two faces the first one is named.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"there is no file {path}")
-    if path.stat().st_size > MAX_JSON_BYTES:
-        raise ValueError(f"{path}: more than {MOST_ROWS:,} cards: give a smaller file")
-    return card_rows_of(Lines(path).whole(), str(path))
-
-
-def card_rows_of(text: str, where: str) -> list[CardRow]:
-    """As `read_card_rows`; ``where`` names the file in messages."""
-    records = _json_records if _is_json(text) else _csv_records
-    rows = []
-    for place, cells in records(text, where):
-        rows.append(_row_of(cells, place))
-        if len(rows) > MOST_ROWS:
-            raise ValueError(f"{where}: more than {MOST_ROWS:,} cards: give a smaller file")
-    if not rows:
-        raise ValueError(f"{where}: no cards under the heading")
-    return rows
-
-
-def is_card_table(text: str) -> bool:
-    """Whether a text is JSON, or CSV whose heading has a column of cards."""
-    if _is_json(text):
-        return True
-    _, heading, separator = heading_of(split_lines(text))
-    return bool(known_columns(separated(heading, "the heading", separator)[1]) & _OF_CARDS)
-
-
-def _is_json(text: str) -> bool:
-    return text.lstrip()[:1] in ("[", "{")
-
-
-def _csv_records(text: str, where: str) -> Iterator[tuple[str, dict[Any, Any]]]:
-    lines = split_lines(text)
-    before, heading, separator = heading_of(lines)
-    first = f"{where}:{before + 1}"
-    separator, columns = separated(heading, first, separator)
-    if not known_columns(columns) & _OF_CARDS:
-        named = heading.strip("\r\n")[:100]
-        raise ValueError(f"{first}: no column type_line, colors or mana_value in the heading ({named})")
-    for column, count in Counter(filter(None, map(str.strip, columns))).items():
-        if count > 1:
-            raise ValueError(f"{first}: two columns are called {column!r}: keep one")
-    rows = cells_of(chain([heading], lines), where, before, separator, skipinitialspace=True)
-    next(rows)
-    for place, cells in rows:
-        if len(cells) != len(columns):
-            raise ValueError(f"{place}: another number of cells than the heading has: put cells with commas in quotes")
-        yield place, dict(zip(columns, cells, strict=True))
-
-
-def _json_records(text: str, where: str) -> Iterator[tuple[str, dict[Any, Any]]]:
-    try:
-        records = json.loads(text)
-    except RecursionError:
-        raise ValueError(f"{where}: not a list of cards: its brackets are nested too deeply") from None
-    except ValueError as error:
-        raise ValueError(f"{where}: not JSON: {error}") from None
-    example = '[{"type_line": "Instant", "colors": "U"}]'
-    if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
-        raise ValueError(f"{where}: not a list of cards: write them as {example}")
-    columns = dict.fromkeys(column for record in records for column in record)
-    if records and not known_columns(columns) & _OF_CARDS:
-        raise ValueError(f"{where}: no card has a type_line, colors or a mana_value: write them as {example}")
-    for index, record in enumerate(records):
-        yield f"{where}[{index}]", {column: record.get(column) for column in columns}
-
-
-def _row_of(cells: dict[Any, Any], where: str) -> CardRow:
-    texts = {str(column).strip(): _cell_text(value) for column, value in cells.items()}
-    given = {str(column).strip() for column, value in cells.items() if value is not None}
-    lower = {column.lower().replace(" ", "_"): value for column, value in texts.items()}
-    name = next((text for column, text in texts.items() if text and column_of(column) == "name"), "")
-    known = {column: text for column, text in texts.items() if column in given and column_of(column) != "name"}
-    unread = Unread()
-    found = raw_card({**known, "name": name or _UNNAMED}, where, unread)
-    front = None if found is None else next(face_cards(found, unread))
-    if found is None or front is None or unread.counts:
-        column = next(iter(unread.counts), "name")
-        raise ValueError(f"{where}: {column} {lower.get(column, '')!r:.60} is not understood")
-    is_colored = front.colors is not None and (found.mana_cost or found.colors not in (None, UNKNOWN))
-    colors = ("".join(front.colors or ()) or "C") if is_colored else None
-    try:
-        card = Attributes.parse(front.type_line or None, colors, front.mana_value, front.rarity)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
-    return CardRow(where, texts, name, card, {rule: lower[rule] for rule in RULE_COLUMNS if lower.get(rule)})
-
-
-def _cell_text(value: Any) -> str:
-    if isinstance(value, list):
-        value = " ".join(map(str, value))
-    return "" if value is None else str(value).strip()
 
 
 class TakenNames:
@@ -226,20 +98,31 @@ def asked_for(row: CardRow, conditions: Conditions) -> dict[str, Any]:
 
 
 def table_of(named: Sequence[NamedRow]) -> list[dict[str, str]]:
-    """The rows of the file with the columns ``name`` and ``alternatives``."""
+    """The rows with the columns of the file, in their order, names in its own column of names and ``alternatives``;
+    where the file has no such columns they come first and last."""
+    columns = list(named[0].row.cells)
+    own = next((column for column, plain in plain_headings(columns).items() if column_of(plain) == _NAME), None)
+    others = next((column for column in columns if column.lower() == _ALTERNATIVES), None)
+    order = [*([_NAME] if own is None else []), *columns, *([_ALTERNATIVES] if others is None else [])]
     rows = []
     for one in named:
-        others = {column: value for column, value in one.row.cells.items() if column.lower() not in _OWN}
-        rows.append({"name": one.text, **others, "alternatives": "; ".join(name.text for name in one.names[1:])})
+        row = {column: one.row.cells.get(column, "") for column in order}
+        row[own or _NAME] = one.text
+        if one.names or others is None:
+            row[others or _ALTERNATIVES] = "; ".join(name.text for name in one.names[1:])
+        rows.append(row)
     return rows
 
 
 def write_set(named: Sequence[NamedRow], file: TextIO, format: Format, raw_cells: bool = False) -> int:
-    """Writes all rows as text, so not "mse" (see `write_mse`); returns their number."""
+    """Writes all rows as text, so not "mse" (see `write_mse`); returns their number. CSV is separated as the file of
+    the rows is, and has a byte order mark if that has one."""
     if format not in TABLES:
         return write_cards(cards_of(named), file, format)
-    rows = table_of(named)
-    return write_table(rows, list(rows[0]), file, format, raw_cells)
+    rows, style = table_of(named), named[0].row.style
+    if format == "csv" and style.has_bom:
+        file.write("\ufeff")
+    return write_table(rows, list(rows[0]), file, format, raw_cells, style.separator)
 
 
 def cards_of(named: Sequence[NamedRow]) -> list[NamedCard]:

@@ -54,7 +54,12 @@ def write_names(
 
 
 def write_table(
-    rows: Iterable[dict[str, Any]], columns: Sequence[str], file: TextIO, format: Format, raw_cells: bool = False
+    rows: Iterable[dict[str, Any]],
+    columns: Sequence[str],
+    file: TextIO,
+    format: Format,
+    raw_cells: bool = False,
+    separator: str = ",",
 ) -> int:
     """Writes rows in one of `TABLES`; returns their number. Unless ``raw_cells``, CSV has no formulas (`to_cell`)."""
     if format == "jsonl":
@@ -63,7 +68,7 @@ def write_table(
         listed = list(rows)
         say(json.dumps(listed, indent=2, ensure_ascii=False), file)
         return len(listed)
-    table = csv.DictWriter(file, columns, lineterminator="\n")
+    table = csv.DictWriter(file, columns, delimiter=separator, lineterminator="\n")
     table.writeheader()
     written = 0
     for row in rows:

@@ -1,0 +1,270 @@
+"""Reads the cards of a set from CSV, JSON or JSON lines, to name those that have no name yet."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from flash_experts.data.card_formats import column_of, known_columns, raw_card
+from flash_experts.data.cards import COLORS, RARITIES, UNKNOWN, Card, Unread, join_type_line
+from flash_experts.data.cleaning import face_cards
+from flash_experts.data.prompts import Attributes
+from flash_experts.data.sources import (
+    MAX_JSON_BYTES,
+    OTHER_KINDS,
+    Lines,
+    cells_of,
+    heading_of,
+    separated,
+    split_lines,
+)
+
+MOST_ROWS = 2_000
+MOST_PROBLEMS = 10  # shown of one file
+RULE_COLUMNS = ("starts_with", "contains", "ends_with")  # a row's own words
+_UNNAMED = "unnamed"
+_OF_CARDS = {"type_line", "types", "colors", "mana_value", "mana_cost", "rarity"}  # a file has one of these columns
+_KINDS = ".csv, .json and .jsonl"
+_NOTE = re.compile(r"\s*\([^()]*\)\s*$")  # at the end of a heading: "Colors (W, U, B, R, G, C)"
+_FRACTION = re.compile(r"\d*[.,]\d*[1-9]\d*")
+_EXAMPLE = '[{"type_line": "Instant", "colors": "U"}]'
+_VALUES = {
+    "mana_value": "give a whole number such as 3",
+    "colors": f"give letters of {COLORS}, or C: colorless",
+    "rarity": f"give {', '.join(RARITIES)}",
+    "mana_cost": "give one such as 2R",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class CsvStyle:
+    """How a CSV file is written."""
+
+    separator: str = ","
+    has_bom: bool = False  # byte order mark
+
+
+@dataclass(frozen=True, slots=True)
+class CardRow:
+    """A row of a card file.
+
+    Attributes:
+        where: ``file:line``, or ``file[index]`` for JSON.
+        name: that the card has already, or "".
+        rules: options of `NameRequest`.
+        style: of the file, if it is CSV.
+    """
+
+    where: str
+    cells: Mapping[str, str]
+    name: str
+    card: Attributes
+    rules: Mapping[str, str] = field(default_factory=dict)
+    style: CsvStyle = CsvStyle()
+
+
+class BadRowsError(ValueError):
+    """Several rows of a file are not understood.
+
+    Attributes:
+        summary: how many.
+        problems: a line for each of the first `MOST_PROBLEMS`, and one for the rest.
+    """
+
+    def __init__(self, where: str, problems: Sequence[str]) -> None:
+        self.summary = f"{where}: {len(problems)} rows are not understood"
+        self.problems = [*problems[:MOST_PROBLEMS]]
+        if (rest := len(problems) - MOST_PROBLEMS) > 0:
+            self.problems.append(f"and {rest} more")
+        super().__init__(f"{self.summary}: {'; '.join(self.problems)}")
+
+
+def read_card_rows(path: str | Path) -> list[CardRow]:
+    """Reads the cards of a set from CSV, JSON with a list of objects, or JSON lines.
+
+    Columns are those of `flash_experts.data.card_formats`, ``name`` for cards that have one, and ``starts_with``,
+    ``contains`` and ``ends_with`` for words that a name must have. Of two faces the first one is named.
+
+    Raises:
+        ValueError: the file is of another kind, or a row is not understood (with ``file:line``); a `BadRowsError` for
+            several such rows.
+    """
+    path = Path(path)
+    suffix = path.suffix.lower()
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder: cards are read from {_KINDS} files")
+    if not path.is_file():
+        raise ValueError(f"there is no file {path}")
+    if suffix in OTHER_KINDS:
+        raise ValueError(f"{path} is {OTHER_KINDS[suffix]}; cards are read from {_KINDS}")
+    if path.stat().st_size > MAX_JSON_BYTES:
+        raise ValueError(f"{path}: more than {MOST_ROWS:,} cards: give a smaller file")
+    lines = Lines(path)
+    return card_rows_of(lines.whole(), str(path), lines.has_bom)
+
+
+def card_rows_of(text: str, where: str, has_bom: bool = False) -> list[CardRow]:
+    """As `read_card_rows`; ``where`` names the file in messages."""
+    rows: list[CardRow] = []
+    problems: list[str] = []
+    style = CsvStyle(has_bom=has_bom)
+    if _is_json(text):
+        records: Iterable[tuple[str, Any]] = _json_records(text, where)
+    else:
+        separator, columns, table = _table(text, where)
+        style = CsvStyle(separator, has_bom)
+        records = ((place, (columns, cells)) for place, cells in table)
+    for place, found in records:
+        try:
+            cells = found if isinstance(found, dict) else _record(*found, style.separator)
+            rows.append(_row_of(cells, place, style))
+        except ValueError as error:
+            problems.append(f"{place}: {str(error).removeprefix(f'{place}: ')}")
+        if len(rows) + len(problems) > MOST_ROWS:
+            raise ValueError(f"{where}: more than {MOST_ROWS:,} cards: give a smaller file")
+    if len(problems) == 1:
+        raise ValueError(problems[0])
+    if problems:
+        raise BadRowsError(where, problems)
+    if not rows:
+        raise ValueError(f"{where}: no cards under the heading")
+    return rows
+
+
+def is_card_table(text: str) -> bool:
+    """Whether a text is JSON, or CSV whose heading has a column of cards."""
+    if _is_json(text):
+        return True
+    _, heading, separator = heading_of(split_lines(text))
+    return _has_cards(separated(heading, "the heading", separator)[1])
+
+
+def _is_json(text: str) -> bool:
+    return text.lstrip()[:1] in ("[", "{")
+
+
+def _has_cards(columns: Iterable[str]) -> bool:
+    return bool(known_columns(plain_headings(columns).values()) & _OF_CARDS)
+
+
+def plain_headings(columns: Iterable[str]) -> dict[str, str]:
+    """Each heading without the note in brackets that set makers add, unless another column has that heading."""
+    columns = list(columns)
+    taken = {column_of(column) for column in columns} | {None}
+    plain = {}
+    for column in columns:
+        short = _NOTE.sub("", column)
+        plain[column] = column if column_of(short) in taken else short
+        taken.add(column_of(short))
+    return plain
+
+
+def _table(text: str, where: str) -> tuple[str, list[str], Iterator[tuple[str, list[str]]]]:
+    """The separator, the headings, and the place and cells of each row."""
+    lines = split_lines(text)
+    before, heading, separator = heading_of(lines)
+    first = f"{where}:{before + 1}"
+    separator, columns = separated(heading, first, separator)
+    if not _has_cards(columns):
+        named = heading.strip("\r\n")[:100]
+        raise ValueError(f"{first}: no column type_line, colors or mana_value in the heading ({named})")
+    for column, count in Counter(filter(None, map(str.strip, columns))).items():
+        if count > 1:
+            raise ValueError(f"{first}: two columns are called {column!r}: keep one")
+    rows = cells_of(chain([heading], lines), where, before, separator, skipinitialspace=True)
+    next(rows)
+    return separator, columns, rows
+
+
+def _record(columns: Sequence[str], cells: Sequence[str], separator: str) -> dict[str, str]:
+    """A row by column. Spreadsheets leave out empty cells at the end of a row, or add some."""
+    if any(cell.strip() for cell in cells[len(columns) :]):
+        raise ValueError(
+            f"{len(cells)} cells, but the heading has {len(columns)} columns: put cells that hold {separator!r} in "
+            "quotes, or add a heading"
+        )
+    missing = [""] * (len(columns) - len(cells))
+    return dict(zip(columns, [*cells[: len(columns)], *missing], strict=True))
+
+
+def _json_records(text: str, where: str) -> Iterator[tuple[str, dict[Any, Any]]]:
+    records = _json_objects(text, where)
+    columns = dict.fromkeys(column for _, record in records for column in record)
+    if records and not _has_cards(map(str, columns)):
+        raise ValueError(f"{where}: no card has a type_line, colors or a mana_value: write them as {_EXAMPLE}")
+    for place, record in records:
+        yield place, {column: record.get(column) for column in columns}
+
+
+def _json_objects(text: str, where: str) -> list[tuple[str, dict[Any, Any]]]:
+    """The objects of a JSON list, or of JSON lines, with their places."""
+    lines = [(f"{where}:{number}", line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    if text.lstrip().startswith("{") and lines[0][1].strip().endswith("}"):
+        found = [(place, _parsed(line, place)) for place, line in lines]
+    else:
+        records = _parsed(text, where)
+        if not isinstance(records, list):
+            raise ValueError(f"{where}: not a list of cards: write them as {_EXAMPLE}")
+        found = [(f"{where}[{index}]", record) for index, record in enumerate(records)]
+    if not all(isinstance(record, dict) for _, record in found):
+        raise ValueError(f"{where}: not a list of cards: write them as {_EXAMPLE}")
+    return found
+
+
+def _parsed(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError(f"{where}: not a list of cards: its brackets are nested too deeply") from None
+    except ValueError as error:
+        raise ValueError(f"{where}: not JSON: {error}") from None
+
+
+def _row_of(cells: dict[Any, Any], where: str, style: CsvStyle) -> CardRow:
+    """A row, or a ValueError without the place."""
+    texts = {str(column).strip(): _cell_text(value) for column, value in cells.items()}
+    given = {str(column).strip() for column, value in cells.items() if value is not None}
+    plain = plain_headings(texts)
+    lower = {column.lower().replace(" ", "_"): value for column, value in texts.items()}
+    _, name = _own_cell(texts, plain, "name")
+    known = {plain[column]: text for column, text in texts.items() if column in given}
+    known = {column: text for column, text in known.items() if column_of(column) != "name"}
+    unread = Unread()
+    found = raw_card({**known, "name": name or _UNNAMED}, where, unread)
+    front = None if found is None else next(face_cards(found, unread))
+    if _FRACTION.fullmatch(_own_cell(texts, plain, "mana_value")[1]):
+        unread.add("mana_value", where, "")
+    wrong = [column for column in unread.counts if column in _OF_CARDS]
+    if found is None or front is None or wrong:
+        column = next(iter(wrong), "name")
+        heading, cell = _own_cell(texts, plain, column)
+        hint = f": {_VALUES[column]}" if column in _VALUES else ""
+        raise ValueError(f"{heading} {cell!r:.60} is not understood{hint}")
+    is_colored = front.colors is not None and (found.mana_cost or found.colors not in (None, UNKNOWN))
+    colors = ("".join(front.colors or ()) or "C") if is_colored else None
+    card = Attributes.parse(_type_line(front) or None, colors, front.mana_value, front.rarity)
+    return CardRow(where, texts, name, card, {rule: lower[rule] for rule in RULE_COLUMNS if lower.get(rule)}, style)
+
+
+def _own_cell(texts: Mapping[str, str], plain: Mapping[str, str], column: str) -> tuple[str, str]:
+    """The file's own heading of a column, and the cell under it."""
+    named = ((heading, text) for heading, text in texts.items() if text and column_of(plain[heading]) == column)
+    return next(named, (column, ""))
+
+
+def _type_line(card: Card) -> str:
+    """The type line without "Token", for which no model has a word."""
+    types = tuple(word for word in card.types if word != "Token")
+    return join_type_line(card.supertypes, types, card.subtypes)
+
+
+def _cell_text(value: Any) -> str:
+    if isinstance(value, list):
+        value = " ".join(map(str, value))
+    return "" if value is None else str(value).strip()
