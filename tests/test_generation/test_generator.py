@@ -27,6 +27,8 @@ from flash_experts.generation import (
     NameRequest,
     format_name,
 )
+from flash_experts.generation.filters.base import NoTokenLeftError
+from flash_experts.generation.generator import NameSearch
 from flash_experts.generation.reranker import Reranker
 from flash_experts.generation.sampling import stream_seed
 from flash_experts.generation.text_rules import KNOWN_CHARACTERS, alliterates
@@ -114,6 +116,14 @@ def test_the_given_text_alone_is_no_name(
         NameRequest.of(**{rule: "ring"}).held_by("Ring") for rule in ("starts_with", "ends_with", "contains")
     )
     assert NameRequest.of(starts_with="Goblin").held_by("Goblins")
+
+
+def test_a_given_text_as_long_as_the_longest_name_is_not_tried(
+    generator: NameGenerator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(NameSearch, "_decode", None)
+    with pytest.raises(NoTokenLeftError, match="no name can be made with starts_with='ZZZZQQ', words=1, max_length=6"):
+        generator.generate(3, starts_with="ZZZZQQ", words=1, max_length=6)
 
 
 def test_a_model_that_never_ends_a_name_gives_names_unless_a_length_is_asked_for(

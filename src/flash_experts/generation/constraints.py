@@ -130,6 +130,12 @@ class Constraints:
         return LONGEST_NAME if self.max_length is None else self.max_length
 
     @property
+    def has_room(self) -> bool:
+        """Whether a name can have more letters than each given text."""
+        texts = (self.starts_with, self.contains, self.ends_with)
+        return all(text is None or len(shown_form(text)) < self.longest for text in texts)
+
+    @property
     def word_limits(self) -> tuple[int, int | None]:
         """Words at least and at most (None: any number)."""
         if self.words is not None:

@@ -30,11 +30,11 @@ from flash_experts.models.scoring import evaluating
 from flash_experts.released import default_model
 
 FilterFactory = Callable[[NameVocabulary, int], LogitsProcessor]
-# When a search ends: tries in a row without a new name, fewer of them if nearly all repeat the few names found so far,
+# When a search ends: tries in a row without a new name, fewer of them if most repeat the few names found so far,
 # and tries altogether. Ordinary requests find a new name in nearly every try.
 _TRIES_WITHOUT_NEW = 1024
 _REPEATS, _REPEATS_PER_NAME = 128, 64
-_NEARLY_ALL = 15 / 16
+_MOST = 3 / 4
 _TRIES, _TRIES_PER_NAME = 512, 64
 _PART = 32  # names checked together
 _ROWS_AT_ONCE = 64  # with 35,000 cards: 9 MB of similarities
@@ -275,7 +275,7 @@ class NameSearch:
         Warns if it finds fewer; raises a NoTokenLeftError if no name satisfies the constraints.
         """
         given = 0
-        while given < count and not self._is_over:
+        while given < count and not self._is_over and self.constraints.has_room:
             chosen = self._choose(self._next_batch(count * self.best_of - len(self._seen)), count - given)
             given += len(chosen)
             yield from self._with_nearest(chosen)
@@ -296,7 +296,7 @@ class NameSearch:
     def _is_over(self) -> bool:
         """Whether so many tries gave so few new names that hardly any more will come."""
         last, seen = self._tries_since_new, len(self._seen)
-        are_all_found = self._repeats_since_new >= max(_NEARLY_ALL * last, _REPEATS, _REPEATS_PER_NAME * seen)
+        are_all_found = self._repeats_since_new >= max(_MOST * last, _REPEATS, _REPEATS_PER_NAME * seen)
         return last >= _TRIES_WITHOUT_NEW or are_all_found or self._tried >= _TRIES + _TRIES_PER_NAME * seen
 
     def _choose(self, found: Sequence[GeneratedName], wanted: int) -> list[GeneratedName]:
