@@ -38,7 +38,7 @@ class _ConfigFile(ActionConfigFile):
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
         try:
             path = configuration(values)
-            if "training" in read_yaml(path) and "training" not in parser.groups:
+            if "training" in read_yaml(path) and "training" not in parser.option_groups:
                 raise ValueError(f"{values} is a configuration of train: flash-experts train --config {values}")
             settings = read_settings(path, parser.hints)
             if "config" in settings:
@@ -187,7 +187,7 @@ class CommandParser(ArgumentParser):
         for argument in args or ():
             if len(argument) > _MAX_CHARACTERS:
                 self.error(f"{argument[:30]}...: {len(argument):,} characters are too long for an option")
-            if argument.partition("=")[0].removeprefix("--") in self.groups:
+            if argument.partition("=")[0].removeprefix("--") in self.option_groups:
                 self.error(f"{argument.partition('=')[0]} is a group of options and takes no value")
         namespace = super().parse_args(args, *others, **options)
         seed = namespace.get("seed")
@@ -209,7 +209,7 @@ class CommandParser(ArgumentParser):
         return found
 
     @property
-    def groups(self) -> set[str]:
+    def option_groups(self) -> set[str]:
         """``training`` and ``training.lr_scale`` of ``training.lr_scale.router``."""
         dests = [action.dest for action in self._actions if not action.dest.endswith(".help")]
         return {dest.rpartition(".")[0] for dest in dests} - {""}
@@ -250,7 +250,7 @@ class CommandParser(ArgumentParser):
         general.title = "Other options" if grouped else "Options"
         self._action_groups = sorted(self._action_groups, key=lambda group: group is general)
         for action in self._actions:
-            group = action.dest in self.groups or action.dest.endswith(".help")
+            group = action.dest in self.option_groups or action.dest.endswith(".help")
             action.help = SUPPRESS if group else _GENERAL_HELP.get(action.dest, action.help)
         return super().format_help(*args, **kwargs)
 

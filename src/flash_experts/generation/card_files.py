@@ -113,16 +113,16 @@ def card_rows_of(text: str, where: str, has_bom: bool = False) -> list[CardRow]:
     """As `read_card_rows`; ``where`` names the file in messages."""
     rows: list[CardRow] = []
     problems: list[str] = []
+    columns: list[str] = []
     style = CsvStyle(has_bom=has_bom)
     if _is_json(text):
         records: Iterable[tuple[str, Any]] = _json_records(text, where)
     else:
-        separator, columns, table = _table(text, where)
+        separator, columns, records = _table(text, where)
         style = CsvStyle(separator, has_bom)
-        records = ((place, (columns, cells)) for place, cells in table)
     for place, found in records:
         try:
-            cells = found if isinstance(found, dict) else _record(*found, style.separator)
+            cells = _record(columns, found, style.separator) if isinstance(found, list) else found
             rows.append(_row_of(cells, place, style))
         except ValueError as error:
             problems.append(f"{place}: {str(error).removeprefix(f'{place}: ')}")
