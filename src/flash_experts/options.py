@@ -5,8 +5,9 @@ and files of settings, which give them values.
 from __future__ import annotations
 
 import math
+import numbers
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from functools import cache
 from pathlib import Path
@@ -20,7 +21,9 @@ from flash_experts.terminal import did_you_mean
 POSITIVE, UNDER_ONE = math.nextafter(0, 1), math.nextafter(1, 0)  # bounds for more than 0, and for less than 1
 Kind = Literal["text", "list", "flag", "integer", "number", "choice"]
 MAX_BYTES = 2**17  # of a settings file; our longest has four thousand
-_TYPES_IN_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", NoneType: "null"}
+_TYPES_IN_WORDS = {
+    int: "a whole number", float: "a number", bool: "true or false", str: "text", NoneType: "null", Path: "a path",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,18 +93,63 @@ def defaults_of(cls: Any) -> dict[str, Any]:
 
 
 def problems_of(values: Any, cls: type) -> list[str]:
-    """What is wrong with the options of a class, a phrase each: numbers out of bounds, unknown choices."""
-    problems = []
+    """What is wrong with the options of a class, a phrase each: types, or numbers out of bounds and unknown choices."""
+    problems = wrong_types(values, cls)
+    if problems:  # which cannot be compared with bounds
+        return problems
     for name, known in options_of(cls).items():
         value = getattr(values, name)
         if kind_of(cls, name) == "choice":
             choices = get_args(type_of(cls, name))
-            if value not in choices:
+            if not isinstance(value, str) or value not in choices:
                 hint = did_you_mean(str(value), choices, prefix=": ")
                 problems.append(f"{name} is {value!r}, but it is one of {', '.join(choices)}{hint}")
         elif known.bounds is not None and value is not None and not known.bounds[0] <= value <= known.bounds[1]:
             problems.append(f"{name} is {value}, but it must be {_range(*known.bounds)}")
     return problems
+
+
+def wrong_types(values: Any, cls: Any) -> list[str]:
+    """The fields of a dataclass whose value has another type than its annotation, a phrase each."""
+    hints = _hints(cls)
+    found = (type_problem(each.name, getattr(values, each.name), hints[each.name]) for each in fields(cls))
+    return [problem for problem in found if problem is not None]
+
+
+def type_problem(name: str, value: Any, hint: Any) -> str | None:
+    """A phrase if the type of a value is not ``hint``. Numbers of numpy pass; choices are left to `problems_of`."""
+    if _has_type(value, hint):
+        return None
+    options = [kind for kind in _alternatives(hint) if kind is not NoneType]
+    what = " or ".join(describe_type(kind) or f"a {kind.__name__}" for kind in options)
+    shown = " ".join(f"{value!r:.60}".split())
+    advice = ""
+    if str in options and isinstance(value, list | tuple) and value and all(isinstance(part, str) for part in value):
+        advice = f": write {('' if max(map(len, value)) == 1 else ' ').join(value)!r}"
+    return f"{name} must be {what}, not {shown}{advice}"
+
+
+def _alternatives(hint: Any) -> tuple[Any, ...]:
+    return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+
+
+def _has_type(value: Any, hint: Any) -> bool:
+    return any(_is_a(value, kind) for kind in _alternatives(hint))
+
+
+def _is_a(value: Any, kind: Any) -> bool:
+    if kind in (int, float):  # True is an int of Python
+        return isinstance(value, numbers.Integral if kind is int else numbers.Real) and not isinstance(value, bool)
+    origin, parts = get_origin(kind), get_args(kind)
+    if origin is Literal:
+        return True
+    if origin not in (list, tuple, Sequence):
+        return isinstance(value, kind)
+    if isinstance(value, str | bytes | Mapping) or not isinstance(value, Collection):
+        return False
+    if origin is tuple:
+        return len(value) == len(parts) and all(map(_has_type, value, parts))
+    return all(_has_type(part, parts[0]) for part in value)
 
 
 def _range(least: float, most: float) -> str:
@@ -210,7 +258,7 @@ def _typed_group(content: Any, written: Any, hints: Mapping[str, Any], where: st
 
 def _typed(value: Any, text: Any, hint: Any, where: str) -> Any:
     """Converts a value to its type. ``text`` is its spelling in the file."""
-    options = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    options = _alternatives(hint)
     what = describe_type(hint) or "settings"
     if value is None and NoneType not in options:
         raise ValueError(f"{where} is empty, but it must be {what}: write a value, or delete the line for the default")
@@ -261,7 +309,7 @@ def describe_type(hint: Any) -> str | None:
         return f"one of {', '.join(map(str, get_args(hint)))}"
     if get_origin(hint) is tuple:
         return f"a list of {len(get_args(hint))}"
-    if get_origin(hint) is list:
+    if get_origin(hint) in (list, Sequence):
         examples = {str: ", such as [a,b]", int: ", such as [1,2]"}
         return "a list" + examples.get(get_args(hint)[0], "")
     return _TYPES_IN_WORDS.get(hint)

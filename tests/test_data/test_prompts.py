@@ -109,7 +109,10 @@ def test_colors(text: str, colors: str) -> None:
         (None, "CW", None, "^colorless cannot be combined with white: leave out one of them$"),
         (None, "{U}{C}{R}", None, "^colorless cannot be combined with blue and red: leave out one of them$"),
         (None, None, -1, "mana value must be from 0 to 10,000,000, not -1"),
-        (None, None, True, "mana value must be from 0 to 10,000,000, not True"),
+        (None, None, True, "mana_value must be a whole number, not True"),
+        (None, None, "3", "mana_value must be a whole number, not '3'"),
+        (None, ["W", "U"], None, r"colors must be text, not \['W', 'U'\]: write 'WU'"),
+        (7, None, None, "type_line must be text, not 7"),
     ],
 )
 def test_unknown_values_are_reported(

@@ -29,6 +29,8 @@ from flash_experts.generation import (
 )
 from flash_experts.generation.filters.base import NoTokenLeftError
 from flash_experts.generation.generator import NameSearch
+from flash_experts.generation.constraints import Constraints
+from flash_experts.generation.request import Sampling
 from flash_experts.generation.reranker import Reranker
 from flash_experts.generation.sampling import stream_seed
 from flash_experts.generation.text_rules import KNOWN_CHARACTERS, alliterates
@@ -222,7 +224,6 @@ def test_own_filters(generator: NameGenerator) -> None:
         ({"starts_with": "Elf", "max_length": 3, "banned_words": ["elf"]}, "no name can be made"),
         ({"ends_with": " Wolf", "banned_words": ["wolf"]}, "banned word 'wolf'"),
         ({"starts_with": "Elf of", "banned_words": ["ELF"]}, "banned word 'elf'"),
-        ({"banned_words": "elf"}, "give a list"),
         ({"starts_with": "Fire // Ice"}, "as on cards"),
         ({"starts_with": "&elf"}, "as on cards"),
         ({"contains": "//"}, "as on cards"),
@@ -300,9 +301,52 @@ def test_the_known_characters_are_those_of_all_known_names() -> None:
     assert set("".join(known_names())) == KNOWN_CHARACTERS
 
 
-def test_an_unknown_option_is_a_type_error(generator: NameGenerator) -> None:
-    with pytest.raises(TypeError, match="start_with"):
-        generator.generate(start_with="Goblin")
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [("start_with", "starts_with"), ("typeline", "type_line"), ("type", "type_line"), ("ban", "banned_words")],
+)
+def test_an_unknown_option_is_a_type_error(generator: NameGenerator, name: str, meant: str) -> None:
+    """The names on the command line are suggested, too."""
+    with pytest.raises(TypeError, match=f"unknown option '{name}': did you mean '{meant}'"):
+        generator.generate(**{name: "Goblin"})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"count": "2"}, "count must be a whole number, not '2'"),
+        ({"count": True}, "count must be a whole number, not True"),
+        ({"count": 2.0}, "count must be a whole number, not 2.0"),
+        ({"mana_value": "3"}, "mana_value must be a whole number, not '3'"),
+        ({"mana_value": 3.5}, "mana_value must be a whole number, not 3.5"),
+        ({"colors": ["W", "U"]}, r"colors must be text, not \['W', 'U'\]: write 'WU'"),
+        ({"type_line": ["Elf", "Druid"]}, r"type_line must be text, not \['Elf', 'Druid'\]: write 'Elf Druid'"),
+        ({"starts_with": 3}, "starts_with must be text, not 3"),
+        ({"banned_words": "fire"}, r"banned_words must be a list, such as \[a,b\], not 'fire'"),
+        ({"banned_words": [1]}, "banned_words must be a list"),
+        ({"alliterate": "no"}, "alliterate must be true or false, not 'no'"),
+        ({"temperature": "hot"}, "temperature must be a number, not 'hot'"),
+        ({"quality": ["fast"]}, "quality is .* but it is one of"),
+        ({"filters": [object()]}, "filters has <object .* subclass of NameFilter"),
+        ({"filters": 3}, "filters must be a list"),
+    ],
+)
+def test_arguments_of_a_wrong_type(generator: NameGenerator, arguments: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        generator.stream(**arguments)
+
+
+def test_rules_and_sampling_check_types_by_themselves() -> None:
+    with pytest.raises(ValueError, match="words must be a whole number, not '2'"):
+        Constraints(words="2")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="top_k must be a whole number, not True"):
+        Sampling(top_k=True)
+
+
+def test_numbers_of_numpy_and_any_collection_of_words_are_accepted(generator: NameGenerator) -> None:
+    given = {"count": np.int64(2), "mana_value": np.int32(3), "temperature": np.float32(1), "top_k": np.int64(0)}
+    same = generator.generate(2, mana_value=3, temperature=1, top_k=0, banned_words=["fire"], seed=4)
+    assert generator.generate(**given, min_distance=0, banned_words={"fire"}, seed=np.int64(4)) == same
 
 
 HELD = {

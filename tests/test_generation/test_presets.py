@@ -25,7 +25,7 @@ def test_a_file_of_presets_adds_to_ours_and_may_replace_them(tmp_path: Path) -> 
     [
         ("wild: {temprature: 1}", "did you mean 'temperature'"),
         ("wild: {temperature: hot}", "must be a number"),
-        ("wild: {top_k: 2.5}", "must be a number"),
+        ("wild: {top_k: 2.5}", "top_k must be a whole number, not 2.5"),
         ("wild: {temperature: 0}", "preset 'wild': temperature"),
         ("wild: 3", "presets are written"),
         ("- wild", "holds no settings"),

@@ -25,6 +25,7 @@ from flash_experts.data.cards import (
     split_type_line,
 )
 from flash_experts.data.names import normal_form
+from flash_experts.options import type_problem
 from flash_experts.terminal import nearest
 
 MAX_MANA_VALUE = 10**7  # the most expensive card costs a million (Gleemax)
@@ -69,9 +70,16 @@ class Attributes:
         """Parses attributes as users write them; None (or an empty text) leaves one unspecified.
 
         Raises:
-            ValueError: a value is unknown (with a suggestion) or malformed; `check_known` checks what a model knows.
+            ValueError: a value is unknown (with a suggestion), malformed or of a wrong type.
+                `check_known` checks what a model knows.
         """
-        if mana_value is not None and (isinstance(mana_value, bool) or not 0 <= mana_value <= MAX_MANA_VALUE):
+        texts = {"type_line": type_line, "colors": colors, "rarity": rarity, "set_code": set_code}
+        problems = [type_problem(name, value, str | None) for name, value in texts.items()]
+        whole = {"mana_value": mana_value, "released": released}
+        problems += [type_problem(name, value, int | None) for name, value in whole.items()]
+        if any(problems):
+            raise ValueError("; ".join(filter(None, problems)))
+        if mana_value is not None and not 0 <= mana_value <= MAX_MANA_VALUE:
             raise ValueError(f"the mana value must be from 0 to {MAX_MANA_VALUE:,}, not {mana_value}")
         supertypes, types, subtypes = parse_type_line(type_line)
         year = None if released is None else int(parse_date(str(released)) or 0)

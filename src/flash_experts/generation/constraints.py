@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from flash_experts.data.names import normal_form, shown_form
 from flash_experts.generation import text_rules
-from flash_experts.options import at_least, option
+from flash_experts.options import at_least, option, problems_of
 
 if TYPE_CHECKING:
     from flash_experts.generation.filters.base import NameFilter, NameVocabulary
@@ -85,7 +85,9 @@ class Constraints:
     )  # fmt: skip
 
     def __post_init__(self) -> None:
-        """Raises a ValueError if a value is out of range, or no name can follow two of the rules."""
+        """Raises a ValueError if a value has a wrong type or range, or no name can follow two of the rules."""
+        if problems := problems_of(self, type(self)):
+            raise ValueError("; ".join(problems))
         if self.words is not None:
             if self.min_words is not None or self.max_words is not None:
                 raise ValueError("words is the exact number: leave out min_words and max_words")
@@ -95,8 +97,6 @@ class Constraints:
                 at_least(name, value, 1, "a name has one or more")
         if self.longest > MOST_CHARACTERS:
             raise ValueError(f"max_length {self.longest} is more than a name can have: give {MOST_CHARACTERS} or less")
-        if isinstance(self.banned_words, str):
-            raise ValueError(f"banned_words is the text {self.banned_words!r}: give a list of words")
         if not 0 <= self.min_distance < 1:
             raise ValueError(f"min_distance is {self.min_distance}: it must be 0 or more, and under 1")
         least, most = self.word_limits

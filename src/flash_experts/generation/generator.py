@@ -149,7 +149,7 @@ class NameGenerator:
                 the default.
 
         Raises:
-            ValueError: a value is out of range or unknown, or no name satisfies the constraints.
+            ValueError: a value is out of range, unknown or of a wrong type, or no name satisfies the constraints.
             TypeError: an option is unknown.
         """
         return list(self.stream(count, filters=filters, **options))
@@ -162,6 +162,7 @@ class NameGenerator:
 
     def answer(self, request: NameRequest, filters: Sequence[FilterFactory] = ()) -> Iterator[GeneratedName]:
         """The names for a request, as `stream` gives them."""
+        makers = _checked(filters)
         examples = examples_of(request.like) if request.like else []
         attributes = completed_attributes(request)
         check_known(attributes, read_conditions(self.model.config.to_dict()))
@@ -171,7 +172,7 @@ class NameGenerator:
         )
         processors: list[LogitsProcessor] = []
         processors += request.filters(self.vocabulary, len(prompt_ids), self.known.normal_forms)
-        processors += [make(self.vocabulary, len(prompt_ids)) for make in filters]
+        processors += [make(self.vocabulary, len(prompt_ids)) for make in makers]
         if examples:
             processors.append(Resembles(self.vocabulary, len(prompt_ids), examples))
         search = NameSearch(
@@ -189,6 +190,19 @@ class NameGenerator:
             reranker=Reranker(attributes, classifier=self.classifier),
         )
         return search.names(request.count)
+
+
+def _checked(filters: Sequence[FilterFactory]) -> list[FilterFactory]:
+    if not isinstance(filters, Iterable):
+        raise ValueError(f"filters must be a list, such as [MyFilter], not {filters!r:.60}")
+    found = list(filters)
+    for make in found:
+        if isinstance(make, LogitsProcessor) or not callable(make):
+            raise ValueError(
+                f"filters has {make!r:.60}: give a subclass of NameFilter, or a function (vocabulary, prompt length) "
+                "-> LogitsProcessor"
+            )
+    return found
 
 
 def completed_attributes(request: NameRequest) -> Attributes:

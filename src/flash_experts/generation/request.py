@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from flash_experts.data.prompts import Attributes
 from flash_experts.generation.constraints import RULES, Constraints
-from flash_experts.options import option, problems_of, read_yaml
+from flash_experts.options import option, options_of, problems_of, read_yaml
 from flash_experts.terminal import did_you_mean
 
 __all__ = [
@@ -71,6 +71,8 @@ class Sampling:
     )  # fmt: skip
 
     def __post_init__(self) -> None:
+        if problems := problems_of(self, Sampling):
+            raise ValueError("; ".join(problems))
         if not 0 < self.temperature < float("inf"):
             raise ValueError(
                 f"temperature is {self.temperature}: it must be over 0 (try 0.1 for the likeliest names; "
@@ -101,12 +103,10 @@ def load_presets(path: str | Path) -> dict[str, Sampling]:
 
 def _sampling(settings: dict[str, Any], where: str) -> Sampling:
     known = [field.name for field in fields(Sampling)]
-    for name, value in settings.items():
+    for name in settings:
         if name not in known:
             hint = did_you_mean(str(name), known, f"there are {', '.join(known)}")
             raise ValueError(f"{where}: unknown setting {name!r}: {hint}")
-        if isinstance(value, bool) or not isinstance(value, int if name == "top_k" else int | float):
-            raise ValueError(f"{where}: {name} must be a number, not {value!r}")
     try:
         return Sampling(**settings)
     except ValueError as error:
@@ -190,15 +190,22 @@ class NameRequest(Constraints):
     )  # fmt: skip
     batch_size: int = option(256, "names computed at once", MODEL, bounds=(1, 65_536))
 
-    def __post_init__(self) -> None:
-        if problems := problems_of(self, NameRequest):
-            raise ValueError("; ".join(problems))
-        Constraints.__post_init__(self)
-
     @classmethod
     def of(cls, **options: Any) -> NameRequest:
-        """A request with these options; None and an empty list stand for the default."""
-        return cls(**{name: value for name, value in options.items() if value is not None and value != []})
+        """A request with these options; None and an empty list stand for the default.
+
+        Raises a TypeError for an option that does not exist.
+        """
+        known = [each.name for each in fields(cls)]
+        of_flag = {option.flag: name for name, option in options_of(cls).items() if option.flag}
+        for name in options:
+            if name not in known:
+                hint = did_you_mean(of_flag.get(name, name), known, f"there are {', '.join(known)}")
+                raise TypeError(f"unknown option {name!r}: {hint}")
+        left_open = {
+            name for name, value in options.items() if value is None or (isinstance(value, list) and not value)
+        }
+        return cls(**{name: value for name, value in options.items() if name not in left_open})
 
     @property
     def num_candidates(self) -> int:

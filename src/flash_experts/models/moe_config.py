@@ -64,7 +64,7 @@ class GPT2MoEConfig(MoEOptions, GPT2Config):
 
     def _check(self) -> None:
         check_backend_name(self.attention_backend, "attention_backend")
-        problems = problems_of(self, MoEOptions) + too_many_per_token(self)
+        problems = problems_of(self, MoEOptions) or too_many_per_token(self)
         if problems:
             raise ValueError("; ".join(problems))
         if not 1 <= self.moe_layer_freq <= self.n_layer:

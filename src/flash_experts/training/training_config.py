@@ -5,6 +5,7 @@ Light to import: the command line makes its options of it.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
@@ -21,7 +22,7 @@ from flash_experts.models.moe_options import (
     UpcyclingOptions,
     too_many_per_token,
 )
-from flash_experts.options import POSITIVE, UNDER_ONE, option, problems_of
+from flash_experts.options import POSITIVE, UNDER_ONE, option, problems_of, wrong_types
 from flash_experts.terminal import nearest
 
 _MOST = 10**12  # steps, tokens or names: more are a typing error
@@ -73,15 +74,17 @@ class ModelConfig(MoEOptions, UpcyclingOptions):
 
     def validate(self) -> None:
         """Checks every value; raises a ValueError with all that is wrong."""
+        if problems := wrong_types(self, ModelConfig) or self._problems():
+            raise ValueError("the model configuration is wrong: " + "; ".join(problems))
+
+    def _problems(self) -> list[str]:
         problems = problems_of(self, ModelConfig)
         if self.n_head >= 1 and self.n_embd % self.n_head:
             problems.append(f"n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head})")
-        if self.num_experts:
-            problems += too_many_per_token(self)
+        problems += too_many_per_token(self) if self.num_experts else []
         if self.teacher_embeddings and self.tokenizer is None:
             problems.append("teacher_embeddings needs a teacher: set model.tokenizer to its folder")
-        if problems:
-            raise ValueError("the model configuration is wrong: " + "; ".join(problems))
+        return problems
 
     @property
     def moe_fields(self) -> dict[str, Any]:
@@ -259,11 +262,15 @@ class TrainingConfig:
         return self.stages or [Stage("all", epochs=self.max_epochs)]
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON values (tuples become lists)."""
-        return asdict(self) | {"betas": list(self.betas)}
+        """As JSON values: tuples become lists, and numpy's numbers Python's."""
+        return dict(json.loads(json.dumps(asdict(self), default=lambda number: number.item())))
 
     def validate(self) -> None:
         """Checks every value; raises a ValueError with all that is wrong."""
+        if problems := wrong_types(self, TrainingConfig) or self._problems():
+            raise ValueError("the training configuration is wrong: " + "; ".join(problems))
+
+    def _problems(self) -> list[str]:
         problems = problems_of(self, TrainingConfig)
         problems += [f"lr_scale.{problem}" for problem in problems_of(self.lr_scale, LearningRateScale)]
         for at, beta in enumerate(self.betas):
@@ -289,14 +296,13 @@ class TrainingConfig:
         if not self.output_dir:
             problems.append("output_dir is empty: give a folder")
         name = default_run_name() if self.run_name is None else self.run_name
-        if not isinstance(name, str) or not name or Path(name).name != name or name in (".", ".."):
+        if not name or Path(name).name != name or name in (".", ".."):
             problems.append(f"run_name {name!r} must be one folder name")
         elif not name.isprintable():
             problems.append(f"run_name {name!r} has a character that cannot be printed")
         if self.max_minutes is None and self.max_steps is not None and self.warmup_steps > self.max_steps:
             problems.append(f"warmup_steps {self.warmup_steps} is more than max_steps {self.max_steps}")
-        if problems:
-            raise ValueError("the training configuration is wrong: " + "; ".join(problems))
+        return problems
 
 
 def default_run_name(settings_file: str | Path = "train") -> str:
@@ -351,6 +357,9 @@ class Stage:
 
     def problems(self, is_last: bool) -> list[str]:
         """What is wrong with this stage, a phrase each."""
+        return [f"stage {self.name!r}: {problem}" for problem in wrong_types(self, Stage) or self._problems(is_last)]
+
+    def _problems(self, is_last: bool) -> list[str]:
         found = [
             *_unknown("types", self.types, TYPES),
             *_unknown("rarities", self.rarities, RARITIES),
@@ -365,7 +374,7 @@ class Stage:
         lengths = [length for length in (self.min_length, self.max_length) if length is not None]
         if any(length < 1 for length in lengths) or lengths != sorted(lengths):
             found.append(f"no name has a length from {self.min_length} to {self.max_length}")
-        return [f"stage {self.name!r}: {problem}" for problem in found]
+        return found
 
 
 def stage_problems(stages: Sequence[Stage]) -> list[str]:
