@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from flash_experts.cli import COMMANDS, main
+from flash_experts.cli import COMMANDS, main, parse
 from flash_experts.commands import benchmark
 from flash_experts.commands.common import CommandParser, HelpFormatter
+from flash_experts.commands.train import how_to_resume
 from tests.helpers.command_line import BASE_RUN, TINY_RUN, ok, run, run_process
 
 
@@ -147,6 +148,31 @@ def test_a_process_of_its_own_says_the_same(tmp_path: Path) -> None:
     for arguments in (("trian",), ("generate", "--model", "nowhere")):
         done = run_process(*arguments, cwd=tmp_path)
         assert done == run(*arguments, cwd=tmp_path) and done.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "how"),
+    [
+        ("--training.run-name tiny", "run the same command again"),
+        ("--config quickstart", "run the same command again"),
+        ("", "run the same command again with --training.run-name 2026-12-01-train"),
+        (
+            "--training.run-name tiny --resume null --overwrite",
+            "run the same command again with --resume auto and without --overwrite",
+        ),
+    ],
+)
+def test_how_an_interrupted_training_is_resumed(words: str, how: str) -> None:
+    """The default name has the date: tomorrow the same command would start another run."""
+    assert how_to_resume(parse("train", words.split()), "2026-12-01-train") == how
+
+
+def test_train_reports_missing_data_before_it_loads_torch(tmp_path: Path) -> None:
+    code = "import sys; from flash_experts.cli import main; main(['train']); "
+    code += "assert not {'torch', 'transformers'} & set(sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    problem = "no prepared names in data/mtg: run `flash-experts prepare --out data/mtg`"
+    assert (done.returncode, done.stderr) == (0, f"flash-experts train: {problem}\n")
 
 
 @pytest.mark.parametrize("arguments", ["help", "--version", "generate --help", "configs"])

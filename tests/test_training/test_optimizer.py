@@ -16,6 +16,7 @@ from transformers import GPT2Config, PreTrainedTokenizerFast
 
 from flash_experts.models import GPT2MoEForCausalLM
 from flash_experts.training import Trainer, TrainingConfig
+from flash_experts.training import loss as loss_module
 from flash_experts.training.loss import CausalLoss, FiniteGuard
 from flash_experts.training.optimizer import (
     Muon,
@@ -276,6 +277,16 @@ def test_averaged_weights_are_validated_and_kept_and_resumed_to_the_bit(
 
 
 # ---------------------------------------------------------------------------------------------------------------- loss
+
+
+def test_a_second_derivative_of_the_chunked_loss_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The backward keeps the gradient as a constant: a second derivative would be wrong without a word."""
+    monkeypatch.setattr(loss_module, "_CHUNK", 16)
+    logits = torch.randn(1, 5, 7, requires_grad=True)
+    loss = CausalLoss()(logits, torch.randint(7, (1, 5)), 7)
+    (gradient,) = torch.autograd.grad(loss**2, logits, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.pow(2).sum().backward()
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -170,6 +172,78 @@ def test_other_data_or_seed_is_reported(
     train(replace(config, max_steps=3))
     train(replace(config, seed=8, tokens_per_batch=90), "auto")
     assert "not as in the checkpoint: seed, tokens_per_batch" in capsys.readouterr().err
+
+
+def test_changed_settings_are_reported_and_kept_in_run_json(
+    train: Callable[..., Any], config: TrainingConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Three settings at two steps; what cannot change what a step learns is in run.json alone."""
+
+    def changes() -> list[str]:
+        return [line for line in capsys.readouterr().err.splitlines() if "the steps so far had" in line]
+
+    first = replace(config, max_steps=3, eval_every=None)
+    train(first)
+    assert "resumed" not in json.loads((config.run_dir / "run.json").read_text("utf-8"))
+    second = replace(first, max_steps=6, learning_rate=2e-2, log_every=3)
+    train(second, "auto")
+    shown = capsys.readouterr().err
+    assert (
+        "\nlearning_rate is 0.02; the steps so far had 0.01\n" in shown and shown.count("; the steps so far had") == 1
+    )
+    train(replace(second, max_steps=9, clip_norm=None), "auto")
+    assert changes() == ["clip_norm is null; the steps so far had 1.0"]
+    assert json.loads((config.run_dir / "run.json").read_text("utf-8"))["resumed"] == [
+        {"step": 3, "changed": {"max_steps": [3, 6], "learning_rate": [0.01, 0.02], "log_every": [2, 3]}},
+        {"step": 6, "changed": {"max_steps": [6, 9], "clip_norm": [1.0, None]}},
+    ]
+
+
+def test_changed_options_of_the_model_are_reported(
+    dense_config: GPT2Config,
+    tokenizer: PreTrainedTokenizerFast,
+    config: TrainingConfig,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for steps, dropout in ((3, None), (6, 0.3)):
+        origin = {"base": None, "model": {"dropout": dropout}}
+        settings = replace(config, max_steps=steps, eval_every=None)
+        Trainer(make_model(dense_config), tokenizer, TRAIN, [], settings, origin=origin).train("auto")
+    assert "\nmodel.dropout is 0.3; the steps so far had null\n" in capsys.readouterr().err
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_over_and_reports_it(
+    train: Callable[..., Any], config: TrainingConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = replace(config, max_steps=3, eval_every=None)
+    train(settings, "auto")
+    assert "starts over" not in capsys.readouterr().err, "a new run"
+    shutil.rmtree(checkpoint_path(config.run_dir, 3))
+    _, result = train(settings, "auto")
+    assert result.step == 3
+    assert f"no checkpoint in {config.run_dir}: the run starts over from step 0\n" in capsys.readouterr().err
+
+
+def test_the_time_of_a_checkpoint_includes_the_validation_of_its_step(
+    dense_config: GPT2Config,
+    tokenizer: PreTrainedTokenizerFast,
+    config: TrainingConfig,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    settings = replace(config, max_steps=3, eval_every=3)
+    trainer = Trainer(make_model(dense_config), tokenizer, TRAIN, VALIDATION, settings)
+    assert trainer.validation is not None
+    score = trainer.validation.sums
+
+    def slow(*args: Any) -> torch.Tensor:
+        time.sleep(2 if trainer.state.step else 0)
+        return score(*args)
+
+    monkeypatch.setattr(trainer.validation, "sums", slow)
+    result = trainer.train()
+    state, _ = checkpoints.read_state(checkpoint_path(config.run_dir, 3))
+    (line,) = [each for each in read_metrics(config.run_dir / "metrics.jsonl", "validation") if each["step"] == 3]
+    assert state.seconds == result.seconds >= line["seconds"] + 2
 
 
 def test_damaged_newest_checkpoints_do_not_push_out_the_only_good_one(

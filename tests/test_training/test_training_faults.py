@@ -207,7 +207,8 @@ def test_a_signal_saves_at_the_next_boundary_and_the_rest_is_the_same(
     result = trainer.train()
     assert signal.getsignal(number) is handler
     assert result.interrupted and result.step == 3 and checkpoint_steps(config.run_dir) == [3]
-    words = f"{number.name}: stopped after step 3, saved in {checkpoint_path(config.run_dir, 3)}. Continue with"
+    words = f"{number.name}: stopped after step 3, saved in {checkpoint_path(config.run_dir, 3)}. To continue, "
+    words += f'train again with run_name={config.run_name!r} and resume="auto"\n'
     assert words in capsys.readouterr().err
     model, trainer = trainer_of(config)
     trainer.train("auto")

@@ -92,7 +92,7 @@ def test_sigterm_saves_and_shows_how_to_resume(start: Path) -> None:
         out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     reason, step = out.split()
-    assert reason == "SIGTERM" and f"stopped after step {step}" in err and "--resume auto" in err
+    assert reason == "SIGTERM" and f"stopped after step {step}" in err and 'resume="auto"' in err
     assert (start / "run" / "checkpoints" / f"step-{int(step):06d}" / "MANIFEST.json").is_file()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -35,9 +36,6 @@ def run(args: Namespace) -> None:
     from dataclasses import asdict, replace
 
     from flash_experts.data.prepare import check_prepared, extra_cards, load_meta, load_split
-    from flash_experts.models.moe import GPT2MoEForCausalLM
-    from flash_experts.training.build import build_model
-    from flash_experts.training.trainer import Trainer
     from flash_experts.training.training_config import default_run_name
 
     config = args.training if args.seed is None else replace(args.training, seed=args.seed)
@@ -48,6 +46,12 @@ def run(args: Namespace) -> None:
     cards = {split: load_split(args.data, split) for split in ("train", "validation")}
     if args.extra_names is not None:
         cards["train"] += extra_cards(args.extra_names, args.data)
+
+    # Slow to import: after the checks of settings and data.
+    from flash_experts.models.moe import GPT2MoEForCausalLM
+    from flash_experts.training.build import build_model
+    from flash_experts.training.trainer import Trainer
+
     model, tokenizer = build_model(args.base, args.model, cards["train"], config.seed)
     if config.sample_every and isinstance(model, GPT2MoEForCausalLM) and not model.may_generate:
         raise ValueError(
@@ -63,12 +67,22 @@ def run(args: Namespace) -> None:
         callbacks=[SampleNames()],
         data_info=load_meta(args.data),
         origin={name: args[name] for name in ("base", "data", "extra_names")} | {"model": asdict(args.model)},
+        how_to_resume=how_to_resume(args, config.run_dir.name),
     )
     result = trainer.train(args.resume, args.overwrite)
     if args.json:
         say(json.dumps(asdict(result), default=str, indent=2))
     if result.interrupted:
         raise KeyboardInterrupt
+
+
+def how_to_resume(args: Namespace, run_name: str) -> str:
+    """The same command, where it would resume this run: the default name has the date, and may be another tomorrow."""
+    added = [] if args.resume == "auto" else ["--resume auto"]
+    added += [] if args.training.run_name else [f"--training.run-name {shlex.quote(run_name)}"]
+    changes = [f"with {' '.join(added)}"] if added else []
+    changes += ["without --overwrite"] if args.overwrite else []
+    return " ".join(["run the same command again", " and ".join(changes)]).strip()
 
 
 def make_parser() -> CommandParser:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
@@ -16,16 +17,25 @@ from flash_experts.files import flush_file
 from flash_experts.models.saving import CheckpointError, export_model
 from flash_experts.training import checkpoint as checkpoints
 from flash_experts.training.distributed import gather_full
-from flash_experts.training.run_state import TrainerState, checkpoint_path
+from flash_experts.training.run_state import RUN_INFO, TrainerState, checkpoint_path
 from flash_experts.training.tracking import METRICS_FILE
 from flash_experts.training.training_config import TrainingConfig
 
 # A resumed run may differ from the checkpoint:
 # - refused: tokenizer, validation names, model configuration (except `run_folder.MAY_CHANGE`), kind of optimizer,
 #   ema_decay set or unset;
-# - accepted with a warning: the settings below, training names, number of processes, device, `parallel`;
-# - accepted: every other setting, such as limits, learning rates, logging and the tracker.
+# - accepted with a line: training names, number of processes, device, `parallel`, and every setting that is not in
+#   `_SILENT`;
+# - accepted: the settings in `_SILENT`, which leave what a step learns as it is (limits, logging, the tracker).
+# run.json has all settings that changed, under "resumed".
 _DATA_ORDER_FIELDS = ("seed", "tokens_per_batch", "attribute_dropout", "names_per_prompt", "stages")
+_SILENT = {
+    *("output_dir", "run_name", "max_steps", "max_epochs", "max_minutes", "early_stopping_patience", "on_nan"),
+    *("log_every", "eval_every", "validation_names", "checkpoint_every", "keep_checkpoints", "save_in_background"),
+    *("sample_every", "tracker", "gradient_accumulation_steps", "compile", "deterministic"),
+    *("data", "extra_names"),  # folders, whose names are compared
+    *("device", "parallel", *_DATA_ORDER_FIELDS),  # reported together
+}
 
 
 class Stateful(Protocol):
@@ -55,7 +65,9 @@ class Checkpointer:
     ):
         self.run_dir, self.model, self.tokenizer = config.run_dir, model, tokenizer
         self._keep, self._notify, self._is_main = config.keep_checkpoints, notify, is_main
-        self._metadata = {name: info[name] for name in ("config", "data", "processes", "device", "identity")}
+        names = ("config", "data", "processes", "device", "identity", "origin")
+        self._metadata: dict[str, Any] = json.loads(json.dumps({name: info[name] for name in names}, default=str))
+        self.resumed: list[dict[str, Any]] = []  # the steps at which settings changed: {"step": 7, "changed": {...}}
         self._registered: dict[str, Stateful] = {}
         self._thread = ThreadPoolExecutor(1, "checkpoint") if is_main and config.save_in_background else None
         self._pending: Future[None] | None = None  # what the thread writes
@@ -73,6 +85,7 @@ class Checkpointer:
         states = {name: stateful.state_dict() for name, stateful in self._registered.items()}
         tensors = {f"{name}/{key}": tensor for name, own in states.items() for key, tensor in own.items()}
         metadata = {"state": asdict(state), **self._metadata, "registered": {name: {} for name in states}}
+        metadata |= {"resumed": self.resumed} if self.resumed else {}
         weights, tensors = self._gather(self._weights()), self._gather(tensors)
         path = checkpoint_path(self.run_dir, state.step)
         self._submit(partial(self._write, path, weights, tensors, metadata, state.best_step))
@@ -175,6 +188,8 @@ class Checkpointer:
                 f"{self.run_dir} has checkpoints up to step {steps[-1]:,}: continue with --resume auto, or choose "
                 "another run_name (--overwrite starts over)"
             )
+        if resume == "auto" and not steps and (self.run_dir / RUN_INFO).exists():
+            self._notify(f"no checkpoint in {self.run_dir}: the run starts over from step 0")
         if resume is None or (resume == "auto" and not steps):
             return TrainerState()
         folder = self._find(resume)
@@ -189,6 +204,7 @@ class Checkpointer:
         self._load_registered(folder, metadata["registered"].keys())
         self._notify(f"resuming {folder} after step {state.step:,}")
         self._compare(metadata)
+        self._note_changes(metadata, state.step)
         return state
 
     def _check_identity(self, folder: Path, then: Any) -> None:
@@ -247,3 +263,25 @@ class Checkpointer:
                     f"not as in the checkpoint: {name} {here}, formerly {before}. Dropout and rounding differ, so the "
                     "results are equivalent, but not equal to the bit"
                 )
+
+    def _note_changes(self, metadata: Mapping[str, Any], step: int) -> None:
+        """Adds the settings that differ from the checkpoint's to its history; a line for each that is not silent."""
+        before = metadata.get("resumed")
+        self.resumed = list(before) if isinstance(before, list) else []
+        then, now = _settings(metadata), _settings(self._metadata)
+        changed = {name: [then[name], now[name]] for name in now if name in then and then[name] != now[name]}
+        if changed:
+            self.resumed.append({"step": step, "changed": changed})
+        for name in (name for name in changed if name not in _SILENT):
+            old, new = map(json.dumps, changed[name])
+            self._notify(f"{name} is {new}; the steps so far had {old}")
+
+
+def _settings(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """The training configuration, and the base, ``model.num_experts``, ... of the origin."""
+    settings, origin = dict(metadata["config"]), metadata.get("origin")
+    for name, value in origin.items() if isinstance(origin, dict) else ():
+        settings |= (
+            {f"{name}.{inner}": each for inner, each in value.items()} if isinstance(value, dict) else {name: value}
+        )
+    return settings

@@ -11,6 +11,8 @@ from types import FrameType
 
 from flash_experts.training.training_config import TrainingConfig
 
+RUN_INFO = "run.json"
+
 
 @dataclass
 class TrainerState:
@@ -78,12 +80,13 @@ class TrainingResult:
     def interrupted(self) -> bool:
         return self.reason.startswith("SIG")
 
-    def closing_message(self) -> str:
-        """One line for the user: where the model is, or how to resume."""
+    def closing_message(self, how_to_resume: str | None = None) -> str:
+        """One line for the user: where the model is, or how to resume (default: in Python)."""
         if self.interrupted:
             saved = checkpoint_path(self.run_dir, self.step)
             stopped = f"{self.reason}: stopped after step {self.step:,}, saved in {saved}"
-            return f"{stopped}. Continue with --resume auto --training.run-name {self.run_dir.name}"
+            how = how_to_resume or f'train again with run_name={self.run_dir.name!r} and resume="auto"'
+            return f"{stopped}. To continue, {how}"
         best = ""
         if self.best_bits_per_char is not None:
             best = f", best at step {self.best_step:,}: {self.best_bits_per_char:.3f} bits per character on average"

@@ -241,7 +241,7 @@ class ProgressDisplay:
         self._bar.start()
 
     def update(self, share: float, metrics: Mapping[str, float]) -> None:
-        line = _metrics_line(metrics)
+        line = _metrics_line(metrics, share)
         if self._bar is None:
             self.notify(f"{share:4.0%}  {line}")
             return
@@ -281,7 +281,7 @@ def _ignore_closed_output() -> Iterator[None]:
                 os.close(nowhere)
 
 
-def _metrics_line(metrics: Mapping[str, float]) -> str:
+def _metrics_line(metrics: Mapping[str, float], share: float) -> str:
     """``step 40  loss 4.021  lr 5.0e-04  1,830 tokens/s  2:10 left``."""
     parts = [f"step {metrics['step']:,}"]
     if "loss" in metrics:  # not where every step was skipped
@@ -291,7 +291,8 @@ def _metrics_line(metrics: Mapping[str, float]) -> str:
     if "mfu" in metrics:
         parts.append(f"MFU {metrics['mfu']:.0%}")
     if "eta_seconds" in metrics:
-        parts.append(f"{_clock(metrics['eta_seconds'])} left")
+        validates = share == 1 and metrics["eta_seconds"] > 0  # the share is that of the training
+        parts.append(f"{_clock(metrics['eta_seconds'])} {'for the last validation' if validates else 'left'}")
     return "  ".join(parts)
 
 

@@ -51,6 +51,7 @@ from flash_experts.training.run_folder import (
     write_run_card,
     write_run_info,
 )
+from flash_experts.training.run_state import RUN_INFO
 from flash_experts.training.trackers import make_tracker
 from flash_experts.training.tracking import SELECTION, Callback, Reporter
 from flash_experts.training.training_config import TrainingConfig
@@ -64,6 +65,7 @@ class Trainer:
             selects bfloat16 autocast.
         data_info: meta.json of the data, kept with the run.
         origin: base of the model and options of its experts, kept with the run.
+        how_to_resume: what the last line of an interrupted run advises after "To continue," (default: in Python).
 
     Raises:
         ValueError: the configuration is wrong, or its device is not available.
@@ -79,10 +81,12 @@ class Trainer:
         callbacks: Sequence[Callback] = (),
         data_info: Mapping[str, Any] | None = None,
         origin: Mapping[str, Any] | None = None,
+        how_to_resume: str | None = None,
     ):
         config.validate()
         config = replace(config, run_name=config.run_dir.name)  # keeps the date of the start
         self.config, self.tokenizer, self.run_dir = config, tokenizer, config.run_dir
+        self.how_to_resume = how_to_resume
         self.accelerator = distributed.make_accelerator(config.device)
         self.device = self.accelerator.device
         self.is_main = self.accelerator.is_main_process
@@ -138,6 +142,8 @@ class Trainer:
             resume = None
         with deterministic_algorithms(self.config.deterministic), run_lock(self.run_dir, self.accelerator):
             self.state = self.checkpointer.restore(resume, overwrite)
+            if self.checkpointer.resumed:
+                self.info["resumed"] = self.checkpointer.resumed
             ended = self._reason_to_end() if self.state.step else None
             if ended:
                 self.report.notify(f"{self.run_dir} is finished ({ended}, step {self.state.step:,}): nothing to do")
@@ -153,7 +159,7 @@ class Trainer:
         self.accelerator.wait_for_everyone()  # all processes have read before checkpoints are removed
         if self.is_main:
             drop_later(self.run_dir, self.state.step)
-            write_run_info(self.run_dir / "run.json", self.info)
+            write_run_info(self.run_dir / RUN_INFO, self.info)
         self.report.notify(f"training into {self.run_dir}")
         tracker = make_tracker(self.config.tracker, self.run_dir, self.state.step, self.report.notify)
         self.report.start(self.state.step if self.state.step else -1, self.info, tracker)
@@ -193,6 +199,7 @@ class Trainer:
                 self._log(rate)
             if _due(state.step, config.eval_every) or reason:
                 self._evaluate()
+                (state.seconds,) = distributed.max_over_processes(self.accelerator, [time.monotonic() - started])
                 reason = reason or self._reason_to_end()
             if _due(state.step, config.sample_every) or (reason and config.sample_every):
                 self._sample()
@@ -204,7 +211,8 @@ class Trainer:
                 self._save()
         self.checkpointer.wait()
         self.accelerator.wait_for_everyone()
-        self.report.notify(run_state.TrainingResult.of(state, reason, self.run_dir).closing_message())
+        result = run_state.TrainingResult.of(state, reason, self.run_dir)
+        self.report.notify(result.closing_message(self.how_to_resume))
         return reason
 
     def _begin_step(self) -> float:
