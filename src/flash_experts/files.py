@@ -44,8 +44,8 @@ def check_replaced(path: str | Path, overwrite: bool, option: str = "--out") -> 
 def check_out_folder(out: str, overwrite: bool, source: str | None = None, *, option: str = "--out") -> None:
     """Raises a ValueError for an output folder that is a file, cannot be made, has content, or is that of a training
     run or of the model that is read (``source``)."""
-    path = Path(out)
-    if out == "" or (path.exists() and not path.is_dir()):
+    path = _named(out, option, "folder")
+    if path.exists() and not path.is_dir():
         raise ValueError(f"{option} {out!r} is not a directory: give a new one")
     if source is not None and path.exists() and path.resolve() == Path(source).resolve():
         raise ValueError(f"{option} {out} is the model that is read: give a new folder")
@@ -58,7 +58,7 @@ def check_out_folder(out: str, overwrite: bool, source: str | None = None, *, op
 def check_out_file(out: str, overwrite: bool, *, option: str = "--out", also: Sequence[str] = ()) -> None:
     """Raises a ValueError for an output file that is a folder, exists, cannot be written, or has one of the suffixes
     ``also``, of files that are written next to it."""
-    path = Path(out)
+    path = _named(out, option, "file")
     if not path.name or path.is_dir():
         raise ValueError(f"{option} {out!r} is a directory: give a file name")
     if path.suffix.lower() in also:
@@ -70,6 +70,12 @@ def check_out_file(out: str, overwrite: bool, *, option: str = "--out", also: Se
             raise ValueError(f"{option} {file} is not a regular file: give another name")
         check_replaced(file, overwrite, option)
         _check_writable(file, option)
+
+
+def _named(out: str, option: str, kind: str) -> Path:
+    if not out:
+        raise ValueError(f"{option} is empty: give the name of a {kind}")
+    return Path(out)
 
 
 def free_name(name: str, also: Sequence[str] = ()) -> str:

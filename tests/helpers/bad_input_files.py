@@ -109,14 +109,14 @@ FILES += table(1, _LISTS, "evaluate models/base --names ") + table(1, _LISTS, "i
 # --------------------------------------------------------------------------------------------------------- the output
 
 _FOLDERS = """
-'' :: is not a directory
+'' :: --out is empty: give the name of a folder
 names.txt :: is not a directory
 names.txt/new :: names.txt is not a directory
 /dev/null :: is not a directory
 models/base :: models/base is
 """
 _OUTPUTS = """
-'' :: is a directory
+'' :: --out is empty: give the name of a file
 folder.txt :: is a directory
 names.txt/new{suffix} :: names.txt is not a directory
 /dev/null :: is not a regular file

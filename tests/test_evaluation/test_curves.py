@@ -31,6 +31,18 @@ def runs(tmp_path: Path) -> list[str]:
     return [str(write_run(tmp_path / "dense", 10, False)), str(write_run(tmp_path / "experts $2", 20, True))]
 
 
+def test_json_without_out_writes_no_file(
+    runs: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    assert main(["plot", *runs, "--json"]) == 0
+    assert list(json.loads(capsys.readouterr().out)) == ["dense", "experts $2"]
+    assert list(Path().iterdir()) == []
+    assert main(["plot", *runs]) == 0
+    assert list(Path().iterdir()) == [Path("curves.png")]
+
+
 def test_the_points_are_those_of_the_log(runs: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "below" / "curves.png"
     assert main(["plot", *runs, "--out", str(out), "--json"]) == 0

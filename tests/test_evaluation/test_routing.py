@@ -299,7 +299,7 @@ def folder(dense: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, tmp_path:
     return tmp_path
 
 
-def test_the_command(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     common = [str(folder / "moe"), "--data", str(folder / "data"), "--out", str(folder / "out" / "page.html")]
     assert main(["inspect", *common, "--count", "50", "--show", "2"]) == 0
     printed = capsys.readouterr().out
@@ -317,11 +317,17 @@ def test_the_command(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert [each["name"] for each in named["maps"]] == ["Goblin Guide", "Jötun Grunt"]
     assert named["maps"][0]["tokens"][:2] == ["[BOS]", ":"], "names without cards are unconditional"
 
+    monkeypatch.chdir(folder / "out")
+    before = sorted(Path().iterdir())
+    assert main(["inspect", *common[:-2], "--names", str(folder / "names.txt"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == named and sorted(Path().iterdir()) == before
+
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["{}/dense"], "has no experts, so no router: give an MoE model from upcycle or train"),
+        (["{}/dense", "--data", "{}/nothing"], "has no experts, so no router"),
         (["{}/nowhere"], "no model at"),
         (["{}/moe", "--split", "tset"], "no split 'tset'"),
         (["{}/moe", "--data", "{}/nothing"], "run `flash-experts prepare"),

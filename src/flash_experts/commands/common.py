@@ -220,14 +220,15 @@ class CommandParser(ArgumentParser):
         text = " ".join(str(message).split()).replace("Parser key", "option")
         unknown = re.search(_UNKNOWN, text)
         wrong = next(filter(None, unknown.groups()), "") if unknown else ""
-        choice = re.search(r"invalid choice: '([^']+)' \(choose from (.*)\)", text)
+        choice = re.search(r"argument (\S+): invalid choice: '([^']*)' \(choose from (.*)\)", text)
         invalid = re.match(_INVALID, text)
         if wrong:
             key = wrong.split("=")[0].replace("-", "_")
             options = [option.lstrip("-").replace("-", "_") for option in self._option_string_actions]
             text = f"unknown option {wrong!r}{did_you_mean(key, options, prefix=': ')}"
         elif choice:
-            text += did_you_mean(choice[1], re.findall(r"[\w-]+", choice[2]), prefix=": ")
+            choices = ", ".join(re.findall(r"[\w-]+", choice[3]))
+            text = _wrong_value(choice[1], f"one of {choices}", choice[2])
         elif invalid and (expected := self._expected_kind(*invalid.groups())):
             text = expected
         say(f"{self.prog.split(' [')[0]}: {shortened(one_line(text))} (see --help)", sys.stderr)
@@ -239,8 +240,7 @@ class CommandParser(ArgumentParser):
         kind = None if action is None else describe_type(hint_of(action))
         if kind is None or value is None:
             return None
-        hint = did_you_mean(value, kind.removeprefix("one of ").split(", "), prefix=": ")
-        return f"{key} must be {kind}, not {value!r}{hint}"
+        return _wrong_value(key, kind, value)
 
     def format_help(self, *args: Any, **kwargs: Any) -> str:
         """The help, with the command's own groups before the general options."""
@@ -253,6 +253,11 @@ class CommandParser(ArgumentParser):
             group = action.dest in self.option_groups or action.dest.endswith(".help")
             action.help = SUPPRESS if group else _GENERAL_HELP.get(action.dest, action.help)
         return super().format_help(*args, **kwargs)
+
+
+def _wrong_value(key: str, kind: str, value: str) -> str:
+    hint = did_you_mean(value, kind.removeprefix("one of ").split(", "), prefix=": ")
+    return f"{key} must be {kind}, not {value!r}{hint}"
 
 
 def _split(text: str) -> list[str]:
@@ -317,14 +322,19 @@ def add_overwrite(parser: CommandParser) -> None:
 
 def add_out_file(parser: CommandParser, default: str, what: str) -> None:
     numbered = Path(default).with_stem(Path(default).stem + "-2")
-    text = f"{what} (default: {default}; {numbered} and so on where that exists)"
+    text = f"{what} (default: {default}; {numbered} and so on where that exists; with --json none)"
     parser.add_optional("--out", text)
     add_overwrite(parser)
 
 
-def out_file(args: Namespace, default: str, also: Sequence[str] = ()) -> Path:
-    """Picks and checks the output file of `add_out_file` before anything is computed."""
+def out_file(args: Namespace, default: str, also: Sequence[str] = ()) -> Path | None:
+    """Picks and checks the output file of `add_out_file` before anything is computed.
+
+    None with --json and without --out: the result is only printed.
+    """
     name = args.out
+    if name is None and args.json:
+        return None
     if name is None:
         name = default if args.overwrite else free_name(default, also)
     check_out_file(name, args.overwrite, also=also)

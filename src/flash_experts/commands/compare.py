@@ -21,14 +21,16 @@ def run(args: Namespace) -> None:
 
     report = common.out_file(args, _REPORT, also=(".json",))
     common.check_samples(args)
-    require("the report of compare", "matplotlib")
+    if report is not None:
+        require("the report of compare", "matplotlib")
     if args.png is not None:
         check_out_folder(args.png, args.overwrite, option="--png")
     result = measure(
         args.models, args.data, samples=args.samples, seed=args.seed, max_names=args.max_names, device=args.device
     )
-    metrics = json.dumps(result.to_json(), indent=2, ensure_ascii=False)
-    write_pages({report: render_report(result), report.with_suffix(".json"): metrics})
+    if report is not None:
+        metrics = json.dumps(result.to_json(), indent=2, ensure_ascii=False)
+        write_pages({report: render_report(result), report.with_suffix(".json"): metrics})
     text = f"{format_comparison(result)}\n\nThe report: {report}"
     if args.png is not None:
         text += "\nIts plots: " + ", ".join(map(str, write_plots(result, args.png)))

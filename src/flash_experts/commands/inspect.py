@@ -24,18 +24,20 @@ def run(args: Namespace) -> None:
     if args.show < 0:
         raise ValueError(f"--show must be 0 or more, not {args.show}")
     page = common.out_file(args, _PAGE, also=(".json",))
-    names, cards = _names(args)
 
     from flash_experts.evaluation.report import write_pages
-    from flash_experts.evaluation.routing.maps import inspect_router
+    from flash_experts.evaluation.routing.maps import check_has_experts, inspect_router
     from flash_experts.evaluation.routing.report import format_router, render_router_report
 
+    check_has_experts(args.model)
+    names, cards = _names(args)
     prompted = args.attributes == "all"
     result = inspect_router(
         args.model, names, cards, prompted=prompted, shown=args.show, seed=args.seed, device=args.device
     )
-    numbers = json.dumps(result.to_json(), ensure_ascii=False)
-    write_pages({page: render_router_report(result), page.with_suffix(".json"): numbers})
+    if page is not None:
+        numbers = json.dumps(result.to_json(), ensure_ascii=False)
+        write_pages({page: render_router_report(result), page.with_suffix(".json"): numbers})
     common.print_result(args, result.to_json(), f"{format_router(result)}\n\nThe page: {page}")
 
 

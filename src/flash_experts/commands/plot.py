@@ -15,7 +15,8 @@ def run(args: Namespace) -> None:
 
     out = out_file(args, _CURVES)
     curves = read_curves(args.runs)
-    write_curves(curves, out)
+    if out is not None:
+        write_curves(curves, out)
     print_result(args, curves, str(out))
 
 

@@ -265,7 +265,7 @@ def _existing(folder: str | Path, name: str) -> Path:
     path = Path(folder) / name
     if not path.is_file():
         missing = path.name if path.parent.is_dir() else "prepared names"
-        raise ValueError(f"no {missing} in {path.parent}: {_HINT} --out {path.parent}")
+        raise ValueError(f"no {missing} in {path.parent}: run `flash-experts prepare --out {path.parent}`")
     return path
 
 

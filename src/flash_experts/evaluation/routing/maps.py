@@ -35,8 +35,9 @@ from flash_experts.evaluation.routing.specialization import (
 from flash_experts.evaluation.scorers import TOKENS_PER_BATCH, check_lengths, known_attributes, scoring
 from flash_experts.generation.filters.base import NameVocabulary
 from flash_experts.models import router_metrics
-from flash_experts.models.loading import load_model
+from flash_experts.models.loading import load_config, load_model
 from flash_experts.models.moe import GPT2MoEForCausalLM
+from flash_experts.models.moe_config import GPT2MoEConfig
 from flash_experts.models.router import Router, routers_of
 from flash_experts.released import model_folder
 from flash_experts.training.tracking import METRICS_FILE, read_untrusted_metrics
@@ -184,6 +185,12 @@ def inspect_router(
     )
 
 
+def check_has_experts(source: str | Path) -> None:
+    """Raises a ValueError for a model without experts, before its weights are read."""
+    if not isinstance(load_config(source), GPT2MoEConfig):
+        raise ValueError(f"{source} has no experts, so no router: give an MoE model from upcycle or train")
+
+
 def _load(
     source: str | Path | GPT2MoEForCausalLM,
     tokenizer: PreTrainedTokenizerBase | None,
@@ -194,9 +201,9 @@ def _load(
             raise ValueError("a model was given without its tokenizer: pass tokenizer=, or the path of both")
         model, label = source, source.config.model_type
     else:
+        check_has_experts(source)
         loaded = load_model(source, device)
-        if not isinstance(loaded, GPT2MoEForCausalLM):
-            raise ValueError(f"{source} has no experts, so no router: give an MoE model from upcycle or train")
+        assert isinstance(loaded, GPT2MoEForCausalLM)
         model, label, tokenizer = loaded, str(source), load_tokenizer(source, loaded.config.vocab_size)
     if model.config.num_experts == 1:
         raise ValueError(f"{label} has one expert in each layer: its router has nothing to choose")
