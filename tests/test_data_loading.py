@@ -290,7 +290,7 @@ def test_malformed_prepared_lines_are_reported(tmp_path: Path, line: bytes, erro
 def test_missing_and_empty_prepared_files(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no prepared names in (.*nowhere): run `flash-experts prepare --out \1`$"):
         load_split(tmp_path / "nowhere", "train")
-    with pytest.raises(ValueError, match=r"no prepared names in .*nowhere: run `flash-experts prepare`"):
+    with pytest.raises(ValueError, match=r"no prepared names in .*nowhere: run `flash-experts prepare --out"):
         load_meta(tmp_path / "nowhere")
     with pytest.raises(ValueError, match=r"no train\.jsonl in"):
         load_split(tmp_path, "train")
