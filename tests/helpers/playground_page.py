@@ -30,6 +30,15 @@ def wait_for(page: Any, count: int, table: str = "#fe-table") -> list[str]:
     return texts(page, table)
 
 
+def requested(page: Any, count: int = 20) -> str:
+    """The seed of names requested now, with no other names on the table."""
+    page.locator("#fe-status").evaluate("element => element.querySelector('p')?.remove()")
+    page.locator("#fe-make").click()
+    page.wait_for_selector(f"#fe-status >> text=/^{count} names ·/")
+    wait_for(page, count)
+    return page.locator("#fe-status p").inner_text().rpartition("seed ")[2]
+
+
 def unlabeled(page: Any) -> list[str]:
     """Visible controls without a name for screen readers."""
     found: list[str] = page.evaluate("""[...document.querySelectorAll('button, input, textarea, [role=button]')]
@@ -59,7 +68,7 @@ def downloaded(page: Any, button: str, path: Path) -> str:
 
 def load(page: Any, settings: Settings) -> None:
     """Load settings. The last answer of a request that has just ended may replace the note: then once more."""
-    loaded = page.locator("text=Settings loaded")
+    loaded = page.locator("#fe-status >> text=Settings loaded")
     for _ in range(3):
         press_load(page, settings.to_string())
         try:
@@ -183,3 +192,72 @@ def it_fits_a_phone_and_the_dark(page: Any, url: str) -> None:
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
     background = page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert max(map(int, background.removeprefix("rgb(").rstrip(")").split(",")[:3])) < 64, background
+    page.keyboard.press("Escape")
+    for width in (320, 640, 1280):  # 640: a small screen at 200%
+        page.set_viewport_size({"width": width, "height": 640})
+        scroll = page.locator("#fe-table .fe-scroll")
+        assert scroll.evaluate("element => element.scrollWidth <= element.clientWidth"), f"the table is cut at {width}"
+        assert page.locator("footer").inner_text().strip() in ("Use via API", ""), "no dots between hidden links"
+
+
+def back_and_forward_go_through_the_requests(page: Any) -> None:
+    """With their names; after a reload, which ends the session of the server, with their settings."""
+
+    def made(settings: Settings) -> list[str]:
+        load(page, settings)
+        requested(page, settings.count)
+        page.wait_for_url(lambda address: settings.colors is None or f"colors={settings.colors}" in address)
+        page.wait_for_function("() => history.state?.link.includes('seed=')")
+        return texts(page)
+
+    def entries() -> int:
+        number: int = page.evaluate("history.length")
+        return number
+
+    page.get_by_role("button", name="Share these settings").click()
+    first = entries()
+    default = made(Settings())
+    assert entries() == first, "the page opened with these settings"
+    made(Settings(colors="R", count=3))
+    red = made(Settings(colors="R", count=3))
+    assert entries() == first + 1, "the same settings again"
+    blue = made(Settings(colors="U", count=4))
+    assert entries() == first + 2
+    for step, color, names in (
+        (page.go_back, "Red", red), (page.go_back, None, default), (page.go_forward, "Red", red),
+        (page.go_forward, "Blue", blue),
+    ):  # fmt: skip
+        step()
+        page.wait_for_selector(f"#fe-status >> text=/^{len(names)} names of an earlier request/")
+        wait_for(page, len(names))
+        assert texts(page) == names
+        checked = page.locator("#fe-colors label:has(input:checked)").all_inner_texts()
+        assert [text.strip() for text in checked] == [color] * (color is not None)
+    assert entries() == first + 2
+    page.go_back()
+    page.wait_for_function("() => flashExperts.link?.includes('count=3')")
+    page.get_by_role("button", name="Copy link").click()
+    assert "seed=" in copied(page, "Copied the link")
+    page.reload()
+    page.wait_for_selector("#fe-status >> text=Settings of the link")
+    page.go_forward()
+    page.wait_for_function("() => document.querySelectorAll('#fe-colors input')[1].checked")
+    assert texts(page) == [] and "colors=U" in page.url
+    page.get_by_role("button", name="Copy link").click()
+    assert copied(page, "Copied the link") == page.url
+
+
+def a_link_makes_its_names_again_although_some_are_kept(page: Any, url: str) -> None:
+    page.goto(f"{url}?v=1&seed=11&count=3")
+    page.wait_for_selector("#fe-status >> text=Settings of the link")
+    page.locator("#fe-make").click()
+    names = wait_for(page, 3)
+    for name in names[:2]:
+        page.get_by_role("button", name=f"Keep {name}", exact=True).click()
+        page.wait_for_selector(f'#fe-table [data-key="lock {name}"][aria-pressed=true]')
+    page.reload()
+    assert wait_for(page, 2) == names[:2]
+    page.wait_for_selector("#fe-status >> text=Settings of the link")
+    requested(page, 3)
+    assert texts(page) == names
+    assert page.locator("#fe-table .fe-kept .fe-name").all_inner_texts() == names[:2]

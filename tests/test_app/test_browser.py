@@ -22,7 +22,9 @@ from flash_experts.app.settings import PREFIX, Settings
 from tests.helpers.playground_page import (
     EVIL,
     WAIT,
+    a_link_makes_its_names_again_although_some_are_kept,
     a_request_ends_the_one_before,
+    back_and_forward_go_through_the_requests,
     copied,
     downloaded,
     evil_settings_are_text,
@@ -31,6 +33,7 @@ from tests.helpers.playground_page import (
     name_a_file_of_cards,
     press_load,
     replace_a_word,
+    requested,
     texts,
     two_models_are_compared,
     unlabeled,
@@ -156,7 +159,7 @@ def test_a_visit(server: Server, page: Any, tmp_path: Path) -> None:
 
 def test_every_accordion_tab_and_button(page: Any) -> None:
     """Names can be requested after each is opened or pressed, and nothing has changed a setting."""
-    seeds = {_requested(page)}
+    seeds = {requested(page)}
     accordions = page.locator("button.label-wrap")
     assert [text.split("\n")[0] for text in accordions.all_inner_texts()] == [
         "More options", "How many", "Rules for the names", "Sampling", "Several cards at once", "History",
@@ -166,7 +169,7 @@ def test_every_accordion_tab_and_button(page: Any) -> None:
         accordion.click()
     page.wait_for_function("document.querySelectorAll('button.label-wrap.open').length === 7")
     assert unlabeled(page) == []
-    seeds.add(_requested(page))
+    seeds.add(requested(page))
     assert len(seeds) == 2, "a new seed each time"
     fields = page.locator("#fe-seed, #fe-min_length, #fe-max_length").locator("input, textarea")
     assert [field.input_value() for field in fields.all()] == ["", "", ""]
@@ -189,16 +192,15 @@ def test_every_accordion_tab_and_button(page: Any) -> None:
     for side in "AB":
         wait_for(page, 20, f"#fe-side-{side}")
     page.get_by_role("tab", name="Names").click()
-    _requested(page)
+    requested(page)
 
 
-def _requested(page: Any) -> str:
-    """The seed of 20 names requested now, with nothing else in the settings that make them again."""
-    page.locator("#fe-status").evaluate("element => element.querySelector('p')?.remove()")
-    page.locator("#fe-make").click()
-    page.wait_for_selector("#fe-status >> text=/^20 names/")
-    wait_for(page, 20)
-    return page.locator("#fe-status p").inner_text().rpartition("seed ")[2]
+def test_back_and_forward(page: Any) -> None:
+    back_and_forward_go_through_the_requests(page)
+
+
+def test_a_link_to_kept_names(server: Server, page: Any) -> None:
+    a_link_makes_its_names_again_although_some_are_kept(page, server.address)
 
 
 def test_ctrl_c_closes_the_playground(server: Server, page: Any) -> None:
@@ -214,7 +216,7 @@ def _one_click_gives_names(page: Any) -> list[str]:
     page.get_by_role("button", name="Make names", exact=True).click()
     names = wait_for(page, 20)
     assert len(set(names)) == 20 and all(names)
-    assert page.locator("#fe-table .fe-card").count() == 20
+    assert page.locator("#fe-table td.fe-card").count() == 20
     status = page.locator("#fe-status [role=status]").inner_text()
     assert status.startswith("20 names") and "seed" in status
     return names

@@ -150,6 +150,42 @@ def test_an_earlier_request_is_opened_again(playground: Playground) -> None:
         assert "fe-failure" in handlers.open_request(nonsense, session).status
 
 
+def test_back_opens_a_request_or_the_settings_of_an_address(playground: Playground) -> None:
+    handlers, session = Handlers(playground), Session()
+    names = [*handlers.make(values(replace(ANGEL, seed=None)), session)][-1].rows
+    entry = json.loads(handlers.finished(session)[2])
+    [*handlers.make(values(Settings(colors="R", count=3)), session)]
+    opened = handlers.revisit(entry["address"], entry["link"], session)
+    assert session.rows == names and form.settings_of(opened.values) == replace(ANGEL, seed=None)
+    assert "2 names of an earlier request" in opened.status
+    assert json.loads(handlers.finished(session)[2])["address"] == entry["address"]
+    for link in ("", None, [], entry["link"] + "&x=1", "x" * 5000):
+        opened = handlers.revisit("?" + entry["address"], link, session)
+        assert form.settings_of(opened.values) == replace(ANGEL, seed=None) and "Settings of the link" in opened.status
+        assert json.loads(handlers.finished(session)[2])["address"] is None, "the browser has changed it"
+    for query in ("", None, "?__theme=dark"):
+        assert form.settings_of(handlers.revisit(query, "", session).values) == Settings()
+    assert "fe-failure" in handlers.revisit("?v=1&cuont=3", "", session).status
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_a_seed_makes_its_names_although_some_are_kept(playground: Playground, several: bool) -> None:
+    handlers, session = Handlers(playground), Session()
+
+    def made(seed: int | None) -> list[str]:
+        asked = values(Settings(starts_with="Serra's", count=4, seed=seed))
+        stream = (
+            handlers.make_several(asked, "Land\nInstant", "2", session) if several else handlers.make(asked, session)
+        )
+        return [each.name.text for each in [*stream][-1].rows]
+
+    names = made(11)
+    session.press(names[0])
+    session.press(names[3])
+    assert made(11) == names and [each.name.text for each in session.kept] == [names[0], names[3]]
+    assert len(set(made(None))) == 2 + 4, "without a seed all others are new"
+
+
 def test_the_same_request_is_remembered_once_and_old_ones_go() -> None:
     session = Session()
     for seed in (1, 1, 2):

@@ -91,10 +91,10 @@ class Handlers:
     def make_several(self, values: Mapping[str, Any], cards: str, count: Any, session: Session) -> Iterator[TableView]:
         """Makes a few names for each of several cards: a line for each, or a set as CSV or JSON."""
         rows, number = sets.cards_of(cards), sets.number_for_each(count)
-        settings, had = replace(form.settings_of(values), count=number), [row.name.text for row in session.kept]
+        settings = replace(form.settings_of(values), count=number)
         run = session.begin()
-        wanted = partial(session.runs, run)
-        for progress in sets.name_set(self.playground, settings, values["model"], rows, had, wanted):
+        without, wanted = _not_made_again(settings, session), partial(session.runs, run)
+        for progress in sets.name_set(self.playground, settings, values["model"], rows, without, wanted):
             shown = session.put(run, progress.new, progress.settings, progress.before, progress.named)
             if shown is None:
                 return
@@ -112,8 +112,9 @@ class Handlers:
     def _make(
         self, settings: Settings, model: str, session: Session, without: Sequence[str] = ()
     ) -> Iterator[TableView]:
-        had, run = [*without, *(row.name.text for row in session.kept)], session.begin()
-        for progress in self.playground.names(settings, model, had, is_wanted=partial(session.runs, run)):
+        run = session.begin()
+        without = [*without, *_not_made_again(settings, session)]
+        for progress in self.playground.names(settings, model, without, is_wanted=partial(session.runs, run)):
             rows = session.put(run, progress.rows, settings)
             if rows is None:
                 return
@@ -124,10 +125,24 @@ class Handlers:
         """Restores the kept names that a browser stored, and reads the settings of the page's address."""
         for row in restored(kept):
             session.add_kept(row)
+        return self._open_link(query) or Opened({}, "")
+
+    def revisit(self, query: Any, link: Any, session: Session) -> Opened:
+        """Shows what an entry of the browser's history has: the request of its ``link`` with its names, or else the
+        settings of its address.
+        """
+        for request in reversed(session.history):
+            if link == self._link_of(request.rows[0].settings, request.rows[0].model):
+                return self.open_request(request.number, session)
+        session.reset()
+        return self._open_link(query) or self.defaults()
+
+    def _open_link(self, query: Any) -> Opened | None:
+        """The settings of a page's query; None if it has none."""
         try:
             found = read_link(query)
             if found is None:
-                return Opened({}, "")
+                return None
             settings, model = found
             values = form.values_of(settings) | {"model": self.playground.model(model).name}
         except ValueError as error:
@@ -172,9 +187,11 @@ class Handlers:
         number, address, link = session.next_message(), None, None  # numbered before the session is read
         if (shown := session.shown) is not None:
             row = shown.rows[0]
-            model = row.model if len(self.playground.models) > 1 else ""
-            address, link = link_of(shown.asked, model), link_of(row.settings, model)
+            address, link = self._link_of(shown.asked, row.model), self._link_of(row.settings, row.model)
         return table_of(session.rows), self.history(session), for_browser(session, address, link, number)
+
+    def _link_of(self, settings: Settings, model: str) -> str:
+        return link_of(settings, model if len(self.playground.models) > 1 else "")
 
     def stopped(self, session: Session) -> tuple[str, str, str]:
         """Ends the request that runs; what it leaves on the page."""
@@ -223,6 +240,11 @@ class Handlers:
                 ]
         except ValueError as error:
             yield [TableView("", _failure(error), (), "") for _ in sides]
+
+
+def _not_made_again(settings: Settings, session: Session) -> list[str]:
+    """The kept names; none of them if there is a seed, which makes the same names whether or not they are kept."""
+    return [row.name.text for row in session.kept] if settings.seed is None else []
 
 
 def for_browser(

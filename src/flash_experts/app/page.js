@@ -10,7 +10,8 @@ window.flashExperts = {
   // Called when the page opens: what the server needs to restore it.
   opened(kept, query) {
     const options = document.querySelector('#fe-options > button.label-wrap.open');
-    if (options && matchMedia('(max-width: 640px)').matches) options.click();
+    if (options && matchMedia('(max-width: 760px)').matches) options.click();
+    this.live('fe-announced');
     try { kept = localStorage.getItem(this.KEY) || ''; } catch { kept = ''; }
     return [kept.length < 60000 ? kept : '', location.search];
   },
@@ -22,20 +23,48 @@ window.flashExperts = {
     if (number < this.number) return; // an answer that was overtaken by a later one
     this.number = number;
     if (link !== null) this.link = link;
-    if (address !== null) history.replaceState(null, '', location.pathname + (address ? '?' + address : ''));
+    if (address !== null) this.visit(address);
     try { localStorage.setItem(this.KEY, JSON.stringify(kept)); } catch { /* storage is full or not allowed */ }
   },
 
-  announce(message) {
-    let place = document.getElementById('fe-announced');
-    if (!place) {
-      place = document.body.appendChild(document.createElement('div'));
-      place.id = 'fe-announced';
-      place.setAttribute('role', 'status');
+  // A new entry of the browser's history for other settings than those of the address. Its state has the link that
+  // makes its names again.
+  visit(address) {
+    const [before, now] = [location.search, address].map((query) => new URLSearchParams(query));
+    for (const query of [before, now]) {
+      for (const name of ['v', 'view', '__theme']) query.delete(name); // the last two are Gradio's
+      query.sort();
     }
+    if (!before.has('model')) now.delete('model'); // the first one, by default
+    const url = location.pathname + (address ? '?' + address : '');
+    const change = before.toString() === now.toString() ? 'replaceState' : 'pushState';
+    history[change]({link: this.link}, '', url);
+  },
+
+  // Back and Forward: the server opens the request of the entry, or the settings of its address.
+  follow(trigger) {
+    addEventListener('popstate', (event) => {
+      this.link = null; // until the server answers
+      trigger('click', {query: location.search, link: event.state?.link ?? ''});
+    });
+  },
+
+  announce(message) {
+    const place = this.live('fe-announced');
     place.textContent = message;
     clearTimeout(this.timer);
     this.timer = setTimeout(() => { place.textContent = ''; }, 2500);
+  },
+
+  // A place whose changes screen readers read out; they miss the first text of a place that comes with it.
+  live(id) {
+    let place = document.getElementById(id);
+    if (!place) {
+      place = document.body.appendChild(document.createElement('div'));
+      place.id = id;
+      place.setAttribute('role', 'status');
+    }
+    return place;
   },
 
   async copy(text, message) {
@@ -104,6 +133,7 @@ window.flashExperts = {
   // Buttons in our HTML carry their action as data attributes. Each answer replaces the HTML, so focus is restored.
   watch(element, trigger) {
     let key = null;
+    element.addEventListener('focusin', (event) => { key = event.target.dataset.key ?? null; });
     element.addEventListener('click', (event) => {
       const button = event.target.closest('button[data-do]');
       if (!button) return;

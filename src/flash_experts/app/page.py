@@ -48,8 +48,9 @@ def build_page(playground: Playground) -> gr.Blocks:
     """The page and the HTTP endpoints."""
     handlers = Handlers(playground)
     with gr.Blocks(title="flash-experts: names for cards", analytics_enabled=False, fill_width=True) as page:
-        _html("fe-header", _HEADER)
         parts: Parts = {"session": gr.State(Session()), "inspected": gr.State(None)}
+        # Back and Forward of the browser are an event of the header, which is always there.
+        parts["header"] = _html("fe-header", _HEADER, "window.flashExperts.follow(trigger);")
         with gr.Row(elem_id="fe-page"):
             with gr.Column(scale=5, min_width=300, elem_id="fe-left"):
                 parts |= _left(playground)
@@ -70,9 +71,8 @@ def build_page(playground: Playground) -> gr.Blocks:
     return page
 
 
-def _html(name: str, value: str = "") -> gr.HTML:
+def _html(name: str, value: str = "", script: str = "window.flashExperts.watch(element, trigger);") -> gr.HTML:
     """A component for our own HTML, without Gradio's styles of tables and buttons."""
-    script = "window.flashExperts.watch(element, trigger);"
     return gr.HTML(value, elem_id=name, js_on_load=script, apply_default_css=False)
 
 
@@ -272,7 +272,7 @@ def _filling(title: str) -> Callable[[], list[Any]]:
 
 
 def _settings_are_opened(page: gr.Blocks, handlers: Handlers, parts: Parts) -> None:
-    """From the page's address, a settings string, or the history; or they are reset."""
+    """From the page's address, a settings string, the page's or the browser's history; or they are reset."""
     controls, session = parts["controls"], parts["session"]
     names = list(controls)
     shown = [parts["status"], parts["share"], *controls.values()]
@@ -289,6 +289,11 @@ def _settings_are_opened(page: gr.Blocks, handlers: Handlers, parts: Parts) -> N
         opened = handlers.open_request(_button_data(event).get("number"), session)
         return [*handlers.finished(session), session, *of(opened)]
 
+    def revisit(session: Session, event: gr.EventData) -> list[Any]:
+        data = _button_data(event)
+        opened = handlers.revisit(data.get("query"), data.get("link"), session)
+        return [*handlers.finished(session), session, *of(opened)]
+
     def reset(session: Session) -> list[Any]:
         session.reset()
         return [for_browser(session, address="", link=""), *of(handlers.defaults())]
@@ -300,6 +305,7 @@ def _settings_are_opened(page: gr.Blocks, handlers: Handlers, parts: Parts) -> N
     parts["load"].click(lambda text: of(handlers.load(text)), parts["share"], shown, **_UNQUEUED)
     after = [*_after(parts), session, *shown]
     parts["history"].click(open_request, session, after, **_UNQUEUED)
+    parts["header"].click(revisit, session, after, trigger_mode="multiple", **_UNQUEUED)
     parts["reset"].click(reset, session, [parts["remembered"], *shown], **_UNQUEUED)
 
 
