@@ -27,9 +27,9 @@ from flash_experts.generation import (
     NameRequest,
     format_name,
 )
+from flash_experts.generation.constraints import Constraints
 from flash_experts.generation.filters.base import NoTokenLeftError
 from flash_experts.generation.generator import NameSearch
-from flash_experts.generation.constraints import Constraints
 from flash_experts.generation.request import Sampling
 from flash_experts.generation.reranker import Reranker
 from flash_experts.generation.sampling import stream_seed
