@@ -1,4 +1,4 @@
-"""The learning rate over a run."""
+"""The learning rate over a run, and the time that is left."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flash_experts.training.optimizer import Schedule
+from flash_experts.training.tracking import ProgressDisplay
 from flash_experts.training.training_config import TrainingConfig
 
 KINDS = ("cosine", "linear", "constant", "wsd")
@@ -93,3 +94,11 @@ def test_nonsense_is_one_line(wrong: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match="wrong") as caught:
         TrainingConfig(**wrong).validate()  # type: ignore[arg-type]
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("share", "left"), [(0.5, "2:19 left"), (1.0, "2:19 for the last validation")])
+def test_the_time_left_is_explained_where_training_is_done(
+    share: float, left: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ProgressDisplay().update(share, {"step": 1, "lr": 0.0, "tokens_per_second": 72.0, "eta_seconds": 139.0})
+    assert capsys.readouterr().err == f"{share:4.0%}  step 1  lr 0.0e+00  72 tokens/s  {left}\n"

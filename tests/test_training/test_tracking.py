@@ -21,7 +21,7 @@ from flash_experts.extras import EXTRAS, install_command
 from flash_experts.models import GPT2MoEForCausalLM
 from flash_experts.training import Callback, Trainer, TrainingConfig
 from flash_experts.training.trackers import make_tracker, wandb_mode
-from flash_experts.training.tracking import ProgressDisplay, Reporter, read_metrics
+from flash_experts.training.tracking import Reporter, read_metrics
 from flash_experts.training.training_config import ModelConfig, TrackerName
 from tests.helpers.trackers import FakeRun, Kept, made
 from tests.test_training import TRAIN, VALIDATION, make_model
@@ -141,14 +141,6 @@ def test_a_name_with_a_line_separator_is_one_line(tmp_path: Path) -> None:
     report.start(3, {}, None)
     (line,) = read_metrics(tmp_path / "metrics.jsonl")
     assert line["names"]["new"] == ["Odd\u2028Name", "Odder\u0085Name"]
-
-
-@pytest.mark.parametrize(("share", "left"), [(0.5, "2:19 left"), (1.0, "2:19 for the last validation")])
-def test_the_time_left_is_explained_where_training_is_done(
-    share: float, left: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    ProgressDisplay().update(share, {"step": 1, "lr": 0.0, "tokens_per_second": 72.0, "eta_seconds": 139.0})
-    assert capsys.readouterr().err == f"{share:4.0%}  step 1  lr 0.0e+00  72 tokens/s  {left}\n"
 
 
 def test_run_json_and_wandb_have_the_whole_resolved_configuration(
