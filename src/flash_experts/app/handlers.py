@@ -184,7 +184,8 @@ class Handlers:
 
     def finished(self, session: Session) -> tuple[str, str, str]:
         """What a request leaves on the page: table, history, and what the page's script remembers."""
-        number, address, link = session.next_message(), None, None  # numbered before the session is read
+        number = session.next_message()  # before the session is read
+        address = link = session.query
         if (shown := session.shown) is not None:
             row = shown.rows[0]
             address, link = self._link_of(shown.asked, row.model), self._link_of(row.settings, row.model)

@@ -295,7 +295,7 @@ def _settings_are_opened(page: gr.Blocks, handlers: Handlers, parts: Parts) -> N
         return [*handlers.finished(session), session, *of(opened)]
 
     def reset(session: Session) -> list[Any]:
-        session.reset()
+        session.reset(query="")
         return [for_browser(session, address="", link=""), *of(handlers.defaults())]
 
     page.load(

@@ -53,6 +53,7 @@ class Session:
         self.rows = rows
         self.history: tuple[Request, ...] = ()
         self.shown: Request | None = None  # whose names are on the table
+        self.query: str | None = None  # of the page's address while nothing is shown; None: as the browser has it
         self.named: tuple[NamedRow, ...] = ()  # the last set, with its names so far
         self._run = 0  # number of the request that may add rows
         self._sent = 0  # number of the last message to the browser
@@ -61,7 +62,7 @@ class Session:
     def __deepcopy__(self, _: dict[int, Any]) -> Session:
         """Gradio copies the initial state for each session."""
         copied = Session(self.rows)
-        copied.history, copied.shown = self.history, self.shown
+        copied.history, copied.shown, copied.query = self.history, self.shown, self.query
         return copied
 
     @property
@@ -136,11 +137,14 @@ class Session:
             self.rows = tuple(replace(row, locked=False) for row in self.rows)
             return self.rows
 
-    def reset(self) -> None:
-        """Ends the request that runs, and forgets whose names are on the table."""
+    def reset(self, query: str | None = None) -> None:
+        """Ends the request that runs, and forgets whose names are on the table; ``query`` is that of the address then.
+
+        Each later message repeats it: of two messages in quick succession the page sees the last one alone.
+        """
         with self._lock:
             self._run += 1
-            self.shown = None
+            self.shown, self.query = None, query
 
     def next_message(self) -> int:
         """A number that grows with each message to the browser, which ignores those that arrive late.
