@@ -7,7 +7,7 @@ import random
 from pathlib import Path
 
 import pytest
-from transformers import PreTrainedTokenizerFast
+from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from flash_experts.data.tokenizer import train_tokenizer
 from tests.helpers.evaluation import FIRST, SECOND, tiny_model, write_data
@@ -49,3 +49,8 @@ def model_dirs(tmp_path_factory: pytest.TempPathFactory, name_tokenizer: PreTrai
     record = "".join(json.dumps(line) + "\n" for line in lines) + '{"step": 4, "lo'
     (folders[0] / "metrics.jsonl").write_text(record, encoding="utf-8")
     return folders
+
+
+@pytest.fixture
+def model(name_tokenizer: PreTrainedTokenizerFast) -> GPT2LMHeadModel:
+    return tiny_model(name_tokenizer, seed=0)

@@ -26,16 +26,6 @@ from flash_experts.models.moe import GPT2MoEForCausalLM
 from tests.helpers.evaluation import tiny_model, write_data
 
 
-@pytest.fixture
-def model(name_tokenizer: PreTrainedTokenizerFast) -> GPT2LMHeadModel:
-    return tiny_model(name_tokenizer, seed=0)
-
-
-@pytest.fixture
-def attributes(names: dict[str, list[str]]) -> list[Attributes]:
-    return [Attributes(types=("Creature",), colors=("R",))] * len(names["test"])
-
-
 def test_word_association_swaps_the_second_words_of_pairs(names: dict[str, list[str]]) -> None:
     """A model that gives every name of its list 3 bits more than others, whatever the words."""
     known, scored = [*names["train"], "Three Word Name", "One"], list[str]()

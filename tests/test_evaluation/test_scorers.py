@@ -20,11 +20,6 @@ from tests.helpers.evaluation import tiny_model
 
 
 @pytest.fixture
-def model(name_tokenizer: PreTrainedTokenizerFast) -> GPT2LMHeadModel:
-    return tiny_model(name_tokenizer, seed=0)
-
-
-@pytest.fixture
 def attributes(names: dict[str, list[str]]) -> list[Attributes]:
     return [Attributes(types=("Creature",), colors=("R",))] * len(names["test"])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import pytest
 import torch
@@ -82,3 +83,18 @@ def model(dense: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast) -> GPT2LMH
     with torch.no_grad():
         dense.transformer.wte.weight.mul_(0.5)
     return dense
+
+
+CARDS_OF_A_SET = """Name;Type line;Colors;Mana value;Rarity;Starts with
+;Creature — Goblin;Red;2;common;
+;Creature — Goblin;R;2;rare;Serra
+Old Name;Instant;U;1;common;
+;Land;;;;
+"""
+
+
+@pytest.fixture
+def rows_file(tmp_path: Path) -> Path:
+    path = tmp_path / "my set.csv"
+    path.write_text(CARDS_OF_A_SET, "utf-8-sig")
+    return path

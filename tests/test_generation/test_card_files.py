@@ -9,20 +9,6 @@ import pytest
 
 from flash_experts.generation.card_files import BadRowsError, read_card_rows
 
-SET = """Name;Type line;Colors;Mana value;Rarity;Starts with
-;Creature — Goblin;Red;2;common;
-;Creature — Goblin;R;2;rare;Serra
-Old Name;Instant;U;1;common;
-;Land;;;;
-"""
-
-
-@pytest.fixture
-def rows_file(tmp_path: Path) -> Path:
-    path = tmp_path / "my set.csv"
-    path.write_text(SET, "utf-8-sig")
-    return path
-
 
 def test_rows_are_read_in_the_spellings_of_card_files(rows_file: Path) -> None:
     first, second, third, land = read_card_rows(rows_file)

@@ -17,20 +17,6 @@ from flash_experts.generation.card_sets import NamedRow, name_rows, write_set
 from flash_experts.generation.generator import GeneratedName
 from flash_experts.generation.reranker import content_words
 
-SET = """Name;Type line;Colors;Mana value;Rarity;Starts with
-;Creature — Goblin;Red;2;common;
-;Creature — Goblin;R;2;rare;Serra
-Old Name;Instant;U;1;common;
-;Land;;;;
-"""
-
-
-@pytest.fixture
-def rows_file(tmp_path: Path) -> Path:
-    path = tmp_path / "my set.csv"
-    path.write_text(SET, "utf-8-sig")
-    return path
-
 
 @pytest.fixture
 def model_folder(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> Path:
