@@ -28,7 +28,7 @@ from flash_experts.training.training_config import TrainingConfig
 Direction = Literal["forward", "reverse"]
 SumOfRows = Callable[[torch.Tensor, slice], torch.Tensor]  # the summed loss of some rows of the logits
 _NEVER = -20.0  # log-probability
-_CHUNK = 2**22  # logits, 16 MB in float32
+_CHUNK = 2**20  # logits, 4 MB in float32
 # With `on_nan: skip`: after more of them the weights themselves are likely NaN, and continuing is useless.
 MOST_SKIPS_IN_A_ROW = 20
 
@@ -109,19 +109,56 @@ class CausalLoss:
         sum_of_rows = self._prepared(targets_L, ignore_index)
         is_large = logits_LV.device.type == "cpu" and logits_LV.numel() > _CHUNK
         if is_large and logits_LV.requires_grad and not torch.compiler.is_compiling():
-            return cast(torch.Tensor, _SumInChunks.apply(logits_LV, sum_of_rows)) / items
+            return cast(torch.Tensor, _SumInChunks.apply(logits_LV, sum_of_rows, items))
         return sum_of_rows(logits_LV, slice(None)) / items
 
     def _prepared(self, targets_L: torch.Tensor, ignore_index: int) -> SumOfRows:
         """The summed loss of some rows of the logits, for this batch."""
 
         def sum_of_rows(logits_LV: torch.Tensor, rows: slice) -> torch.Tensor:
-            smoothing, targets = self.smoothing, targets_L[rows]
-            return F.cross_entropy(
-                logits_LV.float(), targets, ignore_index=ignore_index, reduction="sum", label_smoothing=smoothing
-            )
+            is_label_L = targets_L[rows] != ignore_index
+            targets = targets_L[rows].where(is_label_L, 0)[:, None]
+            nats_L = self._smoothed(-log_probs_at(logits_LV, targets)[:, 0], logits_LV, targets)
+            return nats_L.where(is_label_L, 0.0).sum()
 
         return sum_of_rows
+
+    def _smoothed(self, nats_L: torch.Tensor, logits_LV: torch.Tensor, targets_L1: torch.Tensor) -> torch.Tensor:
+        """Label smoothing; the mean of -log p is the target's plus its logit, less the mean logit."""
+        if not self.smoothing:
+            return nats_L
+        excess_L = logits_LV.gather(1, targets_L1)[:, 0] - logits_LV.to(nats_L.dtype).mean(-1)
+        return nats_L + self.smoothing * excess_L
+
+
+def log_probs_at(logits_LV: torch.Tensor, ids_LJ: torch.Tensor) -> torch.Tensor:
+    """``logits.log_softmax(-1).gather(1, ids)``, (L, J), at least float32; on a CPU in fewer passes over the logits."""
+    if logits_LV.device.type == "cpu" and not torch.compiler.is_compiling():
+        return cast(torch.Tensor, _LogProbsAt.apply(logits_LV, ids_LJ))
+    dtype = torch.promote_types(logits_LV.dtype, torch.float32)
+    return logits_LV.to(dtype).log_softmax(-1).gather(1, ids_LJ)
+
+
+class _LogProbsAt(torch.autograd.Function):
+    """With e = exp(logits - their maximum) and g the gradient of the J results, the gradient of the logits is g at the
+    J tokens, less ``e / sum(e) * sum(g)``: it overwrites e."""
+
+    @staticmethod
+    def forward(ctx: Any, logits_LV: torch.Tensor, ids_LJ: torch.Tensor) -> torch.Tensor:
+        dtype = torch.promote_types(logits_LV.dtype, torch.float32)
+        most_L1 = logits_LV.amax(-1, keepdim=True).to(dtype)
+        exp_LV = (logits_LV - most_L1).exp_()
+        sum_L1 = exp_LV.sum(-1, keepdim=True)
+        ctx.save_for_backward(exp_LV, sum_L1, ids_LJ)
+        ctx.dtype = logits_LV.dtype
+        return logits_LV.gather(1, ids_LJ).to(dtype) - (most_L1 + sum_L1.log())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient_LJ: torch.Tensor) -> tuple[torch.Tensor, None]:
+        exp_LV, sum_L1, ids_LJ = ctx.saved_tensors
+        exp_LV.mul_(-gradient_LJ.sum(-1, keepdim=True) / sum_L1).scatter_add_(1, ids_LJ, gradient_LJ)
+        return exp_LV.to(ctx.dtype), None
 
 
 class _SumInChunks(torch.autograd.Function):
@@ -131,7 +168,7 @@ class _SumInChunks(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, logits_LV: torch.Tensor, sum_of_rows: SumOfRows) -> torch.Tensor:
+    def forward(ctx: Any, logits_LV: torch.Tensor, sum_of_rows: SumOfRows, items: torch.Tensor | int) -> torch.Tensor:
         L, V = logits_LV.shape
         total = torch.zeros((), dtype=torch.promote_types(logits_LV.dtype, torch.float32))
         gradient_LV = torch.empty_like(logits_LV)
@@ -139,7 +176,7 @@ class _SumInChunks(torch.autograd.Function):
             rows = slice(start, start + step)
             with torch.enable_grad():
                 chunk = logits_LV[rows].detach().requires_grad_()
-                loss = sum_of_rows(chunk, rows)
+                loss = sum_of_rows(chunk, rows) / items
             (gradient_LV[rows],) = torch.autograd.grad(loss, chunk)
             total += loss.detach()
         ctx.save_for_backward(gradient_LV)
@@ -147,8 +184,9 @@ class _SumInChunks(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return ctx.saved_tensors[0] * gradient, None
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (gradient_LV,) = ctx.saved_tensors
+        return gradient_LV if gradient == 1 else gradient_LV * gradient, None, None  # it is large, and 1 the usual case
 
 
 class DistillationLoss(CausalLoss):
@@ -202,21 +240,19 @@ class TopLogitsLoss(CausalLoss):
         assert top_rows_L is not None, "prepare comes before each forward"
 
         def sum_of_rows(logits_LV: torch.Tensor, rows: slice) -> torch.Tensor:
-            return self._sum(logits_LV.float().log_softmax(-1), targets_L[rows], top_rows_L[rows])
+            return self._sum(logits_LV, targets_L[rows][:, None], top_rows_L[rows])
 
         return sum_of_rows
 
-    def _sum(self, log_probs_LV: torch.Tensor, targets_L: torch.Tensor, top_rows_L: torch.Tensor) -> torch.Tensor:
+    def _sum(self, logits_LV: torch.Tensor, targets_L1: torch.Tensor, top_rows_L: torch.Tensor) -> torch.Tensor:
         assert self.top_logits is not None
-        nats_L = -log_probs_LV.gather(1, targets_L[:, None])[:, 0]
-        if self.smoothing:
-            nats_L = (1 - self.smoothing) * nats_L - self.smoothing * log_probs_LV.mean(-1)
         has_teacher_L = top_rows_L >= 0
         cached = top_rows_L.clamp(min=0).to(self.top_logits.ids.device)
         ids_LK, teacher_LK = (
-            each[cached].to(log_probs_LV.device) for each in (self.top_logits.ids, self.top_logits.log_probs)
+            each[cached].to(logits_LV.device) for each in (self.top_logits.ids, self.top_logits.log_probs)
         )
-        student_LK = log_probs_LV.gather(1, ids_LK.clamp(min=0).long())
+        log_probs = log_probs_at(logits_LV, torch.cat([targets_L1, ids_LK.clamp(min=0)], dim=1))
+        nats_L, student_LK = self._smoothed(-log_probs[:, 0], logits_LV, targets_L1), log_probs[:, 1:]
         # Tokens that the student lacks belong to the rest: nearly impossible on both sides, they add nothing.
         student_LK, teacher_LK = (each.float().masked_fill(ids_LK < 0, _NEVER) for each in (student_LK, teacher_LK))
         divergence_L = top_divergence(student_LK, teacher_LK, self.kl)
