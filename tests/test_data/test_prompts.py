@@ -21,10 +21,10 @@ from flash_experts.data.prompts import (
     Attributes,
     check_known,
     collect_conditions,
-    parse_type_line,
     prompt_words,
     read_conditions,
 )
+from flash_experts.data.type_lines import parse_type_line
 
 KRENKO = Attributes(("Legendary",), ("Creature",), ("Goblin", "Warrior"), ("R",), 4)
 CARD = Card("Krenko", "Goblin Warrior", (), (), ("Goblin", "Warrior"), ("R",), 4, "1")
@@ -63,6 +63,25 @@ def test_unknown_attributes_are_not_in_the_prompt() -> None:
 @pytest.mark.parametrize("colors", ["R", "red", "Red", "{R}", " r "])
 def test_attributes_can_be_written_in_many_ways(type_line: str, colors: str) -> None:
     assert Attributes.parse(type_line, colors, 4) == KRENKO
+
+
+@pytest.mark.parametrize(
+    ("line", "parts"),
+    [
+        ("Token Creature — Elf", ((), ("Creature",), ("Elf",))),
+        ("elf creature token", ((), ("Creature",), ("Elf",))),
+        ("Token", (None, None, None)),
+        ("Creature-Elf", ((), ("Creature",), ("Elf",))),
+        ("Kreatur — Elf", ((), ("Creature",), ("Elf",))),
+        ("legendäre artefaktkreatur - golem", (("Legendary",), ("Artifact", "Creature"), ("Golem",))),
+        ("Standardland — Forest", (("Basic",), ("Land",), ("Forest",))),
+        ("Creature — Human // Creature — Werewolf", ((), ("Creature",), ("Human",))),
+    ],
+)
+def test_type_lines_are_read_as_set_files_have_them(line: str, parts: tuple[tuple[str, ...] | None, ...]) -> None:
+    assert parse_type_line(line) == parts
+    read = Attributes.parse(line, None, None)
+    assert (read.supertypes, read.types, read.subtypes) == parts
 
 
 def test_parse_of_nothing_and_of_parts() -> None:

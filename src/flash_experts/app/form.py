@@ -13,7 +13,8 @@ import gradio as gr
 
 from flash_experts.app.settings import DEFAULTS, KINDS, OPTIONS, Settings
 from flash_experts.data.cards import COLORLESS, SUPERTYPES, TYPES, parse_colors
-from flash_experts.data.prompts import OPTIONAL_ATTRIBUTES, Conditions, known_subtypes, parse_type_line
+from flash_experts.data.prompts import OPTIONAL_ATTRIBUTES, Conditions
+from flash_experts.data.type_lines import known_subtypes, parse_type_line
 from flash_experts.generation import PRESETS, Sampling
 from flash_experts.generation.request import RULES, SAMPLING, NameRequest
 from flash_experts.options import options_of, type_of

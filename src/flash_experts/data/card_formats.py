@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
-from string import capwords
 from typing import Any
 
 from flash_experts.data import cards
 from flash_experts.data.card_table import known_names
-from flash_experts.data.names import FACE_SEPARATOR, normal_form
+from flash_experts.data.names import FACE_SEPARATOR, normal_form, with_face_separator
+from flash_experts.data.type_lines import in_english
 
 MAX_NAME = 300  # characters; the longest real name has 141
 
@@ -56,17 +56,8 @@ _COLUMN_OF = {
 _TEXT_COLUMNS = ("type_line", "layout", "flag", "rarity", "set_code", "released")
 # Headings of files with product numbers instead of names, or with another name for the column of names.
 _OTHER_COLUMNS = ("idproduct", "multiverseid", "quantity", "qty", "collectornumber", "tcgplayerid", "productid", "sku")
-_TYPE_WORDS = {word.casefold(): word for word in (*cards.TYPES, *cards.SUPERTYPES, "Token")} | {
-    "kreatur": "Creature", "spontanzauber": "Instant", "hexerei": "Sorcery", "artefakt": "Artifact",
-    "verzauberung": "Enchantment", "artefaktkreatur": "Artifact Creature",
-    "verzauberungskreatur": "Enchantment Creature", "standardland": "Basic Land",
-    **dict.fromkeys(("legendär", "legendäre", "legendärer", "legendäres"), "Legendary"),
-    **dict.fromkeys(("verschneit", "verschneite", "verschneiter", "verschneites"), "Snow"),
-}  # fmt: skip
-_HYPHEN = re.compile(rf"\b({'|'.join(cards.TYPES)})(?:-\s*|\s+-)(?=\w)")  # "Creature-Elf"
 _MISSING = frozenset(("", "nan", "none", "<na>", "nat", "null", "n/a", "\\n", "no cost", "-", "\u2014"))
 _MISSING_NAMES = frozenset(("nan", "NaN", "<NA>", "None", "null", "NULL"))
-_FACES = re.compile(r"\s+/{1,3}\s+|(?<=[a-z])//(?=[A-Z])")  # " / " is Moxfield's, " /// " Arena's
 _FACES_OF_COST = re.compile(r"\s*//+\s*|\s+/\s+")
 _NOT_OF_COLORS = re.compile(r"[\s,;|/&+{}()\[\]'\"-]+")
 _COLOR_WORDS = {
@@ -221,7 +212,7 @@ def _name(fields: Mapping[str, Any], where: str) -> str | None:
         return None
     if len(value) > MAX_NAME:
         raise ValueError(f"{where}: {len(value):,} characters are not a card name: give one name per line")
-    return _FACES.sub(FACE_SEPARATOR, value)
+    return with_face_separator(value)
 
 
 def _items(value: Any) -> list[str]:
@@ -238,11 +229,7 @@ def _type_line(fields: Mapping[str, Any]) -> str | None:
         before = [*_items(fields.get("supertypes")), *_items(fields.get("types"))]
         after = _items(fields.get("subtypes"))
         line = " ".join(before) + (f" — {' '.join(after)}" if after and before else "")
-    if line.isupper() or line.islower():
-        line = capwords(line)
-    line = re.sub(r"\w+", lambda match: _TYPE_WORDS.get(match[0].casefold(), match[0]), line)
-    line = _HYPHEN.sub(r"\1 — ", line)
-    return _FACES.sub(FACE_SEPARATOR, line) or None
+    return in_english(line) or None
 
 
 def _colors(fields: Mapping[str, Any], type_line: str | None, read: Callable[..., Any]) -> str | None:

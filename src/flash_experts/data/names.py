@@ -21,6 +21,7 @@ _INVISIBLE = frozenset(("Cc", "Cf", "Cs", "Co", "Cn"))  # control, format (zero 
 _WHOLE_LETTERS = str.maketrans(
     {"æ": "ae", "œ": "oe", "ø": "o", "đ": "d", "ð": "d", "ł": "l", "þ": "th", "ı": "i", "ħ": "h"}
 )
+_FACES = re.compile(r"\s+/{1,3}\s+|(?<=[a-z])//(?=[A-Z])")  # " / " is Moxfield's, " /// " Arena's
 _POSSESSIVE = re.compile(r"'s$|'$")
 # For ASCII names, as bytes: five times as fast as character by character.
 _LOWER = bytes(range(256)).lower()
@@ -59,6 +60,11 @@ def faces_of(name: str) -> list[str]:
     if FACE_SEPARATOR not in name:
         return [name.strip()]
     return [face.strip() for face in name.split(FACE_SEPARATOR) if face.strip()] or [name.strip()]
+
+
+def with_face_separator(text: str) -> str:
+    """A name or type line of several faces, however a collection manager separates them, with `FACE_SEPARATOR`."""
+    return _FACES.sub(FACE_SEPARATOR, text)
 
 
 def is_rebalanced(name: str, names: Container[str]) -> bool:

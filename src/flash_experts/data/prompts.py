@@ -8,7 +8,6 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import cache
 from typing import Any
 
 from flash_experts.data.cards import (
@@ -22,14 +21,12 @@ from flash_experts.data.cards import (
     parse_date,
     parse_rarity,
     parse_set_code,
-    split_type_line,
 )
-from flash_experts.data.names import normal_form
+from flash_experts.data.type_lines import parse_type_line
 from flash_experts.options import type_problem
 from flash_experts.terminal import nearest
 
 MAX_MANA_VALUE = 10**7  # the most expensive card costs a million (Gleemax)
-_DASH = re.compile(r"—|–|--|(?:^|\s)-(?=\s|$)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,73 +175,6 @@ def drop_unknown(attributes: Attributes, conditions: Conditions) -> Attributes:
     """Drops the attributes that `check_known` refuses: for a model that was not trained with them they are noise."""
     unknown = [name for name in OPTIONAL_ATTRIBUTES if getattr(attributes, name) not in conditions.get(name, [])]
     return replace(attributes, **dict.fromkeys(unknown)) if unknown else attributes
-
-
-def parse_type_line(text: str | None) -> tuple[tuple[str, ...] | None, tuple[str, ...] | None, tuple[str, ...] | None]:
-    """Parses a user's type line into supertypes, types and subtypes; three None for an empty text.
-
-    Case, order and dash are free: ``"warrior goblin creature"`` is a Creature — Goblin Warrior, in the order of real
-    cards. Only subtypes after a dash keep theirs. Raises a ValueError for an unknown type (with a suggestion).
-    """
-    if text is None or not text.strip():
-        return None, None, None
-    vocabulary = _type_vocabulary()
-    words = _DASH.sub(" ", text).split()
-    found = []
-    while words:
-        length = 2 if normal_form("".join(words[:2])) in vocabulary.pairs else 1
-        found.append(_known_type(" ".join(words[:length]), vocabulary))
-        del words[:length]
-    subtypes = [name for name in found if name not in SUPERTYPES and name not in TYPES]
-    if not _DASH.search(text):
-        subtypes.sort(key=lambda name: vocabulary.place[name])
-    return (
-        tuple(name for name in SUPERTYPES if name in found),
-        tuple(name for name in TYPES if name in found),
-        tuple(dict.fromkeys(subtypes)),
-    )
-
-
-def known_subtypes() -> tuple[str, ...]:
-    """All subtypes that `parse_type_line` knows, sorted."""
-    return tuple(sorted(set(_type_vocabulary().names.values()) - {*SUPERTYPES, *TYPES}))
-
-
-@dataclass(frozen=True, slots=True)
-class _Vocabulary:
-    """Known words of type lines."""
-
-    names: dict[str, str]  # by normal form
-    pairs: frozenset[str]  # subtypes of two words
-    place: dict[str, float]  # mean position among a card's subtypes, 0 (first) to 1 (last)
-
-
-@cache
-def _type_vocabulary() -> _Vocabulary:
-    from flash_experts.data.card_table import read_embedded
-
-    places: dict[str, list[float]] = {}
-    for row in read_embedded().rows:
-        for line in (row.type_line or "").split(" // "):
-            _, types, subtypes = split_type_line(line)
-            if types and set(types) <= set(TYPES):
-                for place, name in enumerate(subtypes):
-                    places.setdefault(name, []).append(place / max(1, len(subtypes) - 1))
-    # The more common of two spellings wins: jokes have a "Human?".
-    names = {normal_form(name): name for name in sorted(places, key=lambda name: len(places[name]))}
-    names |= {normal_form(name): name for name in (*SUPERTYPES, *TYPES)} | {"tribal": "Kindred"}
-    pairs = frozenset(normal_form(name) for name in places if " " in name)
-    return _Vocabulary(names, pairs, {name: sum(seen) / len(seen) for name, seen in places.items()})
-
-
-def _known_type(word: str, vocabulary: _Vocabulary) -> str:
-    known = vocabulary.names.get(normal_form(word))
-    if known is None:
-        near = nearest(normal_form(word), vocabulary.names)
-        others = 'a type line is like "Legendary Creature — Goblin"'
-        hint = f"did you mean {vocabulary.names[near]!r}?" if near else others
-        raise ValueError(f"unknown type {word!r}: {hint}")
-    return known
 
 
 def texts_of_cards(cards: Sequence[Card]) -> list[str]:
