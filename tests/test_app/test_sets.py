@@ -111,7 +111,7 @@ def test_a_set_stops_at_the_limits_and_says_so(playground: Playground, monkeypat
     handlers, session = Handlers(playground), Session()
     *_, shown = handlers.make_several(values(Settings(quality="fast")), "Land\nInstant\nLand\nLand", "2", session)
     assert len(shown.rows) == 4 and "4 names for 2 of 4 cards" in shown.status
-    assert "line 3 and 1 more: no name: not reached: a request gives at most 4 names" in shown.status
+    assert "line 3, line 4: no name: not reached: a request gives at most 4 names" in shown.status
     assert "open it again" in shown.status
     assert handlers.export_set(Session(), "csv") == "", "no set was named"
 
@@ -124,12 +124,12 @@ def test_a_set_stops_at_the_limits_and_says_so(playground: Playground, monkeypat
         ("Land\n" * 10_000, "5", "the most is 48,000"),
         ("Land", "11", "the most is 10"),
         ("Land", "x", "whole number"),
-        ("Goblinn", "1", "line 1, &#39;Goblinn&#39;"),
+        ("Goblinn", "1", "line 1: no name: &#39;Goblinn&#39;: unknown type"),
         ("Land, W, 3, x", "1", "type line, colors and a mana value"),
-        ("Land, W, 99", "1", "line 1: Mana value is 99"),
+        ("Land, W, 99", "1", "line 1: no name: Mana value is 99"),
         (EVIL, "1", "&lt;script&gt;"),
-        ("type_line,colors\nInstant,purple\n", "1", "the cards:2: colors &#39;purple&#39; is not understood"),
-        ("type_line,contains\nInstant," + "x" * 41, "1", "the cards:2: contains has 41 characters"),
+        ("type_line,colors\nInstant,purple\n", "1", "the cards:2: no name: colors &#39;purple&#39; is not understood"),
+        ("type_line,contains\nInstant," + "x" * 41, "1", "the cards:2: no name: contains has 41 characters"),
         ("name,type_line\nA,Instant\n", "1", "each of these cards has a name"),
         ("type_line\n" + "Land\n" * 2001, "1", "more than 2,000 cards"),
         ("[" * 40_000, "1", "the cards: not a list of cards"),
@@ -141,6 +141,28 @@ def test_a_set_stops_at_the_limits_and_says_so(playground: Playground, monkeypat
 def test_bad_cards_are_reported(playground: Playground, cards: str, count: str, message: str) -> None:
     (shown,) = Handlers(playground).make_several(values(Settings()), cards, count, Session())
     assert "fe-failure" in shown.status and message in shown.status and "\n" not in shown.status
+
+
+@pytest.mark.parametrize(
+    ("cards", "problems"),
+    [
+        ("Creature — Angel, W, 5\nGoblinn\nInstant, purple\nLand",
+         ["line 2: no name: &#39;Goblinn&#39;: unknown type",
+          "line 3: no name: &#39;Instant, purple&#39;: unknown color"]),
+        ("type_line,starts_with\nInstant,\nInstannt,\nInstant," + "x" * 41 + "\nInstant,Дра\nInstant,Fire // Ice\n"
+         "Land,",
+         ["the cards:3: no name: unknown type", "the cards:4: no name: Starts with has 41 characters",
+          "the cards:5: no name: Starts with &#39;Дра&#39;", "the cards:6: no name: "]),
+    ],
+)  # fmt: skip
+def test_good_cards_get_names_and_bad_ones_are_reported(
+    playground: Playground, cards: str, problems: list[str]
+) -> None:
+    session = Session()
+    *_, shown = Handlers(playground).make_several(values(Settings(seed=1, quality="fast")), cards, "1", session)
+    assert [each.settings.type_line for each in shown.rows][-1] == "Land" and len(shown.rows) == 2
+    assert all(problem in shown.status for problem in problems) and "fe-failure" not in shown.status
+    assert [bool(one.names) for one in session.named] == [True, *[False] * len(problems), True]
 
 
 @pytest.fixture

@@ -112,6 +112,22 @@ def test_bad_rows_are_listed_before_the_model_is_loaded(tmp_path: Path, capsys: 
     assert last == f"flash-experts generate: {path}: 12 rows are not understood"
 
 
+def test_good_rows_get_names_and_bad_ones_are_reported(
+    model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, out = tmp_path / "set.csv", tmp_path / "names.csv"
+    path.write_text("Type,Colors\nInstannt,U\nLand,\nInstant,purple\nInstant,U\n")
+    command = ["generate", "--model", str(model_folder), "--device", "cpu", "--cards", str(path), "--seed", "1"]
+    assert main([*command, "--count", "1", "--quality", "fast", "--out", str(out)]) == 1
+    first, second, *_, written, last = capsys.readouterr().err.splitlines()
+    assert first.startswith(f"{path}:2: unknown type 'Instannt'") and second.startswith(f"{path}:4: Colors 'purple'")
+    assert written.endswith(f"2 new names for 4 cards, written to {out}")
+    assert last.endswith(f"{path}: 2 rows are not understood: correct them in {out} and name that file")
+    table = list(csv.DictReader(out.open(encoding="utf-8")))
+    assert [bool(row["name"]) for row in table] == [False, True, False, True], "in their order"
+    assert [row["Type"] for row in table] == ["Instannt", "Land", "Instant", "Instant"]
+
+
 def test_a_character_that_no_card_has_is_the_problem_of_its_row_alone(
     model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast
 ) -> None:

@@ -11,15 +11,13 @@ from markupsafe import Markup, escape
 
 from flash_experts.app.service import Inspection, Progress, Row
 from flash_experts.app.session import Request
-from flash_experts.app.sets import SetProgress
+from flash_experts.app.sets import SetProgress, reports
 from flash_experts.app.settings import Settings, words_of
 from flash_experts.data.cards import COLOR_WORDS, COLORLESS
 from flash_experts.data.prompts import Attributes
 from flash_experts.evaluation.report import load_template
 from flash_experts.evaluation.routing.report import expert_hues, map_rows
 from flash_experts.generation.name_files import type_line_of
-
-_MOST_REPORTED = 5  # different reasons why a card has no name
 
 
 def names_table(rows: Sequence[Row], caption: str, lockable: bool = True) -> str:
@@ -104,14 +102,7 @@ def set_status(progress: SetProgress) -> str:
     cards = [one for one in progress.named if not one.row.name]
     with_names = sum(bool(one.names) for one in cards)
     line = note(f"{count} names for {with_names} of {len(cards)} cards · {progress.seconds:.1f} s")
-    reports: dict[str, list[str]] = {}
-    for one in cards:
-        if one.problem:
-            reports.setdefault(one.problem, []).append(one.row.where)
-    items = [f"{places[0]}{f' and {len(places) - 1} more' * (len(places) > 1)}: no name: {problem}"
-             for problem, places in reports.items()]  # fmt: skip
-    if len(items) > _MOST_REPORTED:
-        items[_MOST_REPORTED:] = [f"and {len(items) - _MOST_REPORTED} more"]
+    items = reports(progress.named)
     if any(one.problem.startswith("not reached") for one in cards):
         items.append("Download the set and open it again: the cards without a name are named then")
     rows = Markup("").join(Markup("<li>{}</li>").format(item) for item in items)

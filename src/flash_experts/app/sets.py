@@ -10,13 +10,13 @@ from dataclasses import dataclass, replace
 from flash_experts.app import form
 from flash_experts.app.service import Playground, Row
 from flash_experts.app.settings import LARGEST_SEED, Settings
-from flash_experts.data.prompts import Attributes, read_conditions
+from flash_experts.data.prompts import UNCONDITIONAL, Attributes, read_conditions
 from flash_experts.generation import card_files, card_sets
-from flash_experts.generation.filters.base import NoTokenLeftError
 
 LONGEST_SET = 48_000  # characters of a set; as JSON it fits into the body of a request
 MOST_IN_A_SET = 300  # names of one request
 MOST_EACH = 10  # names for each card
+_MOST_REPORTED = 5  # different problems, and cards with the same one
 _OF_A_LINE = ("type_line", "colors", "mana_value")
 
 
@@ -34,7 +34,7 @@ class SetProgress:
 def cards_of(text: object) -> list[card_files.CardRow]:
     """The cards of a text: a set (see `card_rows_of`), or a line for each, such as "Creature — Angel, W, 5".
 
-    Raises a ValueError if there are none, the text is too long, or a value is not understood.
+    Raises a ValueError if there are none, or the text is too long.
     """
     text = text if isinstance(text, str) else ""
     if len(text) > LONGEST_SET:
@@ -48,18 +48,17 @@ def cards_of(text: object) -> list[card_files.CardRow]:
 
 
 def _row_of_line(line: str, where: str) -> card_files.CardRow:
-    parts = [part.strip() for part in line.split(",")]
-    if len(parts) > len(_OF_A_LINE):
-        raise ValueError(
-            f"{where}, {line!r:.60}: give a type line, colors and a mana value, such as Creature — Angel, W, 5"
-        )
+    parts = [part.strip() for part in line.split(",", len(_OF_A_LINE) - 1)]
     cells = dict(zip(_OF_A_LINE, parts + [""] * len(_OF_A_LINE), strict=False))
+    card, problem = UNCONDITIONAL, ""
     try:
+        if "," in cells["mana_value"]:
+            raise ValueError("give a type line, colors and a mana value, such as Creature — Angel, W, 5")
         mana_value = form.whole("mana_value", cells["mana_value"])
         card = Attributes.parse(cells["type_line"] or None, cells["colors"] or None, mana_value)
     except ValueError as error:
-        raise ValueError(f"{where}, {line!r:.60}: {error}") from None
-    return card_files.CardRow(where, cells, "", card)
+        problem = f"{line!r:.60}: {error}"
+    return card_files.CardRow(where, cells, "", card, problem=problem)
 
 
 def number_for_each(count: object) -> int:
@@ -84,13 +83,13 @@ def name_set(
     ``count`` is of names for each.
 
     Raises:
-        ValueError: a setting of a card is not allowed, or the model is unknown.
+        ValueError: no card can be named, or the model is unknown.
     """
-    asked = deque(_settings_of_each(playground, settings, model, rows).items())
-    if not asked:
-        raise ValueError("each of these cards has a name: leave the names out that are to be made")
+    named, settings_of_each = _checked(playground, settings, model, rows)
+    if not settings_of_each:
+        raise ValueError("; ".join(reports(named)) or "each of these cards has a name: leave out those to be made")
+    asked = deque(settings_of_each.items())
     start, taken = time.monotonic(), card_sets.TakenNames(row.name for row in rows)
-    named = [card_sets.NamedRow(row, ()) for row in rows]
     before: tuple[Row, ...] = ()
     last = settings
 
@@ -107,8 +106,8 @@ def name_set(
         left = left / 2 if asked else left  # a card that hardly any name suits leaves time for the others
         try:
             new = _names_of_card(playground, last, model, taken, without, left, is_wanted)
-        except NoTokenLeftError as error:
-            new, named[place] = (), card_sets.NamedRow(rows[place], (), str(error))
+        except ValueError as error:
+            new, named[place] = (), card_sets.without_names(rows[place], error)
         else:
             named[place] = taken.named(rows[place], [row.name for row in new])
             if not new and time.monotonic() - begun >= left:
@@ -123,14 +122,30 @@ def name_set(
         yield SetProgress(last, before, (), tuple(named), time.monotonic() - start)
 
 
-def _settings_of_each(
+def reports(named: Sequence[card_sets.NamedRow]) -> list[str]:
+    """The problems of a set with their cards, each problem once, the first few."""
+    cards: dict[str, list[str]] = {}
+    for one in named:
+        if one.problem:
+            cards.setdefault(one.problem, []).append(one.row.where)
+    found = []
+    for problem, places in cards.items():
+        more = f" and {len(places) - _MOST_REPORTED} more" if len(places) > _MOST_REPORTED else ""
+        found.append(f"{', '.join(places[:_MOST_REPORTED])}{more}: no name: {problem}")
+    if len(found) > _MOST_REPORTED:
+        found[_MOST_REPORTED:] = [f"and {len(found) - _MOST_REPORTED} more"]
+    return found
+
+
+def _checked(
     playground: Playground, settings: Settings, model: str, rows: Sequence[card_files.CardRow]
-) -> dict[int, Settings]:
-    """The settings of each card without a name, by its place."""
+) -> tuple[list[card_sets.NamedRow], dict[int, Settings]]:
+    """The cards with the problems that need no model, and the settings of those to be named, by place."""
     conditions = read_conditions(playground.model(model).generator.model.config.to_dict())
+    named = [card_sets.NamedRow(row, (), row.problem) for row in rows]
     found = {}
     for place, row in enumerate(rows):
-        if row.name:
+        if row.name or row.problem:
             continue
         given = card_sets.asked_for(row, conditions)
         given["rarity"] = given["rarity"] or settings.rarity
@@ -138,8 +153,8 @@ def _settings_of_each(
         try:
             found[place] = replace(settings, **given, seed=seed)
         except ValueError as error:
-            raise ValueError(f"{row.where}: {error}") from None
-    return found
+            named[place] = card_sets.NamedRow(row, (), form.with_labels(str(error)))
+    return named, found
 
 
 def _names_of_card(

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from flash_experts.generation.generator import NameGenerator
 
 _EACH_OF_A_SET = 5  # names for each card of a set: 20 for each of 250 cards are more than anyone reads
+_MOST_REPORTED = 10  # rows of a set that are not understood
 _RANDOM = ("count", "seed", "batch_size")  # what --attributes-from takes of a request besides the sampling
 
 
@@ -86,23 +87,33 @@ def _run_for_set(args: Namespace) -> None:
             write_mse(cards_of(named), file)
         else:
             write_set(named, file, format or "text", args.raw_cells)
-    new = sum(bool(one.names) for one in named)
+    new, bad = sum(bool(one.names) for one in named), sum(bool(row.problem) for row in rows)
     say(f"{_count(new, 'new name')} for {_count(len(named), 'card')}, written to {args.out}", sys.stderr)
     for one in named:
-        if one.problem:
+        if one.problem and not one.row.problem:
             say(f"{one.row.where}: no name: {one.problem}", sys.stderr)
+    if bad:
+        raise ValueError(f"{_not_understood(args.cards, bad)}: correct them in {args.out} and name that file")
 
 
 def _rows_of(path: str) -> list[CardRow]:
-    """The cards of a set; a ValueError after a line for each of the first rows that are not understood."""
-    from flash_experts.generation.card_files import BadRowsError, read_card_rows
+    """The cards of a set, after a line for each of the first that are not understood; a ValueError if all are not."""
+    from flash_experts.generation.card_files import read_card_rows
 
-    try:
-        return read_card_rows(path)
-    except BadRowsError as error:
-        for problem in error.problems:
-            say(common.shortened(one_line(problem)), sys.stderr)
-        raise ValueError(error.summary) from None
+    rows = read_card_rows(path)
+    bad = [f"{row.where}: {row.problem}" for row in rows if row.problem]
+    if len(bad) == len(rows) == 1:
+        raise ValueError(bad[0])
+    more = [f"and {len(bad) - _MOST_REPORTED} more"] if len(bad) > _MOST_REPORTED else []
+    for problem in [*bad[:_MOST_REPORTED], *more]:
+        say(common.shortened(one_line(problem)), sys.stderr)
+    if all(row.name or row.problem for row in rows) and bad:
+        raise ValueError(_not_understood(path, len(bad)))
+    return rows
+
+
+def _not_understood(path: str, bad: int) -> str:
+    return f"{path}: {_count(bad, 'row')} {'is' if bad == 1 else 'are'} not understood"
 
 
 def _count(count: int, what: str) -> str:

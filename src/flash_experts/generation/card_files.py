@@ -5,16 +5,16 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from flash_experts.data.card_formats import column_of, known_columns, raw_card
-from flash_experts.data.cards import COLORS, RARITIES, UNKNOWN, Card, Unread, join_type_line
+from flash_experts.data.cards import COLORS, RARITIES, UNKNOWN, Unread
 from flash_experts.data.cleaning import face_cards
-from flash_experts.data.prompts import Attributes
+from flash_experts.data.prompts import UNCONDITIONAL, Attributes
 from flash_experts.data.sources import (
     MAX_JSON_BYTES,
     OTHER_KINDS,
@@ -26,7 +26,6 @@ from flash_experts.data.sources import (
 )
 
 MOST_ROWS = 2_000
-MOST_PROBLEMS = 10  # shown of one file
 RULE_COLUMNS = ("starts_with", "contains", "ends_with")  # a row's own words
 _UNNAMED = "unnamed"
 _OF_CARDS = {"type_line", "types", "colors", "mana_value", "mana_cost", "rarity"}  # a file has one of these columns
@@ -59,6 +58,7 @@ class CardRow:
         name: that the card has already, or "".
         rules: options of `NameRequest`.
         style: of the file, if it is CSV.
+        problem: why the row is not understood, or "".
     """
 
     where: str
@@ -67,33 +67,18 @@ class CardRow:
     card: Attributes
     rules: Mapping[str, str] = field(default_factory=dict)
     style: CsvStyle = CsvStyle()
-
-
-class BadRowsError(ValueError):
-    """Several rows of a file are not understood.
-
-    Attributes:
-        summary: how many.
-        problems: a line for each of the first `MOST_PROBLEMS`, and one for the rest.
-    """
-
-    def __init__(self, where: str, problems: Sequence[str]) -> None:
-        self.summary = f"{where}: {len(problems)} rows are not understood"
-        self.problems = [*problems[:MOST_PROBLEMS]]
-        if (rest := len(problems) - MOST_PROBLEMS) > 0:
-            self.problems.append(f"and {rest} more")
-        super().__init__(f"{self.summary}: {'; '.join(self.problems)}")
+    problem: str = ""
 
 
 def read_card_rows(path: str | Path) -> list[CardRow]:
     """Reads the cards of a set from CSV, JSON with a list of objects, or JSON lines.
 
     Columns are those of `flash_experts.data.card_formats`, ``name`` for cards that have one, and ``starts_with``,
-    ``contains`` and ``ends_with`` for words that a name must have. Of two faces the first one is named.
+    ``contains`` and ``ends_with`` for words that a name must have. Of two faces the first one is named. A row that is
+    not understood has a `CardRow.problem`.
 
     Raises:
-        ValueError: the file is of another kind, or a row is not understood (with ``file:line``); a `BadRowsError` for
-            several such rows.
+        ValueError: the file is of another kind, or not a table of cards (with ``file:line``).
     """
     path = Path(path)
     suffix = path.suffix.lower()
@@ -112,7 +97,6 @@ def read_card_rows(path: str | Path) -> list[CardRow]:
 def card_rows_of(text: str, where: str, has_bom: bool = False) -> list[CardRow]:
     """As `read_card_rows`; ``where`` names the file in messages."""
     rows: list[CardRow] = []
-    problems: list[str] = []
     columns: list[str] = []
     style = CsvStyle(has_bom=has_bom)
     if _is_json(text):
@@ -121,17 +105,13 @@ def card_rows_of(text: str, where: str, has_bom: bool = False) -> list[CardRow]:
         separator, columns, records = _table(text, where)
         style = CsvStyle(separator, has_bom)
     for place, found in records:
-        try:
-            cells = _record(columns, found, style.separator) if isinstance(found, list) else found
-            rows.append(_row_of(cells, place, style))
-        except ValueError as error:
-            problems.append(f"{place}: {str(error).removeprefix(f'{place}: ')}")
-        if len(rows) + len(problems) > MOST_ROWS:
+        if isinstance(found, list):
+            cells, problem = _record(columns, found, style.separator)
+        else:
+            cells, problem = found, ""
+        rows.append(_row_of(cells, place, style, problem))
+        if len(rows) > MOST_ROWS:
             raise ValueError(f"{where}: more than {MOST_ROWS:,} cards: give a smaller file")
-    if len(problems) == 1:
-        raise ValueError(problems[0])
-    if problems:
-        raise BadRowsError(where, problems)
     if not rows:
         raise ValueError(f"{where}: no cards under the heading")
     return rows
@@ -182,15 +162,17 @@ def _table(text: str, where: str) -> tuple[str, list[str], Iterator[tuple[str, l
     return separator, columns, rows
 
 
-def _record(columns: Sequence[str], cells: Sequence[str], separator: str) -> dict[str, str]:
-    """A row by column. Spreadsheets leave out empty cells at the end of a row, or add some."""
-    if any(cell.strip() for cell in cells[len(columns) :]):
-        raise ValueError(
+def _record(columns: Sequence[str], cells: Sequence[str], separator: str) -> tuple[dict[str, str], str]:
+    """A row by column, and its problem or "". Spreadsheets leave out empty cells at the end of a row, or add some."""
+    problem, surplus = "", cells[len(columns) :]
+    if any(cell.strip() for cell in surplus):
+        problem = (
             f"{len(cells)} cells, but the heading has {len(columns)} columns: put cells that hold {separator!r} in "
             "quotes, or add a heading"
         )
+        cells = [*cells[: len(columns) - 1], separator.join(cells[len(columns) - 1 :])]  # nothing is lost
     missing = [""] * (len(columns) - len(cells))
-    return dict(zip(columns, [*cells[: len(columns)], *missing], strict=True))
+    return dict(zip(columns, [*cells[: len(columns)], *missing], strict=True)), problem
 
 
 def _json_records(text: str, where: str) -> Iterator[tuple[str, dict[Any, Any]]]:
@@ -226,13 +208,25 @@ def _parsed(text: str, where: str) -> Any:
         raise ValueError(f"{where}: not JSON: {error}") from None
 
 
-def _row_of(cells: dict[Any, Any], where: str, style: CsvStyle) -> CardRow:
-    """A row, or a ValueError without the place."""
+def _row_of(cells: dict[Any, Any], where: str, style: CsvStyle, problem: str) -> CardRow:
     texts = {str(column).strip(): _cell_text(value) for column, value in cells.items()}
-    given = {str(column).strip() for column, value in cells.items() if value is not None}
     plain = plain_headings(texts)
-    lower = {column.lower().replace(" ", "_"): value for column, value in texts.items()}
     _, name = _own_cell(texts, plain, "name")
+    card = UNCONDITIONAL
+    try:
+        given = {str(column).strip() for column, value in cells.items() if value is not None}
+        card = card if problem else _card_of(texts, plain, given, name, where)
+    except ValueError as error:
+        problem = str(error).removeprefix(f"{where}: ")
+    lower = {column.lower().replace(" ", "_"): value for column, value in texts.items()}
+    rules = {rule: lower[rule] for rule in RULE_COLUMNS if lower.get(rule)}
+    return CardRow(where, texts, name, card, rules, style, problem)
+
+
+def _card_of(
+    texts: Mapping[str, str], plain: Mapping[str, str], given: Container[str], name: str, where: str
+) -> Attributes:
+    """The card of a row's cells, of which ``given`` are in the file; a ValueError if one is not understood."""
     known = {plain[column]: text for column, text in texts.items() if column in given}
     known = {column: text for column, text in known.items() if column_of(column) != "name"}
     unread = Unread()
@@ -248,20 +242,13 @@ def _row_of(cells: dict[Any, Any], where: str, style: CsvStyle) -> CardRow:
         raise ValueError(f"{heading} {cell!r:.60} is not understood{hint}")
     is_colored = front.colors is not None and (found.mana_cost or found.colors not in (None, UNKNOWN))
     colors = ("".join(front.colors or ()) or "C") if is_colored else None
-    card = Attributes.parse(_type_line(front) or None, colors, front.mana_value, front.rarity)
-    return CardRow(where, texts, name, card, {rule: lower[rule] for rule in RULE_COLUMNS if lower.get(rule)}, style)
+    return Attributes.parse(front.type_line or None, colors, front.mana_value, front.rarity)
 
 
 def _own_cell(texts: Mapping[str, str], plain: Mapping[str, str], column: str) -> tuple[str, str]:
     """The file's own heading of a column, and the cell under it."""
     named = ((heading, text) for heading, text in texts.items() if text and column_of(plain[heading]) == column)
     return next(named, (column, ""))
-
-
-def _type_line(card: Card) -> str:
-    """The type line without "Token", for which no model has a word."""
-    types = tuple(word for word in card.types if word != "Token")
-    return join_type_line(card.supertypes, types, card.subtypes)
 
 
 def _cell_text(value: Any) -> str:

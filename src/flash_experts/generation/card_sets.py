@@ -63,14 +63,14 @@ def name_rows(
 ) -> Iterator[NamedRow]:
     """Names for each row without one, in order, the best of ``candidates`` first; no name or last word comes twice.
 
-    ``options`` are fields of `NameRequest` for all rows; a wrong one raises a ValueError. A row whose own words make
-    no name has the reason as its ``problem``.
+    ``options`` are fields of `NameRequest` for all rows; a wrong one raises a ValueError. A row that is not understood,
+    or whose own words make no name, has the reason as its ``problem``.
     """
     conditions = read_conditions(generator.model.config.to_dict())
     taken = TakenNames(row.name for row in rows)
     for place, row in enumerate(rows):
-        if row.name:
-            yield NamedRow(row, ())
+        if row.name or row.problem:
+            yield NamedRow(row, (), row.problem)
             continue
         found: list[GeneratedName] = []
         try:
@@ -81,11 +81,16 @@ def name_rows(
                 if len(found) == candidates:
                     break
         except ValueError as error:
-            if not (row.rules or isinstance(error, NoTokenLeftError)):
-                raise
-            yield NamedRow(row, (), str(error))
+            yield without_names(row, error)
             continue
         yield taken.named(row, found)
+
+
+def without_names(row: CardRow, error: ValueError) -> NamedRow:
+    """The row with an error as its problem; raises the error if it is not of this row's own words."""
+    if not (row.rules or isinstance(error, NoTokenLeftError)):
+        raise error
+    return NamedRow(row, (), str(error))
 
 
 def asked_for(row: CardRow, conditions: Conditions) -> dict[str, Any]:
