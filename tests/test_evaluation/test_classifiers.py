@@ -87,6 +87,15 @@ def test_recognition_by_hand() -> None:
     assert found.plain.low < 0.7 < found.plain.high
 
 
+def test_recognition_of_none_and_all_keeps_an_interval() -> None:
+    found = recognition({"a": np.array([True] * 10)}, {"a": 1.0})
+    assert (found.plain.value, found.plain.high) == (1.0, 1.0)
+    assert found.plain.low == pytest.approx(1 - 0.2775, abs=1e-3), "Wilson: 10 of 10"
+    found = recognition({"a": np.array([True] * 10), "b": np.array([False] * 10)}, {"a": 0.8, "b": 0.2})
+    assert found.balanced.low == pytest.approx(0.5 - 0.2775 / 2, abs=1e-3)
+    assert found.balanced.high == pytest.approx(0.5 + 0.2775 / 2, abs=1e-3)
+
+
 def test_one_class_is_no_task(cards: list[Card]) -> None:
     creatures = [card for card in cards if card.types == ("Creature",) and card.colors == ("R",)][:60]
     classifiers = AttributeClassifiers(creatures, creatures)

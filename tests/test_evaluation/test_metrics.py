@@ -165,6 +165,12 @@ def test_auc_on_worked_numbers() -> None:
     assert metrics.auc_estimate([4, 4, 4, 4], [1, 1, 0, 0]).value == 0.5
 
 
+def test_auc_of_separated_names_keeps_an_interval() -> None:
+    every, none = (metrics.auc_estimate(scores, [1] * 10 + [0] * 20) for scores in (range(30, 0, -1), range(30)))
+    assert (every.value, every.high, none.value, none.low) == (1.0, 1.0, 0.0, 0.0)
+    assert none.high == 1 - every.low == pytest.approx(0.2775, abs=1e-3), "Wilson: 0 of 10"
+
+
 def test_auc_interval_covers_one_half_for_equal_distributions_about_95_times_in_100() -> None:
     rng = np.random.default_rng(3)
     labels = np.repeat([0, 1], 80)

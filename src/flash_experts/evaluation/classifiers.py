@@ -8,7 +8,7 @@ spelling only. The strong one, gradient boosting, also has bits under character 
 length of words. An area under the ROC curve (AUC) of 0.5 is chance; real names against each other show the noise. A
 copy of the training set passes the weak classifier: see the hit ratio of memorization.
 
-Shape suffixes: N names, F features, R resamples, C classes.
+Shape suffixes: N names, F features, C classes.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import numpy.typing as npt
 
 from flash_experts.data.cards import COLOR_WORDS, Card
 from flash_experts.data.prompts import Attributes
-from flash_experts.evaluation.metrics import NATS_PER_BIT, Estimate, FloatArray, auc_estimate, words
+from flash_experts.evaluation.metrics import NATS_PER_BIT, Estimate, FloatArray, auc_estimate, wilson, words
 from flash_experts.evaluation.ngram import KneserNey
 from flash_experts.evaluation.scorers import Scorer
 from flash_experts.generation.text_rules import SMALL_WORDS
@@ -33,7 +33,6 @@ from flash_experts.generation.text_rules import SMALL_WORDS
 # The first matching type is the label: an artifact creature is named like a creature.
 _TYPES = ("Creature", "Planeswalker", "Land", "Instant", "Sorcery", "Artifact", "Enchantment")
 _FEWEST_OF_A_CLASS = 8  # held-out names of a class, at least
-_RESAMPLES = 1000
 FOLDS = 5
 _INNER_FOLDS = 4
 _HALVINGS = 3  # random halvings of the real names
@@ -162,19 +161,16 @@ class AttributeClassifiers:
 
 
 def recognition(hits: dict[str, npt.NDArray[np.bool_]], shares: dict[str, float]) -> Recognition:
-    """Accuracies with 95% bootstrap intervals over the names of each class; ``shares`` are weights."""
-    rng = np.random.default_rng(0)
-    # The number of hits among n resampled names with accuracy p is binomial.
-    drawn_RC = np.stack(
-        [rng.binomial(some.size, some.mean(), size=_RESAMPLES) / some.size for some in hits.values()], axis=1
-    )
+    """Accuracies with 95% intervals from Wilson's of each class (Zou and Donner 2008); ``shares`` are weights."""
     found_C = np.array([some.mean() for some in hits.values()])
+    low_C, high_C = np.array([wilson(int(some.sum()), some.size) for some in hits.values()]).T
     weights_C = np.array([shares[label] for label in hits])
     weights_C /= weights_C.sum()
 
     def estimate(weight_C: npt.NDArray[np.float64]) -> Estimate:
-        low, high = np.percentile(drawn_RC @ weight_C, [2.5, 97.5])
-        return Estimate(float(found_C @ weight_C), float(low), float(high))
+        value = float(found_C @ weight_C)
+        below, above = (float(np.linalg.norm(weight_C * (bound_C - found_C))) for bound_C in (low_C, high_C))
+        return Estimate(value, max(0.0, value - below), min(1.0, value + above))
 
     return Recognition(
         names=sum(some.size for some in hits.values()),

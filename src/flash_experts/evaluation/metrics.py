@@ -22,6 +22,7 @@ IntArray = npt.NDArray[np.int64]
 NATS_PER_BIT = math.log(2.0)
 _WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")
 NEAR = 0.2  # edits per character of the longer name, at most, between near-duplicates
+_Z = 1.959964  # standard deviations of a 95% interval
 _COMPARED_AT_ONCE = 64  # names against all known ones, to bound the memory of the distances
 _RESAMPLED_AT_ONCE = 2**22  # numbers drawn at a time: 32 MiB
 
@@ -105,10 +106,16 @@ def share(hits_N: npt.ArrayLike) -> Estimate:
     hits = np.asarray(hits_N, dtype=np.float64)
     total = hits.size
     if total and hits.min() == hits.max():
-        square = 1.959964**2
-        width = square / (total + square)
-        return Estimate(0.0, 0.0, width) if hits[0] == 0.0 else Estimate(1.0, 1.0 - width, 1.0)
+        return Estimate(float(hits[0]), *wilson(int(hits.sum()), total))
     return ratio_of_sums(hits, np.ones(total))
+
+
+def wilson(hits: int, total: int) -> tuple[float, float]:
+    """The 95% interval of a proportion (Wilson 1927)."""
+    share, square = hits / total, _Z**2
+    middle = (hits + square / 2) / (total + square)
+    spread = _Z / (total + square) * math.sqrt(total * share * (1 - share) + square / 4)
+    return max(0.0, middle - spread), min(1.0, middle + spread)
 
 
 def words(name: str) -> list[str]:
@@ -160,7 +167,7 @@ def hit_ratio(samples: Set[str], train: Set[str], held_out: Set[str]) -> Memoriz
     if not (in_train or in_held_out) or not train or not held_out:
         return Memorization(in_train, in_held_out, None)
     value = ((in_train + 0.5) / len(train)) / ((in_held_out + 0.5) / len(held_out))
-    spread = 1.959964 * math.sqrt(1 / (in_train + 0.5) + 1 / (in_held_out + 0.5))
+    spread = _Z * math.sqrt(1 / (in_train + 0.5) + 1 / (in_held_out + 0.5))
     return Memorization(in_train, in_held_out, Estimate(value, value * math.exp(-spread), value * math.exp(spread)))
 
 
@@ -211,7 +218,8 @@ def jensen_shannon(first: Iterable[int], second: Iterable[int]) -> float:
 def auc_estimate(scores_N: npt.ArrayLike, labels_N: npt.ArrayLike) -> Estimate:
     """The area under the ROC curve with DeLong et al.'s (1988) interval, by midranks (Sun and Xu 2014).
 
-    ``scores_N`` are higher for label 1.
+    ``scores_N`` are higher for label 1. Where they separate all, whose variance is 0, the interval is Wilson's for as
+    many names as the smaller kind has.
     """
     scores, labels = np.asarray(scores_N, dtype=np.float64), np.asarray(labels_N)
     ones, zeros = scores[labels == 1], scores[labels == 0]
@@ -221,8 +229,11 @@ def auc_estimate(scores_N: npt.ArrayLike, labels_N: npt.ArrayLike) -> Estimate:
     beaten_by_ones = (ranks[: ones.size] - _midranks(ones)) / zeros.size
     beating_zeros = 1.0 - (ranks[ones.size :] - _midranks(zeros)) / ones.size
     value = float(beaten_by_ones.mean())
+    if value in (0.0, 1.0):
+        fewer = min(ones.size, zeros.size)
+        return Estimate(value, *wilson(round(value * fewer), fewer))
     variance = sum(float(some.var(ddof=1)) / some.size for some in (beaten_by_ones, beating_zeros) if some.size > 1)
-    spread = 1.959964 * math.sqrt(variance)
+    spread = _Z * math.sqrt(variance)
     return Estimate(value, max(0.0, value - spread), min(1.0, value + spread))
 
 
