@@ -235,7 +235,7 @@ def test_the_average_is_its_closed_form() -> None:
         with torch.no_grad():
             model.weight.copy_(torch.randn(1, 2, generator=torch.Generator().manual_seed(step)))
         history.append(model.weight.detach().clone())
-        average.update(step)
+        average.update(step, torch.tensor(False))
     decays = [min(0.6, (1 + step) / (10 + step)) for step in range(1, 30)]
     assert decays[0] == 2 / 11 and decays[-1] == 0.6
     shares = [math.prod(decays)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import json
 import math
 import os
@@ -23,6 +24,7 @@ from transformers import GPT2Config, PreTrainedModel, PreTrainedTokenizerFast
 
 from flash_experts import cli
 from flash_experts.data.prepare import check_prepared
+from flash_experts.models.moe import GPT2MoEForCausalLM
 from flash_experts.training import Callback, NonFiniteLossError, Trainer, TrainingConfig
 from flash_experts.training.checkpoint import checkpoint_steps
 from flash_experts.training.loss import MOST_SKIPS_IN_A_ROW, FiniteGuard
@@ -165,6 +167,39 @@ def test_a_bad_step_is_skipped_counted_and_resumed_over(
     assert checkpoint_steps(second.run_dir)[-1] == 5
     trainer_of(second, bad_steps=(5, 7))[1].train("auto")
     assert lines_of(second) == lines_of(settings)
+
+
+def test_a_skipped_step_leaves_no_trace(
+    config: TrainingConfig,
+    dense_config: GPT2Config,
+    tokenizer: PreTrainedTokenizerFast,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = GPT2MoEForCausalLM.from_dense(make_model(dense_config), num_experts=4, router_bias_update_rate=0.01)
+    settings = replace(config, on_nan="skip", ema_decay=0.9, log_every=100)
+    trainer = Trainer(model, tokenizer, TRAIN, VALIDATION, settings)
+
+    def spoil(*args: Any) -> torch.Tensor | None:
+        return args[2] * math.nan if model.training and trainer.state.step + 1 == 5 else None
+
+    model.transformer.h[0].register_forward_hook(spoil)  # the routers after it also see NaN
+    states: list[dict[str, torch.Tensor]] = []
+    step = Trainer._step
+
+    def watch(*args: Any) -> None:
+        step(*args)
+        assert trainer.average is not None
+        found = trainer.average.state_dict() | dict(model.named_buffers()) | trainer.window.state_dict()
+        states.append({name: value.clone() for name, value in found.items()})
+
+    monkeypatch.setattr(Trainer, "_step", watch)
+    trainer.train()
+    changes = [
+        {name for name, value in after.items() if not torch.equal(value, before[name])}
+        for before, after in itertools.pairwise(states)
+    ]
+    assert trainer.state.skipped_steps == 1 and not changes[3], "the fifth step"
+    assert changes[2] == changes[4] >= {"sums", "transformer.wte.weight", "transformer.h.3.mlp.router.selection_bias_E"}
 
 
 def test_a_run_that_only_skips_ends(trainer_of: Callable[..., Any], config: TrainingConfig) -> None:

@@ -60,18 +60,22 @@ _bad_reads: WeakKeyDictionary[Router, int] = WeakKeyDictionary()
 
 
 @torch.no_grad()
-def update_router_biases(model: nn.Module) -> None:
+def update_router_biases(model: nn.Module, skip: torch.Tensor | None = None) -> None:
     """Auxiliary-loss-free load balancing (Wang et al. 2024, algorithm 1): call once after each optimizer step.
 
-    ``bias += rate * sign(mean load - load)``, then centred, with the loads of all processes. Resets the counts.
+    ``bias += rate * sign(mean load - load)``, then centred, with the loads of all processes. Resets the counts. Where
+    ``skip`` (0-dimensional bool) is true the biases stay as they are.
     """
     for router in routers_of(model).values():
         if router.bias_update_rate > 0:
             load_E = router.step_counts_E
             if torch.distributed.is_available() and torch.distributed.is_initialized():
                 torch.distributed.all_reduce(load_E)
-            router.selection_bias_E += router.bias_update_rate * torch.sign(load_E.mean() - load_E)
-            router.selection_bias_E -= router.selection_bias_E.mean()
+            bias_E = router.selection_bias_E + router.bias_update_rate * torch.sign(load_E.mean() - load_E)
+            bias_E -= bias_E.mean()
+            router.selection_bias_E.copy_(
+                bias_E if skip is None else torch.where(skip, router.selection_bias_E, bias_E)
+            )
         router.step_counts_E.zero_()
 
 

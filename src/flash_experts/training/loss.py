@@ -353,9 +353,13 @@ class FiniteGuard:
         self._unread.append((step, is_bad))
         return is_bad
 
+    def skips(self, is_bad: torch.Tensor) -> torch.Tensor:
+        """Whether a step leaves the model as it is: 0-dimensional, bool."""
+        return self._any_bad if self._stop else is_bad
+
     def update(self, optimizer: torch.optim.Optimizer, is_bad: torch.Tensor) -> bool:
         """Passes the flag to the optimizer; returns whether to call its ``step``."""
-        found_bad = self._any_bad if self._stop else is_bad
+        found_bad = self.skips(is_bad)
         # torch's fused optimizers skip where `found_inf` is 1, which is GradScaler's way too.
         if self._on_cpu or not getattr(optimizer, "_step_supports_amp_scaling", False):
             return not found_bad.item()

@@ -77,6 +77,7 @@ class LoggingWindow:
         # without balancing losses, their characters, and its parts of the balancing losses.
         self._sums = torch.zeros(7, device=accelerator.device)
         self._balancing: list[str] = []  # names of those that the model has
+        self._routers_before: dict[str, torch.Tensor] = {}
 
     def parts(self, output: ModelOutput, batch: PackedBatch, num_labels: int) -> torch.Tensor:
         """(5,) a micro-batch's part of the step: loss, nats without balancing losses, characters, balancing losses."""
@@ -91,8 +92,14 @@ class LoggingWindow:
         characters = batch.characters.sum().to(loss.device)
         return torch.stack([part.float() for part in (loss, nats, characters, *shares)])
 
+    def begin_step(self) -> None:
+        """Keeps the statistics of the routers, which a forward changes, for the case that the step is bad."""
+        self._routers_before = {name: buffer.clone() for name, buffer in self._router_buffers().items()}
+
     def add(self, parts: torch.Tensor, grad_norm: torch.Tensor, is_bad: torch.Tensor) -> None:
         """Counts a step, unless it is bad: the sum of its `parts`, and two 0-dimensional tensors."""
+        for name, buffer in self._router_buffers().items():
+            buffer.copy_(torch.where(is_bad, self._routers_before[name], buffer))
         loss, steps, _ = self._sums[:3]
         first = torch.stack([loss + parts[0], steps + 1, grad_norm.to(loss.dtype)])
         self._sums = torch.where(is_bad, self._sums, torch.cat([first, self._sums[3:] + parts[1:]]))

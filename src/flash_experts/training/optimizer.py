@@ -343,11 +343,14 @@ class WeightAverage:
         self._averages = {name: weight.detach().clone() for name, weight in self._weights.items()}
 
     @torch.no_grad()
-    def update(self, step: int) -> None:
-        """Updates the averages after step ``step`` (from 1)."""
+    def update(self, step: int, skip: torch.Tensor) -> None:
+        """Updates the averages after step ``step`` (from 1), except where ``skip`` (0-dimensional bool) is true."""
         weights = [local_shard(weight) for weight in self._weights.values()]
         averages = [local_shard(average) for average in self._averages.values()]
-        torch._foreach_lerp_(averages, weights, 1 - min(self._decay, (1 + step) / (10 + step)))
+        share = 1 - min(self._decay, (1 + step) / (10 + step))
+        # Without reading the flag, which would synchronize: a share of 0 leaves an average as it is.
+        shares = {one.dtype: one.new_full((), share).masked_fill(skip, 0) for one in averages}
+        torch._foreach_lerp_(averages, weights, [shares[one.dtype] for one in averages])
 
     @contextmanager
     def in_place(self) -> Iterator[None]:

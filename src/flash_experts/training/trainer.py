@@ -230,6 +230,7 @@ class Trainer:
         distributed.seed_dropout(self.config.seed, self.state.step, self.rank)
         set_rates(self.optimizers.values(), rate)
         self.model.train()
+        self.window.begin_step()
         parts = torch.zeros(5, device=self.device)
         try:
             for batch in others:
@@ -247,8 +248,8 @@ class Trainer:
                 optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         if self.average is not None:
-            self.average.update(self.state.step + 1)
-        update_router_biases(self.model)
+            self.average.update(self.state.step + 1, self.guard.skips(is_bad))
+        update_router_biases(self.model, self.guard.skips(is_bad))
         self.window.add(parts, grad_norm, is_bad)
         if self.device.type == "cpu":  # on a GPU reading the flag would synchronize
             self._check_finite()
