@@ -71,7 +71,9 @@ def test_a_finished_run_does_nothing_unless_more_is_asked(
     assert (config.run_dir / "README.md").exists()
     _, result = train(replace(config, max_steps=14), "auto")
     assert result.step == 14
-    with pytest.raises(ValueError, match="--resume auto, or choose another run_name"):
+    with pytest.raises(
+        ValueError, match=r"set resume: auto to continue, or choose another run_name \(overwrite: true starts over"
+    ):
         train(config)
 
 

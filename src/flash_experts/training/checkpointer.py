@@ -185,8 +185,8 @@ class Checkpointer:
         steps = checkpoints.checkpoint_steps(self.run_dir)
         if resume is None and steps and not overwrite:
             raise ValueError(
-                f"{self.run_dir} has checkpoints up to step {steps[-1]:,}: continue with --resume auto, or choose "
-                "another run_name (--overwrite starts over)"
+                f"{self.run_dir} has checkpoints up to step {steps[-1]:,}: set resume: auto to continue, or choose "
+                "another run_name (overwrite: true starts over)"
             )
         if resume == "auto" and not steps and (self.run_dir / RUN_INFO).exists():
             self._notify(f"no checkpoint in {self.run_dir}: the run starts over from step 0")

@@ -333,7 +333,7 @@ class Heartbeat:
 def _exit_for_lost_process(lost: int) -> None:
     sys.stderr.write(
         f"flash-experts: process {lost} of this run has been silent for {HEARTBEAT_TIMEOUT_SECONDS:.0f} seconds: its "
-        "machine or the network is gone. Start the run again: it resumes from the last checkpoint (--resume auto)\n"
+        "machine or the network is gone. Start the run again with resume: auto, from the last checkpoint\n"
     )
     sys.stderr.flush()
     os._exit(1)

@@ -155,7 +155,11 @@ class LostProcessError(TrainingError):
     """Another process died, or its machine stopped responding."""
 
     def __init__(self, step: int, last_good: Path | None):
-        good = f"resume {last_good} with --resume auto" if last_good else "there is no checkpoint yet: start again"
+        good = (
+            f"to continue from {last_good}, set resume: auto"
+            if last_good
+            else "there is no checkpoint yet: start again"
+        )
         super().__init__(f"another process of this run is gone, at step {step}: see its own last lines; {good}")
 
 

@@ -155,7 +155,8 @@ class Tracker(Callback):
             "clearml": {"task_name": os.environ.get("CLEARML_TASK", run_name)},
             "dvclive": {"dir": str(self.run_dir / "dvclive"), "resume": self._step > 0},
             "swanlab": {"experiment_name": run_name},
-            "trackio": {"name": run_name, "resume": "allow"},
+            # "never" starts another run of this name, "allow" continues the newest one.
+            "trackio": {"name": run_name, "resume": "allow" if self._step else "never"},
         }
         tracker = kind(run_name if self.name == "aim" else PROJECT, **arguments.get(self.name, {}))
         tracker.start()

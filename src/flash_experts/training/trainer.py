@@ -310,7 +310,7 @@ class Trainer:
         if self.config.max_minutes and 4 * seconds > 60 * self.config.max_minutes:
             self.report.notify(
                 f"validation took {seconds:.0f} s and is repeated at the end: that is more than half of max_minutes "
-                f"({self.config.max_minutes:g}); validate on fewer names with --training.validation-names"
+                f"({self.config.max_minutes:g}); set validation_names to validate on fewer names"
             )
         self.report.notify("training ...")
 
