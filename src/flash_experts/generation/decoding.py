@@ -15,7 +15,7 @@ from transformers import DynamicCache, LogitsProcessor, PreTrainedModel, Repetit
 
 from flash_experts.generation.filters.base import AllOf, NameFilter
 from flash_experts.generation.request import Sampling
-from flash_experts.generation.sampling import draw, noise
+from flash_experts.generation.sampling import candidates, draw, noise
 from flash_experts.models import decode_step
 from flash_experts.models.ring_cache import RingCache
 
@@ -205,6 +205,29 @@ class NameDecoder:
                 next_index += indices.step
             batch.advance()
 
+    def probability(self, ids: Sequence[int]) -> float:
+        """The probability that these are the next name's first tokens; all of them if it ends after them."""
+        row, found = _Row(0), 1.0
+        after = [PromptRows(prompts, [0]) for prompts in self.prompts]
+        for token in ids:
+            probs_1K, ids_1K = candidates(self._scores([row], after), self.sampling)
+            of_token = probs_1K[0, token] if ids_1K is None else (probs_1K * (ids_1K == token)).sum()
+            found *= float(of_token / probs_1K.sum())
+            if not found or token == self.eos_id:
+                break
+            row.ids.append(token)
+            row.text = self.filters.vocabulary.extend(row.text, token) if self.filters is not None else ""
+            for one in after:
+                one.advance([token], {})
+        return found
+
+    def _scores(self, rows: Sequence[_Row], after: Sequence[PromptRows]) -> torch.Tensor:
+        """(B, V) scores to draw from, after guidance and all processors."""
+        logits_BV, *unconditional = (one.logits_BV for one in after)
+        if unconditional:
+            logits_BV = guided(logits_BV, unconditional[0], self.sampling.guidance)
+        return self.filtered(rows, logits_BV)
+
     def filtered(self, rows: Sequence[_Row], logits_BV: torch.Tensor) -> torch.Tensor:
         """(B, V) scores after all processors."""
         scores_BV = logits_BV
@@ -239,10 +262,9 @@ class _Batch:
     def draw(self) -> list[DecodedName]:
         """Draws a token for each row and returns the names that end with it."""
         decoder, rows = self._decoder, self.rows
-        logits_BV, *unconditional = (after.logits_BV for after in self._after)
+        logits_BV = self._after[0].logits_BV
         ages = [len(row.ids) for row in rows]
-        guided_BV = guided(logits_BV, unconditional[0], decoder.sampling.guidance) if unconditional else logits_BV
-        scores_BV = decoder.filtered(rows, guided_BV)
+        scores_BV = decoder._scores(rows, self._after)
         noise_B2 = self._noise_BS2[torch.arange(len(rows)), ages]
         chosen_B, dead_B = draw(scores_BV, noise_B2, decoder.sampling)
         log_probs_BV = logits_BV.log_softmax(-1)

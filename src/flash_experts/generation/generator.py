@@ -19,6 +19,7 @@ from flash_experts.data.names import normal_form
 from flash_experts.data.prompts import UNCONDITIONAL, Attributes, check_known, read_conditions
 from flash_experts.generation.constraints import Constraints
 from flash_experts.generation.decoding import DecodedName, NameDecoder
+from flash_experts.generation.ends import Ends
 from flash_experts.generation.filters.base import NameVocabulary, NoTokenLeftError
 from flash_experts.generation.filters.regex import MatchesRegex
 from flash_experts.generation.request import NameRequest, Sampling
@@ -283,6 +284,10 @@ class NameSearch:
             self.unconditional_ids,
         )
 
+    @cached_property
+    def _ends(self) -> Ends:
+        return Ends(self._decoder)
+
     def names(self, count: int) -> Iterator[GeneratedName]:
         """The first ``count`` acceptable names, one chosen after every ``best_of`` candidates.
 
@@ -300,7 +305,9 @@ class NameSearch:
         if given < count:
             last, seen = self._tries_since_new, len(self._seen)
             why = f"the last {last} tries gave no new name"
-            if last < min(_TRIES_WITHOUT_NEW, _REPEATS):
+            if self._ends.are_all:
+                why = f"there are no others, as {self._tried} tries show"
+            elif last < min(_TRIES_WITHOUT_NEW, _REPEATS):
                 why = f"only {seen} of {self._tried} tries gave a new name"
             warnings.warn(
                 f"found {given} of {count} names: {why}. Loosen the constraints or raise the temperature", stacklevel=3
@@ -311,7 +318,8 @@ class NameSearch:
         """Whether so many tries gave so few new names that hardly any more will come."""
         last, seen = self._tries_since_new, len(self._seen)
         are_all_found = self._repeats_since_new >= max(_MOST * last, _REPEATS, _REPEATS_PER_NAME * seen)
-        return last >= _TRIES_WITHOUT_NEW or are_all_found or self._tried >= _TRIES + _TRIES_PER_NAME * seen
+        is_long = last >= _TRIES_WITHOUT_NEW or self._tried >= _TRIES + _TRIES_PER_NAME * seen
+        return is_long or are_all_found or self._ends.are_all
 
     def _choose(self, found: Sequence[GeneratedName], wanted: int) -> list[GeneratedName]:
         """The names chosen after these candidates, however many come at once; if no more will come, all that wait."""
@@ -347,6 +355,9 @@ class NameSearch:
                 self._repeats_since_new += key in self._seen
             if len(found) == wanted or self._is_over:
                 break
+        if len(found) < wanted:
+            with evaluating(self.model), torch.no_grad():
+                self._ends.add(batch)
         return found
 
     def _decode(self, wanted: int) -> list[DecodedName]:
