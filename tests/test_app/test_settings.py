@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from flash_experts.app import form
 from flash_experts.app.settings import LONGEST_STRING, OPTIONS, PREFIX, Settings
 
 FULL = Settings(
@@ -122,3 +123,7 @@ def test_values_of_a_form_are_tidied() -> None:
         {"count": 3.0, "colors": " ", "seed": None, "banned_words": "fire, ice", "like": "Krenko, Mob Boss; Lava Axe"}
     )
     assert got == Settings(count=3, banned_words=("fire", "ice"), like=("Krenko, Mob Boss", "Lava Axe"))
+
+
+def test_hints_are_shown_as_they_are_written() -> None:
+    assert form.control("pattern").info == r"\_\_\_ stands for what is to be filled in", "Gradio reads Markdown"

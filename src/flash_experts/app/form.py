@@ -84,7 +84,7 @@ def rule_controls() -> Controls:
     controls: Controls = {}
     for names in _ROW:
         with gr.Row():
-            controls |= {name: control(name, min_width=80) for name in names}
+            controls |= {name: control(name, min_width=120) for name in names}
     return controls | {name: control(name) for name in ("like", *_RULES) if name not in controls}
 
 
@@ -96,6 +96,7 @@ def control(name: str, **look: Any) -> Any:
     """The control that suits an option's kind."""
     known, default = OPTIONS[name], DEFAULTS[name]
     look |= {"label": known.label, "elem_id": f"fe-{name}"}
+    hint = known.hint.replace("_", "\\_") or None  # Gradio reads it as Markdown
     if KINDS[name] == "flag":
         return gr.Checkbox(**look)
     if KINDS[name] == "choice":
@@ -104,7 +105,7 @@ def control(name: str, **look: Any) -> Any:
     if known.slider is not None:
         low, high, step = known.slider
         value = getattr(PRESETS["balanced"], name) if name in SLIDERS else default
-        return gr.Slider(low, high, value, step=step, info=known.hint or None, **look)
+        return gr.Slider(low, high, value, step=step, info=hint, **look)
     if _is_number_of_choices(name):
         low, high = known.page_bounds or (0, 0)
         return gr.Dropdown(_any_or(range(int(low), int(high) + 1)), value=ANY, **look)
@@ -112,9 +113,7 @@ def control(name: str, **look: Any) -> Any:
     longest = int((known.page_bounds or (0, 10))[1]) if KINDS[name] == "text" else None
     longest = 10 if _is_typed_number(name) else longest
     lines = 2 if name == "like" else 1
-    return gr.Textbox(
-        max_lines=lines, max_length=longest, placeholder=known.placeholder or None, info=known.hint or None, **look
-    )
+    return gr.Textbox(max_lines=lines, max_length=longest, placeholder=known.placeholder or None, info=hint, **look)
 
 
 def settings_of(values: Mapping[str, Any]) -> Settings:
