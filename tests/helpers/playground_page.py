@@ -107,7 +107,7 @@ def name_a_file_of_cards(page: Any, folder: Path) -> None:
     assert old["name"] == "Old Name" and new["notes"] == EVIL and new["name"] in texts(page)
     page.locator("#fe-cards textarea").fill("type_line\nInstannt\n")
     page.get_by_role("button", name="Make names for each card").click()
-    page.wait_for_selector("#fe-status [role=alert] >> text=the cards:2")
+    page.wait_for_selector("#fe-status .fe-failure >> text=the cards:2")
 
 
 def replace_a_word(page: Any) -> None:
@@ -159,7 +159,7 @@ def evil_settings_are_text(page: Any) -> None:
     page.wait_for_function("name => document.querySelector('#fe-looked')?.innerText === name", arg=name)
     load(page, Settings(regex=EVIL))
     page.locator("#fe-make").click()
-    page.wait_for_selector(f"#fe-status [role=alert] >> text={EVIL}")
+    page.wait_for_selector(f"#fe-status .fe-failure >> text={EVIL}")
     assert page.evaluate("window.evil === undefined")
     assert page.locator("#fe-table script, #fe-status script, #fe-panel script").count() == 0
 

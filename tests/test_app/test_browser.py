@@ -175,7 +175,7 @@ def test_every_accordion_tab_and_button(page: Any) -> None:
     assert [field.input_value() for field in fields.all()] == ["", "", ""]
     fields.last.fill("6x")
     fields.last.press("Enter")
-    page.wait_for_selector("#fe-status [role=alert] >> text=Most characters must be a whole number, not '6x'")
+    page.wait_for_selector("#fe-status .fe-failure >> text=Most characters must be a whole number, not '6x'")
     fields.last.fill("")
 
     others = page.locator("button.label-wrap, button[data-do], footer button").all_inner_texts()
@@ -217,7 +217,7 @@ def _one_click_gives_names(page: Any) -> list[str]:
     names = wait_for(page, 20)
     assert len(set(names)) == 20 and all(names)
     assert page.locator("#fe-table td.fe-card").count() == 20
-    status = page.locator("#fe-status [role=status]").inner_text()
+    status = page.locator("#fe-status p").inner_text()
     assert status.startswith("20 names") and "seed" in status
     return names
 
@@ -313,7 +313,7 @@ def _settings_are_shared(page: Any) -> None:
     page.get_by_role("button", name="Copy these settings").click()
     assert copied(page, "Copied the settings") == settings.to_string()
     press_load(page, PREFIX + "cuont=3")
-    page.wait_for_selector("#fe-status [role=alert] >> text=did you mean 'count'")
+    page.wait_for_selector("#fe-status .fe-failure >> text=did you mean 'count'")
 
 
 def _names_are_copied(page: Any, kept: str) -> None:
@@ -351,7 +351,7 @@ def _a_reload_and_a_link_restore_the_session(page: Any, kept: str) -> None:
     page.locator("#fe-make").click()
     assert wait_for(page, 1 + 3) == names, "the link has the seed"
     page.goto(f"{link}&{quote_plus(EVIL)}=1")
-    page.wait_for_selector(f"#fe-status [role=alert] >> text={EVIL}")
+    page.wait_for_selector(f"#fe-status .fe-failure >> text={EVIL}")
     page.get_by_role("button", name="Share these settings").click()
 
 

@@ -4,6 +4,7 @@ window.flashExperts = {
   LARGEST: 48000,  // bytes of a file of cards: it has to fit into the body of a request
   number: 0,       // of the last message of the server that was remembered
   link: null,      // the query that makes the names on the table again
+  said: 0,         // when the last message for screen readers came
   pressed: null,   // the last button pressed in our HTML
   chosen: null,    // the name whose card is open
 
@@ -12,6 +13,7 @@ window.flashExperts = {
     const options = document.querySelector('#fe-options > button.label-wrap.open');
     if (options && matchMedia('(max-width: 760px)').matches) options.click();
     this.live('fe-announced');
+    this.live('fe-said', 'fe-hidden');
     try { kept = localStorage.getItem(this.KEY) || ''; } catch { kept = ''; }
     return [kept.length < 60000 ? kept : '', location.search];
   },
@@ -56,12 +58,36 @@ window.flashExperts = {
     this.timer = setTimeout(() => { place.textContent = ''; }, 2500);
   },
 
+  // Tells screen readers alone.
+  say(message) {
+    this.live('fe-said', 'fe-hidden').textContent = message;
+    this.said = Date.now();
+  },
+
+  // A request starts: its status line changes with each name, and is read out at the end alone.
+  started(values) {
+    this.say('Making names');
+    return values;
+  },
+
+  // Says what a status line has to say; of two sides that are compared, both. Gradio changes a line in place.
+  speak(element) {
+    let last = '';
+    new MutationObserver(() => {
+      const text = element.querySelector('[data-announced]')?.dataset.announced ?? '';
+      const before = Date.now() - this.said < 1000 ? this.live('fe-said').textContent : '';
+      if (text && text !== last) this.say(before ? `${before}; ${text}` : text);
+      last = text;
+    }).observe(element, {childList: true, subtree: true, attributeFilter: ['data-announced']});
+  },
+
   // A place whose changes screen readers read out; they miss the first text of a place that comes with it.
-  live(id) {
+  live(id, look = '') {
     let place = document.getElementById(id);
     if (!place) {
       place = document.body.appendChild(document.createElement('div'));
       place.id = id;
+      place.className = look;
       place.setAttribute('role', 'status');
     }
     return place;

@@ -39,7 +39,10 @@ _QUEUED: dict[str, Any] = {
 }  # fmt: skip
 # A request ends the one before it in its session (`Session.begin`), so a button may be pressed again while it runs.
 # Gradio's `cancels` would let the thread go on, and fails when two buttons cancel the same request.
-_REQUEST = _QUEUED | {"trigger_mode": "multiple"}
+_REQUEST = _QUEUED | {"trigger_mode": "multiple", "js": "(...values) => flashExperts.started(values)"}
+# What the page's script does for a component: answer its buttons, announce its lines.
+_PRESSED = "window.flashExperts.watch(element, trigger);"
+_SPOKEN = "window.flashExperts.speak(element);"
 _UNQUEUED: dict[str, Any] = {"queue": False, "api_visibility": "private", "show_progress": "hidden"}
 Parts = dict[str, Any]  # components of the page by name
 
@@ -60,7 +63,7 @@ def build_page(playground: Playground) -> gr.Blocks:
                 with gr.Tab("Compare"):
                     parts |= _compare_tab(playground)
             with gr.Column(scale=6, min_width=300, elem_id="fe-side"):
-                parts["panel"] = _html("fe-panel")
+                parts["panel"] = _html("fe-panel", script=f"{_PRESSED} {_SPOKEN}")
         # What the page's script reads and writes.
         for name in ("kept", "query", "remembered", "file"):
             parts[name] = gr.Textbox(visible="hidden", elem_id=f"fe-{name}")
@@ -71,7 +74,7 @@ def build_page(playground: Playground) -> gr.Blocks:
     return page
 
 
-def _html(name: str, value: str = "", script: str = "window.flashExperts.watch(element, trigger);") -> gr.HTML:
+def _html(name: str, value: str = "", script: str = _PRESSED) -> gr.HTML:
     """A component for our own HTML, without Gradio's styles of tables and buttons."""
     return gr.HTML(value, elem_id=name, js_on_load=script, apply_default_css=False)
 
@@ -132,7 +135,7 @@ def _rendered(controls: form.Controls, *names: str) -> form.Controls:
 def _names_tab() -> Parts:
     with gr.Row(elem_id="fe-examples"):
         parts: Parts = {"examples": {title: gr.Button(title, size="sm", min_width=110) for title in EXAMPLES}}
-    parts |= {"status": _html("fe-status"), "table": _html("fe-table", EMPTY)}
+    parts |= {"status": _html("fe-status", script=_SPOKEN), "table": _html("fe-table", EMPTY)}
     with gr.Row(elem_classes="fe-tools"):
         parts["more"] = gr.Button("More like the kept ones", size="sm", elem_id="fe-more", min_width=150)
         parts["copy_kept"] = gr.Button("Copy kept names", size="sm", elem_id="fe-copy-kept", min_width=120)
@@ -172,7 +175,7 @@ def _compare_tab(playground: Playground) -> Parts:
                 choices.append(
                     gr.Dropdown(presets, value=preset, label=f"Style {letter}", elem_id=f"fe-style-{letter}")
                 )
-                status = _html(f"fe-status-{letter}")
+                status = _html(f"fe-status-{letter}", script=_SPOKEN)
                 sides.append((_html(f"fe-side-{letter}"), status, gr.State(())))
     return parts | {"choices": choices, "sides": sides}
 
@@ -184,7 +187,8 @@ def _connect(page: gr.Blocks, handlers: Handlers, parts: Parts) -> None:
     """Connects each control with the handler that answers it."""
     _make_names(handlers, parts)
     _compare(handlers, parts)
-    parts["stop"].click(handlers.stopped, parts["session"], _after(parts), **_UNQUEUED)
+    stopped = "(session) => { flashExperts.say('Stopped'); return session; }"
+    parts["stop"].click(handlers.stopped, parts["session"], _after(parts), js=stopped, **_UNQUEUED)
     _settings_are_opened(page, handlers, parts)
     _names_are_pressed(handlers, parts)
     _names_leave_the_page(handlers, parts)

@@ -93,7 +93,8 @@ def status(progress: Progress) -> str:
     count = len(progress.rows)
     counted = f"{count} of {progress.wanted} names" if count < progress.wanted else f"{count} names"
     parts = [counted, f"{progress.seconds:.1f} s", f"seed {progress.seed}", progress.note]
-    return note(" · ".join(filter(None, parts)))
+    announced = ", ".join(filter(None, [counted, progress.note])) if progress.is_over else ""
+    return note(" · ".join(filter(None, parts)), announced)
 
 
 def set_status(progress: SetProgress) -> str:
@@ -101,20 +102,24 @@ def set_status(progress: SetProgress) -> str:
     count = len(progress.before) + len(progress.new)
     cards = [one for one in progress.named if not one.row.name]
     with_names = sum(bool(one.names) for one in cards)
-    line = note(f"{count} names for {with_names} of {len(cards)} cards · {progress.seconds:.1f} s")
+    counted = f"{count} names for {with_names} of {len(cards)} cards"
     items = reports(progress.named)
     if any(one.problem.startswith("not reached") for one in cards):
         items.append("Download the set and open it again: the cards without a name are named then")
+    announced = f"{counted}, cards without a name are listed" if items else counted
+    line = note(f"{counted} · {progress.seconds:.1f} s", announced if progress.is_over else "")
     rows = Markup("").join(Markup("<li>{}</li>").format(item) for item in items)
     return line + (f'<ul class="fe-report" aria-label="Cards without a name">{rows}</ul>' if items else "")
 
 
-def note(message: str) -> str:
-    return f'<p class="fe-status" role="status">{escape(message)}</p>'
+def note(message: str, announced: str | None = None) -> str:
+    """A status line, which the page's script announces to screen readers in these words (default: the line's)."""
+    spoken = escape(message if announced is None else announced)
+    return f'<p class="fe-status" data-announced="{spoken}">{escape(message)}</p>'
 
 
 def failure(message: str) -> str:
-    return f'<p class="fe-status fe-failure" role="alert">{escape(message)}</p>'
+    return f'<p class="fe-status fe-failure" data-announced="{escape(message)}">{escape(message)}</p>'
 
 
 def percent(share: float) -> str:

@@ -30,6 +30,10 @@ class SetProgress:
     named: tuple[card_sets.NamedRow, ...]  # all cards with their names so far
     seconds: float
 
+    @property
+    def is_over(self) -> bool:
+        return all(one.row.name or one.names or one.problem for one in self.named)
+
 
 def cards_of(text: object) -> list[card_files.CardRow]:
     """The cards of a text: a set (see `card_rows_of`), or a line for each, such as "Creature — Angel, W, 5".
