@@ -381,20 +381,6 @@ def test_another_tracker_has_scalars_and_its_failure_does_not_end_the_run(
     assert "a banner" in said.err and not said.out, "what --json prints stays JSON"
 
 
-def test_trackio_continues_a_resumed_run_alone(config: TrainingConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    made.clear()
-    monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, "trackio", Kept)
-    monkeypatch.setattr("flash_experts.training.trackers.is_installed", lambda name: True)
-    for step in (0, 2):
-        tracker = make_tracker("trackio", config.run_dir, step, lambda line: None)
-        assert tracker is not None
-        tracker.on_start("run", {})
-    assert [tracker.given[1] for tracker in made] == [
-        {"name": "run", "resume": "never"},
-        {"name": "run", "resume": "allow"},
-    ]
-
-
 @pytest.mark.parametrize("name", ["wandb", "tensorboard", "mlflow"])
 def test_a_tracker_that_is_not_installed_is_one_warning(
     name: Any,
