@@ -29,7 +29,7 @@ def finetune(base: str | None, overrides: list[str]) -> None:
     from flash_experts.commands.train import SampleNames
     from flash_experts.data.prepare import load_meta, load_split, prepare
     from flash_experts.training import Trainer
-    from flash_experts.training.build import build_model
+    from flash_experts.training.build import build_model, settings_in_force
     from flash_experts.training.tracking import read_metrics
 
     if not Path(settings.data, "meta.json").is_file():
@@ -40,6 +40,7 @@ def finetune(base: str | None, overrides: list[str]) -> None:
     # Every second block's MLP becomes experts and a router that sends each token to two of them. The experts are equal
     # copies and the gates sum to one: the model computes what the dense one did, until training makes them differ.
     # `build_model` calls GPT2MoEForCausalLM.from_dense(base, num_experts=8, num_experts_per_tok=2, moe_layer_freq=2).
+    settings.model = settings_in_force(base, settings.model)  # a base with experts has its own
     say(f"loading {base} and upcycling its MLPs to {settings.model.num_experts} experts")
     model, tokenizer = build_model(base, settings.model, train, settings.training.seed)
 

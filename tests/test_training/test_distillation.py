@@ -169,8 +169,8 @@ def test_a_new_student_takes_its_teachers_tokenizer(teacher: Path, tokenizer: Pr
     assert model.config.eos_token_id == tokenizer.eos_token_id
     trimmed, small = build_model(None, replace(shape, trim_vocabulary=True), TRAIN, seed=0)
     assert trimmed.config.vocab_size == len(small) <= len(tokenizer)
-    with pytest.raises(ValueError, match=r"model\.tokenizer is for a new model"):
-        build_model(str(teacher), shape, TRAIN, seed=0)
+    with pytest.raises(ValueError, match=r"model\.tokenizer is for a new model, but a base is given"):
+        build_model(str(teacher), ModelConfig(num_experts=0, tokenizer=str(teacher)), TRAIN, seed=0)
 
 
 def sampled_cards(count: int) -> list[Card]:

@@ -49,10 +49,12 @@ def run(args: Namespace) -> None:
 
     # Slow to import: after the checks of settings and data.
     from flash_experts.models.moe import GPT2MoEForCausalLM
-    from flash_experts.training.build import build_model
+    from flash_experts.training.build import build_model, settings_in_force
     from flash_experts.training.trainer import Trainer
 
-    model, tokenizer = build_model(args.base, args.model, cards["train"], config.seed)
+    args.model.validate()
+    settings = settings_in_force(args.base, args.model)
+    model, tokenizer = build_model(args.base, settings, cards["train"], config.seed)
     if config.sample_every and isinstance(model, GPT2MoEForCausalLM) and not model.may_generate:
         raise ValueError(
             "a model with expert choice is not causal and draws no sample names: set training.sample_every to null, or "
@@ -66,9 +68,11 @@ def run(args: Namespace) -> None:
         config,
         callbacks=[SampleNames()],
         data_info=load_meta(args.data),
-        origin={name: args[name] for name in ("base", "data", "extra_names")} | {"model": asdict(args.model)},
+        origin={name: args[name] for name in ("base", "data", "extra_names")} | {"model": asdict(settings)},
         how_to_resume=how_to_resume(args, config.run_dir.name),
     )
+    if kept := [f"{name} {value}" for name, value in asdict(settings).items() if value != getattr(args.model, name)]:
+        trainer.report.notify(f"{args.base} has experts already, and keeps its {', '.join(kept)}")
     result = trainer.train(args.resume, args.overwrite)
     if args.json:
         say(json.dumps(asdict(result), default=str, indent=2))

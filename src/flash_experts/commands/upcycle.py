@@ -20,7 +20,7 @@ def run(args: Namespace) -> None:
     import torch
 
     from flash_experts.data.tokenizer import load_tokenizer
-    from flash_experts.models.loading import load_config
+    from flash_experts.models.loading import load_config, use_tokens_of
     from flash_experts.models.moe import GPT2MoEForCausalLM
     from flash_experts.models.saving import write_model
 
@@ -33,6 +33,7 @@ def run(args: Namespace) -> None:
     torch.manual_seed(args.seed)
     model = GPT2MoEForCausalLM.from_dense(args.dense, method=args.method, dtype=getattr(torch, args.dtype), **options)
     tokenizer = load_tokenizer(args.dense, model.config.vocab_size)
+    use_tokens_of(model, tokenizer)
     write_model(Path(args.out), model, tokenizer, args.overwrite)
     total = sum(parameter.numel() for parameter in model.parameters())
     experts = model.config.num_experts

@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, cast
 
 import torch
@@ -25,6 +26,7 @@ from transformers import (
     LlamaConfig,
     PretrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
     initialization,
 )
 
@@ -84,17 +86,23 @@ def load_config(source: str | Path) -> GPT2Config:
 
 
 def load_model(
-    source: str | Path, device: str | torch.device | None = None, dtype: torch.dtype = torch.float32
+    source: str | Path,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype = torch.float32,
+    settings: Mapping[str, Any] = MappingProxyType({}),
 ) -> PreTrainedModel:
     """Loads a causal language model in eval mode: ours, or a dense one of transformers.
 
-    A GPT-2 gets our attention and the fused form of its activation: the same numbers up to rounding.
+    A GPT-2 gets our attention and the fused form of its activation: the same numbers up to rounding. ``settings``
+    replace fields of its configuration.
 
     Raises:
         ValueError: missing, damaged, a pickle, not a causal LM, or CUDA requested but not available.
     """
     target = resolve_device(device)
     config = load_config(source)
+    if settings:
+        config = type(config).from_dict(config.to_dict() | dict(settings))
     is_gpt2 = isinstance(config, GPT2Config)
     if is_gpt2:
         activation = config.activation_function
@@ -120,6 +128,18 @@ def load_model(
     if model.config.model_type == "gpt2":
         model.loss_type = "ForCausalLM"  # transformers cannot infer it from the class's name, and warns
     return cast(PreTrainedModel, model.to(target).eval())
+
+
+def use_tokens_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Gives the model the BOS and EOS tokens of its tokenizer, with which names are learned, where it has others.
+
+    Else transformers' ``generate`` would not stop at the end of a name.
+    """
+    for config in (model.config, model.generation_config):
+        for name in ("bos_token_id", "eos_token_id"):
+            old, new = getattr(config, name, None), getattr(tokenizer, name)
+            if new not in (old if isinstance(old, list) else [old]):
+                setattr(config, name, new)
 
 
 def load_dense(source: str | Path, dtype: torch.dtype = torch.float32) -> GPT2LMHeadModel:

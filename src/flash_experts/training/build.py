@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import fields, replace
 
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerBase
@@ -19,10 +20,23 @@ from flash_experts.data.prompts import (
 )
 from flash_experts.data.tokenizer import load_tokenizer, train_tokenizer
 from flash_experts.models.flash_attention import ATTENTION_IMPLEMENTATION
-from flash_experts.models.loading import load_config, load_model
+from flash_experts.models.loading import load_config, load_model, use_tokens_of
 from flash_experts.models.moe import GPT2MoEForCausalLM
+from flash_experts.models.moe_options import MoEOptions, UpcyclingOptions
 from flash_experts.models.trimming import trim_tokenizer, trim_vocabulary
-from flash_experts.training.training_config import ModelConfig
+from flash_experts.options import defaults_of, options_of
+from flash_experts.training.training_config import NEW, ModelConfig
+
+# Settings of the experts that change how they are trained or used, not what they compute in a forward.
+_TRAINING_ONLY = (
+    "capacity_factor",
+    "allow_noncausal_generation",
+    "router_aux_loss_coef",
+    "router_aux_loss_scope",
+    "router_z_loss_coef",
+    "router_jitter_noise",
+    "router_bias_update_rate",
+)
 
 
 def build_model(
@@ -38,6 +52,7 @@ def build_model(
         ValueError: the configuration is wrong, or does not fit the base.
     """
     config.validate()
+    config = settings_in_force(base, config)
     torch.manual_seed(seed)
     model: PreTrainedModel
     if base is None:
@@ -50,13 +65,14 @@ def build_model(
         if config.num_experts:
             model = GPT2MoEForCausalLM.from_dense(model, **config.moe_fields)
     else:
-        if config.tokenizer is not None:
-            raise ValueError("model.tokenizer is for a new model: a base has its own. Set one of the two to null")
-        if config.num_experts and load_config(base).model_type == "gpt2":
+        family = load_config(base).model_type
+        if config.num_experts and family == "gpt2":
             model = GPT2MoEForCausalLM.from_dense(base, **config.moe_fields)  # avoids two copies in memory
         else:
-            model = load_model(base, "cpu")
+            settings = {name: getattr(config, name) for name in _TRAINING_ONLY} if family == "gpt2_moe" else {}
+            model = load_model(base, "cpu", settings=settings)
         tokenizer = load_tokenizer(base, model.config.vocab_size)
+        use_tokens_of(model, tokenizer)
         if config.trim_vocabulary:
             tokenizer, kept_ids = trim_tokenizer(tokenizer, texts_of_cards(cards), config.keep_words)
             trim_vocabulary(model, kept_ids)
@@ -65,6 +81,48 @@ def build_model(
     model.loss_type = "ForCausalLM"
     _record_conditions(model, cards)
     return model, tokenizer
+
+
+def settings_in_force(base: str | None, config: ModelConfig) -> ModelConfig:
+    """The settings with those that a base with experts has already, and trains with unless others are set.
+
+    A setting is set if it differs from its default, and ``num_experts`` is not 0.
+
+    Raises:
+        ValueError: a setting that is set cannot take effect on this base.
+    """
+    if base is None:
+        return config
+    defaults = defaults_of(ModelConfig)
+    changed = [name for name, default in defaults.items() if getattr(config, name) != default]
+    known = options_of(ModelConfig)
+    if new := [name for name in changed if known[name].group == NEW and name != "dropout"]:
+        names = ", ".join(f"model.{name}" for name in new) + (" is" if len(new) == 1 else " are")
+        raise ValueError(f"{names} for a new model, but a base is given, which has its own: leave one of the two out")
+    own = load_config(base)
+    if own.model_type == "gpt2_moe":
+        return _settings_of(base, own, config, changed)
+    if config.num_experts and own.model_type != "gpt2":
+        raise ValueError(
+            f"{base} is a {own.model_type} model, which cannot be upcycled: set model.num_experts to 0 to fine-tune it "
+            "as it is"
+        )
+    return config
+
+
+def _settings_of(base: str, own: GPT2Config, config: ModelConfig, changed: Sequence[str]) -> ModelConfig:
+    kept = {each.name: getattr(own, each.name) for each in fields(MoEOptions)}
+    if not config.num_experts:
+        return replace(config, **kept)
+    fixed = [*kept.keys() - {*_TRAINING_ONLY}, *(each.name for each in fields(UpcyclingOptions)), "upcycling"]
+    for name in changed:
+        if name in fixed and getattr(config, name) != kept.get(name):
+            has = f"its {name} is {kept[name]}" if name in kept else "they are not made again"
+            raise ValueError(
+                f"model.{name} is {getattr(config, name)}, but {base} has experts already, and {has}: leave it out, or "
+                "take a dense base"
+            )
+    return replace(config, **{name: value for name, value in kept.items() if name not in changed})
 
 
 def _record_conditions(model: PreTrainedModel, cards: Sequence[Card]) -> None:

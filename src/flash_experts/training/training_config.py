@@ -28,7 +28,7 @@ from flash_experts.terminal import nearest
 _MOST = 10**12  # steps, tokens or names: more are a typing error
 _COUNT, _POSITIVE, _UNDER_ONE, _SHARE = (1, _MOST), (POSITIVE, _MOST), (0, UNDER_ONE), (POSITIVE, 1)
 # Headings of the options.
-_VOCABULARY, _NEW = "The vocabulary", "A new model"
+_VOCABULARY, NEW = "The vocabulary", "A new model"
 _RUN, _NAMES, _OPTIMIZER, _DISTILLATION = "The run", "The names", "The optimizer", "Knowledge distillation"
 _RECORDS, _DEVICE = "Validation, checkpoints and records", "The device"
 PARTS = ("router", "experts", "dense")
@@ -55,21 +55,21 @@ class ModelConfig(MoEOptions, UpcyclingOptions):
         "names with words that no card has", _VOCABULARY,
     )  # fmt: skip
     dropout: float | None = option(
-        None, "probability of every dropout of the model; null keeps the base's own", _NEW, bounds=(0, 0.999)
+        None, "probability of every dropout of the model; null keeps the base's own", NEW, bounds=(0, 0.999)
     )
-    n_layer: int = option(6, "blocks of a new model (without a base)", _NEW, bounds=(1, 10_000))
-    n_embd: int = option(256, "width of a new model", _NEW, bounds=(1, 1_000_000))
-    n_head: int = option(4, "attention heads of a new model", _NEW, bounds=(1, 1_000_000))
-    n_positions: int = option(128, "longest text of a new model, in tokens", _NEW, bounds=(2, 10_000_000))
+    n_layer: int = option(6, "blocks of a new model (without a base)", NEW, bounds=(1, 10_000))
+    n_embd: int = option(256, "width of a new model", NEW, bounds=(1, 1_000_000))
+    n_head: int = option(4, "attention heads of a new model", NEW, bounds=(1, 1_000_000))
+    n_positions: int = option(128, "longest text of a new model, in tokens", NEW, bounds=(2, 10_000_000))
     vocab_size: int = option(
-        4096, "tokens of a new model's tokenizer, trained on the prepared cards", _NEW, bounds=(257, 10_000_000)
+        4096, "tokens of a new model's tokenizer, trained on the prepared cards", NEW, bounds=(257, 10_000_000)
     )
     tokenizer: str | None = option(
-        None, "folder or hub id whose tokenizer a new model takes, such as that of its teacher; null trains one", _NEW
+        None, "folder or hub id whose tokenizer a new model takes, such as that of its teacher; null trains one", NEW
     )
     teacher_embeddings: bool = option(
         False, "initialize the token embeddings of a new model from those of the model that its tokenizer is of "
-        "(principal components)", _NEW,
+        "(principal components)", NEW,
     )  # fmt: skip
 
     def validate(self) -> None:
