@@ -47,6 +47,11 @@ from flash_experts.models.scoring import evaluating
 from flash_experts.options import option, options_of, problems_of
 from flash_experts.terminal import did_you_mean
 
+# What the dense model is: other values would give other outputs, or fit none of its weights.
+_DENSE_FIELDS = (
+    *("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner", "activation_function"),
+    *("layer_norm_epsilon", "scale_attn_weights", "scale_attn_by_inverse_layer_idx", "add_cross_attention"),
+)
 _CLASS_FIELDS = ("model_type", "architectures", "transformers_version")  # set by the configuration's class
 
 
@@ -93,6 +98,12 @@ class Upcycling(UpcyclingOptions):
         if self.method == "shared":
             made["num_shared_experts"] = self.granularity
         config = GPT2MoEConfig(**(inherited | made | config_fields))
+        for name in _DENSE_FIELDS:
+            if getattr(config, name) != inherited[name]:
+                raise ValueError(
+                    f"{name} = {getattr(config, name)} would change the dense model's output, whose {name} is "
+                    f"{inherited[name]}: leave it out"
+                )
         self._check(config, dense_size)
         return config
 
