@@ -10,6 +10,7 @@ import sys
 from functools import partial
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -197,6 +198,20 @@ def test_transformers_trainer_trains_it(
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[-1] < losses[0] - 1
     assert not torch.equal(moe.transformer.h[1].mlp.experts.up_proj, before)
+
+
+def test_a_callback_moves_the_loss_free_biases_under_transformers_trainer(
+    moe: GPT2MoEForCausalLM, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    page = (Path(__file__).parents[2] / "docs/change_this.md").read_text("utf-8")
+    (code,) = (part for part in page.split("```python\n") if "class BalanceExperts" in part)
+    names: dict[str, Any] = {}
+    exec(code.split("```")[0], names)
+    router = moe.transformer.h[1].mlp.router
+    router.bias_update_rate = 0.01
+    arguments = TrainingArguments(output_dir=str(tmp_path), max_steps=2, report_to=[], use_cpu=True, disable_tqdm=True)
+    Trainer(moe, arguments, train_dataset=names_dataset(tokenizer), callbacks=[names["BalanceExperts"]()]).train()
+    assert router.selection_bias_E.any() and not router.step_counts_E.any()
 
 
 def test_a_saved_field_that_the_class_lacks_is_left_out_with_a_warning(moe: GPT2MoEForCausalLM, tmp_path: Path) -> None:
