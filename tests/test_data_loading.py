@@ -66,6 +66,11 @@ def test_a_list_of_names_is_enough(tmp_path: Path, name: str, text: str) -> None
         ("a.csv", b'name,type\nGoblin,"Creature\n', r"a\.csv:2: unexpected end of data"),
         ("a.jsonl", b'{"name": "Goblin"}\n{"name": \n', r"a\.jsonl:2: not JSON"),
         ("a.jsonl", b'{"type": "Creature"}\n', r"a\.jsonl:1: a card needs a name"),
+        (
+            "a.jsonl",
+            b'{"text": "Goblin"}\n',
+            r"a\.jsonl:1: a card needs a name, and has no key 'name', but 'text'",
+        ),
         ("a.jsonl", b'{"name": "Goblin", "type_line": 3}\n', r"a\.jsonl:1: type_line must be text, not 3"),
         ("a.json", b'[\n"Goblin",\n', r"a\.json:3: not JSON"),
         ("a.json", b'{"data": {}}', r"a\.json:1: expected an array"),

@@ -124,6 +124,9 @@ def raw_card(record: Any, where: str, unread: cards.Unread) -> cards.RawCard | N
     if not isinstance(record, dict):
         raise ValueError(f"{where}: expected a name or a card, not {type(record).__name__}")
     fields = _fields(record)
+    if "name" not in fields:
+        keys = ", ".join(map(repr, record))[:MAX_NAME]
+        raise ValueError(f"{where}: a card needs a name, and has no key 'name'" + f", but {keys}" * bool(keys))
     name = _name(fields, where)
     if name is None:
         unread.add("name", where, fields.get("name") or "")
@@ -206,7 +209,7 @@ def _of_faces(faces: Any, fields: Mapping[str, Any]) -> dict[str, str]:
 
 def _name(fields: Mapping[str, Any], where: str) -> str | None:
     value = fields.get("name")
-    if "name" not in fields or not (value is None or isinstance(value, str) or _is_missing(value)):
+    if not (value is None or isinstance(value, str) or _is_missing(value)):
         raise ValueError(f"{where}: a card needs a name")
     if not isinstance(value, str) or not value.strip() or value.strip() in _MISSING_NAMES:
         return None
