@@ -372,6 +372,8 @@ def test_router_metrics_and_balancing_bias(dense: GPT2LMHeadModel) -> None:
         ({"router_jitter_noise": 1.5}, "router_jitter_noise"),
         ({"router_aux_loss_coef": math.nan}, "router_aux_loss_coef is nan, but it must be from 0 to 1,000,000"),
         ({"router_bias_update_rate": math.inf}, "router_bias_update_rate is inf, but it must be"),
+        ({"activation_function": "swiglu"}, "no activation_function 'swiglu': did you mean 'silu'"),
+        ({"activation_function": "?"}, "no activation_function .*: it is one of .*gelu_new"),
         ({"num_expert": 4}, "did you mean 'num_experts'"),
     ],
 )

@@ -151,6 +151,19 @@ def test_an_activation_that_is_not_fused_is_rejected() -> None:
         layer(torch.zeros(1, 1, 32, device=DEVICE))
 
 
+@pytest.mark.skipif(DEVICE != "cpu", reason="a GPU runs them")
+def test_without_a_gpu_or_the_interpreter_the_kernels_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from flash_experts import GPT2MoEConfig
+    from flash_experts.kernels import grouped_mlp_triton
+    from flash_experts.models.moe_layer import MoELayer
+
+    monkeypatch.setattr(grouped_mlp_triton, "INTERPRETED", False)
+    layer = MoELayer(GPT2MoEConfig(n_embd=32, n_head=2))
+    layer.experts.config._experts_implementation = "fe_experts_triton"
+    with pytest.raises(ValueError, match=r"runs on CUDA, .* use experts_implementation='fe_experts'"):
+        layer(torch.zeros(1, 1, 32))
+
+
 def test_the_same_bits_every_time() -> None:
     choices_TK, floats = inputs_of(40, 3)
     runs = []

@@ -230,6 +230,7 @@ REFUSED: list[tuple[str, Callable[[], Any]]] = [
     (r"float32 of shape", lambda: flash_attn_func(Q, Q, Q, alibi_slopes=torch.rand(4).double())),
     ("alibi_slopes is on meta", lambda: flash_attn_func(Q, Q, Q, alibi_slopes=torch.rand(4, device="meta"))),
     (r"pass .to\(torch.int32\)", lambda: varlen(cu_seqlens_q=STARTS.long())),
+    (r"cu_seqlens_k must be an int32 tensor .*, not a list", lambda: varlen(cu_seqlens_k=[0, 4, 10])),
     ("cu_seqlens_k is on meta", lambda: varlen(cu_seqlens_k=STARTS.to("meta"))),
     ("must go from 0 to the 10 tokens of q", lambda: varlen(cu_seqlens_q=cumulative([4, 5]))),
     ("never decrease", lambda: varlen(cu_seqlens_k=torch.tensor([0, 12, 10], dtype=torch.int32))),

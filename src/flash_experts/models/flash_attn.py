@@ -313,6 +313,11 @@ def _check_documents(q: torch.Tensor, k: torch.Tensor, lengths: PackedLengths) -
 
 
 def _check_lengths(cu_seqlens: torch.Tensor, x: torch.Tensor, max_seqlen: int, name: str) -> None:
+    if not isinstance(cu_seqlens, torch.Tensor):
+        raise ValueError(
+            f"cu_seqlens_{name} must be an int32 tensor of shape (documents + 1,), not a {type(cu_seqlens).__name__}: "
+            "pass torch.tensor(..., dtype=torch.int32)"
+        )
     if cu_seqlens.dtype != torch.int32 or cu_seqlens.ndim != 1 or not cu_seqlens.numel():
         raise ValueError(
             f"cu_seqlens_{name} must be int32 of shape (documents + 1,), not {cu_seqlens.dtype} "

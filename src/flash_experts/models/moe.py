@@ -277,7 +277,7 @@ class GPT2MoEForCausalLM(GPT2MoEPreTrainedModel, GPT2LMHeadModel):
             raise ValueError(
                 "expert choice is not causal: each expert chooses among all tokens, later ones too, so this model "
                 "cannot generate as it was trained. Take routing='token_choice', or set "
-                "config.allow_noncausal_generation = True"
+                "config.allow_noncausal_generation = True (in the config.json of a saved model: true)"
             )
 
     def _routing_arguments(

@@ -9,11 +9,12 @@ from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import GPT2Config
+from transformers.activations import ACT2FN
 
 from flash_experts.models.attention_backends import check_name as check_backend_name
 from flash_experts.models.moe_options import MoEOptions, too_many_per_token
 from flash_experts.options import problems_of
-from flash_experts.terminal import nearest
+from flash_experts.terminal import did_you_mean, nearest
 
 
 @strict
@@ -74,6 +75,9 @@ class GPT2MoEConfig(MoEOptions, GPT2Config):
             )
         if self.moe_intermediate_size is not None and self.moe_intermediate_size < 1:
             raise ValueError(f"moe_intermediate_size must be 1 or more, not {self.moe_intermediate_size}")
+        if self.activation_function not in ACT2FN:
+            hint = did_you_mean(str(self.activation_function), ACT2FN, f"it is one of {', '.join(sorted(ACT2FN))}")
+            raise ValueError(f"there is no activation_function {self.activation_function!r}: {hint}")
         if self.n_head < 1 or self.n_embd % self.n_head:
             raise ValueError(f"n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head})")
         self._check_routing()

@@ -84,9 +84,14 @@ def fe_experts_forward(
 def fe_experts_triton_forward(
     self: Experts, x_TD: torch.Tensor, experts_TK: torch.Tensor, gates_TK: torch.Tensor
 ) -> torch.Tensor:
-    """`Experts` by our Triton kernels; ValueError for an activation that they do not fuse."""
+    """`Experts` by our Triton kernels; ValueError for an activation that they do not fuse, or without a GPU."""
     from flash_experts.kernels import grouped_mlp_triton
 
+    if x_TD.device.type != "cuda" and not grouped_mlp_triton.INTERPRETED:
+        raise ValueError(
+            f"{TRITON_EXPERTS_IMPLEMENTATION} runs on CUDA, and on a CPU only in Triton's interpreter "
+            f"(TRITON_INTERPRET=1): use experts_implementation={EXPERTS_IMPLEMENTATION!r}"
+        )
     activation = self.activation
     if activation not in grouped_mlp_triton.ACTIVATIONS:
         raise ValueError(
