@@ -42,7 +42,7 @@ TrackerName = Literal[
 class ModelConfig(MoEOptions, UpcyclingOptions):
     """The model.
 
-    ``num_experts: 0`` trains a base as it is, without upcycling.
+    ``num_experts: 0`` trains a base as it is, without upcycling. A base that has experts keeps them (`build`).
     """
 
     upcycling: Method = option("copy", METHOD_HELP, EXPERTS)
