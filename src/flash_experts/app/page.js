@@ -4,7 +4,7 @@ window.flashExperts = {
   LARGEST: 48000,  // bytes of a file of cards: it has to fit into the body of a request
   number: 0,       // of the last message of the server that was remembered
   link: null,      // the query that makes the names on the table again
-  said: 0,         // when the last message for screen readers came
+  sideSaid: 0,     // when screen readers were last told of a side that is compared
   pressed: null,   // the last button pressed in our HTML
   chosen: null,    // the name whose card is open
 
@@ -61,7 +61,6 @@ window.flashExperts = {
   // Tells screen readers alone.
   say(message) {
     this.live('fe-said', 'fe-hidden').textContent = message;
-    this.said = Date.now();
   },
 
   // A request starts: its status line changes with each name, and is read out at the end alone.
@@ -70,13 +69,17 @@ window.flashExperts = {
     return values;
   },
 
-  // Says what a status line has to say; of two sides that are compared, both. Gradio changes a line in place.
+  // Says what a status line has to say; of two sides that end together, both. Gradio changes a line in place.
   speak(element) {
+    const isSide = element.closest('[id^=fe-status-]') !== null;
     let last = '';
     new MutationObserver(() => {
       const text = element.querySelector('[data-announced]')?.dataset.announced ?? '';
-      const before = Date.now() - this.said < 1000 ? this.live('fe-said').textContent : '';
-      if (text && text !== last) this.say(before ? `${before}; ${text}` : text);
+      if (text && text !== last) {
+        const before = isSide && Date.now() - this.sideSaid < 1000 ? `${this.live('fe-said').textContent}; ` : '';
+        this.say(before + text);
+        if (isSide) this.sideSaid = Date.now();
+      }
       last = text;
     }).observe(element, {childList: true, subtree: true, attributeFilter: ['data-announced']});
   },
