@@ -84,6 +84,11 @@ class GPT2MoEPreTrainedModel(GPT2PreTrainedModel):
     _can_set_experts_implementation_cached_value = True
     _can_set_attn_implementation_cached_value = True
 
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """False, or transformers would skip modules without weights of their own, whose ``c_proj`` GPT-2 scales."""
+        return False
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
