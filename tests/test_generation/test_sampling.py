@@ -85,6 +85,13 @@ def test_draws_follow_the_distribution(sampling: Sampling) -> None:
     assert chi_squared < 35  # 11 degrees of freedom at most: one in 4,000 by chance, and the seed is fixed
 
 
+def test_top_p_is_a_share_of_what_top_k_leaves_of_flat_probabilities() -> None:
+    """Of twelve nearly equal tokens top-k keeps three, of which the first two reach half of the mass."""
+    scores = torch.linspace(0, 0.1, 12).expand(300, -1)
+    tokens, _ = draw(scores, noise(3, range(300), 1)[:, 0], Sampling(top_k=3, top_p=0.5))
+    assert set(tokens.tolist()) == {10, 11}
+
+
 @settings(max_examples=60, deadline=None)
 @given(K=st.integers(1, 700), zeros=st.floats(0, 0.99), seed=st.integers(0, 99))
 def test_a_draw_inverts_the_cumulative_distribution(K: int, zeros: float, seed: int) -> None:
@@ -101,6 +108,15 @@ def test_a_draw_inverts_the_cumulative_distribution(K: int, zeros: float, seed: 
     assert found_B.tolist() == expected
     thirds_BK = weights_BK / 3  # and never to a token of no probability, whatever is rounded
     assert (thirds_BK.gather(1, _invert(thirds_BK, noise_B)[:, None]) > 0).all()
+
+
+def test_a_draw_beyond_the_rounded_sum_of_its_block_finds_a_possible_token() -> None:
+    """Added one by one the small weights vanish, added together they do not: the sum of the block is over 1."""
+    weights_1K = torch.full((1, 128), 0.75 * 2**-53)
+    weights_1K[0, 0], weights_1K[0, -1] = 1.0, 0.0
+    assert weights_1K.sum(dtype=torch.float64) > weights_1K.cumsum(-1, dtype=torch.float64)[0, -1]
+    found = _invert(weights_1K, torch.tensor([1 - 2**-53], dtype=torch.float64))
+    assert weights_1K[0, found] > 0
 
 
 def test_rows_without_a_token_are_reported_and_do_not_affect_others() -> None:

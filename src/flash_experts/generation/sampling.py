@@ -48,8 +48,7 @@ def draw(scores_BV: torch.Tensor, noise_B2: torch.Tensor, sampling: Sampling) ->
     dead_B = scores_BV.amax(-1) == -torch.inf
     probs_BV = (scores_BV if sampling.temperature == 1 else scores_BV / sampling.temperature).softmax(-1)
     tokens_B = _invert(probs_BV, noise_B2[:, 0])
-    is_out_B, is_unsure_B = _rejected(probs_BV, tokens_B, sampling)
-    again = (is_out_B | is_unsure_B).nonzero()[:, 0]
+    again = _doubtful(probs_BV, tokens_B, sampling).nonzero()[:, 0]
     if len(again):
         probs_AK, ids_AK = candidates(scores_BV[again], sampling)
         first_A, second_A = tokens_B[again], _invert(probs_AK, noise_B2[again, 1])
@@ -58,7 +57,7 @@ def draw(scores_BV: torch.Tensor, noise_B2: torch.Tensor, sampling: Sampling) ->
         else:
             is_in_A = ((ids_AK == first_A[:, None]) & (probs_AK > 0)).any(-1)
             second_A = ids_AK.gather(1, second_A[:, None])[:, 0]
-        tokens_B[again] = torch.where(is_unsure_B[again] & is_in_A, first_A, second_A)
+        tokens_B[again] = torch.where(is_in_A, first_A, second_A)
     return tokens_B, dead_B
 
 
@@ -83,28 +82,26 @@ def _invert(probs_BK: torch.Tensor, noise_B: torch.Tensor) -> torch.Tensor:
     return (block_B1 * _BLOCK + found_B1)[:, 0].clamp_(max=K - 1)
 
 
-def _rejected(probs_BV: torch.Tensor, tokens_B: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor, torch.Tensor]:
-    """(B,) bool twice: tokens that are certainly not candidates, and those for which only sorting can decide."""
+def _doubtful(probs_BV: torch.Tensor, tokens_B: torch.Tensor, sampling: Sampling) -> torch.Tensor:
+    """(B,) bool: tokens that are not candidates, or for which only sorting can decide."""
     own_B1 = probs_BV.gather(1, tokens_B[:, None])
-    is_out_B = own_B1[:, 0] < sampling.min_p * probs_BV.amax(-1)
-    is_unsure_B = torch.zeros_like(is_out_B)
+    is_doubtful_B = own_B1[:, 0] < sampling.min_p * probs_BV.amax(-1)
     limits_k = 0 < sampling.top_k < probs_BV.shape[-1]
     if limits_k or sampling.top_p < 1:
         likelier_BV = probs_BV > own_B1
         if limits_k:
-            is_out_B |= likelier_BV.sum(-1) >= sampling.top_k
+            is_doubtful_B |= likelier_BV.sum(-1) >= sampling.top_k
         if sampling.top_p < 1:
-            before_B = (probs_BV * likelier_BV).sum(-1)
-            is_out_B |= before_B >= sampling.top_p
-            if limits_k:  # top-p is a share of the top-k mass, for which only bounds are known
+            least_B = torch.ones_like(probs_BV[:, 0])
+            if limits_k:  # top-p is a share of the top-k mass, for which only a lower bound is known
                 high_BV = probs_BV >= 1 / (4 * sampling.top_k)
                 least_B = (probs_BV * high_BV).sum(-1).masked_fill_(high_BV.sum(-1) > sampling.top_k, 0)
-                is_unsure_B = (before_B >= sampling.top_p * least_B) & ~is_out_B
-    return is_out_B, is_unsure_B
+            is_doubtful_B |= (probs_BV * likelier_BV).sum(-1) >= sampling.top_p * least_B
+    return is_doubtful_B
 
 
 def candidates(scores_BV: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The tokens that top-k, top-p and min-p keep.
+    """The tokens that top-k, top-p and min-p keep of rows with a possible token.
 
     Returns:
         (B, K) float32 probabilities up to a factor per row, 0 if not kept, and (B, K) their ascending token ids, or
@@ -112,9 +109,7 @@ def candidates(scores_BV: torch.Tensor, sampling: Sampling) -> tuple[torch.Tenso
     """
     vocab_size = scores_BV.shape[-1]
     scaled_BV = scores_BV / sampling.temperature
-    best_B1 = scaled_BV.amax(-1, keepdim=True)
-    # Zeros, not NaN, where a whole row is minus infinity.
-    probs_BV = (scaled_BV - best_B1.masked_fill(best_B1 == -torch.inf, 0)).exp()
+    probs_BV = (scaled_BV - scaled_BV.amax(-1, keepdim=True)).exp()
     total_B1 = probs_BV.sum(-1, keepdim=True)
     limits_k = 0 < sampling.top_k < vocab_size
     widths = (sampling.top_k,) if limits_k else _NUCLEUS_WIDTHS if sampling.top_p < 1 else ()
