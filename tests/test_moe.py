@@ -230,6 +230,16 @@ def test_jitter_affects_only_the_router() -> None:
     assert torch.equal(layer.router(x_TD)[0], layer.router(x_TD)[0])
 
 
+def test_jitter_is_uniform_around_one() -> None:
+    torch.manual_seed(0)
+    router = make_layer(4, 1, router_jitter_noise=0.3).router.train()
+    with torch.no_grad():
+        router.weight.copy_(torch.eye(4, 12))  # so the logits are the first inputs, and here their factors
+    factors = router(torch.ones(1000, 12))[0]
+    assert 0.7 <= factors.min() < 0.72 and 1.28 < factors.max() <= 1.3
+    assert factors.mean().item() == pytest.approx(1, abs=0.02)
+
+
 def test_load_balancing_loss_on_worked_numbers() -> None:
     """Two tokens, two experts. p = (3/4, 1/4) for both, both to expert 0: 2 * (1 * 3/4 + 0 * 1/4) = 3/2."""
     logits = torch.tensor([[math.log(3), 0.0]]).repeat(2, 1)

@@ -61,6 +61,27 @@ def test_balancing_loss_per_sequence_on_worked_numbers() -> None:
     assert one.item() == pytest.approx(1.0), "one at balance, whatever k is"
 
 
+def test_losses_of_padding_alone_are_zero_not_nan() -> None:
+    """A process may get a micro-batch without a token that counts."""
+    logits, experts, nothing = torch.randn(4, 3), torch.zeros(4, 1, dtype=torch.int64), torch.zeros(4, dtype=torch.bool)
+    sequence = torch.zeros(4, dtype=torch.int64)
+    assert load_balancing_loss(logits, experts, nothing).item() == 0
+    assert sequence_balancing_loss(logits, experts, sequence, 1, nothing).item() == 0
+    assert router_z_loss(logits, nothing).item() == 0
+
+
+def test_a_mask_that_covers_the_cache_too_leaves_the_losses_of_the_new_tokens(dense: GPT2LMHeadModel) -> None:
+    moe = small_model(dense).eval()
+    ids, mask = torch.arange(8)[None], torch.ones(1, 8, dtype=torch.int64)
+    with torch.no_grad():
+        cache = moe(ids[:, :5], use_cache=True).past_key_values
+        out = moe(ids[:, 5:], past_key_values=cache, attention_mask=mask, output_router_logits=True)
+    logits = out.router_logits
+    expected = [load_balancing_loss(each, each.topk(2).indices) for each in logits]
+    assert all(each.shape == (3, 4) for each in logits)
+    torch.testing.assert_close(out.aux_loss, torch.stack(expected).mean())
+
+
 def test_balance_over_more_than_these_tokens_on_worked_numbers() -> None:
     """Here all go to expert 0 with p = 3/4, elsewhere as many go to expert 1: balanced together, so no pressure."""
     logits = torch.tensor([[math.log(3), 0.0]]).repeat(2, 1)

@@ -137,6 +137,11 @@ def test_expert_choice_on_worked_numbers() -> None:
     torch.testing.assert_close(router.eval()(x_TD)[1], torch.ones(2, 2), msg="one expert each: the gate is its sum")
 
 
+def test_expert_choice_of_sigmoids_that_vanish_is_zero_not_nan() -> None:
+    router, x_TD = router_with(torch.full((2, 2), -200.0), routing="expert_choice", scoring_func="sigmoid")
+    assert router(x_TD)[1].tolist() == [[0.0, 0.0]] * 2
+
+
 @settings(max_examples=30, deadline=None)
 @given(
     tokens=st.integers(0, 19),
@@ -262,6 +267,11 @@ def test_capacity_drops_the_lowest_scores_and_counts_them() -> None:
     chosen = tied.train()(x_TD)[2]
     assert len(chosen.unique()) == 1
     assert tied(x_TD)[1][:, 0].tolist() == [1.0, 1.0, 0.0], "of equal scores the earlier token's goes first"
+
+
+def test_a_rounding_error_of_the_capacity_factor_is_not_a_further_place() -> None:
+    """1.1 * 100 / 10 is 11; in floating point it is 11.000000000000002."""
+    assert make_layer(10, 1, capacity_factor=1.1).router.capacity(100) == 11
 
 
 @settings(max_examples=40, deadline=None)

@@ -88,6 +88,28 @@ def test_router_metrics_on_worked_numbers() -> None:
     assert not router.interval_pairs_EE.any() and router_metrics(nn.ModuleList([router])) == {}, "the counts are reset"
 
 
+def test_forwards_of_a_window_add_up() -> None:
+    """Gradient accumulation: two tokens to expert 0, then one to each."""
+    router, _ = router_of(torch.zeros(2, 2), num_experts_per_tok=1)
+    for chosen in ([[0], [0]], [[0], [1]]):
+        router.record(torch.zeros(2, 2), torch.tensor(chosen), None)
+    assert router.step_counts_E.tolist() == [3.0, 1.0]
+    metrics = router_metrics(nn.ModuleList([router]))
+    assert [metrics["router/0/load/0"], metrics["router/0/load/1"]] == [1.5, 0.5]
+
+
+def test_entropy_of_sigmoids_is_that_of_their_shares() -> None:
+    """Sigmoids 1/2, 2/3 and 5/6 are 3, 4 and 5 twelfths of their sum."""
+    logits_TE = torch.tensor([[0.0, math.log(2), math.log(5)]])
+    router, x_TD = router_of(logits_TE, num_experts_per_tok=1, scoring_func="sigmoid")
+    logits_TE, _, experts_TK = router(x_TD)
+    router.record(logits_TE, experts_TK, None)
+    metrics = router_metrics(nn.ModuleList([router]))
+    assert metrics["router/0/top1"] == pytest.approx(5 / 12)
+    entropy = math.log(12) - (3 * math.log(3) + 4 * math.log(4) + 5 * math.log(5)) / 12
+    assert metrics["router/0/entropy"] == pytest.approx(entropy / math.log(3))
+
+
 def test_expert_choice_counts_pairs_too() -> None:
     """Four tokens, two experts of two each, both wanting tokens 0 and 1: one pair of experts, two tokens untaken."""
     logits_TE = torch.tensor([[2.0, 2.0], [1.0, 1.0], [-1.0, -1.0], [-1.0, -1.0]])
