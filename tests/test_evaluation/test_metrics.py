@@ -28,7 +28,8 @@ def test_word_association_is_the_information_of_the_first_word_on_the_second() -
     estimate = metrics.word_association(own * math.log(2), (own + gains) * math.log(2))
     assert estimate.value == pytest.approx(sum(gains) / 6)
     assert estimate.low > -0.51 and estimate.high < 1.51
-    assert metrics.word_association([1.0] * 9, [1.0] * 9) == metrics.Estimate(0.0, 0.0, 0.0)
+    nothing = metrics.word_association([1.0] * 9, [1.0] * 9)
+    assert nothing == metrics.Estimate(0.0, 0.0, 0.0) and not nothing.excludes_zero
 
 
 @pytest.mark.parametrize(
@@ -73,6 +74,14 @@ def test_the_same_seed_gives_the_same_interval() -> None:
     first, again, other = (metrics.ratio_of_sums(values, np.ones(50), seed=seed) for seed in (3, 3, 4))
     assert first == again
     assert first != other
+
+
+def test_resamples_that_do_not_fit_into_memory_at_once_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = np.arange(50.0)
+    together = metrics.ratio_of_sums(values, np.ones(50), resamples=7)
+    for at_once in (150, 1):
+        monkeypatch.setattr(metrics, "_RESAMPLED_AT_ONCE", at_once)
+        assert metrics.ratio_of_sums(values, np.ones(50), resamples=7) == together
 
 
 def test_paired_bootstrap_detects_a_difference_that_two_intervals_hide() -> None:

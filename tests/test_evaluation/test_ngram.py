@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from flash_experts.data.cards import Card
 from flash_experts.data.prompts import UNCONDITIONAL, Attributes
-from flash_experts.evaluation.ngram import ConditionalNGrams, KneserNey, mixture_nats, sample_mixture
+from flash_experts.evaluation.ngram import ConditionalNGrams, KneserNey, _smooth, mixture_nats, sample_mixture
 from tests.helpers.evaluation import FIRST, SECOND
 
 LETTERS = st.text("abc ", min_size=1, max_size=8)
@@ -56,6 +56,24 @@ def test_order_two_by_hand() -> None:
     # After a: a, b and the end once each, discount 0.5 of each.
     second = following(model, "a")
     assert second["b"] == pytest.approx((1 - 0.5) / 3 + (1.5 / 3) * unigram["b"])
+
+
+@pytest.mark.parametrize(
+    ("times", "discounts"),
+    [
+        # y = 10 / (10 + 2 * 5) = 1/2; 1 - 2 y 5/10, 2 - 3 y 3/5, 3 - 4 y 2/3
+        ((10, 5, 3, 2), (1 / 2, 11 / 10, 5 / 3)),
+        # y = 1/3, and 2 - 3 y 10/1 would be negative: the fallback
+        ((1, 1, 10, 1), (0.5, 1.0, 1.5)),
+    ],
+)
+def test_discounts_by_hand(times: tuple[int, ...], discounts: tuple[float, ...]) -> None:
+    """So many n-grams occur once, twice, three and four times, all after one context."""
+    counts = np.repeat([1, 2, 3, 4], times)
+    order = _smooth(np.arange(counts.size), counts, base=100)
+    off = np.repeat([discounts[0], discounts[1], discounts[2], discounts[2]], times)
+    np.testing.assert_allclose(order.shares, (counts - off) / counts.sum())
+    np.testing.assert_allclose(order.left_over, [off.sum() / counts.sum()])
 
 
 def test_nats_are_the_product_of_the_symbols() -> None:
