@@ -202,6 +202,16 @@ def test_a_skipped_step_leaves_no_trace(
     assert changes[2] == changes[4] >= {"sums", "transformer.wte.weight", "transformer.h.3.mlp.router.selection_bias_E"}
 
 
+@pytest.mark.parametrize(("stop", "updates"), [(True, [True, False, False]), (False, [True, False, True])])
+def test_with_stop_no_later_step_changes_the_weights(stop: bool, updates: list[bool]) -> None:
+    """A GPU runs ahead: the host reads of a bad step when later ones were started already."""
+    guard, optimizer = FiniteGuard(stop, torch.device("cpu"), 1), torch.optim.SGD([torch.zeros(1)])
+    losses = torch.tensor([1.0, math.nan, 1.0])
+    found = [guard.update(optimizer, guard.check(step, loss, torch.ones(()))) for step, loss in enumerate(losses, 1)]
+    assert found == updates
+    assert guard.bad_steps() == [2] and guard.bad_steps() == [], "each is reported once"
+
+
 def test_a_run_that_only_skips_ends(trainer_of: Callable[..., Any], config: TrainingConfig) -> None:
     settings = replace(config, on_nan="skip", max_steps=100, checkpoint_every=100)
     _, trainer = trainer_of(settings, bad_steps=tuple(range(3, 100)))
