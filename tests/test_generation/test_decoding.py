@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from itertools import islice, product
+from typing import Any
 
 import pytest
 import torch
@@ -31,8 +32,10 @@ def _tiny(kind: str, vocab_size: int = 40) -> torch.nn.Module:
             (LlamaConfig, LlamaForCausalLM) if kind == "llama" else (MistralConfig, MistralForCausalLM)
         )  # fmt: skip
         return Model(Config(vocab_size=vocab_size, **width, **heads, **ids)).eval()
-    shared = {"num_shared_experts": 2} if kind == "shared" else {}
-    return GPT2MoEForCausalLM(GPT2MoEConfig(**sizes, **ids, num_experts=4, num_experts_per_tok=2, **shared)).eval()
+    more: dict[str, Any] = {} if kind == "moe" else {"num_shared_experts": 2}
+    if kind == "options":  # of GPT-2, which seldom differ
+        more |= {"activation_function": "silu", "scale_attn_by_inverse_layer_idx": True, "scale_attn_weights": False}
+    return GPT2MoEForCausalLM(GPT2MoEConfig(**sizes, **ids, num_experts=4, num_experts_per_tok=2, **more)).eval()
 
 
 def _decode(model: torch.nn.Module, indices: range, sampling: Sampling, steps: int = 30) -> list[DecodedName]:
@@ -158,7 +161,7 @@ def test_bfloat16_weights_round_products_alone(kind: str) -> None:
     assert 0 < (rounded - near).norm() / near.norm() < 0.1
 
 
-@pytest.mark.parametrize("kind", ["dense", "moe", "shared"])
+@pytest.mark.parametrize("kind", ["dense", "moe", "shared", "options"])
 def test_steps_of_a_plain_gpt2_are_those_of_its_own_forward(kind: str) -> None:
     """A hook is what makes the decoder call the model itself."""
     model = _tiny(kind)
@@ -263,3 +266,34 @@ def test_steps_of_a_llama_are_those_of_its_own_forward() -> None:
     projection = model.model.layers[0].self_attn.q_proj
     projection.__class__ = type("Adapted", (type(projection),), {})  # as an adapter would take its place
     assert not decode_step.supports(model)
+
+
+def test_a_name_without_a_possible_token_is_not_whole() -> None:
+    """Even where the EOS token is the last id, which a draw from nothing gives."""
+    model = _tiny("dense")
+    end = model.config.vocab_size - 1
+
+    def nothing(_: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        return torch.full_like(scores, -torch.inf)
+
+    with torch.no_grad():
+        names = list(NameDecoder(model, [END, 5], end, Sampling(), [nothing], 8, seed=3).stream(range(3), 3))
+    assert [(name.ids, name.is_whole) for name in names] == [((), False)] * 3
+
+
+def test_processors_get_rows_of_equal_length() -> None:
+    """Text filters take any rows, but a processor of transformers a matrix of tokens."""
+    model = _tiny("dense")
+    shapes: list[torch.Size] = []
+
+    def look(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        shapes.append(ids.shape)
+        return scores
+
+    with torch.no_grad():
+        plain, looked = (
+            list(NameDecoder(model, [END, 5], END, Sampling(), processors, 12, seed=3).stream(range(20), 3))
+            for processors in ([], [look])
+        )
+    assert [name.ids for name in looked] == [name.ids for name in plain]
+    assert len({len(name.ids) for name in plain}) > 3 and {len(shape) for shape in shapes} == {2}
