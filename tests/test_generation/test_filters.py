@@ -243,6 +243,9 @@ def test_alliteration(vocabulary: NameVocabulary) -> None:
     for text in (" Goblin", " Goblin King", " Wall of Elves", " Goblin ogre", " Lord of", " Serra the Angel"):
         assert not admits(one, text), text
         assert not admits(one, "", byte_ids(vocabulary, text)), text
+    masked = one.apply([" Goblin o"], torch.zeros(1, vocabulary.size))
+    (f, space) = byte_ids(vocabulary, "f ")
+    assert masked[0, f] == 0 and masked[0, space] == -torch.inf, "it may become of, but not end"
 
 
 def test_inside_model_generate(model: GPT2LMHeadModel, vocabulary: NameVocabulary) -> None:

@@ -82,6 +82,26 @@ def test_wanted_letters_are_favored_where_the_tokenizer_would_start_them(vocabul
     assert torch.equal(Contains(vocabulary, 0, "goblin", 30).mask(done, scores), scores)
 
 
+def test_biases_are_added_to_the_models_scores(vocabulary: NameVocabulary) -> None:
+    """4 nats, and half of one for each character past the twelfth; the same for the end after the wanted end."""
+    first, end = vocabulary.encode(" Goblin")[0], vocabulary.eos_id
+    scores = torch.randn(1, vocabulary.size)
+    before = scores.clone()
+    for name, bias in ((" Serra", 4.0), (" Serra Angel of Dandân", 4.0 + 10 / 2)):
+        raised = Contains(vocabulary, 0, "goblin", 40).apply([name], scores)
+        assert raised[0, first].item() == pytest.approx(scores[0, first].item() + bias)
+    raised = EndsWith(vocabulary, 0, "goblin", 40).apply([" Goblin"], scores)
+    assert raised[0, end].item() == pytest.approx(scores[0, end].item() + 4.0)
+    assert torch.equal(scores, before)
+
+
+def test_a_single_letter_within_a_word_is_not_favored(vocabulary: NameVocabulary) -> None:
+    """It would be repeated: "Serraqqq"."""
+    scores = torch.zeros(1, vocabulary.size)
+    raised = Contains(vocabulary, 0, "qx", 30).apply([" Serra"], scores)
+    assert (raised > 0).nonzero()[:, 1].tolist() == vocabulary.encode(" Q")[:1]
+
+
 PATTERNS = [
     r"Goblin.*",
     r".*(ing|er)",

@@ -47,8 +47,7 @@ class StartsWith(NameFilter):
             ids = vocabulary.encode(form.rstrip())
             for place, token in enumerate(ids):
                 self._next.setdefault(vocabulary.decode(ids[:place]), set()).add(token)
-            if vocabulary.decode(ids) != form:  # a trailing space belongs to the next token
-                self._next.setdefault(vocabulary.decode(ids), set())
+            self._next.setdefault(vocabulary.decode(ids), set())  # a trailing space belongs to the next token
 
     def rule(self, name: str) -> Hashable | None:
         return None if any(name.startswith(form) for form in self._forms) else name
