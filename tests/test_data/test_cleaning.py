@@ -134,6 +134,19 @@ def test_missing_values_of_a_second_face_are_unknown() -> None:
     assert (back.type_line, back.types, back.colors, back.mana_value) == ("", (), None, None)
 
 
+def test_the_mana_value_of_a_row_is_that_of_its_first_face() -> None:
+    """The back of a card that transforms has no mana cost, and its mana value is not on the row."""
+    (row,) = [RawCard("Village Mayor // Howlpack", "Creature // Creature", mana_value=2)]
+    assert [card.mana_value for card in clean([row]).cards] == [2, None]
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+def test_of_two_faces_a_type_counts_more_than_all_else(is_first: bool) -> None:
+    typed, other = RawCard("Stormcaller", "Creature"), RawCard("Stormcaller", mana_cost="{1}{R}")
+    (kept,) = clean([typed, other] if is_first else [other, typed]).cards
+    assert (kept.types, kept.mana_value) == (("Creature",), None)
+
+
 def test_a_face_with_a_row_of_its_own_takes_its_attributes_from_it() -> None:
     rows = [
         RawCard("Delver of Secrets // Insectile Aberration", "Creature — Human Wizard", "{U}", layout="transform"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from flash_experts.training.build import build_model, settings_in_force
 from flash_experts.training.training_config import ModelConfig
 from tests.helpers.command_line import ok
 from tests.test_training import TRAIN
+
+SMALL = ModelConfig(n_layer=2, n_embd=32, n_head=2, n_positions=64, vocab_size=257, num_experts=2)
 
 
 def saved(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> str:
@@ -106,3 +109,20 @@ def test_the_run_records_the_settings_in_force(workplace: Path, tmp_path: Path, 
     assert "has experts already, and keeps its num_experts 4, num_experts_per_tok 1, moe_layer_freq 1" in done.err
     text = (tmp_path / "run" / "run.json").read_text()
     assert '"num_experts": 4' in text and '"router_aux_loss_coef": 0.5' in text and '"num_experts": 8' not in text
+
+
+def test_dropout_is_everywhere_that_of_the_configuration() -> None:
+    for asked, expected in ((0.25, 0.25), (0.0, 0.0), (None, 0.1)):  # GPT-2 has 0.1
+        model, _ = build_model(None, replace(SMALL, dropout=asked), TRAIN, seed=0)
+        found = {module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)}
+        config = model.config
+        assert found == {config.resid_pdrop, config.embd_pdrop, config.attn_pdrop} == {expected}
+
+
+def test_the_seed_decides_the_weights() -> None:
+    torch.manual_seed(3)
+    one, _ = build_model(None, SMALL, TRAIN, seed=0)
+    torch.manual_seed(4)
+    again, other = (build_model(None, SMALL, TRAIN, seed=seed)[0] for seed in (0, 1))
+    assert all(map(torch.equal, one.parameters(), again.parameters()))
+    assert not torch.equal(one.transformer.wte.weight, other.transformer.wte.weight)

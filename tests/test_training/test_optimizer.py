@@ -302,6 +302,17 @@ def test_loss_is_torchs_smoothed_cross_entropy_over_the_items_of_the_step(smooth
     assert loss(logits, labels, 11).item() == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("chunk", [2**22, 24])
+def test_loss_of_bfloat16_logits_is_computed_in_float32(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
+    monkeypatch.setattr(loss_module, "_CHUNK", chunk)
+    torch.manual_seed(0)
+    logits = torch.randn(1, 60, 11).bfloat16().requires_grad_()
+    labels = torch.randint(11, (1, 60))
+    loss = CausalLoss()(logits, labels, 11, shift_labels=labels)
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(F.cross_entropy(logits[0].detach().double(), labels[0]).item(), rel=1e-6)
+
+
 def test_smoothing_is_in_training_and_not_in_validation(
     moe: GPT2MoEForCausalLM, tokenizer: PreTrainedTokenizerFast, config: TrainingConfig
 ) -> None:

@@ -60,7 +60,7 @@ def clean(rows: Iterable[RawCard], include: Collection[str] = ()) -> Cleaned:
 
     Cards that cannot be in a deck, rebalanced duplicates ("A-"), names with blanks, flagged names (but for the flags
     ``include``; a ValueError for an unknown one) and repeated names are dropped and counted. Of two faces with the same
-    name the one with more known attributes stays, at the position of the first.
+    name the one with a type stays, else that with a mana value, else that with colors, at the position of the first.
     """
     unknown = sorted(set(include) - set(FLAGS))
     if unknown:
