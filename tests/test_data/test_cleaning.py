@@ -46,6 +46,7 @@ def test_normal_form_is_equal_for_equivalent_names() -> None:
     assert normal_form("Lim-Dûl's Vault") == normal_form("LIM DULS VAULT") == "limdulsvault"
     assert normal_form("Æther Vial") == normal_form("Aether  Vial!")
     assert normal_form("Fire Ball") == normal_form("Fireball") != normal_form("Fireballs")
+    assert normal_form("ℌaunt") == "haunt", "a letter that is a capital only when decomposed"
     assert normal_form("_____ !") == ""
 
 
@@ -81,6 +82,7 @@ def test_the_shown_form_of_a_name_has_its_normal_form(name: str) -> None:
         ("{HW}{HW}{B}", 2, "WB"),
         ("{1000000}", 1_000_000, ""),
         ("{C/W}", 1, "W"),
+        ("{H/W}", 1, "W"),
     ],
 )
 def test_mana_costs(cost: str, value: int, colors: str) -> None:
@@ -94,7 +96,7 @@ def test_mana_costs(cost: str, value: int, colors: str) -> None:
         *(("4W", "4 W"), ("(4)(W)", "4 W"), ("2 W W", "2 W W"), ("4WU", "4 W U"), ("xrr", "X R R"), ("10gg", "10 G G")),
         *(("{2/W}{W/P}", "2/W W/P"), ("2/W2/W", "2/W 2/W"), ("{2w}{wu}", "2/W W/U"), ("(w/u)3", "W/U 3")),
         *(("wp", "W/P"), ("1 BP BP", "1 B/P B/P"), ("1 GW GW", "1 G/W G/W"), ("W2 W2", "W/2 W/2"), ("1H/W", "1 H/W")),
-        ("WU(B/P)RG", "W U B/P R G"),
+        *(("WU(B/P)RG", "W U B/P R G"), ("{WW}", "W W"), ("1 WW GU", "1 W W G/U")),
         *(("-3", "3"), ("3.0", "3"), ("{4W}", "4 W"), ("2{W}{W}", "2 W W"), ("{1}, {R}", "1 R"), ("", "")),
     ],
 )
@@ -132,6 +134,11 @@ def test_missing_values_of_a_second_face_are_unknown() -> None:
     front, back = clean([RawCard("Realm-Cloaked Giant // Cast Off", "Creature — Giant", "{5}{W}{W}")]).cards
     assert (front.types, front.colors, front.mana_value) == (("Creature",), ("W",), 7)
     assert (back.type_line, back.types, back.colors, back.mana_value) == ("", (), None, None)
+
+
+def test_a_land_is_colorless_but_a_creature_may_have_colors_without_a_cost() -> None:
+    assert only(name="Mountain Pass", type_line="Land").colors == ()
+    assert only(name="Dryad Arbor", type_line="Land Creature — Forest Dryad").colors is None
 
 
 def test_the_mana_value_of_a_row_is_that_of_its_first_face() -> None:

@@ -19,6 +19,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
+from transformers.modeling_outputs import CausalLMOutput
 
 from flash_experts import GPT2MoEForCausalLM
 from flash_experts.data.packing import EncodedName, encode_name, encode_names, name_nats, pack, pack_all, packed_length
@@ -121,6 +122,26 @@ def test_pack_all_keeps_every_name_in_order(lengths: list[tuple[int, int]], toke
     assert all(batch.input_ids.numel() <= tokens_per_batch or batch.num_names == 1 for batch in batches)
     together = [token for batch in batches for token in batch.input_ids[0].tolist()]
     assert together == [token for name in names for token in name.ids[:-1]]
+
+
+def test_a_batch_may_be_full_to_the_last_token() -> None:
+    names = encoded((1, 4), (2, 5), (1, 3))  # 4, 6 and 3 tokens
+    for tokens, sizes in ((13, [3]), (12, [2, 1]), (10, [2, 1]), (9, [1, 2])):
+        assert [batch.num_names for batch in pack_all(names, tokens)] == sizes
+
+
+def test_nats_of_a_bfloat16_model_are_summed_in_float32() -> None:
+    torch.manual_seed(0)
+    (name,) = encoded((1, 40))
+    logits_LV = torch.randn(40, 50).bfloat16()
+
+    class Model(torch.nn.Module):
+        def forward(self, **_: object) -> CausalLMOutput:
+            return CausalLMOutput(logits=logits_LV[None])
+
+    nats = name_nats(Model(), pack([name]))
+    expected = F.cross_entropy(logits_LV.double(), torch.arange(1, 41), reduction="sum")
+    assert nats.dtype == torch.float32 and nats.item() == pytest.approx(expected.item(), rel=1e-6)
 
 
 def test_prompt_and_name_are_tokenized_apart(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -47,6 +47,8 @@ def test_a_legend_is_one_family_however_often_its_name_is_there() -> None:
     legends = [f"Jace, {words}" for words in ("Wielder of Mysteries", "Vryn's Prodigy", "Arcane Strategist")]
     legends += [f"Jace, {word}" for word in ("Cunning Castaway", "Ingenious Mind-Mage", "Memory Adept", "Unraveler")]
     assert groups_of(*legends) == [set(legends)]
+    arrows = [f"Take 1,000 {word}" for word in ("Arrows", "Bolts", "Coins", "Drums", "Eels", "Forks")]
+    assert len(groups_of(*arrows)) == 6, "a comma within a number is no legend's"
 
 
 def test_near_names_are_a_family() -> None:

@@ -226,7 +226,7 @@ def mana_value(cost: str) -> int | None:
 
 def _symbol_value(symbol: str) -> float:
     if "/" in symbol:
-        return max(map(_symbol_value, symbol.replace("H", "P").split("/")))  # H/W: a Phyrexian symbol
+        return max(map(_symbol_value, symbol.split("/")))
     if symbol.startswith("H"):
         return 0.5
     if symbol.isdecimal():

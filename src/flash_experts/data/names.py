@@ -37,9 +37,8 @@ def shown_form(name: str) -> str:
     # Compose before looking up look-alikes, since a base and a mark may form one letter; and again afterwards, since a
     # removed sign can bring a letter and a mark together.
     composed = unicodedata.normalize("NFC", seen)
-    while (folded := unicodedata.normalize("NFC", composed.translate(_LOOK_ALIKES))) != composed:
-        composed = folded
-    return " ".join(composed.split())
+    folded = unicodedata.normalize("NFC", composed.translate(_LOOK_ALIKES))
+    return " ".join(folded.split())
 
 
 def normal_form(name: str) -> str:
