@@ -101,6 +101,10 @@ def test_the_loss_of_a_packed_row_is_that_of_each_name_alone(
     assert (row.row_of is not None) == share_prompts
     loss.prepare(row)
     found = student(**row.inputs_with_loss(row.labels.numel())).loss.double()
+    found.backward()
+    assert all(parameter.grad is None for parameter in loss.teacher.parameters()), "the teacher does not learn"
+    with pytest.raises(AssertionError, match="prepare"):  # the teacher's logits are for one forward
+        student(**row.inputs_with_loss(row.labels.numel()))
     expected = torch.zeros((), dtype=torch.float64)
     teacher, plain = loss.teacher.double(), student.double()
     for name in names:
@@ -206,6 +210,14 @@ def test_divergence_over_all_tokens_or_the_top_and_the_rest(kl: str) -> None:
     found = top_divergence(student.gather(1, ids), teacher.gather(1, ids), kl)
     torch.testing.assert_close(found, (one * (one / other).log()).sum(-1))
     assert (found <= kl_divergence(student, teacher, 1.0, kl) + 1e-12).all(), "a coarser partition never diverges more"
+
+
+def test_cached_probabilities_that_float16_rounds_to_more_than_one_leave_a_little_for_the_rest() -> None:
+    """A rest of nothing would be an infinite divergence, or NaN."""
+    rounded, exact = torch.tensor([[0.7, 0.301]]).log(), torch.tensor([[0.7, 0.3 - 4.5e-5]]).log()
+    for kl in ("forward", "reverse"):
+        assert top_divergence(rounded, rounded, kl).item() == 0  # type: ignore[arg-type]
+        assert abs(top_divergence(exact, rounded, kl).item()) < 0.01  # type: ignore[arg-type]
 
 
 def test_cached_logits_give_the_loss_of_the_teacher_that_runs(

@@ -200,8 +200,7 @@ class DistillationLoss(CausalLoss):
         self, smoothing: float, teacher: PreTrainedModel, weight: float, temperature: float, kl: Direction
     ) -> None:
         super().__init__(smoothing)
-        self.teacher = teacher.requires_grad_(False)
-        self.weight, self.temperature, self.kl = weight, temperature, kl
+        self.teacher, self.weight, self.temperature, self.kl = teacher, weight, temperature, kl
         self._teacher_logits_LV: torch.Tensor | None = None
 
     def prepare(self, batch: PackedBatch) -> None:
