@@ -37,6 +37,14 @@ def test_a_name_is_dropped_where_a_limit_takes_more_than_half(
     assert torch.equal(MaxWords(vocabulary, 0, 2).mask(ids, spaced), spaced), "there is room for one more word"
 
 
+def test_a_word_that_is_refused_before_the_last_one_drops_no_name(vocabulary: NameVocabulary) -> None:
+    """After "Wrath" the second word cannot be "of", but it can be another."""
+    ids, scores = torch.tensor([vocabulary.encode(" Wrath")]), scores_of(vocabulary, end=0.1)
+    scores[0, vocabulary.encode(" of")[0]] = math.log(0.9)
+    masked = MaxWords(vocabulary, 0, 2).mask(ids, scores)
+    assert (masked > -torch.inf).nonzero()[:, 1].tolist() == [vocabulary.eos_id]
+
+
 def test_no_word_begins_where_one_letter_has_room(vocabulary: NameVocabulary) -> None:
     assert not admits(MaxLength(vocabulary, 0, 8), "", byte_ids(vocabulary, " Goblin A"))
     assert admits(MaxLength(vocabulary, 0, 9), "", byte_ids(vocabulary, " Goblin Ab"))

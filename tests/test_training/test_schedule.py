@@ -48,6 +48,11 @@ def test_the_clock_counts_where_it_ends_first() -> None:
     assert schedule.factor(100, 700) == 0.0
 
 
+def test_without_a_warmup_the_first_step_has_the_peak() -> None:
+    for planned in ({"planned_steps": 9, "planned_seconds": None}, {"planned_steps": None, "planned_seconds": 60.0}):
+        assert Schedule("linear", 0, 0.0, **planned).factor(0, 0.0) == 1.0  # type: ignore[arg-type]
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     kind=st.sampled_from(KINDS),

@@ -60,12 +60,6 @@ class Router(nn.Module, ABC):
                 self._buffers[name] = buffer.to(after.device)
         return self
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        name = prefix + "selection_bias_E"
-        if name in state_dict:  # load_state_dict(assign=True) would keep the saved dtype
-            state_dict[name] = state_dict[name].float()
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
     def logits(self, x_TD: torch.Tensor) -> torch.Tensor:
         """(T, E), float32 or float64."""
         # Even under autocast: bfloat16 rounding would decide near ties.
@@ -117,7 +111,8 @@ class Router(nn.Module, ABC):
         if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
             return
         for buffer in self.buffers():
-            if buffer.dtype != torch.float32:  # DeepSpeed's zero.Init casts buffers
+            # DeepSpeed's zero.Init casts buffers, load_state_dict(assign=True) keeps the saved dtype.
+            if buffer.dtype != torch.float32:
                 buffer.data = buffer.data.float()
         logprobs_TE = self.log_scores(logits_TE).log_softmax(-1)
         probs_TE = logprobs_TE.exp()
