@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -133,13 +134,21 @@ def test_rows_cut_the_same_names_for_any_number_of_them(tokenizer: PreTrainedTok
         batches.micro_batches_of_step(0, 1000)
 
 
-@pytest.mark.parametrize(("epochs", "steps"), [(1.1, 11), (1.0, 10), (0.01, 1), (1e-9, 1), (1.11, 12)])
+@pytest.mark.parametrize(("epochs", "steps"), [(1.12, 28), (1.0, 25), (0.01, 1), (1e-9, 1), (1.13, 29)])
 def test_a_fraction_of_an_epoch_is_rounded_up_to_steps(
     tokenizer: PreTrainedTokenizerFast, epochs: float, steps: int
 ) -> None:
-    """1.1 * 10 is 11.000000000000002 in floating point."""
-    batches = make_batches(make_cards(10), tokenizer, 1, 0.3, 0, max_epochs=epochs)
-    assert batches.plan[0].steps_per_epoch == 10 and batches.planned_steps == steps
+    """1.12 * 25 is 28.000000000000004 in floating point."""
+    batches = make_batches(make_cards(25), tokenizer, 1, 0.3, 0, max_epochs=epochs)
+    assert batches.plan[0].steps_per_epoch == 25 and batches.planned_steps == steps
+
+
+def test_names_of_equal_length_are_shuffled_anew_in_each_epoch(tokenizer: PreTrainedTokenizerFast) -> None:
+    cards = [replace(card, name=f"{letter}ob") for letter, card in zip("GBMNRSTW", make_cards(8), strict=True)]
+    by_length = [Stage("all", epochs=None, order="length")]
+    batches = make_batches(cards, tokenizer, 1000, 0.0, 0, stages=by_length)
+    assert batches.plan[0].steps_per_epoch == 1
+    assert len({tuple(name.ids for name in batches.names_of_step(epoch)) for epoch in range(4)}) > 1
 
 
 def test_no_names_is_an_error_with_advice(tokenizer: PreTrainedTokenizerFast) -> None:

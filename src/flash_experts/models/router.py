@@ -81,7 +81,7 @@ class Router(nn.Module, ABC):
     def capacity(self, tokens: int) -> int:
         """Expert capacity, ``ceil(capacity_factor * tokens * K / E)`` (Fedus et al. 2021, eq. 3)."""
         factor = 1.0 if self.capacity_factor is None else self.capacity_factor
-        # Rounded: 1.1 * 10 is 11.000000000000002, which must not become 12.
+        # Rounded: 1.1 * 100 / 10 is 11.000000000000002, which must not become 12.
         return min(tokens, math.ceil(round(factor * tokens * self.top_k / self.num_experts, 6)))
 
     @abstractmethod

@@ -80,7 +80,7 @@ class NameBatches:
             per_epoch = min(len(chosen), max(1, round(sum(_lengths(names)) / config.tokens_per_batch)))
             if not self.plan:
                 self._epoch = first_epoch, _split(names, per_epoch)
-            # A rounding error over a whole number of steps is not a further step: 1.1 * 10 is 11.000000000000002.
+            # A rounding error over a whole number of steps is not a further step: 1.12 * 25 is 28.000000000000004.
             steps = None if stage.epochs is None else max(1, math.ceil(stage.epochs * per_epoch - 1e-6))
             self.plan.append(PlannedStage(stage, chosen, per_epoch, first_step, first_epoch, steps))
             if steps is not None:
