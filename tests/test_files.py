@@ -130,7 +130,8 @@ def test_what_is_there_is_not_replaced(words: str, place: Path) -> None:
     before = contents(place)
     done = run(*words.split(), cwd=place)
     assert done.status == 1 and len(done.err.splitlines()) == 1, done.err
-    assert any(text in done.err for text in ("--overwrite", "give another --out", "give a", "of its own")), done.err
+    advice = ("--overwrite", "overwrite: true", "give another --out", "give a", "of its own")
+    assert any(text in done.err for text in advice), done.err
     assert contents(place) == before
 
 
