@@ -355,6 +355,8 @@ def test_from_pretrained_round_trip(generator: NameGenerator, tmp_path: Path) ->
     assert len(loaded.known.names) > 30_000
     with pytest.raises(ValueError, match="nowhere"):
         NameGenerator.from_pretrained(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=r"load one from a folder with NameGenerator\.from_pretrained"):
+        NameGenerator(str(tmp_path), generator.tokenizer)
 
 
 def test_prompt_too_long_for_the_model(generator: NameGenerator) -> None:

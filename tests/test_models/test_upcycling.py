@@ -256,6 +256,11 @@ def test_what_would_change_the_output_is_refused(
     assert "\n" not in str(error.value)
 
 
+def test_something_else_than_a_model_is_refused() -> None:
+    with pytest.raises(ValueError, match="takes a dense GPT-2 or its folder, not a NoneType"):
+        GPT2MoEForCausalLM.from_dense(None)
+
+
 def test_the_command(
     dense: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import re
 from collections import Counter
 from dataclasses import replace
 from itertools import pairwise
@@ -11,10 +13,11 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import PreTrainedTokenizerFast
+from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from flash_experts.data.cards import Card
 from flash_experts.training.batches import NameBatches, split_evenly
+from flash_experts.training.trainer import Trainer
 from flash_experts.training.training_config import Stage, TrainingConfig
 
 
@@ -154,3 +157,27 @@ def test_names_of_equal_length_are_shuffled_anew_in_each_epoch(tokenizer: PreTra
 def test_no_names_is_an_error_with_advice(tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(ValueError, match="prepare"):
         make_batches([], tokenizer, 200, 0.3, 0)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        ("bos_token", "the tokenizer has no BOS token: set tokenizer.bos_token"),
+        ("eos_token", "the tokenizer has no EOS token: set tokenizer.eos_token"),
+        ("tokens", "the tokenizer has 301 tokens but the model only 300: they do not belong together"),
+        ("cards", "names are given as cards, not as str: read them with"),
+    ],
+)
+def test_what_does_not_belong_to_the_model_is_refused_in_a_sentence(
+    dense: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, config: TrainingConfig, spoil: str, message: str
+) -> None:
+    own, cards = copy.deepcopy(tokenizer), list[Any](make_cards(9))
+    if spoil == "tokens":
+        own.add_tokens(["Goblinguide"])
+    elif spoil == "cards":
+        cards = [card.name for card in cards]
+    else:
+        setattr(own, spoil, None)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        Trainer(dense, own, cards, [], config)
+    assert not config.run_dir.exists()

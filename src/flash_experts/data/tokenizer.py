@@ -228,6 +228,20 @@ def load_tokenizer(source: str | Path, vocab_size: int | None = None) -> PreTrai
     return tokenizer
 
 
+def check_fits(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
+    """A ValueError unless the tokenizer has BOS and EOS tokens, and no more tokens than a model."""
+    for kind in ("BOS", "EOS"):
+        if getattr(tokenizer, f"{kind.lower()}_token_id") is None:
+            raise ValueError(
+                f"the tokenizer has no {kind} token: set tokenizer.{kind.lower()}_token to that of training"
+            )
+    if len(tokenizer) > vocab_size:
+        raise ValueError(
+            f"the tokenizer has {len(tokenizer)} tokens but the model only {vocab_size}: they do not belong together; "
+            "load both from the same folder"
+        )
+
+
 def _read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """Reads a tokenizer with known settings alone; unless any family is allowed, it must be GPT-2's or Llama's kind."""
     settings = {**_optional(folder / "special_tokens_map.json"), **_optional(folder / model_files.TOKENIZER_CONFIG)}

@@ -343,6 +343,8 @@ class GPT2MoEForCausalLM(GPT2MoEPreTrainedModel, GPT2LMHeadModel):
         own = {name: options.pop(name) for name in options_of(UpcyclingOptions).keys() & options.keys()}
         upcycling = Upcycling(method=method, **own)
         is_loaded_here = not isinstance(dense, GPT2LMHeadModel)
+        if not isinstance(dense, GPT2LMHeadModel | str | Path):
+            raise ValueError(f"from_dense takes a dense GPT-2 or its folder, not a {type(dense).__name__}")
         if not isinstance(dense, GPT2LMHeadModel):
             dense = load_dense(dense, dtype or torch.float32)
         if isinstance(dense, GPT2MoEForCausalLM):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import random
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 
@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from flash_experts.data.cards import Card
 from flash_experts.data.packing import EncodedName, encode_names, split_by_context
 from flash_experts.data.prompts import Attributes
+from flash_experts.data.tokenizer import check_fits
 from flash_experts.models.scoring import TopLogits, context_length
 from flash_experts.training.training_config import Stage, TrainingConfig
 
@@ -161,6 +162,16 @@ def _lengths(names: Sequence[EncodedName]) -> list[int]:
 def _split(names: list[EncodedName], parts: int) -> list[list[EncodedName]]:
     """Cuts names into parts of nearly equal numbers of tokens."""
     return [names[one.start : one.stop] for one in split_evenly(_lengths(names), parts)]
+
+
+def check_inputs(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, cards: Iterable[Card]) -> None:
+    """A ValueError if the tokenizer is another model's, or names are not given as cards."""
+    check_fits(tokenizer, model.config.vocab_size)
+    if others := [type(card).__name__ for card in cards if not isinstance(card, Card)]:
+        raise ValueError(
+            f"names are given as cards, not as {others[0]}: read them with flash_experts.data.prepare.load_split, or "
+            "make flash_experts.data.cards.Card objects"
+        )
 
 
 def fitting_cards(

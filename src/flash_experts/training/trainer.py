@@ -21,7 +21,7 @@ from flash_experts.data.packing import PackedBatch, pack, packed_length
 from flash_experts.models.hub import CARD
 from flash_experts.models.router_metrics import update_router_biases
 from flash_experts.training import distributed, run_state
-from flash_experts.training.batches import NameBatches, fitting_cards
+from flash_experts.training.batches import NameBatches, check_inputs, fitting_cards
 from flash_experts.training.checkpoint import drop_later
 from flash_experts.training.checkpointer import Checkpointer
 from flash_experts.training.loss import (
@@ -68,7 +68,7 @@ class Trainer:
         how_to_resume: what the last line of an interrupted run advises after "To continue," (default: in Python).
 
     Raises:
-        ValueError: the configuration is wrong, or its device is not available.
+        ValueError: the configuration is wrong, its device not available, or the tokenizer another model's.
     """
 
     def __init__(
@@ -84,6 +84,7 @@ class Trainer:
         how_to_resume: str | None = None,
     ):
         config.validate()
+        check_inputs(model, tokenizer, [*train_cards, *validation_cards])
         config = replace(config, run_name=config.run_dir.name)  # keeps the date of the start
         self.config, self.tokenizer, self.run_dir = config, tokenizer, config.run_dir
         self.how_to_resume = how_to_resume

@@ -26,6 +26,7 @@ import torch
 from transformers import LogitsProcessor, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from flash_experts.data.names import normal_form
+from flash_experts.data.tokenizer import check_fits
 from flash_experts.generation.text_rules import BAD_MARKS, CARD_ALPHABET, DANGLING_WORDS, OPEN_END, PARTIAL_BYTES
 
 _CACHE_BYTES = 32 << 20  # largest cache of masks of a filter
@@ -49,7 +50,7 @@ class NameVocabulary:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, size: int | None = None) -> None:
-        """Reads a byte-level BPE tokenizer with an EOS token, or raises a ValueError.
+        """Reads a byte-level BPE tokenizer with BOS and EOS tokens, or raises a ValueError.
 
         ``size`` is the model's ``config.vocab_size`` (default: the tokenizer's).
         """
@@ -58,13 +59,7 @@ class NameVocabulary:
             raise ValueError(
                 f"{type(tokenizer).__name__} is not from the tokenizers library: load it with AutoTokenizer"
             )
-        if tokenizer.eos_token_id is None:
-            raise ValueError("the tokenizer has no EOS token: set tokenizer.eos_token to that of training")
-        if len(tokenizer) > self.size:
-            raise ValueError(
-                f"the tokenizer has {len(tokenizer)} tokens but the model only {self.size}: they do not "
-                "belong together; load both from the same folder"
-            )
+        check_fits(tokenizer, self.size)
         self.eos_id: int = tokenizer.eos_token_id
         self._found: dict[Hashable, torch.Tensor] = {}
         self._backend = tokenizer.backend_tokenizer
