@@ -51,8 +51,9 @@ def test_a_base_with_experts_takes_the_settings_of_their_training_and_keeps_the_
     in_force = settings_in_force(moe, config)
     assert (in_force.num_experts, in_force.router_aux_loss_coef, in_force.router_jitter_noise) == (4, 0.5, 0.1)
     assert settings_in_force(moe, in_force) == in_force
-    as_it_is = settings_in_force(moe, ModelConfig(num_experts=0, router_aux_loss_coef=0.5))
+    as_it_is = settings_in_force(moe, ModelConfig(num_experts=0, router_aux_loss_coef=0.5, granularity=4))
     assert (as_it_is.num_experts, as_it_is.router_aux_loss_coef) == (4, 0.3)
+    assert settings_in_force(moe, as_it_is) == as_it_is, "build_model asks again"
 
 
 @pytest.mark.parametrize(

@@ -112,9 +112,10 @@ def settings_in_force(base: str | None, config: ModelConfig) -> ModelConfig:
 
 def _settings_of(base: str, own: GPT2Config, config: ModelConfig, changed: Sequence[str]) -> ModelConfig:
     kept = {each.name: getattr(own, each.name) for each in fields(MoEOptions)}
+    upcycling = [*(each.name for each in fields(UpcyclingOptions)), "upcycling"]
     if not config.num_experts:
-        return replace(config, **kept)
-    fixed = [*kept.keys() - {*_TRAINING_ONLY}, *(each.name for each in fields(UpcyclingOptions)), "upcycling"]
+        return replace(config, **kept, **{name: defaults_of(ModelConfig)[name] for name in upcycling})
+    fixed = [*kept.keys() - {*_TRAINING_ONLY}, *upcycling]
     for name in changed:
         if name in fixed and getattr(config, name) != kept.get(name):
             has = f"its {name} is {kept[name]}" if name in kept else "they are not made again"
