@@ -26,6 +26,7 @@ WRITTEN_BY = {
     "bits_2cores": "flash-experts compare models/mtg-{names,base,names+ngram} ngram --samples 0 --json > FILE",
     "teacher_bits": "flash-experts evaluate models/teacher --max-names 500 --samples 0 --json > FILE",
     "released_2cores": "python benchmarks/train_released.py",
+    "student_capacity": "python benchmarks/student_capacity.py --names data/teacher-names.jsonl --out FILE",
     "train_speed_2cores": "flash-experts benchmark train --steps 4 --experts 8 --out FILE",
     "train_speed_256_names_2cores": "flash-experts benchmark train --names-per-step 256 --steps 2 --out FILE",
     "trainer_overhead_2cores": "python benchmarks/trainer_overhead.py",

@@ -126,3 +126,28 @@ def test_exports() -> None:
     assert f"logits up to {max(row['largest_logit'] for row in found['rows']):.0f})" in text
     assert f"version {llama['version']} of the package xllamacpp" in text and f"names of {llama['names']} cards" in text
     assert f"differ by at most {llama['largest_log_probability_difference']:.4f}" in text
+
+
+def test_what_experts_from_the_first_step_are_worth() -> None:
+    found = result_tables.load("student_capacity")
+    share = {}
+    for each in found["differences"]:
+        if each["first"] == "dense":
+            key = "conditional" if each["conditional"] else "unconditional"
+            before = found["tests"]["dense"][each["split"]][key]["value"]
+            share[each["second"], each["split"], key] = f"{each['bits']['value'] / before:.1%}"
+    told, free = (
+        [share["experts", split, key] for split in ("test_iid", "test")] for key in ("conditional", "unconditional")
+    )
+    readme, results, log = (
+        " ".join((ROOT / page).read_text("utf-8").split())
+        for page in ("README.md", "docs/results.md", "docs/experiments.md")
+    )
+    assert f"worth {min(told + free).removesuffix('%')} to {max(told + free)} " in readme
+    assert f"needs {told[0]} fewer bits than the dense one given attributes on test_iid, {told[1]} on unseen" in results
+    assert f"(unconditional {free[0]} and {free[1]}; one seed)" in results
+    assert f"given attributes {told[0]} on test_iid (1.783 to 1.763) and {told[1]} on unseen families" in log
+    for row in found["rows"]:
+        last = row["validations"][-1]
+        mean = (last["validation/bits_per_char"] + last["validation/bits_per_char_given_attributes"]) / 2
+        assert f"| {row['parameters'] / 1e6:.1f} M | {row['tokens_per_second']:,.0f} |" in log and f"{mean:.3f}" in log
