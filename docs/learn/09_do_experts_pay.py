@@ -262,10 +262,10 @@ cells = [
     [
         kind,
         split,
-        "given attributes" if told else "unconditional",
+        "given attributes" if given else "unconditional",
         f"{gain['value']:.4f} [{gain['low']:.4f}, {gain['high']:.4f}]",
     ]
-    for (kind, split, told), gain in gains.items()
+    for (kind, split, given), gain in gains.items()
 ]
 table(["", "test", "", "bits fewer than dense, 95% interval over names"], cells)
 for kind in ("wide", "experts"):

@@ -17,7 +17,6 @@ from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBa
 
 from flash_experts.data.names import normal_form
 from flash_experts.data.prompts import UNCONDITIONAL, Attributes, check_known, read_conditions
-from flash_experts.data.tokenizer import check_fits
 from flash_experts.generation.constraints import Constraints
 from flash_experts.generation.decoding import DecodedName, NameDecoder
 from flash_experts.generation.ends import Ends
@@ -105,7 +104,6 @@ class NameGenerator:
         """
         if isinstance(model, str | Path):
             raise ValueError("NameGenerator takes a model: load one from a folder with NameGenerator.from_pretrained")
-        check_fits(tokenizer, model.config.vocab_size)
         if known_names is None:
             from flash_experts.data.card_table import known_names as names_of_all_cards
 
