@@ -149,6 +149,10 @@ def test_a_regex_reads_words_that_prompts_have_as_one_token() -> None:
     vocabulary = NameVocabulary(train_tokenizer(["Goblin land"], 257, whole_words=["land"]))
     one = MatchesRegex(vocabulary, 0, r"Goblin .*", 30)
     assert one.matches("Goblin land") and one.matches("Goblin landing") and not one.matches("land")
+    # The first byte of an accented letter, and a byte that no text has.
+    allowed = (~one.forbidden(one.rule(" Goblin land\udcc3"))).nonzero()[:, 0].tolist()
+    assert vocabulary.encode("é")[1] in allowed and vocabulary.eos_id not in allowed
+    assert one.forbidden(one.rule(" Goblin land\udcff")).all() and one.forbidden(one.rule("\udcff")).all()
 
 
 @pytest.mark.parametrize("pattern", [r".*storm", r"[A-Z]\w{3,} of \w{3,}", r"(Go|Ba)+x"])

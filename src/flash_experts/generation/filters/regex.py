@@ -17,6 +17,7 @@ from flash_experts.generation.filters.base import NameFilter, NameVocabulary
 from flash_experts.generation.text_rules import CARD_ALPHABET
 
 _CACHED_TEXTS = 10_000
+_NOT_UTF8 = "\udcff"  # the byte ff, which no text has, and by which llguidance marks special tokens
 _WORD = re.compile("^[^ ]+| [^ ]*")  # with the space before it: a byte-level tokenizer's tokens end before a space
 
 
@@ -76,6 +77,8 @@ class MatchesRegex(NameFilter):
 
     def _bits_after(self, name: str) -> bytes:
         """One bit per token that may follow; empty if no match starts with ``name``."""
+        if _NOT_UTF8 in name:
+            return b""
         ids = [token for word in _WORD.findall(name) for token in self._ids_of(word)]
         bits = self._read(ids)
         if self._matcher.is_error():  # permanent; after many texts it may exceed its limit of states
@@ -96,9 +99,10 @@ class MatchesRegex(NameFilter):
         if ids is None:
             if len(self._ids) > _CACHED_TEXTS:
                 self._ids.clear()
-            ids = self.tokenizer.tokenize_bytes(word.encode("utf-8", "surrogateescape"))
+            read, text = self.tokenizer.tokenize_bytes, word.encode("utf-8", "surrogateescape")
+            ids = read(text)
             if not all(self.vocabulary.texts[token] for token in ids):
-                ids = self.tokenizer.greedy_tokenize(word)
+                ids = [token for byte in text for token in read(bytes([byte]))]
             self._ids[word] = ids
         return ids
 
