@@ -141,9 +141,14 @@ def command(words: str) -> Callable[[], int]:
 
 
 def contents(folder: Path) -> dict[str, str]:
-    """Hashes each file. Files with dates (pages, their JSON, cache metadata) have an empty digest."""
+    """Hashes each file. Files with dates (pages, their JSON, cache metadata) have an empty digest.
+
+    Without locks, and without temporary files: those of a killed process stay, as their names are unguessable and
+    another process may be writing there.
+    """
     found = {}
-    for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != ".lock"):
+    hidden = (".lock", ".flash-experts-")
+    for path in sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(hidden)):
         dated = path.suffix in (".html", ".json") and not {"pages", "cache"}.isdisjoint(path.parts)
         found[str(path.relative_to(folder))] = "" if dated else hashlib.sha256(path.read_bytes()).hexdigest()
     return found
