@@ -136,17 +136,18 @@ def test_what_experts_from_the_first_step_are_worth() -> None:
             key = "conditional" if each["conditional"] else "unconditional"
             before = found["tests"]["dense"][each["split"]][key]["value"]
             share[each["second"], each["split"], key] = f"{each['bits']['value'] / before:.1%}"
-    told, free = (
+    given, free = (
         [share["experts", split, key] for split in ("test_iid", "test")] for key in ("conditional", "unconditional")
     )
     readme, results, log = (
         " ".join((ROOT / page).read_text("utf-8").split())
         for page in ("README.md", "docs/results.md", "docs/experiments.md")
     )
-    assert f"worth {min(told + free).removesuffix('%')} to {max(told + free)} " in readme
-    assert f"needs {told[0]} fewer bits than the dense one given attributes on test_iid, {told[1]} on unseen" in results
+    assert f"worth {min(given + free).removesuffix('%')} to {max(given + free)} " in readme
+    assert f"needs {given[0]} fewer bits than the dense one given attributes on test_iid" in results
+    assert f"on test_iid, {given[1]} on unseen families (unconditional" in results
     assert f"(unconditional {free[0]} and {free[1]}; one seed)" in results
-    assert f"given attributes {told[0]} on test_iid (1.783 to 1.763) and {told[1]} on unseen families" in log
+    assert f"given attributes {given[0]} on test_iid (1.783 to 1.763) and {given[1]} on unseen families" in log
     for row in found["rows"]:
         last = row["validations"][-1]
         mean = (last["validation/bits_per_char"] + last["validation/bits_per_char_given_attributes"]) / 2

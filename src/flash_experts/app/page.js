@@ -4,7 +4,7 @@ window.flashExperts = {
   LARGEST: 48000,  // bytes of a file of cards: it has to fit into the body of a request
   number: 0,       // of the last message of the server that was remembered
   link: null,      // the query that makes the names on the table again
-  sideSaid: 0,     // when screen readers were last told of a side that is compared
+  sideSaid: 0,     // when screen readers were last informed of a side that is compared
   pressed: null,   // the last button pressed in our HTML
   chosen: null,    // the name whose card is open
 
