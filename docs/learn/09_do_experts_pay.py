@@ -22,7 +22,6 @@
 # [glossary](../glossary.md#mixture-of-experts) has the terms.
 
 # %%
-import copy
 import json
 import math
 from statistics import fmean
@@ -31,8 +30,8 @@ from typing import Any
 import matplotlib.pyplot as plt
 import torch
 from chapter_claims import holds, verdict
-from chapter_models import altered, bits_per_character, mean_and_error, nats_of_names, quantized
-from chapter_tools import BASE, RELEASED, ROOT, cards, load_base, load_released, quote, show, table
+from chapter_models import altered, bits_per_character, mean_and_error, nats_of_names
+from chapter_tools import BASE, RELEASED, ROOT, cards, load_base, load_released, show, table
 from matplotlib.patches import Patch
 
 from flash_experts.training.tracking import read_metrics
@@ -135,10 +134,8 @@ holds("a token uses under half of the weights of the MoE model", moe_size["activ
 active_ones = [name for name in dense_ones if name.startswith("dense-active")]
 like_active = [runs[name][0]["size"]["active"] / moe_size["active"] for name in active_ones]
 like_total = runs[widest][0]["size"]["total"] / moe_size["total"]
-holds(
-    "dense models of equal active or total parameters have as many, within 2%",
-    all(abs(ratio - 1) < 0.02 for ratio in (*like_active, like_total)),
-)
+holds("dense models of equal active or total parameters have as many, within 2%",
+      all(abs(ratio - 1) < 0.02 for ratio in (*like_active, like_total)))  # fmt: skip
 
 # %% [markdown]
 # FLOPs and seconds are those of the last stage alone. The seconds come from machines that also did other work: look at the
@@ -178,9 +175,8 @@ for name in less_dense:
 table(["minus dense, over seeds", "bits per character", "relative", ""], rows)
 best = min(less_dense, key=lambda name: less_dense[name]["test_iid"]["mean"])
 gain = -less_dense[best]["test_iid"]["mean"] / bits("dense", "test_iid")
-print(
-    f"best on test_iid: {LABELS[best]}, {gain:.1%} better than dense at {flops(best) / flops('dense'):.2f} x its FLOPs"
-)
+times = flops(best) / flops("dense")
+print(f"best on test_iid: {LABELS[best]}, {gain:.1%} better than dense at {times:.2f} x its FLOPs")
 holds("no model here is better than dense by more than 5%: the differences are small", gain < 0.05)
 
 # %% [markdown]
@@ -207,20 +203,18 @@ for split in SETS:
 logs = {"dense (models/mtg-base)": BASE, "with experts (models/mtg-names)": RELEASED}
 scored = {label: read_metrics(folder / "metrics.jsonl", "validation") for label, folder in logs.items()}
 rows = []
+keys = ("validation/bits_per_char", "validation/bits_per_char_given_attributes")
 for label, validations in scored.items():
     for line in validations:
-        keys = ("validation/bits_per_char", "validation/bits_per_char_given_attributes")
-        rows.append(
-            [label, f"{line['step']:,}", f"{line['tokens'] / 1e6:.1f} M", *(f"{line[key]:.4f}" for key in keys)]
-        )
+        values = [f"{line[key]:.4f}" for key in keys]
+        rows.append([label, f"{line['step']:,}", f"{line['tokens'] / 1e6:.1f} M", *values])
 table(["", "step", "tokens", "unconditional", "given attributes"], rows)
 plain, mixed = scored.values()
 key = "validation/bits_per_char"
 holds("both began as the student: upcycling changes no probability", abs(plain[0][key] - mixed[0][key]) < 0.002)
 gains = [each[-1][key] - each[0][key] for each in (plain, mixed)]
-print(
-    f"while the rate fell: {gains[0]:+.4f} dense, {gains[1]:+.4f} with experts, which are worth {gains[1] - gains[0]:+.4f}"
-)
+worth = gains[1] - gains[0]
+print(f"while the rate fell: {gains[0]:+.4f} dense, {gains[1]:+.4f} with experts, which are worth {worth:+.4f}")
 
 figure, axis = plt.subplots(figsize=(7.5, 3.2))
 for (label, validations), style in zip(scored.items(), ("o-", "s--"), strict=True):
@@ -248,10 +242,11 @@ def mean_bits(row: dict[str, Any], step: int) -> float:
     return (line["validation/bits_per_char"] + line["validation/bits_per_char_given_attributes"]) / 2
 
 
-cells = []
-for row in students:
-    looks = [f"{mean_bits(row, step):.3f}" for step in steps]
-    cells.append([row["kind"], f"{row['parameters'] / 1e6:.1f} M", f"{row['tokens_per_second']:,.0f}", *looks])
+cells = [
+    [row["kind"], f"{row['parameters'] / 1e6:.1f} M", f"{row['tokens_per_second']:,.0f}",
+     *(f"{mean_bits(row, step):.3f}" for step in steps)]
+    for row in students
+]  # fmt: skip
 table(["MLPs", "weights", "tokens/s", *(f"bits at step {step:,}" for step in steps)], cells)
 gains = {
     (each["second"], each["split"], each["conditional"]): each["bits"]
@@ -259,14 +254,10 @@ gains = {
     if each["first"] == "dense"
 }
 cells = [
-    [
-        kind,
-        split,
-        "given attributes" if given else "unconditional",
-        f"{gain['value']:.4f} [{gain['low']:.4f}, {gain['high']:.4f}]",
-    ]
+    [kind, split, "given attributes" if given else "unconditional",
+     f"{gain['value']:.4f} [{gain['low']:.4f}, {gain['high']:.4f}]"]
     for (kind, split, given), gain in gains.items()
-]
+]  # fmt: skip
 table(["", "test", "", "bits fewer than dense, 95% interval over names"], cells)
 for kind in ("wide", "experts"):
     before = study["tests"]["dense"]["test_iid"]["conditional"]["value"]
@@ -300,21 +291,11 @@ for change in ("routed experts silent", "routers shuffled"):
     nats[change] = nats_of_names(altered(model, change), some, tokenizer)
 nats["the dense base"] = nats_of_names(base, some, base_tokenizer)
 more = {name: mean_and_error(nats_N - nats["as it is"]) for name, nats_N in nats.items() if name != "as it is"}
-rows = [["as it is", f"{bits_per_character(nats['as it is'], some):.3f}", "-"]]
+rows = [["as it is", f"{bits_per_character(nats['as it is'], some):.3f}", "-", ""]]
 for name, (mean, error) in more.items():
-    rows.append([name, f"{bits_per_character(nats[name], some):.3f}", f"{mean:+.3f} ± {error:.3f}"])
-table(["released model, given attributes", "bits per character", "nats a name, against as it is"], rows)
-SENTENCES = {  # for an interval below zero, above it, and around it
-    "routed experts silent": ("better without its routed experts", "worse without them: they contribute something",
-                              "not shown to need them"),
-    "routers shuffled": ("better with shuffled routers", "worse with them: the choice matters",
-                         "not shown to need its choice of experts"),
-    "the dense base": ("not as good as the dense base", "better than the dense base",
-                       "not shown to differ from the dense base"),
-}  # fmt: skip
-for name, sentences in SENTENCES.items():
-    mean, error = more[name]
-    print("the released model is", verdict(mean - error, mean + error, *sentences))
+    better = verdict(mean - error, mean + error, "better", "worse", "not shown to differ")
+    rows.append([name, f"{bits_per_character(nats[name], some):.3f}", f"{mean:+.3f} ± {error:.3f}", better])
+table(["released model, given attributes", "bits per character", "nats a name, against as it is", ""], rows)
 whole = nats["as it is"].mean().item()
 shares = {name: more[name][0] / whole for name in ("routed experts silent", "routers shuffled")}
 print("in shares of all its nats:", ", ".join(f"{name} {share:+.2%}" for name, share in shares.items()))
@@ -346,10 +327,8 @@ axis.axhline(1, color="black", linewidth=0.8, label="a dense MLP")
 axis.set(xlabel="tokens at once", ylabel="time over a dense MLP's", title="an MoE layer on two cores", ylim=(0, None))
 axis.legend()
 show(figure, "09_seconds")
-holds(
-    "in training experts cost most where tokens are few",
-    [value for _, value in trained] == sorted((value for _, value in trained), reverse=True),
-)
+holds("in training experts cost most where tokens are few",
+      [value for _, value in trained] == sorted((value for _, value in trained), reverse=True))  # fmt: skip
 holds("with 2,048 tokens they cost under a tenth more than a dense MLP of equal FLOPs", trained[-1][1] < 1.1)
 holds("in decoding they beat a dense layer of the same total weights", max(value for _, value in decoded) < 1)
 
@@ -361,41 +340,6 @@ print(f"GPT-2 small: {dense_rate:.0f} tokens/s dense, {moe_rate:.0f} with 8 expe
 holds("a dense model reads more tokens per second: experts have to make up for it", dense_rate > moe_rate)
 
 # %% [markdown]
-# ## Fewer bits for each weight
-#
-# All experts take memory, though few work on a token. So it pays to store them in fewer bits (quantization). The released files
-# are **bfloat16**, 2 bytes a weight: float32's range, but 8 significant bits of its 24, so rounding moves a weight by at most
-# 2⁻⁸ = 0.4%. Loading makes float32 of them; `--dtype bfloat16` also computes in it. **Integers** of b bits go further, here
-# with one scale s for all weights of an output unit:
-#
-# $$ \hat w = s\;\text{round}(w / s) \qquad s = \max|w| \,/\, (2^{b-1} - 1) $$
-#
-# Two bits leave -s, 0 and s. [QMoE](https://arxiv.org/abs/2310.16795) (Frantar and Alistarh 2023) chooses among these so that the
-# layer's output changes least, and codes the many zeros: a Switch Transformer of 1.6 T weights takes under 160 GB instead of 3.2 TB.
-# [MoQE](https://arxiv.org/abs/2310.02410) (Kim et al. 2023) found that experts bear 2 bits better than dense MLPs. Plain rounding here:
-
-
-# %%
-quote(quantized)
-stored = copy.deepcopy(model).to(torch.bfloat16)
-few_N = nats_of_names(stored, some[:50], tokenizer) - nats["as it is"][:50]  # few: slow where bfloat16 is emulated
-costs = {"all weights, bfloat16": stored.float()} | {
-    f"{part}, {b} bits": quantized(model, part, b) for part in ("routed experts", "dense MLPs") for b in (8, 4, 2)
-}
-costs = {name: mean_and_error(nats_of_names(each, some, tokenizer) - nats["as it is"]) for name, each in costs.items()}
-costs["weights and matmuls, bfloat16, 50 names"] = mean_and_error(few_N)
-rows = [[name, f"{m:+.3f} ± {e:.3f}"] for name, (m, e) in costs.items()]
-table(["released model", "nats a name, against as it is"], rows)
-mild = [cost for name, (cost, _) in costs.items() if "bfloat16" in name or "8 bits" in name]
-holds("bfloat16 and 8 bits cost less than 1% of the nats", max(mild) < 0.01 * whole)
-holds("2 bits cost the dense MLPs more than 8 bits", costs["dense MLPs, 2 bits"][0] > costs["dense MLPs, 8 bits"][0])
-robust = costs["routed experts, 2 bits"][0] < costs["dense MLPs, 2 bits"][0]
-print("2 bits cost the routed experts", "less than" if robust else "as much as, or more than,", "the dense MLPs")
-
-# %% [markdown]
-# Compare with the row "routed experts silent" before you call experts robust: weights that contribute little cost little when they
-# are rounded.
-#
 # ## What others found
 #
 # | who | model | found |
@@ -418,7 +362,8 @@ print("2 bits cost the routed experts", "less than" if robust else "as much as, 
 # - **Early.** Make experts before the stage with the most training data, not before the last one.
 # - **For few tokens at once, or very many.** A single token reads only K experts. Thousands of tokens give every expert a large
 #   batch. A few dozen are the worst case (chapter 3).
-# - **If there is memory to spare.** All weights are held, though few work on a token.
+# - **If there is memory to spare.** All weights are held, though few work on a token. [Chapter 11](11_quantization.py) stores
+#   them in fewer bits.
 # - **Not to fine-tune on few data.** More weights overfit sooner: [ST-MoE](https://arxiv.org/abs/2202.08906) found that
 #   its sparse models overfit small tasks sooner than dense ones. What helped there and elsewhere: dropout inside the experts; training
 #   all but the MoE layers, nearly as good as training everything (`lr_scale` does that); and many tasks at once, after which

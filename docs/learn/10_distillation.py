@@ -397,4 +397,4 @@ holds("and again when the rate fell to 0", last[-1] < last[0])
 #   [Kim and Rush 2016](https://arxiv.org/abs/1606.07947): sequence level. [Gu et al. 2024](https://arxiv.org/abs/2306.08543): reverse KL.
 # - [Agarwal et al. 2023](https://arxiv.org/abs/2306.13649): the student's own texts (on-policy).
 #   [DistilBERT, Sanh et al. 2019](https://arxiv.org/abs/1910.01108), and DistilGPT2 after it.
-# - [SmolLM2](https://arxiv.org/abs/2502.02737), the teacher. Back to [chapter 9](09_do_experts_pay.py): what experts add.
+# - [SmolLM2](https://arxiv.org/abs/2502.02737), the teacher. Next: [chapter 11](11_quantization.py), fewer bits a weight.

@@ -173,19 +173,3 @@ def altered(model: Any, change: str) -> Any:
         else:
             layer.router.weight.copy_(layer.router.weight[torch.randperm(len(layer.router.weight))])
     return other
-
-
-@torch.no_grad()
-def quantized(model: Any, part: str, bits: int) -> Any:
-    """A copy of an MoE model whose "routed experts", or whose "dense MLPs", have weights of this many bits."""
-    other = copy.deepcopy(model)
-    for mlp in (block.mlp for block in other.transformer.h):
-        weights: tuple[torch.Tensor, ...] = ()
-        if part == "routed experts" and isinstance(mlp, MoELayer):
-            weights = mlp.experts.up_proj, mlp.experts.down_proj
-        elif part == "dense MLPs" and not isinstance(mlp, MoELayer):
-            weights = mlp.c_fc.weight, mlp.c_proj.weight
-        for weight in weights:  # the inputs of a unit are in the last dimension but one
-            scale = weight.abs().amax(-2, keepdim=True).clamp_min(1e-12) / (2 ** (bits - 1) - 1)
-            weight.copy_((weight / scale).round() * scale)
-    return other
