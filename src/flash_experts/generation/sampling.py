@@ -66,10 +66,10 @@ def _invert(probs_BK: torch.Tensor, noise_B: torch.Tensor) -> torch.Tensor:
     K = probs_BK.shape[1]
     # Sums of blocks show in which block that is, so that only one block of each row is cumulated.
     whole = K - K % _BLOCK
-    blocks = [probs_BK[:, :whole].unflatten(1, (-1, _BLOCK)).sum(-1, dtype=torch.float64)] if whole else []
+    blocks = [probs_BK[:, :whole].unflatten(1, (-1, _BLOCK)).sum(-1)] if whole else []
     if whole < K:
-        blocks.append(probs_BK[:, whole:].sum(-1, keepdim=True, dtype=torch.float64))
-    ends_BN = torch.cat(blocks, dim=1).cumsum(-1)
+        blocks.append(probs_BK[:, whole:].sum(-1, keepdim=True))
+    ends_BN = torch.cat(blocks, dim=1).cumsum(-1, dtype=torch.float64)
     target_B1 = noise_B[:, None].to(ends_BN) * ends_BN[:, -1:]
     block_B1 = torch.searchsorted(ends_BN, target_B1, right=True).clamp_(max=ends_BN.shape[1] - 1)
     before_B1 = torch.nn.functional.pad(ends_BN, (1, 0)).gather(1, block_B1)
@@ -88,16 +88,26 @@ def _doubtful(probs_BV: torch.Tensor, tokens_B: torch.Tensor, sampling: Sampling
     is_doubtful_B = own_B1[:, 0] < sampling.min_p * probs_BV.amax(-1)
     limits_k = 0 < sampling.top_k < probs_BV.shape[-1]
     if limits_k or sampling.top_p < 1:
-        likelier_BV = probs_BV > own_B1
+        likelier_BV = _greater(probs_BV, own_B1)
         if limits_k:
             is_doubtful_B |= likelier_BV.sum(-1) >= sampling.top_k
         if sampling.top_p < 1:
-            least_B = torch.ones_like(probs_BV[:, 0])
+            mass_B, least_B = likelier_BV.mul_(probs_BV).sum(-1), torch.ones_like(probs_BV[:, 0])
             if limits_k:  # top-p is a share of the top-k mass, for which only a lower bound is known
-                high_BV = probs_BV >= 1 / (4 * sampling.top_k)
-                least_B = (probs_BV * high_BV).sum(-1).masked_fill_(high_BV.sum(-1) > sampling.top_k, 0)
-            is_doubtful_B |= (probs_BV * likelier_BV).sum(-1) >= sampling.top_p * least_B
+                high_BV = _greater(probs_BV, 1 / (4 * sampling.top_k), out=likelier_BV)
+                too_many_B = high_BV.sum(-1) > sampling.top_k
+                least_B = high_BV.mul_(probs_BV).sum(-1).masked_fill_(too_many_B, 0)
+            is_doubtful_B |= mass_B >= sampling.top_p * least_B
     return is_doubtful_B
+
+
+def _greater(probs_BV: torch.Tensor, than: torch.Tensor | float, out: torch.Tensor | None = None) -> torch.Tensor:
+    """(B, V) 1 where greater, else 0, in the dtype of the probabilities.
+
+    On a CPU PyTorch takes three times as long to compare into bool, and again to sum or multiply bool.
+    """
+    out = torch.empty_like(probs_BV) if out is None else out
+    return torch.gt(probs_BV, than, out=out)
 
 
 def candidates(scores_BV: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor, torch.Tensor | None]:
