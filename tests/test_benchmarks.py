@@ -18,6 +18,7 @@ from flash_experts.benchmarks.report import Report, find_recorded, find_worse, m
 from flash_experts.benchmarks.timing import Implementation, Timing, peak_memory, relative_error, time_in_rounds
 from flash_experts.cli import main as main_of_commands
 from flash_experts.commands import benchmark
+from flash_experts.kernels.cpu import has_bfloat16
 from tests.helpers.command_line import ok
 
 ROOT = Path(__file__).parent.parent
@@ -81,6 +82,10 @@ def test_train_and_generate() -> None:
     report = measured("generate", "--model", MODEL, "--count", "4", "--batch_size", "4", "--rounds", "1")
     assert report.rows[0]["times_peer"] == 1 and len(report.rows) == 5
     assert "transformers generate" in report.text
+    left_out = [row["name"] for row in report.rows if row["reason"]]
+    assert left_out == ([] if has_bfloat16() else ["transformers generate, bfloat16", "ours, bfloat16"])
+    assert all(row["names_per_second"] > 0 for row in report.rows if not row["reason"])
+    assert ("bfloat16 is emulated" in report.text) == bool(left_out)
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from flash_experts.benchmarks import report
 from flash_experts.generation.decoding import NameDecoder
 from flash_experts.generation.generator import NameGenerator
 from flash_experts.generation.request import Sampling
+from flash_experts.kernels.cpu import has_bfloat16
 from flash_experts.models.scoring import evaluating
 
 PROMPT = "legendary creature goblin, red, 3:"
@@ -91,15 +92,15 @@ def measure(args: Any, device: torch.device) -> report.Report:
     report.check_positive(count=args.count, batch_size=args.batch_size, rounds=args.rounds)
     if args.count % args.batch_size:
         raise ValueError(f"--count {args.count} must be a multiple of --batch-size {args.batch_size}")
-    generators = {
-        dtype: NameGenerator.from_pretrained(args.model, device, dtype) for dtype in (torch.float32, torch.bfloat16)
-    }
+    dtypes = [torch.float32] if device.type == "cpu" and not has_bfloat16() else [torch.float32, torch.bfloat16]
+    generators = {dtype: NameGenerator.from_pretrained(args.model, device, dtype) for dtype in dtypes}
     machine = report.machine_facts(device)
-    rates: dict[str, list[float]] = {name: [] for name in IMPLEMENTATIONS}
+    implementations = {name: each for name, each in IMPLEMENTATIONS.items() if each[1] in generators}
+    rates: dict[str, list[float]] = {name: [] for name in implementations}
     for turn in range(args.rounds + 1):  # the first, with one batch, is a warm-up
         report.say(f"generate: round {turn} of {args.rounds}")
         count = args.count if turn else args.batch_size
-        for name, (implementation, dtype) in IMPLEMENTATIONS.items():
+        for name, (implementation, dtype) in implementations.items():
             start = time.perf_counter()
             made = implementation(generators[dtype], count, args.batch_size, turn)
             if turn:
@@ -109,9 +110,15 @@ def measure(args: Any, device: torch.device) -> report.Report:
         {"name": name, "names_per_second": rate, "times_peer": rate / medians[BASELINE], "reason": None}
         for name, rate in medians.items()
     ]
+    left_out: list[report.Row] = [
+        {"name": name, "names_per_second": None, "times_peer": None, "reason": "bfloat16 is emulated on this processor"}
+        for name in IMPLEMENTATIONS
+        if name not in medians
+    ]
     settings = {key: getattr(args, key) for key in ("model", "count", "batch_size", "rounds")}
     draw = partial(report.draw_rates, rows, "names_per_second", "generating names", "names/s")
-    return report.Report("generate", machine, settings, rows, _format(rows, machine, settings), draw)
+    text = "\n\n".join(filter(None, [_format(rows, machine, settings), report.not_run(left_out, "name")]))
+    return report.Report("generate", machine, settings, rows + left_out, text, draw)
 
 
 def _format(rows: list[report.Row], machine: report.Row, settings: report.Row) -> str:
