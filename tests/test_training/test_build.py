@@ -127,3 +127,47 @@ def test_the_seed_decides_the_weights() -> None:
     again, other = (build_model(None, SMALL, TRAIN, seed=seed)[0] for seed in (0, 1))
     assert all(map(torch.equal, one.parameters(), again.parameters()))
     assert not torch.equal(one.transformer.wte.weight, other.transformer.wte.weight)
+
+
+@pytest.mark.parametrize(
+    ("settings", "experts", "per_token", "size", "shared"),
+    [
+        ({"num_experts": 4}, 4, 2, 128, 0),
+        ({"num_experts": 2, "num_experts_per_tok": 1, "upcycling": "granular", "granularity": 4}, 8, 4, 32, 0),
+        ({"num_experts": 2, "num_experts_per_tok": 1, "upcycling": "shared", "granularity": 2}, 4, 2, 64, 2),
+    ],
+)
+def test_each_expert_of_a_new_model_is_drawn_by_itself(
+    settings: dict[str, Any], experts: int, per_token: int, size: int, shared: int
+) -> None:
+    config = replace(SMALL, moe_layer_freq=1, **settings)
+    model, _ = build_model(None, config, TRAIN, seed=0)
+    dense, _ = build_model(None, replace(config, num_experts=0), TRAIN, seed=0)
+    made = model.config
+    found = made.num_experts, made.num_experts_per_tok, made.expert_size, made.num_shared_experts
+    assert found == (experts, per_token, size, shared)
+    for block, dense_block in zip(model.transformer.h, dense.transformer.h, strict=True):
+        layer = block.mlp.experts
+        onto_residual = 0.02 / (2 * made.n_layer) ** 0.5
+        for weights, std in ((layer.up_proj, 0.02), (layer.down_proj, onto_residual)):
+            assert abs(weights.std().item() / std - 1) < 0.05
+            pairs = torch.corrcoef(weights.flatten(1)) - torch.eye(experts)
+            assert pairs.abs().max() < 0.1, "no expert is a copy of another"
+        rows = block.mlp.router.weight
+        assert torch.unique(rows, dim=0).shape == rows.shape
+        assert torch.equal(block.attn.c_attn.weight, dense_block.attn.c_attn.weight)
+    assert torch.equal(model.transformer.wte.weight, dense.transformer.wte.weight)
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"upcycling": "drop"}, "model.upcycling drop is for"),
+        ({"upcycling": "noise", "noise_scale": 0.1}, "model.upcycling noise, model.noise_scale are for"),
+        ({"router_init": "zeros"}, "model.router_init is for"),
+    ],
+)
+def test_a_new_model_has_nothing_to_upcycle(settings: dict[str, Any], named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        build_model(None, replace(SMALL, **settings), TRAIN, seed=0)
+    assert build_model(None, replace(SMALL, num_experts=0, **settings), TRAIN, seed=0)

@@ -24,9 +24,12 @@ from flash_experts.models.loading import load_config, load_model, use_tokens_of
 from flash_experts.models.moe import GPT2MoEForCausalLM
 from flash_experts.models.moe_options import MoEOptions, UpcyclingOptions
 from flash_experts.models.trimming import trim_tokenizer, trim_vocabulary
+from flash_experts.models.upcycling import Upcycling
 from flash_experts.options import defaults_of, options_of
 from flash_experts.training.training_config import NEW, ModelConfig
 
+# Methods of upcycling that a new model follows in its shape: fine-grained experts, and shared ones.
+_SHAPES = ("granular", "shared")
 # Settings of the experts that change how they are trained or used, not what they compute in a forward.
 _TRAINING_ONLY = (
     "capacity_factor",
@@ -63,7 +66,7 @@ def build_model(
                 model, load_model(config.tokenizer, "cpu"), tokenizer, load_tokenizer(config.tokenizer)
             )
         if config.num_experts:
-            model = GPT2MoEForCausalLM.from_dense(model, **config.moe_fields)
+            model = _with_new_experts(model, config)
     else:
         family = load_config(base).model_type
         if config.num_experts and family == "gpt2":
@@ -91,10 +94,11 @@ def settings_in_force(base: str | None, config: ModelConfig) -> ModelConfig:
     Raises:
         ValueError: a setting that is set cannot take effect on this base.
     """
-    if base is None:
-        return config
     defaults = defaults_of(ModelConfig)
     changed = [name for name, default in defaults.items() if getattr(config, name) != default]
+    if base is None:
+        _check_new_experts(config, changed)
+        return config
     known = options_of(ModelConfig)
     if new := [name for name in changed if known[name].group == NEW and name != "dropout"]:
         names = ", ".join(f"model.{name}" for name in new) + (" is" if len(new) == 1 else " are")
@@ -108,6 +112,19 @@ def settings_in_force(base: str | None, config: ModelConfig) -> ModelConfig:
             "as it is"
         )
     return config
+
+
+def _check_new_experts(config: ModelConfig, changed: Sequence[str]) -> None:
+    if not config.num_experts:
+        return
+    unused = [f"model.{name}" for name in ("noise_scale", "drop_ratio", "router_init") if name in changed]
+    if config.upcycling not in ("copy", *_SHAPES):
+        unused.insert(0, f"model.upcycling {config.upcycling}")
+    if unused:
+        raise ValueError(
+            f"{', '.join(unused)} {'is' if len(unused) == 1 else 'are'} for experts made of a base, and a new model "
+            "draws each of its experts at random: leave that out, or give a base"
+        )
 
 
 def _settings_of(base: str, own: GPT2Config, config: ModelConfig, changed: Sequence[str]) -> ModelConfig:
@@ -160,6 +177,17 @@ def _new_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> GPT2L
     )
     gpt2._attn_implementation = ATTENTION_IMPLEMENTATION
     return GPT2LMHeadModel(gpt2)
+
+
+def _with_new_experts(dense: GPT2LMHeadModel, config: ModelConfig) -> GPT2MoEForCausalLM:
+    """The new model with experts in place of some MLPs. Each is initialized by itself: copies of a random layer would
+    only start alike."""
+    method = config.upcycling if config.upcycling in _SHAPES else "copy"
+    shape = Upcycling(method=method, granularity=config.granularity)
+    sizes = {each.name: getattr(config, each.name) for each in fields(MoEOptions)}
+    model = GPT2MoEForCausalLM(shape.config(dense.config, **sizes))
+    model.load_state_dict(dense.state_dict(), strict=False)  # everything but the layers that are experts now
+    return model
 
 
 def _embeddings_from_teacher(
