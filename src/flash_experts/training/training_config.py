@@ -45,9 +45,8 @@ class ModelConfig(MoEOptions, UpcyclingOptions):
     ``num_experts: 0`` trains a base as it is, without upcycling. A base that has experts keeps them (`build`).
     """
 
-    upcycling: Method = option(
-        "copy", METHOD_HELP + ". A new model draws each expert at random, in the shape of granular or shared", EXPERTS
-    )
+    # A new model draws each expert at random: of these methods, granular and shared give it their shape.
+    upcycling: Method = option("copy", METHOD_HELP, EXPERTS)
     trim_vocabulary: bool = option(
         False, "keep only the tokens of the base that the cards use; the rest cost time and memory for nothing",
         _VOCABULARY,
