@@ -88,7 +88,7 @@ for axis, (title, share_KH) in zip(axes, habits.items(), strict=True):
     axis.set_title(f"block {block}, head {head}: {title}", size=8.5)
     axis.set_xlabel("key: the token that is looked at")
 axes[0].set_ylabel("query: the token that looks\n(under the line: the name)")
-figure.colorbar(drawn, ax=axes, label="weight", fraction=0.02)
+figure.colorbar(drawn, ax=axes, label="weight (colors by its square root)", fraction=0.02)
 show(figure, "01_weights")
 holds("in the upper right there is nothing: no token looks at a later one", (all_KHSS.triu(1) == 0).all())
 heads = {title: int(share_KH.argmax()) for title, share_KH in habits.items()}
@@ -155,7 +155,8 @@ holds("without the root of C the largest weight of a row is much larger", larges
 weights_SS = scores_SS.masked_fill(~visible_SS, -torch.inf).softmax(-1)
 print("rows sum to", weights_SS.sum(-1).unique().tolist())
 print("largest weight on a later token:", weights_SS[~visible_SS].max().item())
-holds("rows sum to 1, and later tokens get exactly 0", not weights_SS[~visible_SS].any())
+sum_to_1 = torch.allclose(weights_SS.sum(-1), torch.ones(S), atol=1e-5)
+holds("rows sum to 1, and later tokens get exactly 0", sum_to_1 and not weights_SS[~visible_SS].any())
 row = S - 2
 print(f"{texts[row]!r} looks at:")
 best = weights_SS[row].topk(4)
@@ -216,7 +217,7 @@ four = pack(encode_cards(some[:4], tokenizer))
 T = four.num_tokens
 document_T = torch.repeat_interleave(torch.arange(4), four.cu_seq_lens.diff())
 causal_TT = torch.ones(T, T).tril()
-figure, axes = plt.subplots(1, 2, figsize=(8, 4))
+figure, axes = plt.subplots(1, 2, figsize=(8.6, 4.6))
 axes[0].imshow(causal_TT, cmap="Blues", vmax=1.6)
 axes[0].set_title("causal only: names see the names before them")
 axes[1].imshow(causal_TT * (document_T[:, None] == document_T), cmap="Blues", vmax=1.6)

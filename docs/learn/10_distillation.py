@@ -73,7 +73,7 @@ print("the teacher's entropy, bits:", " ".join(f"{bits:.1f}" for bits in (entrop
 holds("the label is one token; the teacher's entropy is over two bits at some position", entropy_L.max() > 2 * 0.6931)
 
 # %% [markdown]
-# The label is one draw. The teacher's distribution also says which other tokens could stand here, and how likely each is.
+# The label is one draw. The teacher's distribution also shows which other tokens could stand here, and how likely each is.
 #
 # ## The formula, with shapes
 #
@@ -187,8 +187,8 @@ holds("reverse seeks one mode, and is narrow", abs(seeking) > 2 and narrow < 1.0
 #
 # - **labels**: cross-entropy on the 200 names;
 # - **token level**: the same names, and the teacher's probabilities (w = 0.8; forward, and reverse);
-# - **control**: the teacher's probabilities, but each position gets those of another position in the row. They say nothing
-#   about this position. They say how frequent tokens are, and keep the student from being certain of its few names;
+# - **control**: the teacher's probabilities, but each position gets those of another position in the row. They have nothing
+#   to do with this position. They show how frequent tokens are, and keep the student from being certain of its few names;
 # - **sequence level**: the 200 names once, then no repetitions but names that the 135M teacher wrote, each once
 #   (`data/teacher-names.jsonl.xz`, the file that the released student learned from);
 # - **both**: the names of the sequence level, and the toy teacher's probabilities for them.
