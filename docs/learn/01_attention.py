@@ -180,6 +180,19 @@ table(["backend", "output", "largest difference from by hand"], rows)
 holds("all backends compute what we did by hand, up to rounding", max(differences) < 1e-5)
 
 # %% [markdown]
+# **Step 5: the output projection.** The outputs of all heads are put next to each other, (S, H C), and one more matmul mixes
+# them. That is what attention adds to the block's input (the residual connection).
+
+# %%
+attention, caught = model.transformer.h[block].attn, []
+hook = attention.register_forward_hook(lambda module, inputs, output: caught.append(output[0]))
+model(ids)
+hook.remove()
+off = (attention.c_proj(out[0].flatten(1)) - caught[0][0]).abs().max()
+print(f"heads next to each other, times the output projection, against the block's attention: {off:.1e}")
+holds("that is all that the attention of a block does", off < 1e-4)
+
+# %% [markdown]
 # GPT-2's blocks do not call `flash_attn_func` themselves. They call the function below, which transformers knows under
 # the name `fe_attention`. Read it top to bottom: a packed row, then a mask (padding), then plain causal attention.
 
@@ -192,8 +205,9 @@ quote(fe_attention_forward)
 # A name with its prompt has some 10 to 20 tokens. To use a machine well we want thousands at once. The usual way is a
 # rectangle with one name per line, filled up with padding to the longest. The model computes the padding for nothing.
 #
-# We put names one after the other in a single row instead: a packed row. `position_ids` begin at 0 in each name, and `cu_seq_lens`
-# ("cumulative sequence lengths") has the places where names begin.
+# We put names one after the other in a single row instead: a packed row. `position_ids` begin at 0 in each name: they choose the
+# learned vector that GPT-2 adds to a token's own for its place in the text. `cu_seq_lens` ("cumulative sequence lengths") has the
+# places where names begin in the row.
 
 # %%
 some = train_cards[100:164]
@@ -335,7 +349,7 @@ holds(
 #    for every block and head. Then find the heads that read the prompt.
 # 4. **The cache of a large model.** GPT-2 small has 12 blocks of width 768 with 12 heads. How many bytes does its cache
 #    have for 64 texts of 1,024 tokens in bfloat16? How many if the 12 query heads share 2 key/value heads? Check with
-#    `flash_attn_func` that it takes q with 12 heads and k, v with 2, and say which head uses which.
+#    `flash_attn_func` that it takes q with 12 heads and k, v with 2, and find out which head uses which.
 #
 # Solutions: [solutions/01_attention.py](solutions/01_attention.py).
 #

@@ -151,7 +151,7 @@ class TinyMoE(nn.Module):
 
     def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
         best_TK, chosen_TK = self.router(x_TD).topk(self.top_k)  # which experts: the K largest logits
-        gates_TK = best_TK.softmax(-1)  # how much of each: they sum to 1
+        gates_TK = best_TK.softmax(-1)  # how much of each: their probabilities over the sum of these
         y_TD = torch.zeros_like(x_TD)
         for e, expert in enumerate(self.experts):
             token, k = torch.where(chosen_TK == e)  # the tokens that chose this expert

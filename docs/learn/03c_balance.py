@@ -205,8 +205,9 @@ holds(
 # **Balanced over which tokens?** f and P are taken over some set of tokens. Over a whole batch the loads can be equal while each kind
 # of text has experts of its own. Within one text they cannot: there balance forbids that specialization. In large models that
 # costs quality ([Qiu et al. 2025](https://arxiv.org/abs/2501.11873)). The package has three scopes (`router_aux_loss_scope`): the
-# micro-batch, the global batch of all processes, and each sequence. First a made-up router gives each of four texts two experts of
-# its own. Then we compute both losses for the router that was trained with the Switch loss (over micro-batches).
+# micro-batch (chapter 5), the global batch of all processes, and each sequence. First a made-up router gives each of four texts
+# two experts of its own. Then we compute both losses for the router that was trained with the Switch loss, over micro-batches. (A
+# name has few tokens, so part of its imbalance is chance.)
 
 # %%
 own_TE, text_T = torch.zeros(64, E), token // 16  # four texts of 16 tokens
