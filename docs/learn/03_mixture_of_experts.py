@@ -395,6 +395,6 @@ holds(
 # - [Jacobs et al. 1991](https://doi.org/10.1162/neco.1991.3.1.79): experts and a gate, the idea. [Shazeer et al. 2017](https://arxiv.org/abs/1701.06538):
 #   sparse, as a layer. [Fedus et al. 2021](https://arxiv.org/abs/2101.03961): Switch, in a transformer with one expert a token.
 # - [Gale et al. 2022, MegaBlocks](https://arxiv.org/abs/2211.15841): all experts in one matmul of unequal blocks, no dropping.
-# - [Hugging Face: Mixture of Experts explained](https://huggingface.co/blog/moe), and
-#   [makeMoE](https://huggingface.co/blog/AviSoori1x/makemoe-from-scratch), from scratch.
+# - [Hugging Face: Mixture of Experts explained](https://huggingface.co/blog/moe). From scratch: [makeMoE](https://huggingface.co/blog/AviSoori1x/makemoe-from-scratch),
+#   and [LLMs from scratch, chapter 4](https://github.com/rasbt/LLMs-from-scratch/tree/main/ch04/07_moe), gated experts next to an MLP.
 # - Next: [chapter 3b](03b_ways_to_route.py), other ways to route; or [chapter 4](04_upcycling.py), how a dense model gets experts.
