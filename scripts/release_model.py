@@ -26,8 +26,8 @@ from flash_experts.models.loading import load_model
 from flash_experts.training.tracking import read_metrics
 
 INTRODUCTION = """A {kind} of {parameters:.1f} million parameters ({active:.1f} million active per token, bfloat16
-weights) that names Magic: The Gathering cards. Its tokenizer has {vocabulary:,} tokens: the bytes, {merges:,} merges
-of them, and the symbols of texts, the part of SmolLM2's that has words and what cards use. {about}"""
+weights) that names Magic: The Gathering cards. Its tokenizer is the part of SmolLM2's that has words and what cards
+use: {vocabulary:,} tokens, which are the bytes, {merges:,} merges of them, and its special tokens. {about}"""
 CARD = """# {name}
 
 {introduction}
@@ -50,12 +50,12 @@ seed {seed}); `run.json` and `metrics.jsonl` are its record.
 | --- | --- | --- | --- |
 {rows}
 
-The end of a name counts as a character. Brackets: 95% bootstrap intervals over names. Summed over the one
-tokenization that the tokenizer gives: an upper bound of the true figure.
+The EOS token counts as a character. Brackets are 95% bootstrap intervals over names. The bits are those of the one
+tokenization that the tokenizer gives: an upper bound of the true value.
 
-The text learned is `{bos}` + prompt + space + name + `{eos}`; a prompt is
+A training text is `{bos}` + prompt + space + name + `{eos}`; a prompt is
 `legendary creature goblin, red, 3:` or any part of it, down to `:` alone.
-The names learned from are Wizards of the Coast's; see data/README.md.
+The names of the cards are Wizards of the Coast's; see data/README.md.
 
 ## Licence
 
@@ -106,7 +106,7 @@ def main() -> None:
         for name, split in result.splits.items()
     )
     introduction = INTRODUCTION.format(
-        kind="GPT-2 with experts" if model.config.model_type == "gpt2_moe" else "dense GPT-2",
+        kind="GPT-2 with a Mixture of Experts," if model.config.model_type == "gpt2_moe" else "dense GPT-2",
         parameters=result.size.total / 1e6,
         active=result.size.active / 1e6,
         vocabulary=model.config.vocab_size,

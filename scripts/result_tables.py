@@ -128,7 +128,7 @@ def mixed_with_ngrams() -> str:
     values, others = ([model[split][prompt]["value"] for split, prompt in places] for model in (mixed, alone))
     gains = [1 - value / other for value, other in zip(values, others, strict=True)]
     return (
-        f"The mixture needs {values[0]:.3f} bits on test_iid and {values[1]:.3f} on test unconditional, "
+        f"With the n-grams it needs {values[0]:.3f} bits on test_iid and {values[1]:.3f} on test unconditional, "
         f"{values[2]:.3f} and {values[3]:.3f} given\nattributes: {min(gains):.1%} to {max(gains):.1%} less "
         "than the model alone."
     )

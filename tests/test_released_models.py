@@ -81,3 +81,28 @@ def test_readme_repeats_the_figures_of_the_model_cards() -> None:
         card = {split: figures for split, *figures in rows}
         for place, what in enumerate(("unconditional", "given type, colors, mana value")):
             assert f"| `models/{name}`, {what} | {card['test_iid'][place]} | {card['test'][place]} |" in readme
+
+
+def test_the_page_on_the_data_has_the_counts_of_this_cleaning(data: Path) -> None:
+    meta = json.loads((data / "meta.json").read_text("utf-8"))
+    page = " ".join((MODELS.parent / "data/README.md").read_text("utf-8").split())
+    dropped = meta["dropped"]
+    groups = {
+        "franchises (Universes Beyond)": ["franchises"],
+        "jokes and play-test cards": ["jokes"],
+        "duplicates (mostly the back of a card that has its own row)": ["repeated"],
+        'rebalanced duplicates ("A-")': ["rebalanced"],
+        "planes, phenomena": ["plane"],
+        "vanguards, schemes, sticker sheets, conspiracies, heroes": "vanguard scheme stickers conspiracy hero".split(),
+        "attractions, contraptions, hosts, augments": ["attraction", "contraption", "host", "augment"],
+        "odd types, names with blanks": ["odd_type", "blank"],
+    }
+    assert sorted(kind for kinds in groups.values() for kind in kinds) == sorted(dropped)
+    for title, kinds in groups.items():
+        assert f"| {title} | -{sum(dropped[kind] for kind in kinds):,} |" in page
+    counts, families = meta["counts"], meta["families"]
+    assert f"Measured with cleaning version {meta['cleaning_version']};" in page
+    assert f"| faces of {meta['rows']:,} cards | {meta['faces']:,} |" in page and f"| **{meta['names']:,}** |" in page
+    assert f"In {families['count']:,} families, the largest of {families['largest']} names: " in page
+    assert ", ".join(f"{count:,} {split}" for split, count in counts.items()) in page
+    assert f"`known_names.txt` has {meta['known_names']:,} names" in page

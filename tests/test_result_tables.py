@@ -152,3 +152,46 @@ def test_what_experts_from_the_first_step_are_worth() -> None:
         last = row["validations"][-1]
         mean = (last["validation/bits_per_char"] + last["validation/bits_per_char_given_attributes"]) / 2
         assert f"| {row['parameters'] / 1e6:.1f} M | {row['tokens_per_second']:,.0f} |" in log and f"{mean:.3f}" in log
+
+
+def flat(page: str) -> str:
+    return " ".join((ROOT / page).read_text("utf-8").split())
+
+
+def test_the_intervals_in_the_text_are_those_of_the_results() -> None:
+    found, text = result_tables.load("bits_2cores"), flat("docs/results.md")
+    apart = {
+        (each["split"], each["conditional"]): each["bits"]
+        for each in found["differences"]
+        if (each["first"], each["second"]) == ("mtg-names", "mtg-base")
+    }
+    sentence = " and ".join(
+        f"{bits['value']:.4f} [{bits['low']:.4f}, {bits['high']:.4f}] {given}"
+        for bits, given in ((apart["test", False], "unconditional"), (apart["test", True], "given attributes"))
+    )
+    assert f"The paired differences on test are {sentence}; on test_iid the intervals contain 0" in text
+    assert all(apart["test_iid", given]["low"] < 0 < apart["test_iid", given]["high"] for given in (False, True))
+    model = next(one for one in found["models"] if one["label"] == "mtg-names")
+    saved = [model["splits"][split]["association"] for split in ("test_iid", "test")]
+    cells = [f"{each['value']:.2f} [{each['low']:.2f}, {each['high']:.2f}]" for each in saved]
+    assert f"two-word name {cells[0].replace(' [', ' bits [')} on test_iid and {cells[1]} on test" in text
+    assert f"(real held-out names: {model['real']['near_known']['value']:.1%})" in text
+
+
+def test_the_summary_of_the_log_has_the_figures_of_the_pages() -> None:
+    summary = flat("docs/experiments.md").split("## Index")[0]
+    good, best, raw = re.findall(r"accepted (\d+%).*?, (\d+%) with .*?, (\d+%) as they come", flat("README.md"))[0]
+    assert f"accepts {good} of those, {best} of the best of 32, {raw} unselected" in summary
+    rows = [line.strip("|").split("|") for line in (ROOT / "docs/results.md").read_text("utf-8").splitlines()]
+    ratios: dict[str, list[float]] = {"names": [], "filters": [], "training": []}
+    for row in (row for row in rows if len(row) == 4):
+        found = [float(each) for each in re.findall(r"([\d.]+) x", row[3])]
+        if "names/s of the" in row[0]:
+            ratios["names"] += found
+        elif "all filters" in row[0]:
+            ratios["filters"] += found
+        elif any(what in row[0] for what in ("fine-tuning GPT-2", "vocabulary trimmed", "prompt of a step's names")):
+            ratios["training"] += found
+    low_high = {what: f"{min(found)} to {max(found)} x" for what, found in ratios.items()}
+    assert f"Names {low_high['names']} transformers' `generate`, {low_high['filters']} with all filters" in summary
+    assert f"fine-tuning {low_high['training']} its Trainer" in summary

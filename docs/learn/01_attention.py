@@ -88,7 +88,7 @@ for axis, (title, share_KH) in zip(axes, habits.items(), strict=True):
     axis.set_title(f"block {block}, head {head}: {title}", size=8.5)
     axis.set_xlabel("key: the token that is looked at")
 axes[0].set_ylabel("query: the token that looks\n(under the line: the name)")
-figure.colorbar(drawn, ax=axes, label="weight", fraction=0.02)
+figure.colorbar(drawn, ax=axes, label="weight (colors by its square root)", fraction=0.02)
 show(figure, "01_weights")
 holds("in the upper right there is nothing: no token looks at a later one", (all_KHSS.triu(1) == 0).all())
 heads = {title: int(share_KH.argmax()) for title, share_KH in habits.items()}
@@ -155,7 +155,8 @@ holds("without the root of C the largest weight of a row is much larger", larges
 weights_SS = scores_SS.masked_fill(~visible_SS, -torch.inf).softmax(-1)
 print("rows sum to", weights_SS.sum(-1).unique().tolist())
 print("largest weight on a later token:", weights_SS[~visible_SS].max().item())
-holds("rows sum to 1, and later tokens get exactly 0", not weights_SS[~visible_SS].any())
+sum_to_1 = torch.allclose(weights_SS.sum(-1), torch.ones(S), atol=1e-5)
+holds("rows sum to 1, and later tokens get exactly 0", sum_to_1 and not weights_SS[~visible_SS].any())
 row = S - 2
 print(f"{texts[row]!r} looks at:")
 best = weights_SS[row].topk(4)
@@ -179,6 +180,19 @@ table(["backend", "output", "largest difference from by hand"], rows)
 holds("all backends compute what we did by hand, up to rounding", max(differences) < 1e-5)
 
 # %% [markdown]
+# **Step 5: the output projection.** The outputs of all heads are put next to each other, (S, H C), and one more matmul mixes
+# them. That is what attention adds to the block's input (the residual connection).
+
+# %%
+attention, caught = model.transformer.h[block].attn, []
+hook = attention.register_forward_hook(lambda module, inputs, output: caught.append(output[0]))
+model(ids)
+hook.remove()
+off = (attention.c_proj(out[0].flatten(1)) - caught[0][0]).abs().max()
+print(f"heads next to each other, times the output projection, against the block's attention: {off:.1e}")
+holds("that is all that the attention of a block does", off < 1e-4)
+
+# %% [markdown]
 # GPT-2's blocks do not call `flash_attn_func` themselves. They call the function below, which transformers knows under
 # the name `fe_attention`. Read it top to bottom: a packed row, then a mask (padding), then plain causal attention.
 
@@ -191,8 +205,9 @@ quote(fe_attention_forward)
 # A name with its prompt has some 10 to 20 tokens. To use a machine well we want thousands at once. The usual way is a
 # rectangle with one name per line, filled up with padding to the longest. The model computes the padding for nothing.
 #
-# We put names one after the other in a single row instead: a packed row. `position_ids` begin at 0 in each name, and `cu_seq_lens`
-# ("cumulative sequence lengths") has the places where names begin.
+# We put names one after the other in a single row instead: a packed row. `position_ids` begin at 0 in each name: they choose the
+# learned vector that GPT-2 adds to a token's own for its place in the text. `cu_seq_lens` ("cumulative sequence lengths") has the
+# places where names begin in the row.
 
 # %%
 some = train_cards[100:164]
@@ -216,7 +231,7 @@ four = pack(encode_cards(some[:4], tokenizer))
 T = four.num_tokens
 document_T = torch.repeat_interleave(torch.arange(4), four.cu_seq_lens.diff())
 causal_TT = torch.ones(T, T).tril()
-figure, axes = plt.subplots(1, 2, figsize=(8, 4))
+figure, axes = plt.subplots(1, 2, figsize=(8.6, 4.6))
 axes[0].imshow(causal_TT, cmap="Blues", vmax=1.6)
 axes[0].set_title("causal only: names see the names before them")
 axes[1].imshow(causal_TT * (document_T[:, None] == document_T), cmap="Blues", vmax=1.6)
@@ -334,7 +349,7 @@ holds(
 #    for every block and head. Then find the heads that read the prompt.
 # 4. **The cache of a large model.** GPT-2 small has 12 blocks of width 768 with 12 heads. How many bytes does its cache
 #    have for 64 texts of 1,024 tokens in bfloat16? How many if the 12 query heads share 2 key/value heads? Check with
-#    `flash_attn_func` that it takes q with 12 heads and k, v with 2, and say which head uses which.
+#    `flash_attn_func` that it takes q with 12 heads and k, v with 2, and find out which head uses which.
 #
 # Solutions: [solutions/01_attention.py](solutions/01_attention.py).
 #

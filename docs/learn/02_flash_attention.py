@@ -19,10 +19,12 @@
 # again, and read again for the matmul with v, while the compute units wait. [Flash attention](../glossary.md#attention) computes
 # the same output, not an approximation, and never writes the matrix to memory.
 #
-# There are three versions of one idea. [FlashAttention](https://arxiv.org/abs/2205.14135) (Dao et al. 2022) has tiles and
+# There are four versions of one idea. [FlashAttention](https://arxiv.org/abs/2205.14135) (Dao et al. 2022) has tiles and
 # the online softmax, and recomputes the scores in the backward. [FlashAttention-2](https://arxiv.org/abs/2307.08691) (Dao
 # 2023) swaps the loops, so that more of the GPU works. [FlashAttention-3](https://arxiv.org/abs/2407.08608) (Shah et
-# al. 2024) overlaps copies, matmuls and exponentials on Hopper GPUs. Our kernels follow the second.
+# al. 2024) overlaps copies, matmuls and exponentials on Hopper GPUs, and
+# [FlashAttention-4](https://arxiv.org/abs/2603.05451) (Zadouri et al. 2026) does so on Blackwell GPUs. Our kernels follow
+# the second.
 #
 # This chapter is the computation, forward and backward. [Chapter 2b](02b_bytes_and_tiles.py) counts the bytes that it saves,
 # and [chapter 2c](02c_triton_kernel.py) writes it as a kernel for a GPU.
@@ -52,9 +54,9 @@ torch.manual_seed(0)
 # ## The picture first
 #
 # There are 16 queries (rows) and 16 keys (columns), a causal mask, and tiles of 4 x 4. Each frame is one tile, in the order in
-# which our reference computes them: the current tile is dark, finished tiles are light, and what is never computed is white. A
-# tile is computed, used and discarded. The title gives the two numbers that are kept of the scores of its last query: the
-# largest so far, and a sum.
+# which our reference computes them: the current tile is dark, finished tiles are light, and what is never computed is white.
+# The pale half of a tile on the diagonal is computed and then masked. A tile is computed, used and discarded. The title gives
+# the two numbers that are kept of the scores of its last query: the largest so far, and a sum.
 
 # %%
 q, k, v = torch.randn(3, 1, 16, 1, 64)  # (B, S, H, C)
@@ -85,7 +87,9 @@ figure.supylabel("query")
 show(figure, "02_tiles")
 of_query_15 = [frame for frame, (queries, _, _) in enumerate(visited) if 15 in queries]
 holds(
-    "of 16 tiles, 10 are made, each once; the last query's four come one after the other", of_query_15 == [6, 7, 8, 9]
+    "of 16 tiles, 10 are made, each once; the last query's four come one after the other",
+    len({(queries.start, keys.start) for queries, keys, _ in visited}) == len(visited) == 10
+    and of_query_15 == [6, 7, 8, 9],
 )
 
 # %% [markdown]

@@ -115,6 +115,11 @@ holds(
     "flash attention has ten times the intensity of the softmax and more",
     intensities["flash attention"] > 10 * intensities["softmax"],
 )
+fused = intensities["flash attention"]
+holds(
+    "by this count it is under the ridge as well, at about the size of its tile",
+    BLOCK / 1.2 < fused < 1.2 * BLOCK < ridge,
+)
 
 # %% [markdown]
 # These are theoretical bounds, not measurements. Even the fused kernel's intensity, about the size of its tile, is under the
@@ -203,7 +208,7 @@ holds(
 holds("256 x 256 fits at none of them", not any(queries_of_tile == 256 for _, queries_of_tile, _ in fitting))
 
 # %% [markdown]
-# ## The loops of FlashAttention 1 and 2, and what 3 adds
+# ## The loops of FlashAttention 1 and 2, and what 3 and 4 add
 #
 # **1** has keys outside, queries inside: a tile of k and v is loaded once, and for each tile of queries the unfinished
 # output, maximum and sum come from HBM, are corrected, and go back. **2** has queries outside: the output stays on the chip
@@ -256,6 +261,10 @@ holds("at head dim 64 exponentials take about as long as the matmuls", 0.9 < sha
 # figures at head dim 64, forward, 16,000 tokens: 324 TFLOP/s with version 2, 497 with version 3. Ours, in Triton, leaves
 # such scheduling to Triton's compiler. Its speed on a GPU has not been measured yet.
 #
+# **4** is for Blackwell GPUs, whose tensor cores are twice as fast while the units for exponentials are not. So it computes a part
+# of the exponentials with multiply-adds, and skips the rescaling where the maximum hardly grows
+# ([Zadouri et al. 2026](https://arxiv.org/abs/2603.05451)).
+#
 # ## Memory against length, measured
 #
 # The largest tensor decides whether a text fits into memory.
@@ -272,12 +281,14 @@ table(["length", *ATTENTIONS], [[S, *(f"{largest[name][n]:,}" for name in ATTENT
 
 figure, axes = plt.subplots(1, 2, figsize=(10, 3.8))
 for kind, counts in moved.items():
-    axes[0].loglog(lengths, counts, "o-", base=2, label=kind)
-axes[0].set(title="bytes moved, one head, forward", xlabel="length", ylabel="bytes")
+    axes[0].loglog(lengths, [count / 1e6 for count in counts], "o-", base=2, label=kind)
+axes[0].set(title="bytes moved, one head, forward", xlabel="length", ylabel="MB")
 for (name, counts), style in zip(largest.items(), ("o-", "s-", "x--"), strict=True):
-    axes[1].loglog(lengths, counts, style, base=2, label=name)
-axes[1].set(title="largest tensor, 4 heads, forward", xlabel="length", ylabel="numbers")
+    axes[1].loglog(lengths, [count / 1e6 for count in counts], style, base=2, label=name)
+axes[1].set(title="largest tensor, 4 heads, forward", xlabel="length", ylabel="million numbers")
 for axis in axes:
+    axis.xaxis.set_major_formatter("{x:,.0f}")
+    axis.yaxis.set_major_formatter("{x:.3g}")
     axis.legend()
 show(figure, "02b_bytes_and_memory")
 
@@ -332,7 +343,8 @@ holds("smaller tiles move more bytes", moved_megabytes == sorted(moved_megabytes
 #
 # - The standard way's three operations are memory-bound: they take as long as their bytes.
 # - A tile of B queries reads the keys once per B queries. What fits on the chip bounds B.
-# - Version 1 has the tiles. Version 2 swaps the loops and has more programs. Version 3 overlaps copies and exponentials with matmuls.
+# - Version 1 has the tiles. Version 2 swaps the loops and has more programs. Versions 3 and 4 overlap copies and exponentials with
+#   matmuls.
 #
 # ## Exercises
 #

@@ -16,7 +16,7 @@
 # **The question: how is flash attention written for a GPU, in a language that a laptop can run?**
 #
 # Triton compiles Python functions for a GPU. Without one, its interpreter runs them on a CPU: slowly, and with the same
-# results. We build a kernel of 25 lines from the four-number example of [chapter 2](02_flash_attention.py), then read and run
+# results. We build a kernel of two dozen lines from the four-number example of [chapter 2](02_flash_attention.py), then read and run
 # the one that ships. The [glossary](../glossary.md#attention) has the terms. (On a system without Triton, macOS or Windows,
 # the code of this chapter ends after its picture.)
 
@@ -40,8 +40,8 @@ torch.manual_seed(0)
 # %% [markdown]
 # ## The picture first
 #
-# A kernel is written for one *program*; the grid says how many there are. In flash attention one program has one tile of
-# queries of one head, and walks over the tiles of keys that it may see (left). A grid has more programs than the GPU has
+# A kernel is written for one *program*; the grid sets how many there are. In flash attention one program has one tile of
+# queries of one head, and walks over the tiles of keys that it may see (left). Most grids have more programs than the GPU has
 # SMs, its streaming multiprocessors; each SM takes the next program when it is free. With a causal mask the last queries have
 # the most keys. So our kernel reverses the order: the longest first. Below, 16 tiles of queries on four SMs, one unit of
 # time for each tile of keys; the number in a bar is its tile of queries:
@@ -190,7 +190,7 @@ small_flash[(triton.cdiv(S, BLOCK), H)](*by_head, out, S, C**-0.5, C=C, BLOCK=BL
 truth = standard(q.double(), k.double(), v.double())
 small_error = (out.transpose(0, 1)[None] - truth).abs().max().item()
 print(f"{triton.cdiv(S, BLOCK) * H} programs, {S} tokens, {H} heads: off by {small_error:.1e} from float64")
-holds("a kernel of 25 lines is flash attention, up to float32 rounding", small_error < 1e-5)
+holds("a kernel of two dozen lines is flash attention, up to float32 rounding", small_error < 1e-5)
 
 # %% [markdown]
 # ## The kernel that ships
@@ -269,7 +269,7 @@ holds("no two programs add to the same number: a second run has the same bits", 
 # ## Exercises
 #
 # 1. **The LSE.** Let `small_flash` store the LSE of each query as well. Check it against the package's reference.
-# 2. **A window in the kernel.** Give it `left`: each query sees so many keys before its own. Skip the tiles that no query of the
+# 2. **A window in the kernel.** Give it `left`: each query sees `left` keys before its own. Skip the tiles that no query of the
 #    program sees. What can go wrong in the first tile, and why?
 # 3. **A whole GPU.** 12 heads of 16 tiles of queries on 132 SMs: how long does each order take, and how much time do the SMs
 #    wait? And 96 heads?

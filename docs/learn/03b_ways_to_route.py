@@ -43,13 +43,17 @@ names = [card.name for card in validation_cards]
 
 # %%
 T_SHOWN, E, K = 16, 8, 2
-shown_TE = torch.randn(T_SHOWN, E) + torch.tensor([1.5, 1.0, 0, 0, 0, 0, 0, 0])
+FAVOR_E = torch.tensor([1.5, 1.0, 0, 0, 0, 0, 0, 0])
+shown_TE = torch.randn(T_SHOWN, E) + FAVOR_E
 
 
-def gates_of(logits_TE: torch.Tensor, k: int) -> torch.Tensor:
-    """(T, E) gates of the K largest logits of each token."""
-    best_TK, chosen_TK = logits_TE.topk(k)
-    return torch.zeros_like(logits_TE).scatter(1, chosen_TK, best_TK.softmax(-1))
+def gates_of(logits_TE: torch.Tensor, k: int, bias_E: torch.Tensor | float = 0.0) -> torch.Tensor:
+    """(T, E) gates of the K experts with the largest logit plus bias: their probabilities, for K > 1 over their sum."""
+    chosen_TK = (logits_TE + bias_E).topk(k).indices
+    gates_TK = logits_TE.softmax(-1).gather(1, chosen_TK)  # the bias moves the choice, not the gate
+    if k > 1:
+        gates_TK = gates_TK / gates_TK.sum(-1, keepdim=True)
+    return torch.zeros_like(logits_TE).scatter(1, chosen_TK, gates_TK)
 
 
 def by_expert_choice(logits_TE: torch.Tensor, k: int) -> torch.Tensor:
@@ -73,7 +77,7 @@ ways = {
     "noisy top-2": gates_of(noisy, 2),
     "top-2, capacity factor 1": within_capacity(top_2, 2, 1.0),
     "expert choice": by_expert_choice(shown_TE, 2),
-    "bias on the choice": gates_of(shown_TE - torch.tensor([1.5, 1.0, 0, 0, 0, 0, 0, 0]), 2),
+    "bias on the choice": gates_of(shown_TE, 2, bias_E=-FAVOR_E),
 }
 figure, axes = plt.subplots(1, 6, figsize=(14, 4), sharey=True)
 for axis, (way, gates_TE) in zip(axes, ways.items(), strict=True):
@@ -103,6 +107,12 @@ holds(
     "expert choice fixes the loads, and leaves the number of experts of a token free",
     set(loads["expert choice"].tolist()) == {4} and per_token["expert choice"].unique().numel() > 1,
 )
+bias_TE, chosen_TE = ways["bias on the choice"], ways["bias on the choice"] > 0
+probs_TE = shown_TE.softmax(-1) * chosen_TE
+holds(
+    "the bias moves the choice; the gates are the probabilities of the chosen without it, over their sum",
+    torch.allclose(bias_TE, probs_TE / probs_TE.sum(-1, keepdim=True)) and not torch.equal(chosen_TE, top_2 > 0),
+)
 holds(
     "noise and bias both lower the largest load",
     max(loads["noisy top-2"].max(), loads["bias on the choice"].max()) < loads["top-2"].max(),
@@ -113,11 +123,11 @@ holds(
 #   itself: with one choice a normalised gate is always 1, and gives the router no gradient (chapter 4).
 #   **Top-2** (GShard: [Lepikhin et al. 2020](https://arxiv.org/abs/2006.16668)) mixes two experts for each token.
 # - **Noisy top-k** ([Shazeer et al. 2017](https://arxiv.org/abs/1701.06538)) adds noise, of a size that is learned, to the
-#   logits in training: H_e = (x W_r)_e + N(0, 1) softplus((x W_noise)_e). Experts that are nearly as good get tokens as well.
+#   logits in training: H_e = (x W_rᵀ)_e + N(0, 1) softplus((x W_noiseᵀ)_e). Experts that are nearly as good get tokens as well.
 #   The package has jitter on the router's input instead, as Switch does (`router_jitter_noise`).
 # - **Capacity factor.** On many devices each expert has a buffer of C = factor x T K / E tokens. What does not fit is
 #   **dropped** (the red crosses): that choice adds nothing, and the token keeps its residual connection. A higher
-#   factor drops less, and pads more.
+#   factor drops less, and pads more. Switch fills buffers in the order of the text, the package by the largest score (exercise 3).
 # - **A random second expert** (GShard): the second of two is used with a probability in proportion to its gate. The package does
 #   not have it.
 # - **Precision.** The router computes in float32 where the rest is bfloat16 (Switch: selective precision). Rounding would
@@ -237,8 +247,8 @@ if of_parts:
 # %% [markdown]
 # ## The released model's routers
 #
-# What `flash-experts inspect models/mtg-names` shows, drawn here: which expert takes which class of token, and how its loads
-# went during its training.
+# What `flash-experts inspect models/mtg-names` shows, drawn here: which expert takes which class of token (the titles have the
+# mutual information of chapter 3), and how the loads went during training.
 
 # %%
 seen = inspect_router(str(RELEASED), names, validation_cards)
@@ -247,7 +257,9 @@ figure, axes = plt.subplots(1, len(classes) + 1, figsize=(13, 3.6))
 highest = max(max(map(max, each.share)) for each in classes)
 for axis, each in zip(axes, classes, strict=False):
     drawn = axis.imshow(each.share, cmap="Blues", vmin=0, vmax=highest, aspect="auto")
-    axis.set(title=f"block {each.block}: {each.information:.2f} bits", xlabel="expert", yticks=range(len(each.groups)))
+    title = f"block {each.block}: class and expert share {each.information:.2f} bits"
+    axis.set(title=title, xlabel="expert", yticks=range(len(each.groups)))
+    axis.title.set_size(9)
     axis.set_yticklabels(each.groups if axis is axes[0] else [""] * len(each.groups))
 figure.colorbar(drawn, ax=axes[len(classes) - 1], label="share of the class's choices")
 if seen.training is not None:
@@ -256,6 +268,7 @@ if seen.training is not None:
             of_steps, label = [pick(step) for step in loads_of], f"block {block}, {which}"
             axes[-1].plot(seen.training.steps, of_steps, line, color=f"C{number}", label=label)
     axes[-1].axhline(1, color="black", linewidth=0.8)
+    axes[-1].margins(y=0.3)
     axes[-1].set(title="loads in training", xlabel="step", ylabel="load over the mean", ylim=(0, None))
     axes[-1].legend(fontsize=6, ncols=2)
 show(figure, "03b_released")

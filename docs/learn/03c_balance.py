@@ -31,7 +31,7 @@ from chapter_tools import cards, load_base, quote, show, table, token_texts
 
 from flash_experts import GPT2MoEForCausalLM
 from flash_experts.data.packing import encode_cards, pack
-from flash_experts.models.moe_layer import load_balancing_loss, router_z_loss
+from flash_experts.models.moe_layer import load_balancing_loss, router_z_loss, sequence_balancing_loss
 from flash_experts.models.router_metrics import router_metrics, update_router_biases
 from flash_experts.training.training_config import LearningRateScale
 
@@ -47,7 +47,8 @@ E, K, LAST = 8, 2, dense.config.n_layer - 1
 # Three ingredients make a router collapse: no balancing, a high learning rate, and a router that favours two experts from the
 # start. For the last one we add the mean of the router's inputs to two rows of its weight, scaled so that their logits are 8
 # higher on average. The model has one MoE layer, in the last block. It takes 30 steps, and everything but router and experts is
-# frozen. Then we train from the same start on the same names with three cures.
+# frozen. Then we train from the same start on the same names with three cures. The z-loss (below) is off in all four runs, so
+# that they differ in one thing.
 
 # %%
 STEPS, BIAS = 30, 8.0
@@ -63,17 +64,18 @@ def biased_model(**fields: object) -> GPT2MoEForCausalLM:
 
 
 METHODS = {
-    "no balancing": {"router_aux_loss_coef": 0.0, "router_z_loss_coef": 0.0},
+    "no balancing": {},
     "Switch loss 0.1": {"router_aux_loss_coef": 0.1},
-    "loss-free bias 0.02": {"router_aux_loss_coef": 0.0, "router_bias_update_rate": 0.02},
-    "expert choice": {"router_aux_loss_coef": 0.0, "routing": "expert_choice"},
+    "loss-free bias 0.02": {"router_bias_update_rate": 0.02},
+    "expert choice": {"routing": "expert_choice"},
 }
 trained: dict[str, GPT2MoEForCausalLM] = {}
 biases: list[list[float]] = []  # of the loss-free way, at each step
 alarmed: dict[str, set[str]] = {}
 history: dict[str, list[dict[str, float]]] = {}
 for method, fields in METHODS.items():
-    trained[method], history[method] = biased_model(**fields), []
+    nothing_else = {"router_aux_loss_coef": 0.0, "router_z_loss_coef": 0.0}
+    trained[method], history[method] = biased_model(**(nothing_else | fields)), []
     with torch.enable_grad(), warnings.catch_warnings(record=True) as alarms:
         warnings.simplefilter("always")
         steps = training_steps(
@@ -158,7 +160,7 @@ quote(load_balancing_loss)
 
 # %%
 def of_router(logits_TE: torch.Tensor) -> tuple[str, str, str]:
-    """Loss, and where its gradient moves the mean logits of experts 0 and 7 (minus the gradient)."""
+    """Loss, and how a step along minus its gradient moves the logits of experts 0 and 7, summed over tokens."""
     with torch.enable_grad():
         logits = logits_TE.clone().requires_grad_()
         loss = load_balancing_loss(logits, logits.topk(K, dim=-1).indices)
@@ -197,6 +199,43 @@ holds("an undecided router has loss 1 too", abs(float(of_router(undecided_TE)[0]
 holds(
     "the gradient moves a leaning router; it hardly moves a near-certain one",
     float(of_router(leaning_TE)[1]) < -0.1 and abs(float(of_router(collapsed_TE)[1])) < 0.01,
+)
+
+# %% [markdown]
+# **Balanced over which tokens?** f and P are taken over some set of tokens. Over a whole batch the loads can be equal while each kind
+# of text has experts of its own. Within one text they cannot: there balance forbids that specialization. In large models that
+# costs quality ([Qiu et al. 2025](https://arxiv.org/abs/2501.11873)). The package has three scopes (`router_aux_loss_scope`): the
+# micro-batch (chapter 5), the global batch of all processes, and each sequence. First a made-up router gives each of four texts
+# two experts of its own. Then we compute both losses for the router that was trained with the Switch loss, over micro-batches. (A
+# name has few tokens, so part of its imbalance is chance.)
+
+# %%
+own_TE, text_T = torch.zeros(64, E), token // 16  # four texts of 16 tokens
+own_TE[token, 2 * text_T] = own_TE[token, 2 * text_T + 1] = 10.0
+packed, routed = pack(encode_cards(validation_cards, tokenizer)), trained["Switch loss 0.1"]
+read: list[torch.Tensor] = []
+hook = routed.transformer.h[LAST].mlp.router.register_forward_hook(
+    lambda module, inputs, output: read.append(output[0])
+)
+routed(**packed.inputs)
+hook.remove()
+name_T = torch.repeat_interleave(torch.arange(packed.num_names), packed.cu_seq_lens.diff())
+of_scope = {}
+for title, logits_TE, sequence_T in (("two experts for each text", own_TE, text_T), ("trained", read[0], name_T)):
+    experts_TK = logits_TE.topk(K).indices
+    each_alone = sequence_balancing_loss(logits_TE, experts_TK, sequence_T, int(sequence_T[-1]) + 1)
+    of_scope[title] = load_balancing_loss(logits_TE, experts_TK).item(), each_alone.item()
+table(
+    ["loss over", "the batch", "each text"], [[title, *(f"{x:.2f}" for x in both)] for title, both in of_scope.items()]
+)
+batch, alone = of_scope["two experts for each text"]
+holds(
+    "experts for each text: balanced over the batch, collapsed within each",
+    abs(batch - 1) < 0.01 and abs(alone - E / K) < 0.01,
+)
+holds(
+    "the trained router is nearer to balance over the batch than within names",
+    of_scope["trained"][0] < of_scope["trained"][1],
 )
 
 # %% [markdown]

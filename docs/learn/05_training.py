@@ -76,6 +76,7 @@ axes[0].imshow(padded_NS, cmap=colors, vmin=-1, vmax=2, aspect="auto")
 axes[0].set(title="padded to the longest", xlabel="position", ylabel="name", xticks=range(0, longest, 3))
 axes[1].imshow(lines_16W, cmap=colors, vmin=-1, vmax=2, aspect="auto")
 axes[1].set(title="packed: one row, here broken into 16 lines", xlabel="position in the line", ylabel="line")
+axes[1].set_xticks(range(0, lines_16W.shape[1], 5))
 kinds = {"padding": "#cccccc", "prompt": "tab:blue", "has a label": "tab:green"}
 key = [Patch(color=color, label=kind) for kind, color in kinds.items()]
 figure.legend(handles=key, loc="outside lower center", ncols=3)
@@ -237,7 +238,8 @@ quote(Trainer._backward)
 # $$ m \leftarrow \beta_1 m + (1-\beta_1)\,g \qquad v \leftarrow \beta_2 v + (1-\beta_2)\,g^2 \qquad
 # w \leftarrow w - \eta\left(\frac{m/(1-\beta_1^t)}{\sqrt{v/(1-\beta_2^t)}+\epsilon} + \lambda\,w\right) $$
 #
-# m and v have w's shape, so training holds four numbers a weight (w, g, m, v). The first two steps by hand:
+# t counts the steps, η is the learning rate, λ the weight decay, ε 1e-8. m and v have w's shape, so training holds four numbers a
+# weight (w, g, m, v). The first two steps by hand:
 
 # %%
 config = TrainingConfig(max_steps=2, max_epochs=None, learning_rate=1e-3)

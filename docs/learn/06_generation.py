@@ -139,8 +139,7 @@ quote(_cut)
 # %%
 quote(draw)
 quote(noise)
-request = {"quality": "fast", "type_line": "Dragon", "seed": 3}
-alone, together = (generator.generate(12, **request, batch_size=size) for size in (1, 12))
+alone, together = (generator.generate(12, quality="fast", type_line="Dragon", seed=3, batch_size=n) for n in (1, 12))
 holds("12 names are the same one by one and all at once", [a.text for a in alone] == [b.text for b in together])
 
 # %% [markdown]
@@ -396,5 +395,6 @@ holds("a high one invents words that no card has", unknown[-1].low > unknown[0].
 #
 # - [Holtzman et al. 2020](https://arxiv.org/abs/1904.09751): nucleus sampling, top-p. [Nguyen et al. 2024](https://arxiv.org/abs/2407.01082): min-p.
 # - [Willard and Louf 2023](https://arxiv.org/abs/2307.09702): regular expressions as automata over tokens.
+#   [Park et al. 2024](https://arxiv.org/abs/2405.21047): what masking does to the model's distribution, and a remedy.
 # - [Yu et al. 2022, Orca](https://www.usenix.org/conference/osdi22/presentation/yu): continuous batching, which `generate` does.
 # - Next: [chapter 7](07_evaluation.py), which names are better.

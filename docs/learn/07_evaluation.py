@@ -326,7 +326,7 @@ print(f"the simple reader: {sum(right)} of {n}, by luck with {at_least(sum(right
 
 # %%
 result = compare(["ngram", RELEASED], DATA, samples=200, max_names=150)  # few names, so wide intervals
-print(format_comparison(result, width=110))
+print(format_comparison(result, width=130))
 with tempfile.TemporaryDirectory() as folder:
     page = write_report(result, Path(folder) / "report.html")
     print(f"\nthe same as a page without any outside resource: {page.stat().st_size:,} bytes")
@@ -382,8 +382,8 @@ holds("the interval is narrower where two models are alike", all(map(operator.lt
 #
 # 1. **The wrong mean.** Average the bits per character of each name instead of dividing the sums. How far off is it, for
 #    both models, and for which names does it count too much?
-# 2. **A better cheat.** Let half of the n-gram's names be training names. What do the classifiers say, and what does the
-#    hit ratio say, with 500 names and with 2,000?
+# 2. **A better cheat.** Let half of the n-gram's names be training names. What do the classifiers show, and what does the
+#    hit ratio, with 500 names and with 2,000?
 # 3. **What the filters do.** Names of `NameGenerator` are filtered and new. Are they easier or harder to tell from real
 #    ones than raw samples? Is it fair to compare a filtered model with an unfiltered one?
 # 4. **Twenty comparisons.** Shuffle names between two halves twenty times, and test the n-gram on one half against itself

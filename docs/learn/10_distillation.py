@@ -63,7 +63,7 @@ for place, axis in enumerate(axes[0]):
     rest = 1 - probs_LV[place, best].sum()
     axis.bar(range(4), [*probs_LV[place, best].tolist(), rest], color=["tab:blue"] * 3 + ["#bbbbbb"])
     axis.set_xticks(range(4), [*words, "all others"], rotation=60, size=7)
-    axis.set_title(f"label: {labels[place]} (p = {probs_LV[place, row.labels[place]]:.2f})", size=8)
+    axis.set_title(f"label: {labels[place]} (p = {probs_LV[place, row.labels[place]]:.2g})", size=8)
 axes[0, 0].set_ylabel("teacher's probability")
 figure.supxlabel("next token (· is a space)", size=9)
 figure.suptitle(f"{example.type_line}: {example.name}", size=10)
@@ -73,7 +73,7 @@ print("the teacher's entropy, bits:", " ".join(f"{bits:.1f}" for bits in (entrop
 holds("the label is one token; the teacher's entropy is over two bits at some position", entropy_L.max() > 2 * 0.6931)
 
 # %% [markdown]
-# The label is one draw. The teacher's distribution also says which other tokens could stand here, and how likely each is.
+# The label is one draw. The teacher's distribution also shows which other tokens could stand here, and how likely each is.
 #
 # ## The formula, with shapes
 #
@@ -113,7 +113,7 @@ quote(DistillationLoss.__call__)
 # Divided by t > 1, logits differ less, so small probabilities count more: they show which other tokens are nearly right. But
 # the gradient with respect to a student's logit is (q - p) / t, and for large t the difference q - p also falls as 1/t. So the
 # gradient falls as 1/t², and the loss is multiplied by t² to keep its scale. (At t = 1 and 2 the probabilities of a confident
-# teacher are not in that range yet.)
+# teacher are not in that range yet.) With a large vocabulary the tail gets most of the probability before that: see the legend.
 
 # %%
 temperatures, plain = [1.0, 2.0, 4.0, 8.0, 16.0], []
@@ -122,13 +122,13 @@ for t in temperatures:
     kl_divergence(logits, teacher_LV, t, "forward").sum().backward()
     plain.append(logits.grad.norm().item())
 norms = [t**2 * norm for t, norm in zip(temperatures, plain, strict=True)]
-place = int(entropy_L.argmax())
-order = probs_LV[place].topk(12).indices
+order = probs_LV[place := int((entropy_L - 1).abs().argmin())].topk(12).indices  # about one nat: few tokens
 figure, axes = plt.subplots(1, 2, figsize=(11, 3.2))
 for t in (1.0, 2.0, 4.0):
-    axes[0].plot(range(12), (teacher_LV[place] / t).softmax(-1)[order], "o-", label=f"t = {t:g}")
+    top_12 = (teacher_LV[place] / t).softmax(-1)[order]
+    axes[0].semilogy(range(12), top_12, "o-", label=f"t = {t:g}: {top_12.sum():.0%} on these twelve")
 axes[0].set_xticks(range(12), [shown(tokenizer.decode([token])) for token in order.tolist()], rotation=60)
-axes[0].set(title="the teacher's least certain position", ylabel="probability", xlabel="its twelve likeliest tokens")
+axes[0].set(title="a position between few tokens", ylabel="probability", xlabel="the teacher's twelve likeliest tokens")
 axes[0].legend()
 axes[1].loglog(temperatures, plain, "o-", label="KL", base=2)
 axes[1].loglog(temperatures, norms, "s-", label="t² KL", base=2)
@@ -137,6 +137,7 @@ axes[1].legend()
 show(figure, "10_temperature")
 rows = [["gradient of KL", *(f"{x:.1e}" for x in plain)], ["of t² KL", *(f"{x:.2f}" for x in norms)]]
 table(["temperature", *(f"{t:g}" for t in temperatures)], rows)
+holds("at t = 4 the tail has most of the teacher's probability", top_12.sum() < 0.5)
 holds("from t = 4 to 16 the gradient falls about sixteenfold", 10 < plain[2] / plain[4] < 40)
 holds("times t² it stays there, within a factor of 2", max(norms[2:]) < 2 * min(norms[2:]))
 
@@ -187,8 +188,8 @@ holds("reverse seeks one mode, and is narrow", abs(seeking) > 2 and narrow < 1.0
 #
 # - **labels**: cross-entropy on the 200 names;
 # - **token level**: the same names, and the teacher's probabilities (w = 0.8; forward, and reverse);
-# - **control**: the teacher's probabilities, but each position gets those of another position in the row. They say nothing
-#   about this position. They say how frequent tokens are, and keep the student from being certain of its few names;
+# - **control**: the teacher's probabilities, but each position gets those of another position in the row. They have nothing
+#   to do with this position. They show how frequent tokens are, and keep the student from being certain of its few names;
 # - **sequence level**: the 200 names once, then no repetitions but names that the 135M teacher wrote, each once
 #   (`data/teacher-names.jsonl.xz`, the file that the released student learned from);
 # - **both**: the names of the sequence level, and the toy teacher's probabilities for them.
@@ -297,7 +298,7 @@ holds("the students are still far from their teacher", gains["the toy teacher"][
 # knows about each position.
 #
 # The student of labels alone overfits: its training loss is the lowest, and its held-out loss the highest. New names do not have
-# this limit. That is why the teacher of the released models wrote 300,000 of them.
+# this limit. That is why the teacher of the released models wrote hundreds of thousands of them (`data/README.md`).
 #
 # **Forward or reverse?** In theory the reverse KL makes the more certain student. At this size?
 
@@ -311,8 +312,7 @@ with torch.no_grad():
 print("mean entropy, nats a token:", "; ".join(f"{kind} {each:.2f}" for kind, each in entropies.items()))
 more = "more" if entropies["token level, reverse"] < entropies["token level"] else "less"
 print(f"here the student of the reverse KL is {more} certain than that of the forward KL")
-least = min(entropies, key=entropies.get)
-holds("after these few steps all are less certain than the teacher", least == "the toy teacher")
+holds("after few steps all are less certain than the teacher", min(entropies, key=entropies.get) == "the toy teacher")
 
 # %% [markdown]
 # ## The teacher's likeliest tokens

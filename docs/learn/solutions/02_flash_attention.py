@@ -95,7 +95,7 @@ holds("in float16 it fails at scores between 11 and 12", math.exp(11) < torch.fi
 #
 # ## 3. Two halves
 #
-# The LSE of a half says how much weight the half has in all: exp(LSE of the half - LSE of all). And the LSE of all is
+# The LSE of a half gives the weight that the half has in all: exp(LSE of the half - LSE of all). And the LSE of all is
 # the log of the sum of the exponentials of both.
 
 # %%

@@ -36,7 +36,7 @@ torch.manual_seed(0)
 # ## 1. A window
 #
 # Without a window the tiles grow with the square of the length. With one, each row of tiles has at most three: linear.
-# The mask's own functions tell which keys a tile of queries sees, so no attention has to be computed to count.
+# The mask's own functions give the keys that a tile of queries sees, so no attention has to be computed to count.
 
 # %%
 

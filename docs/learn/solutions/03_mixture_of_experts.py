@@ -79,6 +79,8 @@ total, active = once + blocks * experts * expert, once + blocks * chosen * exper
 table(["Mixtral 8x7B", "billions"], [["all weights", f"{total / 1e9:.1f}"], ["active", f"{active / 1e9:.1f}"]])
 holds("46.7 billion weights, 12.9 billion active", (round(total / 1e9, 1), round(active / 1e9, 1)) == (46.7, 12.9))
 holds("the experts are 97% of all", 0.96 < blocks * experts * expert / total < 0.98)
+with_one = once - blocks * experts * width + blocks * expert  # one MLP in each block, no router
+holds("with one such MLP in each block, and no router, 7.2 billion", round(with_one / 1e9, 1) == 7.2)
 
 # %% [markdown]
 # A dense model of this shape with one such MLP in each block has 7.2 billion weights: hence the 7 of the name. Memory goes by 47,

@@ -17,8 +17,10 @@
 import copy
 import math
 import random
+import signal
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +33,10 @@ from chapter_tools import cards, load_base, table
 
 from flash_experts.benchmarks.timing import Implementation, Lap, time_in_rounds
 from flash_experts.data.packing import encode_cards, pack
+from flash_experts.training import Trainer, TrainingConfig
 from flash_experts.training.batches import NameBatches
-from flash_experts.training.optimizer import Schedule, make_optimizers
-from flash_experts.training.training_config import TrainingConfig
+from flash_experts.training.optimizer import make_optimizers
+from flash_experts.training.tracking import Callback, read_metrics
 
 base, tokenizer = load_base()
 train_cards = cards("train")[:3000]
@@ -164,16 +167,38 @@ holds("and it changes the last loss by less than half", 0.5 < ratio < 2)
 # ## 4. Another schedule, the same resume
 
 # %%
-plan = Schedule("cosine", 0.1, 0.1, planned_steps=100, planned_seconds=None)
-again = Schedule("cosine", 0.1, 0.1, planned_steps=100, planned_seconds=None)
-longer = Schedule("cosine", 0.1, 0.1, planned_steps=150, planned_seconds=None)
-holds(
-    "resumed at 50 with the same max_steps, the rates are the same",
-    all(plan.factor(n, 0.0) == again.factor(n, 0.0) for n in range(50, 100)),
-)
-holds("with another max_steps the rate jumps", longer.factor(50, 0.0) > plan.factor(49, 0.0) + 0.1)
-rows = [[n, f"{plan.factor(n, 0.0):.3f}", f"{longer.factor(n, 0.0):.3f}"] for n in (49, 50, 75, 99)]
-table(["step", "max_steps 100", "changed to 150"], rows)
+# Three runs with a cosine: one is not interrupted, two are stopped after four steps. Of these one resumes as it was, the other
+# with twice the `max_steps`. The rates are read from their logs.
+
+
+# %%
+class Kill(Callback):
+    """Asks the run to stop, as a job scheduler does, while it writes the log of step 3; it stops after step 4."""
+
+    def on_log(self, step: int, metrics: Mapping[str, float]) -> None:
+        if step == 3:
+            signal.raise_signal(signal.SIGTERM)
+
+
+def rates_of(name: str, max_steps: int, *callbacks: Callback, resume: str | None = None) -> list[float]:
+    """Trains, or resumes, and returns the learning rate of each step of the run's log."""
+    config = TrainingConfig(
+        output_dir=folder, run_name=name, max_steps=max_steps, max_epochs=None, tokens_per_batch=128,
+        schedule="cosine", warmup_steps=1, log_every=1, eval_every=None, checkpoint_every=None, save_in_background=False,
+    )  # fmt: skip
+    Trainer(copy.deepcopy(base), tokenizer, train_cards[:300], [], config, callbacks).train(resume=resume)
+    return [line["lr"] for line in read_metrics(Path(folder) / name / "metrics.jsonl", "train")]
+
+
+with tempfile.TemporaryDirectory() as folder:
+    rates = {"not interrupted": rates_of("whole", 8)}
+    for title, steps in (("resumed", 8), ("resumed with max_steps 16", 16)):
+        rates_of(title.replace(" ", "-"), 8, Kill())
+        rates[title] = rates_of(title.replace(" ", "-"), steps, resume="auto")[:8]
+table(["rate of step", *range(1, 9)], [[title, *(f"{rate:.1e}" for rate in each)] for title, each in rates.items()])
+whole, same, longer = rates.values()
+holds("resumed with the same max_steps, each step has the rate of the whole run", same == whole)
+holds("with twice the max_steps the rate jumps up at the resume", longer[:4] == whole[:4] and longer[4] > longer[3])
 
 # %% [markdown]
 # The rate is a function of the share of the run that is done, so with another length the rate jumps at the resume. A

@@ -85,8 +85,9 @@ for temperature in (0.7, 1.0, 1.5):
         probs_K = probs_K[probs_K > 0] / probs_K.sum()
         tokens_left[title].append(len(probs_K))
         ratios[title].append((probs_K.min() / probs_K.max()).item())
-        rows.append([f"{title}, temperature {temperature}", len(probs_K), f"{probs_K.min() / probs_K.max():.4f}"])
-table(["", "tokens left", "least likely over likeliest"], rows)
+        cells = len(probs_K), f"{probs_K.min():.1e}", f"{probs_K.min() / probs_K.max():.4f}"
+        rows.append([f"{title}, temperature {temperature}", *cells])
+table(["", "tokens left", "probability of the least likely", "over the likeliest"], rows)
 
 holds(
     "both let more tokens pass at a higher temperature, min-p fewer than top-p",
