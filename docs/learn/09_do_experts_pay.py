@@ -350,10 +350,10 @@ holds("a dense model reads more tokens per second: experts have to make up for i
 # | [sparse upcycling](https://arxiv.org/abs/2212.05055) (2022) | T5, ViT | ahead of the dense models, for about half of their first budget spent again |
 # | [nanochat](https://github.com/karpathy/nanochat) (log, 2026) | GPT-2's size, 8 experts, 2 active | better per step; use of the GPU fell from 46% to 35%; worse per second, removed |
 # | [Megatron-LM, issue 894](https://github.com/NVIDIA/Megatron-LM/issues/894) | 125 M | no better than dense |
-# | this project | 3 to 12 M | the table above |
+# | this project | 3 to 25 M | the tables above |
 #
 # So experts help where the model is large, training data are plentiful and many devices share the weights. They do little where
-# training data are the bottleneck, as here. (The numbers of others are from their papers and pages, on their data. We did not
+# training data are the bottleneck, as in the first tables here, and a little where a teacher writes new names without end. (The numbers of others are from their papers and pages, on their data. We did not
 # measure them.)
 #
 # ## When would you use experts?
@@ -374,7 +374,7 @@ holds("a dense model reads more tokens per second: experts have to make up for i
 #
 # ## What to remember
 #
-# - Say what is equal: weights, active weights, FLOPs, seconds or training data.
+# - State what is equal: weights, active weights, FLOPs, seconds or training data.
 # - An interval over names is not an interval over seeds. Look at both.
 # - Experts add capacity, and capacity needs training data.
 # - A negative result with its interval is a result.
