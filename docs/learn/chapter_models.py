@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch.nn import functional as F
@@ -68,6 +68,7 @@ def training_steps(
     tokens: int = 200,
     lr_scale: LearningRateScale = ALL_PARTS,
     seed: int = 0,
+    optimizer: Literal["adamw", "muon"] = "adamw",
 ) -> Iterator[float]:
     """A short training loop of the trainer's own parts: its batches, optimizer and schedule.
 
@@ -83,6 +84,7 @@ def training_steps(
         tokens: of a step, about.
         lr_scale: factors of the rate for router, experts and the rest; 0 freezes a part.
         seed: of the names' order and of dropout.
+        optimizer: chapter 5 explains AdamW, chapter 5b Muon.
     """
     config = TrainingConfig(
         max_steps=steps,
@@ -91,6 +93,7 @@ def training_steps(
         tokens_per_batch=tokens,
         lr_scale=lr_scale,
         seed=seed,
+        optimizer=optimizer,
     )
     freeze_parts(model, lr_scale)
     batches, schedule = NameBatches(names, tokenizer, config), Schedule.of(config, steps)
@@ -103,9 +106,9 @@ def training_steps(
         output = model(**row.inputs_with_loss(row.labels.numel()))
         output.loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers.values():
-            optimizer.step()
-            optimizer.zero_grad()
+        for each in optimizers.values():
+            each.step()
+            each.zero_grad()
         update_router_biases(model)
         model.eval()
         yield F.cross_entropy(output.logits[0].detach(), row.labels).item()

@@ -139,7 +139,7 @@ class TrainingConfig:
     )  # fmt: skip
     learning_rate: float = option(5e-4, "peak learning rate", _OPTIMIZER, bounds=_POSITIVE)
     optimizer: Literal["adamw", "muon"] = option(
-        "adamw", "optimizer: adamw, or muon (an experiment) for the matrices of the blocks, with AdamW for the rest",
+        "adamw", "optimizer: adamw, or muon for the matrices of the blocks, with AdamW for the rest",
         _OPTIMIZER,
     )  # fmt: skip
     weight_decay: float = option(
