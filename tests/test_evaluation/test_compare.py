@@ -45,9 +45,12 @@ def test_each_pair_is_compared_on_each_set(result: ComparisonResult) -> None:
 
 
 def test_difference_is_that_of_the_bits(result: ComparisonResult) -> None:
-    figures = {model.label: model.splits["test"].unconditional.value for model in result.models}
-    difference = next(d for d in result.differences if d.split == "test" and not d.conditional)
-    assert difference.bits.value == pytest.approx(figures[difference.first] - figures[difference.second])
+    """The first model's minus the second's, on the same set and with the same kind of prompts."""
+    splits = {model.label: model.splits for model in result.models}
+    for found in result.differences:
+        first, second = (splits[label][found.split] for label in (found.first, found.second))
+        bits = [one.conditional.value if found.conditional else one.unconditional.value for one in (first, second)]
+        assert found.bits.value == pytest.approx(bits[0] - bits[1])
 
 
 def test_names_side_by_side(result: ComparisonResult) -> None:
@@ -228,8 +231,19 @@ def test_blind_test_is_half_real_and_hides_which() -> None:
     assert not {"a0", "b1"} & {name.text for name in test}  # real after all
     assert sources != sorted(sources)
     assert test == make_blind_test(samples, real, {"a0", "b1"}.__contains__, seed=0)
+    other = make_blind_test(samples, real, {"a0", "b1"}.__contains__, seed=1)
+    chosen, others = ({name.text for name in one if name.source == REAL} for one in (test, other))
+    assert chosen != others, "the real names are drawn, too"
     assert make_blind_test({"one": ["a0"]}, real, {"a0"}.__contains__, seed=0) == ()
     assert make_blind_test({}, real, bool, seed=0) == ()
+
+
+def test_blind_test_of_few_real_names_or_repeated_ones_has_as_many_of_each() -> None:
+    samples = {"one": [f"a{index // 3}" for index in range(30)], "two": [f"b{index}" for index in range(30)]}
+    for num_real, each in ((50, 6), (4, 2)):
+        real = [f"r{index}" for index in range(num_real)]
+        sources = [name.source for name in make_blind_test(samples, real, {""}.__contains__, seed=0)]
+        assert (sources.count(REAL), sources.count("one"), sources.count("two")) == (2 * each, each, each)
 
 
 def test_a_star_marks_what_nothing_beats(result: ComparisonResult) -> None:

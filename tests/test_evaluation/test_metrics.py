@@ -71,9 +71,10 @@ def test_bootstrap_interval_covers_the_truth_about_95_times_in_100() -> None:
 
 def test_the_same_seed_gives_the_same_interval() -> None:
     values = np.arange(50.0)
-    first, again, other = (metrics.ratio_of_sums(values, np.ones(50), seed=seed) for seed in (3, 3, 4))
-    assert first == again
-    assert first != other
+    for measure in (metrics.ratio_of_sums, metrics.bits_estimate, metrics.word_association):
+        first, again, other = (measure(values, np.ones(50), seed=seed) for seed in (3, 3, 4))
+        assert first == again
+        assert first != other
 
 
 def test_resamples_that_do_not_fit_into_memory_at_once_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,6 +111,19 @@ def test_share_of_none_and_all_keeps_an_interval() -> None:
     assert none.high == pytest.approx(0.2775, abs=1e-3)  # Wilson: 0 of 10
     assert (every.value, every.high) == (1.0, 1.0)
     assert every.low == pytest.approx(1 - none.high)
+
+
+@pytest.mark.parametrize(("hits", "total"), [(1, 10), (5, 10), (9, 10), (300, 1000)])
+def test_the_bounds_of_a_proportion_are_where_the_normal_test_just_rejects(hits: int, total: int) -> None:
+    """The definition of Wilson's interval: the standard error is that of the bound, not of the estimate."""
+    for bound in metrics.wilson(hits, total):
+        assert abs(hits / total - bound) == pytest.approx(1.959964 * math.sqrt(bound * (1 - bound) / total))
+
+
+def test_each_of_many_names_is_compared() -> None:
+    names = [f"{index:03}goblin" for index in range(200)]
+    assert metrics.near_duplicates(names, names[::2]).all(), "one digit in nine characters"
+    assert not metrics.near_duplicates(names, ["serraangel"]).any()
 
 
 def test_near_duplicates_differ_in_at_most_a_fifth_of_the_characters() -> None:
@@ -172,6 +186,15 @@ def test_auc_on_worked_numbers() -> None:
     assert metrics.auc_estimate([5, 6, 1, 2], [1, 1, 0, 0]).value == 1.0
     assert metrics.auc_estimate([1, 2, 5, 6], [1, 1, 0, 0]).value == 0.0
     assert metrics.auc_estimate([4, 4, 4, 4], [1, 1, 0, 0]).value == 0.5
+
+
+def test_the_interval_of_an_auc_on_worked_numbers() -> None:
+    """DeLong: on each side, the shares of the other side that a name is ahead of are 1 and 3 / 4, variance 1 / 32."""
+    estimate = metrics.auc_estimate([3, 2, 1, 2], [1, 1, 0, 0])
+    assert estimate.value - estimate.low == pytest.approx(1.959964 * math.sqrt((1 / 32) / 2 + (1 / 32) / 2))
+    # Sides of two and three names: shares 1 and 2 / 3 of three, and 1, 1 and 1 / 2 of two.
+    estimate = metrics.auc_estimate([5, 2, 1, 1, 3], [1, 1, 0, 0, 0])
+    assert estimate.value - estimate.low == pytest.approx(1.959964 * math.sqrt((1 / 18) / 2 + (1 / 12) / 3))
 
 
 def test_auc_of_separated_names_keeps_an_interval() -> None:

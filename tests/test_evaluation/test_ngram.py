@@ -179,3 +179,11 @@ def test_samples_follow_the_attributes(model: ConditionalNGrams) -> None:
 def test_an_unknown_attribute_changes_nothing(model: ConditionalNGrams) -> None:
     strange = Attributes(subtypes=("Goblin",), mana_value=9)
     np.testing.assert_allclose(model.nats(["bolt"], [strange]), model.nats(["bolt"], [UNCONDITIONAL]))
+
+
+@pytest.mark.parametrize(("count", "has_layer"), [(4, False), (5, True)])
+def test_an_attribute_of_few_names_changes_nothing(count: int, has_layer: bool) -> None:
+    """Four names would be memorized."""
+    few = ConditionalNGrams([*CARDS, *(card(name, "G") for name in ("elf", "grow", "oak", "vine", "bear")[:count])])
+    green, none = (few.nats(["grow"], [given])[0] for given in (Attributes(colors=("G",)), UNCONDITIONAL))
+    assert (green < none - 1) if has_layer else (green == none)

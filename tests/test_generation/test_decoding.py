@@ -185,6 +185,10 @@ def test_what_is_no_plain_gpt2_keeps_its_own_forward(monkeypatch: pytest.MonkeyP
     assert not decode_step.supports(model)
     monkeypatch.delenv("FLASH_EXPERTS_ATTENTION")
     assert decode_step.supports(model)
+    hook = model.transformer.h[0].mlp.register_forward_pre_hook(lambda module, args: (2 * args[0],))
+    assert not decode_step.supports(model)
+    hook.remove()
+    assert decode_step.supports(model)
     projection = model.transformer.h[0].attn.c_attn
     projection.__class__ = type("Adapted", (type(projection),), {})  # as an adapter would take its place
     assert not decode_step.supports(model)

@@ -47,6 +47,12 @@ def test_scores_of_attributes_add_up_and_an_attribute_of_no_card_counts_zero() -
     assert classifier.scorer(Attributes(subtypes=("Nobody",)))(names).tolist() == [0, 0]
 
 
+def test_capitals_do_not_matter() -> None:
+    """A word begins with one or not by its place in the name."""
+    score_N = real_card_classifier().scorer(RED)(["Firebrand Goblin", "firebrand goblin", "FIREBRAND GOBLIN"])
+    assert score_N[0] == score_N[1] == score_N[2] > 0
+
+
 def test_it_recognizes_colors_of_unseen_names() -> None:
     """Real names of unseen cards, which of two colors: half would be chance."""
     from flash_experts.data.cleaning import clean
@@ -116,6 +122,8 @@ def test_attributes_are_left_out_while_few_cards_have_them() -> None:
     assert cards_of_kind(cards, Attributes(types=("Creature",), subtypes=("Goblin",))) == goblins
     red = Attributes(types=("Creature",), subtypes=("Goblin",), colors=("R",))
     assert cards_of_kind(cards, red) == goblins, "25 are red: too few"
+    legendary = Attributes(supertypes=("Legendary",), types=("Creature",), subtypes=("Goblin",), colors=("R",))
+    assert cards_of_kind(cards, legendary) == goblins, "none is legendary: the color and the supertype are left out"
     assert cards_of_kind(cards, Attributes(types=("Instant",))) == cards
     assert cards_of_kind(cards, Attributes()) == cards
 
@@ -151,6 +159,20 @@ def test_flaws_and_borrowed_characters_count_against_a_name() -> None:
     names = ["Wurm Wurmguard", "Wurm Riderguard", "Krenko, the Blade", "Zrenko, the Blade"]
     flawed, sound, borrowed, own = rerank.scores([Name(text, START_NATS * -1) for text in names])
     assert (flawed, sound, borrowed, own) == (-0.25, 0, -0.25, 0)
+    assert rerank.scores([Name("Wurm Wurmguard Wurmling", -START_NATS)]) == [-0.5], "each flaw counts"
+
+
+def test_names_are_compared_with_the_cards_of_a_given_classifier() -> None:
+    """Such as the training cards alone, where the others are held out."""
+    goblins = [card(f"Goblin {n}", "Creature", subtypes=("Goblin",), color="R") for n in range(40)]
+    given = AttributeClassifier([*goblins, card("Bolt", "Instant", color="R")])
+    rerank: Reranker[Name] = Reranker(RED, match_weight=1, fault_weight=1, classifier=given)
+    names = [Name("Goblin 7", -9.0), Name("Goblin 8", -9.1), Name("Quartz 9", -9.2)]
+    odds_N = given.scorer(RED)([name.text for name in names])
+    np.testing.assert_allclose(rerank.scores(names), (np.array([-9.0, -9.1, -9.2]) + START_NATS + odds_N) / 9)
+    varied: Reranker[Name] = Reranker(RED, match_weight=0, fault_weight=1, classifier=given)
+    varied.add(names)
+    assert [varied.choose() for _ in names] == names, "all cards of the kind are Goblins, so the word may repeat"
 
 
 def test_the_best_is_chosen_and_repeated_words_wait() -> None:

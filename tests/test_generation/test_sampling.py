@@ -128,6 +128,16 @@ def test_rows_without_a_token_are_reported_and_do_not_affect_others() -> None:
         assert ((tokens >= 0) & (tokens < 9)).all()
 
 
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(top_k=3), Sampling(top_p=0.5), Sampling(min_p=0.4)], ids=str)
+def test_a_row_is_drawn_from_its_own_scores_and_numbers(sampling: Sampling) -> None:
+    """Alone as in a batch, also where a token is drawn again."""
+    torch.manual_seed(0)
+    scores_BV, noise_B2 = 2 * torch.randn(60, 30), torch.rand(60, 2, dtype=torch.float64)
+    together, _ = draw(scores_BV, noise_B2, sampling)
+    alone = [draw(scores_BV[row : row + 1], noise_B2[row : row + 1], sampling)[0] for row in range(60)]
+    assert torch.equal(together, torch.cat(alone))
+
+
 def test_noise_of_a_name_depends_on_seed_and_index_alone() -> None:
     together = noise(7, range(10), 5)
     assert torch.equal(noise(7, range(4, 6), 5), together[4:6])

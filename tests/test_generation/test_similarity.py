@@ -98,6 +98,15 @@ def test_sub_words_of_examples_are_favored_until_a_name_has_them(vocabulary: Nam
     assert (favored >= 0).all() and not scores.any()
 
 
+def test_an_example_counts_once_and_small_words_and_letters_do_not(vocabulary: NameVocabulary) -> None:
+    examples = ["Goblin Goblin of", "Goblin of Red", "Grunt of"]
+    weights = Resembles(vocabulary, 0, examples, strength=2.0).weights
+    goblin, grunt, of = (vocabulary.encode(text)[-1] for text in (" Goblin", " Grunt", " of"))
+    assert (weights[goblin], weights[grunt]) == (2.0, 2.0 * 0.5**0.5), "two of three examples, and one"
+    assert of not in weights
+    assert all(len(vocabulary.texts[token].strip()) > 1 for token in weights)
+
+
 def test_names_come_nearer_to_the_examples(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast) -> None:
     """Even for a random model."""
     generator = NameGenerator(model, tokenizer, [])

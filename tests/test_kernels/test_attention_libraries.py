@@ -96,6 +96,24 @@ def test_sdpa_gets_no_mask_and_the_cache_itself(
         assert args[2].untyped_storage().data_ptr() == v.untyped_storage().data_ptr()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("heads", [(2, 2), (4, 2)])
+@pytest.mark.parametrize("packed", [True, False])
+def test_sdpa_drops_a_weight_or_scales_it(packed: bool, heads: tuple[int, int], dtype: torch.dtype) -> None:
+    """With one key per query, the output is 0, or the value divided by the share that is kept."""
+    torch.manual_seed(0)
+    options = AttentionOptions(0.5, right=0, dropout=0.75, seed=torch.tensor([1]))
+    q, k, v = (torch.randn(200, 1, h, 8).to(dtype).requires_grad_() for h in (heads[0], heads[1], heads[1]))
+    if packed:
+        lengths = PackedLengths.of(torch.arange(201, dtype=torch.int32), 1)
+        out = attention_libraries.sdpa_varlen(q[:, 0], k[:, 0], v[:, 0], lengths, options)[0][:, None]
+    else:
+        out, _ = attention_libraries.sdpa(q, k, v, options)
+    is_kept = (out != 0).any(-1, keepdim=True)
+    torch.testing.assert_close(out, 4 * v.repeat_interleave(heads[0] // heads[1], 2) * is_kept)
+    assert 0.15 < is_kept.float().mean() < 0.35
+
+
 def fake_package(version: int) -> types.ModuleType:
     def run(q: Any, k: Any, v: Any, options: AttentionOptions, cu: tuple[Any, ...]) -> Any:
         if cu:
@@ -156,3 +174,22 @@ def test_the_packages_get_our_options(monkeypatch: pytest.MonkeyPatch, version: 
     starts = cumulative([2, 0, 4])
     out, _ = attention_libraries.flash_attn_varlen(version, q[0], k[0], v[0], PackedLengths.of(starts, 4), options)
     assert_same(out, oracle_varlen(q[0], k[0], v[0], starts, starts, options)[0], (q, k, v))
+
+
+@pytest.mark.parametrize("version", [2, 3, 4])
+def test_the_packages_get_dropout_and_determinism(monkeypatch: pytest.MonkeyPatch, version: int) -> None:
+    given: list[dict[str, Any]] = []
+    module = types.ModuleType(attention_libraries.FLASH_ATTN_MODULES[version])
+    for name in ("flash_attn_func", "flash_attn_varlen_func"):
+        setattr(module, name, lambda q, *_, **options: given.append(options) or q)
+    monkeypatch.setitem(sys.modules, "flash_attn", types.ModuleType("flash_attn"))
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    dropout = {"dropout": 0.3, "seed": torch.tensor([1])} if version == 2 else {}
+    options, q, starts = AttentionOptions(0.4, **dropout), torch.randn(2, 6, 4, 8), cumulative([2, 0, 4])
+    for deterministic in (True, False):
+        attention_libraries.flash_attn(version, q, q, q, options, deterministic=deterministic)
+        attention_libraries.flash_attn_varlen(
+            version, q[0], q[0], q[0], PackedLengths.of(starts, 4), options, deterministic=deterministic
+        )
+    assert [one["deterministic"] for one in given] == [True, True, False, False]
+    assert {one.get("dropout_p") for one in given} == {options.dropout if version == 2 else None}

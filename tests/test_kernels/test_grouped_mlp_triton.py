@@ -100,6 +100,18 @@ def test_frozen_weights_get_no_gradient() -> None:
     assert all(weight.grad is None for weight in floats[2:])
 
 
+@pytest.mark.parametrize("trained", [1, 5], ids=["gates", "down bias"])
+def test_what_is_frozen_changes_no_other_gradient(trained: int) -> None:
+    """Also where the biases of the second matrices alone are trained."""
+    choices_TK, floats = inputs_of(5, 2, width=16, hidden=32)
+    out = grouped_mlp(floats[0], choices_TK, *floats[1:], "gelu_new")
+    expected = torch.autograd.grad(out.sum(), floats[trained])
+    for index, tensor in enumerate(floats):
+        tensor.requires_grad_(index == trained)
+    out = grouped_mlp(floats[0], choices_TK, *floats[1:], "gelu_new")
+    assert torch.equal(torch.autograd.grad(out.sum(), floats[trained])[0], expected[0])
+
+
 def test_without_gradients_nothing_is_kept() -> None:
     choices_TK, floats = inputs_of(10, 2)
     with torch.no_grad():

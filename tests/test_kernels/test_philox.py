@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flash_experts.kernels.flash_attention_reference import dropout_keep_mask, philox4x32
+from flash_experts.kernels.flash_attention_reference import dropout_keep_mask, philox4x32, uniform
 
 # Known answers of the authors' own library, Random123 (kat_vectors, philox4x32 with 10 rounds): counter, key, words.
 KNOWN = [
@@ -28,6 +28,14 @@ def words(text: str) -> tuple[torch.Tensor, ...]:
 @pytest.mark.parametrize(("counter", "key", "expected"), KNOWN)
 def test_known_answers(counter: str, key: str, expected: str) -> None:
     assert philox4x32(words(key), words(counter)) == words(expected)
+
+
+def test_uniform_numbers_have_31_bits_of_a_word_and_are_under_one() -> None:
+    """As Triton's: the upper half of the words is mirrored."""
+    found = uniform(torch.tensor([0, 1, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFE, 0xFFFFFFFF]))
+    assert found.dtype == torch.float32 and found[2] < 1
+    assert torch.equal(found[:3], found[3:].flip(0))
+    torch.testing.assert_close(found[:2].double(), torch.tensor([0, 2.0**-31]).double(), rtol=1e-6, atol=0)
 
 
 TRITON_PROGRAM = """

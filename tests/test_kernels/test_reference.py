@@ -128,6 +128,20 @@ def test_low_precision_errs_no_more_than_plain_mathematics(dtype: torch.dtype, c
     )
 
 
+def test_gradients_in_bfloat16_are_rounded_once_and_not_at_each_tile() -> None:
+    """So a sum over 64 tiles is that of one, but for the last digit."""
+    torch.manual_seed(0)
+    options = AttentionOptions(0.3, right=0)
+    qkv = tuple(torch.randn(1, 128, 1, 8, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+    weight = torch.randn(1, 128, 1, 8, dtype=torch.bfloat16)
+    many, one = (
+        torch.autograd.grad(attention(*qkv, options, block_q=block, block_k=block)[0], qkv, weight)
+        for block in (2, 128)
+    )
+    for mine, other in zip(many, one, strict=True):
+        torch.testing.assert_close(mine, other, rtol=torch.finfo(torch.bfloat16).eps, atol=1e-5)
+
+
 def test_dropout_follows_its_seed() -> None:
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, 40, 4, 8) for _ in range(3))

@@ -55,6 +55,8 @@ def test_a_checkpoint_folder_may_be_named_and_later_ones_go(train: Callable[...,
     model, _ = train(config)
     again, _ = train(config, checkpoint_path(config.run_dir, 6), seed=5)
     assert torch.equal(model.transformer.wte.weight, again.transformer.wte.weight)
+    train(replace(config, max_steps=7), checkpoint_path(config.run_dir, 6))
+    assert checkpoints.checkpoint_steps(config.run_dir) == [3, 6, 7]
 
 
 def test_a_finished_run_does_nothing_unless_more_is_asked(
