@@ -71,7 +71,12 @@ class Experts(nn.Module):
 def fe_experts_forward(
     self: Experts, x_TD: torch.Tensor, experts_TK: torch.Tensor, gates_TK: torch.Tensor
 ) -> torch.Tensor:
-    """One fused operation on a CPU; transformers' grouped_mm elsewhere and in compiled graphs (no graph break)."""
+    """One fused operation on a CPU; transformers' grouped_mm elsewhere and in compiled graphs (no graph break).
+
+    Under ``torch.func``'s transforms (per-sample gradients), which it does not support, transformers' batched_mm.
+    """
+    if torch._C._are_functorch_transforms_active():
+        return ALL_EXPERTS_FUNCTIONS["batched_mm"](self, x_TD, experts_TK, gates_TK)
     if x_TD.device.type != "cpu" or torch.compiler.is_compiling():
         return ALL_EXPERTS_FUNCTIONS["grouped_mm"](self, x_TD, experts_TK, gates_TK)
     if torch.is_grad_enabled():
