@@ -65,6 +65,23 @@ def test_commands_report_an_empty_key_in_one_line(
     assert f"c.yaml: {key} is empty" in line
 
 
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("training:\n  max_stepz: 5\n", "did you mean 'training.max_steps'?"),
+        ("training:\n  stages: [{name: a, epoch: 1}]\n", "stages has no setting 'epoch': did you mean 'epochs'?"),
+    ],
+)
+def test_a_misspelled_setting_within_a_group_gets_a_suggestion(
+    text: str, answer: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "c.yaml").write_text(text, "utf-8")
+    with pytest.raises(SystemExit, match="2"):
+        PARSERS["train"].parse_args(["--config", str(tmp_path / "c.yaml")])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert answer in line
+
+
 def test_a_null_that_is_allowed_and_a_number_for_a_name_reach_the_command(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text(
         "base:\ntraining:\n  max_epochs:\n  run_name: 2026\n  learning_rate: 1e-3\n", "utf-8"

@@ -46,8 +46,11 @@ train --training.schedule '' :: training.schedule must be one of
 train --training.compile perhaps :: training.compile must be true or false
 train --training.tracker mlfow :: did you mean 'mlflow'
 train --training.stages 3 :: training.stages
-train --training.stages [{}] :: name
-train --training.stages '[{name: a, order: up}]' :: order
+train --training.stages [{}] :: training.stages: each of them needs a name
+train --training.stages '[{name: a, order: up}]' :: training.stages: order must be one of shuffled, length, not 'up'
+train --training.stages '[{name: a, epochs: x}]' :: training.stages: epochs must be a number or null, not 'x'
+train --training.stages '[{name: a, types: 3}]' :: training.stages: types must be a list, such as [a,b] or null
+train --training.stages '[{name: a, epoch: 1}]' :: training.stages has no setting 'epoch': did you mean 'epochs'
 train --training 3 :: --training is a group of options
 train --training.lr_scale=2 :: --training.lr_scale is a group of options
 train --model models/base :: --model is a group of options

@@ -122,6 +122,30 @@ def test_packed_layouts_are_views_of_the_plain_ones() -> None:
         assert_same(ours, flash_attn_varlen_func(q, k, v, starts, starts, 7, 7, causal=True), (qkv,))
 
 
+def test_compiled_for_any_size_without_a_graph_break() -> None:
+    torch.compiler.reset()
+    compiled = torch.compile(flash_attn_func, backend="eager", fullgraph=True, dynamic=True)
+    for length in (5, 7):
+        q, k, v = (torch.randn(2, length, heads, 8) for heads in (4, 2, 2))
+        torch.testing.assert_close(compiled(q, k, v, causal=True), flash_attn_func(q, k, v, causal=True))
+
+
+@pytest.mark.parametrize("options", [{}, {"softcap": 2.0}, {"return_attn_probs": True}])
+def test_under_autocast_every_backend_gives_its_dtype(options: dict[str, Any]) -> None:
+    q = torch.randn(2, 5, 2, 16, requires_grad=True)
+    starts = cumulative([5])
+    with torch.autocast("cpu", torch.bfloat16):
+        results = [
+            flash_attn_func(q, q, q, **options),
+            flash_attn_varlen_func(q[0], q[0], q[0], starts, starts, 5, 5, **options),
+        ]
+        exact = flash_attn_func(*[q.double()] * 3, **options)
+    outputs = [result[0] if isinstance(result, tuple) else result for result in (*results, exact)]
+    assert [out.dtype for out in outputs] == [torch.bfloat16, torch.bfloat16, torch.float64]
+    (gradient,) = torch.autograd.grad(outputs[0].sum() + outputs[1].sum(), q)
+    assert gradient.dtype == torch.float32
+
+
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 def test_dropout_is_replayed_by_the_generator(backend: str) -> None:
     q = torch.randn(2, 9, 2, 8)

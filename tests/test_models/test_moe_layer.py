@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
 
 from flash_experts import GPT2MoEConfig, GPT2MoEForCausalLM
@@ -44,6 +45,22 @@ def test_dropout_is_on_the_whole_output() -> None:
     kept = dropped != 0
     torch.testing.assert_close(dropped[kept], 2 * whole[kept])
     assert kept.double().mean().item() == pytest.approx(0.5, abs=0.1)
+
+
+@pytest.mark.parametrize("in_training", [False, True])
+def test_gradients_of_each_sample_by_functional_transforms(in_training: bool) -> None:
+    layer = make_layer(resid_pdrop=0.0).train(in_training)
+    weights, x_BTD = dict(layer.named_parameters()), torch.randn(3, 5, 12, dtype=torch.float64)
+
+    def loss(weights: Any, x_TD: torch.Tensor) -> torch.Tensor:
+        return functional_call(layer, weights, x_TD).square().sum()
+
+    of_each = vmap(grad(loss), in_dims=(None, 0))(weights, x_BTD)
+    for number, x_TD in enumerate(x_BTD):
+        layer.zero_grad()
+        layer(x_TD).square().sum().backward()
+        for name, weight in weights.items():
+            torch.testing.assert_close(of_each[name][number], weight.grad, rtol=0, atol=1e-10)
 
 
 def test_new_weights_are_as_large_as_gpt2s() -> None:

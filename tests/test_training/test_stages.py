@@ -214,3 +214,20 @@ def test_a_stage_without_names_is_an_error(tokenizer: PreTrainedTokenizerFast) -
     without_rarities = [replace(card, rarity=None) for card in CARDS]
     with pytest.raises(ValueError, match=r"rarities, which this data does not have.*scryfall"):
         NameBatches(without_rarities, tokenizer, TrainingConfig(stages=[Stage("rare", rarities=["rare"])]))
+
+
+def test_too_few_names_for_the_micro_batches_of_a_later_stage_end_the_run_before_it_begins(
+    tokenizer: PreTrainedTokenizerFast, dense_config: GPT2Config, tmp_path: Path
+) -> None:
+    stages = [Stage("all"), Stage("two", max_length=9)]
+    few = [card for card in TRAIN if len(card.name) <= 9]
+    config = TrainingConfig(
+        output_dir=str(tmp_path), run_name="few", max_epochs=None, stages=stages, tokens_per_batch=400, device="cpu",
+        gradient_accumulation_steps=len(few) + 1,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=rf"a step of stage 'two' has {len(few)} names.*lower one of them"):
+        Trainer(make_model(dense_config), tokenizer, TRAIN, VALIDATION, config)
+    NameBatches(TRAIN, tokenizer, replace(config, max_steps=1)).check_micro_batches(len(few) + 1)  # never reached
+    small = NameBatches(TRAIN, tokenizer, TrainingConfig(tokens_per_batch=30))
+    with pytest.raises(ValueError, match=r"a step has \d names, too few for 9 micro.*: raise tokens_per_batch"):
+        small.check_micro_batches(9)

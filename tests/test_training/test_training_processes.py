@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -12,6 +14,7 @@ from pathlib import Path
 import pytest
 from transformers import GPT2Config, PreTrainedTokenizerFast
 
+from flash_experts.data.prepare import prepare
 from flash_experts.data.tokenizer import load_tokenizer
 from flash_experts.training import TrainingConfig, distributed
 from tests.test_training import make_model, run
@@ -123,6 +126,29 @@ def test_a_signal_to_one_of_two_processes_stops_both_at_the_same_step(start: Pat
     results = [process.communicate(timeout=300) for process in ranks]
     assert [process.returncode for process in ranks] == [0, 0], results
     assert results[0][0] == results[1][0] and results[0][0].startswith("SIGTERM")
+
+
+TRAIN_COMMAND = """
+import sys
+import torch
+from flash_experts.cli import main
+torch.set_num_threads(1)
+words = "--model.num-experts 0 --model.n-layer 1 --model.n-embd 16 --model.vocab-size 300 --training.device cpu --json"
+limits = "--training.max-steps 2 --training.max-epochs null --training.eval-every null --training.sample-every null"
+folders = ["--data", f"{sys.argv[1]}/data", "--training.output-dir", sys.argv[1], "--training.run-name", "run"]
+sys.exit(main(["train", *words.split(), *limits.split(), *folders]))
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_print_one_json_document(tmp_path: Path) -> None:
+    draw = random.Random(0)
+    names = ["".join(draw.choices("aeioubdglnrst", k=9)).title() for _ in range(200)]
+    (tmp_path / "names.txt").write_text("\n".join(names))
+    prepare(tmp_path / "names.txt", tmp_path / "data")
+    results = [process.communicate(timeout=300) for process in two_processes(TRAIN_COMMAND, tmp_path)]
+    assert json.loads(results[0][0])["step"] == 2, results
+    assert results[1][0] == ""
 
 
 @pytest.mark.slow

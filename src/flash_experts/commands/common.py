@@ -9,7 +9,7 @@ from argparse import SUPPRESS, Action, ArgumentError
 from collections.abc import Callable, Sequence
 from dataclasses import is_dataclass
 from pathlib import Path
-from typing import Any, Literal, NoReturn, get_args, get_origin
+from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter, Namespace
@@ -17,7 +17,7 @@ from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter,
 from flash_experts.files import check_out_file, free_name
 from flash_experts.options import defaults_of, describe_type, options_of, read_settings, read_yaml
 from flash_experts.released import configuration
-from flash_experts.terminal import did_you_mean, one_line, say
+from flash_experts.terminal import did_you_mean, nearest, one_line, say
 
 Run = Callable[[Namespace], None]
 # Messages for an unknown option, key in YAML, and key in a list in YAML.
@@ -26,6 +26,10 @@ _UNKNOWN = (
 )
 # Message for a value of a wrong type; for a union it lists each type first.
 _INVALID = r'option "([\w.]+)"(?: element \d+)?: (?:Does not validate|Expected a )(?:.*(?:Got|Given) value: ?(.*))?$'
+# Message for a problem inside a list of settings, such as a stage of training; the last reason is that it is not null.
+_INSIDE = (
+    r"""option "([\w.]+)": .*?Problem with given class_path '[\w.]+': (.*) - Expected a <class 'NoneType'> Given"""
+)
 MAX_SEEDS = 2**32
 _GENERAL_HELP = {"help": "print this help", "print_config": "print the settings as YAML"}
 _MAX_CHARACTERS = 10_000  # limit for an argument: the YAML parser recurses for each bracket
@@ -221,11 +225,11 @@ class CommandParser(ArgumentParser):
         unknown = re.search(_UNKNOWN, text)
         wrong = next(filter(None, unknown.groups()), "") if unknown else ""
         choice = re.search(r"argument (\S+): invalid choice: '([^']*)' \(choose from (.*)\)", text)
-        invalid = re.match(_INVALID, text)
-        if wrong:
-            key = wrong.split("=")[0].replace("-", "_")
-            options = [option.lstrip("-").replace("-", "_") for option in self._option_string_actions]
-            text = f"unknown option {wrong!r}{did_you_mean(key, options, prefix=': ')}"
+        inside, invalid = re.match(_INSIDE, text), re.match(_INVALID, text)
+        if inside and (problem := self._problem_inside(*inside.groups())):
+            text = problem
+        elif wrong:
+            text = f"unknown option {wrong!r}{self._similar_option(wrong)}"
         elif choice:
             choices = ", ".join(re.findall(r"[\w-]+", choice[3]))
             text = _wrong_value(choice[1], f"one of {choices}", choice[2])
@@ -233,6 +237,32 @@ class CommandParser(ArgumentParser):
             text = expected
         say(f"{self.prog.split(' [')[0]}: {shortened(one_line(text))} (see --help)", sys.stderr)
         raise SystemExit(2)
+
+    def _similar_option(self, wrong: str) -> str:
+        """A suggestion; a file of settings has ``max_stepz`` under ``training`` for ``training.max_steps``."""
+        key = wrong.split("=")[0].replace("-", "_")
+        options = [option.lstrip("-").replace("-", "_") for option in self._option_string_actions]
+        if found := did_you_mean(key, options, prefix=": "):
+            return found
+        by_last_part = {option.rpartition(".")[2]: option for option in options}
+        near = nearest(key, by_last_part)
+        return "" if near is None else f": did you mean {by_last_part[near]!r}?"
+
+    def _problem_inside(self, key: str, message: str) -> str | None:
+        """Error message for an item of a list of settings; None to keep jsonargparse's message."""
+        lists = [get_args(part) for part in get_args(self.hints.get(key))]
+        item = next((part for parts in lists for part in parts if is_dataclass(part)), None)
+        if item is None:
+            return None
+        hints = get_type_hints(item)
+        if unknown := re.match(_UNKNOWN, message):
+            wrong = next(filter(None, unknown.groups()))
+            return f"{key} has no setting {wrong!r}{did_you_mean(wrong, hints, prefix=': ')}"
+        if lacking := re.search(r"arguments are required: (.*)", message):
+            return f"{key}: each of them needs a {lacking[1]}"
+        invalid = re.match(_INVALID, message)
+        kind = describe_type(hints.get(invalid[1])) if invalid else None
+        return _wrong_value(f"{key}: {invalid[1]}", kind, invalid[2]) if invalid and kind else None
 
     def _expected_kind(self, key: str, value: str | None) -> str | None:
         """Error message with the kind of value that an option takes; None to keep jsonargparse's message."""

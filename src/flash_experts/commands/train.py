@@ -74,7 +74,7 @@ def run(args: Namespace) -> None:
     if kept := [f"{name} {value}" for name, value in asdict(settings).items() if value != getattr(args.model, name)]:
         trainer.report.notify(f"{args.base} has experts already, and keeps its {', '.join(kept)}")
     result = trainer.train(args.resume, args.overwrite)
-    if args.json:
+    if args.json and trainer.is_main:  # once, of all processes
         say(json.dumps(asdict(result), default=str, indent=2))
     if result.interrupted:
         raise KeyboardInterrupt

@@ -113,7 +113,7 @@ def _call_sdpa(
         dropout_p=options.dropout,
         is_causal=is_causal,
         scale=options.scale,
-        enable_gqa=H != G,
+        **({"enable_gqa": True} if H != G else {}),  # as a value H != G is a symbol under torch.compile(dynamic=True)
     )
     return out_BHSC.transpose(1, 2)
 

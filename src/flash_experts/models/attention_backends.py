@@ -26,6 +26,7 @@ import torch
 
 from flash_experts.kernels import attention_libraries, flash_attention_reference
 from flash_experts.kernels.attention_options import AttentionOptions, PackedLengths
+from flash_experts.kernels.autocast import autocast_inputs
 from flash_experts.terminal import nearest
 
 ENVIRONMENT_VARIABLE = "FLASH_EXPERTS_ATTENTION"
@@ -211,6 +212,7 @@ def attention(
     ``k_lengths_B`` is the int32 number of keys in use per sequence. Returns (B, S_q, H, C), and the log-sum-exp
     (B, H, S_q) if ``needs_lse``.
     """
+    q_BSHC, k_BSGC, v_BSGC = autocast_inputs(q_BSHC, k_BSGC, v_BSGC)
     features = _requested_features(q_BSHC, options, k_lengths_B is not None, needs_lse, deterministic)
     name = choose(backend, q_BSHC.device.type, q_BSHC.dtype, features)
     if name == "sdpa":
@@ -237,6 +239,7 @@ def attention_varlen(
     deterministic: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """`attention` of packed documents; the log-sum-exp is (H, T_q)."""
+    q_THC, k_TGC, v_TGC = autocast_inputs(q_THC, k_TGC, v_TGC)
     features = _requested_features(q_THC, options, False, needs_lse, deterministic)
     name = choose(backend, q_THC.device.type, q_THC.dtype, features, packed=True)
     packed = (q_THC, k_TGC, v_TGC, lengths, options)

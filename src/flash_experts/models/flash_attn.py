@@ -71,7 +71,8 @@ def flash_attn_func(
         deterministic: bitwise reproducible gradients.
 
     Returns:
-        (B, S_q, H, C), dtype of q; with ``return_attn_probs`` (output, log-sum-exp (B, H, S_q), None).
+        (B, S_q, H, C), dtype of q, or autocast's where it is on; with ``return_attn_probs`` (output, log-sum-exp
+        (B, H, S_q), None).
     """
     _check_qkv(q, k, v, "(batch, seqlen, heads, head_dim)", 4)
     if q.shape[0] != k.shape[0]:
@@ -350,7 +351,7 @@ def _make_options(
 ) -> AttentionOptions:
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p is {dropout_p}: give a probability of at least 0 and under 1")
-    if softcap < 0 or not math.isfinite(softcap):
+    if not 0 <= softcap < math.inf:  # math.isfinite cannot be compiled with dynamic=True
         raise ValueError(f"softcap is {softcap}: give 0 (off) or a positive number")
     try:
         left, right = (max(operator.index(limit), -1) for limit in window_size)

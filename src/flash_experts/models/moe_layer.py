@@ -13,6 +13,7 @@ from transformers.activations import ACT2FN
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, use_experts_implementation
 from transformers.pytorch_utils import Conv1D
 
+from flash_experts.kernels.autocast import autocast_inputs
 from flash_experts.kernels.cpu import gelu_tanh, grouped_mlp
 from flash_experts.kernels.cpu_memory import keep_freed_memory_once
 from flash_experts.models.moe_config import GPT2MoEConfig
@@ -71,7 +72,12 @@ class Experts(nn.Module):
 def fe_experts_forward(
     self: Experts, x_TD: torch.Tensor, experts_TK: torch.Tensor, gates_TK: torch.Tensor
 ) -> torch.Tensor:
-    """One fused operation on a CPU; transformers' grouped_mm elsewhere and in compiled graphs (no graph break)."""
+    """One fused operation on a CPU; transformers' grouped_mm elsewhere and in compiled graphs (no graph break).
+
+    Under ``torch.func``'s transforms (per-sample gradients), which it does not support, transformers' batched_mm.
+    """
+    if torch._C._are_functorch_transforms_active():
+        return ALL_EXPERTS_FUNCTIONS["batched_mm"](self, x_TD, experts_TK, gates_TK)
     if x_TD.device.type != "cpu" or torch.compiler.is_compiling():
         return ALL_EXPERTS_FUNCTIONS["grouped_mm"](self, x_TD, experts_TK, gates_TK)
     if torch.is_grad_enabled():
@@ -103,13 +109,8 @@ def fe_experts_triton_forward(
 
 
 def _autocast(experts: Experts, x_TD: torch.Tensor, gates_TK: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Casts to autocast's dtype, if it is on: autocast does not cast custom operators."""
-    tensors = (x_TD, gates_TK, experts.up_proj, experts.up_proj_bias, experts.down_proj, experts.down_proj_bias)
-    device = x_TD.device.type
-    if not torch.is_autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(tensor.to(dtype) for tensor in tensors)
+    weights = (experts.up_proj, experts.up_proj_bias, experts.down_proj, experts.down_proj_bias)
+    return autocast_inputs(x_TD, gates_TK, *weights)
 
 
 ALL_EXPERTS_FUNCTIONS.register(EXPERTS_IMPLEMENTATION, fe_experts_forward)

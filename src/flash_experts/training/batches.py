@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import random
+import sys
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -47,6 +48,7 @@ class PlannedStage:
     Attributes:
         first_step: counted from 0 through all stages, as ``first_epoch`` is.
         steps: optimizer steps; None if the stage lasts until the run ends.
+        fewest_names: names of the smallest step of the first epoch that the run reaches.
     """
 
     stage: Stage
@@ -55,6 +57,7 @@ class PlannedStage:
     first_step: int
     first_epoch: int
     steps: int | None
+    fewest_names: int
 
 
 class NameBatches:
@@ -74,16 +77,19 @@ class NameBatches:
             raise ValueError("there are no training names: run `flash-experts prepare` or check the data folder")
         self.tokenizer, self.config, self.top_logits = tokenizer, config, top_logits
         self.plan: list[PlannedStage] = []
+        self._most_steps = sys.maxsize if config.max_steps is None else config.max_steps
         first_step = first_epoch = 0
         for stage in config.planned_stages:
             chosen = stage.choose(cards)
             names = self._encode(stage, chosen, first_epoch)
             per_epoch = min(len(chosen), max(1, round(sum(_lengths(names)) / config.tokens_per_batch)))
+            batches = _split(names, per_epoch)
             if not self.plan:
-                self._epoch = first_epoch, _split(names, per_epoch)
+                self._epoch = first_epoch, batches
             # A rounding error over a whole number of steps is not a further step: 1.12 * 25 is 28.000000000000004.
             steps = None if stage.epochs is None else max(1, math.ceil(stage.epochs * per_epoch - 1e-6))
-            self.plan.append(PlannedStage(stage, chosen, per_epoch, first_step, first_epoch, steps))
+            fewest = min(map(len, batches[:steps][: max(1, self._most_steps - first_step)]))
+            self.plan.append(PlannedStage(stage, chosen, per_epoch, first_step, first_epoch, steps, fewest))
             if steps is not None:
                 first_step += steps
                 first_epoch += math.ceil(steps / per_epoch)
@@ -111,14 +117,27 @@ class NameBatches:
             self._epoch = epoch, _split(self._encode(planned.stage, planned.cards, epoch), planned.steps_per_epoch)
         return self._epoch[1][batch]
 
+    def check_micro_batches(self, num_micro_batches: int) -> None:
+        """Before training begins: a ValueError if a step of some stage has fewer names than micro-batches."""
+        for planned in self.plan:
+            if planned.first_step < self._most_steps:
+                self._check_enough(planned, planned.fewest_names, num_micro_batches)
+
+    def _check_enough(self, planned: PlannedStage, num_names: int, num_micro_batches: int) -> None:
+        if num_names >= num_micro_batches:
+            return
+        stage = f" of stage {planned.stage.name!r}" if self.config.stages else ""
+        few = len(planned.cards) < num_micro_batches
+        remedy = f"lower one of them to use all {len(planned.cards)}" if few else "raise tokens_per_batch"
+        raise ValueError(
+            f"a step{stage} has {num_names} names, too few for {num_micro_batches} micro-batches "
+            f"(gradient_accumulation_steps times processes): {remedy}"
+        )
+
     def micro_batches_of_step(self, step: int, num_micro_batches: int) -> list[list[EncodedName]]:
         """The names of a step in micro-batches of nearly equal numbers of tokens; a ValueError if they are too few."""
         names = self.names_of_step(step)
-        if len(names) < num_micro_batches:
-            raise ValueError(
-                f"a step has {len(names)} names, too few for {num_micro_batches} micro-batches "
-                "(gradient_accumulation_steps times processes): raise tokens_per_batch"
-            )
+        self._check_enough(self.stage_of(step), len(names), num_micro_batches)
         return _split(names, num_micro_batches)
 
     def _encode(self, stage: Stage, cards: Sequence[Card], epoch: int) -> list[EncodedName]:

@@ -107,6 +107,7 @@ class Trainer:
             train_cards, validation_cards, self.model, tokenizer, self.report.notify
         )
         self.batches = NameBatches(train_cards, tokenizer, config, self.loss.top_logits)
+        self.batches.check_micro_batches(config.gradient_accumulation_steps * self.world)
         self.schedule = Schedule.of(config, self.batches.planned_steps)
         self.validation = (
             Validation(validation_cards, tokenizer, config, self.rank, self.world) if validation_cards else None
