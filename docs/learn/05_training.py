@@ -394,7 +394,7 @@ holds("the highest destroys what the base knew", gains[-1] > 1)
 # ## Reading
 #
 # - [Loshchilov and Hutter 2017](https://arxiv.org/abs/1711.05101): AdamW. [Hu et al. 2024](https://arxiv.org/abs/2404.06395):
-#   warmup-stable-decay. [Jordan 2024](https://kellerjordan.github.io/posts/muon/): Muon, which trains the released models.
+#   warmup-stable-decay. Muon, which trained the released models: [chapter 5b](05b_muon.py).
 # - [Krell et al. 2021](https://arxiv.org/abs/2107.02027): sequences in one row.
 # - [llm.c](https://github.com/karpathy/llm.c) and [nanoGPT](https://github.com/karpathy/nanoGPT): the same loop, short.
 # - Next: [chapter 6](06_generation.py), names out of probabilities.
