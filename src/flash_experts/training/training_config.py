@@ -48,8 +48,8 @@ class ModelConfig(MoEOptions, UpcyclingOptions):
     # A new model draws each expert at random: of these methods, granular and shared give it their shape.
     upcycling: Method = option("copy", METHOD_HELP, EXPERTS)
     trim_vocabulary: bool = option(
-        False, "keep only the tokens of the base that the cards use, for speed; other words are spelled in pieces then, "
-        "without keep_words", _VOCABULARY,
+        False, "keep only the tokens of the base that the cards use, for speed; other words are spelled in pieces, "
+        "unless keep_words is set", _VOCABULARY,
     )  # fmt: skip
     keep_words: bool = option(
         False, "keep the tokens of capitalized words and of parts of words, too, when the vocabulary is trimmed: for "
