@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from argparse import Namespace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -220,6 +221,15 @@ def test_a_regression_is_reported_after_a_second_measurement(
     ]
     with pytest.raises(ValueError, match="no results of generate on this machine"):
         find_recorded(tmp_path, "generate", CPU)
+    for model, rate in (("models/mtg-base", 5.0), ("models/mtg-names", 3.0)):
+        content = {"topic": "generate", "machine": here, "settings": {"model": model, "batch_size": 64, "rounds": 3}}
+        rows = [{"name": "ours", "times_peer": rate}]
+        (tmp_path / f"generate_{rate}.json").write_text(json.dumps(content | {"rows": rows}), "utf-8")
+    for model, rate in (("models/mtg-base", 5.0), ("models/mtg-names", 3.0)):  # each is compared with its own
+        options = Namespace(model=model, batch_size=64, rounds=1)
+        assert find_recorded(tmp_path, "generate", CPU, options)[0]["times_peer"] == rate
+    with pytest.raises(ValueError, match=r"no results of generate .*model models/mtg-base, batch_size 256"):
+        find_recorded(tmp_path, "generate", CPU, Namespace(model="models/mtg-base", batch_size=256))
     for name, content in (("rows", {"machine": here}), ("machine", {"machine": 3, "rows": []})):
         (tmp_path / "elsewhere").mkdir(exist_ok=True)
         (tmp_path / f"elsewhere/{name}.json").write_text(json.dumps({"topic": "moe"} | content), "utf-8")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,13 +34,11 @@ def run(args: Any) -> Reports:
     """Time all topics, record them by machine, and compare them with what was recorded."""
     device = resolve_device(args.device)
     files = _files(args.record, machine_facts(device), args.overwrite)
-    recorded = _recorded(args.check, device)
+    chosen = {topic: _defaults(topic) for topic in TOPICS}
+    recorded = _recorded(args.check, device, chosen)
     reports = []
-    for topic in TOPICS:
+    for topic, options in chosen.items():
         module = importlib.import_module(f"flash_experts.benchmarks.{topic}")
-        parser = argparse.ArgumentParser()
-        module.add_options(parser)
-        options = parser.parse_args([])
         options.device, options.out, options.overwrite = args.device, files.get(topic), args.overwrite
         options.check = args.check if topic in recorded else None
         reports.append(module.run(options))
@@ -77,12 +76,18 @@ def _files(folder: str | None, machine: dict[str, Any], is_overwriting: bool) ->
     return files
 
 
-def _recorded(folder: str | None, device: Any) -> set[str]:
+def _defaults(topic: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    importlib.import_module(f"flash_experts.benchmarks.{topic}").add_options(parser)
+    return parser.parse_args([])
+
+
+def _recorded(folder: str | None, device: Any, chosen: Mapping[str, argparse.Namespace]) -> set[str]:
     """The topics that were recorded on a machine like this one."""
     found, missing = set(), []
     for topic in TOPICS if folder is not None else ():
         try:
-            find_recorded(Path(str(folder)), topic, device)
+            find_recorded(Path(str(folder)), topic, device, chosen[topic])
             found.add(topic)
         except ValueError as error:
             missing.append(str(error))

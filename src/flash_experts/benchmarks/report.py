@@ -175,7 +175,7 @@ def run_topic(topic: str, args: Any, measure: Callable[[Any, torch.device], Repo
             check_out_file(path, args.overwrite, option=f"--{option}")
     if args.plot is not None:
         require("--plot", "matplotlib")
-    recorded = None if args.check is None else find_recorded(Path(args.check), topic, device)
+    recorded = None if args.check is None else find_recorded(Path(args.check), topic, device, args)
     report = measure(args, device)
     if recorded is not None:
         worse = find_worse(report.rows, recorded)
@@ -195,14 +195,17 @@ def run_topic(topic: str, args: Any, measure: Callable[[Any, torch.device], Repo
 _RATIOS = {"times_dense": False, "times_peer": True}
 _WORSE = 1.1
 _SAME_MACHINE = ("device", "cpu_capability", "threads", "cuda")
+_SAME_WORK = ("model", "batch_size", "names_per_step", "experts", "layers")  # other sizes are in the rows
 
 Key = tuple[tuple[str, Any], ...]
 
 
-def find_recorded(path: Path, topic: str, device: torch.device) -> list[Row]:
+def find_recorded(path: Path, topic: str, device: torch.device, args: Any = None) -> list[Row]:
     """The rows of the latest recorded run of a topic on a machine like this one, from a file written by ``--out`` or a
-    folder of them; raises a ValueError if there is none."""
-    here = machine_facts(device)
+    folder of them; raises a ValueError if there is none. With ``args``: of the same work (`_SAME_WORK`)."""
+    facts = machine_facts(device)
+    here = {name: facts[name] for name in _SAME_MACHINE}
+    work = {name: value for name, value in vars(args or argparse.Namespace()).items() if name in _SAME_WORK}
     files = sorted(path.glob("*.json")) if path.is_dir() else [path]
     runs: list[tuple[str, list[Row]]] = []
     for file in files:
@@ -215,10 +218,12 @@ def find_recorded(path: Path, topic: str, device: torch.device) -> list[Row]:
         machine, rows = run.get("machine"), run.get("rows")
         if not isinstance(machine, dict) or not isinstance(rows, list):
             raise ValueError(f"--check {file}: not a results file: it has no machine and rows, as --out writes them")
-        if all(machine.get(name) == here[name] for name in _SAME_MACHINE):
+        settings = run.get("settings") or {}
+        is_same_work = all(settings.get(name, value) == value for name, value in work.items())
+        if is_same_work and all(machine.get(name) == here[name] for name in _SAME_MACHINE):
             runs.append((str(machine.get("date") or ""), rows))
     if not runs:
-        of = ", ".join(f"{name} {here[name]}" for name in _SAME_MACHINE if here[name] is not None)
+        of = ", ".join(f"{name} {value}" for name, value in {**here, **work}.items() if value is not None)
         raise ValueError(f"--check {path}: no results of {topic} on this machine ({of}): record some with --out FILE")
     return max(runs, key=lambda dated: dated[0])[1]
 
