@@ -71,7 +71,7 @@ def plain(W_IO: torch.Tensor, bits: int) -> torch.Tensor:
 # %% [markdown]
 # ## The picture first
 #
-# Each line is one part of the model, rounded to integers of so many bits while the rest stays as it is. The cost is in nats a
+# Each line is one part of the model, rounded to integers of few bits while the rest stays as it is. The cost is in nats a
 # name, against the model as released. The dotted line is what the routed experts are worth: the cost of a model without them.
 
 # %%

@@ -69,7 +69,7 @@ def second_moments(model: Any, names: Sequence[Card], tokenizer: PreTrainedToken
 
 
 def largest_scale(W_IO: torch.Tensor, bits: int) -> torch.Tensor:
-    """The scale of each unit, (O,), with which its largest weight is the largest integer of so many bits."""
+    """The scale of each unit, (O,), with which its largest weight is the largest integer with this number of bits."""
     return W_IO.abs().amax(0).clamp_min(1e-12) / (2 ** (bits - 1) - 1)
 
 
