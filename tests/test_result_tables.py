@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
@@ -152,6 +153,24 @@ def test_what_experts_from_the_first_step_are_worth() -> None:
         last = row["validations"][-1]
         mean = (last["validation/bits_per_char"] + last["validation/bits_per_char_given_attributes"]) / 2
         assert f"| {row['parameters'] / 1e6:.1f} M | {row['tokens_per_second']:,.0f} |" in log and f"{mean:.3f}" in log
+
+
+def test_the_log_has_the_small_students_as_measured() -> None:
+    found = json.loads((ROOT / "benchmarks/results/small_students.json").read_text("utf-8"))
+    log = (ROOT / "docs/experiments.md").read_text("utf-8")
+    for row in found["rows"]:
+        last = row["validations"][-1]
+        mean = (last["validation/bits_per_char"] + last["validation/bits_per_char_given_attributes"]) / 2
+        line = next(
+            line for line in log.splitlines() if line.startswith(f"| {row['kind']} | {row['parameters'] / 1e6:.1f}")
+        )
+        assert line.endswith(f"| {mean:.3f} |")
+    against_dense = [each for each in found["differences"] if each["first"] == "dense"]
+    assert len(against_dense) >= 4 and all(each["bits"]["low"] > 0 for each in against_dense)
+    for each in against_dense:
+        bits, prompt = each["bits"], "conditional" if each["conditional"] else "unconditional"
+        share = bits["value"] / found["tests"]["dense"][each["split"]][prompt]["value"]
+        assert f"{bits['value']:.4f} [{bits['low']:.4f}, {bits['high']:.4f}], {share:.1%}" in log
 
 
 def flat(page: str) -> str:
