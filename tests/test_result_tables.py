@@ -173,6 +173,30 @@ def test_the_log_has_the_small_students_as_measured() -> None:
         assert f"{bits['value']:.4f} [{bits['low']:.4f}, {bits['high']:.4f}], {share:.1%}" in log
 
 
+def test_what_is_said_of_ten_thousand_drawn_names_was_measured() -> None:
+    found = json.loads((ROOT / "benchmarks/results/samples_2cores.json").read_text("utf-8"))["models"]
+    names, base, text = found["mtg-names"], found["mtg-base"], flat("docs/results.md")
+    drawn, auc = names["samples"], [model["detection"]["generated"] for model in (names, base)]
+    assert (
+        f"Of {drawn['names']:,} names drawn at temperature 1 without filters, {drawn['known']['value']:.1%} are real"
+        in text
+    )
+    near, real_near = (f"{of['near_known']['value']:.1%}" for of in (drawn, names["real"]))
+    assert f"{near} are near one (real held-out names: {real_near})" in text
+    strong, weak = ([f"{each[kind]['value']:.2f}" for each in auc] for kind in ("strong", "weak"))
+    assert (
+        f"with an AUC of {strong[0]}, the base's with {strong[1]} (" in text
+        and f"with {weak[0]} and {weak[1]}." in text
+    )
+    model, real = (
+        {one["task"]: f"{one[of]['plain']['value']:.0%}" for one in names["control"]} for of in ("model", "real")
+    )
+    assert f"the requested colors in {model['color']} of its names (chance 20%; real names {real['color']})" in text
+    assert f"the card type in {model['type']} ({real['type']})" in text
+    assert f"legendary in {model['legendary creature']} ({real['legendary creature']})" in text
+    assert f"Of 10,000 names drawn {drawn['memorization']['held_out_hits']} are held-out names" in text
+
+
 def flat(page: str) -> str:
     return " ".join((ROOT / page).read_text("utf-8").split())
 
