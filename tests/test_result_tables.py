@@ -173,7 +173,7 @@ def test_the_log_has_the_small_students_as_measured() -> None:
         assert f"{bits['value']:.4f} [{bits['low']:.4f}, {bits['high']:.4f}], {share:.1%}" in log
 
 
-def test_what_is_said_of_ten_thousand_drawn_names_was_measured() -> None:
+def test_the_figures_of_ten_thousand_drawn_names_are_those_of_the_results() -> None:
     found = json.loads((ROOT / "benchmarks/results/samples_2cores.json").read_text("utf-8"))["models"]
     names, base, text = found["mtg-names"], found["mtg-base"], flat("docs/results.md")
     drawn, auc = names["samples"], [model["detection"]["generated"] for model in (names, base)]
