@@ -68,6 +68,14 @@ def names_in(wheels: Path, distribution: str) -> set[str]:
         return set(archive.namelist())
 
 
+def record_of(wheels: Path, distribution: str) -> list[str]:
+    """Each file of the wheel with its hash."""
+    [wheel] = wheels.glob(f"{distribution}-*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        [record] = [name for name in archive.namelist() if name.endswith(".dist-info/RECORD")]
+        return archive.read(record).decode().splitlines()
+
+
 def test_a_wheel_has_what_the_commands_read_and_no_more(wheels: Path) -> None:
     ours, models = names_in(wheels, "flash_experts"), names_in(wheels, "flash_experts_models")
     assert "flash_experts/data/embedded/cards.csv.xz" in ours
@@ -81,6 +89,21 @@ def test_a_wheel_has_what_the_commands_read_and_no_more(wheels: Path) -> None:
         assert f"flash_experts_models/{path.parent.name}/{path.name}" in models
     sizes = [wheel.stat().st_size for wheel in wheels.iterdir()]
     assert max(sizes) < 100e6, "the package index takes no larger file"
+
+
+@pytest.mark.install
+def test_wheels_from_the_sdists_are_the_same(wheels: Path, tmp_path: Path) -> None:
+    """`python -m build` makes an sdist, and the wheel from that."""
+    venv.create(tmp_path / "venv", with_pip=True)
+    python = str(tmp_path / "venv/bin/python")
+    subprocess.run([python, *PIP, "install", "build"], check=True, timeout=600)
+    for project in (".", "distributions/models"):
+        build = [python, "-m", "build", "--outdir", str(tmp_path / "dist"), project]
+        subprocess.run(build, check=True, cwd=ROOT, capture_output=True, timeout=900)
+    for distribution in ("flash_experts", "flash_experts_models"):
+        assert len(list((tmp_path / "dist").glob(f"{distribution}-*.tar.gz"))) == 1
+        direct, from_sdist = (sorted(record_of(folder, distribution)) for folder in (wheels, tmp_path / "dist"))
+        assert direct == from_sdist
 
 
 @pytest.fixture(scope="module", params=["unpacked", pytest.param("installed", marks=pytest.mark.install)])
