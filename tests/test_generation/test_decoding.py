@@ -8,9 +8,19 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from flash_experts.generation.decoding import DecodedName, NameDecoder, PromptRows, Prompts
+from flash_experts.generation.filters.base import NoTokenLeftError
+from flash_experts.generation.generator import NameGenerator, NameSearch
 from flash_experts.generation.request import Sampling
 from flash_experts.models import GPT2MoEConfig, GPT2MoEForCausalLM, decode_step
 from flash_experts.models.attention_backends import attention_backend
@@ -301,3 +311,35 @@ def test_processors_get_rows_of_equal_length() -> None:
         )
     assert [name.ids for name in looked] == [name.ids for name in plain]
     assert len({len(name.ids) for name in plain}) > 3 and {len(shape) for shape in shapes} == {2}
+
+
+@pytest.mark.parametrize("options", [{}, {"repetition_penalty": 1.2}, {"guidance": 1.5, "type_line": "Creature"}])
+def test_a_search_without_room_for_a_name_ends_at_once(
+    model: GPT2LMHeadModel,
+    tokenizer: PreTrainedTokenizerFast,
+    options: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    generator = NameGenerator(model, tokenizer, known_names=[])
+    tried, accept = [], NameSearch._accept
+
+    def count(search: NameSearch, *args: Any) -> str:
+        tried.append(args)
+        return accept(search, *args)
+
+    monkeypatch.setattr(NameSearch, "_accept", count)
+    with pytest.raises(NoTokenLeftError, match="no name can be made with starts_with='Goblin of '"):
+        generator.generate(20, starts_with="Goblin of ", max_length=11, seed=3, **options)
+    assert len(tried) <= 32
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=0.5, top_p=0.9, min_p=0.01), Sampling(top_k=3)])
+def test_the_probability_of_a_try_is_how_often_it_comes(
+    model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, sampling: Sampling
+) -> None:
+    decoder = NameDecoder(model, [tokenizer.bos_token_id], tokenizer.eos_token_id, sampling, [], 1, seed=5)
+    with evaluating(model), torch.no_grad():
+        drawn = [name.ids or (decoder.eos_id,) for name in decoder.stream(range(2000), 500)]
+        often = max(set(drawn), key=drawn.count)
+        share = drawn.count(often) / len(drawn)
+        assert decoder.probability(often) == pytest.approx(share, abs=4 * (share * (1 - share) / 2000) ** 0.5)

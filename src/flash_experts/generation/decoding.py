@@ -5,7 +5,7 @@ Shape suffixes: B batch rows, T tokens of prompt and name, S most tokens of a na
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -19,6 +19,8 @@ from flash_experts.generation.sampling import candidates, draw, noise
 from flash_experts.models import decode_step
 from flash_experts.models.ring_cache import RingCache
 
+_FEW_ENDS = 8  # different tries: for more, the proof takes longer than the search
+_CERTAIN = 1 - 1e-6
 _COMPUTED_AHEAD = 128  # prompts computed together where each name has its own: full matmuls within little memory
 
 
@@ -323,3 +325,31 @@ class _Batch:
             numbers = [self.rows[place].index for place in places]
             steps = self._decoder.max_new_tokens
             self._noise_BS2[list(places)] = noise(self._decoder.seed, numbers, steps).to(self._decoder.device)
+
+
+class Ends:
+    """The different tries of a search while they are few: it is over when their probabilities add up to one.
+
+    Where fixed text leaves no room for a name, or hardly any, each try ends in one of a few ways, and hundreds of tries
+    would find nothing else.
+    """
+
+    def __init__(self, decoder: NameDecoder) -> None:
+        self._decoder = decoder
+        self._probabilities: dict[tuple[int, ...], float] = {}
+        self._are_few = True
+
+    @property
+    def are_all(self) -> bool:
+        """Whether other tries are impossible."""
+        return self._are_few and sum(self._probabilities.values()) >= _CERTAIN
+
+    def add(self, names: Iterable[DecodedName]) -> None:
+        """Adds tries, within `evaluating` and ``torch.no_grad``."""
+        if not self._are_few:
+            return
+        eos = (self._decoder.eos_id,)
+        new = {name.ids + eos if name.is_whole else name.ids for name in names} - self._probabilities.keys()
+        self._are_few = len(self._probabilities) + len(new) <= _FEW_ENDS
+        if self._are_few:
+            self._probabilities |= {ids: self._decoder.probability(ids) for ids in new}

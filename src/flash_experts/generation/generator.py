@@ -18,8 +18,7 @@ from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBa
 from flash_experts.data.names import normal_form
 from flash_experts.data.prompts import UNCONDITIONAL, Attributes, check_known, read_conditions
 from flash_experts.generation.constraints import Constraints
-from flash_experts.generation.decoding import DecodedName, NameDecoder
-from flash_experts.generation.ends import Ends
+from flash_experts.generation.decoding import DecodedName, Ends, NameDecoder
 from flash_experts.generation.filters.base import NameVocabulary, NoTokenLeftError
 from flash_experts.generation.filters.regex import MatchesRegex
 from flash_experts.generation.request import NameRequest, Sampling
