@@ -68,7 +68,7 @@ def load_released() -> tuple[Any, PreTrainedTokenizerBase]:
 
 
 def cards(split: str) -> list[Card]:
-    """The cards of ``train`` or ``validation``; the embedded table is prepared first where that was not done."""
+    """The cards of a split; the embedded table is prepared first where that was not done."""
     if not (DATA / "meta.json").is_file():
         prepare(out=DATA)
     return load_split(DATA, split)
