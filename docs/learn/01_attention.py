@@ -15,9 +15,9 @@
 #
 # **The question: when a model writes the next piece of a card's name, what does it look at, and what must it not see?**
 #
-# GPT-2 reads tokens, pieces of text. Its blocks do two things with them: an MLP works on each token by itself
-# (chapter 3), and attention carries information from token to token. Nothing else does. So everything that the end of a
-# name knows about its beginning, and about the card's type and color, came through attention.
+# GPT-2 reads tokens, pieces of text ([chapter 0](00_data_and_tokens.py)). Its blocks do two things with them: an MLP works
+# on each token by itself (chapter 3), and attention carries information from token to token. Nothing else does. So everything
+# that the end of a name knows about its beginning, and about the card's type and color, came through attention.
 #
 # We use the small GPT-2 of this repository (`models/mtg-base`) and a real card. The [glossary](../glossary.md#attention)
 # has the terms of the field. Lines that begin with `[holds]` are sentences of this text that the run has checked.
