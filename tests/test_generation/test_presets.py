@@ -17,7 +17,7 @@ def test_a_file_of_presets_adds_to_ours_and_may_replace_them(tmp_path: Path) -> 
     assert sampling_of("wild", file, top_k=3) == Sampling(1.5, 3, min_p=0.05)
     assert sampling_of("balanced", file) == Sampling(top_k=9)
     assert sampling_of("creative", file) == PRESETS["creative"]
-    assert sampling_of("balanced") == PRESETS["balanced"] == Sampling(0.8, top_p=0.9)
+    assert sampling_of("balanced") == PRESETS["balanced"] == Sampling(0.8, top_p=0.9, guidance=1.25)
 
 
 @pytest.mark.parametrize(

@@ -147,7 +147,9 @@ def _request_of(args: Namespace) -> NameRequest:
     given = {name: args[known.flag or name] for name, known in options_of(NameRequest).items()}
     if args.raw and (args.best_of is not None or args.quality != defaults_of(NameRequest)["quality"]):
         make_parser().error("--raw gives samples as they come: leave out --quality and --best-of")
-    request = NameRequest.of(**given | ({"quality": "fast"} if args.raw else {}))
+    if args.raw:
+        given |= {"quality": "fast", "guidance": 1.0 if args.guidance is None else args.guidance}
+    request = NameRequest.of(**given)
     request.sampling()  # both raise a ValueError before the model is loaded, which takes seconds
     request.attributes()
     return request
@@ -171,6 +173,7 @@ def _run_for_cards(args: Namespace) -> None:
     from flash_experts.generation.sampled_names import SampledNames, write_sampled_names
     from flash_experts.models.loading import weights_sha256
 
+    args.guidance = 1.0 if args.guidance is None else args.guidance  # the model's own distribution, not the preset's
     sampling = _request_of(args).sampling()
     request = SampledNames(
         args.count, args.seed or 0, args.attribute_dropout, sampling, args.batch_size, args.top_logits
@@ -264,7 +267,7 @@ def _add_data(parser: common.CommandParser) -> None:
 
 
 def _add_rank(parser: common.CommandParser) -> None:
-    parser.add_argument("--raw", action="store_true", help="the model's own samples as they come: --quality fast")
+    parser.add_argument("--raw", action="store_true", help="the model's own samples as they come: --quality fast --guidance 1")
     parser.add_argument("--rank", action="store_true", help="sort by log-probability per character, most natural first")
 
 
