@@ -146,7 +146,7 @@ holds("12 names are the same one by one and all at once", [a.text for a in alone
 # ## The KV cache
 #
 # Without a cache, the model computes the prompt and all n tokens again for token n. With a cache of keys and values (chapter 1) it
-# computes one token:
+# computes one token. ([Chapter 6b](06b_kv_cache.py) counts what that saves, and batches names.)
 
 # %%
 ids = [*prompt_ids, *vocabulary.encode(" " + generator.generate(1, quality="fast", seed=1)[0].text)]
@@ -397,4 +397,4 @@ holds("a high one invents words that no card has", unknown[-1].low > unknown[0].
 # - [Willard and Louf 2023](https://arxiv.org/abs/2307.09702): regular expressions as automata over tokens.
 #   [Park et al. 2024](https://arxiv.org/abs/2405.21047): what masking does to the model's distribution, and a remedy.
 # - [Yu et al. 2022, Orca](https://www.usenix.org/conference/osdi22/presentation/yu): continuous batching, which `generate` does.
-# - Next: [chapter 7](07_evaluation.py), which names are better.
+# - Next: [chapter 6b](06b_kv_cache.py), decoding fast; or [chapter 7](07_evaluation.py), which names are better.
