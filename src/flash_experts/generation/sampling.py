@@ -25,7 +25,7 @@ def stream_seed(seed: int, prompt_ids: Sequence[int]) -> int:
 def noise(seed: int, indices: Sequence[int], steps: int) -> torch.Tensor:
     """(len(indices), steps, 2) float64 uniform in [0, 1): row i depends on ``seed`` and ``indices[i]`` alone.
 
-    So a name depends neither on the batch nor on the device. The second number is for a token that is drawn again.
+    So a name depends on batch and device by rounding alone. The second number is for a token that is drawn again.
     """
     rows = [np.random.default_rng((seed, index)).random((steps, 2)) for index in indices]
     return torch.from_numpy(np.stack(rows))
@@ -36,7 +36,8 @@ def draw(scores_BV: torch.Tensor, noise_B2: torch.Tensor, sampling: Sampling) ->
 
     Rejection sampling avoids most sorting: only rows whose token, drawn from the whole vocabulary, is not a candidate
     draw again from their candidates. Draws invert the cumulative distribution in the order of token ids, which rounding
-    does not change, so a name is the same with another batch size.
+    does not change. With another batch size the sums differ in their last digits: of draws without a cut, one in some
+    hundreds is another token (docs/learn/06b_kv_cache.py).
 
     Args:
         scores_BV: float32 logits, minus infinity where a token is forbidden.
