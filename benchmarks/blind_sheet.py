@@ -1,12 +1,12 @@
 """Blind evaluation by a reader, human or not: a shuffled sheet of names from several sources for the same requests.
 
-    python benchmarks/blind_sheet.py make SHEET.csv KEY.csv raw=models/mtg-names:fast good=models/mtg-names:good ngram
+    python benchmarks/blind_sheet.py make SHEET.csv KEY.csv raw=models/mtg-names:raw good=models/mtg-names:good ngram
     python benchmarks/blind_sheet.py score SHEET.csv KEY.csv
 
 A rater writes 1 (acceptable) or 0 into the column `acceptable`: well-formed words, grammatical, coherent, and matching
 type, subtype, legendary and colors. `score` prints the share of each source with its 95% Wilson interval. Names are the
-first that `generate` gives for a model's folder and a quality, with seed 3; those of the n-gram baseline are the first
-that are not real cards; real names from both test sets are added.
+first that `generate` gives for a model's folder and a quality (or `--raw`), with seed 3; those of the n-gram baseline
+are the first that are not real cards; real names from both test sets are added.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from flash_experts import NameGenerator
 from flash_experts.data.cards import Card
@@ -42,7 +43,7 @@ REQUESTS: tuple[tuple[str, str | None], ...] = (
     ("Land", None),
 )
 SEED = 3
-PER_REQUEST = 10  # names from all sources together
+PER_REQUEST = 24  # names from all sources together
 
 
 def is_of(card: Card, type_line: str, colors: str | None) -> bool:
@@ -59,9 +60,9 @@ def sampler_of(source: str, data: str) -> Callable[[int, str, str | None], list[
         return lambda count, type_line, colors: baseline.show([Prompt(type_line, colors)], count, SEED, known)[0]
     folder, _, quality = source.partition(":")
     generator = NameGenerator.from_pretrained(folder)
+    options: dict[str, Any] = {"quality": "fast", "guidance": 1.0} if quality == "raw" else {"quality": quality or None}
     return lambda count, type_line, colors: [
-        name.text
-        for name in generator.generate(count, type_line=type_line, colors=colors, seed=SEED, quality=quality or "good")
+        name.text for name in generator.generate(count, type_line=type_line, colors=colors, seed=SEED, **options)
     ]
 
 

@@ -197,6 +197,50 @@ def test_the_figures_of_ten_thousand_drawn_names_are_those_of_the_results() -> N
     assert f"Of 10,000 names drawn {drawn['memorization']['held_out_hits']} are held-out names" in text
 
 
+def test_the_log_has_guidance_as_measured() -> None:
+    found = json.loads((ROOT / "benchmarks/results/guidance_validation.json").read_text("utf-8"))
+    log = (ROOT / "docs/experiments.md").read_text("utf-8").partition("## 2026-12-01: guidance")[2].partition("\n## ")[0]
+    cells = [[cell.strip() for cell in line.strip("| ").split("|")] for line in log.splitlines() if line[:1] == "|"]
+    columns = ("type", "color", "legendary creature", "subtype", "distinct_words")
+    shown = [row for row in cells if len(row) >= 6 and row[-1].endswith("%")]
+
+    def percents(row: dict[str, float]) -> list[str]:
+        return [f"{row[column]:.0%}" for column in columns]
+
+    assert shown[0][-5:] == percents(found["real"])
+    unselected, preset = {(row["preset"], row["guidance"]): row for row in found["rows"] if row["best_of"] == 1}, ""
+    for first, second, *rest in [row for row in shown[1:] if len(row) == 7]:
+        preset = first or preset
+        assert rest == percents(unselected[preset, float(second)])
+    chosen = {(row["best_of"], row["match_weight"]): row for row in found["rows"] if row["guidance"] == 1.25}
+    weighted = [row for row in shown if len(row) == 6]
+    assert len(weighted) == 6
+    for first, *rest in weighted:
+        drawn, weight = first.split(", ")
+        assert rest == percents(chosen[int(drawn), float(weight)])
+
+
+@pytest.mark.parametrize("sheet", ["guidance_sheet", "match_weight_sheet"])
+def test_the_log_has_what_the_readers_accepted(sheet: str) -> None:
+    blind = importlib.import_module("benchmarks.blind_sheet")
+    log = flat("docs/experiments.md")
+    marks = {row["number"]: int(row["acceptable"]) for row in rows_of(f"{sheet}.csv")}
+    of: dict[str, list[int]] = {}
+    for row in rows_of(f"{sheet}_key.csv"):
+        of.setdefault(row["source"], []).append(marks[row["number"]])
+    for source, given in of.items():
+        if source in ("real", "1, guidance 1.5"):
+            assert f"{sum(given) / len(given):.0%}" in log
+            continue
+        low, high = blind.wilson(sum(given), len(given))
+        assert f"{sum(given) / len(given):.0%} [{100 * low:.0f}, {100 * high:.0f}]" in log, source
+
+
+def rows_of(name: str) -> list[dict[str, str]]:
+    with (ROOT / "benchmarks/results" / name).open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
 def flat(page: str) -> str:
     return " ".join((ROOT / page).read_text("utf-8").split())
 

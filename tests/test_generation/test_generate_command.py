@@ -85,6 +85,17 @@ def test_ranked_names_are_the_same_names_best_first(command: list[str], capsys: 
     assert json.loads(capsys.readouterr().out) == sorted(rows, key=lambda row: -row["score"])
 
 
+def test_raw_names_are_without_selection_and_guidance(
+    command: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    def names(*options: str) -> list[str]:
+        assert main([*command, "--type", "Creature — Goblin", *options]) == 0
+        return capsys.readouterr().out.splitlines()
+
+    assert names("--raw") == names("--quality", "fast", "--guidance", "1") != names("--quality", "fast")
+    assert names("--raw", "--guidance", "1.25") == names("--quality", "fast"), "the preset's, given by itself"
+
+
 def test_every_constraint_is_an_option(command: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     presets = tmp_path / "presets.yaml"
     presets.write_text("wild: {temperature: 1.4}")

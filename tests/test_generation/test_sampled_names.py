@@ -62,6 +62,12 @@ def command(
     return ["generate", *where, "--attributes-from", "train", "--count", "50", "--seed", "3", "--top-k", "0"]
 
 
+def test_training_names_follow_the_model_and_not_the_presets_guidance(command: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "names.jsonl", tmp_path / "unguided.jsonl"
+    assert main([*command, "--out", str(out[0])]) == main([*command, "--guidance", "1", "--out", str(out[1])]) == 0
+    assert out[0].read_bytes() == out[1].read_bytes()
+
+
 def test_names_are_new_and_trainable_with_the_models_log_probability(command: list[str], tmp_path: Path) -> None:
     out = tmp_path / "new" / "names.jsonl"
     assert main([*command, "--out", str(out)]) == 0

@@ -267,7 +267,9 @@ def _add_data(parser: common.CommandParser) -> None:
 
 
 def _add_rank(parser: common.CommandParser) -> None:
-    parser.add_argument("--raw", action="store_true", help="the model's own samples as they come: --quality fast --guidance 1")
+    parser.add_argument(
+        "--raw", action="store_true", help="the model's own samples as they come: --quality fast --guidance 1"
+    )
     parser.add_argument("--rank", action="store_true", help="sort by log-probability per character, most natural first")
 
 

@@ -219,7 +219,7 @@ class Reranker(Generic[C]):
     def __init__(
         self,
         attributes: Attributes,
-        match_weight: float = 0.3,
+        match_weight: float = 0.2,
         fault_weight: float = 0.25,
         classifier: AttributeClassifier | None = None,
     ) -> None:
