@@ -311,12 +311,12 @@ def speed_of_all() -> str:
 def lists() -> str:
     """Lists of names at each quality, next to real ones."""
     header = ["lists", "type", "color", "legendary", "subtype", "AUC", "distinct words", "last words"]
-    header += ["names with an unknown word", "near a card", "names/s"]
+    header += ["names with an unknown word", "near a card"]
     rows: dict[str, list[str]] = {}
     for model in ("mtg-names", "mtg-base"):
         for measured in load(f"lists_{model}_2cores"):
-            separation, per_second = measured["separation"], measured["per_second"]
-            label = measured["label"] if per_second is None else f"`{model}`, {measured['label']}"
+            separation = measured["separation"]
+            label = measured["label"] if measured["per_second"] is None else f"`{model}`, {measured['label']}"
             shares = [
                 measured["recognized"][task]["value"] for task in ("type", "color", "legendary creature", "subtype")
             ]
@@ -327,7 +327,6 @@ def lists() -> str:
                 *(f"{share:.0%}" for share in shares),
                 "-" if separation is None else f"{separation['strong']['value']:.2f}",
                 *(f"{share:.0%}" for share in others),
-                "-" if per_second is None else f"{per_second:.0f}",
             ]
     return table(header, *rows.values())
 

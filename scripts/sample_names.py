@@ -33,7 +33,7 @@ REQUESTS: tuple[Request, ...] = (
     {"type": "Enchantment", "colors": "GW"},
     {"type": "Artifact — Equipment"},
     {"type": "Land"},
-    {"type": "Creature — Angel", "colors": "W", "guidance": 2.0},
+    {"type": "Creature — Angel", "colors": "W", "guidance": 1.0},
     {"type": "Creature — Angel", "colors": "W", "quality": "best"},
     {"type": "Legendary Creature — Elf", "colors": "G", "quality": "best"},
     {"type": "Sorcery", "colors": "B", "quality": "best"},
@@ -49,7 +49,7 @@ INTRODUCTION = f"""# Names
 
 Made by `python scripts/sample_names.py`: the first {COUNT} that `{MODEL}` gives for each request, seed 0. None is
 picked by hand, none left out, and none is the name of a real card. Each is the best of 8 drawn, of 32 with `--quality
-best`; `--quality fast` shows the model's own samples as they come. Preset `balanced` unless another is named.
+best`; `--quality fast` shows what is drawn unselected. Preset `balanced` unless another is named.
 """
 
 

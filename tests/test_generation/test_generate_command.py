@@ -85,9 +85,7 @@ def test_ranked_names_are_the_same_names_best_first(command: list[str], capsys: 
     assert json.loads(capsys.readouterr().out) == sorted(rows, key=lambda row: -row["score"])
 
 
-def test_raw_names_are_without_selection_and_guidance(
-    command: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_raw_names_are_without_selection_and_guidance(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     def names(*options: str) -> list[str]:
         assert main([*command, "--type", "Creature — Goblin", *options]) == 0
         return capsys.readouterr().out.splitlines()
