@@ -8,6 +8,7 @@ import pytest
 
 from flash_experts.generation import PRESETS, NameRequest, Sampling, load_presets
 from flash_experts.generation.request import sampling_of
+from flash_experts.options import options_of
 
 
 def test_a_file_of_presets_adds_to_ours_and_may_replace_them(tmp_path: Path) -> None:
@@ -42,6 +43,16 @@ def test_bad_files_are_reported_in_one_line(tmp_path: Path, content: str | bytes
     with pytest.raises(ValueError, match=message) as error:
         load_presets(file)
     assert "\n" not in str(error.value) and "mine.yaml" in str(error.value)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_slider_of_the_playground_can_show_a_presets_value(preset: str) -> None:
+    for name, known in options_of(Sampling).items():
+        assert known.slider is not None
+        low, high, step = known.slider
+        value = getattr(PRESETS[preset], name)
+        assert low <= value <= high
+        assert (value - low) / step == pytest.approx(round((value - low) / step), abs=1e-9), f"{name}: {value}"
 
 
 def test_more_names_are_drawn_where_text_follows_a_gap() -> None:

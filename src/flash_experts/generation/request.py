@@ -67,7 +67,7 @@ class Sampling:
     )  # fmt: skip
     guidance: float = option(
         1.0, "weight of type and colors over 1, at twice the time; 1: off (default: the preset's)", SAMPLING,
-        label="Guidance", hint="higher: closer to type and colors; 1: off", page_bounds=(0, 5), slider=(1, 3, 0.1),
+        label="Guidance", hint="higher: closer to type and colors; 1: off", page_bounds=(0, 5), slider=(1, 3, 0.05),
     )  # fmt: skip
 
     def __post_init__(self) -> None:
