@@ -323,7 +323,7 @@ quote(RingCache.step)
 
 # %%
 tokens_B = torch.tensor([ids[0] for ids in names[:28]])
-logits_BV = {}  # the same 28 rows in batches of so many
+logits_BV = {}  # the same 28 rows, in batches of this size
 for size in (28, 7, 1):
     rings = ((part, RingCache([prompts.of(0).cache] * size, P)) for part in tokens_B.split(size))
     logits_BV[size] = torch.cat([next_logits(model, part, ring) for part, ring in rings])
