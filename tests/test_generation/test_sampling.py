@@ -147,8 +147,8 @@ def test_noise_of_a_name_depends_on_seed_and_index_alone() -> None:
 
 
 def test_explicit_settings_override_the_preset_and_none_does_not() -> None:
-    assert sampling_of("balanced", temperature=None, top_k=7) == Sampling(0.8, 7, 0.9)
-    assert sampling_of("creative", top_k=0, top_p=1.0, min_p=0.0, temperature=1.0) == Sampling()
+    assert sampling_of("balanced", temperature=None, top_k=7) == Sampling(0.8, 7, 0.9, guidance=1.25)
+    assert sampling_of("creative", top_k=0, top_p=1.0, min_p=0.0, temperature=1.0, guidance=1.0) == Sampling()
 
 
 def test_unknown_preset_names_the_nearest() -> None:

@@ -21,7 +21,7 @@ from transformers import GenerationConfig
 from flash_experts.benchmarks import report
 from flash_experts.generation.decoding import NameDecoder
 from flash_experts.generation.generator import NameGenerator
-from flash_experts.generation.request import Sampling
+from flash_experts.generation.request import UNGUIDED, Sampling
 from flash_experts.kernels.cpu import has_bfloat16
 from flash_experts.models.scoring import evaluating
 
@@ -74,7 +74,7 @@ def _transformers_generate(generator: NameGenerator, count: int, batch_size: int
 def _with_filters(generator: NameGenerator, count: int, batch_size: int, seed: int) -> int:
     """Counts names as they come with all filters: new, distinct, well-formed, with the nearest card of each."""
     card: dict[str, Any] = {"type_line": "Legendary Creature — Goblin", "colors": "R", "mana_value": 3}
-    sampling: dict[str, Any] = {"top_k": TOP_K, "guidance": 1.0, "quality": "fast"}  # one forward, as in the baseline
+    sampling = {"top_k": TOP_K, "quality": "fast", **UNGUIDED}  # one forward a token, as in the baseline
     return len(generator.generate(count, **card, **sampling, seed=seed, batch_size=batch_size))
 
 

@@ -14,7 +14,7 @@ from jsonargparse import Namespace
 from flash_experts.commands import common
 from flash_experts.files import check_out_file, whole_file
 from flash_experts.generation.name_files import BY_SUFFIX, Format
-from flash_experts.generation.request import CARD, MODEL, OUTPUT, RULES, SAMPLING, NameRequest, Sampling
+from flash_experts.generation.request import CARD, MODEL, OUTPUT, RULES, SAMPLING, UNGUIDED, NameRequest, Sampling
 from flash_experts.options import defaults_of, kind_of, options_of, type_of
 from flash_experts.released import default_model
 from flash_experts.terminal import ProgressBar, one_line, say
@@ -148,7 +148,9 @@ def _request_of(args: Namespace) -> NameRequest:
     if args.raw and (args.best_of is not None or args.quality != defaults_of(NameRequest)["quality"]):
         make_parser().error("--raw gives samples as they come: leave out --quality and --best-of")
     if args.raw:
-        given |= {"quality": "fast", "guidance": 1.0 if args.guidance is None else args.guidance}
+        given["quality"] = "fast"
+    if args.raw or args.attributes_from is not None:  # the model's own distribution, unless something else is given
+        given = UNGUIDED | {name: value for name, value in given.items() if value is not None}
     request = NameRequest.of(**given)
     request.sampling()  # both raise a ValueError before the model is loaded, which takes seconds
     request.attributes()
@@ -173,7 +175,6 @@ def _run_for_cards(args: Namespace) -> None:
     from flash_experts.generation.sampled_names import SampledNames, write_sampled_names
     from flash_experts.models.loading import weights_sha256
 
-    args.guidance = 1.0 if args.guidance is None else args.guidance  # the model's own distribution, not the preset's
     sampling = _request_of(args).sampling()
     request = SampledNames(
         args.count, args.seed or 0, args.attribute_dropout, sampling, args.batch_size, args.top_logits
@@ -267,9 +268,8 @@ def _add_data(parser: common.CommandParser) -> None:
 
 
 def _add_rank(parser: common.CommandParser) -> None:
-    parser.add_argument(
-        "--raw", action="store_true", help="the model's own samples as they come: --quality fast --guidance 1"
-    )
+    raw = "the model's own samples as they come: --quality fast, without a preset's guidance"
+    parser.add_argument("--raw", action="store_true", help=raw)
     parser.add_argument("--rank", action="store_true", help="sort by log-probability per character, most natural first")
 
 

@@ -23,6 +23,7 @@ __all__ = [
     "PRESETS",
     "RULES",
     "SAMPLING",
+    "UNGUIDED",
     "NameRequest",
     "Sampling",
     "load_presets",
@@ -113,6 +114,7 @@ def _sampling(settings: dict[str, Any], where: str) -> Sampling:
         raise ValueError(f"{where}: {error}") from None
 
 
+UNGUIDED: dict[str, Any] = {"guidance": 1.0}  # options that keep a preset from guiding
 PRESETS = load_presets(Path(__file__).with_name("presets.yaml"))
 
 
