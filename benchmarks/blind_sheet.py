@@ -18,12 +18,12 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from flash_experts import NameGenerator
 from flash_experts.data.cards import Card
 from flash_experts.data.prepare import load_known_names, load_split
 from flash_experts.evaluation.scorers import NGramBaseline, Prompt
+from flash_experts.generation.request import UNGUIDED
 
 REQUESTS: tuple[tuple[str, str | None], ...] = (
     ("Legendary Creature — Goblin", "R"),
@@ -60,7 +60,7 @@ def sampler_of(source: str, data: str) -> Callable[[int, str, str | None], list[
         return lambda count, type_line, colors: baseline.show([Prompt(type_line, colors)], count, SEED, known)[0]
     folder, _, quality = source.partition(":")
     generator = NameGenerator.from_pretrained(folder)
-    options: dict[str, Any] = {"quality": "fast", "guidance": 1.0} if quality == "raw" else {"quality": quality or None}
+    options = {"quality": "fast", **UNGUIDED} if quality == "raw" else {"quality": quality or "good"}
     return lambda count, type_line, colors: [
         name.text for name in generator.generate(count, type_line=type_line, colors=colors, seed=SEED, **options)
     ]

@@ -213,7 +213,9 @@ def test_the_log_has_guidance_as_measured() -> None:
 
     assert shown[0][-5:] == percents(found["real"])
     unselected, preset = {(row["preset"], row["guidance"]): row for row in found["rows"] if row["best_of"] == 1}, ""
-    for first, second, *rest in [row for row in shown[1:] if len(row) == 7]:
+    unweighted = [row for row in shown[1:] if len(row) == 7]
+    assert len(unweighted) == len(unselected) == 10
+    for first, second, *rest in unweighted:
         preset = first or preset
         assert rest == percents(unselected[preset, float(second)])
     chosen = {(row["best_of"], row["match_weight"]): row for row in found["rows"] if row["guidance"] == 1.25}
