@@ -47,6 +47,10 @@ def test_scores_of_attributes_add_up_and_an_attribute_of_no_card_counts_zero() -
     assert classifier.scorer(Attributes(subtypes=("Nobody",)))(names).tolist() == [0, 0]
 
 
+def test_a_classifier_without_cards_scores_zero() -> None:
+    assert AttributeClassifier([]).scorer(RED)(["Goblin Firebrand", "a"]).tolist() == [0, 0]
+
+
 def test_capitals_do_not_matter() -> None:
     """A word begins with one or not by its place in the name."""
     score_N = real_card_classifier().scorer(RED)(["Firebrand Goblin", "firebrand goblin", "FIREBRAND GOBLIN"])

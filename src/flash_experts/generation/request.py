@@ -176,8 +176,8 @@ class NameRequest(Constraints):
     repetition_penalty: float | None = _override("repetition_penalty")
     guidance: float | None = _override("guidance")
     quality: Literal["fast", "good", "best"] = option(
-        "good", "names drawn for each one shown: fast 1, as they come; good 8; best 32, at 4 times the time of good",
-        SAMPLING, label="Quality", labels=("fast: as they come", "good: the best of 8", "best: the best of 32"),
+        "good", "names drawn for each one shown: fast 1; good 8; best 32, at 4 times the time of good",
+        SAMPLING, label="Quality", labels=("fast: without choosing", "good: the best of 8", "best: the best of 32"),
     )  # fmt: skip
     best_of: int | None = option(
         None, "names drawn for each one shown (default: by quality)", SAMPLING, bounds=(1, 1_000)

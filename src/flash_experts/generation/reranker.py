@@ -129,9 +129,7 @@ def character_ngrams(names: Sequence[str]) -> tuple[IntArray, IntArray]:
 def _places(known_U: IntArray, ngrams_G: IntArray) -> IntArray:
     """(G,) the place of each n-gram among the known ones, which ascend, or U."""
     index_G = np.searchsorted(known_U, ngrams_G)
-    index_G[index_G == len(known_U)] = 0
-    index_G[known_U[index_G] != ngrams_G] = len(known_U)
-    return index_G
+    return np.where(np.append(known_U, -1)[index_G] == ngrams_G, index_G, len(known_U))
 
 
 @lru_cache(maxsize=1 << 14)  # each waiting candidate is asked for again at each choice

@@ -221,7 +221,7 @@ class TrainingConfig:
     )
     attribute_dropout: float = option(
         0.3, "probability that an attribute of a prompt (type, colors, mana value) is left out, drawn in each epoch, "
-        "so that any subset may be given at generation", _NAMES, bounds=(0, 1),
+        "so that any subset may be given at generation; at 0 generate with --guidance 1", _NAMES, bounds=(0, 1),
     )  # fmt: skip
     names_per_prompt: int = option(
         1, "most names in a row with one prompt, whose tokens a step then computes once: fewer tokens to compute (a "
