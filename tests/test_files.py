@@ -6,15 +6,18 @@ import json
 import os
 import shutil
 import threading
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from flash_experts.data import prepare as preparing
 from flash_experts.data.prepare import META, load_meta, load_split, prepare
 from flash_experts.files import free_name, whole_file, whole_files
+from flash_experts.models.loading import load_model
 from flash_experts.models.saving import write_model
 from flash_experts.training import CheckpointError, TrainingConfig
 from flash_experts.training.checkpoint import remove_leftovers
@@ -240,6 +243,24 @@ def test_weights_have_the_mode_of_their_neighbors(
     assert modes == {(tmp_path / "plain").stat().st_mode}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "plain", "there"]
     assert not list((tmp_path / "there").glob(".*"))
+
+
+def test_weights_that_are_replaced_by_shards_are_gone(
+    dense: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """A single file goes before shards: the old weights would be loaded. Other files stay."""
+    write_model(tmp_path / "model", dense, tokenizer)
+    (tmp_path / "model/mine.safetensors").write_text("mine", "utf-8")
+    with torch.no_grad():
+        dense.transformer.wpe.weight.add_(1)
+    save = dense.save_pretrained
+    dense.save_pretrained = partial(save, max_shard_size="20KB")  # type: ignore[method-assign]
+    write_model(tmp_path / "model", dense, tokenizer, overwrite=True)
+    assert not (tmp_path / "model/model.safetensors").exists() and (tmp_path / "model/mine.safetensors").exists()
+    assert torch.equal(load_model(tmp_path / "model").transformer.wpe.weight, dense.transformer.wpe.weight)
+    dense.save_pretrained = save  # type: ignore[method-assign]
+    write_model(tmp_path / "model", dense, tokenizer, overwrite=True)
+    assert [path.name for path in (tmp_path / "model").glob("model*")] == ["model.safetensors"]
 
 
 @pytest.mark.parametrize("exists", [False, True])

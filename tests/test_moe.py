@@ -377,6 +377,7 @@ def test_router_metrics_and_balancing_bias(dense: GPT2LMHeadModel) -> None:
         ({"num_experts": 2, "num_experts_per_tok": 3}, "num_experts_per_tok"),
         ({"num_experts": 0}, "between 1 and num_experts \\(0\\)"),
         ({"moe_layer_freq": 13}, "moe_layer_freq"),
+        ({"n_inner": 0}, "n_inner must be 1 or more, not 0"),
         ({"n_embd": 10, "n_head": 3}, "multiple of n_head"),
         ({"n_head": 0}, "multiple of n_head"),
         ({"router_jitter_noise": 1.5}, "router_jitter_noise"),

@@ -65,6 +65,16 @@ def test_a_batch_equals_softmax_attention(kind: str, lengths: tuple[int, int]) -
     check(attention(*qkv, OPTIONS[kind]), oracle(*qkv, OPTIONS[kind]), qkv)
 
 
+@pytest.mark.parametrize("limit", [2**31 - 1, 2**40])
+def test_a_window_wider_than_any_length_is_none(limit: int) -> None:
+    qkv = make(*[(1, 20, 1, 16)] * 3)
+    options = AttentionOptions(scale=0.2, left=limit, right=limit)
+    check(attention(*qkv, options), oracle(*qkv, OPTIONS["full"]), qkv)
+    q, k, v = (x.detach() for x in qkv)
+    out, _ = decode(q[:, :1], k, v, options)
+    torch.testing.assert_close(out.double(), oracle(q[:, :1], k, v, OPTIONS["full"])[0], atol=3e-6, rtol=1e-5)
+
+
 @pytest.mark.parametrize("head_dim", [16, 40, 59, 64, 128, 256])
 def test_head_dims(head_dim: int) -> None:
     qkv = make((1, 35, 1, head_dim), (1, 35, 1, head_dim), (1, 35, 1, head_dim))

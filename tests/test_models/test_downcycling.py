@@ -103,6 +103,13 @@ def test_loads_that_do_not_fit(dense: GPT2LMHeadModel, loads: dict[int, list[flo
         to_dense(trained(dense), {block: torch.tensor(load) for block, load in loads.items()})
 
 
+def test_gates_that_do_not_sum_to_one_are_refused(dense: GPT2LMHeadModel) -> None:
+    moe = trained(dense)
+    moe.config.norm_topk_prob = False
+    with pytest.raises(ValueError, match="norm_topk_prob is false"):
+        to_dense(moe)
+
+
 @pytest.mark.parametrize("granularity", [1, 4])
 @pytest.mark.parametrize("moe_layer_freq", [1, 2])
 def test_shared_experts_keep_their_place(dense: GPT2LMHeadModel, granularity: int, moe_layer_freq: int) -> None:

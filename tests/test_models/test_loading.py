@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 from pathlib import Path
 
@@ -47,6 +48,21 @@ def test_a_pickle_is_refused(folder: Path) -> None:
     with pytest.raises(ValueError, match="is a pickle") as error:
         load_model(folder)
     one_line(error)
+
+
+def test_weights_that_the_configuration_has_no_place_for_are_refused(folder: Path) -> None:
+    """Else a model without its last blocks would write nonsense."""
+    config = folder / "config.json"
+    layers = json.loads(config.read_text())["n_layer"]
+    config.write_text(config.read_text().replace(f'"n_layer": {layers}', f'"n_layer": {layers - 1}'))
+    with pytest.raises(ValueError, match=rf"config.json has no place, transformer.h.{layers - 1}\.") as error:
+        load_model(folder)
+    one_line(error)
+
+
+def test_a_setting_that_the_model_does_not_have(folder: Path) -> None:
+    with pytest.raises(ValueError, match="'num_expert_per_tok' is not a setting of a gpt2 model"):
+        load_model(folder, settings={"num_expert_per_tok": 3})
 
 
 @pytest.mark.parametrize(

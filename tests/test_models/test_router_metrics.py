@@ -165,6 +165,7 @@ def test_recording_waits_for_nothing(fields: dict[str, Any]) -> None:
         ([1.0, 1.0] + [0.0] * 6, 2, "collapsed, 8 experts have the load of 2.0"),
         ([0.74] + [0.26 / 7] * 7, 1, "collapsed, 8 experts have the load of 2.9"),  # of moe-emergence, by step 500
         ([1.0, 1.0], 2, None),  # every token goes to both: nothing can collapse
+        *(([1.0] * experts, experts, None) for experts in range(3, 17)),
     ],
 )
 def test_trouble_begins_at_the_documented_thresholds(loads: list[float], top_k: int, expected: str | None) -> None:

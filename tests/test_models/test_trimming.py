@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import pre_tokenizers, processors
 from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from flash_experts import GPT2MoEForCausalLM
@@ -48,6 +49,18 @@ def test_given_texts_are_cut_as_before_and_others_can_be_written(gpt2: PreTraine
     other = " Æther Vial’s λ — \U0001f409"
     assert trimmed.decode(trimmed(other)["input_ids"]) == other
     assert trimmed.eos_token == gpt2.eos_token and kept[trimmed.eos_token_id] == gpt2.eos_token_id
+
+
+@pytest.mark.parametrize("in_sequence", [False, True])
+def test_special_tokens_that_bert_s_processor_adds_are_renumbered(
+    gpt2: PreTrainedTokenizerFast, in_sequence: bool
+) -> None:
+    end = ("<|endoftext|>", gpt2.eos_token_id)
+    adds_ends = processors.RobertaProcessing(end, end)
+    tokenizer = copy.deepcopy(gpt2)
+    tokenizer.backend_tokenizer.post_processor = processors.Sequence([adds_ends]) if in_sequence else adds_ends
+    trimmed, kept = trim_tokenizer(tokenizer, TEXTS)
+    assert [kept[token] for token in trimmed(TEXTS[0])["input_ids"]] == tokenizer(TEXTS[0])["input_ids"]
 
 
 def test_words_that_no_text_has_keep_their_tokens_if_asked(gpt2: PreTrainedTokenizerFast) -> None:
@@ -121,7 +134,17 @@ def test_prompts_of_every_subset_are_among_the_texts() -> None:
         assert alone.prompt() in texts
 
 
-def test_what_is_wrong_is_said(dense: GPT2LMHeadModel) -> None:
+def test_frozen_embeddings_stay_frozen(dense: GPT2LMHeadModel) -> None:
+    dense.get_input_embeddings().weight.requires_grad_(False)
+    trim_vocabulary(dense, range(dense.config.eos_token_id + 1))
+    assert not dense.get_input_embeddings().weight.requires_grad and not dense.lm_head.weight.requires_grad
+
+
+def test_what_is_wrong_is_said(dense: GPT2LMHeadModel, gpt2: PreTrainedTokenizerFast) -> None:
+    other = copy.deepcopy(gpt2)
+    other.backend_tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    with pytest.raises(ValueError, match="not BPE after Whitespace"):
+        trim_tokenizer(other, TEXTS)
     with pytest.raises(ValueError, match=r"_token_id .* keep it"):
         trim_vocabulary(dense, [dense.config.eos_token_id + 1])
     with pytest.raises(ValueError, match="own tokenizer"):

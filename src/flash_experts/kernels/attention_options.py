@@ -15,6 +15,13 @@ from typing import NamedTuple
 
 import torch
 
+_NO_LIMIT = 2**30
+
+
+def within_int32(limit: int) -> int:
+    """A limit of the window for kernels, which add positions to it in int32: no limit, however written, is 2**30."""
+    return limit if 0 <= limit < _NO_LIMIT else _NO_LIMIT
+
 
 @dataclass(frozen=True, slots=True)
 class AttentionOptions:

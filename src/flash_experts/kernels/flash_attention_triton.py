@@ -14,7 +14,7 @@ import torch
 import triton
 
 from flash_experts.kernels import flash_decode_triton
-from flash_experts.kernels.attention_options import AttentionOptions, PackedLengths
+from flash_experts.kernels.attention_options import AttentionOptions, PackedLengths, within_int32
 from flash_experts.kernels.flash_attention_backward import delta_kernel, keys_kernel, queries_kernel
 from flash_experts.kernels.flash_attention_programs import forward_kernel
 
@@ -23,7 +23,6 @@ PACKED_UP_TO = 512  # documents up to this length share tiles (packed layout); l
 _SHARED_MEMORY = 227 * 1024  # bytes per thread block on a Hopper GPU; with less, such settings fail to compile
 _SHORTEST_BUCKET, _LONGEST_BUCKET = 64, 8192
 _MIN_HEAD_DIM = 16
-_NO_LIMIT = 2**30
 
 
 def length_bucket(length: int) -> int:
@@ -147,7 +146,7 @@ class _Problem:
         return self.cu_q, self.cu_k, self.k_lengths, doc_T, self.slopes, self.seed
 
     def numbers(self) -> tuple[Any, ...]:
-        left, right = (_NO_LIMIT if limit < 0 else limit for limit in (self.left, self.right))
+        left, right = within_int32(self.left), within_int32(self.right)
         bucket = length_bucket(max(self.max_q, self.max_k))
         sizes = (*self.lengths, self.heads, self.heads // self.k.shape[-2])
         slope_stride = self.slopes.stride(0) if self.slopes is not None and self.slopes.ndim == 2 else 0

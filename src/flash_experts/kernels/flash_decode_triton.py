@@ -14,13 +14,12 @@ import torch
 import triton
 import triton.language as tl
 
-from flash_experts.kernels.attention_options import AttentionOptions
+from flash_experts.kernels.attention_options import AttentionOptions, within_int32
 from flash_experts.kernels.flash_attention_programs import LN2, attend, load_rows, store_rows, visible_range
 
 INTERPRETED: bool = triton.knobs.runtime.interpret
 MAX_ROWS = 64  # queries times heads per key/value head in one tile
 _BLOCK_N = 32 if INTERPRETED else 64
-_NO_LIMIT = 2**30
 
 
 @triton.jit
@@ -116,7 +115,7 @@ def _decode(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
     parts = q.new_empty(B, G, splits, rows, C, dtype=torch.float32)
     lses = q.new_empty(B, G, splits, rows, dtype=torch.float32)
     strides = [stride for x in (q, k, v) for stride in x.stride()[:3]]
-    limits = (_NO_LIMIT if limit < 0 else limit for limit in (left, right))
+    limits = within_int32(left), within_int32(right)
     decode_kernel[(splits, B * G)](
         q, k, v, parts, lses, k_lengths, slopes, *strides,
         slopes.stride(0) if slopes is not None and slopes.ndim == 2 else 0,

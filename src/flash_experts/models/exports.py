@@ -55,16 +55,6 @@ while ids[-1] != {eos} and len(ids) < {positions}:
 print(tokenizer.decode(ids))
 ```
 """
-# transformers' names of a block's parts to GGUF's.
-_GGUF_PARTS = {
-    "ln_1": "attn_norm",
-    "attn.c_attn": "attn_qkv",
-    "attn.c_proj": "attn_output",
-    "ln_2": "ffn_norm",
-    "mlp.c_fc": "ffn_up",
-    "mlp.c_proj": "ffn_down",
-}
-_GGUF_ENDS = {"wte": "token_embd", "wpe": "position_embd", "ln_f": "output_norm"}
 
 
 @dataclass(frozen=True)
@@ -294,25 +284,23 @@ def _add_gguf_tokenizer(writer: Any, vocab_size: int, tokenizer: PreTrainedToken
     )
     writer.add_bos_token_id(tokenizer.bos_token_id)
     writer.add_eos_token_id(tokenizer.eos_token_id)
-    writer.add_pad_token_id(tokenizer.pad_token_id)
+    if tokenizer.pad_token_id is not None:
+        writer.add_pad_token_id(tokenizer.pad_token_id)
     writer.add_add_bos_token(True)  # the text learned starts with it
     writer.add_add_space_prefix(False)
 
 
 def _gguf_tensors(model: GPT2LMHeadModel) -> Iterator[tuple[str, torch.Tensor]]:
     """Matrices are (out, in), but (in, out) in GPT-2's Conv1D."""
-    weights = model.transformer.state_dict()
-    for ours, theirs in _GGUF_ENDS.items():
-        for kind in ("weight", "bias"):
-            if f"{ours}.{kind}" in weights:
-                yield f"{theirs}.{kind}", weights[f"{ours}.{kind}"]
-    for block in range(model.config.n_layer):
-        for ours, theirs in _GGUF_PARTS.items():
-            for kind in ("weight", "bias"):
-                tensor = weights[f"h.{block}.{ours}.{kind}"]
-                yield f"blk.{block}.{theirs}.{kind}", tensor.T if tensor.dim() == 2 else tensor
-    if not model.config.tie_word_embeddings:
-        yield "output.weight", model.lm_head.weight.detach()
+    import gguf
+
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, model.config.n_layer)
+    for key, tensor in model.state_dict().items():
+        if key != "lm_head.weight" or not model.config.tie_word_embeddings:
+            is_conv1d = ".h." in key and tensor.dim() == 2
+            name = names.get_name(key, try_suffixes=(".weight", ".bias"))
+            assert name is not None, key
+            yield name, tensor.T if is_conv1d else tensor
 
 
 def _read_gguf(file: Path, model: GPT2LMHeadModel) -> GPT2LMHeadModel:

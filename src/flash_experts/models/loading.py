@@ -102,6 +102,8 @@ def load_model(
     target = resolve_device(device)
     config = load_config(source)
     if settings:
+        if unknown := sorted(settings.keys() - config.to_dict().keys()):
+            raise ValueError(f"{unknown[0]!r} is not a setting of a {config.model_type} model")
         config = type(config).from_dict(config.to_dict() | dict(settings))
     is_gpt2 = isinstance(config, GPT2Config)
     if is_gpt2:
@@ -124,6 +126,11 @@ def load_model(
     absent = sorted(info["missing_keys"])
     if absent:
         raise ValueError(f"{source} lacks {len(absent)} weights, {absent[0]} first: the checkpoint is incomplete")
+    if surplus := sorted(info["unexpected_keys"]):
+        raise ValueError(
+            f"{source} has {len(surplus)} weights for which its config.json has no place, {surplus[0]} first: the two "
+            "do not belong together"
+        )
     check_finite(source, model)
     if model.config.model_type == "gpt2":
         model.loss_type = "ForCausalLM"  # transformers cannot infer it from the class's name, and warns

@@ -73,8 +73,10 @@ class GPT2MoEConfig(MoEOptions, GPT2Config):
                 f"moe_layer_freq ({self.moe_layer_freq}) must be between 1 (every block) and n_layer "
                 f"({self.n_layer}): with more no block would have experts"
             )
-        if self.moe_intermediate_size is not None and self.moe_intermediate_size < 1:
-            raise ValueError(f"moe_intermediate_size must be 1 or more, not {self.moe_intermediate_size}")
+        for name in ("moe_intermediate_size", "n_inner"):
+            size = getattr(self, name)
+            if size is not None and size < 1:
+                raise ValueError(f"{name} must be 1 or more, not {size}")
         if self.activation_function not in ACT2FN:
             hint = did_you_mean(str(self.activation_function), ACT2FN, f"it is one of {', '.join(sorted(ACT2FN))}")
             raise ValueError(f"there is no activation_function {self.activation_function!r}: {hint}")

@@ -143,7 +143,8 @@ def diagnose_loads(load_E: torch.Tensor, top_k: int) -> str | None:
     share_E = load_E.double() / load_E.sum()
     E = len(share_E)
     used = math.exp(float(torch.special.entr(share_E).sum()))
-    if used < top_k + COLLAPSED * (E - top_k):
+    # With k = E no load can be skewed, and perfect balance is E up to rounding.
+    if top_k < E and used < top_k + COLLAPSED * (E - top_k):
         return f"its router has collapsed, {E} experts have the load of {used:.1f}"
     dead = (share_E * E < DEAD_LOAD).nonzero()[:, 0].tolist()
     if dead:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
 import shutil
 import stat
 from collections.abc import Callable, Iterator, Mapping
@@ -25,6 +27,7 @@ from flash_experts.files import (
 )
 
 MANIFEST = "MANIFEST.json"
+_WEIGHT_FILE = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
 
 
 class CheckpointError(ValueError):
@@ -66,9 +69,17 @@ def write_folder(out: Path, write: Callable[[Path], None], overwrite: bool = Fal
 def _fill_folder(folder: Path, temporary: Path, write: Callable[[Path], None]) -> None:
     try:
         _write_staged(folder, write, temporary)
+        *files, manifest = sorted(temporary.iterdir(), key=lambda path: path.name == MANIFEST)
+        names = {path.name for path in files}
         with deferred_ctrl_c():
-            for path in sorted(temporary.iterdir(), key=lambda path: path.name == MANIFEST):
+            for path in files:
                 move_into_place(path, folder / path.name)
+            # Weights in one file go before shards, and would be loaded instead of them.
+            if any(map(_WEIGHT_FILE.fullmatch, names)):
+                for path in list(folder.iterdir()):
+                    if _WEIGHT_FILE.fullmatch(path.name) and path.name not in names:
+                        path.unlink()
+            move_into_place(manifest, folder / MANIFEST)
             temporary.rmdir()
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -117,9 +128,11 @@ def _write_staged(target: Path, write: Callable[[Path], None], temporary: Path) 
 
 
 def _not_written(target: Path, error: BaseException) -> CheckpointError:
+    # Of libraries' errors, which have no number, a full disk is the likeliest.
+    is_full = not isinstance(error, OSError) or error.errno in (errno.ENOSPC, errno.EDQUOT)
+    advice = "Free some disk space, or write" if is_full else "Write"
     return CheckpointError(
-        f"could not write {target}: {error}. Free some disk space, or write to another folder; "
-        "checkpoints written before are intact"
+        f"could not write {target}: {error}. {advice} to another folder; checkpoints written before are intact"
     )
 
 

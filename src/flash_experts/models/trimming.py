@@ -6,6 +6,7 @@ import itertools
 import json
 import re
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, pre_tokenizers
@@ -27,8 +28,9 @@ def trim_tokenizer(
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ValueError("trimming needs a byte-level BPE tokenizer with a tokenizer.json, as GPT-2's")
     state = json.loads(tokenizer.backend_tokenizer.to_str())
-    if state["model"]["type"] != "BPE" or (state["pre_tokenizer"] or {}).get("type") != "ByteLevel":
-        raise ValueError(f"trimming needs a byte-level BPE tokenizer as GPT-2's, not {state['model']['type']}")
+    kind, before = state["model"]["type"], (state["pre_tokenizer"] or {}).get("type", "no pre-tokenizer")
+    if (kind, before) != ("BPE", "ByteLevel"):
+        raise ValueError(f"trimming needs a byte-level BPE tokenizer as GPT-2's, not {kind} after {before}")
     vocabulary: dict[str, int] = state["model"]["vocab"]
     text_of = {token: text for text, token in vocabulary.items()}
     merges = [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in state["model"]["merges"]]
@@ -52,10 +54,7 @@ def trim_tokenizer(
     state["model"]["merges"] = [list(merge) for merge in merges if "".join(merge) in kept]
     for token in state["added_tokens"]:
         token["id"] = new_id[token["id"]]
-    processor = state["post_processor"]
-    if processor is not None and processor["type"] == "TemplateProcessing":
-        for token in processor["special_tokens"].values():
-            token["ids"] = [new_id[old] for old in token["ids"]]
+    _renumber(state["post_processor"] or {}, new_id)
     trimmed = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(json.dumps(state)),
         bos_token=tokenizer.bos_token,
@@ -66,6 +65,16 @@ def trim_tokenizer(
         model_max_length=tokenizer.model_max_length,
     )
     return trimmed, old_ids
+
+
+def _renumber(processor: dict[str, Any], new_id: dict[int, int]) -> None:
+    """Gives a post-processor, which adds special tokens, their new ids."""
+    for part in processor.get("processors", ()):  # of a Sequence
+        _renumber(part, new_id)
+    for token in processor.get("special_tokens", {}).values():  # of a template
+        token["ids"] = [new_id[old] for old in token["ids"]]
+    for pair in (processor[name] for name in ("sep", "cls") if name in processor):  # BERT's and RoBERTa's
+        pair[1] = new_id[pair[1]]
 
 
 @torch.no_grad()
@@ -97,8 +106,8 @@ def trim_vocabulary(model: PreTrainedModel, kept_ids: Sequence[int]) -> None:
     index_W = torch.tensor(kept_ids, device=before_VD.device)
     tied = head.weight is before_VD
     after = nn.Embedding(len(kept_ids), D, device="meta")
-    after.weight = nn.Parameter(before_VD[index_W])
+    after.weight = nn.Parameter(before_VD[index_W], before_VD.requires_grad)
     model.set_input_embeddings(after)
-    head.weight = after.weight if tied else nn.Parameter(head.weight[index_W])
+    head.weight = after.weight if tied else nn.Parameter(head.weight[index_W], head.weight.requires_grad)
     head.out_features = len(kept_ids)
     model.config.vocab_size = len(kept_ids)

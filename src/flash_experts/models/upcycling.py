@@ -202,9 +202,15 @@ def _fill_router(layer: MoELayer, upcycling: Upcycling, std: float) -> None:
 def to_dense(moe: PreTrainedModel, loads: Mapping[int, torch.Tensor] | None = None) -> GPT2LMHeadModel:
     """A dense GPT-2 whose MLPs are the means of a `GPT2MoEForCausalLM`'s experts, in eval mode.
 
-    ``loads`` has weights (E,) of the experts, by block number from 0; None is equal weights.
+    ``loads`` has weights (E,) of the experts, by block number from 0; None is equal weights. Raises a ValueError for
+    gates that do not sum to one (``norm_topk_prob`` false): a mean would be larger than the experts' output.
     """
     config: Any = moe.config
+    if not config.norm_topk_prob:
+        raise ValueError(
+            "the gates of this model do not sum to one (norm_topk_prob is false), so that no mean of its experts gives "
+            "its output: only models with norm_topk_prob true become dense"
+        )
     granularity, width = _dense_sizes(config)
     dropped = {*config.own_fields(), *_CLASS_FIELDS}
     kept = {name: value for name, value in config.to_dict().items() if name not in dropped}
