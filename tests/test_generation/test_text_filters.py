@@ -22,7 +22,7 @@ from flash_experts.generation import (
     NameVocabulary,
     WellFormed,
 )
-from flash_experts.generation.filters.text import LeadsTo
+from flash_experts.generation.filters.text import LeadsTo, WantedText
 from tests.test_generation.test_filters import admits, byte_ids
 
 TEXTS = [
@@ -167,6 +167,13 @@ def test_a_regex_is_always_completed(model: GPT2LMHeadModel, vocabulary: NameVoc
         assert re.fullmatch(pattern, name[1:]) and len(name) <= 17
 
 
+@pytest.mark.parametrize("make", [Contains, EndsWith])
+def test_no_word_is_begun_for_a_mark(vocabulary: NameVocabulary, make: type[WantedText]) -> None:
+    """Else a name would get more and more spaces, after which no "!" can follow."""
+    one = make(vocabulary, 0, "!", 40)
+    assert [token for token, _ in one.favored(" Goblin Guide")] == vocabulary.encode("!")
+
+
 @pytest.mark.parametrize(
     ("pattern", "limit", "also", "message"),
     [
@@ -178,6 +185,9 @@ def test_a_regex_is_always_completed(model: GPT2LMHeadModel, vocabulary: NameVoc
         (r"(", 20, (), "unclosed group"),
         (r"(a)\1", 20, (), "backreferences"),
         ("a\nb", 20, (), "not a regular expression"),
+        ("^Goblin.*$|^Elf.*$", 20, (), r"has \^, \$, .* within it: leave them out"),
+        (r"\bElf", 20, (), r"has \^, \$, .* within it: leave them out"),
+        (r"Fire\$", 20, (), "matches no name"),  # a dollar sign, which no card has
         ("A{2000}{2000}", 20, (), "matches no name"),  # millions of states, were they built
     ],
 )

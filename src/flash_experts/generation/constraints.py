@@ -18,6 +18,7 @@ RULES = "Rules for the names"
 MOST_CHARACTERS = 1000  # highest max_length
 LONGEST_NAME = 40  # characters; the longest serious card name has 33
 _GAP = re.compile("___+")
+_WORD_START = re.compile(r"(?<=[ -])[^\W\d_]")
 # Words that no name has unless a field allows them: field, description, check.
 _UNWANTED: tuple[tuple[str, str, text_rules.Check], ...] = (
     ("allow_profanity", "swear words", text_rules.profanity_at_end),
@@ -117,8 +118,8 @@ class Constraints:
         """``regex``, or ``pattern`` as a regular expression."""
         if self.pattern is None:
             return self.regex
-        parts = (_escaped(part) for part in _GAP.split(shown_form(self.pattern)))
-        return "(?i)" + ".+".join(parts)
+        parts = enumerate(_GAP.split(shown_form(self.pattern)))
+        return ".+".join(_as_on_cards(part, begins_word=place == 0) for place, part in parts)
 
     @property
     def has_text_after_gap(self) -> bool:
@@ -310,6 +311,13 @@ def _check_kept(what: str, text: str, is_first: bool, is_last: bool) -> None:
 
 def _spaced(text: str | None) -> str:
     return "" if text is None else (" " if text[:1].isspace() else "") + shown_form(text).lower()
+
+
+def _as_on_cards(text: str, begins_word: bool) -> str:
+    """A regular expression for a text as given, with small or capital letters where words begin."""
+    starts = {match.start() - 1 for match in _WORD_START.finditer((" " if begins_word else "x") + text)}
+    forms = ({text[i].lower(), text[i].upper()} if i in starts else {text[i]} for i in range(len(text)))
+    return "".join(f"[{_escaped(''.join(sorted(form)))}]" if len(form) > 1 else _escaped(*form) for form in forms)
 
 
 def _escaped(text: str) -> str:

@@ -225,7 +225,10 @@ class NameFilter(LogitsProcessor, ABC):
 
 
 class AllOf(NameFilter):
-    """Several filters as one: masks are cached by combination of rules; filters that override `apply` come last."""
+    """Several filters as one: masks are cached by combination of rules; filters that override `apply` come last.
+
+    For ``model.generate`` give filters one by one: joined, an upper limit leaves a name no token instead of ending it.
+    """
 
     def __init__(self, filters: Sequence[NameFilter]) -> None:
         super().__init__(filters[0].vocabulary, filters[0].prompt_length)

@@ -18,6 +18,7 @@ from flash_experts.generation.text_rules import CARD_ALPHABET
 
 _CACHED_TEXTS = 10_000
 _NOT_UTF8 = "\udcff"  # the byte ff, which no text has, and by which llguidance marks special tokens
+_END = re.compile(r"(?<!\\)((?:\\\\)*)\$$")  # not an escaped dollar
 _WORD = re.compile("^[^ ]+| [^ ]*")  # with the space before it: a byte-level tokenizer's tokens end before a space
 
 
@@ -40,17 +41,17 @@ class MatchesRegex(NameFilter):
 
         self.pattern = pattern
         self.tokenizer = LLTokenizer(TokenizerWrapper(_Bytes(vocabulary)))
-        source = _slashed(pattern.removeprefix("^").removesuffix("$"))
+        source = _slashed(_END.sub(r"\1", pattern.removeprefix("^")))
         alone = LLMatcher(self.tokenizer, f"start: NAME\nNAME: /{source}/", log_level=0)
         if not pattern or "\n" in pattern or alone.is_error():
-            raise ValueError(f"regex {pattern!r} is not a regular expression: {_reason(alone.get_error())}")
+            raise ValueError(f"regex {pattern!r} {_problem('is not a regular expression', alone.get_error())}")
         letters = "".join(f"\\u{{{ord(character):x}}}" for character in sorted(alphabet))
         parts = [*(f" (?:{one})" for one in (source, *also)), f".{{2,{max_length + 1}}}", f"[{letters}]*"]
         parts.append(r" [^\p{Ll} ].*")  # how a finished name starts
         grammar = "start: NAME\nNAME: " + " & ".join(f"/{part}/" for part in parts)
         self._start = LLMatcher(self.tokenizer, grammar, log_level=0)
         if self._start.is_error():
-            raise ValueError(f"regex {pattern!r} is too complex: {_reason(self._start.get_error())}")
+            raise ValueError(f"regex {pattern!r} {_problem('is too complex', self._start.get_error())}")
         self._matcher = self._start.deep_copy()
         self._ids: dict[str, list[int]] = {}
         self._bits: dict[str, bytes] = {}
@@ -132,8 +133,10 @@ def _slashed(pattern: str) -> str:
     return re.sub(r"(\\.)|/", lambda found: found[1] or r"\/", pattern)
 
 
-def _reason(error: str) -> str:
-    """The most telling line of llguidance's error message."""
+def _problem(what: str, error: str) -> str:
+    """``what`` and the most telling line of llguidance's error message."""
+    if re.search("look-?around", error):
+        return r"has ^, $, \b or look-around within it: leave them out, it is for the whole name"
     lines = [line.strip() for line in error.splitlines() if line.strip()]
     reason: Any = next((line.removeprefix("error: ") for line in lines if line.startswith("error: ")), None)
-    return reason or (lines[0] if lines else "it is blank")
+    return f"{what}: {reason or (lines[0] if lines else 'it is blank')}"

@@ -16,6 +16,7 @@ from flash_experts.data.names import normal_form, shown_form
 from flash_experts.generation.filters.base import NameFilter, NameVocabulary, room
 from flash_experts.generation.filters.limits import LowerLimit
 from flash_experts.generation.text_rules import (
+    BAD_MARKS,
     PARTIAL_BYTES,
     SMALL_WORDS,
     WORD,
@@ -104,7 +105,7 @@ class WantedText(LowerLimit):
         # the text; single letters would be repeated.
         first, *others = words.split()
         ids = vocabulary.encode("".join(f" {word}" for word in _cased([first, *others])))
-        self._first = ids[0]
+        self._first = [] if BAD_MARKS.match(f" {words}") else [ids[0]]  # no word starts with "!"
         self._next = {vocabulary.decode(ids[:place]): token for place, token in enumerate(ids) if place}
         within = vocabulary.encode(" ".join([first, *_cased(others)]))[0]
         is_enough = not text[0].isspace() and len(vocabulary.texts[within]) >= min(len(words), _MUCH)
@@ -156,7 +157,7 @@ class WantedText(LowerLimit):
         if begun or not (name == "" or name[-1].isalpha()):
             return begun
         weight = _FAVOR + max(0, len(name) - _USUAL_LENGTH) * _FAVOR_PER_CHARACTER
-        return [(token, weight) for token in [self._first, *(self._within if name else ())]]
+        return [(token, weight) for token in [*self._first, *(self._within if name else ())]]
 
     def _states_after(self, state: int) -> torch.Tensor:
         """(V,) int64: the state after each token (Knuth-Morris-Pratt)."""
