@@ -114,7 +114,7 @@ class KneserNey:
             raise ValueError(f"order {order} is not in 2..8")
         self.order = order
         self.alphabet = sorted(set("".join(names)))
-        self._symbol = {character: index for index, character in enumerate(self.alphabet, start=2)}
+        self._codes = np.array([ord(character) for character in self.alphabet])  # ascending, as the alphabet is
         self._num_symbols = self._bos = len(self.alphabet) + 2
         self._base = self._num_symbols + 1
         if self._base**order > 2**62:
@@ -136,9 +136,12 @@ class KneserNey:
 
     def _queries(self, names: Sequence[str]) -> tuple[IntArray, IntArray]:
         """(order, Q) contexts of 0 .. order - 1 symbols, -1 where the name is shorter, and (Q,) symbols with EOS."""
-        coded = [[self._bos, *(self._symbol.get(c, UNKNOWN) for c in name), EOS] for name in names]
-        flat = np.array([symbol for name in coded for symbol in name], dtype=np.int64)
-        position = np.concatenate([np.arange(len(name)) for name in coded])
+        lengths = np.array([len(name) + 2 for name in names])
+        ends = lengths.cumsum()
+        flat = np.full(lengths.sum(), self._bos, dtype=np.int64)
+        flat[ends - 1] = EOS
+        position = np.arange(flat.size) - np.repeat(ends - lengths, lengths)
+        flat[(position > 0) & (flat != EOS)] = self._symbols("".join(names))
         contexts = np.full((self.order, flat.size), -1, dtype=np.int64)
         contexts[0] = 0
         for length in range(1, self.order):
@@ -147,6 +150,12 @@ class KneserNey:
             contexts[length, reached] = contexts[length - 1, reached] + before * self._base ** (length - 1)
         predicted = position > 0
         return contexts[:, predicted], flat[predicted]
+
+    def _symbols(self, text: str) -> IntArray:
+        """(characters,) the symbol of each character."""
+        codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
+        places = np.searchsorted(self._codes, codes)
+        return np.where(np.append(self._codes, 0)[places] == codes, places + 2, UNKNOWN)
 
     def _fit(self, contexts: IntArray, symbols: IntArray) -> list[Order]:
         """All orders from 1 up. Lower ones use continuation counts: distinct symbols before each n-gram."""
