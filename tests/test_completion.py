@@ -73,9 +73,10 @@ def test_zsh_completes_what_is_typed(tmp_path: Path) -> None:
         ("flash-experts evaluate comp", "flash-experts evaluate completion.zsh "),
     ):
         assert typed_in_zsh(tmp_path, typed) == completed
+    assert typed_in_zsh(tmp_path, "flash-experts gen", before=":") == "flash-experts generate ", "without compinit"
 
 
-def typed_in_zsh(folder: Path, typed: str) -> str:
+def typed_in_zsh(folder: Path, typed: str, before: str = "autoload -Uz compinit && compinit -u -D") -> str:
     """The command line of an interactive zsh after the tab key; a key of its own writes it to a file."""
     child, terminal = pty.fork()
     if child == 0:
@@ -84,7 +85,7 @@ def typed_in_zsh(folder: Path, typed: str) -> str:
     line = folder / "line.txt"
     line.unlink(missing_ok=True)
     setup = (
-        "autoload -Uz compinit && compinit -u -D && . ./completion.zsh",
+        f"{before} && . ./completion.zsh",
         "save() { print -rn -- $BUFFER > part; mv part line.txt }",
         "zle -N save; bindkey '^O' save",
     )

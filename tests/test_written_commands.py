@@ -61,6 +61,19 @@ def test_our_commands_parse(command: str, capsys: pytest.CaptureFixture[str]) ->
             pytest.fail(capsys.readouterr().err)
 
 
+def test_a_run_has_one_name() -> None:
+    """Whoever types the lines of README after the demo starts runs of their own: none resumes another one."""
+    runs: dict[str, set[str]] = {}
+    for page in ("README.md", "scripts/demo.sh"):
+        for name, rest in _OURS.findall(TEXTS[page]):
+            config = re.search(r"--config (\S+)", rest)
+            if name == "train" and config is not None:
+                named = re.search(r"--training.run-name (\S+)", rest)
+                runs.setdefault((named or config)[1], set()).add(rest.strip())
+    assert {"quickstart", "demo-names"} <= runs.keys()
+    assert [lines for lines in runs.values() if len(lines) > 1] == []
+
+
 @pytest.mark.parametrize("page", TEXTS)
 def test_scripts_and_targets_exist_with_their_options(page: str) -> None:
     for script, arguments in _SCRIPT.findall(TEXTS[page]):

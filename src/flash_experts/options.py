@@ -36,7 +36,7 @@ class Option:
         label: name on the page; None keeps the option off the page and out of shared settings.
         flag: name on the command line, where it is not the field's.
         page_bounds: narrower bounds for clients of a server; for a text its most characters, for a list its most
-            entries and their most characters.
+            entries and their most characters (default: the slider's).
         slider: lowest, highest and step.
         hint: line under the control.
         labels: names of the choices on the page.
@@ -56,6 +56,8 @@ class Option:
 
 def option(default: Any, help: str, group: str, **known: Any) -> Any:
     """A dataclass field with an `Option`."""
+    if "slider" in known:
+        known.setdefault("page_bounds", known["slider"][:2])
     return field(default=default, metadata={"option": Option(help=help, group=group, **known)})
 
 

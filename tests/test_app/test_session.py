@@ -221,6 +221,12 @@ def test_a_request_that_has_ended_adds_nothing(playground: Playground, ended_by:
     assert (session.rows, session.shown, session.history) == (rows, shown, history)
 
 
+def test_any_is_a_word_as_others_in_a_text() -> None:
+    """In a list of choices it stands for none of them."""
+    asked = replace(ANGEL, contains="any", banned_words=("any",))
+    assert form.settings_of(form.values_of(asked)) == asked
+
+
 def test_messages_to_the_browser_are_numbered(playground: Playground) -> None:
     """A page that stays open may get a new session: its messages are newer, too."""
     handlers, session = Handlers(playground), Session()

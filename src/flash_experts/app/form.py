@@ -56,6 +56,7 @@ Controls = dict[str, Any]  # Gradio components by name
 def attribute_controls(conditions: Conditions, render: bool) -> Controls:
     """Controls of the card, with the rarities, sets and years that a served model has learned."""
     look: dict[str, Any] = {"render": render, "min_width": 130}
+    lowest, highest = map(int, OPTIONS["mana_value"].page_bounds or (0, 0))
     printing = {  # custom values are allowed, because loaded settings may have others: the model checks them
         name: gr.Dropdown(
             _any_or(conditions.get(name, [])), value=ANY, allow_custom_value=True, visible=name in conditions,
@@ -71,7 +72,9 @@ def attribute_controls(conditions: Conditions, render: bool) -> Controls:
             list(known_subtypes()), multiselect=True, label=LABELS["subtypes"], elem_id="fe-subtypes", **look
         ),
         "colors": gr.CheckboxGroup(_COLORS, label=LABELS["colors"], elem_id="fe-colors", **look),
-        "mana_value": gr.Dropdown(_any_or(range(17)), value=ANY, label=LABELS["mana_value"], elem_id="fe-mana", **look),
+        "mana_value": gr.Dropdown(
+            _any_or(range(lowest, highest + 1)), value=ANY, label=LABELS["mana_value"], elem_id="fe-mana", **look
+        ),
         **printing,
     }
 
@@ -121,7 +124,8 @@ def settings_of(values: Mapping[str, Any]) -> Settings:
     given: dict[str, Any] = {"preset": values["preset"]}
     for name in (*_GENERIC, *CHOICES):
         is_number = name in ("mana_value", "released") or _is_typed_number(name) or _is_number_of_choices(name)
-        given[name] = whole(name, values[name]) if is_number else None if values[name] == ANY else values[name]
+        is_any = name in CHOICES and values[name] == ANY  # in a text it is a word
+        given[name] = whole(name, values[name]) if is_number else None if is_any else values[name]
     parts = [" ".join(values["types"] or ()), " ".join(values["subtypes"] or ())]
     given["type_line"] = " — ".join(part for part in parts if part)
     given["colors"] = "".join(values["colors"] or ())

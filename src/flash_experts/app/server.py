@@ -156,8 +156,9 @@ def bind(host: str, port: int) -> socket.socket:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), backlog=MOST_CONNECTIONS, family=family)
     except OSError as error:
+        wrong = "--host" if isinstance(error, socket.gaierror) else "--port"
         raise ValueError(
-            f"cannot listen on {host}, port {port}: {error.strerror or error}. Choose another --port"
+            f"cannot listen on {host}, port {port}: {error.strerror or error}. Choose another {wrong}"
         ) from None
 
 

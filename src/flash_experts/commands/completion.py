@@ -16,7 +16,10 @@ from flash_experts.released import configurations
 Shell = Literal["bash", "zsh"]
 # zsh can read bash's completions; in bash "--option=value" is three words, in zsh one. Where nothing is offered, as for
 # a folder, file names are.
-_ZSH = "autoload -U +X bashcompinit && bashcompinit\n"
+_ZSH = """\
+(( $+functions[compdef] )) || { autoload -Uz compinit && compinit }
+autoload -U +X bashcompinit && bashcompinit
+"""
 _SCRIPT = """\
 _flash_experts() {{
   local word=${{COMP_WORDS[COMP_CWORD]}} before=${{COMP_WORDS[COMP_CWORD-1]}} offered= joined=

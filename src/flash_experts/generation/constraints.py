@@ -74,7 +74,7 @@ class Constraints:
     min_distance: float = option(
         0.0, "lowest edit distance from every real card, as a share of the length: 0.3 is 3 letters of 10", RULES,
         label="Distance from real cards", hint="share of letters that differ from any real card",
-        page_bounds=(0, 0.8), slider=(0, 0.8, 0.05),
+        slider=(0, 0.8, 0.05),
     )  # fmt: skip
     alliterate: bool = option(
         False, "start all words with the same letter", RULES, label="All words start with the same letter"

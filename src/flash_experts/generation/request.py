@@ -47,28 +47,27 @@ class Sampling:
 
     temperature: float = option(
         1.0, "temperature, higher for more surprising names (default: the preset's)", SAMPLING, label="Temperature",
-        hint="higher: more surprising names", page_bounds=(0.05, 3), slider=(0.1, 2, 0.05),
+        hint="higher: more surprising names", slider=(0.1, 2, 0.05),
     )  # fmt: skip
     top_k: int = option(
         0, "number of most likely tokens to draw from; 0: all (default: the preset's)", SAMPLING, label="Top-k",
-        hint="only the k most likely tokens; 0: all", page_bounds=(0, 10_000), slider=(0, 1000, 10),
+        hint="only the k most likely tokens; 0: all", slider=(0, 1000, 10),
     )  # fmt: skip
     top_p: float = option(
         1.0, "probability mass of the tokens to draw from; 1: all (default: the preset's)", SAMPLING, label="Top-p",
-        hint="only the most likely tokens that add up to p; 1: all", page_bounds=(0.01, 1), slider=(0.05, 1, 0.01),
+        hint="only the most likely tokens that add up to p; 1: all", slider=(0.05, 1, 0.01),
     )  # fmt: skip
     min_p: float = option(
         0.0, "lowest probability to draw, as a share of the highest; 0: all (default: the preset's)", SAMPLING,
-        label="Min-p", hint="only tokens at least p times as likely as the best; 0: all", page_bounds=(0, 1),
-        slider=(0, 0.5, 0.01),
+        label="Min-p", hint="only tokens at least p times as likely as the best; 0: all", slider=(0, 0.5, 0.01),
     )  # fmt: skip
     repetition_penalty: float = option(
         1.0, "penalty of repeated tokens; 1: none (default: the preset's)", SAMPLING, label="Repetition penalty",
-        hint="1: no penalty", page_bounds=(0.5, 3), slider=(0.8, 2, 0.05),
+        hint="1: no penalty", slider=(0.8, 2, 0.05),
     )  # fmt: skip
     guidance: float = option(
         1.0, "weight of type and colors over 1, at twice the time; 1: off (default: the preset's)", SAMPLING,
-        label="Guidance", hint="higher: closer to type and colors; 1: off", page_bounds=(0, 5), slider=(1, 3, 0.05),
+        label="Guidance", hint="higher: closer to type and colors; 1: off", slider=(1, 3, 0.05),
     )  # fmt: skip
 
     def __post_init__(self) -> None:
@@ -152,7 +151,7 @@ class NameRequest(Constraints):
     colors: str | None = option(
         None, "letters of WUBRG, or C: colorless (default: any)", CARD, label="Colors", page_bounds=(0, 40)
     )
-    mana_value: int | None = option(None, "mana value (default: any)", CARD, label="Mana value", page_bounds=(0, 20))
+    mana_value: int | None = option(None, "mana value (default: any)", CARD, label="Mana value", page_bounds=(0, 16))
     rarity: str | None = option(None, f"rarity, such as rare, {_IF_LEARNED}", CARD, label="Rarity", page_bounds=(0, 20))
     set_code: str | None = option(
         None, f"set code, such as ZEN, {_IF_LEARNED}", CARD, label="Set", flag="set", page_bounds=(0, 10)
@@ -187,8 +186,7 @@ class NameRequest(Constraints):
         page_bounds=(0, 2**31 - 1), hint="the same seed gives the same names; blank: a new seed each time",
     )  # fmt: skip
     count: int = option(
-        20, "number of names", OUTPUT, label="Number of names", bounds=(0, 1_000_000), page_bounds=(1, 100),
-        slider=(1, 100, 1),
+        20, "number of names", OUTPUT, label="Number of names", bounds=(0, 1_000_000), slider=(1, 100, 1),
     )  # fmt: skip
     batch_size: int = option(256, "names computed at once", MODEL, bounds=(1, 65_536))
 
