@@ -300,7 +300,7 @@ holds("a text that is not a card may end as before", abs(ends[3][0] - ends[3][1]
 
 # %%
 free = NameGenerator(model, tokenizer, known_names=())  # without the list of cards
-drawn = (each.generate(300, quality="fast", seed=11, temperature=0.6) for each in (free, generator))
+drawn = (each.generate(300, quality="fast", seed=11, temperature=0.6, guidance=1.0) for each in (free, generator))
 without, within = ([name.text for name in some if normal_form(name.text) in card_forms] for some in drawn)
 print(f"real cards among 300 names: without the filter {len(without)}, e.g. {without[:5]}; with it {len(within)}")
 holds("with the filter there is none", len(within) == 0 <= len(without))
@@ -315,7 +315,7 @@ holds("with the filter there is none", len(within) == 0 <= len(without))
 # most. *Masking* forbids a space: it discards none, but a name that began as the first word of a longer one has to end there.
 
 # %%
-request = {"quality": "fast", "type_line": "Goblin", "seed": 13, "temperature": 1.0}
+request = {"quality": "fast", "type_line": "Goblin", "seed": 13, "temperature": 1.0, "guidance": 1.0}
 drawn, masking = free.generate(600, **request), free.generate(100, **request, words=1)
 rejection = [name for name in drawn if " " not in name.text]
 rows, found = [], []
