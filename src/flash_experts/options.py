@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from functools import cache
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -170,17 +170,28 @@ def at_least(name: str, value: int, least: int, hint: str) -> int:
 
 
 class _Loader(yaml.SafeLoader):
-    """Loads plain values.
+    """Loads plain values; dates are text.
 
     Refuses repeated keys, of which YAML's own loader silently drops the first, and aliases, nine lines of which can
     stand for 10^9 values.
     """
+
+    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {
+        first: [known for known in kinds if known[0] != "tag:yaml.org,2002:timestamp"]
+        for first, kinds in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
             mark = self.peek_event().start_mark
             raise yaml.composer.ComposerError(None, None, "aliases are not supported: write the value", mark)
         return super().compose_node(parent, index)
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, OverflowError) as error:  # a number of 5,000 digits, or not of its `!!tag`
+            raise yaml.constructor.ConstructorError(None, None, str(error).split(";")[0], node.start_mark) from error
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
