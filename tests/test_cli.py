@@ -7,15 +7,17 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 from argparse import SUPPRESS
 from pathlib import Path
 
 import pytest
 
-from flash_experts.cli import COMMANDS, main, parse
+from flash_experts.cli import COMMANDS, _explain, _show_warning, main, parse
 from flash_experts.commands import benchmark
 from flash_experts.commands.common import CommandParser, HelpFormatter
 from flash_experts.commands.train import how_to_resume
+from flash_experts.training.run_state import OutOfMemoryError
 from tests.helpers.command_line import BASE_RUN, TINY_RUN, ok, run, run_process
 
 
@@ -101,6 +103,41 @@ def test_lists_with_spaces_and_with_commas_in_them() -> None:
     assert parser.parse_args(["--model", '["a,b", c]']).model == ["a,b", "c"]
     assert COMMANDS["train"].make_parser().parse_args(["--training.betas", "0.8,0.9"]).training.betas == (0.8, 0.9)
     assert COMMANDS["generate"].make_parser().parse_args(["--ban", "on,1,null"]).ban == ["on", "1", "null"]
+
+
+@pytest.mark.parametrize("text", ["Null", "~", "#1", "NULL", "2026-13-45"])
+def test_a_text_stays_as_it_is_given(text: str) -> None:
+    assert parse("generate", ["--starts-with", text]).starts_with == text
+    assert parse("train", ["--training.run-name", text]).training.run_name == text
+
+
+def test_null_is_a_text_where_no_option_is_null() -> None:
+    assert parse("generate", ["--starts-with", "null"]).starts_with == "null"
+    assert parse("generate", []).starts_with is None
+    assert parse("train", ["--training.run-name", "null"]).training.run_name is None
+
+
+@pytest.mark.parametrize(
+    ("error", "shown"),
+    [
+        (OutOfMemoryError(12, 1), "gradient_accumulation_steps to 2"),
+        (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), "lower --training.tokens-per-batch"),
+        (MemoryError(), "lower --training.tokens-per-batch"),
+        (ValueError("there is no file out of memory.csv"), "no file out of memory.csv"),
+    ],
+)
+def test_out_of_memory_has_the_advice_that_changes_least(error: Exception, shown: str) -> None:
+    assert shown in _explain(error)
+
+
+def test_warnings_of_libraries_are_hidden(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(warnings, "showwarning", _show_warning)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        for module in ("torch.nn", "flash_experts.models.moe"):
+            code = f"import warnings\nwarnings.warn('from {module}', stacklevel=2)"
+            exec(code, {"__name__": module})
+    assert capsys.readouterr().err == "flash-experts: from flash_experts.models.moe\n"
 
 
 def test_what_a_run_leaves(workplace: Path) -> None:

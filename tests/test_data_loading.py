@@ -261,6 +261,8 @@ CARD = {
     [
         (b'{"name": "Emb', r"train\.jsonl:2: not JSON"),
         (b"\xff\xfe", r"train\.jsonl:2: not UTF-8"),
+        (json.dumps(CARD | {"name": "\ud800"}).encode(), r"train\.jsonl:2: half a character .*: run .*prepare. again"),
+        (b"[" * 100_000, r"train\.jsonl:2: not the JSON of a card"),
         (b"[1]", r"train\.jsonl:2: a card must be a JSON object, not list"),
         (
             json.dumps({k: v for k, v in CARD.items() if k != "colors"}).encode(),
@@ -304,9 +306,10 @@ def test_missing_and_empty_prepared_files(tmp_path: Path) -> None:
         load_split(tmp_path, "train")
     with pytest.raises(ValueError, match="no split 'dev': there are train, validation"):
         load_split(tmp_path, "dev")
-    (tmp_path / "meta.json").write_text("{", encoding="utf-8")
-    with pytest.raises(ValueError, match=r"meta\.json: not JSON"):
-        load_meta(tmp_path)
+    for text in ("{", "[" * 100_000):
+        (tmp_path / "meta.json").write_text(text, encoding="utf-8")
+        with pytest.raises(ValueError, match=r"meta\.json: not JSON"):
+            load_meta(tmp_path)
 
 
 def test_cards_survive_json() -> None:

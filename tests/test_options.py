@@ -95,6 +95,7 @@ def test_a_null_that_is_allowed_and_a_number_for_a_name_reach_the_command(tmp_pa
     ("key", "value", "found"),
     [
         *(("training.run_name", text, text) for text in ("2026", "no", "1e-3", "2026-11-29", "010", "12:30", "1.10")),
+        ("training.run_name", "2026-13-45", "2026-13-45"),
         *(("training.learning_rate", text, 1e-3) for text in ("1e-3", "1E-3", ".001", "0.1e-2", "1.0e-3")),
         *(("training.seed", "010", 10), ("training.seed", "1e3", 1000), ("training.max_minutes", "3", 3)),
         *(("training.tracker", "none", "none"), ("training.compile", "yes", True)),
@@ -123,6 +124,8 @@ def test_values_are_read_by_the_type_of_their_option(tmp_path: Path, key: str, v
         ("training:\n  max_minutes: 1:30\n", "training.max_minutes must be a number or null, not '1:30'"),
         ("training:\n  seed: yes\n", "training.seed must be a whole number, not 'yes'"),
         ("training:\n  compile: 1\n", "training.compile must be true or false, not '1'"),
+        ("base: a\nseed: " + "9" * 5000 + "\n", r"c\.yaml:2 is not valid YAML: Exceeds the limit"),
+        ("seed: !!int x\n", r"c\.yaml:1 is not valid YAML: invalid literal"),
         ("yes: 3\n", "the key True is not the name of a setting"),
         ("training:\n\tseed: 1\n", r"c\.yaml:2 is not valid YAML: .*: indent with spaces"),
         ("- seed: 1\n", "holds no settings: write `name: value`, one per line"),

@@ -30,6 +30,10 @@ def test_a_configuration_is_found_by_name_from_any_folder(tmp_path: Path, monkey
     assert parse("train", ["--config", "quickstart"]).training.run_name == "quickstart"
     by_path = parse("train", ["--config", str(CONFIGS["quickstart"])])
     assert by_path.training == parse("train", ["--config", "quickstart"]).training
+    (tmp_path / "student").mkdir()
+    assert parse("train", ["--config", "student"]).model.tokenizer == "models/teacher", (
+        "a folder is not a configuration"
+    )
     (tmp_path / "quickstart").write_text("training:\n  run_name: mine\n", "utf-8")
     assert parse("train", ["--config", "quickstart"]).training.run_name == "mine", "a file of that name comes first"
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import _thread
 import os
+import re
 import signal
 import sys
 import threading
@@ -173,7 +174,8 @@ def _model_families(args: Namespace) -> AbstractContextManager[None]:
 def _explain(error: BaseException) -> str:
     """An error in one line that says what to do."""
     text = " ".join(str(error).split()) or type(error).__name__
-    if isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text:
+    is_ours = type(error).__module__.startswith("flash_experts.") or isinstance(error, ValueError)  # says what to do
+    if isinstance(error, MemoryError) or (not is_ours and re.search("out of memory|can't allocate memory", text)):
         return "out of memory: lower --training.tokens-per-batch (or --batch-size), or use a smaller model"
     if isinstance(error, OSError) and error.strerror:
         place = f": {error.filename}" if error.filename else ""
@@ -197,7 +199,11 @@ def _set_up_libraries() -> None:
 
 def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
     """Shows our own warnings in one line, and hides those of libraries."""
-    if category is UserWarning:
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and "warnings" in frame.f_globals.get("__name__", ""):
+        frame = frame.f_back  # to the code that warns, which `stacklevel` hides
+    is_ours = frame is not None and frame.f_globals.get("__name__", "").startswith("flash_experts.")
+    if category is UserWarning and is_ours:
         say(one_line(f"flash-experts: {message}"), sys.stderr)
 
 

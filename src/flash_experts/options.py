@@ -172,7 +172,7 @@ def at_least(name: str, value: int, least: int, hint: str) -> int:
 
 
 class _Loader(yaml.SafeLoader):
-    """Loads plain values.
+    """Loads plain values; dates are text.
 
     Refuses repeated keys, of which YAML's own loader silently drops the first, and aliases, nine lines of which can
     stand for 10^9 values.
@@ -184,6 +184,12 @@ class _Loader(yaml.SafeLoader):
             raise yaml.composer.ComposerError(None, None, "aliases are not supported: write the value", mark)
         return super().compose_node(parent, index)
 
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, OverflowError) as error:  # a number of 5,000 digits, or not of its `!!tag`
+            raise yaml.constructor.ConstructorError(None, None, str(error).split(";")[0], node.start_mark) from error
+
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key, _ in node.value:
@@ -191,6 +197,12 @@ class _Loader(yaml.SafeLoader):
                 raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is given twice", key.start_mark)
             seen.add(key.value if isinstance(key, yaml.ScalarNode) else id(key))
         return super().construct_mapping(node, deep)
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [known for known in kinds if known[0] != "tag:yaml.org,2002:timestamp"]
+    for first, kinds in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
 
 
 def read_yaml(path: str | Path) -> dict[Any, Any]:

@@ -51,9 +51,9 @@ def configurations() -> dict[str, Path]:
 def configuration(given: str | Path) -> Path:
     """The file of ``--config``: a path, or one of `configurations`; raises a ValueError if it is neither."""
     path, name, known = Path(given), str(given), configurations()
-    if path.exists():
+    if path.is_file() or (path.exists() and name not in known):
         return path
-    if name in known:
+    if name in known:  # also where a folder has this name
         return known[name]
     if path.suffix in (".yaml", ".yml") or path.name != name:
         ours = f": the one that comes with flash-experts is --config {path.stem}" if path.stem in known else ""

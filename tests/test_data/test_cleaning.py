@@ -328,6 +328,7 @@ def test_cards_printed_since_2025_are_known_by_their_rows(embedded: Cleaned) -> 
     ):
         assert years[name] is False, name
     assert is_since_2025("scryfall:1") is None
+    assert is_since_2025("embedded:99999") is None and is_since_2025("embedded:" + "9" * 5000) is None, "no such row"
     assert is_since_2025("embedded:31135") is None, "Avatar: a franchise, not classified"
     ends = [end for first, last, _ in SINCE_2025 for end in (first, last)]
     assert ends == sorted(ends) and len(set(ends)) == len(ends)
@@ -377,5 +378,7 @@ def test_flagged_cards_can_be_prepared_alone(tmp_path: Path) -> None:
     assert normal_form("Lightning Bolt") in load_known_names(tmp_path / "franchises"), (
         "known names include all real cards"
     )
+    with pytest.raises(ValueError, match="only the jokes are taken: leave out --include nonsense, or --only"):
+        prepare("embedded", tmp_path / "jokes", only="jokes", include=["nonsense"])
     with pytest.raises(ValueError, match="no cards have the flag 'planes': use jokes or franchises"):
         prepare("embedded", tmp_path / "planes", only="planes")

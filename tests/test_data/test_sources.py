@@ -89,6 +89,25 @@ def test_commas_and_line_breaks_in_cells(tmp_path: Path, text: str, names: list[
 
 
 @pytest.mark.parametrize(
+    ("cell", "name"),
+    [
+        ('"Brims" Barone, Midway Mobster', '"Brims" Barone, Midway Mobster'),  # as Google Sheets writes it
+        ('"""Brims"" Barone, Midway Mobster"', '"Brims" Barone, Midway Mobster'),  # as Excel writes it
+        ('"Ach! Hans, Run!"', '"Ach! Hans, Run!"'),
+        ('"""Ach! Hans, Run!"""', '"Ach! Hans, Run!"'),
+        ('Henzie "Toolbox" Torre', 'Henzie "Toolbox" Torre'),
+        ('"Krenko, Mob Boss"', "Krenko, Mob Boss"),
+        ("Krenko, Mob Boss", "Krenko, Mob Boss"),
+    ],
+)
+def test_quotes_of_a_name_between_tabs_are_kept(tmp_path: Path, cell: str, name: str) -> None:
+    for table in (f"Name\tSet\n{cell}\tUST\n", f'Set\tName\tText\r\nUST\t{cell}\t"Draw.\r\nDraw."\r\n'):
+        assert names_of(tmp_path, "a.tsv", table) == names_of(tmp_path, "a.csv", table) == [name]
+    assert names_of(tmp_path, "a.tsv", f"Name\n{cell}\nMire Song\n") == [name, "Mire Song"]
+    assert names_of(tmp_path, "a.tsv", f"Mire Song\n{cell}\n") == ["Mire Song", name]
+
+
+@pytest.mark.parametrize(
     ("name", "text", "error"),
     [
         (

@@ -72,6 +72,19 @@ def test_settings_that_a_base_with_experts_cannot_take(moe: str, settings: dict[
         build_model(moe, ModelConfig(**settings), TRAIN, seed=0)
 
 
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        ({"keep_words": True}, "model.keep_words is for a trimmed vocabulary: set model.trim_vocabulary"),
+        ({"tokenizer": "x", "vocab_size": 8000}, r"model\.vocab_size .* model\.tokenizer is given, which has its own"),
+        ({"trim_vocabulary": True}, "trim_vocabulary needs the vocabulary of a base or of model.tokenizer"),
+    ],
+)
+def test_settings_of_a_vocabulary_that_would_be_ignored_are_refused(settings: dict[str, Any], problem: str) -> None:
+    with pytest.raises(ValueError, match=problem):
+        settings_in_force(None, ModelConfig(**settings))
+
+
 def test_a_base_that_cannot_be_upcycled_is_not_trained_without_experts_in_silence(
     tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:

@@ -75,6 +75,16 @@ def test_deterministic_training_learns_the_same_and_leaves_no_trace(
     assert [line["loss"] for line in steps] == [line["loss"] for line in plain]
 
 
+def test_the_callers_deterministic_mode_comes_back() -> None:
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        with deterministic_algorithms(True):
+            assert not torch.is_deterministic_algorithms_warn_only_enabled()
+        assert torch.are_deterministic_algorithms_enabled() and torch.is_deterministic_algorithms_warn_only_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def test_attention_gets_the_deterministic_flag(monkeypatch: pytest.MonkeyPatch) -> None:
     """On CUDA this selects a backend with deterministic gradients: see test_attention/test_backends.py."""
     from flash_experts.models import flash_attention

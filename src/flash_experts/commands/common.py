@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 import yaml
-from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter, Namespace
+from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter, Namespace, get_loader, set_loader
 
 from flash_experts.files import check_out_file, free_name
 from flash_experts.options import defaults_of, describe_type, options_of, read_settings, read_yaml
@@ -34,6 +34,16 @@ MAX_SEEDS = 2**32
 _GENERAL_HELP = {"help": "print this help", "print_config": "print the settings as YAML"}
 _MAX_CHARACTERS = 10_000  # limit for an argument: the YAML parser recurses for each bracket
 _MAX_MESSAGE = 400  # characters of a message
+
+
+def _value_of(text: str) -> Any:
+    """The value of an argument. Null, ~ and #1 are texts: only null is null, which jsonargparse reads before."""
+    value = get_loader("yaml")(text)
+    return text if value is None else value
+
+
+_MODE = "flash_experts"
+set_loader(_MODE, _value_of, (yaml.YAMLError,))
 
 
 class _ConfigFile(ActionConfigFile):
@@ -130,7 +140,7 @@ class CommandParser(ArgumentParser):
     _section: Any = None  # current group of the help
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, formatter_class=HelpFormatter, **kwargs)
+        super().__init__(*args, formatter_class=HelpFormatter, **{"parser_mode": _MODE, **kwargs})
 
     def section(self, title: str) -> None:
         """Starts a group of the help for the options that are added next."""

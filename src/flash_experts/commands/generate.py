@@ -252,7 +252,8 @@ def _add_request(parser: common.CommandParser, group: str) -> None:
             parser.add_argument(flag, type=list[str], default=[], help=known.help)
         else:  # a list without a default is one text, because its entries may have commas
             hint: Any = str if kind == "list" else type_of(NameRequest, name)
-            parser.add_argument(flag, type=hint | None if default is None else hint, default=default, help=known.help)
+            hint = hint | None if default is None and hint is not str else hint  # a text may be "null"
+            parser.add_argument(flag, type=hint, default=default, help=known.help)
 
 
 def _add_data(parser: common.CommandParser) -> None:

@@ -7,7 +7,7 @@ import re
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +111,27 @@ def known_columns(headings: Iterable[str]) -> set[str]:
 def column_of(heading: str) -> str | None:
     """The column that a heading stands for, such as ``"name"`` for "Kartenname"; None for another one."""
     return _COLUMN_OF.get(_folded(heading), (None, 0))[0]
+
+
+# A tab-separated cell that starts with a quotation, and what follows the quotation in it.
+_QUOTATION = re.compile(r'(?:^|(?<=\t))"(?:[^"\t]|"")+"(?!")([^\t\r\n]*)')
+
+
+def with_escaped_quotes(line: str) -> str:
+    """A tab-separated line with the quotes of names escaped: ``"Brims" Barone``, and real cards all in quotes.
+
+    Excel and pandas quote and escape cells as in CSV, Google Sheets and most other programs do neither.
+    """
+    return _QUOTATION.sub(lambda cell: _escaped(cell[0]) if cell[1] or cell[0] in _quoted_names() else cell[0], line)
+
+
+def _escaped(cell: str) -> str:
+    return '"' + cell.replace('"', '""') + '"'
+
+
+@cache
+def _quoted_names() -> frozenset[str]:
+    return frozenset(name for name in known_names() if name[0] == name[-1] == '"')
 
 
 def raw_card(record: Any, where: str, unread: cards.Unread) -> cards.RawCard | None:

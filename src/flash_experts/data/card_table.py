@@ -102,7 +102,10 @@ SINCE_2025 = (
 def is_since_2025(source_id: str) -> bool | None:
     """Whether a card of the embedded table was first printed in 2025 or later; None for other and flagged cards."""
     source, _, row = source_id.partition(":")
-    if source != "embedded" or not row.isdecimal() or read_embedded().rows[int(row)].flag:
+    if source != EMBEDDED or not row.isdecimal() or len(row) > 9:
+        return None
+    rows = read_embedded().rows
+    if int(row) >= len(rows) or rows[int(row)].flag:
         return None
     return any(first <= int(row) <= last for first, last, _ in SINCE_2025)
 

@@ -15,7 +15,7 @@ from flash_experts.data.card_table import EMBEDDED, face_names, known_names
 from flash_experts.data.cards import Card, CardSource, RawCard
 from flash_experts.data.cleaning import CLEANING_VERSION, FLAGS, NOT_CARDS, clean
 from flash_experts.data.names import faces_of, normal_form, shown_form
-from flash_experts.data.sources import LIVE, load_source
+from flash_experts.data.sources import LIVE, load_source, parsed_json
 from flash_experts.data.splits import SPLITS, split_by_family
 from flash_experts.files import deferred_ctrl_c, flush_file, folder_lock, sha256_of, whole_file, whole_files
 
@@ -43,7 +43,7 @@ def prepare(
         source: see `flash_experts.data.sources.load_source`.
         include: flagged names to keep: ``"jokes"``, ``"franchises"``.
         overwrite: replace existing files that prepare did not write, or that were changed since.
-        only: use the cards with this flag alone.
+        only: use the cards with this flag alone, without ``include``.
 
     Returns:
         The content of meta.json, and ``"up_to_date"``: whether identical files existed already.
@@ -52,6 +52,8 @@ def prepare(
         ValueError: the source is unknown, malformed or unreachable, or ``out`` has files that must not be replaced.
     """
     out = Path(out)
+    if only is not None and include:
+        raise ValueError(f"only the {only} are taken: leave out --include {','.join(include)}, or --only")
     _check_out(out, source, overwrite)
     cards = load_source(source)
     rows = cards.rows if only is None else _flagged(cards.rows, only)
@@ -147,7 +149,7 @@ def _hashes_of(path: Path) -> list[tuple[str, str]]:
         hashes = meta["sha256"]
         pairs = hashes.items() if isinstance(hashes, dict) else hashes
         return [(str(name), str(digest)) for name, digest in pairs] if "cleaning_version" in meta else []
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError):
         return []
 
 
@@ -218,11 +220,11 @@ def load_cards(path: str | Path) -> list[Card]:
 
 def _card(line: bytes, where: str) -> Card:
     try:
-        fields = json.loads(line.decode("utf-8"))
+        fields = parsed_json(line.decode("utf-8"), where)
     except UnicodeDecodeError as error:
         raise ValueError(f"{where}: not UTF-8 text: {_HINT} again") from error
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not JSON ({error.msg}): {_HINT} again") from error
+    except ValueError as error:
+        raise ValueError(f"{error}: {_HINT} again") from error
     return Card.from_json(fields, where)
 
 
@@ -254,7 +256,7 @@ def load_meta(folder: str | Path) -> dict[str, Any]:
     path = _existing(folder, META)
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not JSON: {_HINT} again") from error
     if not isinstance(meta, dict) or "counts" not in meta:
         raise ValueError(f"{path}: not what prepare wrote: {_HINT} again")

@@ -12,7 +12,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from flash_experts.data.card_formats import MAX_NAME, DeckList, known_columns, raw_card
+from flash_experts.data.card_formats import MAX_NAME, DeckList, known_columns, raw_card, with_escaped_quotes
 from flash_experts.data.card_table import EMBEDDED, read_embedded
 from flash_experts.data.cards import FILE_KINDS, FILE_SUFFIXES, CardSource, RawCard, Unread
 from flash_experts.data.live.sites import read_live
@@ -286,7 +286,8 @@ def _table_rows(lines: Iterator[str], path: Path, unread: Unread, before: int, s
         hint = ": product numbers are not names, export the names as well" if "other" in known else ""
         raise ValueError(f"{where}: no column 'name' in the heading ({', '.join(header)[:MAX_NAME]}){hint}")
     if len(header) == 1 or "name" not in known:
-        yield from _name_rows(_single_cells(cells_of(stream, path, before, ",")), unread)
+        separator = "\t" if path.suffix.lower() == ".tsv" else ","
+        yield from _name_rows(_single_cells(cells_of(stream, path, before, separator)), unread)
         return
     rows = cells_of(stream, path, before, separator, skipinitialspace=True)
     next(rows)
@@ -307,6 +308,7 @@ def cells_of(
     lines: Iterable[str], path: str | Path, before: int, separator: str, **options: Any
 ) -> Iterator[tuple[str, list[str]]]:
     """The place (``file:line``) and cells of each row that has any; ``before`` lines precede the first."""
+    lines = map(with_escaped_quotes, lines) if separator == "\t" else lines
     table = csv.reader(lines, delimiter=separator, strict=True, **options)
     try:
         for cells in table:
@@ -337,7 +339,7 @@ def _jsonl_rows(lines: Lines, unread: Unread) -> Iterator[RawCard]:
     for number, line in enumerate(lines, start=1):
         if line.strip():
             where = f"{lines.path}:{number}"
-            if card := raw_card(_parsed(line, where), where, unread):
+            if card := raw_card(parsed_json(line, where), where, unread):
                 yield card
 
 
@@ -346,7 +348,7 @@ def _json_rows(lines: Lines, unread: Unread) -> Iterator[RawCard]:
     text = lines.whole()
     if not text.strip():
         return
-    document = _parsed(text, str(path), whole_file=True)
+    document = parsed_json(text, str(path), whole_file=True)
     records = _records(document)
     if records is None:
         raise ValueError(f"{path}:1: expected an array of names or of cards, not {type(document).__name__}")
@@ -377,7 +379,8 @@ def _records(document: Any) -> list[Any] | None:
     return found
 
 
-def _parsed(text: str, where: str, whole_file: bool = False) -> Any:
+def parsed_json(text: str, where: str, whole_file: bool = False) -> Any:
+    """The value of a JSON text; a ValueError with ``where`` for another text, and for values that nothing can store."""
     try:
         record = json.loads(text)
         if "\\ud" in text.lower():  # JSON allows a lone surrogate, UTF-8 does not

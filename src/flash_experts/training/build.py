@@ -96,7 +96,10 @@ def settings_in_force(base: str | None, config: ModelConfig) -> ModelConfig:
     """
     defaults = defaults_of(ModelConfig)
     changed = [name for name, default in defaults.items() if getattr(config, name) != default]
+    if config.keep_words and not config.trim_vocabulary:
+        raise ValueError("model.keep_words is for a trimmed vocabulary: set model.trim_vocabulary, or leave it out")
     if base is None:
+        _check_new_vocabulary(config, changed)
         _check_new_experts(config, changed)
         return config
     known = options_of(ModelConfig)
@@ -112,6 +115,16 @@ def settings_in_force(base: str | None, config: ModelConfig) -> ModelConfig:
             "as it is"
         )
     return config
+
+
+def _check_new_vocabulary(config: ModelConfig, changed: Sequence[str]) -> None:
+    if config.tokenizer is None and config.trim_vocabulary:
+        raise ValueError("model.trim_vocabulary needs the vocabulary of a base or of model.tokenizer: leave it out")
+    if config.tokenizer is not None and "vocab_size" in changed:
+        raise ValueError(
+            "model.vocab_size is for a tokenizer that is trained, but model.tokenizer is given, which has its own: "
+            "leave one of the two out"
+        )
 
 
 def _check_new_experts(config: ModelConfig, changed: Sequence[str]) -> None:
