@@ -206,7 +206,7 @@ def evaluate_scorer(scorer: Scorer, held_out: HeldOut, *, samples: int = SAMPLES
         start = time.perf_counter()
         drawn = scorer.sample(samples, seed)
         sampled_per_second = samples / (time.perf_counter() - start)
-    detector, classifiers = (held_out.detector, held_out.attribute_classifiers) if drawn else (None, None)
+    detector, classifiers = (held_out.detector, held_out.control_classifiers) if drawn else (None, None)
     real = held_out.real
     return EvaluationResult(
         label=scorer.label,
