@@ -172,6 +172,13 @@ def test_odd_names_do_no_harm(real_names: list[str], detector: Detector) -> None
     assert sample_mixture([KneserNey(["ab"], 3)], 0, np.random.default_rng(0)) == []
 
 
+def test_names_of_a_large_alphabet_are_detected_too(real_names: list[str]) -> None:
+    """Chinese names: n-grams of six among 1,500 characters do not fit into 62 bits."""
+    rng, alphabet = random.Random(0), [chr(0x4E00 + index) for index in range(1500)]
+    chinese = ["".join(rng.sample(alphabet, 4)) for _ in range(1080)]
+    assert Detector(chinese[:1000], []).separate(chinese[1000:], real_names[:80]).weak.value > 0.9
+
+
 def test_a_task_without_a_sampled_card_is_left_out(cards: list[Card]) -> None:
     """With few samples, only the first held-out cards are asked for: here, no creatures."""
     held_out = sorted(cards[7000:8000], key=lambda card: "Creature" in card.types)
