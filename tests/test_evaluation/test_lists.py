@@ -92,6 +92,8 @@ def test_too_few_cards(reference: Reference, tmp_path: Path) -> None:
     few = Reference(reference.train, (), (), reference.test_iid[:19], reference.known_names)
     with pytest.raises(ValueError, match="needs more cards"):
         ListEvaluation(few)
+    with pytest.raises(ValueError, match="requests must be 1 or more, not 0"):
+        ListEvaluation(reference, requests=0)
 
 
 def test_what_data_of_one_kind_cannot_show_is_left_out(reference: Reference) -> None:

@@ -192,6 +192,8 @@ def evaluate_scorer(scorer: Scorer, held_out: HeldOut, *, samples: int = SAMPLES
     """As `evaluate`, on loaded data and a loaded model."""
     if not held_out.splits:
         raise ValueError("no held-out names to measure: name at least one set")
+    if samples < 0:
+        raise ValueError(f"samples must be 0 (draw none) or more, not {samples}")
     metrics, nats = {}, {}
     start = time.perf_counter()
     for split, cards in held_out.splits.items():

@@ -166,6 +166,8 @@ class HeldOut:
         cls, folder: str | Path, splits: Sequence[str] = SPLITS, max_names: int | None = None, seed: int = 0
     ) -> HeldOut:
         """Loads a prepared folder, with at most ``max_names`` random names per set, or raises a ValueError."""
+        if max_names is not None and max_names < 1:
+            raise ValueError(f"max_names must be 1 or more, not {max_names}: leave it out to score all")
         path = Path(folder)
         if not (path / META).is_file():
             raise ValueError(f"no prepared data in {path}: run `flash-experts prepare --out {path}` first")

@@ -116,6 +116,8 @@ class ListEvaluation:
 
     def __init__(self, reference: Reference, requests: int = REQUESTS, seed: int = 0) -> None:
         """Trains the classifiers; raises a ValueError for too few held-out cards."""
+        if requests < 1:
+            raise ValueError(f"requests must be 1 or more, not {requests}")
         # Of the same families as the training cards: in others, every second name has a word that no training card has.
         held_out = reference.test_iid
         self.requests = requests_of(held_out, requests, seed=seed)
