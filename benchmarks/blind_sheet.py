@@ -22,7 +22,7 @@ from pathlib import Path
 from flash_experts import NameGenerator
 from flash_experts.data.cards import Card
 from flash_experts.data.prepare import load_known_names, load_split
-from flash_experts.evaluation.scorers import NGramBaseline, Prompt
+from flash_experts.evaluation.scorers import NGramBaseline, PromptAttributes
 from flash_experts.generation.request import UNGUIDED
 
 REQUESTS: tuple[tuple[str, str | None], ...] = (
@@ -57,7 +57,9 @@ def sampler_of(source: str, data: str) -> Callable[[int, str, str | None], list[
     if source == "ngram":
         train = load_split(data, "train")
         baseline, known = NGramBaseline(train), sorted(load_known_names(data))
-        return lambda count, type_line, colors: baseline.show([Prompt(type_line, colors)], count, SEED, known)[0]
+        return lambda count, type_line, colors: baseline.show(
+            [PromptAttributes(type_line, colors)], count, SEED, known
+        )[0]
     folder, _, quality = source.partition(":")
     generator = NameGenerator.from_pretrained(folder)
     options = {"quality": "fast", **UNGUIDED} if quality == "raw" else {"quality": quality or "good"}

@@ -12,7 +12,7 @@ from flash_experts.data.cards import Card
 from flash_experts.data.cleaning import clean
 from flash_experts.data.prompts import UNCONDITIONAL, Attributes
 from flash_experts.data.sources import load_source
-from flash_experts.evaluation.classifiers import AttributeClassifiers, Detector, recognition
+from flash_experts.evaluation.classifiers import ControlClassifiers, Detector, recognition
 from flash_experts.evaluation.ngram import KneserNey, sample_mixture
 
 pytest.importorskip("sklearn")
@@ -25,8 +25,8 @@ def cards() -> list[Card]:
 
 
 @pytest.fixture(scope="module")
-def classifiers(cards: list[Card]) -> AttributeClassifiers:
-    return AttributeClassifiers(cards[:7000], cards[7000:8000])
+def classifiers(cards: list[Card]) -> ControlClassifiers:
+    return ControlClassifiers(cards[:7000], cards[7000:8000])
 
 
 class Archive:
@@ -52,7 +52,7 @@ class Archive:
 
 
 def test_real_names_are_recognized_about_as_often_as_measured_before(
-    cards: list[Card], classifiers: AttributeClassifiers
+    cards: list[Card], classifiers: ControlClassifiers
 ) -> None:
     """On 22,000 training names: type 66% (balanced 56%), color 62%, legendary 97%; here on 7,000."""
     figures = {one.task: one for one in classifiers.measure(Archive(cards[8000:]), 400, seed=0)}
@@ -65,7 +65,7 @@ def test_real_names_are_recognized_about_as_often_as_measured_before(
         assert one.majority < one.real.plain.value
 
 
-def test_conditional_and_unconditional_models_differ(cards: list[Card], classifiers: AttributeClassifiers) -> None:
+def test_conditional_and_unconditional_models_differ(cards: list[Card], classifiers: ControlClassifiers) -> None:
     conditional, unconditional = (
         classifiers.measure(Archive(cards[8000:], unconditional), 900, seed=0) for unconditional in (False, True)
     )
@@ -98,7 +98,7 @@ def test_recognition_of_none_and_all_keeps_an_interval() -> None:
 
 def test_one_class_is_no_task(cards: list[Card]) -> None:
     creatures = [card for card in cards if card.types == ("Creature",) and card.colors == ("R",)][:60]
-    classifiers = AttributeClassifiers(creatures, creatures)
+    classifiers = ControlClassifiers(creatures, creatures)
     assert {one.task for one in classifiers.measure(Archive(creatures), 20, 0)} <= {"legendary creature"}
 
 
@@ -172,8 +172,15 @@ def test_odd_names_do_no_harm(real_names: list[str], detector: Detector) -> None
     assert sample_mixture([KneserNey(["ab"], 3)], 0, np.random.default_rng(0)) == []
 
 
+def test_names_of_a_large_alphabet_are_detected_too(real_names: list[str]) -> None:
+    """Chinese names: n-grams of six among 1,500 characters do not fit into 62 bits."""
+    rng, alphabet = random.Random(0), [chr(0x4E00 + index) for index in range(1500)]
+    chinese = ["".join(rng.sample(alphabet, 4)) for _ in range(1080)]
+    assert Detector(chinese[:1000], []).separate(chinese[1000:], real_names[:80]).weak.value > 0.9
+
+
 def test_a_task_without_a_sampled_card_is_left_out(cards: list[Card]) -> None:
     """With few samples, only the first held-out cards are asked for: here, no creatures."""
     held_out = sorted(cards[7000:8000], key=lambda card: "Creature" in card.types)
-    found = AttributeClassifiers(cards[:3000], held_out).measure(Archive(cards[8000:]), 1, seed=0)
+    found = ControlClassifiers(cards[:3000], held_out).measure(Archive(cards[8000:]), 1, seed=0)
     assert [one.task for one in found] == ["type", "color"]

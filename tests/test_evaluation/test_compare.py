@@ -85,17 +85,17 @@ def test_invalid_values_of_an_untrusted_metrics_file_count_as_missing(tmp_path: 
     assert read_curve(path) == [CurvePoint(1, None, None, None, None)]
 
 
-def test_validation_is_placed_in_time_between_the_lines_around_it(tmp_path: Path) -> None:
+def test_training_and_validation_of_a_step_are_one_point(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     lines = [
+        {"event": "validation", "step": 5, "seconds": 2.5, "validation/bits_per_char": 3.5},
         {"event": "train", "step": 10, "seconds": 5.0, "loss": 3.0},
-        {"event": "validation", "step": 5, "validation/bits_per_char": 3.5},
-        {"event": "validation", "step": 10, "validation/bits_per_char": 2.5},
-        {"event": "validation", "step": 12, "validation/bits_per_char": 2.4},
+        {"event": "validation", "step": 10, "seconds": 5.0, "validation/bits_per_char": 2.5},
+        {"event": "samples", "step": 12},
     ]
     path.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
     points = [(point.step, point.seconds, point.train_loss, point.validation_bits) for point in read_curve(path)]
-    assert points == [(5, 2.5, None, 3.5), (10, 5.0, 3.0, 2.5), (12, None, None, 2.4)]
+    assert points == [(5, 2.5, None, 3.5), (10, 5.0, 3.0, 2.5), (12, None, None, None)]
 
 
 def test_json_is_plain(result: ComparisonResult) -> None:

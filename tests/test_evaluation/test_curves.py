@@ -101,6 +101,20 @@ def test_runs_of_one_name_are_labelled_by_folder_and_an_unfinished_line_is_left_
     assert first == second
 
 
+def test_each_run_has_its_own_label(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also files within a run folder, and one that has the name of another folder."""
+    monkeypatch.chdir(tmp_path)
+    for loss, run in enumerate("ab", start=1):
+        lines = (write_run(Path(run), loss, False) / "metrics.jsonl").read_text("utf-8")
+        for name in ("old", "a"):
+            Path(run, f"{name}.jsonl").write_text(lines, "utf-8")
+    assert list(read_curves(["a/old.jsonl", "b"])) == ["old", "b"]
+    assert list(read_curves(["a/metrics.jsonl", "a/old.jsonl", "b/old.jsonl"])) == ["a", "a/old.jsonl", "b/old.jsonl"]
+    curves = read_curves(["a", "b", "b/a.jsonl"])
+    assert list(curves) == ["a", "b", "b/a.jsonl"]
+    assert [points["loss"][0] for points in curves.values()] == [(10, 0.1), (10, 0.2), (10, 0.2)]
+
+
 @pytest.mark.parametrize(
     ("text", "out", "message"),
     [

@@ -165,6 +165,12 @@ def test_control_is_what_shuffled_attributes_cost(tmp_path: Path, name_tokenizer
     assert figures.control.value == pytest.approx(figures.shuffled.value - figures.conditional.value)
 
 
+@pytest.mark.parametrize(("option", "value"), [("max_names", 0), ("max_names", -3), ("samples", -1)])
+def test_a_number_out_of_range_is_named(data_dir: Path, option: str, value: int) -> None:
+    with pytest.raises(ValueError, match=rf"^{option} must be \d .*, not {value}"):
+        evaluate("ngram", data_dir, **{option: value})  # type: ignore[arg-type]
+
+
 def test_the_baseline_is_a_model_like_others(data_dir: Path) -> None:
     result = evaluate("ngram", data_dir, samples=50)
     figures = result.splits["test"]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -90,3 +92,19 @@ def test_too_few_cards(reference: Reference, tmp_path: Path) -> None:
     few = Reference(reference.train, (), (), reference.test_iid[:19], reference.known_names)
     with pytest.raises(ValueError, match="needs more cards"):
         ListEvaluation(few)
+    with pytest.raises(ValueError, match="requests must be 1 or more, not 0"):
+        ListEvaluation(reference, requests=0)
+
+
+def test_what_data_of_one_kind_cannot_show_is_left_out(reference: Reference) -> None:
+    """All cards are creatures of unknown color with names of one word: no types to tell apart, no parts to swap."""
+    plain = {"type_line": "Creature", "supertypes": (), "types": ("Creature",), "subtypes": (), "colors": None}
+    cards = tuple(replace(card, name=card.name.split()[0], **plain) for card in reference.train[:600])
+    lists = ListEvaluation(Reference(cards[:400], (), (), cards[400:], tuple(names_of(cards))), requests=3)
+    real, swapped = lists.real(), lists.swapped()
+    assert real.names == 20 and real.recognized == {}
+    assert swapped.names == 0 and swapped.recognized == {}
+    assert swapped.separation is swapped.unknown_words is swapped.near_known is None
+    text = format_lists([real, swapped])
+    assert "color" not in text and "legendary" not in text and "real names" in text
+    assert json.loads(json.dumps(real.to_json(), allow_nan=False))["recognized"] == {}

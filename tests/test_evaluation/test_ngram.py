@@ -125,6 +125,22 @@ def test_bad_arguments() -> None:
         KneserNey(["a"], order=1)
 
 
+@pytest.mark.parametrize(("characters", "orders"), [(460, [5, 6, 7]), (461, [5, 6]), (1287, [5, 6]), (1288, [5])])
+def test_a_large_alphabet_lowers_the_order(characters: int, orders: list[int]) -> None:
+    """Chinese names: an n-gram of more symbols would not fit into 62 bits. Each order is in the mixture once."""
+    names = [
+        "".join(map(chr, range(0x4E00 + start, 0x4E00 + min(start + 8, characters))))
+        for start in range(0, characters, 8)
+    ]
+    assert KneserNey(names, 7).order == orders[-1]
+    model = ConditionalNGrams([card(name, "R") for name in names])
+    found, expected = model.nats(names[:3], [UNCONDITIONAL] * 3), mixture_nats(mixture(names, *orders), names[:3])
+    assert found.tolist() == expected.tolist()
+    assert model.num_active_parameters == 2 * sum(orders)
+    assert model.nats(names[:3], [RED] * 3).max() < expected.max()
+    assert len(model.sample(3, 0, RED)) == 3
+
+
 RED, BLUE = Attributes(colors=("R",)), Attributes(colors=("U",))
 
 

@@ -14,9 +14,9 @@ from transformers import GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrai
 from flash_experts.data.packing import encode_names
 from flash_experts.data.prompts import Attributes
 from flash_experts.evaluation import evaluate, format_evaluation
-from flash_experts.evaluation.scorers import LanguageModel, Prompt
+from flash_experts.evaluation.scorers import LanguageModel, NGramBaseline, PromptAttributes
 from flash_experts.models.moe import GPT2MoEForCausalLM
-from tests.helpers.evaluation import tiny_model
+from tests.helpers.evaluation import make_card, tiny_model
 
 
 @pytest.fixture
@@ -108,7 +108,7 @@ def test_nats_of_another_architecture_are_those_of_its_own_loss(name_tokenizer: 
             loss = llama(ids, labels=labels).loss.item()
         assert measured == pytest.approx(loss * (len(encoded.ids) - encoded.prompt_length), rel=1e-5)
     assert len(scorer.sample(3, 0)) == 3
-    assert all(len(shown) == 2 for shown in scorer.show([Prompt()], 2, 0, []))
+    assert all(len(shown) == 2 for shown in scorer.show([PromptAttributes()], 2, 0, []))
 
 
 def test_one_name_for_each_card_is_drawn_from_its_own_prompt(
@@ -125,6 +125,12 @@ def test_one_name_for_each_card_is_drawn_from_its_own_prompt(
         common = max(second, key=second.__getitem__)
         share = (first[common] + second[common]) / 800
         assert abs(first[common] - second[common]) / 400 < 4 * math.sqrt(2 * share * (1 - share) / 400)
+
+
+def test_no_names(model: GPT2LMHeadModel, name_tokenizer: PreTrainedTokenizerFast) -> None:
+    baseline = NGramBaseline([make_card("Goblin Guide")])
+    for scorer in (LanguageModel(model, name_tokenizer, "tiny"), baseline):
+        assert scorer.sample(0, 0) == scorer.sample_each([], 0) == scorer.nats([], []).tolist() == []
 
 
 def test_loads_of_experts_average_to_one(dense: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast) -> None:

@@ -12,7 +12,7 @@ from flash_experts.data.names import normal_form
 from flash_experts.data.prompts import UNCONDITIONAL, Attributes
 from flash_experts.evaluation import compare
 from flash_experts.evaluation.baselines import SwapBaseline, parts_of, swapped_names
-from flash_experts.evaluation.scorers import NGramBaseline, Prompt
+from flash_experts.evaluation.scorers import NGramBaseline, PromptAttributes
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ def test_parts_are_of_the_kind_where_it_has_enough_names() -> None:
     creature, instant = Attributes(types=("Creature",)), Attributes(types=("Instant",))
     assert all(name.startswith("Goblin ") for name in baseline.sample_each([creature] * 50, seed=0))
     assert {name.split()[0] for name in baseline.sample(300, 0, instant)} == {"Goblin", "Blue"}, "5 are too few"
-    (shown,) = baseline.show([Prompt()], 20, 0, [one.name for one in goblins])
+    (shown,) = baseline.show([PromptAttributes()], 20, 0, [one.name for one in goblins])
     assert shown and not set(shown) & {one.name for one in goblins}
 
 

@@ -20,7 +20,7 @@ from flash_experts.data.names import normal_form
 from flash_experts.data.prompts import UNCONDITIONAL, Attributes
 from flash_experts.evaluation.metrics import FloatArray
 from flash_experts.evaluation.ngram import Kind, kinds_of
-from flash_experts.evaluation.scorers import Costs, LanguageModel, ModelSize, NGramBaseline, Prompt
+from flash_experts.evaluation.scorers import LanguageModel, ModelSize, NGramBaseline
 from flash_experts.generation.text_rules import format_name
 
 _JOINTS = (", ", " of the ", " of ", " ")  # where a name is cut, the first that it has
@@ -142,15 +142,19 @@ class SwapBaseline(NGramBaseline):
         return self._parts[kinds]
 
 
-class MixedWithNGrams:
-    """A language model and the n-gram baseline, with a weight for names with a prompt and one without."""
+class MixedWithNGrams(LanguageModel):
+    """A language model and the n-gram baseline, with a weight for names with a prompt and one without.
+
+    The n-grams change only the nats and the size: names, costs and expert loads are the model's.
+    """
 
     def __init__(self, model: LanguageModel, baseline: NGramBaseline, validation: Sequence[Card]) -> None:
         """Chooses the weights on validation cards."""
         if not validation:
             raise ValueError("no validation names: the weight of the n-grams is chosen on them")
-        self.label = model.label if model.label.endswith(SUFFIX) else model.label + SUFFIX
-        self._model, self._baseline = model, baseline
+        label = model.label if model.label.endswith(SUFFIX) else model.label + SUFFIX
+        super().__init__(model.model, model.tokenizer, label, model._folder)
+        self._baseline = baseline
         cards = validation[:_VALIDATION]
         names, given = [card.name for card in cards], [Attributes.of(card) for card in cards]
         self.unconditional, self.conditional = (
@@ -160,29 +164,12 @@ class MixedWithNGrams:
 
     @property
     def size(self) -> ModelSize:
-        one, other = self._model.size, self._baseline.size
+        one, other = super().size, self._baseline.size
         return ModelSize(one.total + other.total, one.active + other.active)
-
-    @property
-    def costs(self) -> Costs:
-        """Those of the model: the n-grams are fitted in seconds."""
-        return self._model.costs
 
     def nats(self, names: Sequence[str], attributes: Sequence[Attributes]) -> FloatArray:
         weight_N = np.array([self.unconditional if one == UNCONDITIONAL else self.conditional for one in attributes])
-        return mixed(self._model.nats(names, attributes), self._baseline.nats(names, attributes), weight_N)
-
-    def sample(self, count: int, seed: int, attributes: Attributes = UNCONDITIONAL) -> list[str]:
-        return self._model.sample(count, seed, attributes)
-
-    def sample_each(self, attributes: Sequence[Attributes], seed: int) -> list[str]:
-        return self._model.sample_each(attributes, seed)
-
-    def show(self, prompts: Sequence[Prompt], count: int, seed: int, known: Sequence[str]) -> list[list[str]]:
-        return self._model.show(prompts, count, seed, known)
-
-    def expert_loads(self, names: Sequence[str], attributes: Sequence[Attributes]) -> dict[str, tuple[float, ...]]:
-        return self._model.expert_loads(names, attributes)
+        return mixed(super().nats(names, attributes), self._baseline.nats(names, attributes), weight_N)
 
 
 def mixed(first_N: FloatArray, second_N: FloatArray, weight_N: FloatArray) -> FloatArray:

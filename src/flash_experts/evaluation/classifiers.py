@@ -38,7 +38,7 @@ _INNER_FOLDS = 4
 _HALVINGS = 3  # random halvings of the real names
 _ORDERS = (3, 6)  # of the character n-gram models
 _SMALL_WORDS = SMALL_WORDS - {"but"}  # without it, as when the released models were measured
-_FEWEST_OF_A_SIDE = 40  # names of each side, at least
+FEWEST_OF_A_SIDE = 40  # names of each side, at least
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,14 +104,18 @@ class ControlMetrics:
     majority: float
 
 
-class AttributeClassifiers:
+class ControlClassifiers:
     """One classifier per task, for any number of models."""
 
     def __init__(self, train: Sequence[Card], held_out: Sequence[Card], tasks: Sequence[Task] = TASKS) -> None:
-        """Trains the classifiers; ``held_out`` has cards of the same families."""
+        """Trains the classifiers; ``held_out`` has cards of the same families.
+
+        ``tasks`` then has those with two classes or more among the training cards.
+        """
         self._held_out = held_out
-        self.tasks = tasks
-        self._classifiers = {task.name: _fit(train, task) for task in tasks}
+        fitted = {task.name: _fit(train, task) for task in tasks}
+        self._classifiers = {name: classifier for name, classifier in fitted.items() if classifier is not None}
+        self.tasks = [task for task in tasks if task.name in self._classifiers]
 
     def measure(self, model: Scorer, samples: int, seed: int) -> list[ControlMetrics]:
         """Classifies up to ``samples`` generated names: half for held-out cards, half for one attribute alone.
@@ -147,11 +151,8 @@ class AttributeClassifiers:
 
     def _classes(self, task: Task) -> dict[str, float]:
         """The labels that enough held-out cards have, with their shares."""
-        classifier = self._classifiers[task.name]
-        if classifier is None:
-            return {}
         labels = [task.label_of(card) for card in self._held_out]
-        counts = {str(label): labels.count(str(label)) for label in classifier.classes_}
+        counts = {str(label): labels.count(str(label)) for label in self._classifiers[task.name].classes_}
         kept = {label: count for label, count in counts.items() if count >= _FEWEST_OF_A_CLASS}
         return {label: count / sum(kept.values()) for label, count in kept.items()}
 
@@ -226,7 +227,7 @@ class Detector:
     def detect(self, generated: Sequence[str]) -> Detection | None:
         """Classifies generated names against as many real ones; None for fewer than 40 generated or 80 real names."""
         count = min(len(generated), len(self._real))
-        if count < _FEWEST_OF_A_SIDE or len(self._real) < 2 * _FEWEST_OF_A_SIDE:
+        if count < FEWEST_OF_A_SIDE or len(self._real) < 2 * FEWEST_OF_A_SIDE:
             return None
         return Detection(self.separate(self._real[:count], generated[:count]), self._halves)
 

@@ -21,18 +21,18 @@ from flash_experts.evaluation.evaluate import (
 )
 from flash_experts.evaluation.held_out import SPLITS, HeldOut, names_of
 from flash_experts.evaluation.metrics import Estimate, paired_bits_difference
-from flash_experts.evaluation.scorers import Prompt
+from flash_experts.evaluation.scorers import PromptAttributes
 from flash_experts.released import model_folder
 from flash_experts.training.tracking import METRICS_FILE
 
 REAL = "a real card"
 PROMPTS = (
-    Prompt(),
-    Prompt("Legendary Creature — Goblin", "R", 3),
-    Prompt("Creature — Angel", "W", 5),
-    Prompt("Instant", "U", 2),
-    Prompt("Sorcery", "B", 4),
-    Prompt("Land"),
+    PromptAttributes(),
+    PromptAttributes("Legendary Creature — Goblin", "R", 3),
+    PromptAttributes("Creature — Angel", "W", 5),
+    PromptAttributes("Instant", "U", 2),
+    PromptAttributes("Sorcery", "B", 4),
+    PromptAttributes("Land"),
 )
 NAMES_PER_PROMPT = 6
 _OF_EACH_KIND = 12  # real names, and generated names of all models together

@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from flash_experts.extras import require
 from flash_experts.files import whole_file
 from flash_experts.released import model_folder
@@ -34,16 +32,15 @@ class CurvePoint:
 def read_curve(path: Path) -> list[CurvePoint]:
     """Reads a metrics.jsonl as points in the order of steps; empty if there is no such file.
 
-    Missing times are interpolated. Of a step repeated after a resume, the last values count.
+    Of a step repeated after a resume, the last values count.
     """
     points: dict[int, dict[str, Any]] = {}
     for record in read_untrusted_metrics(path):
         points.setdefault(record["step"], {}).update(record)
-    timed = {step: seconds for step, record in points.items() if (seconds := _number(record, "seconds")) is not None}
     return [
         CurvePoint(
             step=step,
-            seconds=_seconds_at(step, timed),
+            seconds=_number(record, "seconds"),
             tokens=_number(record, "tokens"),
             train_loss=_number(record, "loss"),
             validation_bits=_number(record, BITS_PER_CHAR),
@@ -54,16 +51,6 @@ def read_curve(path: Path) -> list[CurvePoint]:
 
 def _number(record: dict[str, Any], key: str) -> Any:
     return finite_number(record.get(key))
-
-
-def _seconds_at(step: int, timed: dict[int, float]) -> float | None:
-    """Interpolated; None after the last timed step."""
-    if step in timed:
-        return timed[step]
-    if not timed or step > max(timed):
-        return None
-    known = {0: 0.0, **timed}
-    return float(np.interp(step, sorted(known), [known[at] for at in sorted(known)]))
 
 
 Line = Mapping[str, Any]
@@ -118,7 +105,7 @@ _AXES = {"step": "optimizer steps", "tokens": "tokens", "seconds": "seconds of t
 
 
 def read_curves(runs: Sequence[str | Path]) -> dict[str, dict[str, Points]]:
-    """Reads the points of each panel by run name (or path, where two names are equal).
+    """Reads the points of each panel by run name, or by path if two names are equal.
 
     ``runs`` are folders written by ``train``, or metrics.jsonl files.
 
@@ -129,13 +116,14 @@ def read_curves(runs: Sequence[str | Path]) -> dict[str, dict[str, Points]]:
     paths = [path / METRICS_FILE if path.is_dir() else path for path in found]
     if len({path.resolve() for path in paths}) < len(paths):
         raise ValueError("a run is given twice: name each once")
-    names = [path.parent.resolve().name if path.name == METRICS_FILE else path.stem for path in paths]
+    labels = [path.parent.resolve().name if path.name == METRICS_FILE else path.stem for path in paths]
+    if len(set(labels)) < len(labels):
+        # All of them: a path may be the name of another run.
+        labels = [str(path.parent if path.name == METRICS_FILE else path) for path in paths]
     curves = {}
-    for path, name in zip(paths, names, strict=True):
+    for path, label in zip(paths, labels, strict=True):
         lines = read_metrics(path)
-        curves[name if names.count(name) == 1 else str(path.parent)] = {
-            panel.name: _points(lines, panel) for panel in PANELS
-        }
+        curves[label] = {panel.name: _points(lines, panel) for panel in PANELS}
     return curves
 
 

@@ -192,6 +192,8 @@ def evaluate_scorer(scorer: Scorer, held_out: HeldOut, *, samples: int = SAMPLES
     """As `evaluate`, on loaded data and a loaded model."""
     if not held_out.splits:
         raise ValueError("no held-out names to measure: name at least one set")
+    if samples < 0:
+        raise ValueError(f"samples must be 0 (draw none) or more, not {samples}")
     metrics, nats = {}, {}
     start = time.perf_counter()
     for split, cards in held_out.splits.items():
@@ -206,7 +208,7 @@ def evaluate_scorer(scorer: Scorer, held_out: HeldOut, *, samples: int = SAMPLES
         start = time.perf_counter()
         drawn = scorer.sample(samples, seed)
         sampled_per_second = samples / (time.perf_counter() - start)
-    detector, classifiers = (held_out.detector, held_out.attribute_classifiers) if drawn else (None, None)
+    detector, classifiers = (held_out.detector, held_out.control_classifiers) if drawn else (None, None)
     real = held_out.real
     return EvaluationResult(
         label=scorer.label,

@@ -17,7 +17,7 @@ from flash_experts.data.names import normal_form
 from flash_experts.data.packing import encode_names
 from flash_experts.data.prepare import KNOWN_NAMES, META, load_meta, load_split
 from flash_experts.data.prompts import Attributes
-from flash_experts.evaluation.classifiers import AttributeClassifiers, Detector
+from flash_experts.evaluation.classifiers import ControlClassifiers, Detector
 from flash_experts.evaluation.metrics import (
     Estimate,
     Memorization,
@@ -166,6 +166,8 @@ class HeldOut:
         cls, folder: str | Path, splits: Sequence[str] = SPLITS, max_names: int | None = None, seed: int = 0
     ) -> HeldOut:
         """Loads a prepared folder, with at most ``max_names`` random names per set, or raises a ValueError."""
+        if max_names is not None and max_names < 1:
+            raise ValueError(f"max_names must be 1 or more, not {max_names}: leave it out to score all")
         path = Path(folder)
         if not (path / META).is_file():
             raise ValueError(f"no prepared data in {path}: run `flash-experts prepare --out {path}` first")
@@ -211,8 +213,8 @@ class HeldOut:
         return Detector(names_of(self.reference.train), names_of(self.real))
 
     @cached_property
-    def attribute_classifiers(self) -> AttributeClassifiers | None:
-        return AttributeClassifiers(self.reference.train, self.real) if self._has_sklearn else None
+    def control_classifiers(self) -> ControlClassifiers | None:
+        return ControlClassifiers(self.reference.train, self.real) if self._has_sklearn else None
 
     @cached_property
     def _has_sklearn(self) -> bool:

@@ -17,7 +17,14 @@ from flash_experts.data.cards import Card
 from flash_experts.data.names import normal_form
 from flash_experts.data.prompts import Attributes
 from flash_experts.evaluation.baselines import swapped_names
-from flash_experts.evaluation.classifiers import TASKS, AttributeClassifiers, Detector, Separation, Task
+from flash_experts.evaluation.classifiers import (
+    FEWEST_OF_A_SIDE,
+    TASKS,
+    ControlClassifiers,
+    Detector,
+    Separation,
+    Task,
+)
 from flash_experts.evaluation.held_out import Reference, names_of
 from flash_experts.evaluation.metrics import Estimate, near_duplicates, share, words
 from flash_experts.generation.generator import NameGenerator
@@ -36,11 +43,11 @@ class ListMetrics:
 
     Attributes:
         recognized: share of names whose type, color, subtype or legendary a classifier recognizes, by task.
-        separation: from real held-out names of the same requests; None for real names.
+        separation: from real held-out names of the same requests; None for real names, and for very few.
         distinct_words: distinct content words / content words, averaged over lists.
         distinct_heads: distinct last content words / names, averaged over lists.
-        unknown_words: share of names with a word that is on no training card.
-        near_known: share within 0.2 edits per character of another real card.
+        unknown_words: share of names with a word that is on no training card; None without names.
+        near_known: share within 0.2 edits per character of another real card; None without names.
         per_second: without loading; None for real names.
     """
 
@@ -50,8 +57,8 @@ class ListMetrics:
     separation: Separation | None
     distinct_words: float
     distinct_heads: float
-    unknown_words: Estimate
-    near_known: Estimate
+    unknown_words: Estimate | None
+    near_known: Estimate | None
     per_second: float | None
 
     def to_json(self) -> dict[str, Any]:
@@ -109,12 +116,14 @@ class ListEvaluation:
 
     def __init__(self, reference: Reference, requests: int = REQUESTS, seed: int = 0) -> None:
         """Trains the classifiers; raises a ValueError for too few held-out cards."""
+        if requests < 1:
+            raise ValueError(f"requests must be 1 or more, not {requests}")
         # Of the same families as the training cards: in others, every second name has a word that no training card has.
         held_out = reference.test_iid
         self.requests = requests_of(held_out, requests, seed=seed)
         if not self.requests:
             raise ValueError(f"no {PER_LIST} held-out cards have a type in common: --lists needs more cards")
-        self._classifiers = AttributeClassifiers(reference.train, held_out, [*TASKS, _subtypes(reference.train)])
+        self._classifiers = ControlClassifiers(reference.train, held_out, [*TASKS, _subtypes(reference.train)])
         self._detector = Detector(names_of(reference.train), names_of(held_out), seed)
         self._reranking = AttributeClassifier(reference.train)
         self._reference = reference
@@ -153,16 +162,17 @@ class ListEvaluation:
         is_real = label == REAL
         keys, known = list(map(normal_form, names)), sorted(self._reference.known_keys)
         near = near_duplicates(keys, known, at_least=2 if is_real else 1)
+        unknown = [not self._reference.train_words.issuperset(words(name)) for name in names]
         real = [name for request in self.requests for name in names_of(request.cards)]
         return ListMetrics(
             label=label,
             names=len(names),
             recognized=self._recognized(lists),
-            separation=None if is_real else self._detector.separate(real, names),
+            separation=None if is_real or len(names) < FEWEST_OF_A_SIDE else self._detector.separate(real, names),
             distinct_words=_mean([_distinct([content_words(name) for name in one]) for one in lists]),
             distinct_heads=_mean([_distinct([content_words(name)[-1:] for name in one]) for one in lists]),
-            unknown_words=share([not self._reference.train_words.issuperset(words(name)) for name in names]),
-            near_known=share(near),
+            unknown_words=share(unknown) if names else None,
+            near_known=share(near) if names else None,
             per_second=per_second,
         )
 

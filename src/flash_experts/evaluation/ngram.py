@@ -107,18 +107,19 @@ class KneserNey:
     """A character n-gram model of one order; `layered` puts n-grams of some names on top."""
 
     def __init__(self, names: Sequence[str], order: int = 6) -> None:
-        """Fits a model of an order from 2 to 8."""
+        """Fits a model of an order from 2 to 8, or a lower one where the n-grams would not fit into 62 bits.
+
+        Order 7 is for up to 460 distinct characters, 6 for 1,287, 5 for 5,401.
+        """
         if not names:
             raise ValueError("no names to fit: give at least one")
         if not 2 <= order <= 8:
             raise ValueError(f"order {order} is not in 2..8")
-        self.order = order
         self.alphabet = sorted(set("".join(names)))
         self._codes = np.array([ord(character) for character in self.alphabet])  # ascending, as the alphabet is
         self._num_symbols = self._bos = len(self.alphabet) + 2
         self._base = self._num_symbols + 1
-        if self._base**order > 2**62:
-            raise ValueError(f"{self._num_symbols} characters are too many for order {order}: take a lower order")
+        self.order = max(lower for lower in range(2, order + 1) if self._base**lower <= 2**62)
         self.orders = self._fit(*self._queries(names))
         self._layers: Sequence[Order] = ()
 
@@ -279,7 +280,8 @@ class ConditionalNGrams:
     def __init__(self, cards: Sequence[Card]) -> None:
         """Fits the models of all names; layers are fitted when first needed."""
         names = [card.name for card in cards]
-        self._models = [KneserNey(names, order) for order in _ORDERS]
+        models = [KneserNey(names, order) for order in _ORDERS]
+        self._models = list({model.order: model for model in models}.values())  # a large alphabet has no high orders
         self._names: dict[Kind, list[str]] = {}
         for card in cards:
             for kind in kinds_of(Attributes.of(card)):

@@ -93,7 +93,7 @@ _MOST_LOGITS = 2**27  # logits in memory at once: 512 MiB
 
 
 @dataclass(frozen=True, slots=True)
-class Prompt:
+class PromptAttributes:
     """Attributes of requested names, as `NameGenerator.generate` takes them."""
 
     type_line: str | None = None
@@ -125,8 +125,11 @@ class Scorer(Protocol):
     def sample_each(self, attributes: Sequence[Attributes], seed: int) -> list[str]:
         """Samples one such name per card."""
 
-    def show(self, prompts: Sequence[Prompt], count: int, seed: int, known: Sequence[str]) -> list[list[str]]:
-        """Generates names for each prompt with the default sampling and filters, without known names."""
+    def show(self, prompts: Sequence[PromptAttributes], count: int, seed: int, known: Sequence[str]) -> list[list[str]]:
+        """Generates names for each prompt as `NameGenerator.generate` does by default, without known names.
+
+        Its sampling has filters and chooses the best of 8; models that it does not support are sampled as they are.
+        """
 
     def expert_loads(self, names: Sequence[str], attributes: Sequence[Attributes]) -> dict[str, tuple[float, ...]]:
         """The load of each expert over the mean, by block; empty without experts."""
@@ -163,6 +166,8 @@ class LanguageModel:
 
     def nats(self, names: Sequence[str], attributes: Sequence[Attributes]) -> FloatArray:
         """See `Scorer.nats`; raises a ValueError if a name is longer than the model's context."""
+        if not names:
+            return np.empty(0)
         encoded = encode_names(names, known_attributes(self.model.config, attributes), self.tokenizer)
         check_lengths(self.model, names, encoded)
         # Packs names of similar length: on a CPU, attention pads a packed sequence to its longest name.
@@ -198,6 +203,8 @@ class LanguageModel:
 
     def sample(self, count: int, seed: int, attributes: Attributes = UNCONDITIONAL) -> list[str]:
         """See `Scorer.sample`. Names have at most 64 tokens."""
+        if not count:
+            return []
         (known,) = known_attributes(self.model.config, [attributes])
         prompt = encode_name("", known, self.tokenizer)
         prompt_ids = prompt.ids[: prompt.prompt_length]
@@ -209,6 +216,8 @@ class LanguageModel:
             return self._texts([list(name.ids) for name in drawn])
 
     def sample_each(self, attributes: Sequence[Attributes], seed: int) -> list[str]:
+        if not attributes:
+            return []
         known = known_attributes(self.model.config, attributes)
         encoded = encode_names([""] * len(known), known, self.tokenizer)
         prompts = [prompt.ids[: prompt.prompt_length] for prompt in encoded]
@@ -228,7 +237,7 @@ class LanguageModel:
     def _texts(self, names: list[list[int]]) -> list[str]:
         return [text.strip() for text in self.tokenizer.batch_decode(names, skip_special_tokens=True)]
 
-    def show(self, prompts: Sequence[Prompt], count: int, seed: int, known: Sequence[str]) -> list[list[str]]:
+    def show(self, prompts: Sequence[PromptAttributes], count: int, seed: int, known: Sequence[str]) -> list[list[str]]:
         """See `Scorer.show`. Without filters if they do not support the tokenizer."""
         try:
             generator = NameGenerator(self.model, self.tokenizer, known)
@@ -237,12 +246,13 @@ class LanguageModel:
         return [[name.text for name in generator.generate(count, **asdict(prompt), seed=seed)] for prompt in prompts]
 
     def expert_loads(self, names: Sequence[str], attributes: Sequence[Attributes]) -> dict[str, tuple[float, ...]]:
-        loads = count_loads(self.model, lambda: self.nats(names, attributes))
+        # Not the nats of a subclass, which may score with n-grams too.
+        loads = count_loads(self.model, lambda: LanguageModel.nats(self, names, attributes))
         return {str(block): over_mean(load_E) for block, load_E in loads.items()}
 
 
 def show_unfiltered(
-    scorer: Scorer, prompts: Sequence[Prompt], count: int, seed: int, known: Sequence[str]
+    scorer: Scorer, prompts: Sequence[PromptAttributes], count: int, seed: int, known: Sequence[str]
 ) -> list[list[str]]:
     """Up to ``count`` distinct unknown names per prompt, in at most 4 * ``count`` draws."""
     keys = {normal_form(name) for name in known} | {""}
@@ -299,7 +309,7 @@ class NGramBaseline(ConditionalNGrams):
         """Eight bytes per parameter, and no training."""
         return Costs(8 * self.num_parameters, None, None, None, 0.0)
 
-    def show(self, prompts: Sequence[Prompt], count: int, seed: int, known: Sequence[str]) -> list[list[str]]:
+    def show(self, prompts: Sequence[PromptAttributes], count: int, seed: int, known: Sequence[str]) -> list[list[str]]:
         return show_unfiltered(self, prompts, count, seed, known)
 
     def expert_loads(self, names: Sequence[str], attributes: Sequence[Attributes]) -> dict[str, tuple[float, ...]]:

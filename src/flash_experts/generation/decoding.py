@@ -208,7 +208,7 @@ class NameDecoder:
             batch.advance()
 
     def probability(self, ids: Sequence[int]) -> float:
-        """The probability that these are the next name's first tokens; all of them if it ends after them."""
+        """The probability that the next name begins with these tokens, or is exactly these where they end with EOS."""
         row, found = _Row(0), 1.0
         after = [PromptRows(prompts, [0]) for prompts in self.prompts]
         for token in ids:
