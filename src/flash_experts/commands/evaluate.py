@@ -50,7 +50,10 @@ def make_parser() -> common.CommandParser:
         help="model folder or hub id, with +ngram to mix it with the n-gram baseline; or ngram, swap: baselines",
     )
     parser.section("What is measured")
-    parser.add_optional("--names", "file of names to measure instead of a model's, one per line (default: none)")
+    parser.add_optional(
+        "--names",
+        "file of names to measure instead of a model's, one per line or as generate writes them (default: none)",
+    )
     lists = "measure lists of 20 names for 50 requests at each quality of generate, next to real names"
     parser.add_argument("--lists", action="store_true", help=lists)
     common.add_measuring_options(parser)
