@@ -17,7 +17,7 @@ from flash_experts.generation.name_files import BY_SUFFIX, Format
 from flash_experts.generation.request import CARD, MODEL, OUTPUT, RULES, SAMPLING, UNGUIDED, NameRequest, Sampling
 from flash_experts.options import defaults_of, kind_of, options_of, type_of
 from flash_experts.released import default_model
-from flash_experts.terminal import ProgressBar, one_line, say
+from flash_experts.terminal import ProgressBar, escape_unencodable, one_line, say
 
 if TYPE_CHECKING:
     from flash_experts.generation import GeneratedName
@@ -125,6 +125,7 @@ def _out_file(out: str, format: Format | None) -> Iterator[Any]:
     """Opens the file to write: bytes for "mse", else text."""
     text: dict[str, Any] = {"mode": "w", "encoding": "utf-8", "newline": ""}
     with whole_file(out) as path, path.open(**({"mode": "wb"} if format == "mse" else text)) as file:
+        escape_unencodable(file)  # JSON may have half a character, such as \ud83d
         yield file
 
 
