@@ -49,7 +49,7 @@ def write_names(
 ) -> int:
     """Writes names for one card as text, so not "mse" (see `write_mse`); returns their number."""
     if format in TABLES:
-        rows = map(row_of, names)
+        rows: Iterable[dict[str, Any]] = map(row_of, names)
         if format == "csv":  # may be printed; JSON is escaped
             rows = ({column: _one_line(value) for column, value in row.items()} for row in rows)
         return write_table(rows, COLUMNS, file, format, raw_cells)
