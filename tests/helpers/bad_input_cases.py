@@ -74,6 +74,10 @@ completion bash zsh :: unrecognized arguments: zsh
 evaluate :: model
 evaluate models/base models/moe :: unrecognized
 evaluate models/base --samples few :: samples must be a whole number
+evaluate models/base --lists --samples 3 :: --lists has a number of names of its own: leave out --samples
+evaluate models/base --lists --max-names 2 :: leave out --max-names
+evaluate models/base --names names.txt --samples 3 :: --names measures the names of a file alone: leave out --samples
+evaluate models/base --names names.txt --seed 1 :: leave out --seed
 evaluate models/base --seed -1 :: --seed must be from 0
 compare :: models
 compare models/base --samples 1e3 :: samples must be a whole number

@@ -22,6 +22,8 @@ from flash_experts.evaluation.evaluate import _association, config_and_tokenizer
 from flash_experts.evaluation.held_out import HeldOut, Reference
 from flash_experts.evaluation.metrics import Estimate
 from flash_experts.evaluation.scorers import LanguageModel, costs_of, parameter_counts
+from flash_experts.generation.generator import GeneratedName
+from flash_experts.generation.name_files import BY_SUFFIX, write_names
 from flash_experts.models.moe import GPT2MoEForCausalLM
 from tests.helpers.evaluation import tiny_model, write_data
 
@@ -227,6 +229,24 @@ def test_names_of_a_file(tmp_path: Path, model_dirs: list[Path]) -> None:
     weighted = float(np.array(result.bits_of_each) @ characters / characters.sum())
     assert result.bits.value == pytest.approx(weighted)
     assert json.loads(json.dumps(result.to_json()))["names"] == names
+
+
+@pytest.mark.parametrize("suffix", ["txt", "csv", "json", "jsonl"])
+def test_names_of_a_file_that_generate_wrote(suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"names.{suffix}"
+    names = [GeneratedName(text, -9.5, "Goblin Guide", 0.4) for text in ("Mind Flail", "+2 Mace", "Krenko, Boss")]
+    with path.open("w", encoding="utf-8") as file:
+        write_names(names, Attributes(), file, BY_SUFFIX[path.suffix])
+    assert read_names(path) == ["Mind Flail", "+2 Mace", "Krenko, Boss"]
+
+
+def test_names_of_cards(tmp_path: Path) -> None:
+    (tmp_path / "set.csv").write_text("Karte,Type,text\nSol Ring,Artifact,{T}: Add {C}{C}.\n,Land,\n", "utf-8")
+    (tmp_path / "test.jsonl").write_text('{"name": "Sol Ring", "text": "T", "log_prob": -1}\n', "utf-8")
+    assert read_names(tmp_path / "set.csv") == read_names(tmp_path / "test.jsonl") == ["Sol Ring"]
+    (tmp_path / "names.md").write_text("- Sol Ring\n", "utf-8")
+    with pytest.raises(ValueError, match=r"names.md is Markdown: save the names as plain text"):
+        read_names(tmp_path / "names.md")
 
 
 def test_one_name_has_no_interval() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from flash_experts.generation.card_files import read_card_rows
+from flash_experts.generation.card_files import card_rows_of, is_card_table, read_card_rows
 
 
 def test_rows_are_read_in_the_spellings_of_card_files(rows_file: Path) -> None:
@@ -33,7 +33,7 @@ def test_a_json_list_is_read_as_the_table_is(rows_file: Path, tmp_path: Path) ->
     assert [row.card for row in (rows[0], *rows[2:])] == [row.card for row in (of_table[0], *of_table[2:])]
     assert rows[1].rules == {"starts_with": "Serra"} and rows[2].name == "Old Name"
     assert unknown.card.colors is None and unknown.where.endswith("set.json[4]")
-    assert all(list(row.cells) == list(rows[0].cells) for row in rows), "the same columns"
+    assert [row.cells for row in (*rows, unknown)] == records, "as they were"
 
 
 @pytest.mark.parametrize(
@@ -43,7 +43,9 @@ def test_a_json_list_is_read_as_the_table_is(rows_file: Path, tmp_path: Path) ->
         ("name,price\nA,1\n", ":1: no column type_line"),
         ("name,name,type_line\n", "set.csv:1: two columns are called 'name'"),
         ("type_line,Notes,Notes\nInstant,a,b\n", ":1: two columns are called 'Notes'"),
-        ("type_line,colors\n", "no cards under the heading"),
+        ("type_line,colors\n", "set.csv: no cards under the heading"),
+        ("[]", "set.csv: no cards in the list"),
+        ("type_line" + 1000 * ",", ":1: 1,001 columns: the most is 1,000"),
     ],
 )
 def test_a_bad_file_is_one_line(text: str, message: str, tmp_path: Path) -> None:
@@ -72,6 +74,27 @@ def test_tables_as_spreadsheets_write_them(content: bytes, tmp_path: Path) -> No
 def test_a_line_separator_within_a_cell_ends_no_row(tmp_path: Path) -> None:
     (tmp_path / "set.csv").write_text("type_line,notes\nInstant,a\u2028b\x0bc\nLand,d\n", "utf-8")
     assert [row.cells["notes"] for row in read_card_rows(tmp_path / "set.csv")] == ["a\u2028b\x0bc", "d"]
+
+
+def test_a_line_break_in_quotes_may_be_in_the_heading(tmp_path: Path) -> None:
+    path = tmp_path / "set.csv"
+    path.write_text('Name,"Notes\n(mine)",Type\n,a,Instant\n,"b\nc",Instannt\n', "utf-8")
+    first, second = read_card_rows(path)
+    assert first.cells == {"Name": "", "Notes\n(mine)": "a", "Type": "Instant"} and first.where == f"{path}:3"
+    assert second.where == f"{path}:5" and second.problem.startswith("unknown type 'Instannt'")
+    assert is_card_table(path.read_text("utf-8"))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        'type_line,contains,Ends with\n Instant ," Axe "," Axe"\n',
+        '[{"type_line": " Instant ", "contains": " Axe ", "Ends with": " Axe", "starts_with": " "}]',
+    ],
+)
+def test_a_space_before_the_letters_of_a_rule_is_kept(text: str) -> None:
+    [row] = card_rows_of(text, "the cards")
+    assert row.rules == {"contains": " Axe", "ends_with": " Axe"} and row.card.types == ("Instant",)
 
 
 def test_names_are_found_under_each_heading_of_card_files(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from flash_experts.cli import main
 from flash_experts.generation.card_files import card_rows_of, read_card_rows
 from flash_experts.generation.card_sets import NamedRow, name_rows, write_set
 from flash_experts.generation.generator import GeneratedName
+from flash_experts.generation.name_files import Format
 from flash_experts.generation.reranker import content_words
 
 
@@ -93,13 +94,48 @@ def test_words_of_a_row_that_no_name_has_are_its_problem_alone(
         ("Notes|Type\na|Instant\n", "name|Notes|Type|alternatives\nNew|a|Instant|Other\n"),
         ("Type,Alternatives,Name\nInstant,x; y,Old\nLand,,\n",
          "Type,Alternatives,Name\nInstant,x; y,Old\nLand,Other,New\n"),
+        ('Type,text\nInstant,"one\ntwo\r\nthree\rfour"\n',
+         'name,Type,text,alternatives\nNew,Instant,"one\ntwo\r\nthree\rfour",Other\n'),
+        ("Type,note \nInstant,a\tb \u200d\xad\u2028\x0b\n",
+         "name,Type,note ,alternatives\nNew,Instant,a\tb \u200d\xad\u2028\x0b,Other\n"),
+        ("name,Type,,\n,Land,a,b\n,Land\n", "name,Type,,,alternatives\nNew,Land,a,b,Other\nNew,Land,,,Other\n"),
+        ('Name,"Notes\n(mine)",Type\n,a,Land\n', 'Name,"Notes\n(mine)",Type,alternatives\nNew,a,Land,Other\n'),
     ],
 )  # fmt: skip
 def test_a_table_comes_back_as_it_was(before: str, after: str) -> None:
+    assert written(before, "csv") == after
+
+
+def written(before: str, format: Format) -> str:
     names = [GeneratedName(text, -1.0, None, 0.0) for text in ("New", "Other")]
-    named = [NamedRow(row, () if row.name else names) for row in card_rows_of(before, "set.csv")]
-    file = StringIO()
-    assert write_set(named, file, "csv") == len(named) and file.getvalue() == after
+    named = [NamedRow(row, () if row.name else names) for row in card_rows_of(before, "the cards")]
+    file = StringIO(newline="")
+    assert write_set(named, file, format) == len(named)
+    return file.getvalue()
+
+
+def test_json_comes_back_as_it_was() -> None:
+    card = {"type_line": "Instant", "colors": ["U", "R"], "mana_value": 3, "mine": {"a": 1}, "ok": True, "x": None}
+    other = {"name": "Old", "text": " one\ntwo", "note": "a", "note ": [[1], 2.5], "\ud83d": "\ud83d"}
+    before = json.dumps([card, other, {"Karte": 5, "title": ""}])
+    named, *rest = json.loads(written(before, "json"))
+    assert named == card | {"name": "New", "alternatives": "Other"}
+    assert rest == [other | {"alternatives": ""}, {"Karte": 5, "title": "", "alternatives": ""}]
+    table = list(csv.DictReader(StringIO(written(before, "csv"), newline="")))
+    assert table[0] | {"name": "New", "alternatives": "Other"} == table[0]
+    assert [table[0][key] for key in ("colors", "mana_value", "mine", "ok", "x", "note")] == [
+        "U R", "3", '{"a": 1}', "true", "", "",
+    ]  # fmt: skip
+    assert (table[1]["text"], table[1]["note "]) == (" one\ntwo", "[[1], 2.5]")
+
+
+def test_half_a_character_is_written_as_an_escape(model_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "set.json").write_text('[{"type_line": "Land", "note": "\\ud83d"}]', "utf-8")
+    command = ["generate", "--model", str(model_folder), "--device", "cpu", "--cards", str(tmp_path / "set.json")]
+    for suffix in ("csv", "json"):
+        out = tmp_path / f"names.{suffix}"
+        assert main([*command, "--count", "1", "--quality", "fast", "--out", str(out)]) == 0
+        assert "\\ud83d" in out.read_text("utf-8")
 
 
 def test_bad_rows_are_listed_before_the_model_is_loaded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import lzma
+import shutil
 from pathlib import Path
 
 import pytest
@@ -121,12 +122,77 @@ def test_a_stopped_run_continues_to_the_same_names(
     assert "exists already" in capsys.readouterr().err
 
 
+@pytest.fixture
+def stopped(command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The command of a run with top logits that was stopped after its first piece."""
+    command = [*command, "--count", "20", "--top-logits", "2", "--out", str(tmp_path / "names.jsonl")]
+    pieces = sampled_names._piece
+
+    def stops(*args: object) -> object:
+        if args[1].pieces == 1:  # type: ignore[attr-defined]
+            raise KeyboardInterrupt
+        return pieces(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(sampled_names, "_piece", stops)
+    assert main(command) == 130
+    monkeypatch.setattr(sampled_names, "_piece", pieces)
+    return command
+
+
+def test_a_run_is_not_resumed_on_other_data(
+    stopped: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    known, train = tmp_path / "data/known_names.txt", tmp_path / "data/train.jsonl"
+    before = train.read_bytes()
+    train.write_bytes(before[: before.rindex(b"{")])
+    assert main(stopped) == 1
+    assert "has other settings (cards): use those" in capsys.readouterr().err
+    train.write_bytes(before)
+    known.write_text(known.read_text("utf-8") + "Elvish Gronk\n", encoding="utf-8")
+    assert main(stopped) == 1
+    assert "has other settings (known): use those" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("what", ["no shards", "not UTF-8", "an older version"])
+def test_a_damaged_run_is_refused_with_the_way_out(
+    what: str, stopped: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state, logits = tmp_path / "names.jsonl.part.json", tmp_path / "names.top-logits"
+    if what == "no shards":
+        shutil.rmtree(logits)
+        message = f"{logits / '000000.safetensors'}, which belongs to the unfinished"
+    elif what == "not UTF-8":
+        state.write_bytes(b"\xff\xfe{")
+        message = "cannot be resumed (UnicodeDecodeError)"
+    else:
+        state.write_text(state.read_text("utf-8").replace('"settings": {', '"settings": {"dropped": 1, '), "utf-8")
+        message = "has other settings (dropped): use those"
+    capsys.readouterr()
+    assert main(stopped) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert message in error
+    assert f"remove {tmp_path / 'names.jsonl.part'}, {state.name} and {logits.name} to start again" in error
+
+
+def test_a_model_without_a_new_name_is_an_error(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sampled_names._Sampler, "text", lambda *_: "")
+    (tmp_path / "new").mkdir()
+    out = ["--top-logits", "2", "--out", str(tmp_path / "new/names.jsonl")]
+    assert main([*command, "--count", "2", *out]) == 1
+    assert "no text of the model is a new name: train it for longer" in capsys.readouterr().err
+    assert not [path for path in tmp_path.glob("new/**/*") if path.is_file()], "nothing to resume"
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
         (["--out", "names.csv"], "writes a .jsonl file"),
         (["--out", "names.jsonl", "--type", "Goblin"], "leave out --type"),
         (["--out", "names.jsonl", "--rank"], "leave out --rank"),
+        (["--out", "names.jsonl", "--cards", "set.csv"], "takes the cards of a split: leave out --cards"),
+        (["--out", "names.jsonl", "--raw-cells"], "writes no CSV: leave out --raw-cells"),
     ],
 )
 def test_what_does_not_go_together_is_refused(

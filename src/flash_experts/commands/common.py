@@ -381,6 +381,13 @@ def out_file(args: Namespace, default: str, also: Sequence[str] = ()) -> Path | 
     return Path(name)
 
 
+def refuse_unused(parser: CommandParser, args: Namespace, names: Sequence[str], why: str) -> None:
+    """Reports the first of these options that is not at its default; ``why`` precedes ``: leave out --OPTION``."""
+    for name in names:
+        if args[name] != parser.get_default(name):
+            parser.error(f"{why}: leave out --{name.replace('_', '-')}")
+
+
 def check_samples(args: Namespace) -> None:
     """Checks --samples and --max-names before anything is loaded."""
     if args.max_names is not None and args.max_names < 1:

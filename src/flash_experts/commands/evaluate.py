@@ -21,6 +21,8 @@ def run(args: Namespace) -> None:
         _evaluate_lists(args)
         return
     if args.names is not None:
+        why = "--names measures the names of a file alone"
+        common.refuse_unused(make_parser(), args, ("samples", "max_names", "seed"), why)
         named = evaluate_names(read_names(args.names), args.model, args.data, device=args.device)
         common.print_result(args, named.to_json(), format_names(named))
         return
@@ -36,6 +38,7 @@ def _evaluate_lists(args: Namespace) -> None:
 
     if args.names is not None:
         make_parser().error("--lists measures the model's own lists: leave out --names")
+    common.refuse_unused(make_parser(), args, ("samples", "max_names"), "--lists has a number of names of its own")
     if is_baseline(args.model):
         make_parser().error("--lists needs a model that `generate` can use, not a baseline")
     report = partial(say, file=sys.stderr)
@@ -50,7 +53,10 @@ def make_parser() -> common.CommandParser:
         help="model folder or hub id, with +ngram to mix it with the n-gram baseline; or ngram, swap: baselines",
     )
     parser.section("What is measured")
-    parser.add_optional("--names", "file of names to measure instead of a model's, one per line (default: none)")
+    parser.add_optional(
+        "--names",
+        "file of names to measure instead of a model's, one per line or as generate writes them (default: none)",
+    )
     lists = "measure lists of 20 names for 50 requests at each quality of generate, next to real names"
     parser.add_argument("--lists", action="store_true", help=lists)
     common.add_measuring_options(parser)

@@ -17,7 +17,7 @@ from flash_experts.generation.name_files import BY_SUFFIX, Format
 from flash_experts.generation.request import CARD, MODEL, OUTPUT, RULES, SAMPLING, UNGUIDED, NameRequest, Sampling
 from flash_experts.options import defaults_of, kind_of, options_of, type_of
 from flash_experts.released import default_model
-from flash_experts.terminal import ProgressBar, one_line, say
+from flash_experts.terminal import ProgressBar, escape_unencodable, one_line, say
 
 if TYPE_CHECKING:
     from flash_experts.generation import GeneratedName
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 _EACH_OF_A_SET = 5  # names for each card of a set: 20 for each of 250 cards are more than anyone reads
 _MOST_REPORTED = 10  # rows of a set that are not understood
+_OF_SPLIT = ("attribute_dropout", "data", "top_logits")  # options of --attributes-from alone
 _RANDOM = ("count", "seed", "batch_size")  # what --attributes-from takes of a request besides the sampling
 
 
@@ -36,6 +37,7 @@ def run(args: Namespace) -> None:
     if args.attributes_from is not None:
         _run_for_cards(args)
         return
+    common.refuse_unused(make_parser(), args, _OF_SPLIT, "only --attributes-from uses it")
     if args.cards is not None:
         _run_for_set(args)
         return
@@ -70,6 +72,7 @@ def _run_for_set(args: Namespace) -> None:
     for name, option in options_of(NameRequest).items():
         if option.group == CARD and args[option.flag or name] is not None:
             make_parser().error(f"--cards has each card's own attributes: leave out --{option.flag or name}")
+    common.refuse_unused(make_parser(), args, ["rank"], "--cards keeps the order of the cards")
     if args.out is None:
         make_parser().error("--cards writes a file: give --out NAMES.csv")
     format, request = _format_of(args), _request_of(args)
@@ -125,6 +128,7 @@ def _out_file(out: str, format: Format | None) -> Iterator[Any]:
     """Opens the file to write: bytes for "mse", else text."""
     text: dict[str, Any] = {"mode": "w", "encoding": "utf-8", "newline": ""}
     with whole_file(out) as path, path.open(**({"mode": "wb"} if format == "mse" else text)) as file:
+        escape_unencodable(file)  # JSON may have half a character, such as \ud83d
         yield file
 
 
@@ -166,8 +170,9 @@ def _run_for_cards(args: Namespace) -> None:
             make_parser().error(
                 f"--attributes-from takes each card's own attributes and no filters: leave out --{flag}"
             )
-    if args.rank:
-        make_parser().error("--attributes-from writes names in the order of the cards: leave out --rank")
+    common.refuse_unused(make_parser(), args, ["cards"], "--attributes-from takes the cards of a split")
+    common.refuse_unused(make_parser(), args, ["rank"], "--attributes-from writes names in the order of the cards")
+    common.refuse_unused(make_parser(), args, ["raw_cells"], "--attributes-from writes no CSV")
     if args.out is None or Path(args.out).suffix.lower() != ".jsonl" or args.json or args.format:
         make_parser().error("--attributes-from writes a .jsonl file: give --out NAMES.jsonl alone")
     check_out_file(args.out, args.overwrite)
@@ -213,12 +218,14 @@ def _format_of(args: Namespace) -> Format | None:
     if args.json and format not in (None, "json"):
         make_parser().error(f"--json and --format {format}: choose one")
     format = "json" if args.json else format
+    suffix = "" if args.out is None else Path(args.out).suffix.lower()
+    if (format or BY_SUFFIX.get(suffix)) != "csv":
+        common.refuse_unused(make_parser(), args, ["raw_cells"], "only CSV has cells")
     if args.out is None:
         if format == "mse":
             make_parser().error("a set of Magic Set Editor is not text: give --out NAMES.mse-set")
         return format
     check_out_file(args.out, args.overwrite)
-    suffix = Path(args.out).suffix.lower()
     if format is None and suffix not in BY_SUFFIX:
         make_parser().error(f"--out {args.out}: the file name must end in {', '.join(BY_SUFFIX)}, or give --format")
     if args.json:
@@ -259,7 +266,9 @@ def _add_request(parser: common.CommandParser, group: str) -> None:
 def _add_data(parser: common.CommandParser) -> None:
     cards = "CSV or JSON file of a set's cards, all of which get names: --count for each, 5 by default (default: none)"
     parser.add_optional("--cards", cards)
-    split = "split, such as train, whose cards are the prompts, for training data (default: none)"
+    split = (
+        "split, such as train, whose cards are the prompts, for training data, with seed 0 unless given (default: none)"
+    )
     parser.add_optional("--attributes_from", split)
     dropout = "probability that an attribute of such a prompt is left out"
     parser.add_argument("--attribute_dropout", type=float, default=0.3, help=dropout)

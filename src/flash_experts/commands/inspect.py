@@ -57,7 +57,9 @@ def make_parser() -> common.CommandParser:
     parser = common.command_parser("inspect", run)
     parser.add_argument("model", help="model folder or hub id of an MoE model")
     parser.section("The names")
-    parser.add_optional("--names", "file of names to inspect instead of cards, one per line (default: none)")
+    parser.add_optional(
+        "--names", "file of names to inspect instead of cards, one per line or as generate writes them (default: none)"
+    )
     parser.add_argument("--data", default="data/mtg", help="folder written by prepare")
     parser.add_argument("--split", default="validation", help="split of the data: train, validation, test or test_iid")
     parser.add_optional("--count", f"number of names to inspect (default: {_COUNT} of the data, all of --names)", int)

@@ -56,6 +56,7 @@ _COLUMN_OF = {
 _TEXT_COLUMNS = ("type_line", "layout", "flag", "rarity", "set_code", "released")
 # Headings of files with product numbers instead of names, or with another name for the column of names.
 _OTHER_COLUMNS = ("idproduct", "multiverseid", "quantity", "qty", "collectornumber", "tcgplayerid", "productid", "sku")
+_GENERATED = {"text", "log_prob"}  # headings of names that `generate` wrote: elsewhere "text" is a card's rules
 _MISSING = frozenset(("", "nan", "none", "<na>", "nat", "null", "n/a", "\\n", "no cost", "-", "\u2014"))
 _MISSING_NAMES = frozenset(("nan", "NaN", "<NA>", "None", "null", "NULL"))
 _FACES_OF_COST = re.compile(r"\s*//+\s*|\s+/\s+")
@@ -100,11 +101,13 @@ def _folded(text: str) -> str:
 
 def known_columns(headings: Iterable[str]) -> set[str]:
     """The known columns in a heading, ``"other"`` for `_OTHER_COLUMNS`; a ValueError if two are called "name"."""
+    headings = list(headings)
     folded = [_folded(heading) for heading in headings]
     known = {column for column, spellings in _COLUMNS.items() if not set(spellings).isdisjoint(folded)}
     name = next((spelling for spelling in _COLUMNS["name"] if spelling in folded), None)
     if name is not None and folded.count(name) > 1:
         raise ValueError(f"two columns are called {name!r}: keep one")
+    known |= {"name"} if _GENERATED.issubset(headings) else set()
     return known | ({"other"} if not set(_OTHER_COLUMNS).isdisjoint(folded) else set())
 
 
@@ -207,6 +210,8 @@ def _fields(record: Mapping[Any, Any]) -> dict[str, Any]:
             if column not in found or rank < found[column][0]:
                 found[column] = (rank, value)
     fields = {column: value for column, (_, value) in found.items()}
+    if "name" not in fields and record.keys() >= _GENERATED:
+        fields["name"] = record["text"]
     if "type_line" in fields and "mana_cost" not in fields:
         fields["mana_cost"] = cost  # without a type column, "cost" is as often a price
     fields |= _of_faces(record.get("card_faces"), fields)

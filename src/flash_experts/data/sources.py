@@ -84,8 +84,8 @@ def read_file(path: Path) -> CardSource:
     """Reads cards from a csv, tsv, json, jsonl or txt file, chosen by its suffix.
 
     Names are enough: one per line in txt (which may be a deck list), an array of texts in json, a column ``name`` (or a
-    single column without a heading) in csv. Other columns become attributes (`flash_experts.data.card_formats`).
-    Unreadable values are unknown, and counted in ``unread``.
+    single column without a heading) in csv, or the columns of ``generate --out``. Other columns become attributes
+    (`flash_experts.data.card_formats`). Unreadable values are unknown, and counted in ``unread``.
 
     Raises:
         ValueError: the file is empty, not UTF-8 or UTF-16, of another kind or too large, or a line is malformed
@@ -227,10 +227,16 @@ def _name_rows(numbered: Iterable[tuple[str, str]], unread: Unread) -> Iterator[
 
 def _csv_rows(lines: Lines, unread: Unread) -> Iterator[RawCard]:
     stream = iter(lines)
-    before, heading, separator = heading_of(stream)
-    while heading.count('"') % 2 and len(heading) < MAX_LINE_BYTES and (more := next(stream, "")):
-        heading += more  # a heading with a line break in quotes
+    before, heading, separator = csv_heading_of(stream)
     yield from _table_rows(chain([heading], stream), lines.path, unread, before, separator)
+
+
+def csv_heading_of(lines: Iterator[str]) -> tuple[int, str, str]:
+    """As `heading_of`; the heading may have line breaks in quotes."""
+    before, heading, separator = heading_of(lines)
+    while heading.count('"') % 2 and len(heading) < MAX_LINE_BYTES and (more := next(lines, "")):
+        heading += more
+    return before, heading, separator
 
 
 def heading_of(lines: Iterator[str]) -> tuple[int, str, str]:

@@ -16,7 +16,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from flash_experts.data.cards import Card
 from flash_experts.data.prompts import UNCONDITIONAL, Attributes
-from flash_experts.data.sources import read_text
+from flash_experts.data.sources import read_file, read_text
 from flash_experts.data.tokenizer import load_tokenizer
 from flash_experts.evaluation.baselines import MixedWithNGrams, SwapBaseline, without_suffix
 from flash_experts.evaluation.classifiers import ControlMetrics, Detection
@@ -34,6 +34,7 @@ from flash_experts.evaluation.metrics import (
     years_of,
 )
 from flash_experts.evaluation.scorers import Costs, LanguageModel, ModelSize, NGramBaseline, Scorer
+from flash_experts.generation.name_files import BY_SUFFIX
 from flash_experts.models.loading import load_config
 
 SAMPLES = 10_000  # with fewer, too few are real cards for a reliable hit ratio
@@ -280,12 +281,17 @@ class NamesResult:
 
 
 def read_names(path: str | Path) -> list[str]:
-    """Reads names from a text file, one per line, or raises a ValueError with ``file:line``."""
+    """Reads names from a text file, one per line, or from csv, json or jsonl as `generate` and cards have them.
+
+    Raises:
+        ValueError: the file is of another kind that `generate` writes, or malformed (``file:line``).
+    """
     path = Path(path)
     if path.is_dir():
         raise ValueError(f"cannot read the names in {path}: it is a folder: give a text file with one name per line")
     try:
-        names = [row.name.strip() for row in read_text(path)]
+        is_text = BY_SUFFIX.get(path.suffix.lower(), "text") == "text"
+        names = [row.name.strip() for row in (read_text(path) if is_text else read_file(path).rows)]
     except OSError as error:
         raise ValueError(f"cannot read the names in {path}: {error.strerror}") from error
     if not names:

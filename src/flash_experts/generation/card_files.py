@@ -20,12 +20,13 @@ from flash_experts.data.sources import (
     OTHER_KINDS,
     Lines,
     cells_of,
-    heading_of,
+    csv_heading_of,
     separated,
     split_lines,
 )
 
 MOST_ROWS = 2_000
+_MOST_COLUMNS = 1_000
 RULE_COLUMNS = ("starts_with", "contains", "ends_with")  # a row's own words
 _UNNAMED = "unnamed"
 _OF_CARDS = {"type_line", "types", "colors", "mana_value", "mana_cost", "rarity"}  # a file has one of these columns
@@ -55,6 +56,7 @@ class CardRow:
 
     Attributes:
         where: ``file:line``, or ``file[index]`` for JSON.
+        cells: as they are in the file: texts, or any JSON.
         name: that the card has already, or "".
         rules: options of `NameRequest`.
         style: of the file, if it is CSV.
@@ -62,7 +64,7 @@ class CardRow:
     """
 
     where: str
-    cells: Mapping[str, str]
+    cells: Mapping[str, Any]
     name: str
     card: Attributes
     rules: Mapping[str, str] = field(default_factory=dict)
@@ -99,7 +101,8 @@ def card_rows_of(text: str, where: str, has_bom: bool = False) -> list[CardRow]:
     rows: list[CardRow] = []
     columns: list[str] = []
     style = CsvStyle(has_bom=has_bom)
-    if _is_json(text):
+    is_json = _is_json(text)
+    if is_json:
         records: Iterable[tuple[str, Any]] = _json_records(text, where)
     else:
         separator, columns, records = _table(text, where)
@@ -113,7 +116,7 @@ def card_rows_of(text: str, where: str, has_bom: bool = False) -> list[CardRow]:
         if len(rows) > MOST_ROWS:
             raise ValueError(f"{where}: more than {MOST_ROWS:,} cards: give a smaller file")
     if not rows:
-        raise ValueError(f"{where}: no cards under the heading")
+        raise ValueError(f"{where}: no cards {'in the list' if is_json else 'under the heading'}")
     return rows
 
 
@@ -121,7 +124,7 @@ def is_card_table(text: str) -> bool:
     """Whether a text is JSON, or CSV whose heading has a column of cards."""
     if _is_json(text):
         return True
-    _, heading, separator = heading_of(split_lines(text))
+    _, heading, separator = csv_heading_of(split_lines(text))
     return _has_cards(separated(heading, "the heading", separator)[1])
 
 
@@ -148,18 +151,31 @@ def plain_headings(columns: Iterable[str]) -> dict[str, str]:
 def _table(text: str, where: str) -> tuple[str, list[str], Iterator[tuple[str, list[str]]]]:
     """The separator, the headings, and the place and cells of each row."""
     lines = split_lines(text)
-    before, heading, separator = heading_of(lines)
+    before, heading, separator = csv_heading_of(lines)
     first = f"{where}:{before + 1}"
     separator, columns = separated(heading, first, separator)
     if not _has_cards(columns):
-        named = heading.strip("\r\n")[:100]
+        named = " ".join(heading.split())[:100]
         raise ValueError(f"{first}: no column type_line, colors or mana_value in the heading ({named})")
     for column, count in Counter(filter(None, map(str.strip, columns))).items():
         if count > 1:
             raise ValueError(f"{first}: two columns are called {column!r}: keep one")
+    if len(columns) > _MOST_COLUMNS:
+        raise ValueError(f"{first}: {len(columns):,} columns: the most is {_MOST_COLUMNS:,}")
+    before += len(list(split_lines(heading))) - 1
     rows = cells_of(chain([heading], lines), where, before, separator, skipinitialspace=True)
     next(rows)
-    return separator, columns, rows
+    return separator, _unique(columns), rows
+
+
+def _unique(columns: Sequence[str]) -> list[str]:
+    """The columns, of which those without a heading, " " and "  ", differ."""
+    found: dict[str, None] = {}
+    for column in columns:
+        while column in found:
+            column += " "
+        found[column] = None
+    return list(found)
 
 
 def _record(columns: Sequence[str], cells: Sequence[str], separator: str) -> tuple[dict[str, str], str]:
@@ -175,16 +191,15 @@ def _record(columns: Sequence[str], cells: Sequence[str], separator: str) -> tup
     return dict(zip(columns, [*cells[: len(columns)], *missing], strict=True)), problem
 
 
-def _json_records(text: str, where: str) -> Iterator[tuple[str, dict[Any, Any]]]:
+def _json_records(text: str, where: str) -> list[tuple[str, dict[str, Any]]]:
     records = _json_objects(text, where)
     columns = dict.fromkeys(column for _, record in records for column in record)
-    if records and not _has_cards(map(str, columns)):
+    if records and not _has_cards(columns):
         raise ValueError(f"{where}: no card has a type_line, colors or a mana_value: write them as {_EXAMPLE}")
-    for place, record in records:
-        yield place, {column: record.get(column) for column in columns}
+    return records
 
 
-def _json_objects(text: str, where: str) -> list[tuple[str, dict[Any, Any]]]:
+def _json_objects(text: str, where: str) -> list[tuple[str, dict[str, Any]]]:
     """The objects of a JSON list, or of JSON lines, with their places."""
     lines = [(f"{where}:{number}", line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     if text.lstrip().startswith("{") and lines[0][1].strip().endswith("}"):
@@ -208,19 +223,20 @@ def _parsed(text: str, where: str) -> Any:
         raise ValueError(f"{where}: not JSON: {error}") from None
 
 
-def _row_of(cells: dict[Any, Any], where: str, style: CsvStyle, problem: str) -> CardRow:
-    texts = {str(column).strip(): _cell_text(value) for column, value in cells.items()}
+def _row_of(cells: dict[str, Any], where: str, style: CsvStyle, problem: str) -> CardRow:
+    texts = {column.strip(): cell_text(value).strip() for column, value in cells.items()}
     plain = plain_headings(texts)
     _, name = _own_cell(texts, plain, "name")
     card = UNCONDITIONAL
     try:
-        given = {str(column).strip() for column, value in cells.items() if value is not None}
+        given = {column.strip() for column, value in cells.items() if value is not None}
         card = card if problem else _card_of(texts, plain, given, name, where)
     except ValueError as error:
         problem = str(error).removeprefix(f"{where}: ")
-    lower = {column.lower().replace(" ", "_"): value for column, value in texts.items()}
+    # A space before the letters means that they start a word.
+    lower = {column.strip().lower().replace(" ", "_"): cell_text(value).rstrip() for column, value in cells.items()}
     rules = {rule: lower[rule] for rule in RULE_COLUMNS if lower.get(rule)}
-    return CardRow(where, texts, name, card, rules, style, problem)
+    return CardRow(where, cells, name, card, rules, style, problem)
 
 
 def _card_of(
@@ -251,7 +267,10 @@ def _own_cell(texts: Mapping[str, str], plain: Mapping[str, str], column: str) -
     return next(named, (column, ""))
 
 
-def _cell_text(value: Any) -> str:
-    if isinstance(value, list):
-        value = " ".join(map(str, value))
-    return "" if value is None else str(value).strip()
+def cell_text(value: Any) -> str:
+    """A cell as text, for CSV: lists of texts are separated by spaces."""
+    if isinstance(value, list) and all(isinstance(item, str) for item in value):
+        return " ".join(value)
+    if value is None or isinstance(value, str):
+        return value or ""
+    return json.dumps(value, ensure_ascii=False)

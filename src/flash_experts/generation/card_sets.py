@@ -10,7 +10,7 @@ from typing import Any, TextIO
 from flash_experts.data.card_formats import column_of
 from flash_experts.data.names import normal_form
 from flash_experts.data.prompts import Conditions, drop_unknown, read_conditions
-from flash_experts.generation.card_files import CardRow, plain_headings
+from flash_experts.generation.card_files import CardRow, cell_text, plain_headings
 from flash_experts.generation.filters.base import NoTokenLeftError
 from flash_experts.generation.generator import GeneratedName, NameGenerator
 from flash_experts.generation.name_files import TABLES, Format, NamedCard, type_line_of, write_cards, write_table
@@ -102,21 +102,27 @@ def asked_for(row: CardRow, conditions: Conditions) -> dict[str, Any]:
     return attributes | dict(row.rules)
 
 
-def table_of(named: Sequence[NamedRow]) -> list[dict[str, str]]:
+def table_of(named: Sequence[NamedRow]) -> list[dict[str, Any]]:
     """The rows with the columns of the file, in their order, names in its own column of names and ``alternatives``;
-    where the file has no such columns they come first and last."""
-    columns = list(named[0].row.cells)
+    where the file has no such columns they come first and last. All other cells are as they were."""
+    return _table_of(named)[1]
+
+
+def _table_of(named: Sequence[NamedRow]) -> tuple[list[str], list[dict[str, Any]]]:
+    """The columns and `table_of`. Objects of JSON may lack some of the columns."""
+    columns = list(dict.fromkeys(column for one in named for column in one.row.cells))
     own = next((column for column, plain in plain_headings(columns).items() if column_of(plain) == _NAME), None)
-    others = next((column for column in columns if column.lower() == _ALTERNATIVES), None)
+    others = next((column for column in columns if column.strip().lower() == _ALTERNATIVES), None)
     order = [*([_NAME] if own is None else []), *columns, *([_ALTERNATIVES] if others is None else [])]
     rows = []
     for one in named:
-        row = {column: one.row.cells.get(column, "") for column in order}
-        row[own or _NAME] = one.text
+        row = dict(one.row.cells)
+        if one.names or own is None:
+            row[own or _NAME] = one.text
         if one.names or others is None:
             row[others or _ALTERNATIVES] = "; ".join(name.text for name in one.names[1:])
-        rows.append(row)
-    return rows
+        rows.append({column: row[column] for column in order if column in row})
+    return order, rows
 
 
 def write_set(named: Sequence[NamedRow], file: TextIO, format: Format, raw_cells: bool = False) -> int:
@@ -124,10 +130,11 @@ def write_set(named: Sequence[NamedRow], file: TextIO, format: Format, raw_cells
     the rows is, and has a byte order mark if that has one."""
     if format not in TABLES:
         return write_cards(cards_of(named), file, format)
-    rows, style = table_of(named), named[0].row.style
-    if format == "csv" and style.has_bom:
-        file.write("\ufeff")
-    return write_table(rows, list(rows[0]), file, format, raw_cells, style.separator)
+    (columns, rows), style = _table_of(named), named[0].row.style
+    if format == "csv":
+        file.write("\ufeff" if style.has_bom else "")
+        rows = [{column: cell_text(value) for column, value in row.items()} for row in rows]
+    return write_table(rows, columns, file, format, raw_cells, style.separator)
 
 
 def cards_of(named: Sequence[NamedRow]) -> list[NamedCard]:

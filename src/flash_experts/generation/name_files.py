@@ -49,7 +49,10 @@ def write_names(
 ) -> int:
     """Writes names for one card as text, so not "mse" (see `write_mse`); returns their number."""
     if format in TABLES:
-        return write_table(map(row_of, names), COLUMNS, file, format, raw_cells)
+        rows: Iterable[dict[str, Any]] = map(row_of, names)
+        if format == "csv":  # may be printed; JSON is escaped
+            rows = ({column: _one_line(value) for column, value in row.items()} for row in rows)
+        return write_table(rows, COLUMNS, file, format, raw_cells)
     return write_cards((NamedCard(name.text, card) for name in names), file, format)
 
 
@@ -69,18 +72,20 @@ def write_table(
         say(json.dumps(listed, indent=2, ensure_ascii=False), file)
         return len(listed)
     table = csv.DictWriter(file, columns, delimiter=separator, lineterminator="\n")
-    table.writeheader()
+    table.writerow({column: column if column.strip() else "" for column in columns})
     written = 0
     for row in rows:
-        table.writerow({column: _cell(value, raw_cells) for column, value in row.items()})
+        table.writerow({column: value if raw_cells else _safe(value) for column, value in row.items()})
         written += 1
     return written
 
 
-def _cell(value: Any, raw: bool) -> Any:
-    if not isinstance(value, str):
-        return value
-    return one_line(value) if raw else to_cell(one_line(value))
+def _safe(value: Any) -> Any:
+    return to_cell(value) if isinstance(value, str) else value
+
+
+def _one_line(value: Any) -> Any:
+    return one_line(value) if isinstance(value, str) else value
 
 
 def write_cards(cards: Iterable[NamedCard], file: TextIO, format: Format) -> int:

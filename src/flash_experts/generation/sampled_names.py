@@ -6,10 +6,11 @@ rejected texts are drawn again, a few times. A killed run loses one piece of the
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -30,7 +31,7 @@ from flash_experts.generation.generator import NameGenerator
 from flash_experts.generation.request import Sampling
 from flash_experts.generation.sampling import stream_seed
 from flash_experts.generation.text_rules import BAD_MARKS, CARD_ALPHABET, format_name
-from flash_experts.models.scoring import INDEX, SUFFIX, NameLogits, evaluating, write_index, write_shard
+from flash_experts.models.scoring import INDEX, SUFFIX, NameLogits, evaluating, shard_file, write_index, write_shard
 
 _PIECE = 2048  # names between two saves
 _ATTEMPTS = 4  # for each attribute set
@@ -63,7 +64,7 @@ class SampledNames:
                 raise ValueError(f"{name} is {value}: it must be from {low} to {high:,}")
         if self.sampling.repetition_penalty != 1 or self.sampling.guidance != 1:
             raise ValueError(
-                "repetition_penalty and guidance need a single prompt: leave them out with attributes_from"
+                "repetition_penalty and guidance need a single prompt, and here each name has its own: leave them out"
             )
 
 
@@ -99,11 +100,13 @@ def write_sampled_names(
     Args:
         known: normal forms of names that the file must not have, besides those that the generator knows.
         out: a ``.jsonl`` file, written as ``out.part`` until it is complete.
-        source: further inputs that decide the names: a run is resumed only with the same ones.
+        source: further inputs that decide the names: a run is resumed only with the same ones, and the same ``cards``
+            and ``known``.
         report: called with the number of names so far.
 
     Raises:
-        ValueError: the file exists or is being written, or an unfinished one is damaged or has other settings.
+        ValueError: the file exists or is being written, an unfinished one is damaged or has other settings, or the
+            model gives no new name.
     """
     logits = out.with_suffix(SUFFIX) if request.top_logits else None
     check_replaced(out, overwrite)
@@ -113,11 +116,11 @@ def write_sampled_names(
         check_out_folder(str(logits), overwrite)
         (logits / INDEX).unlink(missing_ok=True)
     with _locked(out):
-        settings = json.loads(json.dumps(source | asdict(request)))
-        state, seen = _resumed(part, state_file, settings)
+        forbidden = generator.known.normal_forms | set(known)
+        settings = json.loads(json.dumps(source | asdict(request) | _hashes(cards, forbidden)))
+        state, seen = _resumed(part, state_file, settings, logits)
         if state.names:
             report(state.names)
-        forbidden = generator.known.normal_forms | set(known)
         plan = _plan(cards, request)
         draw = _Sampler(generator, request, plan)
         with part.open("ab") as file:
@@ -131,6 +134,10 @@ def write_sampled_names(
                 with whole_file(state_file) as temporary:
                     temporary.write_text(json.dumps(asdict(state)), encoding="utf-8")
                 report(state.names)
+        if not state.names:
+            for path in (part, state_file, *_shards(logits, state)):
+                path.unlink()
+            raise ValueError("no text of the model is a new name: train it for longer, or lower the temperature")
         if logits is not None:
             write_index(logits, state.pieces, generator.tokenizer, settings)
         os.replace(part, out)
@@ -254,25 +261,47 @@ def _locked(out: Path) -> Iterator[None]:
         lock.release()
 
 
-def _resumed(part: Path, state_file: Path, settings: dict[str, Any]) -> tuple[_State, set[str]]:
+def _shards(logits: Path | None, state: _State) -> list[Path]:
+    return [] if logits is None else [shard_file(logits, number) for number in range(state.pieces)]
+
+
+def _hashes(cards: Sequence[Card], forbidden: Collection[str]) -> dict[str, str]:
+    """What a run depends on besides its settings: the prompts and the names that it may not give."""
+    prompts = (json.dumps(card.to_json(), sort_keys=True) for card in cards)
+    return {"cards": _sha256_of(prompts), "known": _sha256_of(sorted(forbidden))}
+
+
+def _sha256_of(texts: Iterable[str]) -> str:
+    digest = hashlib.sha256()
+    for text in texts:
+        digest.update(text.encode() + b"\n")
+    return digest.hexdigest()
+
+
+def _resumed(part: Path, state_file: Path, settings: dict[str, Any], logits: Path | None) -> tuple[_State, set[str]]:
     """The state and known names of an unfinished file, which is truncated to its last complete piece."""
     if not state_file.exists():
         part.unlink(missing_ok=True)  # its first piece was never complete
         return _State(settings), set()
-    hint = f"remove {part} and {state_file.name} to start again"
+    others = f" and {state_file.name}" if logits is None else f", {state_file.name} and {logits.name}"
+    hint = f"remove {part}{others} to start again"
     try:
         state = _State(**json.loads(state_file.read_text(encoding="utf-8")))
         state.again = [(int(place), int(attempts)) for place, attempts in state.again]
         if state.settings != settings:
-            changed = [name for name in settings if state.settings.get(name) != settings[name]]
+            both = {**state.settings, **settings}
+            changed = [name for name in both if state.settings.get(name) != settings.get(name)]
             raise ValueError(
                 f"{part} is unfinished and has other settings ({', '.join(changed)}): use those, or {hint}"
             )
+        for shard in _shards(logits, state):
+            if not shard.is_file():
+                raise ValueError(f"{shard}, which belongs to the unfinished {part}, is missing: {hint}")
         with part.open("r+b") as file:
             if file.seek(0, os.SEEK_END) < state.bytes:
                 raise ValueError(f"{part} is shorter than {state_file.name} records: {hint}")
             file.truncate(state.bytes)
         names = [json.loads(line)["name"] for line in part.read_text(encoding="utf-8").splitlines()]
-    except (OSError, KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+    except (OSError, KeyError, TypeError, AttributeError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{part} cannot be resumed ({type(error).__name__}): {hint}") from error
     return state, set(map(normal_form, names))

@@ -63,13 +63,14 @@ def write_shard(folder: Path, number: int, names: dict[int, NameLogits]) -> None
     if names:
         tensors["ids"] = torch.cat([name.ids for name in names.values()]).contiguous()
         tensors["log_probs"] = torch.cat([name.log_probs for name in names.values()]).contiguous()
-    with whole_file(folder / _shard_name(number)) as temporary:
+    with whole_file(shard_file(folder, number)) as temporary:
         save_file(tensors, temporary)
 
 
 def write_index(folder: Path, shards: int, tokenizer: PreTrainedTokenizerBase, source: dict[str, Any]) -> None:
     """Completes the folder, after all its shards."""
-    hashes = {_shard_name(number): sha256_of(folder / _shard_name(number)) for number in range(shards)}
+    files = [shard_file(folder, number) for number in range(shards)]
+    hashes = {file.name: sha256_of(file) for file in files}
     tokens = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().__getitem__)
     index = {"tokens": tokens, "source": source, "sha256": hashes}
     with whole_file(folder / INDEX) as temporary:
@@ -137,5 +138,5 @@ def _number(source_id: str) -> int:
     return int(number) if kind == "sampled" and number.isdecimal() else -1
 
 
-def _shard_name(number: int) -> str:
-    return f"{number:06}.safetensors"
+def shard_file(folder: Path, number: int) -> Path:
+    return folder / f"{number:06}.safetensors"
