@@ -42,8 +42,7 @@ def _value_of(text: str) -> Any:
     return text if value is None else value
 
 
-_MODE = "flash_experts"
-set_loader(_MODE, _value_of, (yaml.YAMLError,))
+set_loader(_MODE := "flash_experts", _value_of, (yaml.YAMLError,))
 
 
 class _ConfigFile(ActionConfigFile):

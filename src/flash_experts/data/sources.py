@@ -226,8 +226,7 @@ def _name_rows(numbered: Iterable[tuple[str, str]], unread: Unread) -> Iterator[
 
 
 def _csv_rows(lines: Lines, unread: Unread) -> Iterator[RawCard]:
-    stream = iter(lines)
-    before, heading, separator = csv_heading_of(stream)
+    before, heading, separator = csv_heading_of(stream := iter(lines))
     yield from _table_rows(chain([heading], stream), lines.path, unread, before, separator)
 
 
@@ -243,8 +242,7 @@ def heading_of(lines: Iterator[str]) -> tuple[int, str, str]:
     """Number of lines before the heading, the heading, and the separator that a ``sep=`` line names."""
     before, separator = 0, ""
     for line in lines:
-        named = _SEPARATOR_LINE.fullmatch(line.strip("\r\n"))
-        if named:
+        if named := _SEPARATOR_LINE.fullmatch(line.strip("\r\n")):
             separator = named[1].replace("\\t", "\t")
         elif line.strip():
             return before, line, separator
