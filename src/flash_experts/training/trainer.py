@@ -118,6 +118,7 @@ class Trainer:
         self.guard = FiniteGuard(config.on_nan == "stop", self.device, self.world)
         # All that a step passes to the next: the weights, `state`, and what is registered (`checkpointer.Stateful`).
         self.state = run_state.TrainerState()
+        self.has_trained = False
         self.window = LoggingWindow(self.model, self.accelerator, not config.label_smoothing and config.teacher is None)
         self.checkpointer = Checkpointer(config, self.model, tokenizer, self.info, self.report.notify, self.is_main)
         for name, optimizer in self.optimizers.items():
@@ -129,21 +130,30 @@ class Trainer:
     def train(self, resume: str | Path | None = None, overwrite: bool = False) -> run_state.TrainingResult:
         """Trains to the end of the run, or until Ctrl+C, SIGTERM or SIGHUP.
 
+        A Trainer can resume its run, also after an error, but starts only one: the model has its weights by then.
+
         Args:
             resume: ``auto`` for the newest checkpoint that verifies, or a new run if there is none; a checkpoint's
                 folder; None for a new run, in a folder without checkpoints.
-            overwrite: replace the run or model in the folder.
+            overwrite: start over in a folder that has a run or a model, also with ``auto``. Its checkpoints and metrics
+                are removed when training starts, and its model is replaced by the first that is written.
 
         Raises:
             CheckpointError: a checkpoint is missing, damaged, or cannot be written.
             TrainingError: the loss is not finite, memory ran out, or another process is gone.
-            ValueError: there are checkpoints already and ``resume`` is None, or the folder holds something else.
+            ValueError: there are checkpoints already and ``resume`` is None, the folder holds something else, or a new
+                run was asked of a Trainer that has trained.
         """
         check_run_folder(self.run_dir, overwrite, self.accelerator)
         if overwrite and resume == "auto":
             resume = None
         with deterministic_algorithms(self.config.deterministic), run_lock(self.run_dir, self.accelerator):
-            self.state = self.checkpointer.restore(resume, overwrite)
+            state = self.checkpointer.restore(resume, overwrite)
+            if self.has_trained and not state.step:
+                raise ValueError(
+                    "this Trainer has trained its model already: for a new run make a new Trainer with a new model"
+                )
+            self.state = state
             if self.checkpointer.resumed:
                 self.info["resumed"] = self.checkpointer.resumed
             ended = self._reason_to_end() if self.state.step else None
@@ -158,12 +168,17 @@ class Trainer:
 
     def _run(self) -> str:
         """Trains between the start and the end of everything around the loop; returns why the run ended."""
+        # Before anything is removed, for it can fail.
+        tracker = make_tracker(self.config.tracker, self.run_dir, self.state.step, self.report.notify)
         self.accelerator.wait_for_everyone()  # all processes have read before checkpoints are removed
+        self.has_trained = True
+        self.guard.reset()
+        for optimizer in self.optimizers.values():  # of a step that an error ended
+            optimizer.zero_grad(set_to_none=True)
         if self.is_main:
             drop_later(self.run_dir, self.state.step)
             write_run_info(self.run_dir / RUN_INFO, self.info)
         self.report.notify(f"training into {self.run_dir}")
-        tracker = make_tracker(self.config.tracker, self.run_dir, self.state.step, self.report.notify)
         self.report.start(self.state.step if self.state.step else -1, self.info, tracker)
         self.model.loss_function = self.loss
         reason = "error"
