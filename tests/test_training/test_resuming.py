@@ -18,8 +18,10 @@ from transformers import GPT2Config, PreTrainedTokenizerFast
 from flash_experts.data.tokenizer import train_tokenizer
 from flash_experts.training import CheckpointError, Trainer, TrainingConfig
 from flash_experts.training import checkpoint as checkpoints
+from flash_experts.training.optimizer import part_of
 from flash_experts.training.run_state import checkpoint_path
 from flash_experts.training.tracking import read_metrics
+from flash_experts.training.training_config import LearningRateScale
 from tests.helpers.damage import flip_a_bit, interrupted_copy, with_right_hashes
 from tests.test_training import TRAIN, VALIDATION, make_model
 
@@ -143,7 +145,7 @@ def test_another_tokenizer_or_validation_is_refused_by_name(
     other_config.layer_norm_epsilon = 0.01
     changes: dict[str, dict[str, Any]] = {
         "its tokenizer differs": {"tokenizer": other_tokenizer},
-        "its validation names differ": {"validation_cards": VALIDATION[1:]},
+        r"its validation names differ \([^)]*\)": {"validation_cards": VALIDATION[1:]},
         "its layer_norm_epsilon is 1e-05, not 0.01": {"model": make_model(other_config)},
     }
     for name, change in changes.items():
@@ -201,6 +203,27 @@ def test_changed_settings_are_reported_and_kept_in_run_json(
         {"step": 3, "changed": {"max_steps": [3, 6], "learning_rate": [0.01, 0.02], "log_every": [2, 3]}},
         {"step": 6, "changed": {"max_steps": [6, 9], "clip_norm": [1.0, None]}},
     ]
+
+
+def test_a_resumed_run_may_freeze_parts_and_train_them_again(train: Callable[..., Any], config: TrainingConfig) -> None:
+    settings = replace(config, eval_every=None, checkpoint_every=3)
+    before, _ = train(replace(settings, max_steps=3), moe=True)
+    frozen = replace(settings, lr_scale=LearningRateScale(dense=0))
+    model, result = train(replace(frozen, max_steps=6), "auto", moe=True)
+    same = {name for name, weight in before.named_parameters() if torch.equal(weight, model.get_parameter(name))}
+    assert result.step == 6 and same == {name for name, _ in model.named_parameters() if part_of(name) == "dense"}
+    again, result = train(replace(settings, max_steps=9), "auto", moe=True)
+    assert result.step == 9 and not torch.equal(again.transformer.wte.weight, model.transformer.wte.weight)
+
+
+def test_another_draw_of_validation_names_is_refused_with_its_settings(
+    train: Callable[..., Any], config: TrainingConfig
+) -> None:
+    settings = replace(config, validation_names=4, max_steps=3)
+    train(settings)
+    for change in ({"seed": 2}, {"validation_names": 5}):
+        with pytest.raises(CheckpointError, match=r"validation names differ \(validation_names and seed draw them"):
+            train(replace(settings, max_steps=6, **change), "auto")  # type: ignore[arg-type]
 
 
 def test_changed_options_of_the_model_are_reported(

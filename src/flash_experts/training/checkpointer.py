@@ -22,8 +22,9 @@ from flash_experts.training.tracking import METRICS_FILE
 from flash_experts.training.training_config import TrainingConfig
 
 # A resumed run may differ from the checkpoint:
-# - refused: tokenizer, validation names, model configuration (except `run_folder.MAY_CHANGE`), kind of optimizer,
-#   ema_decay set or unset;
+# - refused: tokenizer, validation names (so, where validation_names is fewer than the data has, another number of them
+#   or another seed), model configuration (except `run_folder.MAY_CHANGE`), kind of optimizer, ema_decay set or unset,
+#   and with it an lr_scale of 0;
 # - accepted with a line: training names, number of processes, device, `parallel`, and every setting that is not in
 #   `_SILENT`;
 # - accepted: the settings in `_SILENT`, which leave what a step learns as it is (limits, logging, the tracker).
@@ -217,7 +218,7 @@ class Checkpointer:
         if then.get("tokenizer") != now["tokenizer"]:
             changed.append("its tokenizer differs")
         if then.get("validation_names") != now["validation_names"]:
-            changed.append("its validation names differ")
+            changed.append("its validation names differ (validation_names and seed draw them from those of the data)")
         config: Any = then.get("model_config")
         for name, value in now["model_config"].items() if isinstance(config, dict) else ():
             if name in config and config[name] != value:

@@ -21,7 +21,7 @@ from flash_experts.data.packing import PackedBatch, pack, packed_length
 from flash_experts.models.hub import CARD
 from flash_experts.models.router_metrics import update_router_biases
 from flash_experts.training import distributed, run_state
-from flash_experts.training.batches import NameBatches, check_inputs, fitting_cards
+from flash_experts.training.batches import NameBatches, check_inputs, check_packing, fitting_cards
 from flash_experts.training.checkpoint import drop_later
 from flash_experts.training.checkpointer import Checkpointer
 from flash_experts.training.loss import (
@@ -61,8 +61,8 @@ class Trainer:
     """Fine-tunes a causal language model on card names.
 
     Args:
-        model: causal LM with float32 weights that takes packed sequences, trained in place; ``config.precision``
-            selects bfloat16 autocast.
+        model: causal LM with float32 weights, trained in place on packed sequences, which a GPT-2 and a Llama separate;
+            ``config.precision`` selects bfloat16 autocast.
         data_info: meta.json of the data, kept with the run.
         origin: base of the model and options of its experts, kept with the run.
         how_to_resume: what the last line of an interrupted run advises after "To continue," (default: in Python).
@@ -102,6 +102,7 @@ class Trainer:
         self.report = Reporter(self.run_dir, callbacks, train_cards, validation_cards, self.is_main)
         if config.precision == "bfloat16" and not self.autocast:
             self.report.notify("this processor computes bfloat16 in software: float32 is faster here, and is used")
+        check_packing(self.model, config.names_per_prompt, self.report.notify)
         data = describe_data(train_cards, validation_cards, data_info)
         train_cards, validation_cards = fitting_cards(
             train_cards, validation_cards, self.model, tokenizer, self.report.notify
@@ -272,13 +273,13 @@ class Trainer:
             self._check_finite()
 
     def _backward(self, batch: PackedBatch, num_labels: int) -> torch.Tensor:
-        """Adds a micro-batch's gradient; returns its `LoggingWindow.parts` of the step."""
+        """Adds a micro-batch's gradient; returns its `LoggingWindow.sums_of` of the step."""
         batch = batch.to(self.device)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
             self.loss.prepare(batch)
             output = self.parallel.wrapped(**batch.inputs_with_loss(num_labels))
         self.parallel.backward(output.loss)
-        return self.window.parts(output, batch, num_labels)
+        return self.window.sums_of(output, batch, num_labels)
 
     def _micro_batches_of_step(self) -> tuple[list[PackedBatch], int]:
         """This process's micro-batches, and the number of labels over all processes."""
