@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import GPT2Config, PreTrainedTokenizerFast
 
 from flash_experts.data.tokenizer import train_tokenizer
@@ -59,6 +60,68 @@ def test_a_checkpoint_folder_may_be_named_and_later_ones_go(train: Callable[...,
     assert torch.equal(model.transformer.wte.weight, again.transformer.wte.weight)
     train(replace(config, max_steps=7), checkpoint_path(config.run_dir, 6))
     assert checkpoints.checkpoint_steps(config.run_dir) == [3, 6, 7]
+
+
+@pytest.fixture
+def worse_after_three(train: Callable[..., Any], config: TrainingConfig) -> TrainingConfig:
+    """A run whose best model, with averaged weights, is that of step 3 of six: then its rate is far too high."""
+    settings = replace(config, max_steps=3, eval_every=3, ema_decay=0.5)
+    train(settings)
+    worse = replace(settings, max_steps=6, learning_rate=3.0, clip_norm=None, schedule="constant", warmup_steps=0)
+    _, result = train(worse, "auto")
+    assert result.best_step == 3
+    return worse
+
+
+@pytest.mark.parametrize("max_steps", [6, 9])
+def test_another_runs_best_model_comes_with_its_checkpoint(
+    train: Callable[..., Any], worse_after_three: TrainingConfig, max_steps: int
+) -> None:
+    """Also where nothing is left to train."""
+    second = replace(worse_after_three, run_name="second", max_steps=max_steps)
+    folder = checkpoint_path(worse_after_three.run_dir, 6)
+    model, result = train(second, folder, seed=5)
+    assert (result.best_step, result.step) == (3, max_steps)
+    best = (worse_after_three.run_dir / "model.safetensors").read_bytes()
+    assert (second.run_dir / "model.safetensors").read_bytes() == best and (second.run_dir / "README.md").exists()
+    straight, _ = train(replace(worse_after_three, max_steps=max_steps), "auto")
+    assert torch.equal(model.transformer.wte.weight, straight.transformer.wte.weight), "it continues from step 6"
+
+
+def test_without_the_best_checkpoint_the_next_validation_counts(
+    train: Callable[..., Any], worse_after_three: TrainingConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.rmtree(checkpoint_path(worse_after_three.run_dir, 3))
+    folder = checkpoint_path(worse_after_three.run_dir, 6)
+    for name, max_steps, best in (("longer", 9, 9), ("over", 6, 0)):
+        second = replace(worse_after_three, run_name=name, max_steps=max_steps)
+        _, result = train(second, folder)
+        assert "the best model so far, of step 3, is not here: the next validation" in capsys.readouterr().err
+        assert result.best_step == best and (result.best_bits_per_char is None) == (not best)
+        assert (second.run_dir / "model.safetensors").exists()
+
+
+def test_an_earlier_checkpoint_brings_back_the_best_model_of_its_time(
+    train: Callable[..., Any], config: TrainingConfig
+) -> None:
+    """The folder has the model of step 12, and the new branch gets only worse."""
+    _, result = train(config := replace(config, eval_every=3))
+    assert result.best_step == 12
+    at_three = load_file(checkpoint_path(config.run_dir, 3) / "model.safetensors")
+    worse = replace(config, max_steps=6, learning_rate=3.0, clip_norm=None, schedule="constant", warmup_steps=0)
+    _, result = train(worse, checkpoint_path(config.run_dir, 3))
+    assert result.best_step == 3
+    kept = load_file(config.run_dir / "model.safetensors")
+    assert all(torch.equal(weight, at_three[name]) for name, weight in kept.items())
+
+
+def test_an_ordinary_resume_does_not_write_the_model_again(train: Callable[..., Any], config: TrainingConfig) -> None:
+    train(replace(config, max_steps=3, eval_every=3))
+    model = config.run_dir / "model.safetensors"
+    before = model.stat().st_mtime_ns
+    train(replace(config, max_steps=3, eval_every=3), "auto")
+    train(replace(config, max_steps=6, eval_every=3, learning_rate=3.0, clip_norm=None, schedule="constant"), "auto")
+    assert model.stat().st_mtime_ns == before
 
 
 def test_a_finished_run_does_nothing_unless_more_is_asked(

@@ -158,6 +158,9 @@ class Trainer:
             if self.checkpointer.resumed:
                 self.info["resumed"] = self.checkpointer.resumed
             ended = self._reason_to_end() if self.state.step else None
+            has_best = self.checkpointer.holds_best(state, ended is not None)
+            if distributed.max_over_processes(self.accelerator, [float(not has_best)]) == [1.0]:
+                self.checkpointer.export_best(state, self._export)
             if ended:
                 self.report.notify(f"{self.run_dir} is finished ({ended}, step {self.state.step:,}): nothing to do")
             reason = ended or self._run()
