@@ -13,12 +13,13 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from flash_experts.data.cards import Card
 from flash_experts.training.batches import NameBatches, split_evenly
 from flash_experts.training.trainer import Trainer
 from flash_experts.training.training_config import Stage, TrainingConfig
+from tests.test_training import make_model
 
 
 def make_cards(count: int) -> list[Card]:
@@ -157,6 +158,26 @@ def test_names_of_equal_length_are_shuffled_anew_in_each_epoch(tokenizer: PreTra
 def test_no_names_is_an_error_with_advice(tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(ValueError, match="prepare"):
         make_batches([], tokenizer, 200, 0.3, 0)
+
+
+def test_a_model_that_cannot_keep_packed_names_apart_is_named(
+    dense_config: GPT2Config,
+    tokenizer: PreTrainedTokenizerFast,
+    config: TrainingConfig,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_hidden_layers": 1}
+    qwen = Qwen2ForCausalLM(Qwen2Config(**sizes, num_key_value_heads=4, vocab_size=len(tokenizer)))
+    sdpa = make_model(dense_config)
+    sdpa.set_attn_implementation("sdpa")
+    shared = replace(config, names_per_prompt=2)
+    for model, family in ((qwen, "qwen2"), (sdpa, "gpt2")):
+        with pytest.raises(ValueError, match=f"names_per_prompt is 2, .* not this {family} model: set it to 1"):
+            Trainer(model, tokenizer, make_cards(9), [], shared)
+        Trainer(model, tokenizer, make_cards(9), [], config)
+        warned = "a qwen2 model may not separate names in a packed sequence" in capsys.readouterr().err
+        assert warned is (family == "qwen2")
+    Trainer(make_model(dense_config), tokenizer, make_cards(9), [], shared)
 
 
 @pytest.mark.parametrize(

@@ -13,11 +13,14 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
 
 from flash_experts import GPT2MoEForCausalLM
+from flash_experts.model_files import any_family
 from flash_experts.models.router import routers_of
 from flash_experts.training.build import build_model, settings_in_force
 from flash_experts.training.training_config import ModelConfig
@@ -131,6 +134,22 @@ def test_dropout_is_everywhere_that_of_the_configuration() -> None:
         found = {module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)}
         config = model.config
         assert found == {config.resid_pdrop, config.embd_pdrop, config.attn_pdrop} == {expected}
+
+
+def test_dropout_of_a_base_is_what_its_modules_compute_with(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    """A Llama has dropout in its attention alone, and copies the probability from its configuration."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_hidden_layers": 2}
+    common = {"vocab_size": len(tokenizer), "max_position_embeddings": 64}
+    base = saved(LlamaForCausalLM(LlamaConfig(**sizes, **common)), tokenizer, tmp_path / "llama")
+    ids = torch.arange(9)[None]
+    for dropout, is_same in ((None, True), (0.5, False)):
+        model, _ = build_model(base, ModelConfig(num_experts=0, dropout=dropout), TRAIN, seed=0)
+        model.train()
+        assert model.config.attention_dropout == (dropout or 0.0)
+        assert torch.equal(model(ids).logits, model(ids).logits) is is_same
+    mamba = MambaForCausalLM(MambaConfig(hidden_size=8, num_hidden_layers=1, state_size=2, vocab_size=len(tokenizer)))
+    with any_family(), pytest.raises(ValueError, match=r"model\.dropout is 0\.5, but a mamba model has no dropout"):
+        build_model(saved(mamba, tokenizer, tmp_path / "mamba"), ModelConfig(num_experts=0, dropout=0.5), TRAIN, seed=0)
 
 
 def test_the_seed_decides_the_weights() -> None:

@@ -258,6 +258,22 @@ def test_cached_logits_give_the_loss_of_the_teacher_that_runs(
     torch.testing.assert_close(found, expected / row.labels.numel(), atol=2e-3, rtol=2e-3)
 
 
+def test_cached_logits_of_other_names_are_no_teacher(
+    config: TrainingConfig, dense_config: GPT2Config, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """The names lack the numbers of the cards that the teacher wrote, as without extra_names; or have other tokens."""
+    cards = sampled_cards(4)
+    write_top_logits(tmp_path / "cache", tokenizer, cards, 7)
+    settings = replace(config, teacher=str(tmp_path / "cache"), distill_temperature=1.0)
+    renamed = [replace(card, name=f"{card.name} Again") for card in cards]
+    for others in (TRAIN, [*TRAIN[4:], *renamed]):
+        with pytest.raises(
+            ValueError, match=r"cache has no logits of any training name: give the names .* extra_names"
+        ):
+            Trainer(make_model(dense_config), tokenizer, others, VALIDATION, settings)
+    Trainer(make_model(dense_config), tokenizer, [*TRAIN[4:], *cards], VALIDATION, settings)
+
+
 def test_a_run_with_cached_logits_resumes_to_the_bit_and_refuses_what_is_not_its_own(
     config: TrainingConfig, dense_config: GPT2Config, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import GPT2Config, PreTrainedTokenizerFast
+from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from flash_experts.models import GPT2MoEForCausalLM
 from flash_experts.training import Trainer, TrainingConfig
@@ -245,6 +246,19 @@ def test_the_average_is_its_closed_form() -> None:
     with average.in_place():
         torch.testing.assert_close(model.weight.detach(), expected, rtol=1e-12, atol=1e-12)
     assert torch.equal(model.weight, history[-1]), "its own weights come back to the bit"
+
+
+def test_a_llamas_blocks_are_found_too() -> None:
+    """Muon has seven matrices of each of two blocks; AdamW their norms, the embeddings, the last norm, the head."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "vocab_size": 40}
+    llama = LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=2, tie_word_embeddings=False))
+    groups = settings_of(llama, TrainingConfig(optimizer="muon", layer_decay=0.5))
+    found = Counter((group["by"], group["scale"]) for group in groups.values())
+    rest = {("optimizer", 0.5): 2, ("optimizer", 0.25): 2, ("optimizer", 0.125): 1, ("optimizer", 1.0): 2}
+    assert found == {("muon", 0.5): 7, ("muon", 0.25): 7, **rest}
+    assert groups["model.embed_tokens.weight"]["scale"] == 0.125
+    assert groups["model.layers.0.mlp.up_proj.weight"]["scale"] == 0.25
+    assert {group["blocks"] for group in groups.values() if group["by"] == "muon"} == {1}
 
 
 @pytest.mark.parametrize("fields", [{"ema_decay": 0.7}, {"ema_decay": 0.7, "optimizer": "muon"}])

@@ -13,13 +13,16 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import GPT2Config, PreTrainedTokenizerFast
 
 from flash_experts.data.tokenizer import train_tokenizer
 from flash_experts.training import CheckpointError, Trainer, TrainingConfig
 from flash_experts.training import checkpoint as checkpoints
+from flash_experts.training.optimizer import part_of
 from flash_experts.training.run_state import checkpoint_path
 from flash_experts.training.tracking import read_metrics
+from flash_experts.training.training_config import LearningRateScale
 from tests.helpers.damage import flip_a_bit, interrupted_copy, with_right_hashes
 from tests.test_training import TRAIN, VALIDATION, make_model
 
@@ -57,6 +60,68 @@ def test_a_checkpoint_folder_may_be_named_and_later_ones_go(train: Callable[...,
     assert torch.equal(model.transformer.wte.weight, again.transformer.wte.weight)
     train(replace(config, max_steps=7), checkpoint_path(config.run_dir, 6))
     assert checkpoints.checkpoint_steps(config.run_dir) == [3, 6, 7]
+
+
+@pytest.fixture
+def worse_after_three(train: Callable[..., Any], config: TrainingConfig) -> TrainingConfig:
+    """A run whose best model, with averaged weights, is that of step 3 of six: then its rate is far too high."""
+    settings = replace(config, max_steps=3, eval_every=3, ema_decay=0.5)
+    train(settings)
+    worse = replace(settings, max_steps=6, learning_rate=3.0, clip_norm=None, schedule="constant", warmup_steps=0)
+    _, result = train(worse, "auto")
+    assert result.best_step == 3
+    return worse
+
+
+@pytest.mark.parametrize("max_steps", [6, 9])
+def test_another_runs_best_model_comes_with_its_checkpoint(
+    train: Callable[..., Any], worse_after_three: TrainingConfig, max_steps: int
+) -> None:
+    """Also where nothing is left to train."""
+    second = replace(worse_after_three, run_name="second", max_steps=max_steps)
+    folder = checkpoint_path(worse_after_three.run_dir, 6)
+    model, result = train(second, folder, seed=5)
+    assert (result.best_step, result.step) == (3, max_steps)
+    best = (worse_after_three.run_dir / "model.safetensors").read_bytes()
+    assert (second.run_dir / "model.safetensors").read_bytes() == best and (second.run_dir / "README.md").exists()
+    straight, _ = train(replace(worse_after_three, max_steps=max_steps), "auto")
+    assert torch.equal(model.transformer.wte.weight, straight.transformer.wte.weight), "it continues from step 6"
+
+
+def test_without_the_best_checkpoint_the_next_validation_counts(
+    train: Callable[..., Any], worse_after_three: TrainingConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.rmtree(checkpoint_path(worse_after_three.run_dir, 3))
+    folder = checkpoint_path(worse_after_three.run_dir, 6)
+    for name, max_steps, best in (("longer", 9, 9), ("over", 6, 0)):
+        second = replace(worse_after_three, run_name=name, max_steps=max_steps)
+        _, result = train(second, folder)
+        assert "the best model so far, of step 3, is not here: the next validation" in capsys.readouterr().err
+        assert result.best_step == best and (result.best_bits_per_char is None) == (not best)
+        assert (second.run_dir / "model.safetensors").exists()
+
+
+def test_an_earlier_checkpoint_brings_back_the_best_model_of_its_time(
+    train: Callable[..., Any], config: TrainingConfig
+) -> None:
+    """The folder has the model of step 12, and the new branch gets only worse."""
+    _, result = train(config := replace(config, eval_every=3))
+    assert result.best_step == 12
+    at_three = load_file(checkpoint_path(config.run_dir, 3) / "model.safetensors")
+    worse = replace(config, max_steps=6, learning_rate=3.0, clip_norm=None, schedule="constant", warmup_steps=0)
+    _, result = train(worse, checkpoint_path(config.run_dir, 3))
+    assert result.best_step == 3
+    kept = load_file(config.run_dir / "model.safetensors")
+    assert all(torch.equal(weight, at_three[name]) for name, weight in kept.items())
+
+
+def test_an_ordinary_resume_does_not_write_the_model_again(train: Callable[..., Any], config: TrainingConfig) -> None:
+    train(replace(config, max_steps=3, eval_every=3))
+    model = config.run_dir / "model.safetensors"
+    before = model.stat().st_mtime_ns
+    train(replace(config, max_steps=3, eval_every=3), "auto")
+    train(replace(config, max_steps=6, eval_every=3, learning_rate=3.0, clip_norm=None, schedule="constant"), "auto")
+    assert model.stat().st_mtime_ns == before
 
 
 def test_a_finished_run_does_nothing_unless_more_is_asked(
@@ -143,7 +208,7 @@ def test_another_tokenizer_or_validation_is_refused_by_name(
     other_config.layer_norm_epsilon = 0.01
     changes: dict[str, dict[str, Any]] = {
         "its tokenizer differs": {"tokenizer": other_tokenizer},
-        "its validation names differ": {"validation_cards": VALIDATION[1:]},
+        r"its validation names differ \([^)]*\)": {"validation_cards": VALIDATION[1:]},
         "its layer_norm_epsilon is 1e-05, not 0.01": {"model": make_model(other_config)},
     }
     for name, change in changes.items():
@@ -201,6 +266,27 @@ def test_changed_settings_are_reported_and_kept_in_run_json(
         {"step": 3, "changed": {"max_steps": [3, 6], "learning_rate": [0.01, 0.02], "log_every": [2, 3]}},
         {"step": 6, "changed": {"max_steps": [6, 9], "clip_norm": [1.0, None]}},
     ]
+
+
+def test_a_resumed_run_may_freeze_parts_and_train_them_again(train: Callable[..., Any], config: TrainingConfig) -> None:
+    settings = replace(config, eval_every=None, checkpoint_every=3)
+    before, _ = train(replace(settings, max_steps=3), moe=True)
+    frozen = replace(settings, lr_scale=LearningRateScale(dense=0))
+    model, result = train(replace(frozen, max_steps=6), "auto", moe=True)
+    same = {name for name, weight in before.named_parameters() if torch.equal(weight, model.get_parameter(name))}
+    assert result.step == 6 and same == {name for name, _ in model.named_parameters() if part_of(name) == "dense"}
+    again, result = train(replace(settings, max_steps=9), "auto", moe=True)
+    assert result.step == 9 and not torch.equal(again.transformer.wte.weight, model.transformer.wte.weight)
+
+
+def test_another_draw_of_validation_names_is_refused_with_its_settings(
+    train: Callable[..., Any], config: TrainingConfig
+) -> None:
+    settings = replace(config, validation_names=4, max_steps=3)
+    train(settings)
+    for change in ({"seed": 2}, {"validation_names": 5}):
+        with pytest.raises(CheckpointError, match=r"validation names differ \(validation_names and seed draw them"):
+            train(replace(settings, max_steps=6, **change), "auto")  # type: ignore[arg-type]
 
 
 def test_changed_options_of_the_model_are_reported(

@@ -35,6 +35,21 @@ def test_the_optimizer_gets_the_clipped_gradient_and_the_log_the_whole_norm(
     assert logged > 0.1 and norms == [pytest.approx(min(logged, clip_norm or logged), rel=1e-4)]
 
 
+def test_a_variable_of_accelerate_does_not_divide_the_gradient(
+    dense_config: GPT2Config,
+    tokenizer: PreTrainedTokenizerFast,
+    config: TrainingConfig,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    norms = []
+    for steps in ("1", "4"):
+        monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", steps)
+        trainer = Trainer(make_model(dense_config), tokenizer, TRAIN, [], config)
+        trainer._step(1e-3)
+        norms.append(trainer.window.metrics()["grad_norm"])
+    assert norms[0] == norms[1] > 0
+
+
 def test_a_trained_model_has_the_plain_loss_again(
     dense_config: GPT2Config, tokenizer: PreTrainedTokenizerFast, config: TrainingConfig
 ) -> None:

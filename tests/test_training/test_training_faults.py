@@ -115,6 +115,59 @@ def test_a_bad_gradient_stops_the_run_before_the_weights_change(
     assert checkpoint_steps(config.run_dir) == [4]
 
 
+def test_after_an_error_the_same_trainer_resumes_as_if_nothing_had_been(
+    trainer_of: Callable[..., Any], config: TrainingConfig
+) -> None:
+    """NaN at step 6, and then no memory in the second micro-batch of step 6, whose first left a gradient."""
+    straight, trainer = trainer_of(replace(config, run_name="straight"))
+    trainer.train()
+    bad_steps, forwards = {6}, [0]
+    model, trainer = trainer_of(config, bad_steps=bad_steps)
+    with pytest.raises(NonFiniteLossError):
+        trainer.train()
+    bad_steps.clear()
+
+    def full(module: torch.nn.Module, *args: Any) -> None:
+        forwards[0] += module.training
+        if forwards[0] == 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    hook = model.transformer.h[0].register_forward_pre_hook(full)
+    with pytest.raises(OutOfMemoryError):
+        trainer.train("auto")
+    hook.remove()
+    assert trainer.train("auto").step == 8
+    for name, weight in straight.state_dict().items():
+        assert torch.equal(weight, model.state_dict()[name]), name
+    assert lines_of(config) == lines_of(replace(config, run_name="straight"))
+
+
+def test_a_trainer_that_has_trained_starts_no_new_run(trainer_of: Callable[..., Any], config: TrainingConfig) -> None:
+    """It would start from trained weights."""
+    _, trainer = trainer_of(replace(config, max_steps=4))
+    trainer.train()
+    with pytest.raises(ValueError, match="for a new run make a new Trainer with a new model"):
+        trainer.train(overwrite=True)
+    assert checkpoint_steps(config.run_dir) == [4] and trainer.train("auto").step == 4
+    bad = replace(config, run_name="bad")
+    _, trainer = trainer_of(bad, bad_steps=(2,))
+    for resume, error in ((None, NonFiniteLossError), ("auto", ValueError)):
+        with pytest.raises(error, match=r"at step 2|make a new Trainer"):  # no checkpoint to resume
+            trainer.train(resume)
+
+
+def test_a_wrong_tracker_is_refused_before_anything_is_overwritten(
+    trainer_of: Callable[..., Any], config: TrainingConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer_of(config)[1].train()
+    kept = {path: path.read_bytes() for path in config.run_dir.rglob("*") if path.is_file()}
+    monkeypatch.setattr("flash_experts.training.trackers.is_installed", lambda _: True)
+    monkeypatch.setenv("WANDB_MODE", "offlin")
+    with pytest.raises(ValueError, match="offlin"):
+        trainer_of(replace(config, tracker="wandb"))[1].train(overwrite=True)
+    assert {path: path.read_bytes() for path in config.run_dir.rglob("*") if path.is_file()} == kept
+
+
 def test_a_damaged_newest_checkpoint_is_not_called_good(trainer_of: Callable[..., Any], config: TrainingConfig) -> None:
     class Damage(Callback):
         def on_log(self, step: int, metrics: Mapping[str, float]) -> None:

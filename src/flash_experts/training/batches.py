@@ -22,6 +22,7 @@ from flash_experts.data.cards import Card
 from flash_experts.data.packing import EncodedName, encode_names, split_by_context
 from flash_experts.data.prompts import Attributes
 from flash_experts.data.tokenizer import check_fits
+from flash_experts.models.flash_attention import ATTENTION_IMPLEMENTATION, separates_packed_sequences
 from flash_experts.models.scoring import TopLogits, context_length
 from flash_experts.training.training_config import Stage, TrainingConfig
 
@@ -61,7 +62,7 @@ class PlannedStage:
 
 
 class NameBatches:
-    """The names of every optimizer step; a ValueError if there are none, or a stage has none.
+    """The names of every optimizer step; a ValueError if there are none, a stage has none, or the teacher knows none.
 
     Names that a teacher generated and cached ``top_logits`` for keep the prompts that it had.
     """
@@ -79,6 +80,7 @@ class NameBatches:
         self.plan: list[PlannedStage] = []
         self._most_steps = sys.maxsize if config.max_steps is None else config.max_steps
         first_step = first_epoch = 0
+        has_teacher = top_logits is None
         for stage in config.planned_stages:
             chosen = stage.choose(cards)
             names = self._encode(stage, chosen, first_epoch)
@@ -90,9 +92,15 @@ class NameBatches:
             steps = None if stage.epochs is None else max(1, math.ceil(stage.epochs * per_epoch - 1e-6))
             fewest = min(map(len, batches[:steps][: max(1, self._most_steps - first_step)]))
             self.plan.append(PlannedStage(stage, chosen, per_epoch, first_step, first_epoch, steps, fewest))
+            has_teacher = has_teacher or any(name.top_row >= 0 for name in names)
             if steps is not None:
                 first_step += steps
                 first_epoch += math.ceil(steps / per_epoch)
+        if not has_teacher:
+            raise ValueError(
+                f"teacher {config.teacher} has no logits of any training name: give the names that were generated with "
+                "them as extra_names"
+            )
 
     @property
     def planned_steps(self) -> int | None:
@@ -118,7 +126,10 @@ class NameBatches:
         return self._epoch[1][batch]
 
     def check_micro_batches(self, num_micro_batches: int) -> None:
-        """Before training begins: a ValueError if a step of some stage has fewer names than micro-batches."""
+        """A ValueError if a step of the first epoch of some stage has fewer names than micro-batches.
+
+        Later epochs, which would all have to be tokenized, are cut into nearly the same numbers of names.
+        """
         for planned in self.plan:
             if planned.first_step < self._most_steps:
                 self._check_enough(planned, planned.fewest_names, num_micro_batches)
@@ -190,6 +201,23 @@ def check_inputs(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, car
         raise ValueError(
             f"names are given as cards, not as {others[0]}: read them with flash_experts.data.prepare.load_split, or "
             "make flash_experts.data.cards.Card objects"
+        )
+
+
+def check_packing(model: PreTrainedModel, names_per_prompt: int, notify: Callable[[str], None]) -> None:
+    """Warns if names of a packed sequence may see each other; a ValueError if the model cannot share their prompts."""
+    config, family = model.config, model.config.model_type
+    is_separated = separates_packed_sequences(config)
+    # transformers' own attention functions ignore where shared prompts belong.
+    if names_per_prompt > 1 and not (is_separated and config._attn_implementation == ATTENTION_IMPLEMENTATION):
+        raise ValueError(
+            f"names_per_prompt is {names_per_prompt}, but only a GPT-2 or a Llama with attn_implementation "
+            f"{ATTENTION_IMPLEMENTATION} can share prompts, not this {family} model: set it to 1"
+        )
+    if not is_separated:
+        notify(
+            f"a {family} model may not separate names in a packed sequence: if it does not, each name is trained and "
+            "validated as if it came after others"
         )
 
 

@@ -26,6 +26,7 @@ from flash_experts.models.moe_options import MoEOptions, UpcyclingOptions
 from flash_experts.models.trimming import trim_tokenizer, trim_vocabulary
 from flash_experts.models.upcycling import Upcycling
 from flash_experts.options import defaults_of, options_of
+from flash_experts.training.run_folder import DROPOUTS
 from flash_experts.training.training_config import NEW, ModelConfig
 
 # Methods of upcycling that a new model follows in its shape: fine-grained experts, and shared ones.
@@ -234,7 +235,17 @@ def _embeddings(model: PreTrainedModel) -> torch.Tensor:
 
 
 def _set_dropout(model: PreTrainedModel, probability: float) -> None:
-    model.config.resid_pdrop = model.config.embd_pdrop = model.config.attn_pdrop = probability
+    """Sets it in the configuration and in the modules, which read that when they are made."""
+    names = [name for name in DROPOUTS if hasattr(model.config, name)]
+    if not names:
+        raise ValueError(
+            f"model.dropout is {probability}, but a {model.config.model_type} model has no dropout: leave it out"
+        )
+    for name in names:
+        setattr(model.config, name, probability)
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = probability
+        for name in names:
+            if isinstance(getattr(module, name, None), int | float):
+                setattr(module, name, probability)

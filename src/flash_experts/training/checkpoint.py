@@ -139,6 +139,22 @@ def read_state(folder: Path) -> tuple[TrainerState, dict[str, Any]]:
     return state, metadata
 
 
+def checkpoint_of_best(folder: Path, state: TrainerState) -> Path | None:
+    """The checkpoint with the best model of ``folder``'s ``state``: itself, a valid one next to it, or None."""
+    if state.best_bits_per_char is None:
+        return None
+    if state.best_step == state.step:
+        return folder
+    best = folder.resolve().parent / checkpoint_path(folder, state.best_step).name
+    try:
+        verify_checkpoint(best)
+        found, _ = read_state(best)
+    except CheckpointError:
+        return None
+    known, own = ((each.best_step, each.best_bits_per_char) for each in (state, found))
+    return best if known == own and found.step == found.best_step else None
+
+
 def load_weights(folder: Path, model: PreTrainedModel) -> None:
     """Loads a verified checkpoint's weights in place; a CheckpointError if they are another model's."""
     try:

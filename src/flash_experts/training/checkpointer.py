@@ -14,16 +14,18 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flash_experts.files import flush_file
+from flash_experts.model_files import CONFIG
 from flash_experts.models.saving import CheckpointError, export_model
 from flash_experts.training import checkpoint as checkpoints
 from flash_experts.training.distributed import gather_full
 from flash_experts.training.run_state import RUN_INFO, TrainerState, checkpoint_path
-from flash_experts.training.tracking import METRICS_FILE
+from flash_experts.training.tracking import METRICS_FILE, SELECTION, read_untrusted_metrics
 from flash_experts.training.training_config import TrainingConfig
 
 # A resumed run may differ from the checkpoint:
-# - refused: tokenizer, validation names, model configuration (except `run_folder.MAY_CHANGE`), kind of optimizer,
-#   ema_decay set or unset;
+# - refused: tokenizer, validation names (so, where validation_names is fewer than the data has, another number of them
+#   or another seed), model configuration (except `run_folder.MAY_CHANGE`), kind of optimizer, ema_decay set or unset,
+#   and with it an lr_scale of 0;
 # - accepted with a line: training names, number of processes, device, `parallel`, and every setting that is not in
 #   `_SILENT`;
 # - accepted: the settings in `_SILENT`, which leave what a step learns as it is (limits, logging, the tracker).
@@ -67,6 +69,7 @@ class Checkpointer:
         self._keep, self._notify, self._is_main = config.keep_checkpoints, notify, is_main
         names = ("config", "data", "processes", "device", "identity", "origin")
         self._metadata: dict[str, Any] = json.loads(json.dumps({name: info[name] for name in names}, default=str))
+        self._restored: Path | None = None
         self.resumed: list[dict[str, Any]] = []  # the steps at which settings changed: {"step": 7, "changed": {...}}
         self._registered: dict[str, Stateful] = {}
         self._thread = ThreadPoolExecutor(1, "checkpoint") if is_main and config.save_in_background else None
@@ -190,6 +193,7 @@ class Checkpointer:
             )
         if resume == "auto" and not steps and (self.run_dir / RUN_INFO).exists():
             self._notify(f"no checkpoint in {self.run_dir}: the run starts over from step 0")
+        self._restored = None
         if resume is None or (resume == "auto" and not steps):
             return TrainerState()
         folder = self._find(resume)
@@ -200,12 +204,51 @@ class Checkpointer:
                 "run_name"
             )
         self._check_identity(folder, metadata.get("identity"))
-        checkpoints.load_weights(folder, self.model)
-        self._load_registered(folder, metadata["registered"].keys())
+        self._load(folder)
+        self._restored = folder
         self._notify(f"resuming {folder} after step {state.step:,}")
         self._compare(metadata)
         self._note_changes(metadata, state.step)
         return state
+
+    def holds_best(self, state: TrainerState, is_over: bool) -> bool:
+        """Whether the run's folder has the best model of the restored ``state``, or none is due yet.
+
+        It is missing when another run was resumed, and of a later step when an earlier checkpoint was.
+        """
+        best = state.best_bits_per_char
+        if self._restored is None or (best is None and not is_over):
+            return True
+        is_own = self._restored.resolve() == checkpoint_path(self.run_dir, state.step).resolve()
+        if not is_own or not (self.run_dir / CONFIG).is_file():
+            return False
+        lines = read_untrusted_metrics(self.run_dir / METRICS_FILE)
+        later = [line.get(SELECTION) for line in lines if line["step"] > state.step]
+        return best is None or not any(isinstance(value, float) and value < best for value in later)
+
+    def export_best(self, state: TrainerState, export: Callable[[], None]) -> None:
+        """Exports the best model of the restored ``state``, from the checkpoint of its step. All processes call it.
+
+        If there is none, exports the restored model, and ``state`` has no best one until the next validation.
+        """
+        assert self._restored is not None
+        best = checkpoints.checkpoint_of_best(self._restored, state)
+        if best is None and state.best_bits_per_char is not None:
+            self._notify(
+                f"the best model so far, of step {state.best_step:,}, is not here: the next validation counts as best"
+            )
+            state.best_bits_per_char, state.best_step = None, 0
+        if best is None or best == self._restored:
+            export()
+        else:
+            self._load(best)
+            export()
+            self._load(self._restored)
+        self.wait()
+
+    def _load(self, folder: Path) -> None:
+        checkpoints.load_weights(folder, self.model)
+        self._load_registered(folder, checkpoints.read_state(folder)[1]["registered"].keys())
 
     def _check_identity(self, folder: Path, then: Any) -> None:
         """Refuses a checkpoint with another tokenizer, model configuration or set of validation names."""
@@ -217,7 +260,7 @@ class Checkpointer:
         if then.get("tokenizer") != now["tokenizer"]:
             changed.append("its tokenizer differs")
         if then.get("validation_names") != now["validation_names"]:
-            changed.append("its validation names differ")
+            changed.append("its validation names differ (validation_names and seed draw them from those of the data)")
         config: Any = then.get("model_config")
         for name, value in now["model_config"].items() if isinstance(config, dict) else ():
             if name in config and config[name] != value:

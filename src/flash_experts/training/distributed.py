@@ -15,6 +15,7 @@ from typing import Any, cast
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.utils import GradientAccumulationPlugin
 from torch import nn
 from torch.distributed import DistError, PrefixStore, TCPStore
 from torch.distributed.device_mesh import init_device_mesh
@@ -44,7 +45,14 @@ def make_accelerator(device: str) -> Accelerator:
     # Gradients that are views of DDP's buckets are not held twice.
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
     handlers = [InitProcessGroupKwargs(timeout=_LONGEST_WAIT), ddp]
-    return Accelerator(cpu=found.type == "cpu", mixed_precision="no", kwargs_handlers=handlers)
+    # The plugin overrides ACCELERATE_GRADIENT_ACCUMULATION_STEPS, by which each backward would divide the loss again.
+    accumulation = GradientAccumulationPlugin(num_steps=1)
+    return Accelerator(
+        cpu=found.type == "cpu",
+        mixed_precision="no",
+        gradient_accumulation_plugin=accumulation,
+        kwargs_handlers=handlers,
+    )
 
 
 # ------------------------------------------------------------------------------------------------------ sharded tensors

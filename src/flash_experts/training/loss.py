@@ -338,8 +338,13 @@ class FiniteGuard:
     def __init__(self, stop: bool, device: torch.device, world: int):
         self._stop, self._world = stop, world
         self._on_cpu = device.type == "cpu"
-        self._unread: list[tuple[int, torch.Tensor]] = []
         self._any_bad = torch.zeros((), dtype=torch.bool, device=device)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets all bad steps: a run that is resumed has the weights of before them."""
+        self._unread: list[tuple[int, torch.Tensor]] = []
+        self._any_bad = torch.zeros_like(self._any_bad)
 
     def check(self, step: int, loss: torch.Tensor, grad_norm: torch.Tensor) -> torch.Tensor:
         """Whether step ``step`` (from 1) is bad: a 0-dimensional bool tensor, equal on all processes."""

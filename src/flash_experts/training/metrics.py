@@ -30,7 +30,7 @@ from flash_experts.training.training_config import PARTS, TrainingConfig
 # Router buffers that are not part of the model: statistics of the logging window.
 _ROUTER_BUFFERS = ("interval_counts_E", "interval_pairs_EE", "interval_sums")
 _BALANCING_LOSSES = ("aux_loss", "z_loss")
-_PARTS = [0, 3, 4, 5, 6]  # those of the sums to which each process adds its own part
+_PER_PROCESS = [0, 3, 4, 5, 6]  # those of the sums to which each process adds its own part
 # Dense bfloat16 TFLOP/s by the makers' data sheets, tensor cores, without sparsity.
 _PEAK_TFLOPS = {"H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362, "L4": 121, "A10G": 70}
 
@@ -79,7 +79,7 @@ class LoggingWindow:
         self._balancing: list[str] = []  # names of those that the model has
         self._routers_before: dict[str, torch.Tensor] = {}
 
-    def parts(self, output: ModelOutput, batch: PackedBatch, num_labels: int) -> torch.Tensor:
+    def sums_of(self, output: ModelOutput, batch: PackedBatch, num_labels: int) -> torch.Tensor:
         """(5,) a micro-batch's part of the step: loss, nats without balancing losses, characters, balancing losses."""
         count = batch.labels.numel()
         balancing = {name: output[name].detach() for name in _BALANCING_LOSSES if output.get(name) is not None}
@@ -97,7 +97,7 @@ class LoggingWindow:
         self._routers_before = {name: buffer.clone() for name, buffer in self._router_buffers().items()}
 
     def add(self, parts: torch.Tensor, grad_norm: torch.Tensor, is_bad: torch.Tensor) -> None:
-        """Counts a step, unless it is bad: the sum of its `parts`, and two 0-dimensional tensors."""
+        """Counts a step, unless it is bad: the sum of its `sums_of`, and two 0-dimensional tensors."""
         for name, buffer in self._router_buffers().items():
             buffer.copy_(torch.where(is_bad, self._routers_before[name], buffer))
         loss, steps, _ = self._sums[:3]
@@ -107,9 +107,9 @@ class LoggingWindow:
     def metrics(self) -> dict[str, float]:
         """The metrics of the window, without losses if all steps were skipped; starts again. All processes call it."""
         sums = self._sums.clone()
-        sums[_PARTS] = cast(torch.Tensor, self._accelerator.reduce(sums[_PARTS], "sum"))
+        sums[_PER_PROCESS] = cast(torch.Tensor, self._accelerator.reduce(sums[_PER_PROCESS], "sum"))
         total, steps, grad_norm, nats, characters, *parts = sums.tolist()
-        self._sums[[1, *_PARTS]] = 0
+        self._sums[[1, *_PER_PROCESS]] = 0
         loss = {"loss": total / steps, "grad_norm": grad_norm} if steps else {}
         if steps and self._is_code_length:
             loss["bits_per_char"] = nats / math.log(2) / characters
@@ -133,7 +133,7 @@ class LoggingWindow:
             self._sums = sums[rank].clone()
         else:  # another number of processes: each takes an equal part of the loss
             self._sums = sums[0].clone()
-            self._sums[_PARTS] = sums[:, _PARTS].sum(0) / world
+            self._sums[_PER_PROCESS] = sums[:, _PER_PROCESS].sum(0) / world
         for name, buffer in self._router_buffers().items():
             if state[name].shape[1:] != buffer.shape:
                 raise ValueError(f"{name} is for another number of experts")
@@ -160,7 +160,7 @@ class LoggingWindow:
 
 
 class Validation:
-    """A fixed draw of validation names, packed once in batches as large as a micro-batch, which the processes share."""
+    """The validation names, drawn by the seed, packed once in batches as large as a micro-batch for all processes."""
 
     def __init__(
         self,

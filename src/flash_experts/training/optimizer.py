@@ -15,13 +15,14 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
+from transformers.pytorch_utils import Conv1D
 
 from flash_experts.training.distributed import gather_full, holds_whole_matrices, local_shard, shard_like
 from flash_experts.training.loss import use_bfloat16
 from flash_experts.training.training_config import PARTS, LearningRateScale, TrainingConfig
 
-_BLOCK = re.compile(r"\bh\.(\d+)\.")
-_EMBEDDINGS = ("wte.weight", "wpe.weight")
+# The first number in a parameter's name is that of its block: transformer.h.3.mlp, model.layers.3.mlp.
+_BLOCK = re.compile(r"(?:^|\.)(\d+)\.")
 
 # ---------------------------------------------------------------------------------------------------- parameter groups
 
@@ -55,15 +56,15 @@ def make_optimizers(model: nn.Module, config: TrainingConfig) -> dict[str, torch
     Weight decay is on matrices alone. Each group has a ``scale``, see `set_rates`.
     """
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    scales = _scales(model, config)
+    scales, hidden = _scales(model, config), _hidden_matrices(model)
     for_adamw: dict[object, dict[str, Any]] = {}
     for_muon: dict[object, dict[str, Any]] = {}
     for name, parameter in trained:
         groups = for_adamw
         settings = {"scale": scales[name], "weight_decay": config.weight_decay if _is_matrix(name, parameter) else 0.0}
-        if config.optimizer == "muon" and _is_hidden_matrix(name, parameter):
+        if config.optimizer == "muon" and name in hidden:
             groups = for_muon
-            settings["blocks"] = 3 if name.endswith("c_attn.weight") else 1  # query, key, value
+            settings["blocks"] = hidden[name]
         # One fused kernel updates a group, and all its weights must be sharded over the same mesh.
         mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
         group = groups.setdefault((mesh, *settings.values()), {"params": [], **settings})
@@ -89,9 +90,19 @@ def _is_matrix(name: str, parameter: nn.Parameter) -> bool:
     return parameter.ndim >= 2 and not name.endswith("bias")  # experts' biases are stacked, so they have 2 dimensions
 
 
-def _is_hidden_matrix(name: str, parameter: nn.Parameter) -> bool:
-    """Routers and embeddings are tables of vectors, not maps between spaces: not for Muon."""
-    return _is_matrix(name, parameter) and part_of(name) != "router" and _BLOCK.search(name) is not None
+def _hidden_matrices(model: nn.Module) -> dict[str, int]:
+    """The parameters for Muon, with the number of matrices side by side in each: the blocks' linear layers and experts.
+
+    Routers and embeddings are tables of vectors, not maps between spaces.
+    """
+    found = {}
+    for place, module in model.named_modules():
+        for own, parameter in module.named_parameters(place, recurse=False):
+            is_map = isinstance(module, nn.Linear | Conv1D) or part_of(own) == "experts"
+            if is_map and _is_matrix(own, parameter) and part_of(own) != "router" and _BLOCK.search(own):
+                is_qkv = isinstance(module, Conv1D) and place.endswith("c_attn")  # query, key, value
+                found[own] = 3 if is_qkv else 1
+    return found
 
 
 # ----------------------------------------------------------------------------------------- learning rates of the parts
@@ -101,10 +112,11 @@ def _scales(model: nn.Module, config: TrainingConfig) -> dict[str, float]:
     """The factor of each parameter's learning rate: the part's scale times the layer's decay."""
     names = [name for name, _ in model.named_parameters()]
     blocks = {name: int(match[1]) for name in names if (match := _BLOCK.search(name))}
+    embeddings = {f"{place}.weight" for place, module in model.named_modules() if isinstance(module, nn.Embedding)}
     num_blocks = 1 + max(blocks.values(), default=-1)
     scales = {}
     for name in names:
-        distance = num_blocks - blocks[name] if name in blocks else (num_blocks + 1) * name.endswith(_EMBEDDINGS)
+        distance = num_blocks - blocks[name] if name in blocks else (num_blocks + 1) * (name in embeddings)
         scales[name] = getattr(config.lr_scale, part_of(name)) * config.layer_decay**distance
     return scales
 
@@ -309,9 +321,12 @@ class OptimizerState:
         groups = self._optimizer.param_groups
         parameters = [parameter for group in groups for parameter in group["params"]]
         index_of = {self._names[parameter]: index for index, parameter in enumerate(parameters)}
+        frozen = {name for parameter, name in self._names.items() if not parameter.requires_grad}
         slots: dict[int, dict[str, Any]] = {}
         for key, value in state.items():
             name, _, slot = key.rpartition("|")
+            if name in frozen:  # since the checkpoint, by lr_scale
+                continue
             if name not in index_of:
                 raise ValueError(f"it has optimizer state for {name}, which is not trained here")
             parameter = parameters[index_of[name]]

@@ -83,10 +83,16 @@ Bits per character of {names} names that the model has not learned from; the end
 {rows}
 """
 
+# Names that models' configurations have for their dropouts.
+DROPOUTS = (
+    *("resid_pdrop", "embd_pdrop", "attn_pdrop", "attention_dropout", "hidden_dropout", "activation_dropout"),
+    *("dropout", "resid_dropout", "embed_dropout"),
+)
 # Fields of a model's configuration that may differ when a run is resumed: how it is trained, what it can be conditioned
 # on (which follows from the training names), and what libraries note.
 MAY_CHANGE = {
-    *("resid_pdrop", "embd_pdrop", "attn_pdrop", "attention_dropout", "router_aux_loss_coef", "router_aux_loss_scope"),
+    *DROPOUTS,
+    *("router_aux_loss_coef", "router_aux_loss_scope"),
     *("router_z_loss_coef", "router_jitter_noise", "router_bias_update_rate", "allow_noncausal_generation", CONDITIONS),
     *("transformers_version", "architectures", "dtype", "use_cache", "attention_backend", "name_or_path"),
     *("output_router_logits", "output_attentions", "output_hidden_states", "return_dict"),

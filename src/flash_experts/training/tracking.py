@@ -71,7 +71,7 @@ class Reporter:
     ):
         self.run_dir, self.is_main = run_dir, is_main
         self.display = ProgressDisplay(is_main)
-        self._callbacks = list(callbacks) if is_main else []
+        self._given = self._callbacks = list(callbacks) if is_main else []
         # Sample names that are among these are reported as copies.
         self._known = {
             "in train": {normal_form(card.name) for card in train_cards},
@@ -82,8 +82,7 @@ class Reporter:
         """Removes metrics after ``step``; starts the display and the callbacks."""
         if self.is_main:
             _truncate(self.run_dir / METRICS_FILE, step)
-            if tracker is not None:
-                self._callbacks.append(tracker)
+            self._callbacks = [*self._given, *([] if tracker is None else [tracker])]
         for callback in self._callbacks:
             callback.on_start(self.run_dir.name, run_info)
         self.display.start(self.run_dir.name)

@@ -21,7 +21,7 @@ from flash_experts.data.packing import PackedBatch, pack, packed_length
 from flash_experts.models.hub import CARD
 from flash_experts.models.router_metrics import update_router_biases
 from flash_experts.training import distributed, run_state
-from flash_experts.training.batches import NameBatches, check_inputs, fitting_cards
+from flash_experts.training.batches import NameBatches, check_inputs, check_packing, fitting_cards
 from flash_experts.training.checkpoint import drop_later
 from flash_experts.training.checkpointer import Checkpointer
 from flash_experts.training.loss import (
@@ -61,8 +61,8 @@ class Trainer:
     """Fine-tunes a causal language model on card names.
 
     Args:
-        model: causal LM with float32 weights that takes packed sequences, trained in place; ``config.precision``
-            selects bfloat16 autocast.
+        model: causal LM with float32 weights, trained in place on packed sequences, which a GPT-2 and a Llama separate;
+            ``config.precision`` selects bfloat16 autocast.
         data_info: meta.json of the data, kept with the run.
         origin: base of the model and options of its experts, kept with the run.
         how_to_resume: what the last line of an interrupted run advises after "To continue," (default: in Python).
@@ -102,6 +102,7 @@ class Trainer:
         self.report = Reporter(self.run_dir, callbacks, train_cards, validation_cards, self.is_main)
         if config.precision == "bfloat16" and not self.autocast:
             self.report.notify("this processor computes bfloat16 in software: float32 is faster here, and is used")
+        check_packing(self.model, config.names_per_prompt, self.report.notify)
         data = describe_data(train_cards, validation_cards, data_info)
         train_cards, validation_cards = fitting_cards(
             train_cards, validation_cards, self.model, tokenizer, self.report.notify
@@ -118,6 +119,7 @@ class Trainer:
         self.guard = FiniteGuard(config.on_nan == "stop", self.device, self.world)
         # All that a step passes to the next: the weights, `state`, and what is registered (`checkpointer.Stateful`).
         self.state = run_state.TrainerState()
+        self.has_trained = False
         self.window = LoggingWindow(self.model, self.accelerator, not config.label_smoothing and config.teacher is None)
         self.checkpointer = Checkpointer(config, self.model, tokenizer, self.info, self.report.notify, self.is_main)
         for name, optimizer in self.optimizers.items():
@@ -129,24 +131,36 @@ class Trainer:
     def train(self, resume: str | Path | None = None, overwrite: bool = False) -> run_state.TrainingResult:
         """Trains to the end of the run, or until Ctrl+C, SIGTERM or SIGHUP.
 
+        A Trainer can resume its run, also after an error, but starts only one: the model has its weights by then.
+
         Args:
             resume: ``auto`` for the newest checkpoint that verifies, or a new run if there is none; a checkpoint's
                 folder; None for a new run, in a folder without checkpoints.
-            overwrite: replace the run or model in the folder.
+            overwrite: start over in a folder that has a run or a model, also with ``auto``. Its checkpoints and metrics
+                are removed when training starts, and its model is replaced by the first that is written.
 
         Raises:
             CheckpointError: a checkpoint is missing, damaged, or cannot be written.
             TrainingError: the loss is not finite, memory ran out, or another process is gone.
-            ValueError: there are checkpoints already and ``resume`` is None, or the folder holds something else.
+            ValueError: there are checkpoints already and ``resume`` is None, the folder holds something else, or a new
+                run was asked of a Trainer that has trained.
         """
         check_run_folder(self.run_dir, overwrite, self.accelerator)
         if overwrite and resume == "auto":
             resume = None
         with deterministic_algorithms(self.config.deterministic), run_lock(self.run_dir, self.accelerator):
-            self.state = self.checkpointer.restore(resume, overwrite)
+            state = self.checkpointer.restore(resume, overwrite)
+            if self.has_trained and not state.step:
+                raise ValueError(
+                    "this Trainer has trained its model already: for a new run make a new Trainer with a new model"
+                )
+            self.state = state
             if self.checkpointer.resumed:
                 self.info["resumed"] = self.checkpointer.resumed
             ended = self._reason_to_end() if self.state.step else None
+            has_best = self.checkpointer.holds_best(state, ended is not None)
+            if distributed.max_over_processes(self.accelerator, [float(not has_best)]) == [1.0]:
+                self.checkpointer.export_best(state, self._export)
             if ended:
                 self.report.notify(f"{self.run_dir} is finished ({ended}, step {self.state.step:,}): nothing to do")
             reason = ended or self._run()
@@ -158,12 +172,17 @@ class Trainer:
 
     def _run(self) -> str:
         """Trains between the start and the end of everything around the loop; returns why the run ended."""
+        # Before anything is removed, for it can fail.
+        tracker = make_tracker(self.config.tracker, self.run_dir, self.state.step, self.report.notify)
         self.accelerator.wait_for_everyone()  # all processes have read before checkpoints are removed
+        self.has_trained = True
+        self.guard.reset()
+        for optimizer in self.optimizers.values():  # of a step that an error ended
+            optimizer.zero_grad(set_to_none=True)
         if self.is_main:
             drop_later(self.run_dir, self.state.step)
             write_run_info(self.run_dir / RUN_INFO, self.info)
         self.report.notify(f"training into {self.run_dir}")
-        tracker = make_tracker(self.config.tracker, self.run_dir, self.state.step, self.report.notify)
         self.report.start(self.state.step if self.state.step else -1, self.info, tracker)
         self.model.loss_function = self.loss
         reason = "error"
@@ -257,13 +276,13 @@ class Trainer:
             self._check_finite()
 
     def _backward(self, batch: PackedBatch, num_labels: int) -> torch.Tensor:
-        """Adds a micro-batch's gradient; returns its `LoggingWindow.parts` of the step."""
+        """Adds a micro-batch's gradient; returns its `LoggingWindow.sums_of` of the step."""
         batch = batch.to(self.device)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
             self.loss.prepare(batch)
             output = self.parallel.wrapped(**batch.inputs_with_loss(num_labels))
         self.parallel.backward(output.loss)
-        return self.window.parts(output, batch, num_labels)
+        return self.window.sums_of(output, batch, num_labels)
 
     def _micro_batches_of_step(self) -> tuple[list[PackedBatch], int]:
         """This process's micro-batches, and the number of labels over all processes."""

@@ -118,7 +118,10 @@ class TrainingConfig:
         None, "name of the run's folder in output_dir; null for the date and the name of the settings file", _RUN
     )
     seed: int = option(
-        0, "random seed of the order of names, of attribute dropout and of dropout", _RUN, bounds=(0, 2**32 - 1)
+        0,
+        "random seed of the order of names, of all dropout and of validation names",
+        _RUN,
+        bounds=(0, 2**32 - 1),
     )
     max_steps: int | None = option(None, "optimizer steps; null for no limit", _RUN, bounds=_COUNT)
     max_epochs: float | None = option(
@@ -197,7 +200,7 @@ class TrainingConfig:
         "lowest mean of the bits per character unconditional and given all attributes", _RECORDS, bounds=_COUNT,
     )  # fmt: skip
     validation_names: int | None = option(
-        2000, "number of names that a validation scores (a fixed draw); null for all", _RECORDS, bounds=_COUNT
+        2000, "number of names that a validation scores (drawn by the seed); null for all", _RECORDS, bounds=_COUNT
     )
     checkpoint_every: int | None = option(
         200, "steps between checkpoints; null for one at the end", _RECORDS, bounds=_COUNT
