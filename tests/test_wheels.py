@@ -14,6 +14,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parent.parent
@@ -52,14 +53,21 @@ def commands() -> list[list[str]]:
 
 @pytest.fixture(scope="module")
 def wheels(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with both wheels, built as `make wheels` does."""
-    folder = tmp_path_factory.mktemp("wheels")
+    """A folder with both wheels, built as `make wheels` does, once for all processes of a test run."""
+    run = os.environ.get("PYTEST_XDIST_TESTRUNUID")
+    folder = tmp_path_factory.getbasetemp().parent / f"wheels-{run}" if run else tmp_path_factory.mktemp("wheels")
+    with FileLock(f"{folder}.lock"):
+        if not list(folder.glob("flash_experts_models-*.whl")):  # the last one
+            build_wheels(folder)
+    return folder
+
+
+def build_wheels(folder: Path) -> None:
     build = [sys.executable, *PIP, "wheel", "--no-deps", "-w", str(folder), ".", "distributions/models"]
     done = subprocess.run(build, cwd=ROOT, capture_output=True, text=True, timeout=600)
     if done.returncode and re.search("No matching distribution found for hatchling|NewConnectionError", done.stderr):
         pytest.skip("a wheel is built with hatchling from a package index, and none can be reached")
     assert done.returncode == 0, done.stderr
-    return folder
 
 
 def names_in(wheels: Path, distribution: str) -> set[str]:

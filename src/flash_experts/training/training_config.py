@@ -117,12 +117,7 @@ class TrainingConfig:
     run_name: str | None = option(
         None, "name of the run's folder in output_dir; null for the date and the name of the settings file", _RUN
     )
-    seed: int = option(
-        0,
-        "random seed of the order of names, of all dropout and of validation names",
-        _RUN,
-        bounds=(0, 2**32 - 1),
-    )
+    seed: int = option(0, "random seed of the names' order, dropout and validation", _RUN, bounds=(0, 2**32 - 1))
     max_steps: int | None = option(None, "optimizer steps; null for no limit", _RUN, bounds=_COUNT)
     max_epochs: float | None = option(
         3.0, "passes over the training names (fractions are fine); null for no limit. Must be null with stages, which "
