@@ -168,7 +168,7 @@ def test_the_log_has_the_small_students_as_measured() -> None:
         )
         assert line.endswith(f"| {mean:.3f} |")
     against_dense = [each for each in found["differences"] if each["first"].startswith("dense")]
-    assert len(against_dense) == 16 and all(each["bits"]["low"] > 0 for each in against_dense)
+    assert len(against_dense) == 20 and all(each["bits"]["low"] > 0 for each in against_dense)
     for each in against_dense:
         bits, prompt = each["bits"], "conditional" if each["conditional"] else "unconditional"
         share = bits["value"] / found["tests"][each["first"]][each["split"]][prompt]["value"]
