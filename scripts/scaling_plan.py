@@ -25,7 +25,7 @@ from typing import Literal
 
 from transformers import GPT2Config
 
-from flash_experts.models.expert_parallel import expert_group
+from flash_experts.models.expert_parallel import expert_group_size
 from flash_experts.models.moe_config import GPT2MoEConfig
 
 Parallel = Literal["ddp", "fsdp", "expert"]
@@ -147,7 +147,7 @@ def memory_per_gpu(
         bytes_per_number: bytes per activation: 2 under bfloat16 autocast, 4 in float32.
     """
     counts = parameter_counts(config)
-    group = expert_group(config, processes)
+    group = expert_group_size(config, processes)
     if parallel == "ddp" or processes == 1:
         kept, whole, whole_gradients = float(counts.total), 0, 0
     elif parallel == "fsdp":
@@ -201,7 +201,7 @@ def all_to_all_bytes_per_token(config: GPT2Config, processes: int, bytes_per_num
     """
     if not isinstance(config, GPT2MoEConfig):
         return 0.0
-    group = expert_group(config, processes)
+    group = expert_group_size(config, processes)
     pairs = config.num_experts_per_tok * moe_layers(config)
     return 4.0 * pairs * config.n_embd * bytes_per_number * (group - 1) / group
 
@@ -220,7 +220,7 @@ def traffic_per_gpu(
         return Traffic(2 * FLOAT32 * counts.total * share, 0.0, 0.0)
     if parallel == "fsdp":
         return Traffic(FLOAT32 * counts.total * share, 2 * FLOAT32 * counts.total * share, 0.0)
-    group = expert_group(config, processes)
+    group = expert_group_size(config, processes)
     replicas = processes // group
     experts = 2 * FLOAT32 * counts.experts / group * (replicas - 1) / replicas
     return Traffic(

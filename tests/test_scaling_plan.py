@@ -10,7 +10,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from flash_experts.models import GPT2MoEConfig, GPT2MoEForCausalLM
-from flash_experts.models.expert_parallel import expert_group
+from flash_experts.models.expert_parallel import expert_group_size
 from flash_experts.models.flash_attention import ATTENTION_IMPLEMENTATION
 from scripts.scaling_plan import (
     MODELS,
@@ -59,7 +59,7 @@ def test_sixteen_bytes_per_parameter_and_less_where_it_is_sharded() -> None:
         assert memory.parameters + memory.gradients + memory.optimizer == pytest.approx(2 * total, abs=16)
         assert memory_per_gpu(config, parallel, 8, rows=2).total > memory.total
     # With more processes than experts, each group of eight has all of them.
-    assert expert_group(config, 12) == 4 and expert_group(config, 16) == 8
+    assert expert_group_size(config, 12) == 4 and expert_group_size(config, 16) == 8
     assert memory_per_gpu(config, "expert", 16).parameters > memory_per_gpu(config, "fsdp", 16).parameters
 
 

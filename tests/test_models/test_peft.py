@@ -79,7 +79,7 @@ def test_the_router_trains_and_is_saved(way: str, routing: str, tmp_path: Path) 
 
     router = routers_of(model)[1]
     assert list(routers_of(model)) == [1] and router is in_use(model, Router)
-    assert router.interval_sums[0] == 2 * MASK.sum(), "counted in the copy that ran"
+    assert router.window_sums[0] == 2 * MASK.sum(), "counted in the copy that ran"
     assert router_metrics(model)["router/1/top1"] > 0
     update_router_biases(model)
     assert bool(router.selection_bias_E.any()) == (routing == "token choice")

@@ -65,9 +65,9 @@ def test_router_metrics_on_worked_numbers() -> None:
     logits_TE, _, experts_TK = router(x_TD)
     mask_T = torch.tensor([True, True, True, False])
     router.record(logits_TE, experts_TK, mask_T)
-    together = router.interval_pairs_EE.clone()
+    together = router.window_pairs_EE.clone()
     assert together.tolist() == [[2.0, 1.0, 1.0], [1.0, 2.0, 1.0], [1.0, 1.0, 2.0]]
-    assert together.diagonal().tolist() == router.interval_counts_E.tolist()
+    assert together.diagonal().tolist() == router.window_counts_E.tolist()
     metrics = router_metrics(nn.ModuleList([router]))
     entropy = -(p_TE[:3] * p_TE[:3].log()).sum(-1).mean().item() / math.log(3)
     assert metrics == pytest.approx(
@@ -85,7 +85,7 @@ def test_router_metrics_on_worked_numbers() -> None:
         },
         abs=1e-4,
     )
-    assert not router.interval_pairs_EE.any() and router_metrics(nn.ModuleList([router])) == {}, "the counts are reset"
+    assert not router.window_pairs_EE.any() and router_metrics(nn.ModuleList([router])) == {}, "the counts are reset"
 
 
 def test_forwards_of_a_window_add_up() -> None:
@@ -116,7 +116,7 @@ def test_expert_choice_counts_pairs_too() -> None:
     router, x_TD = router_of(logits_TE, num_experts_per_tok=1, routing="expert_choice", scoring_func="sigmoid")
     logits_TE, _, tokens_EC = router(x_TD)
     router.record(logits_TE, tokens_EC, None)
-    assert router.interval_pairs_EE.tolist() == [[2.0, 2.0], [2.0, 2.0]]
+    assert router.window_pairs_EE.tolist() == [[2.0, 2.0], [2.0, 2.0]]
     assert router_metrics(nn.ModuleList([router]))["router/0/untaken_rate"] == pytest.approx(0.5)
 
 
@@ -126,7 +126,7 @@ def test_counts_are_exact_under_autocast() -> None:
     experts_TK = torch.tensor([[0, 1]]).expand(301, 2)
     with torch.autocast("cpu", torch.bfloat16):
         router.record(torch.zeros(301, 3), experts_TK, None)
-    assert router.interval_pairs_EE.tolist() == [[301.0, 301.0, 0.0], [301.0, 301.0, 0.0], [0.0, 0.0, 0.0]]
+    assert router.window_pairs_EE.tolist() == [[301.0, 301.0, 0.0], [301.0, 301.0, 0.0], [0.0, 0.0, 0.0]]
 
 
 class NoWaiting(TorchDispatchMode):
@@ -145,7 +145,7 @@ def test_recording_waits_for_nothing(fields: dict[str, Any]) -> None:
     with NoWaiting():
         logits_TE, _, choices = router(x_TD)
         router.record(logits_TE, choices, None)
-    assert router.interval_pairs_EE.diagonal().sum() == 24
+    assert router.window_pairs_EE.diagonal().sum() == 24
     with pytest.raises(AssertionError, match="_local_scalar_dense"), NoWaiting():
         float(logits_TE.detach().sum())
 
@@ -234,8 +234,8 @@ def test_a_spell_and_few_tokens_are_no_collapse() -> None:
     routers = nn.ModuleList([router])
 
     def read(loads: list[float]) -> None:
-        router.interval_counts_E.copy_(torch.tensor(loads))
-        router.interval_sums[0] = sum(loads)
+        router.window_counts_E.copy_(torch.tensor(loads))
+        router.window_sums[0] = sum(loads)
         router_metrics(routers)
 
     with warnings.catch_warnings():

@@ -131,7 +131,7 @@ def test_counts_and_balancing_bias_are_float32_in_every_model(moe: GPT2MoEForCau
         assert {buffer.dtype for buffer in router.buffers()} == {torch.float32}, name
         assert torch.equal(router.selection_bias_E, expected_E), name
         router.record(torch.zeros(300, 4), experts_TK.repeat(100, 1), None)
-        assert router.step_counts_E.tolist() == [303, 202, 101, 0] and router.interval_sums[0] == 303, name
+        assert router.step_counts_E.tolist() == [303, 202, 101, 0] and router.window_sums[0] == 303, name
         router.bias_update_rate = 0.001
         update_router_biases(model)
         moved_E = expected_E + torch.tensor([-0.001, -0.001, 0.001, 0.001])  # 606 choices: the mean is 151.5

@@ -66,7 +66,8 @@ class Sampling:
         hint="1: no penalty", slider=(0.8, 2, 0.05),
     )  # fmt: skip
     guidance: float = option(
-        1.0, "weight of type and colors over 1, at twice the time; 1: off (default: the preset's)", SAMPLING,
+        1.0, "weight of the card against no card: over 1 names follow it more, at twice the time; 1: off (default: the "
+        "preset's)", SAMPLING,
         label="Guidance", hint="higher: closer to type and colors; 1: off", slider=(1, 3, 0.05),
     )  # fmt: skip
 

@@ -24,7 +24,7 @@ from flash_experts.models.moe_config import GPT2MoEConfig
 from flash_experts.models.moe_layer import Experts, MoELayer
 
 
-def expert_group(config: PreTrainedConfig, processes: int) -> int:
+def expert_group_size(config: PreTrainedConfig, processes: int) -> int:
     """X, ``gcd(E, processes)``: each group of X processes holds all experts."""
     return math.gcd(config.num_experts, processes) if isinstance(config, GPT2MoEConfig) else 1
 
@@ -54,12 +54,12 @@ class ShardedExperts(nn.Module):
             x_TD, gates_TK = (tensor.to(torch.get_autocast_dtype(device)) for tensor in (x_TD, gates_TK))
         (T, K), D = experts_TK.shape, x_TD.shape[1]
         order_S = experts_TK.reshape(-1).argsort(stable=True)
-        sent_XL, come_XL = self._count_pairs(experts_TK)
+        sent_XL, received_XL = self._count_pairs(experts_TK)
         # The host must know the sizes: the one synchronisation in each layer.
-        sent, come = torch.stack([sent_XL.sum(1), come_XL.sum(1)]).tolist()
+        sent, received = torch.stack([sent_XL.sum(1), received_XL.sum(1)]).tolist()
         x_SD = x_TD[:, None].expand(T, K, D).reshape(T * K, D)[order_S]
-        x_RD = all_to_all_single_autograd(x_SD, come, sent, self._group)
-        y_SD = all_to_all_single_autograd(self._compute_pairs(x_RD, come_XL), sent, come, self._group)
+        x_RD = all_to_all_single_autograd(x_SD, received, sent, self._group)
+        y_SD = all_to_all_single_autograd(self._compute_pairs(x_RD, received_XL), sent, received, self._group)
         back_S = torch.empty_like(order_S)
         back_S[order_S] = torch.arange(T * K, device=order_S.device)
         return torch.bmm(gates_TK[:, None], y_SD[back_S].view(T, K, D))[:, 0]
@@ -71,9 +71,9 @@ class ShardedExperts(nn.Module):
         come_E = all_to_all_single(sent_E, None, None, self._group)
         return sent_E.view(self.group_size, -1), come_E.view(self.group_size, -1)
 
-    def _compute_pairs(self, x_RD: torch.Tensor, come_XL: torch.Tensor) -> torch.Tensor:
-        local_L = torch.arange(come_XL.shape[1], device=x_RD.device)
-        expert_R = local_L.repeat(self.group_size).repeat_interleave(come_XL.reshape(-1), output_size=len(x_RD))
+    def _compute_pairs(self, x_RD: torch.Tensor, received_XL: torch.Tensor) -> torch.Tensor:
+        local_L = torch.arange(received_XL.shape[1], device=x_RD.device)
+        expert_R = local_L.repeat(self.group_size).repeat_interleave(received_XL.reshape(-1), output_size=len(x_RD))
         # Gradients here cover one row of the mesh: `reduce_expert_gradients` sums over the replicas.
         weights = {name: weight.to_local(grad_placements=[Partial(), Shard(0)]) for name, weight in self._weights()}
         ones_R1 = x_RD.new_ones(len(x_RD), 1)

@@ -176,7 +176,8 @@ def flash_attn_with_kvcache(
         num_splits: 0 or 1. Rotary embeddings, ``cache_batch_idx``, ``cache_leftpad``, ``block_table`` must be None.
 
     Returns:
-        (B, S_q, H, C), dtype of q; with ``return_softmax_lse`` (output, log-sum-exp (B, H, S_q)).
+        (B, S_q, H, C), dtype of q, or autocast's where it is on; with ``return_softmax_lse`` (output, log-sum-exp
+        (B, H, S_q)).
     """
     _refuse(
         "flash_attn_with_kvcache",

@@ -184,9 +184,9 @@ class GPT2MoEForCausalLM(GPT2MoEPreTrainedModel, GPT2LMHeadModel):
     ) -> GPT2MoEOutput:
         """As `GPT2LMHeadModel.forward`, with the router's logits and losses by ``output_router_logits``.
 
-        In a packed sequence (no mask, no cache) each document restarts its ``position_ids``. With
-        ``num_items_in_batch`` the loss is a sum divided by it; the router's losses are weighted by this micro-batch's
-        share of the items.
+        In a packed sequence each document restarts its ``position_ids``: give no mask, and ``use_cache=False``, without
+        which transformers' ``sdpa`` and ``eager`` attention do not keep documents apart. With ``num_items_in_batch``
+        the loss is a sum divided by it; the router's losses are weighted by this micro-batch's share of the items.
         """
         # transformers' generate and Trainer need every argument by name.
         if output_router_logits is None:

@@ -33,7 +33,8 @@ class MoEOptions:
         "topk_softmax over the top k alone, or sigmoid (DeepSeek-V3)", EXPERTS,
     )  # fmt: skip
     capacity_factor: float | None = option(
-        None, "capacity of an expert in training, as a multiple of the mean load; null: no token dropping", EXPERTS,
+        None, "capacity of an expert, as a multiple of the mean load: in training, with expert choice always; null: no "
+        "token dropping, with expert choice 1", EXPERTS,
         bounds=(1e-3, 10**6),
     )  # fmt: skip
     allow_noncausal_generation: bool = option(

@@ -31,9 +31,9 @@ class Router(nn.Module, ABC):
 
     selection_bias_E: torch.Tensor  # part of the model, so it is saved; the counts are measurements of a run
     step_counts_E: torch.Tensor
-    interval_counts_E: torch.Tensor
-    interval_pairs_EE: torch.Tensor  # co-activation: tokens that went to both experts; the diagonal is the load
-    interval_sums: torch.Tensor  # over tokens: 1, entropy of p, largest p, dropped choices (`left_out`)
+    window_counts_E: torch.Tensor
+    window_pairs_EE: torch.Tensor  # co-activation: tokens that went to both experts; the diagonal is the load
+    window_sums: torch.Tensor  # over tokens: 1, entropy of p, largest p, dropped choices (`left_out`)
 
     def __init__(self, config: GPT2MoEConfig):
         super().__init__()
@@ -47,7 +47,7 @@ class Router(nn.Module, ABC):
         E = config.num_experts
         self.weight = nn.Parameter(torch.empty(E, config.n_embd))
         self.register_buffer("selection_bias_E", torch.zeros(E, dtype=torch.float32))
-        counts = {"step_counts_E": (E,), "interval_counts_E": (E,), "interval_pairs_EE": (E, E), "interval_sums": (4,)}
+        counts = {"step_counts_E": (E,), "window_counts_E": (E,), "window_pairs_EE": (E, E), "window_sums": (4,)}
         for name, size in counts.items():
             self.register_buffer(name, torch.zeros(size, dtype=torch.float32), persistent=False)
 
@@ -120,13 +120,13 @@ class Router(nn.Module, ABC):
         entropy_T = -(probs_TE * logprobs_TE).sum(-1)
         sums = torch.stack([weight_T, entropy_T * weight_T, probs_TE.amax(-1) * weight_T]).sum(-1)
         left_out = self.left_out(logits_TE, choices, mask_T).to(sums.dtype)
-        self.interval_sums += torch.cat([sums, left_out[None]]).to(self.interval_sums.dtype)
+        self.window_sums += torch.cat([sums, left_out[None]]).to(self.window_sums.dtype)
         counts_E = self.count(choices, weight_T).to(self.step_counts_E.dtype)
         self.step_counts_E += counts_E
-        self.interval_counts_E += counts_E
+        self.window_counts_E += counts_E
         member_TE = self.membership(choices, len(logits_TE))
         with torch.autocast(logits_TE.device.type, enabled=False):  # bfloat16 cannot count beyond 256
-            self.interval_pairs_EE += (member_TE * weight_T[:, None].to(member_TE.dtype)).T @ member_TE
+            self.window_pairs_EE += (member_TE * weight_T[:, None].to(member_TE.dtype)).T @ member_TE
 
 
 class TopKRouter(Router):

@@ -94,9 +94,9 @@ def router_metrics(model: nn.Module) -> dict[str, float]:
     metrics: dict[str, float] = {}
     for block, router in routers_of(model).items():
         # One copy to the host for each layer.
-        counted = torch.cat([router.interval_sums, router.interval_counts_E, router.interval_pairs_EE.flatten()])
+        counted = torch.cat([router.window_sums, router.window_counts_E, router.window_pairs_EE.flatten()])
         sums, load_E, pairs = counted.double().cpu().split([4, router.num_experts, router.num_experts**2])
-        for buffer in (router.interval_sums, router.interval_counts_E, router.interval_pairs_EE):
+        for buffer in (router.window_sums, router.window_counts_E, router.window_pairs_EE):
             buffer.zero_()
         tokens, entropy, top1, left_out = sums.tolist()
         if not tokens or router.num_experts == 1:

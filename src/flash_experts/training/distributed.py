@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from transformers import PreTrainedModel
 from transformers import initialization as init
 
-from flash_experts.models.expert_parallel import expert_group, reduce_expert_gradients, shard_experts
+from flash_experts.models.expert_parallel import expert_group_size, reduce_expert_gradients, shard_experts
 from flash_experts.models.loading import resolve_device
 from flash_experts.models.moe_config import GPT2MoEConfig
 from flash_experts.training.training_config import TrainingConfig
@@ -118,7 +118,7 @@ def parallelize_model(model: PreTrainedModel, accelerator: Accelerator, config: 
         return Sharded(model, accelerator)
     if not isinstance(model.config, GPT2MoEConfig):
         raise ValueError("parallel: expert distributes experts, but the model has none: use ddp or fsdp")
-    if expert_group(model.config, world) == 1:
+    if expert_group_size(model.config, world) == 1:
         raise ValueError(
             f"{world} processes cannot share {model.config.num_experts} experts: start a number of processes that has "
             "a divisor in common with it, or use parallel: fsdp"
@@ -236,7 +236,7 @@ class ExpertParallel(Sharded):
     def _wrap(self, module: nn.Module) -> nn.Module:
         config, world = self.model.config, self.accelerator.num_processes
         assert isinstance(config, GPT2MoEConfig)
-        group = expert_group(config, world)
+        group = expert_group_size(config, world)
         mesh = init_device_mesh(self.accelerator.device.type, (world // group, group))
         self._experts = shard_experts(self.model, config, mesh)
         self._shard(set(self._experts))

@@ -28,7 +28,7 @@ from flash_experts.training.tracking import BITS_PER_CHAR, SELECTION
 from flash_experts.training.training_config import PARTS, TrainingConfig
 
 # Router buffers that are not part of the model: statistics of the logging window.
-_ROUTER_BUFFERS = ("interval_counts_E", "interval_pairs_EE", "interval_sums")
+_ROUTER_BUFFERS = ("window_counts_E", "window_pairs_EE", "window_sums")
 _BALANCING_LOSSES = ("aux_loss", "z_loss")
 _PER_PROCESS = [0, 3, 4, 5, 6]  # those of the sums to which each process adds its own part
 # Dense bfloat16 TFLOP/s by the makers' data sheets, tensor cores, without sparsity.
