@@ -78,6 +78,9 @@ evaluate models/base --lists --samples 3 :: --lists has a number of names of its
 evaluate models/base --lists --max-names 2 :: leave out --max-names
 evaluate models/base --names names.txt --samples 3 :: --names measures the names of a file alone: leave out --samples
 evaluate models/base --names names.txt --seed 1 :: leave out --seed
+export dense models/moe --out new --names 7 :: leave out --names
+export dense models/moe --out new --weighting load --loads loads.json --data x :: leave out --data
+inspect models/moe --names names.txt --split test :: leave out --split
 evaluate models/base --seed -1 :: --seed must be from 0
 compare :: models
 compare models/base --samples 1e3 :: samples must be a whole number

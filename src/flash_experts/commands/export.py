@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from jsonargparse import Namespace
 
-from flash_experts.commands.common import CommandParser, add_overwrite, command_parser, print_result
+from flash_experts.commands.common import CommandParser, add_overwrite, command_parser, print_result, refuse_unused
 from flash_experts.extras import require
 from flash_experts.files import check_out_file, check_out_folder
 
@@ -78,6 +78,8 @@ def _export_dense(args: Namespace) -> None:
         raise ValueError(f"--names must be 1 or more, not {args.names}")
     if args.loads is not None and args.weighting != "load":
         raise ValueError("--loads is for --weighting load")
+    if args.loads is not None or args.weighting != "load":
+        refuse_unused(make_parser(), args, ("names", "data"), "only loads that are measured need names")
     model, tokenizer = _load(args.model)
     if not isinstance(model, GPT2MoEForCausalLM):
         raise ValueError(f"{args.model} has no experts: give an MoE model that upcycle or train wrote")

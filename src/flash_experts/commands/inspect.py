@@ -23,6 +23,8 @@ def run(args: Namespace) -> None:
         raise ValueError(f"--count must be 1 or more, not {args.count}")
     if args.show < 0:
         raise ValueError(f"--show must be 0 or more, not {args.show}")
+    if args.names is not None:
+        common.refuse_unused(make_parser(), args, ["split"], "--names inspects the names of a file")
     page = common.out_file(args, _PAGE, also=(".json",))
 
     from flash_experts.evaluation.report import write_pages
